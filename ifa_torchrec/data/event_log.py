@@ -1,0 +1,403 @@
+"""The event log: a folder of Parquet, opened as memory-mapped columns.
+
+    LOG/
+      schema.json            what the columns are; written last, so a folder without it is half written
+      events.parquet         user, time, item; sorted by user, then time
+      items.parquet          the id features of each item; row i describes item i
+      requests/SPLIT.parquet user, time, context, and per candidate lists
+      .columns/              each column as a .npy file, made at the first opening
+
+A history is never copied into a request: a request names a user and a time, and its history is
+the slice of that user's events that lie strictly before that time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+FORMAT = "ifa-event-log/1"
+USER, TIME, CANDIDATES, EXPOSED = "user", "time", "candidates", "exposed"
+Columns = dict[str, np.ndarray]
+
+
+class LogError(ValueError):
+    """An event log is not what its schema says; the message names the column and the remedy."""
+
+
+@dataclass(frozen=True)
+class LogSchema:
+    """What an event log holds, beyond the fixed columns user, time, candidates and exposed.
+
+    Args:
+        item_features: id features of an item, each with the number of rows of its table. The
+            first is the item itself: it is the events' item column, and `candidates` hold it.
+        context_features: id features of a request (int64 columns), each with its table's rows.
+        dense_features: float columns of a request.
+        candidate_dense: float list columns of a request, one number a candidate.
+        tasks: label list columns of a request, one number in [0, 1] a candidate.
+        candidate_tags: further int list columns, for analysis only; the model never sees them.
+
+    Example:
+        >>> from ifa_torchrec.data import LogSchema
+        >>> LogSchema(item_features={"item": 1000, "category": 20}).item
+        'item'
+    """
+
+    item_features: dict[str, int]
+    context_features: dict[str, int] = field(default_factory=dict)
+    dense_features: tuple[str, ...] = ()
+    candidate_dense: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ("label",)
+    candidate_tags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.item_features:
+            raise LogError("schema: item_features is empty; name at least the item's own id")
+
+    @property
+    def item(self) -> str:
+        """Name of the item id, the first item feature."""
+        return next(iter(self.item_features))
+
+    @property
+    def candidate_lists(self) -> tuple[str, ...]:
+        """The request columns that hold one value a candidate."""
+        return (CANDIDATES, EXPOSED, *self.tasks, *self.candidate_dense, *self.candidate_tags)
+
+
+class EventLog:
+    """Events sorted by user and time, items, and requests, as memory-mapped columns.
+
+    Args:
+        path: the log's folder.
+
+    Attributes:
+        schema: the log's LogSchema.
+        users: [U] int64, the users that have events, ascending.
+        user_offsets: [U + 1] int64, user u's events are rows user_offsets[u]:user_offsets[u + 1].
+        events: columns time [E] int64 (microseconds) and the item id [E] int64.
+        items: one column [I] int64 for each item feature.
+
+    Raises:
+        LogError: the folder is missing, half written, or a column is missing, of the wrong
+            type, null, out of order or outside its table.
+
+    Example:
+        >>> import pandas as pd, tempfile
+        >>> from ifa_torchrec.data import EventLog, LogSchema
+        >>> log = EventLog.from_pandas(
+        ...     tempfile.mkdtemp() + "/log",
+        ...     events=pd.DataFrame({"user": [2, 1, 1], "item": [0, 1, 2],
+        ...                          "time": pd.to_datetime(["2024-01-03", "2024-01-02", "2024-01-01"])}),
+        ...     schema=LogSchema(item_features={"item": 3}))
+        >>> log.users.tolist(), log.user_offsets.tolist(), log.events["item"].tolist()
+        ([1, 2], [0, 2, 3], [2, 1, 0])
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise LogError(f"{self.path}: no such event log; write one with EventLog.from_pandas")
+        schema_file = self.path / "schema.json"
+        if not schema_file.exists():
+            raise LogError(
+                f"{self.path}: no schema.json, so the folder was not written to the end; "
+                "delete it and write it again"
+            )
+        header = json.loads(schema_file.read_text())
+        if header.get("format") != FORMAT:
+            raise LogError(
+                f"{schema_file}: format {header.get('format')!r}, this version reads {FORMAT!r}"
+            )
+        self.schema = LogSchema(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in header["schema"].items()}
+        )
+        self._rows: dict[str, int] = header["rows"]
+        self.items = self._open("items", self._check_items)
+        self.events = self._open("events", self._check_events)
+        user = self.events.pop(USER)
+        self.users, starts = np.unique(user, return_index=True)
+        self.user_offsets = np.append(starts, len(user)).astype(np.int64)
+
+    @classmethod
+    def from_pandas(
+        cls,
+        path: str | Path,
+        events: pd.DataFrame,
+        schema: LogSchema,
+        items: pd.DataFrame | None = None,
+        requests: Mapping[str, pd.DataFrame] | None = None,
+    ) -> EventLog:
+        """Write a log from DataFrames (events in any order) and open it.
+
+        The log appears under ``path`` only when it is complete.
+
+        Args:
+            path: a folder that does not exist yet.
+            events: columns user (int), time (datetime64, no zone or UTC) and the item id (int).
+            schema: names and table sizes.
+            items: one row an item, row i for item i; may be left out when the item id is the
+                only item feature.
+            requests: for each split, a DataFrame with user, time, the context and dense columns,
+                and a list a row in each of the candidate columns.
+
+        Raises:
+            LogError: a column is missing, null, of the wrong type or outside its table.
+            FileExistsError: ``path`` exists.
+        """
+        path = Path(path)
+        if path.exists():
+            raise FileExistsError(f"{path} exists; delete it or choose another folder")
+        if items is None:
+            items = pd.DataFrame({schema.item: np.arange(schema.item_features[schema.item])})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        try:
+            (draft / "requests").mkdir()
+            for column in (USER, TIME):
+                _require(events.columns, column, "events")
+            events = events.sort_values([USER, TIME], kind="stable")
+            tables = {"events": events, "items": items}
+            tables |= {f"requests/{split}": frame for split, frame in (requests or {}).items()}
+            for name, frame in tables.items():
+                table = pa.Table.from_pandas(frame, preserve_index=False)
+                pq.write_table(table, draft / f"{name}.parquet")
+            header = {
+                "format": FORMAT,
+                "schema": dataclasses.asdict(schema),
+                "rows": {name: len(frame) for name, frame in tables.items()},
+            }
+            (draft / "schema.json").write_text(json.dumps(header, indent=2))
+            log = cls(draft)  # every check runs before the log is published
+            for split in requests or {}:
+                log.requests(split)
+            draft.rename(path)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+        return cls(path)
+
+    @property
+    def splits(self) -> list[str]:
+        """Names of the request splits."""
+        return [n.removeprefix("requests/") for n in self._rows if n.startswith("requests/")]
+
+    def requests(self, split: str) -> Columns:
+        """The request columns of a split.
+
+        Returns:
+            user and time [R] int64, the context features [R] int64, the dense features [R]
+            float32, candidate_offsets [R + 1] int64 and the candidate lists flat, [M].
+
+        Raises:
+            LogError: no such split, or a column is not what the schema says.
+        """
+        if split not in self.splits:
+            raise LogError(f"{self.path}: no split {split!r}, there are {self.splits}")
+        return self._open(f"requests/{split}", self._check_requests)
+
+    def history_range(self, user: np.ndarray, time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the events of each user strictly before each time.
+
+        Args:
+            user: [R] int64; a user without events has an empty history.
+            time: [R] int64, microseconds.
+
+        Returns:
+            start and end [R] int64: the history is ``events[...][start:end]``.
+        """
+        start = np.zeros(len(user), dtype=np.int64)
+        end = np.zeros(len(user), dtype=np.int64)
+        order = np.argsort(user, kind="stable")
+        distinct, first = np.unique(user[order], return_index=True)
+        for who, rows in zip(distinct, np.split(order, first[1:]), strict=True):
+            u = np.searchsorted(self.users, who)
+            if u == len(self.users) or self.users[u] != who:
+                continue
+            lo, hi = self.user_offsets[u], self.user_offsets[u + 1]
+            start[rows] = lo
+            end[rows] = lo + np.searchsorted(self.events[TIME][lo:hi], time[rows], side="left")
+        return start, end
+
+    # ---------------------------------------------------------------- reading and checking
+
+    def _open(self, name: str, read) -> Columns:
+        """Columns of one Parquet file, from .columns/; made there first if the file is newer."""
+        parquet = self.path / f"{name}.parquet"
+        if not parquet.exists():
+            raise LogError(f"{parquet}: missing; the log is incomplete, write it again")
+        folder = self.path / ".columns" / name
+        stamp = f"{parquet.stat().st_size} {parquet.stat().st_mtime_ns}"
+        stamp_file = folder / "stamp"
+        if not (stamp_file.exists() and stamp_file.read_text() == stamp):
+            try:
+                table = pq.read_table(parquet)
+            except pa.ArrowInvalid as error:
+                raise LogError(f"{parquet}: not readable as Parquet ({error})") from error
+            if table.num_rows != self._rows[name]:
+                raise LogError(
+                    f"{parquet}: {table.num_rows} rows, schema.json says {self._rows[name]}; "
+                    "write the log again"
+                )
+            columns = read(name, table)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
+            for column, values in columns.items():
+                np.save(draft / f"{column}.npy", values)
+            (draft / "stamp").write_text(stamp)
+            shutil.rmtree(folder, ignore_errors=True)
+            draft.rename(folder)
+        return {f.stem: np.load(f, mmap_mode="r") for f in sorted(folder.glob("*.npy"))}
+
+    def _check_items(self, name: str, table: pa.Table) -> Columns:
+        columns = {f: _ids(table, f, name, rows) for f, rows in self.schema.item_features.items()}
+        if not np.array_equal(columns[self.schema.item], np.arange(table.num_rows)):
+            raise LogError(
+                f"items: column {self.schema.item!r} must be 0, 1, 2, ...: row i describes item i"
+            )
+        return columns
+
+    def _check_events(self, name: str, table: pa.Table) -> Columns:
+        item = self.schema.item
+        columns = {
+            USER: _ids(table, USER, name),
+            TIME: _times(table, TIME, name),
+            item: _ids(table, item, name, len(self.items[item])),
+        }
+        user, time = columns[USER], columns[TIME]
+        step = np.diff(user)
+        late = np.flatnonzero((step < 0) | ((step == 0) & (np.diff(time) < 0)))
+        if len(late):
+            raise LogError(
+                f"events: column 'time' is out of order at row {late[0] + 1} (user "
+                f"{user[late[0] + 1]}); sort by user, then time, or use EventLog.from_pandas"
+            )
+        return columns
+
+    def _check_requests(self, name: str, table: pa.Table) -> Columns:
+        schema = self.schema
+        columns = {USER: _ids(table, USER, name), TIME: _times(table, TIME, name)}
+        for feature, rows in schema.context_features.items():
+            columns[feature] = _ids(table, feature, name, rows)
+        for feature in schema.dense_features:
+            columns[feature] = _floats(table, feature, name)
+        offsets = None
+        for feature in schema.candidate_lists:
+            lengths, flat = _flatten(table, feature, name)
+            mine = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+            if offsets is None:
+                offsets = columns["candidate_offsets"] = mine
+                empty = np.flatnonzero(lengths == 0)
+                if len(empty):
+                    raise LogError(
+                        f"{name}: row {empty[0]} has an empty candidate set; "
+                        "leave such requests out"
+                    )
+            elif not np.array_equal(mine, offsets):
+                row = int(np.flatnonzero(mine != offsets)[0]) - 1
+                raise LogError(
+                    f"{name}: row {row} has {lengths[row]} values in {feature!r} for "
+                    f"{offsets[row + 1] - offsets[row]} candidates; the lists must be as long"
+                )
+            if feature == CANDIDATES:
+                columns[feature] = _ids(flat, feature, name, len(self.items[schema.item]))
+            elif feature == EXPOSED:
+                if not pa.types.is_boolean(flat.schema.field(feature).type):
+                    raise LogError(f"{name}: column {feature!r} must hold lists of bool")
+                columns[feature] = _values(flat, feature, name).astype(bool)
+            elif feature in schema.candidate_tags:
+                columns[feature] = _ids(flat, feature, name)
+            else:
+                columns[feature] = _floats(flat, feature, name)
+        for task in schema.tasks:
+            bad = np.flatnonzero((columns[task] < 0) | (columns[task] > 1))
+            if len(bad):
+                row = int(np.searchsorted(offsets, bad[0], side="right")) - 1
+                raise LogError(
+                    f"{name}: row {row}, column {task!r}: label {columns[task][bad[0]]} "
+                    "is not in [0, 1]"
+                )
+        return columns
+
+
+def _require(names, column: str, where: str) -> None:
+    if column not in names:
+        raise LogError(f"{where}: column {column!r} is missing; there are {list(names)}")
+
+
+def _values(table: pa.Table, column: str, where: str) -> np.ndarray:
+    _require(table.column_names, column, where)
+    values = table[column]
+    if values.null_count:
+        row = pc.index(pc.is_null(values), True).as_py()
+        raise LogError(
+            f"{where}: column {column!r} has {values.null_count} nulls, the first at row {row}; "
+            "fill or drop those rows"
+        )
+    return values.to_numpy()
+
+
+def _ids(table: pa.Table, column: str, where: str, rows: int | None = None) -> np.ndarray:
+    values = _values(table, column, where)
+    if not pa.types.is_integer(table.schema.field(column).type):
+        raise LogError(
+            f"{where}: column {column!r} has type {table.schema.field(column).type}, "
+            "it must be an integer"
+        )
+    values = values.astype(np.int64)
+    if rows is not None and len(values) and (values.min() < 0 or values.max() >= rows):
+        row = int(np.flatnonzero((values < 0) | (values >= rows))[0])
+        raise LogError(
+            f"{where}: column {column!r}, value {row}: id {values[row]} is outside its table of "
+            f"{rows} rows; map ids to 0..{rows - 1} or enlarge the table in the schema"
+        )
+    return values
+
+
+def _times(table: pa.Table, column: str, where: str) -> np.ndarray:
+    values = _values(table, column, where)
+    if not pa.types.is_timestamp(table.schema.field(column).type):
+        raise LogError(
+            f"{where}: column {column!r} has type {table.schema.field(column).type}, "
+            "it must be a timestamp; convert it with pandas.to_datetime"
+        )
+    return values.astype("datetime64[us]").astype(np.int64)
+
+
+def _floats(table: pa.Table, column: str, where: str) -> np.ndarray:
+    values = _values(table, column, where)
+    if not np.issubdtype(values.dtype, np.number) and values.dtype != bool:
+        raise LogError(
+            f"{where}: column {column!r} has type {table.schema.field(column).type}, "
+            "it must be a number"
+        )
+    values = values.astype(np.float32)
+    if not np.isfinite(values).all():
+        row = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise LogError(f"{where}: column {column!r}, value {row}: {values[row]} is not finite")
+    return values
+
+
+def _flatten(table: pa.Table, column: str, where: str) -> tuple[np.ndarray, pa.Table]:
+    """Lengths of a list column, and a table that holds its values flat."""
+    _require(table.column_names, column, where)
+    kind = table.schema.field(column).type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        raise LogError(f"{where}: column {column!r} has type {kind}, it must be a list a row")
+    if table[column].null_count:
+        row = pc.index(pc.is_null(table[column]), True).as_py()
+        raise LogError(f"{where}: column {column!r} is null at row {row}; give it a list")
+    lengths = pc.list_value_length(table[column]).to_numpy().astype(np.int64)
+    return lengths, pa.table({column: pc.list_flatten(table[column])})

@@ -1,0 +1,268 @@
+"""Interaction Fidelity Attention: linear cross attention of candidates over a whole history."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import JaggedTensor
+
+from ifa_torchrec import ops
+from ifa_torchrec.modules.interaction import IFAConfig, SequenceInteraction, _check_same_requests
+from ifa_torchrec.modules.user_state import UserState
+
+
+class InteractionFidelityAttention(SequenceInteraction):
+    """Every candidate attends every event, at a cost linear in both (arXiv 2406.09742, idea 2).
+
+        out_hc = phi(q_hc)^T S_h / (phi(q_hc)^T z_h + eps)
+
+    with the user state S_h = sum_i w_hi phi(k_hi) v_hi^T and z_h = sum_i w_hi phi(k_hi), event
+    weights w_hi = a_i exp(-lambda_h t_i). The result is that of the quadratic form; no event is
+    dropped. ``forward(candidates, history)`` equals ``attend(candidates, encode(history))``.
+    Interest masses and identity heads are our own additions.
+
+    Args:
+        config: IFAConfig.
+
+    Example:
+        >>> import torch
+        >>> from torchrec.sparse.jagged_tensor import JaggedTensor
+        >>> from ifa_torchrec import IFAConfig, InteractionFidelityAttention
+        >>> ifa = InteractionFidelityAttention(IFAConfig(embedding_dim=64, num_heads=4))
+        >>> history = JaggedTensor(torch.randn(1000, 64), lengths=torch.tensor([990, 0, 10]))
+        >>> candidates = JaggedTensor(torch.randn(6, 64), lengths=torch.tensor([3, 2, 1]))
+        >>> out = ifa(candidates, history)
+        >>> out.values().shape
+        torch.Size([6, 64])
+        >>> state = ifa.encode(history)
+        >>> torch.allclose(ifa.attend(candidates, state).values(), out.values(), atol=1e-5)
+        True
+    """
+
+    def __init__(self, config: IFAConfig) -> None:
+        super().__init__(config)
+        width = config.num_heads * config.head_width
+        self.query_proj = nn.Linear(config.embedding_dim, width, bias=False)
+        self.key_proj = nn.Linear(config.embedding_dim, width, bias=False)
+
+    def encode(
+        self,
+        history: JaggedTensor | Iterable[JaggedTensor],
+        history_age: Tensor | None | Iterable[Tensor] = None,
+        history_ids: Tensor | None | Iterable[Tensor] = None,
+    ) -> UserState:
+        """Sum B histories into a user state.
+
+        Args:
+            history: event tokens, values [N, D]; or an iterable of such, the parts of histories
+                that are too long to be held at once, all of the same B requests.
+            history_age: [N], or an iterable of such, a part each.
+            history_ids: [N, K] int64, or an iterable of such, a part each.
+
+        Returns:
+            UserState of B requests.
+
+        Raises:
+            ValueError: as ``forward``; or there is no part.
+        """
+        if not isinstance(history, JaggedTensor):
+            return self._encode_parts(history, history_age, history_ids)
+        self._check(history, history_age, history_ids, "history")
+        key_value, key_sum = self._encode_dense(history, history_age)
+        identity_value = identity_sum = None
+        if self.identity is not None:
+            identity_value, identity_sum = self.identity.encode(history, history_age, history_ids)
+        count = history.offsets().diff().to(torch.int64)
+        return UserState(key_value, key_sum, count, identity_value, identity_sum)
+
+    def update(
+        self,
+        state: UserState,
+        new_history: JaggedTensor,
+        elapsed: Tensor | None = None,
+        history_age: Tensor | None = None,
+        history_ids: Tensor | None = None,
+    ) -> UserState:
+        """Let time pass and add new events, at a cost that old events do not enter.
+
+        Args:
+            state: B users' state at some time.
+            new_history: the events since, values [N, D].
+            elapsed: [B] >= 0, the time that has passed since; None for none.
+            history_age: [N], ages of the new events at the new time; None for 0.
+            history_ids: [N, K] int64.
+
+        Returns:
+            The state at the new time.
+
+        Raises:
+            ValueError: as ``forward``; or ``elapsed`` is of another shape or negative.
+        """
+        if len(new_history.offsets()) - 1 != len(state):
+            raise ValueError(
+                f"new_history is of {len(new_history.offsets()) - 1} requests, the state of {len(state)}"
+            )
+        new = self.encode(new_history, history_age, history_ids)
+        return (state if elapsed is None else self._decayed(state, elapsed)) + new
+
+    def attend(
+        self, candidates: JaggedTensor, state: UserState, candidate_ids: Tensor | None = None
+    ) -> JaggedTensor:
+        """What ``forward`` gives, from the state instead of the history.
+
+        Args:
+            candidates: B requests' candidate tokens, values [M, D].
+            state: UserState of B requests.
+            candidate_ids: [M, K] int64; needed where the config has identity features.
+
+        Returns:
+            JaggedTensor with values [M, D].
+
+        Raises:
+            ValueError: as ``forward``; or the state is of another configuration.
+        """
+        self._check(candidates, None, candidate_ids, "candidates")
+        _check_same_requests(candidates, len(state))
+        config = self.config
+        features = config.head_width * ops.FEATURE_MAPS[config.feature_map].expansion
+        wanted = (config.num_heads, features, config.head_width)
+        if tuple(state.key_value.shape[1:]) != wanted:
+            raise ValueError(
+                f"state: key_value is [B, *{list(state.key_value.shape[1:])}], this configuration's "
+                f"is [B, *{list(wanted)}]; encode the histories with this module"
+            )
+        identity = None
+        if self.identity is not None:
+            tables = (
+                len(config.identity_features),
+                len(config.identity_half_lives),
+                config.identity_buckets,
+            )
+            if state.identity_sum is None or tuple(state.identity_sum.shape[1:]) != tables:
+                raise ValueError(
+                    f"state: its identity tables are not [B, *{list(tables)}], as this configuration's "
+                    "are; encode the histories with this module"
+                )
+            identity = self.identity.attend(
+                candidates, state.identity_value, state.identity_sum, candidate_ids
+            )
+        heads, matched = self._attend_dense(candidates, state.key_value, state.key_sum)
+        return self._output(candidates, heads, matched, identity)
+
+    def attention_weights(
+        self,
+        candidates: JaggedTensor,
+        history: JaggedTensor,
+        history_age: Tensor | None = None,
+        history_ids: Tensor | None = None,
+        candidate_ids: Tensor | None = None,
+    ) -> list[Tensor]:
+        """How much each event weighs in each head's answer to each candidate.
+
+        For explanation and for tests: it is the quadratic form, O(n m) a request.
+
+        Returns:
+            For each request, [m, n, H + K * L]: the weights with which a head (the dense ones,
+            then the identity heads) averages the events' values. They sum to 1 over the events
+            where anything matched, and are 0 where nothing did.
+        """
+        self._check(history, history_age, history_ids, "history")
+        self._check(candidates, None, candidate_ids, "candidates")
+        config = self.config
+        result = []
+        for b in range(len(history.offsets()) - 1):
+            c = slice(int(candidates.offsets()[b]), int(candidates.offsets()[b + 1]))
+            e = slice(int(history.offsets()[b]), int(history.offsets()[b + 1]))
+            tokens = history.values()[e]
+            weights = history.weights_or_none()
+            event = (
+                None if weights is None else weights[e],
+                None if history_age is None else history_age[e],
+            )
+            *_, attention = ops.reference.quadratic(
+                candidates.values()[c],
+                tokens,
+                self.heads(self.query_proj),
+                self.heads(self.key_proj),
+                self.heads(self.value_proj),
+                ops.reference.event_weights(*event, self.decay, tokens),
+                config.feature_map,
+                config.eps,
+            )
+            parts = [attention]
+            if self.identity is not None:
+                weight = ops.reference.event_weights(*event, self.identity.decay, tokens)
+                for k in range(len(config.identity_features)):
+                    asked = self.identity.bucket(candidate_ids[c, k])
+                    same = asked[:, None] == self.identity.bucket(history_ids[e, k])
+                    matching = same[..., None] * weight  # [m, n, L]
+                    parts.append(matching / (matching.sum(1, keepdim=True) + config.eps))
+            result.append(torch.cat(parts, dim=2))
+        return result
+
+    def dense_heads(
+        self, candidates: JaggedTensor, history: JaggedTensor, history_age: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return self._attend_dense(candidates, *self._encode_dense(history, history_age))
+
+    def _encode_dense(
+        self, history: JaggedTensor, history_age: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return ops.encode(
+            history.values(),
+            history.offsets(),
+            self.heads(self.key_proj),
+            self.heads(self.value_proj),
+            history.weights_or_none(),
+            history_age,
+            self.decay,
+            self.config.feature_map,
+            self.config.backend,
+        )
+
+    def _attend_dense(
+        self, candidates: JaggedTensor, key_value: Tensor, key_sum: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return ops.attend(
+            candidates.values(),
+            candidates.offsets(),
+            self.heads(self.query_proj),
+            key_value,
+            key_sum,
+            self.config.feature_map,
+            self.config.eps,
+            self.config.backend,
+        )
+
+    def _encode_parts(self, history, history_age, history_ids) -> UserState:
+        state = None
+        ages, ids = (None if x is None else iter(x) for x in (history_age, history_ids))
+        for part in history:
+            new = self.encode(
+                part, None if ages is None else next(ages), None if ids is None else next(ids)
+            )
+            state = new if state is None else state + new
+        if state is None:
+            raise ValueError("history: no part given; an empty history is a JaggedTensor of length 0")
+        return state
+
+    def _decayed(self, state: UserState, elapsed: Tensor) -> UserState:
+        if elapsed.shape != (len(state),):
+            raise ValueError(f"elapsed must be [{len(state)}], got {list(elapsed.shape)}")
+        if elapsed.device.type == "cpu" and bool((elapsed < 0).any()):
+            raise ValueError("elapsed must not be negative: a state cannot go back in time")
+
+        def factor(decay: Tensor) -> Tensor:  # [B, number of rates]
+            return ops.reference.event_weights(None, elapsed, decay, state.key_sum[:, 0])
+
+        dense = factor(self.decay)
+        tensors = state.state_dict()
+        tensors["key_value"] = state.key_value * dense[..., None, None]
+        tensors["key_sum"] = state.key_sum * dense[..., None]
+        if self.identity is not None:
+            identity = factor(self.identity.decay)[:, None, :, None]
+            tensors["identity_sum"] = state.identity_sum * identity
+            tensors["identity_value"] = state.identity_value * identity[..., None]
+        return UserState(**tensors)

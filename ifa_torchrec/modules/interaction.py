@@ -1,0 +1,351 @@
+"""What every sequence interaction shares: the call, the identity heads, the masses, the output.
+
+IFA and the peers it is compared with differ in their dense heads alone, so that a comparison
+changes one word, and what is credited to an attention is that attention's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import JaggedTensor
+
+from ifa_torchrec import ops
+
+
+@dataclass(frozen=True)
+class IFAConfig:
+    """How candidates meet a history.
+
+    Args:
+        embedding_dim: D, width of the tokens and of the output.
+        num_heads: H, dense heads.
+        head_dim: d, width of a head; None means embedding_dim / num_heads.
+        feature_map: phi of the dense heads: "elu", "relu" or "hedgehog".
+        half_lives: for each dense head, the age at which an event counts half, in the unit of
+            the ages; math.inf for a head that never forgets. None means that no head does.
+        interest_mass: give the model log(1 + matched / mass_scale) of each head, which the
+            normalisation would take away. Our own addition.
+        mass_scale: how much matching history makes the mass log 2.
+        identity_features: names of the id features that get identity heads, one column of
+            history_ids and candidate_ids each. Our own addition.
+        identity_buckets: R, buckets of an identity feature: an id falls into bucket id mod R,
+            in training as in a cached state. A feature with at most R ids never collides.
+        identity_half_lives: L half-lives; each identity feature has a head for each.
+        eps: keeps the division defined where nothing matched.
+        backend: a key of ops.BACKENDS.
+
+    Raises:
+        ValueError: a value is out of range; the message names it.
+
+    Example:
+        >>> from ifa_torchrec import IFAConfig
+        >>> IFAConfig(embedding_dim=64, num_heads=4).head_width
+        16
+    """
+
+    embedding_dim: int
+    num_heads: int = 4
+    head_dim: int | None = None
+    feature_map: str = "hedgehog"
+    half_lives: tuple[float, ...] | None = None
+    interest_mass: bool = True
+    mass_scale: float = 1.0
+    identity_features: tuple[str, ...] = ()
+    identity_buckets: int = 4096
+    identity_half_lives: tuple[float, ...] = (math.inf,)
+    eps: float = 1e-6
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        def check(good: bool, message: str) -> None:
+            if not good:
+                raise ValueError(f"IFAConfig: {message}")
+
+        check(self.embedding_dim > 0, f"embedding_dim must be positive, got {self.embedding_dim}")
+        check(self.num_heads > 0, f"num_heads must be positive, got {self.num_heads}")
+        check(
+            self.head_dim is not None or self.embedding_dim % self.num_heads == 0,
+            f"embedding_dim {self.embedding_dim} is no multiple of num_heads {self.num_heads}; "
+            "give head_dim",
+        )
+        check(self.head_dim is None or self.head_dim > 0, f"head_dim must be positive, got {self.head_dim}")
+        check(
+            self.feature_map in ops.FEATURE_MAPS,
+            f"feature_map {self.feature_map!r} is none of {sorted(ops.FEATURE_MAPS)}",
+        )
+        check(
+            self.half_lives is None or len(self.half_lives) == self.num_heads,
+            f"half_lives {self.half_lives} must be one for each of the {self.num_heads} heads",
+        )
+        for name in ("half_lives", "identity_half_lives"):
+            values = getattr(self, name) or ()
+            check(all(v > 0 for v in values), f"{name} must be positive, got {values}")
+        check(
+            len(self.identity_half_lives) > 0 or not self.identity_features,
+            "identity_half_lives is empty; (math.inf,) means no decay",
+        )
+        check(self.mass_scale > 0, f"mass_scale must be positive, got {self.mass_scale}")
+        check(self.eps > 0, f"eps must be positive, got {self.eps}")
+        check(
+            self.identity_buckets > 0, f"identity_buckets must be positive, got {self.identity_buckets}"
+        )
+        check(
+            self.backend in ops.BACKENDS, f"backend {self.backend!r} is none of {sorted(ops.BACKENDS)}"
+        )
+
+    @property
+    def head_width(self) -> int:
+        """d, the width of a head."""
+        return self.head_dim or self.embedding_dim // self.num_heads
+
+    @property
+    def num_identity_heads(self) -> int:
+        """Identity heads in all: features times half-lives."""
+        return len(self.identity_features) * len(self.identity_half_lives)
+
+
+def decay_rates(half_lives: tuple[float, ...]) -> Tensor:
+    """lambda = ln 2 / half-life, float32; 0 for an infinite half-life."""
+    return torch.tensor([math.log(2.0) / h for h in half_lives])
+
+
+class SequenceInteraction(nn.Module):
+    """Base of IFA and its peers: dense heads (of the subclass), identity heads, masses, output.
+
+    ``output_proj`` maps [dense head outputs | identity head outputs | masses] to D. The mass of a
+    head is log(1 + matched / mass_scale), where matched is the head's normaliser: for IFA
+    phi(q)^T z, for softmax the sum of w_i exp(q k_i), for mean pooling the sum of w_i.
+
+    Args:
+        config: IFAConfig; peers leave feature_map, eps and backend unused in their dense heads.
+    """
+
+    def __init__(self, config: IFAConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.num_heads * config.head_width
+        self.value_proj = nn.Linear(config.embedding_dim, width, bias=False)
+        self.register_buffer(
+            "decay",
+            decay_rates(config.half_lives or (math.inf,) * config.num_heads),
+            persistent=False,
+        )
+        self.identity = IdentityHeads(config) if config.identity_features else None
+        features = width + config.num_identity_heads * config.head_width
+        if config.interest_mass:
+            features += config.num_heads + config.num_identity_heads
+        self.output_proj = nn.Linear(features, config.embedding_dim)
+
+    def forward(
+        self,
+        candidates: JaggedTensor,
+        history: JaggedTensor,
+        history_age: Tensor | None = None,
+        history_ids: Tensor | None = None,
+        candidate_ids: Tensor | None = None,
+    ) -> JaggedTensor:
+        """
+        Args:
+            candidates: B requests' candidate tokens, values [M, D].
+            history: B requests' event tokens, values [N, D], oldest first; its weights, if it
+                has any, are the event weights a_i >= 0.
+            history_age: [N] >= 0, or None for 0.
+            history_ids: [N, K] int64 and candidate_ids: [M, K] int64, a column for each of the
+                config's identity_features; needed where there are any.
+
+        Returns:
+            JaggedTensor with the candidates' offsets and values [M, D].
+
+        Raises:
+            ValueError: shapes do not fit, lengths do not sum to the number of rows, an age or
+                an event weight is negative.
+        """
+        self._check(history, history_age, history_ids, "history")
+        self._check(candidates, None, candidate_ids, "candidates")
+        _check_same_requests(candidates, len(history.offsets()) - 1)
+        heads, matched = self.dense_heads(candidates, history, history_age)
+        identity = None
+        if self.identity is not None:
+            identity = self.identity(candidates, history, history_age, history_ids, candidate_ids)
+        return self._output(candidates, heads, matched, identity)
+
+    def dense_heads(
+        self, candidates: JaggedTensor, history: JaggedTensor, history_age: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Outputs [M, H, d] and normalisers [M, H] of the dense heads; None is allowed for the
+        latter where the config asks for no masses."""
+        raise NotImplementedError
+
+    def heads(self, projection: nn.Linear) -> Tensor:
+        """A projection's weight as [H, d, D]."""
+        return projection.weight.unflatten(0, (self.config.num_heads, self.config.head_width))
+
+    def _output(
+        self,
+        candidates: JaggedTensor,
+        heads: Tensor,
+        matched: Tensor | None,
+        identity: tuple[Tensor, Tensor] | None,
+    ) -> JaggedTensor:
+        parts = [heads.flatten(1)]
+        if identity is not None:
+            parts.append(identity[0].flatten(1))
+        if self.config.interest_mass:
+            parts.append(self._mass(matched))
+            if identity is not None:
+                parts.append(self._mass(identity[1]))
+        dtype = self.output_proj.weight.dtype
+        values = self.output_proj(torch.cat([part.to(dtype) for part in parts], dim=1))
+        return JaggedTensor(values, lengths=candidates.lengths(), offsets=candidates.offsets())
+
+    def _mass(self, matched: Tensor) -> Tensor:
+        return torch.log1p(matched / self.config.mass_scale)
+
+    def _check(
+        self, tokens: JaggedTensor, age: Tensor | None, ids: Tensor | None, name: str
+    ) -> None:
+        values = tokens.values()
+        if values.dim() != 2 or values.shape[1] != self.config.embedding_dim:
+            raise ValueError(
+                f"{name}: values must be [rows, {self.config.embedding_dim}], got {list(values.shape)}"
+            )
+        if age is not None and age.shape != values.shape[:1]:
+            raise ValueError(
+                f"history_age must be [{len(values)}], one age an event, got {list(age.shape)}"
+            )
+        identity_features = self.config.identity_features
+        if identity_features:
+            wanted = (len(values), len(identity_features))
+            which = "history_ids" if name == "history" else "candidate_ids"
+            if ids is None or tuple(ids.shape) != wanted:
+                got = "None" if ids is None else list(ids.shape)
+                raise ValueError(
+                    f"{which} must be {list(wanted)}, a column for each of {identity_features}, got {got}"
+                )
+        # On a GPU, and in a compiled graph, looking at values would wait for the device.
+        if values.device.type == "cpu" and not torch.compiler.is_compiling():
+            total = int(tokens.offsets()[-1])
+            if total != len(values):
+                raise ValueError(f"{name}: lengths sum to {total}, but there are {len(values)} rows")
+            weights = tokens.weights_or_none()
+            if age is not None and bool((age < 0).any()):
+                raise ValueError(
+                    f"history_age: event {int((age < 0).nonzero()[0])} has a negative age; an event "
+                    "after the request must not be in its history"
+                )
+            if name == "history" and weights is not None and bool((weights < 0).any()):
+                raise ValueError(f"history: event {int((weights < 0).nonzero()[0])} has a negative weight")
+
+
+def _check_same_requests(candidates: JaggedTensor, requests: int) -> None:
+    if len(candidates.offsets()) - 1 != requests:
+        raise ValueError(
+            f"candidates are of {len(candidates.offsets()) - 1} requests, the histories of {requests}"
+        )
+
+
+class IdentityHeads(nn.Module):
+    """Linear attention whose phi is the one-hot of an id's bucket: "the same item?".
+
+    For each identity feature and half-life: how much of the history has the candidate's id, and
+    the mean value of those events. Our own addition to the paper's algebra.
+
+    Args:
+        config: IFAConfig with identity_features.
+    """
+
+    def __init__(self, config: IFAConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = len(config.identity_features) * config.head_width
+        self.value_proj = nn.Linear(config.embedding_dim, width, bias=False)
+        self.register_buffer("decay", decay_rates(config.identity_half_lives), persistent=False)
+
+    def forward(
+        self,
+        candidates: JaggedTensor,
+        history: JaggedTensor,
+        history_age: Tensor | None,
+        history_ids: Tensor,
+        candidate_ids: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs [M, K * L, d] and matched weights [M, K * L], by joining ids.
+
+        Nothing of the size of the buckets is built.
+        """
+        outputs, matched = [], []
+        for k, weight in enumerate(self._value_weights()):
+            token_sum, weight_sum = ops.match(
+                self.bucket(candidate_ids[:, k]),
+                candidates.offsets(),
+                history.values(),
+                self.bucket(history_ids[:, k]),
+                history.offsets(),
+                history.weights_or_none(),
+                history_age,
+                self.decay,
+                self.config.backend,
+            )
+            mean = token_sum / (weight_sum[..., None] + self.config.eps)
+            outputs.append(mean @ weight.to(mean.dtype).T)
+            matched.append(weight_sum)
+        return torch.cat(outputs, dim=1), torch.cat(matched, dim=1)
+
+    def encode(
+        self, history: JaggedTensor, history_age: Tensor | None, history_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The state's tables: identity_value [B, K, L, R, d] and identity_sum [B, K, L, R]."""
+        values = history.values()
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        requests = len(history.offsets()) - 1
+        owner = torch.repeat_interleave(
+            torch.arange(requests, device=values.device), history.offsets().diff()
+        )
+        weight = ops.reference.event_weights(
+            history.weights_or_none(), history_age, self.decay, values.to(dtype)
+        )
+        buckets = self.config.identity_buckets
+        value_tables, sum_tables = [], []
+        for k, projection in enumerate(self._value_weights()):
+            row = owner * buckets + self.bucket(history_ids[:, k])
+            value = values.to(dtype) @ projection.to(dtype).T
+            for rate in range(len(self.decay)):
+                table = value.new_zeros(requests * buckets, value.shape[1])
+                value_tables.append(table.index_add(0, row, value * weight[:, rate, None]))
+                total = value.new_zeros(requests * buckets)
+                sum_tables.append(total.index_add(0, row, weight[:, rate]))
+        shape = (requests, len(self.config.identity_features), len(self.decay), buckets)
+        value = torch.stack(value_tables).view(-1, requests, buckets, self.config.head_width)
+        total = torch.stack(sum_tables).view(-1, requests, buckets)
+        return value.transpose(0, 1).reshape(*shape, -1), total.transpose(0, 1).reshape(shape)
+
+    def attend(
+        self,
+        candidates: JaggedTensor,
+        identity_value: Tensor,
+        identity_sum: Tensor,
+        candidate_ids: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs [M, K * L, d] and matched weights [M, K * L], read from the state's tables."""
+        owner = torch.repeat_interleave(
+            torch.arange(len(identity_sum), device=identity_sum.device), candidates.offsets().diff()
+        )
+        outputs, matched = [], []
+        for k in range(len(self.config.identity_features)):
+            bucket = self.bucket(candidate_ids[:, k])
+            total = identity_sum[owner, k, :, bucket]  # [M, L]
+            value = identity_value[owner, k, :, bucket]  # [M, L, d]
+            outputs.append(value / (total[..., None] + self.config.eps))
+            matched.append(total)
+        return torch.cat(outputs, dim=1), torch.cat(matched, dim=1)
+
+    def bucket(self, ids: Tensor) -> Tensor:
+        """The bucket of each id, in 0..R-1."""
+        return ids % self.config.identity_buckets
+
+    def _value_weights(self) -> Tensor:
+        return self.value_proj.weight.unflatten(0, (-1, self.config.head_width))

@@ -1,0 +1,135 @@
+"""The interactions that IFA is compared with, under the same call and configuration."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchrec.sparse.jagged_tensor import JaggedTensor
+
+from ifa_torchrec import ops
+from ifa_torchrec.modules.interaction import IFAConfig, SequenceInteraction
+
+
+class MeanPooling(SequenceInteraction):
+    """The weighted mean of the events' values, the same for all candidates of a request.
+
+    Heads of different half-lives are means over different stretches of time.
+
+    Args:
+        config: IFAConfig.
+
+    Example:
+        >>> import torch
+        >>> from torchrec.sparse.jagged_tensor import JaggedTensor
+        >>> from ifa_torchrec import IFAConfig
+        >>> from ifa_torchrec.modules import MeanPooling
+        >>> mean = MeanPooling(IFAConfig(embedding_dim=8, num_heads=2))
+        >>> tokens = JaggedTensor(torch.randn(5, 8), lengths=torch.tensor([5, 0]))
+        >>> mean(tokens, tokens).values().shape
+        torch.Size([5, 8])
+    """
+
+    def dense_heads(
+        self, candidates: JaggedTensor, history: JaggedTensor, history_age: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        tokens = history.values()
+        requests = torch.arange(len(history.offsets()) - 1, device=tokens.device)
+        owner = torch.repeat_interleave(requests, history.offsets().diff())
+        weight = ops.reference.event_weights(
+            history.weights_or_none(), history_age, self.decay, tokens
+        )
+        total = tokens.new_zeros(len(requests), weight.shape[1]).index_add(0, owner, weight)
+        if self.config.half_lives is None:  # every head's mean is over the same weights
+            sums = tokens.new_zeros(len(requests), 1, tokens.shape[1])
+            sums = sums.index_add(0, owner, (tokens * weight[:, :1])[:, None])
+        else:
+            sums = tokens.new_zeros(len(requests), weight.shape[1], tokens.shape[1])
+            sums = sums.index_add(0, owner, tokens[:, None] * weight[..., None])
+        mean = sums / (total[:, : sums.shape[1], None] + self.config.eps)
+        mean = mean.expand(-1, self.config.num_heads, -1)
+        heads = torch.einsum("bhD,hdD->bhd", mean, self.heads(self.value_proj))
+        asking = torch.repeat_interleave(requests, candidates.offsets().diff())
+        return heads[asking], total[asking]
+
+
+class SoftmaxAttention(SequenceInteraction):
+    """Multi-head softmax target attention over the history (Vaswani et al. 2017), O(n m d).
+
+    Each request is attended by itself, so that nothing is padded. Half-lives and event weights
+    enter as log w_i beside the scores, the softmax form of the same weighting.
+
+    Args:
+        config: IFAConfig.
+        recent_length: attend only to the latest so many events; None for all.
+
+    Example:
+        >>> import torch
+        >>> from torchrec.sparse.jagged_tensor import JaggedTensor
+        >>> from ifa_torchrec import IFAConfig
+        >>> from ifa_torchrec.modules import SoftmaxAttention
+        >>> softmax = SoftmaxAttention(IFAConfig(embedding_dim=8, num_heads=2), recent_length=2)
+        >>> tokens = JaggedTensor(torch.randn(5, 8), lengths=torch.tensor([5, 0]))
+        >>> softmax(tokens, tokens).values().shape
+        torch.Size([5, 8])
+    """
+
+    def __init__(self, config: IFAConfig, recent_length: int | None = None) -> None:
+        super().__init__(config)
+        if recent_length is not None and recent_length < 1:
+            raise ValueError(f"recent_length must be at least 1, got {recent_length}")
+        self.recent_length = recent_length
+        width = config.num_heads * config.head_width
+        self.query_proj = nn.Linear(config.embedding_dim, width, bias=False)
+        self.key_proj = nn.Linear(config.embedding_dim, width, bias=False)
+
+    def dense_heads(
+        self, candidates: JaggedTensor, history: JaggedTensor, history_age: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        tokens, weights = history.values(), history.weights_or_none()
+        ends = history.offsets()[1:].tolist()
+        starts = history.offsets()[:-1].tolist()
+        if self.recent_length is not None:
+            starts = [max(a, b - self.recent_length) for a, b in zip(starts, ends, strict=True)]
+            rows = torch.cat([torch.arange(a, b) for a, b in zip(starts, ends, strict=True)])
+            rows = rows.to(tokens.device)
+            tokens = tokens[rows]
+            weights = None if weights is None else weights[rows]
+            history_age = None if history_age is None else history_age[rows]
+        lengths = [b - a for a, b in zip(starts, ends, strict=True)]
+        shape = (-1, self.config.num_heads, self.config.head_width)
+        key = self.key_proj(tokens).view(shape).transpose(0, 1).split(lengths, dim=1)
+        value = self.value_proj(tokens).view(shape).transpose(0, 1).split(lengths, dim=1)
+        query = self.query_proj(candidates.values()).view(shape).transpose(0, 1)
+        bias = self._log_weights(weights, history_age, tokens)
+        biases = [None] * len(lengths) if bias is None else bias.split(lengths, dim=1)
+        outputs, matched = [], []
+        sets = query.split(candidates.offsets().diff().tolist(), dim=1)
+        for q, k, v, log_weight in zip(sets, key, value, biases, strict=True):
+            if k.shape[1] == 0 or q.shape[1] == 0:
+                outputs.append(torch.zeros_like(q))
+                matched.append(torch.zeros_like(q[..., 0]))
+                continue
+            mask = None if log_weight is None else log_weight[:, None].expand(-1, q.shape[1], -1)
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    q[None], k[None], v[None], attn_mask=None if mask is None else mask[None]
+                )[0]
+            )
+            if self.config.interest_mass:
+                score = q @ k.mT / self.config.head_width**0.5
+                score = score if mask is None else score + mask
+                matched.append(score.logsumexp(-1).exp())
+        heads = torch.cat(outputs, dim=1).transpose(0, 1)
+        return heads, torch.cat(matched, dim=1).T if self.config.interest_mass else None
+
+    def _log_weights(
+        self, weights: Tensor | None, age: Tensor | None, tokens: Tensor
+    ) -> Tensor | None:
+        """log w_hi, [H, n]; None where every weight is 1. A weight of 0 becomes 1e-30."""
+        if weights is None and (age is None or self.config.half_lives is None):
+            return None
+        bias = tokens.new_zeros(self.config.num_heads, len(tokens))
+        if age is not None:
+            bias = bias - self.decay[:, None].to(tokens.dtype) * age.to(tokens.dtype)
+        return bias if weights is None else bias + weights.to(tokens.dtype).clamp(min=1e-30).log()

@@ -1,0 +1,506 @@
+"""The `torch` backend: jagged, tiled, absorbed, as custom operators with their own backward.
+
+Absorbed: S_h = (sum_i w_hi phi(k_hi) x_i^T) Wv_h, so the values are never projected per event,
+and the sums of all heads are one matrix product. Tiled: at most TILE rows are in work at a time;
+the backward projects the tile's keys again instead of keeping phi(k) of all N events.
+
+Operators (all shapes static given the inputs', so that torch.compile sees no surprise):
+
+    ifa::encode  history, offsets, Wk, ... -> key_token [B, H, d_phi, D], key_sum [B, H, d_phi]
+    ifa::attend  candidates, offsets, Wq, S, z -> out [M, H, d], matched [M, H]
+    ifa::match   candidates' and events' buckets, ... -> token_sum [M, L, D], weight_sum [M, L]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ifa_torchrec.ops.feature_maps import FEATURE_MAPS
+from ifa_torchrec.ops.reference import event_weights
+
+TILE = 4096
+"""Rows in work at a time: with D = 64 and 4 heads of 16 a tile's temporaries are some 4 MB."""
+_LONGEST_CHUNK = 1024
+
+
+def _accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _tiles(offsets: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Cut the requests' rows into chunks, and the chunks, longest first, into tiles.
+
+    Chunks of a tile are of about the same length, so little is padded, whatever the lengths.
+
+    Yields:
+        request [b]: whose rows each chunk holds; row [b, L]: the rows, 0 where padded;
+        valid [b, L] bool.
+    """
+    device = offsets.device
+    starts = offsets[:-1].cpu()
+    lengths = offsets.cpu().diff()
+    chunks = (lengths + _LONGEST_CHUNK - 1) // _LONGEST_CHUNK
+    request = torch.repeat_interleave(torch.arange(len(lengths)), chunks)
+    nth = torch.arange(len(request)) - torch.repeat_interleave(chunks.cumsum(0) - chunks, chunks)
+    start = starts[request] + nth * _LONGEST_CHUNK
+    length = (lengths[request] - nth * _LONGEST_CHUNK).clamp(max=_LONGEST_CHUNK)
+    length, order = length.sort(descending=True, stable=True)
+    request, start = request[order].to(device), start[order].to(device)
+    longest = length.tolist()
+    length = length.to(device)
+    first = 0
+    while first < len(longest):
+        last = first + max(TILE // longest[first], 1)
+        step = torch.arange(longest[first], device=device)
+        valid = step < length[first:last, None]
+        row = torch.where(valid, start[first:last, None] + step, 0)
+        yield request[first:last], row, valid
+        first = last
+
+
+def _tile_features(tokens: Tensor, weight: Tensor, feature_map: str) -> tuple[Tensor, Tensor]:
+    """Projections [b, L, H, d] and phi of them [b, L, H, d_phi] of a tile's tokens [b, L, D]."""
+    heads, width, _ = weight.shape
+    projected = (tokens @ weight.flatten(0, 1).T).unflatten(-1, (heads, width))
+    return projected, FEATURE_MAPS[feature_map].forward(projected)
+
+
+def _tile_weights(
+    weights: Tensor | None, ages: Tensor | None, decay: Tensor, tokens: Tensor, row: Tensor, valid: Tensor
+) -> Tensor:
+    """w_hi of a tile, [b, L, H], zero where padded."""
+    flat = row.flatten()
+    weight = event_weights(
+        None if weights is None else weights[flat].to(tokens.dtype),
+        None if ages is None else ages[flat].to(tokens.dtype),
+        decay.to(tokens.dtype),
+        tokens.flatten(0, 1),
+    )
+    return weight.unflatten(0, row.shape) * valid[..., None]
+
+
+# ------------------------------------------------------------------------------------- encode
+
+
+@torch.library.custom_op("ifa::encode", mutates_args=())
+def encode_op(
+    history: Tensor,
+    offsets: Tensor,
+    key_weight: Tensor,
+    weights: Tensor | None,
+    ages: Tensor | None,
+    decay: Tensor,
+    feature_map: str,
+) -> tuple[Tensor, Tensor]:
+    dtype = _accumulator_dtype(history.dtype)
+    requests, (heads, width, dim) = len(offsets) - 1, key_weight.shape
+    features = heads * width * FEATURE_MAPS[feature_map].expansion
+    key_weight = key_weight.to(dtype)
+    key_token = history.new_zeros(requests, features, dim, dtype=dtype)
+    key_sum = history.new_zeros(requests, features, dtype=dtype)
+    for request, row, valid in _tiles(offsets):
+        tokens = history[row].to(dtype)
+        _, phi = _tile_features(tokens, key_weight, feature_map)
+        phi = phi * _tile_weights(weights, ages, decay, tokens, row, valid)[..., None]
+        phi = phi.flatten(2)
+        key_token.index_add_(0, request, torch.bmm(phi.mT, tokens))
+        key_sum.index_add_(0, request, phi.sum(1))
+    shape = (requests, heads, features // heads)
+    return key_token.view(*shape, dim), key_sum.view(shape)
+
+
+@encode_op.register_fake
+def _(history, offsets, key_weight, weights, ages, decay, feature_map):
+    dtype = _accumulator_dtype(history.dtype)
+    heads, width, dim = key_weight.shape
+    shape = (offsets.shape[0] - 1, heads, width * FEATURE_MAPS[feature_map].expansion)
+    return history.new_empty(*shape, dim, dtype=dtype), history.new_empty(shape, dtype=dtype)
+
+
+@torch.library.custom_op("ifa::encode_backward", mutates_args=())
+def encode_backward_op(
+    grad_token: Tensor,
+    grad_sum: Tensor,
+    history: Tensor,
+    offsets: Tensor,
+    key_weight: Tensor,
+    weights: Tensor | None,
+    ages: Tensor | None,
+    decay: Tensor,
+    feature_map: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _accumulator_dtype(history.dtype)
+    backward = FEATURE_MAPS[feature_map].backward
+    key_weight_ = key_weight.to(dtype)
+    flat_weight = key_weight_.flatten(0, 1)
+    grad_token, grad_sum = grad_token.flatten(1, 2), grad_sum.flatten(1, 2)
+    grad_history = torch.zeros_like(history)
+    grad_key_weight = torch.zeros_like(flat_weight)
+    grad_weights = history.new_zeros(len(history) if weights is not None else 0, dtype=dtype)
+    for request, row, valid in _tiles(offsets):
+        tokens = history[row].to(dtype)
+        projected, phi = _tile_features(tokens, key_weight_, feature_map)
+        weight = _tile_weights(weights, ages, decay, tokens, row, valid)[..., None]
+        grad_weighted = torch.bmm(tokens, grad_token[request].mT) + grad_sum[request][:, None]
+        grad_weighted = grad_weighted.view_as(phi)
+        grad_tokens = torch.bmm((phi * weight).flatten(2), grad_token[request])
+        grad_projected = backward(grad_weighted * weight, projected, phi).flatten(2)
+        grad_tokens = grad_tokens + grad_projected @ flat_weight
+        grad_key_weight += grad_projected.flatten(0, 1).T @ tokens.flatten(0, 1)
+        grad_history[row[valid]] = grad_tokens[valid].to(history.dtype)
+        if weights is not None:
+            ones = torch.ones_like(weights)
+            decayed = _tile_weights(ones, ages, decay, tokens, row, valid)
+            grad_weights[row[valid]] = ((grad_weighted * phi).sum(-1) * decayed).sum(-1)[valid]
+    return (
+        grad_history,
+        grad_key_weight.view_as(key_weight_).to(key_weight.dtype),
+        grad_weights if weights is None else grad_weights.to(weights.dtype),
+    )
+
+
+@encode_backward_op.register_fake
+def _(grad_token, grad_sum, history, offsets, key_weight, weights, ages, decay, feature_map):
+    dtype = _accumulator_dtype(history.dtype)
+    grad_weights = history.new_empty(0, dtype=dtype) if weights is None else torch.empty_like(weights)
+    return torch.empty_like(history), torch.empty_like(key_weight), grad_weights
+
+
+def _encode_setup(ctx, inputs, output):
+    *tensors, ctx.feature_map = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _encode_autograd(ctx, grad_token, grad_sum):
+    grad_history, grad_key_weight, grad_weights = torch.ops.ifa.encode_backward(
+        grad_token, grad_sum, *ctx.saved_tensors, ctx.feature_map
+    )
+    if ctx.saved_tensors[3] is None:
+        grad_weights = None
+    return grad_history, None, grad_key_weight, grad_weights, None, None, None
+
+
+encode_op.register_autograd(_encode_autograd, setup_context=_encode_setup)
+
+
+def encode(
+    history: Tensor,
+    offsets: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    weights: Tensor | None,
+    ages: Tensor | None,
+    decay: Tensor,
+    feature_map: str,
+) -> tuple[Tensor, Tensor]:
+    """See ``ifa_torchrec.ops.encode``."""
+    key_token, key_sum = torch.ops.ifa.encode(
+        history, offsets, key_weight, weights, ages, decay, feature_map
+    )
+    key_value = torch.einsum("bhfD,hdD->bhfd", key_token, value_weight.to(key_token.dtype))
+    return key_value, key_sum
+
+
+# ------------------------------------------------------------------------------------- attend
+
+
+def _by_head(tile: Tensor) -> Tensor:
+    """[b, L, H, x] -> [b * H, L, x], for one bmm over requests and heads."""
+    return tile.transpose(1, 2).flatten(0, 1)
+
+
+@torch.library.custom_op("ifa::attend", mutates_args=())
+def attend_op(
+    candidates: Tensor,
+    offsets: Tensor,
+    query_weight: Tensor,
+    key_value: Tensor,
+    key_sum: Tensor,
+    feature_map: str,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    heads, width = query_weight.shape[0], key_value.shape[-1]
+    out = key_value.new_zeros(len(candidates), heads, width)
+    matched = key_value.new_zeros(len(candidates), heads)
+    query_weight = query_weight.to(key_value.dtype)
+    for request, row, valid in _tiles(offsets):
+        tokens = candidates[row].to(key_value.dtype)
+        phi = _by_head(_tile_features(tokens, query_weight, feature_map)[1])
+        numerator = torch.bmm(phi, key_value[request].flatten(0, 1))
+        normaliser = torch.bmm(phi, key_sum[request].flatten(0, 1)[..., None])
+        result = (numerator / (normaliser + eps)).unflatten(0, (-1, heads)).transpose(1, 2)
+        out[row[valid]] = result[valid]
+        matched[row[valid]] = normaliser[..., 0].unflatten(0, (-1, heads)).transpose(1, 2)[valid]
+    return out, matched
+
+
+@attend_op.register_fake
+def _(candidates, offsets, query_weight, key_value, key_sum, feature_map, eps):
+    shape = (candidates.shape[0], query_weight.shape[0])
+    return key_value.new_empty(*shape, key_value.shape[-1]), key_value.new_empty(shape)
+
+
+@torch.library.custom_op("ifa::attend_backward", mutates_args=())
+def attend_backward_op(
+    grad_out: Tensor,
+    grad_matched: Tensor,
+    candidates: Tensor,
+    offsets: Tensor,
+    query_weight: Tensor,
+    key_value: Tensor,
+    key_sum: Tensor,
+    feature_map: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    heads = query_weight.shape[0]
+    weight = query_weight.to(key_value.dtype)
+    flat_weight = weight.flatten(0, 1)
+    grad_candidates = torch.zeros_like(candidates)
+    grad_query_weight = torch.zeros_like(flat_weight)
+    grad_key_value, grad_key_sum = torch.zeros_like(key_value), torch.zeros_like(key_sum)
+    for request, row, valid in _tiles(offsets):
+        tokens = candidates[row].to(key_value.dtype)
+        projected, phi_tile = _tile_features(tokens, weight, feature_map)
+        phi = _by_head(phi_tile)
+        state, total = key_value[request].flatten(0, 1), key_sum[request].flatten(0, 1)
+        normaliser = torch.bmm(phi, total[..., None]) + eps
+        out = torch.bmm(phi, state) / normaliser
+        # a padded row repeats row 0, so its gradient is taken out here
+        upstream = _by_head(grad_out[row] * valid[..., None, None])
+        upstream_matched = _by_head((grad_matched[row] * valid[..., None])[..., None])
+        grad_numerator = upstream / normaliser
+        grad_normaliser = upstream_matched - (grad_numerator * out).sum(-1, keepdim=True)
+        grad_phi = torch.bmm(grad_numerator, state.mT) + grad_normaliser * total[:, None]
+        grad_key_value.index_add_(
+            0, request, torch.bmm(phi.mT, grad_numerator).unflatten(0, (-1, heads))
+        )
+        grad_key_sum.index_add_(
+            0, request, (phi * grad_normaliser).sum(1).unflatten(0, (-1, heads))
+        )
+        grad_phi = grad_phi.unflatten(0, (-1, heads)).transpose(1, 2)
+        grad_projected = FEATURE_MAPS[feature_map].backward(grad_phi, projected, phi_tile).flatten(2)
+        grad_query_weight += grad_projected.flatten(0, 1).T @ tokens.flatten(0, 1)
+        grad_candidates[row[valid]] = (grad_projected @ flat_weight)[valid].to(candidates.dtype)
+    return (
+        grad_candidates,
+        grad_query_weight.view_as(weight).to(query_weight.dtype),
+        grad_key_value,
+        grad_key_sum,
+    )
+
+
+@attend_backward_op.register_fake
+def _(grad_out, grad_matched, candidates, offsets, query_weight, key_value, key_sum, feature_map, eps):
+    return tuple(torch.empty_like(t) for t in (candidates, query_weight, key_value, key_sum))
+
+
+def _attend_setup(ctx, inputs, output):
+    *tensors, ctx.feature_map, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _attend_autograd(ctx, grad_out, grad_matched):
+    grads = torch.ops.ifa.attend_backward(
+        grad_out, grad_matched, *ctx.saved_tensors, ctx.feature_map, ctx.eps
+    )
+    grad_candidates, grad_query_weight, grad_key_value, grad_key_sum = grads
+    return grad_candidates, None, grad_query_weight, grad_key_value, grad_key_sum, None, None
+
+
+attend_op.register_autograd(_attend_autograd, setup_context=_attend_setup)
+
+
+def attend(
+    candidates: Tensor,
+    offsets: Tensor,
+    query_weight: Tensor,
+    key_value: Tensor,
+    key_sum: Tensor,
+    feature_map: str,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """See ``ifa_torchrec.ops.attend``."""
+    return torch.ops.ifa.attend(
+        candidates, offsets, query_weight, key_value, key_sum, feature_map, eps
+    )
+
+
+# -------------------------------------------------------------------------------------- match
+
+
+def _join(
+    candidate_buckets: Tensor, candidate_offsets: Tensor, buckets: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Join each request's events with its candidates, by sorting; O((N + M) log M).
+
+    Candidates of one request with the same bucket share a slot.
+
+    Returns:
+        candidate_slot [M]; and, for the events that match some candidate, event [E] (their
+        rows) and event_slot [E].
+    """
+    distinct, candidate_code = candidate_buckets.unique(return_inverse=True)
+    if len(distinct) == 0 or len(buckets) == 0:
+        none = buckets.new_empty(0)
+        return candidate_code, none, none
+    code = torch.searchsorted(distinct, buckets).clamp(max=len(distinct) - 1)
+    event = (distinct[code] == buckets).nonzero()[:, 0]
+    owner = torch.arange(len(offsets) - 1, device=buckets.device)
+    candidate_key = (
+        torch.repeat_interleave(owner, candidate_offsets.diff()) * len(distinct) + candidate_code
+    )
+    key = torch.repeat_interleave(owner, offsets.diff())[event] * len(distinct) + code[event]
+    slots, candidate_slot = candidate_key.unique(return_inverse=True)
+    slot = torch.searchsorted(slots, key).clamp(max=len(slots) - 1)
+    matching = slots[slot] == key
+    return candidate_slot, event[matching], slot[matching]
+
+
+def _match_weights(
+    weights: Tensor | None, ages: Tensor | None, decay: Tensor, tokens: Tensor, event: Tensor
+) -> Tensor:
+    return event_weights(
+        None if weights is None else weights[event].to(tokens.dtype),
+        None if ages is None else ages[event].to(tokens.dtype),
+        decay.to(tokens.dtype),
+        tokens,
+    )
+
+
+@torch.library.custom_op("ifa::match", mutates_args=())
+def match_op(
+    candidate_buckets: Tensor,
+    candidate_offsets: Tensor,
+    history: Tensor,
+    history_buckets: Tensor,
+    history_offsets: Tensor,
+    weights: Tensor | None,
+    ages: Tensor | None,
+    decay: Tensor,
+) -> tuple[Tensor, Tensor]:
+    dtype = _accumulator_dtype(history.dtype)
+    slot, event, event_slot = _join(
+        candidate_buckets, candidate_offsets, history_buckets, history_offsets
+    )
+    tokens = history[event].to(dtype)
+    weight = _match_weights(weights, ages, decay, tokens, event)
+    weight_sum = tokens.new_zeros(len(slot), len(decay)).index_add_(0, event_slot, weight)
+    token_sum = tokens.new_zeros(len(slot), len(decay), history.shape[1])
+    for rate in range(len(decay)):
+        token_sum[:, rate].index_add_(0, event_slot, tokens * weight[:, rate, None])
+    return token_sum[slot], weight_sum[slot]
+
+
+@match_op.register_fake
+def _(
+    candidate_buckets,
+    candidate_offsets,
+    history,
+    history_buckets,
+    history_offsets,
+    weights,
+    ages,
+    decay,
+):
+    dtype = _accumulator_dtype(history.dtype)
+    shape = (candidate_buckets.shape[0], decay.shape[0])
+    return history.new_empty(*shape, history.shape[1], dtype=dtype), history.new_empty(
+        shape, dtype=dtype
+    )
+
+
+@torch.library.custom_op("ifa::match_backward", mutates_args=())
+def match_backward_op(
+    grad_token: Tensor,
+    grad_weight: Tensor,
+    candidate_buckets: Tensor,
+    candidate_offsets: Tensor,
+    history: Tensor,
+    history_buckets: Tensor,
+    history_offsets: Tensor,
+    weights: Tensor | None,
+    ages: Tensor | None,
+    decay: Tensor,
+) -> tuple[Tensor, Tensor]:
+    dtype = _accumulator_dtype(history.dtype)
+    slot, event, event_slot = _join(
+        candidate_buckets, candidate_offsets, history_buckets, history_offsets
+    )
+    # the gradient of a slot is the sum over the candidates that read it
+    grad_token = torch.zeros_like(grad_token).index_add_(0, slot, grad_token)
+    grad_weight = torch.zeros_like(grad_weight).index_add_(0, slot, grad_weight)
+    tokens = history[event].to(dtype)
+    weight = _match_weights(weights, ages, decay, tokens, event)
+    grad_tokens = torch.zeros_like(tokens)
+    for rate in range(len(decay)):
+        grad_tokens += weight[:, rate, None] * grad_token[event_slot, rate]
+    grad_history = torch.zeros_like(history)
+    grad_history[event] = grad_tokens.to(history.dtype)
+    if weights is None:
+        return grad_history, history.new_zeros(0)
+    decayed = _match_weights(None, ages, decay, tokens, event)
+    grad_event = grad_weight[event_slot]
+    for rate in range(len(decay)):
+        grad_event[:, rate] += (tokens * grad_token[event_slot, rate]).sum(-1)
+    grad_weights = torch.zeros_like(weights)
+    grad_weights[event] = (grad_event * decayed).sum(-1).to(weights.dtype)
+    return grad_history, grad_weights
+
+
+@match_backward_op.register_fake
+def _(
+    grad_token,
+    grad_weight,
+    candidate_buckets,
+    candidate_offsets,
+    history,
+    history_buckets,
+    history_offsets,
+    weights,
+    ages,
+    decay,
+):
+    grad_weights = history.new_empty(0) if weights is None else torch.empty_like(weights)
+    return torch.empty_like(history), grad_weights
+
+
+def _match_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _match_autograd(ctx, grad_token, grad_weight):
+    grad_history, grad_weights = torch.ops.ifa.match_backward(
+        grad_token, grad_weight, *ctx.saved_tensors
+    )
+    if ctx.saved_tensors[5] is None:
+        grad_weights = None
+    return None, None, grad_history, None, None, grad_weights, None, None
+
+
+match_op.register_autograd(_match_autograd, setup_context=_match_setup)
+
+
+def match(
+    candidate_buckets: Tensor,
+    candidate_offsets: Tensor,
+    history: Tensor,
+    history_buckets: Tensor,
+    history_offsets: Tensor,
+    weights: Tensor | None,
+    ages: Tensor | None,
+    decay: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See ``ifa_torchrec.ops.match``."""
+    return torch.ops.ifa.match(
+        candidate_buckets,
+        candidate_offsets,
+        history,
+        history_buckets,
+        history_offsets,
+        weights,
+        ages,
+        decay,
+    )
