@@ -1,0 +1,15 @@
+"""IFA, Interaction Fidelity Attention, for TorchRec: whole histories at linear cost."""
+
+from ifa_torchrec.batch import RankingBatch
+from ifa_torchrec.models import DLRM_IFA, DLRM_IFAConfig, DLRM_IFATrain
+from ifa_torchrec.modules import IFAConfig, InteractionFidelityAttention, UserState
+
+__all__ = [
+    "DLRM_IFA",
+    "DLRM_IFAConfig",
+    "DLRM_IFATrain",
+    "IFAConfig",
+    "InteractionFidelityAttention",
+    "RankingBatch",
+    "UserState",
+]

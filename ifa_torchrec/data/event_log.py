@@ -47,7 +47,9 @@ class LogSchema:
         dense_features: float columns of a request.
         candidate_dense: float list columns of a request, one number a candidate.
         tasks: label list columns of a request, one number in [0, 1] a candidate.
-        candidate_tags: further int list columns, for analysis only; the model never sees them.
+        candidate_tags: further int list columns, for analysis only (the model never sees them),
+            each with the names of its values 0, 1, 2, ...: evaluation reports the positives
+            against the negatives of each value.
 
     Example:
         >>> from ifa_torchrec.data import LogSchema
@@ -60,7 +62,7 @@ class LogSchema:
     dense_features: tuple[str, ...] = ()
     candidate_dense: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ("label",)
-    candidate_tags: tuple[str, ...] = ()
+    candidate_tags: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.item_features:
@@ -148,8 +150,9 @@ class EventLog:
             path: a folder that does not exist yet.
             events: columns user (int), time (datetime64, no zone or UTC) and the item id (int).
             schema: names and table sizes.
-            items: one row an item, row i for item i; may be left out when the item id is the
-                only item feature.
+            items: one row an item, row i for item i, with the item features and, where there are
+                any, what to call the items in a string column `name`; may be left out when the
+                item id is the only item feature.
             requests: for each split, a DataFrame with user, time, the context and dense columns,
                 and a list a row in each of the candidate columns.
 
@@ -193,6 +196,13 @@ class EventLog:
     def splits(self) -> list[str]:
         """Names of the request splits."""
         return [n.removeprefix("requests/") for n in self._rows if n.startswith("requests/")]
+
+    def item_names(self) -> list[str]:
+        """What to call each item: the items' column `name`, or else the item's number."""
+        file = pq.ParquetFile(self.path / "items.parquet")
+        if "name" in file.schema_arrow.names:
+            return file.read(["name"])["name"].to_pylist()
+        return [f"{self.schema.item} {i}" for i in range(len(self.items[self.schema.item]))]
 
     def requests(self, split: str) -> Columns:
         """The request columns of a split.
@@ -318,7 +328,7 @@ class EventLog:
                     raise LogError(f"{name}: column {feature!r} must hold lists of bool")
                 columns[feature] = _values(flat, feature, name).astype(bool)
             elif feature in schema.candidate_tags:
-                columns[feature] = _ids(flat, feature, name)
+                columns[feature] = _ids(flat, feature, name, len(schema.candidate_tags[feature]))
             else:
                 columns[feature] = _floats(flat, feature, name)
         for task in schema.tasks:

@@ -9,35 +9,36 @@ import torch
 
 
 class FeatureMap(NamedTuple):
-    """A map from head vectors [..., d] to features [..., expansion * d], all >= 0.
+    """A map from head vectors of width d to expansion * d features, all >= 0.
 
-    ``forward(x)`` gives phi(x); ``backward(grad, x, phi)`` gives the gradient of x.
+    ``forward(x, dim)`` gives phi(x) along ``dim``; ``backward(grad, x, phi, dim)`` gives the
+    gradient of x.
     """
 
-    forward: Callable[[torch.Tensor], torch.Tensor]
-    backward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    forward: Callable[[torch.Tensor, int], torch.Tensor]
+    backward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
     expansion: int
 
 
-def _hedgehog(x: torch.Tensor) -> torch.Tensor:
-    return torch.cat([x.softmax(-1), (-x).softmax(-1)], dim=-1)
+def _hedgehog(x: torch.Tensor, dim: int) -> torch.Tensor:
+    return torch.cat([x.softmax(dim), (-x).softmax(dim)], dim=dim)
 
 
-def _hedgehog_backward(grad: torch.Tensor, x: torch.Tensor, phi: torch.Tensor) -> torch.Tensor:
-    (g1, g2), (p1, p2) = grad.chunk(2, -1), phi.chunk(2, -1)
-    positive = p1 * (g1 - (g1 * p1).sum(-1, keepdim=True))
-    negative = p2 * (g2 - (g2 * p2).sum(-1, keepdim=True))
-    return positive - negative
+def _hedgehog_backward(
+    grad: torch.Tensor, x: torch.Tensor, phi: torch.Tensor, dim: int
+) -> torch.Tensor:
+    (g1, g2), (p1, p2) = (grad * phi).chunk(2, dim), phi.chunk(2, dim)
+    return g1 - p1 * g1.sum(dim, keepdim=True) - g2 + p2 * g2.sum(dim, keepdim=True)
 
 
 FEATURE_MAPS: dict[str, FeatureMap] = {
     # Katharopoulos et al. 2020: elu(x) + 1, which is exp(x) below zero and x + 1 above
     "elu": FeatureMap(
-        lambda x: torch.where(x > 0, x + 1, x.clamp(max=0).exp()),
-        lambda grad, x, phi: grad * torch.where(x > 0, 1.0, phi),
+        lambda x, dim: x.clamp(max=0).exp() + x.relu(),
+        lambda grad, x, phi, dim: grad * phi.clamp(max=1),
         1,
     ),
-    "relu": FeatureMap(lambda x: x.relu(), lambda grad, x, phi: grad * (x > 0), 1),
+    "relu": FeatureMap(lambda x, dim: x.relu(), lambda grad, x, phi, dim: grad * (x > 0), 1),
     # Zhang et al. 2024 (Hedgehog): softmax over the features of x and of -x. Its learned linear
     # map precedes the softmax; here the learned projections of queries and keys are that map.
     "hedgehog": FeatureMap(_hedgehog, _hedgehog_backward, 2),

@@ -12,7 +12,7 @@ from ifa_torchrec.ops.feature_maps import FEATURE_MAPS
 
 def features(tokens: torch.Tensor, weight: torch.Tensor, feature_map: str) -> torch.Tensor:
     """phi of every head: tokens [n, D], weight [H, d, D] -> [n, H, d_phi]."""
-    return FEATURE_MAPS[feature_map].forward(torch.einsum("nD,hdD->nhd", tokens, weight))
+    return FEATURE_MAPS[feature_map].forward(torch.einsum("nD,hdD->nhd", tokens, weight), -1)
 
 
 def event_weights(

@@ -62,16 +62,18 @@ def _tiles(offsets: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 
 def _tile_features(tokens: Tensor, weight: Tensor, feature_map: str) -> tuple[Tensor, Tensor]:
-    """Projections [b, L, H, d] and phi of them [b, L, H, d_phi] of a tile's tokens [b, L, D]."""
-    heads, width, _ = weight.shape
-    projected = (tokens @ weight.flatten(0, 1).T).unflatten(-1, (heads, width))
-    return projected, FEATURE_MAPS[feature_map].forward(projected)
+    """Projections [b, H, d, L] and phi of them [b, H, d_phi, L] of a tile's tokens [b, L, D].
+
+    The rows lie innermost, so that sums over a head's few features run along whole vectors.
+    """
+    projected = torch.matmul(weight.flatten(0, 1), tokens.mT).unflatten(1, weight.shape[:2])
+    return projected, FEATURE_MAPS[feature_map].forward(projected, -2)
 
 
 def _tile_weights(
     weights: Tensor | None, ages: Tensor | None, decay: Tensor, tokens: Tensor, row: Tensor, valid: Tensor
 ) -> Tensor:
-    """w_hi of a tile, [b, L, H], zero where padded."""
+    """w_hi of a tile, [b, H, 1, L], zero where padded."""
     flat = row.flatten()
     weight = event_weights(
         None if weights is None else weights[flat].to(tokens.dtype),
@@ -79,7 +81,7 @@ def _tile_weights(
         decay.to(tokens.dtype),
         tokens.flatten(0, 1),
     )
-    return weight.unflatten(0, row.shape) * valid[..., None]
+    return (weight.unflatten(0, row.shape) * valid[..., None]).mT[:, :, None]
 
 
 # ------------------------------------------------------------------------------------- encode
@@ -104,10 +106,9 @@ def encode_op(
     for request, row, valid in _tiles(offsets):
         tokens = history[row].to(dtype)
         _, phi = _tile_features(tokens, key_weight, feature_map)
-        phi = phi * _tile_weights(weights, ages, decay, tokens, row, valid)[..., None]
-        phi = phi.flatten(2)
-        key_token.index_add_(0, request, torch.bmm(phi.mT, tokens))
-        key_sum.index_add_(0, request, phi.sum(1))
+        phi = (phi * _tile_weights(weights, ages, decay, tokens, row, valid)).flatten(1, 2)
+        key_token.index_add_(0, request, torch.bmm(phi, tokens))
+        key_sum.index_add_(0, request, phi.sum(-1))
     shape = (requests, heads, features // heads)
     return key_token.view(*shape, dim), key_sum.view(shape)
 
@@ -143,18 +144,18 @@ def encode_backward_op(
     for request, row, valid in _tiles(offsets):
         tokens = history[row].to(dtype)
         projected, phi = _tile_features(tokens, key_weight_, feature_map)
-        weight = _tile_weights(weights, ages, decay, tokens, row, valid)[..., None]
-        grad_weighted = torch.bmm(tokens, grad_token[request].mT) + grad_sum[request][:, None]
+        weight = _tile_weights(weights, ages, decay, tokens, row, valid)
+        grad_weighted = torch.bmm(grad_token[request], tokens.mT) + grad_sum[request][..., None]
         grad_weighted = grad_weighted.view_as(phi)
-        grad_tokens = torch.bmm((phi * weight).flatten(2), grad_token[request])
-        grad_projected = backward(grad_weighted * weight, projected, phi).flatten(2)
-        grad_tokens = grad_tokens + grad_projected @ flat_weight
-        grad_key_weight += grad_projected.flatten(0, 1).T @ tokens.flatten(0, 1)
+        grad_projected = backward(grad_weighted * weight, projected, phi, -2).flatten(1, 2)
+        grad_tokens = torch.bmm((phi * weight).flatten(1, 2).mT, grad_token[request])
+        grad_tokens += torch.matmul(grad_projected.mT, flat_weight)
+        grad_key_weight += torch.bmm(grad_projected, tokens).sum(0)
         grad_history[row[valid]] = grad_tokens[valid].to(history.dtype)
         if weights is not None:
-            ones = torch.ones_like(weights)
-            decayed = _tile_weights(ones, ages, decay, tokens, row, valid)
-            grad_weights[row[valid]] = ((grad_weighted * phi).sum(-1) * decayed).sum(-1)[valid]
+            decayed = _tile_weights(torch.ones_like(weights), ages, decay, tokens, row, valid)
+            grad_weight = ((grad_weighted * phi).sum(2) * decayed[:, :, 0]).sum(1)
+            grad_weights[row[valid]] = grad_weight[valid]
     return (
         grad_history,
         grad_key_weight.view_as(key_weight_).to(key_weight.dtype),
@@ -207,7 +208,12 @@ def encode(
 # ------------------------------------------------------------------------------------- attend
 
 
-def _by_head(tile: Tensor) -> Tensor:
+def _heads_last(tile: Tensor, heads: int) -> Tensor:
+    """[b * H, L, x] -> [b, L, H, x]."""
+    return tile.unflatten(0, (-1, heads)).transpose(1, 2)
+
+
+def _heads_first(tile: Tensor) -> Tensor:
     """[b, L, H, x] -> [b * H, L, x], for one bmm over requests and heads."""
     return tile.transpose(1, 2).flatten(0, 1)
 
@@ -228,12 +234,11 @@ def attend_op(
     query_weight = query_weight.to(key_value.dtype)
     for request, row, valid in _tiles(offsets):
         tokens = candidates[row].to(key_value.dtype)
-        phi = _by_head(_tile_features(tokens, query_weight, feature_map)[1])
+        phi = _tile_features(tokens, query_weight, feature_map)[1].flatten(0, 1).mT
         numerator = torch.bmm(phi, key_value[request].flatten(0, 1))
         normaliser = torch.bmm(phi, key_sum[request].flatten(0, 1)[..., None])
-        result = (numerator / (normaliser + eps)).unflatten(0, (-1, heads)).transpose(1, 2)
-        out[row[valid]] = result[valid]
-        matched[row[valid]] = normaliser[..., 0].unflatten(0, (-1, heads)).transpose(1, 2)[valid]
+        out[row[valid]] = _heads_last(numerator / (normaliser + eps), heads)[valid]
+        matched[row[valid]] = _heads_last(normaliser, heads)[valid][..., 0]
     return out, matched
 
 
@@ -256,6 +261,7 @@ def attend_backward_op(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     heads = query_weight.shape[0]
+    backward = FEATURE_MAPS[feature_map].backward
     weight = query_weight.to(key_value.dtype)
     flat_weight = weight.flatten(0, 1)
     grad_candidates = torch.zeros_like(candidates)
@@ -264,26 +270,27 @@ def attend_backward_op(
     for request, row, valid in _tiles(offsets):
         tokens = candidates[row].to(key_value.dtype)
         projected, phi_tile = _tile_features(tokens, weight, feature_map)
-        phi = _by_head(phi_tile)
+        phi = phi_tile.flatten(0, 1).mT
         state, total = key_value[request].flatten(0, 1), key_sum[request].flatten(0, 1)
         normaliser = torch.bmm(phi, total[..., None]) + eps
         out = torch.bmm(phi, state) / normaliser
         # a padded row repeats row 0, so its gradient is taken out here
-        upstream = _by_head(grad_out[row] * valid[..., None, None])
-        upstream_matched = _by_head((grad_matched[row] * valid[..., None])[..., None])
+        upstream = _heads_first(grad_out[row] * valid[..., None, None])
+        upstream_matched = _heads_first((grad_matched[row] * valid[..., None])[..., None])
         grad_numerator = upstream / normaliser
         grad_normaliser = upstream_matched - (grad_numerator * out).sum(-1, keepdim=True)
-        grad_phi = torch.bmm(grad_numerator, state.mT) + grad_normaliser * total[:, None]
         grad_key_value.index_add_(
             0, request, torch.bmm(phi.mT, grad_numerator).unflatten(0, (-1, heads))
         )
         grad_key_sum.index_add_(
-            0, request, (phi * grad_normaliser).sum(1).unflatten(0, (-1, heads))
+            0, request, torch.bmm(phi.mT, grad_normaliser)[..., 0].unflatten(0, (-1, heads))
         )
-        grad_phi = grad_phi.unflatten(0, (-1, heads)).transpose(1, 2)
-        grad_projected = FEATURE_MAPS[feature_map].backward(grad_phi, projected, phi_tile).flatten(2)
-        grad_query_weight += grad_projected.flatten(0, 1).T @ tokens.flatten(0, 1)
-        grad_candidates[row[valid]] = (grad_projected @ flat_weight)[valid].to(candidates.dtype)
+        grad_phi = torch.bmm(state, grad_numerator.mT) + total[..., None] * grad_normaliser.mT
+        grad_phi = grad_phi.unflatten(0, (-1, heads))
+        grad_projected = backward(grad_phi, projected, phi_tile, -2).flatten(1, 2)
+        grad_query_weight += torch.bmm(grad_projected, tokens).sum(0)
+        grad_tokens = torch.matmul(grad_projected.mT, flat_weight)
+        grad_candidates[row[valid]] = grad_tokens[valid].to(candidates.dtype)
     return (
         grad_candidates,
         grad_query_weight.view_as(weight).to(query_weight.dtype),
@@ -334,7 +341,7 @@ def attend(
 def _join(
     candidate_buckets: Tensor, candidate_offsets: Tensor, buckets: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Join each request's events with its candidates, by sorting; O((N + M) log M).
+    """Join each request's events with its candidates, O(N + M log M).
 
     Candidates of one request with the same bucket share a slot.
 
@@ -342,21 +349,27 @@ def _join(
         candidate_slot [M]; and, for the events that match some candidate, event [E] (their
         rows) and event_slot [E].
     """
-    distinct, candidate_code = candidate_buckets.unique(return_inverse=True)
-    if len(distinct) == 0 or len(buckets) == 0:
-        none = buckets.new_empty(0)
-        return candidate_code, none, none
-    code = torch.searchsorted(distinct, buckets).clamp(max=len(distinct) - 1)
-    event = (distinct[code] == buckets).nonzero()[:, 0]
     owner = torch.arange(len(offsets) - 1, device=buckets.device)
-    candidate_key = (
-        torch.repeat_interleave(owner, candidate_offsets.diff()) * len(distinct) + candidate_code
-    )
-    key = torch.repeat_interleave(owner, offsets.diff())[event] * len(distinct) + code[event]
+    stride = int(max(x.max() if len(x) else 0 for x in (candidate_buckets, buckets))) + 1
+    candidate_key = candidate_buckets + stride * torch.repeat_interleave(owner, candidate_offsets.diff())
+    key = buckets + stride * torch.repeat_interleave(owner, offsets.diff())
     slots, candidate_slot = candidate_key.unique(return_inverse=True)
-    slot = torch.searchsorted(slots, key).clamp(max=len(slots) - 1)
-    matching = slots[slot] == key
+    if len(slots) == 0:
+        return candidate_slot, candidate_slot, candidate_slot
+    # Few events match anything: a hashed set of the candidates' keys lets most of the others go
+    # before the search, which settles the rest exactly.
+    bits = 3 + len(slots).bit_length()
+    wanted = torch.zeros(1 << bits, dtype=torch.bool, device=key.device)
+    wanted[_hash(slots, bits)] = True
+    event = wanted[_hash(key, bits)].nonzero()[:, 0]
+    slot = torch.searchsorted(slots, key[event]).clamp(max=len(slots) - 1)
+    matching = slots[slot] == key[event]
     return candidate_slot, event[matching], slot[matching]
+
+
+def _hash(key: Tensor, bits: int) -> Tensor:
+    """Fibonacci hashing to 0..2^bits - 1; the product wraps, as it should."""
+    return (key * -7046029254386353131 >> (64 - bits)) & ((1 << bits) - 1)
 
 
 def _match_weights(

@@ -1,0 +1,38 @@
+# make demo    set up, then train, evaluate and compare on real data (about 10 minutes)
+# make test    set up, then run the tests
+# make setup   the set-up alone: .venv with everything in it
+# EXTRA=gpu    for a machine with an NVIDIA GPU
+
+PYTHON ?= python3
+EXTRA ?= cpu
+BIN := .venv/bin
+STAMP := .venv/installed-$(EXTRA)
+
+# uv reads its own settings; where pip was told of wheels or certificates, uv is told too.
+UV_ENV := $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)") \
+          $(if $(PIP_CERT),SSL_CERT_FILE="$(PIP_CERT)") \
+          $(if $(PIP_INDEX_URL),UV_INDEX_URL="$(PIP_INDEX_URL)")
+
+.PHONY: setup demo test lint clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade uv
+	$(UV_ENV) $(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[$(EXTRA),demo,dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/python examples/complete_journey/demo.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf .venv runs *.egg-info

@@ -1,0 +1,6 @@
+"""Sharding, optimisers and checkpoints, on one process or many."""
+
+from ifa_torchrec.distributed.checkpoint import CheckpointError
+from ifa_torchrec.distributed.sharding import OptimizerConfig, init_process_group, shard
+
+__all__ = ["CheckpointError", "OptimizerConfig", "init_process_group", "shard"]

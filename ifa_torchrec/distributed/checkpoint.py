@@ -1,0 +1,124 @@
+"""Checkpoints that are whole or not there, by torch.distributed.checkpoint.
+
+    FOLDER/step-000400/   DCP's shards: model, tables, both optimisers; and progress.json
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.optim.keyed import CombinedOptimizer
+
+KEEP = 2
+"""Checkpoints kept; older ones are deleted once a newer one is whole."""
+
+
+class CheckpointError(RuntimeError):
+    """There is no usable checkpoint, or it is of another configuration."""
+
+
+def save(
+    folder: Path,
+    model: DistributedModelParallel,
+    optimizer: CombinedOptimizer,
+    progress: dict[str, Any],
+) -> Path:
+    """Write a checkpoint beside the others and publish it by a rename. Called by all ranks.
+
+    Args:
+        folder: where checkpoints lie.
+        model, optimizer: from ``shard``.
+        progress: JSON; holds "step", and whatever resuming needs.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    final = folder / f"step-{progress['step']:09d}"
+    draft = folder / f".{final.name}"
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(draft, ignore_errors=True)
+    dist.barrier()
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    dcp.save(state, checkpoint_id=draft)
+    if dist.get_rank() == 0:
+        (draft / "progress.json").write_text(json.dumps(progress))
+        shutil.rmtree(final, ignore_errors=True)
+        draft.rename(final)
+        for old in checkpoints(folder)[:-KEEP]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in ``folder``, oldest first."""
+    return sorted(folder.glob("step-*/progress.json")) and sorted(
+        file.parent for file in folder.glob("step-*/progress.json")
+    )
+
+
+def load(
+    folder: Path,
+    model: DistributedModelParallel,
+    optimizer: CombinedOptimizer | None = None,
+    config: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Load the latest checkpoint into the model and, to go on training, the optimiser.
+
+    Args:
+        folder: where checkpoints lie.
+        model, optimizer: from ``shard``.
+        config: what the caller is configured as; must equal the "config" that was saved.
+
+    Returns:
+        The progress that was saved.
+
+    Raises:
+        CheckpointError: there is none, or it is of another configuration; the message names
+            what differs.
+    """
+    found = checkpoints(folder)
+    if not found:
+        raise CheckpointError(f"{folder}: no checkpoint here; train first, or leave out --resume")
+    progress = json.loads((found[-1] / "progress.json").read_text())
+    if config is not None:
+        saved = progress.get("config")
+        now = json.loads(json.dumps(config))
+        if saved != now:
+            differing = sorted(_differences(saved or {}, now))
+            raise CheckpointError(
+                f"{found[-1]} is of another configuration: {'; '.join(differing)}; "
+                "use the same options, or another folder"
+            )
+    state: dict[str, Any] = {"model": model.state_dict()}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.state_dict()
+    dcp.load(state, checkpoint_id=found[-1])
+    model.load_state_dict(state["model"])
+    if optimizer is not None:
+        optimizer.load_state_dict(state["optimizer"])
+    return progress
+
+
+def _differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
+    result = []
+    for key in saved.keys() | now.keys():
+        a, b = saved.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            result += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            result.append(f"{prefix}{key} was {a!r}, is {b!r}")
+    return result
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch on this rank; different ranks draw different table shards."""
+    torch.manual_seed(seed + dist.get_rank())

@@ -1,0 +1,121 @@
+"""Ranking metrics over predictions grouped by request.
+
+AUC and NDCG are torchmetrics', normalised entropy is torchrec's. GAUC is computed here by pandas'
+ranks: torchrec's GAUC sorts ties by position, so that a scorer which cannot tell two candidates
+apart is paid by chance, and torchmetrics' loops over requests. Ties count one half.
+
+Requests whose labels are all equal have no ranking to judge: GAUC and NDCG leave them out, and
+`requests_ranked` says how many are left.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import torch
+from torchmetrics.functional.classification import binary_auroc
+from torchmetrics.functional.retrieval import retrieval_normalized_dcg
+from torchrec.metrics.ne import compute_ne
+
+
+def gauc(request: np.ndarray, score: np.ndarray, label: np.ndarray) -> float:
+    """Mean over requests of the area under the ROC curve; NaN when no request can be ranked.
+
+    Args:
+        request: [M] request number of each candidate.
+        score: [M] float, higher is better; label: [M] 0 or 1.
+
+    Example:
+        >>> import numpy as np
+        >>> from ifa_torchrec.metrics import gauc
+        >>> float(gauc(np.array([0, 0, 0, 1, 1]), np.array([3., 1., 2., 5., 5.]), np.array([1, 0, 0, 1, 1])))
+        1.0
+        >>> float(gauc(np.array([0, 0]), np.array([5., 5.]), np.array([1, 0])))
+        0.5
+    """
+    frame = pd.DataFrame({"request": request, "label": label})
+    frame["rank"] = pd.Series(score).groupby(request).rank().to_numpy()
+    frame["positive_rank"] = frame["rank"] * frame["label"]
+    sums = frame.groupby("request").agg(
+        n=("label", "size"), positives=("label", "sum"), ranks=("positive_rank", "sum")
+    )
+    p, n = sums["positives"], sums["n"]
+    ranked = (p > 0) & (p < n)
+    # Mann-Whitney: the rank sum of the positives, less the least it can be
+    area = (sums["ranks"] - p * (p + 1) / 2)[ranked] / (p * (n - p))[ranked]
+    return float(area.mean())
+
+
+def ndcg(request: np.ndarray, score: np.ndarray, label: np.ndarray, k: int = 10) -> float:
+    """Mean over requests of NDCG@k; ties share their positions; NaN when none can be ranked.
+
+    Args:
+        request: [M] request number of each candidate, each request's candidates in one run.
+        score: [M] float, higher is better; label: [M] 0 or 1.
+
+    Example:
+        >>> import numpy as np
+        >>> from ifa_torchrec.metrics import ndcg
+        >>> ndcg(np.array([0, 0, 0]), np.array([3., 2., 1.]), np.array([1, 0, 0]))
+        1.0
+    """
+    cuts = np.flatnonzero(np.diff(request)) + 1
+    values = [
+        float(retrieval_normalized_dcg(torch.from_numpy(s), torch.from_numpy(y), top_k=k))
+        for s, y in zip(np.split(score, cuts), np.split(label.astype(np.int64), cuts), strict=True)
+        if 0 < y.sum() < len(y)
+    ]
+    return float(np.mean(values)) if values else float("nan")
+
+
+def ranking_metrics(
+    request: np.ndarray, logit: np.ndarray, label: np.ndarray, probabilities: bool = True
+) -> dict[str, float]:
+    """AUC, GAUC, NDCG@10, NE and calibration of one task.
+
+    Args:
+        request: [M] request number of each candidate, each request's candidates in one run.
+        logit: [M] float32.
+        label: [M] 0 or 1.
+        probabilities: whether the logits claim to be log odds; counts and the like do not, and
+            get no NE and no calibration.
+
+    Returns:
+        "auc" (1.0 is best), "gauc", "ndcg@10", "requests_ranked"; and "ne", the log loss over
+        that of the mean label (below 1 is better than no model), and "calibration", mean
+        prediction over mean label.
+
+    Example:
+        >>> import numpy as np
+        >>> from ifa_torchrec.metrics import ranking_metrics
+        >>> m = ranking_metrics(np.array([0, 0]), np.array([2., -2.], np.float32), np.array([1, 0]))
+        >>> m["auc"], round(m["calibration"], 3)
+        (1.0, 1.0)
+    """
+    labels = torch.from_numpy(label.astype(np.int64))
+    totals = np.bincount(request, weights=label, minlength=1)
+    sizes = np.bincount(request, minlength=1)
+    result = {
+        # torchmetrics squashes scores outside [0, 1] by a sigmoid, which makes ties of large
+        # counts; ranks keep the order
+        "auc": float(binary_auroc(torch.from_numpy(_ranks01(logit)), labels)),
+        "gauc": gauc(request, logit, label),
+        "ndcg@10": ndcg(request, logit, label),
+        "requests_ranked": int(((totals > 0) & (totals < sizes)).sum()),
+    }
+    if probabilities:
+        prediction = torch.from_numpy(logit.astype(np.float64)).sigmoid()
+        target = labels.double()
+        entropy = torch.nn.functional.binary_cross_entropy_with_logits(
+            torch.from_numpy(logit.astype(np.float64)), target, reduction="sum"
+        )
+        count = torch.tensor(float(len(label)), dtype=torch.float64)
+        result["ne"] = float(
+            compute_ne(entropy, count, target.sum(), count - target.sum(), eta=1e-12)
+        )
+        result["calibration"] = float(prediction.mean() / target.mean())
+    return result
+
+
+def _ranks01(score: np.ndarray) -> np.ndarray:
+    return (pd.Series(score).rank(method="dense") / (len(score) + 1)).to_numpy()

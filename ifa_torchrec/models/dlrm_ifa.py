@@ -1,0 +1,327 @@
+"""DLRM_IFA: a DLRM that ranks a candidate set against a whole history.
+
+Data flow, for B requests, M candidates and N events in all:
+
+    dense_features    -> DenseArch ------------------- [B, D] --+
+    context_features  -> SparseArch (torchrec's) ------ [B, Fs, D] +- spread over the candidates -+
+    candidate_dense   -> DenseArch ------------------------------------------------- [M, D] -----+
+    sequence_features -> SequenceArch -> candidates ----------------------------- [M, D] --------+- InteractionArch -> OverArch -> [M, T]
+                                      -> history [N, D] -> sequence interaction -> [M, D] -------+
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchrec.models.dlrm import DenseArch, InteractionArch, OverArch, SparseArch
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+
+from ifa_torchrec.batch import RankingBatch
+from ifa_torchrec.modules import (
+    IFAConfig,
+    InteractionFidelityAttention,
+    MeanPooling,
+    SequenceInteraction,
+    SoftmaxAttention,
+)
+
+INTERACTIONS: dict[str, Callable[[DLRM_IFAConfig], SequenceInteraction | None]] = {
+    "none": lambda config: None,
+    "ifa": lambda config: InteractionFidelityAttention(config.ifa),
+    "mean": lambda config: MeanPooling(config.ifa),
+    "softmax": lambda config: SoftmaxAttention(config.ifa),
+    "softmax_recent": lambda config: SoftmaxAttention(config.ifa, config.recent_length),
+}
+"""The sequence interactions by name."""
+
+
+@dataclass(frozen=True)
+class DLRM_IFAConfig:
+    """The dense part of a DLRM_IFA; the tables come with the embedding collections.
+
+    Args:
+        item_features: names f of the item's id features; the embedding collection holds the
+            keys ``history_f`` and ``candidate_f`` for each, sharing one table.
+        dense_in_features: F, numbers a request.
+        candidate_dense_in_features: Fc, numbers a candidate.
+        interaction: how candidates meet the history, a key of INTERACTIONS.
+        ifa: IFAConfig, shared by all interactions; its identity_features are names of
+            item_features, and its embedding_dim is that of the tables.
+        recent_length: events that "softmax_recent" attends to.
+        dense_arch_layer_sizes: hidden layers of both dense archs; a last one of width D is added.
+        over_arch_layer_sizes: hidden layers of the over arch; a last one of width T is added.
+        num_tasks: T.
+
+    Raises:
+        ValueError: a name is unknown.
+
+    Example:
+        >>> from ifa_torchrec import DLRM_IFAConfig, IFAConfig
+        >>> DLRM_IFAConfig(item_features=("item",), ifa=IFAConfig(embedding_dim=8)).interaction
+        'ifa'
+    """
+
+    item_features: tuple[str, ...]
+    dense_in_features: int = 0
+    candidate_dense_in_features: int = 0
+    interaction: str = "ifa"
+    ifa: IFAConfig = field(default_factory=lambda: IFAConfig(embedding_dim=32))
+    recent_length: int = 50
+    dense_arch_layer_sizes: tuple[int, ...] = (32,)
+    over_arch_layer_sizes: tuple[int, ...] = (64, 32)
+    num_tasks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.interaction not in INTERACTIONS:
+            raise ValueError(
+                f"DLRM_IFAConfig: interaction {self.interaction!r} is none of {list(INTERACTIONS)}"
+            )
+        unknown = set(self.ifa.identity_features) - set(self.item_features)
+        if unknown:
+            raise ValueError(
+                f"DLRM_IFAConfig: identity_features {sorted(unknown)} are no item_features; "
+                f"there are {list(self.item_features)}"
+            )
+
+
+class SequenceArch(nn.Module):
+    """Looks up events and candidates in shared tables and sums each one's features to a token.
+
+    Each event is looked up once a request, whatever the number of candidates.
+
+    Args:
+        embedding_collection: holds ``history_f`` and ``candidate_f`` for each f; all of width D.
+            Where there is no ``history_f`` the history is not looked up.
+        item_features: the names f.
+
+    Example:
+        >>> import torch
+        >>> from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
+        >>> from ifa_torchrec.models.dlrm_ifa import SequenceArch
+        >>> arch = SequenceArch(EmbeddingCollection(tables=[EmbeddingConfig(
+        ...     name="item", embedding_dim=4, num_embeddings=10,
+        ...     feature_names=["history_item", "candidate_item"])]), ("item",))
+        >>> history, candidates = arch(KeyedJaggedTensor.from_lengths_sync(
+        ...     keys=["history_item", "candidate_item"],
+        ...     values=torch.tensor([5, 6, 7]), lengths=torch.tensor([2, 1])))
+        >>> history.values().shape, candidates.values().shape
+        (torch.Size([2, 4]), torch.Size([1, 4]))
+    """
+
+    def __init__(
+        self, embedding_collection: EmbeddingCollection, item_features: tuple[str, ...]
+    ) -> None:
+        super().__init__()
+        self.embedding_collection = embedding_collection
+        self.item_features = item_features
+        named = {n for table in embedding_collection.embedding_configs() for n in table.feature_names}
+        self.has_history = f"history_{item_features[0]}" in named
+
+    def forward(self, features: KeyedJaggedTensor) -> tuple[JaggedTensor | None, JaggedTensor]:
+        """
+        Args:
+            features: KJT of stride B.
+
+        Returns:
+            History tokens [N, D] (None where no history is looked up) and candidate tokens
+            [M, D], each as a JaggedTensor of B requests.
+        """
+        embeddings = self.embedding_collection(features)
+        candidates = self._tokens(embeddings, "candidate_")
+        history = self._tokens(embeddings, "history_") if self.has_history else None
+        return history, candidates
+
+    def _tokens(self, embeddings: dict[str, JaggedTensor], prefix: str) -> JaggedTensor:
+        parts = [embeddings[prefix + feature] for feature in self.item_features]
+        values = parts[0].values()
+        for part in parts[1:]:
+            values = values + part.values()
+        return JaggedTensor(values, lengths=parts[0].lengths(), offsets=parts[0].offsets())
+
+
+class CandidateArch(nn.Module):
+    """Everything dense behind the lookups: from tokens and request vectors to logits.
+
+    One module of its own, so that tracing the model for a pipeline meets it as a leaf.
+
+    Args:
+        config: DLRM_IFAConfig.
+        num_context_features: Fs, context features of the SparseArch.
+    """
+
+    def __init__(self, config: DLRM_IFAConfig, num_context_features: int) -> None:
+        super().__init__()
+        dim = config.ifa.embedding_dim
+        self.sequence_interaction = INTERACTIONS[config.interaction](config)
+        dense_layers = [*config.dense_arch_layer_sizes, dim]
+        self.dense_arch = (
+            DenseArch(config.dense_in_features, dense_layers) if config.dense_in_features else None
+        )
+        self.candidate_dense_arch = (
+            DenseArch(config.candidate_dense_in_features, dense_layers)
+            if config.candidate_dense_in_features
+            else None
+        )
+        sequence = self.sequence_interaction is not None
+        vectors = (
+            num_context_features
+            + (self.dense_arch is not None)
+            + (self.candidate_dense_arch is not None)
+            + sequence
+        )
+        self.interaction_arch = InteractionArch(vectors)
+        width = dim + vectors * (vectors + 1) // 2 + (dim + 1 if sequence else 0)
+        self.over_arch = OverArch(width, [*config.over_arch_layer_sizes, config.num_tasks])
+
+    def forward(
+        self,
+        context: Tensor | None,
+        history: JaggedTensor | None,
+        candidates: JaggedTensor,
+        batch: RankingBatch,
+        ids: tuple[Tensor | None, Tensor | None],
+    ) -> Tensor:
+        """
+        Args:
+            context: [B, Fs, D] or None.
+            history: tokens [N, D] of B requests, or None.
+            candidates: tokens [M, D] of B requests.
+            batch: for its dense features and ages.
+            ids: history_ids [N, K] and candidate_ids [M, K], or None.
+
+        Returns:
+            Logits [M, T].
+        """
+        offsets = candidates.offsets()
+        request = torch.repeat_interleave(
+            torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff()
+        )
+        tokens = candidates.values()
+        vectors = [] if context is None else [context[request]]
+        if self.dense_arch is not None:
+            vectors.append(self.dense_arch(batch.dense_features)[request, None])
+        if self.candidate_dense_arch is not None:
+            vectors.append(self.candidate_dense_arch(batch.candidate_dense)[:, None])
+        beside = []
+        if self.sequence_interaction is not None:
+            interest = self.sequence_interaction(
+                candidates, history, batch.history_age, *ids
+            ).values()
+            count = history.offsets().diff().to(tokens.dtype)
+            vectors.append(interest[:, None])
+            beside = [interest, torch.log1p(count)[request, None]]
+        crossed = self.interaction_arch(tokens, torch.cat(vectors, dim=1)) if vectors else tokens
+        return self.over_arch(torch.cat([crossed, *beside], dim=1))
+
+
+class DLRM_IFA(nn.Module):
+    """A DLRM whose candidates meet the user's whole history.
+
+    Args:
+        embedding_bag_collection: tables of the context features, all of width D; None where the
+            batch has no context features.
+        embedding_collection: tables of the sequence features, all of width D, each shared by a
+            history feature and its candidate feature.
+        config: DLRM_IFAConfig.
+
+    Raises:
+        ValueError: a table's width is not D, or a sequence feature has no table.
+
+    Example:
+        >>> import torch
+        >>> from torchrec import EmbeddingCollection, EmbeddingConfig
+        >>> from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+        >>> from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, IFAConfig, RankingBatch
+        >>> tables = EmbeddingCollection(tables=[EmbeddingConfig(
+        ...     name="item", embedding_dim=8, num_embeddings=100,
+        ...     feature_names=["history_item", "candidate_item"])])
+        >>> model = DLRM_IFA(None, tables, DLRM_IFAConfig(("item",), ifa=IFAConfig(8, num_heads=2)))
+        >>> sequence = KeyedJaggedTensor.from_lengths_sync(
+        ...     keys=["history_item", "candidate_item"],
+        ...     values=torch.arange(9), lengths=torch.tensor([4, 0, 3, 2]))
+        >>> none = KeyedJaggedTensor.from_lengths_sync([], torch.empty(0), torch.empty(0).long())
+        >>> model(RankingBatch(torch.zeros(2, 0), none, sequence, torch.zeros(5, 0),
+        ...     torch.rand(4), torch.zeros(5, 1), torch.ones(5).bool())).shape
+        torch.Size([5, 1])
+    """
+
+    def __init__(
+        self,
+        embedding_bag_collection: EmbeddingBagCollection | None,
+        embedding_collection: EmbeddingCollection,
+        config: DLRM_IFAConfig,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        bags = embedding_bag_collection.embedding_bag_configs() if embedding_bag_collection else []
+        tables = embedding_collection.embedding_configs()
+        for table in (*bags, *tables):
+            if table.embedding_dim != config.ifa.embedding_dim:
+                raise ValueError(
+                    f"DLRM_IFA: table {table.name!r} has embedding_dim {table.embedding_dim}, the "
+                    f"configuration's is {config.ifa.embedding_dim}"
+                )
+        named = {name for table in tables for name in table.feature_names}
+        prefixes = ("candidate_",) if config.interaction == "none" else ("history_", "candidate_")
+        for name in (prefix + f for prefix in prefixes for f in config.item_features):
+            if name not in named:
+                raise ValueError(
+                    f"DLRM_IFA: the embedding collection has no feature {name!r}; there are {sorted(named)}"
+                )
+        self.sparse_arch = SparseArch(embedding_bag_collection) if embedding_bag_collection else None
+        self.sequence_arch = SequenceArch(embedding_collection, config.item_features)
+        self.candidate_arch = CandidateArch(config, sum(len(bag.feature_names) for bag in bags))
+
+    def forward(self, batch: RankingBatch) -> Tensor:
+        """
+        Args:
+            batch: RankingBatch of B requests, M candidates and N events.
+
+        Returns:
+            Logits [M, T].
+        """
+        context = self.sparse_arch(batch.context_features) if self.sparse_arch else None
+        history, candidates = self.sequence_arch(batch.sequence_features)
+        ids = (self._ids(batch, "history_"), self._ids(batch, "candidate_"))
+        return self.candidate_arch(context, history, candidates, batch, ids)
+
+    def _ids(self, batch: RankingBatch, prefix: str) -> Tensor | None:
+        names = self.config.ifa.identity_features
+        if not names or self.config.interaction == "none":
+            return None
+        return torch.stack([batch.sequence_features[prefix + f].values() for f in names], dim=1)
+
+
+class DLRM_IFATrain(nn.Module):
+    """DLRM_IFA with its loss, for TorchRec's train pipelines.
+
+    The loss is the mean binary cross entropy over all candidates and tasks.
+
+    Args:
+        dlrm_module: DLRM_IFA.
+
+    Example:
+        >>> from ifa_torchrec import DLRM_IFATrain
+        >>> train = DLRM_IFATrain(model)  # doctest: +SKIP
+        >>> loss, (loss_detached, logits, labels) = train(batch)  # doctest: +SKIP
+    """
+
+    def __init__(self, dlrm_module: DLRM_IFA) -> None:
+        super().__init__()
+        self.model = dlrm_module
+
+    def forward(self, batch: RankingBatch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """
+        Returns:
+            The loss, a scalar, and (loss, logits [M, T], labels [M, T]) detached. A batch without
+            candidates has loss 0.
+        """
+        logits = self.model(batch)
+        total = F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="sum")
+        loss = total / max(logits.numel(), 1)
+        return loss, (loss.detach(), logits.detach(), batch.labels.detach())

@@ -1,0 +1,304 @@
+"""Train a DLRM_IFA on an event log.
+
+    python -m ifa_torchrec.train --data LOG --out runs/mine
+    torchrun --nproc-per-node 2 -m ifa_torchrec.train --data LOG --out runs/mine
+
+Writes OUT/config.json, OUT/checkpoints/ and OUT/tensorboard/. With --resume it goes on from the
+last checkpoint, at the batch where that was written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+import typing
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from tqdm import tqdm
+
+from ifa_torchrec.data import EventBudgetSampler, EventLog, LogSchema, RankingDataset, make_loader
+from ifa_torchrec.distributed import OptimizerConfig, checkpoint, init_process_group, shard
+from ifa_torchrec.evaluate import measure, predict
+from ifa_torchrec.models import DLRM_IFA, DLRM_IFAConfig, DLRM_IFATrain
+from ifa_torchrec.modules import IFAConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Options of ``python -m ifa_torchrec.train``."""
+
+    data: Path
+    """Event log to train on (its split `train`)."""
+    out: Path
+    """Folder of this run."""
+    interaction: str = "ifa"
+    """How candidates meet the history: ifa, mean, softmax, softmax_recent, or none."""
+    ifa: IFAConfig = field(default_factory=lambda: IFAConfig(embedding_dim=32))
+    """The sequence interaction; the other interactions use what applies to them."""
+    recent_length: int = 50
+    """Events that softmax_recent attends to."""
+    over_arch_layer_sizes: tuple[int, ...] = (64, 32)
+    """Hidden layers over the interactions."""
+    table_init: float = 0.3
+    """Tables start uniform in plus or minus this."""
+    optimizers: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Learning rates."""
+    warmup_steps: int = 50
+    """Steps in which the dense learning rate rises to its value; it then falls to 5% of it."""
+    epochs: int = 1
+    """Passes over the requests."""
+    max_events: int = 32768
+    """Budget of history events a batch and rank."""
+    max_requests: int = 32
+    """Most requests a batch and rank."""
+    validate: bool = True
+    """Measure the split `valid`, if there is one, after each epoch."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; there is one at the end in any case."""
+    resume: bool = False
+    """Go on from the last checkpoint in OUT."""
+    seed: int = 0
+    """Seed of the weights and of the order of the requests."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "max_events", "max_requests", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+
+    def fixed(self) -> dict[str, Any]:
+        """What must not change between a checkpoint and its resumption."""
+        free = {"data", "out", "resume", "checkpoint_every", "validate"}
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
+
+
+@dataclass
+class Run:
+    """A trained model and what it belongs to."""
+
+    config: TrainConfig
+    log: EventLog
+    model: DistributedModelParallel
+    device: torch.device
+
+
+def build_model(schema: LogSchema, config: TrainConfig) -> DLRM_IFA:
+    """The model for a log: one table an id feature, on the meta device until it is sharded.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.data import LogSchema
+        >>> from ifa_torchrec.train import TrainConfig, build_model
+        >>> schema = LogSchema(item_features={"item": 100}, context_features={"store": 5})
+        >>> model = build_model(schema, TrainConfig(data=Path("log"), out=Path("run")))
+        >>> model.sequence_arch.embedding_collection.embedding_configs()[0].num_embeddings
+        100
+    """
+    prefixes = ("candidate_",) if config.interaction == "none" else ("history_", "candidate_")
+    table: dict[str, Any] = {
+        "embedding_dim": config.ifa.embedding_dim,
+        "init_fn": partial(nn.init.uniform_, a=-config.table_init, b=config.table_init),
+    }
+    meta = torch.device("meta")
+    bags = [
+        EmbeddingBagConfig(name=f"{f}_table", num_embeddings=rows, feature_names=[f], **table)
+        for f, rows in schema.context_features.items()
+    ]
+    sequences = [
+        EmbeddingConfig(
+            name=f"{f}_table", num_embeddings=rows, feature_names=[p + f for p in prefixes], **table
+        )
+        for f, rows in schema.item_features.items()
+    ]
+    return DLRM_IFA(
+        EmbeddingBagCollection(tables=bags, device=meta) if bags else None,
+        EmbeddingCollection(tables=sequences, device=meta),
+        DLRM_IFAConfig(
+            item_features=tuple(schema.item_features),
+            dense_in_features=len(schema.dense_features),
+            candidate_dense_in_features=len(schema.candidate_dense),
+            interaction=config.interaction,
+            ifa=config.ifa,
+            recent_length=config.recent_length,
+            over_arch_layer_sizes=config.over_arch_layer_sizes,
+            num_tasks=len(schema.tasks),
+        ),
+    )
+
+
+def train(config: TrainConfig) -> dict[str, float]:
+    """Train, checkpoint and validate. Called by all ranks.
+
+    Returns:
+        "steps", "seconds" (training alone), "events_per_second" (this rank's), "loss" (mean of
+        the last tenth), and, if validated, "valid_gauc" and others.
+
+    Raises:
+        LogError: the event log is missing or bad.
+        CheckpointError: OUT holds checkpoints and --resume was not given, or the reverse, or they
+            are of another configuration.
+        FloatingPointError: the loss is not finite; the last checkpoint is left as it was.
+    """
+    device = init_process_group()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    log = EventLog(config.data)
+    dataset = RankingDataset(log, "train")
+    checkpoint.seed_everything(config.seed)
+    model, optimizer = shard(
+        DLRM_IFATrain(build_model(log.schema, config)), device, config.optimizers
+    )
+
+    folder = config.out / "checkpoints"
+    step, epoch, skip = 0, 0, 0
+    if config.resume:
+        progress = checkpoint.load(folder, model, optimizer, config.fixed())
+        step, epoch, skip = progress["step"], progress["epoch"], progress["batch"]
+    elif checkpoint.checkpoints(folder):
+        raise checkpoint.CheckpointError(
+            f"{folder} holds checkpoints: give --resume to go on, or another --out"
+        )
+    if rank == 0:
+        config.out.mkdir(parents=True, exist_ok=True)
+        (config.out / "config.json").write_text(json.dumps(_to_json(config), indent=2))
+    writer = SummaryWriter(str(config.out / "tensorboard")) if rank == 0 else None
+
+    sampler = EventBudgetSampler(
+        dataset.history_lengths,
+        config.max_events,
+        config.max_requests,
+        seed=config.seed,
+        shard=(rank, world),
+    )
+    steps_per_epoch = [sampler.start_at(e) or len(sampler) for e in range(config.epochs)]
+    total = sum(steps_per_epoch)
+    losses: list[float] = []
+    events, seconds, result = 0, 0.0, {}
+    bar = tqdm(total=total, initial=step, desc=config.out.name, unit="step", disable=rank != 0)
+    for epoch in range(epoch, config.epochs):  # noqa: B020 the epoch to resume at
+        sampler.start_at(epoch, skip)
+        loader = make_loader(dataset, sampler)
+        start = time.perf_counter()
+        for number, batch in enumerate(loader, start=skip + 1):
+            set_learning_rate(optimizer, config, step, total)
+            loss, _ = model(batch.to(device, non_blocking=True))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+            losses.append(float(loss))
+            if losses[-1] != losses[-1] or losses[-1] in (float("inf"), float("-inf")):
+                raise FloatingPointError(
+                    f"step {step}: the loss is {losses[-1]}; lower the learning rates and resume from "
+                    f"the last checkpoint in {folder}"
+                )
+            events += len(batch.history_age)
+            bar.update()
+            if writer is not None and step % 10 == 0:
+                mean = sum(losses[-10:]) / len(losses[-10:])
+                writer.add_scalar("train/loss", mean, step)
+                writer.add_scalar("train/events_per_second", events / (seconds + time.perf_counter() - start), step)
+                bar.set_postfix(loss=f"{mean:.4f}")
+            last = number == steps_per_epoch[epoch]
+            if step % config.checkpoint_every == 0 or last:
+                seconds += time.perf_counter() - start
+                position = (epoch + 1, 0) if last else (epoch, number)
+                progress = {
+                    "step": step,
+                    "epoch": position[0],
+                    "batch": position[1],
+                    "config": config.fixed(),
+                }
+                checkpoint.save(folder, model, optimizer, progress)
+                start = time.perf_counter()
+        skip = 0
+        if config.validate and "valid" in log.splits:
+            valid = RankingDataset(log, "valid")
+            scores, _ = predict(model, valid, device, config.max_events, config.max_requests)
+            metrics = measure(valid, scores)
+            result = {f"valid_{k}": v for k, v in metrics.items() if isinstance(v, (int, float))}
+            for name, value in result.items():
+                if writer is not None:
+                    writer.add_scalar(name.replace("_", "/", 1), value, step)
+    bar.close()
+    if writer is not None:
+        writer.close()
+    tail = losses[-max(len(losses) // 10, 1) :]
+    return {
+        "steps": step,
+        "seconds": seconds,
+        "events_per_second": events / seconds if seconds else 0.0,
+        "loss": sum(tail) / len(tail) if tail else float("nan"),
+        **result,
+    }
+
+
+def set_learning_rate(optimizer, config: TrainConfig, step: int, total: int) -> None:
+    """Warm the dense parameters' rate up, then let it fall in a line to 5%; tables keep theirs."""
+    warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    rate = config.optimizers.dense_lr * warm * max(0.05, 1 - step / total)
+    for name, part in optimizer.optimizers:
+        if name == "dense":
+            for group in part.param_groups:
+                group["lr"] = rate
+
+
+def load_run(folder: Path, data: Path | None = None) -> Run:
+    """Build a run's model and load its last checkpoint. Called by all ranks.
+
+    Args:
+        folder: the run's --out.
+        data: event log; None for the one it was trained on.
+
+    Raises:
+        CheckpointError: there is no run or no checkpoint.
+    """
+    config_file = folder / "config.json"
+    if not config_file.exists():
+        raise checkpoint.CheckpointError(f"{folder}: no config.json here; train with --out {folder}")
+    config = _from_json(TrainConfig, json.loads(config_file.read_text()))
+    device = init_process_group()
+    log = EventLog(data or config.data)
+    model, _ = shard(DLRM_IFATrain(build_model(log.schema, config)), device, config.optimizers)
+    checkpoint.load(folder / "checkpoints", model)
+    return Run(config, log, model, device)
+
+
+def _to_json(config: Any) -> Any:
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def _from_json(kind: type, values: dict[str, Any]) -> Any:
+    """A dataclass from its JSON: lists become tuples, strings paths, objects dataclasses."""
+    hints = typing.get_type_hints(kind)
+    result = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]):
+            value = _from_json(typing.cast(type, hints[name]), value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        elif hints[name] is Path:
+            value = Path(value)
+        result[name] = value
+    return kind(**result)
+
+
+def main() -> None:
+    config = tyro.cli(TrainConfig, description=__doc__)
+    result = train(config)
+    if dist.get_rank() == 0:
+        print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""What several test files need: jagged inputs, and a module's forward written out in plain loops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import JaggedTensor
+
+from ifa_torchrec import IFAConfig
+
+LN2 = math.log(2.0)
+"""A half-life of LN2 * 2**k is a decay rate of 2**-k, which float32 holds exactly."""
+
+
+def offsets_of(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)])
+
+
+def jagged(values: Tensor, lengths: Sequence[int], weights: Tensor | None = None) -> JaggedTensor:
+    return JaggedTensor(values, lengths=torch.tensor(lengths, dtype=torch.int64), weights=weights)
+
+
+@dataclass
+class Inputs:
+    """The arguments of a sequence interaction's forward."""
+
+    candidates: JaggedTensor
+    history: JaggedTensor
+    history_age: Tensor | None
+    history_ids: Tensor | None
+    candidate_ids: Tensor | None
+
+    @staticmethod
+    def random(
+        config: IFAConfig,
+        history_lengths: Sequence[int],
+        candidate_lengths: Sequence[int],
+        *,
+        seed: int = 0,
+        weighted: bool = True,
+        aged: bool = True,
+        dtype: torch.dtype = torch.float64,
+    ) -> Inputs:
+        g = torch.Generator().manual_seed(seed)
+        n, m, k = sum(history_lengths), sum(candidate_lengths), len(config.identity_features)
+        history = torch.randn(n, config.embedding_dim, generator=g, dtype=dtype)
+        candidates = torch.randn(m, config.embedding_dim, generator=g, dtype=dtype)
+        weights = 2 * torch.rand(n, generator=g, dtype=dtype)
+        weights[::4] = 0.0  # the lowest weight allowed
+        ages = 5 * torch.rand(n, generator=g, dtype=dtype)
+        # few ids, so that many match, some of them negative, as a hash may be
+        history_ids = torch.randint(-3, 9, (n, k), generator=g)
+        candidate_ids = torch.randint(-3, 9, (m, k), generator=g)
+        return Inputs(
+            jagged(candidates, candidate_lengths),
+            jagged(history, history_lengths, weights if weighted else None),
+            ages if aged else None,
+            history_ids if k else None,
+            candidate_ids if k else None,
+        )
+
+    @property
+    def forward(self) -> tuple:
+        """The arguments of ``forward`` and ``attention_weights``."""
+        return (self.candidates, *self.encode, self.candidate_ids)
+
+    @property
+    def encode(self) -> tuple:
+        """The arguments of ``encode``."""
+        return self.history, self.history_age, self.history_ids
+
+    def __len__(self) -> int:
+        return len(self.history.lengths())
+
+    def event_rows(self, b: int) -> list[int]:
+        return list(range(self.history.offsets()[b], self.history.offsets()[b + 1]))
+
+    def candidate_rows(self, b: int) -> list[int]:
+        return list(range(self.candidates.offsets()[b], self.candidates.offsets()[b + 1]))
+
+    def with_events(self, rows: Sequence[Sequence[int]]) -> Inputs:
+        """The same candidates, with these events in this order, a list of rows a request."""
+        history, flat = _take(self.history, rows)
+        return Inputs(
+            self.candidates,
+            history,
+            None if self.history_age is None else self.history_age[flat],
+            None if self.history_ids is None else self.history_ids[flat],
+            self.candidate_ids,
+        )
+
+    def with_candidates(self, rows: Sequence[Sequence[int]]) -> Inputs:
+        """The same histories, with these candidates in this order, a list of rows a request."""
+        candidates, flat = _take(self.candidates, rows)
+        ids = None if self.candidate_ids is None else self.candidate_ids[flat]
+        return Inputs(candidates, *self.encode, ids)
+
+    def requests(self, numbers: Sequence[int]) -> Inputs:
+        """Only these requests, in this order."""
+        return self.with_events([self.event_rows(b) for b in numbers]).with_candidates(
+            [self.candidate_rows(b) for b in numbers]
+        )
+
+
+def _take(tokens: JaggedTensor, rows: Sequence[Sequence[int]]) -> tuple[JaggedTensor, Tensor]:
+    flat = torch.tensor([row for request in rows for row in request], dtype=torch.int64)
+    weights = tokens.weights_or_none()
+    lengths = [len(request) for request in rows]
+    return jagged(tokens.values()[flat], lengths, None if weights is None else weights[flat]), flat
+
+
+def naive_event_weights(inputs: Inputs, half_lives: Sequence[float], events: list[int]) -> Tensor:
+    """[n, number of half-lives]: a_i halved once in every half-life of the event's age."""
+    weights, ages = inputs.history.weights_or_none(), inputs.history_age
+    columns = []
+    for half_life in half_lives:
+        column = inputs.history.values().new_ones(len(events))
+        if ages is not None:
+            column = column * 0.5 ** (ages[events] / half_life)
+        columns.append(column if weights is None else column * weights[events])
+    return torch.stack(columns, dim=1)
+
+
+def naive_forward(
+    module: torch.nn.Module,
+    inputs: Inputs,
+    dense_head: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]],
+) -> Tensor:
+    """A sequence interaction's output [M, D], a request and a head at a time.
+
+    ``dense_head(candidates [m, D], events [n, D], weights [n], h)`` gives head h's outputs [m, d]
+    and matched [m] for one request; the rest is the same for IFA and its peers.
+    """
+    config = module.config
+    half_lives = config.half_lives or (math.inf,) * config.num_heads
+    result = []
+    for b in range(len(inputs)):
+        candidates, events = inputs.candidate_rows(b), inputs.event_rows(b)
+        asking, tokens = inputs.candidates.values()[candidates], inputs.history.values()[events]
+        weight = naive_event_weights(inputs, half_lives, events)
+        outputs, matched = [], []
+        for h in range(config.num_heads):
+            output, total = dense_head(asking, tokens, weight[:, h], h)
+            outputs.append(output)
+            matched.append(total)
+        weight = naive_event_weights(inputs, config.identity_half_lives, events)
+        for k in range(len(config.identity_features)):
+            asked = inputs.candidate_ids[candidates, k] % config.identity_buckets
+            bought = inputs.history_ids[events, k] % config.identity_buckets
+            same = (asked[:, None] == bought[None, :]).to(tokens.dtype)
+            value = head_of(tokens, module.identity.value_proj, k, config)
+            for rate in range(len(config.identity_half_lives)):
+                total = same @ weight[:, rate]
+                outputs.append(same @ (weight[:, rate, None] * value) / (total[:, None] + config.eps))
+                matched.append(total)
+        if config.interest_mass:
+            outputs += [torch.log(1 + total / config.mass_scale)[:, None] for total in matched]
+        result.append(torch.cat(outputs, dim=1))
+    return module.output_proj(torch.cat(result))
+
+
+def head_of(tokens: Tensor, projection: torch.nn.Linear, h: int, config: IFAConfig) -> Tensor:
+    """[rows, d]: head h of the tokens' projection."""
+    d = config.head_dim or config.embedding_dim // config.num_heads
+    return tokens @ projection.weight[h * d : (h + 1) * d].T
+
+
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float, what: str = "result") -> None:
+    """The largest error is at most ``tolerance`` times the largest value expected."""
+    assert actual.shape == expected.shape, f"{what}: {actual.shape} is not {expected.shape}"
+    if expected.numel() == 0:
+        return
+    error = (actual.double() - expected.double()).abs().max().item()
+    scale = expected.double().abs().max().item()
+    # not error > ..., which a NaN would pass
+    assert error <= tolerance * scale, f"{what}: error {error:.2e} at scale {scale:.2e}"

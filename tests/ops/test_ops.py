@@ -1,0 +1,447 @@
+"""The torch backend against the reference, and the reference against the quadratic form."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from helpers import assert_near, offsets_of
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from ifa_torchrec import ops
+from ifa_torchrec.ops import reference
+from ifa_torchrec.ops.torch_backend import _LONGEST_CHUNK, TILE
+
+D, H, WIDTH = 6, 3, 4
+DECAY = [0.0, 0.5, 3.0]
+# Where nothing matches, outputs and gradients are as large as 1 / eps: one that float32 can follow.
+EPS = 0.01
+FEATURE_MAPS = sorted(ops.FEATURE_MAPS)
+
+# name: (events of each request, candidates of each request)
+SHAPES = {
+    "no request": ([], []),
+    "nothing in any request": ([0, 0], [0, 0]),
+    "one event": ([1], [1]),
+    "empty histories": ([0, 5, 0], [2, 1, 3]),
+    "empty candidate sets": ([4, 2, 5], [0, 3, 0]),
+    "odd lengths": ([7, 0, 13, 1, 29], [3, 5, 0, 11, 1]),
+    "around a chunk and a tile": (
+        [_LONGEST_CHUNK, TILE + 1, 3, _LONGEST_CHUNK + 1],
+        [_LONGEST_CHUNK - 1, 2, TILE + 1, 0],
+    ),
+}
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def encode_inputs(lengths, dtype=torch.float64, weighted=True) -> dict:
+    n = sum(lengths)
+    return {
+        "history": random(n, D, seed=1, dtype=dtype),
+        "offsets": offsets_of(lengths),
+        "key_weight": random(H, WIDTH, D, seed=2, dtype=dtype),
+        "value_weight": random(H, WIDTH, D, seed=3, dtype=dtype),
+        "weights": random(n, seed=4, dtype=dtype).abs() if weighted else None,
+        "ages": random(n, seed=5, dtype=dtype).abs() if weighted else None,
+        "decay": torch.tensor(DECAY, dtype=dtype),
+    }
+
+
+def attend_inputs(lengths, feature_map, dtype=torch.float64, state_dtype=None) -> dict:
+    features = WIDTH * ops.FEATURE_MAPS[feature_map].expansion
+    state_dtype = state_dtype or dtype
+    return {
+        "candidates": random(sum(lengths), D, seed=6, dtype=dtype),
+        "offsets": offsets_of(lengths),
+        "query_weight": random(H, WIDTH, D, seed=7, dtype=dtype),
+        "key_value": random(len(lengths), H, features, WIDTH, seed=8, dtype=state_dtype),
+        # a sum of features that are >= 0
+        "key_sum": random(len(lengths), H, features, seed=9, dtype=state_dtype).abs(),
+    }
+
+
+def match_inputs(history_lengths, candidate_lengths, dtype=torch.float64, weighted=True) -> dict:
+    n, m = sum(history_lengths), sum(candidate_lengths)
+    generator = torch.Generator().manual_seed(10)
+    return {
+        # 5 buckets: most candidates match, and large sets hold duplicates
+        "candidate_buckets": torch.randint(0, 5, (m,), generator=generator),
+        "candidate_offsets": offsets_of(candidate_lengths),
+        "history": random(n, D, seed=11, dtype=dtype),
+        "history_buckets": torch.randint(0, 6, (n,), generator=generator),
+        "history_offsets": offsets_of(history_lengths),
+        "weights": random(n, seed=12, dtype=dtype).abs() if weighted else None,
+        "ages": random(n, seed=13, dtype=dtype).abs() if weighted else None,
+        "decay": torch.tensor(DECAY, dtype=dtype),
+    }
+
+
+DIFFERENTIABLE = {
+    "encode": ["history", "key_weight", "value_weight", "weights"],
+    "attend": ["candidates", "query_weight", "key_value", "key_sum"],
+    "match": ["history", "weights"],
+}
+
+
+def to_float64(inputs: dict) -> dict:
+    return {
+        name: x.double() if x is not None and x.is_floating_point() else x for name, x in inputs.items()
+    }
+
+
+def outputs_and_gradients(op: str, inputs: dict, *extra, backend: str) -> dict[str, Tensor]:
+    """The op's two outputs, and the gradients of a random sum of both."""
+    inputs = {name: None if x is None else x.clone() for name, x in inputs.items()}
+    leaves = [name for name in DIFFERENTIABLE[op] if inputs[name] is not None]
+    for name in leaves:
+        inputs[name].requires_grad_()
+    outputs = getattr(ops, op)(*inputs.values(), *extra, backend=backend)
+    upstream = [random(*out.shape, seed=20 + i, dtype=out.dtype) for i, out in enumerate(outputs)]
+    loss = sum((out * up).sum() for out, up in zip(outputs, upstream, strict=True))
+    # the reference's outputs for no request come from no input: their gradients are zeros
+    loss = loss + sum(0 * inputs[name].sum() for name in leaves)
+    gradients = torch.autograd.grad(loss, [inputs[name] for name in leaves])
+    result = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
+    result |= {
+        f"gradient of {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)
+    }
+    return result
+
+
+def assert_backend_is_true(op: str, inputs: dict, *extra, tolerance: float) -> None:
+    """The torch backend in the inputs' dtype against the reference in float64."""
+    truth = outputs_and_gradients(op, to_float64(inputs), *extra, backend="reference")
+    actual = outputs_and_gradients(op, inputs, *extra, backend="torch")
+    assert actual.keys() == truth.keys()
+    for name in truth:
+        assert_near(actual[name], truth[name], tolerance, name)
+
+
+DTYPES = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)], ids=["float64", "float32"]
+)
+
+
+# --------------------------------------------------------------------- torch against reference
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
+@DTYPES
+def test_encode_is_the_references(feature_map, shape, weighted, dtype, tolerance):
+    inputs = encode_inputs(SHAPES[shape][0], dtype, weighted)
+    assert_backend_is_true("encode", inputs, feature_map, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+@pytest.mark.parametrize("shape", SHAPES)
+@DTYPES
+def test_attend_is_the_references(feature_map, shape, dtype, tolerance):
+    inputs = attend_inputs(SHAPES[shape][1], feature_map, dtype)
+    assert_backend_is_true("attend", inputs, feature_map, EPS, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s != "around a chunk and a tile"])
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
+@DTYPES
+def test_match_is_the_references(shape, weighted, dtype, tolerance):
+    inputs = match_inputs(*SHAPES[shape], dtype, weighted)
+    assert_backend_is_true("match", inputs, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_one_user_with_a_hundred_thousand_events_among_users_with_none(feature_map):
+    inputs = encode_inputs([0, 100_000, 0, 0], torch.float32)
+    assert_backend_is_true("encode", inputs, feature_map, tolerance=2e-5)
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_many_requests_of_a_few_rows(feature_map):
+    lengths = torch.randint(0, 6, (3000,), generator=torch.Generator().manual_seed(0)).tolist()
+    assert_backend_is_true("encode", encode_inputs(lengths), feature_map, tolerance=1e-12)
+    assert_backend_is_true(
+        "attend", attend_inputs(lengths, feature_map), feature_map, EPS, tolerance=1e-12
+    )
+
+
+def test_match_of_many_requests_of_a_few_rows():
+    lengths = torch.randint(0, 6, (2, 3000), generator=torch.Generator().manual_seed(0)).tolist()
+    assert_backend_is_true("match", match_inputs(*lengths), tolerance=1e-12)
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_gradients_are_the_finite_differences(feature_map):
+    inputs = encode_inputs([3, 0, 2])
+    for name in DIFFERENTIABLE["encode"]:
+        inputs[name].requires_grad_()
+    assert torch.autograd.gradcheck(lambda *x: ops.encode(*x, feature_map, "torch"), (*inputs.values(),))
+    inputs = attend_inputs([2, 0, 3], feature_map)
+    for name in DIFFERENTIABLE["attend"]:
+        inputs[name].requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda *x: ops.attend(*x, feature_map, EPS, "torch"), (*inputs.values(),)
+    )
+
+
+def test_gradients_of_match_are_the_finite_differences():
+    inputs = match_inputs([4, 0, 6], [3, 1, 5])
+    for name in DIFFERENTIABLE["match"]:
+        inputs[name].requires_grad_()
+    assert torch.autograd.gradcheck(lambda *x: ops.match(*x, "torch"), (*inputs.values(),))
+
+
+# ---------------------------------------------------------------------- reference against algebra
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_linear_form_is_the_quadratic_form_of_each_request(feature_map):
+    history_lengths, candidate_lengths = SHAPES["odd lengths"]
+    inputs = encode_inputs(history_lengths)
+    asking = attend_inputs(candidate_lengths, feature_map)
+    state = ops.encode(*inputs.values(), feature_map, backend="reference")
+    out, matched = ops.attend(
+        asking["candidates"],
+        asking["offsets"],
+        asking["query_weight"],
+        *state,
+        feature_map,
+        EPS,
+        backend="reference",
+    )
+    weight = reference.event_weights(
+        inputs["weights"], inputs["ages"], inputs["decay"], inputs["history"]
+    )
+    for b in range(len(history_lengths)):
+        e = slice(*inputs["offsets"][b : b + 2].tolist())
+        c = slice(*asking["offsets"][b : b + 2].tolist())
+        expected_out, expected_matched, attention = reference.quadratic(
+            asking["candidates"][c],
+            inputs["history"][e],
+            asking["query_weight"],
+            inputs["key_weight"],
+            inputs["value_weight"],
+            weight[e],
+            feature_map,
+            EPS,
+        )
+        torch.testing.assert_close(out[c], expected_out, rtol=0, atol=1e-12)
+        torch.testing.assert_close(matched[c], expected_matched, rtol=0, atol=1e-12)
+        total = attention.sum(1)
+        torch.testing.assert_close(total, matched[c] / (matched[c] + EPS), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_an_event_one_half_life_old_counts_half(backend):
+    half_life = 5.0
+    inputs = encode_inputs([9, 3])
+    inputs["weights"] = None
+    inputs["ages"] = torch.full((12,), half_life, dtype=torch.float64)
+    inputs["decay"] = torch.full((H,), math.log(2) / half_life, dtype=torch.float64)
+    aged = ops.encode(*inputs.values(), "elu", backend)
+    inputs["ages"] = None
+    fresh = ops.encode(*inputs.values(), "elu", backend)
+    for old, new in zip(aged, fresh, strict=True):
+        torch.testing.assert_close(old, new / 2, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_only_the_head_without_decay_ignores_ages(backend):
+    inputs = encode_inputs([9, 3])
+    aged = ops.encode(*inputs.values(), "elu", backend)[1]
+    fresh = ops.encode(*(inputs | {"ages": None}).values(), "elu", backend)[1]
+    same = torch.isclose(aged, fresh).flatten(2).all(2).all(0)
+    assert same.tolist() == [rate == 0 for rate in DECAY]
+
+
+# ----------------------------------------------------------------------------------------- match
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_match_joins_within_a_request_only(backend):
+    tokens = torch.tensor([[1.0], [10.0], [100.0], [1000.0]], dtype=torch.float64)
+    token_sum, weight_sum = ops.match(
+        torch.tensor([7, 7, 8, 9, 7]),  # 7 twice in the first request's set
+        torch.tensor([0, 4, 4, 5]),
+        tokens,
+        torch.tensor([7, 8, 7, 8]),
+        torch.tensor([0, 3, 4, 4]),
+        torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64),
+        None,
+        torch.zeros(1, dtype=torch.float64),
+        backend,
+    )
+    assert token_sum.flatten().tolist() == [301.0, 301.0, 20.0, 0.0, 0.0]
+    assert weight_sum.flatten().tolist() == [4.0, 4.0, 2.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("candidate_bucket", "history_bucket"), [(5, 9), (9, 5), (-4, 2**40)], ids=str
+)
+def test_match_without_any_match_is_zero_and_has_zero_gradients(candidate_bucket, history_bucket):
+    inputs = match_inputs([5, 3], [2, 2])
+    inputs["candidate_buckets"].fill_(candidate_bucket)
+    inputs["history_buckets"].fill_(history_bucket)
+    for name, value in outputs_and_gradients("match", inputs, backend="torch").items():
+        assert value.numel() > 0 and not value.any(), name
+
+
+# ------------------------------------------------------------------------------ dtypes and memory
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_bfloat16_inputs_give_a_float32_state(feature_map):
+    # 3000 events: a sum kept in bfloat16 would stop growing after some 256 of them
+    inputs = encode_inputs([3000, 0, 7], torch.bfloat16)
+    truth = ops.encode(*to_float64(inputs).values(), feature_map, backend="reference")
+    state = ops.encode(*inputs.values(), feature_map, backend="torch")
+    for actual, expected in zip(state, truth, strict=True):
+        assert actual.dtype == torch.float32
+        assert_near(actual, expected, 2e-5)
+
+    asking = attend_inputs([5, 1, 0], feature_map, torch.bfloat16, state_dtype=torch.float32)
+    truth = ops.attend(*to_float64(asking).values(), feature_map, EPS, backend="reference")
+    answers = ops.attend(*asking.values(), feature_map, EPS, backend="torch")
+    for actual, expected in zip(answers, truth, strict=True):
+        assert actual.dtype == torch.float32
+        assert_near(actual, expected, 2e-5)
+
+
+def test_bfloat16_inputs_give_float32_matches():
+    inputs = match_inputs([3000, 0, 7], [5, 1, 4], torch.bfloat16)
+    truth = ops.match(*to_float64(inputs).values(), backend="reference")
+    for actual, expected in zip(ops.match(*inputs.values(), backend="torch"), truth, strict=True):
+        assert actual.dtype == torch.float32
+        assert_near(actual, expected, 2e-5)
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_bfloat16_inputs_get_bfloat16_gradients(feature_map):
+    asking = attend_inputs([40, 3], feature_map, torch.bfloat16, state_dtype=torch.float32)
+    for op, inputs, extra in [
+        ("encode", encode_inputs([300, 7], torch.bfloat16), (feature_map,)),
+        ("attend", asking, (feature_map, EPS)),
+    ]:
+        truth = outputs_and_gradients(op, to_float64(inputs), *extra, backend="reference")
+        actual = outputs_and_gradients(op, inputs, *extra, backend="torch")
+        for name in DIFFERENTIABLE[op]:
+            assert actual[f"gradient of {name}"].dtype == inputs[name].dtype
+            assert_near(actual[f"gradient of {name}"], truth[f"gradient of {name}"], 0.01, name)
+
+
+def peak_bytes(function, path) -> int:
+    """The most bytes that ``function`` held at once of what it allocated, as the profiler saw it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    profiler.export_chrome_trace(str(path))
+    events = [e for e in json.loads(path.read_text())["traceEvents"] if e["name"] == "[memory]"]
+    events.sort(key=lambda e: e["ts"])
+    live = peak = 0
+    for event in events:
+        live += event["args"]["Bytes"]
+        peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_encode_needs_no_memory_that_grows_with_the_history(feature_map, tmp_path):
+    def peak_beyond_the_gradient(events: int, backend: str) -> int:
+        inputs = encode_inputs([events], torch.float32, weighted=False)
+        leaves = [inputs[name].requires_grad_() for name in ("history", "key_weight", "value_weight")]
+
+        def forward_and_backward():
+            key_value, key_sum = ops.encode(*inputs.values(), feature_map, backend)
+            torch.autograd.grad(key_value.sum() + key_sum.sum(), leaves)
+
+        history_bytes = inputs["history"].nbytes
+        peak = peak_bytes(forward_and_backward, tmp_path / "trace.json")
+        assert peak >= history_bytes  # the gradient itself was seen
+        return peak - history_bytes
+
+    few, many = 10 * TILE, 40 * TILE
+    growth = peak_beyond_the_gradient(many, "torch") - peak_beyond_the_gradient(few, "torch")
+    assert growth < (many - few)  # not a byte an event
+    # the same measurement of what does keep phi(k) of all events
+    growth = peak_beyond_the_gradient(many, "reference") - peak_beyond_the_gradient(few, "reference")
+    assert growth > (many - few) * H * WIDTH * 4
+
+
+# ---------------------------------------------------------------------------- custom operators
+
+
+def opcheck(op, inputs: dict, *extra) -> None:
+    arguments = tuple(
+        x.clone().requires_grad_() if x is not None and x.is_floating_point() and grad else x
+        for x, grad in ((x, name not in ("ages", "decay")) for name, x in inputs.items())
+    )
+    torch.library.opcheck(op, (*arguments, *extra))
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_opcheck_encode_and_attend(feature_map):
+    inputs = encode_inputs([5, 0, 3])
+    del inputs["value_weight"]  # the operator gives the state before its values are projected
+    opcheck(torch.ops.ifa.encode.default, inputs, feature_map)
+    asking = attend_inputs([2, 3, 0], feature_map)
+    opcheck(torch.ops.ifa.attend.default, asking, feature_map, EPS)
+
+
+def test_opcheck_encode_unweighted():
+    inputs = encode_inputs([5, 0, 3], weighted=False)
+    del inputs["value_weight"]
+    opcheck(torch.ops.ifa.encode.default, inputs, "elu")
+
+
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
+def test_opcheck_match(weighted):
+    opcheck(torch.ops.ifa.match.default, match_inputs([4, 0, 6], [3, 1, 5], weighted=weighted))
+
+
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
+def test_opcheck_backward_operators(weighted):
+    # these have no gradient of their own, so none of their inputs requires one
+    inputs = encode_inputs([5, 0, 3], weighted=weighted)
+    del inputs["value_weight"]
+    upstream = [torch.randn_like(x) for x in torch.ops.ifa.encode(*inputs.values(), "hedgehog")]
+    torch.library.opcheck(
+        torch.ops.ifa.encode_backward.default, (*upstream, *inputs.values(), "hedgehog")
+    )
+    inputs = match_inputs([4, 0, 6], [3, 1, 5], weighted=weighted)
+    upstream = [torch.randn_like(x) for x in torch.ops.ifa.match(*inputs.values())]
+    torch.library.opcheck(torch.ops.ifa.match_backward.default, (*upstream, *inputs.values()))
+
+
+def test_opcheck_attend_backward():
+    inputs = attend_inputs([2, 3, 0], "hedgehog")
+    upstream = [torch.randn_like(x) for x in torch.ops.ifa.attend(*inputs.values(), "hedgehog", EPS)]
+    torch.library.opcheck(
+        torch.ops.ifa.attend_backward.default, (*upstream, *inputs.values(), "hedgehog", EPS)
+    )
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_compiles_into_one_graph(feature_map):
+    def ifa(history, offsets, key, value, weights, ages, decay, candidates, candidate_offsets, query):
+        state = ops.encode(history, offsets, key, value, weights, ages, decay, feature_map, "torch")
+        return ops.attend(candidates, candidate_offsets, query, *state, feature_map, EPS, "torch")
+
+    asking = attend_inputs([2, 3, 1], feature_map)
+    inputs = [*encode_inputs([5, 0, 3]).values()]
+    inputs += [asking[name] for name in ("candidates", "offsets", "query_weight")]
+    leaves = [inputs[i].requires_grad_() for i in (0, 2, 3, 4, 7, 9)]
+
+    def result(function):
+        out, matched = function(*inputs)
+        return out, matched, *torch.autograd.grad(out.square().sum() + matched.sum(), leaves)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(ifa, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(result(compiled), result(ifa), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
