@@ -53,9 +53,7 @@ def predict(
         [M, T] float32 on every rank, and this rank's milliseconds a request, loading included.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    sampler = EventBudgetSampler(
-        dataset.history_lengths, max_events, max_requests, shard=(rank, world)
-    )
+    sampler = EventBudgetSampler(dataset.history_lengths, max_events, max_requests, shard=(rank, world))
     loader = make_loader(dataset, sampler)
     training = model.training
     model.eval()

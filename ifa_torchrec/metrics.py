@@ -110,9 +110,7 @@ def ranking_metrics(
             torch.from_numpy(logit.astype(np.float64)), target, reduction="sum"
         )
         count = torch.tensor(float(len(label)), dtype=torch.float64)
-        result["ne"] = float(
-            compute_ne(entropy, count, target.sum(), count - target.sum(), eta=1e-12)
-        )
+        result["ne"] = float(compute_ne(entropy, count, target.sum(), count - target.sum(), eta=1e-12))
         result["calibration"] = float(prediction.mean() / target.mean())
     return result
 

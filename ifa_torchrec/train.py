@@ -155,9 +155,7 @@ def train(config: TrainConfig) -> dict[str, float]:
     log = EventLog(config.data)
     dataset = RankingDataset(log, "train")
     checkpoint.seed_everything(config.seed)
-    model, optimizer = shard(
-        DLRM_IFATrain(build_model(log.schema, config)), device, config.optimizers
-    )
+    model, optimizer = shard(DLRM_IFATrain(build_model(log.schema, config)), device, config.optimizers)
 
     folder = config.out / "checkpoints"
     step, epoch, skip = 0, 0, 0
@@ -207,7 +205,9 @@ def train(config: TrainConfig) -> dict[str, float]:
             if writer is not None and step % 10 == 0:
                 mean = sum(losses[-10:]) / len(losses[-10:])
                 writer.add_scalar("train/loss", mean, step)
-                writer.add_scalar("train/events_per_second", events / (seconds + time.perf_counter() - start), step)
+                writer.add_scalar(
+                    "train/events_per_second", events / (seconds + time.perf_counter() - start), step
+                )
                 bar.set_postfix(loss=f"{mean:.4f}")
             last = number == steps_per_epoch[epoch]
             if step % config.checkpoint_every == 0 or last:

@@ -179,3 +179,10 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float, what: str = 
     scale = expected.double().abs().max().item()
     # not error > ..., which a NaN would pass
     assert error <= tolerance * scale, f"{what}: error {error:.2e} at scale {scale:.2e}"
+
+
+def randomised(module: torch.nn.Module) -> torch.nn.Module:
+    """The module with random weights: its own start is the identity, which hides transpositions."""
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return module

@@ -128,7 +128,10 @@ class _Recipe:
                 "week": transactions["week"],
             }
         ).drop_duplicates(["basket", "item"])
-        self.lines = lines.sort_values(["user", "time", "basket"], kind="stable", ignore_index=True)
+        lines = lines.sort_values(["user", "time", "basket"], kind="stable", ignore_index=True)
+        self.lines = lines
+        self.item, self.user, self.time = (lines[c].to_numpy() for c in ("item", "user", "time"))
+        self.store, self.week = (lines[c].to_numpy() for c in ("store", "week"))
 
         # [week, item] purchases in earlier weeks, and in the four weeks before
         weekly = np.zeros((self.lines["week"].max() + 2, len(order)), np.float32)
@@ -140,10 +143,11 @@ class _Recipe:
 
         promotions = tables["promotions"]
         place = promotions["store_id"].to_numpy() * 100 + promotions["week"].to_numpy()
-        item = number.loc[promotions["product_id"]].to_numpy()
-        by_place = np.argsort(place, kind="stable")
-        self.places, starts = np.unique(place[by_place], return_index=True)
-        self.promoted_at = np.split(item[by_place], starts[1:])
+        item = number.sort_index().reindex(promotions["product_id"]).to_numpy()
+        promoted = np.unique(place * len(order) + item)
+        self.places, starts = np.unique(promoted // len(order), return_index=True)
+        self.promoted_at = np.split(promoted % len(order), starts[1:])
+        self.in_set = np.zeros(len(order), dtype=bool)  # scratch of `among`
 
         self.demographics = tables["demographics"].set_index("household_id")
 
@@ -174,7 +178,7 @@ class _Recipe:
         wanted = getattr(self.config, split)
         bounds = np.flatnonzero(np.diff(self.lines["basket"], prepend=-1))
         ends = np.append(bounds[1:], len(self.lines))
-        week = self.lines["week"].to_numpy()[bounds]
+        week = self.week[bounds]
         eligible = self.rng.permutation(np.flatnonzero((week >= first) & (week <= last)))
         rows: list[dict] = []
         for kind, share in ((self.basket, wanted - wanted // 2), (self.buy_again, wanted // 2)):
@@ -193,12 +197,12 @@ class _Recipe:
         return self.with_context(frame)
 
     def basket(self, start: int, end: int) -> dict:
-        bought = self.lines["item"].to_numpy()[start:end]
+        bought = self.item[start:end]
         promoted = self.promoted(start)
         size = self.rng.integers(_MIN_CANDIDATES, _MAX_CANDIDATES + 1)
         positives = self.some(bought, _MAX_BOUGHT)
         missing = size - len(positives)
-        of_promotion = self.some(np.setdiff1d(promoted, bought), missing // 2)
+        of_promotion = self.some(promoted[~self.among(promoted, bought)], missing // 2)
         taken = np.concatenate([bought, of_promotion])
         popular = np.empty(0, np.int64)
         while len(popular) < missing - len(of_promotion):
@@ -213,17 +217,16 @@ class _Recipe:
         )
 
     def buy_again(self, start: int, end: int) -> dict | None:
-        items, user = self.lines["item"].to_numpy(), self.lines["user"].to_numpy()
-        first = np.searchsorted(user, user[start])
-        earlier = self.lines["time"].to_numpy()[first:start] < self.lines["time"].iat[start]
-        past = np.unique(items[first:start][earlier])
-        bought = items[start:end]
-        again = np.intersect1d(past, bought)
+        first = np.searchsorted(self.user, self.user[start])
+        earlier = self.time[first:start] < self.time[start]
+        past = np.unique(self.item[first:start][earlier])
+        bought = self.item[start:end]
+        again = bought[self.among(bought, past)]
         if len(again) == 0 or len(past) < _MIN_CANDIDATES:
             return None
         positives = self.some(again, _MAX_BOUGHT)
         size = self.rng.integers(_MIN_CANDIDATES, _MAX_CANDIDATES + 1)
-        others = self.some(np.setdiff1d(past, bought), size - len(positives))
+        others = self.some(past[~self.among(past, bought)], size - len(positives))
         if len(positives) + len(others) < _MIN_CANDIDATES:
             return None
         parts = [(BOUGHT, positives), (OWN_PAST, others)]
@@ -236,16 +239,16 @@ class _Recipe:
         source = np.concatenate([np.full(len(items), kind) for kind, items in parts])
         shuffled = self.rng.permutation(len(candidates))
         candidates, source = candidates[shuffled], source[shuffled]
-        week = self.lines["week"].iat[start]
+        week = self.week[start]
         return {
-            "user": self.lines["user"].iat[start],
-            "time": self.lines["time"].iat[start],
+            "user": self.user[start],
+            "time": self.time[start],
             "surface": surface,
-            "store": self.lines["store"].iat[start],
+            "store": self.store[start],
             "candidates": candidates,
             "source": source,
             "bought": (source == BOUGHT).astype(np.float32),
-            "exposed": (source == BOUGHT) | np.isin(candidates, promoted),
+            "exposed": (source == BOUGHT) | self.among(candidates, promoted),
             "log_popularity": np.log1p(self.earlier[week, candidates]),
             "log_popularity_4_weeks": np.log1p(self.recent[week, candidates]),
         }
@@ -264,11 +267,17 @@ class _Recipe:
         return frame
 
     def promoted(self, start: int) -> np.ndarray:
-        place = self.lines["store"].iat[start] * 100 + self.lines["week"].iat[start]
+        place = self.store[start] * 100 + self.week[start]
         row = np.searchsorted(self.places, place)
         if row == len(self.places) or self.places[row] != place:
             return np.empty(0, np.int64)
         return self.promoted_at[row]
+
+    def among(self, items: np.ndarray, those: np.ndarray) -> np.ndarray:
+        self.in_set[those] = True
+        result = self.in_set[items]
+        self.in_set[those] = False
+        return result
 
     def some(self, items: np.ndarray, most: int) -> np.ndarray:
         return self.rng.permutation(items)[:most]

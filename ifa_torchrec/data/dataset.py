@@ -66,14 +66,10 @@ class RankingDataset(Dataset):
         sequence_features = KeyedJaggedTensor.from_lengths_sync(
             keys=[prefix + f for prefix in (HISTORY, CANDIDATE) for f in schema.item_features],
             values=_tensor(
-                np.concatenate(
-                    [ids[rows] for rows in (event_items, candidate_items) for ids in columns]
-                )
+                np.concatenate([ids[rows] for rows in (event_items, candidate_items) for ids in columns])
             ),
             lengths=_tensor(
-                np.concatenate(
-                    [n for n in (history_lengths, candidate_lengths) for _ in columns]
-                )
+                np.concatenate([n for n in (history_lengths, candidate_lengths) for _ in columns])
             ),
         )
         context = [requests[f][index] for f in schema.context_features]
@@ -175,9 +171,7 @@ class EventBudgetSampler(Sampler[list[int]]):
 def make_loader(dataset: RankingDataset, sampler: EventBudgetSampler) -> DataLoader:
     """A DataLoader over ``dataset`` in the sampler's batches; batches are made by slicing
     memory-mapped columns, which is cheap enough to need no worker processes."""
-    return DataLoader(
-        dataset, sampler=sampler, batch_size=None, pin_memory=torch.cuda.is_available()
-    )
+    return DataLoader(dataset, sampler=sampler, batch_size=None, pin_memory=torch.cuda.is_available())
 
 
 def _ranges(start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -312,8 +312,7 @@ class EventLog:
                 empty = np.flatnonzero(lengths == 0)
                 if len(empty):
                     raise LogError(
-                        f"{name}: row {empty[0]} has an empty candidate set; "
-                        "leave such requests out"
+                        f"{name}: row {empty[0]} has an empty candidate set; leave such requests out"
                     )
             elif not np.array_equal(mine, offsets):
                 row = int(np.flatnonzero(mine != offsets)[0]) - 1
@@ -336,8 +335,7 @@ class EventLog:
             if len(bad):
                 row = int(np.searchsorted(offsets, bad[0], side="right")) - 1
                 raise LogError(
-                    f"{name}: row {row}, column {task!r}: label {columns[task][bad[0]]} "
-                    "is not in [0, 1]"
+                    f"{name}: row {row}, column {task!r}: label {columns[task][bad[0]]} is not in [0, 1]"
                 )
         return columns
 
@@ -390,8 +388,7 @@ def _floats(table: pa.Table, column: str, where: str) -> np.ndarray:
     values = _values(table, column, where)
     if not np.issubdtype(values.dtype, np.number) and values.dtype != bool:
         raise LogError(
-            f"{where}: column {column!r} has type {table.schema.field(column).type}, "
-            "it must be a number"
+            f"{where}: column {column!r} has type {table.schema.field(column).type}, it must be a number"
         )
     values = values.astype(np.float32)
     if not np.isfinite(values).all():

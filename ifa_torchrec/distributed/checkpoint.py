@@ -1,6 +1,6 @@
 """Checkpoints that are whole or not there, by torch.distributed.checkpoint.
 
-    FOLDER/step-000400/   DCP's shards: model, tables, both optimisers; and progress.json
+FOLDER/step-000400/   DCP's shards: model, tables, both optimisers; and progress.json
 """
 
 from __future__ import annotations

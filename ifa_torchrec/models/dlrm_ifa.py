@@ -2,11 +2,14 @@
 
 Data flow, for B requests, M candidates and N events in all:
 
-    dense_features    -> DenseArch ------------------- [B, D] --+
-    context_features  -> SparseArch (torchrec's) ------ [B, Fs, D] +- spread over the candidates -+
-    candidate_dense   -> DenseArch ------------------------------------------------- [M, D] -----+
-    sequence_features -> SequenceArch -> candidates ----------------------------- [M, D] --------+- InteractionArch -> OverArch -> [M, T]
-                                      -> history [N, D] -> sequence interaction -> [M, D] -------+
+    context_features -> SparseArch [B, Fs, D] -+
+    dense_features [B, F] ---------------------+-> request_arch -> [B, D], spread to [M, D] -+
+    candidate_dense [M, Fc] -> candidate_dense_arch ---------------> [M, D] -----------------+-> InteractionArch
+    sequence_features -> SequenceArch -+- candidate tokens --------> [M, D] -----------------+      -> OverArch
+                                       +- history tokens [N, D] -> sequence interaction -> [M, D] -+    -> [M, T]
+
+Everything on the left of a [B, D] or [N, D] happens once a request, not once a candidate. SparseArch,
+DenseArch (the two dense archs), InteractionArch and OverArch are TorchRec's.
 """
 
 from __future__ import annotations
@@ -158,24 +161,18 @@ class CandidateArch(nn.Module):
         super().__init__()
         dim = config.ifa.embedding_dim
         self.sequence_interaction = INTERACTIONS[config.interaction](config)
-        dense_layers = [*config.dense_arch_layer_sizes, dim]
-        self.dense_arch = (
-            DenseArch(config.dense_in_features, dense_layers) if config.dense_in_features else None
-        )
-        self.candidate_dense_arch = (
-            DenseArch(config.candidate_dense_in_features, dense_layers)
-            if config.candidate_dense_in_features
-            else None
-        )
         sequence = self.sequence_interaction is not None
-        vectors = (
-            num_context_features
-            + (self.dense_arch is not None)
-            + (self.candidate_dense_arch is not None)
-            + sequence
-        )
-        self.interaction_arch = InteractionArch(vectors)
-        width = dim + vectors * (vectors + 1) // 2 + (dim + 1 if sequence else 0)
+        layers = [*config.dense_arch_layer_sizes, dim]
+        request_features = config.dense_in_features + num_context_features * dim
+        candidate_features = config.candidate_dense_in_features
+        self.request_arch = DenseArch(request_features, layers) if request_features else None
+        self.candidate_dense_arch = DenseArch(candidate_features, layers) if candidate_features else None
+        self.token_norm = nn.LayerNorm(dim)
+        self.interest_norm = nn.LayerNorm(dim) if sequence else None
+        vectors = sum((bool(request_features), bool(candidate_features), sequence))
+        self.interaction_arch = InteractionArch(vectors) if vectors else None
+        width = dim + vectors * (vectors + 1) // 2
+        width += dim * bool(request_features) + (2 * dim + 1) * sequence
         self.over_arch = OverArch(width, [*config.over_arch_layer_sizes, config.num_tasks])
 
     def forward(
@@ -201,22 +198,33 @@ class CandidateArch(nn.Module):
         request = torch.repeat_interleave(
             torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff()
         )
+        candidates = self._normed(candidates)
         tokens = candidates.values()
-        vectors = [] if context is None else [context[request]]
-        if self.dense_arch is not None:
-            vectors.append(self.dense_arch(batch.dense_features)[request, None])
+        vectors, beside = [], []
+        if self.request_arch is not None:
+            parts = [batch.dense_features] + ([] if context is None else [context.flatten(1)])
+            vectors.append(self.request_arch(torch.cat(parts, dim=1))[request])
+            beside.append(vectors[-1])
         if self.candidate_dense_arch is not None:
-            vectors.append(self.candidate_dense_arch(batch.candidate_dense)[:, None])
-        beside = []
+            vectors.append(self.candidate_dense_arch(batch.candidate_dense))
         if self.sequence_interaction is not None:
             interest = self.sequence_interaction(
-                candidates, history, batch.history_age, *ids
-            ).values()
-            count = history.offsets().diff().to(tokens.dtype)
-            vectors.append(interest[:, None])
-            beside = [interest, torch.log1p(count)[request, None]]
-        crossed = self.interaction_arch(tokens, torch.cat(vectors, dim=1)) if vectors else tokens
+                candidates, self._normed(history), batch.history_age, *ids
+            )
+            vectors.append(self.interest_norm(interest.values()))
+            events = history.offsets().diff().to(tokens.dtype)
+            beside += [vectors[-1], tokens * vectors[-1], torch.log1p(events)[request, None]]
+        if self.interaction_arch is None:
+            return self.over_arch(tokens)
+        # scaled so that the dot product of two normed vectors is of the size of their entries
+        scale = tokens.shape[1] ** -0.25
+        crossed = self.interaction_arch(tokens * scale, torch.stack(vectors, dim=1) * scale)
         return self.over_arch(torch.cat([crossed, *beside], dim=1))
+
+    def _normed(self, tokens: JaggedTensor) -> JaggedTensor:
+        return JaggedTensor(
+            self.token_norm(tokens.values()), lengths=tokens.lengths(), offsets=tokens.offsets()
+        )
 
 
 class DLRM_IFA(nn.Module):

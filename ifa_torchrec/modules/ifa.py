@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import repeat
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec import ops
 from ifa_torchrec.modules.interaction import IFAConfig, SequenceInteraction, _check_same_requests
 from ifa_torchrec.modules.user_state import UserState
+
+
+_GAIN = 1.5
+"""Queries and keys start as this times the (normed) tokens; larger is more selective."""
 
 
 class InteractionFidelityAttention(SequenceInteraction):
@@ -43,9 +48,8 @@ class InteractionFidelityAttention(SequenceInteraction):
 
     def __init__(self, config: IFAConfig) -> None:
         super().__init__(config)
-        width = config.num_heads * config.head_width
-        self.query_proj = nn.Linear(config.embedding_dim, width, bias=False)
-        self.key_proj = nn.Linear(config.embedding_dim, width, bias=False)
+        self.query_proj = self._projection(_GAIN)
+        self.key_proj = self._projection(_GAIN)
 
     def encode(
         self,
@@ -104,6 +108,7 @@ class InteractionFidelityAttention(SequenceInteraction):
             raise ValueError(
                 f"new_history is of {len(new_history.offsets()) - 1} requests, the state of {len(state)}"
             )
+        self._check_state(state)
         new = self.encode(new_history, history_age, history_ids)
         return (state if elapsed is None else self._decayed(state, elapsed)) + new
 
@@ -125,31 +130,14 @@ class InteractionFidelityAttention(SequenceInteraction):
         """
         self._check(candidates, None, candidate_ids, "candidates")
         _check_same_requests(candidates, len(state))
-        config = self.config
-        features = config.head_width * ops.FEATURE_MAPS[config.feature_map].expansion
-        wanted = (config.num_heads, features, config.head_width)
-        if tuple(state.key_value.shape[1:]) != wanted:
-            raise ValueError(
-                f"state: key_value is [B, *{list(state.key_value.shape[1:])}], this configuration's "
-                f"is [B, *{list(wanted)}]; encode the histories with this module"
-            )
+        self._check_state(state)
         identity = None
         if self.identity is not None:
-            tables = (
-                len(config.identity_features),
-                len(config.identity_half_lives),
-                config.identity_buckets,
-            )
-            if state.identity_sum is None or tuple(state.identity_sum.shape[1:]) != tables:
-                raise ValueError(
-                    f"state: its identity tables are not [B, *{list(tables)}], as this configuration's "
-                    "are; encode the histories with this module"
-                )
             identity = self.identity.attend(
                 candidates, state.identity_value, state.identity_sum, candidate_ids
             )
-        heads, matched = self._attend_dense(candidates, state.key_value, state.key_sum)
-        return self._output(candidates, heads, matched, identity)
+        heads, mass = self._attend_dense(candidates, state.key_value, state.key_sum)
+        return self._output(candidates, heads, mass, identity)
 
     def attention_weights(
         self,
@@ -170,6 +158,7 @@ class InteractionFidelityAttention(SequenceInteraction):
         """
         self._check(history, history_age, history_ids, "history")
         self._check(candidates, None, candidate_ids, "candidates")
+        _check_same_requests(candidates, len(history.offsets()) - 1)
         config = self.config
         result = []
         for b in range(len(history.offsets()) - 1):
@@ -207,9 +196,7 @@ class InteractionFidelityAttention(SequenceInteraction):
     ) -> tuple[Tensor, Tensor]:
         return self._attend_dense(candidates, *self._encode_dense(history, history_age))
 
-    def _encode_dense(
-        self, history: JaggedTensor, history_age: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _encode_dense(self, history: JaggedTensor, history_age: Tensor | None) -> tuple[Tensor, Tensor]:
         return ops.encode(
             history.values(),
             history.offsets(),
@@ -225,7 +212,7 @@ class InteractionFidelityAttention(SequenceInteraction):
     def _attend_dense(
         self, candidates: JaggedTensor, key_value: Tensor, key_sum: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return ops.attend(
+        heads, matched = ops.attend(
             candidates.values(),
             candidates.offsets(),
             self.heads(self.query_proj),
@@ -235,18 +222,45 @@ class InteractionFidelityAttention(SequenceInteraction):
             self.config.eps,
             self.config.backend,
         )
+        return heads, self._mass(matched)
 
     def _encode_parts(self, history, history_age, history_ids) -> UserState:
-        state = None
-        ages, ids = (None if x is None else iter(x) for x in (history_age, history_ids))
+        state, end = None, object()
+        ages, ids = (repeat(None) if x is None else iter(x) for x in (history_age, history_ids))
         for part in history:
-            new = self.encode(
-                part, None if ages is None else next(ages), None if ids is None else next(ids)
-            )
+            age, part_ids = next(ages, end), next(ids, end)
+            for name, given in (("history_age", age), ("history_ids", part_ids)):
+                if given is end:
+                    raise ValueError(f"{name}: fewer parts than history has")
+            new = self.encode(part, age, part_ids)
             state = new if state is None else state + new
+        for name, given, rest in (("history_age", history_age, ages), ("history_ids", history_ids, ids)):
+            if given is not None and next(rest, end) is not end:
+                raise ValueError(f"{name}: more parts than history has")
         if state is None:
             raise ValueError("history: no part given; an empty history is a JaggedTensor of length 0")
         return state
+
+    def _check_state(self, state: UserState) -> None:
+        config = self.config
+        features = config.head_width * ops.FEATURE_MAPS[config.feature_map].expansion
+        wanted = (config.num_heads, features, config.head_width)
+        if tuple(state.key_value.shape[1:]) != wanted:
+            raise ValueError(
+                f"state: key_value is [B, *{list(state.key_value.shape[1:])}], this configuration's "
+                f"is [B, *{list(wanted)}]; encode the histories with this module"
+            )
+        if self.identity is not None:
+            tables = (
+                len(config.identity_features),
+                len(config.identity_half_lives),
+                config.identity_buckets,
+            )
+            if state.identity_sum is None or tuple(state.identity_sum.shape[1:]) != tables:
+                raise ValueError(
+                    f"state: its identity tables are not [B, *{list(tables)}], as this configuration's "
+                    "are; encode the histories with this module"
+                )
 
     def _decayed(self, state: UserState, elapsed: Tensor) -> UserState:
         if elapsed.shape != (len(state),):

@@ -72,7 +72,9 @@ class IFAConfig:
             f"embedding_dim {self.embedding_dim} is no multiple of num_heads {self.num_heads}; "
             "give head_dim",
         )
-        check(self.head_dim is None or self.head_dim > 0, f"head_dim must be positive, got {self.head_dim}")
+        check(
+            self.head_dim is None or self.head_dim > 0, f"head_dim must be positive, got {self.head_dim}"
+        )
         check(
             self.feature_map in ops.FEATURE_MAPS,
             f"feature_map {self.feature_map!r} is none of {sorted(ops.FEATURE_MAPS)}",
@@ -116,7 +118,7 @@ def decay_rates(half_lives: tuple[float, ...]) -> Tensor:
 class SequenceInteraction(nn.Module):
     """Base of IFA and its peers: dense heads (of the subclass), identity heads, masses, output.
 
-    ``output_proj`` maps [dense head outputs | identity head outputs | masses] to D. The mass of a
+    Matching starts by likeness (``_projection``). ``output_proj`` maps [dense head outputs | identity head outputs | masses] to D. The mass of a
     head is log(1 + matched / mass_scale), where matched is the head's normaliser: for IFA
     phi(q)^T z, for softmax the sum of w_i exp(q k_i), for mean pooling the sum of w_i.
 
@@ -128,7 +130,7 @@ class SequenceInteraction(nn.Module):
         super().__init__()
         self.config = config
         width = config.num_heads * config.head_width
-        self.value_proj = nn.Linear(config.embedding_dim, width, bias=False)
+        self.value_proj = self._projection()
         self.register_buffer(
             "decay",
             decay_rates(config.half_lives or (math.inf,) * config.num_heads),
@@ -139,6 +141,25 @@ class SequenceInteraction(nn.Module):
         if config.interest_mass:
             features += config.num_heads + config.num_identity_heads
         self.output_proj = nn.Linear(features, config.embedding_dim)
+        if width == config.embedding_dim:
+            with torch.no_grad():
+                self.output_proj.weight[:, :width] = torch.eye(width)
+                self.output_proj.bias.zero_()
+
+    def _projection(self, gain: float = 1.0) -> nn.Linear:
+        """A projection of tokens to the dense heads; where the widths agree it starts as
+        ``gain`` times the identity.
+
+        So, before any training, an event counts as it resembles the candidate, and the answer
+        lies in the tokens' own space, where comparing it with the candidate means something.
+        From a random start neither softmax nor linear attention finds that in a million rows.
+        """
+        width = self.config.num_heads * self.config.head_width
+        projection = nn.Linear(self.config.embedding_dim, width, bias=False)
+        if width == self.config.embedding_dim:
+            with torch.no_grad():
+                projection.weight.copy_(gain * torch.eye(width))
+        return projection
 
     def forward(
         self,
@@ -167,17 +188,17 @@ class SequenceInteraction(nn.Module):
         self._check(history, history_age, history_ids, "history")
         self._check(candidates, None, candidate_ids, "candidates")
         _check_same_requests(candidates, len(history.offsets()) - 1)
-        heads, matched = self.dense_heads(candidates, history, history_age)
+        heads, mass = self.dense_heads(candidates, history, history_age)
         identity = None
         if self.identity is not None:
             identity = self.identity(candidates, history, history_age, history_ids, candidate_ids)
-        return self._output(candidates, heads, matched, identity)
+        return self._output(candidates, heads, mass, identity)
 
     def dense_heads(
         self, candidates: JaggedTensor, history: JaggedTensor, history_age: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Outputs [M, H, d] and normalisers [M, H] of the dense heads; None is allowed for the
-        latter where the config asks for no masses."""
+        """Outputs [M, H, d] and masses [M, H] of the dense heads; None is allowed for the latter
+        where the config asks for no masses."""
         raise NotImplementedError
 
     def heads(self, projection: nn.Linear) -> Tensor:
@@ -188,14 +209,14 @@ class SequenceInteraction(nn.Module):
         self,
         candidates: JaggedTensor,
         heads: Tensor,
-        matched: Tensor | None,
+        mass: Tensor | None,
         identity: tuple[Tensor, Tensor] | None,
     ) -> JaggedTensor:
         parts = [heads.flatten(1)]
         if identity is not None:
             parts.append(identity[0].flatten(1))
         if self.config.interest_mass:
-            parts.append(self._mass(matched))
+            parts.append(mass)
             if identity is not None:
                 parts.append(self._mass(identity[1]))
         dtype = self.output_proj.weight.dtype
@@ -205,9 +226,7 @@ class SequenceInteraction(nn.Module):
     def _mass(self, matched: Tensor) -> Tensor:
         return torch.log1p(matched / self.config.mass_scale)
 
-    def _check(
-        self, tokens: JaggedTensor, age: Tensor | None, ids: Tensor | None, name: str
-    ) -> None:
+    def _check(self, tokens: JaggedTensor, age: Tensor | None, ids: Tensor | None, name: str) -> None:
         values = tokens.values()
         if values.dim() != 2 or values.shape[1] != self.config.embedding_dim:
             raise ValueError(
@@ -238,7 +257,9 @@ class SequenceInteraction(nn.Module):
                     "after the request must not be in its history"
                 )
             if name == "history" and weights is not None and bool((weights < 0).any()):
-                raise ValueError(f"history: event {int((weights < 0).nonzero()[0])} has a negative weight")
+                raise ValueError(
+                    f"history: event {int((weights < 0).nonzero()[0])} has a negative weight"
+                )
 
 
 def _check_same_requests(candidates: JaggedTensor, requests: int) -> None:
@@ -318,10 +339,9 @@ class IdentityHeads(nn.Module):
                 value_tables.append(table.index_add(0, row, value * weight[:, rate, None]))
                 total = value.new_zeros(requests * buckets)
                 sum_tables.append(total.index_add(0, row, weight[:, rate]))
-        shape = (requests, len(self.config.identity_features), len(self.decay), buckets)
-        value = torch.stack(value_tables).view(-1, requests, buckets, self.config.head_width)
-        total = torch.stack(sum_tables).view(-1, requests, buckets)
-        return value.transpose(0, 1).reshape(*shape, -1), total.transpose(0, 1).reshape(shape)
+        shape = (len(self.config.identity_features), len(self.decay), requests, buckets)
+        value = torch.stack(value_tables).view(*shape, self.config.head_width)
+        return value.movedim(2, 0), torch.stack(sum_tables).view(shape).movedim(2, 0)
 
     def attend(
         self,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
@@ -36,9 +38,7 @@ class MeanPooling(SequenceInteraction):
         tokens = history.values()
         requests = torch.arange(len(history.offsets()) - 1, device=tokens.device)
         owner = torch.repeat_interleave(requests, history.offsets().diff())
-        weight = ops.reference.event_weights(
-            history.weights_or_none(), history_age, self.decay, tokens
-        )
+        weight = ops.reference.event_weights(history.weights_or_none(), history_age, self.decay, tokens)
         total = tokens.new_zeros(len(requests), weight.shape[1]).index_add(0, owner, weight)
         if self.config.half_lives is None:  # every head's mean is over the same weights
             sums = tokens.new_zeros(len(requests), 1, tokens.shape[1])
@@ -50,7 +50,7 @@ class MeanPooling(SequenceInteraction):
         mean = mean.expand(-1, self.config.num_heads, -1)
         heads = torch.einsum("bhD,hdD->bhd", mean, self.heads(self.value_proj))
         asking = torch.repeat_interleave(requests, candidates.offsets().diff())
-        return heads[asking], total[asking]
+        return heads[asking], self._mass(total[asking])
 
 
 class SoftmaxAttention(SequenceInteraction):
@@ -79,9 +79,10 @@ class SoftmaxAttention(SequenceInteraction):
         if recent_length is not None and recent_length < 1:
             raise ValueError(f"recent_length must be at least 1, got {recent_length}")
         self.recent_length = recent_length
-        width = config.num_heads * config.head_width
-        self.query_proj = nn.Linear(config.embedding_dim, width, bias=False)
-        self.key_proj = nn.Linear(config.embedding_dim, width, bias=False)
+        # the score of a normed token with itself starts at 12, enough to stand out among 10^4
+        gain = (12 / config.head_width**0.5) ** 0.5
+        self.query_proj = self._projection(gain)
+        self.key_proj = self._projection(gain)
 
     def dense_heads(
         self, candidates: JaggedTensor, history: JaggedTensor, history_age: Tensor | None
@@ -91,7 +92,9 @@ class SoftmaxAttention(SequenceInteraction):
         starts = history.offsets()[:-1].tolist()
         if self.recent_length is not None:
             starts = [max(a, b - self.recent_length) for a, b in zip(starts, ends, strict=True)]
-            rows = torch.cat([torch.arange(a, b) for a, b in zip(starts, ends, strict=True)])
+            rows = torch.cat(
+                [torch.arange(0), *(torch.arange(a, b) for a, b in zip(starts, ends, strict=True))]
+            )
             rows = rows.to(tokens.device)
             tokens = tokens[rows]
             weights = None if weights is None else weights[rows]
@@ -103,12 +106,12 @@ class SoftmaxAttention(SequenceInteraction):
         query = self.query_proj(candidates.values()).view(shape).transpose(0, 1)
         bias = self._log_weights(weights, history_age, tokens)
         biases = [None] * len(lengths) if bias is None else bias.split(lengths, dim=1)
-        outputs, matched = [], []
+        outputs, log_sums = [query[:, :0]], [query[:, :0, 0]]
         sets = query.split(candidates.offsets().diff().tolist(), dim=1)
         for q, k, v, log_weight in zip(sets, key, value, biases, strict=True):
             if k.shape[1] == 0 or q.shape[1] == 0:
                 outputs.append(torch.zeros_like(q))
-                matched.append(torch.zeros_like(q[..., 0]))
+                log_sums.append(torch.full_like(q[..., 0], -torch.inf))
                 continue
             mask = None if log_weight is None else log_weight[:, None].expand(-1, q.shape[1], -1)
             outputs.append(
@@ -119,13 +122,14 @@ class SoftmaxAttention(SequenceInteraction):
             if self.config.interest_mass:
                 score = q @ k.mT / self.config.head_width**0.5
                 score = score if mask is None else score + mask
-                matched.append(score.logsumexp(-1).exp())
+                log_sums.append(score.logsumexp(-1))
         heads = torch.cat(outputs, dim=1).transpose(0, 1)
-        return heads, torch.cat(matched, dim=1).T if self.config.interest_mass else None
+        if not self.config.interest_mass:
+            return heads, None
+        log_sum = torch.cat(log_sums, dim=1).T - math.log(self.config.mass_scale)
+        return heads, torch.logaddexp(log_sum, torch.zeros_like(log_sum))
 
-    def _log_weights(
-        self, weights: Tensor | None, age: Tensor | None, tokens: Tensor
-    ) -> Tensor | None:
+    def _log_weights(self, weights: Tensor | None, age: Tensor | None, tokens: Tensor) -> Tensor | None:
         """log w_hi, [H, n]; None where every weight is 1. A weight of 0 becomes 1e-30."""
         if weights is None and (age is None or self.config.half_lives is None):
             return None

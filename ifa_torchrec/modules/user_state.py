@@ -60,6 +60,12 @@ class UserState:
     def __add__(self, other: UserState) -> UserState:
         """The state of both histories together, request by request."""
         mine, theirs = self._tensors(), other._tensors()
+        for name in mine:
+            shapes = [None if t[name] is None else tuple(t[name].shape) for t in (mine, theirs)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"states of histories in parts differ in {name}: {shapes[0]} and {shapes[1]}"
+                )
         return UserState(**{k: None if v is None else v + theirs[k] for k, v in mine.items()})
 
     @staticmethod

@@ -24,9 +24,7 @@ def _hedgehog(x: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.cat([x.softmax(dim), (-x).softmax(dim)], dim=dim)
 
 
-def _hedgehog_backward(
-    grad: torch.Tensor, x: torch.Tensor, phi: torch.Tensor, dim: int
-) -> torch.Tensor:
+def _hedgehog_backward(grad: torch.Tensor, x: torch.Tensor, phi: torch.Tensor, dim: int) -> torch.Tensor:
     (g1, g2), (p1, p2) = (grad * phi).chunk(2, dim), phi.chunk(2, dim)
     return g1 - p1 * g1.sum(dim, keepdim=True) - g2 + p2 * g2.sum(dim, keepdim=True)
 

@@ -71,7 +71,12 @@ def _tile_features(tokens: Tensor, weight: Tensor, feature_map: str) -> tuple[Te
 
 
 def _tile_weights(
-    weights: Tensor | None, ages: Tensor | None, decay: Tensor, tokens: Tensor, row: Tensor, valid: Tensor
+    weights: Tensor | None,
+    ages: Tensor | None,
+    decay: Tensor,
+    tokens: Tensor,
+    row: Tensor,
+    valid: Tensor,
 ) -> Tensor:
     """w_hi of a tile, [b, H, 1, L], zero where padded."""
     flat = row.flatten()
@@ -330,9 +335,7 @@ def attend(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """See ``ifa_torchrec.ops.attend``."""
-    return torch.ops.ifa.attend(
-        candidates, offsets, query_weight, key_value, key_sum, feature_map, eps
-    )
+    return torch.ops.ifa.attend(candidates, offsets, query_weight, key_value, key_sum, feature_map, eps)
 
 
 # -------------------------------------------------------------------------------------- match
@@ -350,7 +353,14 @@ def _join(
         rows) and event_slot [E].
     """
     owner = torch.arange(len(offsets) - 1, device=buckets.device)
-    stride = int(max(x.max() if len(x) else 0 for x in (candidate_buckets, buckets))) + 1
+    both = torch.cat([candidate_buckets, buckets])
+    low, high = (int(x) for x in both.aminmax()) if len(both) else (0, 0)
+    if low < 0 or high >= 2**62 // max(len(owner), 1):
+        # the keys below would wrap round: number the buckets instead
+        distinct, both = both.unique(return_inverse=True)
+        candidate_buckets, buckets = both.split([len(candidate_buckets), len(buckets)])
+        high = len(distinct)
+    stride = high + 1
     candidate_key = candidate_buckets + stride * torch.repeat_interleave(owner, candidate_offsets.diff())
     key = buckets + stride * torch.repeat_interleave(owner, offsets.diff())
     slots, candidate_slot = candidate_key.unique(return_inverse=True)

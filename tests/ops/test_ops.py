@@ -109,9 +109,7 @@ def outputs_and_gradients(op: str, inputs: dict, *extra, backend: str) -> dict[s
     loss = loss + sum(0 * inputs[name].sum() for name in leaves)
     gradients = torch.autograd.grad(loss, [inputs[name] for name in leaves])
     result = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
-    result |= {
-        f"gradient of {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)
-    }
+    result |= {f"gradient of {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
     return result
 
 
@@ -282,15 +280,41 @@ def test_match_joins_within_a_request_only(backend):
     assert weight_sum.flatten().tolist() == [4.0, 4.0, 2.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize(
-    ("candidate_bucket", "history_bucket"), [(5, 9), (9, 5), (-4, 2**40)], ids=str
-)
+@pytest.mark.parametrize(("candidate_bucket", "history_bucket"), [(5, 9), (9, 5), (-4, 2**40)], ids=str)
 def test_match_without_any_match_is_zero_and_has_zero_gradients(candidate_bucket, history_bucket):
     inputs = match_inputs([5, 3], [2, 2])
     inputs["candidate_buckets"].fill_(candidate_bucket)
     inputs["history_buckets"].fill_(history_bucket)
     for name, value in outputs_and_gradients("match", inputs, backend="torch").items():
         assert value.numel() > 0 and not value.any(), name
+
+
+def test_match_among_many_other_buckets():
+    inputs = match_inputs([20_000, 0, 3000], [5, 1, 9])
+    generator = torch.Generator().manual_seed(14)
+    inputs["history_buckets"] = torch.randint(0, 5000, (23_000,), generator=generator)
+    inputs["candidate_buckets"] = torch.randint(0, 5000, (15,), generator=generator)
+    assert_backend_is_true("match", inputs, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("bucket", [-1, 2**40, 2**62, 2**63 - 1], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_match_tells_requests_apart_whatever_the_buckets(backend, bucket):
+    """Every request has one event in ``bucket`` and one beside it, and asks for buckets 0 to 9."""
+    requests = 6
+    asked = [*range(10), bucket]
+    _, weight_sum = ops.match(
+        torch.tensor(asked * requests),
+        offsets_of([len(asked)] * requests),
+        torch.zeros(2 * requests, 1, dtype=torch.float64),
+        torch.tensor([bucket, 5] * requests),
+        offsets_of([2] * requests),
+        None,
+        None,
+        torch.zeros(1, dtype=torch.float64),
+        backend,
+    )
+    assert weight_sum.view(requests, -1).tolist() == [[0.0] * 5 + [1.0] + [0.0] * 4 + [1.0]] * requests
 
 
 # ------------------------------------------------------------------------------ dtypes and memory

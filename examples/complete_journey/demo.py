@@ -1,0 +1,256 @@
+"""Train, evaluate and compare on a year of real grocery purchases; what `make demo` runs.
+
+Prepares The Complete Journey once (ifa_torchrec/data/complete_journey.py has the recipe), scores
+the test requests with three scorers that learn nothing, trains a DLRM with each way for the
+candidates to meet the history, and leaves under runs/demo/: metrics.json, quality_cost.png,
+loss.png, and one folder a model (checkpoint, TensorBoard curves).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import torch
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ifa_torchrec import IFAConfig, ops
+from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make_loader
+from ifa_torchrec.data.complete_journey import BASKET, BUY_AGAIN, CompleteJourneyConfig, prepare
+from ifa_torchrec.evaluate import EvaluateConfig, evaluate, measure
+from ifa_torchrec.explain import ExplainConfig, explain
+from ifa_torchrec.train import TrainConfig, train
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+HALF_LIVES = (7.0, 15.0, 30.0, 60.0, 90.0, 180.0, 365.0)
+"""Days; recency_count takes the one that ranks the validation requests best."""
+
+PLAIN = IFAConfig(embedding_dim=64, num_heads=2, interest_mass=False)
+"""The peers as published: nothing but their attention."""
+IDENTITY = dict(
+    interest_mass=True,
+    identity_features=("item", "category"),
+    identity_half_lives=(math.inf, 30.0, 7.0),
+    identity_buckets=131072,
+)
+"""What IFA adds, and what the rows `_identity` give to the peers too. Half-lives in days."""
+
+MODELS: dict[str, tuple[str, IFAConfig]] = {
+    "no_history": ("none", PLAIN),
+    "mean": ("mean", PLAIN),
+    "softmax_recent": ("softmax_recent", PLAIN),
+    "softmax": ("softmax", PLAIN),
+    "ifa": ("ifa", replace(PLAIN, **IDENTITY)),
+    "softmax_recent_identity": ("softmax_recent", replace(PLAIN, **IDENTITY)),
+    "softmax_identity": ("softmax", replace(PLAIN, **IDENTITY)),
+}
+"""Each trained model: its sequence interaction and that interaction's configuration."""
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Options of the demo."""
+
+    data: Path = Path("runs/data/complete_journey")
+    """Where the prepared event log lies, or will lie."""
+    out: Path = Path("runs/demo")
+    """Where the results go; an earlier demo's results there are replaced."""
+    requests: CompleteJourneyConfig = CompleteJourneyConfig()
+    """How many requests to draw when the log is prepared."""
+    models: tuple[str, ...] = tuple(MODELS)
+    """Which models to train."""
+    seed: int = 0
+    """Seed of the training runs."""
+
+
+def count_scores(dataset: RankingDataset, half_life: float) -> np.ndarray:
+    """How often the household bought each candidate before, each purchase halved every
+    ``half_life`` days; [M]."""
+    item = dataset.log.schema.item
+    counts = []
+    sampler = EventBudgetSampler(dataset.history_lengths, max_events=65536, max_requests=64)
+    for batch in make_loader(dataset, sampler):
+        candidates = batch.sequence_features[f"candidate_{item}"]
+        history = batch.sequence_features[f"history_{item}"]
+        _, count = ops.match(
+            candidates.values(),
+            candidates.offsets(),
+            torch.zeros(len(history.values()), 1),
+            history.values(),
+            history.offsets(),
+            None,
+            batch.history_age,
+            torch.tensor([math.log(2) / half_life]),
+        )
+        counts.append(count[:, 0])
+    return torch.cat(counts).numpy()
+
+
+def baselines(log: EventLog) -> dict[str, dict]:
+    """The scorers that learn nothing, on the test requests."""
+    valid, test = RankingDataset(log, "valid"), RankingDataset(log, "test")
+    gauc = {h: measure_counts(valid, count_scores(valid, h))["gauc"] for h in HALF_LIVES}
+    best = max(gauc, key=gauc.__getitem__)
+    start = time.perf_counter()
+    recency = count_scores(test, best)
+    milliseconds = 1000 * (time.perf_counter() - start) / len(test)
+    results = {
+        "popularity": measure_counts(test, np.asarray(test.requests["log_popularity"])),
+        "purchase_count": measure_counts(test, count_scores(test, math.inf)),
+        "recency_count": measure_counts(test, recency) | {"half_life_days": best},
+    }
+    for name in ("purchase_count", "recency_count"):
+        results[name]["ms_per_request"] = milliseconds
+    return results
+
+
+def measure_counts(dataset: RankingDataset, score: np.ndarray) -> dict:
+    return measure(dataset, score[:, None], by=("surface",), probabilities=False)
+
+
+def trained(config: DemoConfig, name: str) -> dict:
+    """Train one model and measure it on the test requests."""
+    interaction, ifa = MODELS[name]
+    run = config.out / name
+    shutil.rmtree(run, ignore_errors=True)
+    training = train(
+        TrainConfig(data=config.data, out=run, interaction=interaction, ifa=ifa, seed=config.seed)
+    )
+    metrics = evaluate(EvaluateConfig(run=run, by=("surface",)))
+    print(f"  {name}: trained {training['seconds']:.0f} s, test GAUC {metrics['gauc']:.4f}", flush=True)
+    return metrics | {
+        "train_events_per_second": training["events_per_second"],
+        "train_seconds": training["seconds"],
+    }
+
+
+def table(models: dict[str, dict]) -> str:
+    """The comparison as text."""
+    columns = {
+        "auc": "AUC",
+        "gauc": "GAUC",
+        "gauc_buy_again": "buy again",
+        "gauc_popular": "popular",
+        "gauc_promoted": "promoted",
+        "ndcg@10": "NDCG@10",
+        "ne": "NE",
+        "calibration": "calibr.",
+        "train_events_per_second": "events/s",
+        "ms_per_request": "ms/request",
+    }
+    frame = pd.DataFrame.from_dict(models, orient="index").reindex(columns=list(columns))
+    formats = {"events/s": "{:,.0f}".format, "ms/request": "{:.2f}".format, "calibr.": "{:.3f}".format}
+    frame = frame.rename(columns=columns)
+    return frame.to_string(
+        na_rep="-",
+        float_format="{:.4f}".format,
+        formatters={k: (lambda v, f=f: "-" if pd.isna(v) else f(v)) for k, f in formats.items()},
+    )
+
+
+def draw_quality_cost(models: dict[str, dict], file: Path) -> None:
+    """GAUC against the milliseconds that a test request takes."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for name, metrics in models.items():
+        if "ms_per_request" in metrics and "train_seconds" in metrics:
+            axes.scatter(
+                metrics["ms_per_request"],
+                metrics["gauc"],
+                s=60,
+                color="tab:red" if name == "ifa" else "tab:blue",
+            )
+            axes.annotate(
+                name,
+                (metrics["ms_per_request"], metrics["gauc"]),
+                xytext=(6, 4),
+                textcoords="offset points",
+            )
+    for name in ("purchase_count", "recency_count"):
+        axes.axhline(models[name]["gauc"], linestyle=":", color="gray")
+    best = max(models[n]["gauc"] for n in ("purchase_count", "recency_count"))
+    axes.annotate(
+        "counting, no learning",
+        (0.99, best),
+        xycoords=("axes fraction", "data"),
+        ha="right",
+        va="bottom",
+        color="gray",
+    )
+    axes.set(
+        xlabel="milliseconds a test request (loading, lookup, attention, scoring)",
+        ylabel="GAUC, all test requests",
+        title="Quality against cost: The Complete Journey",
+    )
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def draw_losses(out: Path, names: list[str], file: Path) -> None:
+    """The training loss of each model, from its TensorBoard log."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for name in names:
+        events = EventAccumulator(str(out / name / "tensorboard"))
+        events.Reload()
+        points = pd.Series({p.step: p.value for p in events.Scalars("train/loss")})
+        axes.plot(points.rolling(10, min_periods=1).mean(), label=name)
+    axes.set(
+        xlabel="step", ylabel="binary cross entropy (mean of the last 100 steps)", title="Training loss"
+    )
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    config = tyro.cli(DemoConfig, description=__doc__)
+    unknown = set(config.models) - set(MODELS)
+    if unknown:
+        raise SystemExit(f"--models: {sorted(unknown)} are none of {list(MODELS)}")
+    start = time.perf_counter()
+    print(f"The Complete Journey -> {config.data} (made once, about a minute)", flush=True)
+    log = prepare(config.data, config.requests)
+    test = RankingDataset(log, "test")
+    surface = np.asarray(test.requests["surface"])
+    print(
+        f"  {len(log.users):,} households, {log.user_offsets[-1]:,} events; test: "
+        f"{(surface == BASKET).sum():,} basket and {(surface == BUY_AGAIN).sum():,} buy-again requests, "
+        f"history mean {test.history_lengths.mean():.0f}, longest {test.history_lengths.max():,}",
+        flush=True,
+    )
+    print("Scorers without learning", flush=True)
+    models = baselines(log)
+    print(f"Training {len(config.models)} models", flush=True)
+    for name in config.models:
+        models[name] = trained(config, name)
+
+    config.out.mkdir(parents=True, exist_ok=True)
+    (config.out / "metrics.json").write_text(json.dumps({"models": models}, indent=2))
+    draw_quality_cost(models, config.out / "quality_cost.png")
+    draw_losses(config.out, list(config.models), config.out / "loss.png")
+    print("\nTest requests (GAUC of all; of buy-again; of positives against popular, promoted):")
+    print(table(models))
+    if "ifa" in config.models:
+        print("\nWhat weighed most for the top candidate of one buy-again request:")
+        print(
+            explain(ExplainConfig(run=config.out / "ifa", request=int(np.argmax(surface == BUY_AGAIN))))
+        )
+    print(
+        f"\nWrote {config.out}/metrics.json, quality_cost.png, loss.png; curves: "
+        f".venv/bin/tensorboard --logdir {config.out}. {time.perf_counter() - start:.0f} s in all."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Which events weighed most for the top candidate of a request.
+
+    python -m ifa_torchrec.explain --run runs/mine --split test --request 0
+
+For runs whose interaction is "ifa". An event's weight is its share in the candidate's answer,
+averaged over the heads (attention_weights); within a head the shares sum to 1 over the history.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+import tyro
+
+from ifa_torchrec.data import RankingDataset
+from ifa_torchrec.models import DLRM_IFA
+from ifa_torchrec.modules import InteractionFidelityAttention
+from ifa_torchrec.train import load_run
+
+
+@dataclass(frozen=True)
+class ExplainConfig:
+    """Options of ``python -m ifa_torchrec.explain``."""
+
+    run: Path
+    """Folder of a training run (its --out)."""
+    split: str = "test"
+    """Split of the request."""
+    request: int = 0
+    """Number of the request in its split."""
+    events: int = 10
+    """How many events to show."""
+    data: Path | None = None
+    """Event log; by default the one the run was trained on."""
+
+
+@torch.no_grad()
+def explain(config: ExplainConfig) -> str:
+    """The top candidate and the events that weighed most for it, as text.
+
+    Raises:
+        ValueError: the run has another interaction, or the request does not exist or has no
+            history.
+    """
+    run = load_run(config.run, config.data)
+    if run.config.interaction != "ifa":
+        raise ValueError(
+            f"{config.run} was trained with {run.config.interaction!r}; only 'ifa' explains"
+        )
+    dataset = RankingDataset(run.log, config.split)
+    if not 0 <= config.request < len(dataset):
+        raise ValueError(
+            f"--request {config.request}: {config.split} has requests 0 to {len(dataset) - 1}"
+        )
+    if dataset.history_lengths[config.request] == 0:
+        raise ValueError(f"--request {config.request} has no history to explain by")
+    batch = dataset[[config.request]].to(run.device)
+    model = next(m for m in run.model.modules() if isinstance(m, DLRM_IFA))
+    model.eval()
+
+    # attention_weights wants what the model hands to its interaction: catch it on the way
+    ifa = model.candidate_arch.sequence_interaction
+    assert isinstance(ifa, InteractionFidelityAttention)
+    caught: list[tuple] = []
+    hook = ifa.register_forward_pre_hook(lambda module, inputs: caught.append(inputs))
+    logits = model(batch)[:, 0].cpu()
+    hook.remove()
+    candidates, history, age, history_ids, candidate_ids = caught[0]
+    top = int(logits.argmax())
+    weights = ifa.attention_weights(candidates, history, age, history_ids, candidate_ids)
+    weight = weights[0][top].mean(-1).cpu()
+
+    names = run.log.item_names()
+    item = run.log.schema.item
+    bought = batch.sequence_features[f"history_{item}"].values().tolist()
+    chosen = batch.sequence_features[f"candidate_{item}"].values().tolist()[top]
+    order = weight.argsort(descending=True, stable=True)[: config.events].tolist()
+    rows = pd.DataFrame(
+        {
+            "weight": [f"{weight[i]:.4f}" for i in order],
+            "days before": [f"{batch.history_age[i]:.1f}" for i in order],
+            "event": [names[bought[i]] for i in order],
+        }
+    )
+    labels = {task: float(batch.labels[top, t]) for t, task in enumerate(run.log.schema.tasks)}
+    return (
+        f"top of {len(logits)} candidates: {names[chosen]} (logit {logits[top]:.2f}, labels {labels}); "
+        f"{len(bought)} events in the history\n" + rows.to_string(index=False)
+    )
+
+
+def main() -> None:
+    print(explain(tyro.cli(ExplainConfig, description=__doc__)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,410 @@
+"""The event log: what is written is what is read, and every bad input is named with a remedy."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from toy import BUSY_USER, NEW_USER, NUM_EVENTS, NUM_ITEMS, SCHEMA, SPLITS, Toy, make_toy
+
+from ifa_torchrec.data import EventLog, LogError, LogSchema
+
+
+@pytest.fixture
+def toy() -> Toy:
+    return make_toy()
+
+
+@pytest.fixture
+def folder(toy: Toy, tmp_path: Path) -> Path:
+    return toy.write(tmp_path / "log").path
+
+
+def microseconds(times: pd.Series) -> np.ndarray:
+    return times.to_numpy().astype("datetime64[us]").astype(np.int64)
+
+
+def rewrite(parquet: Path, change) -> None:
+    """Change a Parquet file behind the log's back, as another program might."""
+    frame = change(pd.read_parquet(parquet))
+    # not within the same tick of the file system's clock as the log was written
+    time.sleep(0.01)
+    frame.to_parquet(parquet, index=False)
+
+
+def refused(*words: str):
+    """A LogError whose message holds all of the words."""
+    return pytest.raises(LogError, match="".join(f"(?=.*{re.escape(word)})" for word in words))
+
+
+class TestRoundTrip:
+    def test_events_are_sorted_by_user_then_time(self, toy: Toy, folder: Path) -> None:
+        log = EventLog(folder)
+        wanted = toy.events.sort_values(["user", "time"], kind="stable")
+        assert not wanted.index.is_monotonic_increasing, "the toy's events must come unsorted"
+        np.testing.assert_array_equal(log.events["time"], microseconds(wanted["time"]))
+        np.testing.assert_array_equal(log.events["item"], wanted["item"])
+
+    def test_events_at_the_same_time_keep_their_order(self, tmp_path: Path) -> None:
+        same = pd.Timestamp(2024, 1, 1)
+        events = pd.DataFrame({"user": [1] * 30, "time": [same] * 30, "item": np.arange(30)[::-1]})
+        log = EventLog.from_pandas(tmp_path / "log", events, LogSchema(item_features={"item": 30}))
+        assert log.events["item"].tolist() == list(range(30))[::-1]
+
+    def test_user_offsets_bound_each_users_events(self, folder: Path) -> None:
+        log = EventLog(folder)
+        assert log.users.tolist() == sorted(NUM_EVENTS)
+        assert np.diff(log.user_offsets).tolist() == [NUM_EVENTS[u] for u in sorted(NUM_EVENTS)]
+        assert log.user_offsets[0] == 0
+
+    def test_items_and_their_names(self, toy: Toy, folder: Path) -> None:
+        log = EventLog(folder)
+        np.testing.assert_array_equal(log.items["category"], toy.items["category"])
+        assert log.item_names() == toy.items["name"].tolist()
+
+    def test_items_without_names_are_numbered(self, toy: Toy, tmp_path: Path) -> None:
+        toy.items = toy.items.drop(columns="name")
+        names = toy.write(tmp_path / "log").item_names()
+        assert len(set(names)) == NUM_ITEMS and "7" in names[7]
+
+    def test_requests(self, toy: Toy, folder: Path) -> None:
+        log = EventLog(folder)
+        assert log.splits == list(SPLITS)
+        for split, frame in toy.requests.items():
+            columns = log.requests(split)
+            np.testing.assert_array_equal(columns["time"], microseconds(frame["time"]))
+            for name in ("user", "store", "weekday"):
+                np.testing.assert_array_equal(columns[name], frame[name])
+            for name in ("hour", "season"):
+                np.testing.assert_array_equal(columns[name], frame[name].to_numpy(np.float32))
+            lengths = frame["candidates"].map(len).to_numpy()
+            np.testing.assert_array_equal(np.diff(columns["candidate_offsets"]), lengths)
+            for name in ("candidates", "exposed", "label", "source"):
+                np.testing.assert_array_equal(columns[name], np.concatenate(list(frame[name])))
+            price = np.concatenate(list(frame["price"])).astype(np.float32)
+            np.testing.assert_array_equal(columns["price"], price)
+
+    def test_schema(self, folder: Path) -> None:
+        assert EventLog(folder).schema == SCHEMA
+
+    def test_columns_are_memory_mapped(self, folder: Path) -> None:
+        log = EventLog(folder)
+        columns = {**log.events, **log.items, **log.requests("train")}
+        assert [name for name, c in columns.items() if not isinstance(c, np.memmap)] == []
+
+    def test_time_in_utc_and_time_without_a_zone_are_the_same(self, toy: Toy, tmp_path: Path) -> None:
+        plain = toy.write(tmp_path / "plain").events["time"]
+        toy.events["time"] = toy.events["time"].dt.tz_localize("UTC")
+        np.testing.assert_array_equal(toy.write(tmp_path / "utc").events["time"], plain)
+
+
+class TestHistoryRange:
+    def test_unknown_user_has_an_empty_history(self, folder: Path) -> None:
+        start, end = EventLog(folder).history_range(
+            np.array([NEW_USER, 0, 10**9]), np.full(3, 2**62, dtype=np.int64)
+        )
+        assert (start == end).all()
+
+    def test_only_what_lies_strictly_before(self, folder: Path) -> None:
+        log = EventLog(folder)
+        first = log.user_offsets[log.users.tolist().index(BUSY_USER)]
+        times = log.events["time"][first:]
+        at = np.array([times[0], times[0] + 1, times[20], times[-1], times[-1] + 1])
+        start, end = log.history_range(np.full(5, BUSY_USER), at)
+        assert (start == first).all()
+        assert (end - start).tolist() == [(times < t).sum() for t in at]
+
+
+# what is spoilt, how, and the words that the message must have: where, and what to do
+def _drop(table: str, column: str):
+    def spoil(toy: Toy) -> None:
+        if table == "requests":
+            toy.requests["valid"] = toy.requests["valid"].drop(columns=column)
+        else:
+            setattr(toy, table, getattr(toy, table).drop(columns=column))
+
+    return spoil
+
+
+def _set(table: str, column: str, value):
+    """Put a value, or what a function makes of the column, into a table."""
+
+    def spoil(toy: Toy) -> None:
+        frame = toy.requests["valid"] if table == "requests" else getattr(toy, table)
+        frame[column] = value(frame[column]) if callable(value) else value
+
+    return spoil
+
+
+def _at(row: int, value):
+    """A column whose row is the value, or what a function makes of it."""
+
+    def change(column: pd.Series) -> list:
+        values = column.tolist()
+        values[row] = value(values[row]) if callable(value) else value
+        return values
+
+    return change
+
+
+def _first(value):
+    return lambda values: [value, *values[1:]]
+
+
+VALID = "requests/valid"
+BAD = {
+    "events without user": (_drop("events", "user"), ("events", "'user'", "missing")),
+    "events without time": (_drop("events", "time"), ("events", "'time'", "missing")),
+    "events without item": (_drop("events", "item"), ("events", "'item'", "missing")),
+    "items without category": (_drop("items", "category"), ("items", "'category'", "missing")),
+    **{
+        f"requests without {column}": (_drop("requests", column), (VALID, f"'{column}'", "missing"))
+        for column in (
+            "user",
+            "time",
+            "store",
+            "hour",
+            "candidates",
+            "exposed",
+            "label",
+            "price",
+            "source",
+        )
+    },
+    "item a float": (
+        _set("events", "item", lambda c: c.astype(float)),
+        ("events", "'item'", "double", "integer"),
+    ),
+    "user a string": (
+        _set("events", "user", lambda c: c.astype(str)),
+        ("events", "'user'", "string", "integer"),
+    ),
+    "time an int": (
+        _set("events", "time", lambda c: c.astype("int64")),
+        ("events", "'time'", "int64", "timestamp"),
+    ),
+    "request time an int": (_set("requests", "time", 5), (VALID, "'time'", "int64", "timestamp")),
+    "context a float": (_set("requests", "store", 1.0), (VALID, "'store'", "double", "integer")),
+    "dense a string": (_set("requests", "hour", "noon"), (VALID, "'hour'", "string", "number")),
+    "labels strings": (
+        _set("requests", "label", lambda c: c.map(lambda v: ["yes"] * len(v))),
+        (VALID, "'label'", "string", "number"),
+    ),
+    "exposed ints": (
+        _set("requests", "exposed", lambda c: c.map(lambda v: [1] * len(v))),
+        (VALID, "'exposed'", "bool"),
+    ),
+    "candidates floats": (
+        _set("requests", "candidates", lambda c: c.map(lambda v: v.astype(float))),
+        (VALID, "'candidates'", "double", "integer"),
+    ),
+    "candidates not lists": (
+        _set("requests", "candidates", 3),
+        (VALID, "'candidates'", "int64", "list"),
+    ),
+    "labels not lists": (_set("requests", "label", 1.0), (VALID, "'label'", "double", "list")),
+    "time null": (_set("events", "time", _at(4, pd.NaT)), ("events", "'time'", "1 nulls", "drop")),
+    "request time null": (
+        _set("requests", "time", _at(4, pd.NaT)),
+        (VALID, "'time'", "null", "row 4", "drop"),
+    ),
+    "item null": (_set("events", "item", _at(4, None)), ("events", "'item'", "1 nulls", "drop")),
+    "context null": (
+        _set("requests", "store", lambda c: c.astype("Int64").where(c.index != 2)),
+        (VALID, "'store'", "null", "row 2", "drop"),
+    ),
+    "candidate null": (
+        _set("requests", "candidates", _at(2, lambda v: [None, *v[1:].tolist()])),
+        (VALID, "'candidates'", "null"),
+    ),
+    "candidates null": (
+        _set("requests", "candidates", _at(2, None)),
+        (VALID, "'candidates'", "null", "row 2", "list"),
+    ),
+    "event of an item that is not there": (
+        _set("events", "item", _at(0, NUM_ITEMS)),
+        ("events", "'item'", f"id {NUM_ITEMS}", f"{NUM_ITEMS} rows", f"0..{NUM_ITEMS - 1}"),
+    ),
+    "event of item -1": (_set("events", "item", _at(0, -1)), ("events", "'item'", "id -1", "map ids")),
+    "category outside its table": (
+        _set("items", "category", _at(6, 5)),
+        ("items", "'category'", "value 6", "id 5", "5 rows", "enlarge"),
+    ),
+    "candidate that is not there": (
+        _set("requests", "candidates", _at(0, _first(NUM_ITEMS))),
+        (VALID, "'candidates'", "value 0", f"id {NUM_ITEMS}", "map ids"),
+    ),
+    "store outside its table": (
+        _set("requests", "store", _at(3, 3)),
+        (VALID, "'store'", "value 3", "id 3", "3 rows", "enlarge"),
+    ),
+    "source without a name": (
+        _set("requests", "source", _at(0, _first(2))),
+        (VALID, "'source'", "id 2", "2 rows"),
+    ),
+    "empty candidate set": (
+        lambda toy: [
+            _set("requests", column, _at(5, lambda v: v[:0]))(toy)
+            for column in ("candidates", "exposed", "label", "price", "source")
+        ],
+        (VALID, "row 5", "empty", "leave"),
+    ),
+    "one label too few": (
+        _set("requests", "label", _at(3, lambda v: v[1:])),
+        (VALID, "row 3", "'label'", "as long"),
+    ),
+    "one price too many in the last row": (
+        _set("requests", "price", _at(11, lambda v: [*v, 0.0])),
+        (VALID, "row 11", "'price'", "as long"),
+    ),
+    "dense NaN": (_set("requests", "season", _at(7, float("nan"))), (VALID, "'season'", "row 7")),
+    "dense infinite": (_set("requests", "season", _at(7, np.inf)), (VALID, "'season'", "7", "finite")),
+    "price NaN": (_set("requests", "price", _at(0, _first(float("nan")))), (VALID, "'price'", "0")),
+    "label 2": (
+        _set("requests", "label", _at(6, _first(2.0))),
+        (VALID, "row 6", "'label'", "2.0", "[0, 1]"),
+    ),
+    "label -1": (_set("requests", "label", _at(6, _first(-1.0))), (VALID, "row 6", "'label'", "-1.0")),
+    "items from 1 on": (
+        lambda toy: setattr(toy, "items", toy.items.iloc[1:]),
+        ("items", "'item'", "0, 1, 2", "row i"),
+    ),
+    "items out of order": (
+        lambda toy: setattr(toy, "items", toy.items.iloc[::-1]),
+        ("items", "'item'", "0, 1, 2", "row i"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named_and_leaves_nothing_behind(case: str, toy: Toy, tmp_path: Path) -> None:
+    spoil, words = BAD[case]
+    spoil(toy)
+    with refused(*words):
+        toy.write(tmp_path / "log")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_crash_while_writing_leaves_nothing_behind(toy: Toy, tmp_path: Path, monkeypatch) -> None:
+    written = []
+
+    def fails_at_the_third(table, where, **kwargs):
+        written.append(where)
+        if len(written) == 3:
+            raise OSError("no space left on device")
+
+    monkeypatch.setattr(pq, "write_table", fails_at_the_third)
+    with pytest.raises(OSError, match="no space left"):
+        toy.write(tmp_path / "log")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_path_is_left_alone(toy: Toy, tmp_path: Path) -> None:
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "precious").write_text("mine")
+    with pytest.raises(FileExistsError, match="log.*delete it or choose another"):
+        toy.write(tmp_path / "log")
+    assert (tmp_path / "log" / "precious").read_text() == "mine"
+
+
+def test_a_schema_needs_an_item_feature() -> None:
+    with refused("item_features", "empty"):
+        LogSchema(item_features={})
+
+
+class TestDamagedFolder:
+    def test_no_folder(self, tmp_path: Path) -> None:
+        with refused(str(tmp_path / "nowhere"), "no such event log", "from_pandas"):
+            EventLog(tmp_path / "nowhere")
+
+    def test_half_written(self, folder: Path) -> None:
+        (folder / "schema.json").unlink()
+        with refused(str(folder), "schema.json", "write it again"):
+            EventLog(folder)
+
+    def test_schema_cut_short(self, folder: Path) -> None:
+        text = (folder / "schema.json").read_text()
+        (folder / "schema.json").write_text(text[: len(text) // 2])
+        with refused("schema.json"):
+            EventLog(folder)
+
+    def test_another_format(self, folder: Path) -> None:
+        header = json.loads((folder / "schema.json").read_text())
+        (folder / "schema.json").write_text(json.dumps({**header, "format": "ifa-event-log/99"}))
+        with refused("schema.json", "ifa-event-log/99", "ifa-event-log/1"):
+            EventLog(folder)
+
+    @pytest.mark.parametrize("name", ["events", "items", "requests/valid"])
+    def test_missing_file(self, folder: Path, name: str) -> None:
+        (folder / f"{name}.parquet").unlink()
+        with refused(f"{name}.parquet", "missing", "write it again"):
+            EventLog(folder).requests("valid")
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda data: b"",
+            lambda data: data[: len(data) // 2],
+            lambda data: data[:4] + b"\xff" * (len(data) - 8) + data[-4:],  # a footer of nonsense
+            lambda data: data[:4] + b"\xff" * 64 + data[68:],  # a page of nonsense
+        ],
+        ids=["empty", "cut short", "footer", "page"],
+    )
+    def test_corrupt_file(self, folder: Path, damage) -> None:
+        events = folder / "events.parquet"
+        events.write_bytes(damage(events.read_bytes()))
+        with refused("events.parquet", "readable"):
+            EventLog(folder)
+
+    def test_fewer_rows_than_were_written(self, folder: Path) -> None:
+        rewrite(folder / "events.parquet", lambda frame: frame[:-3])
+        with refused("events.parquet", "192 rows", "195", "write the log again"):
+            EventLog(folder)
+
+    @pytest.mark.parametrize("by", ["time", "user"])
+    def test_events_out_of_order(self, folder: Path, by: str) -> None:
+        def swap(frame: pd.DataFrame) -> pd.DataFrame:
+            same_user = frame["user"].diff() == 0
+            later = frame["time"].diff() > pd.Timedelta(0)
+            # rows `row - 1` and `row` change places: of one user, or where two users meet
+            row = np.flatnonzero(same_user & later if by == "time" else ~same_user)[3]
+            order = np.arange(len(frame))
+            order[[row - 1, row]] = order[[row, row - 1]]
+            swap.row = row
+            return frame.iloc[order]
+
+        rewrite(folder / "events.parquet", swap)
+        with refused("events", "'time'", "out of order", "sort by user, then time") as error:
+            EventLog(folder)
+        row = int(re.search(r"at row (\d+)", str(error.value)).group(1))
+        assert abs(row - swap.row) <= 1
+
+    def test_unknown_split(self, folder: Path) -> None:
+        with refused(str(folder), "'tomorrow'", "train", "valid", "test"):
+            EventLog(folder).requests("tomorrow")
+
+
+def test_columns_are_made_anew_when_the_parquet_file_changed(folder: Path) -> None:
+    before = np.array(EventLog(folder).events["item"])
+    rewrite(folder / "events.parquet", lambda f: f.assign(item=(f["item"] + 1) % NUM_ITEMS))
+    np.testing.assert_array_equal(EventLog(folder).events["item"], (before + 1) % NUM_ITEMS)
+
+
+def test_a_change_for_the_worse_is_not_hidden_by_old_columns(folder: Path) -> None:
+    EventLog(folder)
+    rewrite(folder / "events.parquet", lambda f: f.assign(item=NUM_ITEMS))
+    for _ in range(2):
+        with refused("events", "'item'"):
+            EventLog(folder)
+
+
+def test_columns_are_not_made_anew_at_each_opening(folder: Path, monkeypatch) -> None:
+    EventLog(folder).requests("train")
+    monkeypatch.setattr(pq, "read_table", lambda *a, **k: pytest.fail("Parquet was read again"))
+    EventLog(folder).requests("train")

@@ -1,0 +1,421 @@
+"""DLRM_IFA: numbers where they can be worked out by hand, and what must hold for every interaction."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
+from torchrec.distributed.train_pipeline import TrainPipelineBase
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, DLRM_IFATrain, IFAConfig, RankingBatch
+from ifa_torchrec.models.dlrm_ifa import INTERACTIONS, SequenceArch
+
+DIM = 8
+ITEM_FEATURES = {"item": 50, "category": 6}
+CONTEXT_FEATURES = {"store": 4, "weekday": 7}
+HISTORIES, CANDIDATES = [5, 0, 9, 1], [3, 4, 2, 6]
+
+every_interaction = pytest.mark.parametrize("interaction", INTERACTIONS)
+
+
+def make_ifa(**changes) -> IFAConfig:
+    return IFAConfig(embedding_dim=DIM, **{"num_heads": 2, "identity_features": ("item",), **changes})
+
+
+def make_tables(dim: int = DIM, keys: Sequence[str] = ("history_", "candidate_")) -> EmbeddingCollection:
+    return EmbeddingCollection(
+        tables=[
+            EmbeddingConfig(
+                name=f, embedding_dim=dim, num_embeddings=rows, feature_names=[k + f for k in keys]
+            )
+            for f, rows in ITEM_FEATURES.items()
+        ]
+    )
+
+
+def make_bags(dim: int = DIM) -> EmbeddingBagCollection:
+    return EmbeddingBagCollection(
+        tables=[
+            EmbeddingBagConfig(name=f, embedding_dim=dim, num_embeddings=rows, feature_names=[f])
+            for f, rows in CONTEXT_FEATURES.items()
+        ]
+    )
+
+
+def make_model(interaction: str = "ifa", **changes) -> DLRM_IFA:
+    config = DLRM_IFAConfig(
+        item_features=tuple(ITEM_FEATURES),
+        **{
+            "dense_in_features": 2,
+            "candidate_dense_in_features": 1,
+            "interaction": interaction,
+            "ifa": make_ifa(half_lives=(math.inf, 3.0)),
+            "recent_length": 3,
+            "num_tasks": 2,
+            **changes,
+        },
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return DLRM_IFA(make_bags(), make_tables(), config)
+
+
+def make_batch(
+    histories: Sequence[int] = HISTORIES, candidates: Sequence[int] = CANDIDATES, seed: int = 0
+) -> RankingBatch:
+    g = torch.Generator().manual_seed(seed)
+    b, n, m = len(histories), sum(histories), sum(candidates)
+
+    def ids(rows: int, count: int) -> Tensor:
+        return torch.randint(rows, (count,), generator=g)
+
+    values = [ids(rows, count) for count in (n, m) for rows in ITEM_FEATURES.values()]
+    lengths = [torch.tensor(side) for side in (histories, candidates) for _ in ITEM_FEATURES]
+    return RankingBatch(
+        dense_features=torch.randn(b, 2, generator=g),
+        context_features=KeyedJaggedTensor.from_lengths_sync(
+            keys=list(CONTEXT_FEATURES),
+            values=torch.cat([ids(rows, b) for rows in CONTEXT_FEATURES.values()]),
+            lengths=torch.ones(2 * b, dtype=torch.int64),
+        ),
+        sequence_features=KeyedJaggedTensor.from_lengths_sync(
+            keys=[side + f for side in ("history_", "candidate_") for f in ITEM_FEATURES],
+            values=torch.cat(values),
+            lengths=torch.cat(lengths),
+        ),
+        candidate_dense=torch.randn(m, 1, generator=g),
+        history_age=10 * torch.rand(n, generator=g),
+        labels=torch.randint(2, (m, 2), generator=g).float(),
+        exposed=torch.randint(2, (m,), generator=g).bool(),
+    )
+
+
+def take(batch: RankingBatch, events: list[list[int]], candidates: list[list[int]], requests: list[int]):
+    """A batch of these requests, with these rows of the events and of the candidates, a list each."""
+    flat_e, flat_c = (torch.tensor(sum(rows, []), dtype=torch.int64) for rows in (events, candidates))
+    sequence, context = batch.sequence_features, batch.context_features
+    values, lengths = [], []
+    for key in sequence.keys():  # noqa: SIM118 a KJT is no dict
+        rows, flat = (events, flat_e) if key.startswith("history_") else (candidates, flat_c)
+        values.append(sequence[key].values()[flat])
+        lengths += [len(r) for r in rows]
+    return RankingBatch(
+        dense_features=batch.dense_features[requests],
+        context_features=KeyedJaggedTensor.from_lengths_sync(
+            keys=context.keys(),
+            values=torch.cat([context[k].values()[requests] for k in context.keys()]),  # noqa: SIM118
+            lengths=torch.ones(len(context.keys()) * len(requests), dtype=torch.int64),
+        ),
+        sequence_features=KeyedJaggedTensor.from_lengths_sync(
+            keys=sequence.keys(), values=torch.cat(values), lengths=torch.tensor(lengths)
+        ),
+        candidate_dense=batch.candidate_dense[flat_c],
+        history_age=batch.history_age[flat_e],
+        labels=batch.labels[flat_c],
+        exposed=batch.exposed[flat_c],
+    )
+
+
+def rows_of(lengths: Sequence[int]) -> list[list[int]]:
+    return [list(range(sum(lengths[:i]), sum(lengths[: i + 1]))) for i in range(len(lengths))]
+
+
+EVENT_ROWS, CANDIDATE_ROWS = rows_of(HISTORIES), rows_of(CANDIDATES)
+
+
+class TestSequenceArch:
+    def test_correctness(self) -> None:
+        tables = make_tables(dim=2)
+        with torch.no_grad():
+            # row i of the items is (i, 10 i), row i of the categories (100 i, 1000 i)
+            for name, scale in (("item", (1, 10)), ("category", (100, 1000))):
+                weight = tables.embeddings[name].weight
+                weight.copy_(torch.arange(len(weight))[:, None] * torch.tensor(scale))
+        features = KeyedJaggedTensor.from_lengths_sync(
+            keys=["history_item", "history_category", "candidate_item", "candidate_category"],
+            values=torch.tensor([1, 2, 3] + [1, 0, 2] + [3, 9] + [2, 1]),
+            lengths=torch.tensor([2, 0, 1] * 2 + [0, 1, 1] * 2),
+        )
+        history, candidates = SequenceArch(tables, ("item", "category"))(features)
+        assert history.values().tolist() == [[101, 1010], [2, 20], [203, 2030]]
+        assert history.lengths().tolist() == [2, 0, 1]
+        assert history.offsets().tolist() == [0, 2, 2, 3]
+        assert candidates.values().tolist() == [[203, 2030], [109, 1090]]
+        assert candidates.lengths().tolist() == [0, 1, 1]
+
+    def test_without_history_tables_only_the_candidates_are_looked_up(self) -> None:
+        arch = SequenceArch(make_tables(keys=("candidate_",)), tuple(ITEM_FEATURES))
+        history, candidates = arch(make_batch().sequence_features)
+        assert history is None
+        assert candidates.values().shape == (sum(CANDIDATES), DIM)
+
+
+class TestComposition:
+    def test_a_candidate_alone_is_its_normed_token_and_the_over_arch(self) -> None:
+        """No interaction and no other feature: the whole model in plain numbers."""
+        config = DLRM_IFAConfig(
+            ("item",), interaction="none", ifa=make_ifa(), over_arch_layer_sizes=(4,), num_tasks=1
+        )
+        model = DLRM_IFA(None, make_tables(), config)
+        with torch.no_grad():
+            for number, parameter in enumerate(model.candidate_arch.over_arch.parameters()):
+                parameter.copy_(torch.arange(parameter.numel()).view_as(parameter).sin() + 0.1 * number)
+        batch = make_batch()
+        hidden, hidden_bias, last, last_bias = model.candidate_arch.over_arch.parameters()
+        table = model.sequence_arch.embedding_collection.embeddings["item"].weight
+        expected = []
+        for item in batch.sequence_features["candidate_item"].values().tolist():
+            token = table[item].tolist()
+            mean = sum(token) / DIM
+            deviation = math.sqrt(sum((x - mean) ** 2 for x in token) / DIM + 1e-5)
+            token = torch.tensor([(x - mean) / deviation for x in token])
+            expected.append(last @ (hidden @ token + hidden_bias).clamp(min=0) + last_bias)
+        torch.testing.assert_close(model(batch), torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+    @every_interaction
+    @pytest.mark.parametrize("what", ["dense", "store", "weekday", "candidate_dense"])
+    def test_a_feature_reaches_its_own_candidates_alone(self, interaction: str, what: str) -> None:
+        model, batch = make_model(interaction), make_batch()
+        before = model(batch)
+        request = [b for b, count in enumerate(CANDIDATES) for _ in range(count)]
+        if what == "dense":
+            batch.dense_features[2] += 1
+            reached = [b == 2 for b in request]
+        elif what == "candidate_dense":
+            batch.candidate_dense[5] += 1
+            reached = [c == 5 for c in range(len(request))]
+        else:
+            ids = batch.context_features[what].values()
+            ids[2] = (ids[2] + 1) % CONTEXT_FEATURES[what]
+            reached = [b == 2 for b in request]
+        moved = (model(batch) - before).abs().amax(dim=1) > 1e-6
+        assert moved.tolist() == reached
+
+    def test_the_over_arch_sees_token_products_and_count(self) -> None:
+        model, batch = make_model("ifa"), make_batch()
+        caught = {}
+        arch = model.candidate_arch
+        arch.interaction_arch.register_forward_pre_hook(lambda _, given: caught.update(crossed=given))
+        arch.over_arch.register_forward_pre_hook(lambda _, given: caught.update(all=given[0]))
+        logits = model(batch)
+        token, vectors = caught["crossed"]
+        everything = caught["all"]
+        torch.testing.assert_close(everything[:, :DIM], token)
+        # the products of all pairs, each once
+        stacked = torch.cat([token[:, None], vectors], dim=1)
+        pairs = [(i, j) for i in range(stacked.shape[1]) for j in range(i + 1, stacked.shape[1])]
+        products = torch.stack([(stacked[:, i] * stacked[:, j]).sum(1) for i, j in pairs], dim=1)
+        torch.testing.assert_close(everything[:, DIM : DIM + len(pairs)], products)
+        # and log(1 + n) is a feature
+        count = torch.tensor(HISTORIES).log1p().repeat_interleave(torch.tensor(CANDIDATES))
+        assert (everything - count[:, None]).abs().amax(dim=0).min() < 1e-5
+        torch.testing.assert_close(arch.over_arch(everything), logits)
+
+    def test_the_sequence_interaction_gets_tokens_ages_and_ids(self) -> None:
+        model, batch = make_model("ifa"), make_batch()
+        caught = []
+        arch = model.candidate_arch
+        arch.sequence_interaction.register_forward_pre_hook(lambda _, given: caught.append(given))
+        model(batch)
+        ((candidates, history, age, history_ids, candidate_ids),) = caught
+        assert history.lengths().tolist() == HISTORIES
+        assert candidates.lengths().tolist() == CANDIDATES
+        assert torch.equal(age, batch.history_age)
+        for given, key in ((history_ids, "history_item"), (candidate_ids, "candidate_item")):
+            assert given.tolist() == batch.sequence_features[key].values()[:, None].tolist()
+
+
+@every_interaction
+class TestEveryInteraction:
+    def test_shape_and_finite_gradients_everywhere(self, interaction: str) -> None:
+        model = make_model(interaction)
+        logits = model(make_batch())
+        assert logits.shape == (sum(CANDIDATES), 2) and logits.isfinite().all()
+        logits.square().sum().backward()
+        without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+        assert without == [], "no gradient reaches them"
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+
+    def test_permuting_candidates_permutes_logits(self, interaction: str) -> None:
+        model, batch = make_model(interaction), make_batch()
+        shuffled = [rows[1::2] + rows[::2][::-1] for rows in CANDIDATE_ROWS]
+        permuted = model(take(batch, EVENT_ROWS, shuffled, [0, 1, 2, 3]))
+        torch.testing.assert_close(permuted, model(batch)[sum(shuffled, [])])
+
+    @pytest.mark.parametrize("kept", [[0], [1], [2, 0], [3, 2, 1, 0]], ids=str)
+    def test_a_request_is_scored_the_same_in_any_batch(self, interaction: str, kept: list[int]) -> None:
+        model, batch = make_model(interaction), make_batch()
+        rows = [CANDIDATE_ROWS[b] for b in kept]
+        alone = model(take(batch, [EVENT_ROWS[b] for b in kept], rows, kept))
+        torch.testing.assert_close(alone, model(batch)[sum(rows, [])])
+
+    def test_candidates_are_scored_the_same_in_any_set(self, interaction: str) -> None:
+        """No relation between candidates is modelled yet."""
+        model, batch = make_model(interaction), make_batch()
+        fewer = [rows[1:] for rows in CANDIDATE_ROWS]
+        logits = model(take(batch, EVENT_ROWS, fewer, [0, 1, 2, 3]))
+        torch.testing.assert_close(logits, model(batch)[sum(fewer, [])])
+
+    def test_histories_matter_but_for_none(self, interaction: str) -> None:
+        """And where the history is empty they cannot."""
+        model, batch = make_model(interaction), make_batch()
+        without = model(take(batch, [[], [], [], []], CANDIDATE_ROWS, [0, 1, 2, 3]))
+        moved = (without - model(batch)).abs().amax(dim=1) > 1e-6
+        had_events = [interaction != "none" and HISTORIES[b] > 0 for b in range(4)]
+        assert moved.tolist() == [had_events[b] for b, rows in enumerate(CANDIDATE_ROWS) for _ in rows]
+
+    def test_an_empty_candidate_set_changes_nothing_for_the_others(self, interaction: str) -> None:
+        model, batch = make_model(interaction), make_batch()
+        rows = [[], CANDIDATE_ROWS[1], [], CANDIDATE_ROWS[3]]
+        logits = model(take(batch, EVENT_ROWS, rows, [0, 1, 2, 3]))
+        torch.testing.assert_close(logits, model(batch)[sum(rows, [])])
+
+    @pytest.mark.parametrize("requests", [1, 3])
+    def test_no_candidates_at_all_have_loss_0(self, interaction: str, requests: int) -> None:
+        train = DLRM_IFATrain(make_model(interaction))
+        loss, (_, logits, labels) = train(make_batch([2] * requests, [0] * requests))
+        assert loss.item() == 0 and logits.shape == labels.shape == (0, 2)
+        loss.backward()
+        assert all(p.grad is None or not p.grad.any() for p in train.parameters())
+
+    @pytest.mark.parametrize("set_size", [1, 300])
+    def test_an_event_is_looked_up_once_however_many_candidates(
+        self, interaction: str, set_size: int
+    ) -> None:
+        keys = ("candidate_",) if interaction == "none" else ("history_", "candidate_")
+        config = DLRM_IFAConfig(tuple(ITEM_FEATURES), interaction=interaction, ifa=make_ifa())
+        model = DLRM_IFA(None, make_tables(keys=keys), config)
+        looked_up = []
+        for table in model.sequence_arch.embedding_collection.embeddings.values():
+            table.register_forward_hook(lambda _, inputs, rows: looked_up.append(len(rows)))
+        model(make_batch(candidates=[set_size] * 4))
+        events = 0 if interaction == "none" else sum(HISTORIES)
+        assert sum(looked_up) == len(ITEM_FEATURES) * (events + 4 * set_size)
+
+    def test_loss_is_the_mean_binary_cross_entropy(self, interaction: str) -> None:
+        model, batch = make_model(interaction), make_batch()
+        loss, (detached, logits, labels) = DLRM_IFATrain(model)(batch)
+        assert torch.equal(logits, model(batch)) and torch.equal(labels, batch.labels)
+        torch.testing.assert_close(loss, torch.nn.BCEWithLogitsLoss()(logits, batch.labels))
+        probability = logits.double().sigmoid()
+        by_hand = -torch.where(batch.labels > 0, probability.log(), (1 - probability).log()).mean()
+        torch.testing.assert_close(loss.double(), by_hand)
+        assert torch.equal(detached, loss) and loss.requires_grad
+        assert not (detached.requires_grad or logits.requires_grad)
+
+    def test_torchrecs_train_pipeline_trains_it(self, interaction: str) -> None:
+        model = DLRM_IFATrain(make_model(interaction))
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+        pipeline = TrainPipelineBase(model, optimizer, torch.device("cpu"))
+        batches = iter([make_batch()] * 30)
+        losses = []
+        while True:
+            try:
+                loss, *_ = pipeline.progress(batches)
+            except StopIteration:
+                break
+            losses.append(loss.item())
+        assert len(losses) == 30
+        # the same batch again and again can be learnt by heart
+        assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize("interaction", [i for i in INTERACTIONS if i != "none"])
+@pytest.mark.parametrize(
+    "change",
+    [{"identity_features": ()}, {"interest_mass": False}, {"identity_features": ("category", "item")}],
+    ids=str,
+)
+def test_identity_and_mass_are_given_to_every_peer_alike(interaction: str, change: dict) -> None:
+    """They change the width of output_proj's input, and nothing of the dense heads or the rest."""
+    plain = make_model(interaction, ifa=make_ifa())
+    changed = make_model(interaction, ifa=dataclasses.replace(make_ifa(), **change))
+    shapes = [
+        {
+            name: p.shape
+            for name, p in model.named_parameters()
+            if "sequence_interaction.identity." not in name
+        }
+        for model in (plain, changed)
+    ]
+    differing = {
+        name
+        for name in shapes[0].keys() | shapes[1].keys()
+        if shapes[0].get(name) != shapes[1].get(name)
+    }
+    assert differing == {"candidate_arch.sequence_interaction.output_proj.weight"}
+
+    # with the same weights the dense heads hand over the same numbers
+    changed.load_state_dict(
+        {
+            name: value
+            for name, value in plain.state_dict().items()
+            if "output_proj" not in name and "interaction.identity." not in name
+        },
+        strict=False,
+    )
+    inputs = []
+    for model in (plain, changed):
+        model.candidate_arch.sequence_interaction.output_proj.register_forward_pre_hook(
+            lambda _, given: inputs.append(given[0])
+        )
+        model(make_batch())
+    torch.testing.assert_close(inputs[0][:, :DIM], inputs[1][:, :DIM])
+    assert inputs[0].shape[1] != inputs[1].shape[1]
+
+
+def test_events_of_the_candidates_own_item_are_counted_by_identity_heads() -> None:
+    """The ids reach the identity heads in the order of the config, events and candidates apart."""
+    model = make_model("mean", ifa=make_ifa(identity_features=("category", "item")))
+    batch = make_batch()
+    caught = []
+    model.candidate_arch.sequence_interaction.output_proj.register_forward_pre_hook(
+        lambda _, given: caught.append(given[0])
+    )
+    model(batch)
+    masses = caught[0][:, -2:].exp() - 1
+    for k, feature in enumerate(("category", "item")):
+        history = batch.sequence_features[f"history_{feature}"].to_dense()
+        wanted = [
+            (history[b] == candidate).sum().item()
+            for b, candidates in enumerate(batch.sequence_features[f"candidate_{feature}"].to_dense())
+            for candidate in candidates
+        ]
+        assert any(wanted)
+        assert masses[:, k].tolist() == pytest.approx(wanted, abs=1e-5)
+
+
+class TestErrors:
+    def test_unknown_interaction(self) -> None:
+        with pytest.raises(ValueError, match="'telepathy'.*ifa.*softmax"):
+            DLRM_IFAConfig(("item",), interaction="telepathy")
+
+    def test_unknown_identity_feature(self) -> None:
+        with pytest.raises(ValueError, match=r"\['brand'\].*\['item', 'category'\]"):
+            DLRM_IFAConfig(tuple(ITEM_FEATURES), ifa=make_ifa(identity_features=("item", "brand")))
+
+    @pytest.mark.parametrize("wrong", ["item", "store"])
+    def test_table_of_another_width(self, wrong: str) -> None:
+        config = DLRM_IFAConfig(tuple(ITEM_FEATURES), ifa=make_ifa())
+        bags = make_bags(5 if wrong == "store" else DIM)
+        tables = make_tables(5 if wrong == "item" else DIM)
+        with pytest.raises(ValueError, match=f"{wrong}.* 5.* {DIM}"):
+            DLRM_IFA(bags, tables, config)
+
+    def test_feature_without_a_table(self) -> None:
+        config = DLRM_IFAConfig(("item", "brand"), ifa=make_ifa())
+        with pytest.raises(ValueError, match="'history_brand'.*candidate_item"):
+            DLRM_IFA(None, make_tables(), config)
+
+    def test_history_feature_without_a_table(self) -> None:
+        tables = make_tables(keys=("candidate_",))
+        with pytest.raises(ValueError, match="'history_item'"):
+            DLRM_IFA(None, tables, DLRM_IFAConfig(("item",), ifa=make_ifa()))
+        # which is what "none" wants
+        DLRM_IFA(None, tables, DLRM_IFAConfig(("item",), ifa=make_ifa(), interaction="none"))

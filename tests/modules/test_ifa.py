@@ -1,0 +1,562 @@
+"""InteractionFidelityAttention: its algebra, as properties over configurations and batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from helpers import LN2, Inputs, assert_near, head_of, jagged, naive_forward, randomised
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+from torchrec.sparse.jagged_tensor import JaggedTensor
+
+from ifa_torchrec import IFAConfig, InteractionFidelityAttention, UserState
+
+EXACT = 1e-11  # in float64
+HALF_LIVES = st.sampled_from([math.inf, LN2 / 2, 4 * LN2])
+few_examples = settings(max_examples=25, deadline=None)
+
+
+@st.composite
+def configs(draw) -> IFAConfig:
+    heads = draw(st.integers(1, 3))
+    features = draw(st.sampled_from([(), ("item",), ("item", "brand")]))
+    half_lives = st.lists(HALF_LIVES, min_size=heads, max_size=heads).map(tuple)
+    return IFAConfig(
+        embedding_dim=6,
+        num_heads=heads,
+        head_dim=draw(st.sampled_from([None, 4])),
+        feature_map=draw(st.sampled_from(["elu", "relu", "hedgehog"])),
+        half_lives=draw(st.none() | half_lives),
+        interest_mass=draw(st.booleans()),
+        mass_scale=draw(st.sampled_from([1.0, 0.3])),
+        identity_features=features,
+        # ids are -3..8: all collide, some collide, none collides
+        identity_buckets=draw(st.sampled_from([1, 4, 12])),
+        identity_half_lives=draw(st.lists(HALF_LIVES, min_size=1, max_size=2).map(tuple)),
+        # a relu head may match next to nothing: its answer is then as large as 1 / eps
+        eps=1e-3,
+    )
+
+
+@st.composite
+def problems(draw) -> tuple[InteractionFidelityAttention, Inputs]:
+    config, seed = draw(configs()), draw(st.integers(0, 2**16))
+    requests = draw(st.integers(1, 4))
+    lengths = [
+        draw(st.lists(st.integers(0, longest), min_size=requests, max_size=requests))
+        for longest in (7, 4)
+    ]
+    inputs = Inputs.random(
+        config, *lengths, seed=seed, weighted=draw(st.booleans()), aged=draw(st.booleans())
+    )
+    return new_ifa(config, seed), inputs
+
+
+def new_ifa(config: IFAConfig, seed: int = 0) -> InteractionFidelityAttention:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return randomised(InteractionFidelityAttention(config).double())
+
+
+def naive_ifa(ifa: InteractionFidelityAttention, inputs: Inputs) -> Tensor:
+    """IFA in the quadratic form, every candidate against every event."""
+    phi = {
+        "elu": lambda x: F.elu(x) + 1,
+        "relu": F.relu,
+        "hedgehog": lambda x: torch.cat([torch.softmax(x, 1), torch.softmax(-x, 1)], dim=1),
+    }[ifa.config.feature_map]
+
+    def head(candidates, events, weights, h):
+        q, k = (
+            phi(head_of(candidates, ifa.query_proj, h, ifa.config)),
+            head_of(events, ifa.key_proj, h, ifa.config),
+        )
+        score = q @ phi(k).T * weights
+        matched = score.sum(1)
+        value = head_of(events, ifa.value_proj, h, ifa.config)
+        return score @ value / (matched[:, None] + ifa.config.eps), matched
+
+    return naive_forward(ifa, inputs, head)
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=EXACT, atol=EXACT)
+
+
+def assert_same_state(actual: UserState, expected: UserState) -> None:
+    actual, expected = actual.state_dict(), expected.state_dict()
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(
+            actual[name], expected[name], rtol=EXACT, atol=EXACT, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+# ------------------------------------------------------------------------------------- properties
+
+
+@given(problems())
+@few_examples
+def test_forward_is_the_quadratic_form(problem):
+    ifa, inputs = problem
+    assert_same(ifa(*inputs.forward).values(), naive_ifa(ifa, inputs))
+
+
+@given(problems())
+@few_examples
+def test_gradients_are_those_of_the_quadratic_form(problem):
+    ifa, inputs = problem
+    leaves = [*ifa.parameters(), inputs.history.values(), inputs.candidates.values()]
+    if inputs.history.weights_or_none() is not None:
+        leaves.append(inputs.history.weights())
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def gradients(output):
+        upstream = torch.linspace(-1, 2, output.numel(), dtype=output.dtype).view_as(output)
+        return torch.autograd.grad((output * upstream).sum(), leaves, materialize_grads=True)
+
+    actual = gradients(ifa(*inputs.forward).values())
+    for mine, true in zip(actual, gradients(naive_ifa(ifa, inputs)), strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-9)
+
+
+@given(problems())
+@few_examples
+def test_forward_is_attend_of_encode(problem):
+    ifa, inputs = problem
+    out = ifa(*inputs.forward)
+    read = ifa.attend(inputs.candidates, ifa.encode(*inputs.encode), inputs.candidate_ids)
+    assert_same(read.values(), out.values())
+    assert out.lengths().tolist() == inputs.candidates.lengths().tolist()
+    assert out.offsets().tolist() == inputs.candidates.offsets().tolist()
+
+
+@given(problems())
+@few_examples
+def test_reference_backend_is_the_torch_backend(problem):
+    ifa, inputs = problem
+    plain = InteractionFidelityAttention(dataclasses.replace(ifa.config, backend="reference")).double()
+    plain.load_state_dict(ifa.state_dict())
+    tiled = InteractionFidelityAttention(dataclasses.replace(ifa.config, backend="torch")).double()
+    tiled.load_state_dict(ifa.state_dict())
+    assert_same(tiled(*inputs.forward).values(), plain(*inputs.forward).values())
+    assert_same_state(tiled.encode(*inputs.encode), plain.encode(*inputs.encode))
+
+
+@given(problems(), st.data())
+@few_examples
+def test_update_of_the_old_by_the_new_is_encode_of_all(problem, data):
+    ifa, inputs = problem
+    rows = [inputs.event_rows(b) for b in range(len(inputs))]
+    splits = [data.draw(st.integers(0, len(r)), label="old events") for r in rows]
+    old = inputs.with_events([r[:split] for r, split in zip(rows, splits, strict=True)])
+    new = inputs.with_events([r[split:] for r, split in zip(rows, splits, strict=True)])
+    elapsed = None
+    if inputs.history_age is not None:
+        # the old state is from between its youngest event and now
+        share = data.draw(st.floats(0, 1), label="share of the youngest age")
+        youngest = [old.history_age[old.event_rows(b)].tolist() for b in range(len(inputs))]
+        elapsed = torch.tensor(
+            [share * min(ages, default=1.0) for ages in youngest], dtype=torch.float64
+        )
+        owner = torch.repeat_interleave(torch.arange(len(inputs)), old.history.lengths())
+        old.history_age = (old.history_age - elapsed[owner]).clamp(min=0)
+    state = ifa.update(ifa.encode(*old.encode), new.history, elapsed, new.history_age, new.history_ids)
+    assert_same_state(state, ifa.encode(*inputs.encode))
+
+
+@given(problems(), st.data())
+@few_examples
+def test_encode_of_parts_is_encode_of_the_whole(problem, data):
+    ifa, inputs = problem
+    rows = [inputs.event_rows(b) for b in range(len(inputs))]
+    size = data.draw(st.integers(1, 3), label="events of a request in a part")
+    longest = max(len(r) for r in rows)
+    # generators, since parts are for what does not fit into memory; a request may run out early
+    cuts = [inputs.with_events([r[i : i + size] for r in rows]) for i in range(0, longest + 1, size)]
+    state = ifa.encode(
+        (part.history for part in cuts),
+        None if inputs.history_age is None else (part.history_age for part in cuts),
+        None if inputs.history_ids is None else (part.history_ids for part in cuts),
+    )
+    assert_same_state(state, ifa.encode(*inputs.encode))
+
+
+@given(problems(), st.randoms(use_true_random=False))
+@few_examples
+def test_order_of_events_does_not_matter_beside_their_ages(problem, random):
+    ifa, inputs = problem
+    rows = [inputs.event_rows(b) for b in range(len(inputs))]
+    shuffled = inputs.with_events([random.sample(r, len(r)) for r in rows])
+    assert_same(ifa(*shuffled.forward).values(), ifa(*inputs.forward).values())
+
+
+@given(problems(), st.randoms(use_true_random=False))
+@few_examples
+def test_permuted_candidates_give_permuted_answers(problem, random):
+    ifa, inputs = problem
+    rows = [inputs.candidate_rows(b) for b in range(len(inputs))]
+    rows = [random.sample(r, len(r)) for r in rows]
+    flat = [row for request in rows for row in request]
+    permuted = inputs.with_candidates(rows)
+    assert_same(ifa(*permuted.forward).values(), ifa(*inputs.forward).values()[flat])
+
+
+@given(problems(), st.data())
+@few_examples
+def test_a_request_is_answered_alone_as_among_others(problem, data):
+    ifa, inputs = problem
+    numbers = data.draw(st.permutations(range(len(inputs))), label="requests")
+    numbers = numbers[: data.draw(st.integers(1, len(inputs)), label="how many")]
+    flat = [row for b in numbers for row in inputs.candidate_rows(b)]
+    alone = inputs.requests(numbers)
+    assert_same(ifa(*alone.forward).values(), ifa(*inputs.forward).values()[flat])
+    assert_same_state(ifa.encode(*alone.encode), ifa.encode(*inputs.encode)[numbers])
+
+
+@given(configs(), st.booleans())
+@few_examples
+def test_an_empty_history_is_exactly_zeros_before_the_output(config, weighted):
+    ifa = new_ifa(config)
+    inputs = Inputs.random(config, [0, 5, 0], [2, 1, 3], weighted=weighted)
+    read = ifa.attend(inputs.candidates, ifa.encode(*inputs.encode), inputs.candidate_ids)
+    for out in (ifa(*inputs.forward).values(), read.values()):
+        assert torch.equal(out[[0, 1, 3, 4, 5]], ifa.output_proj.bias.expand(5, -1))
+        assert not torch.equal(out[2], ifa.output_proj.bias)
+
+
+@given(problems())
+@few_examples
+def test_attention_weights_reproduce_the_heads(problem):
+    ifa, inputs = problem
+    config = ifa.config
+    heads, mass = ifa.dense_heads(inputs.candidates, inputs.history, inputs.history_age)
+    matched = torch.expm1(mass) * config.mass_scale
+    values = [
+        head_of(inputs.history.values(), ifa.value_proj, h, config) for h in range(config.num_heads)
+    ]
+    if config.identity_features:
+        more = ifa.identity(*inputs.forward)
+        heads, matched = torch.cat([heads, more[0]], dim=1), torch.cat([matched, more[1]], dim=1)
+        for k in range(len(config.identity_features)):
+            value = head_of(inputs.history.values(), ifa.identity.value_proj, k, config)
+            values += [value] * len(config.identity_half_lives)
+    attention = ifa.attention_weights(*inputs.forward)
+    assert len(attention) == len(inputs)
+    for b, weights in enumerate(attention):
+        events, candidates = inputs.event_rows(b), inputs.candidate_rows(b)
+        assert weights.shape == (len(candidates), len(events), heads.shape[1])
+        assert (weights >= 0).all()
+        # 1, but for eps, where anything matched, and 0 where nothing did
+        assert_same(weights.sum(1), matched[candidates] / (matched[candidates] + config.eps))
+        for h, value in enumerate(values):
+            assert_same(weights[..., h] @ value[events], heads[candidates, h])
+
+
+# ------------------------------------------------------------------------------------- examples
+
+CONFIG = IFAConfig(
+    embedding_dim=8,
+    num_heads=2,
+    half_lives=(math.inf, 4 * LN2),
+    identity_features=("item", "brand"),
+    identity_buckets=5,
+    identity_half_lives=(math.inf, LN2),
+)
+
+
+def test_attention_weights_sum_to_one_where_matched():
+    ifa, inputs = new_ifa(CONFIG), Inputs.random(CONFIG, [30, 0], [4, 2], weighted=False)
+    full, empty = ifa.attention_weights(*inputs.forward)
+    dense = full[..., : CONFIG.num_heads].sum(1)
+    torch.testing.assert_close(dense, torch.ones_like(dense), rtol=0, atol=1e-5)
+    assert empty.shape == (2, 0, 6)
+
+
+def test_float32_is_near_the_float64_quadratic_form():
+    ifa, inputs = new_ifa(CONFIG), Inputs.random(CONFIG, [500, 0, 33], [4, 2, 7], dtype=torch.float32)
+    actual = ifa.float()(*inputs.forward).values()
+    assert actual.dtype == torch.float32
+    exact = Inputs.random(CONFIG, [500, 0, 33], [4, 2, 7])
+    exact.candidates = jagged(inputs.candidates.values().double(), [4, 2, 7])
+    exact.history = jagged(
+        inputs.history.values().double(), [500, 0, 33], inputs.history.weights().double()
+    )
+    exact.history_age = inputs.history_age.double()
+    exact.history_ids, exact.candidate_ids = inputs.history_ids, inputs.candidate_ids
+    assert_near(actual, naive_ifa(ifa.double(), exact), 1e-5)
+
+
+def test_bfloat16_tokens_are_summed_in_float32():
+    ifa = new_ifa(CONFIG).bfloat16()
+    inputs = Inputs.random(CONFIG, [2000, 3], [2, 2], dtype=torch.bfloat16)
+    state = ifa.encode(*inputs.encode)
+    assert {x.dtype for x in state.state_dict().values()} == {torch.float32, torch.int64}
+    # unit weights: counts up to 2000, which bfloat16 could not count to
+    ones = ifa.encode(jagged(inputs.history.values(), [2000, 3]), None, inputs.history_ids)
+    assert ones.identity_sum.sum(-1).unique().tolist() == [3.0, 2000.0]
+    assert ifa(*inputs.forward).values().dtype == torch.bfloat16
+
+
+def test_state_counts_the_events():
+    ifa, inputs = new_ifa(CONFIG), Inputs.random(CONFIG, [3, 0, 5], [1, 1, 1])
+    state = ifa.encode(*inputs.encode)
+    assert state.count.tolist() == [3, 0, 5]
+    assert state.count.dtype == torch.int64
+    updated = ifa.update(state, *inputs.encode[:1], None, *inputs.encode[1:])
+    assert updated.count.tolist() == [6, 0, 10]
+
+
+def test_elapsed_time_halves_only_heads_with_a_half_life():
+    ifa, inputs = new_ifa(CONFIG), Inputs.random(CONFIG, [6, 6], [1, 1])
+    state = ifa.encode(*inputs.encode)
+    nothing = Inputs.random(CONFIG, [0, 0], [1, 1])
+    elapsed = torch.tensor([4 * LN2, 0.0], dtype=torch.float64)  # the second dense head's half-life
+    later = ifa.update(state, nothing.history, elapsed, None, nothing.history_ids)
+    ratio = (later.key_sum / state.key_sum).mean(2)
+    torch.testing.assert_close(ratio, torch.tensor([[1.0, 0.5], [1.0, 1.0]]).double())
+    ratio = later.identity_sum.sum(3) / state.identity_sum.sum(3)
+    torch.testing.assert_close(ratio[0], torch.tensor([[1.0, 1 / 16]] * 2).double())
+    torch.testing.assert_close(ratio[1], torch.ones(2, 2).double())
+    assert torch.equal(later.count, state.count)
+
+
+def test_update_leaves_the_old_state_alone():
+    ifa, inputs = new_ifa(CONFIG), Inputs.random(CONFIG, [6, 2], [1, 1])
+    state = ifa.encode(*inputs.encode)
+    before = {name: x.clone() for name, x in state.state_dict().items()}
+    ifa.update(state, inputs.history, torch.ones(2), *inputs.encode[1:])
+    assert all(torch.equal(x, before[name]) for name, x in state.state_dict().items())
+
+
+@pytest.mark.parametrize("identity_features", [(), ("item", "brand")], ids=["dense", "identity"])
+def test_no_request_at_all(identity_features):
+    config = dataclasses.replace(CONFIG, identity_features=identity_features)
+    ifa, inputs = new_ifa(config), Inputs.random(config, [], [])
+    assert ifa(*inputs.forward).values().shape == (0, 8)
+    state = ifa.encode(*inputs.encode)
+    assert len(state) == 0
+    assert ifa.attend(inputs.candidates, state, inputs.candidate_ids).values().shape == (0, 8)
+
+
+def test_state_dict_round_trips():
+    ifa, inputs = new_ifa(CONFIG), Inputs.random(CONFIG, [6, 0], [2, 3])
+    other = new_ifa(CONFIG, seed=1)
+    assert not torch.equal(other(*inputs.forward).values(), ifa(*inputs.forward).values())
+    other.load_state_dict(ifa.state_dict())
+    assert torch.equal(other(*inputs.forward).values(), ifa(*inputs.forward).values())
+    assert set(ifa.state_dict()) == {  # public names, which checkpoints hold
+        "query_proj.weight",
+        "key_proj.weight",
+        "value_proj.weight",
+        "identity.value_proj.weight",
+        "output_proj.weight",
+        "output_proj.bias",
+    }
+
+
+class OfTensors(torch.nn.Module):
+    """The module as torch.compile and torch.export take it: tensors in, a tensor out."""
+
+    def __init__(self, ifa: InteractionFidelityAttention, by_state: bool) -> None:
+        super().__init__()
+        self.ifa, self.by_state = ifa, by_state
+
+    @staticmethod
+    def arguments(inputs: Inputs) -> tuple:
+        history, candidates = inputs.history, inputs.candidates
+        jagged_tensors = (candidates.values(), candidates.offsets(), history.values(), history.offsets())
+        return *jagged_tensors, history.weights(), *inputs.encode[1:], inputs.candidate_ids
+
+    def forward(self, candidates, candidate_offsets, events, offsets, weights, age, ids, candidate_ids):
+        candidates = JaggedTensor(candidates, offsets=candidate_offsets)
+        history = JaggedTensor(events, weights=weights, offsets=offsets)
+        if self.by_state:
+            state = self.ifa.encode(history, age, ids)
+            return self.ifa.attend(candidates, state, candidate_ids).values()
+        return self.ifa(candidates, history, age, ids, candidate_ids).values()
+
+
+by_state_or_not = pytest.mark.parametrize("by_state", [False, True], ids=["forward", "attend(encode)"])
+
+
+@by_state_or_not
+def test_compiles_into_one_graph_for_any_size(by_state):
+    module = OfTensors(new_ifa(CONFIG), by_state)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for lengths in ([6, 0, 3], [2, 1, 4]), ([9, 5], [3, 3]), ([4, 0, 50, 8], [2, 2, 0, 7]):
+        arguments = module.arguments(Inputs.random(CONFIG, *lengths))
+        assert_same(compiled(*arguments), module(*arguments))
+
+
+@by_state_or_not
+def test_exports(by_state):
+    module = OfTensors(new_ifa(CONFIG), by_state)
+    program = torch.export.export(module, module.arguments(Inputs.random(CONFIG, [6, 0, 3], [2, 1, 4])))
+    arguments = module.arguments(Inputs.random(CONFIG, [1, 6, 2], [4, 2, 1], seed=1))
+    assert_same(program.module()(*arguments), module(*arguments))
+
+
+# --------------------------------------------------------------------------------------- bad input
+
+
+def bad(**changes) -> Inputs:
+    return dataclasses.replace(Inputs.random(CONFIG, [2, 1], [1, 2]), **changes)
+
+
+TOKENS = torch.zeros(3, 8, dtype=torch.float64)
+IDS = torch.zeros(3, 2, dtype=torch.int64)
+BAD_INPUTS = {
+    "negative age": ("history_age", {"history_age": torch.tensor([1.0, -0.1, 0.0])}),
+    "an age too few": ("history_age", {"history_age": torch.zeros(2)}),
+    "ages in a column": ("history_age", {"history_age": torch.zeros(3, 1)}),
+    "negative event weight": (
+        "history.*weight",
+        {"history": jagged(TOKENS, [2, 1], torch.tensor([1.0, 1.0, -1.0]))},
+    ),
+    "history lengths": ("history", {"history": jagged(TOKENS, [2, 2])}),
+    "candidate lengths": ("candidates", {"candidates": jagged(TOKENS, [1, 1])}),
+    "history width": ("history", {"history": jagged(TOKENS[:, :7], [2, 1])}),
+    "candidate width": ("candidates", {"candidates": jagged(TOKENS[:, :7], [1, 2])}),
+    "history of one dimension": ("history", {"history": jagged(TOKENS[:, 0], [2, 1])}),
+    "no history_ids": ("history_ids", {"history_ids": None}),
+    "no candidate_ids": ("candidate_ids", {"candidate_ids": None}),
+    "history_ids a column short": ("history_ids", {"history_ids": IDS[:, :1]}),
+    "candidate_ids a column short": ("candidate_ids", {"candidate_ids": IDS[:, :1]}),
+    "history_ids a row short": ("history_ids", {"history_ids": IDS[:2]}),
+    "candidate_ids a row short": ("candidate_ids", {"candidate_ids": IDS[:2]}),
+    "requests mismatch": ("candidates are of 3 requests", {"candidates": jagged(TOKENS, [1, 1, 1])}),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+@pytest.mark.parametrize("method", ["forward", "attention_weights"])
+def test_bad_input_is_named(method, case):
+    message, changes = BAD_INPUTS[case]
+    with pytest.raises(ValueError, match=message):
+        getattr(new_ifa(CONFIG), method)(*bad(**changes).forward)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case, (_, changes) in BAD_INPUTS.items() if "history" in next(iter(changes))]
+)
+def test_bad_history_is_named_by_encode(case):
+    message, changes = BAD_INPUTS[case]
+    with pytest.raises(ValueError, match=message):
+        new_ifa(CONFIG).encode(*bad(**changes).encode)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case, (_, changes) in BAD_INPUTS.items() if "candidate" in next(iter(changes))]
+)
+def test_bad_candidates_are_named_by_attend(case):
+    message, changes = BAD_INPUTS[case]
+    ifa, inputs = new_ifa(CONFIG), bad(**changes)
+    with pytest.raises(ValueError, match=message):
+        ifa.attend(inputs.candidates, ifa.encode(*inputs.encode), inputs.candidate_ids)
+
+
+other_configurations = pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_heads": 4, "half_lives": None},
+        {"head_dim": 3},
+        {"feature_map": "elu"},
+        {"identity_features": ("item",)},
+        {"identity_features": ()},
+        {"identity_buckets": 6},
+        {"identity_half_lives": (1.0,)},
+    ],
+    ids=str,
+)
+
+
+def state_of_another(changes: dict) -> UserState:
+    other = dataclasses.replace(CONFIG, **changes)
+    return new_ifa(other).encode(*Inputs.random(other, [2, 1], [1, 2]).encode)
+
+
+@other_configurations
+def test_attend_refuses_a_state_of_another_configuration(changes):
+    inputs = Inputs.random(CONFIG, [2, 1], [1, 2])
+    with pytest.raises(ValueError, match="state"):
+        new_ifa(CONFIG).attend(inputs.candidates, state_of_another(changes), inputs.candidate_ids)
+
+
+@other_configurations
+@pytest.mark.parametrize("elapsed", [None, torch.ones(2)], ids=["now", "later"])
+def test_update_refuses_a_state_of_another_configuration(changes, elapsed):
+    inputs = Inputs.random(CONFIG, [2, 1], [1, 2])
+    with pytest.raises(ValueError, match="state"):
+        new_ifa(CONFIG).update(state_of_another(changes), inputs.history, elapsed, *inputs.encode[1:])
+
+
+@pytest.mark.parametrize(
+    "elapsed", [torch.tensor([1.0, -1.0]), torch.ones(3), torch.ones(2, 1), torch.tensor(1.0)], ids=str
+)
+def test_bad_elapsed_is_named(elapsed):
+    ifa, inputs = new_ifa(CONFIG), Inputs.random(CONFIG, [2, 1], [1, 2])
+    state = ifa.encode(*inputs.encode)
+    with pytest.raises(ValueError, match="elapsed"):
+        ifa.update(state, inputs.history, elapsed, *inputs.encode[1:])
+
+
+def test_update_of_another_number_of_requests_is_refused():
+    ifa, inputs = new_ifa(CONFIG), Inputs.random(CONFIG, [2, 1], [1, 2])
+    state = ifa.encode(*inputs.encode)
+    with pytest.raises(ValueError, match="new_history is of 2 requests, the state of 1"):
+        ifa.update(state[[0]], inputs.history, None, *inputs.encode[1:])
+
+
+def test_encode_of_no_part_is_refused():
+    with pytest.raises(ValueError, match="history"):
+        new_ifa(CONFIG).encode(iter([]))
+
+
+@pytest.mark.parametrize("name", ["history_age", "history_ids"])
+@pytest.mark.parametrize("parts", [1, 3], ids=["too few", "too many"])
+def test_encode_of_parts_needs_ages_and_ids_for_each_part(name, parts):
+    ifa, inputs = new_ifa(CONFIG), Inputs.random(CONFIG, [2, 1], [1, 2])
+    arguments = {"history_age": [inputs.history_age] * 2, "history_ids": [inputs.history_ids] * 2}
+    arguments[name] = arguments[name][:1] * parts
+    with pytest.raises(ValueError, match=name):
+        ifa.encode([inputs.history] * 2, **arguments)
+
+
+def test_encode_of_parts_of_different_requests_is_refused():
+    config = dataclasses.replace(CONFIG, identity_features=())
+    parts = [Inputs.random(config, lengths, []).history for lengths in ([2], [2, 1])]
+    with pytest.raises(ValueError, match=r"histor|state"):
+        new_ifa(config).encode(parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("embedding_dim", {"embedding_dim": 0}),
+        ("num_heads", {"num_heads": 0}),
+        ("num_heads", {"num_heads": 3}),  # 8 is no multiple of it
+        ("head_dim", {"head_dim": 0}),
+        ("feature_map", {"feature_map": "softmax"}),
+        ("half_lives", {"half_lives": (1.0,)}),
+        ("half_lives", {"half_lives": (1.0, 0.0)}),
+        ("half_lives", {"half_lives": (1.0, math.nan)}),
+        ("identity_half_lives", {"identity_half_lives": (-1.0,)}),
+        ("identity_half_lives", {"identity_features": ("item",), "identity_half_lives": ()}),
+        ("identity_buckets", {"identity_buckets": 0}),
+        ("mass_scale", {"mass_scale": 0.0}),
+        ("eps", {"eps": 0.0}),
+        ("backend", {"backend": "cuda"}),
+    ],
+    ids=str,
+)
+def test_bad_config_is_named(name, changes):
+    with pytest.raises(ValueError, match=name):
+        IFAConfig(**({"embedding_dim": 8, "num_heads": 2} | changes))

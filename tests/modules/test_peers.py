@@ -1,0 +1,171 @@
+"""The peers against plain loops: mean pooling and softmax target attention."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from helpers import LN2, Inputs, head_of, naive_forward, randomised
+from torch import Tensor
+
+from ifa_torchrec import IFAConfig
+from ifa_torchrec.modules import MeanPooling, SoftmaxAttention
+
+PLAIN = IFAConfig(embedding_dim=6, num_heads=2, interest_mass=False)
+CONFIGS = {
+    "plain": PLAIN,
+    "masses": dataclasses.replace(PLAIN, interest_mass=True, mass_scale=0.3),
+    "half-lives": dataclasses.replace(PLAIN, half_lives=(math.inf, 2 * LN2), head_dim=4),
+    "all": IFAConfig(
+        embedding_dim=6,
+        num_heads=3,
+        half_lives=(LN2, math.inf, 4 * LN2),
+        identity_features=("item", "brand"),
+        identity_buckets=4,
+        identity_half_lives=(math.inf, LN2),
+    ),
+}
+PEERS = {
+    "mean": MeanPooling,
+    "softmax": SoftmaxAttention,
+    "softmax of the latest 3": lambda config: SoftmaxAttention(config, recent_length=3),
+}
+HISTORIES, CANDIDATES = [7, 0, 1, 5, 0, 3], [2, 3, 1, 0, 0, 4]
+
+every_peer = pytest.mark.parametrize("peer", PEERS)
+every_config = pytest.mark.parametrize("config", CONFIGS)
+
+
+def new_peer(peer: str, config: IFAConfig) -> torch.nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return randomised(PEERS[peer](config).double())
+
+
+def naive_mean(module: MeanPooling, inputs: Inputs) -> Tensor:
+    def head(candidates, events, weights, h):
+        total = weights.sum()
+        mean = (weights[:, None] * events).sum(0) / (total + module.config.eps)
+        output = head_of(mean[None], module.value_proj, h, module.config)
+        return output.expand(len(candidates), -1), total.expand(len(candidates))
+
+    return naive_forward(module, inputs, head)
+
+
+def naive_softmax(module: SoftmaxAttention, inputs: Inputs) -> Tensor:
+    """softmax of q k / sqrt(d) + log w, written w exp(q k / sqrt(d)) / sum."""
+    latest = module.recent_length
+
+    def head(candidates, events, weights, h):
+        if latest is not None:
+            events, weights = events[-latest:], weights[-latest:]
+        q, k, v = (
+            head_of(x, projection, h, module.config)
+            for x, projection in (
+                (candidates, module.query_proj),
+                (events, module.key_proj),
+                (events, module.value_proj),
+            )
+        )
+        share = weights * torch.exp(q @ k.T / math.sqrt(q.shape[1]))
+        total = share.sum(1)
+        return share @ v / total[:, None].clamp(min=1e-12), total
+
+    return naive_forward(module, inputs, head)
+
+
+@every_peer
+@every_config
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
+@pytest.mark.parametrize("aged", [True, False], ids=["aged", "ageless"])
+def test_peer_is_the_plain_loop(peer, config, weighted, aged):
+    module = new_peer(peer, CONFIGS[config])
+    inputs = Inputs.random(CONFIGS[config], HISTORIES, CANDIDATES, weighted=weighted, aged=aged)
+    if weighted:  # softmax has no answer where every event weighs nothing
+        inputs.history.weights()[[7, 10]] = 0.5
+    out = module(*inputs.forward)
+    naive = naive_mean if peer == "mean" else naive_softmax
+    torch.testing.assert_close(out.values(), naive(module, inputs), rtol=1e-11, atol=1e-11)
+    assert out.offsets().tolist() == inputs.candidates.offsets().tolist()
+
+
+@every_peer
+@every_config
+def test_requests_do_not_touch_each_other(peer, config):
+    module = new_peer(peer, CONFIGS[config])
+    inputs = Inputs.random(CONFIGS[config], HISTORIES, CANDIDATES)
+    whole = module(*inputs.forward).values()
+    for numbers in ([0], [5, 2], [3], [1, 4, 0]):
+        alone = module(*inputs.requests(numbers).forward).values()
+        flat = [row for b in numbers for row in inputs.candidate_rows(b)]
+        torch.testing.assert_close(alone, whole[flat], rtol=1e-11, atol=1e-11)
+
+
+@every_peer
+@every_config
+def test_an_empty_history_is_exactly_zeros_before_the_output(peer, config):
+    module = new_peer(peer, CONFIGS[config])
+    inputs = Inputs.random(CONFIGS[config], [0, 4], [2, 1], weighted=False)
+    out = module(*inputs.forward).values()
+    assert torch.equal(out[:2], module.output_proj.bias.expand(2, -1))
+    assert not torch.equal(out[2], module.output_proj.bias)
+
+
+@every_peer
+@pytest.mark.parametrize("lengths", [[], [0, 0]], ids=["no request", "no candidate and no event"])
+def test_nothing_in_gives_nothing_out(peer, lengths):
+    module = new_peer(peer, CONFIGS["all"])
+    inputs = Inputs.random(CONFIGS["all"], lengths, lengths)
+    assert module(*inputs.forward).values().shape == (0, 6)
+
+
+@every_peer
+@every_config
+@pytest.mark.parametrize("scale", [1.0, 100.0], ids=["small tokens", "large tokens"])
+def test_gradients_are_finite(peer, config, scale):
+    """In float32, also where exp(q k) is beyond it, and where events weigh nothing."""
+    module = new_peer(peer, CONFIGS[config]).float()
+    inputs = Inputs.random(CONFIGS[config], HISTORIES, CANDIDATES, dtype=torch.float32)
+    inputs.history.values().mul_(scale)
+    inputs.candidates.values().mul_(scale)
+    leaves = {name: p for name, p in module.named_parameters()}
+    leaves["history"] = inputs.history.values().requires_grad_()
+    leaves["weights"] = inputs.history.weights().requires_grad_()
+    output = module(*inputs.forward).values()
+    assert output.isfinite().all()
+    gradients = torch.autograd.grad(output.square().mean(), [*leaves.values()], materialize_grads=True)
+    for name, gradient in zip(leaves, gradients, strict=True):
+        assert gradient.isfinite().all(), name
+    moved = dict(zip(leaves, gradients, strict=True))
+    assert moved["value_proj.weight"].any() and moved["history"].any()
+
+
+@every_config
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
+def test_a_recent_length_beyond_the_longest_history_is_all_of_it(config, weighted):
+    inputs = Inputs.random(CONFIGS[config], HISTORIES, CANDIDATES, weighted=weighted)
+    whole = new_peer("softmax", CONFIGS[config])
+    answers = {}
+    for length in (max(HISTORIES), 1000, 2):
+        recent = SoftmaxAttention(CONFIGS[config], recent_length=length).double()
+        recent.load_state_dict(whole.state_dict())
+        answers[length] = recent(*inputs.forward).values()
+    expected = whole(*inputs.forward).values()
+    torch.testing.assert_close(answers[max(HISTORIES)], expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(answers[1000], expected, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(answers[2], expected)
+
+
+@pytest.mark.parametrize("length", [0, -1])
+def test_recent_length_below_one_is_refused(length):
+    with pytest.raises(ValueError, match="recent_length"):
+        SoftmaxAttention(PLAIN, recent_length=length)
+
+
+def test_mean_pooling_answers_all_candidates_of_a_request_alike():
+    inputs = Inputs.random(PLAIN, [4, 3], [3, 2])
+    out = new_peer("mean", PLAIN)(*inputs.forward).values()
+    assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])
+    assert not torch.allclose(out[0], out[3])

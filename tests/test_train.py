@@ -1,0 +1,488 @@
+"""Training, checkpoints, evaluation and explanation, end to end on the toy log."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from toy import BUSY_USER, NEW_USER, SCHEMA, SPLITS, Toy, make_toy
+
+from ifa_torchrec import IFAConfig
+from ifa_torchrec import evaluate as evaluate_module
+from ifa_torchrec import explain as explain_module
+from ifa_torchrec import train as train_module
+from ifa_torchrec.data import EventLog, LogError, RankingDataset
+from ifa_torchrec.distributed import CheckpointError, OptimizerConfig
+from ifa_torchrec.distributed.checkpoint import checkpoints
+from ifa_torchrec.evaluate import EvaluateConfig, evaluate, measure
+from ifa_torchrec.explain import ExplainConfig, explain
+from ifa_torchrec.models.dlrm_ifa import INTERACTIONS
+from ifa_torchrec.train import TrainConfig, load_run, train
+
+IFA = IFAConfig(embedding_dim=8, num_heads=2, half_lives=(math.inf, 30.0), identity_features=("item",))
+
+
+@pytest.fixture(scope="module")
+def toy() -> Toy:
+    return make_toy()
+
+
+@pytest.fixture(scope="module")
+def log(toy: Toy, tmp_path_factory) -> EventLog:
+    return toy.write(tmp_path_factory.mktemp("toy") / "log")
+
+
+@pytest.fixture
+def config(log: EventLog, tmp_path: Path) -> TrainConfig:
+    """Six batches an epoch."""
+    return TrainConfig(
+        data=log.path,
+        out=tmp_path / "run",
+        ifa=IFA,
+        over_arch_layer_sizes=(16,),
+        optimizers=OptimizerConfig(dense_lr=0.01),
+        warmup_steps=3,
+        max_requests=8,
+        max_events=10_000,
+        epochs=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(log: EventLog, tmp_path_factory) -> Path:
+    """A finished run, for tests that only read it."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    train(
+        TrainConfig(data=log.path, out=out, ifa=IFA, max_requests=8, checkpoint_every=4, validate=False)
+    )
+    return out
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """All weights of a run's last checkpoint."""
+    state = load_run(run).model.state_dict()
+    return {
+        # of a table this rank holds the whole, being alone
+        name: value.local_shards()[0].tensor if hasattr(value, "local_shards") else value
+        for name, value in state.items()
+    }
+
+
+def steps_of(run: Path) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in checkpoints(run / "checkpoints")]
+
+
+class Stopped(Exception):
+    """Stands for whatever ends a process."""
+
+
+def stop_before_step(monkeypatch, step: int) -> None:
+    set_learning_rate = train_module.set_learning_rate
+
+    def stops(optimizer, config, now, total):
+        if now == step:
+            raise Stopped
+        set_learning_rate(optimizer, config, now, total)
+
+    monkeypatch.setattr(train_module, "set_learning_rate", stops)
+
+
+def train_stopped(config: TrainConfig, monkeypatch, step: int) -> None:
+    with monkeypatch.context() as patch:
+        stop_before_step(patch, step)
+        with pytest.raises(Stopped):
+            train(config)
+
+
+class TestTrain:
+    @pytest.mark.parametrize("interaction", INTERACTIONS)
+    def test_learns_what_can_be_learnt(self, config: TrainConfig, toy: Toy, interaction: str) -> None:
+        """Which category is clicked; no more is to be learnt."""
+        clicked = np.concatenate(list(toy.requests["train"]["label"])).mean()
+        no_model = -(clicked * math.log(clicked) + (1 - clicked) * math.log(1 - clicked))
+        result = train(dataclasses.replace(config, interaction=interaction, epochs=8))
+        assert result["steps"] == 8 * 6
+        assert result["loss"] < 0.5 * no_model
+        assert result["valid_gauc"] > 0.9
+        assert result["valid_ne"] < 0.8
+
+    def test_reports_its_speed_and_writes_its_run(self, config: TrainConfig) -> None:
+        result = train(config)
+        assert result["steps"] == 12
+        assert result["seconds"] > 0 and result["events_per_second"] > 0
+        assert json.loads((config.out / "config.json").read_text())["max_requests"] == 8
+        assert list((config.out / "tensorboard").glob("events.*"))
+        assert steps_of(config.out) == [6, 12]
+
+    def test_validation_is_a_choice_and_changes_no_weight(self, config: TrainConfig) -> None:
+        plain = dataclasses.replace(config, out=config.out / "plain", validate=False)
+        assert not [name for name in train(plain) if name.startswith("valid")]
+        train(config)
+        assert_same_weights(plain.out, config.out)
+
+    def test_every_task_is_validated(self, toy: Toy, config: TrainConfig, tmp_path: Path) -> None:
+        requests = {name: f.assign(bought=f["label"]) for name, f in toy.requests.items()}
+        schema = dataclasses.replace(SCHEMA, tasks=("label", "bought"))
+        log = Toy(toy.events, toy.items, requests, schema).write(tmp_path / "two-tasks")
+        result = train(dataclasses.replace(config, data=log.path))
+        for task in ("label", "bought"):
+            assert [name for name in result if task in name and "gauc" in name], list(result)
+
+    def test_the_seed_decides_the_weights(self, config: TrainConfig) -> None:
+        runs = [
+            dataclasses.replace(config, out=config.out / str(n), seed=seed, validate=False)
+            for n, seed in enumerate((1, 1, 2))
+        ]
+        for run in runs:
+            train(run)
+        assert_same_weights(runs[0].out, runs[1].out)
+        with pytest.raises(AssertionError):
+            assert_same_weights(runs[0].out, runs[2].out)
+
+    def test_a_loss_that_is_not_finite(self, config: TrainConfig) -> None:
+        wild = dataclasses.replace(
+            config, optimizers=OptimizerConfig(dense_lr=1e30), warmup_steps=1, checkpoint_every=1
+        )
+        with pytest.raises(FloatingPointError, match=r"step \d+.*learning rate.*resume"):
+            train(wild)
+        # the step that went wrong is in no checkpoint
+        assert steps_of(config.out) and max(steps_of(config.out)) < 12
+
+    @pytest.mark.parametrize("option", ["epochs", "max_events", "max_requests", "checkpoint_every"])
+    def test_options_out_of_range(self, config: TrainConfig, option: str) -> None:
+        with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} must be at least 1"):
+            dataclasses.replace(config, **{option: 0})
+
+    def test_no_log(self, config: TrainConfig, tmp_path: Path) -> None:
+        with pytest.raises(LogError, match="nowhere: no such event log"):
+            train(dataclasses.replace(config, data=tmp_path / "nowhere"))
+        assert not config.out.exists()
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys() and len(a) > 20
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+class TestResume:
+    @pytest.mark.parametrize(
+        ("stop", "every", "resumed_at"),
+        [(3, 2, 2), (8, 100, 6), (10, 4, 8)],
+        ids=["first epoch", "at an epoch's end", "second epoch"],
+    )
+    def test_a_resumed_run_ends_as_one_that_never_stopped(
+        self, config: TrainConfig, monkeypatch, stop: int, every: int, resumed_at: int
+    ) -> None:
+        whole = train(dataclasses.replace(config, out=config.out / "whole"))
+        halves = dataclasses.replace(config, out=config.out / "halves", checkpoint_every=every)
+        train_stopped(halves, monkeypatch, stop)
+        assert steps_of(halves.out)[-1] == resumed_at < stop
+        resumed = train(dataclasses.replace(halves, resume=True))
+        assert resumed["steps"] == whole["steps"] == 12
+        valid = [name for name in whole if name.startswith("valid_")]
+        assert len(valid) > 4
+        assert {name: resumed[name] for name in valid} == {name: whole[name] for name in valid}
+        assert_same_weights(halves.out, config.out / "whole")
+
+    def test_a_run_stopped_while_it_validates(self, config: TrainConfig, monkeypatch) -> None:
+        """All its steps are done and saved; the numbers are not known yet."""
+        whole = train(dataclasses.replace(config, out=config.out / "whole", epochs=1))
+        halves = dataclasses.replace(config, out=config.out / "halves", epochs=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(train_module, "measure", stops_at_once)
+            with pytest.raises(Stopped):
+                train(halves)
+        resumed = train(dataclasses.replace(halves, resume=True))
+        assert resumed["steps"] == 6
+        assert resumed.get("valid_gauc") == whole["valid_gauc"]
+
+    @pytest.mark.parametrize(
+        ("change", "named"),
+        [
+            ({"seed": 7}, "seed was 0, is 7"),
+            (
+                {"ifa": dataclasses.replace(IFA, num_heads=4, half_lives=None)},
+                "ifa.num_heads was 2, is 4",
+            ),
+            ({"optimizers": OptimizerConfig(dense_lr=0.5)}, "optimizers.dense_lr was 0.01, is 0.5"),
+            ({"interaction": "mean"}, "interaction was 'ifa', is 'mean'"),
+            ({"epochs": 3}, "epochs was 2, is 3"),
+        ],
+        ids=str,
+    )
+    def test_another_configuration_is_refused_by_name(
+        self, config: TrainConfig, monkeypatch, change: dict, named: str
+    ) -> None:
+        config = dataclasses.replace(config, checkpoint_every=1)
+        train_stopped(config, monkeypatch, 2)
+        before = (config.out / "config.json").read_text()
+        with pytest.raises(CheckpointError, match=named) as error:
+            train(dataclasses.replace(config, resume=True, **change))
+        assert "same options, or another folder" in str(error.value)
+        assert (config.out / "config.json").read_text() == before
+
+    def test_where_and_how_often_may_change(self, config: TrainConfig, monkeypatch) -> None:
+        train_stopped(dataclasses.replace(config, checkpoint_every=1), monkeypatch, 2)
+        moved = config.out.rename(config.out.parent / "moved")
+        config = dataclasses.replace(config, out=moved, checkpoint_every=5, validate=False, resume=True)
+        assert train(config)["steps"] == 12
+
+    def test_out_that_holds_checkpoints_is_not_overwritten(
+        self, config: TrainConfig, monkeypatch
+    ) -> None:
+        config = dataclasses.replace(config, checkpoint_every=1)
+        train_stopped(config, monkeypatch, 2)
+        with pytest.raises(CheckpointError, match="holds checkpoints.*--resume.*another --out"):
+            train(config)
+        assert steps_of(config.out) == [1, 2]
+
+    def test_resume_without_a_checkpoint(self, config: TrainConfig) -> None:
+        with pytest.raises(CheckpointError, match="no checkpoint here.*leave out --resume"):
+            train(dataclasses.replace(config, resume=True))
+
+    def test_half_written_checkpoints_do_not_count(self, config: TrainConfig, monkeypatch) -> None:
+        whole = dataclasses.replace(config, out=config.out / "whole", validate=False)
+        train(whole)
+        config = dataclasses.replace(config, checkpoint_every=2, validate=False)
+        train_stopped(config, monkeypatch, 5)
+        folder = config.out / "checkpoints"
+        for name in (".step-000000006", "step-000000005"):  # a draft; no progress.json
+            (folder / name).mkdir()
+            (folder / name / "__0_0.distcp").write_text("half")
+        assert steps_of(config.out) == [2, 4]
+        train(dataclasses.replace(config, resume=True))
+        assert_same_weights(config.out, whole.out)
+
+    def test_a_crash_while_saving_leaves_the_checkpoint_before(
+        self, config: TrainConfig, monkeypatch
+    ) -> None:
+        config = dataclasses.replace(config, checkpoint_every=2)
+        train_stopped(config, monkeypatch, 3)
+        before = weights(config.out)
+        with monkeypatch.context() as patch:
+            patch.setattr("torch.distributed.checkpoint.save", stops_at_once)
+            with pytest.raises(Stopped):
+                train(dataclasses.replace(config, resume=True))
+        assert steps_of(config.out) == [2]
+        after = weights(config.out)
+        assert all(torch.equal(after[name], before[name]) for name in before)
+
+    def test_only_the_last_checkpoints_are_kept(self, config: TrainConfig) -> None:
+        train(dataclasses.replace(config, checkpoint_every=1, epochs=1, validate=False))
+        assert steps_of(config.out) == [5, 6]
+        assert len(list((config.out / "checkpoints").iterdir())) == 2
+
+
+def stops_at_once(*args, **kwargs):
+    raise Stopped
+
+
+class TestEvaluate:
+    def test_scores_are_those_of_the_model_in_memory(self, config: TrainConfig, monkeypatch) -> None:
+        scores = []
+        for module in (train_module, evaluate_module):
+
+            def keeps(*args, predict=module.predict):
+                result = predict(*args)
+                scores.append(result[0])
+                return result
+
+            monkeypatch.setattr(module, "predict", keeps)
+        result = train(dataclasses.replace(config, epochs=1))
+        metrics = evaluate(EvaluateConfig(config.out, split="valid"))
+        in_memory, loaded = scores
+        assert np.ptp(in_memory) > 0
+        np.testing.assert_array_equal(loaded, in_memory)
+        assert metrics["gauc"] == result["valid_gauc"] and metrics["ne"] == result["valid_ne"]
+
+    def test_scores_do_not_depend_on_the_batches(self, trained: Path, log: EventLog) -> None:
+        run, dataset = load_run(trained), RankingDataset(log, "test")
+        scores = [
+            evaluate_module.predict(run.model, dataset, run.device, *budget)[0]
+            for budget in ((10**6, 100), (1, 1), (60, 3))
+        ]
+        assert scores[0].shape == (len(dataset.requests["candidates"]), 1)
+        for other in scores[1:]:
+            np.testing.assert_allclose(other, scores[0], rtol=1e-4, atol=1e-5)
+
+    def test_metrics_are_written_and_returned(self, trained: Path) -> None:
+        metrics = evaluate(EvaluateConfig(trained))
+        assert json.loads((trained / "metrics-test.json").read_text()) == metrics
+        assert {"auc", "gauc", "ndcg@10", "ne", "calibration", "ms_per_request"} <= metrics.keys()
+        assert 0 <= metrics["gauc"] <= 1 and metrics["ms_per_request"] > 0
+
+    def test_by_context_feature(self, trained: Path, toy: Toy) -> None:
+        metrics = evaluate(EvaluateConfig(trained, split="train", by=("store", "weekday")))
+        assert set(metrics["by"]) == {"store", "weekday"}
+        requests = toy.requests["train"]
+        mixed = requests["label"].map(lambda label: 0 < label.sum() < len(label))
+        for feature, of_value in metrics["by"].items():
+            wanted = mixed.groupby(requests[feature]).sum().to_dict()
+            assert {value: m["requests_ranked"] for value, m in of_value.items()} == wanted
+            # GAUC is a mean over requests, so the parts weigh as they have requests
+            parts = [m["gauc"] * m["requests_ranked"] for m in of_value.values() if m["requests_ranked"]]
+            assert sum(parts) == pytest.approx(metrics["gauc"] * mixed.sum())
+
+    def test_by_an_unknown_feature(self, trained: Path) -> None:
+        with pytest.raises(ValueError, match=r"--by moon.*\['store', 'weekday'\]"):
+            evaluate(EvaluateConfig(trained, by=("moon",)))
+
+    def test_unknown_split(self, trained: Path) -> None:
+        with pytest.raises(LogError, match=r"no split 'tomorrow'.*train"):
+            evaluate(EvaluateConfig(trained, split="tomorrow"))
+
+    def test_no_run(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match=r"nowhere: no config.json.*--out"):
+            evaluate(EvaluateConfig(tmp_path / "nowhere"))
+
+    def test_another_log(self, trained: Path, tmp_path: Path) -> None:
+        other = make_toy(seed=1).write(tmp_path / "other")
+        here, there = (evaluate(EvaluateConfig(trained, data=data)) for data in (None, other.path))
+        assert here["ne"] != there["ne"]
+
+    def test_candidate_tags_choose_the_negatives(self, toy: Toy, log: EventLog) -> None:
+        """A scorer that puts positives above the popular, and below the promoted."""
+        dataset = RankingDataset(log, "train")
+        label, source = dataset.requests["label"], dataset.requests["source"]
+        scores = np.where(label > 0, 0.0, np.where(source == 0, -1.0, 1.0)).astype(np.float32)
+        metrics = measure(dataset, scores[:, None])
+        assert metrics["gauc_popular"] == 1 and metrics["gauc_promoted"] == 0
+
+
+class TestExplain:
+    def test_names_the_top_candidate_and_the_events_that_weighed_most(
+        self, trained: Path, toy: Toy, log: EventLog
+    ) -> None:
+        requests = toy.requests["test"]
+        number = int(np.flatnonzero(requests["user"] == BUSY_USER)[1])
+        request = requests.iloc[number]
+        text = explain(ExplainConfig(trained, request=number, events=5))
+        head, columns, *rows = text.splitlines()
+
+        run, dataset = load_run(trained), RankingDataset(log, "test")
+        scores, _ = evaluate_module.predict(run.model, dataset, run.device, 10**6, 100)
+        own = scores[dataset.candidate_rows([number])[0], 0]
+        assert f"thing number {request['candidates'][own.argmax()]} (logit {own.max():.2f}" in head
+        assert f"top of {len(own)} candidates" in head
+
+        past = toy.events[(toy.events["user"] == BUSY_USER) & (toy.events["time"] < request["time"])]
+        assert f"{len(past)} events in the history" in head
+        days = (request["time"] - past["time"]).dt.total_seconds() / 86400
+        known = {
+            (f"thing number {item}", f"{age:.1f}") for item, age in zip(past["item"], days, strict=True)
+        }
+        assert columns.split() == ["weight", "days", "before", "event"]
+        parsed = [row.split(maxsplit=2) for row in rows]
+        assert len(parsed) == 5 and {(name, age) for _, age, name in parsed} <= known
+        shares = [float(weight) for weight, *_ in parsed]
+        assert shares == sorted(shares, reverse=True) and 0 < shares[0] <= 1
+
+    def test_shares_of_all_events_sum_to_one_or_less(self, trained: Path, toy: Toy) -> None:
+        """Less where an identity head found no event of the same item."""
+        number = int(np.flatnonzero(toy.requests["test"]["user"] == BUSY_USER)[0])
+        _, _, *rows = explain(ExplainConfig(trained, request=number, events=10**6)).splitlines()
+        assert len(rows) > 10
+        assert 2 / 3 - 0.01 < sum(float(row.split()[0]) for row in rows) < 1.01
+
+    def test_a_request_without_history(self, trained: Path, toy: Toy) -> None:
+        number = int(np.flatnonzero(toy.requests["test"]["user"] == NEW_USER)[0])
+        with pytest.raises(ValueError, match=f"--request {number} has no history"):
+            explain(ExplainConfig(trained, request=number))
+
+    @pytest.mark.parametrize("number", [-1, SPLITS["test"]])
+    def test_a_request_that_does_not_exist(self, trained: Path, number: int) -> None:
+        with pytest.raises(ValueError, match=f"--request {number}.*test has requests 0 to 11"):
+            explain(ExplainConfig(trained, request=number))
+
+    def test_another_interaction_does_not_explain(self, config: TrainConfig) -> None:
+        train(dataclasses.replace(config, interaction="mean", epochs=1, validate=False))
+        with pytest.raises(ValueError, match="'mean'.*only 'ifa'"):
+            explain(ExplainConfig(config.out))
+
+
+class TestCommandLine:
+    @pytest.mark.parametrize(
+        ("module", "options"),
+        [
+            (train_module, ["--data", "--out", "--interaction", "--ifa.half-lives", "--resume"]),
+            (evaluate_module, ["--run", "--split", "--by"]),
+            (explain_module, ["--run", "--request", "--events"]),
+        ],
+        ids=["train", "evaluate", "explain"],
+    )
+    def test_help(self, module, options: list[str], monkeypatch, capsys) -> None:
+        monkeypatch.setattr(sys, "argv", ["program", "--help"])
+        with pytest.raises(SystemExit) as end:
+            module.main()
+        assert end.value.code == 0
+        text = capsys.readouterr().out
+        assert [option for option in options if option not in text] == []
+
+    def test_train_evaluate_explain(self, log: EventLog, tmp_path: Path, monkeypatch, capsys) -> None:
+        def run(module, *arguments: object) -> str:
+            monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
+            module.main()
+            return capsys.readouterr().out
+
+        out = tmp_path / "run"
+        options = "--ifa.embedding-dim 8 --ifa.num-heads 2 --ifa.half-lives 7 inf --max-requests 16"
+        printed = run(train_module, "--data", log.path, "--out", out, *options.split())
+        assert json.loads(printed)["valid_gauc"] >= 0
+        printed = run(evaluate_module, "--run", out, "--split", "test", "--by", "store")
+        assert set(json.loads(printed)["by"]["store"]) <= {"0", "1", "2"}
+        assert "thing number" in run(explain_module, "--run", out, "--request", 5)
+
+    def test_a_required_option_is_missing(self, monkeypatch, capsys) -> None:
+        monkeypatch.setattr(sys, "argv", ["program", "--out", "somewhere"])
+        with pytest.raises(SystemExit) as end:
+            train_module.main()
+        assert end.value.code != 0
+        assert "--data" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_ranks_train_what_one_can_evaluate(log: EventLog, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "ifa_torchrec.train", "--data", str(log.path), "--out", str(out)]
+    command += [
+        "--ifa.embedding-dim",
+        "8",
+        "--ifa.num-heads",
+        "2",
+        "--max-requests",
+        "4",
+        "--epochs",
+        "2",
+    ]
+    alone = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    done = subprocess.run(
+        command,
+        env={
+            **{name: value for name, value in os.environ.items() if name not in alone},
+            "PYTHONPATH": str(Path(train_module.__file__).parents[1]),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads(done.stdout)
+    # 12 batches of 4 requests an epoch, taken by turns
+    assert result["steps"] == 12 and steps_of(out) == [6, 12]
+    # one process reads what two have written, and finds the numbers that they found
+    metrics = evaluate(EvaluateConfig(out, split="valid"))
+    for name in ("gauc", "auc", "ndcg@10", "ne", "calibration"):
+        assert metrics[name] == pytest.approx(result[f"valid_{name}"], abs=1e-4)
