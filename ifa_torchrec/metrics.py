@@ -1,8 +1,8 @@
 """Ranking metrics over predictions grouped by request.
 
-AUC and NDCG are torchmetrics', normalised entropy is torchrec's. GAUC is computed here by pandas'
-ranks: torchrec's GAUC sorts ties by position, so that a scorer which cannot tell two candidates
-apart is paid by chance, and torchmetrics' loops over requests. Ties count one half.
+AUC is torchmetrics' and normalised entropy torchrec's. GAUC and NDCG@k are computed here by pandas'
+ranks, since scores that count tie often: torchrec's GAUC and torchmetrics' NDCG order ties by their
+position, so that a scorer which cannot tell two candidates apart is paid by chance. Here ties share.
 
 Requests whose labels are all equal have no ranking to judge: GAUC and NDCG leave them out, and
 `requests_ranked` says how many are left.
@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torchmetrics.functional.classification import binary_auroc
-from torchmetrics.functional.retrieval import retrieval_normalized_dcg
 from torchrec.metrics.ne import compute_ne
 
 
@@ -50,7 +49,7 @@ def ndcg(request: np.ndarray, score: np.ndarray, label: np.ndarray, k: int = 10)
     """Mean over requests of NDCG@k; ties share their positions; NaN when none can be ranked.
 
     Args:
-        request: [M] request number of each candidate, each request's candidates in one run.
+        request: [M] request number of each candidate.
         score: [M] float, higher is better; label: [M] 0 or 1.
 
     Example:
@@ -59,13 +58,20 @@ def ndcg(request: np.ndarray, score: np.ndarray, label: np.ndarray, k: int = 10)
         >>> ndcg(np.array([0, 0, 0]), np.array([3., 2., 1.]), np.array([1, 0, 0]))
         1.0
     """
-    cuts = np.flatnonzero(np.diff(request)) + 1
-    values = [
-        float(retrieval_normalized_dcg(torch.from_numpy(s), torch.from_numpy(y), top_k=k))
-        for s, y in zip(np.split(score, cuts), np.split(label.astype(np.int64), cuts), strict=True)
-        if 0 < y.sum() < len(y)
-    ]
-    return float(np.mean(values)) if values else float("nan")
+    frame = pd.DataFrame({"request": request, "score": score, "label": label})
+    groups = frame.groupby("request")
+
+    def discount(column: str) -> np.ndarray:
+        position = groups[column].rank(method="first", ascending=False).to_numpy()
+        return np.where(position <= k, 1 / np.log2(position + 1), 0.0)
+
+    frame["discount"] = discount("score")
+    shared = frame.groupby(["request", "score"])["discount"].transform("mean")
+    frame["gain"] = shared * frame["label"]
+    frame["ideal"] = discount("label") * frame["label"]
+    sums = groups[["gain", "ideal", "label"]].sum()
+    ranked = (sums["label"] > 0) & (sums["label"] < groups.size())
+    return float((sums["gain"] / sums["ideal"])[ranked].mean())
 
 
 def ranking_metrics(
@@ -74,7 +80,7 @@ def ranking_metrics(
     """AUC, GAUC, NDCG@10, NE and calibration of one task.
 
     Args:
-        request: [M] request number of each candidate, each request's candidates in one run.
+        request: [M] request number of each candidate.
         logit: [M] float32.
         label: [M] 0 or 1.
         probabilities: whether the logits claim to be log odds; counts and the like do not, and
@@ -110,10 +116,12 @@ def ranking_metrics(
             torch.from_numpy(logit.astype(np.float64)), target, reduction="sum"
         )
         count = torch.tensor(float(len(label)), dtype=torch.float64)
-        result["ne"] = float(compute_ne(entropy, count, target.sum(), count - target.sum(), eta=1e-12))
+        # compute_ne takes the entropy in bits
+        bits = entropy / np.log(2)
+        result["ne"] = float(compute_ne(bits, count, target.sum(), count - target.sum(), eta=1e-12))
         result["calibration"] = float(prediction.mean() / target.mean())
     return result
 
 
 def _ranks01(score: np.ndarray) -> np.ndarray:
-    return (pd.Series(score).rank(method="dense") / (len(score) + 1)).to_numpy()
+    return (pd.Series(score).rank(method="dense") / (len(score) + 1)).to_numpy(copy=True)

@@ -45,7 +45,7 @@ class TrainConfig:
     """Folder of this run."""
     interaction: str = "ifa"
     """How candidates meet the history: ifa, mean, softmax, softmax_recent, or none."""
-    ifa: IFAConfig = field(default_factory=lambda: IFAConfig(embedding_dim=32))
+    ifa: IFAConfig = field(default_factory=lambda: IFAConfig(embedding_dim=64, num_heads=2))
     """The sequence interaction; the other interactions use what applies to them."""
     recent_length: int = 50
     """Events that softmax_recent attends to."""
@@ -194,7 +194,7 @@ def train(config: TrainConfig) -> dict[str, float]:
             loss.backward()
             optimizer.step()
             step += 1
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             if losses[-1] != losses[-1] or losses[-1] in (float("inf"), float("-inf")):
                 raise FloatingPointError(
                     f"step {step}: the loss is {losses[-1]}; lower the learning rates and resume from "
@@ -222,15 +222,10 @@ def train(config: TrainConfig) -> dict[str, float]:
                 checkpoint.save(folder, model, optimizer, progress)
                 start = time.perf_counter()
         skip = 0
-        if config.validate and "valid" in log.splits:
-            valid = RankingDataset(log, "valid")
-            scores, _ = predict(model, valid, device, config.max_events, config.max_requests)
-            metrics = measure(valid, scores)
-            result = {f"valid_{k}": v for k, v in metrics.items() if isinstance(v, (int, float))}
-            for name, value in result.items():
-                if writer is not None:
-                    writer.add_scalar(name.replace("_", "/", 1), value, step)
+        result = validate(model, log, config, device, writer, step)
     bar.close()
+    if not result:  # the checkpoint was of a run that had nothing left but this
+        result = validate(model, log, config, device, writer, step)
     if writer is not None:
         writer.close()
     tail = losses[-max(len(losses) // 10, 1) :]
@@ -241,6 +236,32 @@ def train(config: TrainConfig) -> dict[str, float]:
         "loss": sum(tail) / len(tail) if tail else float("nan"),
         **result,
     }
+
+
+def validate(
+    model: nn.Module,
+    log: EventLog,
+    config: TrainConfig,
+    device: torch.device,
+    writer: SummaryWriter | None,
+    step: int,
+) -> dict[str, float]:
+    """Measure the split `valid`, if there is one and the config wants it.
+
+    Returns:
+        "valid_METRIC", or for several tasks "valid_TASK_METRIC"; empty if nothing was measured.
+    """
+    if not config.validate or "valid" not in log.splits:
+        return {}
+    dataset = RankingDataset(log, "valid")
+    scores, _ = predict(model, dataset, device, config.max_events, config.max_requests)
+    metrics = measure(dataset, scores)
+    if len(log.schema.tasks) > 1:
+        metrics = {f"{task}_{k}": v for task, of_task in metrics.items() for k, v in of_task.items()}
+    if writer is not None:
+        for name, value in metrics.items():
+            writer.add_scalar(f"valid/{name}", value, step)
+    return {f"valid_{name}": value for name, value in metrics.items()}
 
 
 def set_learning_rate(optimizer, config: TrainConfig, step: int, total: int) -> None:

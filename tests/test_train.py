@@ -241,12 +241,12 @@ class TestResume:
     ) -> None:
         config = dataclasses.replace(config, checkpoint_every=1)
         train_stopped(config, monkeypatch, 2)
-        with pytest.raises(CheckpointError, match="holds checkpoints.*--resume.*another --out"):
+        with pytest.raises(CheckpointError, match=r"holds checkpoints.*--resume.*another --out"):
             train(config)
         assert steps_of(config.out) == [1, 2]
 
     def test_resume_without_a_checkpoint(self, config: TrainConfig) -> None:
-        with pytest.raises(CheckpointError, match="no checkpoint here.*leave out --resume"):
+        with pytest.raises(CheckpointError, match=r"no checkpoint here.*leave out --resume"):
             train(dataclasses.replace(config, resume=True))
 
     def test_half_written_checkpoints_do_not_count(self, config: TrainConfig, monkeypatch) -> None:
@@ -405,7 +405,7 @@ class TestExplain:
 
     def test_another_interaction_does_not_explain(self, config: TrainConfig) -> None:
         train(dataclasses.replace(config, interaction="mean", epochs=1, validate=False))
-        with pytest.raises(ValueError, match="'mean'.*only 'ifa'"):
+        with pytest.raises(ValueError, match=r"'mean'.*only 'ifa'"):
             explain(ExplainConfig(config.out))
 
 

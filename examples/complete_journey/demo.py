@@ -35,8 +35,10 @@ from matplotlib import pyplot as plt  # noqa: E402
 HALF_LIVES = (7.0, 15.0, 30.0, 60.0, 90.0, 180.0, 365.0)
 """Days; recency_count takes the one that ranks the validation requests best."""
 
-PLAIN = IFAConfig(embedding_dim=64, num_heads=2, interest_mass=False)
-"""The peers as published: nothing but their attention."""
+PLAIN = IFAConfig(
+    embedding_dim=64, num_heads=2, feature_map="elu", half_lives=(math.inf, 30.0), interest_mass=False
+)
+"""The peers: their attention alone, each with one head that forgets by half in 30 days."""
 IDENTITY = dict(
     interest_mass=True,
     identity_features=("item", "category"),

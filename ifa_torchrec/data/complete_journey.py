@@ -57,7 +57,7 @@ class CompleteJourneyConfig:
         2000
     """
 
-    train: int = 32000
+    train: int = 24000
     valid: int = 2000
     test: int = 4000
     seed: int = 0
@@ -142,8 +142,9 @@ class _Recipe:
         self.popularity = np.cumsum(self.earlier[WEEKS["train"][1] + 1])
 
         promotions = tables["promotions"]
+        promotions = promotions[promotions["product_id"].isin(order)]
         place = promotions["store_id"].to_numpy() * 100 + promotions["week"].to_numpy()
-        item = number.sort_index().reindex(promotions["product_id"]).to_numpy()
+        item = number.reindex(promotions["product_id"]).to_numpy()
         promoted = np.unique(place * len(order) + item)
         self.places, starts = np.unique(promoted // len(order), return_index=True)
         self.promoted_at = np.split(promoted % len(order), starts[1:])

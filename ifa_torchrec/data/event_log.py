@@ -46,7 +46,7 @@ class LogSchema:
         context_features: id features of a request (int64 columns), each with its table's rows.
         dense_features: float columns of a request.
         candidate_dense: float list columns of a request, one number a candidate.
-        tasks: label list columns of a request, one number in [0, 1] a candidate.
+        tasks: label list columns of a request, 0 or 1 for each candidate.
         candidate_tags: further int list columns, for analysis only (the model never sees them),
             each with the names of its values 0, 1, 2, ...: evaluation reports the positives
             against the negatives of each value.
@@ -65,6 +65,10 @@ class LogSchema:
     candidate_tags: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("dense_features", "candidate_dense", "tasks"):  # lists, when read from JSON
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        tags = {name: tuple(values) for name, values in self.candidate_tags.items()}
+        object.__setattr__(self, "candidate_tags", tags)
         if not self.item_features:
             raise LogError("schema: item_features is empty; name at least the item's own id")
 
@@ -118,14 +122,17 @@ class EventLog:
                 f"{self.path}: no schema.json, so the folder was not written to the end; "
                 "delete it and write it again"
             )
-        header = json.loads(schema_file.read_text())
+        try:
+            header = json.loads(schema_file.read_text())
+        except ValueError as error:
+            raise LogError(
+                f"{schema_file}: not readable as JSON ({error}); write the log again"
+            ) from error
         if header.get("format") != FORMAT:
             raise LogError(
                 f"{schema_file}: format {header.get('format')!r}, this version reads {FORMAT!r}"
             )
-        self.schema = LogSchema(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in header["schema"].items()}
-        )
+        self.schema = LogSchema(**header["schema"])
         self._rows: dict[str, int] = header["rows"]
         self.items = self._open("items", self._check_items)
         self.events = self._open("events", self._check_events)
@@ -175,7 +182,10 @@ class EventLog:
             tables = {"events": events, "items": items}
             tables |= {f"requests/{split}": frame for split, frame in (requests or {}).items()}
             for name, frame in tables.items():
-                table = pa.Table.from_pandas(frame, preserve_index=False)
+                try:
+                    table = pa.Table.from_pandas(frame, preserve_index=False)
+                except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+                    raise LogError(f"{name}: a column holds values of several types: {error}") from error
                 pq.write_table(table, draft / f"{name}.parquet")
             header = {
                 "format": FORMAT,
@@ -254,8 +264,10 @@ class EventLog:
         if not (stamp_file.exists() and stamp_file.read_text() == stamp):
             try:
                 table = pq.read_table(parquet)
-            except pa.ArrowInvalid as error:
-                raise LogError(f"{parquet}: not readable as Parquet ({error})") from error
+            except (pa.ArrowException, OSError) as error:
+                raise LogError(
+                    f"{parquet}: not readable as Parquet ({error}); write the log again"
+                ) from error
             if table.num_rows != self._rows[name]:
                 raise LogError(
                     f"{parquet}: {table.num_rows} rows, schema.json says {self._rows[name]}; "
@@ -331,11 +343,11 @@ class EventLog:
             else:
                 columns[feature] = _floats(flat, feature, name)
         for task in schema.tasks:
-            bad = np.flatnonzero((columns[task] < 0) | (columns[task] > 1))
+            bad = np.flatnonzero((columns[task] != 0) & (columns[task] != 1))
             if len(bad):
                 row = int(np.searchsorted(offsets, bad[0], side="right")) - 1
                 raise LogError(
-                    f"{name}: row {row}, column {task!r}: label {columns[task][bad[0]]} is not in [0, 1]"
+                    f"{name}: row {row}, column {task!r}: label {columns[task][bad[0]]} must be 0 or 1"
                 )
         return columns
 

@@ -31,7 +31,7 @@ class OptimizerConfig:
         weight_decay: of the dense matrices; biases and norms have none.
     """
 
-    table_lr: float = 0.1
+    table_lr: float = 0.03
     dense_lr: float = 3e-3
     weight_decay: float = 0.0
 

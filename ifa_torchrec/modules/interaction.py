@@ -243,7 +243,7 @@ class SequenceInteraction(nn.Module):
             if ids is None or tuple(ids.shape) != wanted:
                 got = "None" if ids is None else list(ids.shape)
                 raise ValueError(
-                    f"{which} must be {list(wanted)}, a column for each of {identity_features}, got {got}"
+                    f"{which} must be {list(wanted)}, one for each of {identity_features}, got {got}"
                 )
         # On a GPU, and in a compiled graph, looking at values would wait for the device.
         if values.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -5,6 +5,8 @@ Every backend is tested against this file, outputs and gradients. Nothing here i
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from ifa_torchrec.ops.feature_maps import FEATURE_MAPS
@@ -71,7 +73,7 @@ def encode(
     key = key * event_weights(weights, ages, decay, history)[..., None]
     value = torch.einsum("nD,hdD->nhd", history, value_weight)
     bounds = offsets.tolist()
-    spans = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    spans = [slice(a, b) for a, b in pairwise(bounds)]
     key_value = [torch.einsum("nhf,nhd->hfd", key[s], value[s]) for s in spans]
     shape = (0, *key.shape[1:])
     if not spans:

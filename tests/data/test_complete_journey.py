@@ -26,7 +26,9 @@ SILENT = 20  # told nothing of itself
 FIRST_PRODUCT = 5000
 UNDESCRIBED = FIRST_PRODUCT + 1  # is bought, but not in the products table
 NO_CATEGORY = FIRST_PRODUCT + 2
+NOVELTIES = [6000 + week for week in range(1, 54)]  # a product is new each week
 BIG, SMALL = 55, 14  # products in a basket; a big one has more than the 40 positives allowed
+ALL_PRODUCTS = [*range(FIRST_PRODUCT, FIRST_PRODUCT + PRODUCTS), *NOVELTIES]
 CONFIG = CompleteJourneyConfig(train=60, valid=12, test=16, seed=0)
 
 
@@ -41,7 +43,11 @@ def make_tables() -> dict[str, pd.DataFrame]:
             for _ in range(2 if household == TWICE else 1):
                 basket += 1
                 size = BIG if rng.random() < 0.3 else SMALL
-                for product in rng.choice(shelf, size, replace=False):
+                chosen = rng.choice(shelf, size, replace=False).tolist()
+                if household == TWICE:
+                    # in both baskets at once, so that neither bought it before the other
+                    chosen.append(NOVELTIES[week - 1])
+                for product in chosen:
                     lines.append((household, STORES[week % 2], basket, product, week, time))
     transactions = pd.DataFrame(
         lines,
@@ -50,10 +56,10 @@ def make_tables() -> dict[str, pd.DataFrame]:
     # a product that stands in a basket twice is one event
     transactions = pd.concat([transactions, transactions[::50]], ignore_index=True)
 
-    number = np.arange(PRODUCTS)
+    number = np.arange(PRODUCTS + len(NOVELTIES))
     products = pd.DataFrame(
         {
-            "product_id": FIRST_PRODUCT + number,
+            "product_id": ALL_PRODUCTS,
             "manufacturer_id": number % 11,
             "product_category": [f"CATEGORY {n % 7}" for n in number],
             "product_type": [f"TYPE {n % 30}" for n in number],
@@ -281,7 +287,7 @@ def test_events_are_one_a_product_and_basket(tables, log: EventLog) -> None:
 
 def test_items_are_numbered_by_purchases_up_to_week_44(tables) -> None:
     order = item_order(tables["transactions"], tables["products"])
-    assert sorted(order) == list(range(FIRST_PRODUCT, FIRST_PRODUCT + PRODUCTS))
+    assert sorted(order) == ALL_PRODUCTS
     sold = tables["transactions"]
     counts = sold.loc[sold["week"] <= 44, "product_id"].value_counts().reindex(order, fill_value=0)
     assert counts.is_monotonic_decreasing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ def histories(batch: RankingBatch, key: str = "history_item") -> Iterator[tuple[
     """Ids and ages of each request's history."""
     jagged = batch.sequence_features[key]
     bounds = jagged.offsets().tolist()
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         yield jagged.values()[start:end].tolist(), batch.history_age[start:end].tolist()
 
 
@@ -206,13 +207,13 @@ class TestBatch:
 
     def test_tasks_are_columns_in_the_schemas_order(self, toy: Toy, tmp_path: Path) -> None:
         requests = toy.requests["train"].copy()
-        requests["bought"] = requests["label"].map(lambda v: 0.25 * v)
+        requests["bought"] = requests["label"].map(lambda v: 1.0 - v)
         schema = replace(SCHEMA, tasks=("bought", "label"))
         log = Toy(toy.events, toy.items, {"train": requests}, schema).write(tmp_path / "log")
         batch = RankingDataset(log, "train")[[2, 1]]
         label = np.concatenate([requests["label"][2], requests["label"][1]])
         assert label.any()
-        np.testing.assert_array_equal(batch.labels, np.stack([0.25 * label, label], axis=1))
+        np.testing.assert_array_equal(batch.labels, np.stack([1 - label, label], axis=1))
 
     def test_a_log_with_nothing_but_items(self, toy: Toy, tmp_path: Path) -> None:
         requests = toy.requests["train"][["user", "time", "candidates", "exposed", "label"]]
@@ -253,7 +254,7 @@ class TestEventBudgetSampler:
     def test_the_budget_is_used(self) -> None:
         """A batch is closed only when the next request would break a limit."""
         batches = list(self.sampler())
-        for batch, following in zip(batches, batches[1:], strict=False):
+        for batch, following in pairwise(batches):
             events = self.LENGTHS[batch].sum() + self.LENGTHS[following[0]]
             assert len(batch) == 5 or events > 64
 

@@ -308,7 +308,7 @@ def test_a_crash_while_writing_leaves_nothing_behind(toy: Toy, tmp_path: Path, m
 def test_an_existing_path_is_left_alone(toy: Toy, tmp_path: Path) -> None:
     (tmp_path / "log").mkdir()
     (tmp_path / "log" / "precious").write_text("mine")
-    with pytest.raises(FileExistsError, match="log.*delete it or choose another"):
+    with pytest.raises(FileExistsError, match=r"log.*delete it or choose another"):
         toy.write(tmp_path / "log")
     assert (tmp_path / "log" / "precious").read_text() == "mine"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from itertools import chain
 
 import pytest
 import torch
@@ -96,14 +97,21 @@ def make_batch(
     )
 
 
+def flat(rows: Sequence[Sequence[int]]) -> list[int]:
+    return list(chain.from_iterable(rows))
+
+
 def take(batch: RankingBatch, events: list[list[int]], candidates: list[list[int]], requests: list[int]):
     """A batch of these requests, with these rows of the events and of the candidates, a list each."""
-    flat_e, flat_c = (torch.tensor(sum(rows, []), dtype=torch.int64) for rows in (events, candidates))
+    event_rows, candidate_rows = (
+        torch.tensor(flat(rows), dtype=torch.int64) for rows in (events, candidates)
+    )
     sequence, context = batch.sequence_features, batch.context_features
     values, lengths = [], []
     for key in sequence.keys():  # noqa: SIM118 a KJT is no dict
-        rows, flat = (events, flat_e) if key.startswith("history_") else (candidates, flat_c)
-        values.append(sequence[key].values()[flat])
+        of_history = key.startswith("history_")
+        rows = events if of_history else candidates
+        values.append(sequence[key].values()[event_rows if of_history else candidate_rows])
         lengths += [len(r) for r in rows]
     return RankingBatch(
         dense_features=batch.dense_features[requests],
@@ -115,10 +123,10 @@ def take(batch: RankingBatch, events: list[list[int]], candidates: list[list[int
         sequence_features=KeyedJaggedTensor.from_lengths_sync(
             keys=sequence.keys(), values=torch.cat(values), lengths=torch.tensor(lengths)
         ),
-        candidate_dense=batch.candidate_dense[flat_c],
-        history_age=batch.history_age[flat_e],
-        labels=batch.labels[flat_c],
-        exposed=batch.exposed[flat_c],
+        candidate_dense=batch.candidate_dense[candidate_rows],
+        history_age=batch.history_age[event_rows],
+        labels=batch.labels[candidate_rows],
+        exposed=batch.exposed[candidate_rows],
     )
 
 
@@ -139,7 +147,7 @@ class TestSequenceArch:
                 weight.copy_(torch.arange(len(weight))[:, None] * torch.tensor(scale))
         features = KeyedJaggedTensor.from_lengths_sync(
             keys=["history_item", "history_category", "candidate_item", "candidate_category"],
-            values=torch.tensor([1, 2, 3] + [1, 0, 2] + [3, 9] + [2, 1]),
+            values=torch.tensor([*(1, 2, 3), *(1, 0, 2), *(3, 9), *(2, 1)]),
             lengths=torch.tensor([2, 0, 1] * 2 + [0, 1, 1] * 2),
         )
         history, candidates = SequenceArch(tables, ("item", "category"))(features)
@@ -246,21 +254,21 @@ class TestEveryInteraction:
         model, batch = make_model(interaction), make_batch()
         shuffled = [rows[1::2] + rows[::2][::-1] for rows in CANDIDATE_ROWS]
         permuted = model(take(batch, EVENT_ROWS, shuffled, [0, 1, 2, 3]))
-        torch.testing.assert_close(permuted, model(batch)[sum(shuffled, [])])
+        torch.testing.assert_close(permuted, model(batch)[flat(shuffled)])
 
     @pytest.mark.parametrize("kept", [[0], [1], [2, 0], [3, 2, 1, 0]], ids=str)
     def test_a_request_is_scored_the_same_in_any_batch(self, interaction: str, kept: list[int]) -> None:
         model, batch = make_model(interaction), make_batch()
         rows = [CANDIDATE_ROWS[b] for b in kept]
         alone = model(take(batch, [EVENT_ROWS[b] for b in kept], rows, kept))
-        torch.testing.assert_close(alone, model(batch)[sum(rows, [])])
+        torch.testing.assert_close(alone, model(batch)[flat(rows)])
 
     def test_candidates_are_scored_the_same_in_any_set(self, interaction: str) -> None:
         """No relation between candidates is modelled yet."""
         model, batch = make_model(interaction), make_batch()
         fewer = [rows[1:] for rows in CANDIDATE_ROWS]
         logits = model(take(batch, EVENT_ROWS, fewer, [0, 1, 2, 3]))
-        torch.testing.assert_close(logits, model(batch)[sum(fewer, [])])
+        torch.testing.assert_close(logits, model(batch)[flat(fewer)])
 
     def test_histories_matter_but_for_none(self, interaction: str) -> None:
         """And where the history is empty they cannot."""
@@ -274,7 +282,7 @@ class TestEveryInteraction:
         model, batch = make_model(interaction), make_batch()
         rows = [[], CANDIDATE_ROWS[1], [], CANDIDATE_ROWS[3]]
         logits = model(take(batch, EVENT_ROWS, rows, [0, 1, 2, 3]))
-        torch.testing.assert_close(logits, model(batch)[sum(rows, [])])
+        torch.testing.assert_close(logits, model(batch)[flat(rows)])
 
     @pytest.mark.parametrize("requests", [1, 3])
     def test_no_candidates_at_all_have_loss_0(self, interaction: str, requests: int) -> None:
@@ -393,7 +401,7 @@ def test_events_of_the_candidates_own_item_are_counted_by_identity_heads() -> No
 
 class TestErrors:
     def test_unknown_interaction(self) -> None:
-        with pytest.raises(ValueError, match="'telepathy'.*ifa.*softmax"):
+        with pytest.raises(ValueError, match=r"'telepathy'.*ifa.*softmax"):
             DLRM_IFAConfig(("item",), interaction="telepathy")
 
     def test_unknown_identity_feature(self) -> None:
@@ -410,7 +418,7 @@ class TestErrors:
 
     def test_feature_without_a_table(self) -> None:
         config = DLRM_IFAConfig(("item", "brand"), ifa=make_ifa())
-        with pytest.raises(ValueError, match="'history_brand'.*candidate_item"):
+        with pytest.raises(ValueError, match=r"'history_brand'.*candidate_item"):
             DLRM_IFA(None, make_tables(), config)
 
     def test_history_feature_without_a_table(self) -> None:
