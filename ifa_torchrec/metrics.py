@@ -27,9 +27,10 @@ def gauc(request: np.ndarray, score: np.ndarray, label: np.ndarray) -> float:
     Example:
         >>> import numpy as np
         >>> from ifa_torchrec.metrics import gauc
-        >>> float(gauc(np.array([0, 0, 0, 1, 1]), np.array([3., 1., 2., 5., 5.]), np.array([1, 0, 0, 1, 1])))
+        >>> request, label = np.array([0, 0, 0, 1, 1]), np.array([1, 0, 0, 1, 1])
+        >>> gauc(request, np.array([3., 1., 2., 5., 5.]), label)
         1.0
-        >>> float(gauc(np.array([0, 0]), np.array([5., 5.]), np.array([1, 0])))
+        >>> gauc(np.array([0, 0]), np.array([5., 5.]), np.array([1, 0]))
         0.5
     """
     frame = pd.DataFrame({"request": request, "label": label})

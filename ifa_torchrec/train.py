@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from ifa_torchrec.data import EventBudgetSampler, EventLog, LogSchema, RankingDataset, make_loader
 from ifa_torchrec.distributed import OptimizerConfig, checkpoint, init_process_group, shard
-from ifa_torchrec.evaluate import measure, predict
 from ifa_torchrec.models import DLRM_IFA, DLRM_IFAConfig, DLRM_IFATrain
 from ifa_torchrec.modules import IFAConfig
+from ifa_torchrec.scoring import measure, predict
 
 
 @dataclass(frozen=True)

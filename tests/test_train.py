@@ -22,7 +22,8 @@ from ifa_torchrec import train as train_module
 from ifa_torchrec.data import EventLog, LogError, RankingDataset
 from ifa_torchrec.distributed import CheckpointError, OptimizerConfig
 from ifa_torchrec.distributed.checkpoint import checkpoints
-from ifa_torchrec.evaluate import EvaluateConfig, evaluate, measure
+from ifa_torchrec.evaluate import EvaluateConfig, evaluate
+from ifa_torchrec.scoring import measure
 from ifa_torchrec.explain import ExplainConfig, explain
 from ifa_torchrec.models.dlrm_ifa import INTERACTIONS
 from ifa_torchrec.train import TrainConfig, load_run, train

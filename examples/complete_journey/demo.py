@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import matplotlib
@@ -25,12 +25,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ifa_torchrec import IFAConfig, ops
 from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make_loader
 from ifa_torchrec.data.complete_journey import BASKET, BUY_AGAIN, CompleteJourneyConfig, prepare
-from ifa_torchrec.evaluate import EvaluateConfig, evaluate, measure
+from ifa_torchrec.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.explain import ExplainConfig, explain
+from ifa_torchrec.scoring import measure
 from ifa_torchrec.train import TrainConfig, train
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 HALF_LIVES = (7.0, 15.0, 30.0, 60.0, 90.0, 180.0, 365.0)
 """Days; recency_count takes the one that ranks the validation requests best."""
@@ -67,7 +68,7 @@ class DemoConfig:
     """Where the prepared event log lies, or will lie."""
     out: Path = Path("runs/demo")
     """Where the results go; an earlier demo's results there are replaced."""
-    requests: CompleteJourneyConfig = CompleteJourneyConfig()
+    requests: CompleteJourneyConfig = field(default_factory=CompleteJourneyConfig)
     """How many requests to draw when the log is prepared."""
     models: tuple[str, ...] = tuple(MODELS)
     """Which models to train."""

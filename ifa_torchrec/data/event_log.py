@@ -103,10 +103,10 @@ class EventLog:
     Example:
         >>> import pandas as pd, tempfile
         >>> from ifa_torchrec.data import EventLog, LogSchema
+        >>> days = pd.to_datetime(["2024-01-03", "2024-01-02", "2024-01-01"])
         >>> log = EventLog.from_pandas(
         ...     tempfile.mkdtemp() + "/log",
-        ...     events=pd.DataFrame({"user": [2, 1, 1], "item": [0, 1, 2],
-        ...                          "time": pd.to_datetime(["2024-01-03", "2024-01-02", "2024-01-01"])}),
+        ...     events=pd.DataFrame({"user": [2, 1, 1], "item": [0, 1, 2], "time": days}),
         ...     schema=LogSchema(item_features={"item": 3}))
         >>> log.users.tolist(), log.user_offsets.tolist(), log.events["item"].tolist()
         ([1, 2], [0, 2, 3], [2, 1, 0])

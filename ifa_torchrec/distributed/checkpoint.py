@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed import checkpoint as dcp
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
@@ -47,7 +50,8 @@ def save(
         shutil.rmtree(draft, ignore_errors=True)
     dist.barrier()
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    dcp.save(state, checkpoint_id=draft)
+    with _quiet():
+        dcp.save(state, checkpoint_id=draft)
     if dist.get_rank() == 0:
         (draft / "progress.json").write_text(json.dumps(progress))
         shutil.rmtree(final, ignore_errors=True)
@@ -60,9 +64,7 @@ def save(
 
 def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints in ``folder``, oldest first."""
-    return sorted(folder.glob("step-*/progress.json")) and sorted(
-        file.parent for file in folder.glob("step-*/progress.json")
-    )
+    return sorted(file.parent for file in folder.glob("step-*/progress.json"))
 
 
 def load(
@@ -101,7 +103,8 @@ def load(
     state: dict[str, Any] = {"model": model.state_dict()}
     if optimizer is not None:
         state["optimizer"] = optimizer.state_dict()
-    dcp.load(state, checkpoint_id=found[-1])
+    with _quiet():
+        dcp.load(state, checkpoint_id=found[-1])
     model.load_state_dict(state["model"])
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
@@ -117,6 +120,14 @@ def _differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
         elif a != b:
             result.append(f"{prefix}{key} was {a!r}, is {b!r}")
     return result
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warnings of its own use of ShardedTensor, which torchrec's tables are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def seed_everything(seed: int) -> None:

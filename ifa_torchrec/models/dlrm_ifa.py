@@ -3,10 +3,11 @@
 Data flow, for B requests, M candidates and N events in all:
 
     context_features -> SparseArch [B, Fs, D] -+
-    dense_features [B, F] ---------------------+-> request_arch -> [B, D], spread to [M, D] -+
-    candidate_dense [M, Fc] -> candidate_dense_arch ---------------> [M, D] -----------------+-> InteractionArch
-    sequence_features -> SequenceArch -+- candidate tokens --------> [M, D] -----------------+      -> OverArch
-                                       +- history tokens [N, D] -> sequence interaction -> [M, D] -+    -> [M, T]
+    dense_features [B, F] ---------------------+-> request_arch [B, D] ------> [M, D] --+
+    candidate_dense [M, Fc] -> candidate_dense_arch -------------------------> [M, D] --+
+    sequence_features -> SequenceArch -+- candidate tokens ------------------> [M, D] --+
+                                       +- history tokens [N, D] -> interaction [M, D] --+
+                                                   InteractionArch -> OverArch [M, T] <-+
 
 Everything on the left of a [B, D] or [N, D] happens once a request, not once a candidate. SparseArch,
 DenseArch (the two dense archs), InteractionArch and OverArch are TorchRec's.
@@ -279,7 +280,8 @@ class DLRM_IFA(nn.Module):
         for name in (prefix + f for prefix in prefixes for f in config.item_features):
             if name not in named:
                 raise ValueError(
-                    f"DLRM_IFA: the embedding collection has no feature {name!r}; there are {sorted(named)}"
+                    f"DLRM_IFA: the embedding collection has no feature {name!r}; "
+                    f"there are {sorted(named)}"
                 )
         self.sparse_arch = SparseArch(embedding_bag_collection) if embedding_bag_collection else None
         self.sequence_arch = SequenceArch(embedding_collection, config.item_features)

@@ -13,7 +13,6 @@ from ifa_torchrec import ops
 from ifa_torchrec.modules.interaction import IFAConfig, SequenceInteraction, _check_same_requests
 from ifa_torchrec.modules.user_state import UserState
 
-
 _GAIN = 1.5
 """Queries and keys start as this times the (normed) tokens; larger is more selective."""
 
@@ -54,8 +53,8 @@ class InteractionFidelityAttention(SequenceInteraction):
     def encode(
         self,
         history: JaggedTensor | Iterable[JaggedTensor],
-        history_age: Tensor | None | Iterable[Tensor] = None,
-        history_ids: Tensor | None | Iterable[Tensor] = None,
+        history_age: Tensor | Iterable[Tensor] | None = None,
+        history_ids: Tensor | Iterable[Tensor] | None = None,
     ) -> UserState:
         """Sum B histories into a user state.
 

@@ -118,9 +118,10 @@ def decay_rates(half_lives: tuple[float, ...]) -> Tensor:
 class SequenceInteraction(nn.Module):
     """Base of IFA and its peers: dense heads (of the subclass), identity heads, masses, output.
 
-    Matching starts by likeness (``_projection``). ``output_proj`` maps [dense head outputs | identity head outputs | masses] to D. The mass of a
+    ``output_proj`` maps [dense head outputs | identity head outputs | masses] to D. The mass of a
     head is log(1 + matched / mass_scale), where matched is the head's normaliser: for IFA
-    phi(q)^T z, for softmax the sum of w_i exp(q k_i), for mean pooling the sum of w_i.
+    phi(q)^T z, for softmax the sum of w_i exp(q k_i), for mean pooling the sum of w_i. The
+    projections start by likeness, see ``_projection``.
 
     Args:
         config: IFAConfig; peers leave feature_map, eps and backend unused in their dense heads.

@@ -66,7 +66,8 @@ class UserState:
                 raise ValueError(
                     f"states of histories in parts differ in {name}: {shapes[0]} and {shapes[1]}"
                 )
-        return UserState(**{k: None if v is None else v + theirs[k] for k, v in mine.items()})
+        added = {k: v + other.state_dict()[k] for k, v in self.state_dict().items()}
+        return UserState(**added)
 
     @staticmethod
     def cat(states: Sequence[UserState]) -> UserState:
