@@ -23,9 +23,9 @@ from ifa_torchrec.data import EventLog, LogError, RankingDataset
 from ifa_torchrec.distributed import CheckpointError, OptimizerConfig
 from ifa_torchrec.distributed.checkpoint import checkpoints
 from ifa_torchrec.evaluate import EvaluateConfig, evaluate
-from ifa_torchrec.scoring import measure
 from ifa_torchrec.explain import ExplainConfig, explain
 from ifa_torchrec.models.dlrm_ifa import INTERACTIONS
+from ifa_torchrec.scoring import measure
 from ifa_torchrec.train import TrainConfig, load_run, train
 
 IFA = IFAConfig(embedding_dim=8, num_heads=2, half_lives=(math.inf, 30.0), identity_features=("item",))

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 from ifa_torchrec.data.event_log import EventLog, LogSchema
 
@@ -182,6 +183,7 @@ class _Recipe:
         week = self.week[bounds]
         eligible = self.rng.permutation(np.flatnonzero((week >= first) & (week <= last)))
         rows: list[dict] = []
+        bar = tqdm(total=wanted, desc=f"draw {split} requests", unit="request", leave=False)
         for kind, share in ((self.basket, wanted - wanted // 2), (self.buy_again, wanted // 2)):
             made = 0
             for basket in eligible:
@@ -191,9 +193,11 @@ class _Recipe:
                 if request is not None:
                     rows.append(request)
                     made += 1
+                    bar.update()
             if made < share:
                 raise ValueError(f"{split}: {share} {kind.__name__} requests wanted, {made} to be had")
             eligible = self.rng.permutation(eligible)
+        bar.close()
         frame = pd.DataFrame(rows).sort_values("time", kind="stable", ignore_index=True)
         return self.with_context(frame)
 

@@ -23,13 +23,14 @@ class UserState:
         identity_sum: [B, K, L, R], the identity heads' sums of weights by bucket; or None.
 
     Example:
-        >>> import torch
+        >>> import tempfile, torch
         >>> from ifa_torchrec import UserState
         >>> state = UserState(torch.zeros(3, 2, 4, 4), torch.zeros(3, 2, 4), torch.tensor([5, 0, 2]))
         >>> UserState.cat([state[1:], state[[0]]]).count.tolist()
         [0, 2, 5]
-        >>> torch.save(state.state_dict(), "/tmp/state.pt")
-        >>> UserState(**torch.load("/tmp/state.pt")).count.tolist()
+        >>> file = tempfile.mkdtemp() + "/state.pt"
+        >>> torch.save(state.state_dict(), file)
+        >>> UserState(**torch.load(file)).count.tolist()
         [5, 0, 2]
     """
 
