@@ -60,6 +60,7 @@ def evaluate(config: EvaluateConfig) -> dict:
 
 
 def main() -> None:
+    """The command line."""
     config = tyro.cli(EvaluateConfig, description=__doc__)
     metrics = evaluate(config)
     if dist.get_rank() == 0:

@@ -91,6 +91,7 @@ def explain(config: ExplainConfig) -> str:
 
 
 def main() -> None:
+    """The command line."""
     print(explain(tyro.cli(ExplainConfig, description=__doc__)))
 
 

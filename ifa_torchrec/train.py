@@ -149,6 +149,26 @@ def train(config: TrainConfig) -> dict[str, float]:
         CheckpointError: OUT holds checkpoints and --resume was not given, or the reverse, or they
             are of another configuration.
         FloatingPointError: the loss is not finite; the last checkpoint is left as it was.
+
+    Example:
+        >>> import pandas as pd, tempfile
+        >>> from pathlib import Path
+        >>> from ifa_torchrec import IFAConfig
+        >>> from ifa_torchrec.data import EventLog, LogSchema
+        >>> from ifa_torchrec.evaluate import EvaluateConfig, evaluate
+        >>> from ifa_torchrec.train import TrainConfig, train
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> days = pd.date_range("2024-01-01", periods=4)
+        >>> requests = pd.DataFrame({"user": [1, 1], "time": days[2:], "candidates": [[0, 2], [1, 2]],
+        ...     "exposed": [[True, True]] * 2, "label": [[1, 0]] * 2})
+        >>> log = EventLog.from_pandas(folder / "log", schema=LogSchema(item_features={"item": 3}),
+        ...     events=pd.DataFrame({"user": 1, "item": [0, 1, 0, 1], "time": days}),
+        ...     requests={"train": requests, "test": requests})
+        >>> config = TrainConfig(folder / "log", folder / "run", ifa=IFAConfig(8, num_heads=2))
+        >>> train(config)["steps"]
+        1
+        >>> sorted(evaluate(EvaluateConfig(folder / "run")))[:3]
+        ['auc', 'calibration', 'gauc']
     """
     device = init_process_group()
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -315,6 +335,7 @@ def _from_json(kind: type, values: dict[str, Any]) -> Any:
 
 
 def main() -> None:
+    """The command line."""
     config = tyro.cli(TrainConfig, description=__doc__)
     result = train(config)
     if dist.get_rank() == 0:

@@ -95,6 +95,13 @@ def item_order(transactions: pd.DataFrame, products: pd.DataFrame) -> np.ndarray
 
     Returns:
         [I] int64.
+
+    Example:
+        >>> import pandas as pd
+        >>> from ifa_torchrec.data.complete_journey import item_order
+        >>> bought = pd.DataFrame({"product_id": [30, 10, 30], "week": [1, 1, 2]})
+        >>> item_order(bought, pd.DataFrame({"product_id": [10, 20, 30]})).tolist()
+        [30, 10, 20]
     """
     everything = np.union1d(products["product_id"], transactions["product_id"])
     seen = transactions.loc[transactions["week"] <= WEEKS["train"][1], "product_id"]

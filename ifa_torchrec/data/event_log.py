@@ -237,6 +237,19 @@ class EventLog:
 
         Returns:
             start and end [R] int64: the history is ``events[...][start:end]``.
+
+        Example:
+            >>> import numpy as np, pandas as pd, tempfile
+            >>> from ifa_torchrec.data import EventLog, LogSchema
+            >>> days = pd.to_datetime(["2024-01-01", "2024-01-02"])
+            >>> log = EventLog.from_pandas(
+            ...     tempfile.mkdtemp() + "/log",
+            ...     events=pd.DataFrame({"user": [7, 7], "item": [0, 1], "time": days}),
+            ...     schema=LogSchema(item_features={"item": 2}))
+            >>> second = days[1].value // 1000
+            >>> start, end = log.history_range(np.array([7, 8]), np.array([second, second]))
+            >>> (end - start).tolist()
+            [1, 0]
         """
         start = np.zeros(len(user), dtype=np.int64)
         end = np.zeros(len(user), dtype=np.int64)

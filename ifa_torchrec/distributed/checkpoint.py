@@ -42,6 +42,22 @@ def save(
 
     Returns:
         The checkpoint's folder.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from pathlib import Path
+        >>> from torchrec import EmbeddingCollection, EmbeddingConfig
+        >>> from ifa_torchrec.distributed import OptimizerConfig, checkpoint, init_process_group, shard
+        >>> device = init_process_group()
+        >>> tables = EmbeddingCollection(device=torch.device("meta"), tables=[EmbeddingConfig(
+        ...     name="item", embedding_dim=8, num_embeddings=100, feature_names=["item"])])
+        >>> model = torch.nn.ModuleDict({"tables": tables, "over": torch.nn.Linear(8, 1)})
+        >>> sharded, optimizer = shard(model, device, OptimizerConfig())
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> checkpoint.save(folder, sharded, optimizer, {"step": 5}).name
+        'step-000000005'
+        >>> checkpoint.load(folder, sharded, optimizer)
+        {'step': 5}
     """
     final = folder / f"step-{progress['step']:09d}"
     draft = folder / f".{final.name}"
@@ -131,5 +147,15 @@ def _quiet() -> Iterator[None]:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed torch on this rank; different ranks draw different table shards."""
+    """Seed torch on this rank; different ranks draw different table shards.
+
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec.distributed import init_process_group
+        >>> from ifa_torchrec.distributed.checkpoint import seed_everything
+        >>> _ = init_process_group()
+        >>> seed_everything(3)
+        >>> torch.initial_seed()
+        3
+    """
     torch.manual_seed(seed + dist.get_rank())

@@ -29,6 +29,11 @@ class OptimizerConfig:
         table_lr: learning rate of the tables.
         dense_lr: learning rate of everything else.
         weight_decay: of the dense matrices; biases and norms have none.
+
+    Example:
+        >>> from ifa_torchrec.distributed import OptimizerConfig
+        >>> OptimizerConfig(table_lr=0.01).dense_lr
+        0.003
     """
 
     table_lr: float = 0.03
@@ -79,6 +84,18 @@ def shard(
 
     Raises:
         torchrec.distributed.planner.types.PlannerError: the tables do not fit the devices.
+
+    Example:
+        >>> import torch
+        >>> from torchrec import EmbeddingCollection, EmbeddingConfig
+        >>> from ifa_torchrec.distributed import OptimizerConfig, init_process_group, shard
+        >>> device = init_process_group()
+        >>> tables = EmbeddingCollection(device=torch.device("meta"), tables=[EmbeddingConfig(
+        ...     name="item", embedding_dim=8, num_embeddings=100, feature_names=["item"])])
+        >>> model = torch.nn.ModuleDict({"tables": tables, "over": torch.nn.Linear(8, 1)})
+        >>> sharded, optimizer = shard(model, device, OptimizerConfig())
+        >>> [name for name, _ in optimizer.optimizers]
+        ['', 'dense']
     """
     for module in model.modules():
         if isinstance(module, (EmbeddingBagCollection, EmbeddingCollection)):

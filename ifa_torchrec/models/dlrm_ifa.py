@@ -156,6 +156,14 @@ class CandidateArch(nn.Module):
     Args:
         config: DLRM_IFAConfig.
         num_context_features: Fs, context features of the SparseArch.
+
+    Example:
+        >>> from ifa_torchrec import DLRM_IFAConfig, IFAConfig
+        >>> from ifa_torchrec.models.dlrm_ifa import CandidateArch
+        >>> config = DLRM_IFAConfig(("item",), dense_in_features=3, ifa=IFAConfig(8, num_heads=2))
+        >>> arch = CandidateArch(config, num_context_features=2)
+        >>> arch.interaction_arch.F  # vectors crossed with the token: the request's and the interest
+        2
     """
 
     def __init__(self, config: DLRM_IFAConfig, num_context_features: int) -> None:
@@ -316,9 +324,16 @@ class DLRM_IFATrain(nn.Module):
         dlrm_module: DLRM_IFA.
 
     Example:
+        >>> import torch
         >>> from ifa_torchrec import DLRM_IFATrain
-        >>> train = DLRM_IFATrain(model)  # doctest: +SKIP
-        >>> loss, (loss_detached, logits, labels) = train(batch)  # doctest: +SKIP
+        >>> class Scorer(torch.nn.Module):  # stands for a DLRM_IFA
+        ...     def forward(self, batch):
+        ...         return torch.zeros_like(batch.labels)
+        >>> class Batch:
+        ...     labels = torch.tensor([[1.0], [0.0]])
+        >>> loss, (_, logits, labels) = DLRM_IFATrain(Scorer())(Batch())
+        >>> round(loss.item(), 4), logits.shape
+        (0.6931, torch.Size([2, 1]))
     """
 
     def __init__(self, dlrm_module: DLRM_IFA) -> None:

@@ -100,6 +100,17 @@ class InteractionFidelityAttention(SequenceInteraction):
         Returns:
             The state at the new time.
 
+        Example:
+            >>> import torch
+            >>> from torchrec.sparse.jagged_tensor import JaggedTensor
+            >>> from ifa_torchrec import IFAConfig, InteractionFidelityAttention
+            >>> ifa = InteractionFidelityAttention(IFAConfig(8, num_heads=2, half_lives=(7.0, 90.0)))
+            >>> day_one = JaggedTensor(torch.randn(4, 8), lengths=torch.tensor([4]))
+            >>> day_nine = JaggedTensor(torch.randn(2, 8), lengths=torch.tensor([2]))
+            >>> state = ifa.update(ifa.encode(day_one), day_nine, elapsed=torch.tensor([8.0]))
+            >>> state.count.tolist()
+            [6]
+
         Raises:
             ValueError: as ``forward``; or ``elapsed`` is of another shape or negative.
         """
@@ -154,6 +165,16 @@ class InteractionFidelityAttention(SequenceInteraction):
             For each request, [m, n, H + K * L]: the weights with which a head (the dense ones,
             then the identity heads) averages the events' values. They sum to 1 over the events
             where anything matched, and are 0 where nothing did.
+
+        Example:
+            >>> import torch
+            >>> from torchrec.sparse.jagged_tensor import JaggedTensor
+            >>> from ifa_torchrec import IFAConfig, InteractionFidelityAttention
+            >>> ifa = InteractionFidelityAttention(IFAConfig(8, num_heads=2))
+            >>> history = JaggedTensor(torch.randn(4, 8), lengths=torch.tensor([4, 0]))
+            >>> candidates = JaggedTensor(torch.randn(3, 8), lengths=torch.tensor([2, 1]))
+            >>> [list(w.shape) for w in ifa.attention_weights(candidates, history)]
+            [[2, 4, 2], [1, 0, 2]]
         """
         self._check(history, history_age, history_ids, "history")
         self._check(candidates, None, candidate_ids, "candidates")
@@ -193,6 +214,7 @@ class InteractionFidelityAttention(SequenceInteraction):
     def dense_heads(
         self, candidates: JaggedTensor, history: JaggedTensor, history_age: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        """Outputs [M, H, d] and masses [M, H] of the linear attention."""
         return self._attend_dense(candidates, *self._encode_dense(history, history_age))
 
     def _encode_dense(self, history: JaggedTensor, history_age: Tensor | None) -> tuple[Tensor, Tensor]:

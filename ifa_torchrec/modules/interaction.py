@@ -111,7 +111,14 @@ class IFAConfig:
 
 
 def decay_rates(half_lives: tuple[float, ...]) -> Tensor:
-    """lambda = ln 2 / half-life, float32; 0 for an infinite half-life."""
+    """lambda = ln 2 / half-life, [len(half_lives)] float32; 0 for an infinite half-life.
+
+    Example:
+        >>> import math
+        >>> from ifa_torchrec.modules.interaction import decay_rates
+        >>> decay_rates((math.inf, math.log(2))).tolist()
+        [0.0, 1.0]
+    """
     return torch.tensor([math.log(2.0) / h for h in half_lives])
 
 
@@ -125,6 +132,21 @@ class SequenceInteraction(nn.Module):
 
     Args:
         config: IFAConfig; peers leave feature_map, eps and backend unused in their dense heads.
+
+    Example:
+        >>> import torch
+        >>> from torchrec.sparse.jagged_tensor import JaggedTensor
+        >>> from ifa_torchrec import IFAConfig
+        >>> from ifa_torchrec.modules import SequenceInteraction
+        >>> class LatestEvent(SequenceInteraction):  # a peer is its dense heads
+        ...     def dense_heads(self, candidates, history, history_age):
+        ...         latest = self.value_proj(history.values()[history.offsets()[1:] - 1])
+        ...         heads = latest.repeat_interleave(candidates.lengths(), dim=0)
+        ...         return heads.unflatten(1, (self.config.num_heads, -1)), None
+        >>> peer = LatestEvent(IFAConfig(embedding_dim=8, num_heads=2, interest_mass=False))
+        >>> tokens = JaggedTensor(torch.randn(5, 8), lengths=torch.tensor([3, 2]))
+        >>> peer(tokens, tokens).values().shape
+        torch.Size([5, 8])
     """
 
     def __init__(self, config: IFAConfig) -> None:
@@ -278,6 +300,19 @@ class IdentityHeads(nn.Module):
 
     Args:
         config: IFAConfig with identity_features.
+
+    Example:
+        >>> import torch
+        >>> from torchrec.sparse.jagged_tensor import JaggedTensor
+        >>> from ifa_torchrec import IFAConfig
+        >>> from ifa_torchrec.modules.interaction import IdentityHeads
+        >>> heads = IdentityHeads(IFAConfig(embedding_dim=8, num_heads=2, identity_features=("item",)))
+        >>> history = JaggedTensor(torch.randn(3, 8), lengths=torch.tensor([3]))
+        >>> candidates = JaggedTensor(torch.randn(2, 8), lengths=torch.tensor([2]))
+        >>> items, asked = torch.tensor([[7], [7], [9]]), torch.tensor([[7], [8]])
+        >>> outputs, matched = heads(candidates, history, None, items, asked)
+        >>> outputs.shape, matched.flatten().tolist()
+        (torch.Size([2, 1, 4]), [2.0, 0.0])
     """
 
     def __init__(self, config: IFAConfig) -> None:

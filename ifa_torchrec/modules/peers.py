@@ -35,6 +35,7 @@ class MeanPooling(SequenceInteraction):
     def dense_heads(
         self, candidates: JaggedTensor, history: JaggedTensor, history_age: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        """Outputs [M, H, d], equal within a request, and masses [M, H]."""
         tokens = history.values()
         requests = torch.arange(len(history.offsets()) - 1, device=tokens.device)
         owner = torch.repeat_interleave(requests, history.offsets().diff())
@@ -87,6 +88,7 @@ class SoftmaxAttention(SequenceInteraction):
     def dense_heads(
         self, candidates: JaggedTensor, history: JaggedTensor, history_age: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
+        """Outputs [M, H, d], and masses [M, H] if the config asks for them."""
         tokens, weights = history.values(), history.weights_or_none()
         ends = history.offsets()[1:].tolist()
         starts = history.offsets()[:-1].tolist()

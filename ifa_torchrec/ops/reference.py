@@ -48,6 +48,14 @@ def quadratic(
     Returns:
         out [m, H, d]; the normaliser phi(q)^T z [m, H]; and the weights A [m, n, H] with
         out_hc = sum_i A_ci,h v_hi.
+
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec.ops import reference
+        >>> c, x, w = torch.randn(3, 8), torch.randn(5, 8), torch.randn(2, 4, 8)
+        >>> out, matched, attention = reference.quadratic(c, x, w, w, w, torch.ones(5, 2), "elu", 1e-6)
+        >>> out.shape, attention.shape
+        (torch.Size([3, 2, 4]), torch.Size([3, 5, 2]))
     """
     query = features(candidates, query_weight, feature_map)
     key = features(history, key_weight, feature_map)
