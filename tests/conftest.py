@@ -3,4 +3,9 @@
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+# The tests' tensors are tiny: more threads only wait for each other, long when the machine is busy.
+torch.set_num_threads(1)
