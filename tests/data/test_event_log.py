@@ -268,7 +268,7 @@ BAD = {
     "price NaN": (_set("requests", "price", _at(0, _first(float("nan")))), (VALID, "'price'", "0")),
     "label 2": (
         _set("requests", "label", _at(6, _first(2.0))),
-        (VALID, "row 6", "'label'", "2.0", "[0, 1]"),
+        (VALID, "row 6", "'label'", "2.0", "0 or 1"),
     ),
     "label -1": (_set("requests", "label", _at(6, _first(-1.0))), (VALID, "row 6", "'label'", "-1.0")),
     "items from 1 on": (
