@@ -14,6 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 import tyro
 
+from ifa_torchrec.command_line import plain_errors
 from ifa_torchrec.data import RankingDataset
 from ifa_torchrec.scoring import measure, predict
 from ifa_torchrec.train import load_run
@@ -61,10 +62,13 @@ def evaluate(config: EvaluateConfig) -> dict:
 
 def main() -> None:
     """The command line."""
-    config = tyro.cli(EvaluateConfig, description=__doc__)
-    metrics = evaluate(config)
-    if dist.get_rank() == 0:
-        print(json.dumps(metrics, indent=2))
+    with plain_errors():
+        metrics = evaluate(
+            tyro.cli(EvaluateConfig, prog="python -m ifa_torchrec.evaluate", description=__doc__)
+        )
+        if dist.get_rank() == 0:
+            print(json.dumps(metrics, indent=2))
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+import torch.distributed as dist
 import tyro
 
+from ifa_torchrec.command_line import plain_errors
 from ifa_torchrec.data import RankingDataset
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.modules import InteractionFidelityAttention
@@ -92,7 +94,10 @@ def explain(config: ExplainConfig) -> str:
 
 def main() -> None:
     """The command line."""
-    print(explain(tyro.cli(ExplainConfig, description=__doc__)))
+    with plain_errors():
+        config = tyro.cli(ExplainConfig, prog="python -m ifa_torchrec.explain", description=__doc__)
+        print(explain(config))
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

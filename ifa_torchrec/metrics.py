@@ -90,7 +90,11 @@ def ranking_metrics(
     Returns:
         "auc" (1.0 is best), "gauc", "ndcg@10", "requests_ranked"; and "ne", the log loss over
         that of the mean label (below 1 is better than no model), and "calibration", mean
-        prediction over mean label.
+        prediction over mean label. Where all labels are equal the first three are NaN and the
+        last two are left out.
+
+    Raises:
+        ValueError: a score is not finite.
 
     Example:
         >>> import numpy as np
@@ -99,18 +103,22 @@ def ranking_metrics(
         >>> m["auc"], round(m["calibration"], 3)
         (1.0, 1.0)
     """
+    bad = np.flatnonzero(~np.isfinite(logit))
+    if len(bad):
+        raise ValueError(f"request {request[bad[0]]}: a score is {logit[bad[0]]}, not a finite number")
     labels = torch.from_numpy(label.astype(np.int64))
+    both = 0 < label.sum() < len(label)  # else there is nothing to rank or to predict
     totals = np.bincount(request, weights=label, minlength=1)
     sizes = np.bincount(request, minlength=1)
     result = {
         # torchmetrics squashes scores outside [0, 1] by a sigmoid, which makes ties of large
         # counts; ranks keep the order
-        "auc": float(binary_auroc(torch.from_numpy(_ranks01(logit)), labels)),
+        "auc": float(binary_auroc(torch.from_numpy(_ranks01(logit)), labels)) if both else np.nan,
         "gauc": gauc(request, logit, label),
         "ndcg@10": ndcg(request, logit, label),
         "requests_ranked": int(((totals > 0) & (totals < sizes)).sum()),
     }
-    if probabilities:
+    if probabilities and both:
         prediction = torch.from_numpy(logit.astype(np.float64)).sigmoid()
         target = labels.double()
         entropy = torch.nn.functional.binary_cross_entropy_with_logits(

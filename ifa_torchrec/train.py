@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 import typing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConf
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from tqdm import tqdm
 
+from ifa_torchrec.command_line import plain_errors
 from ifa_torchrec.data import EventBudgetSampler, EventLog, LogSchema, RankingDataset, make_loader
 from ifa_torchrec.distributed import OptimizerConfig, checkpoint, init_process_group, shard
 from ifa_torchrec.models import DLRM_IFA, DLRM_IFAConfig, DLRM_IFATrain
@@ -43,8 +45,8 @@ class TrainConfig:
     """Event log to train on (its split `train`)."""
     out: Path
     """Folder of this run."""
-    interaction: str = "ifa"
-    """How candidates meet the history: ifa, mean, softmax, softmax_recent, or none."""
+    interaction: Literal["ifa", "mean", "softmax", "softmax_recent", "none"] = "ifa"
+    """How candidates meet the history."""
     ifa: IFAConfig = field(default_factory=lambda: IFAConfig(embedding_dim=64, num_heads=2))
     """The sequence interaction; the other interactions use what applies to them."""
     recent_length: int = 50
@@ -141,8 +143,8 @@ def train(config: TrainConfig) -> dict[str, float]:
     """Train, checkpoint and validate. Called by all ranks.
 
     Returns:
-        "steps", "seconds" (training alone), "events_per_second" (this rank's), "loss" (mean of
-        the last tenth), and, if validated, "valid_gauc" and others.
+        "steps", "seconds" (training alone); if there was a step to make, "events_per_second"
+        (this rank's) and "loss" (mean of the last tenth); if validated, "valid_gauc" and others.
 
     Raises:
         LogError: the event log is missing or bad.
@@ -178,18 +180,25 @@ def train(config: TrainConfig) -> dict[str, float]:
     model, optimizer = shard(DLRM_IFATrain(build_model(log.schema, config)), device, config.optimizers)
 
     folder = config.out / "checkpoints"
-    step, epoch, skip = 0, 0, 0
+    # A position in the data means nothing for other data, or shared by another number of ranks.
+    belongs_to = {**_to_json(config.fixed()), "log": log.fingerprint(), "ranks": world}
+    step, first_epoch, skip = 0, 0, 0
     if config.resume:
-        progress = checkpoint.load(folder, model, optimizer, config.fixed())
-        step, epoch, skip = progress["step"], progress["epoch"], progress["batch"]
+        progress = checkpoint.load(folder, model, optimizer, belongs_to)
+        step, first_epoch, skip = progress["step"], progress["epoch"], progress["batch"]
     elif checkpoint.checkpoints(folder):
         raise checkpoint.CheckpointError(
             f"{folder} holds checkpoints: give --resume to go on, or another --out"
         )
     if rank == 0:
         config.out.mkdir(parents=True, exist_ok=True)
-        (config.out / "config.json").write_text(json.dumps(_to_json(config), indent=2))
-    writer = SummaryWriter(str(config.out / "tensorboard")) if rank == 0 else None
+        saved = dataclasses.replace(config, data=config.data.resolve())
+        text = json.dumps(_to_json(dataclasses.asdict(saved)), indent=2, allow_nan=False)
+        (config.out / "config.json").write_text(text)
+    writer = (
+        # what a killed run wrote after its last checkpoint is not shown twice
+        SummaryWriter(str(config.out / "tensorboard"), purge_step=step) if rank == 0 else None
+    )
 
     sampler = EventBudgetSampler(
         dataset.history_lengths,
@@ -198,12 +207,12 @@ def train(config: TrainConfig) -> dict[str, float]:
         seed=config.seed,
         shard=(rank, world),
     )
-    steps_per_epoch = [sampler.start_at(e) or len(sampler) for e in range(config.epochs)]
+    steps_per_epoch = [sampler.num_batches(e) for e in range(config.epochs)]
     total = sum(steps_per_epoch)
     losses: list[float] = []
     events, seconds, result = 0, 0.0, {}
     bar = tqdm(total=total, initial=step, desc=config.out.name, unit="step", disable=rank != 0)
-    for epoch in range(epoch, config.epochs):  # noqa: B020 the epoch to resume at
+    for epoch in range(first_epoch, config.epochs):
         sampler.start_at(epoch, skip)
         loader = make_loader(dataset, sampler)
         start = time.perf_counter()
@@ -215,7 +224,7 @@ def train(config: TrainConfig) -> dict[str, float]:
             optimizer.step()
             step += 1
             losses.append(float(loss.detach()))
-            if losses[-1] != losses[-1] or losses[-1] in (float("inf"), float("-inf")):
+            if not math.isfinite(losses[-1]):
                 raise FloatingPointError(
                     f"step {step}: the loss is {losses[-1]}; lower the learning rates and resume from "
                     f"the last checkpoint in {folder}"
@@ -237,7 +246,7 @@ def train(config: TrainConfig) -> dict[str, float]:
                     "step": step,
                     "epoch": position[0],
                     "batch": position[1],
-                    "config": config.fixed(),
+                    "config": belongs_to,
                 }
                 checkpoint.save(folder, model, optimizer, progress)
                 start = time.perf_counter()
@@ -248,14 +257,11 @@ def train(config: TrainConfig) -> dict[str, float]:
         result = validate(model, log, config, device, writer, step)
     if writer is not None:
         writer.close()
-    tail = losses[-max(len(losses) // 10, 1) :]
-    return {
-        "steps": step,
-        "seconds": seconds,
-        "events_per_second": events / seconds if seconds else 0.0,
-        "loss": sum(tail) / len(tail) if tail else float("nan"),
-        **result,
-    }
+    if losses:
+        tail = losses[-max(len(losses) // 10, 1) :]
+        result["loss"] = sum(tail) / len(tail)
+        result["events_per_second"] = events / seconds
+    return {"steps": step, "seconds": seconds, **result}
 
 
 def validate(
@@ -306,8 +312,11 @@ def load_run(folder: Path, data: Path | None = None) -> Run:
     """
     config_file = folder / "config.json"
     if not config_file.exists():
-        raise checkpoint.CheckpointError(f"{folder}: no config.json here; train with --out {folder}")
-    config = _from_json(TrainConfig, json.loads(config_file.read_text()))
+        raise checkpoint.CheckpointError(f"{folder}: no run here; name the --out of a training")
+    try:
+        config = _from_json(TrainConfig, json.loads(config_file.read_text()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise checkpoint.CheckpointError(f"{config_file}: not a run's options: {error}") from error
     device = init_process_group()
     log = EventLog(data or config.data)
     model, _ = shard(DLRM_IFATrain(build_model(log.schema, config)), device, config.optimizers)
@@ -315,8 +324,13 @@ def load_run(folder: Path, data: Path | None = None) -> Run:
     return Run(config, log, model, device)
 
 
-def _to_json(config: Any) -> Any:
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+def _to_json(value: Any) -> Any:
+    """JSON of a config's dict; paths and infinities, which JSON has not, become strings."""
+    if isinstance(value, dict):
+        return {name: _to_json(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_json(item) for item in value]
+    return str(value) if isinstance(value, Path) or value == math.inf else value
 
 
 def _from_json(kind: type, values: dict[str, Any]) -> Any:
@@ -327,7 +341,7 @@ def _from_json(kind: type, values: dict[str, Any]) -> Any:
         if dataclasses.is_dataclass(hints[name]):
             value = _from_json(typing.cast(type, hints[name]), value)
         elif isinstance(value, list):
-            value = tuple(value)
+            value = tuple(math.inf if item == "inf" else item for item in value)
         elif hints[name] is Path:
             value = Path(value)
         result[name] = value
@@ -336,10 +350,11 @@ def _from_json(kind: type, values: dict[str, Any]) -> Any:
 
 def main() -> None:
     """The command line."""
-    config = tyro.cli(TrainConfig, description=__doc__)
-    result = train(config)
-    if dist.get_rank() == 0:
-        print(json.dumps(result, indent=2))
+    with plain_errors():
+        result = train(tyro.cli(TrainConfig, prog="python -m ifa_torchrec.train", description=__doc__))
+        if dist.get_rank() == 0:
+            print(json.dumps(result, indent=2))
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

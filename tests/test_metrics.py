@@ -140,3 +140,16 @@ class TestRankingMetrics:
             score[i] = np.nextafter(score[i - 1], np.float32(2))
         label = (np.arange(1000) >= 500).astype(np.int64)
         assert ranking_metrics(np.zeros(1000, np.int64), score, label)["auc"] == 1.0
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_labels_that_are_all_equal_have_no_auc_and_no_ne(label: int) -> None:
+    metrics = ranking_metrics(np.zeros(3, int), np.array([1.0, 2.0, 3.0], np.float32), np.full(3, label))
+    assert np.isnan([metrics["auc"], metrics["gauc"], metrics["ndcg@10"]]).all()
+    assert metrics["requests_ranked"] == 0 and "ne" not in metrics and "calibration" not in metrics
+
+
+@pytest.mark.parametrize("score", [np.nan, np.inf])
+def test_a_score_that_is_no_number_is_refused(score: float) -> None:
+    with pytest.raises(ValueError, match=r"request 7.*finite"):
+        ranking_metrics(np.array([3, 7]), np.array([1.0, score], np.float32), np.array([1, 0]))

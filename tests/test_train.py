@@ -20,13 +20,14 @@ from ifa_torchrec import evaluate as evaluate_module
 from ifa_torchrec import explain as explain_module
 from ifa_torchrec import train as train_module
 from ifa_torchrec.data import EventLog, LogError, RankingDataset
-from ifa_torchrec.distributed import CheckpointError, OptimizerConfig
+from ifa_torchrec.distributed import CheckpointError, OptimizerConfig, shard
 from ifa_torchrec.distributed.checkpoint import checkpoints
 from ifa_torchrec.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.explain import ExplainConfig, explain
+from ifa_torchrec.models import DLRM_IFATrain
 from ifa_torchrec.models.dlrm_ifa import INTERACTIONS
 from ifa_torchrec.scoring import measure
-from ifa_torchrec.train import TrainConfig, load_run, train
+from ifa_torchrec.train import TrainConfig, build_model, load_run, train
 
 IFA = IFAConfig(embedding_dim=8, num_heads=2, half_lives=(math.inf, 30.0), identity_features=("item",))
 
@@ -283,6 +284,64 @@ class TestResume:
         assert len(list((config.out / "checkpoints").iterdir())) == 2
 
 
+class TestWhatMayNotChange:
+    def test_another_log(self, config: TrainConfig, toy: Toy, tmp_path: Path) -> None:
+        """A position in one log means nothing in another."""
+        train(dataclasses.replace(config, epochs=1))
+        fewer = Toy(toy.events.iloc[1:], toy.items, toy.requests, toy.schema).write(tmp_path / "fewer")
+        with pytest.raises(CheckpointError, match=r"log was .* is "):
+            train(dataclasses.replace(config, epochs=1, data=fewer.path, resume=True))
+
+    def test_another_number_of_ranks(self, config: TrainConfig) -> None:
+        train(dataclasses.replace(config, epochs=1))
+        progress = checkpoints(config.out / "checkpoints")[-1] / "progress.json"
+        saved = json.loads(progress.read_text())
+        saved["config"]["ranks"] = 2
+        progress.write_text(json.dumps(saved))
+        with pytest.raises(CheckpointError, match="ranks was 2, is 1"):
+            train(dataclasses.replace(config, epochs=1, resume=True))
+
+    @pytest.mark.parametrize("damage", ["truncated", "deleted", "no metadata", "progress"])
+    def test_a_damaged_checkpoint_is_named(self, config: TrainConfig, damage: str) -> None:
+        train(dataclasses.replace(config, checkpoint_every=4, epochs=1))
+        before, last = checkpoints(config.out / "checkpoints")
+        shard = next(last.glob("*.distcp"))
+        if damage == "truncated":
+            shard.write_bytes(shard.read_bytes()[:100])
+        elif damage == "deleted":
+            shard.unlink()
+        elif damage == "no metadata":
+            (last / ".metadata").unlink()
+        else:
+            (last / "progress.json").write_text("{")
+        with pytest.raises(CheckpointError, match=rf"{last.name} cannot.*go on from .*{before.name}"):
+            load_run(config.out)
+
+
+def test_every_table_is_updated_by_the_fused_optimiser(trained: Path) -> None:
+    """Small ones too, which the planner would rather copy and leave to AdamW."""
+    run = load_run(trained)
+    _, optimizer = shard(
+        DLRM_IFATrain(build_model(run.log.schema, run.config)), run.device, run.config.optimizers
+    )
+    dense = dict(optimizer.optimizers)["dense"]
+    assert dense.params and not [name for name in dense.params if "_table" in name]
+
+
+def test_what_a_run_writes_is_json(config: TrainConfig) -> None:
+    """Infinite half-lives too; NaN and Infinity are no JSON."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    train(config)
+    text = (config.out / "config.json").read_text()
+    assert json.loads(text, parse_constant=refuse)["ifa"]["half_lives"] == ["inf", 30.0]
+    assert load_run(config.out).config.ifa == IFA
+    again = train(dataclasses.replace(config, resume=True))
+    json.loads(json.dumps(again), parse_constant=refuse)
+
+
 def stops_at_once(*args, **kwargs):
     raise Stopped
 
@@ -342,7 +401,7 @@ class TestEvaluate:
             evaluate(EvaluateConfig(trained, split="tomorrow"))
 
     def test_no_run(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match=r"nowhere: no config.json.*--out"):
+        with pytest.raises(CheckpointError, match=r"nowhere: no run here.*--out"):
             evaluate(EvaluateConfig(tmp_path / "nowhere"))
 
     def test_another_log(self, trained: Path, tmp_path: Path) -> None:

@@ -57,6 +57,8 @@ class RankingDataset(Dataset):
     def __getitem__(self, indices: Sequence[int]) -> RankingBatch:
         requests, schema = self.requests, self.log.schema
         index = np.asarray(indices, dtype=np.int64)
+        if index.ndim != 1 or len(index) == 0 or index.min() < 0 or index.max() >= len(self):
+            raise IndexError(f"index with a list of request numbers 0 to {len(self) - 1}, got {indices}")
         history, history_lengths = _ranges(self._start[index], self._end[index])
         candidates, candidate_lengths = self.candidate_rows(index)
 
@@ -140,6 +142,10 @@ class EventBudgetSampler(Sampler[list[int]]):
     def start_at(self, epoch: int, batch: int = 0) -> None:
         """Begin the next pass at this epoch's order, ``batch`` batches in (to resume a run)."""
         self._start = (epoch, batch)
+
+    def num_batches(self, epoch: int) -> int:
+        """Batches of one whole pass in this epoch's order."""
+        return len(self._batches(epoch))
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, skip = self._start

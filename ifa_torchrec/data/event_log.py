@@ -14,6 +14,7 @@ the slice of that user's events that lie strictly before that time.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import tempfile
@@ -66,11 +67,25 @@ class LogSchema:
 
     def __post_init__(self) -> None:
         for name in ("dense_features", "candidate_dense", "tasks"):  # lists, when read from JSON
+            if isinstance(getattr(self, name), str):
+                raise LogError(f"schema: {name} must be a tuple of names, not a string")
             object.__setattr__(self, name, tuple(getattr(self, name)))
         tags = {name: tuple(values) for name, values in self.candidate_tags.items()}
         object.__setattr__(self, "candidate_tags", tags)
+        for name in ("item_features", "context_features"):
+            if not isinstance(getattr(self, name), dict):
+                raise LogError(f"schema: {name} must map names to table rows, like {{'item': 1000}}")
         if not self.item_features:
             raise LogError("schema: item_features is empty; name at least the item's own id")
+        if not self.tasks:
+            raise LogError("schema: tasks is empty; name at least one column of labels")
+        names = [*self.item_features, *self.context_features, *self.dense_features]
+        names += [USER, TIME, "candidate_offsets", *self.candidate_lists]
+        for name in names:
+            if names.count(name) > 1:
+                raise LogError(f"schema: the name {name!r} is given twice or is reserved; rename it")
+            if not name.replace("@", "_").isidentifier():
+                raise LogError(f"schema: {name!r} must be letters, digits and underscores")
 
     @property
     def item(self) -> str:
@@ -128,10 +143,9 @@ class EventLog:
             raise LogError(
                 f"{schema_file}: not readable as JSON ({error}); write the log again"
             ) from error
-        if header.get("format") != FORMAT:
-            raise LogError(
-                f"{schema_file}: format {header.get('format')!r}, this version reads {FORMAT!r}"
-            )
+        found = header.get("format") if isinstance(header, dict) else None
+        if found != FORMAT:
+            raise LogError(f"{schema_file}: format {found!r}, this version reads {FORMAT!r}")
         self.schema = LogSchema(**header["schema"])
         self._rows: dict[str, int] = header["rows"]
         self.items = self._open("items", self._check_items)
@@ -202,6 +216,10 @@ class EventLog:
             raise
         return cls(path)
 
+    def fingerprint(self) -> str:
+        """The schema and the number of rows of each table, shortened: to tell logs apart."""
+        return hashlib.sha256(repr((self.schema, self._rows)).encode()).hexdigest()[:16]
+
     @property
     def splits(self) -> list[str]:
         """Names of the request splits."""
@@ -271,10 +289,11 @@ class EventLog:
         parquet = self.path / f"{name}.parquet"
         if not parquet.exists():
             raise LogError(f"{parquet}: missing; the log is incomplete, write it again")
-        folder = self.path / ".columns" / name
-        stamp = f"{parquet.stat().st_size} {parquet.stat().st_mtime_ns}"
-        stamp_file = folder / "stamp"
-        if not (stamp_file.exists() and stamp_file.read_text() == stamp):
+        # Named by what it was made from: nothing is deleted under another process that reads it.
+        source = (parquet.stat().st_size, parquet.stat().st_mtime_ns, repr(self.schema))
+        stamp = hashlib.sha256(repr(source).encode()).hexdigest()[:16]
+        folder = self.path / ".columns" / f"{name}-{stamp}"
+        if not folder.exists():
             try:
                 table = pq.read_table(parquet)
             except (pa.ArrowException, OSError) as error:
@@ -287,13 +306,20 @@ class EventLog:
                     "write the log again"
                 )
             columns = read(name, table)
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
+            try:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
+            except PermissionError as error:
+                raise LogError(
+                    f"{self.path}: its columns must be made anew, but the folder is read-only; "
+                    "copy the log to a writable place"
+                ) from error
             for column, values in columns.items():
                 np.save(draft / f"{column}.npy", values)
-            (draft / "stamp").write_text(stamp)
-            shutil.rmtree(folder, ignore_errors=True)
-            draft.rename(folder)
+            try:
+                draft.rename(folder)
+            except OSError:  # another process made it in the meantime
+                shutil.rmtree(draft)
         return {f.stem: np.load(f, mmap_mode="r") for f in sorted(folder.glob("*.npy"))}
 
     def _check_items(self, name: str, table: pa.Table) -> Columns:
@@ -405,6 +431,13 @@ def _times(table: pa.Table, column: str, where: str) -> np.ndarray:
         raise LogError(
             f"{where}: column {column!r} has type {table.schema.field(column).type}, "
             "it must be a timestamp; convert it with pandas.to_datetime"
+        )
+    zone = table.schema.field(column).type.tz
+    if zone not in (None, "UTC"):
+        # a request's local noon would see events of another zone's evening
+        raise LogError(
+            f"{where}: column {column!r} is in the time zone {zone}; make all times of the log UTC "
+            "with .dt.tz_convert('UTC')"
         )
     return values.astype("datetime64[us]").astype(np.int64)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
@@ -63,7 +64,8 @@ def save(
     draft = folder / f".{final.name}"
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(draft, ignore_errors=True)
+        for left in folder.glob(".step-*"):  # of a save that was killed
+            shutil.rmtree(left)
     dist.barrier()
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     with _quiet():
@@ -106,7 +108,10 @@ def load(
     found = checkpoints(folder)
     if not found:
         raise CheckpointError(f"{folder}: no checkpoint here; train first, or leave out --resume")
-    progress = json.loads((found[-1] / "progress.json").read_text())
+    try:
+        progress = json.loads((found[-1] / "progress.json").read_text())
+    except ValueError as error:
+        raise _damaged(found, error) from error
     if config is not None:
         saved = progress.get("config")
         now = json.loads(json.dumps(config))
@@ -119,12 +124,25 @@ def load(
     state: dict[str, Any] = {"model": model.state_dict()}
     if optimizer is not None:
         state["optimizer"] = optimizer.state_dict()
-    with _quiet():
-        dcp.load(state, checkpoint_id=found[-1])
+    try:
+        with _quiet():
+            dcp.load(state, checkpoint_id=found[-1])
+    # of many kinds, by what is damaged; DCP's own is no Exception
+    except (Exception, CheckpointException) as error:
+        raise _damaged(found, error) from error
     model.load_state_dict(state["model"])
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
     return progress
+
+
+def _damaged(found: list[Path], error: BaseException) -> CheckpointError:
+    reason = (str(error).strip() or repr(error)).splitlines()[-1]
+    back = f"go on from {found[-2]}" if len(found) > 1 else "start anew"
+    return CheckpointError(
+        f"{found[-1]} cannot be loaded: it is damaged or of another model ({reason}); "
+        f"delete that folder to {back}"
+    )
 
 
 def _differences(saved: dict, now: dict, prefix: str = "") -> list[str]:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel, get_default_sharders
-from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.types import ShardingEnv
+from torchrec.distributed.types import ShardingEnv, ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
@@ -97,7 +98,12 @@ def shard(
         >>> [name for name, _ in optimizer.optimizers]
         ['', 'dense']
     """
+    tables: list[str] = []
     for module in model.modules():
+        if isinstance(module, EmbeddingBagCollection):
+            tables += [table.name for table in module.embedding_bag_configs()]
+        if isinstance(module, EmbeddingCollection):
+            tables += [table.name for table in module.embedding_configs()]
         if isinstance(module, (EmbeddingBagCollection, EmbeddingCollection)):
             apply_optimizer_in_backward(
                 RowWiseAdagrad,
@@ -117,6 +123,15 @@ def shard(
                 compute_device=device.type,
             ),
             storage_reservation=FixedPercentageStorageReservation(0.15),
+            # Left to itself the planner copies small tables to every rank, outside the fused
+            # optimiser.
+            constraints={
+                name: ParameterConstraints(
+                    sharding_types=[t.value for t in ShardingType if t != ShardingType.DATA_PARALLEL],
+                    compute_kernels=[EmbeddingComputeKernel.FUSED.value],
+                )
+                for name in tables
+            },
         )
         sharders = get_default_sharders()
         # The collective plan asks rank 0; were it to fail there, the other ranks would wait. Every

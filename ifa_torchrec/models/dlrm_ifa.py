@@ -168,6 +168,7 @@ class CandidateArch(nn.Module):
 
     def __init__(self, config: DLRM_IFAConfig, num_context_features: int) -> None:
         super().__init__()
+        self.config = config
         dim = config.ifa.embedding_dim
         self.sequence_interaction = INTERACTIONS[config.interaction](config)
         sequence = self.sequence_interaction is not None
@@ -190,19 +191,21 @@ class CandidateArch(nn.Module):
         history: JaggedTensor | None,
         candidates: JaggedTensor,
         batch: RankingBatch,
-        ids: tuple[Tensor | None, Tensor | None],
     ) -> Tensor:
         """
         Args:
             context: [B, Fs, D] or None.
             history: tokens [N, D] of B requests, or None.
             candidates: tokens [M, D] of B requests.
-            batch: for its dense features and ages.
-            ids: history_ids [N, K] and candidate_ids [M, K], or None.
+            batch: for its dense features, ages and ids.
 
         Returns:
             Logits [M, T].
+
+        Raises:
+            ValueError: the parts of the batch do not fit each other or the model.
         """
+        self._check(batch)
         offsets = candidates.offsets()
         request = torch.repeat_interleave(
             torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff()
@@ -218,7 +221,11 @@ class CandidateArch(nn.Module):
             vectors.append(self.candidate_dense_arch(batch.candidate_dense))
         if self.sequence_interaction is not None:
             interest = self.sequence_interaction(
-                candidates, self._normed(history), batch.history_age, *ids
+                candidates,
+                self._normed(history),
+                batch.history_age,
+                self._ids(batch, "history_"),
+                self._ids(batch, "candidate_"),
             )
             vectors.append(self.interest_norm(interest.values()))
             events = history.offsets().diff().to(tokens.dtype)
@@ -229,6 +236,38 @@ class CandidateArch(nn.Module):
         scale = tokens.shape[1] ** -0.25
         crossed = self.interaction_arch(tokens * scale, torch.stack(vectors, dim=1) * scale)
         return self.over_arch(torch.cat([crossed, *beside], dim=1))
+
+    def _check(self, batch: RankingBatch) -> None:
+        for name, wanted in (
+            ("dense_features", self.config.dense_in_features),
+            ("candidate_dense", self.config.candidate_dense_in_features),
+        ):
+            columns = getattr(batch, name).shape[1]
+            if columns != wanted:
+                raise ValueError(f"batch: {name} has {columns} columns, the model takes {wanted}")
+        sequences = batch.sequence_features
+        if sequences.stride() != batch.num_requests:
+            raise ValueError(
+                f"batch: sequence_features are of {sequences.stride()} requests, dense_features of "
+                f"{batch.num_requests}"
+            )
+        # On a GPU, and in a compiled graph, looking at values would wait for the device.
+        if sequences.device().type != "cpu" or torch.compiler.is_compiling():
+            return
+        prefixes = (
+            ("candidate_", "history_") if self.sequence_interaction is not None else ("candidate_",)
+        )
+        for prefix in prefixes:
+            first = prefix + self.config.item_features[0]
+            for name in (prefix + f for f in self.config.item_features):
+                if not torch.equal(sequences[name].lengths(), sequences[first].lengths()):
+                    raise ValueError(f"batch: {name} and {first} have different lengths")
+
+    def _ids(self, batch: RankingBatch, prefix: str) -> Tensor | None:
+        names = self.config.ifa.identity_features
+        if not names:
+            return None
+        return torch.stack([batch.sequence_features[prefix + f].values() for f in names], dim=1)
 
     def _normed(self, tokens: JaggedTensor) -> JaggedTensor:
         return JaggedTensor(
@@ -302,17 +341,13 @@ class DLRM_IFA(nn.Module):
 
         Returns:
             Logits [M, T].
+
+        Raises:
+            ValueError: the parts of the batch do not fit each other or the model.
         """
         context = self.sparse_arch(batch.context_features) if self.sparse_arch else None
         history, candidates = self.sequence_arch(batch.sequence_features)
-        ids = (self._ids(batch, "history_"), self._ids(batch, "candidate_"))
-        return self.candidate_arch(context, history, candidates, batch, ids)
-
-    def _ids(self, batch: RankingBatch, prefix: str) -> Tensor | None:
-        names = self.config.ifa.identity_features
-        if not names or self.config.interaction == "none":
-            return None
-        return torch.stack([batch.sequence_features[prefix + f].values() for f in names], dim=1)
+        return self.candidate_arch(context, history, candidates, batch)
 
 
 class DLRM_IFATrain(nn.Module):

@@ -70,7 +70,7 @@ class InteractionFidelityAttention(SequenceInteraction):
         Raises:
             ValueError: as ``forward``; or there is no part.
         """
-        if not isinstance(history, JaggedTensor):
+        if not isinstance(history, (JaggedTensor, Tensor, str)):
             return self._encode_parts(history, history_age, history_ids)
         self._check(history, history_age, history_ids, "history")
         key_value, key_sum = self._encode_dense(history, history_age)
@@ -266,7 +266,8 @@ class InteractionFidelityAttention(SequenceInteraction):
         config = self.config
         features = config.head_width * ops.FEATURE_MAPS[config.feature_map].expansion
         wanted = (config.num_heads, features, config.head_width)
-        if tuple(state.key_value.shape[1:]) != wanted:
+        shapes = (tuple(state.key_value.shape[1:]), tuple(state.key_sum.shape[1:]))
+        if shapes != (wanted, wanted[:2]):
             raise ValueError(
                 f"state: key_value is [B, *{list(state.key_value.shape[1:])}], this configuration's "
                 f"is [B, *{list(wanted)}]; encode the histories with this module"
@@ -286,7 +287,7 @@ class InteractionFidelityAttention(SequenceInteraction):
     def _decayed(self, state: UserState, elapsed: Tensor) -> UserState:
         if elapsed.shape != (len(state),):
             raise ValueError(f"elapsed must be [{len(state)}], got {list(elapsed.shape)}")
-        if elapsed.device.type == "cpu" and bool((elapsed < 0).any()):
+        if elapsed.device.type == "cpu" and not bool((elapsed >= 0).all()):
             raise ValueError("elapsed must not be negative: a state cannot go back in time")
 
         def factor(decay: Tensor) -> Tensor:  # [B, number of rates]

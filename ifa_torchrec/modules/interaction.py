@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ class IFAConfig:
             history_ids and candidate_ids each. Our own addition.
         identity_buckets: R, buckets of an identity feature: an id falls into bucket id mod R,
             in training as in a cached state. A feature with at most R ids never collides.
+            ``forward`` builds nothing of that size; a state's tables take K L R (d + 1) floats a
+            user, for K identity features.
         identity_half_lives: L half-lives; each identity feature has a head for each.
         eps: keeps the division defined where nothing matched.
         backend: a key of ops.BACKENDS.
@@ -50,7 +53,7 @@ class IFAConfig:
     embedding_dim: int
     num_heads: int = 4
     head_dim: int | None = None
-    feature_map: str = "hedgehog"
+    feature_map: Literal["elu", "relu", "hedgehog"] = "elu"
     half_lives: tuple[float, ...] | None = None
     interest_mass: bool = True
     mass_scale: float = 1.0
@@ -58,7 +61,7 @@ class IFAConfig:
     identity_buckets: int = 4096
     identity_half_lives: tuple[float, ...] = (math.inf,)
     eps: float = 1e-6
-    backend: str = "auto"
+    backend: Literal["auto", "reference", "torch"] = "auto"
 
     def __post_init__(self) -> None:
         def check(good: bool, message: str) -> None:
@@ -86,6 +89,10 @@ class IFAConfig:
         for name in ("half_lives", "identity_half_lives"):
             values = getattr(self, name) or ()
             check(all(v > 0 for v in values), f"{name} must be positive, got {values}")
+        check(
+            not isinstance(self.identity_features, str),
+            f"identity_features must be a tuple of names, got {self.identity_features!r}",
+        )
         check(
             len(self.identity_half_lives) > 0 or not self.identity_features,
             "identity_half_lives is empty; (math.inf,) means no decay",
@@ -250,6 +257,8 @@ class SequenceInteraction(nn.Module):
         return torch.log1p(matched / self.config.mass_scale)
 
     def _check(self, tokens: JaggedTensor, age: Tensor | None, ids: Tensor | None, name: str) -> None:
+        if not isinstance(tokens, JaggedTensor):
+            raise ValueError(f"{name} must be a JaggedTensor, got {type(tokens).__name__}")
         values = tokens.values()
         if values.dim() != 2 or values.shape[1] != self.config.embedding_dim:
             raise ValueError(
@@ -274,14 +283,15 @@ class SequenceInteraction(nn.Module):
             if total != len(values):
                 raise ValueError(f"{name}: lengths sum to {total}, but there are {len(values)} rows")
             weights = tokens.weights_or_none()
-            if age is not None and bool((age < 0).any()):
+            if age is not None and not bool((age >= 0).all()):
+                event = int((~(age >= 0)).nonzero()[0])
                 raise ValueError(
-                    f"history_age: event {int((age < 0).nonzero()[0])} has a negative age; an event "
-                    "after the request must not be in its history"
+                    f"history_age: event {event} has a negative age or NaN; an event after the request "
+                    "must not be in its history"
                 )
-            if name == "history" and weights is not None and bool((weights < 0).any()):
+            if name == "history" and weights is not None and not bool((weights >= 0).all()):
                 raise ValueError(
-                    f"history: event {int((weights < 0).nonzero()[0])} has a negative weight"
+                    f"history: event {int((~(weights >= 0)).nonzero()[0])} has a negative weight or NaN"
                 )
 
 

@@ -62,7 +62,8 @@ class SoftmaxAttention(SequenceInteraction):
 
     Args:
         config: IFAConfig.
-        recent_length: attend only to the latest so many events; None for all.
+        recent_length: attend only to the latest so many events; None for all. Identity heads, if
+            the config has any, see the whole history all the same.
 
     Example:
         >>> import torch
@@ -116,15 +117,15 @@ class SoftmaxAttention(SequenceInteraction):
                 log_sums.append(torch.full_like(q[..., 0], -torch.inf))
                 continue
             mask = None if log_weight is None else log_weight[:, None].expand(-1, q.shape[1], -1)
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    q[None], k[None], v[None], attn_mask=None if mask is None else mask[None]
-                )[0]
-            )
-            if self.config.interest_mass:
-                score = q @ k.mT / self.config.head_width**0.5
-                score = score if mask is None else score + mask
-                log_sums.append(score.logsumexp(-1))
+            if not self.config.interest_mass:
+                mask = None if mask is None else mask[None]
+                outputs.append(F.scaled_dot_product_attention(q[None], k[None], v[None], mask)[0])
+                continue
+            # the fused kernel does not give the sum of the exponentials, which the mass needs
+            score = q @ k.mT / self.config.head_width**0.5
+            score = score if mask is None else score + mask
+            log_sums.append(score.logsumexp(-1))
+            outputs.append((score - log_sums[-1][..., None]).exp() @ v)
         heads = torch.cat(outputs, dim=1).transpose(0, 1)
         if not self.config.interest_mass:
             return heads, None

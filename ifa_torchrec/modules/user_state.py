@@ -54,7 +54,7 @@ class UserState:
     def __getitem__(self, requests: slice | Sequence[int] | Tensor) -> UserState:
         """The states of some requests: a slice, a list of numbers, or a tensor of numbers or
         of bool. A plain int is refused, since a state always has its first dimension."""
-        if isinstance(requests, int):
+        if not isinstance(requests, slice) and torch.as_tensor(requests).dim() == 0:
             raise TypeError(f"index a UserState with [[{requests}]], not [{requests}]")
         return self._map(lambda tensor: tensor[requests])
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -408,3 +411,58 @@ def test_columns_are_not_made_anew_at_each_opening(folder: Path, monkeypatch) ->
     EventLog(folder).requests("train")
     monkeypatch.setattr(pq, "read_table", lambda *a, **k: pytest.fail("Parquet was read again"))
     EventLog(folder).requests("train")
+
+
+class TestTimeZones:
+    def test_another_zone_is_refused(self, tmp_path: Path) -> None:
+        """A request's local noon would see the events of another zone's evening."""
+        toy = make_toy()
+        toy.events["time"] = toy.events["time"].dt.tz_localize("Asia/Tokyo")
+        with refused("events", "'time'", "Asia/Tokyo", "tz_convert"):
+            toy.write(tmp_path / "log")
+
+    def test_utc_is_what_no_zone_means(self, tmp_path: Path) -> None:
+        plain, utc = make_toy(), make_toy()
+        utc.events["time"] = utc.events["time"].dt.tz_localize("UTC")
+        logs = [plain.write(tmp_path / "plain"), utc.write(tmp_path / "utc")]
+        np.testing.assert_array_equal(logs[0].events["time"], logs[1].events["time"])
+
+
+def _open_often(path: Path) -> None:
+    for _ in range(5):
+        EventLog(path).requests("train")
+
+
+def test_many_processes_may_open_a_copied_log_at_once(tmp_path: Path) -> None:
+    """Each finds the columns stale and makes them anew."""
+    make_toy().write(tmp_path / "log")
+    shutil.copytree(tmp_path / "log", tmp_path / "copy", copy_function=shutil.copy)
+    with ProcessPoolExecutor(4, mp_context=get_context("spawn")) as pool:
+        list(pool.map(_open_often, [tmp_path / "copy"] * 4))
+
+
+def test_a_changed_schema_is_checked_anew(tmp_path: Path) -> None:
+    make_toy().write(tmp_path / "log")
+    file = tmp_path / "log" / "schema.json"
+    file.write_text(
+        file.read_text().replace(f'"category": {SCHEMA.item_features["category"]}', '"category": 2')
+    )
+    with refused("items", "'category'", "outside its table of 2 rows"):
+        EventLog(tmp_path / "log")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"context_features": {"item": 3}},
+        {"dense_features": ("time",)},
+        {"tasks": "label"},
+        {"tasks": ()},
+        {"tasks": ("a/b",)},
+        {"item_features": "item"},
+    ],
+    ids=str,
+)
+def test_names_that_cannot_work_are_refused(changes: dict) -> None:
+    with pytest.raises(LogError, match="schema: "):
+        LogSchema(**({"item_features": {"item": 3}} | changes))

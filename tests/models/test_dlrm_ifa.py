@@ -175,6 +175,7 @@ class TestComposition:
             for number, parameter in enumerate(model.candidate_arch.over_arch.parameters()):
                 parameter.copy_(torch.arange(parameter.numel()).view_as(parameter).sin() + 0.1 * number)
         batch = make_batch()
+        batch.dense_features, batch.candidate_dense = torch.zeros(4, 0), torch.zeros(sum(CANDIDATES), 0)
         hidden, hidden_bias, last, last_bias = model.candidate_arch.over_arch.parameters()
         table = model.sequence_arch.embedding_collection.embeddings["item"].weight
         expected = []
@@ -297,7 +298,13 @@ class TestEveryInteraction:
         self, interaction: str, set_size: int
     ) -> None:
         keys = ("candidate_",) if interaction == "none" else ("history_", "candidate_")
-        config = DLRM_IFAConfig(tuple(ITEM_FEATURES), interaction=interaction, ifa=make_ifa())
+        config = DLRM_IFAConfig(
+            tuple(ITEM_FEATURES),
+            dense_in_features=2,
+            candidate_dense_in_features=1,
+            interaction=interaction,
+            ifa=make_ifa(),
+        )
         model = DLRM_IFA(None, make_tables(keys=keys), config)
         looked_up = []
         for table in model.sequence_arch.embedding_collection.embeddings.values():
@@ -427,3 +434,31 @@ class TestErrors:
             DLRM_IFA(None, tables, DLRM_IFAConfig(("item",), ifa=make_ifa()))
         # which is what "none" wants
         DLRM_IFA(None, tables, DLRM_IFAConfig(("item",), ifa=make_ifa(), interaction="none"))
+
+
+class TestBadBatch:
+    """What would give a number, but a wrong one."""
+
+    def test_features_of_one_event_in_different_requests(self) -> None:
+        batch = make_batch(histories=[4, 0, 2, 1])
+        lengths = batch.sequence_features.lengths().clone()
+        lengths[4:8] = torch.tensor([3, 1, 2, 1])  # of the second history feature; as many in all
+        batch.sequence_features = KeyedJaggedTensor.from_lengths_sync(
+            keys=batch.sequence_features.keys(),
+            values=batch.sequence_features.values(),
+            lengths=lengths,
+        )
+        with pytest.raises(ValueError, match=r"history_.* and history_.* have different lengths"):
+            make_model("ifa")(batch)
+
+    def test_columns_that_the_model_does_not_take(self) -> None:
+        batch = make_batch()
+        batch.candidate_dense = torch.zeros(sum(CANDIDATES), 3)
+        with pytest.raises(ValueError, match="candidate_dense has 3 columns, the model takes 1"):
+            make_model("ifa")(batch)
+
+    def test_dense_features_of_more_requests(self) -> None:
+        batch = make_batch()
+        batch.dense_features = torch.zeros(5, 2)
+        with pytest.raises(ValueError, match=r"sequence_features are of 4 requests.*5"):
+            make_model("ifa")(batch)

@@ -468,7 +468,7 @@ other_configurations = pytest.mark.parametrize(
     [
         {"num_heads": 4, "half_lives": None},
         {"head_dim": 3},
-        {"feature_map": "elu"},
+        {"feature_map": "hedgehog"},
         {"identity_features": ("item",)},
         {"identity_features": ()},
         {"identity_buckets": 6},
