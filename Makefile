@@ -13,8 +13,9 @@ UV_ENV := $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)") \
           $(if $(PIP_CERT),SSL_CERT_FILE="$(PIP_CERT)") \
           $(if $(PIP_INDEX_URL),UV_INDEX_URL="$(PIP_INDEX_URL)")
 
-# Threads that wait asleep: where another program wants a core too, spinning ones cost twenty times.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Threads that wait spin briefly, then sleep: as fast alone, and where another program wants a core
+# too, a training step takes 3 times as long instead of 20.
+export GOMP_SPINCOUNT ?= 20000
 
 .PHONY: setup demo test lint clean
 

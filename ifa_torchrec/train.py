@@ -226,8 +226,8 @@ def train(config: TrainConfig) -> dict[str, float]:
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError(
-                    f"step {step}: the loss is {losses[-1]}; lower the learning rates and train anew (the "
-                    f"checkpoints in {folder} are whole)"
+                    f"step {step}: the loss is {losses[-1]}; train anew with lower learning rates; the "
+                    f"last checkpoint in {folder} is whole"
                 )
             events += len(batch.history_age)
             bar.update()

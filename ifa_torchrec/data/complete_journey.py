@@ -58,7 +58,7 @@ class CompleteJourneyConfig:
         2000
     """
 
-    train: int = 24000
+    train: int = 20000
     valid: int = 2000
     test: int = 4000
     seed: int = 0
