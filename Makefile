@@ -1,4 +1,4 @@
-# make demo    set up, then train, evaluate and compare on real data (about 10 minutes)
+# make demo    set up, then train, evaluate and compare on real data (about 8 minutes)
 # make test    set up, then run the tests
 # make setup   the set-up alone: .venv with everything in it
 # EXTRA=gpu    for a machine with an NVIDIA GPU
