@@ -184,8 +184,8 @@ def table(models: dict[str, dict]) -> str:
 
 def draw_quality_cost(models: dict[str, dict], file: Path) -> None:
     """GAUC against the milliseconds that a test request takes."""
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for (name, metrics), marker in zip(models.items(), "vv^osXD*PX", strict=False):
+    figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
+    for (name, metrics), marker in zip(models.items(), "vv^os<D*P>", strict=False):
         if "train_seconds" in metrics:
             x, y = metrics["ms_per_request"], metrics["gauc"]
             axes.scatter(x, y, s=90, marker=marker, label=name)
@@ -204,7 +204,7 @@ def draw_quality_cost(models: dict[str, dict], file: Path) -> None:
         ylabel="GAUC, all test requests",
         title="Quality against cost: The Complete Journey",
     )
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside right upper")
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)
     plt.close(figure)
