@@ -39,6 +39,7 @@ class ExplainConfig:
     """Event log; by default the one the run was trained on."""
 
 
+@torch.no_grad()
 def explain(config: ExplainConfig) -> str:
     """The top candidate and the events that weighed most for it, as text.
 
@@ -67,11 +68,10 @@ def explain(config: ExplainConfig) -> str:
     assert isinstance(ifa, InteractionFidelityAttention)
     caught: list[tuple] = []
     hook = ifa.register_forward_pre_hook(lambda module, inputs: caught.append(inputs))
-    with torch.no_grad():
-        logits = model(batch)[:, 0].cpu()
-        hook.remove()
-        top = int(logits.argmax())
-        weight = ifa.attention_weights(*caught[0])[0][top].mean(-1).cpu()
+    logits = model(batch)[:, 0].cpu()
+    hook.remove()
+    top = int(logits.argmax())
+    weight = ifa.attention_weights(*caught[0])[0][top].mean(-1).cpu()
 
     names = run.log.item_names()
     item = run.log.schema.item

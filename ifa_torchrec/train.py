@@ -107,7 +107,16 @@ def build_model(schema: LogSchema, config: TrainConfig) -> DLRM_IFA:
         >>> model.sequence_arch.embedding_collection.embedding_configs()[0].num_embeddings
         100
     """
-    prefixes = ("candidate_",) if config.interaction == "none" else ("history_", "candidate_")
+    model = DLRM_IFAConfig(
+        item_features=tuple(schema.item_features),
+        dense_in_features=len(schema.dense_features),
+        candidate_dense_in_features=len(schema.candidate_dense),
+        interaction=config.interaction,
+        ifa=config.ifa,
+        recent_length=config.recent_length,
+        over_arch_layer_sizes=config.over_arch_layer_sizes,
+        num_tasks=len(schema.tasks),
+    )
     table: dict[str, Any] = {
         "embedding_dim": config.ifa.embedding_dim,
         "init_fn": partial(nn.init.uniform_, a=-config.table_init, b=config.table_init),
@@ -119,23 +128,17 @@ def build_model(schema: LogSchema, config: TrainConfig) -> DLRM_IFA:
     ]
     sequences = [
         EmbeddingConfig(
-            name=f"{f}_table", num_embeddings=rows, feature_names=[p + f for p in prefixes], **table
+            name=f"{f}_table",
+            num_embeddings=rows,
+            feature_names=[prefix + f for prefix in model.prefixes],
+            **table,
         )
         for f, rows in schema.item_features.items()
     ]
     return DLRM_IFA(
         EmbeddingBagCollection(tables=bags, device=meta) if bags else None,
         EmbeddingCollection(tables=sequences, device=meta),
-        DLRM_IFAConfig(
-            item_features=tuple(schema.item_features),
-            dense_in_features=len(schema.dense_features),
-            candidate_dense_in_features=len(schema.candidate_dense),
-            interaction=config.interaction,
-            ifa=config.ifa,
-            recent_length=config.recent_length,
-            over_arch_layer_sizes=config.over_arch_layer_sizes,
-            num_tasks=len(schema.tasks),
-        ),
+        model,
     )
 
 

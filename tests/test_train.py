@@ -32,16 +32,6 @@ from ifa_torchrec.train import TrainConfig, build_model, load_run, train
 IFA = IFAConfig(embedding_dim=8, num_heads=2, half_lives=(math.inf, 30.0), identity_features=("item",))
 
 
-@pytest.fixture(scope="module")
-def toy() -> Toy:
-    return make_toy()
-
-
-@pytest.fixture(scope="module")
-def log(toy: Toy, tmp_path_factory) -> EventLog:
-    return toy.write(tmp_path_factory.mktemp("toy") / "log")
-
-
 @pytest.fixture
 def config(log: EventLog, tmp_path: Path) -> TrainConfig:
     """Six batches an epoch."""
@@ -326,6 +316,13 @@ def test_every_table_is_updated_by_the_fused_optimiser(trained: Path) -> None:
     )
     dense = dict(optimizer.optimizers)["dense"]
     assert dense.params and not [name for name in dense.params if "_table" in name]
+
+
+def test_a_run_can_be_loaded_to_score_without_gradients(trained: Path) -> None:
+    with torch.no_grad():
+        run = load_run(trained)
+        assert not torch.is_grad_enabled()  # as the caller had it
+    assert run.config.ifa == IFA
 
 
 def test_what_a_run_writes_is_json(config: TrainConfig) -> None:

@@ -137,6 +137,7 @@ def trained(config: DemoConfig, name: str) -> dict:
     }
 
 
+@torch.no_grad()
 def milliseconds_per_request(config: DemoConfig, batches: int = 30) -> dict[str, float]:
     """What a test request costs each model: the median over batches, the models taking turns.
 
@@ -152,8 +153,7 @@ def milliseconds_per_request(config: DemoConfig, batches: int = 30) -> dict[str,
         for name, run in runs.items():
             run.model.eval()
             start = time.perf_counter()
-            with torch.no_grad():
-                run.model(batch.to(run.device))[0].item()
+            run.model(batch.to(run.device))[0].item()
             times[name].append(1000 * (time.perf_counter() - start) / len(indices))
     return {name: float(np.median(values)) for name, values in times.items()}
 

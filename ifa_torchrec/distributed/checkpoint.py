@@ -96,7 +96,8 @@ def load(
     Args:
         folder: where checkpoints lie.
         model, optimizer: from ``shard``.
-        config: what the caller is configured as; must equal the "config" that was saved.
+        config: what the caller is configured as, in JSON's types; must equal the "config" that
+            was saved.
 
     Returns:
         The progress that was saved.
@@ -114,9 +115,8 @@ def load(
         raise _damaged(found, error) from error
     if config is not None:
         saved = progress.get("config")
-        now = json.loads(json.dumps(config))
-        if saved != now:
-            differing = sorted(_differences(saved or {}, now))
+        if saved != config:
+            differing = sorted(_differences(saved or {}, config))
             raise CheckpointError(
                 f"{found[-1]} is of another configuration: {'; '.join(differing)}; "
                 "use the same options, or another folder"

@@ -66,6 +66,7 @@ def init_process_group() -> torch.device:
     return device
 
 
+@torch.enable_grad()  # the fused optimisers hang on the tables' autograd, also for a model to score
 def shard(
     model: nn.Module, device: torch.device, optimizers: OptimizerConfig
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:

@@ -33,6 +33,7 @@ from ifa_torchrec.modules import (
     SequenceInteraction,
     SoftmaxAttention,
 )
+from ifa_torchrec.ops.jagged import request_of_row
 
 INTERACTIONS: dict[str, Callable[[DLRM_IFAConfig], SequenceInteraction | None]] = {
     "none": lambda config: None,
@@ -91,6 +92,11 @@ class DLRM_IFAConfig:
                 f"DLRM_IFAConfig: identity_features {sorted(unknown)} are no item_features; "
                 f"there are {list(self.item_features)}"
             )
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """What stands before an item feature's name in the sequence features that are looked up."""
+        return ("candidate_",) if self.interaction == "none" else ("history_", "candidate_")
 
 
 class SequenceArch(nn.Module):
@@ -207,9 +213,7 @@ class CandidateArch(nn.Module):
         """
         self._check(batch)
         offsets = candidates.offsets()
-        request = torch.repeat_interleave(
-            torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff()
-        )
+        request = request_of_row(offsets)
         candidates = self._normed(candidates)
         tokens = candidates.values()
         vectors, beside = [], []
@@ -254,10 +258,7 @@ class CandidateArch(nn.Module):
         # On a GPU, and in a compiled graph, looking at values would wait for the device.
         if sequences.device().type != "cpu" or torch.compiler.is_compiling():
             return
-        prefixes = (
-            ("candidate_", "history_") if self.sequence_interaction is not None else ("candidate_",)
-        )
-        for prefix in prefixes:
+        for prefix in self.config.prefixes:
             first = prefix + self.config.item_features[0]
             for name in (prefix + f for f in self.config.item_features):
                 if not torch.equal(sequences[name].lengths(), sequences[first].lengths()):
@@ -323,8 +324,7 @@ class DLRM_IFA(nn.Module):
                     f"configuration's is {config.ifa.embedding_dim}"
                 )
         named = {name for table in tables for name in table.feature_names}
-        prefixes = ("candidate_",) if config.interaction == "none" else ("history_", "candidate_")
-        for name in (prefix + f for prefix in prefixes for f in config.item_features):
+        for name in (prefix + f for prefix in config.prefixes for f in config.item_features):
             if name not in named:
                 raise ValueError(
                     f"DLRM_IFA: the embedding collection has no feature {name!r}; "

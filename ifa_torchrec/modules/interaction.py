@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec import ops
+from ifa_torchrec.ops.jagged import request_of_row
 
 
 @dataclass(frozen=True)
@@ -369,9 +370,7 @@ class IdentityHeads(nn.Module):
         values = history.values()
         dtype = torch.promote_types(values.dtype, torch.float32)
         requests = len(history.offsets()) - 1
-        owner = torch.repeat_interleave(
-            torch.arange(requests, device=values.device), history.offsets().diff()
-        )
+        owner = request_of_row(history.offsets())
         weight = ops.reference.event_weights(
             history.weights_or_none(), history_age, self.decay, values.to(dtype)
         )
@@ -397,9 +396,7 @@ class IdentityHeads(nn.Module):
         candidate_ids: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Outputs [M, K * L, d] and matched weights [M, K * L], read from the state's tables."""
-        owner = torch.repeat_interleave(
-            torch.arange(len(identity_sum), device=identity_sum.device), candidates.offsets().diff()
-        )
+        owner = request_of_row(candidates.offsets())
         outputs, matched = [], []
         for k in range(len(self.config.identity_features)):
             bucket = self.bucket(candidate_ids[:, k])

@@ -11,6 +11,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec import ops
 from ifa_torchrec.modules.interaction import IFAConfig, SequenceInteraction
+from ifa_torchrec.ops.jagged import request_of_row
 
 
 class MeanPooling(SequenceInteraction):
@@ -37,20 +38,20 @@ class MeanPooling(SequenceInteraction):
     ) -> tuple[Tensor, Tensor]:
         """Outputs [M, H, d], equal within a request, and masses [M, H]."""
         tokens = history.values()
-        requests = torch.arange(len(history.offsets()) - 1, device=tokens.device)
-        owner = torch.repeat_interleave(requests, history.offsets().diff())
+        requests = len(history.offsets()) - 1
+        owner = request_of_row(history.offsets())
         weight = ops.reference.event_weights(history.weights_or_none(), history_age, self.decay, tokens)
-        total = tokens.new_zeros(len(requests), weight.shape[1]).index_add(0, owner, weight)
+        total = tokens.new_zeros(requests, weight.shape[1]).index_add(0, owner, weight)
         if self.config.half_lives is None:  # every head's mean is over the same weights
-            sums = tokens.new_zeros(len(requests), 1, tokens.shape[1])
+            sums = tokens.new_zeros(requests, 1, tokens.shape[1])
             sums = sums.index_add(0, owner, (tokens * weight[:, :1])[:, None])
         else:
-            sums = tokens.new_zeros(len(requests), weight.shape[1], tokens.shape[1])
+            sums = tokens.new_zeros(requests, weight.shape[1], tokens.shape[1])
             sums = sums.index_add(0, owner, tokens[:, None] * weight[..., None])
         mean = sums / (total[:, : sums.shape[1], None] + self.config.eps)
         mean = mean.expand(-1, self.config.num_heads, -1)
         heads = torch.einsum("bhD,hdD->bhd", mean, self.heads(self.value_proj))
-        asking = torch.repeat_interleave(requests, candidates.offsets().diff())
+        asking = request_of_row(candidates.offsets())
         return heads[asking], self._mass(total[asking])
 
 

@@ -67,8 +67,7 @@ class UserState:
                 raise ValueError(
                     f"states of histories in parts differ in {name}: {shapes[0]} and {shapes[1]}"
                 )
-        added = {k: v + other.state_dict()[k] for k, v in self.state_dict().items()}
-        return UserState(**added)
+        return UserState(**{k: v + theirs[k] for k, v in mine.items() if v is not None})
 
     @staticmethod
     def cat(states: Sequence[UserState]) -> UserState:

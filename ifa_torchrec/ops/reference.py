@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 
 from ifa_torchrec.ops.feature_maps import FEATURE_MAPS
+from ifa_torchrec.ops.jagged import request_of_row
 
 
 def features(tokens: torch.Tensor, weight: torch.Tensor, feature_map: str) -> torch.Tensor:
@@ -100,7 +101,7 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The linear form's read-out: out [M, H, d] and the normaliser phi(q)^T z [M, H]."""
     query = features(candidates, query_weight, feature_map)
-    request = torch.repeat_interleave(torch.arange(len(key_sum), device=query.device), offsets.diff())
+    request = request_of_row(offsets)
     matched = torch.einsum("mhf,mhf->mh", query, key_sum[request])
     numerator = torch.einsum("mhf,mhfd->mhd", query, key_value[request])
     return numerator / (matched[..., None] + eps), matched

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ifa_torchrec.ops.feature_maps import FEATURE_MAPS
+from ifa_torchrec.ops.jagged import request_of_row
 from ifa_torchrec.ops.reference import event_weights
 
 TILE = 4096
@@ -70,6 +71,18 @@ def _tile_features(tokens: Tensor, weight: Tensor, feature_map: str) -> tuple[Te
     return projected, FEATURE_MAPS[feature_map].forward(projected, -2)
 
 
+def _row_weights(
+    weights: Tensor | None, ages: Tensor | None, decay: Tensor, tokens: Tensor, row: Tensor
+) -> Tensor:
+    """w of the events in rows [r], whose tokens [r, D] have the dtype to work in; [r, rates]."""
+    return event_weights(
+        None if weights is None else weights[row].to(tokens.dtype),
+        None if ages is None else ages[row].to(tokens.dtype),
+        decay.to(tokens.dtype),
+        tokens,
+    )
+
+
 def _tile_weights(
     weights: Tensor | None,
     ages: Tensor | None,
@@ -79,13 +92,7 @@ def _tile_weights(
     valid: Tensor,
 ) -> Tensor:
     """w_hi of a tile, [b, H, 1, L], zero where padded."""
-    flat = row.flatten()
-    weight = event_weights(
-        None if weights is None else weights[flat].to(tokens.dtype),
-        None if ages is None else ages[flat].to(tokens.dtype),
-        decay.to(tokens.dtype),
-        tokens.flatten(0, 1),
-    )
+    weight = _row_weights(weights, ages, decay, tokens.flatten(0, 1), row.flatten())
     return (weight.unflatten(0, row.shape) * valid[..., None]).mT[:, :, None]
 
 
@@ -158,7 +165,7 @@ def encode_backward_op(
         grad_key_weight += torch.bmm(grad_projected, tokens).sum(0)
         grad_history[row[valid]] = grad_tokens[valid].to(history.dtype)
         if weights is not None:
-            decayed = _tile_weights(torch.ones_like(weights), ages, decay, tokens, row, valid)
+            decayed = _tile_weights(None, ages, decay, tokens, row, valid)
             grad_weight = ((grad_weighted * phi).sum(2) * decayed[:, :, 0]).sum(1)
             grad_weights[row[valid]] = grad_weight[valid]
     return (
@@ -352,17 +359,16 @@ def _join(
         candidate_slot [M]; and, for the events that match some candidate, event [E] (their
         rows) and event_slot [E].
     """
-    owner = torch.arange(len(offsets) - 1, device=buckets.device)
     both = torch.cat([candidate_buckets, buckets])
     low, high = (int(x) for x in both.aminmax()) if len(both) else (0, 0)
-    if low < 0 or high >= 2**62 // max(len(owner), 1):
+    if low < 0 or high >= 2**62 // max(len(offsets) - 1, 1):
         # the keys below would wrap round: number the buckets instead
         distinct, both = both.unique(return_inverse=True)
         candidate_buckets, buckets = both.split([len(candidate_buckets), len(buckets)])
         high = len(distinct)
     stride = high + 1
-    candidate_key = candidate_buckets + stride * torch.repeat_interleave(owner, candidate_offsets.diff())
-    key = buckets + stride * torch.repeat_interleave(owner, offsets.diff())
+    candidate_key = candidate_buckets + stride * request_of_row(candidate_offsets)
+    key = buckets + stride * request_of_row(offsets)
     slots, candidate_slot = candidate_key.unique(return_inverse=True)
     if len(slots) == 0:
         return candidate_slot, candidate_slot, candidate_slot
@@ -382,17 +388,6 @@ def _hash(key: Tensor, bits: int) -> Tensor:
     return (key * -7046029254386353131 >> (64 - bits)) & ((1 << bits) - 1)
 
 
-def _match_weights(
-    weights: Tensor | None, ages: Tensor | None, decay: Tensor, tokens: Tensor, event: Tensor
-) -> Tensor:
-    return event_weights(
-        None if weights is None else weights[event].to(tokens.dtype),
-        None if ages is None else ages[event].to(tokens.dtype),
-        decay.to(tokens.dtype),
-        tokens,
-    )
-
-
 @torch.library.custom_op("ifa::match", mutates_args=())
 def match_op(
     candidate_buckets: Tensor,
@@ -409,7 +404,7 @@ def match_op(
         candidate_buckets, candidate_offsets, history_buckets, history_offsets
     )
     tokens = history[event].to(dtype)
-    weight = _match_weights(weights, ages, decay, tokens, event)
+    weight = _row_weights(weights, ages, decay, tokens, event)
     weight_sum = tokens.new_zeros(len(slot), len(decay)).index_add_(0, event_slot, weight)
     token_sum = tokens.new_zeros(len(slot), len(decay), history.shape[1])
     for rate in range(len(decay)):
@@ -456,7 +451,7 @@ def match_backward_op(
     grad_token = torch.zeros_like(grad_token).index_add_(0, slot, grad_token)
     grad_weight = torch.zeros_like(grad_weight).index_add_(0, slot, grad_weight)
     tokens = history[event].to(dtype)
-    weight = _match_weights(weights, ages, decay, tokens, event)
+    weight = _row_weights(weights, ages, decay, tokens, event)
     grad_tokens = torch.zeros_like(tokens)
     for rate in range(len(decay)):
         grad_tokens += weight[:, rate, None] * grad_token[event_slot, rate]
@@ -464,7 +459,7 @@ def match_backward_op(
     grad_history[event] = grad_tokens.to(history.dtype)
     if weights is None:
         return grad_history, history.new_zeros(0)
-    decayed = _match_weights(None, ages, decay, tokens, event)
+    decayed = _row_weights(None, ages, decay, tokens, event)
     grad_event = grad_weight[event_slot]
     for rate in range(len(decay)):
         grad_event[:, rate] += (tokens * grad_token[event_slot, rate]).sum(-1)

@@ -12,22 +12,12 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
-from toy import NEW_USER, ONE_EVENT_USER, SCHEMA, Toy, make_toy
+from toy import NEW_USER, ONE_EVENT_USER, SCHEMA, Toy
 
 from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data import EventBudgetSampler, EventLog, LogSchema, RankingDataset, make_loader
 
 DAY = pd.Timedelta(days=1)
-
-
-@pytest.fixture(scope="module")
-def toy() -> Toy:
-    return make_toy()
-
-
-@pytest.fixture(scope="module")
-def log(toy: Toy, tmp_path_factory) -> EventLog:
-    return toy.write(tmp_path_factory.mktemp("log") / "log")
 
 
 @pytest.fixture(scope="module")
