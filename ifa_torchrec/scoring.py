@@ -11,6 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ifa_torchrec.data import EventBudgetSampler, LogSchema, RankingDataset, make_loader
+from ifa_torchrec.data.dataset import EMPTY_REQUEST
 from ifa_torchrec.metrics import gauc, ranking_metrics
 
 
@@ -39,7 +40,8 @@ def predict(
     bar = tqdm(loader, desc="score", unit="batch", leave=False, disable=rank != 0)
     for indices, batch in zip(sampler, bar, strict=True):
         _, (_, logits, _) = model(batch.to(device, non_blocking=True))
-        parts.append((indices, logits.float().cpu().numpy()))
+        requests = [index for index in indices if index != EMPTY_REQUEST]
+        parts.append((requests, logits.float().cpu().numpy()))
     elapsed = time.perf_counter() - start
     model.train(training)
     gathered = [parts] * world
@@ -47,9 +49,9 @@ def predict(
         dist.all_gather_object(gathered, parts)
     tasks = dataset.log.schema.tasks
     result = np.empty((len(dataset.requests["candidates"]), len(tasks)), np.float32)
-    for indices, logits in (pair for rank_parts in gathered for pair in rank_parts):
-        result[dataset.candidate_rows(indices)[0]] = logits
-    return result, 1000 * elapsed / max(sum(len(indices) for indices, _ in parts), 1)
+    for requests, logits in (pair for rank_parts in gathered for pair in rank_parts):
+        result[dataset.candidate_rows(requests)[0]] = logits
+    return result, 1000 * elapsed / max(sum(len(requests) for requests, _ in parts), 1)
 
 
 def measure(

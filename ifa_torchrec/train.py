@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 2 -m ifa_torchrec.train --data LOG --out runs/mine
 
 Writes OUT/config.json, OUT/checkpoints/ and OUT/tensorboard/. With --resume it goes on from the
-last checkpoint, at the batch where that was written.
+last checkpoint, if there is one, at the request where that was written; so the same line starts a
+run and restarts it. The number of ranks, the batches' size and the sharding may then be others.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 import time
 import typing
 from dataclasses import dataclass, field
@@ -25,13 +27,22 @@ import tyro
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from tqdm import tqdm
 
+from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.command_line import plain_errors
 from ifa_torchrec.data import EventBudgetSampler, EventLog, LogSchema, RankingDataset, make_loader
-from ifa_torchrec.distributed import OptimizerConfig, checkpoint, init_process_group, shard
+from ifa_torchrec.distributed import (
+    BatchSize,
+    OptimizerConfig,
+    ShardingConfig,
+    checkpoint,
+    init_process_group,
+    shard,
+)
 from ifa_torchrec.models import DLRM_IFA, DLRM_IFAConfig, DLRM_IFATrain
 from ifa_torchrec.modules import IFAConfig
 from ifa_torchrec.scoring import measure, predict
@@ -56,7 +67,9 @@ class TrainConfig:
     table_init: float = 0.3
     """Tables start uniform in plus or minus this."""
     optimizers: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """Learning rates."""
+    """Optimisers and learning rates."""
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    """Where the tables may lie, e.g. --sharding.tables item_table row_wise."""
     warmup_steps: int = 50
     """Steps in which the dense learning rate rises to its value; it then falls to 5% of it."""
     epochs: int = 1
@@ -70,7 +83,7 @@ class TrainConfig:
     checkpoint_every: int = 500
     """Steps between checkpoints; there is one at the end in any case."""
     resume: bool = False
-    """Go on from the last checkpoint in OUT."""
+    """Go on from the last checkpoint in OUT, if there is one."""
     seed: int = 0
     """Seed of the weights and of the order of the requests."""
 
@@ -82,6 +95,7 @@ class TrainConfig:
     def fixed(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its resumption."""
         free = {"data", "out", "resume", "checkpoint_every", "validate"}
+        free |= {"max_events", "max_requests", "sharding"}
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
 
 
@@ -147,12 +161,14 @@ def train(config: TrainConfig) -> dict[str, float]:
 
     Returns:
         "steps", "seconds" (training alone); if there was a step to make, "events_per_second"
-        (this rank's) and "loss" (mean of the last tenth); if validated, "valid_gauc" and others.
+        (this rank's), "loss" (mean of the last tenth, all ranks'), and "imbalance" (see
+        EventBudgetSampler); if validated, "valid_gauc" and others.
 
     Raises:
         LogError: the event log is missing or bad.
-        CheckpointError: OUT holds checkpoints and --resume was not given, or the reverse, or they
-            are of another configuration.
+        ShardingError: the tables cannot be sharded as asked, or do not fit.
+        CheckpointError: OUT holds checkpoints and --resume was not given, or none of them is whole,
+            or they are of another configuration.
         FloatingPointError: the loss is not finite; the last checkpoint is left as it was.
 
     Example:
@@ -179,21 +195,37 @@ def train(config: TrainConfig) -> dict[str, float]:
     rank, world = dist.get_rank(), dist.get_world_size()
     log = EventLog(config.data)
     dataset = RankingDataset(log, "train")
+    sampler = EventBudgetSampler(
+        dataset.history_lengths,
+        config.max_events,
+        config.max_requests,
+        seed=config.seed,
+        shard=(rank, world),
+    )
     checkpoint.seed_everything(config.seed)
-    model, optimizer = shard(DLRM_IFATrain(build_model(log.schema, config)), device, config.optimizers)
+    model, optimizer = shard(
+        DLRM_IFATrain(build_model(log.schema, config)),
+        device,
+        config.optimizers,
+        config.sharding,
+        batch_size(dataset, config),
+    )
 
     folder = config.out / "checkpoints"
-    # A position in the data means nothing for other data, or shared by another number of ranks.
-    belongs_to = {**_to_json(config.fixed()), "log": log.fingerprint(), "ranks": world}
-    step, first_epoch, skip = 0, 0, 0
-    if config.resume:
+    # A position in the data means nothing for other data.
+    belongs_to = {**_to_json(config.fixed()), "log": log.fingerprint()}
+    step, first_epoch, taken = 0, 0, 0
+    if checkpoint.checkpoints(folder):
+        if not config.resume:
+            raise checkpoint.CheckpointError(
+                f"{folder} holds checkpoints: give --resume to go on, or another --out"
+            )
         progress = checkpoint.load(folder, model, optimizer, belongs_to)
-        step, first_epoch, skip = progress["step"], progress["epoch"], progress["batch"]
-    elif checkpoint.checkpoints(folder):
-        raise checkpoint.CheckpointError(
-            f"{folder} holds checkpoints: give --resume to go on, or another --out"
-        )
+        step, first_epoch, taken = progress["step"], progress["epoch"], progress["request"]
     if rank == 0:
+        if config.resume:
+            found = f"going on from step {step}" if step else "no checkpoint here; starting"
+            print(f"{folder}: {found}", file=sys.stderr)
         config.out.mkdir(parents=True, exist_ok=True)
         saved = dataclasses.replace(config, data=config.data.resolve())
         text = json.dumps(_to_json(dataclasses.asdict(saved)), indent=2, allow_nan=False)
@@ -203,57 +235,59 @@ def train(config: TrainConfig) -> dict[str, float]:
         SummaryWriter(str(config.out / "tensorboard"), purge_step=step) if rank == 0 else None
     )
 
-    sampler = EventBudgetSampler(
-        dataset.history_lengths,
-        config.max_events,
-        config.max_requests,
-        seed=config.seed,
-        shard=(rank, world),
+    losses: list[torch.Tensor] = []
+    events, seconds, imbalance, result = 0, 0.0, 1.0, {}
+
+    def forward(batch: RankingBatch) -> tuple[torch.Tensor, Any]:
+        """The pipeline's call of the model; each candidate of a step counts the same, whichever
+        rank has it."""
+        nonlocal events
+        events += len(batch.history_age)
+        loss, output = model(batch)
+        candidates = len(batch.labels)
+        # [sum of the losses, candidates] of all ranks
+        totals = torch.stack([loss.detach() * candidates, loss.new_tensor(float(candidates))])
+        dist.all_reduce(totals)
+        everywhere = totals[1].clamp(min=1)
+        losses.append(totals[0] / everywhere)
+        return loss * (world * candidates / everywhere), output  # DDP takes the mean of the ranks
+
+    pipeline = TrainPipelineSparseDist(model, optimizer, device, custom_model_fwd=forward)
+    bar = tqdm(
+        total=config.epochs * len(dataset),
+        initial=first_epoch * len(dataset) + taken,
+        desc=config.out.name,
+        unit="request",
+        disable=rank != 0,
     )
-    steps_per_epoch = [sampler.num_batches(e) for e in range(config.epochs)]
-    total = sum(steps_per_epoch)
-    losses: list[float] = []
-    events, seconds, result = 0, 0.0, {}
-    bar = tqdm(total=total, initial=step, desc=config.out.name, unit="step", disable=rank != 0)
     for epoch in range(first_epoch, config.epochs):
-        sampler.start_at(epoch, skip)
-        loader = make_loader(dataset, sampler)
+        sampler.start_at(epoch, taken)
+        batches = iter(make_loader(dataset, sampler))
         start = time.perf_counter()
-        for number, batch in enumerate(loader, start=skip + 1):
-            set_learning_rate(optimizer, config, step, total)
-            loss, _ = model(batch.to(device, non_blocking=True))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        for number in range(1, len(sampler) + 1):
+            set_learning_rate(optimizer, config, step, (epoch + taken / len(dataset)) / config.epochs)
+            pipeline.progress(batches)
             step += 1
-            losses.append(float(loss.detach()))
-            if not math.isfinite(losses[-1]):
-                raise FloatingPointError(
-                    f"step {step}: the loss is {losses[-1]}; train anew with lower learning rates; the "
-                    f"last checkpoint in {folder} is whole"
-                )
-            events += len(batch.history_age)
-            bar.update()
-            if writer is not None and step % 10 == 0:
-                mean = sum(losses[-10:]) / len(losses[-10:])
-                writer.add_scalar("train/loss", mean, step)
-                writer.add_scalar(
-                    "train/events_per_second", events / (seconds + time.perf_counter() - start), step
-                )
+            bar.update(sampler.requests_taken(number) - taken)
+            taken = sampler.requests_taken(number)
+            last = number == len(sampler)
+            save = step % config.checkpoint_every == 0 or last
+            if step % 10 == 0 or save:
+                mean = _mean_of_last(losses, 10, step, folder)
                 bar.set_postfix(loss=f"{mean:.4f}")
-            last = number == steps_per_epoch[epoch]
-            if step % config.checkpoint_every == 0 or last:
+                if writer is not None:
+                    speed = events / (seconds + time.perf_counter() - start)
+                    writer.add_scalar("train/loss", mean, step)
+                    writer.add_scalar("train/events_per_second", speed, step)
+            if save:
                 seconds += time.perf_counter() - start
-                position = (epoch + 1, 0) if last else (epoch, number)
-                progress = {
-                    "step": step,
-                    "epoch": position[0],
-                    "batch": position[1],
-                    "config": belongs_to,
-                }
+                position = {"epoch": epoch + last, "request": 0 if last else taken}
+                progress = {"step": step, **position, "config": belongs_to}
                 checkpoint.save(folder, model, optimizer, progress)
                 start = time.perf_counter()
-        skip = 0
+        imbalance = sampler.imbalance()
+        taken = 0
+        pipeline.detach()
         result = validate(model, log, config, device, writer, step)
     bar.close()
     if not result:  # the checkpoint was of a run that had nothing left but this
@@ -261,10 +295,33 @@ def train(config: TrainConfig) -> dict[str, float]:
     if writer is not None:
         writer.close()
     if losses:
-        tail = losses[-max(len(losses) // 10, 1) :]
-        result["loss"] = sum(tail) / len(tail)
+        result["loss"] = _mean_of_last(losses, max(len(losses) // 10, 1), step, folder)
         result["events_per_second"] = events / seconds
+        result["imbalance"] = imbalance
     return {"steps": step, "seconds": seconds, **result}
+
+
+def batch_size(dataset: RankingDataset, config: TrainConfig) -> BatchSize:
+    """A rank's largest batch, for the planner: the budget, and as many candidates as usual."""
+    requests = max(len(dataset), 1)
+    candidates = len(dataset.requests["candidates"]) / requests
+    return BatchSize(config.max_requests, config.max_events, math.ceil(candidates * config.max_requests))
+
+
+def _mean_of_last(losses: list[torch.Tensor], count: int, step: int, folder: Path) -> float:
+    """Mean of the last ``count`` losses.
+
+    Raises:
+        FloatingPointError: one of them is not finite.
+    """
+    last = torch.stack(losses[-count:]).tolist()
+    for before, loss in enumerate(reversed(last)):
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"step {step - before}: the loss is {loss}; train anew with lower learning rates; the "
+                f"last checkpoint in {folder} is whole"
+            )
+    return sum(last) / len(last)
 
 
 def validate(
@@ -293,10 +350,17 @@ def validate(
     return {f"valid_{name}": value for name, value in metrics.items()}
 
 
-def set_learning_rate(optimizer, config: TrainConfig, step: int, total: int) -> None:
-    """Warm the dense parameters' rate up, then let it fall in a line to 5%; tables keep theirs."""
+def set_learning_rate(optimizer, config: TrainConfig, step: int, progress: float) -> None:
+    """Warm the dense parameters' rate up, then let it fall in a line to 5%; tables keep theirs.
+
+    Args:
+        optimizer: from ``shard``.
+        config: TrainConfig.
+        step: steps made so far.
+        progress: share of all epochs' requests taken so far, 0 to 1.
+    """
     warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
-    rate = config.optimizers.dense_lr * warm * max(0.05, 1 - step / total)
+    rate = config.optimizers.dense_lr * warm * max(0.05, 1 - progress)
     for name, part in optimizer.optimizers:
         if name == "dense":
             for group in part.param_groups:
@@ -322,7 +386,9 @@ def load_run(folder: Path, data: Path | None = None) -> Run:
         raise checkpoint.CheckpointError(f"{config_file}: not a run's options: {error}") from error
     device = init_process_group()
     log = EventLog(data or config.data)
-    model, _ = shard(DLRM_IFATrain(build_model(log.schema, config)), device, config.optimizers)
+    model, _ = shard(
+        DLRM_IFATrain(build_model(log.schema, config)), device, config.optimizers, config.sharding
+    )
     checkpoint.load(folder / "checkpoints", model)
     return Run(config, log, model, device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -13,6 +14,9 @@ from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data.event_log import CANDIDATES, EXPOSED, TIME, USER, EventLog
 
 HISTORY, CANDIDATE = "history_", "candidate_"
+EMPTY_REQUEST = -1
+"""Stands in a list of requests for one without events and candidates: it pads the batch of a rank that
+has fewer requests than another, since some of TorchRec's collectives want equal batches."""
 _MICROSECONDS_PER_DAY = 86_400_000_000
 
 
@@ -57,32 +61,41 @@ class RankingDataset(Dataset):
     def __getitem__(self, indices: Sequence[int]) -> RankingBatch:
         requests, schema = self.requests, self.log.schema
         index = np.asarray(indices, dtype=np.int64)
-        if index.ndim != 1 or len(index) == 0 or index.min() < 0 or index.max() >= len(self):
-            raise IndexError(f"index with a list of request numbers 0 to {len(self) - 1}, got {indices}")
+        if index.ndim != 1 or len(index) == 0 or index.min() < EMPTY_REQUEST or index.max() >= len(self):
+            raise IndexError(
+                f"index with a list of request numbers 0 to {len(self) - 1} (or {EMPTY_REQUEST} for an "
+                f"empty request), got {indices}"
+            )
+        real = index != EMPTY_REQUEST
+        rows, index = len(index), index[real]
         history, history_lengths = _ranges(self._start[index], self._end[index])
         candidates, candidate_lengths = self.candidate_rows(index)
+
+        def spread(values: np.ndarray) -> np.ndarray:
+            """[rows, ...]: the real requests' values, and 0 for the empty ones."""
+            result = np.zeros((rows, *values.shape[1:]), values.dtype)
+            result[real] = values
+            return result
 
         event_items = self.log.events[schema.item][history]
         candidate_items = requests[CANDIDATES][candidates]
         columns = [self.log.items[feature] for feature in schema.item_features]
+        ids = [column[items] for items in (event_items, candidate_items) for column in columns]
+        lengths = [spread(n) for n in (history_lengths, candidate_lengths) for _ in columns]
         sequence_features = KeyedJaggedTensor.from_lengths_sync(
             keys=[prefix + f for prefix in (HISTORY, CANDIDATE) for f in schema.item_features],
-            values=_tensor(
-                np.concatenate([ids[rows] for rows in (event_items, candidate_items) for ids in columns])
-            ),
-            lengths=_tensor(
-                np.concatenate([n for n in (history_lengths, candidate_lengths) for _ in columns])
-            ),
+            values=_tensor(np.concatenate(ids)),
+            lengths=_tensor(np.concatenate(lengths)),
         )
         context = [requests[f][index] for f in schema.context_features]
         context_features = KeyedJaggedTensor.from_lengths_sync(
             keys=list(schema.context_features),
             values=_tensor(np.concatenate(context) if context else np.empty(0, np.int64)),
-            lengths=torch.ones(len(context) * len(index), dtype=torch.int64),
+            lengths=_tensor(np.tile(real.astype(np.int64), len(context))),
         )
         age = np.repeat(requests[TIME][index], history_lengths) - self.log.events[TIME][history]
         return RankingBatch(
-            dense_features=_stack([requests[f][index] for f in schema.dense_features], len(index)),
+            dense_features=_stack([spread(requests[f][index]) for f in schema.dense_features], rows),
             context_features=context_features,
             sequence_features=sequence_features,
             candidate_dense=_stack(
@@ -104,22 +117,27 @@ class RankingDataset(Dataset):
 class EventBudgetSampler(Sampler[list[int]]):
     """Lists of requests whose histories hold at most ``max_events`` events together.
 
-    Requests are taken in order (shuffled anew each epoch if asked) and a list is closed when the
-    next request would break a limit; a single history above the budget is a list of its own, so
-    nothing is dropped or cut. Ranks take turns; where the lists do not divide evenly, the last
-    ranks see the first lists again, so that all ranks take the same number of steps.
+    Requests are taken in order (shuffled anew each epoch if asked). A step takes as many as fit all
+    ranks' budgets and shares them so that each rank has about the same number of events: the
+    longest history first, each to the rank that has the fewest events so far. A single history
+    above the budget is a list of its own, but for requests without any event. So nothing is
+    dropped, cut or seen twice, and all ranks take the same number of steps; a rank that has fewer
+    requests in a step than another has EMPTY_REQUEST in their place.
 
     Args:
         history_lengths: [R], events in each request's history.
-        max_events: budget of events a batch.
-        max_requests: most requests a batch.
+        max_events: budget of events a rank's batch.
+        max_requests: most requests a rank's batch.
         seed: shuffles with this seed; None keeps the order.
         shard: (rank, world size).
 
     Example:
         >>> from ifa_torchrec.data import EventBudgetSampler
-        >>> list(EventBudgetSampler([5, 4, 30, 1, 1, 1], max_events=10, max_requests=2))
+        >>> lengths = [5, 4, 30, 1, 1, 1]
+        >>> list(EventBudgetSampler(lengths, max_events=10, max_requests=2))
         [[0, 1], [2], [3, 4], [5]]
+        >>> [list(EventBudgetSampler(lengths, 10, 2, shard=(rank, 2))) for rank in (0, 1)]
+        [[[2, -1], [3, 5]], [[0, 1], [4, -1]]]
     """
 
     def __init__(
@@ -134,44 +152,80 @@ class EventBudgetSampler(Sampler[list[int]]):
             raise ValueError(
                 f"max_events and max_requests must be at least 1, got {max_events}, {max_requests}"
             )
-        self.history_lengths = np.asarray(history_lengths)
+        self.history_lengths = np.asarray(history_lengths, dtype=np.int64)
         self.max_events, self.max_requests = max_events, max_requests
         self.seed, self.shard = seed, shard
-        self._start = (0, 0)
+        self.start_at(0)
 
-    def start_at(self, epoch: int, batch: int = 0) -> None:
-        """Begin the next pass at this epoch's order, ``batch`` batches in (to resume a run)."""
-        self._start = (epoch, batch)
+    def start_at(self, epoch: int, request: int = 0) -> None:
+        """Begin the next pass at this epoch's order, ``request`` requests in (to resume a run).
 
-    def num_batches(self, epoch: int) -> int:
-        """Batches of one whole pass in this epoch's order."""
-        return len(self._batches(epoch))
+        The ranks together have taken that many, whatever their number was.
+        """
+        self._start = (epoch, request)
+        self._cut: list[list[np.ndarray]] | None = None
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch, skip = self._start
-        yield from self._batches(epoch)[skip:]
+        rank, _ = self.shard
+        for shares in self._steps():
+            width = max(len(share) for share in shares)
+            mine = shares[rank].tolist()
+            yield mine + [EMPTY_REQUEST] * (width - len(mine))
 
     def __len__(self) -> int:
-        epoch, skip = self._start
-        return max(len(self._batches(epoch)) - skip, 0)
+        return len(self._steps())
 
-    def _batches(self, epoch: int) -> list[list[int]]:
-        order = np.arange(len(self.history_lengths))
-        if self.seed is not None:
-            np.random.default_rng([self.seed, epoch]).shuffle(order)
-        batches: list[list[int]] = []
-        events = 0
-        for request in order.tolist():
-            length = int(self.history_lengths[request])
-            full = not batches or len(batches[-1]) == self.max_requests
-            if full or events + length > self.max_events:
-                batches.append([])
-                events = 0
-            batches[-1].append(request)
-            events += length
-        rank, world = self.shard
-        steps = -(-len(batches) // world)
-        return [batches[(step * world + rank) % len(batches)] for step in range(steps)]
+    def requests_taken(self, step: int) -> int:
+        """Requests of the epoch that all ranks have taken after ``step`` steps of this pass."""
+        return self._start[1] + sum(len(share) for shares in self._steps()[:step] for share in shares)
+
+    def imbalance(self) -> float:
+        """The most events of a rank over the mean of the ranks, averaged over the steps: how much
+        longer the ranks work than they would if their events were equal.
+
+        Example:
+            >>> from ifa_torchrec.data import EventBudgetSampler
+            >>> EventBudgetSampler([30, 10], max_events=50, max_requests=1, shard=(0, 2)).imbalance()
+            1.5
+        """
+        steps = [[self.history_lengths[share].sum() for share in shares] for shares in self._steps()]
+        ratios = [max(events) / np.mean(events) for events in steps if sum(events)]
+        return float(np.mean(ratios)) if ratios else 1.0
+
+    def _steps(self) -> list[list[np.ndarray]]:
+        """For each step of the pass, the requests of each rank."""
+        if self._cut is None:
+            epoch, first = self._start
+            order = np.arange(len(self.history_lengths))
+            if self.seed is not None:
+                np.random.default_rng([self.seed, epoch]).shuffle(order)
+            lengths = self.history_lengths[order]
+            _, world = self.shard
+            # a history above the budget takes one rank's whole budget
+            total = np.concatenate([[0], np.cumsum(np.minimum(lengths, self.max_events))])
+            self._cut = []
+            while first < len(order):
+                last = np.searchsorted(total, total[first] + world * self.max_events, side="right") - 1
+                last = min(int(last), first + world * self.max_requests)
+                while (shares := self._share(lengths[first:last])) is None:
+                    last -= max((last - first) // 16, 1)
+                self._cut.append([order[first:last][share] for share in shares])
+                first = last
+        return self._cut
+
+    def _share(self, lengths: np.ndarray) -> list[np.ndarray] | None:
+        """Which of these requests each rank gets; None if they do not fit the ranks' budgets."""
+        shares: list[list[int]] = [[] for _ in range(self.shard[1])]
+        open_ranks = [(0, 0, rank) for rank in range(self.shard[1])]  # events, requests, rank
+        for request in np.argsort(-lengths, kind="stable").tolist():
+            events, count, rank = heapq.heappop(open_ranks)
+            events += min(int(lengths[request]), self.max_events)
+            if events > self.max_events:
+                return None
+            shares[rank].append(request)
+            if count + 1 < self.max_requests:
+                heapq.heappush(open_ranks, (events, count + 1, rank))
+        return [np.array(sorted(share), dtype=np.int64) for share in shares]
 
 
 def make_loader(dataset: RankingDataset, sampler: EventBudgetSampler) -> DataLoader:

@@ -1,6 +1,15 @@
 """Sharding, optimisers and checkpoints, on one process or many."""
 
 from ifa_torchrec.distributed.checkpoint import CheckpointError
+from ifa_torchrec.distributed.planning import BatchSize, ShardingConfig, ShardingError
 from ifa_torchrec.distributed.sharding import OptimizerConfig, init_process_group, shard
 
-__all__ = ["CheckpointError", "OptimizerConfig", "init_process_group", "shard"]
+__all__ = [
+    "BatchSize",
+    "CheckpointError",
+    "OptimizerConfig",
+    "ShardingConfig",
+    "ShardingError",
+    "init_process_group",
+    "shard",
+]

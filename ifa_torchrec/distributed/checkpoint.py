@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not there, by torch.distributed.checkpoint.
 
-FOLDER/step-000400/   DCP's shards: model, tables, both optimisers; and progress.json
+FOLDER/step-000400/   DCP's shards: model, tables, both optimisers, each rank's random number
+                      generators; and progress.json, with the checksum of each file
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +41,7 @@ def save(
     Args:
         folder: where checkpoints lie.
         model, optimizer: from ``shard``.
-        progress: JSON; holds "step", and whatever resuming needs.
+        progress: JSON; holds "step", and whatever resuming needs; "files" is ours.
 
     Returns:
         The checkpoint's folder.
@@ -62,16 +64,21 @@ def save(
     """
     final = folder / f"step-{progress['step']:09d}"
     draft = folder / f".{final.name}"
-    if dist.get_rank() == 0:
+    rank = dist.get_rank()
+    if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".step-*"):  # of a save that was killed
             shutil.rmtree(left)
     dist.barrier()
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **_rng_states()}
     with _quiet():
         dcp.save(state, checkpoint_id=draft)
-    if dist.get_rank() == 0:
-        (draft / "progress.json").write_text(json.dumps(progress))
+    sums: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(sums, {f.name: _checksum(f) for f in draft.glob(f"__{rank}_*")})
+    if rank == 0:
+        files = {name: value for of_rank in sums for name, value in of_rank.items()}
+        files[".metadata"] = _checksum(draft / ".metadata")
+        (draft / "progress.json").write_text(json.dumps({**progress, "files": files}))
         shutil.rmtree(final, ignore_errors=True)
         draft.rename(final)
         for old in checkpoints(folder)[:-KEEP]:
@@ -91,7 +98,11 @@ def load(
     optimizer: CombinedOptimizer | None = None,
     config: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Load the latest checkpoint into the model and, to go on training, the optimiser.
+    """Load the latest whole checkpoint into the model and, to go on training, the optimiser and
+    the random number generators. Called by all ranks; there may be more or fewer of them than
+    saved it, and the sharding plan may be another.
+
+    A damaged checkpoint is passed over for the one before, with a warning.
 
     Args:
         folder: where checkpoints lie.
@@ -103,46 +114,95 @@ def load(
         The progress that was saved.
 
     Raises:
-        CheckpointError: there is none, or it is of another configuration; the message names
-            what differs.
+        CheckpointError: there is none, none is whole, or it is of another configuration; the
+            message names what differs.
     """
-    found = checkpoints(folder)
-    if not found:
-        raise CheckpointError(f"{folder}: no checkpoint here; train first, or leave out --resume")
-    try:
-        progress = json.loads((found[-1] / "progress.json").read_text())
-    except ValueError as error:
-        raise _damaged(found, error) from error
+    found = [checkpoints(folder)]
+    dist.broadcast_object_list(found)  # a shared file system need not show all ranks the same
+    damage = ""
+    for path in reversed(found[0]):
+        try:
+            return _load(path, model, optimizer, config)
+        except _Damaged as error:
+            damage = f"{path} is damaged or of another model ({error})"
+            if dist.get_rank() == 0:
+                warnings.warn(f"{damage}; trying the one before", stacklevel=2)
+    if damage:
+        raise CheckpointError(f"{damage}, and there is no other; start anew in another folder")
+    raise CheckpointError(f"{folder}: no checkpoint here; train first")
+
+
+class _Damaged(Exception):
+    """A checkpoint cannot be read; raised on all ranks."""
+
+
+def _load(
+    path: Path,
+    model: DistributedModelParallel,
+    optimizer: CombinedOptimizer | None,
+    config: dict[str, Any] | None,
+) -> dict[str, Any]:
+    progress, error = _check_files(path)
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for error in errors:
+        if error is not None:
+            raise _Damaged(error)
     if config is not None:
         saved = progress.get("config")
         if saved != config:
             differing = sorted(_differences(saved or {}, config))
             raise CheckpointError(
-                f"{found[-1]} is of another configuration: {'; '.join(differing)}; "
+                f"{path} is of another configuration: {'; '.join(differing)}; "
                 "use the same options, or another folder"
             )
     state: dict[str, Any] = {"model": model.state_dict()}
+    rng = {}
     if optimizer is not None:
         state["optimizer"] = optimizer.state_dict()
+        # a rank that was not there when it was saved keeps its own
+        saved_keys = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        rng = {name: value for name, value in _rng_states().items() if name in saved_keys}
     try:
         with _quiet():
-            dcp.load(state, checkpoint_id=found[-1])
-    # of many kinds, by what is damaged; DCP's own is no Exception
+            dcp.load({**state, **rng}, checkpoint_id=path)
+    # of many kinds, by what is wrong; DCP's own is no Exception
     except (Exception, CheckpointException) as error:
-        raise _damaged(found, error) from error
+        raise _Damaged((str(error).strip() or repr(error)).splitlines()[-1]) from error
     model.load_state_dict(state["model"])
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
+    for name, value in rng.items():
+        (torch.cuda if name.startswith("cuda") else torch).set_rng_state(value)
     return progress
 
 
-def _damaged(found: list[Path], error: BaseException) -> CheckpointError:
-    reason = (str(error).strip() or repr(error)).splitlines()[-1]
-    back = f"go on from {found[-2]}" if len(found) > 1 else "start anew"
-    return CheckpointError(
-        f"{found[-1]} cannot be loaded: it is damaged or of another model ({reason}); "
-        f"delete that folder to {back}"
-    )
+def _check_files(path: Path) -> tuple[dict[str, Any], str | None]:
+    """The progress, and what is wrong with this rank's part of the checkpoint's files."""
+    try:
+        progress = json.loads((path / "progress.json").read_text())
+        files = progress.pop("files")
+        for name in sorted(files)[dist.get_rank() :: dist.get_world_size()]:
+            if _checksum(path / name) != files[name]:
+                return {}, f"{name} is not what was written"
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        return {}, f"{type(error).__name__}: {error}"
+    return progress, None
+
+
+def _checksum(file: Path) -> int:
+    result = 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            result = zlib.crc32(block, result)
+    return result
+
+
+def _rng_states() -> dict[str, torch.Tensor]:
+    states = {f"cpu_rng_{dist.get_rank()}": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states[f"cuda_rng_{dist.get_rank()}"] = torch.cuda.get_rng_state()
+    return states
 
 
 def _differences(saved: dict, now: dict, prefix: str = "") -> list[str]:

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.model_parallel import DistributedModelParallel, get_default_sharders
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.types import ShardingEnv, ShardingType
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import ShardingEnv
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
-from torchrec.optim import RowWiseAdagrad
+from torchrec.optim import SGD, Adagrad, RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
+from ifa_torchrec.distributed.planning import (
+    BatchSize,
+    ShardingConfig,
+    make_planner,
+    plan_on_all_ranks,
+    sharders,
+    topology,
+)
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Fused row-wise Adagrad for the tables, AdamW for the rest.
+    """A fused optimiser for the tables, AdamW for the rest.
 
     Args:
+        table_optimizer: "rowwise_adagrad" has one state a row, so rows are not split among ranks;
+            "adagrad" has one a number; "sgd" none.
         table_lr: learning rate of the tables.
         dense_lr: learning rate of everything else.
         weight_decay: of the dense matrices; biases and norms have none.
@@ -37,6 +45,7 @@ class OptimizerConfig:
         0.003
     """
 
+    table_optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
     table_lr: float = 0.03
     dense_lr: float = 3e-3
     weight_decay: float = 0.0
@@ -68,24 +77,32 @@ def init_process_group() -> torch.device:
 
 @torch.enable_grad()  # the fused optimisers hang on the tables' autograd, also for a model to score
 def shard(
-    model: nn.Module, device: torch.device, optimizers: OptimizerConfig
+    model: nn.Module,
+    device: torch.device,
+    optimizers: OptimizerConfig,
+    sharding: ShardingConfig | None = None,
+    batch: BatchSize | None = None,
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
     """Shard the model's embedding collections by the planner's plan and give it its optimisers.
 
     The model's tables may be on the meta device: they are made, and initialised by their
-    configs' ``init_fn``, where the plan puts them. Table weights set before are lost.
+    configs' ``init_fn``, where the plan puts them. Table weights set before are lost. Called by
+    all ranks; the dense part starts as it is on rank 0.
 
     Args:
         model: a model of embedding (bag) collections and dense parts.
         device: this rank's device.
         optimizers: OptimizerConfig.
+        sharding: ShardingConfig; None leaves all to the planner.
+        batch: BatchSize that the planner reckons with; None for its defaults.
 
     Returns:
         The sharded model, and one optimiser over both kinds of parameters. The tables are
         updated during backward; its ``step`` updates the rest.
 
     Raises:
-        torchrec.distributed.planner.types.PlannerError: the tables do not fit the devices.
+        ShardingError: the tables do not fit the ranks' memory, or the device or the optimiser
+            cannot do what ``sharding`` asks for. All ranks raise it.
 
     Example:
         >>> import torch
@@ -99,51 +116,30 @@ def shard(
         >>> [name for name, _ in optimizer.optimizers]
         ['', 'dense']
     """
-    tables: list[str] = []
+    sharding, batch = sharding or ShardingConfig(), batch or BatchSize()
+    fused, options = _TABLE_OPTIMIZERS[optimizers.table_optimizer]
     for module in model.modules():
-        if isinstance(module, EmbeddingBagCollection):
-            tables += [table.name for table in module.embedding_bag_configs()]
-        if isinstance(module, EmbeddingCollection):
-            tables += [table.name for table in module.embedding_configs()]
         if isinstance(module, (EmbeddingBagCollection, EmbeddingCollection)):
             apply_optimizer_in_backward(
-                RowWiseAdagrad,
+                fused,
                 module.parameters(),
                 # a dict of its own each time: it is mutated
-                {"lr": optimizers.table_lr, "eps": 1e-8},
+                {"lr": optimizers.table_lr, **options},
             )
-    world = dist.get_world_size()
     with warnings.catch_warnings():
         # torchrec warns of its own calls to deprecated arguments
         warnings.simplefilter("ignore", FutureWarning)
-        logging.getLogger("torchrec.distributed.planner.types").setLevel(logging.ERROR)
-        planner = EmbeddingShardingPlanner(
-            topology=Topology(
-                world_size=world,
-                local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world)),
-                compute_device=device.type,
-            ),
-            storage_reservation=FixedPercentageStorageReservation(0.15),
-            # Left to itself the planner copies small tables to every rank, outside the fused
-            # optimiser.
-            constraints={
-                name: ParameterConstraints(
-                    sharding_types=[t.value for t in ShardingType if t != ShardingType.DATA_PARALLEL],
-                    compute_kernels=[EmbeddingComputeKernel.FUSED.value],
-                )
-                for name in tables
-            },
+        plan = plan_on_all_ranks(
+            lambda: make_planner(
+                model, topology(device, sharding), sharding, batch, whole_rows=fused is RowWiseAdagrad
+            ).plan(model, sharders())
         )
-        sharders = get_default_sharders()
-        # The collective plan asks rank 0; were it to fail there, the other ranks would wait. Every
-        # rank comes to the same plan by itself.
-        plan = planner.plan(model, sharders)
         sharded = DistributedModelParallel(
             model,
             env=ShardingEnv.from_process_group(dist.group.WORLD),
             device=device,
             plan=plan,
-            sharders=sharders,
+            sharders=sharders(),
         )
     dense = dict(in_backward_optimizer_filter(sharded.named_parameters()))
 
@@ -162,3 +158,10 @@ def shard(
     # Without state the dense optimiser's part of a checkpoint would be skipped in silence.
     dense_optimizer.init_state()
     return sharded, CombinedOptimizer([sharded.fused_optimizer, ("dense", dense_optimizer)])
+
+
+_TABLE_OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
+    "rowwise_adagrad": (RowWiseAdagrad, {"eps": 1e-8}),
+    "adagrad": (Adagrad, {"eps": 1e-8}),
+    "sgd": (SGD, {}),
+}

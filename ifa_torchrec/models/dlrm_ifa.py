@@ -350,10 +350,33 @@ class DLRM_IFA(nn.Module):
         return self.candidate_arch(context, history, candidates, batch)
 
 
-class DLRM_IFATrain(nn.Module):
-    """DLRM_IFA with its loss, for TorchRec's train pipelines.
+class CandidateLoss(nn.Module):
+    """Mean binary cross entropy over all candidates and tasks.
 
-    The loss is the mean binary cross entropy over all candidates and tasks.
+    A module of its own, so that tracing the model for a pipeline meets it as a leaf.
+
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec.models.dlrm_ifa import CandidateLoss
+        >>> round(CandidateLoss()(torch.zeros(2, 1), torch.tensor([[1.0], [0.0]])).item(), 4)
+        0.6931
+    """
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """
+        Args:
+            logits: [M, T].
+            labels: [M, T].
+
+        Returns:
+            A scalar; 0 where there is no candidate.
+        """
+        total = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+        return total / max(logits.numel(), 1)
+
+
+class DLRM_IFATrain(nn.Module):
+    """DLRM_IFA with its loss, CandidateLoss, for TorchRec's train pipelines.
 
     Args:
         dlrm_module: DLRM_IFA.
@@ -374,6 +397,7 @@ class DLRM_IFATrain(nn.Module):
     def __init__(self, dlrm_module: DLRM_IFA) -> None:
         super().__init__()
         self.model = dlrm_module
+        self.loss = CandidateLoss()
 
     def forward(self, batch: RankingBatch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """
@@ -382,6 +406,5 @@ class DLRM_IFATrain(nn.Module):
             candidates has loss 0.
         """
         logits = self.model(batch)
-        total = F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="sum")
-        loss = total / max(logits.numel(), 1)
+        loss = self.loss(logits, batch.labels)
         return loss, (loss.detach(), logits.detach(), batch.labels.detach())

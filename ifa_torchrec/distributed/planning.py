@@ -1,0 +1,337 @@
+"""Which rank holds which part of which table: TorchRec's planner, told of histories and dense parts."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner.types import PlannerError, PlannerErrorType, StorageReservation
+from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+
+SHARDING_TYPES = {
+    "cpu": ("table_wise", "row_wise", "column_wise"),
+    "cuda": (
+        "table_wise",
+        "row_wise",
+        "column_wise",
+        "table_row_wise",
+        "table_column_wise",
+        "grid_shard",
+    ),
+}
+"""What a table may be sharded by, by kind of device. Copies (data_parallel) are never made: TorchRec's
+lie outside the fused optimiser, and on a CPU they pool sequences."""
+
+DENSE_COPIES = 5
+"""A dense parameter's weight, gradient, AdamW's two moments and DDP's bucket."""
+
+TOKEN_COPIES = 12
+"""Vectors of width D, in float32, that a training step holds for a token at its peak, beyond what was
+looked up; measured (tests/distributed/test_planning.py)."""
+
+
+class ShardingError(ValueError):
+    """There is no sharding plan, or the ranks do not agree on one."""
+
+
+@dataclass(frozen=True)
+class ShardingConfig:
+    """What the planner may do.
+
+    Args:
+        tables: sharding type by table name; for other tables the planner chooses.
+        memory_gb: memory of a rank, in 2^30 bytes; None for what is there (a GPU's, or the
+            machine's shared by its ranks).
+
+    Example:
+        >>> from ifa_torchrec.distributed import ShardingConfig
+        >>> ShardingConfig(tables={"item_table": "row_wise"}).memory_gb is None
+        True
+    """
+
+    tables: dict[str, str] = field(default_factory=dict)
+    memory_gb: float | None = None
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """A rank's largest batch, by which the planner reckons time and memory.
+
+    Args:
+        requests: B.
+        events: N, history events of all its requests.
+        candidates: M, candidates of all its requests.
+
+    Example:
+        >>> from ifa_torchrec.distributed import BatchSize
+        >>> BatchSize(requests=32).events
+        32768
+    """
+
+    requests: int = 32
+    events: int = 32768
+    candidates: int = 2560
+
+
+class DenseAndTokenReservation(StorageReservation):
+    """Keeps a rank's memory free for the dense part and for the tokens of a batch.
+
+    Reserved are DENSE_COPIES times the parameters outside the embedding collections, and
+    TOKEN_COPIES * 4 * D bytes for each of N + M tokens. What the lookups themselves take, the
+    planner reckons by itself.
+
+    Args:
+        batch: BatchSize.
+
+    Example:
+        >>> import torch
+        >>> from torchrec.distributed.planner import Topology
+        >>> from ifa_torchrec.distributed.planning import BatchSize, DenseAndTokenReservation
+        >>> topology = Topology(world_size=1, compute_device="cpu", ddr_cap=1000)
+        >>> left = DenseAndTokenReservation(BatchSize()).reserve(
+        ...     topology, 32, torch.nn.Linear(4, 2, bias=False), [], None)
+        >>> left.devices[0].storage.ddr  # 1000 - 5 * 8 * 4
+        840
+    """
+
+    def __init__(self, batch: BatchSize) -> None:
+        self.batch = batch
+        self._reserved: Topology | None = None
+
+    def reserve(
+        self,
+        topology: Topology,
+        batch_size: int,
+        module: nn.Module,
+        sharders: list[ModuleSharder[nn.Module]],
+        constraints: dict[str, ParameterConstraints] | None = None,
+    ) -> Topology:
+        """TorchRec's interface: the topology without what is reserved.
+
+        Raises:
+            PlannerError: a rank has not even memory for that.
+        """
+        tables = {id(p) for m in _collections(module) for p in m.parameters()}
+        dense = sum(p.numel() * p.element_size() for p in module.parameters() if id(p) not in tables)
+        dims = [c.embedding_dim for m in _collections(module) for c in _configs(m)]
+        tokens = (self.batch.events + self.batch.candidates) * 4 * max(dims, default=0)
+        needed = DENSE_COPIES * dense + TOKEN_COPIES * tokens
+        reserved = copy.deepcopy(topology)
+        memory = "ddr" if topology.compute_device == "cpu" else "hbm"
+        for device in reserved.devices:
+            left = getattr(device.storage, memory) - needed
+            if left < 0:
+                raise PlannerError(
+                    error_type=PlannerErrorType.INSUFFICIENT_STORAGE,
+                    message=f"rank {device.rank} has {getattr(device.storage, memory) / 2**30:.3f} GB; "
+                    f"the dense part needs {DENSE_COPIES * dense / 2**30:.3f} and a batch's tokens "
+                    f"{TOKEN_COPIES * tokens / 2**30:.3f}: use smaller batches, or more memory",
+                )
+            setattr(device.storage, memory, left)
+        self._reserved = reserved
+        return reserved
+
+    @property
+    def last_reserved_topology(self) -> Topology | None:
+        """What the last call of ``reserve`` gave."""
+        return copy.deepcopy(self._reserved)
+
+
+class _BagSharder(EmbeddingBagCollectionSharder):
+    """TorchRec leaves row_wise out for bags on a CPU, where it works."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        types = super().sharding_types(compute_device_type)
+        return [*types, *({ShardingType.ROW_WISE.value} - set(types))]
+
+
+def sharders() -> list[ModuleSharder]:
+    """TorchRec's sharders of the two kinds of collections.
+
+    Example:
+        >>> from ifa_torchrec.distributed.planning import sharders
+        >>> [sharder.module_type.__name__ for sharder in sharders()]
+        ['EmbeddingBagCollection', 'EmbeddingCollection']
+    """
+    return [_BagSharder(), EmbeddingCollectionSharder()]
+
+
+def topology(device: torch.device, sharding: ShardingConfig) -> Topology:
+    """The process group's ranks and the memory they have.
+
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec.distributed import ShardingConfig, init_process_group
+        >>> from ifa_torchrec.distributed.planning import topology
+        >>> found = topology(init_process_group(), ShardingConfig(memory_gb=2))
+        >>> found.world_size
+        1
+    """
+    world = dist.get_world_size()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if sharding.memory_gb is not None:
+        memory = int(sharding.memory_gb * 2**30)
+    elif device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local
+    # torchrec warns of a factory that its own examples do not use
+    logging.getLogger("torchrec.distributed.planner.types").setLevel(logging.ERROR)
+    return Topology(
+        world_size=world,
+        local_world_size=local,
+        compute_device=device.type,
+        hbm_cap=memory,
+        **({"ddr_cap": memory} if device.type == "cpu" else {}),
+    )
+
+
+def make_planner(
+    model: nn.Module,
+    topology: Topology,
+    sharding: ShardingConfig,
+    batch: BatchSize,
+    whole_rows: bool = True,
+) -> EmbeddingShardingPlanner:
+    """TorchRec's planner for this model; it needs no process group, so that it plans for any cluster.
+
+    Features named ``history_*`` are reckoned with N/B values a request, ``candidate_*`` with M/B,
+    others with one.
+
+    Args:
+        model: holds embedding (bag) collections, on any device.
+        topology: from ``topology``, or a cluster's that is not there.
+        sharding: ShardingConfig.
+        batch: BatchSize.
+        whole_rows: an optimiser of one state a row, as row-wise Adagrad is, needs the rows whole:
+            columns are then not sharded.
+
+    Raises:
+        ShardingError: ``sharding`` names no table, or a type that the device or optimiser has not.
+
+    Example:
+        >>> import torch
+        >>> from torchrec import EmbeddingCollection, EmbeddingConfig
+        >>> from torchrec.distributed.planner import Topology
+        >>> from ifa_torchrec.distributed.planning import (
+        ...     BatchSize, ShardingConfig, make_planner, sharders)
+        >>> tables = EmbeddingCollection(device=torch.device("meta"), tables=[EmbeddingConfig(
+        ...     name="item", embedding_dim=64, num_embeddings=10**9, feature_names=["history_item"])])
+        >>> cluster = Topology(world_size=64, local_world_size=8, compute_device="cuda")
+        >>> planner = make_planner(tables, cluster, ShardingConfig(), BatchSize())
+        >>> planner.plan(tables, sharders()).plan[""]["item"].sharding_type
+        'row_wise'
+    """
+    device = topology.compute_device
+    known = [c.name for m in _collections(model) for c in _configs(m)]
+    for table, kind in sharding.tables.items():
+        if table not in known:
+            raise ShardingError(f"sharding: there is no table {table!r}; there are {known}")
+        if kind not in SHARDING_TYPES[device]:
+            raise ShardingError(
+                f"sharding: {table} cannot be {kind!r} on {device}: use one of "
+                f"{list(SHARDING_TYPES[device])}"
+            )
+        if whole_rows and kind in _SPLIT_ROWS:
+            raise ShardingError(
+                f"sharding: {table} cannot be {kind!r} with an optimiser of one state a row, which "
+                "would become another optimiser; use table optimizer 'adagrad' or 'sgd'"
+            )
+    free = [kind for kind in SHARDING_TYPES[device] if not (whole_rows and kind in _SPLIT_ROWS)]
+    kernels = [EmbeddingComputeKernel.FUSED.value]
+    if device == "cuda":
+        kernels.append(EmbeddingComputeKernel.FUSED_UVM_CACHING.value)
+    constraints = {
+        table.name: ParameterConstraints(
+            sharding_types=[sharding.tables[table.name]] if table.name in sharding.tables else free,
+            compute_kernels=kernels,
+            min_partition=_narrowest(table.embedding_dim, topology.world_size),
+            pooling_factors=[_values_a_request(name, batch) for name in table.feature_names],
+        )
+        for module in _collections(model)
+        for table in _configs(module)
+    }
+    return EmbeddingShardingPlanner(
+        topology=topology,
+        batch_size=batch.requests,
+        storage_reservation=DenseAndTokenReservation(batch),
+        constraints=constraints,
+    )
+
+
+def plan_on_all_ranks(make_plan: Callable[[], ShardingPlan]) -> ShardingPlan:
+    """Each rank plans by itself; then all go on, or none does. Called by all ranks.
+
+    Where only one rank planned, the others would wait for it, long, if it failed.
+
+    Args:
+        make_plan: comes to the same plan on every rank.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ShardingError: on every rank, if one has no plan or another plan than rank 0.
+
+    Example:
+        >>> from ifa_torchrec.distributed import init_process_group
+        >>> from ifa_torchrec.distributed.planning import plan_on_all_ranks
+        >>> from torchrec.distributed.types import ShardingPlan
+        >>> device = init_process_group()
+        >>> plan_on_all_ranks(lambda: ShardingPlan(plan={})).plan
+        {}
+    """
+    plan, error = None, None
+    try:
+        plan = make_plan()
+    except Exception as raised:  # whatever it is, the other ranks are waiting to hear of it
+        error = str(raised) or repr(raised)
+    digest = hashlib.sha256(str(plan).encode()).hexdigest()
+    outcomes: list = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, (error, digest))
+    for rank, (failure, digest) in enumerate(outcomes):
+        if failure is not None:
+            raise ShardingError(f"rank {rank} finds no sharding plan: {failure.strip()}")
+        if digest != outcomes[0][1]:
+            raise ShardingError(
+                f"rank {rank} comes to another sharding plan than rank 0: give all ranks the same "
+                "options and memory (memory_gb)"
+            )
+    assert plan is not None
+    return plan
+
+
+_SPLIT_ROWS = ("column_wise", "table_column_wise", "grid_shard")
+
+
+def _collections(model: nn.Module) -> list[EmbeddingBagCollection | EmbeddingCollection]:
+    return [m for m in model.modules() if isinstance(m, (EmbeddingBagCollection, EmbeddingCollection))]
+
+
+def _configs(module: EmbeddingBagCollection | EmbeddingCollection) -> Sequence:
+    if isinstance(module, EmbeddingBagCollection):
+        return module.embedding_bag_configs()
+    return module.embedding_configs()
+
+
+def _values_a_request(feature: str, batch: BatchSize) -> float:
+    if feature.startswith("history_"):
+        return batch.events / batch.requests
+    return batch.candidates / batch.requests if feature.startswith("candidate_") else 1.0
+
+
+def _narrowest(dim: int, world: int) -> int:
+    """Columns of a shard: a divisor of ``dim`` that fbgemm takes (4), for as many ranks as can be."""
+    return min((c for c in range(4, dim + 1, 4) if dim % c == 0 and c * world >= dim), default=dim)
