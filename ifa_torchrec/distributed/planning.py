@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
 import os
@@ -16,7 +15,8 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.distributed.planner.types import PlannerError, PlannerErrorType, StorageReservation
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import PlannerError, PlannerErrorType
 from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
@@ -85,7 +85,7 @@ class BatchSize:
     candidates: int = 2560
 
 
-class DenseAndTokenReservation(StorageReservation):
+class DenseAndTokenReservation(FixedPercentageStorageReservation):
     """Keeps a rank's memory free for the dense part and for the tokens of a batch.
 
     Reserved are DENSE_COPIES times the parameters outside the embedding collections, and
@@ -107,8 +107,8 @@ class DenseAndTokenReservation(StorageReservation):
     """
 
     def __init__(self, batch: BatchSize) -> None:
+        super().__init__(percentage=0.0)
         self.batch = batch
-        self._reserved: Topology | None = None
 
     def reserve(
         self,
@@ -128,7 +128,7 @@ class DenseAndTokenReservation(StorageReservation):
         dims = [c.embedding_dim for m in _collections(module) for c in _configs(m)]
         tokens = (self.batch.events + self.batch.candidates) * 4 * max(dims, default=0)
         needed = DENSE_COPIES * dense + TOKEN_COPIES * tokens
-        reserved = copy.deepcopy(topology)
+        reserved = super().reserve(topology, batch_size, module, sharders, constraints)
         memory = "ddr" if topology.compute_device == "cpu" else "hbm"
         for device in reserved.devices:
             left = getattr(device.storage, memory) - needed
@@ -140,13 +140,7 @@ class DenseAndTokenReservation(StorageReservation):
                     f"{TOKEN_COPIES * tokens / 2**30:.3f}: use smaller batches, or more memory",
                 )
             setattr(device.storage, memory, left)
-        self._reserved = reserved
         return reserved
-
-    @property
-    def last_reserved_topology(self) -> Topology | None:
-        """What the last call of ``reserve`` gave."""
-        return copy.deepcopy(self._reserved)
 
 
 class _BagSharder(EmbeddingBagCollectionSharder):

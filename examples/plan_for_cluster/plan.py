@@ -1,0 +1,181 @@
+"""Plan the tables of a cluster that is not there, with TorchRec's planner.
+
+    python examples/plan_for_cluster/plan.py
+    python examples/plan_for_cluster/plan.py --hosts 2 --item-rows 500_000_000
+
+Prints the plan, the memory of a device, and what a training step costs: the planner's estimate for
+the tables, and the history's traffic by the formulae of traffic.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import tyro
+from torchrec.distributed.planner import Topology
+from torchrec.distributed.planner.types import ShardingOption
+from traffic import Traffic
+
+from ifa_torchrec import DLRM_IFATrain, IFAConfig
+from ifa_torchrec.command_line import plain_errors
+from ifa_torchrec.data import LogSchema
+from ifa_torchrec.distributed import BatchSize, ShardingConfig, ShardingError
+from ifa_torchrec.distributed.planning import make_planner, sharders
+from ifa_torchrec.train import TrainConfig, build_model
+
+GB = 2**30
+
+
+@dataclass(frozen=True)
+class Options:
+    """The cluster, the tables and a rank's batch."""
+
+    hosts: int = 8
+    """Hosts."""
+    gpus: int = 8
+    """GPUs a host; a rank each."""
+    hbm_gb: float = 80.0
+    """Memory of a GPU, in 2^30 bytes."""
+    intra_host_gb_per_s: float = 450.0
+    """A GPU's bandwidth to the others of its host, in 2^30 bytes a second."""
+    inter_host_gb_per_s: float = 50.0
+    """A GPU's bandwidth to other hosts."""
+    item_rows: int = 2_000_000_000
+    """Rows of the item table."""
+    user_rows: int = 400_000_000
+    """Rows of the users' context table."""
+    dim: int = 64
+    """D."""
+    requests: int = 64
+    """B of a rank."""
+    history: int = 4000
+    """Events of a request, on average."""
+    candidates: int = 500
+    """Candidates of a request."""
+    tables: dict[str, str] | None = None
+    """Sharding types by table, e.g. item_table row_wise; the planner chooses for the rest."""
+
+
+def plan(options: Options) -> tuple[list[ShardingOption], Topology]:
+    """Plan without a process group.
+
+    Raises:
+        ShardingError: the tables do not fit the cluster, or cannot be sharded as asked.
+    """
+    schema = LogSchema(
+        item_features={"item": options.item_rows, "category": 20_000},
+        context_features={"user_id": options.user_rows, "country": 250, "hour": 24},
+        dense_features=("price_level", "account_age"),
+    )
+    config = TrainConfig(Path(), Path(), ifa=IFAConfig(embedding_dim=options.dim, num_heads=4))
+    model = DLRM_IFATrain(build_model(schema, config))  # on the meta device: no memory is taken
+    cluster = Topology(
+        world_size=options.hosts * options.gpus,
+        local_world_size=options.gpus,
+        compute_device="cuda",
+        hbm_cap=int(options.hbm_gb * GB),
+        intra_host_bw=options.intra_host_gb_per_s * GB / 1000,  # bytes a millisecond
+        inter_host_bw=options.inter_host_gb_per_s * GB / 1000,
+    )
+    planner = make_planner(
+        model, cluster, ShardingConfig(tables=options.tables or {}), batch_size(options)
+    )
+    try:
+        planner.plan(model, sharders())
+    except Exception as error:
+        raise ShardingError(f"the cluster has no plan for these tables: {error}") from error
+    return planner._best_plan or [], cluster  # TorchRec shows its estimates nowhere else
+
+
+def batch_size(options: Options) -> BatchSize:
+    """A rank's batch."""
+    return BatchSize(
+        options.requests, options.requests * options.history, options.requests * options.candidates
+    )
+
+
+def tables_of(options: Sequence[ShardingOption]) -> pd.DataFrame:
+    """A row a table."""
+    return pd.DataFrame(
+        {
+            "table": [o.name for o in options],
+            "sharding": [o.sharding_type for o in options],
+            "kernel": [o.compute_kernel for o in options],
+            "ranks": [len({shard.rank for shard in o.shards}) for o in options],
+            "rows a shard": [f"{max(shard.size[0] for shard in o.shards):,}" for o in options],
+            "weights, GB": [f"{o.tensor.numel() * 4 / GB:.2f}" for o in options],
+            "GB a rank": [
+                f"{max((s.storage.hbm + s.storage.ddr) / GB for s in o.shards):.2f}" for o in options
+            ],
+            "ms a step": [f"{max(s.perf.total for s in o.shards):.2f}" for o in options],
+        }
+    )
+
+
+def memory_of_ranks(options: Sequence[ShardingOption], ranks: int) -> list[float]:
+    """HBM that the tables, their optimisers and their lookups take on each rank, in GB."""
+    memory = [0.0] * ranks
+    for option in options:
+        for part in option.shards:
+            memory[part.rank] += part.storage.hbm / GB
+    return memory
+
+
+def report(options: Options) -> str:
+    """All that this script prints."""
+    found, cluster = plan(options)
+    ranks, batch = cluster.world_size, batch_size(options)
+    memory = memory_of_ranks(found, ranks)
+    parts = ("fwd_compute", "fwd_comms", "bwd_compute", "bwd_comms", "input_dist_comms")
+    milliseconds = {part: [0.0] * ranks for part in parts}
+    for option in found:
+        for shard in option.shards:
+            for part in parts:
+                milliseconds[part][shard.rank] += getattr(shard.perf, part)
+    traffic = Traffic(
+        ranks=ranks,
+        batch=batch,
+        item_features=2,
+        context_features=3,
+        dim=options.dim,
+        whole_lengths=True,
+    ).bytes_sent()
+    vectors = traffic["vectors, forward"]
+    # of a rank's peers, those on other hosts
+    far = (ranks - options.gpus) / max(ranks - 1, 1)
+    slow = far * vectors / (options.inter_host_gb_per_s * GB)
+    fast = (1 - far) * vectors / (options.intra_host_gb_per_s * GB)
+    lines = [
+        f"{options.hosts} hosts of {options.gpus} GPUs; a rank's batch: {batch.requests:,} requests, "
+        f"{batch.events:,} events, {batch.candidates:,} candidates",
+        "",
+        tables_of(found).to_string(index=False),
+        "",
+        f"memory of a rank: tables, optimiser states and lookups {min(memory):.1f} to "
+        f"{max(memory):.1f} GB of {options.hbm_gb:.0f}",
+        "planner's estimate of a step's tables (the busiest rank): "
+        + ", ".join(f"{name} {max(of_ranks):.1f}" for name, of_ranks in milliseconds.items())
+        + f"; all {max(map(sum, zip(*milliseconds.values(), strict=True))):.1f} ms",
+        "",
+        "sent by a rank in a step, by formula (MB): "
+        + ", ".join(f"{name} {value / 1e6:,.1f}" for name, value in traffic.items() if value),
+        f"vectors forward at the links' full bandwidth: {1000 * max(slow, fast):.1f} ms; backward "
+        "as much",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command line."""
+    # torchrec recommends a factory that its own examples do not use
+    logging.getLogger("torchrec.distributed.planner.types").setLevel(logging.ERROR)
+    with plain_errors():
+        print(report(tyro.cli(Options, description=__doc__)))
+
+
+if __name__ == "__main__":
+    main()
