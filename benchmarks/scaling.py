@@ -261,14 +261,15 @@ def report(options: Options) -> str:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
+    histories = f"mean {lengths.mean():,.0f}, longest {lengths.max():,}"
     return f"""# Scaling on one machine
 
-`python benchmarks/scaling.py` at commit {commit}; {cores} cores ({cpu_name()}), torch
-{torch.__version__}, gloo. The work is the same in every row: {options.steps} steps of at most {options.events:,}
-events over all ranks (D = 64, two item features, 64 candidates a request, a table of
-{options.items:,} items; histories log-normal, mean {lengths.mean():,.0f}, longest {lengths.max():,}). Medians of
-{options.rounds} rounds, the rows by turns. Milliseconds a step and rank by the profiler, over 5 further steps;
-communication holds the waiting for slower ranks.
+`python benchmarks/scaling.py` at commit {commit}; {cores} cores ({cpu_name()}),
+torch {torch.__version__}, gloo. The work is the same in every row: {options.steps} steps of at most
+{options.events:,} events over all ranks (D = 64, two item features, 64 candidates a request, a table of
+{options.items:,} items; histories log-normal, {histories}). Medians of {options.rounds} rounds,
+the rows by turns. Milliseconds a step and rank by the profiler, over 5 further steps; communication
+holds the waiting for slower ranks.
 
 {markdown(pd.DataFrame(rows))}
 

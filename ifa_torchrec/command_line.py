@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,17 +12,24 @@ from ifa_torchrec.distributed import CheckpointError
 
 
 @contextmanager
-def plain_errors() -> Iterator[None]:
-    """End the program with the message alone where the input is at fault, not the program.
+def as_command() -> Iterator[None]:
+    """Run a program for its user: what it prints is meant for that user.
+
+    It ends with the message alone where the input is at fault, not the program; and without
+    torch's and torchrec's warnings of their own calls of each other.
 
     Example:
-        >>> from ifa_torchrec.command_line import plain_errors
-        >>> with plain_errors():
+        >>> from ifa_torchrec.command_line import as_command
+        >>> with as_command():
         ...     raise ValueError("no such thing; there are a, b")
         Traceback (most recent call last):
         SystemExit: error: no such thing; there are a, b
     """
+    for name in ("torch.fx._symbolic_trace", "torchrec.distributed.planner.types"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch(rec)?\.")
+            yield
     except (LogError, CheckpointError, ValueError, FloatingPointError, FileExistsError) as error:
         raise SystemExit(f"error: {error}") from error

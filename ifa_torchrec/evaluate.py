@@ -14,7 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 import tyro
 
-from ifa_torchrec.command_line import plain_errors
+from ifa_torchrec.command_line import as_command
 from ifa_torchrec.data import RankingDataset
 from ifa_torchrec.scoring import measure, predict
 from ifa_torchrec.train import load_run
@@ -62,7 +62,7 @@ def evaluate(config: EvaluateConfig) -> dict:
 
 def main() -> None:
     """The command line."""
-    with plain_errors():
+    with as_command():
         metrics = evaluate(
             tyro.cli(EvaluateConfig, prog="python -m ifa_torchrec.evaluate", description=__doc__)
         )

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from ifa_torchrec.command_line import plain_errors
+from ifa_torchrec.command_line import as_command
 from ifa_torchrec.data import RankingDataset
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.modules import InteractionFidelityAttention
@@ -94,9 +94,12 @@ def explain(config: ExplainConfig) -> str:
 
 def main() -> None:
     """The command line."""
-    with plain_errors():
-        config = tyro.cli(ExplainConfig, prog="python -m ifa_torchrec.explain", description=__doc__)
-        print(explain(config))
+    with as_command():
+        text = explain(
+            tyro.cli(ExplainConfig, prog="python -m ifa_torchrec.explain", description=__doc__)
+        )
+        if dist.get_rank() == 0:
+            print(text)
         dist.destroy_process_group()
 
 

@@ -33,7 +33,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from tqdm import tqdm
 
 from ifa_torchrec.batch import RankingBatch
-from ifa_torchrec.command_line import plain_errors
+from ifa_torchrec.command_line import as_command
 from ifa_torchrec.data import EventBudgetSampler, EventLog, LogSchema, RankingDataset, make_loader
 from ifa_torchrec.distributed import (
     BatchSize,
@@ -370,6 +370,8 @@ def set_learning_rate(optimizer, config: TrainConfig, step: int, progress: float
 def load_run(folder: Path, data: Path | None = None) -> Run:
     """Build a run's model and load its last checkpoint. Called by all ranks.
 
+    There may be more or fewer ranks than trained it; where the tables lie, the planner decides.
+
     Args:
         folder: the run's --out.
         data: event log; None for the one it was trained on.
@@ -386,9 +388,7 @@ def load_run(folder: Path, data: Path | None = None) -> Run:
         raise checkpoint.CheckpointError(f"{config_file}: not a run's options: {error}") from error
     device = init_process_group()
     log = EventLog(data or config.data)
-    model, _ = shard(
-        DLRM_IFATrain(build_model(log.schema, config)), device, config.optimizers, config.sharding
-    )
+    model, _ = shard(DLRM_IFATrain(build_model(log.schema, config)), device, config.optimizers)
     checkpoint.load(folder / "checkpoints", model)
     return Run(config, log, model, device)
 
@@ -419,7 +419,7 @@ def _from_json(kind: type, values: dict[str, Any]) -> Any:
 
 def main() -> None:
     """The command line."""
-    with plain_errors():
+    with as_command():
         result = train(tyro.cli(TrainConfig, prog="python -m ifa_torchrec.train", description=__doc__))
         if dist.get_rank() == 0:
             print(json.dumps(result, indent=2))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,12 +18,12 @@ from ifa_torchrec import evaluate as evaluate_module
 from ifa_torchrec import explain as explain_module
 from ifa_torchrec import train as train_module
 from ifa_torchrec.data import EventLog, LogError, RankingDataset
-from ifa_torchrec.distributed import CheckpointError, OptimizerConfig, shard
+from ifa_torchrec.distributed import CheckpointError, OptimizerConfig, ShardingConfig, shard
 from ifa_torchrec.distributed.checkpoint import checkpoints
 from ifa_torchrec.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.explain import ExplainConfig, explain
 from ifa_torchrec.models import DLRM_IFATrain
-from ifa_torchrec.models.dlrm_ifa import INTERACTIONS
+from ifa_torchrec.models.dlrm_ifa import INTERACTIONS, CandidateArch
 from ifa_torchrec.scoring import measure
 from ifa_torchrec.train import TrainConfig, build_model, load_run, train
 
@@ -79,12 +77,28 @@ class Stopped(Exception):
 def stop_before_step(monkeypatch, step: int) -> None:
     set_learning_rate = train_module.set_learning_rate
 
-    def stops(optimizer, config, now, total):
+    def stops(optimizer, config, now, progress):
         if now == step:
             raise Stopped
-        set_learning_rate(optimizer, config, now, total)
+        set_learning_rate(optimizer, config, now, progress)
 
     monkeypatch.setattr(train_module, "set_learning_rate", stops)
+
+
+def requests_trained(monkeypatch, toy: Toy) -> list[list[int]]:
+    """Filled as the model is trained: the requests of each step, known by their season."""
+    steps: list[list[int]] = []
+    forward = CandidateArch.forward
+    number_of = {np.float32(s): n for n, s in enumerate(toy.requests["train"]["season"])}
+    assert len(number_of) == SPLITS["train"]
+
+    def keeps(self, context, history, candidates, batch):
+        if self.training:
+            steps.append([number_of[season] for season in batch.dense_features[:, 1].numpy()])
+        return forward(self, context, history, candidates, batch)
+
+    monkeypatch.setattr(CandidateArch, "forward", keeps)
+    return steps
 
 
 def train_stopped(config: TrainConfig, monkeypatch, step: int) -> None:
@@ -198,6 +212,52 @@ class TestResume:
         assert resumed.get("valid_gauc") == whole["valid_gauc"]
 
     @pytest.mark.parametrize(
+        "change",
+        [
+            {"max_requests": 5},
+            {"max_requests": 48},
+            {"max_events": 60},
+            {"sharding": ShardingConfig(tables={"item_table": "row_wise", "store_table": "row_wise"})},
+        ],
+        ids=str,
+    )
+    def test_other_batches_and_sharding_take_each_request_that_is_left_once(
+        self, config: TrainConfig, toy: Toy, monkeypatch, change: dict
+    ) -> None:
+        """The position in the data is a number of requests; another number of ranks is tested with
+        the checkpoints."""
+        trained = requests_trained(monkeypatch, toy)
+        config = dataclasses.replace(config, checkpoint_every=2, validate=False)
+        train_stopped(config, monkeypatch, 2)
+        assert [len(step) for step in trained] == [8, 8]
+        train(dataclasses.replace(config, resume=True, **change))
+        flat = [request for step in trained for request in step]
+        everything = list(range(SPLITS["train"]))
+        assert sorted(flat[:48]) == sorted(flat[48:]) == everything
+        assert flat[:48] != flat[48:]  # of another order
+        if "max_requests" in change:
+            left = min(change["max_requests"], 32)
+            assert len(trained[2]) == left
+
+    def test_the_learning_rate_goes_on_where_it_was(self, config: TrainConfig, monkeypatch) -> None:
+        """It falls with the requests that were taken, however they are cut into steps."""
+        rates = []
+        set_learning_rate = train_module.set_learning_rate
+
+        def keeps(optimizer, config, step, progress):
+            set_learning_rate(optimizer, config, step, progress)
+            rates.append(dict(optimizer.optimizers)["dense"].param_groups[0]["lr"])
+
+        monkeypatch.setattr(train_module, "set_learning_rate", keeps)
+        config = dataclasses.replace(config, checkpoint_every=3, validate=False)
+        train_stopped(config, monkeypatch, 3)
+        train(dataclasses.replace(config, resume=True, max_requests=12))
+        # a third, two thirds and all of the way up; then down: 8 of 96 requests a step, then 12
+        wanted = [1 / 3, 2 / 3 * 88 / 96, 80 / 96, 72 / 96, 60 / 96]
+        wanted += [48 / 96, 36 / 96, 24 / 96, 12 / 96]
+        assert rates == pytest.approx([0.01 * rate for rate in wanted])
+
+    @pytest.mark.parametrize(
         ("change", "named"),
         [
             ({"seed": 7}, "seed was 0, is 7"),
@@ -237,9 +297,22 @@ class TestResume:
             train(config)
         assert steps_of(config.out) == [1, 2]
 
-    def test_resume_without_a_checkpoint(self, config: TrainConfig) -> None:
-        with pytest.raises(CheckpointError, match=r"no checkpoint here.*leave out --resume"):
-            train(dataclasses.replace(config, resume=True))
+    def test_one_line_starts_a_run_and_goes_on_with_it(
+        self, config: TrainConfig, monkeypatch, capsys
+    ) -> None:
+        """And says which it does, where it spoils no output."""
+        plain = dataclasses.replace(config, out=config.out / "plain", validate=False)
+        train(plain)
+        assert "starting" not in capsys.readouterr().err
+        config = dataclasses.replace(config, checkpoint_every=2, validate=False, resume=True)
+        for stop, said in ((5, "no checkpoint here; starting"), (9, "going on from step 4")):
+            train_stopped(config, monkeypatch, stop)
+            printed = capsys.readouterr()
+            assert f"{config.out / 'checkpoints'}: {said}\n" in printed.err
+            assert said not in printed.out
+        assert train(config)["steps"] == 12
+        assert "going on from step 8" in capsys.readouterr().err
+        assert_same_weights(config.out, plain.out)
 
     def test_half_written_checkpoints_do_not_count(self, config: TrainConfig, monkeypatch) -> None:
         whole = dataclasses.replace(config, out=config.out / "whole", validate=False)
@@ -247,12 +320,14 @@ class TestResume:
         config = dataclasses.replace(config, checkpoint_every=2, validate=False)
         train_stopped(config, monkeypatch, 5)
         folder = config.out / "checkpoints"
-        for name in (".step-000000006", "step-000000005"):  # a draft; no progress.json
-            (folder / name).mkdir()
-            (folder / name / "__0_0.distcp").write_text("half")
+        draft = folder / ".step-000000006"
+        draft.mkdir()
+        for name in ("__0_0.distcp", "progress.json"):
+            (draft / name).write_text("half")
         assert steps_of(config.out) == [2, 4]
         train(dataclasses.replace(config, resume=True))
         assert_same_weights(config.out, whole.out)
+        assert sorted(path.name for path in folder.iterdir()) == ["step-000000010", "step-000000012"]
 
     def test_a_crash_while_saving_leaves_the_checkpoint_before(
         self, config: TrainConfig, monkeypatch
@@ -282,30 +357,53 @@ class TestWhatMayNotChange:
         with pytest.raises(CheckpointError, match=r"log was .* is "):
             train(dataclasses.replace(config, epochs=1, data=fewer.path, resume=True))
 
-    def test_another_number_of_ranks(self, config: TrainConfig) -> None:
-        train(dataclasses.replace(config, epochs=1))
-        progress = checkpoints(config.out / "checkpoints")[-1] / "progress.json"
-        saved = json.loads(progress.read_text())
-        saved["config"]["ranks"] = 2
-        progress.write_text(json.dumps(saved))
-        with pytest.raises(CheckpointError, match="ranks was 2, is 1"):
-            train(dataclasses.replace(config, epochs=1, resume=True))
 
-    @pytest.mark.parametrize("damage", ["truncated", "deleted", "no metadata", "progress"])
-    def test_a_damaged_checkpoint_is_named(self, config: TrainConfig, damage: str) -> None:
-        train(dataclasses.replace(config, checkpoint_every=4, epochs=1))
-        before, last = checkpoints(config.out / "checkpoints")
-        shard = next(last.glob("*.distcp"))
-        if damage == "truncated":
-            shard.write_bytes(shard.read_bytes()[:100])
-        elif damage == "deleted":
-            shard.unlink()
-        elif damage == "no metadata":
-            (last / ".metadata").unlink()
-        else:
-            (last / "progress.json").write_text("{")
-        with pytest.raises(CheckpointError, match=rf"{last.name} cannot.*go on from .*{before.name}"):
-            load_run(config.out)
+class TestDamage:
+    """What is damaged is tested with the checkpoints."""
+
+    @pytest.fixture
+    def damaged(self, config: TrainConfig) -> TrainConfig:
+        """A run of six steps that has checkpoints at 4 and 6, the last one torn."""
+        config = dataclasses.replace(config, checkpoint_every=4, epochs=1)
+        train(config)
+        assert steps_of(config.out) == [4, 6]
+        tear(config.out / "checkpoints" / "step-000000006")
+        return config
+
+    def test_a_run_goes_on_from_the_checkpoint_before(
+        self, config: TrainConfig, damaged: TrainConfig, capsys
+    ) -> None:
+        whole = dataclasses.replace(damaged, out=config.out / "whole", checkpoint_every=100)
+        valid = train(whole)["valid_ne"]
+        capsys.readouterr()
+        with pytest.warns(UserWarning, match=r"step-000000006 is damaged.*trying the one before"):
+            resumed = train(dataclasses.replace(damaged, resume=True))
+        assert "going on from step 4" in capsys.readouterr().err
+        assert resumed["steps"] == 6 and resumed["valid_ne"] == valid
+        assert steps_of(damaged.out) == [4, 6]
+        assert_same_weights(damaged.out, whole.out)  # without a warning: it is whole again
+
+    def test_evaluate_takes_the_checkpoint_before(self, damaged: TrainConfig) -> None:
+        with pytest.warns(UserWarning, match=r"step-000000006 is damaged"):
+            evaluate(EvaluateConfig(damaged.out, split="valid"))
+
+    def test_no_checkpoint_is_whole(self, damaged: TrainConfig) -> None:
+        tear(damaged.out / "checkpoints" / "step-000000004")
+        for call in (
+            lambda: train(dataclasses.replace(damaged, resume=True)),
+            lambda: load_run(damaged.out),
+        ):
+            with (
+                pytest.warns(UserWarning, match=r"step-000000006 is damaged"),
+                pytest.raises(CheckpointError, match=r"step-000000004 is damaged.*there is no other"),
+            ):
+                call()
+
+
+def tear(path: Path) -> None:
+    """As a file system that loses its last writes."""
+    shard = next(path.glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-100])
 
 
 def test_every_table_is_updated_by_the_fused_optimiser(trained: Path) -> None:
@@ -504,42 +602,3 @@ class TestCommandLine:
             train_module.main()
         assert end.value.code != 0
         assert "--data" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_two_ranks_train_what_one_can_evaluate(log: EventLog, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "ifa_torchrec.train", "--data", str(log.path), "--out", str(out)]
-    command += [
-        "--ifa.embedding-dim",
-        "8",
-        "--ifa.num-heads",
-        "2",
-        "--max-requests",
-        "4",
-        "--epochs",
-        "2",
-    ]
-    alone = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    done = subprocess.run(
-        command,
-        env={
-            **{name: value for name, value in os.environ.items() if name not in alone},
-            "PYTHONPATH": str(Path(train_module.__file__).parents[1]),
-            "GLOO_SOCKET_IFNAME": "lo",
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    result = json.loads(done.stdout)
-    # 12 batches of 4 requests an epoch, taken by turns
-    assert result["steps"] == 12 and steps_of(out) == [6, 12]
-    # one process reads what two have written, and finds the numbers that they found
-    metrics = evaluate(EvaluateConfig(out, split="valid"))
-    for name in ("gauc", "auc", "ndcg@10", "ne", "calibration"):
-        assert metrics[name] == pytest.approx(result[f"valid_{name}"], abs=1e-4)

@@ -9,7 +9,6 @@ the tables, and the history's traffic by the formulae of traffic.py.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from torchrec.distributed.planner.types import ShardingOption
 from traffic import Traffic
 
 from ifa_torchrec import DLRM_IFATrain, IFAConfig
-from ifa_torchrec.command_line import plain_errors
+from ifa_torchrec.command_line import as_command
 from ifa_torchrec.data import LogSchema
 from ifa_torchrec.distributed import BatchSize, ShardingConfig, ShardingError
 from ifa_torchrec.distributed.planning import make_planner, sharders
@@ -171,9 +170,7 @@ def report(options: Options) -> str:
 
 def main() -> None:
     """The command line."""
-    # torchrec recommends a factory that its own examples do not use
-    logging.getLogger("torchrec.distributed.planner.types").setLevel(logging.ERROR)
-    with plain_errors():
+    with as_command():
         print(report(tyro.cli(Options, description=__doc__)))
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import socket
 import struct
-import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +25,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollec
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, DLRM_IFATrain, IFAConfig, RankingBatch
+from ifa_torchrec.command_line import as_command
 from ifa_torchrec.distributed import (
     BatchSize,
     OptimizerConfig,
@@ -254,14 +254,16 @@ def _dense_parameters(model: nn.Module) -> int:
 
 def main() -> None:
     """The command line."""
-    warnings.simplefilter("ignore", FutureWarning)  # torchrec's calls of torch
-    options = tyro.cli(Options, description=__doc__)
-    table = measure(options)
-    if dist.get_rank() == 0:
-        print(f"Bytes that a rank sends in a step; {dist.get_world_size()} ranks, {options.sharding}:")
-        formats = {"collectives / formula": "{:.4f}".format}
-        print(table.to_string(float_format="{:,.0f}".format, formatters=formats, na_rep=""))
-    dist.destroy_process_group()
+    with as_command():
+        options = tyro.cli(Options, description=__doc__)
+        table = measure(options)
+        if dist.get_rank() == 0:
+            print(
+                f"Bytes that a rank sends in a step; {dist.get_world_size()} ranks, {options.sharding}:"
+            )
+            formats = {"collectives / formula": "{:.4f}".format}
+            print(table.to_string(float_format="{:,.0f}".format, formatters=formats, na_rep=""))
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

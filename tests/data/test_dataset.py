@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,10 +12,13 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from toy import NEW_USER, ONE_EVENT_USER, SCHEMA, Toy
 
 from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data import EventBudgetSampler, EventLog, LogSchema, RankingDataset, make_loader
+from ifa_torchrec.data.dataset import EMPTY_REQUEST
 
 DAY = pd.Timedelta(days=1)
 
@@ -223,6 +226,191 @@ class TestBatch:
         assert len(dataset) == len(toy.requests["train"]) == len(dataset.history_lengths)
 
 
+class TestEmptyRequests:
+    """EMPTY_REQUEST pads a rank's batch: a request without events, candidates and features."""
+
+    @pytest.mark.parametrize("padded", [(17, 3, -1), (-1, 17, 3), (17, -1, -1, 3)], ids=str)
+    def test_stand_where_they_are_asked_for_and_change_no_other(
+        self, dataset: RankingDataset, padded: tuple[int, ...]
+    ) -> None:
+        batch, real = dataset[list(padded)], dataset[[17, 3]]
+        places = [place for place, request in enumerate(padded) if request != EMPTY_REQUEST]
+        assert batch.num_requests == len(padded) and min(dataset.history_lengths[[17, 3]]) > 0
+        for mine, wanted in (
+            (batch.sequence_features, real.sequence_features),
+            (batch.context_features, real.context_features),
+        ):
+            assert mine.stride() == len(padded) and mine.keys() == wanted.keys()
+            for key, feature in wanted.to_dict().items():
+                lengths = np.zeros(len(padded), np.int64)
+                lengths[places] = feature.lengths()
+                assert mine[key].lengths().tolist() == lengths.tolist()
+                assert mine[key].values().tolist() == feature.values().tolist()
+        dense = torch.zeros(len(padded), 2)
+        dense[places] = real.dense_features
+        assert batch.dense_features.tolist() == dense.tolist()
+        for name in ("candidate_dense", "history_age", "labels", "exposed"):
+            assert torch.equal(getattr(batch, name), getattr(real, name)), name
+
+    def test_nothing_but_empty_requests(self, dataset: RankingDataset) -> None:
+        """What a rank trains on where there are fewer requests than ranks."""
+        batch, usual = dataset[[EMPTY_REQUEST] * 3], dataset[[17]]
+        assert batch.num_requests == 3
+        assert batch.dense_features.tolist() == [[0.0, 0.0]] * 3
+        for features, other in (
+            (batch.sequence_features, usual.sequence_features),
+            (batch.context_features, usual.context_features),
+        ):
+            assert features.stride() == 3 and features.keys() == other.keys()
+            assert features.lengths().tolist() == [0] * 3 * len(features.keys())
+            assert len(features.values()) == 0 and features.values().dtype == other.values().dtype
+        for name in ("candidate_dense", "history_age", "labels", "exposed"):
+            mine, other = getattr(batch, name), getattr(usual, name)
+            assert len(mine) == 0
+            assert mine.shape[1:] == other.shape[1:] and mine.dtype == other.dtype, name
+
+    @pytest.mark.parametrize("bad", [[], [-2], [3, -2, 4], [48], [-1, 48], [[1]]], ids=str)
+    def test_anything_else_is_no_request(self, dataset: RankingDataset, bad: list) -> None:
+        with pytest.raises(IndexError, match=r"0 to 47 \(or -1 for an empty request\), got"):
+            dataset[bad]
+
+
+@dataclass
+class Case:
+    """A sampler's arguments, and what all ranks get of it."""
+
+    lengths: np.ndarray
+    max_events: int
+    max_requests: int
+    seed: int | None
+    world: int
+
+    def samplers(self, world: int | None = None) -> list[EventBudgetSampler]:
+        world = world or self.world
+        budget = (self.max_events, self.max_requests, self.seed)
+        return [EventBudgetSampler(self.lengths, *budget, shard=(r, world)) for r in range(world)]
+
+    def order(self, epoch: int) -> list[int]:
+        """The requests one by one, as one rank takes them that takes one at a time."""
+        sampler = EventBudgetSampler(self.lengths, self.max_events, 1, self.seed)
+        sampler.start_at(epoch)
+        return [request for [request] in sampler]
+
+
+def lists_of(samplers: Sequence[EventBudgetSampler], epoch: int = 0, request: int = 0) -> list:
+    """For each rank its lists, one a step."""
+    for sampler in samplers:
+        sampler.start_at(epoch, request)
+    return [list(sampler) for sampler in samplers]
+
+
+def taken(ranks: list[list[list[int]]]) -> list[list[int]]:
+    """For each step the requests that all ranks take together, in ascending order."""
+    steps = zip(*ranks, strict=True)
+    return [sorted(r for batch in step for r in batch if r != EMPTY_REQUEST) for step in steps]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Histories of all sorts: none, of equal length, with a heavy tail, one that towers over all."""
+    kind = draw(st.sampled_from(["any", "zeros", "equal", "heavy tail", "one huge", "many"]))
+    count = draw(st.integers(0, 60 if kind != "many" else 400))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    if kind == "any":
+        lengths = np.array(draw(st.lists(st.integers(0, 60), max_size=60)), np.int64)
+    elif kind in ("zeros", "equal"):
+        lengths = np.full(count, 0 if kind == "zeros" else draw(st.integers(1, 60)))
+    else:
+        lengths = rng.lognormal(2.5, 1.5, count).astype(np.int64)
+        if kind == "one huge" and count:
+            lengths[rng.integers(count)] = 10**9
+    return Case(
+        lengths,
+        max_events=draw(st.integers(1, 200)),
+        max_requests=draw(st.integers(1, 9)) if kind != "many" else 64,
+        seed=draw(st.sampled_from([None, 0, 7])),
+        world=draw(st.integers(1, 8)),
+    )
+
+
+property_test = settings(deadline=None, max_examples=80)
+
+
+class TestEventBudgetSamplerOnAnyLengths:
+    @property_test
+    @given(cases())
+    @example(Case(np.zeros(9, np.int64), 1, 1, None, 8))
+    @example(Case(np.array([10**9]), 1, 3, 0, 8))
+    def test_all_ranks_make_the_same_steps_within_their_budgets(self, case: Case) -> None:
+        samplers = case.samplers()
+        ranks = lists_of(samplers)
+        assert {len(sampler) for sampler in samplers} == {len(ranks[0])} == set(map(len, ranks))
+        for step in zip(*ranks, strict=True):
+            assert len(set(map(len, step))) == 1  # padded to the same width
+            assert 1 <= len(step[0]) <= case.max_requests
+            # no wider than its widest, and no step without any request
+            assert any(EMPTY_REQUEST not in batch for batch in step)
+            for batch in step:
+                requests = [r for r in batch if r != EMPTY_REQUEST]
+                lengths = case.lengths[requests]
+                alone = np.count_nonzero(lengths) == 1
+                assert lengths.sum() <= case.max_events or alone, lengths
+
+    @property_test
+    @given(cases(), st.integers(0, 3))
+    def test_everything_is_taken_once_in_the_epochs_order(self, case: Case, epoch: int) -> None:
+        """Position in the data is a number of requests, so steps must take them in order."""
+        samplers = case.samplers()
+        steps, order = taken(lists_of(samplers, epoch)), case.order(epoch)
+        assert sorted(order) == list(range(len(case.lengths)))
+        assert (order == sorted(order)) or case.seed is not None
+        bounds = [samplers[0].requests_taken(step) for step in range(len(steps) + 1)]
+        assert bounds[0] == 0 and bounds[-1] == len(case.lengths)
+        assert steps == [sorted(order[a:b]) for a, b in pairwise(bounds)]
+        for sampler in samplers:
+            assert [sampler.requests_taken(step) for step in range(len(steps) + 1)] == bounds
+
+    @property_test
+    @given(cases(), st.data())
+    def test_the_same_ranks_go_on_exactly_there(self, case: Case, data: st.DataObject) -> None:
+        samplers = case.samplers()
+        ranks = lists_of(samplers, 2)
+        bounds = [samplers[0].requests_taken(step) for step in range(len(ranks[0]) + 1)]
+        step = data.draw(st.integers(0, len(ranks[0])))
+        assert lists_of(samplers, 2, bounds[step]) == [batches[step:] for batches in ranks]
+        assert len(samplers[0]) == len(ranks[0]) - step
+        rest = range(len(ranks[0]) - step + 1)
+        assert [samplers[0].requests_taken(later) for later in rest] == bounds[step:]
+
+    @property_test
+    @given(cases(), st.integers(1, 8), st.data())
+    def test_other_ranks_and_budgets_take_the_rest(
+        self, case: Case, world: int, data: st.DataObject
+    ) -> None:
+        request = data.draw(st.integers(0, len(case.lengths)))
+        other = replace(case, max_events=case.max_events + 3, max_requests=case.max_requests + 1)
+        rest = taken(lists_of(other.samplers(world), 1, request))
+        assert sorted(r for step in rest for r in step) == sorted(case.order(1)[request:])
+
+    @property_test
+    @given(cases())
+    def test_imbalance_is_the_busiest_rank_over_the_mean(self, case: Case) -> None:
+        samplers = case.samplers()
+        ratios = []
+        for step in zip(*lists_of(samplers), strict=True):
+            events = [case.lengths[[r for r in batch if r >= 0]].sum() for batch in step]
+            if sum(events):
+                ratios.append(max(events) * len(events) / sum(events))
+        wanted = sum(ratios) / len(ratios) if ratios else 1.0
+        assert [s.imbalance() for s in samplers] == [pytest.approx(wanted)] * case.world
+
+    @property_test
+    @given(cases())
+    def test_one_rank_is_never_padded(self, case: Case) -> None:
+        [batches] = lists_of(case.samplers(world=1))
+        assert EMPTY_REQUEST not in {request for batch in batches for request in batch}
+
+
 class TestEventBudgetSampler:
     LENGTHS = np.random.default_rng(0).integers(0, 30, 101)
     LENGTHS[[7, 60]] = 500  # more than the budget
@@ -230,43 +418,74 @@ class TestEventBudgetSampler:
     def sampler(self, **options) -> EventBudgetSampler:
         return EventBudgetSampler(self.LENGTHS, **{"max_events": 64, "max_requests": 5, **options})
 
-    @pytest.mark.parametrize("seed", [None, 0, 1])
-    def test_budgets_are_kept(self, seed: int | None) -> None:
-        for batch in self.sampler(seed=seed):
-            assert 1 <= len(batch) <= 5
-            assert self.LENGTHS[batch].sum() <= 64 or len(batch) == 1
+    def ranks(self, world: int, **options) -> list[EventBudgetSampler]:
+        return [self.sampler(shard=(rank, world), **options) for rank in range(world)]
+
+    @pytest.mark.parametrize(
+        ("lengths", "max_requests", "wanted"),
+        [
+            # longest first to the rank with the fewest events: 9 | 8, 5 | 4, 3 | 1
+            ([1, 3, 4, 5, 8, 9], 9, [[1, 2, 5], [0, 3, 4]]),
+            # 9 and then, since a rank takes three at most, 1 and 1; 2, 2, 2
+            ([2, 9, 2, 1, 2, 1], 3, [[1, 3, 5], [0, 2, 4]]),
+            # one towers over the others, which fill the other rank
+            ([5, 90, 5, 5], 9, [[1, -1, -1], [0, 2, 3]]),
+            # without events they go where there are the fewest requests
+            ([0, 0, 0, 0, 7], 4, [[4, -1, -1, -1], [0, 1, 2, 3]]),
+            ([6], 9, [[0], [-1]]),
+        ],
+        ids=str,
+    )
+    def test_a_step_is_shared_longest_first(
+        self, lengths: list[int], max_requests: int, wanted: list[list[int]]
+    ) -> None:
+        samplers = [EventBudgetSampler(lengths, 100, max_requests, shard=(rank, 2)) for rank in (0, 1)]
+        assert [list(sampler) for sampler in samplers] == [[batch] for batch in wanted]
 
     @pytest.mark.parametrize("seed", [None, 0])
     def test_a_history_over_budget_stands_alone(self, seed: int | None) -> None:
-        batches = list(self.sampler(seed=seed))
-        assert [7] in batches and [60] in batches
+        """But for requests without events."""
+        for world in (1, 3):
+            batches = [batch for batches in lists_of(self.ranks(world, seed=seed)) for batch in batches]
+            for long in (7, 60):
+                [batch] = [batch for batch in batches if long in batch]
+                assert not self.LENGTHS[[r for r in batch if r not in (long, EMPTY_REQUEST)]].any()
 
-    def test_the_budget_is_used(self) -> None:
+    def test_one_rank_uses_its_budget(self) -> None:
         """A batch is closed only when the next request would break a limit."""
         batches = list(self.sampler())
         for batch, following in pairwise(batches):
             events = self.LENGTHS[batch].sum() + self.LENGTHS[following[0]]
             assert len(batch) == 5 or events > 64
 
-    @pytest.mark.parametrize("seed", [None, 0, 1])
-    def test_one_rank_sees_everything_once(self, seed: int | None) -> None:
-        seen = [request for batch in self.sampler(seed=seed) for request in batch]
-        assert sorted(seen) == list(range(101))
-        assert (seen == sorted(seen)) == (seed is None)
+    @pytest.mark.parametrize("world", [1, 2, 4, 8])
+    def test_ranks_use_their_budgets(self, world: int) -> None:
+        """They share what fits together, and what was found not to fit is not cut far back."""
+        lengths = log_normal(sigma=0.8)
+        ranks = [EventBudgetSampler(lengths, 8000, 1000, seed=0, shard=(r, world)) for r in range(world)]
+        steps = taken(lists_of(ranks))[:-1]  # the last takes what is left
+        used = [lengths[step].sum() / (8000 * world) for step in steps]
+        assert len(steps) > 8 and np.mean(used) > 0.9
 
-    @pytest.mark.parametrize("world", [2, 3, 7, 50])
-    def test_ranks_take_equal_steps_and_cover_everything(self, world: int) -> None:
-        alone = list(self.sampler(seed=3))
-        ranks = [list(self.sampler(seed=3, shard=(rank, world))) for rank in range(world)]
-        steps = -(-len(alone) // world)
-        assert [len(batches) for batches in ranks] == [steps] * world
-        assert [len(self.sampler(seed=3, shard=(rank, world))) for rank in range(world)] == [
-            steps
-        ] * world
-        together = [batch for batches in ranks for batch in batches]
-        # nothing is missing, and only as much is seen twice as evens out the steps
-        assert {tuple(b) for b in together} == {tuple(b) for b in alone}
-        assert len(together) - len(alone) < world
+    @pytest.mark.parametrize("world", [2, 4, 8])
+    @pytest.mark.parametrize("max_events", [10**9, 20_000])
+    def test_ranks_are_far_closer_than_in_a_naive_split(self, world: int, max_events: int) -> None:
+        """Naive: each rank cuts batches of its own, of every world-th request."""
+        lengths = log_normal(sigma=1.0)
+        ranks = [
+            EventBudgetSampler(lengths, max_events, 32, seed=0, shard=(rank, world))
+            for rank in range(world)
+        ]
+        order = np.concatenate(taken(lists_of([EventBudgetSampler(lengths, max_events, 1, seed=0)])))
+        events = []
+        for rank in range(world):
+            own = order[rank::world]
+            alone = EventBudgetSampler(lengths[own], max_events, 32)
+            events.append([lengths[own[batch]].sum() for batch in alone])
+        steps = list(zip(*events, strict=False))
+        naive = np.mean([max(step) / np.mean(step) for step in steps])
+        assert naive > 1.05
+        assert ranks[0].imbalance() - 1 < 0.15 * (naive - 1)
 
     def test_seed_and_epoch_decide_the_order(self) -> None:
         def order(seed: int, epoch: int) -> list:
@@ -279,19 +498,10 @@ class TestEventBudgetSampler:
         orders = [order(1, 0), order(1, 1), order(2, 0), order(2, 1)]
         assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
 
-    @pytest.mark.parametrize("shard", [(0, 1), (1, 3)])
-    def test_start_at_goes_on_exactly_there(self, shard: tuple[int, int]) -> None:
-        sampler = self.sampler(seed=4, shard=shard)
-        sampler.start_at(2)
-        whole = list(sampler)
-        for batch in (0, 1, len(whole) - 1, len(whole)):
-            sampler.start_at(2, batch)
-            assert list(sampler) == whole[batch:]
-            assert len(sampler) == len(whole) - batch
-
     def test_no_requests(self) -> None:
         sampler = EventBudgetSampler([], max_events=1, max_requests=1, shard=(1, 2))
         assert list(sampler) == [] and len(sampler) == 0
+        assert sampler.requests_taken(0) == 0 and sampler.imbalance() == 1
 
     @pytest.mark.parametrize("bad", [{"max_events": 0}, {"max_requests": 0}, {"max_events": -1}])
     def test_bad_budgets(self, bad: dict) -> None:
@@ -299,14 +509,24 @@ class TestEventBudgetSampler:
             self.sampler(**bad)
 
 
-def test_loader_end_to_end(toy: Toy, dataset: RankingDataset) -> None:
-    sampler = EventBudgetSampler(dataset.history_lengths, max_events=100, max_requests=8, seed=0)
+def log_normal(sigma: float) -> np.ndarray:
+    """Histories as logs have them: most short, some long."""
+    return np.random.default_rng(0).lognormal(5, sigma, 4000).astype(np.int64)
+
+
+@pytest.mark.parametrize("shard", [(0, 1), (1, 3)], ids=["alone", "one of three"])
+def test_loader_end_to_end(toy: Toy, dataset: RankingDataset, shard: tuple[int, int]) -> None:
+    sampler = EventBudgetSampler(
+        dataset.history_lengths, max_events=100, max_requests=8, seed=0, shard=shard
+    )
     loader = make_loader(dataset, sampler)
     wanted = list(sampler)
-    assert len(loader) == len(wanted) > 5
+    assert len(loader) == len(wanted) >= 3
     for batch, requests in zip(loader, wanted, strict=True):
         assert isinstance(batch, RankingBatch)
         assert batch.num_requests == len(requests)
-        assert len(batch.history_age) <= 100 or len(requests) == 1
-        seasons = toy.requests["train"]["season"][requests].to_numpy(np.float32)
-        np.testing.assert_array_equal(batch.dense_features[:, 1], seasons)
+        lengths = batch.sequence_features["history_item"].lengths()
+        assert lengths.sum() <= 100 or lengths.count_nonzero() == 1
+        assert lengths.sum() == len(batch.history_age)
+        seasons = toy.requests["train"]["season"].reindex(requests, fill_value=0)
+        np.testing.assert_array_equal(batch.dense_features[:, 1], seasons.to_numpy(np.float32))
