@@ -135,8 +135,8 @@ class DenseAndTokenReservation(FixedPercentageStorageReservation):
             if left < 0:
                 raise PlannerError(
                     error_type=PlannerErrorType.INSUFFICIENT_STORAGE,
-                    message=f"rank {device.rank} has {getattr(device.storage, memory) / 2**30:.3f} GB; "
-                    f"the dense part needs {DENSE_COPIES * dense / 2**30:.3f} and a batch's tokens "
+                    message=f"a rank has {getattr(device.storage, memory) / 2**30:.3f} GB of memory; the "
+                    f"dense part needs {DENSE_COPIES * dense / 2**30:.3f} and a batch's tokens "
                     f"{TOKEN_COPIES * tokens / 2**30:.3f}: use smaller batches, or more memory",
                 )
             setattr(device.storage, memory, left)
@@ -291,13 +291,15 @@ def plan_on_all_ranks(make_plan: Callable[[], ShardingPlan]) -> ShardingPlan:
     try:
         plan = make_plan()
     except Exception as raised:  # whatever it is, the other ranks are waiting to hear of it
-        error = str(raised) or repr(raised)
+        error = str(raised).strip() or repr(raised)
     digest = hashlib.sha256(str(plan).encode()).hexdigest()
     outcomes: list = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, (error, digest))
+    if error is not None and all(failure == error for failure, _ in outcomes):
+        raise ShardingError(error)
     for rank, (failure, digest) in enumerate(outcomes):
         if failure is not None:
-            raise ShardingError(f"rank {rank} finds no sharding plan: {failure.strip()}")
+            raise ShardingError(f"rank {rank} finds no sharding plan: {failure}")
         if digest != outcomes[0][1]:
             raise ShardingError(
                 f"rank {rank} comes to another sharding plan than rank 0: give all ranks the same "
