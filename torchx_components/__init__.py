@@ -1,0 +1,1 @@
+"""TorchX components: ``ifa.train.ddp`` and ``ifa.evaluate.ddp``; how to run them: docs/launch."""

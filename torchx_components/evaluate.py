@@ -1,0 +1,99 @@
+"""The TorchX component that evaluates."""
+
+# TorchX reads the annotations' source and knows no newer spelling.
+# ruff: noqa: UP006, UP035, UP045
+from typing import Dict, List, Optional
+
+from torchx.components import dist
+from torchx.specs import AppDef
+
+
+def ddp(
+    *script_args: str,
+    run: str,
+    split: str = "test",
+    data: Optional[str] = None,
+    j: str = "1x2",
+    h: Optional[str] = None,
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,
+    image: str = "ifa-torchrec:0.1.0",
+    name: str = "/",
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+    rdzv_port: int = 29500,
+    mounts: Optional[List[str]] = None,
+    debug: bool = False,
+) -> AppDef:
+    """Score and measure a split: python -m ifa_torchrec.evaluate under torchrun.
+
+    Options of the script that are not here go after "--", e.g. -- --by store.
+
+    Args:
+        script_args: more options of python -m ifa_torchrec.evaluate
+        run: folder of a training run, its out; every node must see it
+        split: requests to score
+        data: event log; by default the one the run was trained on
+        j: NODESxRANKS, e.g. 2x4 for two nodes with four ranks each
+        h: a named resource, e.g. gpu.large, instead of cpu, gpu and memMB
+        cpu: CPUs a node
+        gpu: GPUs a node, one for each of its ranks
+        memMB: memory a node, in MB
+        image: container image with this package; not used by local_cwd and slurm
+        name: EXPERIMENT/RUN, EXPERIMENT/ or RUN; the job is called evaluate if RUN is left out
+        env: environment variables of the job, e.g. A=1,B=2
+        max_retries: times that the scheduler may start a failed job again
+        rdzv_port: port on the first node where the nodes meet; not used on one node
+        mounts: mounts of the container, e.g. type=volume,src=CLAIM,dst=/shared
+        debug: set the environment variables that help to find errors of torch.distributed
+
+    Returns:
+        The job.
+
+    Raises:
+        ValueError: an argument is out of range or empty.
+
+    Example:
+        >>> from torchx_components.evaluate import ddp
+        >>> role = ddp("--by", "store", run="/shared/run", j="1x4").roles[0]
+        >>> role.args[1].partition("-m ")[2]
+        'ifa_torchrec.evaluate -- --run /shared/run --split test --by store'
+    """
+    if not run.strip():
+        raise ValueError("run is empty; name the out of a training run, that every node can see")
+    if not split.strip():
+        raise ValueError("split is empty; name a split of the event log, e.g. test")
+    nodes, _, ranks, _ = dist.parse_nnodes(j)
+    for option, value, least in (
+        ("nodes in j", nodes, 1),
+        ("ranks in j", ranks, 1),
+        ("cpu", cpu, 1),
+        ("gpu", gpu, 0),
+        ("memMB", memMB, 1),
+        ("max_retries", max_retries, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{option} must be at least {least}, not {value}")
+    return dist.ddp(
+        "--",  # torchrun would take --run for its own --run-path
+        "--run",
+        run,
+        "--split",
+        split,
+        *(["--data", data] if data else []),
+        *script_args,
+        m="ifa_torchrec.evaluate",
+        j=j,
+        h=h,
+        cpu=cpu,
+        gpu=gpu,
+        memMB=memMB,
+        image=image,
+        name=name,
+        env=dict(env or {}),
+        max_retries=max_retries,
+        rdzv_port=rdzv_port,
+        mounts=mounts,
+        debug=debug,
+    )

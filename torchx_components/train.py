@@ -1,0 +1,118 @@
+"""The TorchX component that trains."""
+
+# TorchX reads the annotations' source and knows no newer spelling.
+# ruff: noqa: UP006, UP035, UP045
+from typing import Dict, List, Optional
+
+from torchx.components import dist
+from torchx.specs import AppDef
+
+
+def ddp(
+    *script_args: str,
+    data: str,
+    out: str,
+    max_events: int = 32768,
+    max_requests: int = 32,
+    j: str = "1x2",
+    h: Optional[str] = None,
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,
+    image: str = "ifa-torchrec:0.1.0",
+    name: str = "/",
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+    max_restarts: int = 0,
+    rdzv_port: int = 29500,
+    mounts: Optional[List[str]] = None,
+    debug: bool = False,
+) -> AppDef:
+    """Train on an event log: python -m ifa_torchrec.train under torchrun.
+
+    Options of the script that are not here go after "--", e.g. -- --interaction softmax --epochs 2.
+    A job that may be started again (max_retries, max_restarts, nodes that come and go) gets the
+    script's --resume: each start goes on from the last checkpoint in out, if there is one.
+
+    Args:
+        script_args: more options of python -m ifa_torchrec.train
+        data: event log to train on; every node must see it
+        out: folder of the run; every node must see it
+        max_events: budget of history events a batch and rank
+        max_requests: most requests a batch and rank
+        j: [MIN_NODES:]NODESxRANKS, e.g. 2x4 for two nodes with four ranks each
+        h: a named resource, e.g. gpu.large, instead of cpu, gpu and memMB
+        cpu: CPUs a node
+        gpu: GPUs a node, one for each of its ranks
+        memMB: memory a node, in MB
+        image: container image with this package; not used by local_cwd and slurm
+        name: EXPERIMENT/RUN, EXPERIMENT/ or RUN; the job is called train if RUN is left out
+        env: environment variables of the job, e.g. A=1,B=2
+        max_retries: times that the scheduler may start a failed job again
+        max_restarts: times that torchrun may start the ranks again within the job
+        rdzv_port: port on the first node where the nodes meet; not used on one node
+        mounts: mounts of the container, e.g. type=volume,src=CLAIM,dst=/shared
+        debug: set the environment variables that help to find errors of torch.distributed
+
+    Returns:
+        The job.
+
+    Raises:
+        ValueError: an argument is out of range or empty.
+
+    Example:
+        >>> from torchx_components.train import ddp
+        >>> role = ddp("--epochs", "2", data="/shared/log", out="/shared/run", j="2x4").roles[0]
+        >>> role.num_replicas
+        2
+        >>> role.args[1].partition("-m ")[2][:55]
+        'ifa_torchrec.train --data /shared/log --out /shared/run'
+    """
+    for option, path in (("data", data), ("out", out)):
+        if not path.strip():
+            raise ValueError(f"{option} is empty; name a folder that every node can see")
+    nodes, _, ranks, _ = dist.parse_nnodes(j)
+    for option, value, least in (
+        ("max_events", max_events, 1),
+        ("max_requests", max_requests, 1),
+        ("nodes in j", nodes, 1),
+        ("ranks in j", ranks, 1),
+        ("cpu", cpu, 1),
+        ("gpu", gpu, 0),
+        ("memMB", memMB, 1),
+        ("max_retries", max_retries, 0),
+        ("max_restarts", max_restarts, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{option} must be at least {least}, not {value}")
+    env = dict(env or {})
+    torchrun_may_restart = max_restarts > 0 or ":" in j
+    if torchrun_may_restart:
+        env["PET_MAX_RESTARTS"] = str(max_restarts)  # torchrun's --max-restarts
+        # else the new ranks may find the dead ranks' addresses in the store of torchrun, and fail
+        env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    return dist.ddp(
+        "--data",
+        data,
+        "--out",
+        out,
+        "--max-events",
+        str(max_events),
+        "--max-requests",
+        str(max_requests),
+        *(["--resume"] if torchrun_may_restart or max_retries else []),
+        *script_args,
+        m="ifa_torchrec.train",
+        j=j,
+        h=h,
+        cpu=cpu,
+        gpu=gpu,
+        memMB=memMB,
+        image=image,
+        name=name,
+        env=env,
+        max_retries=max_retries,
+        rdzv_port=rdzv_port,
+        mounts=mounts,
+        debug=debug,
+    )
