@@ -159,7 +159,7 @@ def work(log_path: str, options: Options) -> tuple[float, dict[str, float]]:
         for _ in range(profiled):
             pipeline.progress(batches)
     kinds = Counter()
-    for event in profiler.events():
+    for event in profiler.events() or []:
         kinds[kind_of(event)] += event.self_cpu_time_total / 1000 / profiled
     dist.destroy_process_group()
     return events / seconds, dict(kinds)

@@ -127,19 +127,19 @@ class DenseAndTokenReservation(FixedPercentageStorageReservation):
         dense = sum(p.numel() * p.element_size() for p in module.parameters() if id(p) not in tables)
         dims = [c.embedding_dim for m in _collections(module) for c in _configs(m)]
         tokens = (self.batch.events + self.batch.candidates) * 4 * max(dims, default=0)
-        needed = DENSE_COPIES * dense + TOKEN_COPIES * tokens
+        dense, tokens = DENSE_COPIES * dense, TOKEN_COPIES * tokens
         reserved = super().reserve(topology, batch_size, module, sharders, constraints)
         memory = "ddr" if topology.compute_device == "cpu" else "hbm"
         for device in reserved.devices:
-            left = getattr(device.storage, memory) - needed
-            if left < 0:
+            there = getattr(device.storage, memory)
+            if there < dense + tokens:
                 raise PlannerError(
                     error_type=PlannerErrorType.INSUFFICIENT_STORAGE,
-                    message=f"a rank has {getattr(device.storage, memory) / 2**30:.3f} GB of memory; the "
-                    f"dense part needs {DENSE_COPIES * dense / 2**30:.3f} and a batch's tokens "
-                    f"{TOKEN_COPIES * tokens / 2**30:.3f}: use smaller batches, or more memory",
+                    message=f"a rank has {there / 2**30:.3f} GB of memory; the dense part needs "
+                    f"{dense / 2**30:.3f} and a batch's tokens {tokens / 2**30:.3f}: use smaller "
+                    "batches, or more memory",
                 )
-            setattr(device.storage, memory, left)
+            setattr(device.storage, memory, there - dense - tokens)
         return reserved
 
 
