@@ -215,7 +215,7 @@ def train(config: TrainConfig) -> dict[str, float]:
     # A position in the data means nothing for other data.
     belongs_to = {**_to_json(config.fixed()), "log": log.fingerprint()}
     step, first_epoch, taken = 0, 0, 0
-    if checkpoint.checkpoints(folder):
+    if checkpoint.checkpoints_of_rank_0(folder):
         if not config.resume:
             raise checkpoint.CheckpointError(
                 f"{folder} holds checkpoints: give --resume to go on, or another --out"
@@ -229,13 +229,16 @@ def train(config: TrainConfig) -> dict[str, float]:
         config.out.mkdir(parents=True, exist_ok=True)
         saved = dataclasses.replace(config, data=config.data.resolve())
         text = json.dumps(_to_json(dataclasses.asdict(saved)), indent=2, allow_nan=False)
-        (config.out / "config.json").write_text(text)
+        draft = config.out / ".config.json"
+        draft.write_text(text)
+        draft.rename(config.out / "config.json")  # whole, also if this is killed
     writer = (
         # what a killed run wrote after its last checkpoint is not shown twice
         SummaryWriter(str(config.out / "tensorboard"), purge_step=step) if rank == 0 else None
     )
 
-    losses: list[torch.Tensor] = []
+    losses: list[float] = []
+    unread: list[torch.Tensor] = []  # reading a loss waits for the device
     events, seconds, imbalance, result = 0, 0.0, 1.0, {}
 
     def forward(batch: RankingBatch) -> tuple[torch.Tensor, Any]:
@@ -249,7 +252,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         totals = torch.stack([loss.detach() * candidates, loss.new_tensor(float(candidates))])
         dist.all_reduce(totals)
         everywhere = totals[1].clamp(min=1)
-        losses.append(totals[0] / everywhere)
+        unread.append(totals[0] / everywhere)
         return loss * (world * candidates / everywhere), output  # DDP takes the mean of the ranks
 
     pipeline = TrainPipelineSparseDist(model, optimizer, device, custom_model_fwd=forward)
@@ -273,7 +276,9 @@ def train(config: TrainConfig) -> dict[str, float]:
             last = number == len(sampler)
             save = step % config.checkpoint_every == 0 or last
             if step % 10 == 0 or save:
-                mean = _mean_of_last(losses, 10, step, folder)
+                losses += _finite(unread, step, folder)
+                unread.clear()
+                mean = sum(losses[-10:]) / len(losses[-10:])
                 bar.set_postfix(loss=f"{mean:.4f}")
                 if writer is not None:
                     speed = events / (seconds + time.perf_counter() - start)
@@ -295,7 +300,8 @@ def train(config: TrainConfig) -> dict[str, float]:
     if writer is not None:
         writer.close()
     if losses:
-        result["loss"] = _mean_of_last(losses, max(len(losses) // 10, 1), step, folder)
+        tail = losses[-max(len(losses) // 10, 1) :]
+        result["loss"] = sum(tail) / len(tail)
         result["events_per_second"] = events / seconds
         result["imbalance"] = imbalance
     return {"steps": step, "seconds": seconds, **result}
@@ -308,20 +314,20 @@ def batch_size(dataset: RankingDataset, config: TrainConfig) -> BatchSize:
     return BatchSize(config.max_requests, config.max_events, math.ceil(candidates * config.max_requests))
 
 
-def _mean_of_last(losses: list[torch.Tensor], count: int, step: int, folder: Path) -> float:
-    """Mean of the last ``count`` losses.
+def _finite(losses: list[torch.Tensor], step: int, folder: Path) -> list[float]:
+    """The latest losses, up to that of ``step``.
 
     Raises:
         FloatingPointError: one of them is not finite.
     """
-    last = torch.stack(losses[-count:]).tolist()
-    for before, loss in enumerate(reversed(last)):
+    read = torch.stack(losses).tolist()
+    for number, loss in enumerate(read, start=step - len(read) + 1):
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"step {step - before}: the loss is {loss}; train anew with lower learning rates; the "
-                f"last checkpoint in {folder} is whole"
+                f"step {number}: the loss is {loss}; train anew with lower learning rates; the last "
+                f"checkpoint in {folder}, if there is one, is whole"
             )
-    return sum(last) / len(last)
+    return read
 
 
 def validate(

@@ -164,6 +164,7 @@ class EventBudgetSampler(Sampler[list[int]]):
         """
         self._start = (epoch, request)
         self._cut: list[list[np.ndarray]] | None = None
+        self._taken: list[int] = [request]
 
     def __iter__(self) -> Iterator[list[int]]:
         rank, _ = self.shard
@@ -177,7 +178,8 @@ class EventBudgetSampler(Sampler[list[int]]):
 
     def requests_taken(self, step: int) -> int:
         """Requests of the epoch that all ranks have taken after ``step`` steps of this pass."""
-        return self._start[1] + sum(len(share) for shares in self._steps()[:step] for share in shares)
+        self._steps()
+        return self._taken[step]
 
     def imbalance(self) -> float:
         """The most events of a rank over the mean of the ranks, averaged over the steps: how much
@@ -210,6 +212,7 @@ class EventBudgetSampler(Sampler[list[int]]):
                 while (shares := self._share(lengths[first:last])) is None:
                     last -= max((last - first) // 16, 1)
                 self._cut.append([order[first:last][share] for share in shares])
+                self._taken.append(last)
                 first = last
         return self._cut
 

@@ -1,7 +1,7 @@
 """Checkpoints that are whole or not there, by torch.distributed.checkpoint.
 
 FOLDER/step-000400/   DCP's shards: model, tables, both optimisers, each rank's random number
-                      generators; and progress.json, with the checksum of each file
+                      generators; progress.json; and checksums.json, of all these files
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def save(
     Args:
         folder: where checkpoints lie.
         model, optimizer: from ``shard``.
-        progress: JSON; holds "step", and whatever resuming needs; "files" is ours.
+        progress: JSON; holds "step", and whatever resuming needs.
 
     Returns:
         The checkpoint's folder.
@@ -76,20 +76,30 @@ def save(
     sums: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(sums, {f.name: _checksum(f) for f in draft.glob(f"__{rank}_*")})
     if rank == 0:
+        (draft / "progress.json").write_text(json.dumps(progress))
         files = {name: value for of_rank in sums for name, value in of_rank.items()}
-        files[".metadata"] = _checksum(draft / ".metadata")
-        (draft / "progress.json").write_text(json.dumps({**progress, "files": files}))
-        shutil.rmtree(final, ignore_errors=True)
+        files |= {name: _checksum(draft / name) for name in (".metadata", "progress.json")}
+        (draft / "checksums.json").write_text(json.dumps(files))
+        if final.exists():
+            _delete(final)
         draft.rename(final)
         for old in checkpoints(folder)[:-KEEP]:
-            shutil.rmtree(old)
+            _delete(old)
     dist.barrier()
     return final
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in ``folder``, oldest first."""
-    return sorted(file.parent for file in folder.glob("step-*/progress.json"))
+    """The checkpoints in ``folder``, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def checkpoints_of_rank_0(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder`` as rank 0 sees them: a shared file system need not show all
+    ranks the same at the same time. Called by all ranks."""
+    found = [checkpoints(folder)]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 def load(
@@ -102,7 +112,8 @@ def load(
     the random number generators. Called by all ranks; there may be more or fewer of them than
     saved it, and the sharding plan may be another.
 
-    A damaged checkpoint is passed over for the one before, with a warning.
+    A damaged checkpoint is passed over for the one before, with a warning; to go on training, it
+    is renamed as well, to damaged-STEP.
 
     Args:
         folder: where checkpoints lie.
@@ -117,18 +128,25 @@ def load(
         CheckpointError: there is none, none is whole, or it is of another configuration; the
             message names what differs.
     """
-    found = [checkpoints(folder)]
-    dist.broadcast_object_list(found)  # a shared file system need not show all ranks the same
-    damage = ""
-    for path in reversed(found[0]):
+    found = checkpoints_of_rank_0(folder)
+    damaged: list[Path] = []
+    for path in reversed(found):
         try:
-            return _load(path, model, optimizer, config)
+            progress = _load(path, model, optimizer, config)
         except _Damaged as error:
+            damaged.append(path)
             damage = f"{path} is damaged or of another model ({error})"
+            if path == found[0]:
+                raise CheckpointError(
+                    f"{damage}, and there is none before it; start anew in another folder"
+                ) from error
             if dist.get_rank() == 0:
                 warnings.warn(f"{damage}; trying the one before", stacklevel=2)
-    if damage:
-        raise CheckpointError(f"{damage}, and there is no other; start anew in another folder")
+        else:
+            if optimizer is not None and dist.get_rank() == 0:
+                for path in damaged:  # else they would be the latest again once training passes them
+                    path.rename(path.with_name(f"damaged-{path.name}"))
+            return progress
     raise CheckpointError(f"{folder}: no checkpoint here; train first")
 
 
@@ -158,12 +176,12 @@ def _load(
             )
     state: dict[str, Any] = {"model": model.state_dict()}
     rng = {}
-    if optimizer is not None:
-        state["optimizer"] = optimizer.state_dict()
-        # a rank that was not there when it was saved keeps its own
-        saved_keys = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        rng = {name: value for name, value in _rng_states().items() if name in saved_keys}
     try:
+        if optimizer is not None:
+            state["optimizer"] = optimizer.state_dict()
+            # a rank that was not there when it was saved keeps its own
+            saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+            rng = {name: value for name, value in _rng_states().items() if name in saved}
         with _quiet():
             dcp.load({**state, **rng}, checkpoint_id=path)
     # of many kinds, by what is wrong; DCP's own is no Exception
@@ -180,14 +198,13 @@ def _load(
 def _check_files(path: Path) -> tuple[dict[str, Any], str | None]:
     """The progress, and what is wrong with this rank's part of the checkpoint's files."""
     try:
-        progress = json.loads((path / "progress.json").read_text())
-        files = progress.pop("files")
+        files = json.loads((path / "checksums.json").read_text())
         for name in sorted(files)[dist.get_rank() :: dist.get_world_size()]:
             if _checksum(path / name) != files[name]:
                 return {}, f"{name} is not what was written"
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        return json.loads((path / "progress.json").read_text()), None
+    except (OSError, ValueError, TypeError) as error:
         return {}, f"{type(error).__name__}: {error}"
-    return progress, None
 
 
 def _checksum(file: Path) -> int:
@@ -196,6 +213,13 @@ def _checksum(file: Path) -> int:
         while block := stream.read(1 << 24):
             result = zlib.crc32(block, result)
     return result
+
+
+def _delete(path: Path) -> None:
+    """Delete a checkpoint; killed amid it, leave what the next save clears away."""
+    doomed = path.with_name(f".{path.name}-old")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _rng_states() -> dict[str, torch.Tensor]:

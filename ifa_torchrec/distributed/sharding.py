@@ -68,10 +68,17 @@ def init_process_group() -> torch.device:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend)
-        else:
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if "RANK" not in os.environ:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        elif restarts != "0" and os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun's store still holds the addresses of the ranks that died (pytorch issue
+            # 135712); on several nodes the count is not the same on each
+            store, rank, world = next(dist.rendezvous("env://"))
+            store = dist.PrefixStore(f"restart-{restarts}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        else:
+            dist.init_process_group(backend)
     return device
 
 

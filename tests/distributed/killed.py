@@ -1,0 +1,63 @@
+"""``python -m ifa_torchrec.train``, in which one rank kills itself, once.
+
+    KILL="PLACE RANK STEP" python killed.py OPTIONS
+
+PLACE is where: ``training`` before that step, ``writing`` when its part of that step's checkpoint is
+written, ``renaming`` when all of the checkpoint is written and only its name is a draft's. Where
+torchrun has restarted the ranks, none is killed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from torch.distributed.checkpoint import FileSystemWriter
+
+from ifa_torchrec import train
+
+
+def arm(place: str, rank: int, step: int) -> None:
+    """Lay the trap, if this is the rank."""
+    if int(os.environ["RANK"]) != rank or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    set_learning_rate, write_data, rename = (
+        train.set_learning_rate,
+        FileSystemWriter.write_data,
+        Path.rename,
+    )
+
+    def stepping(optimizer, config, now, progress):
+        if now == step:
+            die()
+        set_learning_rate(optimizer, config, now, progress)
+
+    def writing(self, *args):
+        written = write_data(self, *args)
+        if f"step-{step:09d}" in str(self.path):
+            written.wait()
+            die()
+        return written
+
+    def renaming(self, target):
+        if target.name == f"step-{step:09d}":
+            die()
+        return rename(self, target)
+
+    if place == "training":
+        train.set_learning_rate = stepping
+    elif place == "writing":
+        FileSystemWriter.write_data = writing
+    else:
+        Path.rename = renaming
+
+
+if __name__ == "__main__":
+    place, rank, step = os.environ["KILL"].split()
+    arm(place, int(rank), int(step))
+    train.main()
