@@ -395,7 +395,9 @@ class TestDamage:
         ):
             with (
                 pytest.warns(UserWarning, match=r"step-000000006 is damaged"),
-                pytest.raises(CheckpointError, match=r"step-000000004 is damaged.*there is none before it"),
+                pytest.raises(
+                    CheckpointError, match=r"step-000000004 is damaged.*there is none before it"
+                ),
             ):
                 call()
 

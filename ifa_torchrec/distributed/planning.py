@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -37,9 +38,10 @@ lie outside the fused optimiser, and on a CPU they pool sequences."""
 DENSE_COPIES = 5
 """A dense parameter's weight, gradient, AdamW's two moments and DDP's bucket."""
 
-TOKEN_COPIES = 12
-"""Vectors of width D, in float32, that a training step holds for a token at its peak, beyond what was
-looked up; measured (tests/distributed/test_planning.py)."""
+EVENT_COPIES, CANDIDATE_COPIES = 10, 24
+"""Vectors of width D, in float32, that a training step holds at its peak for an event and for a
+candidate; measured on models of the default configuration (tests/distributed/test_planning.py). A
+softmax's matrices, of events times candidates, come on top where the sets are large."""
 
 
 class ShardingError(ValueError):
@@ -88,9 +90,9 @@ class BatchSize:
 class DenseAndTokenReservation(FixedPercentageStorageReservation):
     """Keeps a rank's memory free for the dense part and for the tokens of a batch.
 
-    Reserved are DENSE_COPIES times the parameters outside the embedding collections, and
-    TOKEN_COPIES * 4 * D bytes for each of N + M tokens. What the lookups themselves take, the
-    planner reckons by itself.
+    Reserved are DENSE_COPIES times the parameters outside the embedding collections, and 4 * D bytes
+    for each of EVENT_COPIES * N + CANDIDATE_COPIES * M vectors. What the lookups themselves take,
+    the planner reckons by itself.
 
     Args:
         batch: BatchSize.
@@ -126,8 +128,8 @@ class DenseAndTokenReservation(FixedPercentageStorageReservation):
         tables = {id(p) for m in _collections(module) for p in m.parameters()}
         dense = sum(p.numel() * p.element_size() for p in module.parameters() if id(p) not in tables)
         dims = [c.embedding_dim for m in _collections(module) for c in _configs(m)]
-        tokens = (self.batch.events + self.batch.candidates) * 4 * max(dims, default=0)
-        dense, tokens = DENSE_COPIES * dense, TOKEN_COPIES * tokens
+        vectors = EVENT_COPIES * self.batch.events + CANDIDATE_COPIES * self.batch.candidates
+        dense, tokens = DENSE_COPIES * dense, vectors * 4 * max(dims, default=0)
         reserved = super().reserve(topology, batch_size, module, sharders, constraints)
         memory = "ddr" if topology.compute_device == "cpu" else "hbm"
         for device in reserved.devices:
@@ -137,7 +139,7 @@ class DenseAndTokenReservation(FixedPercentageStorageReservation):
                     error_type=PlannerErrorType.INSUFFICIENT_STORAGE,
                     message=f"a rank has {there / 2**30:.3f} GB of memory; the dense part needs "
                     f"{dense / 2**30:.3f} and a batch's tokens {tokens / 2**30:.3f}: use smaller "
-                    "batches, or more memory",
+                    "batches (max_events), or more memory (memory_gb)",
                 )
             setattr(device.storage, memory, there - dense - tokens)
         return reserved
@@ -180,7 +182,7 @@ def topology(device: torch.device, sharding: ShardingConfig) -> Topology:
     elif device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local
+        memory = _memory_of_machine() // local
     # torchrec warns of a factory that its own examples do not use
     logging.getLogger("torchrec.distributed.planner.types").setLevel(logging.ERROR)
     return Topology(
@@ -228,35 +230,42 @@ def make_planner(
         >>> planner.plan(tables, sharders()).plan[""]["item"].sharding_type
         'row_wise'
     """
-    device = topology.compute_device
-    known = [c.name for m in _collections(model) for c in _configs(m)]
-    for table, kind in sharding.tables.items():
-        if table not in known:
-            raise ShardingError(f"sharding: there is no table {table!r}; there are {known}")
-        if kind not in SHARDING_TYPES[device]:
-            raise ShardingError(
-                f"sharding: {table} cannot be {kind!r} on {device}: use one of "
-                f"{list(SHARDING_TYPES[device])}"
-            )
-        if whole_rows and kind in _SPLIT_ROWS:
-            raise ShardingError(
-                f"sharding: {table} cannot be {kind!r} with an optimiser of one state a row, which "
-                "would become another optimiser; use table optimizer 'adagrad' or 'sgd'"
-            )
-    free = [kind for kind in SHARDING_TYPES[device] if not (whole_rows and kind in _SPLIT_ROWS)]
+    device, ranks = topology.compute_device, topology.world_size
+    known = [table.name for module in _collections(model) for table in _configs(module)]
+    for name in sharding.tables:
+        if name not in known:
+            raise ShardingError(f"sharding: there is no table {name!r}; there are {known}")
     kernels = [EmbeddingComputeKernel.FUSED.value]
     if device == "cuda":
         kernels.append(EmbeddingComputeKernel.FUSED_UVM_CACHING.value)
-    constraints = {
-        table.name: ParameterConstraints(
-            sharding_types=[sharding.tables[table.name]] if table.name in sharding.tables else free,
-            compute_kernels=kernels,
-            min_partition=_narrowest(table.embedding_dim, topology.world_size),
-            pooling_factors=[_values_a_request(name, batch) for name in table.feature_names],
-        )
-        for module in _collections(model)
-        for table in _configs(module)
-    }
+    constraints = {}
+    for module in _collections(model):
+        for table in _configs(module):
+            asked = sharding.tables.get(table.name)
+            possible = _possible(module, table.num_embeddings, device, ranks)
+            if asked is None:
+                allowed = [kind for kind in possible if not (whole_rows and kind in _SPLIT_ROWS)]
+                # its collectives want batches of equally many requests, which others' loaders have not
+                if device == "cpu" and isinstance(module, EmbeddingBagCollection):
+                    allowed = [kind for kind in allowed if kind != "row_wise"]
+            elif asked not in possible:
+                raise ShardingError(
+                    f"sharding: {table.name} cannot be {asked!r} on {ranks} ranks of {device}: use one "
+                    f"of {possible}"
+                )
+            elif whole_rows and asked in _SPLIT_ROWS:
+                raise ShardingError(
+                    f"sharding: {table.name} cannot be {asked!r} with an optimiser of one state a row, "
+                    "which would become another optimiser; use table optimizer 'adagrad' or 'sgd'"
+                )
+            else:
+                allowed = [asked]
+            constraints[table.name] = ParameterConstraints(
+                sharding_types=allowed,
+                compute_kernels=kernels,
+                min_partition=_narrowest(table.embedding_dim, ranks),
+                pooling_factors=[_values_a_request(name, batch) for name in table.feature_names],
+            )
     return EmbeddingShardingPlanner(
         topology=topology,
         batch_size=batch.requests,
@@ -312,6 +321,16 @@ def plan_on_all_ranks(make_plan: Callable[[], ShardingPlan]) -> ShardingPlan:
 _SPLIT_ROWS = ("column_wise", "table_column_wise", "grid_shard")
 
 
+def _memory_of_machine() -> int:
+    """Bytes of memory, or of what the container may use of it."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for file in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroups, version 2 and 1
+        path = Path("/sys/fs/cgroup") / file
+        if path.exists() and (limit := path.read_text().strip()).isdigit():
+            limits.append(int(limit))
+    return min(limits)
+
+
 def _collections(model: nn.Module) -> list[EmbeddingBagCollection | EmbeddingCollection]:
     return [m for m in model.modules() if isinstance(m, (EmbeddingBagCollection, EmbeddingCollection))]
 
@@ -320,6 +339,18 @@ def _configs(module: EmbeddingBagCollection | EmbeddingCollection) -> Sequence:
     if isinstance(module, EmbeddingBagCollection):
         return module.embedding_bag_configs()
     return module.embedding_configs()
+
+
+def _possible(
+    module: EmbeddingBagCollection | EmbeddingCollection, rows: int, device: str, ranks: int
+) -> list[str]:
+    """What a table of so many rows can be sharded by."""
+    sharder = next(s for s in sharders() if isinstance(module, s.module_type))
+    kinds = [kind for kind in SHARDING_TYPES[device] if kind in sharder.sharding_types(device)]
+    # each rank gets ceil(rows / ranks) until there are no more; on a CPU fbgemm fails on an empty one
+    if device == "cpu" and -(-rows // ranks) * (ranks - 1) >= rows:
+        kinds.remove("row_wise")
+    return kinds
 
 
 def _values_a_request(feature: str, batch: BatchSize) -> float:

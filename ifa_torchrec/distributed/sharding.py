@@ -163,7 +163,14 @@ def shard(
 
     dense_optimizer = KeyedOptimizerWrapper(dense, adamw)
     # Without state the dense optimiser's part of a checkpoint would be skipped in silence.
+    # torchrec makes it by a step with zero gradients, which must not count nor decay a weight.
+    for group in dense_optimizer.param_groups:
+        group["lr"] = 0.0
     dense_optimizer.init_state()
+    for group in dense_optimizer.param_groups:
+        group["lr"] = optimizers.dense_lr
+    for state in dense_optimizer.state.values():
+        state["step"].zero_()
     return sharded, CombinedOptimizer([sharded.fused_optimizer, ("dense", dense_optimizer)])
 
 

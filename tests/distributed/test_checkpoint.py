@@ -708,7 +708,11 @@ class TestDamage:
         with pytest.warns(UserWarning, match="step-000000012 is damaged"):
             result = train(dataclasses.replace(run.whole, resume=True, max_requests=32))
         assert result["steps"] < 12
-        assert names_in(folder) == ["damaged-step-000000012", "step-000000009", f"step-{result['steps']:09d}"]
+        assert names_in(folder) == [
+            "damaged-step-000000012",
+            "step-000000009",
+            f"step-{result['steps']:09d}",
+        ]
 
     def test_whole_checkpoints_are_not_passed_over(self, run: Saved) -> None:
         [loaded] = load_all([run.whole])
