@@ -240,9 +240,17 @@ def make_planner(
         kernels.append(EmbeddingComputeKernel.FUSED_UVM_CACHING.value)
     constraints = {}
     for module in _collections(model):
+        # on a CPU fbgemm fails on a rank that has no row of any table of a width
+        filled = {
+            table.embedding_dim
+            for table in _configs(module)
+            if sharding.tables.get(table.name) == "row_wise" and _fills(table.num_embeddings, ranks)
+        }
         for table in _configs(module):
             asked = sharding.tables.get(table.name)
-            possible = _possible(module, table.num_embeddings, device, ranks)
+            possible = _possible(module, device)
+            if device == "cpu" and not _fills(table.num_embeddings, ranks):
+                possible = [k for k in possible if k != "row_wise" or table.embedding_dim in filled]
             if asked is None:
                 allowed = [kind for kind in possible if not (whole_rows and kind in _SPLIT_ROWS)]
                 # its collectives want batches of equally many requests, which others' loaders have not
@@ -341,16 +349,15 @@ def _configs(module: EmbeddingBagCollection | EmbeddingCollection) -> Sequence:
     return module.embedding_configs()
 
 
-def _possible(
-    module: EmbeddingBagCollection | EmbeddingCollection, rows: int, device: str, ranks: int
-) -> list[str]:
-    """What a table of so many rows can be sharded by."""
+def _possible(module: EmbeddingBagCollection | EmbeddingCollection, device: str) -> list[str]:
+    """What a collection's tables can be sharded by."""
     sharder = next(s for s in sharders() if isinstance(module, s.module_type))
-    kinds = [kind for kind in SHARDING_TYPES[device] if kind in sharder.sharding_types(device)]
-    # each rank gets ceil(rows / ranks) until there are no more; on a CPU fbgemm fails on an empty one
-    if device == "cpu" and -(-rows // ranks) * (ranks - 1) >= rows:
-        kinds.remove("row_wise")
-    return kinds
+    return [kind for kind in SHARDING_TYPES[device] if kind in sharder.sharding_types(device)]
+
+
+def _fills(rows: int, ranks: int) -> bool:
+    """Whether each rank gets a row: row_wise gives each ceil(rows / ranks) until there are no more."""
+    return -(-rows // ranks) * (ranks - 1) < rows
 
 
 def _values_a_request(feature: str, batch: BatchSize) -> float:
