@@ -1,0 +1,181 @@
+"""The candidate set as a set: relations between its candidates, and the best k of them together.
+
+The paper names the goal, the best set and not m independent scores; its construction was not at
+hand (only the abstract and the introduction), so this one is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import JaggedTensor
+
+from ifa_torchrec.modules.ifa import InteractionFidelityAttention
+from ifa_torchrec.modules.interaction import IFAConfig
+from ifa_torchrec.modules.peers import SoftmaxAttention
+
+ATTENTIONS = {"softmax": SoftmaxAttention, "linear": InteractionFidelityAttention}
+
+
+@dataclass(frozen=True)
+class CandidateSetConfig:
+    """How the candidates of a request see each other.
+
+    Args:
+        attention: "softmax", O(m^2), for sets of some hundreds; "linear", O(m), for larger ones,
+            the same op that meets the history; "none": they do not.
+        num_heads: heads of width D / num_heads.
+
+    Raises:
+        ValueError: attention is none of these.
+
+    Example:
+        >>> from ifa_torchrec.modules import CandidateSetConfig
+        >>> CandidateSetConfig(attention="linear").num_heads
+        2
+    """
+
+    attention: Literal["none", "softmax", "linear"] = "none"
+    num_heads: int = 2
+
+    def __post_init__(self) -> None:
+        known = ["none", *ATTENTIONS]
+        if self.attention not in known:
+            raise ValueError(f"CandidateSetConfig: attention {self.attention!r} is none of {known}")
+
+
+class CandidateSetEncoder(nn.Module):
+    """Self-attention among the candidates of a request: each is seen beside the others.
+
+    Jagged, for sets of 0 to 10^4; independent of other requests and of the order of the
+    candidates. It is user-aware where the tokens are: DLRM_IFA hands it each candidate's token
+    plus what the user's history answered to it.
+
+    Args:
+        embedding_dim: D.
+        config: CandidateSetConfig, with an attention.
+        backend: of the linear attention, a key of ops.BACKENDS.
+
+    Raises:
+        ValueError: config.attention is "none".
+
+    Example:
+        >>> import torch
+        >>> from torchrec.sparse.jagged_tensor import JaggedTensor
+        >>> from ifa_torchrec import CandidateSetEncoder
+        >>> from ifa_torchrec.modules import CandidateSetConfig
+        >>> encoder = CandidateSetEncoder(8, CandidateSetConfig("softmax"))
+        >>> candidates = JaggedTensor(torch.randn(5, 8), lengths=torch.tensor([3, 0, 2]))
+        >>> encoder(candidates).values().shape
+        torch.Size([5, 8])
+    """
+
+    def __init__(self, embedding_dim: int, config: CandidateSetConfig, backend: str = "auto") -> None:
+        super().__init__()
+        if config.attention == "none":
+            raise ValueError("CandidateSetEncoder: attention 'none' needs no encoder")
+        self.attention = ATTENTIONS[config.attention](
+            IFAConfig(embedding_dim, num_heads=config.num_heads, backend=backend)
+        )
+
+    def forward(self, candidates: JaggedTensor, context: JaggedTensor | None = None) -> JaggedTensor:
+        """
+        Args:
+            candidates: tokens [M, D] of B requests.
+            context: tokens that the candidates are seen beside, of the same requests; None for
+                the candidates themselves. To build a set item by item, those taken so far.
+
+        Returns:
+            JaggedTensor with the candidates' offsets and values [M, D], what each finds in its
+            context; to be put beside the tokens, not in their place.
+        """
+        return self.attention(candidates, candidates if context is None else context)
+
+
+Scorer = Callable[[Tensor], Tensor]
+"""Logits [M] of all candidates, given which are taken, [M] bool."""
+
+
+def generate_set(
+    logits: Tensor | Scorer,
+    candidates: JaggedTensor,
+    k: int,
+    strategy: Literal["topk", "greedy"] = "topk",
+) -> JaggedTensor:
+    """The k candidates of each request that are best together, best first.
+
+    Args:
+        logits: [M], or a function of which candidates are taken, [M] bool, that gives [M].
+        candidates: of B requests; its lengths say which rows belong together.
+        k: how many to take; a request with fewer gives all it has.
+        strategy: "topk" takes the k highest logits, with nothing taken. "greedy" takes one, scores
+            the others in the context of those already taken, takes the next, and so on: k calls
+            of the function. With fixed logits both are the same.
+
+    Returns:
+        JaggedTensor of B requests whose values are row numbers of the candidates, int64. Of
+        equal logits the lower row comes first.
+
+    Raises:
+        ValueError: k is negative, the strategy unknown, or the logits are not [M] numbers.
+
+    Example:
+        >>> import torch
+        >>> from torchrec.sparse.jagged_tensor import JaggedTensor
+        >>> from ifa_torchrec import generate_set
+        >>> candidates = JaggedTensor(torch.zeros(4, 8), lengths=torch.tensor([3, 1]))
+        >>> generate_set(torch.tensor([0.1, 0.9, 0.5, 0.3]), candidates, k=2).values().tolist()
+        [1, 2, 3]
+        >>> def twins(taken):  # rows 1 and 2 are worth little beside each other
+        ...     return torch.tensor([0.1, 0.9, 0.5, 0.3]) - taken[[0, 2, 1, 3]].float()
+        >>> generate_set(twins, candidates, k=2, strategy="greedy").values().tolist()
+        [1, 0, 3]
+    """
+    if k < 0:
+        raise ValueError(f"k must be at least 0, got {k}")
+    if strategy not in ("topk", "greedy"):
+        raise ValueError(f"strategy must be 'topk' or 'greedy', got {strategy!r}")
+    offsets = candidates.offsets()
+    rows = len(candidates.values())
+    taken = torch.zeros(rows, dtype=torch.bool, device=offsets.device)
+
+    def score() -> Tensor:
+        values = logits(taken) if callable(logits) else logits
+        if values.shape != (rows,) or bool(values.isnan().any()):
+            raise ValueError(f"logits must be [{rows}] numbers, got {list(values.shape)}")
+        return values
+
+    lengths = offsets.diff().clamp(max=k)
+    if strategy == "topk" or not callable(logits):
+        chosen = _ranked(score(), offsets)
+        place = torch.arange(rows, device=offsets.device) - torch.repeat_interleave(
+            offsets[:-1], offsets.diff()
+        )
+        return JaggedTensor(chosen[place < k], lengths=lengths)
+    picks = []
+    for step in range(int(lengths.max()) if len(lengths) else 0):
+        order = _ranked(score(), offsets)
+        order = order[~taken[order]]
+        left = (offsets.diff() - step).clamp(min=0)
+        unfinished = lengths > step
+        first = order[(left.cumsum(0) - left)[unfinished]]
+        taken = taken.clone()  # the function may have kept it
+        taken[first] = True
+        pick = torch.full_like(lengths, -1)
+        pick[unfinished] = first
+        picks.append(pick)
+    chosen = torch.stack(picks, dim=1).flatten() if picks else offsets.new_empty(0)
+    return JaggedTensor(chosen[chosen >= 0], lengths=lengths)
+
+
+def _ranked(values: Tensor, offsets: Tensor) -> Tensor:
+    """Row numbers, request by request, the highest value first and of equal ones the lower row."""
+    order = torch.sort(values, descending=True, stable=True).indices
+    request = torch.repeat_interleave(
+        torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff()
+    )
+    return order[torch.sort(request[order], stable=True).indices]
