@@ -44,7 +44,7 @@ from ifa_torchrec.distributed import (
     shard,
 )
 from ifa_torchrec.models import DLRM_IFA, DLRM_IFAConfig, DLRM_IFATrain
-from ifa_torchrec.modules import IFAConfig
+from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig, IFAConfig
 from ifa_torchrec.scoring import measure, predict
 
 
@@ -62,6 +62,10 @@ class TrainConfig:
     """The sequence interaction; the other interactions use what applies to them."""
     recent_length: int = 50
     """Events that softmax_recent attends to."""
+    candidate_set: CandidateSetConfig = field(default_factory=CandidateSetConfig)
+    """Whether and how the candidates of a request see each other."""
+    loss: CandidateSetLossConfig = field(default_factory=CandidateSetLossConfig)
+    """Weights of the loss's terms."""
     over_arch_layer_sizes: tuple[int, ...] = (64, 32)
     """Hidden layers over the interactions."""
     table_init: float = 0.3
@@ -128,6 +132,7 @@ def build_model(schema: LogSchema, config: TrainConfig) -> DLRM_IFA:
         interaction=config.interaction,
         ifa=config.ifa,
         recent_length=config.recent_length,
+        candidate_set=config.candidate_set,
         over_arch_layer_sizes=config.over_arch_layer_sizes,
         num_tasks=len(schema.tasks),
     )
@@ -204,7 +209,7 @@ def train(config: TrainConfig) -> dict[str, float]:
     )
     checkpoint.seed_everything(config.seed)
     model, optimizer = shard(
-        DLRM_IFATrain(build_model(log.schema, config)),
+        DLRM_IFATrain(build_model(log.schema, config), config.loss, across_ranks=True),
         device,
         config.optimizers,
         config.sharding,
@@ -242,18 +247,14 @@ def train(config: TrainConfig) -> dict[str, float]:
     events, seconds, imbalance, result = 0, 0.0, 1.0, {}
 
     def forward(batch: RankingBatch) -> tuple[torch.Tensor, Any]:
-        """The pipeline's call of the model; each candidate of a step counts the same, whichever
-        rank has it."""
+        """The pipeline's call of the model; keeps what the curves show."""
         nonlocal events
         events += len(batch.history_age)
         loss, output = model(batch)
-        candidates = len(batch.labels)
-        # [sum of the losses, candidates] of all ranks
-        totals = torch.stack([loss.detach() * candidates, loss.new_tensor(float(candidates))])
-        dist.all_reduce(totals)
-        everywhere = totals[1].clamp(min=1)
-        unread.append(totals[0] / everywhere)
-        return loss * (world * candidates / everywhere), output  # DDP takes the mean of the ranks
+        mean = loss.detach() / world  # see DLRM_IFATrain, across_ranks
+        dist.all_reduce(mean)
+        unread.append(mean)
+        return loss, output
 
     pipeline = TrainPipelineSparseDist(model, optimizer, device, custom_model_fwd=forward)
     bar = tqdm(
@@ -394,7 +395,9 @@ def load_run(folder: Path, data: Path | None = None) -> Run:
         raise checkpoint.CheckpointError(f"{config_file}: not a run's options: {error}") from error
     device = init_process_group()
     log = EventLog(data or config.data)
-    model, _ = shard(DLRM_IFATrain(build_model(log.schema, config)), device, config.optimizers)
+    model, _ = shard(
+        DLRM_IFATrain(build_model(log.schema, config), config.loss), device, config.optimizers
+    )
     checkpoint.load(folder / "checkpoints", model)
     return Run(config, log, model, device)
 

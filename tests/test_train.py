@@ -92,10 +92,10 @@ def requests_trained(monkeypatch, toy: Toy) -> list[list[int]]:
     number_of = {np.float32(s): n for n, s in enumerate(toy.requests["train"]["season"])}
     assert len(number_of) == SPLITS["train"]
 
-    def keeps(self, context, history, candidates, batch):
+    def keeps(self, context, history, candidates, batch, *rest):
         if self.training:
             steps.append([number_of[season] for season in batch.dense_features[:, 1].numpy()])
-        return forward(self, context, history, candidates, batch)
+        return forward(self, context, history, candidates, batch, *rest)
 
     monkeypatch.setattr(CandidateArch, "forward", keeps)
     return steps

@@ -7,9 +7,11 @@ Data flow, for B requests, M candidates and N events in all:
     candidate_dense [M, Fc] -> candidate_dense_arch -------------------------> [M, D] --+
     sequence_features -> SequenceArch -+- candidate tokens ------------------> [M, D] --+
                                        +- history tokens [N, D] -> interaction [M, D] --+
+                           the sum of these four -> CandidateSetEncoder -> [M, D] ------+
                                                    InteractionArch -> OverArch [M, T] <-+
 
-Everything on the left of a [B, D] or [N, D] happens once a request, not once a candidate. SparseArch,
+Everything on the left of a [B, D] or [N, D] happens once a request, not once a candidate. Only the
+CandidateSetEncoder lets candidates of a request see each other. SparseArch,
 DenseArch (the two dense archs), InteractionArch and OverArch are TorchRec's.
 """
 
@@ -20,13 +22,16 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchrec.models.dlrm import DenseArch, InteractionArch, OverArch, SparseArch
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.modules import (
+    CandidateSetConfig,
+    CandidateSetEncoder,
+    CandidateSetLoss,
+    CandidateSetLossConfig,
     IFAConfig,
     InteractionFidelityAttention,
     MeanPooling,
@@ -58,6 +63,7 @@ class DLRM_IFAConfig:
         ifa: IFAConfig, shared by all interactions; its identity_features are names of
             item_features, and its embedding_dim is that of the tables.
         recent_length: events that "softmax_recent" attends to.
+        candidate_set: CandidateSetConfig, whether and how candidates see each other.
         dense_arch_layer_sizes: hidden layers of both dense archs; a last one of width D is added.
         over_arch_layer_sizes: hidden layers of the over arch; a last one of width T is added.
         num_tasks: T.
@@ -77,6 +83,7 @@ class DLRM_IFAConfig:
     interaction: str = "ifa"
     ifa: IFAConfig = field(default_factory=lambda: IFAConfig(embedding_dim=32))
     recent_length: int = 50
+    candidate_set: CandidateSetConfig = field(default_factory=CandidateSetConfig)
     dense_arch_layer_sizes: tuple[int, ...] = (32,)
     over_arch_layer_sizes: tuple[int, ...] = (64, 32)
     num_tasks: int = 1
@@ -185,10 +192,16 @@ class CandidateArch(nn.Module):
         self.candidate_dense_arch = DenseArch(candidate_features, layers) if candidate_features else None
         self.token_norm = nn.LayerNorm(dim)
         self.interest_norm = nn.LayerNorm(dim) if sequence else None
-        vectors = sum((bool(request_features), bool(candidate_features), sequence))
+        related = config.candidate_set.attention != "none"
+        self.candidate_set_encoder = (
+            CandidateSetEncoder(dim, config.candidate_set, config.ifa.backend) if related else None
+        )
+        self.member_norm = nn.LayerNorm(dim) if related else None
+        self.set_norm = nn.LayerNorm(dim) if related else None
+        vectors = sum((bool(request_features), bool(candidate_features), sequence, related))
         self.interaction_arch = InteractionArch(vectors) if vectors else None
         width = dim + vectors * (vectors + 1) // 2
-        width += dim * bool(request_features) + (2 * dim + 1) * sequence
+        width += dim * bool(request_features) + (2 * dim + 1) * sequence + 2 * dim * related
         self.over_arch = OverArch(width, [*config.over_arch_layer_sizes, config.num_tasks])
 
     def forward(
@@ -197,16 +210,18 @@ class CandidateArch(nn.Module):
         history: JaggedTensor | None,
         candidates: JaggedTensor,
         batch: RankingBatch,
-    ) -> Tensor:
+        exposed_alone: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """
         Args:
             context: [B, Fs, D] or None.
             history: tokens [N, D] of B requests, or None.
             candidates: tokens [M, D] of B requests.
             batch: for its dense features, ages and ids.
+            exposed_alone: see DLRM_IFA.
 
         Returns:
-            Logits [M, T].
+            Logits [M, T]; with exposed_alone a pair.
 
         Raises:
             ValueError: the parts of the batch do not fit each other or the model.
@@ -234,6 +249,28 @@ class CandidateArch(nn.Module):
             vectors.append(self.interest_norm(interest.values()))
             events = history.offsets().diff().to(tokens.dtype)
             beside += [vectors[-1], tokens * vectors[-1], torch.log1p(events)[request, None]]
+        logits = self._score(tokens, vectors, beside, offsets)
+        if not exposed_alone:
+            return logits
+        kept = batch.exposed
+        exposed_offsets = torch.cat([offsets.new_zeros(1), kept.cumsum(0).to(offsets.dtype)])[offsets]
+        alone = self._score(
+            tokens[kept], [v[kept] for v in vectors], [v[kept] for v in beside], exposed_offsets
+        )
+        return logits, alone
+
+    def _score(
+        self, tokens: Tensor, vectors: list[Tensor], beside: list[Tensor], offsets: Tensor
+    ) -> Tensor:
+        """Logits of candidate sets whose members are described, each by itself, by these [rows, *]."""
+        if self.candidate_set_encoder is not None:
+            member = self.member_norm(torch.stack([tokens, *vectors]).sum(0))
+            found = self.candidate_set_encoder(
+                JaggedTensor(member, lengths=offsets.diff(), offsets=offsets)
+            )
+            relation = self.set_norm(found.values())
+            vectors = [*vectors, relation]
+            beside = [*beside, relation, member * relation]
         if self.interaction_arch is None:
             return self.over_arch(tokens)
         # scaled so that the dot product of two normed vectors is of the size of their entries
@@ -334,70 +371,76 @@ class DLRM_IFA(nn.Module):
         self.sequence_arch = SequenceArch(embedding_collection, config.item_features)
         self.candidate_arch = CandidateArch(config, sum(len(bag.feature_names) for bag in bags))
 
-    def forward(self, batch: RankingBatch) -> Tensor:
+    def forward(
+        self, batch: RankingBatch, exposed_alone: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """
         Args:
             batch: RankingBatch of B requests, M candidates and N events.
+            exposed_alone: also score the E exposed candidates where the others do not stand beside
+                them (see CandidateSetLoss, consistency).
 
         Returns:
-            Logits [M, T].
+            Logits [M, T]; with exposed_alone a pair, they and the logits [E, T].
 
         Raises:
             ValueError: the parts of the batch do not fit each other or the model.
         """
         context = self.sparse_arch(batch.context_features) if self.sparse_arch else None
         history, candidates = self.sequence_arch(batch.sequence_features)
-        return self.candidate_arch(context, history, candidates, batch)
-
-
-class CandidateLoss(nn.Module):
-    """Mean binary cross entropy over all candidates and tasks.
-
-    A module of its own, so that tracing the model for a pipeline meets it as a leaf.
-
-    Example:
-        >>> import torch
-        >>> from ifa_torchrec.models.dlrm_ifa import CandidateLoss
-        >>> round(CandidateLoss()(torch.zeros(2, 1), torch.tensor([[1.0], [0.0]])).item(), 4)
-        0.6931
-    """
-
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """
-        Args:
-            logits: [M, T].
-            labels: [M, T].
-
-        Returns:
-            A scalar; 0 where there is no candidate.
-        """
-        total = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
-        return total / max(logits.numel(), 1)
+        return self.candidate_arch(context, history, candidates, batch, exposed_alone)
 
 
 class DLRM_IFATrain(nn.Module):
-    """DLRM_IFA with its loss, CandidateLoss, for TorchRec's train pipelines.
+    """DLRM_IFA with its loss, CandidateSetLoss, for TorchRec's train pipelines.
 
     Args:
         dlrm_module: DLRM_IFA.
+        loss: CandidateSetLossConfig; None for its default, the mean binary cross entropy of all
+            candidates.
+        across_ranks: see CandidateSetLoss.
+
+    Raises:
+        ValueError: the loss has a consistency term but candidates do not see each other.
 
     Example:
         >>> import torch
-        >>> from ifa_torchrec import DLRM_IFATrain
-        >>> class Scorer(torch.nn.Module):  # stands for a DLRM_IFA
-        ...     def forward(self, batch):
-        ...         return torch.zeros_like(batch.labels)
-        >>> class Batch:
-        ...     labels = torch.tensor([[1.0], [0.0]])
-        >>> loss, (_, logits, labels) = DLRM_IFATrain(Scorer())(Batch())
-        >>> round(loss.item(), 4), logits.shape
-        (0.6931, torch.Size([2, 1]))
+        >>> from torchrec import EmbeddingCollection, EmbeddingConfig
+        >>> from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+        >>> from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, DLRM_IFATrain, IFAConfig, RankingBatch
+        >>> from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig
+        >>> tables = EmbeddingCollection(tables=[EmbeddingConfig(
+        ...     name="item", embedding_dim=8, num_embeddings=100,
+        ...     feature_names=["history_item", "candidate_item"])])
+        >>> model = DLRM_IFA(None, tables, DLRM_IFAConfig(("item",), ifa=IFAConfig(8, num_heads=2),
+        ...     candidate_set=CandidateSetConfig("softmax")))
+        >>> sequence = KeyedJaggedTensor.from_lengths_sync(
+        ...     keys=["history_item", "candidate_item"],
+        ...     values=torch.arange(9), lengths=torch.tensor([4, 0, 3, 2]))
+        >>> none = KeyedJaggedTensor.from_lengths_sync([], torch.empty(0), torch.empty(0).long())
+        >>> batch = RankingBatch(torch.zeros(2, 0), none, sequence, torch.zeros(5, 0),
+        ...     torch.rand(4), torch.tensor([[1.0], [0.0], [0.0], [0.0], [1.0]]),
+        ...     torch.tensor([True, True, False, True, True]))
+        >>> train = DLRM_IFATrain(model, CandidateSetLossConfig(listwise=0.5, consistency=0.1))
+        >>> loss, (_, logits, labels) = train(batch)
+        >>> loss.shape, logits.shape
+        (torch.Size([]), torch.Size([5, 1]))
     """
 
-    def __init__(self, dlrm_module: DLRM_IFA) -> None:
+    def __init__(
+        self,
+        dlrm_module: DLRM_IFA,
+        loss: CandidateSetLossConfig | None = None,
+        across_ranks: bool = False,
+    ) -> None:
         super().__init__()
         self.model = dlrm_module
-        self.loss = CandidateLoss()
+        self.loss = CandidateSetLoss(loss, across_ranks)
+        if self.loss.config.consistency and dlrm_module.config.candidate_set.attention == "none":
+            raise ValueError(
+                "DLRM_IFATrain: without a candidate_set attention no candidate sees another, and a "
+                "consistency term has nothing to do; give the model one, or the term the weight 0"
+            )
 
     def forward(self, batch: RankingBatch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """
@@ -405,6 +448,11 @@ class DLRM_IFATrain(nn.Module):
             The loss, a scalar, and (loss, logits [M, T], labels [M, T]) detached. A batch without
             candidates has loss 0.
         """
-        logits = self.model(batch)
-        loss = self.loss(logits, batch.labels)
+        alone = None
+        if self.loss.config.consistency:
+            logits, alone = self.model(batch, exposed_alone=True)
+        else:
+            logits = self.model(batch)
+        candidates = batch.sequence_features[f"candidate_{self.model.config.item_features[0]}"]
+        loss = self.loss(logits, batch.labels, batch.exposed, candidates.offsets(), alone)
         return loss, (loss.detach(), logits.detach(), batch.labels.detach())

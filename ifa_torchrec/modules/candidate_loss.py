@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, fields
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -80,6 +81,9 @@ class CandidateSetLoss(nn.Module):
 
     Args:
         config: CandidateSetLossConfig.
+        across_ranks: while training, take the means over the candidates and requests of all ranks
+            of the default process group: the ranks' mean loss, and so their mean gradient, is then
+            that of one large batch, however unevenly they share it. All ranks must call.
 
     Example:
         >>> import torch
@@ -92,9 +96,12 @@ class CandidateSetLoss(nn.Module):
         1.0986
     """
 
-    def __init__(self, config: CandidateSetLossConfig | None = None) -> None:
+    def __init__(
+        self, config: CandidateSetLossConfig | None = None, across_ranks: bool = False
+    ) -> None:
         super().__init__()
         self.config = config or CandidateSetLossConfig()
+        self.across_ranks = across_ranks
 
     def forward(
         self,
@@ -133,7 +140,7 @@ class CandidateSetLoss(nn.Module):
         if config.pointwise:
             weight = counts if config.pointwise_unexposed else exposed.to(logits.dtype)[:, None]
             each = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-            total = total + config.pointwise * _mean(each, weight.expand_as(each))
+            total = total + config.pointwise * self._mean(each, weight.expand_as(each))
         if config.listwise:
             total = total + config.listwise * self._listwise(logits, labels, counts, request, requests)
         if config.consistency:
@@ -141,9 +148,11 @@ class CandidateSetLoss(nn.Module):
                 got = None if exposed_logits is None else list(exposed_logits.shape)
                 wanted = [int(exposed.sum()), logits.shape[1]]
                 raise ValueError(f"exposed_logits must be {wanted} for the consistency term, got {got}")
-            total = total + config.consistency * _divergence(
-                logits[exposed], exposed_logits, request[exposed], requests
-            )
+            alone, beside, segment = exposed_logits, logits[exposed], request[exposed]
+            each = _divergence(beside, alone, segment, requests)
+            comparable = torch.bincount(segment, minlength=requests)[:, None] > 1
+            weight = comparable.to(logits.dtype).expand_as(each)
+            total = total + config.consistency * self._mean(each, weight)
         return total
 
     def _listwise(
@@ -159,7 +168,16 @@ class CandidateSetLoss(nn.Module):
         positives = _sum(both.to(logits.dtype), request, requests)
         # the mean over a request's positives, then over the requests
         weight = both / positives.clamp(min=1)[request]
-        return _mean(each, weight)
+        return self._mean(each, weight)
+
+    def _mean(self, values: Tensor, weight: Tensor) -> Tensor:
+        """The weighted mean, over all ranks where asked; 0 where all weights are."""
+        total = weight.sum()
+        if self.across_ranks and self.training:
+            total = total.clone()
+            dist.all_reduce(total)
+            total = total / dist.get_world_size()
+        return (values * weight).sum() / torch.where(total > 0, total, 1.0)
 
 
 def segment_logsumexp(values: Tensor, segment: Tensor, segments: int) -> Tensor:
@@ -190,19 +208,11 @@ def segment_logsumexp(values: Tensor, segment: Tensor, segments: int) -> Tensor:
 
 
 def _divergence(one: Tensor, other: Tensor, segment: Tensor, segments: int) -> Tensor:
-    """The mean symmetric divergence between two softmaxes by segment, of segments of two or more."""
+    """The symmetric divergence between two softmaxes, by segment; [segments, T]."""
     log_p = one - segment_logsumexp(one, segment, segments)[segment]
     log_q = other - segment_logsumexp(other, segment, segments)[segment]
-    each = _sum((log_p.exp() - log_q.exp()) * (log_p - log_q) / 2, segment, segments)
-    size = torch.bincount(segment, minlength=segments)[:, None]
-    return _mean(each, (size > 1).to(one.dtype).expand_as(each))
+    return _sum((log_p.exp() - log_q.exp()) * (log_p - log_q) / 2, segment, segments)
 
 
 def _sum(values: Tensor, segment: Tensor, segments: int) -> Tensor:
     return values.new_zeros(segments, values.shape[1]).index_add(0, segment, values)
-
-
-def _mean(values: Tensor, weight: Tensor) -> Tensor:
-    """The weighted mean; 0 where all weights are."""
-    total = weight.sum()
-    return (values * weight).sum() / torch.where(total > 0, total, 1.0)

@@ -105,14 +105,17 @@ class SoftmaxAttention(SequenceInteraction):
             history_age = None if history_age is None else history_age[rows]
         lengths = [b - a for a, b in zip(starts, ends, strict=True)]
         shape = (-1, self.config.num_heads, self.config.head_width)
-        key = self.key_proj(tokens).view(shape).transpose(0, 1).split(lengths, dim=1)
-        value = self.value_proj(tokens).view(shape).transpose(0, 1).split(lengths, dim=1)
+        keys = self.key_proj(tokens).view(shape).transpose(0, 1)
+        values = self.value_proj(tokens).view(shape).transpose(0, 1)
         query = self.query_proj(candidates.values()).view(shape).transpose(0, 1)
         bias = self._log_weights(weights, history_age, tokens)
         biases = [None] * len(lengths) if bias is None else bias.split(lengths, dim=1)
-        outputs, log_sums = [query[:, :0]], [query[:, :0, 0]]
+        # A batch without events still gives every parameter a gradient: DDP waits for all of them.
+        nothing = keys[:, :0].sum() + values[:, :0].sum()
+        outputs, log_sums = [query[:, :0] + nothing], [query[:, :0, 0]]
         sets = query.split(candidates.offsets().diff().tolist(), dim=1)
-        for q, k, v, log_weight in zip(sets, key, value, biases, strict=True):
+        parts = (keys.split(lengths, dim=1), values.split(lengths, dim=1), biases)
+        for q, k, v, log_weight in zip(sets, *parts, strict=True):
             if k.shape[1] == 0 or q.shape[1] == 0:
                 outputs.append(torch.zeros_like(q))
                 log_sums.append(torch.full_like(q[..., 0], -torch.inf))

@@ -31,6 +31,7 @@ from ifa_torchrec.data import EventBudgetSampler, EventLog, LogSchema, RankingDa
 from ifa_torchrec.data.dataset import EMPTY_REQUEST
 from ifa_torchrec.distributed import OptimizerConfig, ShardingConfig, shard
 from ifa_torchrec.models import DLRM_IFATrain
+from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig
 from ifa_torchrec.train import TrainConfig, build_model, train
 
 STEP = 8
@@ -116,7 +117,7 @@ def log(tmp_path_factory) -> EventLog:
         "weekday": rng.integers(7, size=count),
         "hour": rng.random(count),
         "candidates": candidates,
-        "exposed": [np.full(len(c), True) for c in candidates],
+        "exposed": [rng.random(len(c)) < 0.6 for c in candidates],
         "label": [rng.integers(2, size=len(c)) for c in candidates],
         "price": [rng.normal(size=len(c)) for c in candidates],
     }
@@ -138,6 +139,8 @@ def config_of(data: Path, out: Path, world: int, sharding: str, optimizer: str) 
         ifa=IFAConfig(
             embedding_dim=16, num_heads=2, half_lives=(math.inf, 30.0), identity_features=("item",)
         ),
+        candidate_set=CandidateSetConfig("softmax"),
+        loss=CandidateSetLossConfig(listwise=0.5, consistency=0.2, unexposed=0.5),
         over_arch_layer_sizes=(16,),
         optimizers=OptimizerConfig(optimizer, table_lr=0.05, dense_lr=0.01, weight_decay=0.1),
         sharding=ShardingConfig(SHARDINGS[sharding]),
@@ -150,7 +153,7 @@ def config_of(data: Path, out: Path, world: int, sharding: str, optimizer: str) 
 
 def unsharded(config: TrainConfig) -> DLRM_IFATrain:
     """The model with the weights that all begin with."""
-    model = DLRM_IFATrain(build_model(SCHEMA, config))
+    model = DLRM_IFATrain(build_model(SCHEMA, config), config.loss)
     model.model.sparse_arch.to_empty(device="cpu")
     model.model.sequence_arch.to_empty(device="cpu")
     model.double()
@@ -181,8 +184,8 @@ def train_on_this_rank(config: TrainConfig) -> Trained:
         return model, optimizer
 
     def watch(module, arguments, output):
-        loss, (_, logits, labels) = output
-        result.losses.append(loss.item() * len(labels))
+        loss, (_, logits, _) = output
+        result.losses.append(loss.item())
         result.logits.append(logits.squeeze(1))
 
     with (
@@ -327,8 +330,8 @@ def test_losses_and_logits_equal_those_of_the_unsharded_model(world, case, train
     for step, (loss, logits) in enumerate(zip(truth.losses, truth.logits, strict=True)):
         of_ranks = torch.cat([rank.logits[step] for rank in trained])
         assert_near(of_ranks, logits, 1e-5, f"logits of step {step}")
-        summed = sum(rank.losses[step] for rank in trained)
-        assert summed / len(logits) == pytest.approx(loss, rel=1e-5)
+        of_ranks = [rank.losses[step] for rank in trained]
+        assert sum(of_ranks) / world == pytest.approx(loss, rel=1e-5)
 
 
 @each_case
