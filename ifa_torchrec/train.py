@@ -56,12 +56,24 @@ class TrainConfig:
     """Event log to train on (its split `train`)."""
     out: Path
     """Folder of this run."""
-    interaction: Literal["ifa", "mean", "softmax", "softmax_recent", "none"] = "ifa"
+    interaction: Literal[
+        "ifa",
+        "none",
+        "mean",
+        "softmax",
+        "softmax_recent",
+        "din",
+        "sim",
+        "eta",
+        "twin",
+        "sdim",
+        "low_rank",
+    ] = "ifa"
     """How candidates meet the history."""
     ifa: IFAConfig = field(default_factory=lambda: IFAConfig(embedding_dim=64, num_heads=2))
     """The sequence interaction; the other interactions use what applies to them."""
     recent_length: int = 50
-    """Events that softmax_recent attends to."""
+    """Events that softmax_recent and din (the latest), sim, eta and twin (those found) attend to."""
     candidate_set: CandidateSetConfig = field(default_factory=CandidateSetConfig)
     """Whether and how the candidates of a request see each other."""
     loss: CandidateSetLossConfig = field(default_factory=CandidateSetLossConfig)

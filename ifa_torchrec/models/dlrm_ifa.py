@@ -32,11 +32,17 @@ from ifa_torchrec.modules import (
     CandidateSetEncoder,
     CandidateSetLoss,
     CandidateSetLossConfig,
+    DINAttention,
+    ETAAttention,
     IFAConfig,
     InteractionFidelityAttention,
+    LowRankAttention,
     MeanPooling,
+    SDIMAttention,
     SequenceInteraction,
+    SIMAttention,
     SoftmaxAttention,
+    TWINAttention,
 )
 from ifa_torchrec.ops.jagged import request_of_row
 
@@ -46,6 +52,12 @@ INTERACTIONS: dict[str, Callable[[DLRM_IFAConfig], SequenceInteraction | None]] 
     "mean": lambda config: MeanPooling(config.ifa),
     "softmax": lambda config: SoftmaxAttention(config.ifa),
     "softmax_recent": lambda config: SoftmaxAttention(config.ifa, config.recent_length),
+    "din": lambda config: DINAttention(config.ifa, config.recent_length),
+    "sim": lambda config: SIMAttention(config.ifa, config.item_features[-1], config.recent_length),
+    "eta": lambda config: ETAAttention(config.ifa, config.recent_length),
+    "twin": lambda config: TWINAttention(config.ifa, config.recent_length),
+    "sdim": lambda config: SDIMAttention(config.ifa),
+    "low_rank": lambda config: LowRankAttention(config.ifa),
 }
 """The sequence interactions by name."""
 
@@ -62,7 +74,9 @@ class DLRM_IFAConfig:
         interaction: how candidates meet the history, a key of INTERACTIONS.
         ifa: IFAConfig, shared by all interactions; its identity_features are names of
             item_features, and its embedding_dim is that of the tables.
-        recent_length: events that "softmax_recent" attends to.
+        recent_length: events that a candidate attends to, where not to all: of "softmax_recent" and
+            "din" the latest, of "sim", "eta" and "twin" those found ("sim" searches by the last of
+            item_features).
         candidate_set: CandidateSetConfig, whether and how candidates see each other.
         dense_arch_layer_sizes: hidden layers of both dense archs; a last one of width D is added.
         over_arch_layer_sizes: hidden layers of the over arch; a last one of width T is added.
@@ -302,7 +316,7 @@ class CandidateArch(nn.Module):
                     raise ValueError(f"batch: {name} and {first} have different lengths")
 
     def _ids(self, batch: RankingBatch, prefix: str) -> Tensor | None:
-        names = self.config.ifa.identity_features
+        names = self.sequence_interaction.id_features
         if not names:
             return None
         return torch.stack([batch.sequence_features[prefix + f].values() for f in names], dim=1)

@@ -8,7 +8,16 @@ from ifa_torchrec.modules.candidate_set import (
 )
 from ifa_torchrec.modules.ifa import InteractionFidelityAttention
 from ifa_torchrec.modules.interaction import IFAConfig, SequenceInteraction
-from ifa_torchrec.modules.peers import MeanPooling, SoftmaxAttention
+from ifa_torchrec.modules.peers import (
+    DINAttention,
+    ETAAttention,
+    LowRankAttention,
+    MeanPooling,
+    SDIMAttention,
+    SIMAttention,
+    SoftmaxAttention,
+    TWINAttention,
+)
 from ifa_torchrec.modules.user_state import UserState
 
 __all__ = [
@@ -16,11 +25,17 @@ __all__ = [
     "CandidateSetEncoder",
     "CandidateSetLoss",
     "CandidateSetLossConfig",
+    "DINAttention",
+    "ETAAttention",
     "IFAConfig",
     "InteractionFidelityAttention",
+    "LowRankAttention",
     "MeanPooling",
+    "SDIMAttention",
+    "SIMAttention",
     "SequenceInteraction",
     "SoftmaxAttention",
+    "TWINAttention",
     "UserState",
     "generate_set",
 ]

@@ -96,9 +96,7 @@ class CandidateSetLoss(nn.Module):
         1.0986
     """
 
-    def __init__(
-        self, config: CandidateSetLossConfig | None = None, across_ranks: bool = False
-    ) -> None:
+    def __init__(self, config: CandidateSetLossConfig | None = None, across_ranks: bool = False) -> None:
         super().__init__()
         self.config = config or CandidateSetLossConfig()
         self.across_ranks = across_ranks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -212,7 +213,7 @@ class InteractionFidelityAttention(SequenceInteraction):
         return result
 
     def dense_heads(
-        self, candidates: JaggedTensor, history: JaggedTensor, history_age: Tensor | None
+        self, candidates: JaggedTensor, history: JaggedTensor, history_age: Tensor | None, *ids: Any
     ) -> tuple[Tensor, Tensor]:
         """Outputs [M, H, d] and masses [M, H] of the linear attention."""
         return self._attend_dense(candidates, *self._encode_dense(history, history_age))

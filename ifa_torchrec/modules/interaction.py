@@ -147,7 +147,7 @@ class SequenceInteraction(nn.Module):
         >>> from ifa_torchrec import IFAConfig
         >>> from ifa_torchrec.modules import SequenceInteraction
         >>> class LatestEvent(SequenceInteraction):  # a peer is its dense heads
-        ...     def dense_heads(self, candidates, history, history_age):
+        ...     def dense_heads(self, candidates, history, history_age, *ids):
         ...         latest = self.value_proj(history.values()[history.offsets()[1:] - 1])
         ...         heads = latest.repeat_interleave(candidates.lengths(), dim=0)
         ...         return heads.unflatten(1, (self.config.num_heads, -1)), None
@@ -206,8 +206,9 @@ class SequenceInteraction(nn.Module):
             history: B requests' event tokens, values [N, D], oldest first; its weights, if it
                 has any, are the event weights a_i >= 0.
             history_age: [N] >= 0, or None for 0.
-            history_ids: [N, K] int64 and candidate_ids: [M, K] int64, a column for each of the
-                config's identity_features; needed where there are any.
+            history_ids: [N, K] int64 and candidate_ids: [M, K] int64, a column for each of
+                id_features (the config's identity_features, but for a peer that searches by one
+                more); needed where there are any.
 
         Returns:
             JaggedTensor with the candidates' offsets and values [M, D].
@@ -219,14 +220,25 @@ class SequenceInteraction(nn.Module):
         self._check(history, history_age, history_ids, "history")
         self._check(candidates, None, candidate_ids, "candidates")
         _check_same_requests(candidates, len(history.offsets()) - 1)
-        heads, mass = self.dense_heads(candidates, history, history_age)
+        arguments = (candidates, history, history_age, history_ids, candidate_ids)
+        heads, mass = self.dense_heads(*arguments)
         identity = None
         if self.identity is not None:
-            identity = self.identity(candidates, history, history_age, history_ids, candidate_ids)
+            identity = self.identity(*arguments)
         return self._output(candidates, heads, mass, identity)
 
+    @property
+    def id_features(self) -> tuple[str, ...]:
+        """The id features whose ids ``forward`` takes, a column each; the identity features first."""
+        return self.config.identity_features
+
     def dense_heads(
-        self, candidates: JaggedTensor, history: JaggedTensor, history_age: Tensor | None
+        self,
+        candidates: JaggedTensor,
+        history: JaggedTensor,
+        history_age: Tensor | None,
+        history_ids: Tensor | None,
+        candidate_ids: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Outputs [M, H, d] and masses [M, H] of the dense heads; None is allowed for the latter
         where the config asks for no masses."""
@@ -252,10 +264,26 @@ class SequenceInteraction(nn.Module):
                 parts.append(self._mass(identity[1]))
         dtype = self.output_proj.weight.dtype
         values = self.output_proj(torch.cat([part.to(dtype) for part in parts], dim=1))
+        # A batch without events still gives every parameter a gradient: DDP waits for all of them.
+        values = values + sum(parameter.flatten()[:0].sum() for parameter in self.parameters())
         return JaggedTensor(values, lengths=candidates.lengths(), offsets=candidates.offsets())
 
     def _mass(self, matched: Tensor) -> Tensor:
         return torch.log1p(matched / self.config.mass_scale)
+
+    def _mass_of_log(self, log_matched: Tensor) -> Tensor:
+        """The same of a logarithm, which may be far beyond what exp can give."""
+        log_ratio = log_matched - math.log(self.config.mass_scale)
+        return torch.logaddexp(log_ratio, torch.zeros_like(log_ratio))
+
+    def _log_weights(self, weights: Tensor | None, age: Tensor | None, tokens: Tensor) -> Tensor | None:
+        """log w_hi, [H, n]; None where every weight is 1. A weight of 0 becomes 1e-30."""
+        if weights is None and (age is None or self.config.half_lives is None):
+            return None
+        bias = tokens.new_zeros(self.config.num_heads, len(tokens))
+        if age is not None:
+            bias = bias - self.decay[:, None].to(tokens.dtype) * age.to(tokens.dtype)
+        return bias if weights is None else bias + weights.to(tokens.dtype).clamp(min=1e-30).log()
 
     def _check(self, tokens: JaggedTensor, age: Tensor | None, ids: Tensor | None, name: str) -> None:
         if not isinstance(tokens, JaggedTensor):
@@ -269,14 +297,14 @@ class SequenceInteraction(nn.Module):
             raise ValueError(
                 f"history_age must be [{len(values)}], one age an event, got {list(age.shape)}"
             )
-        identity_features = self.config.identity_features
-        if identity_features:
-            wanted = (len(values), len(identity_features))
+        id_features = self.id_features
+        if id_features:
+            wanted = (len(values), len(id_features))
             which = "history_ids" if name == "history" else "candidate_ids"
             if ids is None or tuple(ids.shape) != wanted:
                 got = "None" if ids is None else list(ids.shape)
                 raise ValueError(
-                    f"{which} must be {list(wanted)}, one for each of {identity_features}, got {got}"
+                    f"{which} must be {list(wanted)}, one for each of {id_features}, got {got}"
                 )
         # On a GPU, and in a compiled graph, looking at values would wait for the device.
         if values.device.type == "cpu" and not torch.compiler.is_compiling():

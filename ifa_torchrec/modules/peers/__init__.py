@@ -1,0 +1,23 @@
+"""The interactions that IFA is compared with, under the same call and configuration.
+
+Each is the dense heads of a published system. Identity heads and masses come from the base class
+and are the same for all.
+"""
+
+from ifa_torchrec.modules.peers.din import DINAttention
+from ifa_torchrec.modules.peers.low_rank import LowRankAttention
+from ifa_torchrec.modules.peers.mean_pooling import MeanPooling
+from ifa_torchrec.modules.peers.sdim import SDIMAttention
+from ifa_torchrec.modules.peers.search import ETAAttention, SIMAttention, TWINAttention
+from ifa_torchrec.modules.peers.softmax import SoftmaxAttention
+
+__all__ = [
+    "DINAttention",
+    "ETAAttention",
+    "LowRankAttention",
+    "MeanPooling",
+    "SDIMAttention",
+    "SIMAttention",
+    "SoftmaxAttention",
+    "TWINAttention",
+]

@@ -1,0 +1,68 @@
+"""DIN: an MLP weighs each of the latest events for each candidate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.mlp import MLP
+from torchrec.sparse.jagged_tensor import JaggedTensor
+
+from ifa_torchrec import ops
+from ifa_torchrec.modules.interaction import IFAConfig, SequenceInteraction
+from ifa_torchrec.ops.jagged import request_of_row
+
+
+class DINAttention(SequenceInteraction):
+    """Target attention by an MLP over the latest events (DIN, Zhou et al. 2018, arXiv 1706.06978).
+
+    The MLP sees event, candidate, their difference and their product, and gives each head's
+    weight, 0 to 1; a head is the weighted sum of the events' values, not normalised, as there.
+
+    Args:
+        config: IFAConfig.
+        recent_length: events, the latest, that a candidate meets.
+
+    Raises:
+        ValueError: recent_length is less than 1.
+
+    Example:
+        >>> import torch
+        >>> from torchrec.sparse.jagged_tensor import JaggedTensor
+        >>> from ifa_torchrec import IFAConfig
+        >>> from ifa_torchrec.modules import DINAttention
+        >>> peer = DINAttention(IFAConfig(embedding_dim=8, num_heads=2), recent_length=2)
+        >>> tokens = JaggedTensor(torch.randn(5, 8), lengths=torch.tensor([5, 0]))
+        >>> peer(tokens, tokens).values().shape
+        torch.Size([5, 8])
+    """
+
+    def __init__(self, config: IFAConfig, recent_length: int = 50) -> None:
+        super().__init__(config)
+        if recent_length < 1:
+            raise ValueError(f"recent_length must be at least 1, got {recent_length}")
+        self.recent_length = recent_length
+        self.activation_unit = nn.Sequential(
+            MLP(4 * config.embedding_dim, [64, 32]), nn.Linear(32, config.num_heads)
+        )
+
+    def dense_heads(
+        self, candidates: JaggedTensor, history: JaggedTensor, history_age: Tensor | None, *ids: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs [M, H, d] and masses [M, H]."""
+        tokens = history.values()
+        request = request_of_row(candidates.offsets())
+        # a row a pair: [P] candidates and, latest first, their events
+        pairs = history.offsets().diff().clamp(max=self.recent_length)[request]
+        candidate = torch.repeat_interleave(torch.arange(len(request), device=pairs.device), pairs)
+        back = torch.arange(len(candidate), device=pairs.device) - (pairs.cumsum(0) - pairs)[candidate]
+        event = history.offsets()[1:][request][candidate] - 1 - back
+        weight = ops.reference.event_weights(history.weights_or_none(), history_age, self.decay, tokens)
+        x, c = tokens[event], candidates.values()[candidate]
+        unit = self.activation_unit(torch.cat([x, c, x - c, x * c], dim=1)).sigmoid()
+        unit = unit * weight[event]  # [P, H]
+        sums = tokens.new_zeros(len(request), unit.shape[1], tokens.shape[1])
+        sums = sums.index_add(0, candidate, unit[..., None] * x[:, None])
+        matched = unit.new_zeros(len(request), unit.shape[1]).index_add(0, candidate, unit)
+        return torch.einsum("mhD,hdD->mhd", sums, self.heads(self.value_proj)), self._mass(matched)

@@ -1,0 +1,51 @@
+"""Low-rank attention: a history becomes r summaries, which all candidates attend to."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ifa_torchrec.modules.interaction import IFAConfig
+from ifa_torchrec.modules.peers.softmax import SoftmaxAttention
+
+
+class LowRankAttention(SoftmaxAttention):
+    """r learned latents summarise the history, candidates attend to the summaries.
+
+    O((n + m) r d), and a cached state of r keys and values a head: the low-rank factorisation of
+    attention over long histories, in the manner of LREA (Low-Rank Efficient Attention, 2025), with
+    the latents of the Set Transformer (Lee et al. 2019) as the factor.
+
+    Args:
+        config: IFAConfig.
+        rank: r.
+
+    Example:
+        >>> import torch
+        >>> from torchrec.sparse.jagged_tensor import JaggedTensor
+        >>> from ifa_torchrec import IFAConfig
+        >>> from ifa_torchrec.modules import LowRankAttention
+        >>> peer = LowRankAttention(IFAConfig(embedding_dim=8, num_heads=2), rank=4)
+        >>> tokens = JaggedTensor(torch.randn(5, 8), lengths=torch.tensor([5, 0]))
+        >>> peer(tokens, tokens).values().shape
+        torch.Size([5, 8])
+    """
+
+    def __init__(self, config: IFAConfig, rank: int = 32) -> None:
+        super().__init__(config)
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}")
+        self.latents = nn.Parameter(torch.randn(config.num_heads, rank, config.head_width))
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, log_weight: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        share = self._scores(self.latents, k, log_weight).softmax(-1)
+        score = self._scores(q, share @ k, None)
+        log_sum = score.logsumexp(-1)
+        outputs = (score - log_sum[..., None]).exp() @ (share @ v)
+        # the summaries stand for the events' weight in equal parts
+        each = math.log(k.shape[1]) if log_weight is None else log_weight.logsumexp(-1)[:, None]
+        return outputs, log_sum - math.log(self.latents.shape[1]) + each

@@ -1,0 +1,54 @@
+"""Mean pooling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import JaggedTensor
+
+from ifa_torchrec import ops
+from ifa_torchrec.modules.interaction import SequenceInteraction
+from ifa_torchrec.ops.jagged import request_of_row
+
+
+class MeanPooling(SequenceInteraction):
+    """The weighted mean of the events' values, the same for all candidates of a request.
+
+    Heads of different half-lives are means over different stretches of time.
+
+    Args:
+        config: IFAConfig.
+
+    Example:
+        >>> import torch
+        >>> from torchrec.sparse.jagged_tensor import JaggedTensor
+        >>> from ifa_torchrec import IFAConfig
+        >>> from ifa_torchrec.modules import MeanPooling
+        >>> mean = MeanPooling(IFAConfig(embedding_dim=8, num_heads=2))
+        >>> tokens = JaggedTensor(torch.randn(5, 8), lengths=torch.tensor([5, 0]))
+        >>> mean(tokens, tokens).values().shape
+        torch.Size([5, 8])
+    """
+
+    def dense_heads(
+        self, candidates: JaggedTensor, history: JaggedTensor, history_age: Tensor | None, *ids: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs [M, H, d], equal within a request, and masses [M, H]."""
+        tokens = history.values()
+        requests = len(history.offsets()) - 1
+        owner = request_of_row(history.offsets())
+        weight = ops.reference.event_weights(history.weights_or_none(), history_age, self.decay, tokens)
+        total = tokens.new_zeros(requests, weight.shape[1]).index_add(0, owner, weight)
+        if self.config.half_lives is None:  # every head's mean is over the same weights
+            sums = tokens.new_zeros(requests, 1, tokens.shape[1])
+            sums = sums.index_add(0, owner, (tokens * weight[:, :1])[:, None])
+        else:
+            sums = tokens.new_zeros(requests, weight.shape[1], tokens.shape[1])
+            sums = sums.index_add(0, owner, tokens[:, None] * weight[..., None])
+        mean = sums / (total[:, : sums.shape[1], None] + self.config.eps)
+        mean = mean.expand(-1, self.config.num_heads, -1)
+        heads = torch.einsum("bhD,hdD->bhd", mean, self.heads(self.value_proj))
+        asking = request_of_row(candidates.offsets())
+        return heads[asking], self._mass(total[asking])

@@ -1,0 +1,76 @@
+"""SDIM: events that fall into a candidate's hash buckets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import JaggedTensor
+
+from ifa_torchrec import ops
+from ifa_torchrec.modules.interaction import IFAConfig, SequenceInteraction
+
+
+class SDIMAttention(SequenceInteraction):
+    """Sampling by hash collision (SDIM, Cao et al. 2022, arXiv 2205.10249).
+
+    Tokens are hashed by G groups of bits, random and frozen (a buffer of the checkpoint). A
+    candidate averages the events that share its bucket, over all groups: attention whose weight is
+    the share of groups in which two tokens collide. Buckets are additive over events, as IFA's
+    state is.
+
+    Args:
+        config: IFAConfig.
+        num_groups: G.
+        group_bits: bits of a group, 2^bits buckets.
+
+    Example:
+        >>> import torch
+        >>> from torchrec.sparse.jagged_tensor import JaggedTensor
+        >>> from ifa_torchrec import IFAConfig
+        >>> from ifa_torchrec.modules import SDIMAttention
+        >>> peer = SDIMAttention(IFAConfig(embedding_dim=8, num_heads=2))
+        >>> tokens = JaggedTensor(torch.randn(5, 8), lengths=torch.tensor([5, 0]))
+        >>> peer(tokens, tokens).values().shape
+        torch.Size([5, 8])
+    """
+
+    def __init__(self, config: IFAConfig, num_groups: int = 16, group_bits: int = 3) -> None:
+        super().__init__(config)
+        hyperplanes = torch.randn(config.embedding_dim, num_groups * group_bits)
+        self.register_buffer("hyperplanes", hyperplanes)
+        self.num_groups, self.group_bits = num_groups, group_bits
+
+    def dense_heads(
+        self, candidates: JaggedTensor, history: JaggedTensor, history_age: Tensor | None, *ids: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs [M, H, d] and masses [M, H]."""
+        tokens = history.values()
+        weight = ops.reference.event_weights(history.weights_or_none(), history_age, self.decay, tokens)
+        events = history.offsets().diff().tolist()
+        sets = candidates.offsets().diff().tolist()
+        outputs = [tokens.new_zeros(0, len(self.decay), tokens.shape[1])]
+        matched = [weight[:0]]
+        asked = self._buckets(candidates.values()).split(sets)
+        had = self._buckets(tokens).split(events)
+        parts = (asked, had, tokens.split(events), weight.split(events))
+        for ask, bucket, x, w in zip(*parts, strict=True):
+            # [n, G 2^bits]: dense products beat scattering
+            member = x.new_zeros(len(x), self.num_groups << self.group_bits).scatter(1, bucket, 1.0)
+            weighted = torch.cat([(w[..., None] * x[:, None]).flatten(1), w], dim=1)
+            table = member.T @ weighted  # a row a bucket: H sums of tokens, H sums of weights
+            found = table[ask].sum(1)
+            total = found[:, -w.shape[1] :]
+            sums = found[:, : -w.shape[1]].unflatten(1, (w.shape[1], -1))
+            outputs.append(sums / (total[..., None] + self.config.eps))
+            matched.append(total / self.num_groups)
+        heads = torch.einsum("mhD,hdD->mhd", torch.cat(outputs), self.heads(self.value_proj))
+        return heads, self._mass(torch.cat(matched))
+
+    def _buckets(self, tokens: Tensor) -> Tensor:
+        """[rows, G] int64, each group's bucket among those of all groups."""
+        bits = (tokens.detach() @ self.hyperplanes > 0).unflatten(1, (self.num_groups, -1))
+        powers = 2 ** torch.arange(self.group_bits, device=tokens.device)
+        first = torch.arange(self.num_groups, device=tokens.device) << self.group_bits
+        return (bits * powers).sum(2) + first

@@ -1,0 +1,217 @@
+"""Softmax attention over the few events that a search finds for each candidate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import JaggedTensor
+
+from ifa_torchrec.modules.interaction import IFAConfig, SequenceInteraction
+from ifa_torchrec.modules.peers.softmax import SoftmaxAttention
+from ifa_torchrec.ops.jagged import request_of_row
+
+
+def _checked(search_length: int) -> int:
+    if search_length < 1:
+        raise ValueError(f"search_length must be at least 1, got {search_length}")
+    return search_length
+
+
+class TWINAttention(SoftmaxAttention):
+    """The search has the metric of the attention (TWIN, Chang et al. 2023, arXiv 2302.02352).
+
+    Each head of each candidate attends to the events of its own highest scores. TWIN's cheaper
+    keys, projected once per item and cached, are not part of this.
+
+    Args:
+        config: IFAConfig.
+        search_length: events that the search leaves.
+
+    Example:
+        >>> import torch
+        >>> from torchrec.sparse.jagged_tensor import JaggedTensor
+        >>> from ifa_torchrec import IFAConfig
+        >>> from ifa_torchrec.modules import TWINAttention
+        >>> peer = TWINAttention(IFAConfig(embedding_dim=8, num_heads=2), search_length=2)
+        >>> tokens = JaggedTensor(torch.randn(5, 8), lengths=torch.tensor([5, 0]))
+        >>> peer(tokens, tokens).values().shape
+        torch.Size([5, 8])
+    """
+
+    def __init__(self, config: IFAConfig, search_length: int = 50) -> None:
+        super().__init__(config)
+        self.search_length = _checked(search_length)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, log_weight: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        score = self._scores(q, k, log_weight)
+        score, event = score.topk(min(self.search_length, k.shape[1]), dim=-1)
+        return _over(score, _taken(v, event))
+
+
+class ETAAttention(SoftmaxAttention):
+    """Locality-sensitive hashing finds the events (ETA, Chen et al. 2021, arXiv 2108.04468).
+
+    The search compares SimHash signatures of queries and keys, and leaves the events of the
+    smallest Hamming distance, of equal ones the later. The hash is random and frozen, a buffer of
+    the checkpoint. Distances are matrix products of signs, as torch counts no bits.
+
+    Args:
+        config: IFAConfig.
+        search_length: events that the search leaves.
+        num_hashes: bits of a signature.
+
+    Example:
+        >>> import torch
+        >>> from torchrec.sparse.jagged_tensor import JaggedTensor
+        >>> from ifa_torchrec import IFAConfig
+        >>> from ifa_torchrec.modules import ETAAttention
+        >>> peer = ETAAttention(IFAConfig(embedding_dim=8, num_heads=2), search_length=2)
+        >>> tokens = JaggedTensor(torch.randn(5, 8), lengths=torch.tensor([5, 0]))
+        >>> peer(tokens, tokens).values().shape
+        torch.Size([5, 8])
+    """
+
+    def __init__(self, config: IFAConfig, search_length: int = 50, num_hashes: int = 64) -> None:
+        super().__init__(config)
+        self.search_length = _checked(search_length)
+        self.register_buffer("hyperplanes", torch.randn(config.head_width, num_hashes))
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, log_weight: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        n = k.shape[1]
+        with torch.no_grad():
+            same = self._signature(q) @ self._signature(k).mT  # bits that agree less those that do not
+            later = torch.arange(n, device=k.device, dtype=k.dtype) / n  # less than one bit
+            event = (same + later).topk(min(self.search_length, n), dim=-1).indices
+        score = torch.einsum("hmd,hmld->hml", q, _taken(k, event)) / self.config.head_width**0.5
+        if log_weight is not None:
+            score = score + _taken(log_weight, event)
+        return _over(score, _taken(v, event))
+
+    def _signature(self, x: Tensor) -> Tensor:
+        return torch.where(x @ self.hyperplanes > 0, 1.0, -1.0).to(x.dtype)
+
+
+class SIMAttention(SequenceInteraction):
+    """Hard search: the latest events of the candidate's own category (SIM, Pi et al. 2020,
+    arXiv 2006.05639).
+
+    Args:
+        config: IFAConfig.
+        search_feature: the id feature that events and candidates must share; None for the last
+            of config.identity_features.
+        search_length: events that the search leaves.
+
+    Raises:
+        ValueError: there is no feature to search by.
+
+    Example:
+        >>> import torch
+        >>> from torchrec.sparse.jagged_tensor import JaggedTensor
+        >>> from ifa_torchrec import IFAConfig
+        >>> from ifa_torchrec.modules import SIMAttention
+        >>> sim = SIMAttention(IFAConfig(embedding_dim=8, num_heads=2), "category")
+        >>> tokens = JaggedTensor(torch.randn(5, 8), lengths=torch.tensor([5, 0]))
+        >>> category = torch.tensor([[1], [2], [2], [1], [3]])
+        >>> sim(tokens, tokens, history_ids=category, candidate_ids=category).values().shape
+        torch.Size([5, 8])
+    """
+
+    def __init__(
+        self, config: IFAConfig, search_feature: str | None = None, search_length: int = 50
+    ) -> None:
+        super().__init__(config)
+        if search_feature is None and not config.identity_features:
+            raise ValueError("SIMAttention: give search_feature, the id feature to search by")
+        self.search_feature = search_feature or config.identity_features[-1]
+        self.search_length = _checked(search_length)
+        gain = (12 / config.head_width**0.5) ** 0.5  # as in SoftmaxAttention
+        self.query_proj = self._projection(gain)
+        self.key_proj = self._projection(gain)
+
+    @property
+    def id_features(self) -> tuple[str, ...]:
+        """The identity features and, where it is none of them, the one to search by."""
+        identity = self.config.identity_features
+        return identity if self.search_feature in identity else (*identity, self.search_feature)
+
+    def dense_heads(
+        self,
+        candidates: JaggedTensor,
+        history: JaggedTensor,
+        history_age: Tensor | None,
+        history_ids: Tensor | None,
+        candidate_ids: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs [M, H, d] and masses [M, H]."""
+        column = self.id_features.index(self.search_feature)
+        rows = same_id_rows(
+            request_of_row(candidates.offsets()),
+            candidate_ids[:, column],
+            request_of_row(history.offsets()),
+            history_ids[:, column],
+            self.search_length,
+        )
+        tokens = history.values()
+        found = rows >= 0
+        # what is not found is a row of zeros behind the last event
+        rows = torch.where(found, rows, len(tokens))
+        events = torch.cat([tokens, tokens.new_zeros(1, tokens.shape[1])])[rows]  # [M, L, D]
+        query = self.query_proj(candidates.values()).unflatten(1, (self.config.num_heads, -1))
+        query = torch.einsum("mhd,hdD->mhD", query, self.heads(self.key_proj))
+        score = torch.einsum("mhD,mlD->mhl", query, events) / self.config.head_width**0.5
+        log_weight = self._log_weights(history.weights_or_none(), history_age, tokens)
+        if log_weight is not None:
+            padded = torch.cat([log_weight, log_weight.new_zeros(len(log_weight), 1)], dim=1)
+            score = score + padded[:, rows].transpose(0, 1)
+        score = score.masked_fill(~found[:, None], torch.finfo(score.dtype).min / 2)
+        log_sum = score.logsumexp(-1)
+        share = (score - log_sum[..., None]).exp() * found[:, None]
+        heads = torch.einsum("mhl,mlD->mhD", share, events)
+        heads = torch.einsum("mhD,hdD->mhd", heads, self.heads(self.value_proj))
+        return heads, self._mass_of_log(log_sum.masked_fill(~found.any(1)[:, None], -torch.inf))
+
+
+def same_id_rows(
+    request: Tensor, ids: Tensor, event_request: Tensor, event_ids: Tensor, length: int
+) -> Tensor:
+    """For each candidate the events of its request that have its id, the latest first.
+
+    Args:
+        request, ids: [M] int64, of the candidates.
+        event_request, event_ids: [N] int64, of the events, oldest first in each request.
+        length: L, most events of a candidate.
+
+    Returns:
+        [M, L] int64, rows of events; -1 where there are no more.
+
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec.modules.peers.search import same_id_rows
+        >>> same_id_rows(torch.tensor([0, 1]), torch.tensor([7, 7]), torch.tensor([0, 0, 0, 1]),
+        ...     torch.tensor([7, 8, 7, 9]), length=3).tolist()
+        [[2, 0, -1], [-1, -1, -1]]
+    """
+    known, number = torch.unique(torch.cat([event_ids, ids]), return_inverse=True)
+    event_key = event_request * len(known) + number[: len(event_ids)]
+    key = request * len(known) + number[len(event_ids) :]
+    event_key, order = torch.sort(event_key, stable=True)
+    first = torch.searchsorted(event_key, key)
+    last = torch.searchsorted(event_key, key, right=True) - 1
+    place = last[:, None] - torch.arange(length, device=ids.device)
+    order = torch.cat([order, order.new_tensor([-1])])
+    return torch.where(place >= first[:, None], order[place.clamp(min=0)], -1)
+
+
+def _taken(x: Tensor, event: Tensor) -> Tensor:
+    """x [H, n, ...] at event [H, m, l]: [H, m, l, ...]."""
+    return x[torch.arange(len(x), device=x.device)[:, None, None], event]
+
+
+def _over(score: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax of score [H, m, l] over v [H, m, l, d]; outputs and log sums."""
+    log_sum = score.logsumexp(-1)
+    return torch.einsum("hml,hmld->hmd", (score - log_sum[..., None]).exp(), v), log_sum
