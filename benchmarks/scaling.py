@@ -10,7 +10,6 @@ tests fail.
 from __future__ import annotations
 
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -31,6 +30,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 import tyro
+from report import ROOT, markdown, measured_by
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.profiler import ProfilerActivity, profile
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
@@ -40,7 +40,6 @@ from ifa_torchrec.data import EventBudgetSampler, EventLog, LogSchema, RankingDa
 from ifa_torchrec.distributed import OptimizerConfig, init_process_group, shard
 from ifa_torchrec.train import TrainConfig, batch_size, build_model
 
-ROOT = Path(__file__).parents[1]
 KINDS = {
     "communication": re.compile(
         r"c10d::|All2All|all2all|ReduceScatter|Reduce_Scatter|AllGather|All_Gather"
@@ -258,13 +257,10 @@ def report(options: Options) -> str:
             }
         )
     draw(pd.DataFrame(bars).T)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     histories = f"mean {lengths.mean():,.0f}, longest {lengths.max():,}"
     return f"""# Scaling on one machine
 
-`python benchmarks/scaling.py` at commit {commit}; {cores} cores ({cpu_name()}),
+{measured_by("python benchmarks/scaling.py")},
 torch {torch.__version__}, gloo. The work is the same in every row: {options.steps} steps of at most
 {options.events:,} events over all ranks (D = 64, two item features, 64 candidates a request, a table of
 {options.items:,} items; histories log-normal, {histories}). Medians of {options.rounds} rounds,
@@ -295,19 +291,6 @@ def draw(kinds: pd.DataFrame) -> None:
     axes.legend(ncols=6, loc="upper center", bbox_to_anchor=(0.45, 1.18), frameon=False, fontsize=8)
     plt.tight_layout()
     plt.savefig(ROOT / "docs" / "scaling.png", dpi=120)
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """The table as Markdown."""
-    rows = [list(table.columns), ["---"] * len(table.columns), *table.astype(str).values.tolist()]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def cpu_name() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def main() -> None:

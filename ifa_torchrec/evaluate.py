@@ -17,7 +17,6 @@ import torch.distributed as dist
 import tyro
 
 from ifa_torchrec.command_line import as_command
-from ifa_torchrec.data import RankingDataset
 from ifa_torchrec.scoring import measure, predict
 from ifa_torchrec.train import load_run
 
@@ -51,7 +50,7 @@ def evaluate(config: EvaluateConfig) -> dict:
     for feature in config.by:
         if feature not in known:
             raise ValueError(f"--by {feature}: no such context feature; there are {known}")
-    dataset = RankingDataset(run.log, config.split)
+    dataset = run.dataset(config.split)
     scores, milliseconds = predict(
         run.model, dataset, run.device, run.config.max_events, run.config.max_requests
     )

@@ -17,7 +17,6 @@ import torch.distributed as dist
 import tyro
 
 from ifa_torchrec.command_line import as_command
-from ifa_torchrec.data import RankingDataset
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.modules import InteractionFidelityAttention
 from ifa_torchrec.train import load_run
@@ -52,7 +51,7 @@ def explain(config: ExplainConfig) -> str:
         raise ValueError(
             f"{config.run} was trained with {run.config.interaction!r}; only 'ifa' explains"
         )
-    dataset = RankingDataset(run.log, config.split)
+    dataset = run.dataset(config.split)
     if not 0 <= config.request < len(dataset):
         raise ValueError(
             f"--request {config.request}: {config.split} has requests 0 to {len(dataset) - 1}"

@@ -75,10 +75,36 @@ def ndcg(request: np.ndarray, score: np.ndarray, label: np.ndarray, k: int = 10)
     return float((sums["gain"] / sums["ideal"])[ranked].mean())
 
 
+def recall(request: np.ndarray, score: np.ndarray, label: np.ndarray, k: int = 10) -> float:
+    """Mean over requests of the share of positives among the k best; ties share their positions.
+
+    Of min(k, positives), so that 1.0 can be reached. Requests whose labels are all equal are left
+    out; NaN when no other is there.
+
+    Args:
+        request: [M] request number of each candidate.
+        score: [M] float, higher is better; label: [M] 0 or 1.
+
+    Example:
+        >>> import numpy as np
+        >>> from ifa_torchrec.metrics import recall
+        >>> recall(np.array([0, 0, 0]), np.array([3., 2., 1.]), np.array([1, 0, 1]), k=2)
+        0.5
+    """
+    frame = pd.DataFrame({"request": request, "score": score, "label": label})
+    groups = frame.groupby("request")
+    frame["found"] = groups["score"].rank(method="first", ascending=False) <= k
+    shared = frame.groupby(["request", "score"])["found"].transform("mean")
+    frame["found"] = shared * frame["label"]
+    sums = groups[["found", "label"]].sum()
+    ranked = (sums["label"] > 0) & (sums["label"] < groups.size())
+    return float((sums["found"] / sums["label"].clip(upper=k))[ranked].mean())
+
+
 def ranking_metrics(
     request: np.ndarray, logit: np.ndarray, label: np.ndarray, probabilities: bool = True
 ) -> dict[str, float]:
-    """AUC, GAUC, NDCG@10, NE and calibration of one task.
+    """AUC, GAUC, NDCG@10, recall@10, NE and calibration of one task.
 
     Args:
         request: [M] request number of each candidate.
@@ -88,9 +114,9 @@ def ranking_metrics(
             get no NE and no calibration.
 
     Returns:
-        "auc" (1.0 is best), "gauc", "ndcg@10", "requests_ranked"; and "ne", the log loss over
-        that of the mean label (below 1 is better than no model), and "calibration", mean
-        prediction over mean label. Where all labels are equal the first three are NaN and the
+        "auc" (1.0 is best), "gauc", "ndcg@10", "recall@10", "requests_ranked"; and "ne", the log
+        loss over that of the mean label (below 1 is better than no model), and "calibration",
+        mean prediction over mean label. Where all labels are equal the first four are NaN and the
         last two are left out.
 
     Raises:
@@ -116,6 +142,7 @@ def ranking_metrics(
         "auc": float(binary_auroc(torch.from_numpy(_ranks01(logit)), labels)) if both else np.nan,
         "gauc": gauc(request, logit, label),
         "ndcg@10": ndcg(request, logit, label),
+        "recall@10": recall(request, logit, label),
         "requests_ranked": int(((totals > 0) & (totals < sizes)).sum()),
     }
     if probabilities and both:

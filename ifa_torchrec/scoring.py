@@ -54,6 +54,44 @@ def predict(
     return result, 1000 * elapsed / max(sum(len(requests) for requests, _ in parts), 1)
 
 
+@torch.no_grad()
+def time_per_request(
+    models: dict[str, nn.Module],
+    dataset: RankingDataset,
+    device: torch.device,
+    batches: int = 30,
+    max_events: int = 32768,
+    max_requests: int = 32,
+) -> dict[str, float]:
+    """What a request costs each model, the models taking turns; one process.
+
+    From the batch in memory to the scores: lookup, attention, dense layers.
+
+    Args:
+        models: sharded DLRM_IFATrains by name.
+        dataset: where requests are drawn from, in an order of its own.
+        device: the models'.
+        batches: batches timed.
+        max_events, max_requests: budget of a batch.
+
+    Returns:
+        Milliseconds a request, the median over batches.
+    """
+    order = np.random.default_rng(0).permutation(len(dataset))
+    sampler = EventBudgetSampler(dataset.history_lengths[order], max_events, max_requests)
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _, indices in zip(range(batches), sampler, strict=False):
+        batch = dataset[order[indices]].to(device)
+        for name, model in models.items():
+            training = model.training
+            model.eval()
+            start = time.perf_counter()
+            model(batch)[0].item()
+            times[name].append(1000 * (time.perf_counter() - start) / len(indices))
+            model.train(training)
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
 def measure(
     dataset: RankingDataset,
     scores: np.ndarray,

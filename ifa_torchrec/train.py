@@ -74,6 +74,10 @@ class TrainConfig:
     """The sequence interaction; the other interactions use what applies to them."""
     recent_length: int = 50
     """Events that softmax_recent and din (the latest), sim, eta and twin (those found) attend to."""
+    search_feature: str | None = None
+    """Item feature that sim searches by; by default the last."""
+    history_length: int | None = None
+    """Latest events of a history that the model is given; None for all."""
     candidate_set: CandidateSetConfig = field(default_factory=CandidateSetConfig)
     """Whether and how the candidates of a request see each other."""
     loss: CandidateSetLossConfig = field(default_factory=CandidateSetLossConfig)
@@ -124,6 +128,10 @@ class Run:
     model: DistributedModelParallel
     device: torch.device
 
+    def dataset(self, split: str) -> RankingDataset:
+        """A split as the model takes it."""
+        return RankingDataset(self.log, split, self.config.history_length)
+
 
 def build_model(schema: LogSchema, config: TrainConfig) -> DLRM_IFA:
     """The model for a log: one table an id feature, on the meta device until it is sharded.
@@ -144,6 +152,7 @@ def build_model(schema: LogSchema, config: TrainConfig) -> DLRM_IFA:
         interaction=config.interaction,
         ifa=config.ifa,
         recent_length=config.recent_length,
+        search_feature=config.search_feature,
         candidate_set=config.candidate_set,
         over_arch_layer_sizes=config.over_arch_layer_sizes,
         num_tasks=len(schema.tasks),
@@ -211,7 +220,7 @@ def train(config: TrainConfig) -> dict[str, float]:
     device = init_process_group()
     rank, world = dist.get_rank(), dist.get_world_size()
     log = EventLog(config.data)
-    dataset = RankingDataset(log, "train")
+    dataset = RankingDataset(log, "train", config.history_length)
     sampler = EventBudgetSampler(
         dataset.history_lengths,
         config.max_events,
@@ -358,7 +367,7 @@ def validate(
     """
     if not config.validate or "valid" not in log.splits:
         return {}
-    dataset = RankingDataset(log, "valid")
+    dataset = RankingDataset(log, "valid", config.history_length)
     scores, _ = predict(model, dataset, device, config.max_events, config.max_requests)
     metrics = measure(dataset, scores)
     if len(log.schema.tasks) > 1:

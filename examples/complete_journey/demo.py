@@ -27,7 +27,7 @@ from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make
 from ifa_torchrec.data.complete_journey import BASKET, BUY_AGAIN, CompleteJourneyConfig, prepare
 from ifa_torchrec.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.explain import ExplainConfig, explain
-from ifa_torchrec.scoring import measure
+from ifa_torchrec.scoring import measure, time_per_request
 from ifa_torchrec.train import TrainConfig, load_run, train
 
 matplotlib.use("Agg")
@@ -137,25 +137,12 @@ def trained(config: DemoConfig, name: str) -> dict:
     }
 
 
-@torch.no_grad()
-def milliseconds_per_request(config: DemoConfig, batches: int = 30) -> dict[str, float]:
-    """What a test request costs each model: the median over batches, the models taking turns.
-
-    From the batch in memory to the scores: lookup, attention, dense layers.
-    """
+def milliseconds_per_request(config: DemoConfig) -> dict[str, float]:
+    """What a test request costs each model."""
     runs = {name: load_run(config.out / name) for name in config.models}
-    test = RankingDataset(next(iter(runs.values())).log, "test")
-    order = np.random.default_rng(0).permutation(len(test))
-    sampler = EventBudgetSampler(test.history_lengths[order], max_events=32768, max_requests=32)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _, indices in zip(range(batches), sampler, strict=False):
-        batch = test[order[indices]]
-        for name, run in runs.items():
-            run.model.eval()
-            start = time.perf_counter()
-            run.model(batch.to(run.device))[0].item()
-            times[name].append(1000 * (time.perf_counter() - start) / len(indices))
-    return {name: float(np.median(values)) for name, values in times.items()}
+    run = next(iter(runs.values()))
+    models: dict[str, torch.nn.Module] = {name: run.model for name, run in runs.items()}
+    return time_per_request(models, run.dataset("test"), run.device)
 
 
 def table(models: dict[str, dict]) -> str:

@@ -29,6 +29,11 @@ class RankingDataset(Dataset):
     Args:
         log: the event log.
         split: name of the request split.
+        history_length: give only the latest so many events of each history; None for all.
+
+    Raises:
+        LogError: there is no such split.
+        ValueError: history_length is less than 1.
 
     Attributes:
         history_lengths: [R] int64, events in each request's history.
@@ -49,10 +54,14 @@ class RankingDataset(Dataset):
         ([0, 1], [2.0, 1.0])
     """
 
-    def __init__(self, log: EventLog, split: str) -> None:
+    def __init__(self, log: EventLog, split: str, history_length: int | None = None) -> None:
+        if history_length is not None and history_length < 1:
+            raise ValueError(f"history_length must be at least 1, got {history_length}")
         self.log = log
         self.requests = log.requests(split)
         self._start, self._end = log.history_range(self.requests[USER], self.requests[TIME])
+        if history_length is not None:
+            self._start = np.maximum(self._start, self._end - history_length)
         self.history_lengths = self._end - self._start
 
     def __len__(self) -> int:

@@ -53,7 +53,9 @@ INTERACTIONS: dict[str, Callable[[DLRM_IFAConfig], SequenceInteraction | None]] 
     "softmax": lambda config: SoftmaxAttention(config.ifa),
     "softmax_recent": lambda config: SoftmaxAttention(config.ifa, config.recent_length),
     "din": lambda config: DINAttention(config.ifa, config.recent_length),
-    "sim": lambda config: SIMAttention(config.ifa, config.item_features[-1], config.recent_length),
+    "sim": lambda config: SIMAttention(
+        config.ifa, config.search_feature or config.item_features[-1], config.recent_length
+    ),
     "eta": lambda config: ETAAttention(config.ifa, config.recent_length),
     "twin": lambda config: TWINAttention(config.ifa, config.recent_length),
     "sdim": lambda config: SDIMAttention(config.ifa),
@@ -75,8 +77,8 @@ class DLRM_IFAConfig:
         ifa: IFAConfig, shared by all interactions; its identity_features are names of
             item_features, and its embedding_dim is that of the tables.
         recent_length: events that a candidate attends to, where not to all: of "softmax_recent" and
-            "din" the latest, of "sim", "eta" and "twin" those found ("sim" searches by the last of
-            item_features).
+            "din" the latest, of "sim", "eta" and "twin" those found.
+        search_feature: the item feature that "sim" searches by; None for the last.
         candidate_set: CandidateSetConfig, whether and how candidates see each other.
         dense_arch_layer_sizes: hidden layers of both dense archs; a last one of width D is added.
         over_arch_layer_sizes: hidden layers of the over arch; a last one of width T is added.
@@ -97,6 +99,7 @@ class DLRM_IFAConfig:
     interaction: str = "ifa"
     ifa: IFAConfig = field(default_factory=lambda: IFAConfig(embedding_dim=32))
     recent_length: int = 50
+    search_feature: str | None = None
     candidate_set: CandidateSetConfig = field(default_factory=CandidateSetConfig)
     dense_arch_layer_sizes: tuple[int, ...] = (32,)
     over_arch_layer_sizes: tuple[int, ...] = (64, 32)
@@ -106,6 +109,11 @@ class DLRM_IFAConfig:
         if self.interaction not in INTERACTIONS:
             raise ValueError(
                 f"DLRM_IFAConfig: interaction {self.interaction!r} is none of {list(INTERACTIONS)}"
+            )
+        if self.search_feature not in (None, *self.item_features):
+            raise ValueError(
+                f"DLRM_IFAConfig: search_feature {self.search_feature!r} is none of item_features "
+                f"{list(self.item_features)}"
             )
         unknown = set(self.ifa.identity_features) - set(self.item_features)
         if unknown:

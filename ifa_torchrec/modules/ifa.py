@@ -14,8 +14,9 @@ from ifa_torchrec import ops
 from ifa_torchrec.modules.interaction import IFAConfig, SequenceInteraction, _check_same_requests
 from ifa_torchrec.modules.user_state import UserState
 
-_GAIN = 1.5
-"""Queries and keys start as this times the (normed) tokens; larger is more selective."""
+_GAINS = {"elu": 1.5, "relu": 1.5, "hedgehog": 3.0}
+"""Queries and keys start as this times the (normed) tokens; larger is more selective, and learns more
+slowly where it is too large."""
 
 
 class InteractionFidelityAttention(SequenceInteraction):
@@ -48,8 +49,9 @@ class InteractionFidelityAttention(SequenceInteraction):
 
     def __init__(self, config: IFAConfig) -> None:
         super().__init__(config)
-        self.query_proj = self._projection(_GAIN)
-        self.key_proj = self._projection(_GAIN)
+        gain = _GAINS[config.feature_map]
+        self.query_proj = self._projection(gain)
+        self.key_proj = self._projection(gain)
 
     def encode(
         self,

@@ -172,14 +172,16 @@ class SequenceInteraction(nn.Module):
         if config.interest_mass:
             features += config.num_heads + config.num_identity_heads
         self.output_proj = nn.Linear(features, config.embedding_dim)
-        if width == config.embedding_dim:
+        copies, rest = divmod(width, config.embedding_dim)
+        if rest == 0:
             with torch.no_grad():
-                self.output_proj.weight[:, :width] = torch.eye(width)
+                start = torch.eye(config.embedding_dim).repeat(1, copies) / copies
+                self.output_proj.weight[:, :width] = start
                 self.output_proj.bias.zero_()
 
     def _projection(self, gain: float = 1.0) -> nn.Linear:
-        """A projection of tokens to the dense heads; where the widths agree it starts as
-        ``gain`` times the identity.
+        """A projection of tokens to the dense heads; where their width H d is D, or a multiple of
+        it, it starts as ``gain`` times the identity, or as many of them.
 
         So, before any training, an event counts as it resembles the candidate, and the answer
         lies in the tokens' own space, where comparing it with the candidate means something.
@@ -187,9 +189,10 @@ class SequenceInteraction(nn.Module):
         """
         width = self.config.num_heads * self.config.head_width
         projection = nn.Linear(self.config.embedding_dim, width, bias=False)
-        if width == self.config.embedding_dim:
+        copies, rest = divmod(width, self.config.embedding_dim)
+        if rest == 0:
             with torch.no_grad():
-                projection.weight.copy_(gain * torch.eye(width))
+                projection.weight.copy_(gain * torch.eye(self.config.embedding_dim).repeat(copies, 1))
         return projection
 
     def forward(

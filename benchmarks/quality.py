@@ -1,0 +1,506 @@
+"""Every sequence interaction, trained under the same budget on real and on synthetic histories.
+
+    python benchmarks/quality.py             # about 90 minutes on 2 cores
+    python benchmarks/quality.py --smoke     # every run once, tiny: seconds each, no page
+
+Writes docs/quality.md and its pictures. Each trained run is kept under --out, and is not trained
+again as long as its options are the same: a study that was stopped goes on. Refuses to run if the
+tests of the modules fail.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+import tyro
+from report import ROOT, markdown, measured_by
+from torchrec.sparse.jagged_tensor import JaggedTensor
+
+from ifa_torchrec import DLRM_IFA, CandidateSetLoss, IFAConfig
+from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, complete_journey, synthetic
+from ifa_torchrec.evaluate import EvaluateConfig, evaluate
+from ifa_torchrec.metrics import gauc
+from ifa_torchrec.models.dlrm_ifa import INTERACTIONS, DLRM_IFAConfig
+from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig
+from ifa_torchrec.scoring import measure, time_per_request
+from ifa_torchrec.train import Run, TrainConfig, load_run, train
+
+JOURNEY, SYNTHETIC = "complete_journey", "synthetic"
+SYNTHETIC_LOG = synthetic.SyntheticConfig(train=8000)
+JOURNEY_LOG = complete_journey.CompleteJourneyConfig(train=10000, valid=500, test=3000)
+
+IFA = IFAConfig(embedding_dim=64, num_heads=1, feature_map="hedgehog", interest_mass=True)
+"""IFA's dense part: one head of 128 features."""
+PEER = {
+    JOURNEY: IFAConfig(64, num_heads=2, half_lives=(math.inf, 30.0), interest_mass=False),
+    SYNTHETIC: IFAConfig(64, num_heads=1, interest_mass=False),
+}
+"""The peers as published: attention alone. Half-lives, in days, where they help (all peers have them)."""
+IDENTITY: dict[str, Any] = {
+    JOURNEY: dict(
+        interest_mass=True,
+        identity_features=("item", "category"),
+        identity_half_lives=(math.inf, 30.0, 7.0),
+        identity_buckets=131072,
+    ),
+    SYNTHETIC: dict(interest_mass=True, identity_features=("item", "category"), identity_buckets=131072),
+}
+"""Masses and identity heads: part of IFA, and given to the peers in the second comparison."""
+EPOCHS = {JOURNEY: 1, SYNTHETIC: 3}
+LENGTHS = (50, 200, 1000)
+BESIDE = "+ identity"
+PEERS = [name for name in INTERACTIONS if name not in ("none", "ifa")]
+LABELS = {
+    "none": "no history",
+    "mean": "mean pooling",
+    "softmax": "softmax, whole history",
+    "softmax_recent": "softmax, latest 50",
+    "din": "DIN, latest 50",
+    "sim": "SIM-hard, 50 of the category",
+    "eta": "ETA, 50 by hash",
+    "twin": "TWIN-style, 50 by score",
+    "sdim": "SDIM, hash collisions",
+    "low_rank": "LREA-style, rank 32",
+    "ifa": "IFA, whole history",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run."""
+
+    out: Path = Path("runs/quality")
+    """Where logs and trained runs are kept."""
+    seeds: int = 3
+    """Seeds of each run of the main tables."""
+    ablation_seeds: int = 2
+    """Seeds of each ablation and each history length."""
+    jobs: int = 2
+    """Runs at a time, of one thread each."""
+    smoke: bool = False
+    """Tiny logs, one seed, no page: do all runs work?"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training and its evaluation."""
+
+    data: str
+    variant: str
+    seed: int
+    options: dict[str, Any] = field(hash=False)
+    """Of TrainConfig."""
+
+
+def variants(data: str) -> dict[str, dict[str, Any]]:
+    """The main comparison: each interaction as published, and with IFA's identity heads and masses."""
+    plain, beside = PEER[data], replace(PEER[data], **IDENTITY[data])
+    search = {"search_feature": "category"}
+    result: dict[str, dict[str, Any]] = {"none": dict(interaction="none", ifa=plain)}
+    for name in PEERS:
+        result[name] = dict(interaction=name, ifa=plain, **search)
+        result[f"{name} {BESIDE}"] = dict(interaction=name, ifa=beside, **search)
+    result["ifa"] = dict(interaction="ifa", ifa=replace(IFA, interest_mass=False))
+    result[f"ifa {BESIDE}"] = dict(interaction="ifa", ifa=replace(IFA, **IDENTITY[data]))
+    return result
+
+
+def lengths(data: str) -> dict[str, dict[str, Any]]:
+    """IFA and softmax on the latest events alone."""
+    main = variants(data)
+    return {
+        f"{name}, latest {length}": dict(main[name], history_length=length)
+        for name in (f"ifa {BESIDE}", f"softmax {BESIDE}", "softmax")
+        for length in LENGTHS
+    }
+
+
+def ablations(data: str) -> dict[str, dict[str, Any]]:
+    """IFA with one thing changed."""
+    full = replace(IFA, **IDENTITY[data])
+
+    def ifa(**changes: Any) -> dict[str, Any]:
+        return dict(interaction="ifa", ifa=replace(full, **changes))
+
+    def model(**changes: Any) -> dict[str, Any]:
+        return dict(interaction="ifa", ifa=full, **changes)
+
+    related = CandidateSetConfig("softmax")
+    result = {
+        "dense heads alone, with masses": ifa(identity_features=()),
+        "no masses": ifa(interest_mass=False),
+        "feature map elu": ifa(feature_map="elu"),
+        "feature map relu": ifa(feature_map="relu"),
+        "2 heads of width 32": ifa(num_heads=2),
+        "2 heads of width 64": ifa(num_heads=2, head_dim=64),
+        "4,096 buckets": ifa(identity_buckets=4096),
+        "candidates see each other, softmax": model(candidate_set=related),
+        "candidates see each other, linear": model(candidate_set=CandidateSetConfig("linear")),
+        "loss: + 0.5 listwise": model(loss=CandidateSetLossConfig(listwise=0.5)),
+    }
+    if data == JOURNEY:
+        result |= {
+            "dense half-lives (inf, 30), 2 heads": ifa(num_heads=2, half_lives=(math.inf, 30.0)),
+            "identity heads without decay": ifa(identity_half_lives=(math.inf,)),
+            "loss: exposed candidates alone": model(
+                loss=CandidateSetLossConfig(pointwise_unexposed=False)
+            ),
+            "softmax set; loss: exposed alone": model(
+                candidate_set=related, loss=CandidateSetLossConfig(pointwise_unexposed=False)
+            ),
+            "softmax set; loss: exposed alone + 0.3 consistency": model(
+                candidate_set=related,
+                loss=CandidateSetLossConfig(pointwise_unexposed=False, consistency=0.3),
+            ),
+            "softmax set; loss: + 0.3 consistency": model(
+                candidate_set=related, loss=CandidateSetLossConfig(consistency=0.3)
+            ),
+        }
+    return result
+
+
+def jobs(options: Options) -> list[Job]:
+    """All runs: the main comparison's first seed first, the ablations last."""
+    main, others = 1 if options.smoke else options.seeds, 1 if options.smoke else options.ablation_seeds
+    result = []
+    for seed in range(main):
+        for data in (JOURNEY, SYNTHETIC):
+            result += [Job(data, name, seed, given) for name, given in variants(data).items()]
+    for seed in range(others):
+        for data in (JOURNEY, SYNTHETIC):
+            rest = lengths(data) | ablations(data)
+            result += [Job(data, name, seed, given) for name, given in rest.items()]
+    return result
+
+
+def log_path(options: Options, data: str) -> Path:
+    return options.out / "data" / data
+
+
+def prepare(options: Options) -> dict[str, EventLog]:
+    """The logs, written once."""
+    journey, made_up = JOURNEY_LOG, SYNTHETIC_LOG
+    if options.smoke:
+        journey = replace(journey, train=64, valid=32, test=64)
+        made_up = replace(made_up, train=64, test=32)
+    return {
+        JOURNEY: complete_journey.prepare(log_path(options, JOURNEY), journey),
+        SYNTHETIC: synthetic.prepare(log_path(options, SYNTHETIC), made_up),
+    }
+
+
+def folder_of(options: Options, job: Job) -> Path:
+    name = "".join(c if c.isalnum() else "-" for c in job.variant)
+    return options.out / job.data / name / f"seed-{job.seed}"
+
+
+def run(options: Options, job: Job) -> dict[str, float]:
+    """Train and measure, or read what was measured. In a process of its own."""
+    torch.set_num_threads(1)
+    folder = folder_of(options, job)
+    config = TrainConfig(
+        data=log_path(options, job.data),
+        out=folder,
+        epochs=EPOCHS[job.data],
+        validate=False,
+        checkpoint_every=10**9,
+        seed=job.seed,
+        **job.options,
+    )
+    result_file = folder / "result.json"
+    options_of_run = repr(dataclasses.asdict(config))
+    if result_file.exists():
+        kept = json.loads(result_file.read_text())
+        if kept["options"] == options_of_run:
+            return kept["metrics"]
+    if folder.exists():
+        subprocess.run(["rm", "-r", str(folder)], check=True)
+    training = train(config)
+    metrics = evaluate(EvaluateConfig(run=folder))
+    metrics["train_seconds"] = training["seconds"]
+    if job.data == JOURNEY:
+        metrics |= gap(load_run(folder))
+    result_file.write_text(json.dumps({"options": options_of_run, "metrics": metrics}))
+    return metrics
+
+
+@torch.no_grad()
+def gap(trained: Run, requests: int = 1000) -> dict[str, float]:
+    """What the exposed candidates' ranking owes to the unexposed beside them, on the test requests.
+
+    Returns:
+        "divergence", see CandidateSetLoss; "gauc_exposed" and "gauc_exposed_alone", of the exposed
+        candidates where they are scored in the whole set, and where they stand alone.
+    """
+    dataset = trained.dataset("test")
+    model = next(m for m in trained.model.modules() if isinstance(m, DLRM_IFA))
+    model.eval()
+    loss = CandidateSetLoss(CandidateSetLossConfig(pointwise=0, consistency=1))
+    divergences, request, beside, alone, labels = [], [], [], [], []
+    sampler = EventBudgetSampler(dataset.history_lengths[:requests], 32768, 32)
+    for indices in sampler:
+        batch = dataset[indices]
+        logits, of_exposed = model(batch, exposed_alone=True)
+        candidates = batch.sequence_features["candidate_item"]
+        offsets, kept = candidates.offsets(), batch.exposed
+        divergences.append((loss(logits, batch.labels, kept, offsets, of_exposed).item(), len(indices)))
+        owner = np.repeat(indices, candidates.lengths().numpy())
+        request.append(owner[kept.numpy()])
+        beside.append(logits[kept, 0].numpy())
+        alone.append(of_exposed[:, 0].numpy())
+        labels.append(batch.labels[kept, 0].numpy())
+    owner, label = np.concatenate(request), np.concatenate(labels)
+    values, weights = zip(*divergences, strict=True)
+    return {
+        "divergence": float(np.average(values, weights=weights)),
+        "gauc_exposed": gauc(owner, np.concatenate(beside), label),
+        "gauc_exposed_alone": gauc(owner, np.concatenate(alone), label),
+    }
+
+
+Results = dict[str, dict[str, list[dict[str, float]]]]
+"""By data and variant, the metrics of each seed."""
+
+
+def run_all(options: Options) -> Results:
+    """Every job, ``options.jobs`` at a time."""
+    results: Results = {JOURNEY: {}, SYNTHETIC: {}}
+    todo, start = jobs(options), time.perf_counter()
+    with ProcessPoolExecutor(
+        options.jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
+    ) as pool:
+        futures = {pool.submit(run, options, job): job for job in todo}
+        for number, future in enumerate(as_completed(futures), start=1):
+            job, metrics = futures[future], future.result()
+            results[job.data].setdefault(job.variant, []).append(metrics)
+            print(
+                f"{number}/{len(todo)} {time.perf_counter() - start:.0f} s: {job.data}, {job.variant}, "
+                f"seed {job.seed}: GAUC {metrics['gauc']:.4f}, trained {metrics['train_seconds']:.0f} s",
+                flush=True,
+            )
+    return results
+
+
+def mean_and_deviation(runs: list[dict[str, float]], metric: str, digits: int = 4) -> str:
+    """ "mean ± standard deviation" over seeds; "-" where nothing was run."""
+    values = [metrics[metric] for metrics in runs if metric in metrics]
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def main_table(of_data: dict[str, list[dict[str, float]]], cost: dict[str, float]) -> pd.DataFrame:
+    """Quality and cost of every interaction, as published and with the identity heads."""
+    rows = []
+    for name, label in LABELS.items():
+        row = {"interaction": label}
+        for title, variant in (("as published", name), ("with identity heads", f"{name} {BESIDE}")):
+            runs = of_data.get(variant, [])
+            row[f"GAUC, {title}"] = mean_and_deviation(runs, "gauc")
+            row[f"NDCG@10, {title}"] = mean_and_deviation(runs, "ndcg@10")
+            row[f"ms, {title}"] = f"{cost[variant]:.2f}" if variant in cost else "-"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def length_table(of_data: dict[str, list[dict[str, float]]]) -> pd.DataFrame:
+    """GAUC by the events that a model is given."""
+    rows = []
+    for name in (f"ifa {BESIDE}", f"softmax {BESIDE}", "softmax"):
+        row = {
+            "interaction": f"{LABELS[name.split()[0]].split(',')[0]} {name.partition(' ')[2]}".strip()
+        }
+        for length in LENGTHS:
+            runs = of_data.get(f"{name}, latest {length}", [])
+            row[f"latest {length:,}"] = mean_and_deviation(runs, "gauc")
+        row["all"] = mean_and_deviation(of_data.get(name, []), "gauc")
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def ablation_table(data: str, of_data: dict[str, list[dict[str, float]]]) -> pd.DataFrame:
+    """IFA, and IFA with one thing changed."""
+    rows = []
+    names = {"IFA": f"ifa {BESIDE}", "identity heads, mean pooling beside": f"mean {BESIDE}"}
+    names |= {"dense heads alone, no masses": "ifa"} | {name: name for name in ablations(data)}
+    for label, variant in names.items():
+        runs = of_data.get(variant, [])
+        row = {
+            "variant": label,
+            "GAUC": mean_and_deviation(runs, "gauc"),
+            "NDCG@10": mean_and_deviation(runs, "ndcg@10"),
+            "NE": mean_and_deviation(runs, "ne"),
+            "calibration": mean_and_deviation(runs, "calibration", 3),
+        }
+        if data == JOURNEY:
+            row |= {
+                "exposed, in the set": mean_and_deviation(runs, "gauc_exposed"),
+                "exposed, alone": mean_and_deviation(runs, "gauc_exposed_alone"),
+                "divergence": mean_and_deviation(runs, "divergence", 5),
+            }
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def request_cost(options: Options, data: str) -> dict[str, float]:
+    """Milliseconds a test request of each main variant's model of seed 0."""
+    runs = {
+        name: load_run(folder_of(options, Job(data, name, 0, given)))
+        for name, given in variants(data).items()
+    }
+    first = next(iter(runs.values()))
+    models: dict[str, torch.nn.Module] = {name: r.model for name, r in runs.items()}
+    return time_per_request(models, first.dataset("test"), first.device)
+
+
+@torch.no_grad()
+def scaling_table(events: tuple[int, ...] = (1000, 10_000, 100_000), rounds: int = 5) -> pd.DataFrame:
+    """Milliseconds of one request's interaction alone, by history and candidate set.
+
+    The models take turns, medians. Random tokens of width 64, as many categories as events / 50.
+    """
+    torch.manual_seed(0)
+    modules = {
+        name: INTERACTIONS[name](DLRM_IFAConfig(("item", "category"), ifa=PEER[SYNTHETIC]))
+        for name in ("softmax", "twin", "eta", "sim", "sdim", "low_rank", "softmax_recent")
+    }
+    ifa = INTERACTIONS["ifa"](DLRM_IFAConfig(("item", "category"), ifa=IFA))
+    modules |= {"ifa": ifa}
+    times: dict[str, dict[str, list[float]]] = {}
+    for n in events:
+        for m in (64, 1000):
+            history = JaggedTensor(torch.randn(n, 64), lengths=torch.tensor([n]))
+            candidates = JaggedTensor(torch.randn(m, 64), lengths=torch.tensor([m]))
+            ids, asked = torch.randint(n // 50, (n, 1)), torch.randint(n // 50, (m, 1))
+            state = ifa.encode(history)
+            calls = {
+                LABELS[name]: (lambda module=module: module(candidates, history, None, ids, asked))
+                for name, module in modules.items()
+            }
+            calls["IFA, state cached"] = lambda: ifa.attend(candidates, state)
+            column = f"n = {n:,}, m = {m:,}"
+            for _ in range(rounds + 1):
+                for name, call in calls.items():
+                    start = time.perf_counter()
+                    call()
+                    seconds = time.perf_counter() - start
+                    times.setdefault(name, {}).setdefault(column, []).append(1000 * seconds)
+    return pd.DataFrame(
+        [
+            {"interaction": name}
+            | {column: f"{statistics.median(values[1:]):.1f}" for column, values in columns.items()}
+            for name, columns in times.items()
+        ]
+    )
+
+
+def draw_cost(results: Results, costs: dict[str, dict[str, float]]) -> None:
+    """GAUC against milliseconds, both data sets."""
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    colours = plt.get_cmap("tab20")
+    for ax, (data, of_data) in zip(axes, results.items(), strict=True):
+        for number, name in enumerate(LABELS):
+            for variant, marker in ((name, "o"), (f"{name} {BESIDE}", "^")):
+                if variant in costs[data]:
+                    y = statistics.mean(r["gauc"] for r in of_data[variant])
+                    label = LABELS[name] if marker == "o" else None
+                    ax.scatter(
+                        costs[data][variant], y, marker=marker, s=70, color=colours(number), label=label
+                    )
+        ax.set(xlabel="milliseconds a test request", ylabel="GAUC", title=data.replace("_", " "))
+        ax.grid(alpha=0.3)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center")
+    figure.suptitle("Quality against cost (circle: as published; triangle: with identity heads)")
+    figure.savefig(ROOT / "docs" / "quality_cost.png", dpi=110)
+    plt.close(figure)
+
+
+def draw_lengths(results: Results, best: float) -> None:
+    """GAUC by the events given, both data sets."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for ax, (data, of_data) in zip(axes, results.items(), strict=True):
+        for name in (f"ifa {BESIDE}", f"softmax {BESIDE}", "softmax"):
+            given = [*(f"{name}, latest {length}" for length in LENGTHS), name]
+            points = [statistics.mean(r["gauc"] for r in of_data[g]) for g in given]
+            ax.plot([*map(str, LENGTHS), "all"], points, marker="o", label=name)
+        if data == SYNTHETIC:
+            ax.axhline(best, linestyle=":", color="gray", label="best reachable")
+        ax.set(xlabel="latest events given", ylabel="GAUC", title=data.replace("_", " "))
+        ax.grid(alpha=0.3)
+        ax.legend()
+    figure.savefig(ROOT / "docs" / "quality_length.png", dpi=110)
+    plt.close(figure)
+
+
+def report(options: Options, logs: dict[str, EventLog], results: Results) -> str:
+    """The page, with its pictures written."""
+    costs = {data: request_cost(options, data) for data in results}
+    test = RankingDataset(logs[SYNTHETIC], "test")
+    best = synthetic.best_scores(test, SYNTHETIC_LOG)
+    best_gauc = measure(test, best[:, None], probabilities=False)["gauc"]
+    draw_cost(results, costs)
+    draw_lengths(results, best_gauc)
+    of_journey = RankingDataset(logs[JOURNEY], "test").history_lengths
+    text = (ROOT / "benchmarks" / "quality_page.md").read_text()
+    return text.format(
+        measured_by=measured_by("python benchmarks/quality.py"),
+        torch=torch.__version__,
+        seeds=options.seeds,
+        ablation_seeds=options.ablation_seeds,
+        journey_train=f"{JOURNEY_LOG.train:,}",
+        journey_test=f"{JOURNEY_LOG.test:,}",
+        journey_events=f"{of_journey.mean():,.0f}",
+        journey_longest=f"{of_journey.max():,}",
+        synthetic_train=f"{SYNTHETIC_LOG.train:,}",
+        synthetic_test=f"{SYNTHETIC_LOG.test:,}",
+        synthetic_events=f"{test.history_lengths.mean():,.0f}",
+        synthetic=SYNTHETIC_LOG,
+        best_gauc=f"{best_gauc:.4f}",
+        journey_table=markdown(main_table(results[JOURNEY], costs[JOURNEY])),
+        synthetic_table=markdown(main_table(results[SYNTHETIC], costs[SYNTHETIC])),
+        journey_lengths=markdown(length_table(results[JOURNEY])),
+        synthetic_lengths=markdown(length_table(results[SYNTHETIC])),
+        scaling_table=markdown(scaling_table()),
+        journey_ablation=markdown(ablation_table(JOURNEY, results[JOURNEY])),
+        synthetic_ablation=markdown(ablation_table(SYNTHETIC, results[SYNTHETIC])),
+    )
+
+
+def main() -> None:
+    """The command line."""
+    options = tyro.cli(Options, description=__doc__)
+    tests = [sys.executable, "-m", "pytest", "-q", "-x", "tests/modules", "tests/models"]
+    if subprocess.run(tests, cwd=ROOT).returncode:
+        raise SystemExit("error: the tests fail; no figures of a wrong model")
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the runs
+    logs = prepare(options)
+    results = run_all(options)
+    if options.smoke:
+        return
+    (ROOT / "docs" / "quality.md").write_text(report(options, logs, results))
+    print("Wrote docs/quality.md, quality_cost.png and quality_length.png")
+
+
+if __name__ == "__main__":
+    main()
