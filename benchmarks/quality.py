@@ -56,7 +56,7 @@ PEER = {
     JOURNEY: IFAConfig(64, num_heads=2, half_lives=(math.inf, 30.0), interest_mass=False),
     SYNTHETIC: IFAConfig(64, num_heads=1, interest_mass=False),
 }
-"""The peers as published: attention alone. Half-lives, in days, where they help (all peers have them)."""
+"""The peers as published: attention alone. Half-lives, in days, where they help; all peers have them."""
 IDENTITY: dict[str, Any] = {
     JOURNEY: dict(
         interest_mass=True,

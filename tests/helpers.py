@@ -45,9 +45,11 @@ class Inputs:
         weighted: bool = True,
         aged: bool = True,
         dtype: torch.dtype = torch.float64,
+        id_features: int | None = None,
     ) -> Inputs:
         g = torch.Generator().manual_seed(seed)
-        n, m, k = sum(history_lengths), sum(candidate_lengths), len(config.identity_features)
+        n, m = sum(history_lengths), sum(candidate_lengths)
+        k = len(config.identity_features) if id_features is None else id_features
         history = torch.randn(n, config.embedding_dim, generator=g, dtype=dtype)
         candidates = torch.randn(m, config.embedding_dim, generator=g, dtype=dtype)
         weights = 2 * torch.rand(n, generator=g, dtype=dtype)

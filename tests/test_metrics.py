@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from ifa_torchrec.metrics import gauc, ndcg, ranking_metrics
+from ifa_torchrec.metrics import gauc, ndcg, ranking_metrics, recall
 
 
 def random_requests(seed: int, levels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -69,6 +69,23 @@ def test_ndcg_is_the_mean_gain_over_the_best_gain(levels: int, k: int) -> None:
     request, score, label = random_requests(0, levels)
     wanted = np.mean([naive_ndcg(*part, k) for part in split(request, score, label)])
     assert ndcg(request, score, label, k) == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 3, 10])
+@pytest.mark.parametrize("levels", [2, 1000], ids=["many ties", "few ties"])
+def test_recall_is_the_mean_share_of_positives_found(levels: int, k: int) -> None:
+    """Of tied candidates each is as likely as another to be among the k: drawn a thousand times."""
+    request, score, label = random_requests(2, levels)
+    rng = np.random.default_rng(0)
+    drawn = []
+    for s, y in split(request, score, label):
+        shares = []
+        for _ in range(1000):
+            order = np.lexsort((rng.random(len(s)), -s))[:k]
+            shares.append(y[order].sum() / min(k, y.sum()))
+        drawn.append(np.mean(shares))
+    tolerance = 0.005 if levels == 2 else 1e-3
+    assert recall(request, score, label, k) == pytest.approx(np.mean(drawn), abs=tolerance)
 
 
 @pytest.mark.parametrize("labels", [[0, 0, 0], [1, 1, 1]])

@@ -112,6 +112,22 @@ class TestHistoryIsStrictlyBefore:
         assert age.dtype == torch.float32
         assert age.tolist() == pytest.approx([3650, 1.5, 6 / 1440, 1 / 86_400_000_000], rel=1e-6)
 
+    @pytest.mark.parametrize("length", [1, 5, 10_000])
+    def test_history_length_keeps_the_latest(
+        self, log: EventLog, dataset: RankingDataset, length: int
+    ) -> None:
+        short = RankingDataset(log, "train", history_length=length)
+        assert short.history_lengths.tolist() == np.minimum(dataset.history_lengths, length).tolist()
+        everything = list(range(len(dataset)))
+        for whole, latest in zip(
+            histories(dataset[everything]), histories(short[everything]), strict=True
+        ):
+            assert latest == tuple(column[-length:] for column in whole)
+
+    def test_history_length_below_one_is_refused(self, log: EventLog) -> None:
+        with pytest.raises(ValueError, match="history_length must be at least 1, got 0"):
+            RankingDataset(log, "train", history_length=0)
+
     def test_users_without_a_past(self, toy: Toy, dataset: RankingDataset) -> None:
         users = toy.requests["train"]["user"].to_numpy()
         assert (dataset.history_lengths[users == NEW_USER] == 0).all()

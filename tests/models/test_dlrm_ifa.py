@@ -16,6 +16,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, DLRM_IFATrain, IFAConfig, RankingBatch
 from ifa_torchrec.models.dlrm_ifa import INTERACTIONS, SequenceArch
+from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLoss, CandidateSetLossConfig
 
 DIM = 8
 ITEM_FEATURES = {"item": 50, "category": 6}
@@ -265,7 +266,7 @@ class TestEveryInteraction:
         torch.testing.assert_close(alone, model(batch)[flat(rows)])
 
     def test_candidates_are_scored_the_same_in_any_set(self, interaction: str) -> None:
-        """No relation between candidates is modelled yet."""
+        """Without a candidate set attention, no relation between candidates is modelled."""
         model, batch = make_model(interaction), make_batch()
         fewer = [rows[1:] for rows in CANDIDATE_ROWS]
         logits = model(take(batch, EVENT_ROWS, fewer, [0, 1, 2, 3]))
@@ -341,6 +342,113 @@ class TestEveryInteraction:
         assert len(losses) == 30
         # the same batch again and again can be learnt by heart
         assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize("attention", ["softmax", "linear"])
+class TestCandidateSet:
+    """The candidates see each other."""
+
+    @staticmethod
+    def make(attention: str, interaction: str = "ifa") -> DLRM_IFA:
+        return make_model(interaction, candidate_set=CandidateSetConfig(attention))
+
+    @pytest.mark.parametrize("interaction", ["ifa", "none"])
+    def test_every_parameter_has_a_gradient(self, attention: str, interaction: str) -> None:
+        model = self.make(attention, interaction)
+        logits = model(make_batch())
+        assert logits.shape == (sum(CANDIDATES), 2)
+        logits.square().sum().backward()
+        without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+        assert without == []
+
+    def test_permuting_candidates_permutes_logits(self, attention: str) -> None:
+        model, batch = self.make(attention), make_batch()
+        shuffled = [rows[1::2] + rows[::2][::-1] for rows in CANDIDATE_ROWS]
+        permuted = model(take(batch, EVENT_ROWS, shuffled, [0, 1, 2, 3]))
+        torch.testing.assert_close(permuted, model(batch)[flat(shuffled)])
+
+    def test_a_request_is_scored_the_same_in_any_batch(self, attention: str) -> None:
+        model, batch = self.make(attention), make_batch()
+        rows = [CANDIDATE_ROWS[b] for b in (2, 0)]
+        alone = model(take(batch, [EVENT_ROWS[b] for b in (2, 0)], rows, [2, 0]))
+        torch.testing.assert_close(alone, model(batch)[flat(rows)])
+
+    def test_a_candidate_less_changes_its_own_request_alone(self, attention: str) -> None:
+        model, batch = self.make(attention), make_batch()
+        fewer = [CANDIDATE_ROWS[0][1:], *CANDIDATE_ROWS[1:]]
+        logits = model(take(batch, EVENT_ROWS, fewer, [0, 1, 2, 3]))
+        moved = (logits - model(batch)[flat(fewer)]).abs().amax(dim=1) > 1e-6
+        assert moved.tolist() == [True] * 2 + [False] * 12
+
+    def test_the_history_enters_the_relations(self, attention: str) -> None:
+        """User-aware: what the encoder is given differs with the history."""
+        model, batch = self.make(attention), make_batch()
+        caught = []
+        encoder = model.candidate_arch.candidate_set_encoder
+        encoder.register_forward_pre_hook(lambda _, given: caught.append(given[0].values()))
+        model(batch)
+        model(take(batch, [[], EVENT_ROWS[1], [], []], CANDIDATE_ROWS, [0, 1, 2, 3]))
+        moved = (caught[0] - caught[1]).abs().amax(dim=1) > 1e-6
+        assert moved.tolist() == [b != 1 for b, rows in enumerate(CANDIDATE_ROWS) for _ in rows]
+
+    def test_exposed_alone_is_the_model_on_the_exposed(self, attention: str) -> None:
+        model, batch = self.make(attention), make_batch()
+        kept = [[row for row in rows if batch.exposed[row]] for rows in CANDIDATE_ROWS]
+        logits, alone = model(batch, exposed_alone=True)
+        torch.testing.assert_close(logits, model(batch))
+        torch.testing.assert_close(alone, model(take(batch, EVENT_ROWS, kept, [0, 1, 2, 3])))
+        assert not torch.allclose(alone, logits[batch.exposed])
+
+    def test_training_by_consistency_closes_the_gap(self, attention: str) -> None:
+        """Labels depend on the rest of the set, so that the unexposed move the scores."""
+
+        def relative(seed: int) -> RankingBatch:
+            batch = make_batch(candidates=[8] * 4, seed=seed)
+            level = torch.linspace(-2, 2, 4)[torch.randperm(4), None]
+            price = batch.candidate_dense.view(4, 8) + level
+            batch.candidate_dense = price.view(-1, 1)
+            dearer = (price > price.mean(1, keepdim=True)).float().view(-1, 1)
+            batch.labels = dearer.expand(-1, 2).contiguous()
+            return batch
+
+        gaps = {}
+        for weight in (0.0, 3.0):
+            torch.manual_seed(0)
+            config = CandidateSetLossConfig(consistency=weight)
+            train = DLRM_IFATrain(self.make(attention), config)
+            optimizer = torch.optim.Adam(train.parameters(), lr=0.01)
+            for step in range(200):
+                loss, _ = train(relative(step))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            batch = relative(1000)
+            logits, alone = train.model(batch, exposed_alone=True)
+            offsets = batch.sequence_features["candidate_item"].offsets()
+            gap = CandidateSetLoss(CandidateSetLossConfig(pointwise=0.0, consistency=1.0))
+            gaps[weight] = gap(logits, batch.labels, batch.exposed, offsets, alone).item()
+        assert gaps[0.0] > 0.001 and gaps[3.0] < 0.5 * gaps[0.0], gaps
+
+
+def test_a_consistency_term_needs_candidates_that_see_each_other() -> None:
+    with pytest.raises(ValueError, match="no candidate sees another"):
+        DLRM_IFATrain(make_model(), CandidateSetLossConfig(consistency=0.1))
+
+
+def test_unexposed_candidates_count_as_the_loss_says() -> None:
+    batch = make_batch()
+    model = make_model()
+    loss, _ = DLRM_IFATrain(model, CandidateSetLossConfig(pointwise_unexposed=False))(batch)
+    kept = batch.exposed
+    by_hand = torch.nn.BCEWithLogitsLoss()(model(batch)[kept], batch.labels[kept])
+    torch.testing.assert_close(loss, by_hand)
+
+
+def test_sim_searches_by_the_feature_it_is_told() -> None:
+    model = make_model("sim", search_feature="category")
+    assert model.candidate_arch.sequence_interaction.id_features == ("item", "category")
+    with pytest.raises(ValueError, match="search_feature 'brand' is none of"):
+        make_model("sim", search_feature="brand")
 
 
 @pytest.mark.parametrize("interaction", [i for i in INTERACTIONS if i != "none"])

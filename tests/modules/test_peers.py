@@ -1,9 +1,10 @@
-"""The peers against plain loops: mean pooling and softmax target attention."""
+"""The peers against plain loops."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from itertools import count
 
 import pytest
 import torch
@@ -11,7 +12,16 @@ from helpers import LN2, Inputs, head_of, naive_forward, randomised
 from torch import Tensor
 
 from ifa_torchrec import IFAConfig
-from ifa_torchrec.modules import MeanPooling, SoftmaxAttention
+from ifa_torchrec.modules import (
+    DINAttention,
+    ETAAttention,
+    LowRankAttention,
+    MeanPooling,
+    SDIMAttention,
+    SIMAttention,
+    SoftmaxAttention,
+    TWINAttention,
+)
 
 PLAIN = IFAConfig(embedding_dim=6, num_heads=2, interest_mass=False)
 CONFIGS = {
@@ -31,6 +41,12 @@ PEERS = {
     "mean": MeanPooling,
     "softmax": SoftmaxAttention,
     "softmax of the latest 3": lambda config: SoftmaxAttention(config, recent_length=3),
+    "din of the latest 3": lambda config: DINAttention(config, recent_length=3),
+    "twin of 3": lambda config: TWINAttention(config, search_length=3),
+    "eta of 3": lambda config: ETAAttention(config, search_length=3, num_hashes=8),
+    "sim of 2": lambda config: SIMAttention(config, "brand", search_length=2),
+    "sdim": lambda config: SDIMAttention(config, num_groups=5, group_bits=2),
+    "low rank": lambda config: LowRankAttention(config, rank=4),
 }
 HISTORIES, CANDIDATES = [7, 0, 1, 5, 0, 3], [2, 3, 1, 0, 0, 4]
 
@@ -44,6 +60,10 @@ def new_peer(peer: str, config: IFAConfig) -> torch.nn.Module:
         return randomised(PEERS[peer](config).double())
 
 
+def inputs_of(module: torch.nn.Module, *lengths, **kwargs) -> Inputs:
+    return Inputs.random(module.config, *lengths, id_features=len(module.id_features), **kwargs)
+
+
 def naive_mean(module: MeanPooling, inputs: Inputs) -> Tensor:
     def head(candidates, events, weights, h):
         total = weights.sum()
@@ -54,6 +74,19 @@ def naive_mean(module: MeanPooling, inputs: Inputs) -> Tensor:
     return naive_forward(module, inputs, head)
 
 
+def naive_share(module: torch.nn.Module, candidates, events, weights, h: int) -> Tensor:
+    """[m, n] w exp(q k / sqrt(d)); what weighs nothing still has 1e-30."""
+    q = head_of(candidates, module.query_proj, h, module.config)
+    k = head_of(events, module.key_proj, h, module.config)
+    return weights.clamp(min=1e-30) * torch.exp(q @ k.T / math.sqrt(q.shape[1]))
+
+
+def averaged(module: torch.nn.Module, share: Tensor, events: Tensor, h: int) -> tuple[Tensor, Tensor]:
+    total = share.sum(1)
+    v = head_of(events, module.value_proj, h, module.config)
+    return share @ v / total[:, None].clamp(min=1e-300), total
+
+
 def naive_softmax(module: SoftmaxAttention, inputs: Inputs) -> Tensor:
     """softmax of q k / sqrt(d) + log w, written w exp(q k / sqrt(d)) / sum."""
     latest = module.recent_length
@@ -61,6 +94,92 @@ def naive_softmax(module: SoftmaxAttention, inputs: Inputs) -> Tensor:
     def head(candidates, events, weights, h):
         if latest is not None:
             events, weights = events[-latest:], weights[-latest:]
+        return averaged(module, naive_share(module, candidates, events, weights, h), events, h)
+
+    return naive_forward(module, inputs, head)
+
+
+def keep(share: Tensor, order: Tensor, count: int) -> Tensor:
+    """The share of the ``count`` events that come first in each candidate's order; 0 for others."""
+    kept = torch.zeros_like(share)
+    for c in range(len(share)):
+        for event in order[c, :count].tolist():
+            kept[c, event] = share[c, event]
+    return kept
+
+
+def naive_twin(module: TWINAttention, inputs: Inputs) -> Tensor:
+    def head(candidates, events, weights, h):
+        share = naive_share(module, candidates, events, weights, h)
+        share = keep(share, share.argsort(dim=1, descending=True), module.search_length)
+        return averaged(module, share, events, h)
+
+    return naive_forward(module, inputs, head)
+
+
+def naive_eta(module: ETAAttention, inputs: Inputs) -> Tensor:
+    """By Hamming distance of the signatures, of equal ones the later event."""
+
+    def head(candidates, events, weights, h):
+        bits = [
+            head_of(x, projection, h, module.config) @ module.hyperplanes > 0
+            for x, projection in ((candidates, module.query_proj), (events, module.key_proj))
+        ]
+        distance = (bits[0][:, None] != bits[1][None]).sum(2)
+        order = [sorted(range(len(events)), key=lambda i, d=d: (d[i], -i)) for d in distance.tolist()]
+        order = torch.tensor(order, dtype=torch.int64).view(len(candidates), len(events))
+        share = naive_share(module, candidates, events, weights, h)
+        return averaged(module, keep(share, order, module.search_length), events, h)
+
+    return naive_forward(module, inputs, head)
+
+
+def naive_sim(module: SIMAttention, inputs: Inputs) -> Tensor:
+    """The latest events that have the candidate's id in the last column."""
+    calls = count()
+
+    def head(candidates, events, weights, h):
+        b = next(calls) // module.config.num_heads
+        had = inputs.history_ids[inputs.event_rows(b), -1].tolist()
+        share = naive_share(module, candidates, events, weights, h)
+        kept = torch.zeros_like(share)
+        for c, asked in enumerate(inputs.candidate_ids[inputs.candidate_rows(b), -1].tolist()):
+            same = [i for i, id_ in enumerate(had) if id_ == asked][-module.search_length :]
+            kept[c, same] = share[c, same]
+        return averaged(module, kept, events, h)
+
+    return naive_forward(module, inputs, head)
+
+
+def naive_sdim(module: SDIMAttention, inputs: Inputs) -> Tensor:
+    """A pair's weight is the number of groups all of whose bits agree."""
+
+    def head(candidates, events, weights, h):
+        bits = [(x @ module.hyperplanes > 0).view(len(x), 5, 2) for x in (candidates, events)]
+        collisions = (bits[0][:, None] == bits[1][None]).all(3).sum(2)
+        share = collisions * weights
+        total = share.sum(1)
+        mean = share @ events / (total[:, None] + module.config.eps)
+        return head_of(mean, module.value_proj, h, module.config), total / 5
+
+    return naive_forward(module, inputs, head)
+
+
+def naive_din(module: DINAttention, inputs: Inputs) -> Tensor:
+    def head(candidates, events, weights, h):
+        events, weights = events[-module.recent_length :], weights[-module.recent_length :]
+        share = events.new_zeros(len(candidates), len(events))
+        for c, candidate in enumerate(candidates):
+            for e, event in enumerate(events):
+                pair = torch.cat([event, candidate, event - candidate, event * candidate])
+                share[c, e] = weights[e] * module.activation_unit(pair[None])[0, h].sigmoid()
+        return share @ head_of(events, module.value_proj, h, module.config), share.sum(1)
+
+    return naive_forward(module, inputs, head)
+
+
+def naive_low_rank(module: LowRankAttention, inputs: Inputs) -> Tensor:
+    def head(candidates, events, weights, h):
         q, k, v = (
             head_of(x, projection, h, module.config)
             for x, projection in (
@@ -69,11 +188,27 @@ def naive_softmax(module: SoftmaxAttention, inputs: Inputs) -> Tensor:
                 (events, module.value_proj),
             )
         )
-        share = weights * torch.exp(q @ k.T / math.sqrt(q.shape[1]))
-        total = share.sum(1)
-        return share @ v / total[:, None].clamp(min=1e-12), total
+        weights = weights.clamp(min=1e-30)
+        scale = math.sqrt(q.shape[1])
+        share = weights * torch.exp(module.latents[h] @ k.T / scale)
+        share = share / share.sum(1, keepdim=True).clamp(min=1e-300)
+        weight = torch.exp(q @ (share @ k).T / scale)
+        outputs = weight @ (share @ v) / weight.sum(1, keepdim=True)
+        return outputs, weight.mean(1) * weights.sum()
 
     return naive_forward(module, inputs, head)
+
+
+NAIVE = {
+    MeanPooling: naive_mean,
+    SoftmaxAttention: naive_softmax,
+    TWINAttention: naive_twin,
+    ETAAttention: naive_eta,
+    SIMAttention: naive_sim,
+    SDIMAttention: naive_sdim,
+    DINAttention: naive_din,
+    LowRankAttention: naive_low_rank,
+}
 
 
 @every_peer
@@ -82,12 +217,12 @@ def naive_softmax(module: SoftmaxAttention, inputs: Inputs) -> Tensor:
 @pytest.mark.parametrize("aged", [True, False], ids=["aged", "ageless"])
 def test_peer_is_the_plain_loop(peer, config, weighted, aged):
     module = new_peer(peer, CONFIGS[config])
-    inputs = Inputs.random(CONFIGS[config], HISTORIES, CANDIDATES, weighted=weighted, aged=aged)
+    inputs = inputs_of(module, HISTORIES, CANDIDATES, weighted=weighted, aged=aged)
     if weighted:  # softmax has no answer where every event weighs nothing
         inputs.history.weights()[[7, 10]] = 0.5
     out = module(*inputs.forward)
-    naive = naive_mean if peer == "mean" else naive_softmax
-    torch.testing.assert_close(out.values(), naive(module, inputs), rtol=1e-11, atol=1e-11)
+    expected = NAIVE[type(module)](module, inputs)
+    torch.testing.assert_close(out.values(), expected, rtol=1e-10, atol=1e-10)
     assert out.offsets().tolist() == inputs.candidates.offsets().tolist()
 
 
@@ -95,7 +230,7 @@ def test_peer_is_the_plain_loop(peer, config, weighted, aged):
 @every_config
 def test_requests_do_not_touch_each_other(peer, config):
     module = new_peer(peer, CONFIGS[config])
-    inputs = Inputs.random(CONFIGS[config], HISTORIES, CANDIDATES)
+    inputs = inputs_of(module, HISTORIES, CANDIDATES)
     whole = module(*inputs.forward).values()
     for numbers in ([0], [5, 2], [3], [1, 4, 0]):
         alone = module(*inputs.requests(numbers).forward).values()
@@ -107,17 +242,17 @@ def test_requests_do_not_touch_each_other(peer, config):
 @every_config
 def test_an_empty_history_is_exactly_zeros_before_the_output(peer, config):
     module = new_peer(peer, CONFIGS[config])
-    inputs = Inputs.random(CONFIGS[config], [0, 4], [2, 1], weighted=False)
+    inputs = inputs_of(module, [0, 40], [2, 10], weighted=False)
     out = module(*inputs.forward).values()
     assert torch.equal(out[:2], module.output_proj.bias.expand(2, -1))
-    assert not torch.equal(out[2], module.output_proj.bias)
+    assert not torch.equal(out[2:], module.output_proj.bias.expand(10, -1))
 
 
 @every_peer
 @pytest.mark.parametrize("lengths", [[], [0, 0]], ids=["no request", "no candidate and no event"])
 def test_nothing_in_gives_nothing_out(peer, lengths):
     module = new_peer(peer, CONFIGS["all"])
-    inputs = Inputs.random(CONFIGS["all"], lengths, lengths)
+    inputs = inputs_of(module, lengths, lengths)
     assert module(*inputs.forward).values().shape == (0, 6)
 
 
@@ -127,7 +262,7 @@ def test_nothing_in_gives_nothing_out(peer, lengths):
 def test_gradients_are_finite(peer, config, scale):
     """In float32, also where exp(q k) is beyond it, and where events weigh nothing."""
     module = new_peer(peer, CONFIGS[config]).float()
-    inputs = Inputs.random(CONFIGS[config], HISTORIES, CANDIDATES, dtype=torch.float32)
+    inputs = inputs_of(module, HISTORIES, CANDIDATES, dtype=torch.float32)
     inputs.history.values().mul_(scale)
     inputs.candidates.values().mul_(scale)
     leaves = {name: p for name, p in module.named_parameters()}
