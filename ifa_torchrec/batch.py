@@ -27,8 +27,8 @@ class RankingBatch(Pipelineable):
         history_age: [N] float >= 0, age of each event when the request was made, in the unit
             of the model's half-lives (the loader's is days).
         labels: [M, T] float, 0 or 1, one column a task.
-        exposed: [M] bool, whether the user was shown the candidate. For losses that tell the two
-            apart; the mean binary cross entropy of DLRM_IFATrain does not.
+        exposed: [M] bool, whether the user was shown the candidate; CandidateSetLoss can tell the
+            two apart.
 
     Example:
         >>> import torch

@@ -134,7 +134,7 @@ class TestRankingMetrics:
 
     def test_scores_that_are_no_log_odds_have_neither(self) -> None:
         metrics = ranking_metrics(self.REQUEST, self.LOGIT, self.LABEL, probabilities=False)
-        assert set(metrics) == {"auc", "gauc", "ndcg@10", "requests_ranked"}
+        assert set(metrics) == {"auc", "gauc", "ndcg@10", "recall@10", "requests_ranked"}
 
     @pytest.mark.parametrize("levels", [3, 10**6])
     def test_auc_is_over_all_pairs_of_all_requests(self, levels: int) -> None:
@@ -162,7 +162,7 @@ class TestRankingMetrics:
 @pytest.mark.parametrize("label", [0, 1])
 def test_labels_that_are_all_equal_have_no_auc_and_no_ne(label: int) -> None:
     metrics = ranking_metrics(np.zeros(3, int), np.array([1.0, 2.0, 3.0], np.float32), np.full(3, label))
-    assert np.isnan([metrics["auc"], metrics["gauc"], metrics["ndcg@10"]]).all()
+    assert np.isnan([metrics["auc"], metrics["gauc"], metrics["ndcg@10"], metrics["recall@10"]]).all()
     assert metrics["requests_ranked"] == 0 and "ne" not in metrics and "calibration" not in metrics
 
 
