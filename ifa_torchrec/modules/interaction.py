@@ -242,6 +242,7 @@ class SequenceInteraction(nn.Module):
         history_age: Tensor | None,
         history_ids: Tensor | None,
         candidate_ids: Tensor | None,
+        /,
     ) -> tuple[Tensor, Tensor | None]:
         """Outputs [M, H, d] and masses [M, H] of the dense heads; None is allowed for the latter
         where the config asks for no masses."""
