@@ -119,13 +119,14 @@ def variants(data: str) -> dict[str, dict[str, Any]]:
     """The main comparison: each interaction as published, and with IFA's identity heads and masses."""
     plain, beside = PEER[data], replace(PEER[data], **IDENTITY[data])
     search = {"search_feature": "category"}
-    result: dict[str, dict[str, Any]] = {"none": dict(interaction="none", ifa=plain)}
+    result: dict[str, dict[str, Any]] = {}
+    result["ifa"] = dict(interaction="ifa", ifa=replace(IFA, interest_mass=False))
+    result[f"ifa {BESIDE}"] = dict(interaction="ifa", ifa=replace(IFA, **IDENTITY[data]))
+    result["none"] = dict(interaction="none", ifa=plain)
     for name in PEERS:
         result[name] = dict(interaction=name, ifa=plain, **search)
     for name in PEERS if data == JOURNEY else ("mean", "softmax"):  # of little use on the synthetic log
         result[f"{name} {BESIDE}"] = dict(interaction=name, ifa=beside, **search)
-    result["ifa"] = dict(interaction="ifa", ifa=replace(IFA, interest_mass=False))
-    result[f"ifa {BESIDE}"] = dict(interaction="ifa", ifa=replace(IFA, **IDENTITY[data]))
     return result
 
 
