@@ -462,6 +462,7 @@ def draw_lengths(results: Results, best: float) -> None:
 
 def report(options: Options, logs: dict[str, EventLog], results: Results) -> str:
     """The page, with its pictures written."""
+    source = measured_by("python benchmarks/quality.py")  # before the pictures change the tree
     costs = {data: request_cost(options, data) for data in results}
     test = RankingDataset(logs[SYNTHETIC], "test")
     best = synthetic.best_scores(test, SYNTHETIC_LOG)
@@ -471,7 +472,7 @@ def report(options: Options, logs: dict[str, EventLog], results: Results) -> str
     of_journey = RankingDataset(logs[JOURNEY], "test").history_lengths
     text = (ROOT / "benchmarks" / "quality_page.md").read_text()
     return text.format(
-        measured_by=measured_by("python benchmarks/quality.py"),
+        measured_by=source,
         torch=torch.__version__,
         seeds=options.seeds,
         ablation_seeds=options.ablation_seeds,
