@@ -332,8 +332,10 @@ def main_table(of_data: dict[str, list[dict[str, float]]], cost: dict[str, float
 
 
 def length_table(of_data: dict[str, list[dict[str, float]]]) -> pd.DataFrame:
-    """GAUC by the events that a model is given."""
+    """GAUC by the events that a model is given; empty if none was run on less than all."""
     rows = []
+    if not any(", latest " in variant for variant in of_data):
+        return pd.DataFrame()
     for name in (f"ifa {BESIDE}", f"softmax {BESIDE}", "softmax"):
         row = {
             "interaction": f"{LABELS[name.split()[0]].split(',')[0]} {name.partition(' ')[2]}".strip()
@@ -353,6 +355,8 @@ def ablation_table(data: str, of_data: dict[str, list[dict[str, float]]]) -> pd.
     names |= {"dense heads alone, no masses": "ifa"} | {name: name for name in ablations(data)}
     for label, variant in names.items():
         runs = of_data.get(variant, [])
+        if not runs:
+            continue
         row = {
             "variant": label,
             "GAUC": mean_and_deviation(runs, "gauc"),
@@ -460,6 +464,11 @@ def draw_lengths(results: Results, best: float) -> None:
     plt.close(figure)
 
 
+def markdown_of(table: pd.DataFrame) -> str:
+    """The table, or that there is none."""
+    return markdown(table) if len(table) else "Not run within the time of this page."
+
+
 def report(options: Options, logs: dict[str, EventLog], results: Results) -> str:
     """The page, with its pictures written."""
     source = measured_by("python benchmarks/quality.py")  # before the pictures change the tree
@@ -468,7 +477,9 @@ def report(options: Options, logs: dict[str, EventLog], results: Results) -> str
     best = synthetic.best_scores(test, SYNTHETIC_LOG)
     best_gauc = measure(test, best[:, None], probabilities=False)["gauc"]
     draw_cost(results, costs)
-    draw_lengths(results, best_gauc)
+    by_length = {data: length_table(of_data) for data, of_data in results.items()}
+    if all(len(table) for table in by_length.values()):
+        draw_lengths(results, best_gauc)
     of_journey = RankingDataset(logs[JOURNEY], "test").history_lengths
     text = (ROOT / "benchmarks" / "quality_page.md").read_text()
     return text.format(
@@ -487,8 +498,8 @@ def report(options: Options, logs: dict[str, EventLog], results: Results) -> str
         best_gauc=f"{best_gauc:.4f}",
         journey_table=markdown(main_table(results[JOURNEY], costs[JOURNEY])),
         synthetic_table=markdown(main_table(results[SYNTHETIC], costs[SYNTHETIC])),
-        journey_lengths=markdown(length_table(results[JOURNEY])),
-        synthetic_lengths=markdown(length_table(results[SYNTHETIC])),
+        journey_lengths=markdown_of(by_length[JOURNEY]),
+        synthetic_lengths=markdown_of(by_length[SYNTHETIC]),
         scaling_table=markdown(scaling_table()),
         journey_ablation=markdown(ablation_table(JOURNEY, results[JOURNEY])),
         synthetic_ablation=markdown(ablation_table(SYNTHETIC, results[SYNTHETIC])),
@@ -507,7 +518,7 @@ def main() -> None:
     if options.smoke:
         return
     (ROOT / "docs" / "quality.md").write_text(report(options, logs, results))
-    print("Wrote docs/quality.md, quality_cost.png and quality_length.png")
+    print("Wrote docs/quality.md and its pictures")
 
 
 if __name__ == "__main__":
