@@ -163,12 +163,12 @@ def train_and_keep(config: TrainConfig, copy_to: Path | None = None) -> Kept:
             shutil.copytree(config.out, copy_to)
         return result
 
-    def forwards(self, context, history, candidates, batch):
+    def forwards(self, context, history, candidates, batch, *rest):
         if self.training:
             real = batch.context_features["store"].lengths() > 0
             seen = batch.dense_features[real, 1].numpy()
             kept.requests.append([number_of[season] for season in seen])
-        return forward(self, context, history, candidates, batch)
+        return forward(self, context, history, candidates, batch, *rest)
 
     with (
         mock.patch.object(checkpoint, "save", saves),
