@@ -37,7 +37,7 @@ import tyro
 from report import ROOT, markdown, measured_by
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from ifa_torchrec import DLRM_IFA, CandidateSetLoss, IFAConfig
+from ifa_torchrec import CandidateSetLoss, IFAConfig
 from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, complete_journey, synthetic
 from ifa_torchrec.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.metrics import gauc
@@ -259,8 +259,7 @@ def gap(trained: Run, requests: int = 1000) -> dict[str, float]:
         candidates where they are scored in the whole set, and where they stand alone.
     """
     dataset = trained.dataset("test")
-    model = next(m for m in trained.model.modules() if isinstance(m, DLRM_IFA))
-    model.eval()
+    model = trained.dlrm.eval()
     loss = CandidateSetLoss(CandidateSetLossConfig(pointwise=0, consistency=1))
     divergences, request, beside, alone, labels = [], [], [], [], []
     sampler = EventBudgetSampler(dataset.history_lengths[:requests], 32768, 32)

@@ -17,7 +17,6 @@ import torch.distributed as dist
 import tyro
 
 from ifa_torchrec.command_line import as_command
-from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.modules import InteractionFidelityAttention
 from ifa_torchrec.train import load_run
 
@@ -59,7 +58,7 @@ def explain(config: ExplainConfig) -> str:
     if dataset.history_lengths[config.request] == 0:
         raise ValueError(f"--request {config.request} has no history to explain by")
     batch = dataset[[config.request]].to(run.device)
-    model = next(m for m in run.model.modules() if isinstance(m, DLRM_IFA))
+    model = run.dlrm
     model.eval()
 
     # attention_weights wants what the model hands to its interaction: catch it on the way

@@ -128,6 +128,11 @@ class Run:
     model: DistributedModelParallel
     device: torch.device
 
+    @property
+    def dlrm(self) -> DLRM_IFA:
+        """The model without its loss, its tables sharded."""
+        return next(m for m in self.model.modules() if isinstance(m, DLRM_IFA))
+
     def dataset(self, split: str) -> RankingDataset:
         """A split as the model takes it."""
         return RankingDataset(self.log, split, self.config.history_length)

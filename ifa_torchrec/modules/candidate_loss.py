@@ -172,7 +172,6 @@ class CandidateSetLoss(nn.Module):
         """The weighted mean, over all ranks where asked; 0 where all weights are."""
         total = weight.sum()
         if self.across_ranks and self.training:
-            total = total.clone()
             dist.all_reduce(total)
             total = total / dist.get_world_size()
         return (values * weight).sum() / torch.where(total > 0, total, 1.0)

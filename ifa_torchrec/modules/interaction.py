@@ -118,6 +118,22 @@ class IFAConfig:
         return len(self.identity_features) * len(self.identity_half_lives)
 
 
+def at_least_one(name: str, value: int) -> int:
+    """The value of a constructor's argument.
+
+    Raises:
+        ValueError: it is less than 1; the message names it.
+
+    Example:
+        >>> from ifa_torchrec.modules.interaction import at_least_one
+        >>> at_least_one("rank", 32)
+        32
+    """
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
 def decay_rates(half_lives: tuple[float, ...]) -> Tensor:
     """lambda = ln 2 / half-life, [len(half_lives)] float32; 0 for an infinite half-life.
 

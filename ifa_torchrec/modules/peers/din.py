@@ -10,7 +10,7 @@ from torchrec.modules.mlp import MLP
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec import ops
-from ifa_torchrec.modules.interaction import IFAConfig, SequenceInteraction
+from ifa_torchrec.modules.interaction import IFAConfig, SequenceInteraction, at_least_one
 from ifa_torchrec.ops.jagged import request_of_row
 
 
@@ -40,9 +40,7 @@ class DINAttention(SequenceInteraction):
 
     def __init__(self, config: IFAConfig, recent_length: int = 50) -> None:
         super().__init__(config)
-        if recent_length < 1:
-            raise ValueError(f"recent_length must be at least 1, got {recent_length}")
-        self.recent_length = recent_length
+        self.recent_length = at_least_one("recent_length", recent_length)
         self.activation_unit = nn.Sequential(
             MLP(4 * config.embedding_dim, [64, 32]), nn.Linear(32, config.num_heads)
         )

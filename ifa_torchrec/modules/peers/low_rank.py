@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ifa_torchrec.modules.interaction import IFAConfig
+from ifa_torchrec.modules.interaction import IFAConfig, at_least_one
 from ifa_torchrec.modules.peers.softmax import SoftmaxAttention
 
 
@@ -35,8 +35,7 @@ class LowRankAttention(SoftmaxAttention):
 
     def __init__(self, config: IFAConfig, rank: int = 32) -> None:
         super().__init__(config)
-        if rank < 1:
-            raise ValueError(f"rank must be at least 1, got {rank}")
+        at_least_one("rank", rank)
         self.latents = nn.Parameter(torch.randn(config.num_heads, rank, config.head_width))
 
     def _attend(

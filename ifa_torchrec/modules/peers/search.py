@@ -6,15 +6,9 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from ifa_torchrec.modules.interaction import IFAConfig, SequenceInteraction
-from ifa_torchrec.modules.peers.softmax import SoftmaxAttention
+from ifa_torchrec.modules.interaction import IFAConfig, SequenceInteraction, at_least_one
+from ifa_torchrec.modules.peers.softmax import SoftmaxAttention, softmax_gain
 from ifa_torchrec.ops.jagged import request_of_row
-
-
-def _checked(search_length: int) -> int:
-    if search_length < 1:
-        raise ValueError(f"search_length must be at least 1, got {search_length}")
-    return search_length
 
 
 class TWINAttention(SoftmaxAttention):
@@ -40,7 +34,7 @@ class TWINAttention(SoftmaxAttention):
 
     def __init__(self, config: IFAConfig, search_length: int = 50) -> None:
         super().__init__(config)
-        self.search_length = _checked(search_length)
+        self.search_length = at_least_one("search_length", search_length)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, log_weight: Tensor | None
@@ -75,7 +69,7 @@ class ETAAttention(SoftmaxAttention):
 
     def __init__(self, config: IFAConfig, search_length: int = 50, num_hashes: int = 64) -> None:
         super().__init__(config)
-        self.search_length = _checked(search_length)
+        self.search_length = at_least_one("search_length", search_length)
         self.register_buffer("hyperplanes", torch.randn(config.head_width, num_hashes))
 
     def _attend(
@@ -127,8 +121,8 @@ class SIMAttention(SequenceInteraction):
         if search_feature is None and not config.identity_features:
             raise ValueError("SIMAttention: give search_feature, the id feature to search by")
         self.search_feature = search_feature or config.identity_features[-1]
-        self.search_length = _checked(search_length)
-        gain = (12 / config.head_width**0.5) ** 0.5  # as in SoftmaxAttention
+        self.search_length = at_least_one("search_length", search_length)
+        gain = softmax_gain(config)
         self.query_proj = self._projection(gain)
         self.key_proj = self._projection(gain)
 

@@ -9,7 +9,20 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from ifa_torchrec.modules.interaction import IFAConfig, SequenceInteraction
+from ifa_torchrec.modules.interaction import IFAConfig, SequenceInteraction, at_least_one
+
+
+def softmax_gain(config: IFAConfig) -> float:
+    """What queries and keys start as, times the (normed) tokens: the score of a token with itself is
+    then 12, enough to stand out among 10^4.
+
+    Example:
+        >>> from ifa_torchrec import IFAConfig
+        >>> from ifa_torchrec.modules.peers.softmax import softmax_gain
+        >>> round(softmax_gain(IFAConfig(embedding_dim=16, num_heads=1)) ** 2 * 16 / 4, 6)
+        12.0
+    """
+    return (12 / config.head_width**0.5) ** 0.5
 
 
 class SoftmaxAttention(SequenceInteraction):
@@ -36,11 +49,10 @@ class SoftmaxAttention(SequenceInteraction):
 
     def __init__(self, config: IFAConfig, recent_length: int | None = None) -> None:
         super().__init__(config)
-        if recent_length is not None and recent_length < 1:
-            raise ValueError(f"recent_length must be at least 1, got {recent_length}")
+        if recent_length is not None:
+            at_least_one("recent_length", recent_length)
         self.recent_length = recent_length
-        # the score of a normed token with itself starts at 12, enough to stand out among 10^4
-        gain = (12 / config.head_width**0.5) ** 0.5
+        gain = softmax_gain(config)
         self.query_proj = self._projection(gain)
         self.key_proj = self._projection(gain)
 
