@@ -1,6 +1,6 @@
 """Every sequence interaction, trained under the same budget on real and on synthetic histories.
 
-    python benchmarks/quality.py             # about 90 minutes on 2 cores
+    python benchmarks/quality.py             # about 2 hours on 2 cores
     python benchmarks/quality.py --smoke     # every run once, tiny: seconds each, no page
 
 Writes docs/quality.md and its pictures. Each trained run is kept under --out, and is not trained
@@ -34,7 +34,7 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
-from report import ROOT, markdown, measured_by
+from report import ROOT, commit, markdown, measured_by
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec import CandidateSetLoss, IFAConfig
@@ -42,7 +42,17 @@ from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, comp
 from ifa_torchrec.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.metrics import gauc
 from ifa_torchrec.models.dlrm_ifa import INTERACTIONS, DLRM_IFAConfig
-from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig
+from ifa_torchrec.modules import (
+    CandidateSetConfig,
+    CandidateSetLossConfig,
+    DINAttention,
+    ETAAttention,
+    LowRankAttention,
+    SDIMAttention,
+    SIMAttention,
+    SoftmaxAttention,
+    TWINAttention,
+)
 from ifa_torchrec.scoring import measure, time_per_request
 from ifa_torchrec.train import Run, TrainConfig, load_run, train
 
@@ -84,6 +94,19 @@ LABELS = {
     "low_rank": "LREA-style, rank 32",
     "ifa": "IFA, whole history",
 }
+SETTINGS = {
+    "softmax, latest 200": ("softmax_recent", lambda c: SoftmaxAttention(c.ifa, 200)),
+    "DIN, latest 100": ("din", lambda c: DINAttention(c.ifa, 100)),
+    "SIM-hard, 200 of the category": ("sim", lambda c: SIMAttention(c.ifa, c.search_feature, 200)),
+    "ETA, 200 by 64 bits": ("eta", lambda c: ETAAttention(c.ifa, 200)),
+    "ETA, 50 by 256 bits": ("eta", lambda c: ETAAttention(c.ifa, 50, num_hashes=256)),
+    "TWIN-style, 200 by score": ("twin", lambda c: TWINAttention(c.ifa, 200)),
+    "SDIM, 16 groups of 5 bits": ("sdim", lambda c: SDIMAttention(c.ifa, 16, 5)),
+    "SDIM, 48 groups of 4 bits": ("sdim", lambda c: SDIMAttention(c.ifa, 48, 4)),
+    "LREA-style, rank 128": ("low_rank", lambda c: LowRankAttention(c.ifa, 128)),
+}
+"""Other settings of the peers, and the row of the main tables that each varies."""
+INTERACTIONS.update({name: make for name, (_, make) in SETTINGS.items()})
 
 
 @dataclass(frozen=True)
@@ -95,7 +118,7 @@ class Options:
     seeds: int = 3
     """Seeds of each run of the main tables."""
     ablation_seeds: int = 2
-    """Seeds of each ablation and each history length."""
+    """Seeds of each ablation and each history length; other settings of the peers have one."""
     jobs: int = 2
     """Runs at a time, of one thread each."""
     minutes: float = math.inf
@@ -138,6 +161,11 @@ def lengths(data: str) -> dict[str, dict[str, Any]]:
         for name in (f"ifa {BESIDE}", f"softmax {BESIDE}", "softmax")
         for length in LENGTHS
     }
+
+
+def settings(data: str) -> dict[str, dict[str, Any]]:
+    """The peers as published, in other settings than the main tables'."""
+    return {name: dict(variants(data)[row], interaction=name) for name, (row, _) in SETTINGS.items()}
 
 
 def ablations(data: str) -> dict[str, dict[str, Any]]:
@@ -186,14 +214,14 @@ def ablations(data: str) -> dict[str, dict[str, Any]]:
 
 def jobs(options: Options) -> list[Job]:
     """All runs: the main comparison's first seed first, the ablations last."""
-    main, others = 1 if options.smoke else options.seeds, 1 if options.smoke else options.ablation_seeds
+    main, others = (1, 1) if options.smoke else (options.seeds, options.ablation_seeds)
     result = []
     for seed in range(main):
         for data in (JOURNEY, SYNTHETIC):
             result += [Job(data, name, seed, given) for name, given in variants(data).items()]
     for seed in range(others):
         for data in (JOURNEY, SYNTHETIC):
-            rest = lengths(data) | ablations(data)
+            rest = lengths(data) | ablations(data) | (settings(data) if seed == 0 else {})
             result += [Job(data, name, seed, given) for name, given in rest.items()]
     return result
 
@@ -246,7 +274,8 @@ def run(options: Options, job: Job, deadline: float) -> dict[str, float] | None:
     metrics["train_seconds"] = training["seconds"]
     if job.data == JOURNEY:
         metrics |= gap(load_run(folder))
-    result_file.write_text(json.dumps({"options": options_of_run, "metrics": metrics}))
+    kept = {"options": options_of_run, "commit": commit(), "metrics": metrics}
+    result_file.write_text(json.dumps(kept))
     return metrics
 
 
@@ -331,10 +360,8 @@ def main_table(of_data: dict[str, list[dict[str, float]]], cost: dict[str, float
 
 
 def length_table(of_data: dict[str, list[dict[str, float]]]) -> pd.DataFrame:
-    """GAUC by the events that a model is given; empty if none was run on less than all."""
+    """GAUC by the events that a model is given."""
     rows = []
-    if not any(", latest " in variant for variant in of_data):
-        return pd.DataFrame()
     for name in (f"ifa {BESIDE}", f"softmax {BESIDE}", "softmax"):
         row = {
             "interaction": f"{LABELS[name.split()[0]].split(',')[0]} {name.partition(' ')[2]}".strip()
@@ -344,6 +371,24 @@ def length_table(of_data: dict[str, list[dict[str, float]]]) -> pd.DataFrame:
             row[f"latest {length:,}"] = mean_and_deviation(runs, "gauc")
         row["all"] = mean_and_deviation(of_data.get(name, []), "gauc")
         rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def settings_table(results: Results) -> pd.DataFrame:
+    """The peers' other settings, each below the one of the main tables."""
+    rows = []
+    for name in PEERS:
+        shown = {f"{LABELS[name]} (main tables)": name}
+        shown |= {setting: setting for setting, (row, _) in SETTINGS.items() if row == name}
+        if len(shown) > 1:
+            rows += [
+                {"setting": label}
+                | {
+                    f"GAUC, {data.replace('_', ' ')}": mean_and_deviation(of_data.get(key, []), "gauc")
+                    for data, of_data in results.items()
+                }
+                for label, key in shown.items()
+            ]
     return pd.DataFrame(rows)
 
 
@@ -420,6 +465,12 @@ def scaling_table(events: tuple[int, ...] = (1000, 10_000, 100_000), rounds: int
     )
 
 
+def commits(options: Options) -> set[str]:
+    """The commits at which the kept runs were trained."""
+    kept = (folder_of(options, job) / "result.json" for job in jobs(options))
+    return {json.loads(file.read_text())["commit"] for file in kept if file.exists()}
+
+
 def draw_cost(results: Results, costs: dict[str, dict[str, float]]) -> None:
     """GAUC against milliseconds, both data sets."""
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
@@ -463,11 +514,6 @@ def draw_lengths(results: Results, best: float) -> None:
     plt.close(figure)
 
 
-def markdown_of(table: pd.DataFrame) -> str:
-    """The table, or that there is none."""
-    return markdown(table) if len(table) else "Not run within the time of this page."
-
-
 def report(options: Options, logs: dict[str, EventLog], results: Results) -> str:
     """The page, with its pictures written."""
     source = measured_by("python benchmarks/quality.py")  # before the pictures change the tree
@@ -476,9 +522,7 @@ def report(options: Options, logs: dict[str, EventLog], results: Results) -> str
     best = synthetic.best_scores(test, SYNTHETIC_LOG)
     best_gauc = measure(test, best[:, None], probabilities=False)["gauc"]
     draw_cost(results, costs)
-    by_length = {data: length_table(of_data) for data, of_data in results.items()}
-    if all(len(table) for table in by_length.values()):
-        draw_lengths(results, best_gauc)
+    draw_lengths(results, best_gauc)
     of_journey = RankingDataset(logs[JOURNEY], "test").history_lengths
     text = (ROOT / "benchmarks" / "quality_page.md").read_text()
     return text.format(
@@ -497,9 +541,11 @@ def report(options: Options, logs: dict[str, EventLog], results: Results) -> str
         best_gauc=f"{best_gauc:.4f}",
         journey_table=markdown(main_table(results[JOURNEY], costs[JOURNEY])),
         synthetic_table=markdown(main_table(results[SYNTHETIC], costs[SYNTHETIC])),
-        journey_lengths=markdown_of(by_length[JOURNEY]),
-        synthetic_lengths=markdown_of(by_length[SYNTHETIC]),
+        journey_lengths=markdown(length_table(results[JOURNEY])),
+        synthetic_lengths=markdown(length_table(results[SYNTHETIC])),
         scaling_table=markdown(scaling_table()),
+        settings_table=markdown(settings_table(results)),
+        commits=", ".join(sorted(commits(options))),
         journey_ablation=markdown(ablation_table(JOURNEY, results[JOURNEY])),
         synthetic_ablation=markdown(ablation_table(SYNTHETIC, results[SYNTHETIC])),
     )

@@ -26,8 +26,12 @@ def cpu_name() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
+def commit() -> str:
+    """The commit that is checked out; "-dirty" behind it where files differ from it."""
+    describe = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    return subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
 def measured_by(command: str) -> str:
     """A sentence with the command, the commit and the machine."""
-    describe = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return f"`{command}` at commit {commit}; {os.cpu_count()} cores ({cpu_name()})"
+    return f"`{command}` at commit {commit()}; {os.cpu_count()} cores ({cpu_name()})"
