@@ -4,25 +4,43 @@ Letters, here and everywhere: B requests, M candidates and N events in all of th
 a token, H dense heads of width d, d_phi features a head, L half-lives of an identity feature.
 
 Three functions, each with the backends "reference" (plain, the truth), "torch" (tiled, with its
-own backward) and "auto" (the fastest that serves, today "torch").
+own backward), "native" (C++, on CPU) and "auto" (the fastest that serves). ``python -m
+ifa_torchrec.ops`` prints which there are.
 """
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from types import ModuleType
 
 from torch import Tensor
 
-from ifa_torchrec.ops import reference, torch_backend
+from ifa_torchrec.ops import native, reference, torch_backend
 from ifa_torchrec.ops.feature_maps import FEATURE_MAPS
 
-BACKENDS: dict[str, ModuleType] = {
-    "auto": torch_backend,
-    "reference": reference,
-    "torch": torch_backend,
-}
+BACKENDS = ("auto", "native", "reference", "torch")
+_MODULES = {"native": native, "reference": reference, "torch": torch_backend}
 
 __all__ = ["BACKENDS", "FEATURE_MAPS", "attend", "encode", "match"]
+
+
+def _backend(name: str, tokens: Tensor) -> ModuleType:
+    if name != "auto":
+        if name == "native" and not native.serves(tokens):
+            raise ValueError(
+                f'backend "native" cannot serve {tokens.dtype} tokens on {tokens.device.type}: it is for '
+                f"float32 and bfloat16 on CPU; the kernels: {native.status()}"
+            )
+        return _MODULES[name]
+    if tokens.device.type == "cpu" and not native.available():
+        _say_once(f"ifa_torchrec.ops: the native kernels are {native.status()}; torch serves, slower")
+    return native if native.serves(tokens) else torch_backend
+
+
+@cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
 
 
 def encode(
@@ -49,7 +67,7 @@ def encode(
         ages: [N] or None, t_i >= 0; None means 0. No gradient flows to the ages.
         decay: [H], lambda_h >= 0 per unit of age.
         feature_map: a key of FEATURE_MAPS.
-        backend: a key of BACKENDS.
+        backend: one of BACKENDS.
 
     Returns:
         S [B, H, d_phi, d] and z [B, H, d_phi], float32 (float64 for float64 input).
@@ -62,7 +80,7 @@ def encode(
         >>> s.shape, z[1].abs().sum().item()
         (torch.Size([2, 2, 4, 4]), 0.0)
     """
-    return BACKENDS[backend].encode(
+    return _backend(backend, history).encode(
         history, offsets, key_weight, value_weight, weights, ages, decay, feature_map
     )
 
@@ -88,7 +106,7 @@ def attend(
         key_value: S [B, H, d_phi, d], and key_sum: z [B, H, d_phi], from ``encode``.
         feature_map: a key of FEATURE_MAPS.
         eps: keeps the division defined where nothing matched.
-        backend: a key of BACKENDS.
+        backend: one of BACKENDS.
 
     Returns:
         out [M, H, d] and matched [M, H], in the state's dtype.
@@ -102,7 +120,7 @@ def attend(
         >>> out.shape, matched.sum().item()
         (torch.Size([3, 2, 4]), 0.0)
     """
-    return BACKENDS[backend].attend(
+    return _backend(backend, candidates).attend(
         candidates, offsets, query_weight, key_value, key_sum, feature_map, eps
     )
 
@@ -128,7 +146,7 @@ def match(
         candidate_buckets: [M] int64; candidate_offsets: [B + 1] int64.
         history: [N, D] floating point; history_buckets: [N] int64; history_offsets: [B + 1].
         weights: [N] or None, a_i; ages: [N] or None, t_i; decay: [L], rates per unit of age.
-        backend: a key of BACKENDS.
+        backend: one of BACKENDS.
 
     Returns:
         token_sum [M, L, D] = sum of w_li x_i, and weight_sum [M, L] = sum of w_li, over the
@@ -142,7 +160,7 @@ def match(
         >>> count.flatten().tolist()
         [2.0, 0.0]
     """
-    return BACKENDS[backend].match(
+    return _backend(backend, history).match(
         candidate_buckets,
         candidate_offsets,
         history,

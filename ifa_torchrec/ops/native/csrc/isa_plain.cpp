@@ -1,0 +1,23 @@
+// What every processor of the architecture has: SSE2, NEON.
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define IFA_ISA plain
+#define IFA_VECTOR 4
+#define IFA_PANEL 2
+#define IFA_ACCUMULATORS 12
+#include "isa.h"
+
+// The best instruction set that is both compiled in and understood by this processor.
+extern "C" __attribute__((visibility("default"))) const char* ifa_instruction_set() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return __builtin_cpu_supports("avx512bf16") ? "avx512_bf16" : "avx512";
+  if (avx2) return "avx2";
+#endif
+  return "plain";
+}

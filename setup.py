@@ -1,0 +1,27 @@
+"""The native kernels; all else is in pyproject.toml.
+
+They need a C++17 compiler with OpenMP and nothing else: no header of Python or PyTorch. Where the
+build fails the package is installed without them.
+"""
+
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+SOURCES = Path("ifa_torchrec/ops/native/csrc")
+
+setup(
+    ext_modules=[
+        Extension(
+            "ifa_torchrec.ops.native._kernels",
+            sources=sorted(str(path) for path in SOURCES.glob("*.cpp")),
+            depends=sorted(str(path) for path in SOURCES.glob("*.h")),
+            extra_compile_args=[
+                *("-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden"),
+                *("-Wno-psabi", "-Wno-unknown-pragmas"),
+            ],
+            extra_link_args=["-fopenmp"],
+            optional=True,
+        )
+    ]
+)
