@@ -21,7 +21,7 @@ export GOMP_SPINCOUNT ?= 20000
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml setup.py $(wildcard ifa_torchrec/ops/native/csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade uv
 	$(UV_ENV) $(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[$(EXTRA),demo,dev]"

@@ -58,7 +58,7 @@ class CandidateSetEncoder(nn.Module):
     Args:
         embedding_dim: D.
         config: CandidateSetConfig, with an attention.
-        backend: of the linear attention, a key of ops.BACKENDS.
+        backend: of the linear attention, one of ops.BACKENDS.
 
     Raises:
         ValueError: config.attention is "none".

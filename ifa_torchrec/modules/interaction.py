@@ -40,7 +40,7 @@ class IFAConfig:
             user, for K identity features.
         identity_half_lives: L half-lives; each identity feature has a head for each.
         eps: keeps the division defined where nothing matched.
-        backend: a key of ops.BACKENDS.
+        backend: one of ops.BACKENDS.
 
     Raises:
         ValueError: a value is out of range; the message names it.
@@ -62,7 +62,7 @@ class IFAConfig:
     identity_buckets: int = 4096
     identity_half_lives: tuple[float, ...] = (math.inf,)
     eps: float = 1e-6
-    backend: Literal["auto", "reference", "torch"] = "auto"
+    backend: Literal["auto", "native", "reference", "torch"] = "auto"
 
     def __post_init__(self) -> None:
         def check(good: bool, message: str) -> None:
@@ -103,9 +103,7 @@ class IFAConfig:
         check(
             self.identity_buckets > 0, f"identity_buckets must be positive, got {self.identity_buckets}"
         )
-        check(
-            self.backend in ops.BACKENDS, f"backend {self.backend!r} is none of {sorted(ops.BACKENDS)}"
-        )
+        check(self.backend in ops.BACKENDS, f"backend {self.backend!r} is none of {list(ops.BACKENDS)}")
 
     @property
     def head_width(self) -> int:

@@ -29,12 +29,12 @@ def _backend(name: str, tokens: Tensor) -> ModuleType:
     if name != "auto":
         if name == "native" and not native.serves(tokens):
             raise ValueError(
-                f'backend "native" cannot serve {tokens.dtype} tokens on {tokens.device.type}: it is for '
-                f"float32 and bfloat16 on CPU; the kernels: {native.status()}"
+                f'backend "native" does not serve {tokens.dtype} on {tokens.device.type}: it is for '
+                f"float32 and bfloat16 on CPU; the kernels: {native.STATUS}"
             )
         return _MODULES[name]
-    if tokens.device.type == "cpu" and not native.available():
-        _say_once(f"ifa_torchrec.ops: the native kernels are {native.status()}; torch serves, slower")
+    if tokens.device.type == "cpu" and native.LIBRARY is None:
+        _say_once(f"ifa_torchrec.ops: the native kernels are {native.STATUS}; torch serves, slower")
     return native if native.serves(tokens) else torch_backend
 
 

@@ -8,13 +8,19 @@
 typedef float vec __attribute__((vector_size(4 * IFA_VECTOR)));
 typedef int32_t ivec __attribute__((vector_size(4 * IFA_VECTOR)));
 typedef float unaligned_vec __attribute__((vector_size(4 * IFA_VECTOR), aligned(4), may_alias));
+typedef uint32_t uvec __attribute__((vector_size(4 * IFA_VECTOR)));
+typedef uint32_t unaligned_uvec __attribute__((vector_size(4 * IFA_VECTOR), aligned(4), may_alias));
 typedef uint16_t bf16;
+typedef uint16_t bf16_vec __attribute__((vector_size(2 * IFA_VECTOR), aligned(2), may_alias));
+typedef uint32_t bf16_pair __attribute__((may_alias));  // the first in the lower half
 
 constexpr int VL = IFA_VECTOR;          // floats in a vector
 constexpr int PANEL = IFA_PANEL;        // vectors in a row of a block of gemm
 
 static inline vec load(const float* p) { return *reinterpret_cast<const unaligned_vec*>(p); }
 static inline void store(float* p, vec v) { *reinterpret_cast<unaligned_vec*>(p) = v; }
+static inline uvec load(const bf16_pair* p) { return *reinterpret_cast<const unaligned_uvec*>(p); }
+static inline void store(bf16_pair* p, uvec v) { *reinterpret_cast<unaligned_uvec*>(p) = v; }
 static inline vec all(float x) { return x - vec{}; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -70,26 +76,40 @@ static inline bf16 bf16_of(float x) {  // to the nearest, ties to even
   return bf16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+static inline uvec bf16_bits_of(vec x) {  // as above, in the lower halves
+  uvec bits = (uvec)x, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return x == x ? rounded : uvec{} + 0x7fc0;
+}
+
 // ------------------------------------------------------------------------------ matrix products
 
+// Elements are floats, or pairs of bf16 whose two products are both added, by one instruction where
+// IFA_BF16 says that there is one.
+static inline void add_product(vec& sum, float a, vec b) { sum += a * b; }
+#if IFA_BF16
+static inline void add_product(vec& sum, uint32_t a, uvec b) {
+  sum = (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(a + uvec{}), (__m512bh)b);
+}
+#endif
+
 // One block of C [R, V vectors] = or += A [R, K] B [K, V vectors], held in registers.
-template <int R, int V, bool ADD>
-static inline void gemm_block(int64_t K, const float* a, int64_t a_row, int64_t a_col, const float* b,
-                              int64_t b_row, float* c, int64_t c_row) {
+template <int R, int V, bool ADD, class E>
+static inline void gemm_block(int64_t K, const E* a, int64_t a_row, int64_t a_col, const E* b, int64_t b_row,
+                              float* c, int64_t c_row) {
   vec sum[R][V];
 #pragma GCC unroll 32
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sum[r][v] = ADD ? load(c + r * c_row + v * VL) : vec{};
   for (int64_t k = 0; k < K; ++k) {
-    vec right[V];
+    decltype(load(b)) right[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) right[v] = load(b + k * b_row + v * VL);
 #pragma GCC unroll 32
     for (int r = 0; r < R; ++r) {
-      vec left = all(a[r * a_row + k * a_col]);
+      const E left = a[r * a_row + k * a_col];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[r][v] += left * right[v];
+      for (int v = 0; v < V; ++v) add_product(sum[r][v], left, right[v]);
     }
   }
 #pragma GCC unroll 32
@@ -98,17 +118,17 @@ static inline void gemm_block(int64_t K, const float* a, int64_t a_row, int64_t 
     for (int v = 0; v < V; ++v) store(c + r * c_row + v * VL, sum[r][v]);
 }
 
-template <int R, int V, bool ADD>
-static inline int64_t gemm_rows(int64_t first, int64_t rows, int64_t K, const float* a, int64_t a_row,
-                                int64_t a_col, const float* b, int64_t b_row, float* c, int64_t c_row) {
+template <int R, int V, bool ADD, class E>
+static inline int64_t gemm_rows(int64_t first, int64_t rows, int64_t K, const E* a, int64_t a_row,
+                                int64_t a_col, const E* b, int64_t b_row, float* c, int64_t c_row) {
   for (; first + R <= rows; first += R)
     gemm_block<R, V, ADD>(K, a + first * a_row, a_row, a_col, b, b_row, c + first * c_row, c_row);
   return first;
 }
 
-template <int V, bool ADD>
-static void gemm_panel(int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t a_col,
-                       const float* b, int64_t b_row, float* c, int64_t c_row) {
+template <int V, bool ADD, class E>
+static void gemm_panel(int64_t rows, int64_t K, const E* a, int64_t a_row, int64_t a_col, const E* b,
+                       int64_t b_row, float* c, int64_t c_row) {
   constexpr int R = IFA_ACCUMULATORS / V < 12 ? IFA_ACCUMULATORS / V : 12;
   int64_t i = gemm_rows<R, V, ADD>(0, rows, K, a, a_row, a_col, b, b_row, c, c_row);
   if (R > 4) i = gemm_rows<4, V, ADD>(i, rows, K, a, a_row, a_col, b, b_row, c, c_row);
@@ -118,9 +138,9 @@ static void gemm_panel(int64_t rows, int64_t K, const float* a, int64_t a_row, i
 
 // C [rows, columns] = or += A [rows, K] B [K, columns]; element (i, k) of A is a[i a_row + k a_col].
 // columns is a multiple of VL.
-template <bool ADD>
-static void gemm(int64_t rows, int columns, int64_t K, const float* a, int64_t a_row, int64_t a_col,
-                 const float* b, int64_t b_row, float* c, int64_t c_row) {
+template <bool ADD, class E>
+static void gemm(int64_t rows, int columns, int64_t K, const E* a, int64_t a_row, int64_t a_col, const E* b,
+                 int64_t b_row, float* c, int64_t c_row) {
   int j = 0;
   for (; j + PANEL * VL <= columns; j += PANEL * VL)
     gemm_panel<PANEL, ADD>(rows, K, a, a_row, a_col, b + j, b_row, c + j, c_row);

@@ -1,0 +1,333 @@
+"""What is the native backend's own: instruction sets, widths, threads, bfloat16, refusals, memory."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_near, offsets_of
+from test_ops import EPS, FEATURE_MAPS, SHAPES, attend_inputs, encode_inputs, match_inputs, to_float64
+
+from ifa_torchrec import ops
+from ifa_torchrec.ops import native
+
+if native.LIBRARY is None:
+    pytest.skip(native.STATUS, allow_module_level=True)
+
+SETS = ["plain", "avx2", "avx512", "avx512_bf16"]
+USABLE = SETS[: SETS.index(native.STATUS) + 1]
+
+
+@pytest.fixture(params=USABLE)
+def instruction_set(request, monkeypatch):
+    monkeypatch.setattr(native, "STATUS", request.param)
+    native._kernel.cache_clear()
+    yield request.param
+    native._kernel.cache_clear()
+
+
+def wide_inputs(history, candidates, sizes, feature_map, dtype=torch.float32):
+    """Of encode and attend, with D, H and d from ``sizes``."""
+    dim, heads, width = sizes
+    generator = torch.Generator().manual_seed(0)
+    random = partial(torch.randn, generator=generator)
+    n, m = sum(history), sum(candidates)
+    inputs = {
+        "history": random(n, dim).to(dtype),
+        "offsets": offsets_of(history),
+        "key_weight": random(heads, width, dim) / dim**0.5,
+        "value_weight": random(heads, width, dim) / dim**0.5,
+        "weights": random(n).abs(),
+        "ages": random(n).abs(),
+        "decay": torch.arange(heads) / 2.0,
+    }
+    asking = {
+        "candidates": random(m, dim).to(dtype),
+        "offsets": offsets_of(candidates),
+        "query_weight": random(heads, width, dim) / dim**0.5,
+    }
+    return inputs, asking
+
+
+def run(inputs, asking, feature_map, backend):
+    """State and answers, and the gradients of a sum of squares of the answers, by name."""
+    inputs = {name: x if x is None else x.clone() for name, x in inputs.items()}
+    asking = {name: x.clone() for name, x in asking.items()}
+    leaves = {
+        **{name: inputs[name] for name in ("history", "key_weight", "value_weight", "weights")},
+        **{name: asking[name] for name in ("candidates", "query_weight")},
+    }
+    leaves = {name: x.requires_grad_() for name, x in leaves.items() if x is not None}
+    state = ops.encode(*inputs.values(), feature_map, backend)
+    out, matched = ops.attend(*asking.values(), *state, feature_map, EPS, backend)
+    loss = out.square().mean() + (1 + matched).log().mean()
+    gradients = torch.autograd.grad(loss, [*leaves.values()])
+    values = {"key_value": state[0], "key_sum": state[1], "out": out, "matched": matched}
+    return {name: x.detach() for name, x in values.items()} | dict(zip(leaves, gradients, strict=True))
+
+
+HISTORY, CANDIDATES = [300, 0, 1, 37], [3, 2, 70, 0]
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+@pytest.mark.parametrize(
+    "sizes", [(64, 4, 16), (64, 1, 64), (48, 2, 24), (7, 3, 5), (33, 1, 129), (16, 8, 2)], ids=str
+)
+def test_every_instruction_set_and_width_gives_the_references_results(
+    instruction_set, feature_map, sizes
+):
+    inputs, asking = wide_inputs(HISTORY, CANDIDATES, sizes, feature_map)
+    truth = run(to_float64(inputs), to_float64(asking), feature_map, "reference")
+    for name, value in run(inputs, asking, feature_map, "native").items():
+        assert_near(value, truth[name], 2e-5, name)
+
+
+def test_every_instruction_set_matches(instruction_set):
+    inputs = match_inputs([300, 0, 20_000], [30, 4, 7], torch.float32)
+    truth = ops.match(*to_float64(inputs).values(), backend="reference")
+    for actual, expected in zip(ops.match(*inputs.values(), backend="native"), truth, strict=True):
+        assert_near(actual, expected, 2e-5)
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+@pytest.mark.parametrize("size", [1e-3, 30.0, 1000.0])
+def test_small_and_large_projections(instruction_set, feature_map, size):
+    inputs, asking = wide_inputs([50], [9], (32, 2, 16), feature_map)
+    inputs["key_weight"] *= size
+    asking["query_weight"] *= size
+    state = ops.encode(*inputs.values(), feature_map, "native")
+    truth = ops.encode(*to_float64(inputs).values(), feature_map, "reference")
+    for actual, expected in zip(state, truth, strict=True):
+        # the arguments of exp are themselves only good to float32 of their size
+        assert_near(actual, expected, 2e-5 * max(size / 10, 1))
+    assert ops.attend(*asking.values(), *state, feature_map, EPS, "native")[0].isfinite().all()
+
+
+def test_nan_and_infinity_are_not_hidden(instruction_set):
+    for feature_map in FEATURE_MAPS:
+        for value in (torch.nan, torch.inf):
+            inputs = encode_inputs([5, 3], torch.float32)
+            inputs["history"][6, 2] = value
+            key_value, _ = ops.encode(*inputs.values(), feature_map, "native")
+            assert key_value[0].isfinite().all() and not key_value[1].isfinite().all(), feature_map
+
+
+def test_an_infinite_age_counts_nothing_where_there_is_decay(instruction_set):
+    inputs = encode_inputs([4], torch.float32)
+    inputs["ages"] = torch.full((4,), torch.inf)
+    _, key_sum = ops.encode(*inputs.values(), "elu", "native")
+    assert key_sum[0, 0].all() and not key_sum[0, 1:].any()  # head 0 does not decay
+
+
+# ------------------------------------------------------------------------------------- bfloat16
+
+
+@pytest.mark.parametrize("sizes", [(64, 4, 16), (64, 1, 64), (34, 2, 24), (7, 3, 5)], ids=str)
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_bfloat16_tokens(instruction_set, feature_map, sizes):
+    """float32 states and answers; where the processor multiplies bfloat16, phi is rounded to it."""
+    inputs, asking = wide_inputs(HISTORY, CANDIDATES, sizes, feature_map, torch.bfloat16)
+    truth = run(to_float64(inputs), to_float64(asking), feature_map, "reference")
+    paired = instruction_set.endswith("bf16") and sizes[0] % 2 == 0
+    for name, value in run(inputs, asking, feature_map, "native").items():
+        half = name in ("history", "candidates")
+        assert value.dtype == (torch.bfloat16 if half else torch.float32)
+        assert_near(value, truth[name], 2e-2 if half or paired else 2e-5, name)
+
+
+def test_bfloat16_matches_are_sums_in_float32():
+    inputs = match_inputs([3000, 0, 7], [5, 1, 4], torch.bfloat16)
+    truth = ops.match(*to_float64(inputs).values(), backend="reference")
+    for actual, expected in zip(ops.match(*inputs.values(), backend="native"), truth, strict=True):
+        assert actual.dtype == torch.float32
+        assert_near(actual, expected, 2e-5)
+
+
+# --------------------------------------------------------------------------- threads, long histories
+
+
+def results(threads: int) -> list[torch.Tensor]:
+    lengths, sets = [50_000, 0, 3, 4000, 1] + [10] * 500, [700, 5, 0, 40, 300] + [1] * 500
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        values = run(*wide_inputs(lengths, sets, (32, 2, 16), "hedgehog"), "hedgehog", "native")
+        matches = ops.match(*match_inputs(lengths, sets, torch.float32).values(), backend="native")
+    finally:
+        torch.set_num_threads(before)
+    return [*values.values(), *matches]
+
+
+def test_results_are_the_same_to_the_bit_with_any_number_of_threads_and_at_every_run():
+    first = results(1)
+    for threads in (1, 2, 4, 4):
+        for actual, expected in zip(results(threads), first, strict=True):
+            assert torch.equal(actual, expected)
+
+
+def test_float32_error_of_a_million_events():
+    """Stated in native/__init__.py: 1e-6 of the largest sum."""
+    generator = torch.Generator().manual_seed(0)
+    history = torch.randn(1_000_000, 16, generator=generator)
+    key = torch.randn(1, 16, 16, generator=generator) / 4
+    given = (torch.tensor([0, 1_000_000]), key, key, None, None, torch.zeros(1))
+    double = [x.double() if x is not None and x.is_floating_point() else x for x in (history, *given)]
+    truth = ops.encode(*double, "elu", "torch")
+    for actual, expected in zip(ops.encode(history, *given, "elu", "native"), truth, strict=True):
+        error = (actual - expected).abs().max() / expected.abs().max()
+        assert error < 1e-6
+
+
+# ------------------------------------------------------------------------------------ the operators
+
+
+def test_opcheck():
+    inputs, asking = (
+        encode_inputs([5, 0, 3], torch.float32),
+        attend_inputs([2, 3, 0], "elu", torch.float32),
+    )
+    for op, given, extra, fixed in [
+        (torch.ops.ifa.native_encode, inputs, ("hedgehog",), ("ages", "decay")),
+        (torch.ops.ifa.native_encode, inputs | {"weights": None, "ages": None}, ("elu",), ("decay",)),
+        (torch.ops.ifa.native_attend, asking, ("elu", EPS), ()),
+        (
+            torch.ops.ifa.native_match,
+            match_inputs([4, 0, 6], [3, 1, 5], torch.float32),
+            (),
+            ("ages", "decay"),
+        ),
+    ]:
+        arguments = [
+            x.clone().requires_grad_()
+            if x is not None and x.is_floating_point() and name not in fixed
+            else x
+            for name, x in given.items()
+        ]
+        torch.library.opcheck(op.default, (*arguments, *extra))
+
+
+def test_opcheck_of_the_backward_operators():
+    inputs = encode_inputs([5, 0, 3], torch.float32)
+    upstream = ops.encode(*inputs.values(), "elu", "native")
+    torch.library.opcheck(
+        torch.ops.ifa.native_encode_backward.default, (*upstream, *inputs.values(), "elu")
+    )
+    asking = attend_inputs([2, 3, 0], "elu", torch.float32)
+    upstream = ops.attend(*asking.values(), "elu", EPS, "native")
+    torch.library.opcheck(
+        torch.ops.ifa.native_attend_backward.default, (*upstream, *asking.values(), "elu", EPS)
+    )
+    inputs = match_inputs([4, 0, 6], [3, 1, 5], torch.float32)
+    upstream = torch.ops.ifa.native_match(*inputs.values())
+    arguments = (*upstream, *(inputs[name] for name in ("history", "weights", "ages", "decay")))
+    torch.library.opcheck(torch.ops.ifa.native_match_backward.default, arguments)
+
+
+def test_inputs_of_any_layout():
+    inputs, asking = wide_inputs(HISTORY, CANDIDATES, (16, 2, 8), "elu")
+    expected = run(inputs, asking, "elu", "native")
+    inputs["history"] = inputs["history"].T.contiguous().T
+    inputs["key_weight"] = inputs["key_weight"].transpose(1, 2).contiguous().transpose(1, 2)
+    inputs["offsets"], asking["offsets"] = inputs["offsets"].int(), asking["offsets"].int()
+    inputs["weights"] = torch.stack([inputs["weights"]] * 2, dim=1)[:, 0]
+    for name, value in run(inputs, asking, "elu", "native").items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("offsets", [[0, 3, 9], [1, 3, 8], [0, 9, 8], [0, 5, 3, 8]], ids=str)
+def test_offsets_that_do_not_fit_are_refused(offsets):
+    inputs = encode_inputs([5, 3], torch.float32) | {"offsets": torch.tensor(offsets)}
+    with pytest.raises(ValueError, match="offsets must rise from 0 to 8"):
+        ops.encode(*inputs.values(), "elu", "native")
+
+
+def test_auto_takes_native_where_it_serves_and_torch_elsewhere():
+    inputs = encode_inputs([5, 3])
+    with pytest.raises(ValueError, match=r'"native" does not serve torch\.float64 on cpu'):
+        ops.encode(*inputs.values(), "elu", "native")
+    assert ops.encode(*inputs.values(), "elu")[0].dtype == torch.float64
+    inputs = encode_inputs([500, 3], torch.float32)
+    auto, taken = (ops.encode(*inputs.values(), "elu", backend) for backend in ("auto", "native"))
+    assert torch.equal(auto[0], taken[0])
+
+
+def test_without_kernels_torch_serves_and_it_is_said_once(monkeypatch, capsys):
+    from ifa_torchrec.ops import __main__
+
+    monkeypatch.setattr(native, "LIBRARY", None)
+    monkeypatch.setattr(native, "STATUS", "not built: a reason")
+    ops._say_once.cache_clear()
+    inputs = encode_inputs([5, 3], torch.float32)
+    with pytest.warns(UserWarning, match="not built: a reason") as warned:
+        for _ in range(2):
+            actual = ops.encode(*inputs.values(), "elu")
+    assert len(warned) == 1
+    torch.testing.assert_close(actual, ops.encode(*inputs.values(), "elu", "torch"))
+    __main__.main()
+    assert "not available: not built: a reason" in capsys.readouterr().out
+
+
+def test_the_command_says_what_there_is(capsys):
+    from ifa_torchrec.ops import __main__
+
+    __main__.main()
+    assert f"available: {native.STATUS}" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------- sanitizers
+
+
+def under_sanitizers(path: str) -> None:
+    """Every kernel of every instruction set, on every shape; the process dies at the first error."""
+    native.LIBRARY = ctypes.CDLL(path)
+    for native.STATUS in USABLE:
+        native._kernel.cache_clear()
+        for history, candidates in SHAPES.values():
+            for feature_map in FEATURE_MAPS:
+                for sizes in [(32, 2, 16), (7, 3, 5)]:
+                    for dtype in (torch.float32, torch.bfloat16):
+                        run(
+                            *wide_inputs(history, candidates, sizes, feature_map, dtype),
+                            feature_map,
+                            "native",
+                        )
+            for dtype in (torch.float32, torch.bfloat16):
+                inputs = match_inputs(history, candidates, dtype)
+                leaves = [inputs[name].requires_grad_() for name in ("history", "weights")]
+                outputs = ops.match(*inputs.values(), backend="native")
+                torch.autograd.grad(sum(x.sum() for x in outputs), leaves)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_no_address_or_undefined_behaviour_errors(tmp_path):
+    sources = sorted((Path(native.__file__).parent / "csrc").glob("*.cpp"))
+    library = tmp_path / "kernels.so"
+    flags = "-std=c++17 -O1 -g -fopenmp -fPIC -shared -Wno-psabi -fsanitize=address,undefined"
+    subprocess.run(
+        ["g++", *flags.split(), "-fno-sanitize-recover=all", *map(str, sources), "-o", str(library)],
+        check=True,
+    )
+    runtime = subprocess.run(
+        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True
+    ).stdout
+    environment = os.environ | {"LD_PRELOAD": runtime.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, test_native as t; t.under_sanitizers(sys.argv[1])",
+            str(library),
+        ],
+        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
