@@ -39,7 +39,7 @@ from ifa_torchrec.ops import native
 
 D, H, WIDTH = 64, 4, 16
 EPS = 1e-6
-SLOW = 3.0
+SLOW = 1.0
 """Seconds from which one run of a contestant has to do, instead of the median of several."""
 
 
@@ -441,7 +441,7 @@ class Options:
 
     events: int = 100_000
     """Events in all, of each case of uniform lengths."""
-    rounds: int = 5
+    rounds: int = 3
     """Turns of each contestant, after one to warm up."""
     smoke: bool = False
     """Small cases, no page."""
@@ -468,7 +468,7 @@ def main() -> None:
     shapes = [(n, m) for n in sizes for m in sets]
     cases = [partial(uniform, n, m, events) for n, m in shapes]
     for shape, make in zip(
-        [*shapes, None], [*cases, partial(log_normal, 8 if options.smoke else 256)], strict=True
+        [*shapes, None], [*cases, partial(log_normal, 8 if options.smoke else 64)], strict=True
     ):
         case = make()
         contestants = contestants_of(case)
