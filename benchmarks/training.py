@@ -1,0 +1,129 @@
+"""What the native op and huge pages give a training step of the demo's model, and where its time goes.
+
+    python benchmarks/training.py            # about 4 minutes on 2 cores
+
+Writes docs/training.md. The same requests of The Complete Journey in the same order in every run; the
+cases take turns, each run in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+import tyro
+from report import ROOT, markdown, measured_by
+from scaling import COLOURS, kind_of
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(ROOT / "examples" / "complete_journey"))
+from demo import MODELS
+
+from ifa_torchrec.data.complete_journey import CompleteJourneyConfig, prepare
+from ifa_torchrec.train import TrainConfig, train
+
+CASES = {
+    "torch": ("torch", {}),
+    "native": ("native", {}),
+    "torch, huge pages": ("torch", {"THP_MEM_ALLOC_ENABLE": "1"}),
+    "native, huge pages": ("native", {"THP_MEM_ALLOC_ENABLE": "1"}),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    rounds: int = 3
+    """Times that each case is run, by turns; medians are reported."""
+    requests: int = 2000
+    """Training requests."""
+
+
+def work(backend: str, data: str, profiled: bool) -> dict[str, float]:
+    """Train once: events a second, or milliseconds a step by kind."""
+    ifa = MODELS["ifa"][1]
+    config = TrainConfig(
+        data=Path(data),
+        out=Path(tempfile.mkdtemp()),
+        ifa=type(ifa)(**{**vars(ifa), "backend": backend}),
+        validate=False,
+    )
+    if not profiled:
+        return {"events_per_second": train(config)["events_per_second"]}
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        steps = train(config)["steps"]
+    kinds: Counter[str] = Counter()
+    for event in profiler.events() or []:
+        kinds[kind_of(event)] += event.self_cpu_time_total / 1000 / steps
+    return dict(kinds)
+
+
+def run(case: str, data: Path, profiled: bool = False) -> dict[str, float]:
+    """``work`` in a process of its own: how memory is had is settled when a process starts."""
+    backend, environment = CASES[case]
+    code = (
+        f"import training as t, json; print(json.dumps(t.work({backend!r}, {str(data)!r}, {profiled})))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(f"error: {case}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """The command line."""
+    options = tyro.cli(Options, description=__doc__)
+    source = measured_by("python benchmarks/training.py")
+    speeds: dict[str, list[float]] = {case: [] for case in CASES}
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "log"
+        log = prepare(data, CompleteJourneyConfig(train=options.requests, valid=10, test=10))
+        for _ in range(options.rounds):
+            for case, done in speeds.items():
+                done.append(run(case, data)["events_per_second"])
+        profiles = {case: run(case, log.path, profiled=True) for case in CASES}
+    before = statistics.median(speeds["torch"])
+    rows = [
+        {
+            "case": case,
+            "events a second": f"{statistics.median(done):,.0f}",
+            "to torch": f"{statistics.median(done) / before:.2f}",
+            **{f"{kind}, ms": f"{profiles[case].get(kind, 0):.0f}" for kind in COLOURS},
+        }
+        for case, done in speeds.items()
+    ]
+    (ROOT / "docs" / "training.md").write_text(
+        f"""# Speed: a training step of the demo's model
+
+{source}, torch {torch.__version__};
+{options.requests:,} requests of The Complete Journey, IFA as the demo has it; medians of
+{options.rounds} runs, the cases by turns. *Huge pages*: `THP_MEM_ALLOC_ENABLE=1`, by which PyTorch asks
+the kernel for pages of 2 MB: large tensors are new memory at every step, and touching it first in pages
+of 4 KB takes longer than filling it. `make` sets it.
+
+Milliseconds a step by kind are of one profiled run of each case, which is slower than the others.
+
+{markdown(pd.DataFrame(rows))}
+"""
+    )
+    print("Wrote docs/training.md")
+
+
+if __name__ == "__main__":
+    main()
