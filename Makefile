@@ -16,9 +16,6 @@ UV_ENV := $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)") \
 # Threads that wait spin briefly, then sleep: as fast alone, and where another program wants a core
 # too, a training step takes 3 times as long instead of 20.
 export GOMP_SPINCOUNT ?= 20000
-# PyTorch asks for pages of 2 MB: large tensors are new memory at every step, and touching it first
-# takes less time so (docs/training.md).
-export THP_MEM_ALLOC_ENABLE ?= 1
 
 .PHONY: setup demo test lint clean
 

@@ -113,9 +113,9 @@ def main() -> None:
 
 {source}, torch {torch.__version__};
 {options.requests:,} requests of The Complete Journey, IFA as the demo has it; medians of
-{options.rounds} runs, the cases by turns. *Huge pages*: `THP_MEM_ALLOC_ENABLE=1`, by which PyTorch asks
-the kernel for pages of 2 MB: large tensors are new memory at every step, and touching it first in pages
-of 4 KB takes longer than filling it. `make` sets it.
+{options.rounds} runs, the cases by turns. *Huge pages*: `THP_MEM_ALLOC_ENABLE=1`, by which PyTorch asks the kernel for
+pages of 2 MB. A single call of the op gains by them, as large results are new memory at every call; a
+whole step does not, so nothing here sets it.
 
 Milliseconds a step by kind are of one profiled run of each case, which is slower than the others.
 
