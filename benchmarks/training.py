@@ -25,9 +25,8 @@ from report import ROOT, markdown, measured_by
 from scaling import COLOURS, kind_of
 from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(ROOT / "examples" / "complete_journey"))
-from demo import MODELS
-
+sys.path.insert(0, str(ROOT))  # the examples are no package
+from examples.complete_journey.demo import MODELS
 from ifa_torchrec.data.complete_journey import CompleteJourneyConfig, prepare
 from ifa_torchrec.train import TrainConfig, train
 
@@ -113,9 +112,9 @@ def main() -> None:
 
 {source}, torch {torch.__version__};
 {options.requests:,} requests of The Complete Journey, IFA as the demo has it; medians of
-{options.rounds} runs, the cases by turns. *Huge pages*: `THP_MEM_ALLOC_ENABLE=1`, by which PyTorch asks the kernel for
-pages of 2 MB. A single call of the op gains by them, as large results are new memory at every call; a
-whole step does not, so nothing here sets it.
+{options.rounds} runs, the cases by turns. *Huge pages*: `THP_MEM_ALLOC_ENABLE=1`, by which PyTorch asks
+the kernel for pages of 2 MB. A single call of the op gains by them, as large results are new memory at
+every call; a whole step does not, so nothing here sets it.
 
 Milliseconds a step by kind are of one profiled run of each case, which is slower than the others.
 
