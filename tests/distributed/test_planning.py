@@ -59,7 +59,8 @@ def model_of(
         Path("data"),
         Path("out"),
         interaction=interaction,
-        ifa=IFAConfig(embedding_dim=dim, num_heads=2, identity_features=identity),
+        # the reserve is for GPUs too, which run this backend; native holds less
+        ifa=IFAConfig(dim, num_heads=2, identity_features=identity, backend="torch"),
     )
     return DLRM_IFATrain(build_model(schema, config))
 

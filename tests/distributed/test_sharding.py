@@ -35,6 +35,7 @@ from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig
 from ifa_torchrec.train import TrainConfig, build_model, train
 
 STEP = 8
+DENSE_LR = 0.01
 """Requests of a step, of all ranks together."""
 BUSY, ONE_EVENT, SOME_EVENTS, NEW = 1, 2, 3, 4
 NUM_EVENTS = {BUSY: 10_000, ONE_EVENT: 1, SOME_EVENTS: 30}
@@ -142,7 +143,7 @@ def config_of(data: Path, out: Path, world: int, sharding: str, optimizer: str) 
         candidate_set=CandidateSetConfig("softmax"),
         loss=CandidateSetLossConfig(listwise=0.5, consistency=0.2, unexposed=0.5),
         over_arch_layer_sizes=(16,),
-        optimizers=OptimizerConfig(optimizer, table_lr=0.05, dense_lr=0.01, weight_decay=0.1),
+        optimizers=OptimizerConfig(optimizer, table_lr=0.05, dense_lr=DENSE_LR, weight_decay=0.1),
         sharding=ShardingConfig(SHARDINGS[sharding]),
         warmup_steps=2,
         max_events=48_000 // world,
@@ -339,8 +340,14 @@ def test_weights_after_four_steps_equal_those_of_the_unsharded_model(world, case
     truth = train_unsharded(log.path, world, case[1])
     for rank in trained:
         assert rank.dense.keys() == truth.dense.keys()
+        off = 0
         for name, weight in truth.dense.items():
-            assert_near(rank.dense[name], weight, 1e-5, name)
+            # Adam divides a gradient by its own size: where that is rounding alone, which may happen
+            # to a few of some 10,000 weights, the step may go either way
+            error = (rank.dense[name] - weight).abs()
+            off += int((error > 1e-5 * weight.abs().max()).sum())
+            assert error.max() <= 2 * 4 * DENSE_LR, name
+        assert off <= 3
     for name, [(_, table)] in truth.tables.items():
         whole, times_held = torch.full(table.shape, math.nan), torch.zeros(table.shape)
         for rank in trained:

@@ -427,7 +427,7 @@ class TestCandidateSet:
             offsets = batch.sequence_features["candidate_item"].offsets()
             gap = CandidateSetLoss(CandidateSetLossConfig(pointwise=0.0, consistency=1.0))
             gaps[weight] = gap(logits, batch.labels, batch.exposed, offsets, alone).item()
-        assert gaps[0.0] > 0.001 and gaps[3.0] < 0.5 * gaps[0.0], gaps
+        assert gaps[0.0] > 0.0003 and gaps[3.0] < 0.5 * gaps[0.0], gaps
 
 
 def test_a_consistency_term_needs_candidates_that_see_each_other() -> None:
