@@ -298,7 +298,7 @@ class SequenceInteraction(nn.Module):
         """log w_hi, [H, n]; None where every weight is 1. A weight of 0 becomes 1e-30."""
         if weights is None and (age is None or self.config.half_lives is None):
             return None
-        bias = tokens.new_zeros(self.config.num_heads, len(tokens))
+        bias = tokens.new_zeros(self.config.num_heads, tokens.shape[0])
         if age is not None:
             bias = bias - self.decay[:, None].to(tokens.dtype) * age.to(tokens.dtype)
         return bias if weights is None else bias + weights.to(tokens.dtype).clamp(min=1e-30).log()
@@ -317,7 +317,7 @@ class SequenceInteraction(nn.Module):
             )
         id_features = self.id_features
         if id_features:
-            wanted = (len(values), len(id_features))
+            wanted = (values.shape[0], len(id_features))  # len() would fix it in an exported graph
             which = "history_ids" if name == "history" else "candidate_ids"
             if ids is None or tuple(ids.shape) != wanted:
                 got = "None" if ids is None else list(ids.shape)
