@@ -22,7 +22,7 @@ def event_weights(
     weights: torch.Tensor | None, ages: torch.Tensor | None, decay: torch.Tensor, tokens: torch.Tensor
 ) -> torch.Tensor:
     """w_hi = a_i exp(-lambda_h t_i), [n, H]; a_i is 1 and t_i is 0 where None is given."""
-    result = tokens.new_ones(len(tokens), len(decay))
+    result = tokens.new_ones(tokens.shape[0], len(decay))
     if ages is not None:
         # no decay is no decay at any age, an infinite one included
         exponent = torch.where(decay > 0, decay * ages[:, None], 0.0)
