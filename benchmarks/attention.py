@@ -199,13 +199,9 @@ def ifa(backend: str, history: Tensor, candidates: Tensor, weights, case: Case) 
     )
 
 
-def ifa_bfloat16(history: Tensor, candidates: Tensor, weights, case: Case) -> Tensor:
-    return ifa("native", history, candidates, weights, case)
-
-
 CONTESTANTS: dict[str, Callable[..., Tensor]] = {
     "native": partial(ifa, "native"),
-    "native bf16": ifa_bfloat16,
+    "native bf16": partial(ifa, "native"),  # given bfloat16 tokens, see inputs_of
     "torch": partial(ifa, "torch"),
     "linear, padded": linear_padded,
     "linear, fbgemm": linear_fbgemm,

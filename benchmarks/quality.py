@@ -165,7 +165,8 @@ def lengths(data: str) -> dict[str, dict[str, Any]]:
 
 def settings(data: str) -> dict[str, dict[str, Any]]:
     """The peers as published, in other settings than the main tables'."""
-    return {name: dict(variants(data)[row], interaction=name) for name, (row, _) in SETTINGS.items()}
+    main = variants(data)
+    return {name: dict(main[row], interaction=name) for name, (row, _) in SETTINGS.items()}
 
 
 def ablations(data: str) -> dict[str, dict[str, Any]]:

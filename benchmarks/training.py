@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -50,11 +50,10 @@ class Options:
 
 def work(backend: str, data: str, profiled: bool) -> dict[str, float]:
     """Train once: events a second, or milliseconds a step by kind."""
-    ifa = MODELS["ifa"][1]
     config = TrainConfig(
         data=Path(data),
         out=Path(tempfile.mkdtemp()),
-        ifa=type(ifa)(**{**vars(ifa), "backend": backend}),
+        ifa=replace(MODELS["ifa"][1], backend=backend),
         validate=False,
     )
     if not profiled:

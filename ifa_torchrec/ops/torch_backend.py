@@ -14,6 +14,7 @@ Operators (all shapes static given the inputs', so that torch.compile sees no su
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -182,7 +183,7 @@ def _(grad_token, grad_sum, history, offsets, key_weight, weights, ages, decay, 
     return torch.empty_like(history), torch.empty_like(key_weight), grad_weights
 
 
-def _encode_setup(ctx, inputs, output):
+def encode_setup(ctx, inputs, output):
     *tensors, ctx.feature_map = inputs
     ctx.save_for_backward(*tensors)
 
@@ -196,7 +197,7 @@ def _encode_autograd(ctx, grad_token, grad_sum):
     return grad_history, None, grad_key_weight, grad_weights, None, None, None
 
 
-encode_op.register_autograd(_encode_autograd, setup_context=_encode_setup)
+encode_op.register_autograd(_encode_autograd, setup_context=encode_setup)
 
 
 def encode(
@@ -255,7 +256,7 @@ def attend_op(
 
 
 @attend_op.register_fake
-def _(candidates, offsets, query_weight, key_value, key_sum, feature_map, eps):
+def attend_fake(candidates, offsets, query_weight, key_value, key_sum, feature_map, eps):
     shape = (candidates.shape[0], query_weight.shape[0])
     return key_value.new_empty(*shape, key_value.shape[-1]), key_value.new_empty(shape)
 
@@ -312,37 +313,28 @@ def attend_backward_op(
 
 
 @attend_backward_op.register_fake
-def _(grad_out, grad_matched, candidates, offsets, query_weight, key_value, key_sum, feature_map, eps):
+def attend_backward_fake(
+    grad_out, grad_matched, candidates, offsets, query_weight, key_value, key_sum, feature_map, eps
+):
     return tuple(torch.empty_like(t) for t in (candidates, query_weight, key_value, key_sum))
 
 
-def _attend_setup(ctx, inputs, output):
+def attend_setup(ctx, inputs, output):
     *tensors, ctx.feature_map, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _attend_autograd(ctx, grad_out, grad_matched):
-    grads = torch.ops.ifa.attend_backward(
-        grad_out, grad_matched, *ctx.saved_tensors, ctx.feature_map, ctx.eps
-    )
+def attend_autograd(backward_op, ctx, grad_out, grad_matched):
+    grads = backward_op(grad_out, grad_matched, *ctx.saved_tensors, ctx.feature_map, ctx.eps)
     grad_candidates, grad_query_weight, grad_key_value, grad_key_sum = grads
     return grad_candidates, None, grad_query_weight, grad_key_value, grad_key_sum, None, None
 
 
-attend_op.register_autograd(_attend_autograd, setup_context=_attend_setup)
-
-
-def attend(
-    candidates: Tensor,
-    offsets: Tensor,
-    query_weight: Tensor,
-    key_value: Tensor,
-    key_sum: Tensor,
-    feature_map: str,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """See ``ifa_torchrec.ops.attend``."""
-    return torch.ops.ifa.attend(candidates, offsets, query_weight, key_value, key_sum, feature_map, eps)
+attend_op.register_autograd(
+    partial(attend_autograd, torch.ops.ifa.attend_backward), setup_context=attend_setup
+)
+attend = torch.ops.ifa.attend
+"""See ``ifa_torchrec.ops.attend``."""
 
 
 # -------------------------------------------------------------------------------------- match
@@ -413,7 +405,7 @@ def match_op(
 
 
 @match_op.register_fake
-def _(
+def match_fake(
     candidate_buckets,
     candidate_offsets,
     history,
@@ -501,24 +493,5 @@ def _match_autograd(ctx, grad_token, grad_weight):
 match_op.register_autograd(_match_autograd, setup_context=_match_setup)
 
 
-def match(
-    candidate_buckets: Tensor,
-    candidate_offsets: Tensor,
-    history: Tensor,
-    history_buckets: Tensor,
-    history_offsets: Tensor,
-    weights: Tensor | None,
-    ages: Tensor | None,
-    decay: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """See ``ifa_torchrec.ops.match``."""
-    return torch.ops.ifa.match(
-        candidate_buckets,
-        candidate_offsets,
-        history,
-        history_buckets,
-        history_offsets,
-        weights,
-        ages,
-        decay,
-    )
+match = torch.ops.ifa.match
+"""See ``ifa_torchrec.ops.match``."""

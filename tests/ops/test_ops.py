@@ -363,10 +363,11 @@ def test_bfloat16_inputs_give_a_float32_state(feature_map):
         assert_near(actual, expected, 2e-5)
 
 
-def test_bfloat16_inputs_give_float32_matches():
+@pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=native_is_built)])
+def test_bfloat16_inputs_give_float32_matches(backend):
     inputs = match_inputs([3000, 0, 7], [5, 1, 4], torch.bfloat16)
     truth = ops.match(*to_float64(inputs).values(), backend="reference")
-    for actual, expected in zip(ops.match(*inputs.values(), backend="torch"), truth, strict=True):
+    for actual, expected in zip(ops.match(*inputs.values(), backend=backend), truth, strict=True):
         assert actual.dtype == torch.float32
         assert_near(actual, expected, 2e-5)
 

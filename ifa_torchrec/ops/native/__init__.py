@@ -21,11 +21,12 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 from ctypes import c_float, c_int, c_int64, c_void_p
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
+from ifa_torchrec.ops import torch_backend
 from ifa_torchrec.ops.feature_maps import FEATURE_MAPS
 
 _MAPS = {"elu": 0, "relu": 1, "hedgehog": 2}
@@ -165,11 +166,6 @@ def _(
     return tuple(torch.empty_like(x) for x in (history, key_weight, value_weight, grad_weights))
 
 
-def _encode_setup(ctx, inputs, output):
-    *tensors, ctx.feature_map = inputs
-    ctx.save_for_backward(*tensors)
-
-
 def _encode_autograd(ctx, grad_key_value, grad_key_sum):
     grad_history, grad_key, grad_value, grad_weights = torch.ops.ifa.native_encode_backward(
         grad_key_value, grad_key_sum, *ctx.saved_tensors, ctx.feature_map
@@ -179,23 +175,11 @@ def _encode_autograd(ctx, grad_key_value, grad_key_sum):
     return grad_history, None, grad_key, grad_value, grad_weights, None, None, None
 
 
-encode_op.register_autograd(_encode_autograd, setup_context=_encode_setup)
+encode_op.register_autograd(_encode_autograd, setup_context=torch_backend.encode_setup)
 
 
-def encode(
-    history: Tensor,
-    offsets: Tensor,
-    key_weight: Tensor,
-    value_weight: Tensor,
-    weights: Tensor | None,
-    ages: Tensor | None,
-    decay: Tensor,
-    feature_map: str,
-) -> tuple[Tensor, Tensor]:
-    """See ``ifa_torchrec.ops.encode``."""
-    return torch.ops.ifa.native_encode(
-        history, offsets, key_weight, value_weight, weights, ages, decay, feature_map
-    )
+encode = torch.ops.ifa.native_encode
+"""See ``ifa_torchrec.ops.encode``."""
 
 
 # ------------------------------------------------------------------------------------- attend
@@ -218,12 +202,6 @@ def attend_op(
     sizes = (dim, heads, width, _MAPS[feature_map], eps)
     _call("attend", *_rows(candidates, offsets), *given, *sizes, out, matched)
     return out, matched
-
-
-@attend_op.register_fake
-def _(candidates, offsets, query_weight, key_value, key_sum, feature_map, eps):
-    shape = (candidates.shape[0], query_weight.shape[0])
-    return key_value.new_empty(*shape, key_value.shape[-1]), key_value.new_empty(shape)
 
 
 @torch.library.custom_op("ifa::native_attend_backward", mutates_args=())
@@ -255,40 +233,14 @@ def attend_backward_op(
     return grad_candidates, grad_query.to(query_weight.dtype), grad_key_value, grad_key_sum
 
 
-@attend_backward_op.register_fake
-def _(grad_out, grad_matched, candidates, offsets, query_weight, key_value, key_sum, feature_map, eps):
-    return tuple(torch.empty_like(t) for t in (candidates, query_weight, key_value, key_sum))
-
-
-def _attend_setup(ctx, inputs, output):
-    *tensors, ctx.feature_map, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _attend_autograd(ctx, grad_out, grad_matched):
-    grads = torch.ops.ifa.native_attend_backward(
-        grad_out, grad_matched, *ctx.saved_tensors, ctx.feature_map, ctx.eps
-    )
-    grad_candidates, grad_query, grad_key_value, grad_key_sum = grads
-    return grad_candidates, None, grad_query, grad_key_value, grad_key_sum, None, None
-
-
-attend_op.register_autograd(_attend_autograd, setup_context=_attend_setup)
-
-
-def attend(
-    candidates: Tensor,
-    offsets: Tensor,
-    query_weight: Tensor,
-    key_value: Tensor,
-    key_sum: Tensor,
-    feature_map: str,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """See ``ifa_torchrec.ops.attend``."""
-    return torch.ops.ifa.native_attend(
-        candidates, offsets, query_weight, key_value, key_sum, feature_map, eps
-    )
+attend_op.register_fake(torch_backend.attend_fake)
+attend_backward_op.register_fake(torch_backend.attend_backward_fake)
+attend_op.register_autograd(
+    partial(torch_backend.attend_autograd, torch.ops.ifa.native_attend_backward),
+    setup_context=torch_backend.attend_setup,
+)
+attend = torch.ops.ifa.native_attend
+"""See ``ifa_torchrec.ops.attend``."""
 
 
 # -------------------------------------------------------------------------------------- match
@@ -322,23 +274,11 @@ def match_op(
 
 
 @match_op.register_fake
-def _(
-    candidate_buckets,
-    candidate_offsets,
-    history,
-    history_buckets,
-    history_offsets,
-    weights,
-    ages,
-    decay,
-):
-    shape = (candidate_buckets.shape[0], decay.shape[0])
-    return (
-        history.new_empty(*shape, history.shape[1], dtype=torch.float32),
-        history.new_empty(shape, dtype=torch.float32),
-        torch.empty_like(candidate_buckets),
-        torch.empty_like(history_buckets),
+def _(candidate_buckets, candidate_offsets, history, history_buckets, *rest):
+    sums = torch_backend.match_fake(
+        candidate_buckets, candidate_offsets, history, history_buckets, *rest
     )
+    return *sums, torch.empty_like(candidate_buckets), torch.empty_like(history_buckets)
 
 
 @torch.library.custom_op("ifa::native_match_backward", mutates_args=())
@@ -390,25 +330,7 @@ def _match_autograd(ctx, grad_token, grad_weight, *_):
 match_op.register_autograd(_match_autograd, setup_context=_match_setup)
 
 
-def match(
-    candidate_buckets: Tensor,
-    candidate_offsets: Tensor,
-    history: Tensor,
-    history_buckets: Tensor,
-    history_offsets: Tensor,
-    weights: Tensor | None,
-    ages: Tensor | None,
-    decay: Tensor,
-) -> tuple[Tensor, Tensor]:
+def match(*arguments) -> tuple[Tensor, Tensor]:
     """See ``ifa_torchrec.ops.match``."""
-    token_sum, weight_sum, *_ = torch.ops.ifa.native_match(
-        candidate_buckets,
-        candidate_offsets,
-        history,
-        history_buckets,
-        history_offsets,
-        weights,
-        ages,
-        decay,
-    )
+    token_sum, weight_sum, *_ = torch.ops.ifa.native_match(*arguments)
     return token_sum, weight_sum
