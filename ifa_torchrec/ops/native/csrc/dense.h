@@ -240,6 +240,14 @@ static void pad_state(const Shape& s, const float* state, float* padded_state) {
     }
 }
 
+// Each head's part of a padded state [e dp, dp] turned round, [dp, e dp].
+static void turn_state(const Shape& s, const float* state, float* turned) {
+  const int64_t head = int64_t(s.e) * s.dp;
+  for (int h = 0; h < s.H; ++h, state += head * s.dp, turned += head * s.dp)
+    for (int64_t f = 0; f < head; ++f)
+      for (int j = 0; j < s.dp; ++j) turned[j * head + f] = state[f * s.dp + j];
+}
+
 static void unpad_state(const Shape& s, const float* padded_state, float* state) {
   for (int block = 0; block < s.H * s.e; ++block)
     for (int f = 0; f < s.d; ++f)
@@ -329,6 +337,17 @@ static void pair_tokens(const Shape& s, int64_t rows, const bf16* x, bf16_pair* 
   }
 }
 #endif
+
+// What no row adds to is zero. Of each thread of a parallel region.
+static void clear_empty(const int64_t* offsets, int64_t B, float* state, int64_t state_size, float* sum,
+                        int64_t sum_size) {
+#pragma omp for
+  for (int64_t b = 0; b < B; ++b)
+    if (offsets[b] == offsets[b + 1]) {
+      memset(state + b * state_size, 0, state_size * 4);
+      memset(sum + b * sum_size, 0, sum_size * 4);
+    }
+}
 
 // ------------------------------------------------------------------------------------------- encode
 
@@ -432,12 +451,7 @@ IFA_KERNEL(encode)
         }
       }
     }
-#pragma omp for
-    for (int64_t b = 0; b < B; ++b)
-      if (offsets[b] == offsets[b + 1]) {
-        memset(key_value + b * s.state(), 0, s.state() * 4);
-        memset(key_sum + b * sums, 0, sums * 4);
-      }
+    clear_empty(offsets, B, key_value, s.state(), key_sum, sums);
   }
   partials.add_to(slots, key_value, s.state(), key_sum, sums);
 }
@@ -520,11 +534,10 @@ IFA_KERNEL(encode_backward)
           if (fresh) {
             pad_state(s, grad_key_value + b * s.state(), grad_state);
             pad_sum(s, grad_key_sum + b * sums, grad_total);
+            turn_state(s, grad_state, turned_grad_state);
             for (int h = 0; h < H; ++h) {
               const float *state = grad_state + h * head * s.dp, *of_head = padded_value + h * s.dp * s.Dp;
-              float* turned = turned_grad_state + h * head * s.dp;  // [dp, e dp]
-              for (int64_t f = 0; f < head; ++f)
-                for (int j = 0; j < s.dp; ++j) turned[j * head + f] = state[f * s.dp + j];
+              const float* turned = turned_grad_state + h * head * s.dp;
               gemm<false>(head, s.Dp, s.dp, state, s.dp, 1, of_head, s.Dp,
                           grad_key_token + h * head * s.Dp, s.Dp);
               gemm<false>(s.Dp, int(head), s.dp, of_head, 1, s.Dp, turned, head, turned_grad + h * head,
@@ -711,10 +724,7 @@ IFA_KERNEL(attend_backward)
           if (fresh) {
             pad_state(s, key_value + b * s.state(), state);
             pad_sum(s, key_sum + b * sums, sum);
-            for (int h = 0; h < H; ++h)
-              for (int64_t f = 0; f < head; ++f)
-                for (int j = 0; j < s.dp; ++j)
-                  turned_state[h * head * s.dp + j * head + f] = state[(h * head + f) * s.dp + j];
+            turn_state(s, state, turned_state);
             memset(grad_state, 0, int64_t(s.P) * s.dp * 4);
             memset(grad_sum, 0, s.P * 4);
           }
@@ -768,12 +778,7 @@ IFA_KERNEL(attend_backward)
         write_tokens(s, grad_x, rows, grad_candidates, is_bf16, row);
       }
     }
-#pragma omp for
-    for (int64_t b = 0; b < B; ++b)
-      if (offsets[b] == offsets[b + 1]) {
-        memset(grad_key_value + b * s.state(), 0, s.state() * 4);
-        memset(grad_key_sum + b * sums, 0, sums * 4);
-      }
+    clear_empty(offsets, B, grad_key_value, s.state(), grad_key_sum, sums);
   }
   partials.add_to(slots, grad_key_value, s.state(), grad_key_sum, sums);
   add_up_weight(s, slots, matrix, grads, grad_query);
