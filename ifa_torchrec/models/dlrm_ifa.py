@@ -43,6 +43,7 @@ from ifa_torchrec.modules import (
     SIMAttention,
     SoftmaxAttention,
     TWINAttention,
+    UserState,
 )
 from ifa_torchrec.ops.jagged import request_of_row
 
@@ -233,11 +234,13 @@ class CandidateArch(nn.Module):
         candidates: JaggedTensor,
         batch: RankingBatch,
         exposed_alone: bool = False,
+        state: UserState | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """
         Args:
             context: [B, Fs, D] or None.
             history: tokens [N, D] of B requests, or None.
+            state: of B requests, in place of the history; see DLRM_IFA.
             candidates: tokens [M, D] of B requests.
             batch: for its dense features, ages and ids.
             exposed_alone: see DLRM_IFA.
@@ -261,15 +264,20 @@ class CandidateArch(nn.Module):
         if self.candidate_dense_arch is not None:
             vectors.append(self.candidate_dense_arch(batch.candidate_dense))
         if self.sequence_interaction is not None:
-            interest = self.sequence_interaction(
-                candidates,
-                self._normed(history),
-                batch.history_age,
-                self._ids(batch, "history_"),
-                self._ids(batch, "candidate_"),
-            )
+            candidate_ids = self._ids(batch.sequence_features, "candidate_")
+            if state is None:
+                interest = self.sequence_interaction(
+                    candidates,
+                    self._normed(history),
+                    batch.history_age,
+                    self._ids(batch.sequence_features, "history_"),
+                    candidate_ids,
+                )
+                events = history.offsets().diff().to(tokens.dtype)
+            else:
+                interest = self._ifa().attend(candidates, state, candidate_ids)
+                events = state.count.to(tokens.dtype)
             vectors.append(self.interest_norm(interest.values()))
-            events = history.offsets().diff().to(tokens.dtype)
             beside += [vectors[-1], tokens * vectors[-1], torch.log1p(events)[request, None]]
         logits = self._score(tokens, vectors, beside, offsets)
         if not exposed_alone:
@@ -280,6 +288,26 @@ class CandidateArch(nn.Module):
             tokens[kept], [v[kept] for v in vectors], [v[kept] for v in beside], exposed_offsets
         )
         return logits, alone
+
+    def encode(
+        self, history: JaggedTensor, features: KeyedJaggedTensor, history_age: Tensor
+    ) -> UserState:
+        """The state that ``forward`` takes in place of the history; see DLRM_IFA.encode.
+
+        Args:
+            history: tokens [N, D] of B requests.
+            features: the sequence features, for their ids.
+            history_age: [N].
+        """
+        ifa = self._ifa()
+        return ifa.encode(self._normed(history), history_age, self._ids(features, "history_"))
+
+    def _ifa(self) -> InteractionFidelityAttention:
+        if not isinstance(self.sequence_interaction, InteractionFidelityAttention):
+            raise ValueError(
+                f"interaction {self.config.interaction!r} has no user state; train with 'ifa'"
+            )
+        return self.sequence_interaction
 
     def _score(
         self, tokens: Tensor, vectors: list[Tensor], beside: list[Tensor], offsets: Tensor
@@ -323,11 +351,11 @@ class CandidateArch(nn.Module):
                 if not torch.equal(sequences[name].lengths(), sequences[first].lengths()):
                     raise ValueError(f"batch: {name} and {first} have different lengths")
 
-    def _ids(self, batch: RankingBatch, prefix: str) -> Tensor | None:
+    def _ids(self, features: KeyedJaggedTensor, prefix: str) -> Tensor | None:
         names = self.sequence_interaction.id_features
         if not names:
             return None
-        return torch.stack([batch.sequence_features[prefix + f].values() for f in names], dim=1)
+        return torch.stack([features[prefix + f].values() for f in names], dim=1)
 
     def _normed(self, tokens: JaggedTensor) -> JaggedTensor:
         return JaggedTensor(
@@ -394,23 +422,60 @@ class DLRM_IFA(nn.Module):
         self.candidate_arch = CandidateArch(config, sum(len(bag.feature_names) for bag in bags))
 
     def forward(
-        self, batch: RankingBatch, exposed_alone: bool = False
+        self,
+        batch: RankingBatch,
+        exposed_alone: bool = False,
+        state: UserState | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """
         Args:
             batch: RankingBatch of B requests, M candidates and N events.
             exposed_alone: also score the E exposed candidates where the others do not stand beside
                 them (see CandidateSetLoss, consistency).
+            state: what ``encode`` gave for the B histories, when the requests were made; the batch's
+                own histories, which may then be empty, are not used.
 
         Returns:
             Logits [M, T]; with exposed_alone a pair, they and the logits [E, T].
 
         Raises:
-            ValueError: the parts of the batch do not fit each other or the model.
+            ValueError: the parts of the batch do not fit each other or the model; or there is a
+                state and the interaction is not "ifa".
         """
         context = self.sparse_arch(batch.context_features) if self.sparse_arch else None
         history, candidates = self.sequence_arch(batch.sequence_features)
-        return self.candidate_arch(context, history, candidates, batch, exposed_alone)
+        return self.candidate_arch(context, history, candidates, batch, exposed_alone, state)
+
+    def encode(self, sequence_features: KeyedJaggedTensor, history_age: Tensor) -> UserState:
+        """Sum B histories into what ``forward`` takes in their place.
+
+        Args:
+            sequence_features: as a RankingBatch's; its candidates, which may be none, are not used.
+            history_age: [N] float >= 0.
+
+        Returns:
+            UserState of B requests.
+
+        Raises:
+            ValueError: the interaction is not "ifa", or what ``forward`` raises.
+
+        Example:
+            >>> import torch
+            >>> from torchrec import EmbeddingCollection, EmbeddingConfig
+            >>> from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+            >>> from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, IFAConfig
+            >>> tables = EmbeddingCollection(tables=[EmbeddingConfig(
+            ...     name="item", embedding_dim=8, num_embeddings=100,
+            ...     feature_names=["history_item", "candidate_item"])])
+            >>> model = DLRM_IFA(None, tables, DLRM_IFAConfig(("item",), ifa=IFAConfig(8, num_heads=2)))
+            >>> histories = KeyedJaggedTensor.from_lengths_sync(
+            ...     keys=["history_item", "candidate_item"],
+            ...     values=torch.arange(4), lengths=torch.tensor([4, 0, 0, 0]))
+            >>> model.encode(histories, torch.rand(4)).count.tolist()
+            [4, 0]
+        """
+        history, _ = self.sequence_arch(sequence_features)
+        return self.candidate_arch.encode(history, sequence_features, history_age)
 
 
 class DLRM_IFATrain(nn.Module):

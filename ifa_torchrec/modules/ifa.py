@@ -13,6 +13,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 from ifa_torchrec import ops
 from ifa_torchrec.modules.interaction import IFAConfig, SequenceInteraction, _check_same_requests
 from ifa_torchrec.modules.user_state import UserState
+from ifa_torchrec.ops.jagged import request_of_row
 
 _GAINS = {"elu": 1.5, "relu": 1.5, "hedgehog": 3.0}
 """Queries and keys start as this times the (normed) tokens; larger is more selective, and learns more
@@ -77,11 +78,11 @@ class InteractionFidelityAttention(SequenceInteraction):
             return self._encode_parts(history, history_age, history_ids)
         self._check(history, history_age, history_ids, "history")
         key_value, key_sum = self._encode_dense(history, history_age)
-        identity_value = identity_sum = None
+        tables = {}
         if self.identity is not None:
-            identity_value, identity_sum = self.identity.encode(history, history_age, history_ids)
+            tables = self.identity.encode(history, history_age, history_ids)
         count = history.offsets().diff().to(torch.int64)
-        return UserState(key_value, key_sum, count, identity_value, identity_sum)
+        return UserState(key_value, key_sum, count, **tables)
 
     def update(
         self,
@@ -146,9 +147,7 @@ class InteractionFidelityAttention(SequenceInteraction):
         self._check_state(state)
         identity = None
         if self.identity is not None:
-            identity = self.identity.attend(
-                candidates, state.identity_value, state.identity_sum, candidate_ids
-            )
+            identity = self.identity.attend(candidates, state, candidate_ids)
         heads, mass = self._attend_dense(candidates, state.key_value, state.key_sum)
         return self._output(candidates, heads, mass, identity)
 
@@ -276,15 +275,13 @@ class InteractionFidelityAttention(SequenceInteraction):
                 f"is [B, *{list(wanted)}]; encode the histories with this module"
             )
         if self.identity is not None:
-            tables = (
-                len(config.identity_features),
-                len(config.identity_half_lives),
-                config.identity_buckets,
-            )
-            if state.identity_sum is None or tuple(state.identity_sum.shape[1:]) != tables:
+            tables = (len(config.identity_half_lives), config.head_width)
+            found = None if state.identity_value is None else tuple(state.identity_value.shape[1:])
+            if (found, state.identity_key_range) != (tables, self.identity.key_range):
                 raise ValueError(
-                    f"state: its identity tables are not [B, *{list(tables)}], as this configuration's "
-                    "are; encode the histories with this module"
+                    f"state: its identity tables are [U, L, d] = [U, {found}] of keys below "
+                    f"{state.identity_key_range}, this configuration's are [U, {tables}] of keys below "
+                    f"{self.identity.key_range}; encode the histories with this module"
                 )
 
     def _decayed(self, state: UserState, elapsed: Tensor) -> UserState:
@@ -301,7 +298,7 @@ class InteractionFidelityAttention(SequenceInteraction):
         tensors["key_value"] = state.key_value * dense[..., None, None]
         tensors["key_sum"] = state.key_sum * dense[..., None]
         if self.identity is not None:
-            identity = factor(self.identity.decay)[:, None, :, None]
+            identity = factor(self.identity.decay)[request_of_row(state.identity_offsets)]
             tensors["identity_sum"] = state.identity_sum * identity
             tensors["identity_value"] = state.identity_value * identity[..., None]
         return UserState(**tensors)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec import ops
+from ifa_torchrec.modules.user_state import UserState, distinct_keys
 from ifa_torchrec.ops.jagged import request_of_row
 
 
@@ -36,8 +38,8 @@ class IFAConfig:
             history_ids and candidate_ids each. Our own addition.
         identity_buckets: R, buckets of an identity feature: an id falls into bucket id mod R,
             in training as in a cached state. A feature with at most R ids never collides.
-            ``forward`` builds nothing of that size; a state's tables take K L R (d + 1) floats a
-            user, for K identity features.
+            Nothing of that size is built: a state holds L (d + 1) floats for each bucket that an
+            event of the user fell into.
         identity_half_lives: L half-lives; each identity feature has a head for each.
         eps: keeps the division defined where nothing matched.
         backend: one of ops.BACKENDS.
@@ -411,46 +413,60 @@ class IdentityHeads(nn.Module):
 
     def encode(
         self, history: JaggedTensor, history_age: Tensor | None, history_ids: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The state's tables: identity_value [B, K, L, R, d] and identity_sum [B, K, L, R]."""
+    ) -> dict[str, Any]:
+        """The state's tables: UserState's fields whose names begin with identity."""
         values = history.values()
         dtype = torch.promote_types(values.dtype, torch.float32)
-        requests = len(history.offsets()) - 1
-        owner = request_of_row(history.offsets())
         weight = ops.reference.event_weights(
             history.weights_or_none(), history_age, self.decay, values.to(dtype)
         )
-        buckets = self.config.identity_buckets
-        value_tables, sum_tables = [], []
+        keys = self.keys(history_ids)
+        offsets, key, row = distinct_keys(
+            request_of_row(history.offsets())[:, None].expand_as(keys).flatten(),
+            keys.flatten(),
+            len(history.offsets()) - 1,
+            self.key_range,
+        )
+        value_sum = values.new_zeros(key.shape[0], len(self.decay), self.config.head_width, dtype=dtype)
+        weight_sum = values.new_zeros(key.shape[0], len(self.decay), dtype=dtype)
         for k, projection in enumerate(self._value_weights()):
-            row = owner * buckets + self.bucket(history_ids[:, k])
             value = values.to(dtype) @ projection.to(dtype).T
-            for rate in range(len(self.decay)):
-                table = value.new_zeros(requests * buckets, value.shape[1])
-                value_tables.append(table.index_add(0, row, value * weight[:, rate, None]))
-                total = value.new_zeros(requests * buckets)
-                sum_tables.append(total.index_add(0, row, weight[:, rate]))
-        shape = (len(self.config.identity_features), len(self.decay), requests, buckets)
-        value = torch.stack(value_tables).view(*shape, self.config.head_width)
-        return value.movedim(2, 0), torch.stack(sum_tables).view(shape).movedim(2, 0)
+            mine = row.view_as(keys)[:, k]
+            value_sum = value_sum.index_add(0, mine, weight[..., None] * value[:, None])
+            weight_sum = weight_sum.index_add(0, mine, weight)
+        return {
+            "identity_offsets": offsets,
+            "identity_key": key,
+            "identity_value": value_sum,
+            "identity_sum": weight_sum,
+            "identity_key_range": self.key_range,
+        }
 
     def attend(
-        self,
-        candidates: JaggedTensor,
-        identity_value: Tensor,
-        identity_sum: Tensor,
-        candidate_ids: Tensor,
+        self, candidates: JaggedTensor, state: UserState, candidate_ids: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Outputs [M, K * L, d] and matched weights [M, K * L], read from the state's tables."""
-        owner = request_of_row(candidates.offsets())
-        outputs, matched = [], []
-        for k in range(len(self.config.identity_features)):
-            bucket = self.bucket(candidate_ids[:, k])
-            total = identity_sum[owner, k, :, bucket]  # [M, L]
-            value = identity_value[owner, k, :, bucket]  # [M, L, d]
-            outputs.append(value / (total[..., None] + self.config.eps))
-            matched.append(total)
-        return torch.cat(outputs, dim=1), torch.cat(matched, dim=1)
+        there = request_of_row(state.identity_offsets) * self.key_range + state.identity_key
+        wanted = request_of_row(candidates.offsets())[:, None] * self.key_range
+        wanted = wanted + self.keys(candidate_ids)  # [M, K]
+        row = torch.searchsorted(there, wanted)
+        # what is not there reads one more row, of zeros
+        found = F.pad(there, (0, 1), value=-1)[row] == wanted
+        row = torch.where(found, row, there.shape[0])
+        total = F.pad(state.identity_sum, (0, 0, 0, 1))[row]  # [M, K, L]
+        value = F.pad(state.identity_value, (0, 0, 0, 0, 0, 1))[row]  # [M, K, L, d]
+        outputs = value / (total[..., None] + self.config.eps)
+        return outputs.flatten(1, 2), total.flatten(1)
+
+    @property
+    def key_range(self) -> int:
+        """K R; a state's identity keys are below it."""
+        return len(self.config.identity_features) * self.config.identity_buckets
+
+    def keys(self, ids: Tensor) -> Tensor:
+        """The key of each id in a state's tables: feature number times R plus bucket; [n, K]."""
+        first = torch.arange(0, self.key_range, self.config.identity_buckets, device=ids.device)
+        return first + self.bucket(ids)
 
     def bucket(self, ids: Tensor) -> Tensor:
         """The bucket of each id, in 0..R-1."""

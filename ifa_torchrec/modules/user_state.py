@@ -1,26 +1,36 @@
-"""UserState: a whole history as sums of fixed size."""
+"""UserState: a whole history as sums."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ifa_torchrec.ops.jagged import request_of_row
+
 
 @dataclass(frozen=True)
 class UserState:
-    """What is kept of B users' histories: additive over events, of a size that no event changes.
+    """What is kept of B users' histories: sums over events, additive, of a size that is bounded.
+
+    The dense heads' part has the same size for every user. The identity heads' tables hold only the
+    U buckets that any of the users' events fell into, as rows ordered by request, then key; they
+    have at most K R rows a user.
 
     Args:
         key_value: [B, H, d_phi, d], S of each dense head, float32 or float64.
         key_sum: [B, H, d_phi], z of each dense head.
         count: [B] int64, the events summed.
-        identity_value: [B, K, L, R, d], the identity heads' sums of values by bucket; None
-            without identity features.
-        identity_sum: [B, K, L, R], the identity heads' sums of weights by bucket; or None.
+        identity_offsets: [B + 1] int64, request b has the rows identity_offsets[b] up to
+            identity_offsets[b + 1]; None, as all that follows, without identity features.
+        identity_key: [U] int64, feature number times R plus bucket; ascending within a request.
+        identity_value: [U, L, d], the sums of values of a bucket for each half-life.
+        identity_sum: [U, L], the sums of weights.
+        identity_key_range: K R, which every identity_key is below.
 
     Example:
         >>> import tempfile, torch
@@ -37,16 +47,25 @@ class UserState:
     key_value: Tensor
     key_sum: Tensor
     count: Tensor
+    identity_offsets: Tensor | None = None
+    identity_key: Tensor | None = None
     identity_value: Tensor | None = None
     identity_sum: Tensor | None = None
+    identity_key_range: int = 0
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The tensors by name, for torch.save; ``UserState(**saved)`` brings the state back."""
-        return {name: tensor for name, tensor in self._tensors().items() if tensor is not None}
+    def state_dict(self) -> dict[str, Any]:
+        """The fields that are there, for torch.save; ``UserState(**saved)`` brings the state back."""
+        fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return {name: value for name, value in fields if value is not None}
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> UserState:
         """The state on another device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return UserState(
+            **{
+                name: value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+                for name, value in self.state_dict().items()
+            }
+        )
 
     def __len__(self) -> int:
         return len(self.count)
@@ -56,29 +75,103 @@ class UserState:
         of bool. A plain int is refused, since a state always has its first dimension."""
         if not isinstance(requests, slice) and torch.as_tensor(requests).dim() == 0:
             raise TypeError(f"index a UserState with [[{requests}]], not [{requests}]")
-        return self._map(lambda tensor: tensor[requests])
+        dense = (self.key_value[requests], self.key_sum[requests], self.count[requests])
+        if self.identity_offsets is None:
+            return UserState(*dense)
+        lengths = self.identity_offsets.diff()[requests]
+        offsets = _offsets(lengths)
+        shift = self.identity_offsets[:-1][requests] - offsets[:-1]
+        rows = torch.arange(int(offsets[-1]), device=offsets.device)
+        rows = rows + torch.repeat_interleave(shift, lengths)
+        tables = (self.identity_key[rows], self.identity_value[rows], self.identity_sum[rows])
+        return UserState(*dense, offsets, *tables, self.identity_key_range)
 
     def __add__(self, other: UserState) -> UserState:
         """The state of both histories together, request by request."""
-        mine, theirs = self._tensors(), other._tensors()
+        mine, theirs = self._shapes(), other._shapes()
         for name in mine:
-            shapes = [None if t[name] is None else tuple(t[name].shape) for t in (mine, theirs)]
-            if shapes[0] != shapes[1]:
+            if mine[name] != theirs[name]:
                 raise ValueError(
-                    f"states of histories in parts differ in {name}: {shapes[0]} and {shapes[1]}"
+                    f"states of histories in parts differ in {name}: {mine[name]} and {theirs[name]}"
                 )
-        return UserState(**{k: v + theirs[k] for k, v in mine.items() if v is not None})
+        dense = (
+            self.key_value + other.key_value,
+            self.key_sum + other.key_sum,
+            self.count + other.count,
+        )
+        if self.identity_offsets is None:
+            return UserState(*dense)
+        offsets, key, row = distinct_keys(
+            torch.cat([request_of_row(s.identity_offsets) for s in (self, other)]),
+            torch.cat([self.identity_key, other.identity_key]),
+            len(self),
+            self.identity_key_range,
+        )
+        tables = (
+            summed_rows(row, torch.cat([getattr(self, name), getattr(other, name)]), len(key))
+            for name in ("identity_value", "identity_sum")
+        )
+        return UserState(*dense, offsets, key, *tables, self.identity_key_range)
 
     @staticmethod
     def cat(states: Sequence[UserState]) -> UserState:
         """The states of several batches, one after the other."""
         if not states:
             raise ValueError("UserState.cat needs at least one state")
-        columns = [state.state_dict() for state in states]
-        return UserState(**{k: torch.cat([c[k] for c in columns]) for k in columns[0]})
+        columns = {
+            f.name: [getattr(state, f.name) for state in states] for f in dataclasses.fields(UserState)
+        }
+        key_range, offsets = columns.pop("identity_key_range"), columns.pop("identity_offsets")
+        if len(set(key_range)) > 1:
+            raise ValueError(f"states of several configurations: identity_key_range is {key_range}")
+        if offsets[0] is None:
+            return UserState(*(torch.cat(columns[name]) for name in ("key_value", "key_sum", "count")))
+        lengths = torch.cat([of_state.diff() for of_state in offsets])
+        joined = {name: torch.cat(parts) for name, parts in columns.items()}
+        return UserState(**joined, identity_offsets=_offsets(lengths), identity_key_range=key_range[0])
 
-    def _tensors(self) -> dict[str, Tensor | None]:
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    def _shapes(self) -> dict[str, Any]:
+        """What two states must have in common to be added."""
+        tensors = (
+            "key_value", "key_sum", "count", "identity_offsets", "identity_value", "identity_sum"
+        )  # fmt: skip
+        shapes: dict[str, Any] = {}
+        for name in tensors:
+            tensor = getattr(self, name)
+            rows = 1 if name in ("identity_value", "identity_sum") else 0  # which are any number
+            shapes[name] = None if tensor is None else tuple(tensor.shape[rows:])
+        return {**shapes, "identity_key_range": self.identity_key_range}
 
-    def _map(self, function) -> UserState:
-        return UserState(**{name: function(tensor) for name, tensor in self.state_dict().items()})
+
+def distinct_keys(
+    request: Tensor, key: Tensor, requests: int, key_range: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each request's distinct keys, in order.
+
+    Args:
+        request: [n] int64, 0..requests - 1; key: [n] int64, 0..key_range - 1.
+        requests: B.
+        key_range: bound of the keys.
+
+    Returns:
+        offsets [B + 1] and key [U], the distinct ones, and row [n], where each one given is.
+
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec.modules.user_state import distinct_keys
+        >>> request, key = torch.tensor([0, 0, 0, 2]), torch.tensor([7, 3, 7, 1])
+        >>> [t.tolist() for t in distinct_keys(request, key, requests=3, key_range=10)]
+        [[0, 2, 2, 3], [3, 7, 1], [1, 0, 1, 2]]
+    """
+    found, row = torch.unique(request * key_range + key, return_inverse=True)
+    bounds = torch.arange(requests + 1, device=key.device) * key_range
+    return torch.searchsorted(found, bounds), found % key_range, row
+
+
+def summed_rows(row: Tensor, values: Tensor, rows: int) -> Tensor:
+    """Sums [rows, ...] of the values [n, ...] that go to each row; row is [n] int64."""
+    return values.new_zeros(rows, *values.shape[1:]).index_add(0, row, values)
+
+
+def _offsets(lengths: Tensor) -> Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])

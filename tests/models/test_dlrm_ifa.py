@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, pairwise
 
 import pytest
 import torch
@@ -572,3 +572,21 @@ class TestBadBatch:
         batch.dense_features = torch.zeros(5, 2)
         with pytest.raises(ValueError, match=r"sequence_features are of 4 requests.*5"):
             make_model("ifa")(batch)
+
+
+@torch.no_grad()
+def test_from_a_state_the_scores_are_those_of_the_histories() -> None:
+    model, batch = make_model(candidate_set=CandidateSetConfig("softmax")), make_batch()
+    state = model.encode(batch.sequence_features, batch.history_age)
+    assert state.count.tolist() == HISTORIES
+    nothing, offsets = [[]] * 4, [0, *torch.tensor(CANDIDATES).cumsum(0).tolist()]
+    rows = [list(range(a, b)) for a, b in pairwise(offsets)]
+    without = take(batch, nothing, rows, list(range(4)))
+    torch.testing.assert_close(model(without, state=state), model(batch), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("interaction", ["none", "softmax"])
+def test_only_ifa_has_states(interaction: str) -> None:
+    batch = make_batch()
+    with pytest.raises(ValueError, match=f"'{interaction}' has no user state"):
+        make_model(interaction).encode(batch.sequence_features, batch.history_age)

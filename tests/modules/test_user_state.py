@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
+from itertools import accumulate
 
 import pytest
 import torch
@@ -12,20 +14,37 @@ from ifa_torchrec import UserState
 
 def new_state(requests: int, seed: int = 0, identity: bool = True) -> UserState:
     g = torch.Generator().manual_seed(seed)
-    return UserState(
+    dense = (
         torch.randn(requests, 2, 4, 3, generator=g),
         torch.rand(requests, 2, 4, generator=g),
         torch.randint(0, 100, (requests,), generator=g),
-        torch.randn(requests, 1, 2, 5, 3, generator=g) if identity else None,
-        torch.rand(requests, 1, 2, 5, generator=g) if identity else None,
     )
+    if not identity:
+        return UserState(*dense)
+    keys = [torch.randperm(10, generator=g)[: (b * 3 + seed) % 5].sort().values for b in range(requests)]
+    offsets = torch.tensor([0, *accumulate(len(key) for key in keys)])
+    key = torch.cat([torch.empty(0, dtype=torch.int64), *keys])
+    value = torch.randn(len(key), 2, 3, generator=g)
+    return UserState(*dense, offsets, key, value, torch.rand(len(key), 2, generator=g), 10)
+
+
+def dense_tables(state: UserState) -> tuple[torch.Tensor, torch.Tensor]:
+    """identity_value [B, keys, L, d] and identity_sum [B, keys, L] with zeros where there is no row."""
+    value = torch.zeros(len(state), 10, 2, 3)
+    total = torch.zeros(len(state), 10, 2)
+    for b in range(len(state)):
+        for row in range(state.identity_offsets[b], state.identity_offsets[b + 1]):
+            value[b, state.identity_key[row]] = state.identity_value[row]
+            total[b, state.identity_key[row]] = state.identity_sum[row]
+    return value, total
 
 
 def assert_equal(actual: UserState, expected: UserState) -> None:
     actual, expected = actual.state_dict(), expected.state_dict()
     assert actual.keys() == expected.keys()
     for name in expected:
-        assert torch.equal(actual[name], expected[name]), name
+        same = torch.equal if isinstance(expected[name], torch.Tensor) else operator.eq
+        assert same(actual[name], expected[name]), name
 
 
 identity_or_not = pytest.mark.parametrize("identity", [True, False], ids=["identity", "dense"])
@@ -55,9 +74,12 @@ def test_index_takes_these_requests_of_every_tensor(index, rows, identity):
     state = new_state(4, identity=identity)
     taken = state[index]
     assert len(taken) == len(rows)
-    for name, tensor in taken.state_dict().items():
-        expected = [state.state_dict()[name][row] for row in rows]
-        assert torch.equal(tensor, torch.stack(expected) if rows else tensor[:0]), name
+    for name in ("key_value", "key_sum", "count"):
+        assert torch.equal(getattr(taken, name), getattr(state, name)[rows]), name
+    if identity:
+        for mine, whole in zip(dense_tables(taken), dense_tables(state), strict=True):
+            assert torch.equal(mine, whole[rows])
+        assert taken.identity_offsets[-1] == len(taken.identity_key) == len(taken.identity_value)
 
 
 @pytest.mark.parametrize("index", [0, -1])
@@ -72,6 +94,11 @@ def test_cat_undoes_slices(identity):
     assert_equal(UserState.cat([state[:2], state[2:2], state[2:]]), state)
 
 
+def test_cat_of_unlike_states_is_refused():
+    with pytest.raises(ValueError, match="several configurations"):
+        UserState.cat([new_state(1), new_state(1, identity=False)])
+
+
 def test_cat_of_nothing_is_refused():
     with pytest.raises(ValueError, match="at least one"):
         UserState.cat([])
@@ -80,17 +107,27 @@ def test_cat_of_nothing_is_refused():
 @identity_or_not
 def test_add_adds_every_tensor(identity):
     one, other = new_state(3, seed=1, identity=identity), new_state(3, seed=2, identity=identity)
-    total = (one + other).state_dict()
-    assert len(total) == (5 if identity else 3)
-    for name, tensor in total.items():
-        assert torch.equal(tensor, getattr(one, name) + getattr(other, name)), name
+    total = one + other
+    for name in ("key_value", "key_sum", "count"):
+        assert torch.equal(getattr(total, name), getattr(one, name) + getattr(other, name)), name
+    if identity:
+        parts = zip(dense_tables(total), dense_tables(one), dense_tables(other), strict=True)
+        for both, mine, theirs in parts:
+            assert torch.equal(both, mine + theirs)
+        for b in range(3):
+            key = total.identity_key[total.identity_offsets[b] : total.identity_offsets[b + 1]].tolist()
+            assert key == sorted(set(key))
     assert_equal(one, new_state(3, seed=1, identity=identity))  # not in place
 
 
 @pytest.mark.parametrize(
     "other",
-    [new_state(1), new_state(3, identity=False)],
-    ids=["of one request, which would be broadcast", "without identity tables"],
+    [
+        new_state(1),
+        new_state(3, identity=False),
+        dataclasses.replace(new_state(3), identity_key_range=12),
+    ],
+    ids=["of one request, which would be broadcast", "without identity tables", "of other buckets"],
 )
 @pytest.mark.parametrize("swapped", [False, True])
 def test_add_of_unlike_states_is_refused(other, swapped):
@@ -103,8 +140,9 @@ def test_add_of_unlike_states_is_refused(other, swapped):
 def test_to_moves_every_tensor(identity):
     state = new_state(2, identity=identity)
     moved = state.to("meta").state_dict()
-    assert len(moved) == (5 if identity else 3)
-    assert {tensor.device.type for tensor in moved.values()} == {"meta"}
+    tensors = [value for value in moved.values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == (7 if identity else 3)
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert_equal(state.to(torch.device("cpu")), state)
 
 
