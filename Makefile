@@ -24,7 +24,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml setup.py $(wildcard ifa_torchrec/ops/native/csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade uv
-	$(UV_ENV) $(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[$(EXTRA),demo,dev]"
+	$(UV_ENV) $(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[$(EXTRA),serve,demo,dev]"
 	touch $@
 
 demo: setup

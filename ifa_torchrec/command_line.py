@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from ifa_torchrec.data import LogError
 from ifa_torchrec.distributed import CheckpointError
+from ifa_torchrec.serving import StateError
 
 
 @contextmanager
@@ -31,5 +32,12 @@ def as_command() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch(rec)?\.")
             yield
-    except (LogError, CheckpointError, ValueError, FloatingPointError, FileExistsError) as error:
+    except (
+        LogError,
+        CheckpointError,
+        StateError,
+        ValueError,
+        FloatingPointError,
+        FileExistsError,
+    ) as error:
         raise SystemExit(f"error: {error}") from error

@@ -26,7 +26,6 @@ import torch.distributed as dist
 import tyro
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
-from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
@@ -121,16 +120,17 @@ class TrainConfig:
 
 @dataclass
 class Run:
-    """A trained model and what it belongs to."""
+    """A trained model and what it belongs to; ``version`` names its weights."""
 
     config: TrainConfig
     log: EventLog
-    model: DistributedModelParallel
+    model: nn.Module
     device: torch.device
+    version: str
 
     @property
     def dlrm(self) -> DLRM_IFA:
-        """The model without its loss, its tables sharded."""
+        """The model without its loss."""
         return next(m for m in self.model.modules() if isinstance(m, DLRM_IFA))
 
     def dataset(self, split: str) -> RankingDataset:
@@ -400,7 +400,7 @@ def set_learning_rate(optimizer, config: TrainConfig, step: int, progress: float
                 group["lr"] = rate
 
 
-def load_run(folder: Path, data: Path | None = None) -> Run:
+def load_run(folder: Path, data: Path | None = None, sharded: bool = True) -> Run:
     """Build a run's model and load its last checkpoint. Called by all ranks.
 
     There may be more or fewer ranks than trained it; where the tables lie, the planner decides.
@@ -408,6 +408,8 @@ def load_run(folder: Path, data: Path | None = None) -> Run:
     Args:
         folder: the run's --out.
         data: event log; None for the one it was trained on.
+        sharded: whether the tables are spread over the ranks; else each rank holds all of them, on
+            the CPU, as plain modules that can be quantised and exported.
 
     Raises:
         CheckpointError: there is no run or no checkpoint.
@@ -421,11 +423,17 @@ def load_run(folder: Path, data: Path | None = None) -> Run:
         raise checkpoint.CheckpointError(f"{config_file}: not a run's options: {error}") from error
     device = init_process_group()
     log = EventLog(data or config.data)
-    model, _ = shard(
-        DLRM_IFATrain(build_model(log.schema, config), config.loss), device, config.optimizers
-    )
-    checkpoint.load(folder / "checkpoints", model)
-    return Run(config, log, model, device)
+    model: nn.Module = DLRM_IFATrain(build_model(log.schema, config), config.loss)
+    if sharded:
+        model, _ = shard(model, device, config.optimizers)
+    else:
+        device = torch.device("cpu")
+        for module in model.modules():
+            if isinstance(module, (EmbeddingBagCollection, EmbeddingCollection)):
+                module.to_empty(device=device)  # from the meta device; its rows are loaded below
+    checkpoints = folder / "checkpoints"
+    progress = checkpoint.load(checkpoints, model)
+    return Run(config, log, model, device, checkpoint.version(checkpoints, progress))
 
 
 def _to_json(value: Any) -> Any:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ifa_torchrec.batch import RankingBatch
-from ifa_torchrec.data.event_log import CANDIDATES, EXPOSED, TIME, USER, EventLog
+from ifa_torchrec.data.event_log import CANDIDATES, EXPOSED, TIME, USER, Columns, EventLog
 
 HISTORY, CANDIDATE = "history_", "candidate_"
 EMPTY_REQUEST = -1
@@ -57,9 +57,41 @@ class RankingDataset(Dataset):
     def __init__(self, log: EventLog, split: str, history_length: int | None = None) -> None:
         if history_length is not None and history_length < 1:
             raise ValueError(f"history_length must be at least 1, got {history_length}")
-        self.log = log
-        self.requests = log.requests(split)
-        self._start, self._end = log.history_range(self.requests[USER], self.requests[TIME])
+        self._open(log, log.requests(split), history_length)
+
+    @classmethod
+    def of_users(cls, log: EventLog, users: np.ndarray, times: np.ndarray) -> RankingDataset:
+        """Requests without candidates, for their histories alone.
+
+        Args:
+            log: the event log.
+            users: [R] int64; times: [R] int64, microseconds.
+
+        Example:
+            >>> import numpy as np, pandas as pd, tempfile
+            >>> from ifa_torchrec.data import EventLog, LogSchema, RankingDataset
+            >>> day = pd.Timestamp(2024, 1, 1)
+            >>> log = EventLog.from_pandas(
+            ...     tempfile.mkdtemp() + "/log",
+            ...     events=pd.DataFrame({"user": [7, 7], "item": [0, 1], "time": day}),
+            ...     schema=LogSchema(item_features={"item": 2}))
+            >>> histories = RankingDataset.of_users(log, log.users, log.events["time"][-1:] + 1)
+            >>> histories[[0]].sequence_features["history_item"].values().tolist()
+            [0, 1]
+        """
+        schema = log.schema
+        none: dict[str, np.ndarray] = {name: np.empty(0, np.float32) for name in schema.candidate_lists}
+        none |= {CANDIDATES: np.empty(0, np.int64), EXPOSED: np.empty(0, bool)}
+        none |= {name: np.zeros(len(users), np.int64) for name in schema.context_features}
+        none |= {name: np.zeros(len(users), np.float32) for name in schema.dense_features}
+        none["candidate_offsets"] = np.zeros(len(users) + 1, np.int64)
+        dataset = cls.__new__(cls)
+        dataset._open(log, {USER: users, TIME: times, **none}, None)
+        return dataset
+
+    def _open(self, log: EventLog, requests: Columns, history_length: int | None) -> None:
+        self.log, self.requests = log, requests
+        self._start, self._end = log.history_range(requests[USER], requests[TIME])
         if history_length is not None:
             self._start = np.maximum(self._start, self._end - history_length)
         self.history_lengths = self._end - self._start

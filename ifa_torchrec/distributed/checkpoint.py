@@ -6,6 +6,7 @@ FOLDER/step-000400/   DCP's shards: model, tables, both optimisers, each rank's 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import warnings
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -102,9 +104,21 @@ def checkpoints_of_rank_0(folder: Path) -> list[Path]:
     return found[0]
 
 
+def version(folder: Path, progress: dict[str, Any]) -> str:
+    """A name of a checkpoint's weights, which no other checkpoint has.
+
+    Args:
+        folder: where checkpoints lie.
+        progress: what ``load`` returned.
+    """
+    name = f"step-{progress['step']:09d}"
+    sums = (folder / name / "checksums.json").read_bytes()
+    return f"{name}-{hashlib.sha256(sums).hexdigest()[:12]}"
+
+
 def load(
     folder: Path,
-    model: DistributedModelParallel,
+    model: nn.Module,
     optimizer: CombinedOptimizer | None = None,
     config: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -117,7 +131,7 @@ def load(
 
     Args:
         folder: where checkpoints lie.
-        model, optimizer: from ``shard``.
+        model, optimizer: from ``shard``; or a model that is not sharded.
         config: what the caller is configured as, in JSON's types; must equal the "config" that
             was saved.
 
@@ -156,7 +170,7 @@ class _Damaged(Exception):
 
 def _load(
     path: Path,
-    model: DistributedModelParallel,
+    model: nn.Module,
     optimizer: CombinedOptimizer | None,
     config: dict[str, Any] | None,
 ) -> dict[str, Any]:

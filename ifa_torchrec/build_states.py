@@ -1,0 +1,164 @@
+"""Encode every user's history into a store of states.
+
+    python -m ifa_torchrec.build_states --run runs/mine --store runs/states
+    torchrun --nproc-per-node 2 -m ifa_torchrec.build_states -- --run runs/mine --store redis://host:6379/0
+
+The store is a folder, an LMDB file that the processes of one machine share, or a Redis server. Killed,
+the same line goes on where it stopped. Other versions' states stay, until --drop VERSION.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from tqdm import tqdm
+
+from ifa_torchrec.command_line import as_command
+from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset
+from ifa_torchrec.data.dataset import EMPTY_REQUEST
+from ifa_torchrec.modules import InteractionFidelityAttention
+from ifa_torchrec.serving import StateError, StateLayout, StateStore, drop, open_key_value_store
+from ifa_torchrec.train import load_run
+
+
+@dataclass(frozen=True)
+class BuildStatesConfig:
+    """Options of ``python -m ifa_torchrec.build_states``."""
+
+    run: Path
+    """Folder of a training run (its --out)."""
+    store: str
+    """Where the states go: a folder, or redis://HOST:PORT/NUMBER."""
+    data: Path | None = None
+    """Event log; by default the one the run was trained on."""
+    until: datetime | None = None
+    """Only events before this time (UTC); by default all."""
+    position: int | None = None
+    """The first position of the event stream that the log has not; by default the log's number of
+    events (before --until), so that the stream's positions go on from there."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """How states are stored; float16 halves them (docs/serving.md has the error)."""
+    drop: str | None = None
+    """Instead of building, delete the states of this version of the weights."""
+    max_events: int = 65536
+    """Budget of history events a batch and rank."""
+    max_requests: int = 128
+    """Most users a batch and rank."""
+
+
+@torch.no_grad()
+def build_states(config: BuildStatesConfig) -> dict[str, float | str]:
+    """Encode every user of a log that has events. Called by all ranks.
+
+    Returns:
+        "version" of the weights; "users" written now, by all ranks, and "users_per_second";
+        "bytes_per_user", keys included, and "events_per_user", both means over them.
+
+    Raises:
+        StateError: the run has no states, they are built already, or were begun with other options.
+        CheckpointError: the run has no checkpoint.
+        LogError: the event log is not there.
+    """
+    run = load_run(config.run, config.data)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    ifa = run.dlrm.candidate_arch.sequence_interaction
+    if not isinstance(ifa, InteractionFidelityAttention):
+        raise StateError(
+            f"{config.run} was trained with {run.config.interaction!r}; only 'ifa' has user states"
+        )
+    if run.config.history_length is not None:
+        raise StateError(
+            f"{config.run} was trained on the latest {run.config.history_length} events; a state holds "
+            "all of them. Train without --history-length"
+        )
+    if "://" not in config.store and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+        raise StateError(f"{config.store}: LMDB serves one machine; on several use redis://")
+    histories, times = _whole_histories(run.log, config.until)
+    events = int(histories.history_lengths.sum())
+    key_values = open_key_value_store(config.store)
+    layout = StateLayout.of(ifa, config.dtype)
+    position = events if config.position is None else config.position
+    source = f"{run.log.fingerprint()} until {config.until}"
+    if rank > 0:
+        dist.barrier()  # rank 0 begins
+    store = StateStore.begin(key_values, run.version, layout, position, source)
+    if rank == 0:
+        dist.barrier()
+    users = run.log.users
+    parts = np.array_split(users, len(users) // 10_000 + 1)
+    known = np.concatenate([store.known(part.tolist()) for part in parts])
+    left = np.flatnonzero(~known & (histories.history_lengths > 0))
+    dist.barrier()  # before anyone writes, so that all ranks share the same users
+    lengths = histories.history_lengths[left]
+    sampler = EventBudgetSampler(lengths, config.max_events, config.max_requests, shard=(rank, world))
+    written = torch.zeros(3, dtype=torch.float64)  # users, bytes, events
+    start = time.perf_counter()
+    model = run.dlrm.eval()
+    done = len(users) - len(left)
+    with tqdm(total=len(users), initial=done, desc="states", unit="user", disable=rank > 0) as bar:
+        for step, indices in enumerate(sampler, 1):
+            batch = histories[[EMPTY_REQUEST if i == EMPTY_REQUEST else left[i] for i in indices]]
+            batch = batch.to(run.device)
+            state = model.encode(batch.sequence_features, batch.history_age).to("cpu")
+            mine = [place for place, i in enumerate(indices) if i != EMPTY_REQUEST]
+            who = left[[indices[place] for place in mine]]
+            if mine:
+                size = store.write(users[who].tolist(), state[mine], times[who].tolist())
+                written += torch.tensor([len(who), size, histories.history_lengths[who].sum()])
+            bar.update(done + sampler.requests_taken(step) - bar.n)
+    dist.all_reduce(written)
+    seconds = time.perf_counter() - start
+    if rank == 0:
+        store.finish()
+    dist.barrier()
+    key_values.close()
+    total, size, total_events = written.tolist()
+    return {
+        "version": run.version,
+        "users": int(total),
+        "users_per_second": total / seconds,
+        "bytes_per_user": size / max(total, 1),
+        "events_per_user": total_events / max(total, 1),
+    }
+
+
+def _whole_histories(log: EventLog, until: datetime | None) -> tuple[RankingDataset, np.ndarray]:
+    """A request without candidates for each of the log's users, made just after its last event; and
+    the times of those events."""
+    end = log.user_offsets[1:]
+    time_of = log.events["time"]
+    if until is not None:
+        bound = np.full(len(log.users), np.datetime64(until.replace(tzinfo=None), "us").astype(np.int64))
+        end = log.history_range(log.users, bound)[1]
+        end = np.maximum(end, log.user_offsets[:-1])  # where there is no event before it
+    last = np.where(end > log.user_offsets[:-1], time_of[np.maximum(end, 1) - 1], 0)
+    return RankingDataset.of_users(log, log.users, last + 1), last
+
+
+def main() -> None:
+    """The command line."""
+    with as_command():
+        config = tyro.cli(
+            BuildStatesConfig, prog="python -m ifa_torchrec.build_states", description=__doc__
+        )
+        if config.drop is not None:
+            drop(open_key_value_store(config.store), config.drop)
+            return
+        result = build_states(config)
+        if dist.get_rank() == 0:
+            print(json.dumps(result, indent=2))
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

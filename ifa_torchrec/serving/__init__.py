@@ -1,0 +1,22 @@
+"""Serving: user states in a store, scores from them, events added to them, and HTTP around it."""
+
+from ifa_torchrec.serving.errors import RequestError, StateError, UnknownUserError
+from ifa_torchrec.serving.key_value import KeyValueStore, open_key_value_store
+from ifa_torchrec.serving.scorer import Ranking, RankingRequest, Scorer
+from ifa_torchrec.serving.state_store import Event, StateLayout, StateStore, drop, versions
+
+__all__ = [
+    "Event",
+    "KeyValueStore",
+    "Ranking",
+    "RankingRequest",
+    "RequestError",
+    "Scorer",
+    "StateError",
+    "StateLayout",
+    "StateStore",
+    "UnknownUserError",
+    "drop",
+    "open_key_value_store",
+    "versions",
+]

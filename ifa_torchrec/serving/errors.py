@@ -1,0 +1,13 @@
+"""What serving raises for its user."""
+
+
+class StateError(RuntimeError):
+    """A store of states cannot do what was asked; the message says what would be right."""
+
+
+class UnknownUserError(StateError):
+    """There is no state of a user."""
+
+
+class RequestError(ValueError):
+    """A ranking request or an event is not what the model takes; the message names the field."""

@@ -1,0 +1,199 @@
+"""Where states lie as bytes: LMDB, a file on one machine, or Redis, which several machines share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import lmdb
+import redis
+
+from ifa_torchrec.serving.errors import StateError
+
+_LARGEST_MAP = 1 << 40
+"""Bytes of address space for an LMDB file; it is not reserved, on disk or in memory."""
+
+
+class KeyValueStore(ABC):
+    """Bytes by key. What is read is of one moment, and what is updated is so whole or not at all,
+    whatever other processes do and wherever this one dies."""
+
+    @abstractmethod
+    def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """The values of the keys at one moment; None where there is none."""
+
+    @abstractmethod
+    def update(
+        self,
+        keys: Sequence[bytes],
+        change: Callable[[list[bytes | None]], Mapping[bytes, bytes]],
+    ) -> None:
+        """Read the keys, and write what ``change`` makes of their values, with nothing between.
+
+        ``change`` may be called again with newer values where another writer came first.
+        """
+
+    @abstractmethod
+    def scan(self, prefix: bytes, first: bytes = b"") -> Iterator[bytes]:
+        """The keys that begin with ``prefix``, from ``prefix + first`` on, in order."""
+
+    @abstractmethod
+    def delete(self, keys: Sequence[bytes]) -> None:
+        """Delete these keys, where they are there."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the file or the connection."""
+
+
+def open_key_value_store(address: str) -> KeyValueStore:
+    """The store at an address.
+
+    Args:
+        address: the folder of an LMDB store, made if it is not there; or redis://HOST:PORT/NUMBER
+            (rediss:// with TLS, unix:// for a socket).
+
+    Raises:
+        StateError: nothing can be opened there.
+
+    Example:
+        >>> import tempfile
+        >>> from ifa_torchrec.serving import open_key_value_store
+        >>> store = open_key_value_store(tempfile.mkdtemp() + "/states")
+        >>> store.update([b"n"], lambda found: {b"n": (found[0] or b"") + b"+"})
+        >>> store.read([b"n", b"m"])
+        [b'+', None]
+        >>> store.close()
+    """
+    if address.startswith(("redis://", "rediss://", "unix://")):
+        return RedisStore(address)
+    if "://" in address:
+        raise StateError(f"{address}: a store is a folder, or redis://HOST:PORT/NUMBER")
+    return LMDBStore(Path(address))
+
+
+class LMDBStore(KeyValueStore):
+    """LMDB: a memory-mapped file that the processes of one machine share; one writes at a time.
+
+    Args:
+        path: its folder, on a local disk.
+
+    Raises:
+        StateError: the folder cannot be made or opened.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.serving.key_value import LMDBStore
+        >>> store = LMDBStore(Path(tempfile.mkdtemp()))
+        >>> store.update([], lambda found: {b"a1": b"", b"a2": b"", b"b": b""})
+        >>> list(store.scan(b"a"))
+        [b'a1', b'a2']
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._environment = lmdb.open(str(path), map_size=_LARGEST_MAP, max_readers=1024)
+        except (OSError, lmdb.Error) as error:
+            raise StateError(f"{path}: no LMDB store can be opened here ({error})") from error
+        self._environment.reader_check()  # forget readers that were killed
+        self.path = path
+
+    def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """See KeyValueStore."""
+        with self._environment.begin() as transaction:
+            return [transaction.get(key) for key in keys]
+
+    def update(
+        self,
+        keys: Sequence[bytes],
+        change: Callable[[list[bytes | None]], Mapping[bytes, bytes]],
+    ) -> None:
+        """See KeyValueStore."""
+        try:
+            with self._environment.begin(write=True) as transaction:
+                changes = change([transaction.get(key) for key in keys])
+                with transaction.cursor() as cursor:
+                    cursor.putmulti(changes.items())
+        except (lmdb.MapFullError, lmdb.DiskError) as error:
+            raise StateError(f"{self.path}: no room left ({error}); nothing was written") from error
+
+    def scan(self, prefix: bytes, first: bytes = b"") -> Iterator[bytes]:
+        """See KeyValueStore."""
+        with self._environment.begin() as transaction, transaction.cursor() as cursor:
+            found = cursor.set_range(prefix + first)
+            while found and cursor.key().startswith(prefix):
+                yield cursor.key()
+                found = cursor.next()
+
+    def delete(self, keys: Sequence[bytes]) -> None:
+        """See KeyValueStore."""
+        with self._environment.begin(write=True) as transaction:
+            for key in keys:
+                transaction.delete(key)
+
+    def close(self) -> None:
+        """See KeyValueStore."""
+        self._environment.close()
+
+
+class RedisStore(KeyValueStore):
+    """Redis: one server, not a cluster, since a transaction's keys must lie together.
+
+    What a crash of the server itself keeps is the server's setting: appendonly yes and
+    appendfsync always for everything that was answered.
+
+    Args:
+        address: redis://HOST:PORT/NUMBER.
+
+    Raises:
+        StateError: no server answers there.
+    """
+
+    def __init__(self, address: str) -> None:
+        try:
+            self._client = redis.Redis.from_url(address)
+            self._client.ping()
+        except (redis.RedisError, ValueError) as error:
+            raise StateError(f"{address}: no Redis answers here ({error})") from error
+
+    def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """See KeyValueStore."""
+        return list(self._client.mget(keys)) if keys else []  # pyright: ignore[reportReturnType]
+
+    def update(
+        self,
+        keys: Sequence[bytes],
+        change: Callable[[list[bytes | None]], Mapping[bytes, bytes]],
+    ) -> None:
+        """See KeyValueStore."""
+        with self._client.pipeline() as pipeline:
+            while True:
+                try:
+                    if keys:
+                        pipeline.watch(*keys)
+                    changes = change(pipeline.mget(keys) if keys else [])
+                    pipeline.multi()
+                    if changes:
+                        pipeline.mset(changes)
+                    pipeline.execute()
+                    return
+                except redis.WatchError:  # another writer came first, and got on
+                    continue
+
+    def scan(self, prefix: bytes, first: bytes = b"") -> Iterator[bytes]:
+        """See KeyValueStore. It walks through all keys of the server."""
+        pattern = b"".join(b"\\" + bytes([c]) if c in b"\\*?[]^-" else bytes([c]) for c in prefix)
+        found = set(self._client.scan_iter(match=pattern + b"*", count=10_000))  # may repeat some
+        yield from sorted(key for key in found if key >= prefix + first)
+
+    def delete(self, keys: Sequence[bytes]) -> None:
+        """See KeyValueStore."""
+        if keys:
+            self._client.delete(*keys)
+
+    def close(self) -> None:
+        """See KeyValueStore."""
+        self._client.close()
