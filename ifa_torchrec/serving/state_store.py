@@ -375,12 +375,11 @@ class StateStore:
         rows: list[list[tuple[bytes, _Sums]]] = [[] for _ in events]
         if state.identity_offsets is not None:
             weight, mean = _weight_and_mean(state.identity_sum, state.identity_value)
-            for row, (e, key) in enumerate(
-                zip(request_of_row(state.identity_offsets).tolist(), state.identity_key, strict=True)
-            ):
-                event = events[e]
-                row_key = self._row_key(event.user, int(key))
-                rows[e].append((row_key, _Sums(event.time, weight[row], mean[row])))
+            event_of_row = request_of_row(state.identity_offsets).tolist()
+            for row, key in enumerate(state.identity_key.tolist()):
+                event = events[event_of_row[row]]
+                sums = _Sums(event.time, weight[row], mean[row])
+                rows[event_of_row[row]].append((self._row_key(event.user, key), sums))
         blocks = [self._block_key(event.position) for event in events]
         keys = [*blocks, *(self._head_key(event.user) for event in events)]
         keys = list(dict.fromkeys(keys + [key for of_event in rows for key, _ in of_event]))

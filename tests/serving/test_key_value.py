@@ -1,0 +1,100 @@
+"""Both stores: what is read is of one moment, what is updated is so whole."""
+
+from __future__ import annotations
+
+import multiprocessing
+from threading import Event, Thread
+
+import pytest
+
+from ifa_torchrec.serving import StateError, open_key_value_store
+
+fork = multiprocessing.get_context("fork")
+
+
+def test_reads_what_was_written_and_none_elsewhere(key_values):
+    key_values.update([], lambda found: {b"a": b"1", b"\x00\xff": b""})
+    assert key_values.read([b"a", b"b", b"\x00\xff", b"a"]) == [b"1", None, b"", b"1"]
+    assert key_values.read([]) == []
+
+
+def test_change_sees_the_values_and_may_change_nothing(key_values):
+    key_values.update([], lambda found: {b"a": b"1"})
+    seen = []
+    key_values.update([b"a", b"b"], lambda found: seen.append(found) or {})
+    assert seen == [[b"1", None]]
+    assert key_values.read([b"a", b"b"]) == [b"1", None]
+
+
+def test_an_update_that_fails_writes_nothing(key_values):
+    with pytest.raises(ZeroDivisionError):
+        key_values.update([], lambda found: {b"a": bytes([1 // 0])})
+    assert key_values.read([b"a"]) == [None]
+    key_values.update([], lambda found: {b"a": b"1"})  # and leaves nothing locked
+    assert key_values.read([b"a"]) == [b"1"]
+
+
+def test_scan_gives_the_keys_of_a_prefix_in_order(key_values):
+    keys = [b"a", b"b*", b"b*\xff", b"b?1", b"bb", b"b\x00", b"b", b"b[", b"b\\", b"c"]
+    key_values.update([], lambda found: dict.fromkeys(keys, b""))
+    for prefix in (b"b", b"b*", b"b\\", b"b[", b"x", b""):
+        assert list(key_values.scan(prefix)) == sorted(k for k in keys if k.startswith(prefix))
+    assert list(key_values.scan(b"b", b"?1")) == [b"b?1", b"b[", b"b\\", b"bb"]
+
+
+def test_delete(key_values):
+    key_values.update([], lambda found: {b"a": b"1", b"b": b"2"})
+    key_values.delete([b"a", b"never there"])
+    key_values.delete([])
+    assert key_values.read([b"a", b"b"]) == [None, b"2"]
+
+
+def count_up(address: str, times: int) -> None:
+    store = open_key_value_store(address)
+    for _ in range(times):
+        store.update([b"n"], lambda found: {b"n": b"%d" % (int(found[0] or b"0") + 1)})
+    store.close()
+
+
+def test_two_processes_lose_no_update(address):
+    writers = [fork.Process(target=count_up, args=(address, 300)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    store = open_key_value_store(address)
+    assert store.read([b"n"]) == [b"600"]
+    store.close()
+
+
+def test_a_read_is_of_one_moment(key_values, address):
+    done = Event()
+    # LMDB is opened once a process; its threads may share it
+    other = open_key_value_store(address) if address.startswith("unix") else key_values
+
+    def write() -> None:
+        for n in range(300):
+            other.update([], lambda found, n=n: {b"a": b"%d" % n, b"b": b"%d" % n})
+        done.set()
+
+    writer = Thread(target=write)
+    writer.start()
+    while not done.is_set():
+        a, b = key_values.read([b"a", b"b"])
+        assert a == b
+    writer.join()
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("redis://localhost:1/0", "no Redis answers"),
+        ("http://localhost/0", "a folder, or redis://"),
+        ("{file}", "no LMDB store can be opened"),
+    ],
+)
+def test_a_bad_address_is_named(where, message, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(StateError, match=message):
+        open_key_value_store(where.format(file=file))

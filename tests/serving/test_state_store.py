@@ -1,0 +1,350 @@
+"""States in a store: what comes out is what one encoding of all events would give."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torchrec.sparse.jagged_tensor import JaggedTensor
+
+from ifa_torchrec import IFAConfig, InteractionFidelityAttention, UserState
+from ifa_torchrec.serving import (
+    Event,
+    StateError,
+    StateLayout,
+    StateStore,
+    UnknownUserError,
+    drop,
+    open_key_value_store,
+    versions,
+)
+
+DAY = 86_400_000_000
+CONFIG = IFAConfig(
+    embedding_dim=8,
+    num_heads=2,
+    feature_map="hedgehog",
+    half_lives=(math.inf, 30.0),
+    identity_features=("item", "category"),
+    identity_buckets=7,  # so that some items collide
+    identity_half_lives=(math.inf, 30.0, 7.0),
+)
+DENSE = dataclasses.replace(CONFIG, identity_features=())
+NUM_ITEMS, NUM_CATEGORIES = 20, 3
+fork = multiprocessing.get_context("fork")
+generator = torch.Generator().manual_seed(0)
+TOKENS = torch.randn(NUM_ITEMS, 8, generator=generator)
+
+
+class Model:
+    """A module and the tokens of its items: what encodes events."""
+
+    def __init__(self, config: IFAConfig = CONFIG) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.ifa = InteractionFidelityAttention(config)
+            for parameter in self.ifa.parameters():
+                torch.nn.init.normal_(parameter, std=0.5)
+
+    @torch.no_grad()
+    def encode(self, histories: Sequence[Sequence[Event]], now: Sequence[int]) -> UserState:
+        items = torch.tensor([e.item for h in histories for e in h], dtype=torch.int64)
+        age = [(t - e.time) / DAY for h, t in zip(histories, now, strict=True) for e in h]
+        ids = torch.stack([items, items % NUM_CATEGORIES], dim=1) if self.ifa.identity else None
+        lengths = torch.tensor([len(h) for h in histories])
+        return self.ifa.encode(JaggedTensor(TOKENS[items], lengths=lengths), torch.tensor(age), ids)
+
+    def encode_each(self, events: Sequence[Event]) -> UserState:
+        return self.encode([[event] for event in events], [event.time for event in events])
+
+    @property
+    def every_key(self) -> np.ndarray:
+        return np.arange(self.ifa.identity.key_range) if self.ifa.identity else np.arange(0)
+
+
+def new_store(key_values, model: Model, version: str = "v1", dtype="float32", position=0) -> StateStore:
+    StateStore.begin(key_values, version, StateLayout.of(model.ifa, dtype), position).finish()
+    return StateStore(key_values, version)
+
+
+def random_events(count: int, users: Sequence[int], seed: int = 0) -> list[Event]:
+    rng = random.Random(seed)
+    return [
+        Event(position, rng.choice(users), rng.randrange(NUM_ITEMS), rng.randrange(90 * DAY))
+        for position in range(count)
+    ]
+
+
+def read(store: StateStore, model: Model, users: Sequence[int], now: int) -> UserState:
+    return store.read(users, [now] * len(users), [model.every_key] * len(users), [True] * len(users))
+
+
+def assert_holds(
+    store: StateStore, model: Model, events: Sequence[Event], rtol: float = 1e-5, now: int = 100 * DAY
+) -> None:
+    """The store's states are those that the events give, encoded together."""
+    users = sorted({event.user for event in events})
+    expected = model.encode([[e for e in events if e.user == u] for u in users], [now] * len(users))
+    actual = read(store, model, users, now)
+    assert actual.count.tolist() == expected.count.tolist()
+    for name, value in expected.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            scale = value.abs().max().item() if value.numel() else 0.0
+            torch.testing.assert_close(
+                actual.state_dict()[name], value, rtol=rtol, atol=rtol * scale, msg=name
+            )
+
+
+both_configs = pytest.mark.parametrize("config", [CONFIG, DENSE], ids=["identity", "dense"])
+
+
+@both_configs
+def test_written_states_come_back_later_and_decayed(key_values, config):
+    model, events = Model(config), random_events(60, users=[7, -3, 2**40])
+    users = [7, -3, 2**40]
+    histories = [[e for e in events if e.user == user] for user in users]
+    last = [max(e.time for e in history) for history in histories]
+    store = StateStore.begin(key_values, "v1", StateLayout.of(model.ifa), position=60)
+    size = store.write(users, model.encode(histories, last), last)
+    assert size > 3 * 2 * 4 * (8 + 1) * 2
+    store.finish()
+    assert_holds(StateStore(key_values, "v1"), model, events)
+    assert store.known([7, 8, -3]).tolist() == [True, False, True]
+
+
+@both_configs
+def test_appended_states_are_those_of_all_events_in_any_order(key_values, config):
+    model, events = Model(config), random_events(200, users=[1, 2, 3])
+    store = new_store(key_values, model)
+    shuffled = random.Random(1).sample(events, len(events))
+    for first in range(0, len(shuffled), 17):
+        assert all(store.append(shuffled[first : first + 17], model.encode_each))
+    assert_holds(store, model, events)
+
+
+def test_only_the_rows_asked_for_are_read(key_values):
+    model, events = Model(), random_events(50, users=[1])
+    store = new_store(key_values, model)
+    store.append(events, model.encode_each)
+    state = store.read([1, 1], [100 * DAY] * 2, [np.array([9, 3, 3]), np.array([], np.int64)])
+    assert state.identity_key.tolist() == [3, 9]
+    assert state.identity_offsets.tolist() == [0, 2, 2]
+
+
+def test_replays_and_duplicates_change_nothing(key_values):
+    model, events = Model(), random_events(300, users=[1, 2])
+    store = new_store(key_values, model)
+    twice = events[:10] + events[5:15]
+    assert store.append(twice, model.encode_each) == [True] * 10 + [False] * 5 + [True] * 5
+    for first in (0, 7, 100, 3, 200, 250, 0):
+        store.append(events[first : first + 110], model.encode_each)
+    assert store.append(events, model.encode_each) == [False] * 300
+    assert_holds(store, model, events)
+
+
+def test_positions_of_several_streams_and_far_apart(key_values):
+    model = Model()
+    store = new_store(key_values, model)
+    positions = [0, 2**40, 2**40 + 1, 2**62, 5]
+    events = [Event(position, 1, 3, 0) for position in positions]
+    assert all(store.append(events, model.encode_each))
+    assert not any(store.append(events[::-1], model.encode_each))
+
+
+def test_positions_in_the_log_are_in_the_states(key_values):
+    model, events = Model(), random_events(20, users=[1])
+    store = new_store(key_values, model, position=10)
+    assert store.append(events, model.encode_each) == [False] * 10 + [True] * 10
+    assert_holds(store, model, events[10:])
+
+
+def append_all(address: str, events: Sequence[Event], model: Model, batch: int) -> None:
+    key_values = open_key_value_store(address)
+    store = StateStore(key_values, "v1")
+    for first in range(0, len(events), batch):
+        store.append(events[first : first + batch], model.encode_each)
+    key_values.close()
+
+
+def test_two_writers_lose_no_update(address):
+    model, events = Model(), random_events(400, users=[1, 2])
+    key_values = open_key_value_store(address)
+    new_store(key_values, model)
+    key_values.close()
+    # the even and the odd positions, so that each writer is behind the other all the time
+    writers = [
+        fork.Process(target=append_all, args=(address, events[part::2], model, 3)) for part in (0, 1)
+    ]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    key_values = open_key_value_store(address)
+    assert_holds(StateStore(key_values, "v1"), model, events)
+    key_values.close()
+
+
+def test_killed_at_any_moment_nothing_is_lost_and_nothing_counts_twice(address):
+    model, events = Model(), random_events(600, users=[1, 2, 3])
+    key_values = open_key_value_store(address)
+    new_store(key_values, model)
+    key_values.close()
+    rng, kills = random.Random(0), 0
+    while True:  # each start replays the stream from its beginning, as a consumer without a memory
+        writer = fork.Process(target=append_all, args=(address, events, model, 2))
+        reader = fork.Process(target=append_all, args=(address, events[::-1], model, 5))
+        writer.start()
+        reader.start()
+        if kills < 25:
+            time.sleep(rng.uniform(0.01, 0.25))
+            for process in (writer, reader):
+                if process.is_alive():
+                    os.kill(process.pid, signal.SIGKILL)
+                    kills += 1
+        writer.join()
+        reader.join()
+        if kills >= 25 and writer.exitcode == reader.exitcode == 0:
+            break
+    key_values = open_key_value_store(address)
+    assert_holds(StateStore(key_values, "v1"), model, events)
+    key_values.close()
+
+
+def test_states_of_other_weights_are_refused(key_values):
+    model = Model()
+    with pytest.raises(StateError, match=r"'v1': there are none; build them .* has those of no weights"):
+        StateStore(key_values, "v1")
+    new_store(key_values, model, "v1")
+    with pytest.raises(StateError, match=r"'v2': there are none.*\['v1'\]"):
+        StateStore(key_values, "v2")
+    assert list(versions(key_values)) == ["v1"]
+
+
+def test_a_record_of_other_weights_in_their_place_is_refused(key_values):
+    model, events = Model(), random_events(5, users=[1])
+    one, other = (new_store(key_values, model, version) for version in ("v1", "v2"))
+    one.append(events, model.encode_each)
+    (record,) = key_values.read([one._head_key(1)])
+    key_values.update([], lambda found: {other._head_key(1): record})
+    with pytest.raises(StateError, match="other weights lies where those of 'v2'"):
+        read(other, model, [1], 100 * DAY)
+
+
+def test_half_built_states_are_refused_and_going_on_must_be_the_same(key_values):
+    model = Model()
+    layout = StateLayout.of(model.ifa)
+    StateStore.begin(key_values, "v1", layout, 5, "log until June")
+    with pytest.raises(StateError, match="not built to the end"):
+        StateStore(key_values, "v1")
+    for other in (
+        (StateLayout.of(model.ifa, "float16"), 5, "log until June"),
+        (layout, 6, "log until June"),
+        (layout, 5, "log until July"),
+    ):
+        with pytest.raises(StateError, match=r"begun with another (layout|position|source);"):
+            StateStore.begin(key_values, "v1", *other)
+    StateStore.begin(key_values, "v1", layout, 5, "log until June").finish()
+    with pytest.raises(StateError, match="are built"):
+        StateStore.begin(key_values, "v1", layout, 5, "log until June")
+
+
+def test_an_unknown_user_is_refused_unless_new(key_values):
+    model = Model()
+    store = new_store(key_values, model)
+    with pytest.raises(UnknownUserError, match="user 9 has no state"):
+        store.read([9], [0], [model.every_key])
+    state = store.read([9], [0], [model.every_key], [True])
+    assert state.count.tolist() == [0]
+    assert state.key_sum.abs().sum() == 0
+    assert state.identity_offsets.tolist() == [0, 0]
+
+
+def test_a_state_does_not_go_back_in_time(key_values):
+    model = Model()
+    store = new_store(key_values, model)
+    store.append([Event(0, 1, 2, 10 * DAY)], model.encode_each)
+    with pytest.raises(StateError, match=r"user 1 has an event at 1970-01-11.*after.*1970-01-10"):
+        store.read([1], [9 * DAY], [model.every_key])
+
+
+def test_the_journal_brings_a_later_version_up_to_date(key_values):
+    model, events = Model(), random_events(3000, users=range(5))
+    old = new_store(key_values, model, "v1")
+    for first in range(0, 3000, 500):
+        old.append(events[first : first + 500], model.encode_each)
+    # of a log that has the first 1,000; and 500 more have come to it while it was being loaded
+    new = new_store(key_values, model, "v2", position=1000)
+    new.append(events[1500:2000], model.encode_each)
+    for missed in new.missed():
+        new.append(missed, model.encode_each)
+    assert [event for part in new.missed() for event in part] == []
+    assert_holds(new, model, events[1000:])
+    assert_holds(old, model, events)
+
+
+def test_drop_deletes_one_version_and_what_no_other_wants(key_values):
+    model, events = Model(), random_events(50, users=[1, 2])
+    old, new = new_store(key_values, model, "v1"), new_store(key_values, model, "v2", position=20)
+    for store in (old, new):
+        store.append(events, model.encode_each)
+    drop(key_values, "v1")
+    assert list(versions(key_values)) == ["v2"]
+    with pytest.raises(StateError, match="none"):
+        StateStore(key_values, "v1")
+    assert_holds(StateStore(key_values, "v2"), model, events[20:])
+    assert len(list(key_values.scan(b"j"))) == 30
+    ours = [key for kind in b"sia" for key in key_values.scan(bytes([kind]) + old._id)]
+    assert ours == []
+    with pytest.raises(StateError, match=r"'v1' here; there are \['v2'\]"):
+        drop(key_values, "v1")
+
+
+def test_a_bucket_of_one_value_stores_it_once(key_values):
+    model = Model()
+    store = new_store(key_values, model)
+    store.append([Event(n, 1, 3, n * DAY) for n in range(9)], model.encode_each)
+    (once,) = key_values.read([store._row_key(1, 3)])
+    store.append([Event(9, 1, 3 + 7, 9 * DAY)], model.encode_each)  # falls into the same bucket
+    (each,) = key_values.read([store._row_key(1, 3)])
+    assert len(each) - len(once) == 2 * 4 * 4
+
+
+def test_float16_states_are_half_the_size_and_as_near_as_stated(key_values):
+    model, events = Model(), random_events(400, users=[1, 2])
+    for dtype, tolerance in (("float32", 1e-5), ("float16", 2e-3)):
+        users = [1, 2]
+        histories = [[e for e in events if e.user == user] for user in users]
+        store = StateStore.begin(key_values, dtype, StateLayout.of(model.ifa, dtype), 0)
+        store.write(users, model.encode(histories, [90 * DAY] * 2), [90 * DAY] * 2)
+        store.finish()
+        assert_holds(store, model, events, rtol=tolerance)
+
+
+def test_float16_does_not_swallow_small_steps(key_values):
+    """After many events each new one moves a mean by less than float16 can show."""
+    model = Model(dataclasses.replace(DENSE, half_lives=None))
+    same = [Event(n, 1, 0, 0) for n in range(4000)]
+    others = [Event(4000 + n, 1, 1, 0) for n in range(4000)]
+    store = new_store(key_values, model, dtype="float16")
+    store.append(same, model.encode_each)
+    for first in range(0, 4000, 8):  # each step is a transaction, so it is rounded
+        store.append(others[first : first + 8], model.encode_each)
+    expected = model.encode([same + others], [0])
+    actual = read(store, model, [1], 0)
+    error = (actual.key_value - expected.key_value).abs().max() / expected.key_value.abs().max()
+    assert error < 0.01
+
+
+def test_an_unknown_dtype_is_refused():
+    with pytest.raises(StateError, match="float32 or float16, not 'int8'"):
+        StateLayout.of(Model().ifa, "int8")
