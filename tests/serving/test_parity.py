@@ -1,0 +1,100 @@
+"""Served scores are the trained model's: 1,000 real requests, from states that grew event by event."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+
+import numpy as np
+import pytest
+import torch
+
+from ifa_torchrec import IFAConfig
+from ifa_torchrec.build_states import BuildStatesConfig, build_states
+from ifa_torchrec.data import EventBudgetSampler, RankingDataset, make_loader
+from ifa_torchrec.data.complete_journey import CompleteJourneyConfig, prepare
+from ifa_torchrec.modules import CandidateSetConfig
+from ifa_torchrec.scoring import measure
+from ifa_torchrec.serving import Event, RankingRequest, Scorer, StateStore, open_key_value_store
+from ifa_torchrec.train import Run, TrainConfig, load_run, train
+
+REQUESTS = 1000
+IFA = IFAConfig(
+    embedding_dim=32,
+    num_heads=2,
+    half_lives=(float("inf"), 30.0),
+    identity_features=("item", "category"),
+    identity_half_lives=(float("inf"), 30.0, 7.0),
+    identity_buckets=131_072,
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    """A model of real purchases, trained a little so that its weights are no one's start."""
+    folder = tmp_path_factory.mktemp("parity")
+    prepare(folder / "log", CompleteJourneyConfig(train=64, valid=4, test=REQUESTS))
+    config = TrainConfig(
+        folder / "log",
+        folder / "run",
+        ifa=IFA,
+        candidate_set=CandidateSetConfig("softmax"),
+        validate=False,
+    )
+    train(config)
+    return load_run(config.out, sharded=False)
+
+
+def request_of(dataset: RankingDataset, number: int) -> RankingRequest:
+    """A split's request as a server is sent it."""
+    schema, columns = dataset.log.schema, dataset.requests
+    rows = dataset.candidate_rows([number])[0]
+    return RankingRequest(
+        user=int(columns["user"][number]),
+        time=int(columns["time"][number]),
+        candidates=columns["candidates"][rows].tolist(),
+        context={f: int(columns[f][number]) for f in schema.context_features},
+        dense={f: float(columns[f][number]) for f in schema.dense_features},
+        candidate_dense={f: columns[f][rows].tolist() for f in schema.candidate_dense},
+        new_user=True,
+    )
+
+
+@torch.no_grad()
+def test_served_scores_and_metrics_are_those_of_the_raw_histories(run, tmp_path):
+    dataset = run.dataset("test")
+    assert len(dataset) == REQUESTS
+    sampler = EventBudgetSampler(dataset.history_lengths, max_events=16384, max_requests=16)
+    trained = np.concatenate([run.dlrm.eval()(b).numpy() for b in make_loader(dataset, sampler)])
+
+    # states as of the first of these requests; what was bought since is appended, user by user
+    first = int(dataset.requests["time"].min())
+    until = datetime.fromtimestamp(first / 1e6, timezone.utc)
+    store = str(tmp_path / "states")
+    build_states(BuildStatesConfig(run.config.out, store, until=until, position=0))
+    scorer = Scorer(
+        run.dlrm,
+        run.log.schema,
+        run.log.items,
+        StateStore(open_key_value_store(store), run.version),
+    )
+    log, item = run.log, run.log.schema.item
+    appended = dict.fromkeys(log.users.tolist(), first)
+    served = [np.empty(0)] * REQUESTS
+    for number in np.argsort(dataset.requests["time"], kind="stable").tolist():
+        request = request_of(dataset, number)
+        since, now = appended.get(request.user, first), request.time
+        starts, ends = log.history_range(np.array([request.user] * 2), np.array([since, now]))
+        rows = range(int(max(ends[0], starts[1])), int(ends[1]))
+        times, items = log.events["time"], log.events[item]
+        events = [Event(row, request.user, int(items[row]), int(times[row])) for row in rows]
+        assert all(scorer.append(events))
+        appended[request.user] = now
+        served[number] = scorer.score([request])[0]
+    served = np.concatenate(served)
+
+    assert np.abs(served - trained).max() < 1e-5
+    assert rounded(measure(dataset, served)) == rounded(measure(dataset, trained))
+
+
+def rounded(metrics: dict) -> dict:
+    return {name: round(value, 6) for name, value in metrics.items()}
