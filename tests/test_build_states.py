@@ -1,0 +1,147 @@
+"""``python -m ifa_torchrec.build_states``: every user's state, from any number of ranks, resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from toy import BUSY_USER, NEW_USER, NUM_EVENTS
+
+from ifa_torchrec import IFAConfig, UserState
+from ifa_torchrec.build_states import BuildStatesConfig, build_states, main
+from ifa_torchrec.data import RankingDataset
+from ifa_torchrec.serving import StateError, StateStore, open_key_value_store, versions
+from ifa_torchrec.train import Run, TrainConfig, load_run, train
+
+IFA = IFAConfig(
+    embedding_dim=8,
+    num_heads=2,
+    half_lives=(math.inf, 30.0),
+    identity_features=("item", "category"),
+    identity_half_lives=(math.inf, 7.0),
+    identity_buckets=64,
+)
+USERS = list(NUM_EVENTS)
+END = int(np.datetime64("2024-05-01", "us").astype(np.int64))
+
+
+@pytest.fixture(scope="module")
+def run(log, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("trained") / "run"
+    train(TrainConfig(log.path, out, ifa=IFA, max_requests=8, validate=False))
+    return out
+
+
+@torch.no_grad()
+def expected(run: Run, before: int = END) -> UserState:
+    """The users' states at END, of their events before a time."""
+    histories = RankingDataset.of_users(run.log, np.array(USERS), np.full(len(USERS), before))
+    batch = histories[list(range(len(USERS)))]
+    age = batch.history_age + (END - before) / 86_400_000_000
+    return run.dlrm.encode(batch.sequence_features, age)
+
+
+def assert_built(store: str, run: Path, before: int = END) -> StateStore:
+    loaded = load_run(run, sharded=False)
+    states = StateStore(open_key_value_store(store), loaded.version)
+    wanted = expected(loaded, before)
+    every_key = np.arange(loaded.dlrm.candidate_arch.sequence_interaction.identity.key_range)
+    users = len(USERS)
+    found = states.read(USERS, [END] * users, [every_key] * users, [True] * users)
+    for name, value in wanted.state_dict().items():
+        torch.testing.assert_close(
+            found.state_dict()[name], value, rtol=1e-5, atol=1e-5, msg=name, check_dtype=False
+        )
+    states.key_values.close()
+    return states
+
+
+def test_every_user_with_events_has_a_state(run, tmp_path):
+    store = str(tmp_path / "states")
+    result = build_states(BuildStatesConfig(run, store, max_events=60))
+    assert result["users"] == len(USERS)
+    assert result["events_per_user"] == sum(NUM_EVENTS.values()) / len(USERS)
+    assert result["bytes_per_user"] > 4 * 2 * 4 * 5
+    states = assert_built(store, run)
+    assert states.position == sum(NUM_EVENTS.values())
+    states = StateStore(open_key_value_store(store), result["version"])
+    assert states.known([NEW_USER, BUSY_USER]).tolist() == [False, True]
+
+
+def test_only_the_events_before_a_time(run, log, tmp_path):
+    store = str(tmp_path / "states")
+    until = datetime(2024, 2, 10)
+    build_states(BuildStatesConfig(run, store, until=until))
+    before = int(np.datetime64(until, "us").astype(np.int64))
+    states = assert_built(store, run, before)
+    assert states.position == int((log.events["time"] < before).sum())
+
+
+class Stopped(Exception):
+    """Stands for whatever ends a process."""
+
+
+def build_on_ranks(run: Path, address: str, fail_after: int | None) -> dict:
+    if fail_after is not None:
+        write, written = StateStore.write, []
+
+        def failing(self, *arguments):
+            written.append(arguments)
+            if len(written) > fail_after:
+                raise Stopped
+            return write(self, *arguments)
+
+        StateStore.write = failing
+    return build_states(BuildStatesConfig(run, address, max_events=60, max_requests=1))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_ranks_share_the_users_and_go_on_where_they_were_stopped(run, address, world):
+    stopped = run_ranks(build_on_ranks, world, run, address, 1, check=False)
+    assert {type(result) for result in stopped} == {Stopped}
+    version = load_run(run, sharded=False).version
+    key_values = open_key_value_store(address)
+    with pytest.raises(StateError, match="not built to the end"):
+        StateStore(key_values, version)
+    key_values.close()
+    results = run_ranks(build_on_ranks, world, run, address, None)
+    assert [result["users"] for result in results] == [len(USERS) - world] * world
+    assert_built(address, run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"interaction": "softmax"}, "only 'ifa' has user states"),
+        ({"history_length": 20}, "latest 20 events"),
+    ],
+)
+def test_runs_without_states_are_refused(changes, message, log, tmp_path):
+    config = TrainConfig(log.path, tmp_path / "run", ifa=IFA, validate=False)
+    train(dataclasses.replace(config, **changes))
+    with pytest.raises(StateError, match=message):
+        build_states(BuildStatesConfig(tmp_path / "run", str(tmp_path / "states")))
+
+
+def test_lmdb_serves_one_machine(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    with pytest.raises(StateError, match="LMDB serves one machine"):
+        build_states(BuildStatesConfig(run, str(tmp_path / "states")))
+
+
+def test_drop_on_the_command_line(run, tmp_path, monkeypatch, capsys):
+    store = str(tmp_path / "states")
+    version = build_states(BuildStatesConfig(run, store))["version"]
+    command = ["build_states", "--run", str(run), "--store", store, "--drop"]
+    monkeypatch.setattr("sys.argv", [*command, "other"])
+    with pytest.raises(SystemExit, match=rf"error: no states of weights 'other' here.*{version}"):
+        main()
+    monkeypatch.setattr("sys.argv", [*command, version])
+    main()
+    assert versions(open_key_value_store(store)) == {}
