@@ -1,0 +1,434 @@
+"""What a ranking request costs, against the length of the history: states beside raw histories.
+
+    python benchmarks/serving.py            # about 12 minutes on 2 cores
+
+Writes docs/serving.md and docs/serving.png. Users of 10^2 to 10^6 made-up events; the models are
+as large as the demo's and not trained, since time is all that is looked at. Before anything is timed,
+each user's scores from the state are compared with those of the same model on the raw history.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Thread
+from typing import Protocol
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import torch
+import tyro
+from report import ROOT, markdown, measured_by
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+sys.path.insert(0, str(ROOT))  # the examples are no package
+from examples.complete_journey.demo import MODELS
+from ifa_torchrec.batch import RankingBatch
+from ifa_torchrec.build_states import BuildStatesConfig, build_states
+from ifa_torchrec.data import EventLog, LogSchema
+from ifa_torchrec.models import DLRM_IFA
+from ifa_torchrec.serving import (
+    Event,
+    KeyValueStore,
+    RankingRequest,
+    Scorer,
+    StateStore,
+    open_key_value_store,
+)
+from ifa_torchrec.train import Run, TrainConfig, build_model, load_run, train
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+ITEMS, CATEGORIES = 200_000, 1000
+DAY = 86_400_000_000
+NOW = int(np.datetime64("2025-01-01", "us").astype(np.int64))
+IFA = "IFA, state"
+PORT = 8765
+SEARCHED = 50
+"""Events of a candidate's category that SIM attends to."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    histories: tuple[int, ...] = (100, 1000, 10_000, 100_000, 1_000_000)
+    """Events of a user."""
+    candidates: tuple[int, ...] = (50, 200, 1000, 5000)
+    """Candidates of a request."""
+    requests: int = 200
+    """Requests timed of each system in each cell; fewer where they take more than --seconds."""
+    seconds: float = 5.0
+    """Time of each system in each cell."""
+
+
+class System(Protocol):
+    """Something that answers a request."""
+
+    def score(self, requests: Sequence[RankingRequest]) -> list[np.ndarray]:
+        """As Scorer.score."""
+        ...
+
+
+class RawHistories:
+    """The same Scorer, but for the history: raw events, fetched and encoded at every request.
+
+    A user's events lie as one value, so that they are fetched at the speed of memory. For SIM
+    (``by_category``) they lie by category, the latest SEARCHED of each, as its index keeps them: only
+    those of the candidates' categories are fetched.
+    """
+
+    def __init__(self, model: DLRM_IFA, log: EventLog, store: KeyValueStore, by_category: bool) -> None:
+        self.model, self.log, self.store, self.by_category = model.eval(), log, store, by_category
+        self.category = np.asarray(log.items["category"])
+        for u, user in enumerate(log.users.tolist()):
+            rows = slice(log.user_offsets[u], log.user_offsets[u + 1])
+            events = np.stack([log.events["time"][rows], log.events["item"][rows]], axis=1)
+            if by_category:
+                of = self.category[events[:, 1]]
+                values = {self.key(user, int(c)): events[of == c][-SEARCHED:].tobytes() for c in set(of)}
+            else:
+                values = {self.key(user): events.tobytes()}
+            store.update([], lambda _, values=values: values)
+
+    @staticmethod
+    def key(user: int, category: int = -1) -> bytes:
+        """Where events lie."""
+        return b"%d/%d" % (user, category)
+
+    def fetch(self, request: RankingRequest) -> np.ndarray:
+        """Time and item of the events, [n, 2], oldest first."""
+        if not self.by_category:
+            (value,) = self.store.read([self.key(request.user)])
+            return np.frombuffer(value or b"", np.int64).reshape(-1, 2)
+        categories = np.unique(self.category[np.asarray(request.candidates)])
+        found = self.store.read([self.key(request.user, int(c)) for c in categories])
+        events = np.frombuffer(b"".join(value for value in found if value), np.int64).reshape(-1, 2)
+        return events[np.argsort(events[:, 0], kind="stable")]
+
+    @torch.no_grad()
+    def score(self, requests: Sequence[RankingRequest]) -> list[np.ndarray]:
+        """As Scorer.score, of one request."""
+        (request,) = requests
+        events, asked = self.fetch(request), np.asarray(request.candidates)
+        items = self.log.items
+        features = KeyedJaggedTensor.from_lengths_sync(
+            keys=[f"{side}_{f}" for side in ("history", "candidate") for f in ("item", "category")],
+            values=torch.from_numpy(
+                np.concatenate(
+                    [items[f][of] for of in (events[:, 1], asked) for f in ("item", "category")]
+                )
+            ),
+            lengths=torch.tensor([len(events)] * 2 + [len(asked)] * 2),
+        )
+        batch = RankingBatch(
+            dense_features=torch.zeros(1, 0),
+            context_features=KeyedJaggedTensor.from_lengths_sync(
+                [], torch.empty(0), torch.empty(0).long()
+            ),
+            sequence_features=features,
+            candidate_dense=torch.zeros(len(asked), 0),
+            history_age=torch.from_numpy((request.time - events[:, 0]) / DAY).float(),
+            labels=torch.zeros(len(asked), 1),
+            exposed=torch.ones(len(asked), dtype=torch.bool),
+        )
+        return [self.model(batch).numpy()]
+
+
+def make_log(path: Path, histories: Sequence[int]) -> EventLog:
+    """One user for each history length, whose number is that length; items by popularity."""
+    rng = np.random.default_rng(0)
+    user = np.repeat(histories, histories)
+    times = NOW - 1 - rng.integers(0, 730 * DAY, len(user))
+    day = pd.to_datetime([NOW], unit="us")
+    requests = {"user": [int(histories[0])], "time": day, "candidates": [[1, 2]]}
+    return EventLog.from_pandas(
+        path,
+        events=pd.DataFrame(
+            {"user": user, "item": draw(rng, len(user)), "time": pd.to_datetime(times, unit="us")}
+        ),
+        items=pd.DataFrame({"item": np.arange(ITEMS), "category": np.arange(ITEMS) % CATEGORIES}),
+        schema=LogSchema(item_features={"item": ITEMS, "category": CATEGORIES}),
+        requests={"train": pd.DataFrame({**requests, "exposed": [[True, True]], "label": [[1, 0]]})},
+    )
+
+
+def draw(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Items whose popularity falls with their number, as 1 over it."""
+    return (ITEMS ** rng.random(count)).astype(np.int64) - 1
+
+
+def untrained(run: Run, interaction: str) -> DLRM_IFA:
+    """The run's model with another interaction, the peers' plain one."""
+    config = replace(run.config, interaction=interaction, ifa=MODELS["softmax"][1])
+    model = build_model(
+        run.log.schema, replace(config, recent_length=SEARCHED, search_feature="category")
+    )
+    torch.manual_seed(0)
+    collection = model.sequence_arch.embedding_collection.to_empty(device="cpu")
+    for table in collection.parameters():
+        torch.nn.init.uniform_(table, -0.3, 0.3)
+    return model
+
+
+def check(scorer: Scorer, raw: RawHistories, requests: Sequence[RankingRequest]) -> float:
+    """The largest difference between scores from a state and from the raw history.
+
+    Raises:
+        AssertionError: it is more than rounding.
+    """
+    worst = 0.0
+    for request in requests:
+        from_state, from_history = scorer.score([request])[0], raw.score([request])[0]
+        worst = max(worst, float(np.abs(from_state - from_history).max()))
+    assert worst < 1e-4, f"scores from states differ from those of the raw histories by {worst}"
+    return worst
+
+
+def timed(calls: dict[str, Callable[[int], object]], options: Options) -> dict[str, list[float]]:
+    """Milliseconds of each call, the systems by turns; a slow one is called less often."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for n in range(options.requests):
+        for name, call in calls.items():
+            if sum(times[name]) > 1000 * options.seconds:
+                continue
+            start = time.perf_counter()
+            call(n)
+            times[name].append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def p50_p99(milliseconds: Sequence[float]) -> str:
+    """Both percentiles; of few requests the median alone."""
+    median = np.median(milliseconds)
+    if len(milliseconds) < 50:
+        return f"{median:,.3g} / -"
+    return f"{median:,.3g} / {np.percentile(milliseconds, 99):,.3g}"
+
+
+class Server:
+    """``python -m ifa_torchrec.serve`` in a process of its own, and a client of it."""
+
+    def __init__(self, run: Path, store: Path, log: Path) -> None:
+        options = {"--run": run, "--store": store, "--port": PORT, "--limits.timeout": 30}
+        command = [sys.executable, "-m", "ifa_torchrec.serve"]
+        command += [str(word) for option in options.items() for word in option]
+        with log.open("w") as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=output)
+        while True:
+            time.sleep(0.2)
+            if self.process.poll() is not None:
+                raise SystemExit(f"error: the service ended: {log.read_text()[-2000:]}")
+            try:
+                self.send("GET", "/readyz", None, self.connection())
+                return
+            except OSError:
+                continue
+
+    @staticmethod
+    def connection() -> http.client.HTTPConnection:
+        """A connection that stays open."""
+        return http.client.HTTPConnection("127.0.0.1", PORT)
+
+    @staticmethod
+    def send(method: str, path: str, body: dict | None, connection: http.client.HTTPConnection) -> bytes:
+        """An answer's body.
+
+        Raises:
+            OSError: the status is not 200.
+        """
+        text = None if body is None else json.dumps(body)
+        connection.request(method, path, text, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        answer = response.read()
+        if response.status != 200:
+            raise OSError(f"{path}: {response.status} {answer[:300]!r}")
+        return answer
+
+    def saturation(self, bodies: Sequence[dict], connections: int = 16, seconds: float = 8.0) -> float:
+        """Requests a second over many connections, each with one under way at any time."""
+        counts = [0] * connections
+        end = time.perf_counter() + seconds
+
+        def client(number: int) -> None:
+            connection = self.connection()
+            while time.perf_counter() < end:
+                self.send("POST", "/rank", bodies[(number + counts[number]) % len(bodies)], connection)
+                counts[number] += 1
+
+        threads = [Thread(target=client, args=(number,)) for number in range(connections)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return sum(counts) / seconds
+
+    def close(self) -> None:
+        """Stop it, as a scheduler would."""
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(30) == 0
+
+
+def body_of(request: RankingRequest) -> dict:
+    """A request as JSON; without a time it is of now, which is after all events."""
+    return {"requests": [{"user": request.user, "candidates": list(request.candidates), "k": 10}]}
+
+
+def requests_of(n: int, m: int, count: int = 20) -> list[RankingRequest]:
+    """Requests of the user with n events, for m candidates each."""
+    rng = np.random.default_rng([n, m])
+    return [RankingRequest(n, NOW, draw(rng, m).tolist()) for _ in range(count)]
+
+
+def measure_systems(systems: dict[str, System], options: Options) -> pd.DataFrame:
+    """Milliseconds of each system for each history length and number of candidates."""
+    rows = []
+    for n in options.histories:
+        for m in options.candidates:
+            asked = requests_of(n, m)
+            systems[IFA].score(asked[:1])  # its pages come into memory
+            calls = {
+                name: lambda i, system=system, asked=asked: system.score([asked[i % len(asked)]])
+                for name, system in systems.items()
+            }
+            for name, times in timed(calls, options).items():
+                rows.append({"n": n, "m": m, "system": name, "times": times})
+                print(f"{n:,} events, {m:,} candidates, {name}: {p50_p99(times)} ms", flush=True)
+    return pd.DataFrame(rows)
+
+
+def measure_appends(scorer: Scorer, options: Options) -> pd.DataFrame:
+    """What an append costs to a state of each history length, and the state's rows before it."""
+    rng, position, rows = np.random.default_rng(2), scorer.store.position, []
+    every_key = np.arange(scorer.store.layout.identity_key_range)
+    for n in options.histories:
+        row = {"events": f"{n:,}"}
+        state = scorer.store.read([n], [NOW], [every_key])
+        row["identity rows"] = f"{len(state.identity_key):,}"
+        for batch in (1, 64):
+            items = draw(rng, options.requests * batch).reshape(-1, batch).tolist()
+
+            def append(i: int, n=n, items=items) -> None:
+                nonlocal position
+                events = [Event(position + j, n, item, NOW) for j, item in enumerate(items[i])]
+                position += len(events)
+                assert all(scorer.append(events))
+
+            row[f"append {batch}, ms"] = p50_p99(timed({"": append}, options)[""])
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def measure_service(server: Server, options: Options) -> tuple[dict, pd.DataFrame]:
+    """Milliseconds of POST /rank over one connection, and requests a second over many."""
+    connection = server.connection()
+    times, rows = {}, []
+    for m in options.candidates:
+        for n in options.histories:
+            bodies = [body_of(request) for request in requests_of(n, m)]
+
+            def rank(i: int, bodies=bodies) -> bytes:
+                return server.send("POST", "/rank", bodies[i % len(bodies)], connection)
+
+            times[n, m] = timed({"": rank}, options)[""]
+        n = options.histories[len(options.histories) // 2]
+        rate = server.saturation([body_of(request) for request in requests_of(n, m)])
+        rows.append(
+            {
+                "candidates": f"{m:,}",
+                "requests a second": f"{rate:,.0f}",
+                "candidates a second": f"{rate * m:,.0f}",
+            }
+        )
+        print(f"{n:,} events, {m:,} candidates: {rate:,.0f} requests a second", flush=True)
+    return times, pd.DataFrame(rows)
+
+
+def picture(rows: pd.DataFrame, file: Path) -> None:
+    """Median latency against history length, a panel for each of some numbers of candidates."""
+    shown = sorted(rows["m"].unique())[::2]
+    figure, panels = plt.subplots(
+        1, len(shown), figsize=(4.5 * len(shown), 3.6), sharey=True, squeeze=False
+    )
+    for panel, m in zip(panels[0], shown, strict=True):
+        for system, of_system in rows[rows["m"] == m].groupby("system", sort=False):
+            panel.loglog(of_system["n"], of_system["p50"], marker="o", label=system)
+        panel.set_title(f"{m:,} candidates")
+        panel.set_xlabel("events in the history")
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("ms a request, median")
+    panels[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    """The command line."""
+    options = tyro.cli(Options, description=__doc__)
+    source = measured_by("python benchmarks/serving.py")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        log = make_log(folder / "log", options.histories)
+        train(TrainConfig(log.path, folder / "run", ifa=MODELS["ifa"][1], validate=False))
+        build_states(BuildStatesConfig(folder / "run", str(folder / "states")))
+        run = load_run(folder / "run", sharded=False)
+        states, raw, index = (
+            open_key_value_store(str(folder / name)) for name in ("states", "raw", "by_category")
+        )
+        scorer = Scorer(run.dlrm, log.schema, log.items, StateStore(states, run.version))
+        difference = check(
+            scorer,
+            RawHistories(run.dlrm, log, raw, by_category=False),
+            [requests_of(n, 50, 1)[0] for n in options.histories],
+        )
+        rows = measure_systems(
+            {
+                IFA: scorer,
+                "softmax, raw history": RawHistories(untrained(run, "softmax"), log, raw, False),
+                "SIM, index by category": RawHistories(untrained(run, "sim"), log, index, True),
+            },
+            options,
+        )
+        appends = measure_appends(scorer, options)
+        states.close()  # the service opens it
+        server = Server(folder / "run", folder / "states", folder / "serve.log")
+        over_http, saturated = measure_service(server, options)
+        server.close()
+    rows["p50"] = rows["times"].map(np.median)
+    picture(rows, ROOT / "docs" / "serving.png")
+    rows["cell"] = rows["times"].map(p50_p99)
+    table = rows.pivot(index=["m", "n"], columns="system", values="cell")[[*rows["system"].unique()]]
+    table = table.reset_index()
+    cells = zip(table["n"], table["m"], strict=True)
+    table[f"{IFA}, POST /rank"] = [p50_p99(over_http[cell]) for cell in cells]
+    for column in ("m", "n"):
+        table[column] = table[column].map("{:,}".format)
+    template = (ROOT / "benchmarks" / "serving_page.md").read_text()
+    (ROOT / "docs" / "serving.md").write_text(
+        template.format(
+            measured_by=source,
+            torch=torch.__version__,
+            requests=options.requests,
+            seconds=f"{options.seconds:g}",
+            difference=f"{difference:.0e}",
+            latency=markdown(table),
+            appends=markdown(appends),
+            saturated=markdown(saturated),
+        )
+    )
+    print("Wrote docs/serving.md and docs/serving.png")
+
+
+if __name__ == "__main__":
+    main()

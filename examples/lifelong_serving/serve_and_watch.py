@@ -1,0 +1,203 @@
+"""Train, build states, serve, send events, and watch the rankings change.
+
+    python examples/lifelong_serving/serve_and_watch.py        # about 3 minutes on 2 cores
+
+The Complete Journey, as in examples/complete_journey, with fewer requests. States are built of what
+was bought before the test weeks. Then the service is asked for the test requests in the order of their
+times, each twice: before and after what the household has bought since was sent as events.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import math
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import tyro
+
+from ifa_torchrec import IFAConfig
+from ifa_torchrec.build_states import BuildStatesConfig, build_states
+from ifa_torchrec.data import EventLog, RankingDataset
+from ifa_torchrec.data.complete_journey import CompleteJourneyConfig, prepare
+from ifa_torchrec.evaluate import EvaluateConfig, evaluate
+from ifa_torchrec.metrics import gauc
+from ifa_torchrec.train import TrainConfig, train
+
+IFA = IFAConfig(
+    embedding_dim=64,
+    num_heads=2,
+    half_lives=(math.inf, 30.0),
+    identity_features=("item", "category"),
+    identity_half_lives=(math.inf, 30.0, 7.0),
+    identity_buckets=131_072,
+)
+
+
+@dataclass(frozen=True)
+class ExampleConfig:
+    """Options of the example."""
+
+    out: Path = Path("runs/lifelong_serving")
+    """Where everything goes; must not be there yet."""
+    train_requests: int = 4000
+    """Requests to train on."""
+    test_requests: int = 400
+    """Requests to serve."""
+    port: int = 8137
+    """Where the service listens."""
+
+
+class Client:
+    """Talks to the service; the token comes from the environment, as the service's does."""
+
+    def __init__(self, port: int, service: subprocess.Popen) -> None:
+        self.connection = http.client.HTTPConnection("127.0.0.1", port)
+        while True:
+            try:
+                self.connection.request("GET", "/readyz")
+                if self.connection.getresponse().read() and service.poll() is None:
+                    return
+            except OSError:
+                if service.poll() is not None:
+                    raise SystemExit("error: the service ended; its message is above") from None
+                self.connection.close()
+                time.sleep(0.2)
+
+    def post(self, path: str, body: dict) -> dict:
+        """The answer to a call."""
+        headers = {
+            "Authorization": f"Bearer {os.environ['IFA_TOKEN']}",
+            "Content-Type": "application/json",
+        }
+        self.connection.request("POST", path, json.dumps(body), headers)
+        response = self.connection.getresponse()
+        answer = json.loads(response.read())
+        if response.status != 200:
+            raise SystemExit(f"error: {path}: {response.status} {answer}")
+        return answer
+
+    def scores(self, question: dict) -> np.ndarray:
+        """Logits in the candidates' order."""
+        (ranking,) = self.post("/rank", {"requests": [question]})["rankings"]
+        of_item = dict(zip(ranking["items"], ranking["logits"]["bought"], strict=True))
+        return np.array([of_item[item] for item in question["candidates"]])
+
+
+def question_of(dataset: RankingDataset, number: int) -> dict:
+    """A test request as JSON."""
+    columns, schema = dataset.requests, dataset.log.schema
+    rows = dataset.candidate_rows([number])[0]
+    return {
+        "user": int(columns["user"][number]),
+        "time": utc(columns["time"][number]),
+        "candidates": columns["candidates"][rows].tolist(),
+        "context": {f: int(columns[f][number]) for f in schema.context_features},
+        "dense": {f: float(columns[f][number]) for f in schema.dense_features},
+        "candidate_dense": {f: columns[f][rows].tolist() for f in schema.candidate_dense},
+        "new_user": True,
+    }
+
+
+def events_between(log: EventLog, user: int, since: int, until: int) -> list[dict]:
+    """What a user did from ``since`` on and before ``until``, as JSON. An event's row in the log stands
+    for its position in a stream."""
+    starts, ends = log.history_range(np.array([user, user]), np.array([since, until]))
+    times, items = log.events["time"], log.events[log.schema.item]
+    return [
+        {"position": row, "user": user, "item": int(items[row]), "time": utc(times[row])}
+        for row in range(max(int(ends[0]), int(starts[1])), int(ends[1]))
+    ]
+
+
+def utc(microseconds: int) -> str:
+    """A time as the service takes it."""
+    return pd.Timestamp(int(microseconds), unit="us").isoformat() + "Z"
+
+
+def main() -> None:
+    """The command line."""
+    config = tyro.cli(ExampleConfig, description=__doc__)
+    run, store = config.out / "run", str(config.out / "states")
+    requests = CompleteJourneyConfig(train=config.train_requests, valid=10, test=config.test_requests)
+    log = prepare(config.out / "log", requests)
+
+    print("\n1. Train")
+    train(TrainConfig(log.path, run, ifa=IFA, validate=False))
+    whole = evaluate(EvaluateConfig(run))["gauc"]
+
+    print("\n2. Build states of what was bought before the test weeks")
+    dataset = RankingDataset(log, "test")
+    first = int(dataset.requests["time"].min())
+    until = pd.Timestamp(first, unit="us").to_pydatetime()
+    # the stream of later events is read from its beginning: position 0
+    built = build_states(BuildStatesConfig(run, store, until=until, position=0))
+    print(
+        f"{built['users']:,} households, {built['events_per_user']:.0f} events and "
+        f"{built['bytes_per_user'] / 1000:.0f} kB each, {built['users_per_second']:.0f} a second"
+    )
+
+    print("\n3. Serve")
+    os.environ["IFA_TOKEN"] = secrets.token_hex()
+    command = [sys.executable, "-m", "ifa_torchrec.serve", "--run", str(run), "--store", store]
+    service = subprocess.Popen([*command, "--port", str(config.port), "--drain", "0.1"])
+    try:
+        client = Client(config.port, service)
+        watch(client, dataset, first, whole)
+    finally:
+        service.send_signal(signal.SIGTERM)
+        service.wait()
+    print(f"The service ended with status {service.returncode}.")
+
+
+def watch(client: Client, dataset: RankingDataset, first: int, whole: float) -> None:
+    """Ask, send what was bought since, ask again."""
+    print("\n4. Rank, send events, rank again")
+    log, columns = dataset.log, dataset.requests
+    before, after = (np.empty(len(columns["bought"])) for _ in range(2))
+    sent, last_sent, events = 0, {}, []
+    most = (0.0, "")
+    for number in np.argsort(columns["time"], kind="stable").tolist():
+        question = question_of(dataset, number)
+        rows = dataset.candidate_rows([number])[0]
+        before[rows] = client.scores(question)
+        now = int(columns["time"][number])
+        new = events_between(log, question["user"], last_sent.get(question["user"], first), now)
+        last_sent[question["user"]] = now
+        if new:
+            events = new
+            sent += client.post("/events", {"events": new})["new"]
+        after[rows] = client.scores(question)
+        change = np.abs(after[rows] - before[rows])
+        if change.max() > most[0]:
+            row = rows[change.argmax()]
+            name = log.item_names()[columns["candidates"][row]].strip()
+            most = (
+                change.max(),
+                f"household {question['user']} bought {len(new)} things since, and {name!r} went from "
+                f"logit {before[row]:.2f} to {after[row]:.2f}",
+            )
+    request = np.repeat(np.arange(len(dataset)), np.diff(columns["candidate_offsets"]))
+    label = np.asarray(columns["bought"])
+    print(f"{len(dataset)} requests, {sent:,} events sent between them")
+    print(f"The largest change: {most[1]}")
+    print(f"GAUC before each household's events: {gauc(request, before, label):.4f}")
+    print(f"GAUC after them:                     {gauc(request, after, label):.4f}")
+    print(f"GAUC of the model on raw histories:  {whole:.4f}")
+
+    print("\n5. Send the last events again")
+    again = client.post("/events", {"events": events})
+    print(f"{again['new']} new, {again['duplicates']} duplicates: nothing counts twice")
+
+
+if __name__ == "__main__":
+    main()
