@@ -13,7 +13,7 @@ import json
 import os
 import time
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
 
@@ -89,11 +89,7 @@ def build_states(config: BuildStatesConfig) -> dict[str, float | str]:
     layout = StateLayout.of(ifa, config.dtype)
     position = events if config.position is None else config.position
     source = f"{run.log.fingerprint()} until {config.until}"
-    if rank > 0:
-        dist.barrier()  # rank 0 begins
     store = StateStore.begin(key_values, run.version, layout, position, source)
-    if rank == 0:
-        dist.barrier()
     users = run.log.users
     parts = np.array_split(users, len(users) // 10_000 + 1)
     known = np.concatenate([store.known(part.tolist()) for part in parts])
@@ -138,7 +134,9 @@ def _whole_histories(log: EventLog, until: datetime | None) -> tuple[RankingData
     end = log.user_offsets[1:]
     time_of = log.events["time"]
     if until is not None:
-        bound = np.full(len(log.users), np.datetime64(until.replace(tzinfo=None), "us").astype(np.int64))
+        if until.tzinfo is not None:
+            until = until.astimezone(timezone.utc).replace(tzinfo=None)
+        bound = np.full(len(log.users), np.datetime64(until, "us").astype(np.int64))
         end = log.history_range(log.users, bound)[1]
         end = np.maximum(end, log.user_offsets[:-1])  # where there is no event before it
     last = np.where(end > log.user_offsets[:-1], time_of[np.maximum(end, 1) - 1], 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from datetime import datetime
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import numpy as np
@@ -74,11 +74,12 @@ def test_every_user_with_events_has_a_state(run, tmp_path):
     assert states.known([NEW_USER, BUSY_USER]).tolist() == [False, True]
 
 
-def test_only_the_events_before_a_time(run, log, tmp_path):
+@pytest.mark.parametrize("zone", [None, timezone(timedelta(hours=2))], ids=str)
+def test_only_the_events_before_a_time(run, log, tmp_path, zone):
     store = str(tmp_path / "states")
-    until = datetime(2024, 2, 10)
-    build_states(BuildStatesConfig(run, store, until=until))
-    before = int(np.datetime64(until, "us").astype(np.int64))
+    hour = 0 if zone is None else 2  # the same moment on that zone's clocks
+    build_states(BuildStatesConfig(run, store, until=datetime(2024, 2, 10, hour, tzinfo=zone)))
+    before = int(np.datetime64("2024-02-10", "us").astype(np.int64))
     states = assert_built(store, run, before)
     assert states.position == int((log.events["time"] < before).sum())
 

@@ -190,6 +190,17 @@ class StateStore:
         self._decay = np.array(self.layout.decay)
         self._identity_decay = np.array(self.layout.identity_decay)
         self._dtype = np.dtype(self.layout.dtype)
+        # a row holds one mean, or one for each half-life
+        self._row_record = {
+            means: np.dtype(
+                [
+                    ("time", "<i8"),
+                    ("weight", "<f4", len(self._identity_decay)),
+                    ("mean", self._dtype, (means, self.layout.head_dim)),
+                ]
+            )
+            for means in {1, len(self._identity_decay)}
+        }
 
     # -------------------------------------------------------------------------------- building
 
@@ -492,16 +503,6 @@ class StateStore:
         keys["prefix"], keys["user"], keys["key"] = b"i" + self._id, user, key
         return _pieces(keys)
 
-    def _row_record(self, means: int) -> np.dtype:
-        """A row that holds one mean, or one for each half-life."""
-        return np.dtype(
-            [
-                ("time", "<i8"),
-                ("weight", "<f4", len(self._identity_decay)),
-                ("mean", self._dtype, (means, self.layout.head_dim)),
-            ]
-        )
-
     def _pack_rows(
         self,
         time: np.ndarray,
@@ -516,7 +517,7 @@ class StateStore:
         mean = self._rounded(mean, seed)
         packed: list[bytes] = [b""] * len(time)
         for means, chosen in (1, np.flatnonzero(one)), (weight.shape[1], np.flatnonzero(~one)):
-            rows = np.empty(len(chosen), self._row_record(means))
+            rows = np.empty(len(chosen), self._row_record[means])
             rows["time"], rows["weight"] = time[chosen], weight[chosen]
             # of one mean alone, the heaviest half-life's
             first = weight[chosen].argmax(1)[:, None] if means == 1 else np.arange(means)[None]
@@ -531,8 +532,7 @@ class StateStore:
         time = np.empty(len(values), np.int64)
         weight = np.empty((len(values), half_lives))
         mean = np.empty((len(values), half_lives, width))
-        for means in {1, half_lives}:
-            record = self._row_record(means)
+        for record in self._row_record.values():
             chosen = [n for n, value in enumerate(values) if len(value) == record.itemsize]
             found = np.frombuffer(b"".join([values[n] for n in chosen]), record)
             time[chosen], weight[chosen], mean[chosen] = found["time"], found["weight"], found["mean"]
@@ -541,7 +541,11 @@ class StateStore:
     def _rounded(self, mean: np.ndarray, seed: np.random.Generator | None) -> np.ndarray:
         """Means as they are stored. With a seed, float16 is rounded up or down at random, so that
         many small steps add up: to the nearest, none of them might ever be seen."""
-        near = mean.astype(self._dtype)
+        with np.errstate(over="ignore"):
+            near = mean.astype(self._dtype)
+        if not np.isfinite(near).all():
+            largest = np.abs(mean).max()
+            raise StateError(f"a mean of {largest:g} is beyond {self._dtype}; build with --dtype float32")
         if seed is None or self._dtype != np.float16:
             return near
         beyond = np.nextafter(near, np.where(mean > near, np.inf, -np.inf).astype(np.float16))

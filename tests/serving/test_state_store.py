@@ -345,6 +345,16 @@ def test_float16_does_not_swallow_small_steps(key_values):
     assert error < 0.01
 
 
+def test_a_mean_beyond_float16_is_refused(key_values):
+    model = Model()
+    with torch.no_grad():
+        model.ifa.value_proj.weight.mul_(1e6)
+    store = new_store(key_values, model, dtype="float16")
+    with pytest.raises(StateError, match=r"beyond float16; build with --dtype float32"):
+        store.append([Event(0, 1, 2, 0)], model.encode_each)
+    assert not store.known([1]).any()
+
+
 def test_an_unknown_dtype_is_refused():
     with pytest.raises(StateError, match="float32 or float16, not 'int8'"):
         StateLayout.of(Model().ifa, "int8")
