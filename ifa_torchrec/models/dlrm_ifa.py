@@ -253,9 +253,9 @@ class CandidateArch(nn.Module):
         """
         self._check(batch)
         offsets = candidates.offsets()
-        request = request_of_row(offsets)
         candidates = self._normed(candidates)
         tokens = candidates.values()
+        request = request_of_row(offsets, tokens.shape[0])
         vectors, beside = [], []
         if self.request_arch is not None:
             parts = [batch.dense_features] + ([] if context is None else [context.flatten(1)])

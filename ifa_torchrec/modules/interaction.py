@@ -446,8 +446,9 @@ class IdentityHeads(nn.Module):
         self, candidates: JaggedTensor, state: UserState, candidate_ids: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Outputs [M, K * L, d] and matched weights [M, K * L], read from the state's tables."""
-        there = request_of_row(state.identity_offsets) * self.key_range + state.identity_key
-        wanted = request_of_row(candidates.offsets())[:, None] * self.key_range
+        there = request_of_row(state.identity_offsets, state.identity_key.shape[0]) * self.key_range
+        there = there + state.identity_key
+        wanted = request_of_row(candidates.offsets(), candidate_ids.shape[0])[:, None] * self.key_range
         wanted = wanted + self.keys(candidate_ids)  # [M, K]
         row = torch.searchsorted(there, wanted)
         # what is not there reads one more row, of zeros

@@ -101,7 +101,7 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The linear form's read-out: out [M, H, d] and the normaliser phi(q)^T z [M, H]."""
     query = features(candidates, query_weight, feature_map)
-    request = request_of_row(offsets)
+    request = request_of_row(offsets, candidates.shape[0])
     matched = torch.einsum("mhf,mhf->mh", query, key_sum[request])
     numerator = torch.einsum("mhf,mhfd->mhd", query, key_value[request])
     return numerator / (matched[..., None] + eps), matched

@@ -1,7 +1,9 @@
 """Serving: user states in a store, scores from them, events added to them, and HTTP around it."""
 
 from ifa_torchrec.serving.errors import RequestError, StateError, UnknownUserError
+from ifa_torchrec.serving.export import ScoringGraph, export_scorer
 from ifa_torchrec.serving.key_value import KeyValueStore, open_key_value_store
+from ifa_torchrec.serving.quantize import quantize_tables
 from ifa_torchrec.serving.scorer import Ranking, RankingRequest, Scorer
 from ifa_torchrec.serving.state_store import Event, StateLayout, StateStore, drop, versions
 
@@ -12,11 +14,14 @@ __all__ = [
     "RankingRequest",
     "RequestError",
     "Scorer",
+    "ScoringGraph",
     "StateError",
     "StateLayout",
     "StateStore",
     "UnknownUserError",
     "drop",
+    "export_scorer",
     "open_key_value_store",
+    "quantize_tables",
     "versions",
 ]

@@ -1,0 +1,95 @@
+"""Write a trained model's scoring as one file that servers without this package can load.
+
+    python -m ifa_torchrec.export --run runs/mine --out scorer.pt2
+    python -m ifa_torchrec.export --run runs/mine --out scorer.pt2 --package --int8
+
+It scores one request from a user's state. The file has the tables in it. Without --package it is a
+program for torch.export.load; with it, it is compiled for this machine's processor, and
+torch::inductor::AOTIModelPackageLoader loads it in C++, torch._inductor.aoti_load_package in Python.
+What either is to be fed says scorer.json beside it. A package refuses ids beyond their tables, but
+takes shapes and dtypes on trust: check them before it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch._inductor import aoti_compile_and_package
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
+
+from ifa_torchrec.command_line import as_command
+from ifa_torchrec.serving import export_scorer, quantize_tables
+from ifa_torchrec.serving.export import describe
+from ifa_torchrec.train import load_run
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Options of ``python -m ifa_torchrec.export``."""
+
+    run: Path
+    """Folder of a training run (its --out)."""
+    out: Path
+    """File to write, NAME.pt2; NAME.json is written beside it."""
+    package: bool = False
+    """Compile it with AOTInductor; needs a C++ compiler, here and not where it is loaded."""
+    int8: bool = False
+    """Round the tables to 8 bits."""
+
+    def __post_init__(self) -> None:
+        if self.out.suffix != ".pt2":
+            raise ValueError(f"--out {self.out}: the name must end in .pt2")
+
+
+def export(config: ExportConfig) -> dict[str, Any]:
+    """Export a run's last checkpoint.
+
+    Returns:
+        ``describe``'s entries, and which "tables" and "runtime" it is for; what NAME.json has.
+
+    Raises:
+        CheckpointError: the run has no checkpoint.
+        StateError: a model of this kind cannot be exported.
+        ValueError: there is no C++ compiler.
+    """
+    if config.package:
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler as error:
+            raise ValueError("--package: there is no C++ compiler; install g++, or set CXX") from error
+    run = load_run(config.run, sharded=False)
+    model = quantize_tables(run.dlrm) if config.int8 else run.dlrm
+    program = export_scorer(model, run.log.schema)
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    if config.package:
+        aoti_compile_and_package(program, package_path=str(config.out))
+    else:
+        torch.export.save(program, config.out)
+    description = {
+        **describe(model, run.log.schema, run.version),
+        "tables": "int8" if config.int8 else "float32",
+        "runtime": "AOTInductor" if config.package else "torch.export",
+        "torch": torch.__version__,
+    }
+    config.out.with_suffix(".json").write_text(json.dumps(description, indent=2))
+    return description
+
+
+def main() -> None:
+    """The command line."""
+    with as_command():
+        config = tyro.cli(ExportConfig, prog="python -m ifa_torchrec.export", description=__doc__)
+        description = export(config)
+        print(json.dumps(description, indent=2))
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Tables of fewer bits, for machines that serve."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torchrec import EmbeddingCollection
+from torchrec.inference.modules import quantize_embeddings
+from torchrec.quant.embedding_modules import EmbeddingCollection as QuantEmbeddingCollection
+
+from ifa_torchrec.models import DLRM_IFA
+
+
+def quantize_tables(model: DLRM_IFA, dtype: torch.dtype = torch.qint8) -> DLRM_IFA:
+    """The model with TorchRec's quantised tables, each row with a scale and a bias of its own.
+
+    The dense part stays as it is and is the given model's own, not a copy. States keep their layout:
+    those that float tables made can be read and added to.
+
+    Args:
+        model: DLRM_IFA whose tables are whole on this process, as ``load_run(..., sharded=False)``
+            gives it; its tables stay float.
+        dtype: torch.qint8, torch.quint4x2 or torch.float16.
+
+    Returns:
+        DLRM_IFA for inference: it has no gradients of its tables.
+
+    Example:
+        >>> import torch
+        >>> from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
+        >>> from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, IFAConfig
+        >>> from ifa_torchrec.serving import quantize_tables
+        >>> tables = EmbeddingCollection(tables=[EmbeddingConfig(
+        ...     name="item", embedding_dim=8, num_embeddings=100,
+        ...     feature_names=["history_item", "candidate_item"])])
+        >>> model = DLRM_IFA(None, tables, DLRM_IFAConfig(("item",), ifa=IFAConfig(8, num_heads=2)))
+        >>> events = KeyedJaggedTensor(["history_item", "candidate_item"], torch.arange(4),
+        ...     lengths=torch.tensor([4, 0]))
+        >>> quantize_tables(model).encode(events, torch.zeros(4)).count.tolist()
+        [4]
+    """
+    floats = [model.sequence_arch.embedding_collection]
+    if model.sparse_arch is not None:
+        floats.append(model.sparse_arch.embedding_bag_collection)
+    quantised = nn.ModuleList(floats)
+    quantize_embeddings(
+        quantised,
+        dtype,
+        inplace=True,  # in the list, that is; the model's own are neither replaced nor copied
+        additional_qconfig_spec_keys=[EmbeddingCollection],
+        additional_mapping={EmbeddingCollection: QuantEmbeddingCollection},
+    )
+    for collection in floats:
+        del collection.qconfig  # left behind by PyTorch, which would heed it the next time
+    sequences, *bags = quantised
+    result = DLRM_IFA(bags[0] if bags else None, sequences, model.config)
+    result.candidate_arch = model.candidate_arch
+    return result

@@ -1,0 +1,188 @@
+"""Exported scoring graphs give the logits that the model gives on the whole histories."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import randomised
+from torch import Tensor
+from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
+
+import ifa_torchrec.export as export_module
+from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, IFAConfig
+from ifa_torchrec.batch import RankingBatch
+from ifa_torchrec.data import LogSchema
+from ifa_torchrec.export import ExportConfig, export
+from ifa_torchrec.modules import CandidateSetConfig
+from ifa_torchrec.serving import ScoringGraph, StateError, export_scorer, quantize_tables
+from ifa_torchrec.train import Run, TrainConfig, load_run, train
+
+IFA = IFAConfig(
+    embedding_dim=8,
+    num_heads=2,
+    half_lives=(math.inf, 30.0),
+    identity_features=("item", "category"),
+    identity_buckets=32,  # fewer than there are items
+    identity_half_lives=(math.inf, 7.0),
+)
+
+
+@pytest.fixture(scope="module")
+def run(log, tmp_path_factory) -> Run:
+    out = tmp_path_factory.mktemp("export") / "run"
+    train(TrainConfig(data=log.path, out=out, ifa=IFA, max_requests=8, validate=False))
+    return load_run(out, sharded=False)
+
+
+def inputs(model: DLRM_IFA, batch: RankingBatch) -> list[Tensor]:
+    """The graph's inputs for a batch of one request, its history summed by the model."""
+    state = model.encode(batch.sequence_features, batch.history_age)
+    features = [f"candidate_{f}" for f in model.config.item_features]
+    tables = (state.identity_key, state.identity_value, state.identity_sum)
+    return [
+        torch.stack([batch.sequence_features[f].values() for f in features], dim=1),
+        batch.context_features.values(),
+        batch.dense_features[0],
+        batch.candidate_dense,
+        state.key_value,
+        state.key_sum,
+        state.count,
+        *(table for table in tables if table is not None),
+    ]
+
+
+def first_candidate(given: list[Tensor]) -> list[Tensor]:
+    return [given[0][:1], *given[1:3], given[3][:1], *given[4:]]
+
+
+@torch.no_grad()
+def assert_gives_the_models_logits(score: Callable[..., Tensor], model: DLRM_IFA, run: Run) -> None:
+    candidates, rows = set(), set()
+    for split in ("test", "train"):
+        dataset = run.dataset(split)
+        for request in range(len(dataset)):
+            batch = dataset[[request]]
+            given, logits = inputs(model, batch), model(batch)
+            torch.testing.assert_close(score(*given), logits, atol=1e-5, rtol=0)
+            torch.testing.assert_close(score(*first_candidate(given)), logits[:1], atol=1e-5, rtol=0)
+            candidates.add(len(given[0]))
+            rows.add(len(given[7]))
+    assert 0 in rows  # a user without a history
+    assert len(candidates) > 3
+    assert len(rows) > 10
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_program(run: Run, int8: bool, tmp_path: Path) -> None:
+    model = quantize_tables(run.dlrm) if int8 else run.dlrm
+    torch.export.save(export_scorer(model, run.log.schema), tmp_path / "scorer.pt2")
+    program = torch.export.load(tmp_path / "scorer.pt2")
+    assert_gives_the_models_logits(program.module(), model, run)
+    operators = {n.target for n in program.graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
+    assert {operator.namespace for operator in operators} == {"aten"}
+    # no size is read from a tensor
+    assert not [operator for operator in operators if "item" in operator.name()]
+
+
+def test_package(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "scorer.pt2"
+    about = export(ExportConfig(run.config.out, out, package=True, int8=True))
+    assert (about["runtime"], about["tables"]) == ("AOTInductor", "int8")
+    score = torch._inductor.aoti_load_package(str(out))
+    assert_gives_the_models_logits(score, quantize_tables(run.dlrm), run)
+
+
+def test_rows_that_no_candidate_asks_for_may_be_left_out(run: Run) -> None:
+    graph, batch = ScoringGraph(run.dlrm, run.log.schema), run.dataset("test")[[5]]
+    given = inputs(run.dlrm, batch)
+    asked = run.dlrm.candidate_arch.sequence_interaction.identity.keys(given[0])
+    kept = torch.isin(given[7], asked)
+    assert 0 < kept.sum() < len(kept)
+    torch.testing.assert_close(graph(*given[:7], *(t[kept] for t in given[7:])), graph(*given))
+
+
+def model_of_one_feature(**options) -> DLRM_IFA:
+    names = ["history_item", "candidate_item"]
+    table = EmbeddingConfig(name="item", embedding_dim=8, num_embeddings=50, feature_names=names)
+    config = DLRM_IFAConfig(("item",), **{"ifa": IFAConfig(8, num_heads=2)} | options)
+    return randomised(DLRM_IFA(None, EmbeddingCollection(tables=[table]), config))
+
+
+ONE_FEATURE = LogSchema(item_features={"item": 50})
+
+
+@torch.no_grad()
+def test_a_model_of_items_alone_with_two_tasks() -> None:
+    model = model_of_one_feature(ifa=IFAConfig(8, num_heads=2, feature_map="hedgehog"), num_tasks=2)
+    score = export_scorer(model, dataclasses.replace(ONE_FEATURE, tasks=("click", "buy"))).module()
+    for request in range(3):
+        given = items_alone(events=5 * request, candidates=1 + request, seed=request)
+        logits = model(given)
+        assert logits.shape == (1 + request, 2)
+        torch.testing.assert_close(score(*inputs(model, given)), logits, atol=1e-5, rtol=0)
+
+
+def items_alone(events: int, candidates: int, seed: int) -> RankingBatch:
+    generator = torch.Generator().manual_seed(seed)
+    return RankingBatch(
+        dense_features=torch.empty(1, 0),
+        context_features=KeyedJaggedTensor([], torch.empty(0).long(), lengths=torch.empty(0).long()),
+        sequence_features=KeyedJaggedTensor.from_lengths_sync(
+            keys=["history_item", "candidate_item"],
+            values=torch.randint(50, (events + candidates,), generator=generator),
+            lengths=torch.tensor([events, candidates]),
+        ),
+        candidate_dense=torch.empty(candidates, 0),
+        history_age=torch.rand(events, generator=generator),
+        labels=torch.empty(candidates, 1),
+        exposed=torch.ones(candidates, dtype=torch.bool),
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: model_of_one_feature(interaction="mean"), "'mean' has no user state"),
+        (lambda: model_of_one_feature(candidate_set=CandidateSetConfig("linear")), "see each other"),
+        (lambda: quantize_tables(model_of_one_feature(), torch.float16), "FP16 cannot be exported"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(model: Callable[[], DLRM_IFA], message: str) -> None:
+    with pytest.raises(StateError, match=message):
+        export_scorer(model(), ONE_FEATURE)
+
+
+def test_the_name_must_be_a_pt2() -> None:
+    with pytest.raises(ValueError, match=r"must end in \.pt2"):
+        ExportConfig(Path("run"), Path("scorer.onnx"))
+
+
+def test_without_a_compiler_a_package_is_refused(run: Run, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
+    with pytest.raises(ValueError, match="no C\\+\\+ compiler"):
+        export(ExportConfig(run.config.out, tmp_path / "scorer.pt2", package=True))
+
+
+def test_the_command_describes_what_it_writes(monkeypatch, capsys, run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "new folder" / "scorer.pt2"
+    monkeypatch.setattr(sys, "argv", ["export", "--run", str(run.config.out), "--out", str(out)])
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)  # others still use it
+    export_module.main()
+    about = json.loads(out.with_suffix(".json").read_text())
+    assert json.loads(capsys.readouterr().out) == about
+    assert (about["version"], about["tables"]) == (run.version, "float32")
+    given = inputs(run.dlrm, run.dataset("test")[[5]])
+    sizes = {"M": len(given[0]), "U": len(given[7])}
+    for tensor, described in zip(given, about["inputs"], strict=True):
+        assert list(tensor.shape) == [sizes.get(size, size) for size in described["shape"]]
+        assert str(tensor.dtype) == f"torch.{described['dtype']}"
+        assert len(described["columns"]) in (0, tensor.shape[-1])
+    logits = torch.export.load(out).module()(*given)
+    assert list(logits.shape) == [sizes["M"], *about["output"]["shape"][1:]]
