@@ -287,7 +287,7 @@ def body_of(request: RankingRequest) -> dict:
 def requests_of(n: int, m: int, count: int = 20) -> list[RankingRequest]:
     """Requests of the user with n events, for m candidates each."""
     rng = np.random.default_rng([n, m])
-    return [RankingRequest(n, NOW, draw(rng, m).tolist()) for _ in range(count)]
+    return [RankingRequest(n, draw(rng, m).tolist(), NOW) for _ in range(count)]
 
 
 def measure_systems(systems: dict[str, System], options: Options) -> pd.DataFrame:

@@ -1,1 +1,2 @@
-"""TorchX components: ``ifa.train.ddp`` and ``ifa.evaluate.ddp``; how to run them: docs/launch."""
+"""TorchX components: ``ifa.train.ddp``, ``ifa.evaluate.ddp``, ``ifa.build_states.ddp`` and
+``ifa.serve.server``; how to run them: docs/launch."""

@@ -1,6 +1,6 @@
 """Serving: user states in a store, scores from them, events added to them, and HTTP around it."""
 
-from ifa_torchrec.serving.errors import RequestError, StateError, UnknownUserError
+from ifa_torchrec.serving.errors import RequestError, StateError, StoreError, UnknownUserError
 from ifa_torchrec.serving.export import ScoringGraph, export_scorer
 from ifa_torchrec.serving.key_value import KeyValueStore, open_key_value_store
 from ifa_torchrec.serving.quantize import quantize_tables
@@ -18,6 +18,7 @@ __all__ = [
     "StateError",
     "StateLayout",
     "StateStore",
+    "StoreError",
     "UnknownUserError",
     "drop",
     "export_scorer",

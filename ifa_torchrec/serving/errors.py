@@ -5,6 +5,10 @@ class StateError(RuntimeError):
     """A store of states cannot do what was asked; the message says what would be right."""
 
 
+class StoreError(StateError):
+    """The store itself fails: no room, no connection, a damaged file. Trying again may help."""
+
+
 class UnknownUserError(StateError):
     """There is no state of a user."""
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import lmdb
 import redis
 
-from ifa_torchrec.serving.errors import StateError
+from ifa_torchrec.serving.errors import StateError, StoreError
 
 _LARGEST_MAP = 1 << 40
 """Bytes of address space for an LMDB file; it is not reserved, on disk or in memory."""
@@ -17,7 +18,8 @@ _LARGEST_MAP = 1 << 40
 
 class KeyValueStore(ABC):
     """Bytes by key. What is read is of one moment, and what is updated is so whole or not at all,
-    whatever other processes do and wherever this one dies."""
+    whatever other processes do and wherever this one dies. Where the store itself fails, every method
+    raises StoreError."""
 
     @abstractmethod
     def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
@@ -97,13 +99,13 @@ class LMDBStore(KeyValueStore):
             path.mkdir(parents=True, exist_ok=True)
             self._environment = lmdb.open(str(path), map_size=_LARGEST_MAP, max_readers=1024)
         except (OSError, lmdb.Error) as error:
-            raise StateError(f"{path}: no LMDB store can be opened here ({error})") from error
+            raise StoreError(f"{path}: no LMDB store can be opened here ({error})") from error
         self._environment.reader_check()  # forget readers that were killed
         self.path = path
 
     def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """See KeyValueStore."""
-        with self._environment.begin() as transaction:
+        with _reported(self.path), self._environment.begin() as transaction:
             return [transaction.get(key) for key in keys]
 
     def update(
@@ -112,17 +114,18 @@ class LMDBStore(KeyValueStore):
         change: Callable[[list[bytes | None]], Mapping[bytes, bytes]],
     ) -> None:
         """See KeyValueStore."""
-        try:
-            with self._environment.begin(write=True) as transaction:
-                changes = change([transaction.get(key) for key in keys])
-                with transaction.cursor() as cursor:
-                    cursor.putmulti(changes.items())
-        except (lmdb.MapFullError, lmdb.DiskError) as error:
-            raise StateError(f"{self.path}: no room left ({error}); nothing was written") from error
+        with _reported(self.path), self._environment.begin(write=True) as transaction:
+            changes = change([transaction.get(key) for key in keys])
+            with transaction.cursor() as cursor:
+                cursor.putmulti(changes.items())
 
     def scan(self, prefix: bytes, first: bytes = b"") -> Iterator[bytes]:
         """See KeyValueStore."""
-        with self._environment.begin() as transaction, transaction.cursor() as cursor:
+        with (
+            _reported(self.path),
+            self._environment.begin() as transaction,
+            transaction.cursor() as cursor,
+        ):
             found = cursor.set_range(prefix + first)
             while found and cursor.key().startswith(prefix):
                 yield cursor.key()
@@ -130,7 +133,7 @@ class LMDBStore(KeyValueStore):
 
     def delete(self, keys: Sequence[bytes]) -> None:
         """See KeyValueStore."""
-        with self._environment.begin(write=True) as transaction:
+        with _reported(self.path), self._environment.begin(write=True) as transaction:
             for key in keys:
                 transaction.delete(key)
 
@@ -157,11 +160,13 @@ class RedisStore(KeyValueStore):
             self._client = redis.Redis.from_url(address)
             self._client.ping()
         except (redis.RedisError, ValueError) as error:
-            raise StateError(f"{address}: no Redis answers here ({error})") from error
+            raise StoreError(f"{address}: no Redis answers here ({error})") from error
+        self.address = address
 
     def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """See KeyValueStore."""
-        return list(self._client.mget(keys)) if keys else []  # pyright: ignore[reportReturnType]
+        with _reported(self.address):
+            return list(self._client.mget(keys)) if keys else []  # pyright: ignore[reportReturnType]
 
     def update(
         self,
@@ -169,7 +174,7 @@ class RedisStore(KeyValueStore):
         change: Callable[[list[bytes | None]], Mapping[bytes, bytes]],
     ) -> None:
         """See KeyValueStore."""
-        with self._client.pipeline() as pipeline:
+        with _reported(self.address), self._client.pipeline() as pipeline:
             while True:
                 try:
                     if keys:
@@ -186,14 +191,25 @@ class RedisStore(KeyValueStore):
     def scan(self, prefix: bytes, first: bytes = b"") -> Iterator[bytes]:
         """See KeyValueStore. It walks through all keys of the server."""
         pattern = b"".join(b"\\" + bytes([c]) if c in b"\\*?[]^-" else bytes([c]) for c in prefix)
-        found = set(self._client.scan_iter(match=pattern + b"*", count=10_000))  # may repeat some
+        with _reported(self.address):
+            found = set(self._client.scan_iter(match=pattern + b"*", count=10_000))  # may repeat some
         yield from sorted(key for key in found if key >= prefix + first)
 
     def delete(self, keys: Sequence[bytes]) -> None:
         """See KeyValueStore."""
         if keys:
-            self._client.delete(*keys)
+            with _reported(self.address):
+                self._client.delete(*keys)
 
     def close(self) -> None:
         """See KeyValueStore."""
         self._client.close()
+
+
+@contextmanager
+def _reported(where: object) -> Iterator[None]:
+    """The libraries' errors as ours."""
+    try:
+        yield
+    except (lmdb.Error, redis.RedisError) as error:
+        raise StoreError(f"{where}: {error}") from error

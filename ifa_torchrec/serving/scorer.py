@@ -25,8 +25,9 @@ class RankingRequest:
 
     Args:
         user: id.
-        time: microseconds since 1970, UTC.
         candidates: m item ids, at least one.
+        time: microseconds since 1970, UTC; None is now, or the user's last event where the clock
+            that stamped it is ahead.
         context: an id for each of the schema's context features.
         dense: a number for each of its dense features.
         candidate_dense: m numbers for each of its candidate_dense features.
@@ -34,13 +35,13 @@ class RankingRequest:
 
     Example:
         >>> from ifa_torchrec.serving import RankingRequest
-        >>> RankingRequest(user=7, time=1_700_000_000_000_000, candidates=[4, 9]).new_user
+        >>> RankingRequest(user=7, candidates=[4, 9]).new_user
         False
     """
 
     user: int
-    time: int
     candidates: Sequence[int]
+    time: int | None = None
     context: Mapping[str, int] = field(default_factory=dict)
     dense: Mapping[str, float] = field(default_factory=dict)
     candidate_dense: Mapping[str, Sequence[float]] = field(default_factory=dict)
@@ -61,7 +62,7 @@ class Ranking:
 
 
 class Scorer:
-    """Scores from states, and adds events to them; one call at a time.
+    """Scores from states, and adds events to them.
 
     The model is the one that was trained: ``DLRM_IFA.forward``, given a state in place of the
     history.
@@ -96,7 +97,7 @@ class Scorer:
         >>> store = StateStore(open_key_value_store(str(folder / "states")), run.version)
         >>> scorer = Scorer(run.dlrm, run.log.schema, run.log.items, store)
         >>> now = days[3].value // 1000 + 1
-        >>> request = RankingRequest(user=1, time=now, candidates=[0, 2, 1])
+        >>> request = RankingRequest(user=1, candidates=[0, 2, 1], time=now)
         >>> before = scorer.rank([request], k=2)[0]
         >>> len(before.items)
         2
@@ -149,6 +150,8 @@ class Scorer:
             self._check(request)
         batch = self._batch(requests)
         logits = self.model(batch, state=self._state(requests, batch)).float().numpy()
+        if not np.isfinite(logits).all():
+            raise RequestError("the logits overflow; give smaller numbers in dense, candidate_dense")
         ends = np.cumsum([len(request.candidates) for request in requests])
         return np.split(logits, ends[:-1])
 
@@ -260,7 +263,7 @@ class Scorer:
     def _check(self, request: RankingRequest) -> None:
         schema, m = self.schema, len(request.candidates)
         self._check_user(request.user)
-        if not 0 <= request.time <= _LARGEST:
+        if request.time is not None and not 0 <= request.time <= _LARGEST:
             raise RequestError(f"time must be in 0..2**63 - 1 microseconds, got {request.time}")
         if m == 0:
             raise RequestError("candidates is empty; give at least one item")
@@ -305,5 +308,7 @@ class Scorer:
 
 
 def _check_finite(name: str, values: Sequence[float]) -> None:
-    if not np.isfinite(np.asarray(values, np.float32)).all():
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(np.asarray(values, np.float32))
+    if not finite.all():
         raise RequestError(f"{name}: not finite numbers of float32")

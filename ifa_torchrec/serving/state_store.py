@@ -24,6 +24,7 @@ import hashlib
 import json
 import math
 import struct
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -299,7 +300,7 @@ class StateStore:
     def read(
         self,
         users: Sequence[int],
-        times: Sequence[int],
+        times: Sequence[int | None],
         keys: Sequence[np.ndarray] | None = None,
         new_users: Sequence[bool] | None = None,
     ) -> UserState:
@@ -307,7 +308,8 @@ class StateStore:
 
         Args:
             users: B ids.
-            times: B, microseconds; elapsed time decays each state.
+            times: B, microseconds; elapsed time decays each state. None is now, or the user's last
+                event where the clock that stamped it is ahead.
             keys: B arrays of identity keys (IdentityHeads.keys of the candidates), in any order.
             new_users: B, whether a user may have no state, and then has had no event.
 
@@ -328,7 +330,9 @@ class StateStore:
         weight = np.zeros((len(users), layout.num_heads, layout.feature_dim))
         mean = np.zeros((*weight.shape, layout.head_dim))
         count = np.zeros(len(users), np.int64)
-        for b, (user, time, value) in enumerate(zip(users, times, found, strict=False)):
+        now = time.time_ns() // 1000
+        at = np.array([now if asked_time is None else asked_time for asked_time in times], np.int64)
+        for b, (user, value) in enumerate(zip(users, found, strict=False)):
             if value is None:
                 if new_users is not None and new_users[b]:
                     continue
@@ -336,12 +340,14 @@ class StateStore:
                     f"user {user} has no state; if the user is new and has had no event, say so"
                 )
             head, count[b], _ = self._unpack_head(value)
-            if head.time > time:
+            if times[b] is None:
+                at[b] = max(at[b], head.time)
+            if head.time > at[b]:
                 raise StateError(
                     f"user {user} has an event at {_utc(head.time)}, after the request's time "
-                    f"{_utc(time)}; a state cannot go back in time"
+                    f"{_utc(int(at[b]))}; a state cannot go back in time"
                 )
-            weight[b], mean[b] = head.at(time, self._decay), head.mean
+            weight[b], mean[b] = head.at(int(at[b]), self._decay), head.mean
         dense = (_tensor(mean * weight[..., None]), _tensor(weight), torch.from_numpy(count))
         if not layout.identity_key_range:
             return UserState(*dense)
@@ -349,7 +355,7 @@ class StateStore:
         there = np.array([row is not None for row in rows], dtype=bool)
         request = np.repeat(np.arange(len(users)), [len(of_user) for of_user in asked] or 0)[there]
         row_time, sums, means = self._unpack_rows([row for row in rows if row is not None])
-        days = (np.asarray(times, np.int64)[request] - row_time) / MICROSECONDS_PER_DAY
+        days = (at[request] - row_time) / MICROSECONDS_PER_DAY
         sums = sums * np.exp(-days[:, None] * self._identity_decay)
         return UserState(
             *dense,
@@ -487,14 +493,14 @@ class StateStore:
         return fixed + weight.tobytes() + self._rounded(head.mean, seed).tobytes()
 
     def _unpack_head(self, value: bytes) -> tuple[_Sums, int, int]:
-        version, time, position, count = _HEAD.unpack_from(value)
+        version, last, position, count = _HEAD.unpack_from(value)
         if version != self._id:
             raise StateError(f"a state of other weights lies where those of {self.version!r} should")
         shape = (self.layout.num_heads, self.layout.feature_dim)
         end = _HEAD.size + 4 * math.prod(shape)
         weight = np.frombuffer(value[_HEAD.size : end], np.float32).reshape(shape)
         mean = np.frombuffer(value[end:], self._dtype).reshape(*shape, self.layout.head_dim)
-        return _Sums(time, weight.astype(np.float64), mean.astype(np.float64)), count, position
+        return _Sums(last, weight.astype(np.float64), mean.astype(np.float64)), count, position
 
     def _row_keys(self, user: np.ndarray, key: np.ndarray) -> list[bytes]:
         """The keys of many rows at once; user and key are [n] int64."""
@@ -545,7 +551,9 @@ class StateStore:
             near = mean.astype(self._dtype)
         if not np.isfinite(near).all():
             largest = np.abs(mean).max()
-            raise StateError(f"a mean of {largest:g} is beyond {self._dtype}; build with --dtype float32")
+            raise StateError(
+                f"a mean of {largest:g} is beyond {self._dtype}; build with --dtype float32"
+            )
         if seed is None or self._dtype != np.float16:
             return near
         beyond = np.nextafter(near, np.where(mean > near, np.inf, -np.inf).astype(np.float16))

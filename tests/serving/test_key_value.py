@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
+import shutil
+import subprocess
+import time
+from pathlib import Path
 from threading import Event, Thread
 
 import pytest
 
-from ifa_torchrec.serving import StateError, open_key_value_store
+from ifa_torchrec.serving import StateError, StoreError, open_key_value_store
 
 fork = multiprocessing.get_context("fork")
 
@@ -83,6 +87,35 @@ def test_a_read_is_of_one_moment(key_values, address):
         a, b = key_values.read([b"a", b"b"])
         assert a == b
     writer.join()
+
+
+def test_a_server_that_is_gone_is_reported_as_the_stores_failure(tmp_path):
+    program = shutil.which("redis-server")
+    socket = str(tmp_path / "socket")
+    options = ["--port", "0", "--unixsocket", socket, "--save", "", "--dir", str(tmp_path)]
+    server = subprocess.Popen([program, *options], stdout=subprocess.DEVNULL)
+    while not Path(socket).exists():
+        time.sleep(0.05)
+    store = open_key_value_store(f"unix://{socket}")
+    server.kill()
+    server.wait()
+    for use in (
+        lambda: store.read([b"a"]),
+        lambda: store.update([], lambda found: {b"a": b""}),
+        lambda: list(store.scan(b"a")),
+        lambda: store.delete([b"a"]),
+    ):
+        with pytest.raises(StoreError, match="unix://"):
+            use()
+
+
+def test_a_full_map_is_reported_and_leaves_what_was_there(tmp_path, monkeypatch):
+    monkeypatch.setattr("ifa_torchrec.serving.key_value._LARGEST_MAP", 1 << 20)
+    store = open_key_value_store(str(tmp_path / "states"))
+    store.update([], lambda found: {b"a": b"1"})
+    with pytest.raises(StoreError, match="MDB_MAP_FULL"):
+        store.update([], lambda found: {b"a": b"2", b"b": bytes(1 << 21)})
+    assert store.read([b"a", b"b"]) == [b"1", None]
 
 
 @pytest.mark.parametrize(

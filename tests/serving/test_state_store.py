@@ -277,6 +277,18 @@ def test_a_state_does_not_go_back_in_time(key_values):
         store.read([1], [9 * DAY], [model.every_key])
 
 
+def test_without_a_time_it_is_now_or_the_last_event(key_values):
+    model = Model()
+    store = new_store(key_values, model)
+    now = time.time_ns() // 1000
+    ahead, past = now + DAY, now - 30 * DAY  # a half-life ago
+    store.append([Event(0, 1, 2, ahead), Event(1, 2, 2, past)], model.encode_each)
+    state = store.read([1, 2], [None, None], [model.every_key] * 2)
+    expected = model.encode([[Event(0, 1, 2, ahead)], [Event(1, 2, 2, past)]], [ahead, now])
+    torch.testing.assert_close(state.key_sum, expected.key_sum, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(state.identity_sum, expected.identity_sum, rtol=1e-4, atol=1e-6)
+
+
 def test_the_journal_brings_a_later_version_up_to_date(key_values):
     model, events = Model(), random_events(3000, users=range(5))
     old = new_store(key_values, model, "v1")

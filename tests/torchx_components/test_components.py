@@ -6,8 +6,10 @@ import dataclasses
 import shlex
 from argparse import Namespace
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
+import tyro
 from torch.distributed.run import get_args_parser
 from torchx.components.component_test_base import ComponentTestCase
 from torchx.specs import AppDef, BindMount, VolumeMount, named_resources
@@ -15,13 +17,22 @@ from torchx.specs.builders import _create_args_parser, materialize_appdef
 from torchx.specs.file_linter import get_fn_docstring
 from torchx.specs.finder import ModuleComponentsFinder, get_component, get_components
 
+from ifa_torchrec.build_states import BuildStatesConfig
 from ifa_torchrec.evaluate import EvaluateConfig
+from ifa_torchrec.serve import ServeConfig
 from ifa_torchrec.train import TrainConfig
-from torchx_components import evaluate, train
+from torchx_components import build_states, evaluate, serve, train
 
-NAMED = {"ifa.train.ddp": train, "ifa.evaluate.ddp": evaluate}
+NAMED = {
+    "ifa.train.ddp": train.ddp,
+    "ifa.evaluate.ddp": evaluate.ddp,
+    "ifa.build_states.ddp": build_states.ddp,
+    "ifa.serve.server": serve.server,
+}
 TRAIN = {"data": "/shared/log", "out": "/shared/run"}
 EVALUATE = {"run": "/shared/run"}
+STATES = {"run": "/shared/run", "store": "redis://states:6379/0"}
+UNDER_TORCHRUN = [(train.ddp, TRAIN), (evaluate.ddp, EVALUATE), (build_states.ddp, STATES)]
 
 
 class TestFiles(ComponentTestCase):
@@ -32,6 +43,12 @@ class TestFiles(ComponentTestCase):
 
     def test_evaluate_is_valid(self):
         self.validate(evaluate, "ddp")
+
+    def test_build_states_is_valid(self):
+        self.validate(build_states, "ddp")
+
+    def test_serve_is_valid(self):
+        self.validate(serve, "server")
 
 
 def torchrun(app: AppDef) -> Namespace:
@@ -50,7 +67,7 @@ def script_line(app: AppDef) -> list[str]:
 @pytest.mark.parametrize("name", NAMED)
 def test_components_are_registered_by_name(name):
     component = get_component(name)
-    assert component.fn is NAMED[name].ddp and not component.validation_errors
+    assert component.fn is NAMED[name] and not component.validation_errors
 
 
 def test_no_component_of_torchx_is_hidden_or_renamed():
@@ -61,12 +78,12 @@ def test_no_component_of_torchx_is_hidden_or_renamed():
     }
     assert {"dist.ddp", "utils.echo"} <= builtin.keys()
     found = {name: component.fn for name, component in get_components().items()}
-    assert found == builtin | {name: module.ddp for name, module in NAMED.items()}
+    assert found == builtin | NAMED
 
 
 @pytest.mark.parametrize("name", NAMED)
 def test_help_describes_every_option_and_nothing_else(name):
-    component = NAMED[name].ddp
+    component = NAMED[name]
     description, options = get_fn_docstring(component)
     assert all(text.strip() for text in options.values())
     shown = _create_args_parser(component).format_help()
@@ -77,7 +94,7 @@ def test_help_describes_every_option_and_nothing_else(name):
 
 @pytest.mark.parametrize("name", NAMED)
 def test_default_image_is_of_this_version(name):
-    image = _create_args_parser(NAMED[name].ddp).get_default("image")
+    image = _create_args_parser(NAMED[name]).get_default("image")
     assert image == f"ifa-torchrec:{version('ifa-torchrec')}"
 
 
@@ -102,28 +119,67 @@ def test_evaluate_passes_its_options_to_the_script():
     ]
 
 
+def test_build_states_passes_its_options_to_the_script():
+    app = build_states.ddp("--position", "7", **STATES, dtype="float16", data="/other")
+    assert script_line(app) == [
+        "ifa_torchrec.build_states",
+        *("--run", "/shared/run", "--store", "redis://states:6379/0", "--data", "/other"),
+        *("--dtype", "float16", "--position", "7"),
+    ]
+
+
+def test_serve_is_one_process_that_others_can_reach():
+    app = serve.server(
+        "--drain", "5", **STATES, data="/other", port=8080, token_file="/secret", env={"A": "1"}
+    )
+    (role,) = app.roles
+    assert (app.name, role.num_replicas, role.port_map) == ("serve", 1, {"http": 8080})
+    assert role.entrypoint == "python" and role.args[:2] == ["-m", "ifa_torchrec.serve"]
+    assert role.env["A"] == "1"
+    assert tyro.cli(ServeConfig, args=role.args[2:]) == ServeConfig(
+        Path("/shared/run"),
+        "redis://states:6379/0",
+        data=Path("/other"),
+        host="0.0.0.0",
+        port=8080,
+        token_file=Path("/secret"),
+        drain=5,
+    )
+
+
 @pytest.mark.parametrize(
     "script, component, options",
-    [(TrainConfig, train, ("max_events", "max_requests")), (EvaluateConfig, evaluate, ("split",))],
+    [
+        (TrainConfig, train.ddp, ("max_events", "max_requests")),
+        (EvaluateConfig, evaluate.ddp, ("split",)),
+        (BuildStatesConfig, build_states.ddp, ("dtype",)),
+        (ServeConfig, serve.server, ("port",)),
+    ],
 )
 def test_defaults_are_the_scripts(script, component, options):
     defaults = {field.name: field.default for field in dataclasses.fields(script)}
-    parser = _create_args_parser(component.ddp)
+    parser = _create_args_parser(component)
     assert {o: parser.get_default(o) for o in options} == {o: defaults[o] for o in options}
 
 
 @pytest.mark.parametrize("data", [None, ""])
-def test_evaluate_leaves_the_log_to_the_run(data):
+def test_the_log_is_left_to_the_run(data):
     assert "--data" not in script_line(evaluate.ddp(**EVALUATE, data=data))
+    assert "--data" not in script_line(build_states.ddp(**STATES, data=data))
+    assert "--data" not in serve.server(**STATES, data=data).roles[0].args
 
 
 @pytest.mark.parametrize(
     "script, component, own, given",
-    [(TrainConfig, train, TRAIN, {"data", "out"}), (EvaluateConfig, evaluate, EVALUATE, {"run"})],
+    [
+        (TrainConfig, train.ddp, TRAIN, {"data", "out"}),
+        (EvaluateConfig, evaluate.ddp, EVALUATE, {"run"}),
+        (BuildStatesConfig, build_states.ddp, STATES, {"run", "store"}),
+    ],
 )
 def test_torchrun_takes_no_option_of_the_script_for_its_own(script, component, own, given):
     flags = [f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(script) if f.name not in given]
-    assert script_line(component.ddp(*flags, **own))[-len(flags) :] == flags
+    assert script_line(component(*flags, **own))[-len(flags) :] == flags
 
 
 def test_script_arguments_survive_the_shell():
@@ -134,10 +190,10 @@ def test_script_arguments_survive_the_shell():
     assert script_line(app)[-len(odd) :] == odd
 
 
-@pytest.mark.parametrize("component, own", [(train, TRAIN), (evaluate, EVALUATE)])
+@pytest.mark.parametrize("component, own", UNDER_TORCHRUN)
 def test_options_reach_the_job(component, own):
     app = materialize_appdef(
-        component.ddp,
+        component,
         [word for option, value in own.items() for word in (f"--{option}", value)]
         + ["-j", "1:2x4", "--cpu", "3", "--gpu", "4", "--memMB", "5000", "--image", "registry/ifa:1"]
         + ["--name", "trial/first", "--env", "A=1,B=2", "--max_retries", "3", "--rdzv_port", "29999"]
@@ -153,19 +209,36 @@ def test_options_reach_the_job(component, own):
     assert role.port_map == {"c10d": 29999} and torchrun(app).rdzv_endpoint.endswith(":29999")
     assert role.mounts == [VolumeMount("claim", "/shared"), BindMount("/host", "/here", read_only=True)]
     assert "TORCH_DISTRIBUTED_DEBUG" not in role.env
-    assert "TORCH_DISTRIBUTED_DEBUG" in component.ddp(**own, debug=True).roles[0].env
+    assert "TORCH_DISTRIBUTED_DEBUG" in component(**own, debug=True).roles[0].env
 
 
-@pytest.mark.parametrize("component, own", [(train, TRAIN), (evaluate, EVALUATE)])
+@pytest.mark.parametrize("component, own", UNDER_TORCHRUN)
 def test_a_named_resource_goes_before_cpu_gpu_and_memory(component, own):
-    (role,) = component.ddp(**own, h="gpu.large", cpu=1, gpu=0, memMB=1).roles
+    (role,) = component(**own, h="gpu.large", cpu=1, gpu=0, memMB=1).roles
     assert role.resource == named_resources["gpu.large"]
 
 
-@pytest.mark.parametrize("component, own", [(train, TRAIN), (evaluate, EVALUATE)])
+def test_what_a_server_may_use_reaches_the_job():
+    app = materialize_appdef(
+        serve.server,
+        shlex.split(
+            "--run run --store states --cpu 3 --memMB 5000 --max_retries 3 --name trial/first"
+            " --image registry/ifa:1 --mounts type=volume,src=claim,dst=/shared"
+        ),
+    )
+    (role,) = app.roles
+    assert (app.name, role.env) == ("first", {"TORCHX_TRACKING_EXPERIMENT_NAME": "trial"})
+    assert (role.resource.cpu, role.resource.gpu, role.resource.memMB) == (3, 0, 5000)
+    assert (role.image, role.max_retries) == ("registry/ifa:1", 3)
+    assert role.mounts == [VolumeMount("claim", "/shared")]
+    (role,) = serve.server(**STATES, h="gpu.large").roles
+    assert role.resource == named_resources["gpu.large"]
+
+
+@pytest.mark.parametrize("component, own", [*UNDER_TORCHRUN, (serve.server, STATES)])
 def test_the_callers_env_is_left_alone(component, own):
     env = {"A": "1"}
-    component.ddp(**own, env=env, max_retries=1)
+    component(**own, env=env, max_retries=1)
     assert env == {"A": "1"}
 
 
@@ -201,16 +274,29 @@ def test_max_restarts_is_torchruns(monkeypatch):
 @pytest.mark.parametrize(
     "component, own, options, message",
     [
-        (train, TRAIN, {"data": ""}, "data is empty; name a folder"),
-        (train, TRAIN, {"out": " "}, "out is empty; name a folder"),
-        (train, TRAIN, {"max_events": 0}, "max_events must be at least 1, not 0"),
-        (train, TRAIN, {"max_requests": -1}, "max_requests must be at least 1, not -1"),
-        (train, TRAIN, {"max_restarts": -1}, "max_restarts must be at least 0, not -1"),
-        (evaluate, EVALUATE, {"run": ""}, "run is empty; name the out of a training run"),
-        (evaluate, EVALUATE, {"split": ""}, "split is empty; name a split"),
+        (train.ddp, TRAIN, {"data": ""}, "data is empty; name a folder"),
+        (train.ddp, TRAIN, {"out": " "}, "out is empty; name a folder"),
+        (train.ddp, TRAIN, {"max_events": 0}, "max_events must be at least 1, not 0"),
+        (train.ddp, TRAIN, {"max_requests": -1}, "max_requests must be at least 1, not -1"),
+        (train.ddp, TRAIN, {"max_restarts": -1}, "max_restarts must be at least 0, not -1"),
+        (evaluate.ddp, EVALUATE, {"run": ""}, "run is empty; name the out of a training run"),
+        (evaluate.ddp, EVALUATE, {"split": ""}, "split is empty; name a split"),
+        (build_states.ddp, STATES, {"run": ""}, "run is empty; name the out of a training run"),
+        (build_states.ddp, STATES, {"store": " "}, "store is empty; name a folder, or redis://"),
+        (build_states.ddp, STATES, {"dtype": "int8"}, "dtype must be float32 or float16, not 'int8'"),
+        (
+            build_states.ddp,
+            STATES,
+            {"store": "/shared/states", "j": "2x1"},
+            "store /shared/states is a folder, which serves one node",
+        ),
+        (serve.server, STATES, {"run": ""}, "run is empty; name the out of a training run"),
+        (serve.server, STATES, {"store": ""}, "store is empty; name a folder, or redis://"),
+        (serve.server, STATES, {"port": 0}, "port must be at least 1, not 0"),
+        (serve.server, STATES, {"cpu": 0}, "cpu must be at least 1, not 0"),
         *(
             (component, own, options, message)
-            for component, own in ((train, TRAIN), (evaluate, EVALUATE))
+            for component, own in UNDER_TORCHRUN
             for options, message in (
                 ({"max_retries": -1}, "max_retries must be at least 0, not -1"),
                 ({"cpu": 0}, "cpu must be at least 1, not 0"),
@@ -225,4 +311,4 @@ def test_max_restarts_is_torchruns(monkeypatch):
 )
 def test_bad_arguments_are_named(component, own, options, message):
     with pytest.raises(ValueError, match=message):
-        component.ddp(**(own | options))
+        component(**(own | options))

@@ -13,6 +13,7 @@ TRAIN = shlex.split(
     " --mounts type=volume,src=claim,dst=/shared --env A=1 --max_retries 2 --max_restarts 1"
     " -- --epochs 2"
 )
+SERVE = shlex.split("--run /shared/run --store /shared/states --token_file /secret -- --drain 5")
 EVALUATE = shlex.split("--run /shared/run -j 2x4 -h gpu.large --rdzv_port 29501 -- --by store")
 
 TORCHRUN = (
@@ -98,6 +99,19 @@ def test_slurm_evaluate(runner):
     }
 
 
+SERVE_COMMAND = (
+    "python -m ifa_torchrec.serve --run /shared/run --store /shared/states --host 0.0.0.0 --port 8000"
+    " --token-file /secret --drain 5"
+)
+
+
+def test_slurm_serve(runner):
+    request = slurm_request(runner, "ifa.serve.server", SERVE)
+    assert {name: node["command"] for name, node in request["nodes"].items()} == {
+        "serve-0": SERVE_COMMAND
+    }
+
+
 def kubernetes_request(runner: Runner, component: str, arguments: list[str]) -> dict[str, Any]:
     request = runner.dryrun_component(component, arguments, "kubernetes", {"queue": "ranking"}).request
     job = request.resource
@@ -117,7 +131,7 @@ def kubernetes_request(runner: Runner, component: str, arguments: list[str]) -> 
                 if m.name in claims
             },
             "ports": [port.container_port for port in container.ports],
-            "required": task["minAvailable"],
+            "required": task.get("minAvailable"),
             "retries": task.get("maxRetry", 0),
         }
     return {"queue": job["spec"]["queue"], "retries": job["spec"]["maxRetry"], "tasks": tasks}
@@ -167,3 +181,9 @@ def test_kubernetes_evaluate(runner):
             "evaluate-1": task("VC_EVALUATE_0_HOSTS"),
         },
     }
+
+
+@pytest.mark.filterwarnings("ignore:(?s).*Volcano:UserWarning")
+def test_kubernetes_serve(runner):
+    (task,) = kubernetes_request(runner, "ifa.serve.server", SERVE)["tasks"].values()
+    assert (task["command"], task["ports"]) == (SERVE_COMMAND, [8000])

@@ -1,0 +1,135 @@
+"""One thread that does what waits in a bounded queue, as much of it at once as there is."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class QueueFullError(RuntimeError):
+    """No more work can wait; try again later."""
+
+
+@dataclass
+class _Job:
+    work: Callable[[list[Any]], Sequence[Any]]
+    item: Any
+    share: float
+    future: Future = field(default_factory=Future)
+
+
+class Batcher:
+    """Calls functions of lists, one at a time, in a thread of its own.
+
+    It never waits for a batch to fill: the items that came while it was busy are the next batch. The
+    longest waiting item is always in it, and with it those that wait for the same function.
+
+    Args:
+        most: items that may wait.
+
+    Example:
+        >>> from ifa_torchrec.serving.batching import Batcher
+        >>> with Batcher(most=10) as batcher:
+        ...     def inverses(numbers):
+        ...         return [1 / number for number in numbers]
+        ...     good, bad = batcher.submit(inverses, [4, 0], shares=[0.1, 0.1])
+        >>> good.result()
+        0.25
+        >>> bad.exception()
+        ZeroDivisionError('division by zero')
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._waiting: deque[_Job] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
+        self._thread.start()
+
+    def __len__(self) -> int:
+        """How many items wait."""
+        return len(self._waiting)
+
+    def __enter__(self) -> Batcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def submit(
+        self,
+        work: Callable[[list[Item]], Sequence[Result]],
+        items: Sequence[Item],
+        shares: Sequence[float],
+    ) -> list[Future[Result]]:
+        """Have something done with some items, and whatever else waits for it.
+
+        Args:
+            work: gives a result for each of a list of items, or fails and has done nothing.
+            items: what it is to be given.
+            shares: of each item, what part of a batch it fills; a batch is full at 1.
+
+        Returns:
+            A future for each item. One that is cancelled before its turn is left out.
+
+        Raises:
+            QueueFullError: not all of them may wait; then none does.
+        """
+        jobs = [_Job(work, item, share) for item, share in zip(items, shares, strict=True)]
+        with self._changed:
+            if len(self._waiting) + len(jobs) > self._most:
+                raise QueueFullError(f"{len(self._waiting)} of {self._most} places are taken")
+            self._waiting.extend(jobs)
+            self._changed.notify()
+        return [job.future for job in jobs]
+
+    def close(self) -> None:
+        """Do what waits, and end. Nothing may be submitted any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while jobs := self._take():
+            jobs = [job for job in jobs if job.future.set_running_or_notify_cancel()]
+            if jobs:
+                _do(jobs)
+
+    def _take(self) -> list[_Job]:
+        """The next batch; empty at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            taken: list[_Job] = []
+            left: deque[_Job] = deque()
+            full = 0.0
+            for job in self._waiting:
+                fits = not taken or (job.work == taken[0].work and full + job.share <= 1)
+                (taken if fits else left).append(job)
+                full += job.share * fits
+            self._waiting = left
+            return taken
+
+
+def _do(jobs: list[_Job]) -> None:
+    """Do a batch. Where it fails, each half is done alone, so that an item fails for itself only."""
+    try:
+        results = jobs[0].work([job.item for job in jobs])
+    except Exception as error:
+        if len(jobs) == 1:
+            jobs[0].future.set_exception(error)
+            return
+        middle = len(jobs) // 2
+        _do(jobs[:middle])
+        _do(jobs[middle:])
+    else:
+        for job, result in zip(jobs, results, strict=True):
+            job.future.set_result(result)

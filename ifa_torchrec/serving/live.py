@@ -1,0 +1,198 @@
+"""A scorer behind a queue, whose weights can be replaced while it serves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+
+from ifa_torchrec.serving.batching import Batcher
+from ifa_torchrec.serving.scorer import Ranking, RankingRequest, Scorer
+from ifa_torchrec.serving.state_store import Event
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a client may ask for, and for how long.
+
+    Example:
+        >>> from ifa_torchrec.serving.live import Limits
+        >>> Limits(max_waiting=10)
+        Traceback (most recent call last):
+        ValueError: max_waiting 10 is below max_requests 64; a full call would never be taken
+    """
+
+    max_body_bytes: int = 4 << 20
+    """Largest body of a call."""
+    max_requests: int = 64
+    """Most ranking requests a call."""
+    max_candidates: int = 5000
+    """Most candidates a ranking request, and of requests that are scored together."""
+    max_events: int = 1000
+    """Most events a call, and of calls whose events are written together."""
+    max_ahead: float = 60
+    """Seconds that an event may be ahead of the clock here; no request may be before it."""
+    max_waiting: int = 256
+    """Most ranking requests and calls with events that wait for their turn."""
+    timeout: float = 2
+    """Seconds until a call is given up."""
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            if getattr(self, limit.name) <= 0:
+                raise ValueError(f"{limit.name} must be above 0, got {getattr(self, limit.name)}")
+        if self.max_waiting < self.max_requests:
+            raise ValueError(
+                f"max_waiting {self.max_waiting} is below max_requests {self.max_requests}; a full "
+                "call would never be taken"
+            )
+
+
+@dataclass(frozen=True)
+class LiveRanking(Ranking):
+    """A ranking of all candidates, and what made it.
+
+    Args:
+        version: of the weights.
+        tasks: what the logits' columns are of.
+    """
+
+    version: str
+    tasks: tuple[str, ...]
+
+
+class Metrics:
+    """What /metrics shows."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.calls = Counter("ifa_calls", "HTTP calls.", ["path", "status"], registry=registry)
+        self.seconds = Histogram("ifa_call_seconds", "Time of a call.", ["path"], registry=registry)
+        self.waiting = Gauge("ifa_queue_length", "What waits for its turn.", registry=registry)
+        self.events = Counter("ifa_events", "Events, new or duplicate.", ["kind"], registry=registry)
+        self.candidates = Counter("ifa_candidates", "Candidates scored.", registry=registry)
+        self.reloads = Counter("ifa_reloads", "Reloads, ok or failed.", ["result"], registry=registry)
+        self.model = Info("ifa_model", "The weights that serve.", registry=registry)
+
+
+class LiveScorer:
+    """A Scorer for many callers: one thread does what they ask, as much at once as waits.
+
+    ``create_app`` has an example.
+
+    Args:
+        load: gives a Scorer of the newest weights; called now, and by every ``reload``. All that it
+            gives must share one KeyValueStore.
+        limits: Limits.
+
+    Raises:
+        StateError, CheckpointError, LogError: what ``load`` raises.
+
+    Attributes:
+        metrics: Metrics.
+        draining: set it when nothing more should be sent here; it shows on /readyz.
+    """
+
+    def __init__(self, load: Callable[[], Scorer], limits: Limits) -> None:
+        self.limits, self.metrics, self.draining = limits, Metrics(), False
+        self._load = load
+        scorer = load()
+        scorer.catch_up()
+        # The first one ranks, events go to all; only _reload assigns it.
+        self._scorers: tuple[Scorer, ...] = (scorer,)
+        self._batcher = Batcher(limits.max_waiting)
+        self._reloader = ThreadPoolExecutor(1, "reload")
+        self.metrics.waiting.set_function(lambda: len(self._batcher))
+        self.metrics.model.info({"version": self.version})
+
+    def __enter__(self) -> LiveScorer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def version(self) -> str:
+        """Of the weights that rank."""
+        return self._scorers[0].store.version
+
+    def close(self) -> None:
+        """Finish what was taken, and a reload that is under way."""
+        self._batcher.close()
+        self._reloader.shutdown(cancel_futures=True)
+
+    async def rank(self, requests: Sequence[RankingRequest]) -> list[LiveRanking | BaseException]:
+        """The ranking of each request, or else what is wrong with it.
+
+        Raises:
+            QueueFullError: too much waits already.
+            asyncio.TimeoutError: it takes too long.
+        """
+        shares = [len(request.candidates) / self.limits.max_candidates for request in requests]
+        return await self._results(self._rank, requests, shares)
+
+    async def append(self, events: Sequence[Event]) -> list[bool] | BaseException:
+        """Whether each event was new, once they are in the store; or else what is wrong with them.
+
+        Raises:
+            QueueFullError: too much waits already.
+            asyncio.TimeoutError: it takes too long; they may still be added.
+        """
+        shares = [len(events) / self.limits.max_events]
+        (result,) = await self._results(self._append, [events], shares)
+        return result
+
+    def reload(self) -> None:
+        """Load the newest weights beside those that serve, and rank by them once their states have
+        all events. Where that fails it is logged and counted, and the old ones go on."""
+        self._reloader.submit(self._reload)
+
+    async def _results(self, work: Callable, items: Sequence, shares: Sequence[float]) -> list:
+        futures = [asyncio.wrap_future(f) for f in self._batcher.submit(work, items, shares)]
+        # given up, they are cancelled, and the batcher leaves out what it has not begun
+        together = asyncio.gather(*futures, return_exceptions=True)
+        return await asyncio.wait_for(together, self.limits.timeout)
+
+    def _rank(self, requests: list[RankingRequest]) -> list[LiveRanking]:
+        scorer = self._scorers[0]
+        version, tasks = scorer.store.version, scorer.schema.tasks
+        rankings = scorer.rank(requests)
+        self.metrics.candidates.inc(sum(len(ranking.items) for ranking in rankings))
+        return [LiveRanking(ranking.items, ranking.logits, version, tasks) for ranking in rankings]
+
+    def _append(self, calls: list[Sequence[Event]]) -> list[list[bool]]:
+        events = [event for call in calls for event in call]
+        first = self._scorers[0]
+        new = first.append(events)
+        # Looked up only now that the journal has the events: a scorer that is not here yet finds them
+        # there. An event that it refuses is refused, or else its states would silently lack it.
+        for scorer in self._scorers:
+            if scorer is not first:
+                scorer.append(events)
+        self.metrics.events.labels("new").inc(sum(new))
+        self.metrics.events.labels("duplicate").inc(len(new) - sum(new))
+        answers = iter(new)
+        return [[next(answers) for _ in call] for call in calls]
+
+    def _reload(self) -> None:
+        serving = self._scorers[0]
+        try:
+            incoming = self._load()
+            self._scorers = (serving, incoming)
+            # _append may run beside it: an event that one has added is no longer new to the other
+            incoming.catch_up()
+        except Exception:
+            self._scorers = (serving,)
+            _log.exception("the reload failed; weights %s go on", self.version)
+            self.metrics.reloads.labels("failed").inc()
+        else:
+            self._scorers = (incoming,)
+            _log.info("weights %s serve now", self.version)
+            self.metrics.model.info({"version": self.version})
+            self.metrics.reloads.labels("ok").inc()

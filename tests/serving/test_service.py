@@ -1,0 +1,699 @@
+"""The HTTP service: answers, refusals, batching, weights replaced while it serves, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import numpy as np
+import pandas as pd
+import pytest
+import schemathesis
+import torch
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+from starlette.types import Receive, Scope, Send
+from toy import BUSY_USER, NEW_USER, ONE_EVENT_USER, make_toy
+
+from ifa_torchrec import IFAConfig, RankingBatch, UserState
+from ifa_torchrec.build_states import BuildStatesConfig, build_states
+from ifa_torchrec.serve import ServeConfig, serve
+from ifa_torchrec.serving import (
+    Event,
+    KeyValueStore,
+    RankingRequest,
+    Scorer,
+    StateError,
+    StateStore,
+    StoreError,
+    open_key_value_store,
+)
+from ifa_torchrec.serving.batching import Batcher, QueueFullError
+from ifa_torchrec.serving.live import Limits, LiveScorer, Metrics
+from ifa_torchrec.serving.service import create_app
+from ifa_torchrec.train import Run, TrainConfig, load_run, train
+
+TOKEN = {"Authorization": "Bearer secret"}
+LATER_TEXT = "2024-07-19T00:00:00Z"
+"""After the toy's last event."""
+LATER = pd.Timestamp(LATER_TEXT).value // 1000
+FEATURES = {"context": {"store": 1, "weekday": 2}, "dense": {"hour": 0.5, "season": -1.0}}
+REQUEST = {
+    "user": BUSY_USER,
+    "time": LATER_TEXT,
+    "candidates": [3, 9, 20, 4],
+    **FEATURES,
+    "candidate_dense": {"price": [0.1, 2, -0.3, 0.0]},
+}
+EVENT = {"position": 10_000, "user": BUSY_USER, "item": 3, "time": "2024-07-18T12:00:00+02:00"}
+
+
+@dataclass
+class Folders:
+    """A log, two runs on it, and a store with the states of both."""
+
+    runs: tuple[Path, Path]
+    store: Path
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Folders:
+    folder = tmp_path_factory.mktemp("serve")
+    make_toy().write(folder / "log")
+    ifa = IFAConfig(8, num_heads=2, identity_features=("item",), identity_half_lives=(3.0, 30.0))
+    runs = folder / "run0", folder / "run1"
+    for seed, run in enumerate(runs):
+        train(TrainConfig(folder / "log", run, ifa=ifa, seed=seed, validate=False))
+        build_states(BuildStatesConfig(run, str(folder / "states")))
+    return Folders(runs, folder / "states")
+
+
+@pytest.fixture(scope="module")
+def models(folders) -> list[Run]:
+    return [load_run(run, sharded=False) for run in folders.runs]
+
+
+def scorer(models: list[Run], key_values: KeyValueStore, number: int = 0) -> Scorer:
+    run = models[number]
+    return Scorer(run.dlrm, run.log.schema, run.log.items, StateStore(key_values, run.version))
+
+
+@pytest.fixture
+def key_values(folders, tmp_path) -> Iterator[KeyValueStore]:
+    """A store of this test alone."""
+    shutil.copytree(folders.store, tmp_path / "states")
+    store = open_key_value_store(str(tmp_path / "states"))
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def live(models, key_values) -> Iterator[LiveScorer]:
+    limits = Limits(
+        max_body_bytes=20_000, max_requests=3, max_candidates=50, max_events=4, max_waiting=5, timeout=20
+    )
+    with LiveScorer(lambda: scorer(models, key_values), limits) as live:
+        yield live
+
+
+@pytest.fixture
+def client(live) -> TestClient:
+    return TestClient(create_app(live, "secret"), headers=TOKEN, raise_server_exceptions=False)
+
+
+def rank(client: TestClient, *requests: dict[str, Any]) -> httpx.Response:
+    return client.post("/rank", json={"requests": requests})
+
+
+def append(client: TestClient, *events: dict[str, Any]) -> httpx.Response:
+    return client.post("/events", json={"events": events})
+
+
+def changed(whole: dict, **fields: Any) -> dict:
+    return {**whole, **fields}
+
+
+def until(condition: Callable[[], Any], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.05)
+
+
+@contextmanager
+def held(live: LiveScorer) -> Iterator[None]:
+    """The scorer's thread is busy with something else meanwhile."""
+    begun, done = threading.Event(), threading.Event()
+
+    def wait(_: list) -> list:
+        begun.set()
+        done.wait()
+        return [None]
+
+    live._batcher.submit(wait, [None], [1.0])
+    begun.wait()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+# ---------------------------------------------------------------------------------------- answers
+
+
+def test_rank_answers_what_the_scorer_says_best_first(client, models, key_values):
+    other = changed(REQUEST, user=ONE_EVENT_USER, k=2)
+    rankings = rank(client, REQUEST, other).json()["rankings"]
+    fields = {"candidate_dense": REQUEST["candidate_dense"], **FEATURES}
+    users = (BUSY_USER, ONE_EVENT_USER)
+    asked = [RankingRequest(user, REQUEST["candidates"], LATER, **fields) for user in users]
+    wanted = scorer(models, key_values).rank(asked)
+    assert [len(ranking["items"]) for ranking in rankings] == [4, 2]
+    for ranking, want in zip(rankings, wanted, strict=True):
+        k = len(ranking["items"])
+        assert ranking["version"] == models[0].version
+        assert ranking["items"] == want.items[:k]
+        np.testing.assert_allclose(ranking["logits"]["label"], want.logits[:k, 0], rtol=1e-5)
+        assert sorted(ranking["logits"]["label"], reverse=True) == ranking["logits"]["label"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2024-07-19T02:00:00.0+02:00", "2024-07-19t00:00:00.000000123z", "2024-07-18 23:00:00-01:00"],
+)
+def test_a_time_may_be_written_in_any_zone(client, text):
+    assert rank(client, changed(REQUEST, time=text)).json() == rank(client, REQUEST).json()
+
+
+def test_a_request_without_a_time_is_of_now(client):
+    now = datetime.now(timezone.utc).isoformat()
+    without = {name: value for name, value in REQUEST.items() if name != "time"}
+    (mine,), (given,) = (
+        rank(client, request).json()["rankings"] for request in (without, changed(REQUEST, time=now))
+    )
+    np.testing.assert_allclose(mine["logits"]["label"], given["logits"]["label"], rtol=1e-4)
+
+
+def test_a_new_user_is_ranked_for_if_said_to_be_new(client):
+    assert rank(client, changed(REQUEST, user=NEW_USER, new_user=True)).status_code == 200
+
+
+def test_events_are_in_the_store_when_answered_and_count_once(client, models, key_values):
+    before = rank(client, REQUEST).json()
+    assert append(client, EVENT, changed(EVENT, position=10_001)).json() == {"new": 2, "duplicates": 0}
+    assert append(client, EVENT, changed(EVENT, position=10_002)).json() == {"new": 1, "duplicates": 1}
+    time = LATER - 14 * 3600 * 1_000_000
+    events = [Event(position, BUSY_USER, 3, time) for position in (10_000, 10_001, 10_002)]
+    assert scorer(models, key_values).append(events) == [False] * 3
+    assert rank(client, REQUEST).json() != before
+
+
+def test_the_process_is_alive_ready_measured_and_described(client, live, models):
+    rank(client, REQUEST)
+    rank(client, changed(REQUEST, candidates=[1000] * 4))
+    append(client, EVENT)
+    append(client, EVENT)
+    anyone = TestClient(client.app)
+    assert anyone.get("/healthz").json() == {"status": "ok"}
+    assert anyone.get("/readyz").json() == {"version": models[0].version}
+    assert anyone.get("/docs").status_code == anyone.get("/openapi.json").status_code == 200
+    assert anyone.get("/no/such/page").json() == {"error": "Not Found"}
+    shown = anyone.get("/metrics").text
+    for line in (
+        'ifa_calls_total{path="/rank",status="200"} 1.0',
+        'ifa_calls_total{path="/rank",status="422"} 1.0',
+        'ifa_calls_total{path="other",status="404"} 1.0',
+        'ifa_call_seconds_count{path="/events"} 2.0',
+        'ifa_events_total{kind="new"} 1.0',
+        'ifa_events_total{kind="duplicate"} 1.0',
+        "ifa_candidates_total 4.0",
+        "ifa_queue_length 0.0",
+        f'ifa_model_info{{version="{models[0].version}"}} 1.0',
+    ):
+        assert line + "\n" in shown
+    live.draining = True
+    assert anyone.get("/readyz").status_code == 503
+    assert rank(client, REQUEST).status_code == 200  # still
+
+
+# --------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "header",
+    [None, "Bearer wrong", "Bearer", "Basic secret", "secret", "Bearer secret ", "Bearer s\xe9cret"],
+)
+@pytest.mark.parametrize("path", ["/rank", "/events"])
+def test_without_the_token_nothing_is_read(live, header, path):
+    client = TestClient(create_app(live, "secret"))
+    headers = {} if header is None else {"Authorization": header.encode("latin-1")}
+    answer = client.post(path, headers=headers, content=b"no JSON")
+    assert answer.status_code == 401
+    assert answer.headers["WWW-Authenticate"] == "Bearer"
+    assert "Authorization: Bearer TOKEN" in answer.json()["error"]
+
+
+def test_a_token_may_have_any_letters_and_none_may_be_asked_for(live):
+    client = TestClient(create_app(live, "sécret"))
+    assert client.post("/rank", headers={"Authorization": "bearer sécret".encode()}).status_code == 422
+    assert TestClient(create_app(live)).post("/rank").status_code == 422
+
+
+@pytest.mark.parametrize(
+    "fields, status, message",
+    [
+        ({"user": 999}, 404, "requests.0: user 999 has no state; if the user is new"),
+        ({"user": "7"}, 422, "requests.0.user: Input should be a valid integer"),
+        ({"user": True}, 422, "requests.0.user: Input should be a valid integer"),
+        ({"user": 7.0}, 422, "requests.0.user: Input should be a valid integer"),
+        ({"user": 2**63}, 422, "requests.0.user: Input should be less than or equal to 9223372"),
+        ({"user": 10**4000}, 422, "requests.0.user: "),
+        ({"user": None}, 422, "requests.0.user: "),
+        ({"users": 7}, 422, "requests.0: Value error, ['users'] unknown; there are ['user'"),
+        ({"\ud800": 7}, 422, "requests.0: Value error, ['\\ud800'] unknown; there"),
+        ({"candidates": []}, 422, "requests.0.candidates: List should have at least 1 item"),
+        ({"candidates": [3, 9, 40, 4]}, 422, "candidates[2]: item 40 is unknown; there are 0 to 39"),
+        ({"candidates": [3, 9, -1, 4]}, 422, "requests.0.candidates.2: Input should be greater"),
+        ({"candidates": [3, 9, 2**64, 4]}, 422, "requests.0.candidates.2: Input should be less"),
+        ({"candidates": 3}, 422, "requests.0.candidates: Input should be a valid list"),
+        ({"time": "yesterday"}, 422, "time: Value error, should be a time since 1970 with its zone"),
+        ({"time": "2024-07-19T00:00:00"}, 422, "requests.0.time: "),
+        ({"time": "2024-13-19T00:00:00Z"}, 422, "requests.0.time: Value error, month must be in 1..12"),
+        ({"time": "1969-12-31T23:59:59Z"}, 422, "requests.0.time: "),
+        ({"time": "0001-01-01T00:00:00+23:59"}, 422, "requests.0.time: "),
+        ({"time": 1721347200}, 422, "requests.0.time: "),
+        ({"time": -1}, 422, "requests.0.time: "),
+        ({"time": "1970-01-01T00:00:00Z"}, 409, "requests.0: user 40 has an event at 2024-"),
+        ({"context": {"store": 1}}, 422, "context: ['weekday'] missing; the model takes"),
+        ({"context": {"store": 3, "weekday": 2}}, 422, "context.store: id 3 is outside its table of 3"),
+        ({"context": {"store": 1, "weekday": 2, "\ud800": 1}}, 422, "requests.0"),
+        ({"dense": {"hour": float("nan"), "season": 0}}, 422, "dense.hour: Input should be a finite"),
+        ({"dense": {"hour": float("inf"), "season": 0}}, 422, "dense.hour: Input should be a finite"),
+        ({"dense": {"hour": 1e300, "season": 0}}, 422, "dense.hour: not finite numbers of float32"),
+        ({"dense": {"hour": 10**400, "season": 0}}, 422, "dense.hour"),
+        ({"dense": {"hour": False, "season": 0}}, 422, "dense.hour: Input should be a valid number"),
+        ({"candidate_dense": {"price": [0.0]}}, 422, "dense.price: 1 numbers for 4 candidates"),
+        ({"k": 0}, 422, "requests.0.k: Input should be greater than or equal to 1"),
+        ({"new_user": 1}, 422, "requests.0.new_user: Input should be a valid boolean"),
+    ],
+)
+def test_a_bad_ranking_request_is_named(client, fields, status, message):
+    body = json.dumps({"requests": [changed(REQUEST, **fields)]})
+    answer = client.post("/rank", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == status, answer.text
+    assert message in answer.json()["error"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {f"field {n}": 1 for n in range(100_000)},
+        {"context": {str(n): "a" for n in range(100_000)}},
+        {"candidates": ["a"] * 100_000},
+        {"candidate_dense": {"price": ["a"] * 100_000}},
+    ],
+    ids=["fields", "features", "candidates", "numbers"],
+)
+def test_of_many_errors_one_is_told(live, fields, monkeypatch):
+    monkeypatch.setattr(live, "limits", Limits())
+    answer = rank(TestClient(create_app(live)), changed(REQUEST, **fields))
+    assert answer.status_code == 422
+    assert answer.json()["error"].count("requests.0") == 1
+
+
+def test_the_request_that_is_bad_is_named(client):
+    answer = rank(client, REQUEST, REQUEST, changed(REQUEST, candidates=[99] * 4))
+    assert answer.status_code == 422
+    assert answer.json()["error"].startswith("requests.2: candidates[0]: item 99 is unknown")
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"position": -1}, "events.0.position: Input should be greater than or equal to 0"),
+        ({"position": 2**63}, "events.0.position: Input should be less than or equal to"),
+        ({"item": 40}, "event 10000: item 40 is unknown; there are 0 to 39"),
+        ({"user": "7"}, "events.0.user: Input should be a valid integer"),
+        ({"time": None}, "events.0.time: "),
+        ({"time": "9999-01-01T00:00:00Z"}, "events.0.time: is more than 60 seconds ahead of the clock"),
+        ({"weight": 1}, "events.0: Value error, ['weight'] unknown; there are"),
+    ],
+)
+def test_a_bad_event_is_named_and_none_of_its_call_is_added(client, fields, message):
+    answer = append(client, changed(EVENT, position=10_001), changed(EVENT, **fields))
+    message = message.replace("events.0", "events.1")
+    assert answer.status_code == 422 and message in answer.json()["error"]
+    assert append(client, changed(EVENT, position=10_001)).json() == {"new": 1, "duplicates": 0}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff", b"[" * 10_000, b"1" * 5000, b"null", b'{"requests": NaN}', b"NaN"]
+)
+@pytest.mark.parametrize("path", ["/rank", "/events"])
+def test_what_is_no_json_is_refused(client, path, content):
+    answer = client.post(path, content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code in (400, 422)
+    assert list(answer.json()) == ["error"]
+
+
+def test_limits_are_named(client):
+    answer = rank(client, changed(REQUEST, candidates=[1] * 51))
+    assert answer.status_code == 422
+    assert "requests.0.candidates: 51 of them; at most 50 are taken" in answer.json()["error"]
+    answer = rank(client, *[REQUEST] * 4)
+    assert answer.status_code == 422 and "requests: 4 of them; at most 3" in answer.json()["error"]
+    answer = append(client, *[EVENT] * 5)
+    assert answer.status_code == 422 and "events: 5 of them; at most 4" in answer.json()["error"]
+
+
+def test_a_body_too_large_is_not_read_to_its_end(client):
+    read = 0
+
+    def pieces() -> Iterator[bytes]:
+        nonlocal read
+        for _ in range(100):
+            read += 1
+            yield b" " * 1000
+
+    for content in (b" " * 20_001, pieces()):
+        answer = client.post("/rank", content=content, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 413
+        assert "larger than 20000 bytes" in answer.json()["error"]
+
+
+def test_a_full_disk_is_not_the_clients_fault(client, live, monkeypatch):
+    def full(*_: Any) -> None:
+        raise StoreError("no room left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(live._scorers[0].store.key_values, "update", full)
+        answer = append(client, EVENT)
+    assert answer.status_code == 503 and "no room left" in answer.json()["error"]
+    assert append(client, EVENT).json() == {"new": 1, "duplicates": 0}
+
+
+def test_logits_that_are_no_json_are_the_requests_fault(client, live, monkeypatch):
+    def overflowing(batch: RankingBatch, state: UserState) -> torch.Tensor:
+        return torch.full((len(batch.labels), 1), torch.nan)
+
+    monkeypatch.setattr(live._scorers[0], "model", overflowing)
+    answer = rank(client, REQUEST)
+    assert answer.status_code == 422
+    assert answer.json()["error"].startswith("requests.0: the logits overflow; give smaller numbers")
+
+
+def test_an_error_of_the_server_is_told_without_its_insides(client, live, monkeypatch):
+    monkeypatch.setattr(live._scorers[0], "model", None)
+    answer = rank(client, REQUEST)
+    assert answer.status_code == 500
+    assert answer.json() == {"error": "an error of the server; its log has more"}
+
+
+# --------------------------------------------------------------------------------------- batching
+
+
+def test_what_waits_is_done_at_once_and_fails_alone(live, monkeypatch):
+    scored, appended = [], []
+    first = live._scorers[0]
+    score, add = first.score, first.append
+    monkeypatch.setattr(first, "score", lambda asked: (scored.append(len(asked)), score(asked))[1])
+    monkeypatch.setattr(first, "append", lambda events: (appended.append(len(events)), add(events))[1])
+    fields = {**FEATURES, "candidate_dense": {"price": [0.0]}}
+    good = [RankingRequest(BUSY_USER, [item], LATER, **fields) for item in (1, 2)]
+    bad = RankingRequest(999, [3], LATER, **fields)
+
+    async def together() -> list:
+        tasks = [
+            live.append([Event(10_000, BUSY_USER, 1, LATER - 1)]),
+            live.rank([good[0], bad]),
+            live.append([Event(10_001, BUSY_USER, 1, LATER - 1)]),
+            live.rank([good[1]]),
+        ]
+        with held(live):
+            waiting = [asyncio.create_task(task) for task in tasks]
+            await asyncio.sleep(0.1)
+        return await asyncio.gather(*waiting)
+
+    one, (ranked, unknown), two, (other,) = asyncio.run(together())
+    assert one == two == [True] and appended == [2]
+    assert (ranked.items, other.items) == ([1], [2])
+    assert "user 999 has no state" in str(unknown)
+    assert scored[0] == 3
+
+
+def test_a_batch_is_no_fuller_than_a_call_may_be():
+    batches = []
+    begun, free = threading.Event(), threading.Event()
+
+    def work(items: list[int]) -> list[int]:
+        begun.set()
+        free.wait()
+        batches.append(items)
+        return items
+
+    with Batcher(most=10) as batcher:
+        batcher.submit(work, [0], [0.1])
+        begun.wait()
+        futures = batcher.submit(work, [1, 2, 3, 4], [0.5, 0.6, 0.5, 7.0])
+        futures[2].cancel()
+        with pytest.raises(QueueFullError, match="4 of 10 places are taken"):
+            batcher.submit(work, range(7), [0.1] * 7)
+        free.set()
+    assert batches == [[0], [1], [2], [4]]
+    assert futures[3].result() == 4  # closing does what waits
+
+
+def test_a_call_that_finds_no_place_or_no_time_is_told_what_to_do(models, key_values):
+    limits = Limits(max_requests=2, max_waiting=2, timeout=0.3)
+    with LiveScorer(lambda: scorer(models, key_values), limits) as live:
+        client = TestClient(create_app(live))
+        with held(live):
+            slow = append(client, EVENT)
+            assert slow.status_code == 504
+            assert "may still be added; send them again, each counts once" in slow.json()["error"]
+            answer = rank(client, REQUEST, REQUEST)
+            assert answer.status_code == 429 and answer.headers["Retry-After"] == "1"
+        assert append(client, EVENT).json() == {"new": 1, "duplicates": 0}
+
+
+# ------------------------------------------------------------------------------------------ reload
+
+
+class Loader:
+    """Gives the run that is its turn; waits where it is told to."""
+
+    def __init__(self, models: list[Run], key_values: KeyValueStore) -> None:
+        self.models, self.key_values, self.number = models, key_values, 0
+
+    def __call__(self) -> Scorer:
+        if self.number >= len(self.models):
+            raise StateError("no states of these weights")
+        return scorer(self.models, self.key_values, self.number)
+
+
+def count(key_values: KeyValueStore, model: Run) -> int:
+    """The busy user's events."""
+    return int(StateStore(key_values, model.version).read([BUSY_USER], [LATER]).count)
+
+
+def test_a_reload_brings_weights_that_know_every_event(models, key_values, monkeypatch):
+    load = Loader(models, key_values)
+    catching, go_on = threading.Event(), threading.Event()
+    catch_up = Scorer.catch_up
+
+    def slow_catch_up(self: Scorer) -> int:
+        if load.number == 1:
+            catching.set()
+            go_on.wait()
+        return catch_up(self)
+
+    monkeypatch.setattr(Scorer, "catch_up", slow_catch_up)
+    with LiveScorer(load, Limits(timeout=20)) as live:
+        client = TestClient(create_app(live))
+        old, new = (model.version for model in models)
+        append(client, EVENT)  # in the journal when the new weights come
+        load.number = 1
+        live.reload()
+        catching.wait()
+        assert append(client, changed(EVENT, position=10_001)).json() == {"new": 1, "duplicates": 0}
+        assert rank(client, REQUEST).json()["rankings"][0]["version"] == old
+        go_on.set()
+        until(lambda: live.version == new)
+        answer = rank(client, REQUEST).json()["rankings"][0]
+        assert answer["version"] == new
+        assert client.get("/readyz").json() == {"version": new}
+        until(lambda: 'ifa_reloads_total{result="ok"} 1.0' in client.get("/metrics").text)
+        assert f'ifa_model_info{{version="{new}"}} 1.0' in client.get("/metrics").text
+        assert append(client, EVENT, changed(EVENT, position=10_001)).json()["duplicates"] == 2
+    for number in range(2):  # and the old ones have them too
+        assert count(key_values, models[number]) == 152
+
+
+def test_a_reload_that_fails_leaves_the_weights_as_they_are(models, key_values, caplog):
+    load = Loader(models, key_values)
+    with LiveScorer(load, Limits(timeout=20)) as live:
+        client = TestClient(create_app(live))
+        load.number = 2
+        live.reload()
+        until(lambda: 'ifa_reloads_total{result="failed"} 1.0' in client.get("/metrics").text)
+        assert f"the reload failed; weights {models[0].version} go on" in caplog.text
+        assert "no states of these weights" in caplog.text
+        assert rank(client, REQUEST).json()["rankings"][0]["version"] == models[0].version
+
+
+def test_a_start_catches_up_with_the_journal(models, key_values):
+    scorer(models, key_values, 0).append([Event(10_000, BUSY_USER, 3, LATER)])
+    with LiveScorer(lambda: scorer(models, key_values, 1), Limits()):
+        pass
+    assert count(key_values, models[1]) == 151
+
+
+# -------------------------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.0.2.1", "example.org"])
+def test_only_loopback_may_be_listened_on_without_a_token(host, monkeypatch):
+    monkeypatch.delenv("IFA_TOKEN", raising=False)
+    with pytest.raises(ValueError, match=r"give a token, by --token-file or the environment"):
+        serve(ServeConfig(Path("run"), "store", host=host))
+
+
+def test_a_token_that_is_not_there_is_no_token(tmp_path, monkeypatch):
+    monkeypatch.setenv("IFA_TOKEN", " ")
+    with pytest.raises(ValueError, match="IFA_TOKEN: the token is empty"):
+        serve(ServeConfig(Path("run"), "store"))
+    with pytest.raises(ValueError, match=r"--token-file: .*No such file"):
+        serve(ServeConfig(Path("run"), "store", token_file=tmp_path / "none"))
+
+
+@pytest.mark.parametrize("name", ["max_candidates", "timeout", "max_waiting"])
+def test_limits_are_above_0(name):
+    with pytest.raises(ValueError, match=f"{name} must be above 0, got 0"):
+        Limits(**{name: 0})
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def test_a_process_takes_new_weights_on_sighup_and_loses_no_event_on_sigterm(folders, models, tmp_path):
+    states, link, token = tmp_path / "states", tmp_path / "run", tmp_path / "token"
+    shutil.copytree(folders.store, states)
+    link.symlink_to(folders.runs[0])
+    token.write_text("secret\n")
+    port = free_port()
+    options = ["--run", link, "--store", states, "--token-file", token, "--host", "0.0.0.0"]
+    options += ["--port", str(port), "--drain", "1", "--limits.timeout", "20"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ifa_torchrec.serve", *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    answered: list[int] = []
+    failed: list[str] = []
+    seen: set[Any] = set()
+    url = f"http://127.0.0.1:{port}"
+
+    def post_events() -> None:
+        with httpx.Client(base_url=url, headers=TOKEN, timeout=30) as client:
+            for position in range(20_000, 10_000_000):
+                try:
+                    answer = append(client, changed(EVENT, position=position))
+                except httpx.TransportError:
+                    return
+                if answer.status_code != 200:
+                    failed.append(answer.text)
+                    return
+                answered.append(position)
+                time.sleep(0.01)  # the processors are for loading
+
+    anyone = httpx.Client(base_url=url, timeout=30)
+
+    def ready() -> int | str:
+        try:
+            answer = anyone.get("/readyz")
+        except httpx.TransportError:
+            return "closed"
+        seen.add(answer.json().get("version", answer.status_code))
+        return answer.status_code
+
+    poster = threading.Thread(target=post_events)
+    try:
+        until(lambda: ready() == 200 or process.poll() is not None, 180)
+        poster.start()
+        link.unlink()
+        link.symlink_to(folders.runs[1])
+        process.send_signal(signal.SIGHUP)
+        until(lambda: ready() == 200 and models[1].version in seen, 120)
+        count = len(answered)
+        until(lambda: len(answered) > count + 3)
+        process.send_signal(signal.SIGTERM)
+        until(lambda: ready() == "closed")
+        _, log = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        anyone.close()
+        if poster.ident is not None:
+            poster.join()
+    assert process.returncode == 0, log
+    assert not failed
+    assert seen == {models[0].version, models[1].version, 503}
+    assert f"weights {models[1].version} serve now" in log
+    store = open_key_value_store(str(states))
+    events = [Event(position, BUSY_USER, 3, LATER) for position in answered]
+    assert not any(scorer(models, store, 1).append(events))
+    store.close()
+
+
+# ------------------------------------------------------------------------------ any call whatever
+
+
+class Late:
+    """An application that can describe itself before there is a model."""
+
+    app = create_app(SimpleNamespace(limits=Limits(), metrics=Metrics()), "secret")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app(scope, receive, send)
+
+
+LATE = Late()
+API = schemathesis.openapi.from_asgi("/openapi.json", LATE)
+
+
+@pytest.fixture(scope="module")
+def model_for_api(folders, models, tmp_path_factory) -> Iterator[None]:
+    states = tmp_path_factory.mktemp("any") / "states"
+    shutil.copytree(folders.store, states)
+    store = open_key_value_store(str(states))
+    with LiveScorer(lambda: scorer(models, store), Limits(timeout=20)) as live:
+        LATE.app = create_app(live, "secret")
+        yield
+    store.close()
+
+
+@API.parametrize()
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_whatever_is_sent_is_answered_as_described(case, model_for_api):
+    # which items and features there are, the description does not say, so it allows what is refused
+    case.call_and_validate(headers=TOKEN, excluded_checks=[positive_data_acceptance])
+
+
+NUMBERS = st.integers(-2, 60) | st.integers(-(2**64), 2**64)
+TIMES = st.datetimes(timezones=st.just(timezone.utc)).map(datetime.isoformat) | st.just(LATER_TEXT)
+FLOATS = st.floats() | st.floats(-10, 10)
+
+
+# what the description allows is mostly refused early; these get further
+@given(user=NUMBERS, item=NUMBERS, position=NUMBERS, time=TIMES, number=FLOATS, new=st.booleans())
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_any_number_anywhere_is_answered(model_for_api, user, item, position, time, number, new):
+    client = TestClient(LATE.app, headers={**TOKEN, "Content-Type": "application/json"})
+    event = {"position": position, "user": user, "item": item, "time": time}
+    answer = client.post("/events", content=json.dumps({"events": [event]}))
+    assert answer.status_code in (200, 422), answer.text
+    request = changed(REQUEST, user=user, candidates=[item, 1, 2, 3], time=time, new_user=new)
+    request["dense"] = {"hour": number, "season": 0.0}
+    answer = client.post("/rank", content=json.dumps({"requests": [request]}))
+    assert answer.status_code in (200, 404, 409, 422), answer.text

@@ -1,0 +1,108 @@
+"""The TorchX component that builds states."""
+
+# TorchX reads the annotations' source and knows no newer spelling.
+# ruff: noqa: UP006, UP035, UP045
+from typing import Dict, List, Optional
+
+from torchx.components import dist
+from torchx.specs import AppDef
+
+
+def ddp(
+    *script_args: str,
+    run: str,
+    store: str,
+    data: Optional[str] = None,
+    dtype: str = "float32",
+    j: str = "1x2",
+    h: Optional[str] = None,
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,
+    image: str = "ifa-torchrec:0.1.0",
+    name: str = "/",
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+    rdzv_port: int = 29500,
+    mounts: Optional[List[str]] = None,
+    debug: bool = False,
+) -> AppDef:
+    """Build user states: python -m ifa_torchrec.build_states under torchrun.
+
+    Options of the script that are not here go after "--", e.g. -- --until 2024-05-01. A job that is
+    started again goes on where it stopped.
+
+    Args:
+        script_args: more options of python -m ifa_torchrec.build_states
+        run: folder of a training run, its out; every node must see it
+        store: where the states go: a folder on one node, or redis://HOST:PORT/NUMBER
+        data: event log; by default the one the run was trained on
+        dtype: how states are stored, float32 or float16
+        j: NODESxRANKS, e.g. 2x4 for two nodes with four ranks each
+        h: a named resource, e.g. gpu.large, instead of cpu, gpu and memMB
+        cpu: CPUs a node
+        gpu: GPUs a node, one for each of its ranks
+        memMB: memory a node, in MB
+        image: container image with this package; not used by local_cwd and slurm
+        name: EXPERIMENT/RUN, EXPERIMENT/ or RUN; the job is called build_states if RUN is left out
+        env: environment variables of the job, e.g. A=1,B=2
+        max_retries: times that the scheduler may start a failed job again
+        rdzv_port: port on the first node where the nodes meet; not used on one node
+        mounts: mounts of the container, e.g. type=volume,src=CLAIM,dst=/shared
+        debug: set the environment variables that help to find errors of torch.distributed
+
+    Returns:
+        The job.
+
+    Raises:
+        ValueError: an argument is out of range or empty, or several nodes are to share a folder.
+
+    Example:
+        >>> from torchx_components.build_states import ddp
+        >>> role = ddp(run="/shared/run", store="redis://states:6379/0", j="2x4").roles[0]
+        >>> role.args[1].partition("-m ")[2]
+        'ifa_torchrec.build_states -- --run /shared/run --store redis://states:6379/0 --dtype float32'
+    """
+    if not run.strip():
+        raise ValueError("run is empty; name the out of a training run, that every node can see")
+    if not store.strip():
+        raise ValueError("store is empty; name a folder, or redis://HOST:PORT/NUMBER")
+    if dtype not in ("float32", "float16"):
+        raise ValueError(f"dtype must be float32 or float16, not {dtype!r}")
+    nodes, max_nodes, ranks, _ = dist.parse_nnodes(j)
+    for option, value, least in (
+        ("nodes in j", nodes, 1),
+        ("ranks in j", ranks, 1),
+        ("cpu", cpu, 1),
+        ("gpu", gpu, 0),
+        ("memMB", memMB, 1),
+        ("max_retries", max_retries, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{option} must be at least {least}, not {value}")
+    if max_nodes > 1 and "://" not in store:
+        raise ValueError(f"store {store} is a folder, which serves one node; on several use redis://")
+    return dist.ddp(
+        "--",  # torchrun would take --run for its own --run-path
+        "--run",
+        run,
+        "--store",
+        store,
+        *(["--data", data] if data else []),
+        "--dtype",
+        dtype,
+        *script_args,
+        m="ifa_torchrec.build_states",
+        j=j,
+        h=h,
+        cpu=cpu,
+        gpu=gpu,
+        memMB=memMB,
+        image=image,
+        name=name,
+        env=dict(env or {}),
+        max_retries=max_retries,
+        rdzv_port=rdzv_port,
+        mounts=mounts,
+        debug=debug,
+    )
