@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -224,7 +225,8 @@ class Server:
         command = [sys.executable, "-m", "ifa_torchrec.serve"]
         command += [str(word) for option in options.items() for word in option]
         with log.open("w") as output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=output)
+            one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+            self.process = subprocess.Popen(command, stdout=output, stderr=output, env=one_thread)
         while True:
             time.sleep(0.2)
             if self.process.poll() is not None:

@@ -105,8 +105,13 @@ class LMDBStore(KeyValueStore):
 
     def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """See KeyValueStore."""
-        with _reported(self.path), self._environment.begin() as transaction:
-            return [transaction.get(key) for key in keys]
+        with (
+            _reported(self.path),
+            self._environment.begin() as transaction,
+            transaction.cursor() as cursor,
+        ):
+            found = dict(cursor.getmulti(keys))
+        return [found.get(key) for key in keys]
 
     def update(
         self,

@@ -538,8 +538,9 @@ class StateStore:
         time = np.empty(len(values), np.int64)
         weight = np.empty((len(values), half_lives))
         mean = np.empty((len(values), half_lives, width))
+        size = np.fromiter(map(len, values), np.int64, len(values))
         for record in self._row_record.values():
-            chosen = [n for n, value in enumerate(values) if len(value) == record.itemsize]
+            chosen = np.flatnonzero(size == record.itemsize)
             found = np.frombuffer(b"".join([values[n] for n in chosen]), record)
             time[chosen], weight[chosen], mean[chosen] = found["time"], found["weight"], found["mean"]
         return time, weight, mean
