@@ -35,6 +35,15 @@ def log(toy, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def real_log(tmp_path_factory):
+    """The Complete Journey, with few requests to train on and 1,000 to test by."""
+    from ifa_torchrec.data.complete_journey import CompleteJourneyConfig, prepare
+
+    folder = tmp_path_factory.mktemp("real") / "log"
+    return prepare(folder, CompleteJourneyConfig(train=64, valid=4, test=1000))
+
+
+@pytest.fixture(scope="session")
 def redis_address(tmp_path_factory) -> Iterator[str]:
     """A Redis server of the tests' own, on a socket."""
     program = shutil.which("redis-server")

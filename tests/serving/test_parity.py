@@ -11,13 +11,11 @@ import torch
 from ifa_torchrec import IFAConfig
 from ifa_torchrec.build_states import BuildStatesConfig, build_states
 from ifa_torchrec.data import EventBudgetSampler, RankingDataset, make_loader
-from ifa_torchrec.data.complete_journey import CompleteJourneyConfig, prepare
 from ifa_torchrec.modules import CandidateSetConfig
 from ifa_torchrec.scoring import measure
 from ifa_torchrec.serving import Event, RankingRequest, Scorer, StateStore, open_key_value_store
 from ifa_torchrec.train import Run, TrainConfig, load_run, train
 
-REQUESTS = 1000
 IFA = IFAConfig(
     embedding_dim=32,
     num_heads=2,
@@ -29,12 +27,11 @@ IFA = IFAConfig(
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Run:
+def run(real_log, tmp_path_factory) -> Run:
     """A model of real purchases, trained a little so that its weights are no one's start."""
     folder = tmp_path_factory.mktemp("parity")
-    prepare(folder / "log", CompleteJourneyConfig(train=64, valid=4, test=REQUESTS))
     config = TrainConfig(
-        folder / "log",
+        real_log.path,
         folder / "run",
         ifa=IFA,
         candidate_set=CandidateSetConfig("softmax"),
@@ -62,7 +59,7 @@ def request_of(dataset: RankingDataset, number: int) -> RankingRequest:
 @torch.no_grad()
 def test_served_scores_and_metrics_are_those_of_the_raw_histories(run, tmp_path):
     dataset = run.dataset("test")
-    assert len(dataset) == REQUESTS
+    assert len(dataset) == 1000
     sampler = EventBudgetSampler(dataset.history_lengths, max_events=16384, max_requests=16)
     trained = np.concatenate([run.dlrm.eval()(b).numpy() for b in make_loader(dataset, sampler)])
 
@@ -79,7 +76,7 @@ def test_served_scores_and_metrics_are_those_of_the_raw_histories(run, tmp_path)
     )
     log, item = run.log, run.log.schema.item
     appended = dict.fromkeys(log.users.tolist(), first)
-    served = [np.empty(0)] * REQUESTS
+    served = [np.empty(0)] * len(dataset)
     for number in np.argsort(dataset.requests["time"], kind="stable").tolist():
         request = request_of(dataset, number)
         since, now = appended.get(request.user, first), request.time
