@@ -333,13 +333,13 @@ def measure_appends(scorer: Scorer, options: Options) -> pd.DataFrame:
 
 def measure_service(server: Server, options: Options) -> tuple[dict, pd.DataFrame]:
     """Milliseconds of POST /rank over one connection, and requests a second over many."""
-    connection = server.connection()
     times, rows = {}, []
     for m in options.candidates:
         for n in options.histories:
             bodies = [body_of(request) for request in requests_of(n, m)]
+            connection = server.connection()
 
-            def rank(i: int, bodies=bodies) -> bytes:
+            def rank(i: int, bodies=bodies, connection=connection) -> bytes:
                 return server.send("POST", "/rank", bodies[i % len(bodies)], connection)
 
             times[n, m] = timed({"": rank}, options)[""]
@@ -405,8 +405,10 @@ def main() -> None:
         appends = measure_appends(scorer, options)
         states.close()  # the service opens it
         server = Server(folder / "run", folder / "states", folder / "serve.log")
-        over_http, saturated = measure_service(server, options)
-        server.close()
+        try:
+            over_http, saturated = measure_service(server, options)
+        finally:
+            server.close()
     rows["p50"] = rows["times"].map(np.median)
     picture(rows, ROOT / "docs" / "serving.png")
     rows["cell"] = rows["times"].map(p50_p99)

@@ -17,7 +17,9 @@ import torch.distributed as dist
 import tyro
 
 from ifa_torchrec.command_line import as_command
+from ifa_torchrec.models import DLRM_IFATrain
 from ifa_torchrec.scoring import measure, predict
+from ifa_torchrec.serving import quantize_tables
 from ifa_torchrec.train import load_run
 
 
@@ -33,10 +35,13 @@ class EvaluateConfig:
     """Event log; by default the one the run was trained on."""
     by: tuple[str, ...] = ()
     """Context features: metrics are also given for the requests of each of their values."""
+    int8: bool = False
+    """Round the tables to 8 bits, as ``ifa_torchrec.serve --int8`` does; each rank holds all of them."""
 
 
 def evaluate(config: EvaluateConfig) -> dict:
-    """Load a run's last checkpoint and measure a split; rank 0 writes RUN/metrics-SPLIT.json.
+    """Load a run's last checkpoint and measure a split; rank 0 writes RUN/metrics-SPLIT.json, or
+    metrics-SPLIT-int8.json.
 
     Returns:
         ``measure``'s numbers, and "ms_per_request".
@@ -45,7 +50,9 @@ def evaluate(config: EvaluateConfig) -> dict:
         CheckpointError: the run has no checkpoint.
         LogError: the event log or the split is not there.
     """
-    run = load_run(config.run, config.data)
+    run = load_run(config.run, config.data, sharded=not config.int8)
+    if config.int8:
+        run.model = DLRM_IFATrain(quantize_tables(run.dlrm))
     known = list(run.log.schema.context_features)
     for feature in config.by:
         if feature not in known:
@@ -57,7 +64,8 @@ def evaluate(config: EvaluateConfig) -> dict:
     metrics = measure(dataset, scores, config.by)
     metrics["ms_per_request"] = milliseconds
     if dist.get_rank() == 0:
-        (config.run / f"metrics-{config.split}.json").write_text(json.dumps(metrics, indent=2))
+        name = f"metrics-{config.split}{'-int8' if config.int8 else ''}.json"
+        (config.run / name).write_text(json.dumps(metrics, indent=2))
     return metrics
 
 

@@ -20,6 +20,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -53,6 +54,8 @@ class ExampleConfig:
     """Requests to train on."""
     test_requests: int = 400
     """Requests to serve."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """How the states are stored."""
     port: int = 8137
     """Where the service listens."""
 
@@ -140,7 +143,7 @@ def main() -> None:
     first = int(dataset.requests["time"].min())
     until = pd.Timestamp(first, unit="us").to_pydatetime()
     # the stream of later events is read from its beginning: position 0
-    built = build_states(BuildStatesConfig(run, store, until=until, position=0))
+    built = build_states(BuildStatesConfig(run, store, until=until, position=0, dtype=config.dtype))
     print(
         f"{built['users']:,} households, {built['events_per_user']:.0f} events and "
         f"{built['bytes_per_user'] / 1000:.0f} kB each, {built['users_per_second']:.0f} a second"
