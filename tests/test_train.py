@@ -477,6 +477,12 @@ class TestEvaluate:
         assert {"auc", "gauc", "ndcg@10", "ne", "calibration", "ms_per_request"} <= metrics.keys()
         assert 0 <= metrics["gauc"] <= 1 and metrics["ms_per_request"] > 0
 
+    def test_int8_tables_change_little_and_have_a_file_of_their_own(self, trained: Path) -> None:
+        metrics, rounded = (evaluate(EvaluateConfig(trained, int8=int8)) for int8 in (False, True))
+        assert rounded["ne"] != metrics["ne"] == pytest.approx(rounded["ne"], abs=1e-3)
+        assert json.loads((trained / "metrics-test.json").read_text()) == metrics
+        assert json.loads((trained / "metrics-test-int8.json").read_text()) == rounded
+
     def test_by_context_feature(self, trained: Path, toy: Toy) -> None:
         metrics = evaluate(EvaluateConfig(trained, split="train", by=("store", "weekday")))
         assert set(metrics["by"]) == {"store", "weekday"}

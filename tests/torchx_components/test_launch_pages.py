@@ -15,12 +15,17 @@ from torchx.cli.main import main as torchx
 from torchx.runner import Runner
 from torchx.specs import AppDef
 
+from ifa_torchrec.build_states import BuildStatesConfig
 from ifa_torchrec.evaluate import EvaluateConfig
 from ifa_torchrec.train import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = {page.stem: page for page in (ROOT / "docs" / "launch").glob("*.md")}
-SCRIPTS = {"ifa_torchrec.train": TrainConfig, "ifa_torchrec.evaluate": EvaluateConfig}
+SCRIPTS = {
+    "ifa_torchrec.train": TrainConfig,
+    "ifa_torchrec.evaluate": EvaluateConfig,
+    "ifa_torchrec.build_states": BuildStatesConfig,
+}
 
 
 def commands(page: Path, program: str) -> list[str]:
@@ -94,7 +99,7 @@ def test_there_are_pages_with_commands_for_both_components():
 @pytest.mark.parametrize("page, line", ALL)
 @pytest.mark.filterwarnings("ignore:(?s).*Volcano:UserWarning")
 def test_a_printed_command_is_one_that_torchx_takes(page, line, dry_run):
-    assert dry_run(line).name in ("train", "evaluate")
+    assert dry_run(line).name in ("train", "evaluate", "build_states", "serve")
 
 
 @pytest.mark.parametrize("page, line", BY_HAND)
@@ -109,6 +114,8 @@ def test_a_printed_torchrun_line_does_what_one_of_the_components_does(page, line
     for name, command in ALL:
         if name == page:
             (role,) = dry_run(command).roles
+            if role.entrypoint == "python":  # a server needs no torchrun
+                continue
             own = {k: v for k, v in role.env.items() if k.startswith(("PET_", "TORCH_"))}
             made.append(meaning(shlex.split(role.args[1]), own, monkeypatch))
     assert by_hand in made
