@@ -383,7 +383,7 @@ def main() -> None:
         folder = Path(temporary)
         log = make_log(folder / "log", options.histories)
         train(TrainConfig(log.path, folder / "run", ifa=MODELS["ifa"][1], validate=False))
-        build_states(BuildStatesConfig(folder / "run", str(folder / "states")))
+        build_states(BuildStatesConfig(folder / "run", str(folder / "states"), position=0))
         run = load_run(folder / "run", sharded=False)
         states, raw, index = (
             open_key_value_store(str(folder / name)) for name in ("states", "raw", "by_category")

@@ -1,10 +1,11 @@
 """Encode every user's history into a store of states.
 
-    python -m ifa_torchrec.build_states --run runs/mine --store runs/states
-    torchrun --nproc-per-node 2 -m ifa_torchrec.build_states -- --run runs/mine --store redis://host:6379/0
+    python -m ifa_torchrec.build_states --run runs/mine --store runs/states --position 0
+    torchrun --nproc-per-node 2 -m ifa_torchrec.build_states -- --run runs/mine \\
+        --store redis://host:6379/0 --position 0
 
 The store is a folder, an LMDB file that the processes of one machine share, or a Redis server. Killed,
-the same line goes on where it stopped. Other versions' states stay, until --drop VERSION.
+the same line goes on where it stopped. Other versions' states stay; ifa_torchrec.states drops them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ifa_torchrec.command_line import as_command
 from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset
 from ifa_torchrec.data.dataset import EMPTY_REQUEST
 from ifa_torchrec.modules import InteractionFidelityAttention
-from ifa_torchrec.serving import StateError, StateLayout, StateStore, drop, open_key_value_store
+from ifa_torchrec.serving import StateError, StateLayout, StateStore, open_key_value_store
 from ifa_torchrec.train import load_run
 
 
@@ -39,17 +40,15 @@ class BuildStatesConfig:
     """Folder of a training run (its --out)."""
     store: str
     """Where the states go: a folder, or redis://HOST:PORT/NUMBER."""
+    position: int
+    """The first position of the event stream whose event the log has not: 0 where the stream begins
+    after the log. Events of the stream before it count as being in the states."""
     data: Path | None = None
     """Event log; by default the one the run was trained on."""
     until: datetime | None = None
     """Only events before this time (UTC); by default all."""
-    position: int | None = None
-    """The first position of the event stream that the log has not; by default the log's number of
-    events (before --until), so that the stream's positions go on from there."""
     dtype: Literal["float32", "float16"] = "float32"
-    """How states are stored; float16 halves them (docs/serving.md has the error)."""
-    drop: str | None = None
-    """Instead of building, delete the states of this version of the weights."""
+    """How states are stored; float16 takes 0.6 of the bytes (docs/serving.md has the error)."""
     max_events: int = 65536
     """Budget of history events a batch and rank."""
     max_requests: int = 128
@@ -84,12 +83,10 @@ def build_states(config: BuildStatesConfig) -> dict[str, float | str]:
     if "://" not in config.store and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
         raise StateError(f"{config.store}: LMDB serves one machine; on several use redis://")
     histories, times = _whole_histories(run.log, config.until)
-    events = int(histories.history_lengths.sum())
     key_values = open_key_value_store(config.store)
     layout = StateLayout.of(ifa, config.dtype)
-    position = events if config.position is None else config.position
     source = f"{run.log.fingerprint()} until {config.until}"
-    store = StateStore.begin(key_values, run.version, layout, position, source)
+    store = StateStore.begin(key_values, run.version, layout, config.position, source)
     users = run.log.users
     parts = np.array_split(users, len(users) // 10_000 + 1)
     known = np.concatenate([store.known(part.tolist()) for part in parts])
@@ -149,9 +146,6 @@ def main() -> None:
         config = tyro.cli(
             BuildStatesConfig, prog="python -m ifa_torchrec.build_states", description=__doc__
         )
-        if config.drop is not None:
-            drop(open_key_value_store(config.store), config.drop)
-            return
         result = build_states(config)
         if dist.get_rank() == 0:
             print(json.dumps(result, indent=2))

@@ -14,9 +14,10 @@ from ranks import run_ranks
 from toy import BUSY_USER, NEW_USER, NUM_EVENTS
 
 from ifa_torchrec import IFAConfig, UserState
-from ifa_torchrec.build_states import BuildStatesConfig, build_states, main
+from ifa_torchrec.build_states import BuildStatesConfig, build_states
 from ifa_torchrec.data import RankingDataset
 from ifa_torchrec.serving import StateError, StateStore, open_key_value_store, versions
+from ifa_torchrec.states import main
 from ifa_torchrec.train import Run, TrainConfig, load_run, train
 
 IFA = IFAConfig(
@@ -64,24 +65,23 @@ def assert_built(store: str, run: Path, before: int = END) -> StateStore:
 
 def test_every_user_with_events_has_a_state(run, tmp_path):
     store = str(tmp_path / "states")
-    result = build_states(BuildStatesConfig(run, store, max_events=60))
+    result = build_states(BuildStatesConfig(run, store, position=5, max_events=60))
     assert result["users"] == len(USERS)
     assert result["events_per_user"] == sum(NUM_EVENTS.values()) / len(USERS)
     assert result["bytes_per_user"] > 4 * 2 * 4 * 5
     states = assert_built(store, run)
-    assert states.position == sum(NUM_EVENTS.values())
+    assert states.position == 5
     states = StateStore(open_key_value_store(store), result["version"])
     assert states.known([NEW_USER, BUSY_USER]).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("zone", [None, timezone(timedelta(hours=2))], ids=str)
-def test_only_the_events_before_a_time(run, log, tmp_path, zone):
+def test_only_the_events_before_a_time(run, tmp_path, zone):
     store = str(tmp_path / "states")
     hour = 0 if zone is None else 2  # the same moment on that zone's clocks
-    build_states(BuildStatesConfig(run, store, until=datetime(2024, 2, 10, hour, tzinfo=zone)))
+    build_states(BuildStatesConfig(run, store, 0, until=datetime(2024, 2, 10, hour, tzinfo=zone)))
     before = int(np.datetime64("2024-02-10", "us").astype(np.int64))
-    states = assert_built(store, run, before)
-    assert states.position == int((log.events["time"] < before).sum())
+    assert_built(store, run, before)
 
 
 class Stopped(Exception):
@@ -99,7 +99,7 @@ def build_on_ranks(run: Path, address: str, fail_after: int | None) -> dict:
             return write(self, *arguments)
 
         StateStore.write = failing
-    return build_states(BuildStatesConfig(run, address, max_events=60, max_requests=1))
+    return build_states(BuildStatesConfig(run, address, 0, max_events=60, max_requests=1))
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -127,22 +127,25 @@ def test_runs_without_states_are_refused(changes, message, log, tmp_path):
     config = TrainConfig(log.path, tmp_path / "run", ifa=IFA, validate=False)
     train(dataclasses.replace(config, **changes))
     with pytest.raises(StateError, match=message):
-        build_states(BuildStatesConfig(tmp_path / "run", str(tmp_path / "states")))
+        build_states(BuildStatesConfig(tmp_path / "run", str(tmp_path / "states"), 0))
 
 
 def test_lmdb_serves_one_machine(run, tmp_path, monkeypatch):
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     with pytest.raises(StateError, match="LMDB serves one machine"):
-        build_states(BuildStatesConfig(run, str(tmp_path / "states")))
+        build_states(BuildStatesConfig(run, str(tmp_path / "states"), 0))
 
 
-def test_drop_on_the_command_line(run, tmp_path, monkeypatch, capsys):
+def test_versions_are_listed_and_dropped_on_the_command_line(run, tmp_path, monkeypatch, capsys):
     store = str(tmp_path / "states")
-    version = build_states(BuildStatesConfig(run, store))["version"]
-    command = ["build_states", "--run", str(run), "--store", store, "--drop"]
-    monkeypatch.setattr("sys.argv", [*command, "other"])
+    version = build_states(BuildStatesConfig(run, store, 7))["version"]
+    command = ["states", "--store", store]
+    monkeypatch.setattr("sys.argv", command)
+    main()
+    assert capsys.readouterr().out == f"{version}: whole, float32, of a log up to position 7\n"
+    monkeypatch.setattr("sys.argv", [*command, "--drop", "other"])
     with pytest.raises(SystemExit, match=rf"error: no states of weights 'other' here.*{version}"):
         main()
-    monkeypatch.setattr("sys.argv", [*command, version])
+    monkeypatch.setattr("sys.argv", [*command, "--drop", version])
     main()
     assert versions(open_key_value_store(store)) == {}

@@ -12,6 +12,7 @@ def ddp(
     *script_args: str,
     run: str,
     store: str,
+    position: int,
     data: Optional[str] = None,
     dtype: str = "float32",
     j: str = "1x2",
@@ -36,6 +37,7 @@ def ddp(
         script_args: more options of python -m ifa_torchrec.build_states
         run: folder of a training run, its out; every node must see it
         store: where the states go: a folder on one node, or redis://HOST:PORT/NUMBER
+        position: first position of the event stream whose event the log has not
         data: event log; by default the one the run was trained on
         dtype: how states are stored, float32 or float16
         j: NODESxRANKS, e.g. 2x4 for two nodes with four ranks each
@@ -59,9 +61,9 @@ def ddp(
 
     Example:
         >>> from torchx_components.build_states import ddp
-        >>> role = ddp(run="/shared/run", store="redis://states:6379/0", j="2x4").roles[0]
-        >>> role.args[1].partition("-m ")[2]
-        'ifa_torchrec.build_states -- --run /shared/run --store redis://states:6379/0 --dtype float32'
+        >>> role = ddp(run="/shared/run", store="redis://states:6379/0", position=7, j="2x4").roles[0]
+        >>> role.args[1].partition("-m ")[2][:67]
+        'ifa_torchrec.build_states -- --run /shared/run --store redis://stat'
     """
     if not run.strip():
         raise ValueError("run is empty; name the out of a training run, that every node can see")
@@ -71,6 +73,7 @@ def ddp(
         raise ValueError(f"dtype must be float32 or float16, not {dtype!r}")
     nodes, max_nodes, ranks, _ = dist.parse_nnodes(j)
     for option, value, least in (
+        ("position", position, 0),
         ("nodes in j", nodes, 1),
         ("ranks in j", ranks, 1),
         ("cpu", cpu, 1),
@@ -88,6 +91,8 @@ def ddp(
         run,
         "--store",
         store,
+        "--position",
+        str(position),
         *(["--data", data] if data else []),
         "--dtype",
         dtype,

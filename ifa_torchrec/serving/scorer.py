@@ -92,7 +92,7 @@ class Scorer:
         ...     requests={"train": pd.DataFrame({"user": [1], "time": days[3:], "candidates": [[0, 2]],
         ...                                      "exposed": [[True, True]], "label": [[1, 0]]})})
         >>> _ = train(TrainConfig(folder / "log", folder / "run", ifa=IFAConfig(8, num_heads=2)))
-        >>> _ = build_states(BuildStatesConfig(folder / "run", str(folder / "states")))
+        >>> _ = build_states(BuildStatesConfig(folder / "run", str(folder / "states"), 4))
         >>> run = load_run(folder / "run", sharded=False)
         >>> store = StateStore(open_key_value_store(str(folder / "states")), run.version)
         >>> scorer = Scorer(run.dlrm, run.log.schema, run.log.items, store)

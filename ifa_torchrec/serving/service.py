@@ -192,7 +192,7 @@ def create_app(live: LiveScorer, token: str | None = None) -> FastAPI:
         ...     requests={"train": pd.DataFrame({"user": [1], "time": days[3:], "candidates": [[0, 2]],
         ...                                      "exposed": [[True, True]], "label": [[1, 0]]})})
         >>> _ = train(TrainConfig(folder / "log", folder / "run", ifa=IFAConfig(8, num_heads=2)))
-        >>> _ = build_states(BuildStatesConfig(folder / "run", str(folder / "states")))
+        >>> _ = build_states(BuildStatesConfig(folder / "run", str(folder / "states"), 4))
         >>> states = open_key_value_store(str(folder / "states"))
         >>> def load():
         ...     run = load_run(folder / "run", sharded=False)

@@ -243,13 +243,13 @@ class StateStore:
         elif found["complete"]:
             raise StateError(
                 f"states of weights {version!r} are built; new events are added to them as they "
-                "come. To build them anew, first --drop them"
+                "come. To build them anew, drop them first (python -m ifa_torchrec.states)"
             )
         elif found != header:
             differing = [name for name in header if header[name] != found.get(name)]
             raise StateError(
                 f"states of weights {version!r} were begun with another {' and '.join(differing)}; "
-                "go on with the same, or --drop them first"
+                "go on with the same, or drop them first (python -m ifa_torchrec.states)"
             )
         store = cls.__new__(cls)
         store.key_values, store.version = key_values, version

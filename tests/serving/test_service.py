@@ -31,7 +31,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from starlette.types import Receive, Scope, Send
-from toy import BUSY_USER, NEW_USER, ONE_EVENT_USER, make_toy
+from toy import BUSY_USER, NEW_USER, NUM_EVENTS, ONE_EVENT_USER, make_toy
 
 from ifa_torchrec import IFAConfig, RankingBatch, UserState
 from ifa_torchrec.build_states import BuildStatesConfig, build_states
@@ -82,7 +82,7 @@ def folders(tmp_path_factory) -> Folders:
     runs = folder / "run0", folder / "run1"
     for seed, run in enumerate(runs):
         train(TrainConfig(folder / "log", run, ifa=ifa, seed=seed, validate=False))
-        build_states(BuildStatesConfig(run, str(folder / "states")))
+        build_states(BuildStatesConfig(run, str(folder / "states"), sum(NUM_EVENTS.values())))
     return Folders(runs, folder / "states")
 
 

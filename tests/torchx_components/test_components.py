@@ -32,7 +32,8 @@ NAMED = {
 TRAIN = {"data": "/shared/log", "out": "/shared/run"}
 EVALUATE = {"run": "/shared/run"}
 STATES = {"run": "/shared/run", "store": "redis://states:6379/0"}
-UNDER_TORCHRUN = [(train.ddp, TRAIN), (evaluate.ddp, EVALUATE), (build_states.ddp, STATES)]
+BUILD = {**STATES, "position": 7}
+UNDER_TORCHRUN = [(train.ddp, TRAIN), (evaluate.ddp, EVALUATE), (build_states.ddp, BUILD)]
 
 
 class TestFiles(ComponentTestCase):
@@ -120,11 +121,11 @@ def test_evaluate_passes_its_options_to_the_script():
 
 
 def test_build_states_passes_its_options_to_the_script():
-    app = build_states.ddp("--position", "7", **STATES, dtype="float16", data="/other")
+    app = build_states.ddp("--until", "2024-05-01", **BUILD, dtype="float16", data="/other")
     assert script_line(app) == [
         "ifa_torchrec.build_states",
-        *("--run", "/shared/run", "--store", "redis://states:6379/0", "--data", "/other"),
-        *("--dtype", "float16", "--position", "7"),
+        *("--run", "/shared/run", "--store", "redis://states:6379/0", "--position", "7"),
+        *("--data", "/other", "--dtype", "float16", "--until", "2024-05-01"),
     ]
 
 
@@ -165,7 +166,7 @@ def test_defaults_are_the_scripts(script, component, options):
 @pytest.mark.parametrize("data", [None, ""])
 def test_the_log_is_left_to_the_run(data):
     assert "--data" not in script_line(evaluate.ddp(**EVALUATE, data=data))
-    assert "--data" not in script_line(build_states.ddp(**STATES, data=data))
+    assert "--data" not in script_line(build_states.ddp(**BUILD, data=data))
     assert "--data" not in serve.server(**STATES, data=data).roles[0].args
 
 
@@ -174,7 +175,7 @@ def test_the_log_is_left_to_the_run(data):
     [
         (TrainConfig, train.ddp, TRAIN, {"data", "out"}),
         (EvaluateConfig, evaluate.ddp, EVALUATE, {"run"}),
-        (BuildStatesConfig, build_states.ddp, STATES, {"run", "store"}),
+        (BuildStatesConfig, build_states.ddp, BUILD, {"run", "store", "position"}),
     ],
 )
 def test_torchrun_takes_no_option_of_the_script_for_its_own(script, component, own, given):
@@ -194,7 +195,7 @@ def test_script_arguments_survive_the_shell():
 def test_options_reach_the_job(component, own):
     app = materialize_appdef(
         component,
-        [word for option, value in own.items() for word in (f"--{option}", value)]
+        [word for option, value in own.items() for word in (f"--{option}", str(value))]
         + ["-j", "1:2x4", "--cpu", "3", "--gpu", "4", "--memMB", "5000", "--image", "registry/ifa:1"]
         + ["--name", "trial/first", "--env", "A=1,B=2", "--max_retries", "3", "--rdzv_port", "29999"]
         + ["--mounts", "type=volume,src=claim,dst=/shared,type=bind,src=/host,dst=/here,readonly"],
@@ -281,12 +282,12 @@ def test_max_restarts_is_torchruns(monkeypatch):
         (train.ddp, TRAIN, {"max_restarts": -1}, "max_restarts must be at least 0, not -1"),
         (evaluate.ddp, EVALUATE, {"run": ""}, "run is empty; name the out of a training run"),
         (evaluate.ddp, EVALUATE, {"split": ""}, "split is empty; name a split"),
-        (build_states.ddp, STATES, {"run": ""}, "run is empty; name the out of a training run"),
-        (build_states.ddp, STATES, {"store": " "}, "store is empty; name a folder, or redis://"),
-        (build_states.ddp, STATES, {"dtype": "int8"}, "dtype must be float32 or float16, not 'int8'"),
+        (build_states.ddp, BUILD, {"run": ""}, "run is empty; name the out of a training run"),
+        (build_states.ddp, BUILD, {"store": " "}, "store is empty; name a folder, or redis://"),
+        (build_states.ddp, BUILD, {"dtype": "int8"}, "dtype must be float32 or float16, not 'int8'"),
         (
             build_states.ddp,
-            STATES,
+            BUILD,
             {"store": "/shared/states", "j": "2x1"},
             "store /shared/states is a folder, which serves one node",
         ),

@@ -1,0 +1,42 @@
+"""List the versions whose states a store holds, or drop one.
+
+python -m ifa_torchrec.states --store runs/states
+python -m ifa_torchrec.states --store runs/states --drop VERSION
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tyro
+
+from ifa_torchrec.command_line import as_command
+from ifa_torchrec.serving import drop, open_key_value_store, versions
+
+
+@dataclass(frozen=True)
+class StatesConfig:
+    """Options of ``python -m ifa_torchrec.states``."""
+
+    store: str
+    """A folder, or redis://HOST:PORT/NUMBER."""
+    drop: str | None = None
+    """Delete this version's states, and the events of the journal that no other version can want."""
+
+
+def main() -> None:
+    """The command line."""
+    with as_command():
+        config = tyro.cli(StatesConfig, prog="python -m ifa_torchrec.states", description=__doc__)
+        key_values = open_key_value_store(config.store)
+        if config.drop is not None:
+            drop(key_values, config.drop)
+        for version, header in versions(key_values).items():
+            built = "whole" if header["complete"] else "half built"
+            position, layout = header["position"], header["layout"]
+            print(f"{version}: {built}, {layout['dtype']}, of a log up to position {position}")
+        key_values.close()
+
+
+if __name__ == "__main__":
+    main()
