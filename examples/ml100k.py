@@ -75,7 +75,7 @@ class Requests:
             lengths=torch.from_numpy(np.concatenate([lengths, np.full(len(self), CANDIDATES)])),
         )
         age = (np.repeat(self.time, lengths) - events["timestamp"].to_numpy()) / DAYS
-        return features, torch.from_numpy(age).float(), torch.from_numpy(events["liked"].to_numpy())
+        return features, torch.from_numpy(age).float(), torch.tensor(events["liked"].to_numpy())
 
 
 def load(folder: Path) -> tuple[Requests, Requests, dict[str, int], pd.DataFrame]:

@@ -88,14 +88,15 @@ def evaluate(model: Ranker, requests: Requests) -> float:
     return float(binary_auroc(torch.cat(logits), torch.from_numpy(requests.label.ravel())))
 
 
-def train(options: Options, with_history: bool) -> float:
-    """Train a model; its AUC on the test requests."""
+def train(options: Options, with_history: bool) -> None:
+    """Train a model; prints its AUC on the test requests."""
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
     training, test, tables, _ = load(options.data)
     training = training[np.arange(len(training))[: options.requests]]
     model = Ranker(tables["item"], options.dim, with_history)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-3)
+    loss = torch.zeros(())
     for epoch in range(options.epochs):
         for part in np.array_split(rng.permutation(len(training)), len(training) // 32 + 1):
             batch = training[part]
@@ -107,7 +108,6 @@ def train(options: Options, with_history: bool) -> float:
         auc = evaluate(model, test)
         name = "with IFA" if with_history else "without"
         print(f"{name:8}  epoch {epoch + 1}  loss {loss.item():.3f}  test AUC {auc:.4f}")
-    return auc
 
 
 def main() -> None:
