@@ -53,6 +53,8 @@ class ExampleConfig:
     train_requests: int = 4000
     """Requests to train on."""
     test_requests: int = 400
+    """Requests of the split test."""
+    split: Literal["valid", "test"] = "test"
     """Requests to serve."""
     dtype: Literal["float32", "float16"] = "float32"
     """How the states are stored."""
@@ -136,10 +138,10 @@ def main() -> None:
 
     print("\n1. Train")
     train(TrainConfig(log.path, run, ifa=IFA, validate=False))
-    whole = evaluate(EvaluateConfig(run))["gauc"]
+    whole = evaluate(EvaluateConfig(run, config.split))["gauc"]
 
     print("\n2. Build states of what was bought before the test weeks")
-    dataset = RankingDataset(log, "test")
+    dataset = RankingDataset(log, config.split)
     first = int(dataset.requests["time"].min())
     until = pd.Timestamp(first, unit="us").to_pydatetime()
     # the stream of later events is read from its beginning: position 0

@@ -17,8 +17,8 @@ def test_events_bring_the_service_to_the_trained_models_ranking(
     real_log, tmp_path, monkeypatch, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "log").symlink_to(real_log.path)
-    command = ["serve_and_watch.py", "--out", str(tmp_path), "--port", str(get_free_port())]
-    monkeypatch.setattr("sys.argv", command)
+    command = ["serve_and_watch.py", "--out", str(tmp_path), "--split", "valid"]
+    monkeypatch.setattr("sys.argv", [*command, "--port", str(get_free_port())])
     serve_and_watch.main()
     printed = capsys.readouterr().out
     before, after, whole = re.findall(r"GAUC .*: +(0\.\d{4})$", printed, re.MULTILINE)

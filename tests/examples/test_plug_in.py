@@ -18,7 +18,7 @@ from ifa_torchrec import IFAConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
-import ml100k
+import ml100k  # noqa: E402
 
 
 def module_of(folder: str) -> ModuleType:
