@@ -1,6 +1,7 @@
 # make demo    set up, then train, evaluate and compare on real data (about 8 minutes)
 # make test    set up, then run the tests
 # make setup   the set-up alone: .venv with everything in it
+# make lint, coverage, docs   see CONTRIBUTING.md
 # EXTRA=gpu    for a machine with an NVIDIA GPU
 
 PYTHON ?= python3
@@ -17,14 +18,14 @@ UV_ENV := $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)") \
 # too, a training step takes 3 times as long instead of 20.
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test coverage lint docs clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py $(wildcard ifa_torchrec/ops/native/csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade uv
-	$(UV_ENV) $(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[$(EXTRA),serve,demo,dev]"
+	$(UV_ENV) $(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[$(EXTRA),serve,demo,data,dev,docs]"
 	touch $@
 
 demo: setup
@@ -33,10 +34,19 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# The floor is two points below what it was when it was set. Folders, not packages: coverage would import
+# a package to find it, and torch cannot be imported twice.
+coverage: setup
+	$(BIN)/python -m pytest tests/ops tests/modules tests/models \
+	    --cov=ifa_torchrec/ops --cov=ifa_torchrec/modules --cov-report=term-missing --cov-fail-under=97
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv runs *.egg-info

@@ -18,7 +18,8 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -96,6 +97,35 @@ class LogSchema:
     def candidate_lists(self) -> tuple[str, ...]:
         """The request columns that hold one value a candidate."""
         return (CANDIDATES, EXPOSED, *self.tasks, *self.candidate_dense, *self.candidate_tags)
+
+
+@contextmanager
+def drafting(path: str | Path) -> Iterator[Path]:
+    """A folder beside ``path`` to write a log in, gone again unless ``EventLog.publish`` renamed it.
+
+    Raises:
+        FileExistsError: ``path`` exists.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.data.event_log import drafting
+        >>> with drafting(Path(tempfile.mkdtemp()) / "log") as draft:
+        ...     (draft / "requests").is_dir()
+        True
+        >>> draft.exists()
+        False
+    """
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"{path} exists; delete it or choose another folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        (draft / "requests").mkdir()
+        yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 class EventLog:
@@ -182,14 +212,9 @@ class EventLog:
             FileExistsError: ``path`` exists.
         """
         path = Path(path)
-        if path.exists():
-            raise FileExistsError(f"{path} exists; delete it or choose another folder")
         if items is None:
             items = pd.DataFrame({schema.item: np.arange(schema.item_features[schema.item])})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-        try:
-            (draft / "requests").mkdir()
+        with drafting(path) as draft:
             for column in (USER, TIME):
                 _require(events.columns, column, "events")
             events = events.sort_values([USER, TIME], kind="stable")
@@ -201,19 +226,59 @@ class EventLog:
                 except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
                     raise LogError(f"{name}: a column holds values of several types: {error}") from error
                 pq.write_table(table, draft / f"{name}.parquet")
-            header = {
-                "format": FORMAT,
-                "schema": dataclasses.asdict(schema),
-                "rows": {name: len(frame) for name, frame in tables.items()},
-            }
-            (draft / "schema.json").write_text(json.dumps(header, indent=2))
-            log = cls(draft)  # every check runs before the log is published
-            for split in requests or {}:
-                log.requests(split)
-            draft.rename(path)
-        except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise
+            return cls.publish(draft, path, schema, list(requests or {}))
+
+    @classmethod
+    def publish(
+        cls, draft: str | Path, path: str | Path, schema: LogSchema, splits: Sequence[str]
+    ) -> EventLog:
+        """Make a log of a folder of Parquet files: write its schema.json, run every check, rename it.
+
+        For programs that write the Parquet files themselves, in a folder of ``drafting``.
+
+        Args:
+            draft: a folder with events.parquet, items.parquet and requests/SPLIT.parquet for each
+                split, as the module describes them; on the file system of ``path``.
+            path: what the folder will be called.
+            schema: names and table sizes.
+            splits: the splits, in the order in which they are to be listed.
+
+        Raises:
+            LogError: a file is missing, or a column is not what the schema says.
+
+        Example:
+            >>> import pandas as pd, tempfile
+            >>> from pathlib import Path
+            >>> from ifa_torchrec.data import EventLog, LogSchema
+            >>> from ifa_torchrec.data.event_log import drafting
+            >>> path = Path(tempfile.mkdtemp()) / "log"
+            >>> day = pd.Timestamp(2024, 1, 1)
+            >>> with drafting(path) as draft:
+            ...     pd.DataFrame({"item": [0, 1]}).to_parquet(draft / "items.parquet")
+            ...     events = pd.DataFrame({"user": [7], "time": [day], "item": [1]})
+            ...     events.to_parquet(draft / "events.parquet")
+            ...     log = EventLog.publish(draft, path, LogSchema(item_features={"item": 2}), splits=[])
+            >>> log.events["item"].tolist()
+            [1]
+        """
+        draft = Path(draft)
+        files = {
+            name: draft / f"{name}.parquet"
+            for name in ("events", "items", *(f"requests/{s}" for s in splits))
+        }
+        for file in files.values():
+            if not file.exists():
+                raise LogError(f"{file}: missing; write it before the log is published")
+        header = {
+            "format": FORMAT,
+            "schema": dataclasses.asdict(schema),
+            "rows": {name: pq.read_metadata(file).num_rows for name, file in files.items()},
+        }
+        (draft / "schema.json").write_text(json.dumps(header, indent=2))
+        log = cls(draft)  # every check runs before the log is published
+        for split in splits:
+            log.requests(split)
+        draft.rename(path)
         return cls(path)
 
     def fingerprint(self) -> str:

@@ -1,0 +1,586 @@
+"""Any log as an event log: CSV, Parquet or Feather files, described by a short schema.
+
+DuckDB (extra `data`) reads, sorts and writes, on disk where memory runs out. The rules:
+
+- Ids of any type become rows of a table, 0, 1, 2, ... in the order of the ids; of a feature, row 0 is
+  left for "unknown". LOG/codes/NAME.parquet has each id (as text) and its row, for who serves.
+  An id space that grows may be hashed instead, to a fixed number of rows: ``hash_row``.
+- Rows of the requests' file are candidates. Those of one user with the same `request` are one
+  request; or, without such a column, those that follow each other within `gap_seconds`. It is dated at
+  its first row, so nothing of the request is in its own history. Where rows disagree on a context or
+  dense column, the least value is taken.
+- A row that cannot be used is refused: counted and shown in LOG/report.json, with the reason.
+- A time without a zone is UTC.
+
+The report's `positives_in_last_second` is the share of positives whose item the user's history holds
+within the second before the request. It should be next to nothing: more says that events are the
+positives themselves, written a moment before the request, and that the log leaks its labels.
+`positives_seen_before` is the same share at any distance: repeated purchases are no leak.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.dataset as ds
+
+from ifa_torchrec.data.event_log import (
+    CANDIDATES,
+    EXPOSED,
+    TIME,
+    USER,
+    EventLog,
+    LogError,
+    LogSchema,
+    drafting,
+)
+from ifa_torchrec.data.prepare_schema import Events, Hashed, JoinedLabel, PrepareSchema, Table
+
+if TYPE_CHECKING:
+    import duckdb
+
+ITEM, NAME = "item", "name"
+_FACTORS = {"s": 1_000_000, "ms": 1_000, "us": 1}
+_REQUESTS_AT_ONCE = 200_000  # lists are built in memory, for so many requests at a time
+_EXAMPLES = 3
+
+
+def hash_row(identifier: str, rows: int) -> int:
+    """Row of a hashed item, 0 to rows - 1; that of a hashed feature is 1 + hash_row(id, rows - 1).
+
+    Args:
+        identifier: the id, as text.
+        rows: number of rows.
+
+    Example:
+        >>> from ifa_torchrec.data.prepare import hash_row
+        >>> hash_row("a", 1000)
+        362
+    """
+    return int(hashlib.md5(identifier.encode()).hexdigest()[:15], 16) % rows
+
+
+def prepare(
+    schema: PrepareSchema, out: str | Path, memory: str = "4GB", max_refused: float = 0.01
+) -> EventLog:
+    r"""Write the event log of a schema, with its report (report.json) and its ids (codes/).
+
+    Args:
+        schema: where the rows are and what they mean.
+        out: folder of the log; it does not exist yet.
+        memory: what DuckDB may take before it goes on on disk, beside ``out``. Opening the log takes
+            8 bytes for each number of a table at a time, once.
+        max_refused: greatest share of a table's rows that may be refused.
+
+    Raises:
+        LogError: a file or column is missing, too many rows are refused, or a split is empty.
+        FileExistsError: ``out`` exists.
+        ImportError: DuckDB is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.data.prepare import prepare
+        >>> from ifa_torchrec.data.prepare_schema import Events, PrepareSchema, Requests
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> lines = ["who,what,when,clicked", "ann,tea,2024-05-01 10:00:00,1",
+        ...          "ann,cup,2024-05-01 10:00:00,0", "ann,cup,2024-05-02 10:00:00,1"]
+        >>> _ = (folder / "log.csv").write_text("\n".join(lines))
+        >>> rows = dict(files=str(folder / "log.csv"), user="who", item="what", time="when")
+        >>> log = prepare(PrepareSchema(events=Events(**rows, where="clicked = 1"),
+        ...                             requests=Requests(**rows, labels={"click": "clicked"}),
+        ...                             splits={"test": "2024-05-02"}), folder / "log")
+        >>> log.item_names(), log.requests("train")["candidates"].tolist()
+        (['cup', 'tea'], [0, 1])
+    """
+    try:
+        import duckdb
+    except ImportError as error:
+        raise ImportError("preparing a log needs DuckDB: install the extra `data`") from error
+    with drafting(out) as draft:
+        # beside the log, where there must be room for it anyway
+        work = draft / "work"
+        work.mkdir()
+        with duckdb.connect(work / "tables.duckdb") as connection:
+            for setting, value in {"memory_limit": memory, "TimeZone": "UTC"}.items():
+                connection.execute(f"SET {setting} = {_text(value)}")
+            try:
+                log_schema, splits, report = _Preparation(schema, connection, draft, max_refused).run()
+            except duckdb.Error as error:
+                raise LogError(f"the schema does not fit its files: {error}") from error
+        shutil.rmtree(work)
+        (draft / "report.json").write_text(json.dumps(report, indent=2))
+        return EventLog.publish(draft, out, log_schema, splits)
+
+
+def _name(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _text(value: str) -> str:
+    return "'" + value.replace("'", "''") + "'"
+
+
+def _column(column: str | Hashed) -> str:
+    return column.column if isinstance(column, Hashed) else column
+
+
+def _hash(column: str | Hashed) -> int | None:
+    return column.hash if isinstance(column, Hashed) else None
+
+
+def _time(sql: str, unit: str | None) -> str:
+    if unit is None:
+        return f"TRY(CAST({sql} AS TIMESTAMPTZ) AT TIME ZONE 'UTC')"
+    if unit not in _FACTORS:
+        raise LogError(f"unit {unit!r}: it must be one of {list(_FACTORS)}, or left out for timestamps")
+    return f"TRY(make_timestamp(CAST(CAST({sql} AS DECIMAL(24, 6)) * {_FACTORS[unit]} AS BIGINT)))"
+
+
+def _interval(seconds: float) -> str:
+    return f"to_microseconds({round(seconds * 1e6)})"
+
+
+class _Preparation:
+    """Tables of DuckDB, one step after the other; columns of ours that are no features start with _."""
+
+    def __init__(
+        self,
+        schema: PrepareSchema,
+        connection: duckdb.DuckDBPyConnection,
+        draft: Path,
+        max_refused: float,
+    ) -> None:
+        self.schema, self.sql, self.draft, self.max_refused = schema, connection, draft, max_refused
+        self.item_features = schema.items.features if schema.items else {}
+        self.user_features = schema.users.features if schema.users else {}
+        self.context = {**schema.requests.context, **self.user_features}
+        self.refused: dict[str, Any] = {}
+        self.codes: dict[str, dict[str, Any]] = {}
+        (draft / "codes").mkdir()
+
+    def run(self) -> tuple[LogSchema, list[str], dict]:
+        self.log_schema(lambda feature: 1)  # names that cannot work are refused before the long part
+        self.read_items()
+        self.read_rows("events", self.schema.events, {}, {})
+        self.read_requests()
+        self.read_users()
+        self.make_codes()
+        self.write_items()
+        self.write_events()
+        splits = self.write_requests()
+        schema = self.log_schema(lambda feature: self.codes[feature]["rows"])
+        return schema, list(splits), self.report(splits)
+
+    def log_schema(self, rows: Callable[[str], int]) -> LogSchema:
+        if NAME in self.item_features:
+            raise LogError(
+                f"items: the feature {NAME!r} needs another name: it is what to call the item"
+            )
+        requests = self.schema.requests
+        return LogSchema(
+            item_features={feature: rows(feature) for feature in (ITEM, *self.item_features)},
+            context_features={feature: rows(feature) for feature in self.context},
+            dense_features=tuple(requests.dense),
+            candidate_dense=tuple(requests.candidate_dense),
+            tasks=tuple(requests.labels),
+        )
+
+    # ---------------------------------------------------------------- reading
+
+    def source(self, section: str, table: Table) -> tuple[str, list[str]]:
+        """What to select from, and its columns."""
+        patterns = [table.files] if isinstance(table.files, str) else table.files
+        files = [file for pattern in patterns for file in sorted(glob.glob(pattern))]
+        if not files:
+            raise LogError(f"{section}: no file is called {list(patterns)}")
+        listed = f"[{', '.join(map(_text, files))}]"
+        kind = Path(files[0]).suffix
+        if kind == ".feather":
+            self.sql.register(f"_{section}", ds.dataset(files, format="feather"))
+            relation = _name(f"_{section}")
+        elif kind == ".parquet":
+            relation = f"read_parquet({listed})"
+        else:
+            columns = list(table.columns) or self.header(section, table, files)
+            types = ", ".join(f"{_text(column)}: 'VARCHAR'" for column in columns)
+            # Nothing is guessed: a guess from the first rows can be wrong of the others.
+            return (
+                f"read_csv({listed}, auto_detect=false, columns={{{types}}}, "
+                f"header={not table.columns}, delim={_text(table.delimiter)}, "
+                f"quote={_text(table.quote)}, escape={_text(table.quote)}, "
+                f"encoding={_text(table.encoding)}, store_rejects=true, "
+                f"rejects_table={_text(f'{section}_lines')}, rejects_scan={_text(f'{section}_scan')})",
+                columns,
+            )
+        described = self.sql.execute(f"SELECT * FROM {relation} LIMIT 0").description
+        return relation, [column[0] for column in described]
+
+    def header(self, section: str, table: Table, files: list[str]) -> list[str]:
+        headers = []
+        for file in files:
+            opened = gzip.open if file.endswith(".gz") else open
+            with opened(file, "rt", encoding=table.encoding) as lines:
+                headers.append(lines.readline().lstrip("\ufeff").rstrip("\r\n"))
+            if headers[-1] != headers[0]:
+                raise LogError(
+                    f"{section}: {file} starts with {headers[-1]!r}, {files[0]} with {headers[0]!r}; "
+                    "name files of the same columns, or name the `columns` if there is no header"
+                )
+        return [column.strip(table.quote or None) for column in headers[0].split(table.delimiter)]
+
+    def read(
+        self,
+        section: str,
+        table: Table,
+        columns: Mapping[str, tuple[str, str]],
+        checks: Mapping[str, str],
+        where: str | None = None,
+    ) -> None:
+        """Make a table of a section's rows, those refused apart.
+
+        Args:
+            columns: for each column of the table, the schema's column and, with {} in its place, the SQL
+                that makes ours of it.
+            checks: SQL conditions under which a row is refused, and why (SQL as well).
+        """
+        relation, there = self.source(section, table)
+
+        def given(column: str) -> str:
+            return f"TRY({_name(column) if column in there else f'({column})'})"
+
+        ours = [f"{sql.format(given(column))} AS {_name(c)}" for c, (column, sql) in columns.items()]
+        texts = [f"{_name(c)} := CAST({given(column)} AS VARCHAR)" for c, (column, _) in columns.items()]
+        wanted = f"TRY(CAST({given(where)} AS BOOLEAN))" if where else "true"
+        checks = {"NOT _wanted IS TRUE": "'`where` cannot be told'", **checks}
+        reasons = " ".join(f"WHEN {condition} THEN {reason}" for condition, reason in checks.items())
+        self.sql.execute(
+            f"""CREATE TABLE {section}_read AS
+            SELECT * EXCLUDE (_given, _wanted), CASE WHEN _refused IS NOT NULL THEN _given END AS _given
+            FROM (SELECT *, CASE {reasons} END AS _refused
+                  FROM (SELECT {", ".join(ours)}, struct_pack({", ".join(texts)}) AS _given,
+                               {wanted} AS _wanted FROM {relation})
+                  WHERE _wanted IS DISTINCT FROM false)"""
+        )
+        self.sql.execute(f"CREATE VIEW {section}_rows AS FROM {section}_read WHERE _refused IS NULL")
+        self.refuse(section, lines="read_csv" in relation)
+
+    def refuse(self, section: str, lines: bool) -> None:
+        """Count a section's refused rows, and fail if they are too many."""
+        rows = self.number(f"SELECT count(*) FROM {section}_read")
+        reasons = {}
+        refused = f"SELECT _refused AS why, CAST(_given AS VARCHAR) AS row FROM {section}_read"
+        if lines:
+            rows += self.number(f"SELECT count(DISTINCT (file_id, line)) FROM {section}_lines")
+            refused += (
+                " UNION ALL SELECT 'line cannot be read: ' || any_value(error_message), "
+                f"any_value(csv_line) FROM {section}_lines GROUP BY file_id, line"
+            )
+        for why, count, examples in self.sql.execute(
+            f"SELECT why, count(*), min(row, {_EXAMPLES}) FROM ({refused}) "
+            "WHERE why IS NOT NULL GROUP BY why ORDER BY count(*) DESC, why"
+        ).fetchall():
+            reasons[why] = {"rows": count, "examples": examples}
+        count = sum(reason["rows"] for reason in reasons.values())
+        self.refused[section] = {"rows": rows, "refused": count, "reasons": reasons}
+        if count > self.max_refused * rows:
+            told = "; ".join(
+                f"{why} ({reason['rows']} rows, as {reason['examples'][0]})"
+                for why, reason in reasons.items()
+            )
+            raise LogError(
+                f"{section}: {count} of {rows} rows are refused, above the share of {self.max_refused}: "
+                f"{told}; repair them or the schema, or allow more with max_refused"
+            )
+
+    def read_rows(
+        self,
+        section: str,
+        table: Events,
+        columns: Mapping[str, tuple[str, str]],
+        checks: Mapping[str, str],
+    ) -> None:
+        text = "CAST({} AS VARCHAR)"
+        whole = {USER: (table.user, text), ITEM: (_column(table.item), text)}
+        whole[TIME] = (table.time, _time("{}", table.unit))
+        wanted = f"a number in {table.unit}" if table.unit else "a timestamp; give numbers a unit"
+        empty = {f"{_name(c)} IS NULL": f"'{c} is empty'" for c in (USER, ITEM)}
+        empty |= {"_given.time IS NULL": "'time is empty'"}
+        empty |= {"time IS NULL": f"'time cannot be read as {wanted}'"}
+        # An epoch number in the wrong unit ends in 1970 or in the year 54000.
+        wrong = "'time is not of 1971 to 2200: is the unit right?'"
+        empty |= {"year(time) NOT BETWEEN 1971 AND 2200": wrong}
+        if self.schema.items:
+            empty |= {"item NOT IN (SELECT item FROM items_rows)": "'item is not among the items'"}
+        self.read(section, table, {**whole, **columns}, {**empty, **checks}, table.where)
+
+    def read_items(self) -> None:
+        if self.schema.items:
+            items, text = self.schema.items, "CAST({} AS VARCHAR)"
+            columns = {ITEM: (items.item, text), NAME: (items.name or items.item, text)}
+            columns |= {f: (_column(column), text) for f, column in items.features.items()}
+            self.read("items", items, columns, {"item IS NULL": "'item is empty'"})
+
+    def read_users(self) -> None:
+        if self.schema.users:
+            users, text = self.schema.users, "CAST({} AS VARCHAR)"
+            columns = {USER: (users.user, text)}
+            columns |= {f: (_column(column), text) for f, column in users.features.items()}
+            self.read("users", users, columns, {f"{_name(USER)} IS NULL": "'user is empty'"})
+
+    def read_requests(self) -> None:
+        requests = self.schema.requests
+        columns = {"_request": (requests.request or "''", "CAST({} AS VARCHAR)")}
+        columns[EXPOSED] = (requests.exposed or "true", "TRY(CAST({} AS BOOLEAN))")
+        checks = {"_request IS NULL": "'request is empty'", "exposed IS NULL": "'exposed is not 0 or 1'"}
+        joined = {}
+        for task, label in requests.labels.items():
+            if isinstance(label, JoinedLabel):
+                joined[task] = label
+                continue
+            columns[task] = (label, "TRY(CAST({} AS FLOAT))")
+            unknown = f"_given.{_name(task)} IS NULL AND NOT exposed"
+            checks[f"NOT ({unknown} OR coalesce({_name(task)} IN (0, 1), false))"] = _text(
+                f"label {task} is not 0 or 1"
+            )
+        for feature, column in requests.context.items():
+            columns[feature] = (_column(column), "CAST({} AS VARCHAR)")
+        for feature, column in {**requests.dense, **requests.candidate_dense}.items():
+            columns[feature] = (column, "TRY(CAST({} AS FLOAT))")
+            reason = _text(f"{feature} is not a number")
+            checks[f"NOT coalesce(isfinite({_name(feature)}), false)"] = reason
+        self.read_rows("requests", requests, columns, checks)
+        for number, (task, label) in enumerate(joined.items()):
+            section = f"label_{number}"
+            self.read_rows(section, label, {}, {})
+            self.sql.execute(
+                f"""ALTER TABLE requests_read ADD COLUMN {_name(task)} FLOAT DEFAULT 0;
+                UPDATE requests_read r SET {_name(task)} = 1 FROM {section}_rows l
+                WHERE l."user" = r."user" AND l.item = r.item
+                AND l.time BETWEEN r.time AND r.time + {_interval(label.within_seconds)}"""
+            )
+
+    # ---------------------------------------------------------------- ids
+
+    def make_codes(self) -> None:
+        both = "SELECT {0} AS id FROM events_rows UNION SELECT {0} FROM requests_rows"
+        self.code(USER, both.format(_name(USER)), None, first=0)
+        items = "SELECT item AS id FROM items_rows" if self.schema.items else both.format(ITEM)
+        self.code(ITEM, items, _hash(self.schema.events.item), first=0)
+        sections = {"items": self.item_features, "users": self.user_features}
+        sections["requests"] = self.schema.requests.context
+        for section, features in sections.items():
+            for feature, column in features.items():
+                ids = f"SELECT {_name(feature)} AS id FROM {section}_rows"
+                self.code(feature, ids, _hash(column), first=1)
+
+    def code(self, name: str, ids: str, hashed: int | None, first: int) -> None:
+        """Make the table of a name's ids and their rows; rows below ``first`` are for the unknown."""
+        row = f"{first} + row_number() OVER () - 1"
+        if hashed:
+            row = f"{first} + CAST('0x' || md5(id)[:15] AS BIGINT) % {hashed - first}"
+        table = _name(f"codes_{name}")
+        self.sql.execute(
+            f"""CREATE TABLE {table} AS SELECT id, {row} AS code FROM (
+                SELECT DISTINCT id FROM ({ids}) WHERE id IS NOT NULL
+                ORDER BY TRY_CAST(id AS BIGINT), id)"""
+        )
+        self.copy(f"SELECT id, code FROM {table}", f"codes/{name}.parquet")
+        count = self.number(f"SELECT count(*) FROM {table}")
+        shared = self.number(
+            f"SELECT count(*) FROM {table} WHERE code IN "
+            f"(SELECT code FROM {table} GROUP BY code HAVING count(*) > 1)"
+        )
+        self.codes[name] = {"ids": count, "rows": hashed or first + count}
+        if hashed:
+            self.codes[name]["ids_that_share_a_row"] = shared / max(count, 1)
+
+    def coded(self, features: Sequence[str], table: str) -> tuple[str, str]:
+        """What to select, and the joins, to have the rows of a table's features in place of ids."""
+        select = "".join(f", coalesce(c{n}.code, 0) AS {_name(f)}" for n, f in enumerate(features))
+        joins = " ".join(
+            f"LEFT JOIN {_name(f'codes_{f}')} c{n} ON c{n}.id = {table}.{_name(f)}"
+            for n, f in enumerate(features)
+        )
+        return select, joins
+
+    # ---------------------------------------------------------------- writing
+
+    def write_items(self) -> None:
+        known = "items_rows" if self.schema.items else "(SELECT id AS item, id AS name FROM codes_item)"
+        select, joins = self.coded(list(self.item_features), "known")
+        greatest = "".join(f", coalesce(max({_name(f)}), 0) AS {_name(f)}" for f in self.item_features)
+        self.copy(
+            f"""WITH described AS (SELECT i.code AS item, known.name {select}
+                FROM {known} known JOIN codes_item i ON i.id = known.item {joins})
+            SELECT range AS item {greatest}, coalesce(max(name), '') AS name
+            FROM range({self.codes[ITEM]["rows"]}) LEFT JOIN described ON item = range
+            GROUP BY range ORDER BY range""",
+            "items.parquet",
+        )
+
+    def write_events(self) -> None:
+        self.sql.execute(
+            """CREATE TABLE events AS SELECT u.code AS "user", time, i.code AS item FROM events_rows e
+            JOIN codes_user u ON u.id = e."user" JOIN codes_item i ON i.id = e.item"""
+        )
+        self.copy('FROM events ORDER BY "user", time, item', "events.parquet")
+
+    def write_requests(self) -> dict[str, tuple[int, int]]:
+        """Group the candidates to requests, numbered by time, and write each split.
+
+        Returns:
+            The numbers of each split's requests, as the first and the one behind the last.
+        """
+        requests = self.schema.requests
+        each = [EXPOSED, *requests.labels, *requests.candidate_dense]
+        # the label of who was not shown may be unknown, and stands as 0
+        numbers = "".join(
+            f", coalesce(r.{_name(c)}, 0) AS {_name(c)}" for c in [*each[1:], *requests.dense]
+        )
+        select, joins = self.coded(list(self.context), "r")
+        self.sql.execute(
+            f"""CREATE TABLE candidates AS
+            SELECT u.code AS "user", r._request, r.time, i.code AS item, r.exposed {select} {numbers}
+            FROM {self.with_users()} r JOIN codes_user u ON u.id = r."user"
+            JOIN codes_item i ON i.id = r.item {joins}"""
+        )
+        gap = requests.gap_seconds
+        if gap is None and not requests.request:
+            gap = 0
+        late = "false" if gap is None else f"time - lag(time) OVER earlier > {_interval(gap)}"
+        shared = "".join(f", min({_name(c)}) AS {_name(c)}" for c in [*self.context, *requests.dense])
+        row = "".join(f", {_name(c)} := {_name(c)}" for c in each)
+        self.sql.execute(
+            f"""CREATE TABLE sittings AS
+            SELECT *, sum(_late) OVER (PARTITION BY "user", _request ORDER BY time) AS _sitting
+            FROM (SELECT *, CAST(coalesce({late}, false) AS INTEGER) AS _late FROM candidates
+                  WINDOW earlier AS (PARTITION BY "user", _request ORDER BY time));
+
+            CREATE TABLE requests AS SELECT row_number() OVER () - 1 AS _number, * FROM (
+                SELECT "user", _request, _sitting, min(time) AS time {shared} FROM sittings
+                GROUP BY "user", _request, _sitting ORDER BY time, "user", _request, _sitting);
+
+            CREATE TABLE numbered AS
+            SELECT _number, struct_pack(item := item {row}) AS _row
+            FROM sittings JOIN requests USING ("user", _request, _sitting) ORDER BY _number"""
+        )
+        splits = self.splits()
+        columns = "".join(f", {_name(c)}" for c in [*self.context, *requests.dense])
+        lists = "".join(f", [row.{_name(c)} for row in _rows] AS {_name(c)}" for c in each)
+        for split, (first, behind) in splits.items():
+            for start in range(first, behind, _REQUESTS_AT_ONCE):
+                mine = f"_number BETWEEN {start} AND {min(start + _REQUESTS_AT_ONCE, behind) - 1}"
+                self.sql.execute(
+                    f"""{"CREATE TABLE written AS" if start == first else "INSERT INTO written"}
+                    SELECT "user", time {columns}, [row.item for row in _rows] AS {CANDIDATES} {lists}
+                    FROM (FROM requests WHERE {mine}) JOIN (
+                        SELECT _number, list_sort(list(_row)) AS _rows FROM numbered
+                        WHERE {mine} GROUP BY _number) USING (_number)
+                    ORDER BY _number"""
+                )
+            self.copy("FROM written", f"requests/{split}.parquet")
+            self.sql.execute("DROP TABLE written")
+        return splits
+
+    def with_users(self) -> str:
+        """What to select the requests from, with the users' features."""
+        if not self.schema.users:
+            return "requests_rows"
+        greatest = "".join(f", max({_name(f)}) AS {_name(f)}" for f in self.user_features)
+        return f"""(FROM requests_rows LEFT JOIN (
+            SELECT "user" {greatest} FROM users_rows GROUP BY "user") USING ("user"))"""
+
+    def splits(self) -> dict[str, tuple[int, int]]:
+        count = self.number("SELECT count(*) FROM requests")
+        bounds = [0]
+        for split, start in self.schema.splits.items():
+            if split == "train":
+                raise LogError("splits: 'train' is what comes before the first split; leave it out")
+            if isinstance(start, str):
+                cut = _time(_text(start), None)
+                if self.sql.execute(f"SELECT {cut}").fetchall() == [(None,)]:
+                    raise LogError(f"splits: {split!r} starts at {start!r}, which is no timestamp")
+            else:
+                cut = f"(SELECT time FROM requests WHERE _number = {int(start * count)})"
+            bounds.append(self.number(f"SELECT count(*) FROM requests WHERE time < {cut}"))
+        splits = dict(zip(["train", *self.schema.splits], pairwise([*bounds, count]), strict=True))
+        for split, (first, behind) in splits.items():
+            if first >= behind:
+                times = self.row("SELECT min(time), max(time) FROM requests")
+                raise LogError(
+                    f"splits: {split!r} has no requests; they are of {times[0]} to {times[1]}, and the "
+                    f"splits start at {dict(self.schema.splits)}, which must be in order"
+                )
+        return splits
+
+    # ---------------------------------------------------------------- the report
+
+    def report(self, splits: dict[str, tuple[int, int]]) -> dict:
+        users, events, first, last = self.row(
+            'SELECT count(DISTINCT "user"), count(*), min(time), max(time) FROM events'
+        )
+        return {
+            "users": users,
+            "items": self.codes[ITEM]["ids"],
+            "events": events,
+            "events_per_user": self.percentiles('SELECT count(*) AS n FROM events GROUP BY "user"'),
+            "time_range": [str(first), str(last)],
+            "requests": {split: self.report_split(*numbers) for split, numbers in splits.items()},
+            "codes": self.codes,
+            "refused": self.refused,
+        }
+
+    def report_split(self, first: int, behind: int) -> dict:
+        mine = f"_number >= {first} AND _number < {behind}"
+        tasks = self.schema.requests.labels
+        rates = ", ".join(f"avg(_row.{_name(task)}) FILTER (_row.exposed)" for task in tasks)
+        exposed, *rates = self.row(
+            f"SELECT avg(CAST(_row.exposed AS INTEGER)), {rates} FROM numbered WHERE {mine}"
+        )
+        start, end, alone = self.row(
+            f"""SELECT min(time), max(time), avg(CAST(_first IS NULL OR _first >= time AS INTEGER))
+            FROM requests LEFT JOIN (SELECT "user", min(time) AS _first FROM events GROUP BY "user")
+            USING ("user") WHERE {mine}"""
+        )
+        positive = " OR ".join(f"_row.{_name(task)} = 1" for task in tasks)
+        before, just_before = self.row(
+            f"""SELECT avg(CAST(e.time IS NOT NULL AS INTEGER)),
+                avg(CAST(coalesce(e.time >= p.time - {_interval(1)}, false) AS INTEGER))
+            FROM (SELECT "user", time, _row.item AS item FROM numbered JOIN requests USING (_number)
+                  WHERE {mine} AND ({positive})) p
+            ASOF LEFT JOIN events e ON e."user" = p."user" AND e.item = p.item AND p.time > e.time"""
+        )
+        return {
+            "requests": behind - first,
+            "time_range": [str(start), str(end)],
+            "candidates": self.percentiles(
+                f"SELECT count(*) AS n FROM numbered WHERE {mine} GROUP BY _number"
+            ),
+            "exposed": exposed,
+            "label_rates_of_exposed": dict(zip(tasks, rates, strict=True)),
+            "requests_without_history": alone,
+            "positives_seen_before": before,
+            "positives_in_last_second": just_before,
+        }
+
+    def percentiles(self, counts: str) -> dict[str, int]:
+        found, most = self.row(f"SELECT quantile_disc(n, [0.5, 0.9, 0.99]), max(n) FROM ({counts})")
+        return dict(zip(("p50", "p90", "p99", "max"), [*found, most], strict=True))
+
+    def row(self, sql: str) -> tuple:
+        return self.sql.execute(sql).fetchall()[0]
+
+    def number(self, sql: str) -> int:
+        return self.row(sql)[0]
+
+    def copy(self, sql: str, file: str) -> None:
+        self.sql.execute(f"COPY ({sql}) TO {_text(str(self.draft / file))} (FORMAT parquet)")

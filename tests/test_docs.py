@@ -1,0 +1,116 @@
+"""The pages' own code: Python blocks are run, and so are the lines that run the package's commands.
+
+The pages are read in the order of PAGES and in one folder: the later ones go on from the log and the run
+that docs/index.md makes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+import tyro
+
+from ifa_torchrec.build_states import BuildStatesConfig
+from ifa_torchrec.evaluate import EvaluateConfig
+from ifa_torchrec.explain import ExplainConfig
+from ifa_torchrec.export import ExportConfig
+from ifa_torchrec.serve import ServeConfig
+from ifa_torchrec.states import StatesConfig
+from ifa_torchrec.train import TrainConfig
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    "docs/index.md",
+    "docs/concepts.md",
+    *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs" / "howto").glob("*.md")),
+]
+OPTIONS = {
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "explain": ExplainConfig,
+    "build_states": BuildStatesConfig,
+    "states": StatesConfig,
+    "serve": ServeConfig,
+    "export": ExportConfig,
+}
+
+
+def blocks(page: str) -> list[tuple[str, int, str]]:
+    """Language, line and text of a page's blocks of code."""
+    text = (ROOT / page).read_text()
+    found = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
+    return [(block[1], text[: block.start(2)].count("\n"), block[2]) for block in found]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The lines of a block that run a command of the package: its name, then its arguments."""
+    lines = text.replace("\\\n", " ").splitlines()
+    found = (re.search(r"-m ifa_torchrec\.(\w+)(?: --(?= ))?(.*)", line) for line in lines)
+    return [[line[1], *shlex.split(line[2].rstrip("& "), comments=True)] for line in found if line]
+
+
+def run_python(page: str, line: int, text: str, names: dict) -> None:
+    """Run a block, so that an error shows the page's line."""
+    exec(compile("\n" * line + text, ROOT / page, "exec"), names)
+
+
+def run_command(name: str, arguments: list[str], monkeypatch) -> None:
+    """Run a command of the package in this process."""
+    monkeypatch.setattr("sys.argv", [name, *arguments])
+    importlib.import_module(f"ifa_torchrec.{name}").main()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("docs")
+
+
+def is_run(name: str, arguments: list[str]) -> bool:
+    """Whether a printed command is run here: not a server, which does not end; nor what compiles for a
+    minute, which tests/serving has."""
+    return name in OPTIONS and name != "serve" and "--package" not in arguments
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_runs(page, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    for language, line, text in blocks(page):
+        if language == "python":
+            run_python(page, line, text, names)
+        elif language == "sh" and "torchrun" not in text:  # tests/distributed has ranks
+            for name, *arguments in commands(text):
+                if is_run(name, arguments):
+                    run_command(name, arguments, monkeypatch)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if page == "docs/index.md":
+        printed = capsys.readouterr().out
+        assert "[True] [False]" in printed
+        gauc = re.search(r'"gauc": ([\d.]+)', printed)
+        assert gauc is not None and float(gauc[1]) == pytest.approx(0.86, abs=0.03)
+
+
+def test_the_readmes_python_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    python = [block for block in blocks("README.md") if block[0] == "python"]
+    assert python
+    for _, line, text in python:
+        run_python("README.md", line, text, names)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/launch/one_machine.md", *PAGES])
+def test_a_printed_command_has_options_that_there_are(page):
+    text = "".join(text for language, _, text in blocks(page) if language != "python")
+    for name, *arguments in commands(text):
+        if name in OPTIONS:
+            tyro.cli(OPTIONS[name], args=arguments)
