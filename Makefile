@@ -1,5 +1,5 @@
 # make demo    set up, then train, evaluate and compare on real data (about 8 minutes)
-# make test    set up, then run the tests
+# make test    set up, then run the tests, but for those that take long: make test-slow
 # make setup   the set-up alone: .venv with everything in it
 # make lint, coverage, docs   see CONTRIBUTING.md
 # EXTRA=gpu    for a machine with an NVIDIA GPU
@@ -18,7 +18,7 @@ UV_ENV := $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)") \
 # too, a training step takes 3 times as long instead of 20.
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: setup demo test coverage lint docs clean
+.PHONY: setup demo test test-slow coverage lint docs clean
 
 setup: $(STAMP)
 
@@ -32,7 +32,10 @@ demo: setup
 	$(BIN)/python examples/complete_journey/demo.py
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
 
 # The floor is two points below what it was when it was set. Folders, not packages: coverage would import
 # a package to find it, and torch cannot be imported twice.

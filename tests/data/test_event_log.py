@@ -433,6 +433,7 @@ def _open_often(path: Path) -> None:
         EventLog(path).requests("train")
 
 
+@pytest.mark.slow
 def test_many_processes_may_open_a_copied_log_at_once(tmp_path: Path) -> None:
     """Each finds the columns stale and makes them anew."""
     make_toy().write(tmp_path / "log")

@@ -13,6 +13,7 @@ import serve_and_watch
 from torchrec.test_utils import get_free_port
 
 
+@pytest.mark.slow
 def test_events_bring_the_service_to_the_trained_models_ranking(
     real_log, tmp_path, monkeypatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -91,6 +91,7 @@ def test_program(run: Run, int8: bool, tmp_path: Path) -> None:
     assert not [operator for operator in operators if "item" in operator.name()]
 
 
+@pytest.mark.slow
 def test_package(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "scorer.pt2"
     about = export(ExportConfig(run.config.out, out, package=True, int8=True))

@@ -56,6 +56,7 @@ def request_of(dataset: RankingDataset, number: int) -> RankingRequest:
     )
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_served_scores_and_metrics_are_those_of_the_raw_histories(run, tmp_path):
     dataset = run.dataset("test")

@@ -576,6 +576,7 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_a_process_takes_new_weights_on_sighup_and_loses_no_event_on_sigterm(folders, models, tmp_path):
     states, link, token = tmp_path / "states", tmp_path / "run", tmp_path / "token"
     shutil.copytree(folders.store, states)
