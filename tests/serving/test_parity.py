@@ -91,8 +91,5 @@ def test_served_scores_and_metrics_are_those_of_the_raw_histories(run, tmp_path)
     served = np.concatenate(served)
 
     assert np.abs(served - trained).max() < 1e-5
-    assert rounded(measure(dataset, served)) == rounded(measure(dataset, trained))
-
-
-def rounded(metrics: dict) -> dict:
-    return {name: round(value, 6) for name, value in metrics.items()}
+    # two candidates whose logits differ by less than rounding may change places
+    assert measure(dataset, served) == pytest.approx(measure(dataset, trained), abs=2e-5)

@@ -70,7 +70,7 @@ def test_the_given_model_keeps_its_tables_and_its_dense_part_is_shared(run: Run)
 def test_a_store_of_float_states_serves_int8_tables(run: Run, tmp_path: Path) -> None:
     schema, items = run.log.schema, run.log.items
     build_states(BuildStatesConfig(Path(run.config.out), str(tmp_path / "states"), position=0))
-    store = StateStore(open_key_value_store(str(tmp_path / "states"), position=0), run.version)
+    store = StateStore(open_key_value_store(str(tmp_path / "states")), run.version)
     exact = Scorer(run.dlrm, schema, items, store)
     rounded = Scorer(quantize_tables(run.dlrm), schema, items, store)
     user = int(run.log.users[-1])
