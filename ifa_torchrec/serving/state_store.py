@@ -337,7 +337,7 @@ class StateStore:
                 if new_users is not None and new_users[b]:
                     continue
                 raise UnknownUserError(
-                    f"user {user} has no state; if the user is new and has had no event, say so"
+                    f"user {user} has no state; for one who is new and has had no event give new_user"
                 )
             head, count[b], _ = self._unpack_head(value)
             if times[b] is None:
