@@ -168,6 +168,7 @@ def watch(client: Client, dataset: RankingDataset, first: int, whole: float) -> 
     """Ask, send what was bought since, ask again."""
     print("\n4. Rank, send events, rank again")
     log, columns = dataset.log, dataset.requests
+    names = log.item_names()
     before, after = (np.empty(len(columns["bought"])) for _ in range(2))
     sent, last_sent, events = 0, {}, []
     most = (0.0, "")
@@ -185,7 +186,7 @@ def watch(client: Client, dataset: RankingDataset, first: int, whole: float) -> 
         change = np.abs(after[rows] - before[rows])
         if change.max() > most[0]:
             row = rows[change.argmax()]
-            name = log.item_names()[columns["candidates"][row]].strip()
+            name = names[columns["candidates"][row]].strip()
             most = (
                 change.max(),
                 f"household {question['user']} bought {len(new)} things since, and {name!r} went from "

@@ -69,13 +69,9 @@ def main() -> None:
         (f"IFA, identity heads of {genre}", "ifa", counted),
     ):
         out = options.out / name.replace(" ", "_").replace(",", "")
-        # few ratings: small steps, and weights that shrink
-        optimizers = OptimizerConfig(dense_lr=1e-3, table_lr=0.01, weight_decay=0.05)
-        config = TrainConfig(
-            log.path, out, interaction, ifa, epochs=options.epochs, optimizers=optimizers
-        )
-        train(config)
-        rows[name] = {metric: evaluate(EvaluateConfig(out))[metric] for metric in METRICS}
+        train(TrainConfig(log.path, out, interaction, ifa, epochs=options.epochs, optimizers=STEPS))
+        measured = evaluate(EvaluateConfig(out))
+        rows[name] = {metric: measured[metric] for metric in METRICS}
     print("\nTest requests:")
     print(pd.DataFrame(rows).T.to_string(float_format="{:.4f}".format))
 

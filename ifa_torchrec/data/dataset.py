@@ -17,7 +17,7 @@ HISTORY, CANDIDATE = "history_", "candidate_"
 EMPTY_REQUEST = -1
 """Stands in a list of requests for one without events and candidates: it pads the batch of a rank that
 has fewer requests than another, since some of TorchRec's collectives want equal batches."""
-_MICROSECONDS_PER_DAY = 86_400_000_000
+MICROSECONDS_PER_DAY = 86_400_000_000
 
 
 class RankingDataset(Dataset):
@@ -142,7 +142,7 @@ class RankingDataset(Dataset):
             candidate_dense=_stack(
                 [requests[f][candidates] for f in schema.candidate_dense], len(candidates)
             ),
-            history_age=_tensor((age / _MICROSECONDS_PER_DAY).astype(np.float32)),
+            history_age=_tensor((age / MICROSECONDS_PER_DAY).astype(np.float32)),
             labels=_stack([requests[task][candidates] for task in schema.tasks], len(candidates)),
             exposed=_tensor(requests[EXPOSED][candidates]),
         )

@@ -32,6 +32,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from ifa_torchrec.data.dataset import MICROSECONDS_PER_DAY
 from ifa_torchrec.modules import InteractionFidelityAttention, UserState
 from ifa_torchrec.ops import FEATURE_MAPS
 from ifa_torchrec.ops.jagged import request_of_row
@@ -39,7 +40,6 @@ from ifa_torchrec.serving.errors import StateError, UnknownUserError
 from ifa_torchrec.serving.key_value import KeyValueStore
 
 FORMAT = "ifa-states/1"
-MICROSECONDS_PER_DAY = 86_400_000_000
 _BLOCK = 4096  # positions a block
 _SAME = 1e-6
 """Means of a bucket that differ by no more than this share of their size are stored once."""
