@@ -112,7 +112,7 @@ def pad(tokens: Tensor, lengths: Tensor) -> Tensor:
 def unpad(padded: Tensor, lengths: Tensor) -> Tensor:
     if bool((lengths == padded.shape[1]).all()):
         return padded.flatten(0, 1)
-    return padded[torch.arange(padded.shape[1]) < lengths[:, None]]
+    return padded[torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]]
 
 
 def softmax_padded(history: Tensor, candidates: Tensor, weights, case: Case) -> Tensor:
@@ -128,7 +128,8 @@ def softmax_padded(history: Tensor, candidates: Tensor, weights, case: Case) -> 
     )
     n = k.shape[2]
     same = bool((case.history_lengths == n).all())
-    mask = None if same else (torch.arange(n) < case.history_lengths[:, None])[:, None, None]
+    there = torch.arange(n, device=k.device) < case.history_lengths[:, None]
+    mask = None if same else there[:, None, None]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return unpad(out.transpose(1, 2).flatten(2), case.candidate_lengths)
 
@@ -191,9 +192,8 @@ def linear_fbgemm(history: Tensor, candidates: Tensor, weights, case: Case) -> T
 
 def ifa(backend: str, history: Tensor, candidates: Tensor, weights, case: Case) -> Tensor:
     history_offsets, candidate_offsets = case.offsets
-    state = ops.encode(
-        history, history_offsets, *weights[1:], None, None, torch.zeros(H), "elu", backend
-    )
+    decay = torch.zeros(H, device=history.device)
+    state = ops.encode(history, history_offsets, *weights[1:], None, None, decay, "elu", backend)
     return ops.attend(candidates, candidate_offsets, weights[0], *state, "elu", EPS, backend)[0].flatten(
         1
     )

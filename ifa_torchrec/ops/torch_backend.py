@@ -13,8 +13,9 @@ Operators (all shapes static given the inputs', so that torch.compile sees no su
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from ifa_torchrec.ops.reference import event_weights
 
 TILE = 4096
 """Rows in work at a time: with D = 64 and 4 heads of 16 a tile's temporaries are some 4 MB."""
+GPU_TILE = 1 << 18
+"""The same on a GPU, which is done with 4096 rows before it hears of the next: 10^6 events, forward,
+took an H200 86 ms with those and 5.6 ms with these."""
 _LONGEST_CHUNK = 1024
 
 
@@ -53,9 +57,10 @@ def _tiles(offsets: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     request, start = request[order].to(device), start[order].to(device)
     longest = length.tolist()
     length = length.to(device)
+    rows = TILE if device.type == "cpu" else GPU_TILE
     first = 0
     while first < len(longest):
-        last = first + max(TILE // longest[first], 1)
+        last = first + max(rows // longest[first], 1)
         step = torch.arange(longest[first], device=device)
         valid = step < length[first:last, None]
         row = torch.where(valid, start[first:last, None] + step, 0)
@@ -127,7 +132,15 @@ def encode_op(
 
 
 @encode_op.register_fake
-def _(history, offsets, key_weight, weights, ages, decay, feature_map):
+def _(
+    history: Tensor,
+    offsets: Tensor,
+    key_weight: Tensor,
+    weights: Tensor | None,
+    ages: Tensor | None,
+    decay: Tensor,
+    feature_map: str,
+) -> tuple[Tensor, Tensor]:
     dtype = _accumulator_dtype(history.dtype)
     heads, width, dim = key_weight.shape
     shape = (offsets.shape[0] - 1, heads, width * FEATURE_MAPS[feature_map].expansion)
@@ -177,18 +190,26 @@ def encode_backward_op(
 
 
 @encode_backward_op.register_fake
-def _(grad_token, grad_sum, history, offsets, key_weight, weights, ages, decay, feature_map):
+def _(
+    grad_token: Tensor,
+    grad_sum: Tensor,
+    history: Tensor,
+    offsets: Tensor,
+    key_weight: Tensor,
+    weights: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _accumulator_dtype(history.dtype)
     grad_weights = history.new_empty(0, dtype=dtype) if weights is None else torch.empty_like(weights)
     return torch.empty_like(history), torch.empty_like(key_weight), grad_weights
 
 
-def encode_setup(ctx, inputs, output):
+def encode_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.feature_map = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _encode_autograd(ctx, grad_token, grad_sum):
+def _encode_autograd(ctx: Any, grad_token: Tensor, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
     grad_history, grad_key_weight, grad_weights = torch.ops.ifa.encode_backward(
         grad_token, grad_sum, *ctx.saved_tensors, ctx.feature_map
     )
@@ -256,7 +277,9 @@ def attend_op(
 
 
 @attend_op.register_fake
-def attend_fake(candidates, offsets, query_weight, key_value, key_sum, feature_map, eps):
+def attend_fake(
+    candidates: Tensor, offsets: Tensor, query_weight: Tensor, key_value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
     shape = (candidates.shape[0], query_weight.shape[0])
     return key_value.new_empty(*shape, key_value.shape[-1]), key_value.new_empty(shape)
 
@@ -314,17 +337,26 @@ def attend_backward_op(
 
 @attend_backward_op.register_fake
 def attend_backward_fake(
-    grad_out, grad_matched, candidates, offsets, query_weight, key_value, key_sum, feature_map, eps
-):
+    grad_out: Tensor,
+    grad_matched: Tensor,
+    candidates: Tensor,
+    offsets: Tensor,
+    query_weight: Tensor,
+    key_value: Tensor,
+    key_sum: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(t) for t in (candidates, query_weight, key_value, key_sum))
 
 
-def attend_setup(ctx, inputs, output):
+def attend_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.feature_map, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
 
 
-def attend_autograd(backward_op, ctx, grad_out, grad_matched):
+def attend_autograd(
+    backward_op: Callable[..., Any], ctx: Any, grad_out: Tensor, grad_matched: Tensor
+) -> tuple[Tensor | None, ...]:
     grads = backward_op(grad_out, grad_matched, *ctx.saved_tensors, ctx.feature_map, ctx.eps)
     grad_candidates, grad_query_weight, grad_key_value, grad_key_sum = grads
     return grad_candidates, None, grad_query_weight, grad_key_value, grad_key_sum, None, None
@@ -406,15 +438,15 @@ def match_op(
 
 @match_op.register_fake
 def match_fake(
-    candidate_buckets,
-    candidate_offsets,
-    history,
-    history_buckets,
-    history_offsets,
-    weights,
-    ages,
-    decay,
-):
+    candidate_buckets: Tensor,
+    candidate_offsets: Tensor,
+    history: Tensor,
+    history_buckets: Tensor,
+    history_offsets: Tensor,
+    weights: Tensor | None,
+    ages: Tensor | None,
+    decay: Tensor,
+) -> tuple[Tensor, Tensor]:
     dtype = _accumulator_dtype(history.dtype)
     shape = (candidate_buckets.shape[0], decay.shape[0])
     return history.new_empty(*shape, history.shape[1], dtype=dtype), history.new_empty(
@@ -462,26 +494,25 @@ def match_backward_op(
 
 @match_backward_op.register_fake
 def _(
-    grad_token,
-    grad_weight,
-    candidate_buckets,
-    candidate_offsets,
-    history,
-    history_buckets,
-    history_offsets,
-    weights,
-    ages,
-    decay,
-):
+    grad_token: Tensor,
+    grad_weight: Tensor,
+    candidate_buckets: Tensor,
+    candidate_offsets: Tensor,
+    history: Tensor,
+    history_buckets: Tensor,
+    history_offsets: Tensor,
+    weights: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
     grad_weights = history.new_empty(0) if weights is None else torch.empty_like(weights)
     return torch.empty_like(history), grad_weights
 
 
-def _match_setup(ctx, inputs, output):
+def _match_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _match_autograd(ctx, grad_token, grad_weight):
+def _match_autograd(ctx: Any, grad_token: Tensor, grad_weight: Tensor) -> tuple[Tensor | None, ...]:
     grad_history, grad_weights = torch.ops.ifa.match_backward(
         grad_token, grad_weight, *ctx.saved_tensors
     )
