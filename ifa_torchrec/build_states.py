@@ -27,7 +27,6 @@ from tqdm import tqdm
 from ifa_torchrec.command_line import as_command
 from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset
 from ifa_torchrec.data.dataset import EMPTY_REQUEST
-from ifa_torchrec.modules import InteractionFidelityAttention
 from ifa_torchrec.serving import StateError, StateLayout, StateStore, open_key_value_store
 from ifa_torchrec.train import load_run
 
@@ -64,17 +63,15 @@ def build_states(config: BuildStatesConfig) -> dict[str, float | str]:
         "bytes_per_user", keys included, and "events_per_user", both means over them.
 
     Raises:
-        StateError: the run has no states, they are built already, or were begun with other options.
+        ValueError: the run's interaction has no user states.
+        StateError: they are built already, or were begun with other options; or the run was trained on
+            shortened histories.
         CheckpointError: the run has no checkpoint.
         LogError: the event log is not there.
     """
     run = load_run(config.run, config.data)
     rank, world = dist.get_rank(), dist.get_world_size()
-    ifa = run.dlrm.candidate_arch.sequence_interaction
-    if not isinstance(ifa, InteractionFidelityAttention):
-        raise StateError(
-            f"{config.run} was trained with {run.config.interaction!r}; only 'ifa' has user states"
-        )
+    ifa = run.dlrm.candidate_arch.ifa
     if run.config.history_length is not None:
         raise StateError(
             f"{config.run} was trained on the latest {run.config.history_length} events; a state holds "

@@ -29,9 +29,16 @@ from torch.utils.tensorboard import SummaryWriter
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingCollection
+from torchrec.modules.mc_modules import (
+    DistanceLFU_EvictionPolicy,
+    ManagedCollisionCollection,
+    ManagedCollisionModule,
+    MCHManagedCollisionModule,
+)
+from torchrec.optim.keyed import CombinedOptimizer
 from tqdm import tqdm
 
-from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.command_line import as_command
 from ifa_torchrec.data import EventBudgetSampler, EventLog, LogSchema, RankingDataset, make_loader
 from ifa_torchrec.distributed import (
@@ -45,6 +52,9 @@ from ifa_torchrec.distributed import (
 from ifa_torchrec.models import DLRM_IFA, DLRM_IFAConfig, DLRM_IFATrain
 from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig, IFAConfig
 from ifa_torchrec.scoring import measure, predict
+
+EVICTION_INTERVAL = 10
+"""Steps after which managed collisions give rows to new ids."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,9 @@ class TrainConfig:
     """Weights of the loss's terms."""
     over_arch_layer_sizes: tuple[int, ...] = (64, 32)
     """Hidden layers over the interactions."""
+    managed_rows: dict[str, int] = field(default_factory=dict)
+    """Item tables of fewer rows than ids, e.g. item_table 20000: TorchRec's managed collisions give
+    rows of their own to the ids that are met often and lately; the others share the last row."""
     table_init: float = 0.3
     """Tables start uniform in plus or minus this."""
     optimizers: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -180,10 +193,42 @@ def build_model(schema: LogSchema, config: TrainConfig) -> DLRM_IFA:
         )
         for f, rows in schema.item_features.items()
     ]
+    tables = EmbeddingCollection(tables=sequences, device=meta)
     return DLRM_IFA(
         EmbeddingBagCollection(tables=bags, device=meta) if bags else None,
-        EmbeddingCollection(tables=sequences, device=meta),
+        _managed(tables, config.managed_rows) if config.managed_rows else tables,
         model,
+    )
+
+
+def _managed(tables: EmbeddingCollection, rows: dict[str, int]) -> ManagedCollisionEmbeddingCollection:
+    """Tables of so many rows; those not named keep a row for each id, and one for ids not met yet."""
+    configs = {table.name: table for table in tables.embedding_configs()}
+    for name, count in rows.items():
+        if name not in configs or not 2 <= count <= configs[name].num_embeddings:
+            ids = {name: table.num_embeddings for name, table in configs.items()}
+            raise ValueError(
+                f"--managed-rows: {name} {count}: name an item table and at least 2 rows, at most as "
+                f"many as it has ids; there are {ids}"
+            )
+    managed = [
+        dataclasses.replace(table, num_embeddings=rows.get(name, table.num_embeddings + 1))
+        for name, table in configs.items()
+    ]
+    modules: dict[str, ManagedCollisionModule] = {
+        table.name: MCHManagedCollisionModule(
+            zch_size=table.num_embeddings,
+            device=torch.device("cpu"),
+            eviction_policy=DistanceLFU_EvictionPolicy(),
+            eviction_interval=EVICTION_INTERVAL,
+            input_hash_size=configs[table.name].num_embeddings,
+            buckets=dist.get_world_size() if dist.is_initialized() else 1,  # a rank's ids are its own
+        )
+        for table in managed
+    }
+    return ManagedCollisionEmbeddingCollection(
+        EmbeddingCollection(tables=managed, device=torch.device("meta")),
+        ManagedCollisionCollection(modules, managed),
     )
 
 
@@ -272,8 +317,8 @@ def train(config: TrainConfig) -> dict[str, float]:
     unread: list[torch.Tensor] = []  # reading a loss waits for the device
     events, seconds, imbalance, result = 0, 0.0, 1.0, {}
 
-    def forward(batch: RankingBatch) -> tuple[torch.Tensor, Any]:
-        """The pipeline's call of the model; keeps what the curves show."""
+    def forward(batch: Any) -> tuple[torch.Tensor, Any]:
+        """The pipeline's call of the model by a RankingBatch; keeps what the curves show."""
         nonlocal events
         events += len(batch.history_age)
         loss, output = model(batch)
@@ -383,7 +428,9 @@ def validate(
     return {f"valid_{name}": value for name, value in metrics.items()}
 
 
-def set_learning_rate(optimizer, config: TrainConfig, step: int, progress: float) -> None:
+def set_learning_rate(
+    optimizer: CombinedOptimizer, config: TrainConfig, step: int, progress: float
+) -> None:
     """Warm the dense parameters' rate up, then let it fall in a line to 5%; tables keep theirs.
 
     Args:
@@ -394,10 +441,9 @@ def set_learning_rate(optimizer, config: TrainConfig, step: int, progress: float
     """
     warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
     rate = config.optimizers.dense_lr * warm * max(0.05, 1 - progress)
-    for name, part in optimizer.optimizers:
-        if name == "dense":
-            for group in part.param_groups:
-                group["lr"] = rate
+    parts: dict[str, torch.optim.Optimizer] = dict(optimizer.optimizers)
+    for group in parts["dense"].param_groups:
+        group["lr"] = rate
 
 
 def load_run(folder: Path, data: Path | None = None, sharded: bool = True) -> Run:

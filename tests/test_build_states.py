@@ -52,7 +52,7 @@ def assert_built(store: str, run: Path, before: int = END) -> StateStore:
     loaded = load_run(run, sharded=False)
     states = StateStore(open_key_value_store(store), loaded.version)
     wanted = expected(loaded, before)
-    every_key = np.arange(loaded.dlrm.candidate_arch.sequence_interaction.identity.key_range)
+    every_key = np.arange(loaded.dlrm.config.ifa.identity_key_range)
     users = len(USERS)
     found = states.read(USERS, [END] * users, [every_key] * users, [True] * users)
     for name, value in wanted.state_dict().items():
@@ -119,14 +119,14 @@ def test_ranks_share_the_users_and_go_on_where_they_were_stopped(run, address, w
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"interaction": "softmax"}, "only 'ifa' has user states"),
+        ({"interaction": "softmax"}, "'softmax' has no user state; train with 'ifa'"),
         ({"history_length": 20}, "latest 20 events"),
     ],
 )
 def test_runs_without_states_are_refused(changes, message, log, tmp_path):
     config = TrainConfig(log.path, tmp_path / "run", ifa=IFA, validate=False)
     train(dataclasses.replace(config, **changes))
-    with pytest.raises(StateError, match=message):
+    with pytest.raises((StateError, ValueError), match=message):
         build_states(BuildStatesConfig(tmp_path / "run", str(tmp_path / "states"), 0))
 
 

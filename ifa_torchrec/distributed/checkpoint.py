@@ -1,7 +1,8 @@
 """Checkpoints that are whole or not there, by torch.distributed.checkpoint.
 
 FOLDER/step-000400/   DCP's shards: model, tables, both optimisers, each rank's random number
-                      generators; progress.json; and checksums.json, of all these files
+                      generators; progress.json, with the format's number; and checksums.json, of
+                      all these files
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
+FORMAT = 1
+"""Rises when this package could no longer read what it wrote before."""
 KEEP = 2
 """Checkpoints kept; older ones are deleted once a newer one is whole."""
 
@@ -78,7 +81,7 @@ def save(
     sums: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(sums, {f.name: _checksum(f) for f in draft.glob(f"__{rank}_*")})
     if rank == 0:
-        (draft / "progress.json").write_text(json.dumps(progress))
+        (draft / "progress.json").write_text(json.dumps({"format": FORMAT, **progress}))
         files = {name: value for of_rank in sums for name, value in of_rank.items()}
         files |= {name: _checksum(draft / name) for name in (".metadata", "progress.json")}
         (draft / "checksums.json").write_text(json.dumps(files))
@@ -139,8 +142,8 @@ def load(
         The progress that was saved.
 
     Raises:
-        CheckpointError: there is none, none is whole, or it is of another configuration; the
-            message names what differs.
+        CheckpointError: there is none, none is whole, or it is of another format or configuration;
+            the message names what differs. Or it has managed collisions, and the ranks are too many.
     """
     found = checkpoints_of_rank_0(folder)
     damaged: list[Path] = []
@@ -180,6 +183,12 @@ def _load(
     for error in errors:
         if error is not None:
             raise _Damaged(error)
+    written = progress.pop("format", None)
+    if written != FORMAT:
+        raise CheckpointError(
+            f"{path} is of format {written}, this version of ifa_torchrec reads {FORMAT}; use the "
+            "version that wrote it, or train anew in another folder"
+        )
     if config is not None:
         saved = progress.get("config")
         if saved != config:
@@ -201,7 +210,13 @@ def _load(
     # of many kinds, by what is wrong; DCP's own is no Exception
     except (Exception, CheckpointException) as error:
         raise _Damaged((str(error).strip() or repr(error)).splitlines()[-1]) from error
-    model.load_state_dict(state["model"])
+    try:
+        model.load_state_dict(state["model"])
+    except AssertionError as error:  # an id's row lies on the rank that its hash belongs to
+        raise CheckpointError(
+            f"{path}: managed collisions of another number of ranks ({error}); use as many ranks as "
+            "trained it, or one"
+        ) from error
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
     for name, value in rng.items():
@@ -243,7 +258,7 @@ def _rng_states() -> dict[str, torch.Tensor]:
     return states
 
 
-def _differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
+def _differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
     result = []
     for key in saved.keys() | now.keys():
         a, b = saved.get(key), now.get(key)
@@ -255,7 +270,7 @@ def _differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Without torch's warnings of its own use of ShardedTensor, which torchrec's tables are."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,11 +16,18 @@ from torch import nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.mc_embedding import ManagedCollisionEmbeddingCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError, PlannerErrorType
 from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingCollection
+
+from ifa_torchrec.models.dlrm_ifa import tables_of
+
+Collection = EmbeddingBagCollection | EmbeddingCollection | ManagedCollisionEmbeddingCollection
 
 SHARDING_TYPES = {
     "cpu": ("table_wise", "row_wise", "column_wise"),
@@ -153,15 +161,15 @@ class _BagSharder(EmbeddingBagCollectionSharder):
         return [*types, *({ShardingType.ROW_WISE.value} - set(types))]
 
 
-def sharders() -> list[ModuleSharder]:
-    """TorchRec's sharders of the two kinds of collections.
+def sharders() -> list[ModuleSharder[Any]]:
+    """TorchRec's sharders of the kinds of collections.
 
     Example:
         >>> from ifa_torchrec.distributed.planning import sharders
         >>> [sharder.module_type.__name__ for sharder in sharders()]
-        ['EmbeddingBagCollection', 'EmbeddingCollection']
+        ['EmbeddingBagCollection', 'EmbeddingCollection', 'ManagedCollisionEmbeddingCollection']
     """
-    return [_BagSharder(), EmbeddingCollectionSharder()]
+    return [_BagSharder(), EmbeddingCollectionSharder(), ManagedCollisionEmbeddingCollectionSharder()]
 
 
 def topology(device: torch.device, sharding: ShardingConfig) -> Topology:
@@ -190,7 +198,7 @@ def topology(device: torch.device, sharding: ShardingConfig) -> Topology:
         local_world_size=local,
         compute_device=device.type,
         hbm_cap=memory,
-        **({"ddr_cap": memory} if device.type == "cpu" else {}),
+        ddr_cap=memory if device.type == "cpu" else None,
     )
 
 
@@ -310,7 +318,7 @@ def plan_on_all_ranks(make_plan: Callable[[], ShardingPlan]) -> ShardingPlan:
     except Exception as raised:  # whatever it is, the other ranks are waiting to hear of it
         error = str(raised).strip() or repr(raised)
     digest = hashlib.sha256(str(plan).encode()).hexdigest()
-    outcomes: list = [None] * dist.get_world_size()
+    outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, (error, digest))
     if error is not None and all(failure == error for failure, _ in outcomes):
         raise ShardingError(error)
@@ -339,17 +347,24 @@ def _memory_of_machine() -> int:
     return min(limits)
 
 
-def _collections(model: nn.Module) -> list[EmbeddingBagCollection | EmbeddingCollection]:
-    return [m for m in model.modules() if isinstance(m, (EmbeddingBagCollection, EmbeddingCollection))]
+def _collections(model: nn.Module) -> list[Collection]:
+    """The outermost: where collisions are managed around a collection, that which manages them."""
+    inner = {
+        id(child)
+        for module in model.modules()
+        if isinstance(module, ManagedCollisionEmbeddingCollection)
+        for child in module.children()
+    }
+    return [m for m in model.modules() if isinstance(m, Collection) and id(m) not in inner]
 
 
-def _configs(module: EmbeddingBagCollection | EmbeddingCollection) -> Sequence:
+def _configs(module: Collection) -> Sequence[BaseEmbeddingConfig]:
     if isinstance(module, EmbeddingBagCollection):
         return module.embedding_bag_configs()
-    return module.embedding_configs()
+    return tables_of(module)
 
 
-def _possible(module: EmbeddingBagCollection | EmbeddingCollection, device: str) -> list[str]:
+def _possible(module: Collection, device: str) -> list[str]:
     """What a collection's tables can be sharded by."""
     sharder = next(s for s in sharders() if isinstance(module, s.module_type))
     return [kind for kind in SHARDING_TYPES[device] if kind in sharder.sharding_types(device)]

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.types import ShardingEnv
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingCollection
 from torchrec.optim import SGD, Adagrad, RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
@@ -21,6 +21,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from ifa_torchrec.distributed.planning import (
     BatchSize,
     ShardingConfig,
+    ShardingError,
     make_planner,
     plan_on_all_ranks,
     sharders,
@@ -125,6 +126,12 @@ def shard(
     """
     sharding, batch = sharding or ShardingConfig(), batch or BatchSize()
     fused, options = _TABLE_OPTIMIZERS[optimizers.table_optimizer]
+    managed = any(isinstance(m, ManagedCollisionEmbeddingCollection) for m in model.modules())
+    if managed and fused is RowWiseAdagrad and device.type == "cpu":
+        raise ShardingError(
+            "managed collisions: where a row gets another id, fbgemm can clear its state of row-wise "
+            "Adagrad on GPUs alone; on a CPU use table optimizer 'adagrad' or 'sgd'"
+        )
     for module in model.modules():
         if isinstance(module, (EmbeddingBagCollection, EmbeddingCollection)):
             apply_optimizer_in_backward(
@@ -143,33 +150,27 @@ def shard(
         )
         sharded = DistributedModelParallel(
             model,
-            env=ShardingEnv.from_process_group(dist.group.WORLD),
             device=device,
             plan=plan,
             sharders=sharders(),
         )
     dense = dict(in_backward_optimizer_filter(sharded.named_parameters()))
-
-    def adamw(parameters: list[torch.Tensor]) -> torch.optim.AdamW:
-        matrices = [p for p in parameters if p.dim() > 1]
-        vectors = [p for p in parameters if p.dim() <= 1]
-        return torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": optimizers.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
-            ],
-            lr=optimizers.dense_lr,
-        )
-
-    dense_optimizer = KeyedOptimizerWrapper(dense, adamw)
+    matrices = [p for p in dense.values() if p.dim() > 1]
+    vectors = [p for p in dense.values() if p.dim() <= 1]
+    adamw = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": optimizers.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=0.0,
+    )
+    dense_optimizer = KeyedOptimizerWrapper(dense, lambda _: adamw)
     # Without state the dense optimiser's part of a checkpoint would be skipped in silence.
     # torchrec makes it by a step with zero gradients, which must not count nor decay a weight.
-    for group in dense_optimizer.param_groups:
-        group["lr"] = 0.0
     dense_optimizer.init_state()
-    for group in dense_optimizer.param_groups:
+    for group in adamw.param_groups:
         group["lr"] = optimizers.dense_lr
-    for state in dense_optimizer.state.values():
+    for state in adamw.state.values():
         state["step"].zero_()
     return sharded, CombinedOptimizer([sharded.fused_optimizer, ("dense", dense_optimizer)])
 

@@ -23,7 +23,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torchrec.models.dlrm import DenseArch, InteractionArch, OverArch, SparseArch
+from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from ifa_torchrec.batch import RankingBatch
@@ -129,6 +131,24 @@ class DLRM_IFAConfig:
         return ("candidate_",) if self.interaction == "none" else ("history_", "candidate_")
 
 
+def tables_of(
+    collection: EmbeddingCollection | ManagedCollisionEmbeddingCollection,
+) -> list[EmbeddingConfig]:
+    """The tables' configs, also where collisions are managed around them.
+
+    Example:
+        >>> from torchrec import EmbeddingCollection, EmbeddingConfig
+        >>> from ifa_torchrec.models.dlrm_ifa import tables_of
+        >>> tables = EmbeddingCollection(tables=[EmbeddingConfig(
+        ...     name="item", embedding_dim=4, num_embeddings=10, feature_names=["candidate_item"])])
+        >>> [table.name for table in tables_of(tables)]
+        ['item']
+    """
+    if isinstance(collection, ManagedCollisionEmbeddingCollection):
+        collection = next(m for m in collection.modules() if isinstance(m, EmbeddingCollection))
+    return collection.embedding_configs()
+
+
 class SequenceArch(nn.Module):
     """Looks up events and candidates in shared tables and sums each one's features to a token.
 
@@ -136,7 +156,8 @@ class SequenceArch(nn.Module):
 
     Args:
         embedding_collection: holds ``history_f`` and ``candidate_f`` for each f; all of width D.
-            Where there is no ``history_f`` the history is not looked up.
+            Where there is no ``history_f`` the history is not looked up. TorchRec's
+            ManagedCollisionEmbeddingCollection gives ids rows of their own while they are frequent.
         item_features: the names f.
 
     Example:
@@ -154,12 +175,15 @@ class SequenceArch(nn.Module):
     """
 
     def __init__(
-        self, embedding_collection: EmbeddingCollection, item_features: tuple[str, ...]
+        self,
+        embedding_collection: EmbeddingCollection | ManagedCollisionEmbeddingCollection,
+        item_features: tuple[str, ...],
     ) -> None:
         super().__init__()
         self.embedding_collection = embedding_collection
         self.item_features = item_features
-        named = {n for table in embedding_collection.embedding_configs() for n in table.feature_names}
+        self.managed = isinstance(embedding_collection, ManagedCollisionEmbeddingCollection)
+        named = {n for table in tables_of(embedding_collection) for n in table.feature_names}
         self.has_history = f"history_{item_features[0]}" in named
 
     def forward(self, features: KeyedJaggedTensor) -> tuple[JaggedTensor | None, JaggedTensor]:
@@ -172,6 +196,8 @@ class SequenceArch(nn.Module):
             [M, D], each as a JaggedTensor of B requests.
         """
         embeddings = self.embedding_collection(features)
+        if self.managed:  # beside the rows it returns the ids that it made
+            embeddings = embeddings[0]
         candidates = self._tokens(embeddings, "candidate_")
         history = self._tokens(embeddings, "history_") if self.has_history else None
         return history, candidates
@@ -214,13 +240,13 @@ class CandidateArch(nn.Module):
         self.request_arch = DenseArch(request_features, layers) if request_features else None
         self.candidate_dense_arch = DenseArch(candidate_features, layers) if candidate_features else None
         self.token_norm = nn.LayerNorm(dim)
-        self.interest_norm = nn.LayerNorm(dim) if sequence else None
+        self.interest_norm = nn.LayerNorm(dim) if sequence else nn.Identity()
         related = config.candidate_set.attention != "none"
         self.candidate_set_encoder = (
             CandidateSetEncoder(dim, config.candidate_set, config.ifa.backend) if related else None
         )
-        self.member_norm = nn.LayerNorm(dim) if related else None
-        self.set_norm = nn.LayerNorm(dim) if related else None
+        self.member_norm = nn.LayerNorm(dim) if related else nn.Identity()
+        self.set_norm = nn.LayerNorm(dim) if related else nn.Identity()
         vectors = sum((bool(request_features), bool(candidate_features), sequence, related))
         self.interaction_arch = InteractionArch(vectors) if vectors else None
         width = dim + vectors * (vectors + 1) // 2
@@ -264,19 +290,21 @@ class CandidateArch(nn.Module):
         if self.candidate_dense_arch is not None:
             vectors.append(self.candidate_dense_arch(batch.candidate_dense))
         if self.sequence_interaction is not None:
-            candidate_ids = self._ids(batch.sequence_features, "candidate_")
-            if state is None:
+            candidate_ids = self.ids(batch.sequence_features, "candidate_")
+            if state is not None:
+                interest = self.ifa.attend(candidates, state, candidate_ids)
+                events = state.count.to(tokens.dtype)
+            elif history is not None:
                 interest = self.sequence_interaction(
                     candidates,
                     self._normed(history),
                     batch.history_age,
-                    self._ids(batch.sequence_features, "history_"),
+                    self.ids(batch.sequence_features, "history_"),
                     candidate_ids,
                 )
                 events = history.offsets().diff().to(tokens.dtype)
             else:
-                interest = self._ifa().attend(candidates, state, candidate_ids)
-                events = state.count.to(tokens.dtype)
+                raise ValueError("CandidateArch: give the tokens of the histories, or their state")
             vectors.append(self.interest_norm(interest.values()))
             beside += [vectors[-1], tokens * vectors[-1], torch.log1p(events)[request, None]]
         logits = self._score(tokens, vectors, beside, offsets)
@@ -299,10 +327,15 @@ class CandidateArch(nn.Module):
             features: the sequence features, for their ids.
             history_age: [N].
         """
-        ifa = self._ifa()
-        return ifa.encode(self._normed(history), history_age, self._ids(features, "history_"))
+        return self.ifa.encode(self._normed(history), history_age, self.ids(features, "history_"))
 
-    def _ifa(self) -> InteractionFidelityAttention:
+    @property
+    def ifa(self) -> InteractionFidelityAttention:
+        """The interaction, where it is "ifa": the only one with a user state.
+
+        Raises:
+            ValueError: it is another.
+        """
         if not isinstance(self.sequence_interaction, InteractionFidelityAttention):
             raise ValueError(
                 f"interaction {self.config.interaction!r} has no user state; train with 'ifa'"
@@ -351,11 +384,17 @@ class CandidateArch(nn.Module):
                 if not torch.equal(sequences[name].lengths(), sequences[first].lengths()):
                     raise ValueError(f"batch: {name} and {first} have different lengths")
 
-    def _ids(self, features: KeyedJaggedTensor, prefix: str) -> Tensor | None:
-        names = self.sequence_interaction.id_features
-        if not names:
+    def ids(self, features: KeyedJaggedTensor, prefix: str) -> Tensor | None:
+        """The ids [rows, K] that the interaction compares; None if it compares none.
+
+        Args:
+            features: the sequence features.
+            prefix: "history_" or "candidate_".
+        """
+        interaction = self.sequence_interaction
+        if interaction is None or not interaction.id_features:
             return None
-        return torch.stack([features[prefix + f].values() for f in names], dim=1)
+        return torch.stack([features[prefix + f].values() for f in interaction.id_features], dim=1)
 
     def _normed(self, tokens: JaggedTensor) -> JaggedTensor:
         return JaggedTensor(
@@ -370,7 +409,7 @@ class DLRM_IFA(nn.Module):
         embedding_bag_collection: tables of the context features, all of width D; None where the
             batch has no context features.
         embedding_collection: tables of the sequence features, all of width D, each shared by a
-            history feature and its candidate feature.
+            history feature and its candidate feature; or a ManagedCollisionEmbeddingCollection.
         config: DLRM_IFAConfig.
 
     Raises:
@@ -397,13 +436,13 @@ class DLRM_IFA(nn.Module):
     def __init__(
         self,
         embedding_bag_collection: EmbeddingBagCollection | None,
-        embedding_collection: EmbeddingCollection,
+        embedding_collection: EmbeddingCollection | ManagedCollisionEmbeddingCollection,
         config: DLRM_IFAConfig,
     ) -> None:
         super().__init__()
         self.config = config
         bags = embedding_bag_collection.embedding_bag_configs() if embedding_bag_collection else []
-        tables = embedding_collection.embedding_configs()
+        tables = tables_of(embedding_collection)
         for table in (*bags, *tables):
             if table.embedding_dim != config.ifa.embedding_dim:
                 raise ValueError(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import repeat
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec import ops
-from ifa_torchrec.modules.interaction import IFAConfig, SequenceInteraction, _check_same_requests
+from ifa_torchrec.modules.interaction import IFAConfig, SequenceInteraction
 from ifa_torchrec.modules.user_state import UserState
 from ifa_torchrec.ops.jagged import request_of_row
 
@@ -54,11 +54,27 @@ class InteractionFidelityAttention(SequenceInteraction):
         self.query_proj = self._projection(gain)
         self.key_proj = self._projection(gain)
 
+    @overload
+    def encode(
+        self,
+        history: JaggedTensor,
+        history_age: Tensor | None = None,
+        history_ids: Tensor | None = None,
+    ) -> UserState: ...
+
+    @overload
+    def encode(
+        self,
+        history: Iterable[JaggedTensor],
+        history_age: Iterable[Tensor] | None = None,
+        history_ids: Iterable[Tensor] | None = None,
+    ) -> UserState: ...
+
     def encode(
         self,
         history: JaggedTensor | Iterable[JaggedTensor],
-        history_age: Tensor | Iterable[Tensor] | None = None,
-        history_ids: Tensor | Iterable[Tensor] | None = None,
+        history_age: Any = None,
+        history_ids: Any = None,
     ) -> UserState:
         """Sum B histories into a user state.
 
@@ -143,10 +159,10 @@ class InteractionFidelityAttention(SequenceInteraction):
             ValueError: as ``forward``; or the state is of another configuration.
         """
         self._check(candidates, None, candidate_ids, "candidates")
-        _check_same_requests(candidates, len(state))
+        self._check_same_requests(candidates, len(state))
         self._check_state(state)
         identity = None
-        if self.identity is not None:
+        if self.identity is not None and candidate_ids is not None:
             identity = self.identity.attend(candidates, state, candidate_ids)
         heads, mass = self._attend_dense(candidates, state.key_value, state.key_sum)
         return self._output(candidates, heads, mass, identity)
@@ -180,7 +196,7 @@ class InteractionFidelityAttention(SequenceInteraction):
         """
         self._check(history, history_age, history_ids, "history")
         self._check(candidates, None, candidate_ids, "candidates")
-        _check_same_requests(candidates, len(history.offsets()) - 1)
+        self._check_same_requests(candidates, len(history.offsets()) - 1)
         config = self.config
         result = []
         for b in range(len(history.offsets()) - 1):
@@ -203,7 +219,7 @@ class InteractionFidelityAttention(SequenceInteraction):
                 config.eps,
             )
             parts = [attention]
-            if self.identity is not None:
+            if self.identity is not None and history_ids is not None and candidate_ids is not None:
                 weight = ops.reference.event_weights(*event, self.identity.decay, tokens)
                 for k in range(len(config.identity_features)):
                     asked = self.identity.bucket(candidate_ids[c, k])
@@ -247,8 +263,14 @@ class InteractionFidelityAttention(SequenceInteraction):
         )
         return heads, self._mass(matched)
 
-    def _encode_parts(self, history, history_age, history_ids) -> UserState:
-        state, end = None, object()
+    def _encode_parts(
+        self,
+        history: Iterable[JaggedTensor],
+        history_age: Iterable[Tensor] | None,
+        history_ids: Iterable[Tensor] | None,
+    ) -> UserState:
+        state = None
+        end: Any = object()
         ages, ids = (repeat(None) if x is None else iter(x) for x in (history_age, history_ids))
         for part in history:
             age, part_ids = next(ages, end), next(ids, end)
@@ -266,8 +288,7 @@ class InteractionFidelityAttention(SequenceInteraction):
 
     def _check_state(self, state: UserState) -> None:
         config = self.config
-        features = config.head_width * ops.FEATURE_MAPS[config.feature_map].expansion
-        wanted = (config.num_heads, features, config.head_width)
+        wanted = (config.num_heads, config.feature_width, config.head_width)
         shapes = (tuple(state.key_value.shape[1:]), tuple(state.key_sum.shape[1:]))
         if shapes != (wanted, wanted[:2]):
             raise ValueError(
@@ -277,11 +298,11 @@ class InteractionFidelityAttention(SequenceInteraction):
         if self.identity is not None:
             tables = (len(config.identity_half_lives), config.head_width)
             found = None if state.identity_value is None else tuple(state.identity_value.shape[1:])
-            if (found, state.identity_key_range) != (tables, self.identity.key_range):
+            if (found, state.identity_key_range) != (tables, config.identity_key_range):
                 raise ValueError(
                     f"state: its identity tables are [U, L, d] = [U, {found}] of keys below "
                     f"{state.identity_key_range}, this configuration's are [U, {tables}] of keys below "
-                    f"{self.identity.key_range}; encode the histories with this module"
+                    f"{config.identity_key_range}; encode the histories with this module"
                 )
 
     def _decayed(self, state: UserState, elapsed: Tensor) -> UserState:
@@ -298,7 +319,8 @@ class InteractionFidelityAttention(SequenceInteraction):
         tensors["key_value"] = state.key_value * dense[..., None, None]
         tensors["key_sum"] = state.key_sum * dense[..., None]
         if self.identity is not None:
-            identity = factor(self.identity.decay)[request_of_row(state.identity_offsets)]
-            tensors["identity_sum"] = state.identity_sum * identity
-            tensors["identity_value"] = state.identity_value * identity[..., None]
+            offsets, _, value, weight = state.identity_tables()
+            identity = factor(self.identity.decay)[request_of_row(offsets)]
+            tensors["identity_sum"] = weight * identity
+            tensors["identity_value"] = value * identity[..., None]
         return UserState(**tensors)

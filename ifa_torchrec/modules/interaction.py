@@ -64,7 +64,7 @@ class IFAConfig:
     identity_buckets: int = 4096
     identity_half_lives: tuple[float, ...] = (math.inf,)
     eps: float = 1e-6
-    backend: Literal["auto", "native", "reference", "torch"] = "auto"
+    backend: ops.Backend = "auto"
 
     def __post_init__(self) -> None:
         def check(good: bool, message: str) -> None:
@@ -113,9 +113,19 @@ class IFAConfig:
         return self.head_dim or self.embedding_dim // self.num_heads
 
     @property
+    def feature_width(self) -> int:
+        """d_phi, the features that the feature map makes of a head's vector."""
+        return self.head_width * ops.FEATURE_MAPS[self.feature_map].expansion
+
+    @property
     def num_identity_heads(self) -> int:
         """Identity heads in all: features times half-lives."""
         return len(self.identity_features) * len(self.identity_half_lives)
+
+    @property
+    def identity_key_range(self) -> int:
+        """K R; a state's identity keys are below it. 0 without identity features."""
+        return len(self.identity_features) * self.identity_buckets
 
 
 def at_least_one(name: str, value: int) -> int:
@@ -172,6 +182,8 @@ class SequenceInteraction(nn.Module):
         >>> peer(tokens, tokens).values().shape
         torch.Size([5, 8])
     """
+
+    decay: Tensor
 
     def __init__(self, config: IFAConfig) -> None:
         super().__init__()
@@ -238,7 +250,7 @@ class SequenceInteraction(nn.Module):
         """
         self._check(history, history_age, history_ids, "history")
         self._check(candidates, None, candidate_ids, "candidates")
-        _check_same_requests(candidates, len(history.offsets()) - 1)
+        self._check_same_requests(candidates, len(history.offsets()) - 1)
         arguments = (candidates, history, history_age, history_ids, candidate_ids)
         heads, mass = self.dense_heads(*arguments)
         identity = None
@@ -279,6 +291,10 @@ class SequenceInteraction(nn.Module):
         if identity is not None:
             parts.append(identity[0].flatten(1))
         if self.config.interest_mass:
+            if mass is None:
+                raise ValueError(
+                    f"{type(self).__name__}.dense_heads gave no masses; interest_mass asks for them"
+                )
             parts.append(mass)
             if identity is not None:
                 parts.append(self._mass(identity[1]))
@@ -343,12 +359,10 @@ class SequenceInteraction(nn.Module):
                     f"history: event {int((~(weights >= 0)).nonzero()[0])} has a negative weight or NaN"
                 )
 
-
-def _check_same_requests(candidates: JaggedTensor, requests: int) -> None:
-    if len(candidates.offsets()) - 1 != requests:
-        raise ValueError(
-            f"candidates are of {len(candidates.offsets()) - 1} requests, the histories of {requests}"
-        )
+    def _check_same_requests(self, candidates: JaggedTensor, requests: int) -> None:
+        found = len(candidates.offsets()) - 1
+        if found != requests:
+            raise ValueError(f"candidates are of {found} requests, the histories of {requests}")
 
 
 class IdentityHeads(nn.Module):
@@ -373,6 +387,8 @@ class IdentityHeads(nn.Module):
         >>> outputs.shape, matched.flatten().tolist()
         (torch.Size([2, 1, 4]), [2.0, 0.0])
     """
+
+    decay: Tensor
 
     def __init__(self, config: IFAConfig) -> None:
         super().__init__()
@@ -425,7 +441,7 @@ class IdentityHeads(nn.Module):
             request_of_row(history.offsets())[:, None].expand_as(keys).flatten(),
             keys.flatten(),
             len(history.offsets()) - 1,
-            self.key_range,
+            self.config.identity_key_range,
         )
         value_sum = values.new_zeros(key.shape[0], len(self.decay), self.config.head_width, dtype=dtype)
         weight_sum = values.new_zeros(key.shape[0], len(self.decay), dtype=dtype)
@@ -439,34 +455,31 @@ class IdentityHeads(nn.Module):
             "identity_key": key,
             "identity_value": value_sum,
             "identity_sum": weight_sum,
-            "identity_key_range": self.key_range,
+            "identity_key_range": self.config.identity_key_range,
         }
 
     def attend(
         self, candidates: JaggedTensor, state: UserState, candidate_ids: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Outputs [M, K * L, d] and matched weights [M, K * L], read from the state's tables."""
-        there = request_of_row(state.identity_offsets, state.identity_key.shape[0]) * self.key_range
-        there = there + state.identity_key
-        wanted = request_of_row(candidates.offsets(), candidate_ids.shape[0])[:, None] * self.key_range
+        offsets, key, values, weights = state.identity_tables()
+        key_range = self.config.identity_key_range
+        there = request_of_row(offsets, key.shape[0]) * key_range + key
+        wanted = request_of_row(candidates.offsets(), candidate_ids.shape[0])[:, None] * key_range
         wanted = wanted + self.keys(candidate_ids)  # [M, K]
         row = torch.searchsorted(there, wanted)
         # what is not there reads one more row, of zeros
         found = F.pad(there, (0, 1), value=-1)[row] == wanted
         row = torch.where(found, row, there.shape[0])
-        total = F.pad(state.identity_sum, (0, 0, 0, 1))[row]  # [M, K, L]
-        value = F.pad(state.identity_value, (0, 0, 0, 0, 0, 1))[row]  # [M, K, L, d]
+        total = F.pad(weights, (0, 0, 0, 1))[row]  # [M, K, L]
+        value = F.pad(values, (0, 0, 0, 0, 0, 1))[row]  # [M, K, L, d]
         outputs = value / (total[..., None] + self.config.eps)
         return outputs.flatten(1, 2), total.flatten(1)
 
-    @property
-    def key_range(self) -> int:
-        """K R; a state's identity keys are below it."""
-        return len(self.config.identity_features) * self.config.identity_buckets
-
     def keys(self, ids: Tensor) -> Tensor:
         """The key of each id in a state's tables: feature number times R plus bucket; [n, K]."""
-        first = torch.arange(0, self.key_range, self.config.identity_buckets, device=ids.device)
+        config = self.config
+        first = torch.arange(0, config.identity_key_range, config.identity_buckets, device=ids.device)
         return first + self.bucket(ids)
 
     def bucket(self, ids: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -23,8 +24,7 @@ from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data import LogSchema
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.models.dlrm_ifa import CandidateArch
-from ifa_torchrec.modules import IFAConfig, InteractionFidelityAttention, UserState
-from ifa_torchrec.ops import FEATURE_MAPS
+from ifa_torchrec.modules import IFAConfig, UserState
 from ifa_torchrec.serving.errors import StateError
 
 FORMAT = "ifa-scoring-graph/1"
@@ -64,8 +64,8 @@ class ScoringGraph(nn.Module):
         schema: the event log's, which names the features.
 
     Raises:
-        StateError: the model has no user state, candidates see each other, or its tables are of
-            another type.
+        ValueError: the model has no user state.
+        StateError: candidates see each other, or its tables are of another type.
 
     Attributes:
         inputs: a GraphInput for each argument of ``forward``, in order.
@@ -92,8 +92,9 @@ class ScoringGraph(nn.Module):
     def __init__(self, model: DLRM_IFA, schema: LogSchema) -> None:
         super().__init__()
         config = model.config
-        if not isinstance(model.candidate_arch.sequence_interaction, InteractionFidelityAttention):
-            raise StateError(f"interaction {config.interaction!r} has no user state; train with 'ifa'")
+        ifa = model.candidate_arch.ifa.config
+        if model.sequence_arch.managed:
+            raise StateError("tables of managed collisions cannot be exported; serve them with Scorer")
         if config.candidate_set.attention != "none":
             raise StateError(
                 f"candidate_set {config.candidate_set.attention!r}: a model whose candidates see each "
@@ -107,12 +108,12 @@ class ScoringGraph(nn.Module):
         if model.sparse_arch is not None:
             bags = model.sparse_arch.embedding_bag_collection
             self.context_tables = _tables(bags, schema.context_features)
-        plain = dataclasses.replace(config.ifa, backend="reference")
+        plain = dataclasses.replace(ifa, backend="reference")
         self.candidate_arch = CandidateArch(
             dataclasses.replace(config, ifa=plain), len(schema.context_features)
         )
         self.candidate_arch.load_state_dict(model.candidate_arch.state_dict())
-        self.inputs = _inputs(config.ifa, schema)
+        self.inputs = _inputs(ifa, schema)
         self.eval()
 
     def forward(
@@ -144,24 +145,23 @@ class ScoringGraph(nn.Module):
         """
         m = candidate_ids.shape[0]
         looked_up = zip(self.item_tables, candidate_ids.unbind(1), strict=True)
-        tokens = sum(table(rows) for table, rows in looked_up)
+        tokens = reduce(torch.add, (table(rows) for table, rows in looked_up))
         context = None
         if len(self.context_tables):
             looked_up = zip(self.context_tables, context_ids.unbind(0), strict=True)
             context = torch.stack([table(row) for table, row in looked_up])[None]
-        identity = {}
+        identity: dict[str, Any] = {}
         if identity_key is not None:
-            heads = self.candidate_arch.sequence_interaction.identity
             identity = {
                 "identity_offsets": _offsets(identity_key.shape[0]),
                 "identity_key": identity_key,
                 "identity_value": identity_value,
                 "identity_sum": identity_sum,
-                "identity_key_range": heads.key_range,
+                "identity_key_range": self.candidate_arch.config.ifa.identity_key_range,
             }
         batch = RankingBatch(
             dense_features=dense[None],
-            context_features=None,  # they are looked up already
+            context_features=KeyedJaggedTensor.empty(),  # they are looked up already
             sequence_features=self._ids(candidate_ids),
             candidate_dense=candidate_dense,
             history_age=dense.new_empty(0),
@@ -221,7 +221,7 @@ def export_scorer(model: DLRM_IFA, schema: LogSchema) -> ExportedProgram:
     example, dynamic = [], []
     for given in graph.inputs:
         # sizes of 0 and 1 would be taken for constants
-        shape = [{"M": 3, "U": 5}.get(size, size) for size in given.shape]
+        shape = [{"M": 3, "U": 5}[size] if isinstance(size, str) else size for size in given.shape]
         example.append(torch.zeros(shape, dtype=getattr(torch, given.dtype)))
         dynamic.append({i: sizes[size] for i, size in enumerate(given.shape) if size in sizes})
     with torch.no_grad():
@@ -270,6 +270,9 @@ class _Int8Table(nn.Module):
     """A quantised table, read without fbgemm: its rows are 4 bytes, scale and bias in float16, then
     the D values, then what aligns them."""
 
+    values: Tensor
+    scale_bias: Tensor
+
     def __init__(self, packed: Tensor, dim: int) -> None:
         super().__init__()
         self.register_buffer("values", packed[:, 4 : 4 + dim].contiguous())
@@ -281,7 +284,7 @@ class _Int8Table(nn.Module):
         return F.embedding(ids, self.values).float() * scale + bias
 
 
-def _tables(collection: nn.Module, features: Iterable[str]) -> nn.ModuleList:
+def _tables(collection: Any, features: Iterable[str]) -> nn.ModuleList:
     """The table of each feature, from a collection of float or int8 tables."""
     if hasattr(collection, "embedding_bags"):
         configs, tables = collection.embedding_bag_configs(), collection.embedding_bags
@@ -307,14 +310,13 @@ def _inputs(config: IFAConfig, schema: LogSchema) -> tuple[GraphInput, ...]:
     items, contexts = tuple(schema.item_features), tuple(schema.context_features)
     dense, candidate_dense = tuple(schema.dense_features), tuple(schema.candidate_dense)
     d, heads, half_lives = config.head_width, config.num_heads, len(config.identity_half_lives)
-    features = d * FEATURE_MAPS[config.feature_map].expansion
     inputs = (
         GraphInput("candidate_ids", ("M", len(items)), "int64", items),
         GraphInput("context_ids", (len(contexts),), "int64", contexts),
         GraphInput("dense", (len(dense),), "float32", dense),
         GraphInput("candidate_dense", ("M", len(candidate_dense)), "float32", candidate_dense),
-        GraphInput("key_value", (1, heads, features, d), "float32"),
-        GraphInput("key_sum", (1, heads, features), "float32"),
+        GraphInput("key_value", (1, heads, config.feature_width, d), "float32"),
+        GraphInput("key_sum", (1, heads, config.feature_width), "float32"),
         GraphInput("count", (1,), "int64"),
     )
     if not config.identity_features:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torchrec import EmbeddingCollection
@@ -25,6 +27,9 @@ def quantize_tables(model: DLRM_IFA, dtype: torch.dtype = torch.qint8) -> DLRM_I
     Returns:
         DLRM_IFA for inference: it has no gradients of its tables.
 
+    Raises:
+        ValueError: collisions are managed around its tables.
+
     Example:
         >>> import torch
         >>> from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
@@ -39,10 +44,12 @@ def quantize_tables(model: DLRM_IFA, dtype: torch.dtype = torch.qint8) -> DLRM_I
         >>> quantize_tables(model).encode(events, torch.zeros(4)).count.tolist()
         [4]
     """
-    floats = [model.sequence_arch.embedding_collection]
+    if model.sequence_arch.managed:
+        raise ValueError("quantize_tables: tables of managed collisions cannot be quantised")
+    floats: list[nn.Module] = [model.sequence_arch.embedding_collection]
     if model.sparse_arch is not None:
         floats.append(model.sparse_arch.embedding_bag_collection)
-    quantised = nn.ModuleList(floats)
+    quantised: Any = nn.ModuleList(floats)  # Any: DLRM_IFA's argument is typed as a float collection
     quantize_embeddings(
         quantised,
         dtype,

@@ -12,7 +12,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data import LogSchema
 from ifa_torchrec.models import DLRM_IFA
-from ifa_torchrec.modules import InteractionFidelityAttention, UserState, generate_set
+from ifa_torchrec.modules import UserState, generate_set
 from ifa_torchrec.serving.errors import RequestError, StateError
 from ifa_torchrec.serving.state_store import Event, StateLayout, StateStore
 
@@ -114,11 +114,7 @@ class Scorer:
         items: Mapping[str, np.ndarray],
         store: StateStore,
     ) -> None:
-        ifa = model.candidate_arch.sequence_interaction
-        if not isinstance(ifa, InteractionFidelityAttention):
-            raise StateError(
-                f"interaction {model.config.interaction!r} has no user state; train with 'ifa'"
-            )
+        ifa = model.candidate_arch.ifa
         wanted = StateLayout.of(ifa, store.layout.dtype)
         if store.layout != wanted:
             raise StateError(
@@ -126,7 +122,7 @@ class Scorer:
                 "build them with this model"
             )
         self.model, self.schema, self.items, self.store = model.eval(), schema, items, store
-        self._ifa = ifa
+        self._identity = ifa.identity
         self._num_items = len(items[schema.item])
 
     @torch.no_grad()
@@ -206,12 +202,9 @@ class Scorer:
 
     def _state(self, requests: Sequence[RankingRequest], batch: RankingBatch) -> UserState:
         keys = None
-        if self._ifa.identity is not None:
-            ids = [
-                batch.sequence_features[f"candidate_{f}"].values()
-                for f in self._ifa.config.identity_features
-            ]
-            of_candidate = self._ifa.identity.keys(torch.stack(ids, dim=1)).numpy()
+        ids = self.model.candidate_arch.ids(batch.sequence_features, "candidate_")
+        if ids is not None and self._identity is not None:
+            of_candidate = self._identity.keys(ids).numpy()
             ends = np.cumsum([len(request.candidates) for request in requests])
             keys = np.split(of_candidate, ends[:-1])
         return self.store.read(

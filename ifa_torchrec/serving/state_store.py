@@ -34,7 +34,6 @@ import torch
 
 from ifa_torchrec.data.dataset import MICROSECONDS_PER_DAY
 from ifa_torchrec.modules import InteractionFidelityAttention, UserState
-from ifa_torchrec.ops import FEATURE_MAPS
 from ifa_torchrec.ops.jagged import request_of_row
 from ifa_torchrec.serving.errors import StateError, UnknownUserError
 from ifa_torchrec.serving.key_value import KeyValueStore
@@ -104,12 +103,11 @@ class StateLayout:
         """The layout of a module's states; its ages are in days."""
         if dtype not in ("float32", "float16"):
             raise StateError(f"states are stored as float32 or float16, not {dtype!r}")
-        width = ifa.config.head_width
         return StateLayout(
             num_heads=ifa.config.num_heads,
-            feature_dim=width * FEATURE_MAPS[ifa.config.feature_map].expansion,
-            head_dim=width,
-            identity_key_range=0 if ifa.identity is None else ifa.identity.key_range,
+            feature_dim=ifa.config.feature_width,
+            head_dim=ifa.config.head_width,
+            identity_key_range=ifa.config.identity_key_range,
             decay=tuple(ifa.decay.tolist()),
             identity_decay=() if ifa.identity is None else tuple(ifa.identity.decay.tolist()),
             dtype=dtype,
@@ -282,10 +280,11 @@ class StateStore:
             count, position = int(state.count[b]), self.position - 1
             written[self._head_key(user)] = self._pack_head(head, count, position)
         if state.identity_offsets is not None:
-            lengths = state.identity_offsets.diff().numpy()
+            offsets, key, value, total = state.identity_tables()
+            lengths = offsets.diff().numpy()
             user_of_row = np.repeat(np.asarray(users, np.int64), lengths)
-            keys = self._row_keys(user_of_row, state.identity_key.numpy())
-            sums = _weight_and_mean(state.identity_sum, state.identity_value)
+            keys = self._row_keys(user_of_row, key.numpy())
+            sums = _weight_and_mean(total, value)
             written |= zip(keys, self._pack_rows(np.repeat(head_time, lengths), *sums), strict=True)
         self.key_values.update([], lambda _: written)
         return sum(len(key) + len(value) for key, value in written.items())
@@ -391,9 +390,10 @@ class StateStore:
         heads = [_Sums(event.time, weight[e], mean[e]) for e, event in enumerate(events)]
         rows: list[list[tuple[bytes, _Sums]]] = [[] for _ in events]
         if state.identity_offsets is not None:
-            weight, mean = _weight_and_mean(state.identity_sum, state.identity_value)
-            event_of_row = request_of_row(state.identity_offsets).tolist()
-            for row, key in enumerate(state.identity_key.tolist()):
+            offsets, row_key, value, total = state.identity_tables()
+            weight, mean = _weight_and_mean(total, value)
+            event_of_row = request_of_row(offsets).tolist()
+            for row, key in enumerate(row_key.tolist()):
                 event = events[event_of_row[row]]
                 sums = _Sums(event.time, weight[row], mean[row])
                 rows[event_of_row[row]].append((self._row_key(event.user, key), sums))

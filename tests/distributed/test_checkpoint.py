@@ -18,6 +18,7 @@ import sys
 import time
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from multiprocessing import get_context
@@ -738,6 +739,18 @@ class TestDamage:
             assert "\n" not in end.code
 
 
+def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    """Change a checkpoint's progress.json, and its checksum with it."""
+    file = path / "progress.json"
+    progress = json.loads(file.read_text())
+    change(progress)
+    file.write_text(json.dumps(progress))
+    sums = json.loads((path / "checksums.json").read_text())
+    sums["progress.json"] = zlib.crc32(file.read_bytes())
+    (path / "checksums.json").write_text(json.dumps(sums))
+    return progress
+
+
 class TestAnotherConfiguration:
     """Is no damage: it is refused by name, even where the checkpoint before would fit."""
 
@@ -746,13 +759,10 @@ class TestAnotherConfiguration:
         """A copy of a run whose checkpoint 9 is of seed 7, and what would fit that one."""
         config = runs["rowwise_adagrad", "row_wise"].whole
         out = shutil.copytree(config.out, tmp_path / "run")
-        file = out / "checkpoints" / "step-000000009" / "progress.json"
-        progress = json.loads(file.read_text())
-        progress["config"] = {**progress["config"], "seed": 7}
-        file.write_text(json.dumps(progress))
-        sums = json.loads((file.parent / "checksums.json").read_text())
-        sums["progress.json"] = zlib.crc32(file.read_bytes())
-        (file.parent / "checksums.json").write_text(json.dumps(sums))
+        progress = rewrite(
+            out / "checkpoints" / "step-000000009",
+            lambda progress: progress["config"].update(seed=7),
+        )
         return dataclasses.replace(config, out=out), progress["config"]
 
     def test_on_all_ranks(self, run) -> None:
@@ -767,6 +777,15 @@ class TestAnotherConfiguration:
         error = refusal(config, wanted)
         assert "ifa.num_heads was 2, is 4; more was None, is 1; warmup_steps was 3, is None" in error
         assert "use the same options, or another folder" in error
+
+    @pytest.mark.parametrize("written", [None, 2])
+    def test_another_format(self, run, written: int | None) -> None:
+        """Of a version before there were numbers, or of one to come."""
+        config, wanted = run
+        last = config.out / "checkpoints" / "step-000000012"
+        rewrite(last, lambda progress: progress.update(format=written))
+        for error in [refusal(config, wanted), *run_ranks(refusal, 2, config, wanted)]:
+            assert f"{last} is of format {written}, this version of ifa_torchrec reads 1" in error
 
     def test_a_model_of_another_shape(self, run, tmp_path: Path) -> None:
         """Without a configuration to compare, it is told from what is there."""
