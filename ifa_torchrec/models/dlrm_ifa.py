@@ -2,13 +2,16 @@
 
 Data flow, for B requests, M candidates and N events in all:
 
-    context_features -> SparseArch [B, Fs, D] -+
-    dense_features [B, F] ---------------------+-> request_arch [B, D] ------> [M, D] --+
+    context_features -> SparseArch [B, Fs, D] ----+-> InteractionArch -> [M, products] -----+
+    dense_features [B, F] -> request_arch [B, D] -+--------------------------> [M, D] --+   |
     candidate_dense [M, Fc] -> candidate_dense_arch -------------------------> [M, D] --+
     sequence_features -> SequenceArch -+- candidate tokens ------------------> [M, D] --+
                                        +- history tokens [N, D] -> interaction [M, D] --+
                            the sum of these four -> CandidateSetEncoder -> [M, D] ------+
-                                                   InteractionArch -> OverArch [M, T] <-+
+                                                   InteractionArch -> OverArch [M, T] <-+---+
+
+As in a DLRM every two features meet by a dot product: those of the request with each other, once a
+request; and with the candidate's token.
 
 Everything on the left of a [B, D] or [N, D] happens once a request, not once a candidate. Only the
 CandidateSetEncoder lets candidates of a request see each other. SparseArch,
@@ -235,7 +238,7 @@ class CandidateArch(nn.Module):
         self.sequence_interaction = INTERACTIONS[config.interaction](config)
         sequence = self.sequence_interaction is not None
         layers = [*config.dense_arch_layer_sizes, dim]
-        request_features = config.dense_in_features + num_context_features * dim
+        request_features = config.dense_in_features
         candidate_features = config.candidate_dense_in_features
         self.request_arch = DenseArch(request_features, layers) if request_features else None
         self.candidate_dense_arch = DenseArch(candidate_features, layers) if candidate_features else None
@@ -247,10 +250,13 @@ class CandidateArch(nn.Module):
         )
         self.member_norm = nn.LayerNorm(dim) if related else nn.Identity()
         self.set_norm = nn.LayerNorm(dim) if related else nn.Identity()
+        known = num_context_features + bool(request_features)  # vectors of the request
+        self.request_interaction_arch = InteractionArch(known - 1)
         vectors = sum((bool(request_features), bool(candidate_features), sequence, related))
         self.interaction_arch = InteractionArch(vectors) if vectors else None
         width = dim + vectors * (vectors + 1) // 2
         width += dim * bool(request_features) + (2 * dim + 1) * sequence + 2 * dim * related
+        width += known * (known - 1) // 2 + num_context_features
         self.over_arch = OverArch(width, [*config.over_arch_layer_sizes, config.num_tasks])
 
     def forward(
@@ -283,13 +289,18 @@ class CandidateArch(nn.Module):
         tokens = candidates.values()
         request = request_of_row(offsets, tokens.shape[0])
         vectors, beside = [], []
+        known = [] if context is None else list(context.unbind(1))  # vectors of the request, [B, D] each
         if self.request_arch is not None:
-            parts = [batch.dense_features] + ([] if context is None else [context.flatten(1)])
-            vectors.append(self.request_arch(torch.cat(parts, dim=1))[request])
+            known.insert(0, self.request_arch(batch.dense_features))
+            vectors.append(known[0][request])
             beside.append(vectors[-1])
+        if context is not None:
+            crossed = self.request_interaction_arch(known[0], torch.stack(known, dim=1)[:, 1:])
+            beside.append(crossed[:, tokens.shape[1] :][request])  # behind known[0]
+            beside.append(torch.einsum("mfd,md->mf", context[request], tokens))
         if self.candidate_dense_arch is not None:
             vectors.append(self.candidate_dense_arch(batch.candidate_dense))
-        if self.sequence_interaction is not None:
+        if self.sequence_interaction is not None or state is not None:
             candidate_ids = self.ids(batch.sequence_features, "candidate_")
             if state is not None:
                 interest = self.ifa.attend(candidates, state, candidate_ids)

@@ -227,6 +227,27 @@ class TestComposition:
         assert (everything - count[:, None]).abs().amax(dim=0).min() < 1e-5
         torch.testing.assert_close(arch.over_arch(everything), logits)
 
+    @every_interaction
+    def test_context_features_meet_each_other_the_request_and_the_token(self, interaction: str) -> None:
+        """By dot products, in some order of columns, for each candidate."""
+        model, batch = make_model(interaction), make_batch()
+        caught = {}
+        arch = model.candidate_arch
+        arch.request_arch.register_forward_hook(lambda *given: caught.update(request=given[-1]))
+        arch.over_arch.register_forward_pre_hook(lambda _, given: caught.update(all=given[0]))
+        model(batch)
+        context = model.sparse_arch(batch.context_features)
+        candidate = 0
+        for b, count in enumerate(CANDIDATES):
+            for _ in range(count):
+                seen = caught["all"][candidate]
+                token, store, weekday = seen[:DIM] * DIM**0.25, *context[b]  # it is seen scaled
+                request = caught["request"][b]
+                pairs = [(store, weekday), (store, token), (weekday, token)]
+                for one, other in [*pairs, (store, request), (weekday, request)]:
+                    assert (seen - one @ other).abs().min() < 1e-5
+                candidate += 1
+
     def test_the_sequence_interaction_gets_tokens_ages_and_ids(self) -> None:
         model, batch = make_model("ifa"), make_batch()
         caught = []
@@ -572,6 +593,20 @@ class TestBadBatch:
         batch.dense_features = torch.zeros(5, 2)
         with pytest.raises(ValueError, match=r"sequence_features are of 4 requests.*5"):
             make_model("ifa")(batch)
+
+    @pytest.mark.parametrize("interaction", ["none", "softmax"])
+    def test_a_state_where_there_can_be_none(self, interaction: str) -> None:
+        batch = make_batch()
+        state = make_model("ifa").encode(batch.sequence_features, batch.history_age)
+        with pytest.raises(ValueError, match=f"'{interaction}' has no user state"):
+            make_model(interaction)(batch, state=state)
+
+    def test_neither_histories_nor_a_state(self) -> None:
+        model, batch = make_model("ifa"), make_batch()
+        context = model.sparse_arch(batch.context_features)
+        _, candidates = model.sequence_arch(batch.sequence_features)
+        with pytest.raises(ValueError, match="tokens of the histories, or their state"):
+            model.candidate_arch(context, None, candidates, batch)
 
 
 @torch.no_grad()
