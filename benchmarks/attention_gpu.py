@@ -141,7 +141,7 @@ def main() -> None:
         contestants, tokens = fitting(case), tokens_of(case)
         for kind, step in PASSES.items():
             times: dict[str, list[float]] = {name: [] for name in contestants}
-            memory = {}
+            memory, before = {}, 0
             for number in range(rounds + 2):
                 for name, contestant in contestants.items():
                     if device.type == "cuda":

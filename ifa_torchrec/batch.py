@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -82,5 +83,6 @@ class RankingBatch(Pipelineable):
         """A copy of the batch in page-locked memory."""
         return RankingBatch(**{name: field.pin_memory() for name, field in self._fields()})
 
-    def _fields(self) -> list[tuple[str, torch.Tensor | KeyedJaggedTensor]]:
+    def _fields(self) -> list[tuple[str, Any]]:
+        """Names and values, tensors and KJTs, which have the methods above in common."""
         return [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]

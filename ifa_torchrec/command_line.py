@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from ifa_torchrec.data import LogError
@@ -13,7 +13,7 @@ from ifa_torchrec.serving import StateError
 
 
 @contextmanager
-def as_command() -> Iterator[None]:
+def as_command() -> Generator[None]:
     """Run a program for its user: what it prints is meant for that user.
 
     It ends with the message alone where the input is at fault, not the program; and without

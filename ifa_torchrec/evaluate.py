@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 import tyro
@@ -39,7 +40,7 @@ class EvaluateConfig:
     """Round the tables to 8 bits, as ``ifa_torchrec.serve --int8`` does; each rank holds all of them."""
 
 
-def evaluate(config: EvaluateConfig) -> dict:
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Load a run's last checkpoint and measure a split; rank 0 writes RUN/metrics-SPLIT.json, or
     metrics-SPLIT-int8.json.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -64,7 +65,7 @@ def explain(config: ExplainConfig) -> str:
     # attention_weights wants what the model hands to its interaction: catch it on the way
     ifa = model.candidate_arch.sequence_interaction
     assert isinstance(ifa, InteractionFidelityAttention)
-    caught: list[tuple] = []
+    caught: list[tuple[Any, ...]] = []
     hook = ifa.register_forward_pre_hook(lambda module, inputs: caught.append(inputs))
     logits = model(batch)[:, 0].cpu()
     hook.remove()

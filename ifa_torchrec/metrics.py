@@ -71,7 +71,7 @@ def ndcg(request: np.ndarray, score: np.ndarray, label: np.ndarray, k: int = 10)
     shared = frame.groupby(["request", "score"])["discount"].transform("mean")
     frame["gain"] = shared * frame["label"]
     frame["ideal"] = discount("label") * frame["label"]
-    sums = groups[["gain", "ideal", "label"]].sum()
+    sums = groups[["gain", "ideal", "label"]].agg("sum")
     ranked = (sums["label"] > 0) & (sums["label"] < groups.size())
     return float((sums["gain"] / sums["ideal"])[ranked].mean())
 
@@ -97,9 +97,9 @@ def recall(request: np.ndarray, score: np.ndarray, label: np.ndarray, k: int = 1
     frame["found"] = groups["score"].rank(method="first", ascending=False) <= k
     shared = frame.groupby(["request", "score"])["found"].transform("mean")
     frame["found"] = shared * frame["label"]
-    sums = groups[["found", "label"]].sum()
+    sums = groups[["found", "label"]].agg("sum")
     ranked = (sums["label"] > 0) & (sums["label"] < groups.size())
-    return float((sums["found"] / sums["label"].clip(upper=k))[ranked].mean())
+    return float((sums["found"] / np.minimum(sums["label"], k))[ranked].mean())
 
 
 def ranking_metrics(
@@ -204,7 +204,7 @@ def set_metrics(
             pair = np.triu_indices(len(rows), 1)
             diversities.append((category[rows][pair[0]] != category[rows][pair[1]]).mean())
 
-    def mean(values: list) -> float:
+    def mean(values: list[float]) -> float:
         return float(np.mean(values)) if values else np.nan
 
     return {"ndcg@k": mean(gains), "recall@k": mean(recalls), "diversity": mean(diversities)}

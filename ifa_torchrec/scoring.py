@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,7 +98,7 @@ def measure(
     scores: np.ndarray,
     by: tuple[str, ...] = (),
     probabilities: bool = True,
-) -> dict:
+) -> dict[str, Any]:
     """The metrics of one split.
 
     Args:
@@ -116,7 +117,7 @@ def measure(
     result = {}
     for task, score in zip(schema.tasks, scores.T, strict=True):
         label = np.asarray(dataset.requests[task])
-        metrics: dict = ranking_metrics(request, score, label, probabilities)
+        metrics: dict[str, Any] = ranking_metrics(request, score, label, probabilities)
         for tag, values in schema.candidate_tags.items():
             for value, name in enumerate(values):
                 kept = (label > 0) | (dataset.requests[tag] == value)

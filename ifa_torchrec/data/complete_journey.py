@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -150,7 +151,7 @@ class _Recipe:
         self.popularity = np.cumsum(self.earlier[WEEKS["train"][1] + 1])
 
         promotions = tables["promotions"]
-        promotions = promotions[promotions["product_id"].isin(order)]
+        promotions = promotions.loc[promotions["product_id"].isin(order)]
         place = promotions["store_id"].to_numpy() * 100 + promotions["week"].to_numpy()
         item = number.reindex(promotions["product_id"]).to_numpy()
         promoted = np.unique(place * len(order) + item)
@@ -175,7 +176,7 @@ class _Recipe:
         )
         return EventLog.from_pandas(
             path,
-            events=self.lines[["user", "time", "item"]],
+            events=self.lines.loc[:, ["user", "time", "item"]],
             items=self.items,
             requests=requests,
             schema=schema,
@@ -189,14 +190,14 @@ class _Recipe:
         ends = np.append(bounds[1:], len(self.lines))
         week = self.week[bounds]
         eligible = self.rng.permutation(np.flatnonzero((week >= first) & (week <= last)))
-        rows: list[dict] = []
+        rows: list[dict[str, Any]] = []
         bar = tqdm(total=wanted, desc=f"draw {split} requests", unit="request", leave=False)
         for kind, share in ((self.basket, wanted - wanted // 2), (self.buy_again, wanted // 2)):
             made = 0
             for basket in eligible:
                 if made == share:
                     break
-                request = kind(bounds[basket], ends[basket])
+                request = kind(int(bounds[basket]), int(ends[basket]))
                 if request is not None:
                     rows.append(request)
                     made += 1
@@ -208,7 +209,7 @@ class _Recipe:
         frame = pd.DataFrame(rows).sort_values("time", kind="stable", ignore_index=True)
         return self.with_context(frame)
 
-    def basket(self, start: int, end: int) -> dict:
+    def basket(self, start: int, end: int) -> dict[str, Any]:
         bought = self.item[start:end]
         promoted = self.promoted(start)
         size = self.rng.integers(_MIN_CANDIDATES, _MAX_CANDIDATES + 1)
@@ -228,7 +229,7 @@ class _Recipe:
             BASKET, start, promoted, [(BOUGHT, positives), (POPULAR, popular), (PROMOTED, of_promotion)]
         )
 
-    def buy_again(self, start: int, end: int) -> dict | None:
+    def buy_again(self, start: int, end: int) -> dict[str, Any] | None:
         first = np.searchsorted(self.user, self.user[start])
         earlier = self.time[first:start] < self.time[start]
         past = np.unique(self.item[first:start][earlier])
@@ -246,7 +247,7 @@ class _Recipe:
 
     def request(
         self, surface: int, start: int, promoted: np.ndarray, parts: list[tuple[int, np.ndarray]]
-    ) -> dict:
+    ) -> dict[str, Any]:
         candidates = np.concatenate([items for _, items in parts])
         source = np.concatenate([np.full(len(items), kind) for kind, items in parts])
         shuffled = self.rng.permutation(len(candidates))

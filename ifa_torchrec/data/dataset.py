@@ -20,7 +20,7 @@ has fewer requests than another, since some of TorchRec's collectives want equal
 MICROSECONDS_PER_DAY = 86_400_000_000
 
 
-class RankingDataset(Dataset):
+class RankingDataset(Dataset[RankingBatch]):
     """The requests of one split; indexed by a list of request numbers, it gives a RankingBatch.
 
     Each item feature ``f`` of the log becomes the keys ``history_f`` and ``candidate_f``.
@@ -99,7 +99,7 @@ class RankingDataset(Dataset):
     def __len__(self) -> int:
         return len(self.history_lengths)
 
-    def __getitem__(self, indices: Sequence[int]) -> RankingBatch:
+    def __getitem__(self, indices: Sequence[int] | np.ndarray) -> RankingBatch:
         requests, schema = self.requests, self.log.schema
         index = np.asarray(indices, dtype=np.int64)
         if index.ndim != 1 or len(index) == 0 or index.min() < EMPTY_REQUEST or index.max() >= len(self):
@@ -147,7 +147,7 @@ class RankingDataset(Dataset):
             exposed=_tensor(requests[EXPOSED][candidates]),
         )
 
-    def candidate_rows(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def candidate_rows(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the requests' candidates in the split's flat candidate columns, and how many
         each request has."""
         offsets = self.requests["candidate_offsets"]
@@ -183,7 +183,7 @@ class EventBudgetSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        history_lengths: Sequence[int],
+        history_lengths: Sequence[int] | np.ndarray,
         max_events: int,
         max_requests: int,
         seed: int | None = None,
@@ -272,7 +272,7 @@ class EventBudgetSampler(Sampler[list[int]]):
         return [np.array(sorted(share), dtype=np.int64) for share in shares]
 
 
-def make_loader(dataset: RankingDataset, sampler: EventBudgetSampler) -> DataLoader:
+def make_loader(dataset: RankingDataset, sampler: EventBudgetSampler) -> DataLoader[RankingBatch]:
     """A DataLoader over ``dataset`` in the sampler's batches.
 
     Batches are made by slicing memory-mapped columns, which is cheap enough to need no worker

@@ -18,7 +18,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +100,7 @@ class LogSchema:
 
 
 @contextmanager
-def drafting(path: str | Path) -> Iterator[Path]:
+def drafting(path: str | Path) -> Generator[Path]:
     """A folder beside ``path`` to write a log in, gone again unless ``EventLog.publish`` renamed it.
 
     Raises:
@@ -349,7 +349,7 @@ class EventLog:
 
     # ---------------------------------------------------------------- reading and checking
 
-    def _open(self, name: str, read) -> Columns:
+    def _open(self, name: str, read: Callable[[str, pa.Table], Columns]) -> Columns:
         """Columns of one Parquet file, from .columns/; made there first if the file is newer."""
         parquet = self.path / f"{name}.parquet"
         if not parquet.exists():
@@ -449,14 +449,14 @@ class EventLog:
         for task in schema.tasks:
             bad = np.flatnonzero((columns[task] != 0) & (columns[task] != 1))
             if len(bad):
-                row = int(np.searchsorted(offsets, bad[0], side="right")) - 1
+                row = int(np.searchsorted(columns["candidate_offsets"], bad[0], side="right")) - 1
                 raise LogError(
                     f"{name}: row {row}, column {task!r}: label {columns[task][bad[0]]} must be 0 or 1"
                 )
         return columns
 
 
-def _require(names, column: str, where: str) -> None:
+def _require(names: Collection[str], column: str, where: str) -> None:
     if column not in names:
         raise LogError(f"{where}: column {column!r} is missing; there are {list(names)}")
 
@@ -465,7 +465,7 @@ def _values(table: pa.Table, column: str, where: str) -> np.ndarray:
     _require(table.column_names, column, where)
     values = table[column]
     if values.null_count:
-        row = pc.index(pc.is_null(values), True).as_py()
+        row = pc.index(values.is_null(), True).as_py()
         raise LogError(
             f"{where}: column {column!r} has {values.null_count} nulls, the first at row {row}; "
             "fill or drop those rows"
@@ -527,7 +527,7 @@ def _flatten(table: pa.Table, column: str, where: str) -> tuple[np.ndarray, pa.T
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         raise LogError(f"{where}: column {column!r} has type {kind}, it must be a list a row")
     if table[column].null_count:
-        row = pc.index(pc.is_null(table[column]), True).as_py()
+        row = pc.index(table[column].is_null(), True).as_py()
         raise LogError(f"{where}: column {column!r} is null at row {row}; give it a list")
-    lengths = pc.list_value_length(table[column]).to_numpy().astype(np.int64)
-    return lengths, pa.table({column: pc.list_flatten(table[column])})
+    lengths = pc.call_function("list_value_length", [table[column]]).to_numpy().astype(np.int64)
+    return lengths, pa.table({column: pc.call_function("list_flatten", [table[column]])})

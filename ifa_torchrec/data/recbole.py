@@ -13,6 +13,7 @@ id a set of tokens. 80 % of the requests are for training, 10 % each for validat
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ifa_torchrec.data import prepare as log
 from ifa_torchrec.data.event_log import EventLog, LogError
@@ -49,8 +50,8 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
         positive = f'"{columns["label"]}"::FLOAT = 1'
     else:
         raise LogError(f"{found[0]}: no column rating or label, there are {list(columns)}")
-    tabs = {"delimiter": "\t", "quote": ""}
-    rows = {
+    tabs: dict[str, Any] = {"delimiter": "\t", "quote": ""}
+    rows: dict[str, Any] = {
         **tabs,
         "files": str(found[0]),
         "user": _column(found[0], "user_id"),

@@ -165,7 +165,7 @@ def prepare(path: str | Path, config: SyntheticConfig | None = None) -> EventLog
             tasks=("label",),
         ),
         items=items,
-        requests={"train": requests[: config.train], "test": requests[config.train :]},
+        requests={"train": requests.iloc[: config.train], "test": requests.iloc[config.train :]},
     )
 
 

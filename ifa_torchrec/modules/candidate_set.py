@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
+from ifa_torchrec import ops
 from ifa_torchrec.modules.ifa import InteractionFidelityAttention
 from ifa_torchrec.modules.interaction import IFAConfig
 from ifa_torchrec.modules.peers import SoftmaxAttention
@@ -74,7 +75,9 @@ class CandidateSetEncoder(nn.Module):
         torch.Size([5, 8])
     """
 
-    def __init__(self, embedding_dim: int, config: CandidateSetConfig, backend: str = "auto") -> None:
+    def __init__(
+        self, embedding_dim: int, config: CandidateSetConfig, backend: ops.Backend = "auto"
+    ) -> None:
         super().__init__()
         if config.attention == "none":
             raise ValueError("CandidateSetEncoder: attention 'none' needs no encoder")

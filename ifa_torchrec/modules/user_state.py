@@ -60,12 +60,34 @@ class UserState:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> UserState:
         """The state on another device."""
-        return UserState(
-            **{
-                name: value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
-                for name, value in self.state_dict().items()
-            }
-        )
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+            for name, value in self.state_dict().items()
+        }
+        return UserState(**moved)
+
+    def identity_tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """identity_offsets, identity_key, identity_value and identity_sum.
+
+        Raises:
+            ValueError: one of them is not there.
+
+        Example:
+            >>> import torch
+            >>> from ifa_torchrec import UserState
+            >>> dense = (torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4), torch.tensor([1]))
+            >>> tables = (torch.tensor([0, 1]), torch.tensor([7]), torch.ones(1, 1, 4), torch.ones(1, 1))
+            >>> UserState(*dense, *tables, 100).identity_tables()[1].tolist()
+            [7]
+        """
+        if (
+            self.identity_offsets is None
+            or self.identity_key is None
+            or self.identity_value is None
+            or self.identity_sum is None
+        ):
+            raise ValueError("state: it has no identity tables, or not all four parts of them")
+        return self.identity_offsets, self.identity_key, self.identity_value, self.identity_sum
 
     def __len__(self) -> int:
         return len(self.count)
@@ -78,13 +100,13 @@ class UserState:
         dense = (self.key_value[requests], self.key_sum[requests], self.count[requests])
         if self.identity_offsets is None:
             return UserState(*dense)
-        lengths = self.identity_offsets.diff()[requests]
-        offsets = _offsets(lengths)
-        shift = self.identity_offsets[:-1][requests] - offsets[:-1]
-        rows = torch.arange(int(offsets[-1]), device=offsets.device)
+        offsets, key, value, weight = self.identity_tables()
+        lengths = offsets.diff()[requests]
+        bounds = _offsets(lengths)
+        shift = offsets[:-1][requests] - bounds[:-1]
+        rows = torch.arange(int(bounds[-1]), device=bounds.device)
         rows = rows + torch.repeat_interleave(shift, lengths)
-        tables = (self.identity_key[rows], self.identity_value[rows], self.identity_sum[rows])
-        return UserState(*dense, offsets, *tables, self.identity_key_range)
+        return UserState(*dense, bounds, key[rows], value[rows], weight[rows], self.identity_key_range)
 
     def __add__(self, other: UserState) -> UserState:
         """The state of both histories together, request by request."""
@@ -101,17 +123,12 @@ class UserState:
         )
         if self.identity_offsets is None:
             return UserState(*dense)
-        offsets, key, row = distinct_keys(
-            torch.cat([request_of_row(s.identity_offsets) for s in (self, other)]),
-            torch.cat([self.identity_key, other.identity_key]),
-            len(self),
-            self.identity_key_range,
-        )
-        tables = (
-            summed_rows(row, torch.cat([getattr(self, name), getattr(other, name)]), len(key))
-            for name in ("identity_value", "identity_sum")
-        )
-        return UserState(*dense, offsets, key, *tables, self.identity_key_range)
+        offsets, *tables = zip(self.identity_tables(), other.identity_tables(), strict=True)
+        keys, values, weights = (torch.cat(pair) for pair in tables)
+        request = torch.cat([request_of_row(of_state) for of_state in offsets])
+        bounds, key, row = distinct_keys(request, keys, len(self), self.identity_key_range)
+        value, weight = (summed_rows(row, rows, len(key)) for rows in (values, weights))
+        return UserState(*dense, bounds, key, value, weight, self.identity_key_range)
 
     @staticmethod
     def cat(states: Sequence[UserState]) -> UserState:
@@ -124,11 +141,12 @@ class UserState:
         key_range, offsets = columns.pop("identity_key_range"), columns.pop("identity_offsets")
         if len(set(key_range)) > 1:
             raise ValueError(f"states of several configurations: identity_key_range is {key_range}")
-        if offsets[0] is None:
-            return UserState(*(torch.cat(columns[name]) for name in ("key_value", "key_sum", "count")))
-        lengths = torch.cat([of_state.diff() for of_state in offsets])
-        joined = {name: torch.cat(parts) for name, parts in columns.items()}
-        return UserState(**joined, identity_offsets=_offsets(lengths), identity_key_range=key_range[0])
+        joined: dict[str, Any] = {
+            name: torch.cat(parts) for name, parts in columns.items() if parts[0] is not None
+        }
+        if offsets[0] is not None:
+            joined["identity_offsets"] = _offsets(torch.cat([of_state.diff() for of_state in offsets]))
+        return UserState(**joined, identity_key_range=key_range[0])
 
     def _shapes(self) -> dict[str, Any]:
         """What two states must have in common to be added."""

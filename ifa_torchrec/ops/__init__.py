@@ -13,16 +13,18 @@ from __future__ import annotations
 import warnings
 from functools import cache
 from types import ModuleType
+from typing import Literal, get_args
 
 from torch import Tensor
 
 from ifa_torchrec.ops import native, reference, torch_backend
 from ifa_torchrec.ops.feature_maps import FEATURE_MAPS
 
-BACKENDS = ("auto", "native", "reference", "torch")
+Backend = Literal["auto", "native", "reference", "torch"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 _MODULES = {"native": native, "reference": reference, "torch": torch_backend}
 
-__all__ = ["BACKENDS", "FEATURE_MAPS", "attend", "encode", "match"]
+__all__ = ["BACKENDS", "FEATURE_MAPS", "Backend", "attend", "encode", "match"]
 
 
 def _backend(name: str, tokens: Tensor) -> ModuleType:

@@ -22,7 +22,7 @@ class _Job:
     work: Callable[[list[Any]], Sequence[Any]]
     item: Any
     share: float
-    future: Future = field(default_factory=Future)
+    future: Future[Any] = field(default_factory=Future)
 
 
 class Batcher:

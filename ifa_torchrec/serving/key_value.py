@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import redis
@@ -162,7 +163,8 @@ class RedisStore(KeyValueStore):
 
     def __init__(self, address: str) -> None:
         try:
-            self._client = redis.Redis.from_url(address)
+            # redis-py's own types are those of its sync and async clients at once
+            self._client: Any = redis.Redis.from_url(address)
             self._client.ping()
         except (redis.RedisError, ValueError) as error:
             raise StoreError(f"{address}: no Redis answers here ({error})") from error
@@ -171,7 +173,7 @@ class RedisStore(KeyValueStore):
     def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """See KeyValueStore."""
         with _reported(self.address):
-            return list(self._client.mget(keys)) if keys else []  # pyright: ignore[reportReturnType]
+            return list(self._client.mget(keys)) if keys else []
 
     def update(
         self,
@@ -212,7 +214,7 @@ class RedisStore(KeyValueStore):
 
 
 @contextmanager
-def _reported(where: object) -> Iterator[None]:
+def _reported(where: object) -> Generator[None]:
     """The libraries' errors as ours."""
     try:
         yield

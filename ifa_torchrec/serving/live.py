@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
-from ifa_torchrec.serving.batching import Batcher
+from ifa_torchrec.serving.batching import Batcher, Item, Result
 from ifa_torchrec.serving.scorer import Ranking, RankingRequest, Scorer
 from ifa_torchrec.serving.state_store import Event
 
@@ -153,7 +153,12 @@ class LiveScorer:
         all events. Where that fails it is logged and counted, and the old ones go on."""
         self._reloader.submit(self._reload)
 
-    async def _results(self, work: Callable, items: Sequence, shares: Sequence[float]) -> list:
+    async def _results(
+        self,
+        work: Callable[[list[Item]], Sequence[Result]],
+        items: Sequence[Item],
+        shares: Sequence[float],
+    ) -> list[Result | BaseException]:
         futures = [asyncio.wrap_future(f) for f in self._batcher.submit(work, items, shares)]
         # given up, they are cancelled, and the batcher leaves out what it has not begun
         together = asyncio.gather(*futures, return_exceptions=True)

@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from http import HTTPStatus
@@ -352,29 +352,29 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": Problem, "description": HTTPStatus(status).phrase} for status in statuses}
 
 
-def _on_http_exception(_: Request, error: Exception) -> Response:
+async def _on_http_exception(_: Request, error: Exception) -> Response:
     assert isinstance(error, AnyHTTPException)
     return _problem(error.status_code, error.detail, error.headers)
 
 
-def _on_invalid(_: Request, error: Exception) -> Response:
+async def _on_invalid(_: Request, error: Exception) -> Response:
     # without the input, which FastAPI's own handler repeats: NaN in it is no JSON
     assert isinstance(error, RequestValidationError)
     found = [f"{'.'.join(map(str, e['loc'][1:])) or 'body'}: {e['msg']}" for e in error.errors()[:5]]
     return _problem(422, "; ".join(found))
 
 
-def _on_bug(_: Request, error: Exception) -> Response:
+async def _on_bug(_: Request, error: Exception) -> Response:
     return _problem(500, "an error of the server; its log has more")  # the server logs it
 
 
-def _at_most(limit: int, things: Sequence, where: str) -> None:
+def _at_most(limit: int, things: Sequence[object], where: str) -> None:
     if len(things) > limit:
         raise HTTPException(422, f"{where}: {len(things)} of them; at most {limit} are taken a call")
 
 
 @contextmanager
-def _in_time(advice: str) -> Iterator[None]:
+def _in_time(advice: str) -> Generator[None]:
     try:
         yield
     except QueueFullError as error:

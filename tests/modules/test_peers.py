@@ -299,6 +299,17 @@ def test_recent_length_below_one_is_refused(length):
         SoftmaxAttention(PLAIN, recent_length=length)
 
 
+def test_a_peer_that_gives_no_masses_is_refused_where_they_are_wanted():
+    class Massless(MeanPooling):
+        def dense_heads(self, *inputs):
+            return super().dense_heads(*inputs)[0], None
+
+    inputs = Inputs.random(PLAIN, [4], [2])
+    assert Massless(PLAIN).double()(*inputs.forward).values().shape == (2, 6)
+    with pytest.raises(ValueError, match=r"Massless\.dense_heads gave no masses"):
+        Massless(CONFIGS["masses"]).double()(*inputs.forward)
+
+
 def test_mean_pooling_answers_all_candidates_of_a_request_alike():
     inputs = Inputs.random(PLAIN, [4, 3], [3, 2])
     out = new_peer("mean", PLAIN)(*inputs.forward).values()

@@ -136,6 +136,13 @@ def test_add_of_unlike_states_is_refused(other, swapped):
         one + other
 
 
+@pytest.mark.parametrize("missing", ["identity_offsets", "identity_key", "identity_sum"])
+def test_a_state_without_a_part_of_its_tables_is_refused(missing):
+    state = dataclasses.replace(new_state(2), **{missing: None})
+    with pytest.raises(ValueError, match="no identity tables"):
+        state.identity_tables()
+
+
 @identity_or_not
 def test_to_moves_every_tensor(identity):
     state = new_state(2, identity=identity)

@@ -394,7 +394,7 @@ def test_logits_that_are_no_json_are_the_requests_fault(client, live, monkeypatc
     def overflowing(batch: RankingBatch, state: UserState) -> torch.Tensor:
         return torch.full((len(batch.labels), 1), torch.nan)
 
-    monkeypatch.setattr(live._scorers[0], "model", overflowing)
+    monkeypatch.setattr(live._scorers[0].model, "forward", overflowing)
     answer = rank(client, REQUEST)
     assert answer.status_code == 422
     assert answer.json()["error"].startswith("requests.0: the logits overflow; give smaller numbers")

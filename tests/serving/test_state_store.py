@@ -68,7 +68,7 @@ class Model:
 
     @property
     def every_key(self) -> np.ndarray:
-        return np.arange(self.ifa.identity.key_range) if self.ifa.identity else np.arange(0)
+        return np.arange(self.ifa.config.identity_key_range)
 
 
 def new_store(key_values, model: Model, version: str = "v1", dtype="float32", position=0) -> StateStore:

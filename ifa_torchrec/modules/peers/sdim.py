@@ -36,6 +36,8 @@ class SDIMAttention(SequenceInteraction):
         torch.Size([5, 8])
     """
 
+    hyperplanes: Tensor
+
     def __init__(self, config: IFAConfig, num_groups: int = 16, group_bits: int = 3) -> None:
         super().__init__(config)
         hyperplanes = torch.randn(config.embedding_dim, num_groups * group_bits)

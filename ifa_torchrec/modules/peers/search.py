@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
@@ -66,6 +68,8 @@ class ETAAttention(SoftmaxAttention):
         >>> peer(tokens, tokens).values().shape
         torch.Size([5, 8])
     """
+
+    hyperplanes: Tensor
 
     def __init__(self, config: IFAConfig, search_length: int = 50, num_hashes: int = 64) -> None:
         super().__init__(config)
@@ -137,8 +141,8 @@ class SIMAttention(SequenceInteraction):
         candidates: JaggedTensor,
         history: JaggedTensor,
         history_age: Tensor | None,
-        history_ids: Tensor | None,
-        candidate_ids: Tensor | None,
+        history_ids: Any,  # Tensors: there is always an id feature, and `forward` asks for its ids
+        candidate_ids: Any,
     ) -> tuple[Tensor, Tensor]:
         """Outputs [M, H, d] and masses [M, H]."""
         column = self.id_features.index(self.search_feature)

@@ -22,6 +22,7 @@ import ctypes
 import importlib.util
 from ctypes import c_float, c_int, c_int64, c_void_p
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,14 +66,14 @@ def serves(tokens: Tensor) -> bool:
 
 
 @cache
-def _kernel(name: str):
+def _kernel(name: str) -> Any:
     kernel = getattr(LIBRARY, f"ifa_{name}_{STATUS}")
     kernel.argtypes = [_TYPES[kind] for kind in _SIGNATURES[name].replace(" ", "")]
     kernel.restype = None
     return kernel
 
 
-def _call(name: str, *arguments) -> None:
+def _call(name: str, *arguments: Any) -> None:
     """Tensors become pointers; the number of threads is added."""
     given = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
     _kernel(name)(*given, torch.get_num_threads())
@@ -117,7 +118,16 @@ def encode_op(
 
 
 @encode_op.register_fake
-def _(history, offsets, key_weight, value_weight, weights, ages, decay, feature_map):
+def _(
+    history: Tensor,
+    offsets: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    weights: Tensor | None,
+    ages: Tensor | None,
+    decay: Tensor,
+    feature_map: str,
+) -> tuple[Tensor, Tensor]:
     heads, width, _ = key_weight.shape
     shape = (offsets.shape[0] - 1, heads, width * FEATURE_MAPS[feature_map].expansion)
     float32 = torch.float32
@@ -160,13 +170,22 @@ def encode_backward_op(
 
 @encode_backward_op.register_fake
 def _(
-    grad_value, grad_sum, history, offsets, key_weight, value_weight, weights, ages, decay, feature_map
-):
+    grad_key_value: Tensor,
+    grad_key_sum: Tensor,
+    history: Tensor,
+    offsets: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    weights: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
     grad_weights = history.new_empty(0, dtype=torch.float32) if weights is None else weights
     return tuple(torch.empty_like(x) for x in (history, key_weight, value_weight, grad_weights))
 
 
-def _encode_autograd(ctx, grad_key_value, grad_key_sum):
+def _encode_autograd(
+    ctx: Any, grad_key_value: Tensor, grad_key_sum: Tensor
+) -> tuple[Tensor | None, ...]:
     grad_history, grad_key, grad_value, grad_weights = torch.ops.ifa.native_encode_backward(
         grad_key_value, grad_key_sum, *ctx.saved_tensors, ctx.feature_map
     )
@@ -274,7 +293,13 @@ def match_op(
 
 
 @match_op.register_fake
-def _(candidate_buckets, candidate_offsets, history, history_buckets, *rest):
+def _(
+    candidate_buckets: Tensor,
+    candidate_offsets: Tensor,
+    history: Tensor,
+    history_buckets: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sums = torch_backend.match_fake(
         candidate_buckets, candidate_offsets, history, history_buckets, *rest
     )
@@ -308,17 +333,27 @@ def match_backward_op(
 
 
 @match_backward_op.register_fake
-def _(grad_token, grad_weight, candidate_first, event_candidate, history, weights, ages, decay):
+def _(
+    grad_token: Tensor,
+    grad_weight: Tensor,
+    candidate_first: Tensor,
+    event_candidate: Tensor,
+    history: Tensor,
+    weights: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
     grad_weights = history.new_empty(0, dtype=torch.float32) if weights is None else weights
     return torch.empty_like(history), torch.empty_like(grad_weights)
 
 
-def _match_setup(ctx, inputs, output):
+def _match_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, _, history, _, _, weights, ages, decay = inputs
     ctx.save_for_backward(*output[2:], history, weights, ages, decay)
 
 
-def _match_autograd(ctx, grad_token, grad_weight, *_):
+def _match_autograd(
+    ctx: Any, grad_token: Tensor, grad_weight: Tensor, *_: Any
+) -> tuple[Tensor | None, ...]:
     grad_history, grad_weights = torch.ops.ifa.native_match_backward(
         grad_token, grad_weight, *ctx.saved_tensors
     )
@@ -330,7 +365,7 @@ def _match_autograd(ctx, grad_token, grad_weight, *_):
 match_op.register_autograd(_match_autograd, setup_context=_match_setup)
 
 
-def match(*arguments) -> tuple[Tensor, Tensor]:
+def match(*arguments: Any) -> tuple[Tensor, Tensor]:
     """See ``ifa_torchrec.ops.match``."""
     token_sum, weight_sum, *_ = torch.ops.ifa.native_match(*arguments)
     return token_sum, weight_sum
