@@ -115,7 +115,7 @@ def read(file: Path, options: Options) -> Rows:
     if len(frame) < options.rows:
         raise ValueError(f"{file} has {len(frame):,} rows; --rows asks for {options.rows:,}")
     numbers = frame[DEFAULT_INT_NAMES].to_numpy(np.float32)
-    for name, least in zip(DEFAULT_INT_NAMES, np.nanmin(numbers, axis=0), strict=True):
+    for name, least in frame[DEFAULT_INT_NAMES].min().items():
         if least < -3:
             raise ValueError(f"{file}: {name} has {least:g}; Criteo's numbers are -3 or more")
     ids = [pd.util.hash_array(frame[name].to_numpy(object)) for name in DEFAULT_CAT_NAMES]

@@ -300,13 +300,14 @@ class CandidateArch(nn.Module):
             beside.append(torch.einsum("mfd,md->mf", context[request], tokens))
         if self.candidate_dense_arch is not None:
             vectors.append(self.candidate_dense_arch(batch.candidate_dense))
-        if self.sequence_interaction is not None or state is not None:
+        interaction = self.sequence_interaction if state is None else self.ifa
+        if interaction is not None:
             candidate_ids = self.ids(batch.sequence_features, "candidate_")
             if state is not None:
                 interest = self.ifa.attend(candidates, state, candidate_ids)
                 events = state.count.to(tokens.dtype)
             elif history is not None:
-                interest = self.sequence_interaction(
+                interest = interaction(
                     candidates,
                     self._normed(history),
                     batch.history_age,
