@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from ifa_torchrec.data import LogError
 from ifa_torchrec.distributed import CheckpointError
@@ -41,3 +44,25 @@ def as_command() -> Generator[None]:
         FileExistsError,
     ) as error:
         raise SystemExit(f"error: {error}") from error
+
+
+def result_as_json(result: Mapping[str, Any]) -> str:
+    """A command's result as JSON, which has no NaN: the GAUC of no request that has one is null.
+
+    Example:
+        >>> from ifa_torchrec.command_line import result_as_json
+        >>> print(result_as_json({"like": {"gauc": float("nan"), "requests_ranked": 0}}))
+        {
+          "like": {
+            "gauc": null,
+            "requests_ranked": 0
+          }
+        }
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(name): plain(item) for name, item in value.items()}
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    return json.dumps(plain(result), indent=2, allow_nan=False)

@@ -9,7 +9,6 @@ prints and writes.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 import tyro
 
-from ifa_torchrec.command_line import as_command
+from ifa_torchrec.command_line import as_command, result_as_json
 from ifa_torchrec.models import DLRM_IFATrain
 from ifa_torchrec.scoring import measure, predict
 from ifa_torchrec.serving import quantize_tables
@@ -66,7 +65,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     metrics["ms_per_request"] = milliseconds
     if dist.get_rank() == 0:
         name = f"metrics-{config.split}{'-int8' if config.int8 else ''}.json"
-        (config.run / name).write_text(json.dumps(metrics, indent=2))
+        (config.run / name).write_text(result_as_json(metrics))
     return metrics
 
 
@@ -77,7 +76,7 @@ def main() -> None:
             tyro.cli(EvaluateConfig, prog="python -m ifa_torchrec.evaluate", description=__doc__)
         )
         if dist.get_rank() == 0:
-            print(json.dumps(metrics, indent=2))
+            print(result_as_json(metrics))
         dist.destroy_process_group()
 
 

@@ -72,7 +72,7 @@ def serve(config: ServeConfig) -> None:
             f"--host {config.host} can be reached from elsewhere: give a token, by --token-file or the "
             "environment variable IFA_TOKEN, or listen on 127.0.0.1"
         )
-    key_values = open_key_value_store(config.store)
+    key_values = open_key_value_store(config.store, create=False)
 
     def load() -> Scorer:
         # a link is followed once, lest half of the files are another run's

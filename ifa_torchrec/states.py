@@ -28,7 +28,7 @@ def main() -> None:
     """The command line."""
     with as_command():
         config = tyro.cli(StatesConfig, prog="python -m ifa_torchrec.states", description=__doc__)
-        key_values = open_key_value_store(config.store)
+        key_values = open_key_value_store(config.store, create=False)
         if config.drop is not None:
             drop(key_values, config.drop)
         for version, header in versions(key_values).items():

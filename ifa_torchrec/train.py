@@ -39,7 +39,7 @@ from torchrec.modules.mc_modules import (
 from torchrec.optim.keyed import CombinedOptimizer
 from tqdm import tqdm
 
-from ifa_torchrec.command_line import as_command
+from ifa_torchrec.command_line import as_command, result_as_json
 from ifa_torchrec.data import EventBudgetSampler, EventLog, LogSchema, RankingDataset, make_loader
 from ifa_torchrec.distributed import (
     BatchSize,
@@ -511,7 +511,7 @@ def main() -> None:
     with as_command():
         result = train(tyro.cli(TrainConfig, prog="python -m ifa_torchrec.train", description=__doc__))
         if dist.get_rank() == 0:
-            print(json.dumps(result, indent=2))
+            print(result_as_json(result))
         dist.destroy_process_group()
 
 

@@ -85,7 +85,7 @@ class LogSchema:
         for name in names:
             if names.count(name) > 1:
                 raise LogError(f"schema: the name {name!r} is given twice or is reserved; rename it")
-            if not name.replace("@", "_").isidentifier():
+            if not name.isidentifier():
                 raise LogError(f"schema: {name!r} must be letters, digits and underscores")
 
     @property

@@ -50,12 +50,13 @@ class KeyValueStore(ABC):
         """Let go of the file or the connection."""
 
 
-def open_key_value_store(address: str) -> KeyValueStore:
+def open_key_value_store(address: str, create: bool = True) -> KeyValueStore:
     """The store at an address.
 
     Args:
-        address: the folder of an LMDB store, made if it is not there; or redis://HOST:PORT/NUMBER
-            (rediss:// with TLS, unix:// for a socket).
+        address: the folder of an LMDB store, or redis://HOST:PORT/NUMBER (rediss:// with TLS, unix://
+            for a socket).
+        create: whether to make an LMDB store that is not there.
 
     Raises:
         StateError: nothing can be opened there.
@@ -73,6 +74,10 @@ def open_key_value_store(address: str) -> KeyValueStore:
         return RedisStore(address)
     if "://" in address:
         raise StateError(f"{address}: a store is a folder, or redis://HOST:PORT/NUMBER")
+    if not create and not (Path(address) / "data.mdb").exists():
+        raise StateError(
+            f"{address}: there is no store of states; build one with python -m ifa_torchrec.build_states"
+        )
     return LMDBStore(Path(address))
 
 

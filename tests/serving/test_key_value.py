@@ -131,3 +131,12 @@ def test_a_bad_address_is_named(where, message, tmp_path):
     file.write_text("")
     with pytest.raises(StateError, match=message):
         open_key_value_store(where.format(file=file))
+
+
+def test_a_store_that_is_not_there_is_not_made_where_it_is_to_be_read(tmp_path):
+    folder = tmp_path / "statse"
+    with pytest.raises(StateError, match="there is no store of states; build one"):
+        open_key_value_store(str(folder), create=False)
+    assert not folder.exists()
+    open_key_value_store(str(folder)).close()
+    open_key_value_store(str(folder), create=False).close()
