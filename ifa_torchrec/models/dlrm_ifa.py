@@ -367,7 +367,7 @@ class CandidateArch(nn.Module):
             vectors = [*vectors, relation]
             beside = [*beside, relation, member * relation]
         if self.interaction_arch is None:
-            return self.over_arch(tokens)
+            return self.over_arch(torch.cat([tokens, *beside], dim=1))
         # scaled so that the dot product of two normed vectors is of the size of their entries
         scale = tokens.shape[1] ** -0.25
         crossed = self.interaction_arch(tokens * scale, torch.stack(vectors, dim=1) * scale)

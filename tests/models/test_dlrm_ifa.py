@@ -228,6 +228,18 @@ class TestComposition:
         torch.testing.assert_close(arch.over_arch(everything), logits)
 
     @every_interaction
+    def test_context_features_alone_reach_the_candidates(self, interaction: str) -> None:
+        """Where a request has no numbers, and a candidate none."""
+        batch = make_batch()
+        model = make_model(interaction, dense_in_features=0, candidate_dense_in_features=0)
+        batch.dense_features, batch.candidate_dense = torch.zeros(4, 0), torch.zeros(sum(CANDIDATES), 0)
+        before = model(batch)
+        ids = batch.context_features["store"].values()
+        ids[2] = (ids[2] + 1) % CONTEXT_FEATURES["store"]
+        moved = (model(batch) - before).abs().amax(dim=1) > 1e-6
+        assert moved.tolist() == [b == 2 for b, count in enumerate(CANDIDATES) for _ in range(count)]
+
+    @every_interaction
     def test_context_features_meet_each_other_the_request_and_the_token(self, interaction: str) -> None:
         """By dot products, in some order of columns, for each candidate."""
         model, batch = make_model(interaction), make_batch()
