@@ -13,7 +13,7 @@ from typing import Annotated
 import tyro
 
 from ifa_torchrec.command_line import as_command
-from ifa_torchrec.data import EventLog, kuairand, movielens, recbole, recflow
+from ifa_torchrec.data import EventLog, kuairand, movielens, recbole, recflow, taobao
 from ifa_torchrec.data.prepare import prepare
 from ifa_torchrec.data.prepare_schema import load_schema
 
@@ -42,7 +42,7 @@ def _reader(read: Callable[[Path, Path], EventLog]) -> Callable[..., EventLog]:
     def command(folder: Given, out: Path) -> EventLog:
         return read(folder, out)
 
-    command.__doc__ = read.__doc__.split("\n    Raises:")[0].removesuffix("\n")
+    command.__doc__ = (read.__doc__ or "").split("\n    Raises:")[0].removesuffix("\n")
     return command
 
 
@@ -51,7 +51,7 @@ def main() -> None:
     commands = {"prepare": prepare_command}
     commands |= {
         reader.__name__.rpartition(".")[2]: _reader(reader.prepare)
-        for reader in (kuairand, movielens, recbole, recflow)
+        for reader in (kuairand, movielens, recbole, recflow, taobao)
     }
     with as_command():
         log = tyro.extras.subcommand_cli_from_dict(

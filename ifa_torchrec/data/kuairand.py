@@ -13,6 +13,7 @@ over the whole month, so those of a training request would know its future. Vali
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ifa_torchrec.data import prepare as log
 from ifa_torchrec.data.event_log import EventLog
@@ -50,7 +51,7 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
         >>> log = kuairand.prepare("KuaiRand-Pure/data", "runs/data/kuairand_pure")  # doctest: +SKIP
     """
     folder = Path(folder)
-    rows = {
+    rows: dict[str, Any] = {
         "files": [str(folder / "log_standard_*.csv"), str(folder / "log_random_*.csv")],
         "user": "user_id",
         "item": "video_id",

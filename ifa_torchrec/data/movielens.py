@@ -13,6 +13,7 @@ user would watch.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ifa_torchrec.data import prepare as log
 from ifa_torchrec.data.event_log import EventLog, LogError
@@ -22,7 +23,7 @@ _RATINGS = ("userId", "movieId", "rating", "timestamp")
 _MOVIES = ("movieId", "title", "genres")
 # u.item has a column of 0 or 1 for each genre.
 _FLAGS = tuple(f"genre{number}" for number in range(19))
-_LAYOUTS = {
+_LAYOUTS: dict[str, tuple[dict[str, Any], str, dict[str, Any], str]] = {
     "u.data": (
         {"delimiter": "\t", "columns": _RATINGS},
         "u.item",
@@ -71,7 +72,7 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
     if ratings is None:
         raise LogError(f"{folder}: none of {list(_LAYOUTS)} is there; name the unpacked archive")
     ratings_format, movies, movies_format, genres = _LAYOUTS[ratings]
-    rows = {
+    rows: dict[str, Any] = {
         **ratings_format,
         "files": str(folder / ratings),
         "user": "userId",

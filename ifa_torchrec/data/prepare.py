@@ -81,7 +81,8 @@ def prepare(
         max_refused: greatest share of a table's rows that may be refused.
 
     Raises:
-        LogError: a file or column is missing, too many rows are refused, or a split is empty.
+        LogError: a file or column is missing, too many rows are refused, a split is empty, or
+            ``memory`` is too little.
         FileExistsError: ``out`` exists.
         ImportError: DuckDB is not installed.
 
@@ -114,6 +115,8 @@ def prepare(
                 connection.execute(f"SET {setting} = {_text(value)}")
             try:
                 log_schema, splits, report = _Preparation(schema, connection, draft, max_refused).run()
+            except duckdb.OutOfMemoryException as error:
+                raise LogError(f"memory={memory!r} is too little for this log: {error}") from error
             except duckdb.Error as error:
                 raise LogError(f"the schema does not fit its files: {error}") from error
         shutil.rmtree(work)
@@ -167,7 +170,7 @@ class _Preparation:
         self.codes: dict[str, dict[str, Any]] = {}
         (draft / "codes").mkdir()
 
-    def run(self) -> tuple[LogSchema, list[str], dict]:
+    def run(self) -> tuple[LogSchema, list[str], dict[str, Any]]:
         self.log_schema(lambda feature: 1)  # names that cannot work are refused before the long part
         self.read_items()
         self.read_rows("events", self.schema.events, {}, {})
@@ -319,7 +322,9 @@ class _Preparation:
         wrong = "'time is not of 1971 to 2200: is the unit right?'"
         empty |= {"year(time) NOT BETWEEN 1971 AND 2200": wrong}
         if self.schema.items:
-            empty |= {"item NOT IN (SELECT item FROM items_rows)": "'item is not among the items'"}
+            # where the items are the log itself, a join with all its rows takes far more memory
+            known = "SELECT DISTINCT item FROM items_rows"
+            empty |= {f"item NOT IN ({known})": "'item is not among the items'"}
         self.read(section, table, {**whole, **columns}, {**empty, **checks}, table.where)
 
     def read_items(self) -> None:
@@ -473,7 +478,9 @@ class _Preparation:
             SELECT _number, struct_pack(item := item {row}) AS _row
             FROM sittings JOIN requests USING ("user", _request, _sitting) ORDER BY _number"""
         )
-        splits = self.splits()
+        splits, first_cut = self.splits()
+        if requests.negatives:
+            self.draw_negatives(first_cut)
         columns = "".join(f", {_name(c)}" for c in [*self.context, *requests.dense])
         lists = "".join(f", [row.{_name(c)} for row in _rows] AS {_name(c)}" for c in each)
         for split, (first, behind) in splits.items():
@@ -499,9 +506,45 @@ class _Preparation:
         return f"""(FROM requests_rows LEFT JOIN (
             SELECT "user" {greatest} FROM users_rows GROUP BY "user") USING ("user"))"""
 
-    def splits(self) -> dict[str, tuple[int, int]]:
+    def draw_negatives(self, first_cut: str | None) -> None:
+        """Draw candidates from the events before ``first_cut`` (SQL; None for all events)."""
+        requests = self.schema.requests
+        before = f"time < {first_cut}" if first_cut else "true"
+        self.sql.execute(
+            f"""CREATE TABLE drawable AS
+            SELECT item, CAST(sum(events) OVER (ORDER BY item) AS BIGINT) AS _behind
+            FROM (SELECT item, count(*) AS events FROM events WHERE {before} GROUP BY item)"""
+        )
+        events = self.number("SELECT max(_behind) FROM drawable")
+        if not events:
+            raise LogError(
+                "requests: negatives are drawn from the events before the first split, and there are "
+                "none; let it start later, or leave negatives out"
+            )
+        # a draw is the number of an event, counted item by item
+        draw = f"CAST('0x' || md5(_number || ' ' || _draw)[:15] AS BIGINT) % {events}"
+        zeros = "".join(f", {_name(task)} := 0::FLOAT" for task in requests.labels)
+        self.sql.execute(
+            f"""CREATE TABLE drawn AS SELECT DISTINCT d._number, item
+            FROM (SELECT _number, {draw} AS _event
+                  FROM (SELECT _number, unnest(range(count(*) * {requests.negatives})) AS _draw
+                        FROM numbered WHERE {self.positive} GROUP BY _number)) d
+            ASOF JOIN drawable ON _event < _behind
+            ANTI JOIN numbered n ON n._number = d._number AND n._row.item = item;
+
+            INSERT INTO numbered SELECT _number, struct_pack(item := item, {EXPOSED} := true {zeros})
+            FROM drawn ORDER BY _number"""
+        )
+
+    @property
+    def positive(self) -> str:
+        """Whether a row of `numbered` has a label of 1, in SQL."""
+        return "(" + " OR ".join(f"_row.{_name(task)} = 1" for task in self.schema.requests.labels) + ")"
+
+    def splits(self) -> tuple[dict[str, tuple[int, int]], str | None]:
+        """The numbers of each split's requests, and when the first split starts, in SQL."""
         count = self.number("SELECT count(*) FROM requests")
-        bounds = [0]
+        bounds, first_cut = [0], None
         for split, start in self.schema.splits.items():
             if split == "train":
                 raise LogError("splits: 'train' is what comes before the first split; leave it out")
@@ -512,6 +555,7 @@ class _Preparation:
             else:
                 cut = f"(SELECT time FROM requests WHERE _number = {int(start * count)})"
             bounds.append(self.number(f"SELECT count(*) FROM requests WHERE time < {cut}"))
+            first_cut = first_cut or cut
         splits = dict(zip(["train", *self.schema.splits], pairwise([*bounds, count]), strict=True))
         for split, (first, behind) in splits.items():
             if first >= behind:
@@ -520,11 +564,11 @@ class _Preparation:
                     f"splits: {split!r} has no requests; they are of {times[0]} to {times[1]}, and the "
                     f"splits start at {dict(self.schema.splits)}, which must be in order"
                 )
-        return splits
+        return splits, first_cut
 
     # ---------------------------------------------------------------- the report
 
-    def report(self, splits: dict[str, tuple[int, int]]) -> dict:
+    def report(self, splits: dict[str, tuple[int, int]]) -> dict[str, Any]:
         users, events, first, last = self.row(
             'SELECT count(DISTINCT "user"), count(*), min(time), max(time) FROM events'
         )
@@ -539,7 +583,7 @@ class _Preparation:
             "refused": self.refused,
         }
 
-    def report_split(self, first: int, behind: int) -> dict:
+    def report_split(self, first: int, behind: int) -> dict[str, Any]:
         mine = f"_number >= {first} AND _number < {behind}"
         tasks = self.schema.requests.labels
         rates = ", ".join(f"avg(_row.{_name(task)}) FILTER (_row.exposed)" for task in tasks)
@@ -551,15 +595,14 @@ class _Preparation:
             FROM requests LEFT JOIN (SELECT "user", min(time) AS _first FROM events GROUP BY "user")
             USING ("user") WHERE {mine}"""
         )
-        positive = " OR ".join(f"_row.{_name(task)} = 1" for task in tasks)
         before, just_before = self.row(
             f"""SELECT avg(CAST(e.time IS NOT NULL AS INTEGER)),
                 avg(CAST(coalesce(e.time >= p.time - {_interval(1)}, false) AS INTEGER))
             FROM (SELECT "user", time, _row.item AS item FROM numbered JOIN requests USING (_number)
-                  WHERE {mine} AND ({positive})) p
+                  WHERE {mine} AND {self.positive}) p
             ASOF LEFT JOIN events e ON e."user" = p."user" AND e.item = p.item AND p.time > e.time"""
         )
-        return {
+        told = {
             "requests": behind - first,
             "time_range": [str(start), str(end)],
             "candidates": self.percentiles(
@@ -571,12 +614,19 @@ class _Preparation:
             "positives_seen_before": before,
             "positives_in_last_second": just_before,
         }
+        if negatives := self.schema.requests.negatives:
+            asked = negatives * self.number(
+                f"SELECT count(*) FROM numbered WHERE {mine} AND {self.positive}"
+            )
+            added = self.number(f"SELECT count(*) FROM drawn WHERE {mine}")
+            told["negatives"] = {"asked_for": asked, "added": added}
+        return told
 
     def percentiles(self, counts: str) -> dict[str, int]:
         found, most = self.row(f"SELECT quantile_disc(n, [0.5, 0.9, 0.99]), max(n) FROM ({counts})")
         return dict(zip(("p50", "p90", "p99", "max"), [*found, most], strict=True))
 
-    def row(self, sql: str) -> tuple:
+    def row(self, sql: str) -> tuple[Any, ...]:
         return self.sql.execute(sql).fetchall()[0]
 
     def number(self, sql: str) -> int:

@@ -87,6 +87,16 @@ class JoinedLabel(Events):
 class Requests(Events):
     """One row for each candidate.
 
+    A log of what users did, without what they were shown, has candidates with a label of 1 alone. With
+    `negatives` others are drawn for them. These candidates are our construction: nobody knows whether
+    they were shown. Their labels are 0, and they stand as exposed, since the loss takes the labels of
+    the exposed alone. An item is drawn in proportion to its events before the first split, so that
+    nothing of what is popular later is known to the training; one without such events is never drawn,
+    so an item that is new in the test is always a positive. Draws are the same at every run. One that
+    hits an item of the request, or one drawn for it before, is not made up for: LOG/report.json has for
+    each split how many were asked for and how many were added; its other figures count them as any
+    candidate.
+
     Args:
         labels: for each task, a column of 0 and 1, or a JoinedLabel.
         exposed: column of who was shown; all, by default. The label of the others may be empty.
@@ -95,6 +105,11 @@ class Requests(Events):
         request: column that tells a user's requests apart.
         gap_seconds: rows of one user (and of one `request`, if given) at most so far apart are one
             request. By default rows of one time are, or of one `request` at any time.
+        negatives: items to draw for each candidate with a label of 1.
+
+    Raises:
+        LogError: `negatives` is no number from 0, or is given beside `candidate_dense`, of which an
+            item that is drawn has no value.
 
     Example:
         >>> from ifa_torchrec.data.prepare_schema import Requests
@@ -110,6 +125,16 @@ class Requests(Events):
     candidate_dense: Mapping[str, str] = field(default_factory=dict)
     request: str | None = None
     gap_seconds: float | None = None
+    negatives: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.negatives, int) or self.negatives < 0:
+            raise LogError(f"requests: negatives must be a whole number from 0, got {self.negatives!r}")
+        if self.negatives and self.candidate_dense:
+            raise LogError(
+                f"requests: an item drawn by negatives={self.negatives} has no value of candidate_dense "
+                f"{list(self.candidate_dense)}; leave one of the two out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

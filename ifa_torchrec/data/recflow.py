@@ -10,6 +10,7 @@ province. Validation is from 11 February 2024, test from 15 to 18 February.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ifa_torchrec.data import prepare as log
 from ifa_torchrec.data.event_log import EventLog
@@ -37,7 +38,12 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
         >>> log = recflow.prepare("RecFlow", "runs/data/recflow")  # doctest: +SKIP
     """
     all_stage = str(Path(folder) / "all_stage" / "*.feather")
-    rows = {"user": "user_id", "item": "video_id", "time": "request_timestamp", "unit": "ms"}
+    rows: dict[str, Any] = {
+        "user": "user_id",
+        "item": "video_id",
+        "time": "request_timestamp",
+        "unit": "ms",
+    }
     schema = PrepareSchema(
         events=Events(
             **rows, files=str(Path(folder) / "realshow" / "*.feather"), where="effective_view = 1"

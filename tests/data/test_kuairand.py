@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,9 @@ import pytest
 
 from ifa_torchrec.data import kuairand, recflow
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "kuairand"))
+from made_up import write_archive
+
 pytest.importorskip("duckdb", reason="the extra `data` is not installed")
 
 
@@ -20,34 +24,20 @@ def test_kuairand(tmp_path: Path) -> None:
     days = pd.to_datetime(["2022-04-10", "2022-05-04", "2022-05-07"])
     rows = [
         {
-            "user_id": user, "video_id": 100 + place, "date": 20220410, "hourmin": 400,
-            "time_ms": day.value // 1_000_000 + 20_000 * place + user,
-            "is_click": int(place == user), "is_like": 0, "is_follow": 0, "is_comment": 0,
-            "is_forward": 0, "is_hate": 0, "long_view": int(place == 2), "play_time_ms": 5000,
-            "duration_ms": 10_000 * (1 + place), "profile_stay_time": 0, "comment_stay_time": 0,
-            "is_profile_enter": 0, "is_rand": int(place == 2),
-            "tab": 4 if place < 3 else 1,
+            "user_id": user, "video_id": 100 + place,
+            "time_ms": day.value // 1_000_000 + 20_000 * place + user, "is_click": int(place == user),
+            "long_view": int(place == 2), "duration_ms": 10_000 * (1 + place),
+            "is_rand": int(place == 2), "tab": 4 if place < 3 else 1,
         }
         for day in days for user in (0, 1) for place in range(4)
     ]  # fmt: skip
-    log = pd.DataFrame(rows)
-    log[log["is_rand"] == 0].to_csv(tmp_path / "log_standard_4_08_to_4_21_pure.csv", index=False)
-    log[log["is_rand"] == 1].to_csv(tmp_path / "log_random_4_22_to_5_08_pure.csv", index=False)
     videos = {
         "video_id": range(100, 104), "author_id": [5, 5, 6, 7], "video_type": ["NORMAL", "AD"] * 2,
-        "upload_dt": "2022-04-01", "upload_type": "ShortImport", "visible_status": 1.0,
-        "video_duration": 17200.0, "server_width": 720, "server_height": 1280, "music_id": 9,
         "music_type": [9.0, None, 4.0, 9.0], "tag": ["12,65", "12", None, "8"],
     }  # fmt: skip
-    pd.DataFrame(videos).to_csv(tmp_path / "video_features_basic_pure.csv", index=False)
-    users = {
-        "user_id": [0, 1], "user_active_degree": ["full_active", "UNKNOWN"], "is_lowactive_period": 0,
-        "is_live_streamer": [-124, 0], "is_video_author": 0, "follow_user_num": 5,
-        "follow_user_num_range": "(0,10]", "fans_user_num": 1, "fans_user_num_range": "[1,10)",
-        "friend_user_num": 0, "friend_user_num_range": "0", "register_days": 400,
-        "register_days_range": "366-730", **{f"onehot_feat{n}": 0 for n in range(18)},
-    }  # fmt: skip
-    pd.DataFrame(users).to_csv(tmp_path / "user_features_pure.csv", index=False)
+    degrees = ["full_active", "UNKNOWN"]
+    users = {"user_id": [0, 1], "user_active_degree": degrees, "is_live_streamer": [-124, 0]}
+    write_archive(tmp_path, pd.DataFrame(rows), pd.DataFrame(videos), pd.DataFrame(users))
 
     log = kuairand.prepare(tmp_path, tmp_path / "log")
     assert log.schema.tasks == kuairand.TASKS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import re
 from dataclasses import replace
@@ -65,6 +66,13 @@ def requests_of(log: EventLog, split: str) -> list[tuple]:
     offsets = columns["candidate_offsets"]
     lists = np.split(names[columns["candidates"]], offsets[1:-1])
     return [(user[u], list(items)) for u, items in zip(columns["user"], lists, strict=True)]
+
+
+def candidates(requests: dict[str, np.ndarray], row: int) -> list[tuple]:
+    """(item, exposed, label of seen, of bought) of each candidate of a request."""
+    mine = slice(*requests["candidate_offsets"][row : row + 2])
+    lists = ("candidates", "exposed", "seen", "bought")
+    return list(zip(*(requests[name][mine].tolist() for name in lists), strict=True))
 
 
 def refused(*words: str):
@@ -141,6 +149,73 @@ class TestRequests:
         assert log.schema.tasks == ("click", "buy")
         # tea after 60 seconds counts, the cup after 400 does not
         assert log.requests("train")["buy"].tolist() == [0, 1, 0, 0, 0, 0]
+
+
+class TestNegatives:
+    @pytest.mark.parametrize("start", ["2024-01-06", 0.6, None])
+    def test_are_those_of_a_plain_loop(self, tmp_path: Path, start: str | float | None) -> None:
+        """Requests of up to some positives, of a log whose popular items change on the sixth day."""
+        rng = np.random.default_rng(0)
+        rows = pd.DataFrame({"user": rng.integers(0, 5, 400), "time": rng.integers(0, 240, 400)})
+        item = rng.geometric(0.2, 400) + 30 * (rows["time"] >= 120)
+        rows = rows.assign(
+            item=np.minimum(item, 50), hour=rows["time"] % 24, bought=rng.random(400) < 0.3
+        )
+        rows["time"] = pd.Timestamp("2024-01-01") + rows["time"] * pd.Timedelta(hours=1)
+        rows.to_parquet(tmp_path / "rows.parquet")
+        given = {"files": str(tmp_path / "rows.parquet")}
+        given |= {column: column for column in ("user", "item", "time")}
+        labels = {"seen": "item < 45", "bought": "bought"}
+        schema = PrepareSchema(
+            events=Events(**given),
+            requests=Requests(
+                **given, where="hour > 4", labels=labels, context={"hour": "hour"}, dense={"h": "hour"}
+            ),
+            splits={"test": start} if start else {},
+        )
+        without = prepare(schema, tmp_path / "without")
+        with_them = replace(schema, requests=replace(schema.requests, negatives=3))
+        log = prepare(with_them, tmp_path / "log")
+
+        cut = np.inf
+        if start:  # a share is of the requests, a timestamp may lie before the first
+            first = min(log.requests("test")["time"])
+            cut = first if start == 0.6 else pd.Timestamp(start).value // 1000
+        drawable = np.sort(log.events["item"][log.events["time"] < cut])
+        number = 0
+        for split in log.splits:
+            old, new = without.requests(split), log.requests(split)
+            for column in ("user", "time", "hour", "h"):
+                np.testing.assert_array_equal(old[column], new[column])
+            asked = added = 0
+            for row in range(len(old["user"])):
+                there = candidates(old, row)
+                draws = 3 * sum(1 in labels for _, _, *labels in there)
+                drawn = set()
+                for draw in range(draws):
+                    digest = hashlib.md5(f"{number} {draw}".encode()).hexdigest()
+                    drawn.add(int(drawable[int(digest[:15], 16) % len(drawable)]))
+                drawn -= {item for item, *_ in there}
+                assert candidates(new, row) == sorted(there + [(item, True, 0, 0) for item in drawn])
+                asked, added, number = asked + draws, added + len(drawn), number + 1
+            assert report(log)["requests"][split]["negatives"] == {"asked_for": asked, "added": added}
+            assert "negatives" not in report(without)["requests"][split]
+            assert 0.5 * asked < added < asked
+
+    def test_need_events_before_the_first_split(self, tmp_path: Path) -> None:
+        schema = described(tmp_path, negatives=2)
+        schema = replace(schema, events=replace(schema.events, where="page = 'd'"))
+        with refused("negatives", "events before the first split", "none"):
+            prepare(schema, tmp_path / "log")
+
+    @pytest.mark.parametrize("negatives", [-1, 1.5, "2"])
+    def test_are_a_whole_number(self, tmp_path: Path, negatives) -> None:
+        with refused("negatives", "whole number", repr(negatives)):
+            described(tmp_path, negatives=negatives)
+
+    def test_have_no_numbers_of_their_own(self, tmp_path: Path) -> None:
+        with refused("negatives=2", "candidate_dense ['price']"):
+            described(tmp_path, negatives=2, candidate_dense={"price": "price"})
 
 
 class TestIds:
@@ -363,6 +438,11 @@ def test_it_is_what_from_pandas_writes(tmp_path: Path) -> None:
         assert columns.keys() == same.keys()
         for name in columns:
             np.testing.assert_array_equal(columns[name], same[name])
+
+
+def test_too_little_memory(tmp_path: Path) -> None:
+    with refused("memory='1MB' is too little"):
+        prepare(described(tmp_path), tmp_path / "log", memory="1MB")
 
 
 SCHEMA = {

@@ -54,5 +54,7 @@ def test_what_is_no_criteo_file_is_refused(monkeypatch, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"int_2 has -7; Criteo's numbers are -3 or more"):
         run(monkeypatch, "--file", file, "--rows", 100)
     file.write_text("1,2,3\n")
-    with pytest.raises(SystemExit, match=r"train.txt is no file of Criteo's layout: .*Expected 40 columns"):
+    with pytest.raises(
+        SystemExit, match=r"train.txt is no file of Criteo's layout: .*Expected 40 columns"
+    ):
         run(monkeypatch, "--file", file, "--rows", 1)

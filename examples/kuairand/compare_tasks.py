@@ -1,0 +1,78 @@
+"""KuaiRand as an event log, and one model of all its tasks: no history, softmax, IFA.
+
+    python examples/kuairand/compare_tasks.py --folder KuaiRand-Pure/data  # Pure, 1K or 27K, unpacked
+    python examples/kuairand/compare_tasks.py                              # made-up files
+
+A request is what one sitting showed to a user; which videos are clicked, watched for long, liked? The
+reader's docstring (ifa_torchrec/data/kuairand.py) says what of this is ours.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import made_up
+import pandas as pd
+import tyro
+
+from ifa_torchrec import IFAConfig
+from ifa_torchrec.data import kuairand
+from ifa_torchrec.evaluate import EvaluateConfig, evaluate
+from ifa_torchrec.train import TrainConfig, train
+
+TASKS = ["is_click", "long_view", "is_like"]
+"""Those that are printed; the model learns all of kuairand.TASKS."""
+METRICS = ["auc", "gauc", "ndcg@10", "ne", "calibration", "requests_ranked"]
+IDENTITY = ("author_id", "item")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the example."""
+
+    folder: Path | None = None
+    """The folder `data` of an unpacked KuaiRand archive; by default files in its layout are made up."""
+    out: Path = Path("runs/kuairand")
+    """Where everything goes; must not be there yet."""
+    epochs: int = 3
+    """Passes over the training requests."""
+    users: int = 120
+    """Users of the made-up files."""
+
+
+def main() -> None:
+    """The command line."""
+    options = tyro.cli(Options, description=__doc__)
+    folder = options.folder or made_up.make(options.out / "made_up", options.users)
+    log = kuairand.prepare(folder, options.out / "log")
+    print((log.path / "report.json").read_text())
+    plain = IFAConfig(32, num_heads=2, half_lives=(math.inf, 7.0))
+    counted = IFAConfig(
+        32,
+        num_heads=2,
+        half_lives=(math.inf, 7.0),
+        identity_features=IDENTITY,
+        identity_buckets=max(log.schema.item_features[feature] for feature in IDENTITY),
+        identity_half_lives=(math.inf, 7.0),
+    )
+    rows = {}
+    for name, interaction, ifa in (
+        ("no history", "none", plain),
+        ("softmax", "softmax", plain),
+        ("IFA", "ifa", plain),
+        ("IFA, identity heads", "ifa", counted),
+    ):
+        out = options.out / name.replace(" ", "_").replace(",", "")
+        train(TrainConfig(log.path, out, interaction, ifa, epochs=options.epochs, max_requests=16))
+        measured = evaluate(EvaluateConfig(out))
+        rows |= {(task, name): {m: measured[task][m] for m in METRICS} for task in TASKS}
+    print("\nTest requests:")
+    print(pd.DataFrame(rows).T.loc[TASKS].to_string(float_format="{:.4f}".format))
+    if options.folder is None:
+        print("These files were made up: the figures say nothing of KuaiRand.")
+
+
+if __name__ == "__main__":
+    main()
