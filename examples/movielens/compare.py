@@ -1,6 +1,6 @@
 """MovieLens as an event log, and IFA beside softmax and no history on it.
 
-    python examples/movielens/compare.py                           # ml-100k, fetched; about 2 minutes
+    python examples/movielens/compare.py                           # ml-100k, fetched; 2 to 3 minutes
     python examples/movielens/compare.py --folder ml-25m           # an unpacked archive of GroupLens
 
 A request is a page of films that a user rated; which of them are liked (4 stars or more)? The readers'
