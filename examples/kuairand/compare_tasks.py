@@ -18,6 +18,7 @@ import pandas as pd
 import tyro
 
 from ifa_torchrec import IFAConfig
+from ifa_torchrec.command_line import as_command
 from ifa_torchrec.data import kuairand
 from ifa_torchrec.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.train import TrainConfig, train
@@ -45,33 +46,34 @@ class Options:
 def main() -> None:
     """The command line."""
     options = tyro.cli(Options, description=__doc__)
-    folder = options.folder or made_up.make(options.out / "made_up", options.users)
-    log = kuairand.prepare(folder, options.out / "log")
-    print((log.path / "report.json").read_text())
-    plain = IFAConfig(32, num_heads=2, half_lives=(math.inf, 7.0))
-    counted = IFAConfig(
-        32,
-        num_heads=2,
-        half_lives=(math.inf, 7.0),
-        identity_features=IDENTITY,
-        identity_buckets=max(log.schema.item_features[feature] for feature in IDENTITY),
-        identity_half_lives=(math.inf, 7.0),
-    )
-    rows = {}
-    for name, interaction, ifa in (
-        ("no history", "none", plain),
-        ("softmax", "softmax", plain),
-        ("IFA", "ifa", plain),
-        ("IFA, identity heads", "ifa", counted),
-    ):
-        out = options.out / name.replace(" ", "_").replace(",", "")
-        train(TrainConfig(log.path, out, interaction, ifa, epochs=options.epochs, max_requests=16))
-        measured = evaluate(EvaluateConfig(out))
-        rows |= {(task, name): {m: measured[task][m] for m in METRICS} for task in TASKS}
-    print("\nTest requests:")
-    print(pd.DataFrame(rows).T.loc[TASKS].to_string(float_format="{:.4f}".format))
-    if options.folder is None:
-        print("These files were made up: the figures say nothing of KuaiRand.")
+    with as_command():
+        folder = options.folder or made_up.make(options.out / "made_up", options.users)
+        log = kuairand.prepare(folder, options.out / "log")
+        print((log.path / "report.json").read_text())
+        plain = IFAConfig(32, num_heads=2, half_lives=(math.inf, 7.0))
+        counted = IFAConfig(
+            32,
+            num_heads=2,
+            half_lives=(math.inf, 7.0),
+            identity_features=IDENTITY,
+            identity_buckets=max(log.schema.item_features[feature] for feature in IDENTITY),
+            identity_half_lives=(math.inf, 7.0),
+        )
+        rows = {}
+        for name, interaction, ifa in (
+            ("no history", "none", plain),
+            ("softmax", "softmax", plain),
+            ("IFA", "ifa", plain),
+            ("IFA, identity heads", "ifa", counted),
+        ):
+            out = options.out / name.replace(" ", "_").replace(",", "")
+            train(TrainConfig(log.path, out, interaction, ifa, epochs=options.epochs, max_requests=16))
+            measured = evaluate(EvaluateConfig(out))
+            rows |= {(task, name): {m: measured[task][m] for m in METRICS} for task in TASKS}
+        print("\nTest requests:")
+        print(pd.DataFrame(rows).T.loc[TASKS].to_string(float_format="{:.4f}".format))
+        if options.folder is None:
+            print("These files were made up: the figures say nothing of KuaiRand.")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import pandas as pd
 import tyro
 
 from ifa_torchrec import IFAConfig
+from ifa_torchrec.command_line import as_command
 from ifa_torchrec.data import EventLog, movielens, recbole
 from ifa_torchrec.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.train import OptimizerConfig, TrainConfig, train
@@ -45,35 +46,36 @@ class Options:
 def main() -> None:
     """The command line."""
     options = tyro.cli(Options, description=__doc__)
-    path = options.out / "log"
-    if options.folder is None:
-        log: EventLog = recbole.prepare(fetch(options.out / "recbole"), path)
-    else:
-        log = movielens.prepare(options.folder, path)
-    print((log.path / "report.json").read_text())
-    genre = list(log.schema.item_features)[-1]
-    plain = IFAConfig(32, num_heads=2, half_lives=(math.inf, 30.0))
-    counted = IFAConfig(
-        32,
-        num_heads=2,
-        half_lives=(math.inf, 30.0),
-        identity_features=(genre,),
-        identity_buckets=log.schema.item_features[genre],
-        identity_half_lives=(math.inf, 30.0),
-    )
-    rows = {}
-    for name, interaction, ifa in (
-        ("no history", "none", plain),
-        ("softmax", "softmax", plain),
-        ("IFA", "ifa", plain),
-        (f"IFA, identity heads of {genre}", "ifa", counted),
-    ):
-        out = options.out / name.replace(" ", "_").replace(",", "")
-        train(TrainConfig(log.path, out, interaction, ifa, epochs=options.epochs, optimizers=STEPS))
-        measured = evaluate(EvaluateConfig(out))
-        rows[name] = {metric: measured[metric] for metric in METRICS}
-    print("\nTest requests:")
-    print(pd.DataFrame(rows).T.to_string(float_format="{:.4f}".format))
+    with as_command():
+        path = options.out / "log"
+        if options.folder is None:
+            log: EventLog = recbole.prepare(fetch(options.out / "recbole"), path)
+        else:
+            log = movielens.prepare(options.folder, path)
+        print((log.path / "report.json").read_text())
+        genre = list(log.schema.item_features)[-1]
+        plain = IFAConfig(32, num_heads=2, half_lives=(math.inf, 30.0))
+        counted = IFAConfig(
+            32,
+            num_heads=2,
+            half_lives=(math.inf, 30.0),
+            identity_features=(genre,),
+            identity_buckets=log.schema.item_features[genre],
+            identity_half_lives=(math.inf, 30.0),
+        )
+        rows = {}
+        for name, interaction, ifa in (
+            ("no history", "none", plain),
+            ("softmax", "softmax", plain),
+            ("IFA", "ifa", plain),
+            (f"IFA, identity heads of {genre}", "ifa", counted),
+        ):
+            out = options.out / name.replace(" ", "_").replace(",", "")
+            train(TrainConfig(log.path, out, interaction, ifa, epochs=options.epochs, optimizers=STEPS))
+            measured = evaluate(EvaluateConfig(out))
+            rows[name] = {metric: measured[metric] for metric in METRICS}
+        print("\nTest requests:")
+        print(pd.DataFrame(rows).T.to_string(float_format="{:.4f}".format))
 
 
 if __name__ == "__main__":

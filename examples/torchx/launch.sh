@@ -5,6 +5,7 @@
 #     examples/torchx/launch.sh [FOLDER]
 set -euo pipefail
 out=${1:-runs/torchx}
+[ -x .venv/bin/torchx ] || { echo "error: no .venv here; make setup, then run this from the clone's root" >&2; exit 1; }
 [ ! -e "$out" ] || { echo "error: $out is there already; name another folder" >&2; exit 1; }
 export PATH="$PWD/.venv/bin:$PATH"  # TorchX starts torchrun by its name
 export OMP_NUM_THREADS=1            # two ranks, two cores
