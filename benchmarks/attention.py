@@ -235,10 +235,17 @@ def check_agreement(case: Case, contestants: dict[str, Callable[..., Tensor]]) -
         out = contestant(*tokens, case.weights, case)
         values = [out.detach(), *torch.autograd.grad(out.square().sum(), tokens)]
         expected = truth.setdefault(name.startswith("softmax"), values)
-        for value, right in zip(values, expected, strict=True):
-            error = float((value.float() - right).abs().max() / right.abs().max())
-            if not error <= TOLERANCE.get(name, 1e-4):
-                raise SystemExit(f"error: {case.name}: {name} is off by {error:.1e}; no figures")
+        compare(case, name, values, expected, TOLERANCE.get(name, 1e-4))
+
+
+def compare(
+    case: Case, name: str, values: list[Tensor], expected: list[Tensor], tolerance: float
+) -> None:
+    """End the program where a contestant's results are off by more than this share of the largest."""
+    for value, right in zip(values, expected, strict=True):
+        error = float((value.float() - right).abs().max() / right.abs().max())
+        if not error <= tolerance:
+            raise SystemExit(f"error: {case.name}: {name} is off by {error:.1e}; no figures")
 
 
 # ------------------------------------------------------------------------------------- measuring

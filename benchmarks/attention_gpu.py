@@ -23,6 +23,9 @@ import tyro
 from attention import (
     PASSES,
     Case,
+    D,
+    H,
+    compare,
     contestants_of,
     ifa,
     linear_padded,
@@ -62,8 +65,8 @@ def fitting(case: Case) -> dict[str, Callable[..., Tensor]]:
     """Those whose memory suffices: a mask costs softmax its flash kernels, and it keeps all scores."""
     same = bool((case.history_lengths == case.history_lengths[0]).all())
     requests, longest = len(case.history_lengths), int(case.history_lengths.max())
-    padded = 2 * requests * longest * 64 * 4
-    scores = 0 if same else 4 * 4 * requests * longest * int(case.candidate_lengths.max())
+    padded = 2 * requests * longest * D * 4
+    scores = 0 if same else 4 * H * requests * longest * int(case.candidate_lengths.max())
     nested = "softmax, nested" in contestants_of(case) or case.history.is_cuda
     return {
         name: contestant
@@ -90,10 +93,8 @@ def check_agreement(case: Case, device: torch.device) -> None:
             out = run(*tokens, of.weights, of)
             found = [out.detach(), *torch.autograd.grad(out.float().square().sum(), tokens)]
             results.append([value.float().cpu() for value in found])
-        for value, right in zip(*reversed(results), strict=True):
-            error = float((value - right).abs().max() / right.abs().max())
-            if not error <= TOLERANCE:
-                raise SystemExit(f"error: {case.name}: {name} is off by {error:.1e}; no figures")
+        right, found = results
+        compare(case, name, found, right, TOLERANCE)
 
 
 def milliseconds(run: Callable[[], object], device: torch.device) -> float:

@@ -18,7 +18,6 @@ import torch.distributed as dist
 import tyro
 
 from ifa_torchrec.command_line import as_command
-from ifa_torchrec.modules import InteractionFidelityAttention
 from ifa_torchrec.train import load_run
 
 
@@ -63,8 +62,7 @@ def explain(config: ExplainConfig) -> str:
     model.eval()
 
     # attention_weights wants what the model hands to its interaction: catch it on the way
-    ifa = model.candidate_arch.sequence_interaction
-    assert isinstance(ifa, InteractionFidelityAttention)
+    ifa = model.candidate_arch.ifa
     caught: list[tuple[Any, ...]] = []
     hook = ifa.register_forward_pre_hook(lambda module, inputs: caught.append(inputs))
     logits = model(batch)[:, 0].cpu()

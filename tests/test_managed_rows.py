@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -39,9 +40,9 @@ def configured(log: EventLog, out: Path) -> TrainConfig:
 
 
 def trained(config: TrainConfig) -> np.ndarray:
-    """Train, and score the split `test`; on every rank."""
-    train_module.EVICTION_INTERVAL = 1
-    train(config)
+    """Train, giving rows to new ids in each step, and score the split `test`; on every rank."""
+    with mock.patch.object(train_module, "EVICTION_INTERVAL", 1):
+        train(config)
     return scores(config.out)
 
 
@@ -53,9 +54,7 @@ def scores(out: Path) -> np.ndarray:
 @pytest.fixture(scope="module")
 def run(log: EventLog, tmp_path_factory) -> tuple[Path, np.ndarray]:
     config = configured(log, tmp_path_factory.mktemp("managed") / "run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "EVICTION_INTERVAL", 1)
-        return config.out, trained(config)
+    return config.out, trained(config)
 
 
 def remapped(dlrm: DLRM_IFA, features: KeyedJaggedTensor) -> KeyedJaggedTensor:

@@ -289,14 +289,14 @@ class CandidateArch(nn.Module):
         tokens = candidates.values()
         request = request_of_row(offsets, tokens.shape[0])
         vectors, beside = [], []
-        known = [] if context is None else list(context.unbind(1))  # vectors of the request, [B, D] each
-        if self.request_arch is not None:
-            known.insert(0, self.request_arch(batch.dense_features))
-            vectors.append(known[0][request])
+        dense = None if self.request_arch is None else self.request_arch(batch.dense_features)
+        if dense is not None:
+            vectors.append(dense[request])
             beside.append(vectors[-1])
         if context is not None:
-            crossed = self.request_interaction_arch(known[0], torch.stack(known, dim=1)[:, 1:])
-            beside.append(crossed[:, tokens.shape[1] :][request])  # behind known[0]
+            first, others = (context[:, 0], context[:, 1:]) if dense is None else (dense, context)
+            crossed = self.request_interaction_arch(first, others)
+            beside.append(crossed[:, tokens.shape[1] :][request])  # behind `first` itself
             beside.append(torch.einsum("mfd,md->mf", context[request], tokens))
         if self.candidate_dense_arch is not None:
             vectors.append(self.candidate_dense_arch(batch.candidate_dense))
