@@ -29,12 +29,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ifa_torchrec.errors import UserError
+
 FORMAT = "ifa-event-log/1"
 USER, TIME, CANDIDATES, EXPOSED = "user", "time", "candidates", "exposed"
 Columns = dict[str, np.ndarray]
 
 
-class LogError(ValueError):
+class LogError(UserError, ValueError):
     """An event log is not what its schema says; the message names the column and the remedy."""
 
 

@@ -25,13 +25,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
+from ifa_torchrec.errors import UserError
+
 FORMAT = 1
 """Rises when this package could no longer read what it wrote before."""
 KEEP = 2
 """Checkpoints kept; older ones are deleted once a newer one is whole."""
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """There is no usable checkpoint, or it is of another configuration."""
 
 

@@ -25,6 +25,7 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingCollection
 
+from ifa_torchrec.errors import UserError
 from ifa_torchrec.models.dlrm_ifa import tables_of
 
 Collection = EmbeddingBagCollection | EmbeddingCollection | ManagedCollisionEmbeddingCollection
@@ -52,7 +53,7 @@ candidate; measured on models of the default configuration (tests/distributed/te
 softmax's matrices, of events times candidates, come on top where the sets are large."""
 
 
-class ShardingError(ValueError):
+class ShardingError(UserError, ValueError):
     """There is no sharding plan, or the ranks do not agree on one."""
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec import ops
+from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules.user_state import UserState, distinct_keys
 from ifa_torchrec.ops.jagged import request_of_row
 
@@ -69,7 +70,7 @@ class IFAConfig:
     def __post_init__(self) -> None:
         def check(good: bool, message: str) -> None:
             if not good:
-                raise ValueError(f"IFAConfig: {message}")
+                raise ConfigError(f"IFAConfig: {message}")
 
         check(self.embedding_dim > 0, f"embedding_dim must be positive, got {self.embedding_dim}")
         check(self.num_heads > 0, f"num_heads must be positive, got {self.num_heads}")

@@ -1,7 +1,11 @@
 """What serving raises for its user."""
 
+from __future__ import annotations
 
-class StateError(RuntimeError):
+from ifa_torchrec.errors import UserError
+
+
+class StateError(UserError, RuntimeError):
     """A store of states cannot do what was asked; the message says what would be right."""
 
 
@@ -13,5 +17,5 @@ class UnknownUserError(StateError):
     """There is no state of a user."""
 
 
-class RequestError(ValueError):
+class RequestError(UserError, ValueError):
     """A ranking request or an event is not what the model takes; the message names the field."""
