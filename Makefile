@@ -25,7 +25,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml setup.py $(wildcard ifa_torchrec/ops/native/csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade uv
-	$(UV_ENV) $(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[$(EXTRA),serve,demo,data,dev,docs]"
+	$(UV_ENV) $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -e ".[$(EXTRA),serve,demo,data,dev,docs]"
 	touch $@
 
 demo: setup
