@@ -188,7 +188,7 @@ class RedisStore(KeyValueStore):
             )
         except ValueError:  # whose message may hold a part of the password
             raise StoreError(
-                f"{self.address}: this is no address of a Redis, which is redis://HOST:PORT/NUMBER; what "
+                "is no letter or digit in a password is written as %XX"
                 "is no letter or digit in a password is written as %XX"
             ) from None
         with _reported(f"{self.address}: no Redis answers here"):
