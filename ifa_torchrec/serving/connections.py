@@ -12,7 +12,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ifa_torchrec.serving.live import Limits
 
-_log = logging.getLogger("uvicorn.error.connections")
+_log = logging.getLogger(__name__)
 _log.setLevel(logging.ERROR)  # that a client speaks no HTTP is not worth a line each time
 
 _WAITS, _SENDS, _BUSY = range(3)

@@ -188,8 +188,8 @@ class RedisStore(KeyValueStore):
             )
         except ValueError:  # whose message may hold a part of the password
             raise StoreError(
-                "is no letter or digit in a password is written as %XX"
-                "is no letter or digit in a password is written as %XX"
+                f"{self.address}: this is no address of a Redis, which is redis://HOST:PORT/NUMBER; "
+                "what is no letter or digit in a password is written as %XX"
             ) from None
         with _reported(f"{self.address}: no Redis answers here"):
             self._client.ping()
