@@ -224,10 +224,11 @@ def create_app(
     limits = live.limits
     refused = _problems(400, 408, 409, 413, 422, 429, 500, 503, 504)
     protected: dict[str, Any] = {}
-    unknown: dict[int | str, dict[str, Any]] = {}
+    measured: dict[int | str, dict[str, Any]] = {}
     if token is not None:  # for the OpenAPI page; it is _Gate that asks, before the body is read
-        unknown = _problems(401)
-        refused |= unknown
+        refused |= _problems(401)
+        problem = {"schema": {"$ref": "#/components/schemas/Problem"}}  # else it would be plain text too
+        measured = {401: {"description": "Unauthorized", "content": {"application/json": problem}}}
         protected["dependencies"] = [Depends(HTTPBearer(auto_error=False))]
     app = FastAPI(
         title="ifa_torchrec.serve",
@@ -294,7 +295,7 @@ def create_app(
             raise HTTPException(503, "the store does not answer") from error
         return Ready(version=live.version)
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses=unknown, **protected)
+    @app.get("/metrics", response_class=PlainTextResponse, responses=measured, **protected)
     async def metrics() -> Response:
         """Counters and times, for Prometheus."""
         return Response(generate_latest(live.metrics.registry), media_type=CONTENT_TYPE_LATEST)

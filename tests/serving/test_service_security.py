@@ -108,35 +108,9 @@ def spellings(path: str) -> Iterator[str]:
     first = ord(name[0])
     yield from (path, f"/{path}", f"//{path}", f"{path}/", f"{path}//", f"/./{name}", f"/x/../{name}")
     yield from (path.upper(), path.title(), f"/healthz/..{path}", f"/healthz/%2e%2e{path}", f".{path}")
-    ends = [
-        "%0A",
-        "%0a",
-        "%0D",
-        "%0D%0A",
-        "%00",
-        "%20",
-        "%09",
-        "%2F",
-        "%2f",
-        ".",
-        "..",
-        ";",
-        ";x=1",
-        "\\",
-    ]
-    ends += [
-        "%5C",
-        "%3F",
-        "%23",
-        "?",
-        "?x=/healthz",
-        "#",
-        "#/healthz",
-        "%0A/healthz",
-        "%E2%80%A8",
-        "%C2%85",
-    ]
-    ends += ["%250A", "%0A%0A", "/healthz", "/%0A", "%0B", "%0C", "%1C", ".json", "*", "~"]
+    ends = ["%0A", "%0a", "%0D", "%0D%0A", "%00", "%20", "%09", "%2F", "%2f", ".", "..", ";", ";x=1"]
+    ends += ["\\", "%5C", "%3F", "%23", "?", "?x=/healthz", "#", "#/healthz", "%0A/healthz", "%C2%85"]
+    ends += ["%250A", "%0A%0A", "/healthz", "/%0A", "%0B", "%0C", "%1C", "%E2%80%A8", ".json", "*", "~"]
     yield from (path + end for end in ends)
     yield from (f"/%{first:02X}{name[1:]}", f"/%{first:02x}{name[1:]}", f"%2F{name}", f"/%2F{name}")
     yield from (f"http://localhost{path}", f"http://localhost{path}%0A", f"/%0A{name}", f"/%20{name}")
@@ -223,7 +197,7 @@ def test_a_spelling_the_router_takes_is_counted_as_its_route():
 @pytest.mark.parametrize("given", [" \n", "two words", "two\nlines\n"])
 def test_a_token_is_one_word(given, tmp_path):
     (tmp_path / "token").write_text(given)
-    with pytest.raises(ConfigError, match="token: the token is (empty|several words); give one word"):
+    with pytest.raises(ConfigError, match=r"token: the token is (empty|several words); give one word"):
         _token(ServeConfig(Path("run"), "store", token_file=tmp_path / "token"))
     (tmp_path / "token").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="is no UTF-8 text"):
@@ -297,6 +271,11 @@ HALF_OPEN = [
     b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n",
 ]
 
+AUTHORIZED = (
+    b"POST /rank HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer secret\r\n"
+    b"Content-Type: application/json\r\n"
+)
+
 
 @pytest.fixture
 def logged() -> Iterator[list[str]]:
@@ -304,7 +283,7 @@ def logged() -> Iterator[list[str]]:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(handler.format(record))
-    loggers = [logging.getLogger(name) for name in ("", "uvicorn", "uvicorn.access")]
+    loggers = [logging.getLogger(name) for name in ("", "uvicorn")]
     for logger in loggers:
         logger.addHandler(handler)
     yield lines
@@ -351,8 +330,7 @@ def test_a_call_under_way_is_not_closed_for_another():
     stub.rank = slow
     with serving(stub) as port:
         body = json.dumps(QUESTIONS["/rank"]).encode()
-        head = b"POST /rank HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAuthorization: Bearer secret\r\n"
-        head += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+        head = AUTHORIZED + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
         busy = [connect(port, head + body) for _ in range(4)]
         time.sleep(0.2)
         others = [connect(port, sent) for sent in HALF_OPEN * 3]
@@ -366,18 +344,15 @@ def test_a_call_under_way_is_not_closed_for_another():
 
 
 def test_headers_and_bodies_that_do_not_come_are_not_waited_for(logged):
-    authorized = b"POST /rank HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer secret\r\n"
-    authorized += b"Content-Type: application/json\r\n"
     with serving(Stub(receive=0.5)) as port:
         logged.clear()
         begun = time.monotonic()
         headers = [connect(port, sent) for sent in HALF_OPEN[:3]]
         bodies = [
-            connect(port, authorized + b"Content-Length: 1000\r\n\r\n{"),
-            connect(port, authorized + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"),
+            connect(port, AUTHORIZED + b"Content-Length: 1000\r\n\r\n{"),
+            connect(port, AUTHORIZED + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"),
         ]
         slow = connect(port, HALF_OPEN[3])  # gets its 401, and goes on
-        answered = []
 
         def drip() -> None:
             with contextlib.suppress(OSError):
@@ -388,10 +363,8 @@ def test_headers_and_bodies_that_do_not_come_are_not_waited_for(logged):
         dripping = threading.Thread(target=drip)
         dripping.start()
         for connection in headers:
-            answered.append(rest(connection))
-        assert all(text.startswith(b"HTTP/1.1 408") and b'"error"' in text for text in answered), (
-            answered
-        )
+            text = rest(connection)
+            assert text.startswith(b"HTTP/1.1 408") and b"no request came within 0.5 seconds" in text
         for connection in bodies:
             text = rest(connection)
             assert text.startswith(b"HTTP/1.1 408") and b"did not come within 0.5 seconds" in text
@@ -526,7 +499,7 @@ def test_a_process_is_ready_only_while_its_store_answers_and_no_password_is_show
         begun = time.monotonic()
         answer = client.get("/readyz")
         assert answer.status_code == 503 and time.monotonic() - begun < 3
-        with pytest.raises(StoreError, match="unix:///.*socket: ") as raised:
+        with pytest.raises(StoreError, match=r"unix:///.*socket: ") as raised:
             key_values.read([b"a"])
         shown = f"{answer.text} {raised.value!r} {raised.getrepr()} {caplog.text} {vars(key_values)}"
         assert "hunter2" not in shown.replace(address, "")
