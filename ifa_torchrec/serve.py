@@ -7,7 +7,7 @@
 The store is one that ifa_torchrec.build_states filled from the same run. /docs describes the calls.
 SIGHUP loads the run anew while the old weights serve; where --run is a link, it may by then lead to
 another run, whose states were built into the same store. SIGTERM finishes what was taken. Without a
-bearer token (--token-file) it listens on loopback only.
+bearer token (--token-file) it listens on loopback only. docs/howto/serve.md says who may ask for what.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import re
 import resource
 import signal
 import socket
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -47,7 +48,7 @@ class ServeConfig:
 
     run: Path
     """Folder of a training run (its --out), or a link to one."""
-    store: str
+    store: str = field(repr=False)
     """Where its states are: a folder, or redis://HOST:PORT/NUMBER, with its password in the variable
     IFA_REDIS_PASSWORD."""
     data: Path | None = None
@@ -84,8 +85,10 @@ def serve(config: ServeConfig) -> None:
         ConfigError: the token is empty, or there is none and the address is not loopback; or there are
             too few file handles for all connections.
     """
-    # one that comes while this loads waits until it has, and then loads what it was sent for
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    hung_up = (
+        threading.Event()
+    )  # by a SIGHUP that comes while this loads: it is not lost, and ends nothing
+    signal.signal(signal.SIGHUP, lambda *_: hung_up.set())
     token = _token(config)
     if token is None and not _is_loopback(config.host):
         raise ConfigError(
@@ -104,7 +107,8 @@ def serve(config: ServeConfig) -> None:
     with LiveScorer(load, config.limits) as live:
         _ensure_file_handles(config.limits.max_connections)
         signal.signal(signal.SIGHUP, lambda *_: live.reload())
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+        if hung_up.is_set():
+            live.reload()
         _Server(config, live, token).run()
 
 
