@@ -289,10 +289,11 @@ def create_app(
             raise HTTPException(503, "shutting down")
         try:
             await live.check()
-        except StateError as error:
-            raise HTTPException(503, str(error)) from error
-        except asyncio.TimeoutError as error:
+        # everyone may ask this, so the answer has no addresses; that of /rank says more
+        except (StoreError, asyncio.TimeoutError) as error:
             raise HTTPException(503, "the store does not answer") from error
+        except StateError as error:
+            raise HTTPException(503, "the store has no states of these weights") from error
         return Ready(version=live.version)
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=measured, **protected)
