@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
@@ -37,7 +37,7 @@ class BuildStatesConfig:
 
     run: Path
     """Folder of a training run (its --out)."""
-    store: str
+    store: str = field(repr=False)
     """Where the states go: a folder, or redis://HOST:PORT/NUMBER."""
     position: int
     """The first position of the event stream whose event the log has not: 0 where the stream begins

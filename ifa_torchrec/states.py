@@ -6,7 +6,7 @@ python -m ifa_torchrec.states --store runs/states --drop VERSION
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import tyro
 
@@ -18,7 +18,7 @@ from ifa_torchrec.serving import drop, open_key_value_store, versions
 class StatesConfig:
     """Options of ``python -m ifa_torchrec.states``."""
 
-    store: str
+    store: str = field(repr=False)
     """A folder, or redis://HOST:PORT/NUMBER."""
     drop: str | None = None
     """Delete this version's states, and the events of the journal that no other version can want."""

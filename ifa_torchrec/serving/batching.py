@@ -17,6 +17,10 @@ class QueueFullError(RuntimeError):
     """No more work can wait; try again later."""
 
 
+class ClosedError(RuntimeError):
+    """Nothing is done any more."""
+
+
 @dataclass
 class _Job:
     work: Callable[[list[Any]], Sequence[Any]]
@@ -82,9 +86,12 @@ class Batcher:
 
         Raises:
             QueueFullError: not all of them may wait; then none does.
+            ClosedError: it was closed.
         """
         jobs = [_Job(work, item, share) for item, share in zip(items, shares, strict=True)]
         with self._changed:
+            if self._closed:
+                raise ClosedError("the batcher was closed; it takes nothing any more")
             if len(self._waiting) + len(jobs) > self._most:
                 raise QueueFullError(f"{len(self._waiting)} of {self._most} places are taken")
             self._waiting.extend(jobs)
@@ -101,8 +108,14 @@ class Batcher:
     def _run(self) -> None:
         while jobs := self._take():
             jobs = [job for job in jobs if job.future.set_running_or_notify_cancel()]
-            if jobs:
-                _do(jobs)
+            try:
+                if jobs:
+                    _do(jobs)
+            except BaseException as error:  # such as SystemExit: this thread has to go on for the others
+                for job in jobs:
+                    if not job.future.done():
+                        failure = RuntimeError(f"the work ended with {type(error).__name__}: {error}")
+                        job.future.set_exception(failure)
 
     def _take(self) -> list[_Job]:
         """The next batch; empty at the end."""
@@ -131,5 +144,7 @@ def _do(jobs: list[_Job]) -> None:
         _do(jobs[:middle])
         _do(jobs[middle:])
     else:
+        if len(results) != len(jobs):  # whose is which?
+            raise RuntimeError(f"{len(results)} results for {len(jobs)} items")
         for job, result in zip(jobs, results, strict=True):
             job.future.set_result(result)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +17,10 @@ from ifa_torchrec.serving.errors import StateError, StoreError
 
 _LARGEST_MAP = 1 << 40
 """Bytes of address space for an LMDB file; it is not reserved, on disk or in memory."""
+_ADDRESS = re.compile(  # scheme, (user and password), host, port and number or path, (options)
+    r"((?:rediss?|unix)://)(?:[^/?#@]*@)?((?:[\w.-]+|\[[\da-f:.]+\])?(?::\d+)?(?:/[^?#@]*)?)(?:\?[^@]*)?",
+    re.IGNORECASE,
+)
 
 
 class KeyValueStore(ABC):
@@ -55,7 +61,8 @@ def open_key_value_store(address: str, create: bool = True) -> KeyValueStore:
 
     Args:
         address: the folder of an LMDB store, or redis://HOST:PORT/NUMBER (rediss:// with TLS, unix://
-            for a socket).
+            for a socket). Its password is best in the variable IFA_REDIS_PASSWORD: everyone on the
+            machine sees a program's arguments.
         create: whether to make an LMDB store that is not there.
 
     Raises:
@@ -73,7 +80,9 @@ def open_key_value_store(address: str, create: bool = True) -> KeyValueStore:
     if address.startswith(("redis://", "rediss://", "unix://")):
         return RedisStore(address)
     if "://" in address:
-        raise StateError(f"{address}: a store is a folder, or redis://HOST:PORT/NUMBER")
+        raise StateError(
+            f"{_without_password(address)}: a store is a folder, or redis://HOST:PORT/NUMBER"
+        )
     if not create and not (Path(address) / "data.mdb").exists():
         raise StateError(
             f"{address}: there is no store of states; build one with python -m ifa_torchrec.build_states"
@@ -167,13 +176,23 @@ class RedisStore(KeyValueStore):
     """
 
     def __init__(self, address: str) -> None:
+        self.address = _without_password(address)
         try:
-            # redis-py's own types are those of its sync and async clients at once
-            self._client: Any = redis.Redis.from_url(address)
+            # redis-py's own types are those of its sync and async clients at once; what the address says
+            # goes before these. Without a time-out a host that is gone would hold a thread for ever.
+            self._client: Any = redis.Redis.from_url(
+                address,
+                password=os.environ.get("IFA_REDIS_PASSWORD"),
+                socket_timeout=5,
+                socket_connect_timeout=5,
+            )
+        except ValueError:  # whose message may hold a part of the password
+            raise StoreError(
+                f"{self.address}: this is no address of a Redis, which is redis://HOST:PORT/NUMBER; "
+                "what is no letter or digit in a password is written as %XX"
+            ) from None
+        with _reported(f"{self.address}: no Redis answers here"):
             self._client.ping()
-        except (redis.RedisError, ValueError) as error:
-            raise StoreError(f"{address}: no Redis answers here ({error})") from error
-        self.address = address
 
     def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """See KeyValueStore."""
@@ -218,10 +237,21 @@ class RedisStore(KeyValueStore):
         self._client.close()
 
 
+def _without_password(address: str) -> str:
+    """A Redis address as it may be shown. Of one that is not well formed nothing may, since its password
+    may be anywhere."""
+    found = _ADDRESS.fullmatch(address)
+    return found[1] + found[2] if found else f"{address.partition('://')[0]}://..."
+
+
 @contextmanager
 def _reported(where: object) -> Generator[None]:
     """The libraries' errors as ours."""
     try:
         yield
-    except (lmdb.Error, redis.RedisError) as error:
+    except redis.RedisError as error:
+        # a server that does not know AUTH repeats its arguments
+        text = re.sub(r"args beginning with:.*", "args ...", str(error), flags=re.DOTALL)
+        raise StoreError(f"{where}: {text}") from None
+    except lmdb.Error as error:
         raise StoreError(f"{where}: {error}") from error

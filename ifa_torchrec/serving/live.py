@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from ifa_torchrec.serving.batching import Batcher, Item, Result
 from ifa_torchrec.serving.scorer import Ranking, RankingRequest, Scorer
-from ifa_torchrec.serving.state_store import Event
+from ifa_torchrec.serving.state_store import Event, StateStore
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +43,10 @@ class Limits:
     """Most ranking requests and calls with events that wait for their turn."""
     timeout: float = 2
     """Seconds until a call is given up."""
+    receive: float = 10
+    """Seconds for a call's headers to come, then for its body, and for its client to take the answer."""
+    max_connections: int = 400
+    """Most connections; beyond them the one is closed that has waited longest for its client."""
 
     def __post_init__(self) -> None:
         for limit in fields(self):
@@ -108,6 +113,9 @@ class LiveScorer:
         self._scorers: tuple[Scorer, ...] = (scorer,)
         self._batcher = Batcher(limits.max_waiting)
         self._reloader = ThreadPoolExecutor(1, "reload")
+        self._checker = ThreadPoolExecutor(1, "check")
+        self._checking: Future[StateStore] | None = None
+        self._checked = 0.0
         self.metrics.waiting.set_function(lambda: len(self._batcher))
         self.metrics.model.info({"version": self.version})
 
@@ -126,6 +134,20 @@ class LiveScorer:
         """Finish what was taken, and a reload that is under way."""
         self._batcher.close()
         self._reloader.shutdown(cancel_futures=True)
+        self._checker.shutdown(wait=False)
+
+    async def check(self) -> None:
+        """Ask the store whether it has the states of these weights, once a second however often called.
+
+        Raises:
+            StateError: it has not, or does not answer.
+            asyncio.TimeoutError: no answer in a second.
+        """
+        now = time.monotonic()
+        if self._checking is None or (self._checking.done() and now > self._checked + 1):
+            store, self._checked = self._scorers[0].store, now
+            self._checking = self._checker.submit(StateStore, store.key_values, store.version)
+        await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._checking)), 1)
 
     async def rank(self, requests: Sequence[RankingRequest]) -> list[LiveRanking | BaseException]:
         """The ranking of each request, or else what is wrong with it.

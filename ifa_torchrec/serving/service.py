@@ -28,9 +28,12 @@ from pydantic import (
 )
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ifa_torchrec.serving.batching import QueueFullError
+from ifa_torchrec.data.dataset import MICROSECONDS_PER_DAY
+from ifa_torchrec.serving.batching import ClosedError, QueueFullError
 from ifa_torchrec.serving.errors import RequestError, StateError, StoreError, UnknownUserError
 from ifa_torchrec.serving.live import LiveScorer
 from ifa_torchrec.serving.scorer import RankingRequest
@@ -41,8 +44,8 @@ _RFC3339 = re.compile(
     r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d+))?(?:[Zz]|([+-]\d\d:\d\d))", re.ASCII
 )
 _MOST_FEATURES = 1000
-_WITH_TOKEN = {"/rank", "/events"}
-_PATHS = {*_WITH_TOKEN, "/healthz", "/readyz", "/metrics"}
+_PUBLIC = {"/healthz", "/readyz", "/docs", "/openapi.json"}
+"""Routes for everyone; every other is for the token's bearers only."""
 
 # ------------------------------------------------------------------------------ questions, answers
 
@@ -51,9 +54,14 @@ def _microseconds(text: object) -> int:
     found = _RFC3339.fullmatch(text) if isinstance(text, str) else None
     if found is not None:
         date, clock, fraction, offset = found.groups()
+        # a leap second, which comes at the end of a day of UTC only, is the next second's start here
+        leap = clock.endswith(":60")
+        clock = clock[:-2] + "59" if leap else clock
         moment = datetime.fromisoformat(f"{date}T{clock}{offset or '+00:00'}")
         whole = (moment - _EPOCH) // timedelta(microseconds=1)
-        if whole >= 0:
+        if leap and (whole + 1_000_000) % MICROSECONDS_PER_DAY == 0:
+            return whole + 1_000_000
+        if whole >= 0 and not leap:
             return whole + int((fraction or "").ljust(6, "0")[:6])
     raise ValueError('should be a time since 1970 with its zone, such as "2024-05-01T12:30:00.25Z"')
 
@@ -167,12 +175,16 @@ class Problem(BaseModel):
 # ----------------------------------------------------------------------------------------- the app
 
 
-def create_app(live: LiveScorer, token: str | None = None) -> FastAPI:
+def create_app(
+    live: LiveScorer, token: str | None = None, allowed_hosts: Sequence[str] = ("*",)
+) -> FastAPI:
     """The service as an ASGI application.
 
     Args:
         live: answers; close it after the last call.
-        token: /rank and /events are for its bearers only; None for everyone.
+        token: all but /healthz, /readyz and the page of /docs are for its bearers only; None for
+            everyone. A route that is added is for its bearers only, too.
+        allowed_hosts: names that calls may be addressed to (their Host header); "*" is any.
 
     Example:
         >>> import pandas as pd, tempfile
@@ -210,10 +222,13 @@ def create_app(live: LiveScorer, token: str | None = None) -> FastAPI:
         {'new': 1, 'duplicates': 0}
     """
     limits = live.limits
-    refused = _problems(400, 409, 413, 422, 429, 500, 503, 504)
+    refused = _problems(400, 408, 409, 413, 422, 429, 500, 503, 504)
     protected: dict[str, Any] = {}
+    measured: dict[int | str, dict[str, Any]] = {}
     if token is not None:  # for the OpenAPI page; it is _Gate that asks, before the body is read
         refused |= _problems(401)
+        problem = {"schema": {"$ref": "#/components/schemas/Problem"}}  # else it would be plain text too
+        measured = {401: {"description": "Unauthorized", "content": {"application/json": problem}}}
         protected["dependencies"] = [Depends(HTTPBearer(auto_error=False))]
     app = FastAPI(
         title="ifa_torchrec.serve",
@@ -223,8 +238,11 @@ def create_app(live: LiveScorer, token: str | None = None) -> FastAPI:
             RequestValidationError: _on_invalid,
             Exception: _on_bug,
         },
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
     )
-    app.add_middleware(_Gate, live=live, token=token)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts, www_redirect=False)
+    app.add_middleware(_Gate, live=live, token=token, routes=app.routes)
 
     @app.post("/rank", responses=refused | _problems(404), **protected)
     async def rank(question: RankQuestion) -> RankAnswer:
@@ -269,9 +287,16 @@ def create_app(live: LiveScorer, token: str | None = None) -> FastAPI:
         """Whether calls should be sent here, and the weights that would answer them."""
         if live.draining:
             raise HTTPException(503, "shutting down")
+        try:
+            await live.check()
+        # everyone may ask this, so the answer has no addresses; that of /rank says more
+        except (StoreError, asyncio.TimeoutError) as error:
+            raise HTTPException(503, "the store does not answer") from error
+        except StateError as error:
+            raise HTTPException(503, "the store has no states of these weights") from error
         return Ready(version=live.version)
 
-    @app.get("/metrics", response_class=PlainTextResponse)
+    @app.get("/metrics", response_class=PlainTextResponse, responses=measured, **protected)
     async def metrics() -> Response:
         """Counters and times, for Prometheus."""
         return Response(generate_latest(live.metrics.registry), media_type=CONTENT_TYPE_LATEST)
@@ -280,26 +305,40 @@ def create_app(live: LiveScorer, token: str | None = None) -> FastAPI:
 
 
 class _Gate:
-    """Around every call: asks for the token, counts the body, measures."""
+    """Around every call: asks for the token, counts and times the body, measures.
 
-    def __init__(self, app: ASGIApp, live: LiveScorer, token: str | None) -> None:
-        self._app, self._live = app, live
+    It goes by the route that will answer, not by the path, of which a router may take several spellings.
+    """
+
+    def __init__(
+        self, app: ASGIApp, live: LiveScorer, token: str | None, routes: Sequence[BaseRoute]
+    ) -> None:
+        self._app, self._live, self._routes = app, live, routes
         self._token = None if token is None else token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
+        if scope["type"] == "websocket":  # there are none, and none shall come that does not ask
+            await send({"type": "websocket.close"})
+            return
         start, status, size = time.perf_counter(), 500, 0
-        limit = self._live.limits.max_body_bytes
-        path = scope["path"] if scope["path"] in _PATHS else "other"  # else clients invent labels
+        limits = self._live.limits
+        path = self._route(scope)
 
         async def counted() -> Message:
             nonlocal size
-            message = await receive()
+            left = start + limits.receive - time.perf_counter()
+            try:
+                message = await asyncio.wait_for(receive(), left)
+            except asyncio.TimeoutError:
+                problem = f"the body did not come within {limits.receive:g} seconds; send it again"
+                raise HTTPException(408, problem) from None
             size += len(message.get("body", b""))
-            if size > limit:
-                raise HTTPException(413, f"the body is larger than {limit} bytes; send less a call")
+            if size > limits.max_body_bytes:
+                problem = f"the body is larger than {limits.max_body_bytes} bytes; send less a call"
+                raise HTTPException(413, problem)
             return message
 
         async def seen(message: Message) -> None:
@@ -308,15 +347,22 @@ class _Gate:
             await send(message)
 
         try:
-            if path in _WITH_TOKEN and not self._knows(scope):
+            if path in _PUBLIC or self._knows(scope):
+                await self._app(scope, counted, seen)
+            else:
                 problem = "give the server's token, as Authorization: Bearer TOKEN"
                 refusal = _problem(401, problem, {"WWW-Authenticate": "Bearer"})
                 await refusal(scope, receive, seen)
-            else:
-                await self._app(scope, counted, seen)
         finally:
             self._live.metrics.calls.labels(path, status).inc()
             self._live.metrics.seconds.labels(path).observe(time.perf_counter() - start)
+
+    def _route(self, scope: Scope) -> str:
+        """The path of the route that answers, as it was declared; else clients would invent labels."""
+        for route in self._routes:
+            if route.matches(scope)[0] is Match.FULL:
+                return getattr(route, "path", "other")
+        return "other"
 
     def _knows(self, scope: Scope) -> bool:
         if self._token is None:
@@ -379,6 +425,8 @@ def _in_time(advice: str) -> Generator[None]:
         yield
     except QueueFullError as error:
         raise HTTPException(429, f"too many calls: {error}", {"Retry-After": "1"}) from error
+    except ClosedError as error:
+        raise HTTPException(503, "shutting down") from error
     except asyncio.TimeoutError as error:
         raise HTTPException(504, f"this takes too long; {advice}") from error
 

@@ -215,8 +215,8 @@ def test_the_process_is_alive_ready_measured_and_described(client, live, models)
     assert anyone.get("/healthz").json() == {"status": "ok"}
     assert anyone.get("/readyz").json() == {"version": models[0].version}
     assert anyone.get("/docs").status_code == anyone.get("/openapi.json").status_code == 200
-    assert anyone.get("/no/such/page").json() == {"error": "Not Found"}
-    shown = anyone.get("/metrics").text
+    assert client.get("/no/such/page").json() == {"error": "Not Found"}
+    shown = client.get("/metrics").text
     for line in (
         'ifa_calls_total{path="/rank",status="200"} 1.0',
         'ifa_calls_total{path="/rank",status="422"} 1.0',

@@ -1,0 +1,99 @@
+"""Connections of the HTTP service: no more than the limit, and none that is waited for without end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ifa_torchrec.serving.live import Limits
+
+_log = logging.getLogger(__name__)
+_log.setLevel(logging.ERROR)  # that a client speaks no HTTP is not worth a line each time
+
+_WAITS, _SENDS, _BUSY = range(3)
+
+
+class Connection(H11Protocol):
+    """uvicorn's connection, which anyone can open, within limits.
+
+    Whoever opens more than there may be closes the one that has waited longest for its client: a request
+    of a client that gets on is through before it is that old. So nobody keeps others out by waiting.
+
+    ``Connection.within(limits)`` is the class to give to uvicorn.
+    """
+
+    limits = Limits()
+
+    @classmethod
+    def within(cls, limits: Limits) -> type[Connection]:
+        """The class with limits of its own."""
+        return type("Connection", (cls,), {"limits": limits})
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.logger = _log
+        self._since = self.loop.time()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Make room for it."""
+        super().connection_made(transport)
+        self._wait(self.limits.receive)
+        if len(self.connections) > self.limits.max_connections:
+            others = [c for c in self.connections if isinstance(c, Connection) and c is not self]
+            last = min(others, key=Connection._precedence, default=self)
+            if last._precedence()[0] == _BUSY:
+                last = self
+            self.connections.discard(last)  # it leaves by itself later, when more may have come
+            last.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio.Protocol."""
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
+
+    def handle_events(self) -> None:
+        """See H11Protocol; a request may begin here."""
+        before = self.cycle
+        super().handle_events()
+        if self.cycle is not before:
+            # for the body, for the answer, and for the client to take it
+            self._wait(2 * self.limits.receive + self.limits.timeout)
+
+    def on_response_complete(self) -> None:
+        """See H11Protocol; it may begin with the next request, which has come already."""
+        self._wait(self.limits.receive)
+        super().on_response_complete()
+
+    def _wait(self, seconds: float) -> None:
+        """Be closed unless something else happens first."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._since = self.loop.time()
+        self._timer = self.loop.call_later(seconds, self._too_late)
+
+    def _too_late(self) -> None:
+        waits_for_headers = self.conn.our_state is h11.IDLE and self.conn.their_state is h11.IDLE
+        if waits_for_headers and self.transport.get_write_buffer_size() == 0:
+            problem = f"no request came within {self.limits.receive:g} seconds"
+            body = json.dumps({"error": problem}).encode()
+            head = (
+                "HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Type: application/json\r\n"
+            )
+            self.transport.write(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            self.transport.close()
+        else:
+            self.transport.abort()  # a close would wait for the client to read
+
+    def _precedence(self) -> tuple[int, float]:
+        """Who is closed first."""
+        if not self.cycle or self.cycle.response_complete or self.flow.write_paused:
+            return _WAITS, self._since
+        # a body is read only from those who have the token
+        return _SENDS if self.cycle.more_body else _BUSY, self._since

@@ -1,0 +1,69 @@
+"""The batcher's end: nobody who submitted something waits for ever."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from ifa_torchrec.serving.batching import Batcher, ClosedError
+
+
+def same(items: list[int]) -> list[int]:
+    return items
+
+
+def test_after_close_nothing_is_taken_and_what_waited_is_done():
+    begun, free = threading.Event(), threading.Event()
+
+    def wait(items: list[int]) -> list[int]:
+        begun.set()
+        free.wait()
+        return items
+
+    batcher = Batcher(most=10)
+    futures = batcher.submit(wait, [0], [1.0])
+    begun.wait()
+    futures += batcher.submit(same, [1, 2], [1.0, 1.0])
+    closing = threading.Thread(target=batcher.close)
+    closing.start()
+    while not batcher._closed:
+        pass
+    with pytest.raises(ClosedError, match="it takes nothing any more"):
+        batcher.submit(same, [3], [1.0])
+    free.set()
+    closing.join(10)
+    assert [future.result(0) for future in futures] == [0, 1, 2]
+    batcher.close()  # again
+
+
+def end(_: list[int]) -> list[int]:
+    raise SystemExit("enough")
+
+
+def one_too_few(items: list[int]) -> list[int]:
+    return items[1:]
+
+
+@pytest.mark.parametrize(
+    "work, message",
+    [(end, "the work ended with SystemExit: enough"), (one_too_few, "1 results for 2 items")],
+)
+def test_work_that_ends_the_thread_or_loses_a_result_fails_and_the_next_is_done(work, message):
+    with Batcher(most=10) as batcher:
+        begun, free = threading.Event(), threading.Event()
+
+        def wait(items: list[int]) -> list[int]:
+            begun.set()
+            free.wait()
+            return items
+
+        batcher.submit(wait, [0], [1.0])
+        begun.wait()  # so that the two come together
+        futures = batcher.submit(work, [1, 2], [0.1, 0.1])
+        after = batcher.submit(same, [3], [0.1])
+        free.set()
+        for future in futures:
+            with pytest.raises(RuntimeError, match=message):
+                future.result(10)
+        assert after[0].result(10) == 3
