@@ -40,6 +40,7 @@ from ifa_torchrec.errors import UserError
 FORMAT = "ifa-event-log/1"
 USER, TIME, CANDIDATES, EXPOSED = "user", "time", "candidates", "exposed"
 Columns = dict[str, np.ndarray]
+_LONGEST_NAME = 50  # names of columns and splits become names of files
 HASHED = "hashed"
 """In the metadata of LOG/codes/FEATURE.parquet: of how many rows is the table that ids are hashed to."""
 _Seen = list[Any]
@@ -94,8 +95,10 @@ class LogSchema:
         names = [*self.item_features, *self.context_features, *self.dense_features]
         names += [USER, TIME, "candidate_offsets", *self.candidate_lists]
         for name in names:
-            if not isinstance(name, str) or not name.isidentifier():
-                raise LogError(f"schema: {name!r} must be letters, digits and underscores")
+            if not isinstance(name, str) or not name.isidentifier() or len(name) > _LONGEST_NAME:
+                raise LogError(
+                    f"schema: {name!r} must be letters, digits and underscores, {_LONGEST_NAME} at most"
+                )
             if names.count(name) > 1:
                 raise LogError(f"schema: the name {name!r} is given twice or is reserved; rename it")
 
@@ -131,17 +134,19 @@ def check_splits(names: Iterable[Any]) -> None:
     """Refuse names of splits that would not stay file names in the log's folder.
 
     Raises:
-        LogError: a name holds something else than letters, digits and ``_ - .``, or begins with a dot.
+        LogError: a name holds something else than letters, digits and ``_ - .``, begins with one of the
+            last two, or is too long.
 
     Example:
         >>> from ifa_torchrec.data.event_log import check_splits
         >>> check_splits(["train", "2024-05"])
     """
     for name in names:
-        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+        fits = isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name)
+        if not fits or len(name) > _LONGEST_NAME:
             raise LogError(
-                f"split {name!r}: a split's name holds letters, digits, _, - and . alone and begins "
-                "with one of the first three, like 'train' or 'week-21'"
+                f"split {name!r}: a split's name holds letters, digits, _, - and . alone, "
+                f"{_LONGEST_NAME} at most, and begins with one of the first three, like 'week-21'"
             )
 
 
@@ -665,7 +670,7 @@ def _read_header(file: Path) -> tuple[LogSchema, dict[str, int]]:
         ) from error
     except OSError as error:
         raise LogError(f"{file}: not readable ({error}); make it so, or copy the log") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LogError(f"{file}: not readable as JSON ({error}); write the log again") from error
     found = header.get("format") if isinstance(header, dict) else None
     if found != FORMAT:
@@ -673,6 +678,9 @@ def _read_header(file: Path) -> tuple[LogSchema, dict[str, int]]:
     schema, rows = header.get("schema"), header.get("rows")
     if not isinstance(schema, dict) or not isinstance(rows, dict) or not {"events", "items"} <= {*rows}:
         raise LogError(f"{file}: no schema, or no rows of events and items; write the log again")
+    for table, number in rows.items():
+        if not isinstance(number, int):
+            raise LogError(f"{file}: {table} has {number!r} rows, which is no number; write it again")
     names = {field.name for field in dataclasses.fields(LogSchema)}
     if unknown := {*schema} - names:
         raise LogError(
