@@ -34,6 +34,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pandas.util import hash_pandas_object
 
 from ifa_torchrec.errors import UserError
 
@@ -655,7 +656,7 @@ def _codes_digest(file: Path) -> str:
         raise LogError(
             f"{file}: not readable as the columns id and code ({error}); write the log again"
         ) from error
-    rows = pd.util.hash_pandas_object(table.to_pandas(), index=False)
+    rows = hash_pandas_object(table.to_pandas(), index=False)
     return hashlib.sha256(rows.to_numpy()).hexdigest()[:16]
 
 
@@ -675,7 +676,8 @@ def _read_header(file: Path) -> tuple[LogSchema, dict[str, int]]:
     found = header.get("format") if isinstance(header, dict) else None
     if found != FORMAT:
         raise LogError(f"{file}: format {found!r}, this version reads {FORMAT!r}")
-    schema, rows = header.get("schema"), header.get("rows")
+    schema: Any = header.get("schema")
+    rows: Any = header.get("rows")
     if not isinstance(schema, dict) or not isinstance(rows, dict) or not {"events", "items"} <= {*rows}:
         raise LogError(f"{file}: no schema, or no rows of events and items; write the log again")
     for table, number in rows.items():
@@ -689,7 +691,8 @@ def _read_header(file: Path) -> tuple[LogSchema, dict[str, int]]:
         )
     try:
         check_splits(name.removeprefix("requests/") for name in rows if name not in ("events", "items"))
-        return LogSchema(**{"item_features": {}, **schema}), rows
+        schema.setdefault("item_features", {})
+        return LogSchema(**schema), rows
     except LogError as error:
         raise LogError(f"{file}: {error}") from error
 
