@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -656,7 +656,8 @@ def _codes_digest(file: Path) -> str:
         raise LogError(
             f"{file}: not readable as the columns id and code ({error}); write the log again"
         ) from error
-    rows = hash_pandas_object(table.to_pandas(), index=False)
+    # pandas-stubs has no type for it
+    rows = cast(Any, hash_pandas_object)(table.to_pandas(), index=False)
     return hashlib.sha256(rows.to_numpy()).hexdigest()[:16]
 
 
