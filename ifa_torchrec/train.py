@@ -455,45 +455,6 @@ def set_learning_rate(
         group["lr"] = rate
 
 
-def load_run(folder: Path, data: Path | None = None, sharded: bool = True) -> Run:
-    """Build a run's model and load its last checkpoint. Called by all ranks.
-
-    There may be more or fewer ranks than trained it; where the tables lie, the planner decides.
-
-    Args:
-        folder: the run's --out.
-        data: event log; None for the one it was trained on.
-        sharded: whether the tables are spread over the ranks; else each rank holds all of them, on
-            the CPU, as plain modules that can be quantised and exported.
-
-    Raises:
-        CheckpointError: there is no run or no checkpoint.
-        LogError: the log is missing or bad, or the model cannot read it: it has other features or table
-            sizes, or other codes than the log of the training.
-    """
-    config_file = folder / "config.json"
-    if not config_file.exists():
-        raise checkpoint.CheckpointError(f"{folder}: no run here; name the --out of a training")
-    try:
-        config = _from_json(TrainConfig, json.loads(config_file.read_text()))
-    except (ValueError, KeyError, TypeError) as error:
-        raise checkpoint.CheckpointError(f"{config_file}: not a run's options: {error}") from error
-    device = init_process_group()
-    log = EventLog(data or config.data)
-    _check_log(folder / "checkpoints", log)
-    model: nn.Module = DLRM_IFATrain(build_model(log.schema, config), config.loss)
-    if sharded:
-        model, _ = shard(model, device, config.optimizers)
-    else:
-        device = torch.device("cpu")
-        for module in model.modules():
-            if isinstance(module, (EmbeddingBagCollection, EmbeddingCollection)):
-                module.to_empty(device=device)  # from the meta device; its rows are loaded below
-    checkpoints = folder / "checkpoints"
-    progress = checkpoint.load(checkpoints, model)
-    return Run(config, log, model, device, checkpoint.version(checkpoints, progress))
-
-
 def _inputs(log: EventLog) -> dict[str, Any]:
     """What a log must share with that of the training, for the model to mean something; as JSON."""
     schema = dataclasses.asdict(log.schema)
@@ -539,6 +500,45 @@ def _check_log(checkpoints: Path, log: EventLog, whole: bool = False) -> None:
                 "give that log as it was, or train anew with another --out"
             )
         return
+
+
+def load_run(folder: Path, data: Path | None = None, sharded: bool = True) -> Run:
+    """Build a run's model and load its last checkpoint. Called by all ranks.
+
+    There may be more or fewer ranks than trained it; where the tables lie, the planner decides.
+
+    Args:
+        folder: the run's --out.
+        data: event log; None for the one it was trained on.
+        sharded: whether the tables are spread over the ranks; else each rank holds all of them, on
+            the CPU, as plain modules that can be quantised and exported.
+
+    Raises:
+        CheckpointError: there is no run or no checkpoint.
+        LogError: the log is missing or bad, or the model cannot read it: it has other features or table
+            sizes, or other codes than the log of the training.
+    """
+    config_file = folder / "config.json"
+    if not config_file.exists():
+        raise checkpoint.CheckpointError(f"{folder}: no run here; name the --out of a training")
+    try:
+        config = _from_json(TrainConfig, json.loads(config_file.read_text()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise checkpoint.CheckpointError(f"{config_file}: not a run's options: {error}") from error
+    device = init_process_group()
+    log = EventLog(data or config.data)
+    _check_log(folder / "checkpoints", log)
+    model: nn.Module = DLRM_IFATrain(build_model(log.schema, config), config.loss)
+    if sharded:
+        model, _ = shard(model, device, config.optimizers)
+    else:
+        device = torch.device("cpu")
+        for module in model.modules():
+            if isinstance(module, (EmbeddingBagCollection, EmbeddingCollection)):
+                module.to_empty(device=device)  # from the meta device; its rows are loaded below
+    checkpoints = folder / "checkpoints"
+    progress = checkpoint.load(checkpoints, model)
+    return Run(config, log, model, device, checkpoint.version(checkpoints, progress))
 
 
 def _to_json(value: Any) -> Any:
