@@ -40,7 +40,14 @@ from torchrec.optim.keyed import CombinedOptimizer
 from tqdm import tqdm
 
 from ifa_torchrec.command_line import as_command, result_as_json
-from ifa_torchrec.data import EventBudgetSampler, EventLog, LogSchema, RankingDataset, make_loader
+from ifa_torchrec.data import (
+    EventBudgetSampler,
+    EventLog,
+    LogError,
+    LogSchema,
+    RankingDataset,
+    make_loader,
+)
 from ifa_torchrec.distributed import (
     BatchSize,
     OptimizerConfig,
@@ -289,13 +296,14 @@ def train(config: TrainConfig) -> dict[str, float]:
 
     folder = config.out / "checkpoints"
     # A position in the data means nothing for other data.
-    belongs_to = {**_to_json(config.fixed()), "log": log.fingerprint()}
+    belongs_to = {**_to_json(config.fixed()), "log": log.fingerprint(), **_inputs(log)}
     step, first_epoch, taken = 0, 0, 0
     if checkpoint.checkpoints_of_rank_0(folder):
         if not config.resume:
             raise checkpoint.CheckpointError(
                 f"{folder} holds checkpoints: give --resume to go on, or another --out"
             )
+        _check_log(folder, log, whole=True)
         progress = checkpoint.load(folder, model, optimizer, belongs_to)
         step, first_epoch, taken = progress["step"], progress["epoch"], progress["request"]
     if rank == 0:
@@ -360,6 +368,7 @@ def train(config: TrainConfig) -> dict[str, float]:
                 seconds += time.perf_counter() - start
                 position = {"epoch": epoch + last, "request": 0 if last else taken}
                 progress = {"step": step, **position, "config": belongs_to}
+                progress["data"] = str(log.path.resolve())
                 checkpoint.save(folder, model, optimizer, progress)
                 start = time.perf_counter()
         imbalance = sampler.imbalance()
@@ -446,6 +455,53 @@ def set_learning_rate(
         group["lr"] = rate
 
 
+def _inputs(log: EventLog) -> dict[str, Any]:
+    """What a log must share with that of the training, for the model to mean something; as JSON."""
+    schema = dataclasses.asdict(log.schema)
+    del schema["candidate_tags"]  # the model does not see them
+    schema |= {name: [*schema[name].items()] for name in ("item_features", "context_features")}
+    return {"schema": json.loads(json.dumps(schema)), "codes": log.codes()}
+
+
+def _check_log(checkpoints: Path, log: EventLog, whole: bool = False) -> None:
+    """Refuse a log that a run's model cannot read. Called by all ranks.
+
+    Args:
+        checkpoints: those of the run; where they are damaged, whoever loads them says so.
+        log: the log that it is to read.
+        whole: whether it must be the very log of the training, to go on with it.
+
+    Raises:
+        LogError: its features, table sizes or codes are not those of the training or, with ``whole``,
+            anything else is not.
+    """
+    now = _inputs(log)
+    for path in reversed(checkpoint.checkpoints_of_rank_0(checkpoints)):
+        try:
+            progress = json.loads((path / "progress.json").read_text())
+            was, data = progress["config"], progress["data"]
+            fields = [name for name in now["schema"] if now["schema"][name] != was["schema"][name]]
+            codes = {f for f, _ in now["codes"].items() ^ was["codes"].items()}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue
+        known = f"the log that {checkpoints.parent} was trained on ({data})"
+        if fields:
+            told = "; ".join(f"{f} {now['schema'][f]}, there {was['schema'][f]}" for f in fields)
+            raise LogError(f"{log.path} has another schema than {known}: {told}; prepare it alike")
+        if codes:
+            raise LogError(
+                f"{log.path} has other codes than {known}: rows of {sorted(codes)} stand for other ids, "
+                "or codes/ is missing from one of them. Prepare both from one and the same list of ids; "
+                "copy codes/ from there only if the numbers here were taken from it"
+            )
+        if whole and log.fingerprint() != was["log"]:
+            raise LogError(
+                f"{log.path} has other content than {known}, so that a position in it means nothing; "
+                "give that log as it was, or train anew with another --out"
+            )
+        return
+
+
 def load_run(folder: Path, data: Path | None = None, sharded: bool = True) -> Run:
     """Build a run's model and load its last checkpoint. Called by all ranks.
 
@@ -459,6 +515,8 @@ def load_run(folder: Path, data: Path | None = None, sharded: bool = True) -> Ru
 
     Raises:
         CheckpointError: there is no run or no checkpoint.
+        LogError: the log is missing or bad, or the model cannot read it: it has other features or table
+            sizes, or other codes than the log of the training.
     """
     config_file = folder / "config.json"
     if not config_file.exists():
@@ -469,6 +527,7 @@ def load_run(folder: Path, data: Path | None = None, sharded: bool = True) -> Ru
         raise checkpoint.CheckpointError(f"{config_file}: not a run's options: {error}") from error
     device = init_process_group()
     log = EventLog(data or config.data)
+    _check_log(folder / "checkpoints", log)
     model: nn.Module = DLRM_IFATrain(build_model(log.schema, config), config.loss)
     if sharded:
         model, _ = shard(model, device, config.optimizers)

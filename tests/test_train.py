@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from toy import BUSY_USER, NEW_USER, SCHEMA, SPLITS, Toy, make_toy
@@ -28,6 +30,13 @@ from ifa_torchrec.scoring import measure
 from ifa_torchrec.train import TrainConfig, build_model, load_run, train
 
 IFA = IFAConfig(embedding_dim=8, num_heads=2, half_lives=(math.inf, 30.0), identity_features=("item",))
+
+
+def coded(folder: Path) -> None:
+    """Give a log codes of its items, as ``prepare`` does."""
+    (folder / "codes").mkdir()
+    ids = pd.DataFrame({"id": [f"p{i}" for i in range(40)], "code": range(40)})
+    ids.to_parquet(folder / "codes" / "item.parquet")
 
 
 @pytest.fixture
@@ -354,8 +363,22 @@ class TestWhatMayNotChange:
         """A position in one log means nothing in another."""
         train(dataclasses.replace(config, epochs=1))
         fewer = Toy(toy.events.iloc[1:], toy.items, toy.requests, toy.schema).write(tmp_path / "fewer")
-        with pytest.raises(CheckpointError, match=r"log was .* is "):
+        assert train(dataclasses.replace(config, epochs=1, resume=True))["steps"] == 6
+        with pytest.raises(LogError, match=rf"{fewer.path} has other content than .*{config.data}"):
             train(dataclasses.replace(config, epochs=1, data=fewer.path, resume=True))
+        coded(fewer.path)
+        with pytest.raises(LogError, match=r"other codes than .*'item'.* from one and the same list"):
+            train(dataclasses.replace(config, epochs=1, data=fewer.path, resume=True))
+
+    def test_a_log_of_the_same_size_in_place_of_the_other(
+        self, config: TrainConfig, toy: Toy, tmp_path: Path
+    ) -> None:
+        data = toy.write(tmp_path / "mine").path
+        train(dataclasses.replace(config, epochs=1, data=data, validate=False))
+        shutil.rmtree(data)
+        make_toy(seed=1).write(data)
+        with pytest.raises(LogError, match=rf"{data} has other content"):
+            train(dataclasses.replace(config, epochs=1, data=data, resume=True))
 
 
 class TestDamage:
@@ -511,6 +534,20 @@ class TestEvaluate:
         other = make_toy(seed=1).write(tmp_path / "other")
         here, there = (evaluate(EvaluateConfig(trained, data=data)) for data in (None, other.path))
         assert here["ne"] != there["ne"]
+
+    def test_a_log_of_other_codes(self, trained: Path, toy: Toy, tmp_path: Path) -> None:
+        """The numbers of the items mean nothing to the model, though all sizes are the same."""
+        other = toy.write(tmp_path / "other")
+        coded(other.path)
+        with pytest.raises(LogError, match=rf"{other.path} has other codes than .*{trained}.*'item'"):
+            evaluate(EvaluateConfig(trained, data=other.path))
+
+    def test_a_log_of_another_schema(self, trained: Path, toy: Toy, tmp_path: Path) -> None:
+        rows = {"item": 41, "category": 5}
+        schema = dataclasses.replace(toy.schema, item_features=rows)
+        other = dataclasses.replace(toy, schema=schema).write(tmp_path / "other")
+        with pytest.raises(LogError, match=rf"{other.path} has another schema.*item_features.*41.*40"):
+            evaluate(EvaluateConfig(trained, data=other.path))
 
     def test_candidate_tags_choose_the_negatives(self, toy: Toy, log: EventLog) -> None:
         """A scorer that puts positives above the popular, and below the promoted."""

@@ -5,6 +5,7 @@
       events.parquet         user, time, item; sorted by user, then time
       items.parquet          the id features of each item; row i describes item i
       requests/SPLIT.parquet user, time, context, and per candidate lists
+      codes/FEATURE.parquet  of a prepared log: each id (as text) and the row that stands for it
       .columns/              each column as a .npy file, made at the first opening
 
 A history is never copied into a request: a request names a user and a time, and its history is
@@ -14,26 +15,37 @@ the slice of that user's events that lie strictly before that time.
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
+import re
+import secrets
 import shutil
-import tempfile
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pandas.util import hash_pandas_object
 
 from ifa_torchrec.errors import UserError
 
 FORMAT = "ifa-event-log/1"
 USER, TIME, CANDIDATES, EXPOSED = "user", "time", "candidates", "exposed"
 Columns = dict[str, np.ndarray]
+_LONGEST_NAME = 50  # names of columns and splits become names of files
+HASHED = "hashed"
+"""In the metadata of LOG/codes/FEATURE.parquet: of how many rows is the table that ids are hashed to."""
+_Seen = list[Any]
+"""A file as it was: bytes, time of its last change (ns), SHA-256."""
 
 
 class LogError(UserError, ValueError):
@@ -70,14 +82,13 @@ class LogSchema:
 
     def __post_init__(self) -> None:
         for name in ("dense_features", "candidate_dense", "tasks"):  # lists, when read from JSON
-            if isinstance(getattr(self, name), str):
-                raise LogError(f"schema: {name} must be a tuple of names, not a string")
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        tags = {name: tuple(values) for name, values in self.candidate_tags.items()}
-        object.__setattr__(self, "candidate_tags", tags)
+            object.__setattr__(self, name, _names(getattr(self, name), name))
         for name in ("item_features", "context_features"):
-            if not isinstance(getattr(self, name), dict):
-                raise LogError(f"schema: {name} must map names to table rows, like {{'item': 1000}}")
+            object.__setattr__(self, name, _table_rows(getattr(self, name), name))
+        if not isinstance(self.candidate_tags, dict):
+            raise LogError("schema: candidate_tags must map names to the names of their values")
+        tags = {name: _names(values, f"{name!r}") for name, values in self.candidate_tags.items()}
+        object.__setattr__(self, "candidate_tags", tags)
         if not self.item_features:
             raise LogError("schema: item_features is empty; name at least the item's own id")
         if not self.tasks:
@@ -85,10 +96,12 @@ class LogSchema:
         names = [*self.item_features, *self.context_features, *self.dense_features]
         names += [USER, TIME, "candidate_offsets", *self.candidate_lists]
         for name in names:
+            if not isinstance(name, str) or not name.isidentifier() or len(name) > _LONGEST_NAME:
+                raise LogError(
+                    f"schema: {name!r} must be letters, digits and underscores, {_LONGEST_NAME} at most"
+                )
             if names.count(name) > 1:
                 raise LogError(f"schema: the name {name!r} is given twice or is reserved; rename it")
-            if not name.isidentifier():
-                raise LogError(f"schema: {name!r} must be letters, digits and underscores")
 
     @property
     def item(self) -> str:
@@ -101,12 +114,50 @@ class LogSchema:
         return (CANDIDATES, EXPOSED, *self.tasks, *self.candidate_dense, *self.candidate_tags)
 
 
+def _names(values: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(values, (tuple, list)):
+        raise LogError(f"schema: {where} must be a tuple of names, not {values!r}")
+    return tuple(values)
+
+
+def _table_rows(features: Any, where: str) -> dict[str, int]:
+    if not isinstance(features, dict):
+        raise LogError(f"schema: {where} must map names to table rows, like {{'item': 1000}}")
+    for name, rows in features.items():
+        if not isinstance(rows, Integral) or isinstance(rows, bool) or rows < 1:
+            raise LogError(
+                f"schema: {where}: {name!r} has {rows!r} table rows; it must be a number, 1 or more"
+            )
+    return {name: int(rows) for name, rows in features.items()}
+
+
+def check_splits(names: Iterable[Any]) -> None:
+    """Refuse names of splits that would not stay file names in the log's folder.
+
+    Raises:
+        LogError: a name holds something else than letters, digits and ``_ - .``, begins with one of the
+            last two, or is too long.
+
+    Example:
+        >>> from ifa_torchrec.data.event_log import check_splits
+        >>> check_splits(["train", "2024-05"])
+    """
+    for name in names:
+        fits = isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name)
+        if not fits or len(name) > _LONGEST_NAME:
+            raise LogError(
+                f"split {name!r}: a split's name holds letters, digits, _, - and . alone, "
+                f"{_LONGEST_NAME} at most, and begins with one of the first three, like 'week-21'"
+            )
+
+
 @contextmanager
 def drafting(path: str | Path) -> Generator[Path]:
     """A folder beside ``path`` to write a log in, gone again unless ``EventLog.publish`` renamed it.
 
     Raises:
         FileExistsError: ``path`` exists.
+        LogError: there is no room, or no right, to write there.
 
     Example:
         >>> import tempfile
@@ -121,13 +172,31 @@ def drafting(path: str | Path) -> Generator[Path]:
     path = Path(path)
     if path.exists():
         raise FileExistsError(f"{path} exists; delete it or choose another folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = _draft(path.parent, f".{path.name}-")
+    except OSError as error:
+        raise LogError(
+            f"{path}: the log cannot be written there ({error}); choose another folder"
+        ) from error
     try:
         (draft / "requests").mkdir()
         yield draft
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise LogError(
+            f"{path}: no room to write the log ({error}); free some, or choose another folder"
+        ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _draft(folder: Path, prefix: str) -> Path:
+    """A new folder in ``folder``; unlike tempfile's, open to whom the umask lets in."""
+    draft = folder / f"{prefix}{secrets.token_hex(6)}"
+    draft.mkdir()
+    return draft
 
 
 class EventLog:
@@ -163,23 +232,9 @@ class EventLog:
         self.path = Path(path)
         if not self.path.is_dir():
             raise LogError(f"{self.path}: no such event log; write one with EventLog.from_pandas")
-        schema_file = self.path / "schema.json"
-        if not schema_file.exists():
-            raise LogError(
-                f"{self.path}: no schema.json, so the folder was not written to the end; "
-                "delete it and write it again"
-            )
-        try:
-            header = json.loads(schema_file.read_text())
-        except ValueError as error:
-            raise LogError(
-                f"{schema_file}: not readable as JSON ({error}); write the log again"
-            ) from error
-        found = header.get("format") if isinstance(header, dict) else None
-        if found != FORMAT:
-            raise LogError(f"{schema_file}: format {found!r}, this version reads {FORMAT!r}")
-        self.schema = LogSchema(**header["schema"])
-        self._rows: dict[str, int] = header["rows"]
+        self.schema, self._rows = _read_header(self.path / "schema.json")
+        self._digests: dict[str, str] = {}  # of the columns of each table
+        self._clear_drafts()
         self.items = self._open("items", self._check_items)
         self.events = self._open("events", self._check_events)
         user = self.events.pop(USER)
@@ -210,10 +265,12 @@ class EventLog:
                 and a list a row in each of the candidate columns.
 
         Raises:
-            LogError: a column is missing, null, of the wrong type or outside its table.
+            LogError: a column is missing, null, of the wrong type or outside its table; a split is
+                empty, or its name is no file name; or there is no room, or no right, to write there.
             FileExistsError: ``path`` exists.
         """
         path = Path(path)
+        check_splits(requests or {})
         if items is None:
             items = pd.DataFrame({schema.item: np.arange(schema.item_features[schema.item])})
         with drafting(path) as draft:
@@ -227,7 +284,7 @@ class EventLog:
                     table = pa.Table.from_pandas(frame, preserve_index=False)
                 except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
                     raise LogError(f"{name}: a column holds values of several types: {error}") from error
-                pq.write_table(table, draft / f"{name}.parquet")
+                pq.write_table(table, draft / f"{name}.parquet", write_page_checksum=True)
             return cls.publish(draft, path, schema, list(requests or {}))
 
     @classmethod
@@ -246,7 +303,8 @@ class EventLog:
             splits: the splits, in the order in which they are to be listed.
 
         Raises:
-            LogError: a file is missing, or a column is not what the schema says.
+            LogError: a file is missing, a split's name is no file name, or a column is not what the
+                schema says.
 
         Example:
             >>> import pandas as pd, tempfile
@@ -263,6 +321,7 @@ class EventLog:
             >>> log.events["item"].tolist()
             [1]
         """
+        check_splits(splits)
         draft = Path(draft)
         files = {
             name: draft / f"{name}.parquet"
@@ -284,8 +343,25 @@ class EventLog:
         return cls(path)
 
     def fingerprint(self) -> str:
-        """The schema and the number of rows of each table, shortened: to tell logs apart."""
-        return hashlib.sha256(repr((self.schema, self._rows)).encode()).hexdigest()[:16]
+        """A digest of the schema, of all columns of all tables and of the codes, to tell logs apart."""
+        for split in self.splits:
+            self.requests(split)
+        content = (self.schema, sorted(self._digests.items()), sorted(self.codes().items()))
+        return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+    def codes(self) -> dict[str, str]:
+        """For each feature, a digest of which id has which row of its table.
+
+        A model's tables mean something for logs of the same codes only. Features that have no
+        LOG/codes/FEATURE.parquet (in logs of ``from_pandas`` none has) are left out: their numbers are
+        their ids. What is hashed has no list of ids, the same id has the same row everywhere.
+
+        Raises:
+            LogError: a file of codes is not readable.
+        """
+        features = [*self.schema.item_features, *self.schema.context_features]
+        files = {feature: self.path / "codes" / f"{feature}.parquet" for feature in features}
+        return {feature: _codes_digest(file) for feature, file in files.items() if file.exists()}
 
     @property
     def splits(self) -> list[str]:
@@ -340,7 +416,8 @@ class EventLog:
         end = np.zeros(len(user), dtype=np.int64)
         order = np.argsort(user, kind="stable")
         distinct, first = np.unique(user[order], return_index=True)
-        for who, rows in zip(distinct, np.split(order, first[1:]), strict=True):
+        # the part before the first user is empty; where there are no users, it is the only one
+        for who, rows in zip(distinct, np.split(order, first)[1:], strict=True):
             u = np.searchsorted(self.users, who)
             if u == len(self.users) or self.users[u] != who:
                 continue
@@ -352,42 +429,103 @@ class EventLog:
     # ---------------------------------------------------------------- reading and checking
 
     def _open(self, name: str, read: Callable[[str, pa.Table], Columns]) -> Columns:
-        """Columns of one Parquet file, from .columns/; made there first if the file is newer."""
+        """Columns of one Parquet file, from .columns/; made there first where they are not of it."""
         parquet = self.path / f"{name}.parquet"
         if not parquet.exists():
             raise LogError(f"{parquet}: missing; the log is incomplete, write it again")
-        # Named by what it was made from: nothing is deleted under another process that reads it.
-        source = (parquet.stat().st_size, parquet.stat().st_mtime_ns, repr(self.schema))
-        stamp = hashlib.sha256(repr(source).encode()).hexdigest()[:16]
-        folder = self.path / ".columns" / f"{name}-{stamp}"
-        if not folder.exists():
+        columns = self._load(name)
+        if columns is not None:
+            return columns
+        root = self.path / ".columns"
+        try:
+            root.mkdir(exist_ok=True)
+            with _lock(root):
+                columns = self._load(name)  # another process may have made them meanwhile
+                if columns is None:
+                    self._make(name, read)
+                    columns = self._load(name)
+        except OSError as error:
+            raise LogError(
+                f"{root}: the columns of {parquet} must be made there, which failed ({error}); make "
+                "room, open the log once where it can be written, or copy it to such a place"
+            ) from error
+        if columns is None:
+            raise LogError(f"{parquet}: it changed while it was read; open the log again")
+        return columns
+
+    def _load(self, name: str) -> Columns | None:
+        """The columns that were made of a Parquet file as it is now; None if there are none, or if
+        they are not what was made."""
+        for folder in (self.path / ".columns").glob(f"{name}-{'?' * 16}"):
             try:
-                table = pq.read_table(parquet)
-            except (pa.ArrowException, OSError) as error:
-                raise LogError(
-                    f"{parquet}: not readable as Parquet ({error}); write the log again"
-                ) from error
-            if table.num_rows != self._rows[name]:
-                raise LogError(
-                    f"{parquet}: {table.num_rows} rows, schema.json says {self._rows[name]}; "
-                    "write the log again"
-                )
-            columns = read(name, table)
-            try:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
-            except PermissionError as error:
-                raise LogError(
-                    f"{self.path}: its columns must be made anew, but the folder is read-only; "
-                    "copy the log to a writable place"
-                ) from error
+                made = json.loads((folder / "made.json").read_text())
+                if made["schema"] != self._stamp():
+                    continue
+                parquet = _seen(self.path / f"{name}.parquet", made["parquet"])
+                files = {column: folder / f"{column}.npy" for column in made["columns"]}
+                seen = {c: _seen(file, made["columns"][c]) for c, file in files.items()}
+                columns: Columns = {
+                    # refuses what np.load would unpickle
+                    c: np.lib.format.open_memmap(file, mode="r")
+                    for c, file in files.items()
+                }
+            except Exception:  # whatever a damaged folder leads to: the columns are made anew
+                continue
+            now = {**made, "parquet": parquet, "columns": seen}
+            if now != made:  # copied, say: lest all is read again at each opening
+                with suppress(OSError):
+                    draft = folder / f".made-{secrets.token_hex(6)}"
+                    draft.write_text(json.dumps(now))
+                    draft.replace(folder / "made.json")
+            digests = [(column, sha256) for column, (_, _, sha256) in sorted(seen.items())]
+            self._digests[name] = hashlib.sha256(repr(digests).encode()).hexdigest()
+            return columns
+        return None
+
+    def _make(self, name: str, read: Callable[[str, pa.Table], Columns]) -> None:
+        """Make the columns of a Parquet file, in place of those that were made before."""
+        parquet, root = self.path / f"{name}.parquet", self.path / ".columns"
+        source = _see(parquet)
+        try:
+            table = pq.read_table(parquet, page_checksum_verification=True)
+        except (pa.ArrowException, OSError) as error:
+            raise LogError(
+                f"{parquet}: not readable as Parquet ({error}); write the log again"
+            ) from error
+        if table.num_rows != self._rows[name]:
+            raise LogError(
+                f"{parquet}: {table.num_rows} rows, schema.json says {self._rows[name]}; "
+                "write the log again"
+            )
+        columns = read(name, table)
+        draft = _draft(root, ".draft-")
+        try:
             for column, values in columns.items():
                 np.save(draft / f"{column}.npy", values)
-            try:
-                draft.rename(folder)
-            except OSError:  # another process made it in the meantime
-                shutil.rmtree(draft)
-        return {f.stem: np.load(f, mmap_mode="r") for f in sorted(folder.glob("*.npy"))}
+            seen = {column: _see(draft / f"{column}.npy") for column in columns}
+            made = {"schema": self._stamp(), "parquet": source, "columns": seen}
+            (draft / "made.json").write_text(json.dumps(made))
+            content = hashlib.sha256(f"{self._stamp()} {source[-1]}".encode()).hexdigest()[:16]
+            folder = root / f"{name}-{content}"
+            folder.parent.mkdir(exist_ok=True)
+            # Who has opened the old columns keeps them: files that are mapped outlive their names.
+            for old in folder.parent.glob(f"{folder.name[:-16]}{'?' * 16}"):
+                shutil.rmtree(old)
+            draft.rename(folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+    def _stamp(self) -> str:
+        """The schema, by which columns are read and checked."""
+        return hashlib.sha256(repr(self.schema).encode()).hexdigest()[:16]
+
+    def _clear_drafts(self) -> None:
+        """Delete what killed openings left, unless it is another process at work."""
+        root = self.path / ".columns"
+        if drafts := list(root.glob(".draft-*")):
+            with suppress(OSError), _lock(root, wait=False):
+                for draft in drafts:
+                    shutil.rmtree(draft, ignore_errors=True)
 
     def _check_items(self, name: str, table: pa.Table) -> Columns:
         columns = {f: _ids(table, f, name, rows) for f, rows in self.schema.item_features.items()}
@@ -416,6 +554,8 @@ class EventLog:
 
     def _check_requests(self, name: str, table: pa.Table) -> Columns:
         schema = self.schema
+        if not len(table):
+            raise LogError(f"{name}: there are no requests; leave the split out")
         columns = {USER: _ids(table, USER, name), TIME: _times(table, TIME, name)}
         for feature, rows in schema.context_features.items():
             columns[feature] = _ids(table, feature, name, rows)
@@ -456,6 +596,106 @@ class EventLog:
                     f"{name}: row {row}, column {task!r}: label {columns[task][bad[0]]} must be 0 or 1"
                 )
         return columns
+
+
+class _Changed(Exception):
+    """A file is not what it was."""
+
+
+def _see(file: Path) -> _Seen:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            digest.update(block)
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns, digest.hexdigest()]
+
+
+def _seen(file: Path, before: _Seen) -> _Seen:
+    """The file as it is now, where its content is what it was.
+
+    Raises:
+        _Changed: it is another; read only where its time is another.
+    """
+    stat = file.stat()
+    if [stat.st_size, stat.st_mtime_ns] == before[:2]:
+        return before
+    now = _see(file) if stat.st_size == before[0] else None
+    if now is None or now[2] != before[2]:
+        raise _Changed
+    return now
+
+
+@contextmanager
+def _lock(folder: Path, wait: bool = True) -> Generator[None]:
+    """Hold the folder's lock, which ends with the process.
+
+    Raises:
+        OSError: the folder cannot be written or, without ``wait``, the lock cannot be had.
+    """
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (
+            OSError
+        ):  # a file system without locks: what is made is published by a rename all the same
+            if not wait:
+                raise
+        yield
+
+
+def _codes_digest(file: Path) -> str:
+    """Of the ids and their rows, not of the file: other programs may have written the same."""
+    try:
+        hashed = (pq.read_metadata(file).metadata or {}).get(HASHED.encode())
+        if hashed is not None:
+            return f"hashed to {hashed.decode()} rows"
+        table = pq.read_table(file, columns=["id", "code"])
+        table = table.cast(pa.schema({"id": pa.large_string(), "code": pa.int64()}))
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise LogError(
+            f"{file}: not readable as the columns id and code ({error}); write the log again"
+        ) from error
+    # pandas-stubs has no type for it
+    rows = cast(Any, hash_pandas_object)(table.to_pandas(), index=False)
+    return hashlib.sha256(rows.to_numpy()).hexdigest()[:16]
+
+
+def _read_header(file: Path) -> tuple[LogSchema, dict[str, int]]:
+    """The schema and the number of rows of each table, from schema.json."""
+    try:
+        header = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise LogError(
+            f"{file.parent}: no schema.json, so the folder was not written to the end; "
+            "delete it and write it again"
+        ) from error
+    except OSError as error:
+        raise LogError(f"{file}: not readable ({error}); make it so, or copy the log") from error
+    except (ValueError, RecursionError) as error:
+        raise LogError(f"{file}: not readable as JSON ({error}); write the log again") from error
+    found = header.get("format") if isinstance(header, dict) else None
+    if found != FORMAT:
+        raise LogError(f"{file}: format {found!r}, this version reads {FORMAT!r}")
+    schema: Any = header.get("schema")
+    rows: Any = header.get("rows")
+    if not isinstance(schema, dict) or not isinstance(rows, dict) or not {"events", "items"} <= {*rows}:
+        raise LogError(f"{file}: no schema, or no rows of events and items; write the log again")
+    for table, number in rows.items():
+        if not isinstance(number, int):
+            raise LogError(f"{file}: {table} has {number!r} rows, which is no number; write it again")
+    names = {field.name for field in dataclasses.fields(LogSchema)}
+    if unknown := {*schema} - names:
+        raise LogError(
+            f"{file}: the schema has {sorted(unknown)}, which this version does not know; there are "
+            f"{sorted(names)}"
+        )
+    try:
+        check_splits(name.removeprefix("requests/") for name in rows if name not in ("events", "items"))
+        schema.setdefault("item_features", {})
+        return LogSchema(**schema), rows
+    except LogError as error:
+        raise LogError(f"{file}: {error}") from error
 
 
 def _require(names: Collection[str], column: str, where: str) -> None:

@@ -35,11 +35,13 @@ import pyarrow.dataset as ds
 from ifa_torchrec.data.event_log import (
     CANDIDATES,
     EXPOSED,
+    HASHED,
     TIME,
     USER,
     EventLog,
     LogError,
     LogSchema,
+    check_splits,
     drafting,
 )
 from ifa_torchrec.data.prepare_schema import Events, Hashed, JoinedLabel, PrepareSchema, Table
@@ -172,6 +174,7 @@ class _Preparation:
 
     def run(self) -> tuple[LogSchema, list[str], dict[str, Any]]:
         self.log_schema(lambda feature: 1)  # names that cannot work are refused before the long part
+        check_splits(self.schema.splits)
         self.read_items()
         self.read_rows("events", self.schema.events, {}, {})
         self.read_requests()
@@ -398,7 +401,9 @@ class _Preparation:
                 SELECT DISTINCT id FROM ({ids}) WHERE id IS NOT NULL
                 ORDER BY TRY_CAST(id AS BIGINT), id)"""
         )
-        self.copy(f"SELECT id, code FROM {table}", f"codes/{name}.parquet")
+        # of a hash there is no list: other logs have other ids of the same meaning
+        kind = f", KV_METADATA {{{HASHED}: '{hashed}'}}" if hashed else ""
+        self.copy(f"SELECT id, code FROM {table}", f"codes/{name}.parquet", kind)
         count = self.number(f"SELECT count(*) FROM {table}")
         shared = self.number(
             f"SELECT count(*) FROM {table} WHERE code IN "
@@ -632,5 +637,5 @@ class _Preparation:
     def number(self, sql: str) -> int:
         return self.row(sql)[0]
 
-    def copy(self, sql: str, file: str) -> None:
-        self.sql.execute(f"COPY ({sql}) TO {_text(str(self.draft / file))} (FORMAT parquet)")
+    def copy(self, sql: str, file: str, options: str = "") -> None:
+        self.sql.execute(f"COPY ({sql}) TO {_text(str(self.draft / file))} (FORMAT parquet{options})")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import re
 import shutil
 import time
@@ -12,11 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from toy import BUSY_USER, NEW_USER, NUM_EVENTS, NUM_ITEMS, SCHEMA, SPLITS, Toy, make_toy
 
-from ifa_torchrec.data import EventLog, LogError, LogSchema
+from ifa_torchrec.data import EventLog, LogError, LogSchema, RankingDataset
+from ifa_torchrec.data.event_log import drafting
+from ifa_torchrec.data.prepare import prepare
+from ifa_torchrec.data.prepare_schema import Events, Hashed, PrepareSchema, Requests
 
 
 @pytest.fixture
@@ -413,6 +420,228 @@ def test_columns_are_not_made_anew_at_each_opening(folder: Path, monkeypatch) ->
     EventLog(folder).requests("train")
 
 
+def columns_of(folder: Path, table: str) -> Path:
+    """The one folder of a table's columns."""
+    (found,) = (folder / ".columns").glob(f"{table}-*")
+    return found
+
+
+def cut(file: Path, size: int) -> None:
+    file.write_bytes(file.read_bytes()[:size])
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[20] ^= 0xFF
+    before = file.stat()
+    file.write_bytes(data)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a disk does
+
+
+def of_another_log(columns: Path) -> None:
+    other = make_toy(seed=1).write(columns.parents[1].with_name("other")).path
+    shutil.rmtree(columns)
+    shutil.copytree(columns_of(other, "events"), columns)
+
+
+class TestColumns:
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda columns: cut(columns / "time.npy", 500),
+            lambda columns: cut(columns / "time.npy", 0),
+            lambda columns: (columns / "time.npy").unlink(),
+            lambda columns: np.save(columns / "item.npy", np.zeros(195, np.int32)),
+            lambda columns: np.save(columns / "item.npy", np.zeros(195, np.int64)),
+            lambda columns: np.save(columns / "item.npy", np.array([{}] * 195)),
+            lambda columns: flip(columns / "time.npy"),
+            of_another_log,
+            lambda columns: cut(columns / "made.json", 100),
+            lambda columns: (columns / "made.json").unlink(),
+            lambda columns: (columns / "made.json").write_text("[1]"),
+            lambda columns: [file.unlink() for file in columns.iterdir()],
+        ],
+        ids=[
+            "cut short", "empty", "missing", "dtype", "values", "pickle", "header", "of another log",
+            "half a manifest", "no manifest", "another manifest", "empty folder",
+        ],
+    )  # fmt: skip
+    def test_what_is_damaged_is_made_anew(self, folder: Path, damage) -> None:
+        before = {name: np.array(values) for name, values in EventLog(folder).events.items()}
+        damage(columns_of(folder, "events"))
+        for _ in range(2):
+            after = EventLog(folder).events
+            assert all(np.array_equal(after[name], values) for name, values in before.items())
+        assert len(list((folder / ".columns").glob("events*"))) == 1
+
+    def test_a_copy_keeps_its_columns(self, folder: Path, tmp_path: Path, monkeypatch) -> None:
+        """Times are others then, the content is not: it is read once, and no more after that."""
+        copy = tmp_path / "copy"
+        shutil.copytree(folder, copy, copy_function=shutil.copyfile)
+        for file in copy.rglob("*.*"):
+            os.utime(file, (1, 1))
+        monkeypatch.setattr(pq, "read_table", lambda *a, **k: pytest.fail("Parquet was read again"))
+        EventLog(copy)
+        monkeypatch.setattr("ifa_torchrec.data.event_log._see", lambda file: pytest.fail("read again"))
+        EventLog(copy)
+
+    def test_columns_of_before_are_deleted(self, folder: Path) -> None:
+        (folder / ".columns" / "events-0123456789abcdef").mkdir()  # of another version of the package
+        other = columns_of(folder, "requests/train")
+        rewrite(folder / "events.parquet", lambda f: f.assign(item=(f["item"] + 1) % NUM_ITEMS))
+        EventLog(folder)
+        assert len(list((folder / ".columns").glob("events-*"))) == 1
+        assert other.exists()
+
+    def test_drafts_of_killed_openings_are_deleted(self, folder: Path) -> None:
+        draft = folder / ".columns" / ".draft-1"
+        draft.mkdir()
+        with (folder / ".columns" / ".lock").open("a") as lock:  # another process is at work
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            EventLog(folder)
+            assert draft.exists()
+        EventLog(folder)
+        assert not draft.exists()
+
+    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+    def test_where_they_cannot_be_written(self, folder: Path, monkeypatch, number: int) -> None:
+        shutil.rmtree(columns_of(folder, "events"))
+
+        def fail(*args) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(np, "save", fail)
+        with refused(str(folder / ".columns"), "events.parquet", os.strerror(number), "copy it"):
+            EventLog(folder)
+        assert list((folder / ".columns").glob(".draft-*")) == []
+        monkeypatch.undo()
+        EventLog(folder)
+
+    def test_others_may_read_what_the_umask_lets_them(self, tmp_path: Path) -> None:
+        before = os.umask(0o022)
+        try:
+            path = make_toy().write(tmp_path / "log").path
+        finally:
+            os.umask(before)
+        modes = {file: file.stat().st_mode & 0o777 for file in (path, *path.rglob("*"))}
+        wrong = {f: oct(m) for f, m in modes.items() if m != (0o755 if f.is_dir() else 0o644)}
+        assert wrong == {}
+
+
+class TestWhereItIsWritten:
+    def test_a_place_that_cannot_be_written(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with refused(str(tmp_path / "file" / "log"), "cannot be written", "another folder"):
+            make_toy().write(tmp_path / "file" / "log")
+
+    def test_a_full_disk(self, tmp_path: Path) -> None:
+        with refused(str(tmp_path / "log"), "No space left", "free some"), drafting(tmp_path / "log"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("split", ["../x", "a/b", "/x", "", ".", "..", ".x", "a\0", 3, "x" * 300])
+    def test_splits_that_would_leave_the_folder(self, toy: Toy, tmp_path: Path, split) -> None:
+        toy.requests = {split: toy.requests["test"]}
+        with refused("split", repr(split), "letters"):
+            toy.write(tmp_path / "log")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_an_empty_split(self, toy: Toy, tmp_path: Path) -> None:
+        toy.requests["valid"] = toy.requests["valid"][:0]
+        with refused("requests/valid", "no requests", "leave the split out"):
+            toy.write(tmp_path / "log")
+
+
+class TestHeader:
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"schema": {"item_features": {"item": 40}, "colour": 1}}, ["colour", "item_features"]),
+            ({"schema": {"tasks": ["label"]}}, ["item_features is empty"]),
+            ({"schema": {"item_features": {"item": "40"}}}, ["'item'", "'40'", "number"]),
+            ({"schema": None}, ["no schema"]),
+            ({"rows": {"items": 40}}, ["rows of events"]),
+            ({"rows": {"events": "195", "items": 40}}, ["events", "'195'"]),
+            ({"rows": {"events": 195, "items": 40, "requests/../x": 1}}, ["split '../x'"]),
+        ],
+        ids=str,
+    )
+    def test_what_cannot_be_is_refused(self, folder: Path, changes: dict, words: list[str]) -> None:
+        header = json.loads((folder / "schema.json").read_text())
+        (folder / "schema.json").write_text(json.dumps({**header, **changes}))
+        with refused(str(folder / "schema.json"), *words):
+            EventLog(folder)
+
+
+def write_codes(folder: Path, feature: str, ids: list[str], codes: list[int]) -> None:
+    (folder / "codes").mkdir(exist_ok=True)
+    frame = pd.DataFrame({"id": ids, "code": codes})
+    frame.to_parquet(folder / "codes" / f"{feature}.parquet")
+
+
+class TestFingerprint:
+    def test_the_same_content_written_again(self, toy: Toy, folder: Path, tmp_path: Path) -> None:
+        toy.events = toy.events.sample(frac=1, random_state=5)
+        again = toy.write(tmp_path / "again")
+        assert again.fingerprint() == EventLog(folder).fingerprint()
+
+    @pytest.mark.parametrize("table", ["events", "items", "train", "test"])
+    def test_one_value_of_another(self, toy: Toy, folder: Path, tmp_path: Path, table: str) -> None:
+        if table == "events":
+            row = toy.events.index[100]
+            toy.events.loc[row, "item"] = (toy.events.loc[row, "item"] + 1) % NUM_ITEMS
+        elif table == "items":
+            toy.items.loc[5, "category"] = 0
+        else:
+            toy.requests[table].loc[3, "store"] = (toy.requests[table].loc[3, "store"] + 1) % 3
+        other = toy.write(tmp_path / "other")
+        assert other.fingerprint() != EventLog(folder).fingerprint()
+
+    def test_codes(self, toy: Toy, folder: Path, tmp_path: Path) -> None:
+        log, other = EventLog(folder), toy.write(tmp_path / "other")
+        assert log.codes() == {}
+        write_codes(folder, "item", ["a", "b"], [0, 1])
+        assert list(log.codes()) == ["item"] and log.fingerprint() != other.fingerprint()
+        write_codes(other.path, "item", ["b", "a"], [0, 1])
+        assert log.codes() != other.codes() and log.fingerprint() != other.fingerprint()
+        write_codes(other.path, "item", ["ab", ""], [0, 1])
+        assert log.codes() != other.codes()
+        write_codes(other.path, "item", ["a", "b"], [1, 0])
+        assert log.codes() != other.codes()
+        table = pa.table({"code": pa.array([0, 1], pa.int32()), "id": ["a", "b"]})
+        pq.write_table(table, other.path / "codes/item.parquet", compression="gzip", row_group_size=1)
+        assert log.codes() == other.codes() and log.fingerprint() == other.fingerprint()
+
+    def test_codes_that_cannot_be_read(self, folder: Path) -> None:
+        write_codes(folder, "category", ["a"], [1])
+        cut(folder / "codes" / "category.parquet", 50)
+        with refused("category.parquet", "write the log again"):
+            EventLog(folder).codes()
+
+    def test_hashed_ids_need_no_list(self, tmp_path: Path) -> None:
+        """Logs of other ids of one hashed space are of the same codes; those of a list are not."""
+        codes = []
+        for name, items in {"one": "ab", "two": "bc"}.items():
+            rows = [f"u,{i},s,{t},1" for i in items for t in ("2024-05-01", "2024-05-02")]
+            (tmp_path / f"{name}.csv").write_text("\n".join(["user,item,shop,time,label", *rows]))
+            given = {"files": str(tmp_path / f"{name}.csv"), "user": "user", "time": "time"}
+            given["item"] = Hashed("item", 1000)
+            requests = Requests(**given, labels={"label": "label"}, context={"shop": "shop"})
+            schema = PrepareSchema(
+                events=Events(**given), requests=requests, splits={"test": "2024-05-02"}
+            )
+            codes.append(prepare(schema, tmp_path / name).codes())
+        assert codes[0] == codes[1] and codes[0]["item"] == "hashed to 1000 rows"
+        assert set(codes[0]) == {"item", "shop"}
+
+
+def test_a_log_without_events_and_nobodys_requests(toy: Toy, tmp_path: Path) -> None:
+    toy.events = toy.events[:0]
+    log = toy.write(tmp_path / "log")
+    assert RankingDataset(log, "train").history_lengths.tolist() == [0] * SPLITS["train"]
+    assert len(RankingDataset.of_users(log, log.users, log.users)) == 0
+
+
 class TestTimeZones:
     def test_another_zone_is_refused(self, tmp_path: Path) -> None:
         """A request's local noon would see the events of another zone's evening."""
@@ -461,6 +690,14 @@ def test_a_changed_schema_is_checked_anew(tmp_path: Path) -> None:
         {"tasks": ()},
         {"tasks": ("a/b",)},
         {"item_features": "item"},
+        {"item_features": {"item": "3"}},
+        {"item_features": {"item": 0}},
+        {"item_features": {"../item": 3}},
+        {"context_features": None},
+        {"context_features": {"x" * 300: 3}},
+        {"dense_features": None},
+        {"dense_features": (3,)},
+        {"candidate_tags": {"source": "ab"}},
     ],
     ids=str,
 )
