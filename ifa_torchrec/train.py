@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 from ifa_torchrec.command_line import as_command, result_as_json
 from ifa_torchrec.data import EventBudgetSampler, EventLog, LogSchema, RankingDataset, make_loader
+from ifa_torchrec.data.scales import warn_of_unscaled
 from ifa_torchrec.distributed import (
     BatchSize,
     OptimizerConfig,
@@ -271,6 +272,8 @@ def train(config: TrainConfig) -> dict[str, float]:
     rank, world = dist.get_rank(), dist.get_world_size()
     log = EventLog(config.data)
     dataset = RankingDataset(log, "train", config.history_length)
+    if rank == 0:
+        warn_of_unscaled(dataset.requests, [*log.schema.dense_features, *log.schema.candidate_dense])
     sampler = EventBudgetSampler(
         dataset.history_lengths,
         config.max_events,
