@@ -518,9 +518,7 @@ def _times(table: pa.Table, column: str, where: str) -> np.ndarray:
             "with .dt.tz_convert('UTC')"
         )
     micros = values.astype("datetime64[us]")
-    coarse = values.dtype != np.dtype(
-        "datetime64[ns]"
-    )  # seconds of which an int64 has not the microseconds
+    coarse = values.dtype != np.dtype("datetime64[ns]")  # numpy wraps what an int64 does not hold
     if coarse and not np.array_equal(micros.astype(values.dtype), values):
         raise LogError(f"{where}: column {column!r} has times that lie beyond the year 290,000")
     return micros.astype(np.int64)

@@ -65,6 +65,12 @@ if TYPE_CHECKING:
 
 _REQUESTS_AT_ONCE = 200_000  # lists are built in memory, for so many requests at a time
 _EXAMPLES = 3
+# An id as text. A float that is not a number, or so large that integers beside it are the same float,
+# would be many users or items in one.
+_ID = """CASE WHEN abs(CASE typeof({0}) WHEN 'DOUBLE' THEN TRY_CAST({0} AS DOUBLE)
+    WHEN 'FLOAT' THEN TRY_CAST({0} AS DOUBLE) * 536870912 END) >= 9007199254740992 THEN NULL
+    ELSE CAST({0} AS VARCHAR) END"""
+_INEXACT = "is a float in which ids are not exact; write them as integers or text"
 
 
 def hash_row(identifier: str, rows: int) -> int:
@@ -244,10 +250,10 @@ class _Preparation:
                 f"rejects_table={_text(f'{section}_lines')}, rejects_scan={_text(f'{section}_scan')})",
                 columns,
             )
-        # DuckDB calls the second of `time` and `Time` another name, and takes the first for both
+        described = self.sql.execute(f"SELECT * FROM {relation} LIMIT 0").description
+        # of `time` and `Time` DuckDB gives the second another name, and takes the first for both
         there = ds.dataset(files[0], format=kind.removeprefix(".")).schema.names
         refuse_same_names(f"{section}: {files[0]}", there)
-        described = self.sql.execute(f"SELECT * FROM {relation} LIMIT 0").description
         return relation, [column[0] for column in described]
 
     def header(self, section: str, table: Table, files: list[str]) -> list[str]:
@@ -334,11 +340,11 @@ class _Preparation:
         columns: Mapping[str, tuple[str, str]],
         checks: Mapping[str, str],
     ) -> None:
-        text = "CAST({} AS VARCHAR)"
-        whole = {USER: (table.user, text), ITEM: (_column(table.item), text)}
+        whole = {USER: (table.user, _ID), ITEM: (_column(table.item), _ID)}
         whole[TIME] = (table.time, _time("{}", table.unit))
         wanted = f"a number in {table.unit}" if table.unit else "a timestamp; give numbers a unit"
-        empty = {f"{_name(c)} IS NULL": f"'{c} is empty'" for c in (USER, ITEM)}
+        empty = {f"_given.{_name(c)} IS NULL": f"'{c} is empty'" for c in (USER, ITEM)}
+        empty |= {f"{_name(c)} IS NULL": f"'{c} {_INEXACT}'" for c in (USER, ITEM)}
         empty |= {"_given.time IS NULL": "'time is empty'"}
         empty |= {"time IS NULL": f"'time cannot be read as {wanted}'"}
         # An epoch number in the wrong unit ends in 1970 or in the year 54000.
@@ -353,16 +359,22 @@ class _Preparation:
     def read_items(self) -> None:
         if self.schema.items:
             items, text = self.schema.items, "CAST({} AS VARCHAR)"
-            columns = {ITEM: (items.item, text), NAME: (items.name or items.item, text)}
+            columns = {ITEM: (items.item, _ID), NAME: (items.name or items.item, text)}
             columns |= {f: (_column(column), text) for f, column in items.features.items()}
-            self.read("items", items, columns, {"item IS NULL": "'item is empty'"})
+            checks = {"_given.item IS NULL": "'item is empty'", "item IS NULL": f"'item {_INEXACT}'"}
+            self.read("items", items, columns, checks)
 
     def read_users(self) -> None:
         if self.schema.users:
             users, text = self.schema.users, "CAST({} AS VARCHAR)"
-            columns = {USER: (users.user, text)}
+            columns = {USER: (users.user, _ID)}
             columns |= {f: (_column(column), text) for f, column in users.features.items()}
-            self.read("users", users, columns, {f"{_name(USER)} IS NULL": "'user is empty'"})
+            user = _name(USER)
+            checks = {
+                f"_given.{user} IS NULL": "'user is empty'",
+                f"{user} IS NULL": f"'user {_INEXACT}'",
+            }
+            self.read("users", users, columns, checks)
 
     def read_requests(self) -> None:
         requests = self.schema.requests

@@ -30,7 +30,8 @@ def joins(sql: duckdb.DuckDBPyConnection, schema: PrepareSchema) -> dict[str, An
     def found(column: str, table: str, missing: str) -> dict[str, int]:
         of, there = _row(
             sql,
-            f"""SELECT count(*), count(*) FILTER (id IN (SELECT DISTINCT "{column}" FROM {table}_rows))
+            f"""SELECT count(*),
+                count(*) FILTER (WHERE id IN (SELECT DISTINCT "{column}" FROM {table}_rows))
             FROM (SELECT DISTINCT "{column}" AS id FROM requests_rows)""",
         )
         if of and not there:
@@ -145,9 +146,8 @@ def doubled_rows(sql: duckdb.DuckDBPyConnection, schema: PrepareSchema) -> dict[
     for section, table in tables.items():
         rows, doubled = _row(
             sql,
-            f"""SELECT sum(n)::BIGINT, sum(n - 1)::BIGINT FROM (
-            SELECT count(*) AS n FROM (SELECT * EXCLUDE (_given, _refused) FROM {table}_rows)
-            GROUP BY ALL)""",
+            f"""SELECT sum(_n)::BIGINT, sum(_n - 1)::BIGINT FROM (
+            SELECT * EXCLUDE (_given, _refused), count(*) AS _n FROM {table}_rows GROUP BY ALL)""",
         )
         told[section] = {"rows": rows or 0, "doubled": doubled or 0}
     return told

@@ -325,7 +325,7 @@ def _is(value: Any, kind: Any) -> bool:
     """Whether a value is of a kind, whatever it holds."""
     if kind in (int, float):
         number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
-        return number and -math.inf < value < math.inf
+        return number and -math.inf < typing.cast(Any, value) < math.inf
     kind = typing.get_origin(kind) or kind
     return isinstance(value, (list, tuple) if kind is Sequence else kind)
 
@@ -342,7 +342,9 @@ def _check(where: str, hint: Any, value: Any, may_be_empty: bool = False) -> Non
         return
     if kind is None:
         words = [
-            _WORDS.get(typing.get_origin(k) or k, k.__name__) for k in kinds if k is not types.NoneType
+            _WORDS.get(typing.get_origin(k) or k, str(k.__name__))
+            for k in kinds
+            if k is not types.NoneType
         ]
         raise LogError(f"{where} must be {' or '.join(words)}, got {value!r}")
     if isinstance(value, str) and not value.strip() and not may_be_empty:
