@@ -48,6 +48,7 @@ from ifa_torchrec.data import (
     RankingDataset,
     make_loader,
 )
+from ifa_torchrec.data.scales import warn_of_unscaled
 from ifa_torchrec.distributed import (
     BatchSize,
     OptimizerConfig,
@@ -278,6 +279,8 @@ def train(config: TrainConfig) -> dict[str, float]:
     rank, world = dist.get_rank(), dist.get_world_size()
     log = EventLog(config.data)
     dataset = RankingDataset(log, "train", config.history_length)
+    if rank == 0:
+        warn_of_unscaled(dataset.requests, [*log.schema.dense_features, *log.schema.candidate_dense])
     sampler = EventBudgetSampler(
         dataset.history_lengths,
         config.max_events,

@@ -284,6 +284,10 @@ class EventLog:
                     table = pa.Table.from_pandas(frame, preserve_index=False)
                 except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
                     raise LogError(f"{name}: a column holds values of several types: {error}") from error
+                except OverflowError as error:
+                    raise LogError(
+                        f"{name}: a column holds a number beyond an int64: {error}"
+                    ) from error
                 pq.write_table(table, draft / f"{name}.parquet", write_page_checksum=True)
             return cls.publish(draft, path, schema, list(requests or {}))
 
@@ -543,8 +547,9 @@ class EventLog:
             item: _ids(table, item, name, len(self.items[item])),
         }
         user, time = columns[USER], columns[TIME]
-        step = np.diff(user)
-        late = np.flatnonzero((step < 0) | ((step == 0) & (np.diff(time) < 0)))
+        # compared, not subtracted: ids may lie further apart than an int64 counts
+        earlier, later = user[:-1], user[1:]
+        late = np.flatnonzero((later < earlier) | ((later == earlier) & (time[1:] < time[:-1])))
         if len(late):
             raise LogError(
                 f"events: column 'time' is out of order at row {late[0] + 1} (user "
@@ -722,6 +727,12 @@ def _ids(table: pa.Table, column: str, where: str, rows: int | None = None) -> n
             f"{where}: column {column!r} has type {table.schema.field(column).type}, "
             "it must be an integer"
         )
+    if values.dtype == np.uint64 and len(values) and values.max() > np.iinfo(np.int64).max:
+        row = int(values.argmax())
+        raise LogError(
+            f"{where}: column {column!r}, value {row}: {values[row]} is beyond an int64; number the ids "
+            "anew, as pandas.factorize does"
+        )
     values = values.astype(np.int64)
     if rows is not None and len(values) and (values.min() < 0 or values.max() >= rows):
         row = int(np.flatnonzero((values < 0) | (values >= rows))[0])
@@ -746,7 +757,11 @@ def _times(table: pa.Table, column: str, where: str) -> np.ndarray:
             f"{where}: column {column!r} is in the time zone {zone}; make all times of the log UTC "
             "with .dt.tz_convert('UTC')"
         )
-    return values.astype("datetime64[us]").astype(np.int64)
+    micros = values.astype("datetime64[us]")
+    coarse = values.dtype != np.dtype("datetime64[ns]")  # numpy wraps what an int64 does not hold
+    if coarse and not np.array_equal(micros.astype(values.dtype), values):
+        raise LogError(f"{where}: column {column!r} has times that lie beyond the year 290,000")
+    return micros.astype(np.int64)
 
 
 def _floats(table: pa.Table, column: str, where: str) -> np.ndarray:

@@ -12,10 +12,15 @@ DuckDB (extra `data`) reads, sorts and writes, on disk where memory runs out. Th
 - A row that cannot be used is refused: counted and shown in LOG/report.json, with the reason.
 - A time without a zone is UTC.
 
+- A join that finds nothing is an error: requests of which no user has an event, a label that no
+  candidate gets, descriptions of users of whom there is none.
+
 The report's `positives_in_last_second` is the share of positives whose item the user's history holds
 within the second before the request. It should be next to nothing: more says that events are the
-positives themselves, written a moment before the request, and that the log leaks its labels.
-`positives_seen_before` is the same share at any distance: repeated purchases are no leak.
+positives themselves, written a moment before the request, and that the log leaks its labels. Where the
+events' clock is behind or in another zone, or they have dates alone, `positives_in_last_day` tells.
+Repeated purchases are no leak; they are as frequent in `positives_in_next_day`, from the request on.
+`warnings` has in words what somebody should look at.
 """
 
 from __future__ import annotations
@@ -32,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.dataset as ds
 
+from ifa_torchrec.data import prepare_report
 from ifa_torchrec.data.event_log import (
     CANDIDATES,
     EXPOSED,
@@ -44,15 +50,29 @@ from ifa_torchrec.data.event_log import (
     check_splits,
     drafting,
 )
-from ifa_torchrec.data.prepare_schema import Events, Hashed, JoinedLabel, PrepareSchema, Table
+from ifa_torchrec.data.prepare_schema import (
+    ITEM,
+    NAME,
+    UNITS,
+    Events,
+    Hashed,
+    JoinedLabel,
+    PrepareSchema,
+    Table,
+    refuse_same_names,
+)
 
 if TYPE_CHECKING:
     import duckdb
 
-ITEM, NAME = "item", "name"
-_FACTORS = {"s": 1_000_000, "ms": 1_000, "us": 1}
 _REQUESTS_AT_ONCE = 200_000  # lists are built in memory, for so many requests at a time
 _EXAMPLES = 3
+# An id as text. A float that is not a number, or so large that integers beside it are the same float,
+# would be many users or items in one.
+_ID = """CASE WHEN abs(CASE typeof({0}) WHEN 'DOUBLE' THEN TRY_CAST({0} AS DOUBLE)
+    WHEN 'FLOAT' THEN TRY_CAST({0} AS DOUBLE) * 536870912 END) >= 9007199254740992 THEN NULL
+    ELSE CAST({0} AS VARCHAR) END"""
+_INEXACT = "is a float in which ids are not exact; write them as integers or text"
 
 
 def hash_row(identifier: str, rows: int) -> int:
@@ -62,11 +82,16 @@ def hash_row(identifier: str, rows: int) -> int:
         identifier: the id, as text.
         rows: number of rows.
 
+    Raises:
+        ValueError: rows is less than 1.
+
     Example:
         >>> from ifa_torchrec.data.prepare import hash_row
         >>> hash_row("a", 1000)
         362
     """
+    if rows < 1:
+        raise ValueError(f"rows must be at least 1, got {rows}")
     return int(hashlib.md5(identifier.encode()).hexdigest()[:15], 16) % rows
 
 
@@ -83,8 +108,8 @@ def prepare(
         max_refused: greatest share of a table's rows that may be refused.
 
     Raises:
-        LogError: a file or column is missing, too many rows are refused, a split is empty, or
-            ``memory`` is too little.
+        LogError: a file or column is missing, too many rows are refused, a join finds nothing, a split
+            is empty, or ``memory`` is too little.
         FileExistsError: ``out`` exists.
         ImportError: DuckDB is not installed.
 
@@ -108,13 +133,18 @@ def prepare(
         import duckdb
     except ImportError as error:
         raise ImportError("preparing a log needs DuckDB: install the extra `data`") from error
+    if not 0 <= max_refused <= 1:
+        raise LogError(f"max_refused must be a share from 0 to 1, got {max_refused!r}")
     with drafting(out) as draft:
         # beside the log, where there must be room for it anyway
         work = draft / "work"
         work.mkdir()
         with duckdb.connect(work / "tables.duckdb") as connection:
-            for setting, value in {"memory_limit": memory, "TimeZone": "UTC"}.items():
-                connection.execute(f"SET {setting} = {_text(value)}")
+            connection.execute("SET TimeZone = 'UTC'")
+            try:
+                connection.execute(f"SET memory_limit = {_text(memory)}")
+            except duckdb.Error as error:
+                raise LogError(f"memory={memory!r} is no size, such as '4GB': {error}") from error
             try:
                 log_schema, splits, report = _Preparation(schema, connection, draft, max_refused).run()
             except duckdb.OutOfMemoryException as error:
@@ -145,9 +175,7 @@ def _hash(column: str | Hashed) -> int | None:
 def _time(sql: str, unit: str | None) -> str:
     if unit is None:
         return f"TRY(CAST({sql} AS TIMESTAMPTZ) AT TIME ZONE 'UTC')"
-    if unit not in _FACTORS:
-        raise LogError(f"unit {unit!r}: it must be one of {list(_FACTORS)}, or left out for timestamps")
-    return f"TRY(make_timestamp(CAST(CAST({sql} AS DECIMAL(24, 6)) * {_FACTORS[unit]} AS BIGINT)))"
+    return f"TRY(make_timestamp(CAST(CAST({sql} AS DECIMAL(24, 6)) * {UNITS[unit]} AS BIGINT)))"
 
 
 def _interval(seconds: float) -> str:
@@ -179,6 +207,7 @@ class _Preparation:
         self.read_rows("events", self.schema.events, {}, {})
         self.read_requests()
         self.read_users()
+        self.joins = prepare_report.joins(self.sql, self.schema)
         self.make_codes()
         self.write_items()
         self.write_events()
@@ -187,10 +216,6 @@ class _Preparation:
         return schema, list(splits), self.report(splits)
 
     def log_schema(self, rows: Callable[[str], int]) -> LogSchema:
-        if NAME in self.item_features:
-            raise LogError(
-                f"items: the feature {NAME!r} needs another name: it is what to call the item"
-            )
         requests = self.schema.requests
         return LogSchema(
             item_features={feature: rows(feature) for feature in (ITEM, *self.item_features)},
@@ -217,6 +242,7 @@ class _Preparation:
             relation = f"read_parquet({listed})"
         else:
             columns = list(table.columns) or self.header(section, table, files)
+            refuse_same_names(f"{section}: {files[0]}", columns)
             types = ", ".join(f"{_text(column)}: 'VARCHAR'" for column in columns)
             # Nothing is guessed: a guess from the first rows can be wrong of the others.
             return (
@@ -228,6 +254,9 @@ class _Preparation:
                 columns,
             )
         described = self.sql.execute(f"SELECT * FROM {relation} LIMIT 0").description
+        # of `time` and `Time` DuckDB gives the second another name, and takes the first for both
+        there = ds.dataset(files[0], format=kind.removeprefix(".")).schema.names
+        refuse_same_names(f"{section}: {files[0]}", there)
         return relation, [column[0] for column in described]
 
     def header(self, section: str, table: Table, files: list[str]) -> list[str]:
@@ -314,11 +343,11 @@ class _Preparation:
         columns: Mapping[str, tuple[str, str]],
         checks: Mapping[str, str],
     ) -> None:
-        text = "CAST({} AS VARCHAR)"
-        whole = {USER: (table.user, text), ITEM: (_column(table.item), text)}
+        whole = {USER: (table.user, _ID), ITEM: (_column(table.item), _ID)}
         whole[TIME] = (table.time, _time("{}", table.unit))
         wanted = f"a number in {table.unit}" if table.unit else "a timestamp; give numbers a unit"
-        empty = {f"{_name(c)} IS NULL": f"'{c} is empty'" for c in (USER, ITEM)}
+        empty = {f"_given.{_name(c)} IS NULL": f"'{c} is empty'" for c in (USER, ITEM)}
+        empty |= {f"{_name(c)} IS NULL": f"'{c} {_INEXACT}'" for c in (USER, ITEM)}
         empty |= {"_given.time IS NULL": "'time is empty'"}
         empty |= {"time IS NULL": f"'time cannot be read as {wanted}'"}
         # An epoch number in the wrong unit ends in 1970 or in the year 54000.
@@ -333,16 +362,22 @@ class _Preparation:
     def read_items(self) -> None:
         if self.schema.items:
             items, text = self.schema.items, "CAST({} AS VARCHAR)"
-            columns = {ITEM: (items.item, text), NAME: (items.name or items.item, text)}
+            columns = {ITEM: (items.item, _ID), NAME: (items.name or items.item, text)}
             columns |= {f: (_column(column), text) for f, column in items.features.items()}
-            self.read("items", items, columns, {"item IS NULL": "'item is empty'"})
+            checks = {"_given.item IS NULL": "'item is empty'", "item IS NULL": f"'item {_INEXACT}'"}
+            self.read("items", items, columns, checks)
 
     def read_users(self) -> None:
         if self.schema.users:
             users, text = self.schema.users, "CAST({} AS VARCHAR)"
-            columns = {USER: (users.user, text)}
+            columns = {USER: (users.user, _ID)}
             columns |= {f: (_column(column), text) for f, column in users.features.items()}
-            self.read("users", users, columns, {f"{_name(USER)} IS NULL": "'user is empty'"})
+            user = _name(USER)
+            checks = {
+                f"_given.{user} IS NULL": "'user is empty'",
+                f"{user} IS NULL": f"'user {_INEXACT}'",
+            }
+            self.read("users", users, columns, checks)
 
     def read_requests(self) -> None:
         requests = self.schema.requests
@@ -431,9 +466,9 @@ class _Preparation:
         self.copy(
             f"""WITH described AS (SELECT i.code AS item, known.name {select}
                 FROM {known} known JOIN codes_item i ON i.id = known.item {joins})
-            SELECT range AS item {greatest}, coalesce(max(name), '') AS name
-            FROM range({self.codes[ITEM]["rows"]}) LEFT JOIN described ON item = range
-            GROUP BY range ORDER BY range""",
+            SELECT _item AS item {greatest}, coalesce(max(name), '') AS name
+            FROM range({self.codes[ITEM]["rows"]}) r(_item) LEFT JOIN described ON item = _item
+            GROUP BY _item ORDER BY _item""",
             "items.parquet",
         )
 
@@ -487,13 +522,13 @@ class _Preparation:
         if requests.negatives:
             self.draw_negatives(first_cut)
         columns = "".join(f", {_name(c)}" for c in [*self.context, *requests.dense])
-        lists = "".join(f", [row.{_name(c)} for row in _rows] AS {_name(c)}" for c in each)
+        lists = "".join(f", [_one.{_name(c)} for _one in _rows] AS {_name(c)}" for c in each)
         for split, (first, behind) in splits.items():
             for start in range(first, behind, _REQUESTS_AT_ONCE):
                 mine = f"_number BETWEEN {start} AND {min(start + _REQUESTS_AT_ONCE, behind) - 1}"
                 self.sql.execute(
                     f"""{"CREATE TABLE written AS" if start == first else "INSERT INTO written"}
-                    SELECT "user", time {columns}, [row.item for row in _rows] AS {CANDIDATES} {lists}
+                    SELECT "user", time {columns}, [_one.item for _one in _rows] AS {CANDIDATES} {lists}
                     FROM (FROM requests WHERE {mine}) JOIN (
                         SELECT _number, list_sort(list(_row)) AS _rows FROM numbered
                         WHERE {mine} GROUP BY _number) USING (_number)
@@ -577,20 +612,27 @@ class _Preparation:
         users, events, first, last = self.row(
             'SELECT count(DISTINCT "user"), count(*), min(time), max(time) FROM events'
         )
-        return {
+        told = {
             "users": users,
             "items": self.codes[ITEM]["ids"],
             "events": events,
             "events_per_user": self.percentiles('SELECT count(*) AS n FROM events GROUP BY "user"'),
             "time_range": [str(first), str(last)],
+            "times_at_midnight": prepare_report.at_midnight(self.sql),
+            "joins": self.joins,
             "requests": {split: self.report_split(*numbers) for split, numbers in splits.items()},
             "codes": self.codes,
+            "doubled_rows": prepare_report.doubled_rows(self.sql, self.schema),
             "refused": self.refused,
         }
+        return {"warnings": prepare_report.warnings_of(told), **told}
 
     def report_split(self, first: int, behind: int) -> dict[str, Any]:
         mine = f"_number >= {first} AND _number < {behind}"
         tasks = self.schema.requests.labels
+        dense, candidate_dense = (
+            list(names) for names in (self.schema.requests.dense, self.schema.requests.candidate_dense)
+        )
         rates = ", ".join(f"avg(_row.{_name(task)}) FILTER (_row.exposed)" for task in tasks)
         exposed, *rates = self.row(
             f"SELECT avg(CAST(_row.exposed AS INTEGER)), {rates} FROM numbered WHERE {mine}"
@@ -599,13 +641,6 @@ class _Preparation:
             f"""SELECT min(time), max(time), avg(CAST(_first IS NULL OR _first >= time AS INTEGER))
             FROM requests LEFT JOIN (SELECT "user", min(time) AS _first FROM events GROUP BY "user")
             USING ("user") WHERE {mine}"""
-        )
-        before, just_before = self.row(
-            f"""SELECT avg(CAST(e.time IS NOT NULL AS INTEGER)),
-                avg(CAST(coalesce(e.time >= p.time - {_interval(1)}, false) AS INTEGER))
-            FROM (SELECT "user", time, _row.item AS item FROM numbered JOIN requests USING (_number)
-                  WHERE {mine} AND {self.positive}) p
-            ASOF LEFT JOIN events e ON e."user" = p."user" AND e.item = p.item AND p.time > e.time"""
         )
         told = {
             "requests": behind - first,
@@ -616,8 +651,9 @@ class _Preparation:
             "exposed": exposed,
             "label_rates_of_exposed": dict(zip(tasks, rates, strict=True)),
             "requests_without_history": alone,
-            "positives_seen_before": before,
-            "positives_in_last_second": just_before,
+            **prepare_report.leaks(self.sql, mine, self.positive),
+            **prepare_report.same_times(self.sql, mine),
+            **prepare_report.of_candidates(self.sql, mine, dense, candidate_dense),
         }
         if negatives := self.schema.requests.negatives:
             asked = negatives * self.number(

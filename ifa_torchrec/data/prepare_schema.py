@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from ifa_torchrec.data.event_log import LogError
+from ifa_torchrec.data.event_log import CANDIDATES, EXPOSED, TIME, USER, LogError
+
+ITEM, NAME = "item", "name"
+UNITS = {"s": 1_000_000, "ms": 1_000, "us": 1}
+"""Units of a time that is a number, each with its microseconds."""
+
+_RESERVED = (USER, TIME, ITEM, EXPOSED, CANDIDATES, "candidate_offsets")
+_MOST_SECONDS = 10_000_000_000  # 300 years; what DuckDB can add to a time ends not far above
+_HASH_BITS = 60  # of the digest that `hash_row` takes
 
 
 @dataclass(frozen=True)
 class Hashed:
     """A column whose ids are hashed to a fixed number of rows; row 0 of a feature is "unknown".
+
+    Raises:
+        LogError: `hash` is no whole number of at least 2.
 
     Example:
         >>> from ifa_torchrec.data.prepare_schema import Hashed
@@ -24,6 +40,13 @@ class Hashed:
 
     column: str
     hash: int
+
+    def __post_init__(self) -> None:
+        if not _is(self.hash, int) or not 2 <= self.hash <= 2**_HASH_BITS:
+            raise LogError(
+                f"the column {self.column!r}: hash must be the number of rows, a whole number from 2 to "
+                f"2^{_HASH_BITS}, got {self.hash!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +210,10 @@ class PrepareSchema:
             before it. What is before the first is "train".
         items, users: what is known of them.
 
+    Raises:
+        LogError: a value, at any depth, is not of its type or range, or two names differ in case alone;
+            the message says where, as in `requests.context.page`.
+
     Example:
         >>> from ifa_torchrec.data.prepare_schema import Events, PrepareSchema, Requests
         >>> rows = dict(files="log.csv", user="u", item="i", time="t")
@@ -202,12 +229,146 @@ class PrepareSchema:
     items: Items | None = None
     users: Users | None = None
 
+    def __post_init__(self) -> None:
+        for f, hint in typing.get_type_hints(PrepareSchema).items():
+            _check(f, hint, getattr(self, f))
+        joined = {
+            f"requests.labels.{task}": label
+            for task, label in self.requests.labels.items()
+            if isinstance(label, JoinedLabel)
+        }
+        for where, rows in {"events": self.events, "requests": self.requests, **joined}.items():
+            if rows.unit not in (None, *UNITS):
+                raise LogError(
+                    f"{where}.unit must be one of {list(UNITS)}, or left out for timestamps; got "
+                    f"{rows.unit!r}"
+                )
+            if isinstance(rows.item, Hashed) and rows.item.hash != getattr(
+                self.events.item, "hash", None
+            ):
+                raise LogError(
+                    f"{where}.item has the hash {rows.item.hash}, and that of events.item counts; give "
+                    "both the same"
+                )
+        seconds = {f"{where}.within_seconds": label.within_seconds for where, label in joined.items()}
+        if self.requests.gap_seconds is not None:
+            seconds["requests.gap_seconds"] = self.requests.gap_seconds
+        for where, value in seconds.items():
+            if not 0 <= value <= _MOST_SECONDS:
+                raise LogError(f"{where} must be from 0 to {_MOST_SECONDS}, got {value!r}")
+        for split, start in self.splits.items():
+            if not re.fullmatch(r"\w[\w.-]*", split):
+                raise LogError(
+                    f"splits: {split!r} names a file; take letters, digits, underscores and dashes"
+                )
+            if not isinstance(start, str) and not 0 <= start <= 1:
+                raise LogError(
+                    f"splits.{split} must be a timestamp, or a share of the requests from 0 to 1, got "
+                    f"{start!r}"
+                )
+        refuse_same_names("splits", ["train", *(split for split in self.splits if split != "train")])
+        self._check_names()
+
+    def _check_names(self) -> None:
+        requests = self.requests
+        of_items = list(self.items.features) if self.items else []
+        of_users = list(self.users.features) if self.users else []
+        names = [*of_items, *of_users, *requests.labels]
+        names += [*requests.context, *requests.dense, *requests.candidate_dense]
+        for name in names:
+            if name.startswith("_"):
+                raise LogError(f"the name {name!r} needs another beginning: those with _ are ours")
+        refuse_same_names("the schema", [*_RESERVED, *names])
+        for name in of_items:
+            if name.lower() == NAME:
+                raise LogError(
+                    f"items: the feature {name!r} needs another name: it is what to call the item"
+                )
+
+
+def refuse_same_names(where: str, names: Iterable[str]) -> None:
+    """Raise where two names are one to SQL, which knows no case: it would take one for the other.
+
+    Raises:
+        LogError: two of them differ in case at most.
+
+    Example:
+        >>> from ifa_torchrec.data.prepare_schema import refuse_same_names
+        >>> refuse_same_names("log.parquet", ["user", "Time", "time"])
+        Traceback (most recent call last):
+        ifa_torchrec.data.event_log.LogError: log.parquet: the names 'Time' and 'time' are the same but \
+for case, and SQL cannot tell them apart; rename one
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        if (other := seen.get(name.lower())) is not None:
+            raise LogError(
+                f"{where}: the names {other!r} and {name!r} are the same but for case, and SQL cannot "
+                "tell them apart; rename one"
+                if name != other
+                else f"{where}: the name {name!r} is given twice or is reserved; rename it"
+            )
+        seen[name.lower()] = name
+
+
+_WORDS = {
+    str: "a string",
+    int: "a whole number",
+    float: "a number",
+    Hashed: "a column with its hash",
+    Mapping: "an object",
+    Sequence: "a list",
+}
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is of a kind, whatever it holds."""
+    if kind in (int, float):
+        number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+        return number and -math.inf < typing.cast(Any, value) < math.inf
+    kind = typing.get_origin(kind) or kind
+    return isinstance(value, (list, tuple) if kind is Sequence else kind)
+
+
+def _check(where: str, hint: Any, value: Any, may_be_empty: bool = False) -> None:
+    """Raise unless a value, and all it holds, is what its annotation says.
+
+    Args:
+        may_be_empty: whether a string may be.
+    """
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kind = next((kind for kind in kinds if _is(value, kind)), None)
+    if kind is types.NoneType:
+        return
+    if kind is None:
+        words = [
+            _WORDS.get(typing.get_origin(k) or k, str(k.__name__))
+            for k in kinds
+            if k is not types.NoneType
+        ]
+        raise LogError(f"{where} must be {' or '.join(words)}, got {value!r}")
+    if isinstance(value, str) and not value.strip() and not may_be_empty:
+        raise LogError(f"{where} is empty; name a column, or leave it out where it may be")
+    if dataclasses.is_dataclass(value):
+        formats = {f.name for f in dataclasses.fields(Table)} - {"files"}  # `quote` may be empty
+        for name, inner in typing.get_type_hints(type(value)).items():
+            _check(f"{where}.{name}", inner, getattr(value, name), name in formats)
+    elif isinstance(value, Mapping):
+        of_keys, of_values = typing.get_args(kind)
+        for key, item in typing.cast(Mapping[Any, Any], value).items():
+            _check(f"a name in {where}", of_keys, key)
+            _check(f"{where}.{key}", of_values, item)
+    elif isinstance(value, (list, tuple)):
+        for item in typing.cast(Sequence[Any], value):
+            _check(f"a value of {where}", typing.get_args(kind)[0], item, may_be_empty)
+
 
 def load_schema(path: str | Path) -> PrepareSchema:
     """Read a schema from JSON; files are looked for beside it.
 
     Raises:
-        LogError: it is no JSON, a key is unknown or missing; the message has those there are.
+        LogError: it is no JSON, a key is unknown, missing or given twice, or a value is wrong (see
+            PrepareSchema); the message has the keys there are.
 
     Example:
         >>> import json, tempfile
@@ -222,8 +383,18 @@ def load_schema(path: str | Path) -> PrepareSchema:
         'i'
     """
     path = Path(path)
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """An object of JSON, of which Python would take the last of the same keys."""
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            raise LogError(f"{path}: a key is given twice, among {[key for key, _ in pairs]}")
+        return values
+
     try:
-        parts = json.loads(path.read_text())
+        parts = json.loads(path.read_bytes(), object_pairs_hook=once)
+    except LogError:
+        raise
     except (OSError, ValueError) as error:
         raise LogError(f"{path}: not readable as JSON ({error})") from error
 
@@ -240,22 +411,25 @@ def load_schema(path: str | Path) -> PrepareSchema:
         if "files" in values:
             files = values["files"]
             patterns = [files] if isinstance(files, str) else files
+            _check(f"{path}: {section}.files", Sequence[str], patterns)
             values["files"] = [str(path.parent / pattern) for pattern in patterns]
-        for key in ("item", "features", "context"):
-            values |= {key: hashed(f"{section}.{key}", values[key])} if key in values else {}
-        if "labels" in values:
+        if "item" in values:
+            values["item"] = hashed(f"{section}.item", values["item"])
+        for key in {"features", "context"} & {key for key in values if isinstance(values[key], dict)}:
+            columns = values[key].items()
+            values[key] = {name: hashed(f"{section}.{key}.{name}", column) for name, column in columns}
+        if isinstance(values.get("labels"), dict):
             values["labels"] = {
                 task: label if isinstance(label, str) else build(JoinedLabel, f"labels.{task}", label)
                 for task, label in values["labels"].items()
             }
-        return kind(**values)
+        try:
+            return kind(**values)
+        except LogError as error:
+            raise LogError(f"{path}: {error}") from error
 
     def hashed(section: str, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        if "hash" in value:
-            return build(Hashed, section, value)
-        return {name: hashed(f"{section}.{name}", column) for name, column in value.items()}
+        return build(Hashed, section, value) if isinstance(value, dict) else value
 
     kinds = {"events": Events, "requests": Requests, "items": Items, "users": Users}
     if isinstance(parts, dict):
