@@ -50,6 +50,7 @@ from ifa_torchrec.modules import (
     TWINAttention,
     UserState,
 )
+from ifa_torchrec.modules.interaction import reset_all
 from ifa_torchrec.ops.jagged import request_of_row
 
 INTERACTIONS: dict[str, Callable[[DLRM_IFAConfig], SequenceInteraction | None]] = {
@@ -234,6 +235,8 @@ class CandidateArch(nn.Module):
     def __init__(self, config: DLRM_IFAConfig, num_context_features: int) -> None:
         super().__init__()
         self.config = config
+        self.weighted_context = False
+        """Whether the tables of the context features are of a weighted EmbeddingBagCollection."""
         dim = config.ifa.embedding_dim
         self.sequence_interaction = INTERACTIONS[config.interaction](config)
         sequence = self.sequence_interaction is not None
@@ -339,6 +342,7 @@ class CandidateArch(nn.Module):
             features: the sequence features, for their ids.
             history_age: [N].
         """
+        _refuse_weights(features, "sequence_features")
         return self.ifa.encode(self._normed(history), history_age, self.ids(features, "history_"))
 
     @property
@@ -382,6 +386,9 @@ class CandidateArch(nn.Module):
             if columns != wanted:
                 raise ValueError(f"batch: {name} has {columns} columns, the model takes {wanted}")
         sequences = batch.sequence_features
+        _refuse_weights(sequences, "batch: sequence_features")
+        if not self.weighted_context:
+            _refuse_weights(batch.context_features, "batch: context_features")
         if sequences.stride() != batch.num_requests:
             raise ValueError(
                 f"batch: sequence_features are of {sequences.stride()} requests, dense_features of "
@@ -397,7 +404,11 @@ class CandidateArch(nn.Module):
                     raise ValueError(f"batch: {name} and {first} have different lengths")
 
     def ids(self, features: KeyedJaggedTensor, prefix: str) -> Tensor | None:
-        """The ids [rows, K] that the interaction compares; None if it compares none.
+        """The ids [rows, K] int64 that the interaction compares; None if it compares none.
+
+        Of an item's features row 0 is "unknown", and matches nothing. The item itself, the first of
+        item_features, has no such row: its row 0 is an item. R further it is in the same bucket, and
+        is not 0.
 
         Args:
             features: the sequence features.
@@ -406,11 +417,22 @@ class CandidateArch(nn.Module):
         interaction = self.sequence_interaction
         if interaction is None or not interaction.id_features:
             return None
-        return torch.stack([features[prefix + f].values() for f in interaction.id_features], dim=1)
+        ids = {f: features[prefix + f].values().to(torch.int64) for f in interaction.id_features}
+        item = self.config.item_features[0]
+        if item in ids:
+            ids[item] = ids[item] + self.config.ifa.identity_buckets
+        return torch.stack(list(ids.values()), dim=1)
 
     def _normed(self, tokens: JaggedTensor) -> JaggedTensor:
         return JaggedTensor(
             self.token_norm(tokens.values()), lengths=tokens.lengths(), offsets=tokens.offsets()
+        )
+
+
+def _refuse_weights(features: KeyedJaggedTensor, name: str) -> None:
+    if features.weights_or_none() is not None:
+        raise ValueError(
+            f"{name} has weights, which this model would not heed; give a KeyedJaggedTensor without them"
         )
 
 
@@ -471,6 +493,12 @@ class DLRM_IFA(nn.Module):
         self.sparse_arch = SparseArch(embedding_bag_collection) if embedding_bag_collection else None
         self.sequence_arch = SequenceArch(embedding_collection, config.item_features)
         self.candidate_arch = CandidateArch(config, sum(len(bag.feature_names) for bag in bags))
+        if embedding_bag_collection is not None:
+            self.candidate_arch.weighted_context = embedding_bag_collection.is_weighted()
+
+    def reset_parameters(self) -> None:
+        """Give all parameters their start again, tables as well; also after ``to_empty``."""
+        reset_all(self)
 
     def forward(
         self,
