@@ -198,6 +198,30 @@ def decay_rates(half_lives: tuple[float, ...], tokens: Tensor | None = None) -> 
     )
 
 
+def event_weights(
+    history: JaggedTensor, age: Tensor | None, half_lives: tuple[float, ...], tokens: Tensor
+) -> Tensor:
+    """w_hi = a_i exp(-lambda_h t_i) of a history's events, [n, len(half_lives)].
+
+    Args:
+        history: for its weights.
+        age: [n] or None.
+        half_lives: positive.
+        tokens: [n, D], of the dtype that the weights shall have.
+
+    Example:
+        >>> import math, torch
+        >>> from torchrec.sparse.jagged_tensor import JaggedTensor
+        >>> from ifa_torchrec.modules.interaction import event_weights
+        >>> history = JaggedTensor(torch.zeros(2, 4), lengths=torch.tensor([2]))
+        >>> event_weights(history, torch.tensor([7.0, 0.0]), (math.inf, 7.0), history.values()).tolist()
+        [[1.0, 0.5], [1.0, 1.0]]
+    """
+    rates = decay_rates(half_lives, tokens)
+    weight = ops.reference.event_weights(history.weights_or_none(), age, rates, tokens)
+    return weight.to(tokens.dtype)
+
+
 def normalised(sums: Tensor, weight: Tensor) -> Tensor:
     """Means [..., d] of sums [..., d] of weighted rows, 0 where the weight [...] is none.
 
@@ -675,10 +699,8 @@ class IdentityHeads(nn.Module):
         """The state's tables: UserState's fields whose names begin with identity."""
         values = history.values()
         dtype = torch.promote_types(values.dtype, torch.float32)
-        rates = decay_rates(self.config.identity_half_lives, values)
-        weight = ops.reference.event_weights(
-            history.weights_or_none(), history_age, rates, values.to(dtype)
-        )
+        half_lives = self.config.identity_half_lives
+        weight = event_weights(history, history_age, half_lives, values.to(dtype))
         key_range = self.config.identity_key_range
         keys = self.keys(history_ids)
         keys = torch.where(keys < 0, key_range, keys)  # the unknown, whose row is left out below
@@ -688,8 +710,8 @@ class IdentityHeads(nn.Module):
             len(history.offsets()) - 1,
             key_range + 1,
         )
-        value_sum = values.new_zeros(key.shape[0], len(rates), self.config.head_width, dtype=dtype)
-        weight_sum = values.new_zeros(key.shape[0], len(rates), dtype=dtype)
+        value_sum = values.new_zeros(key.shape[0], len(half_lives), self.config.head_width, dtype=dtype)
+        weight_sum = values.new_zeros(key.shape[0], len(half_lives), dtype=dtype)
         for k, projection in enumerate(self._value_weights()):
             value = values.to(dtype) @ projection.to(dtype).T
             mine = row.view_as(keys)[:, k]

@@ -81,8 +81,8 @@ def naive_ifa(ifa: InteractionFidelityAttention, inputs: Inputs) -> Tensor:
         score = q @ k.T * weights
         matched, everything = score.sum(1), (k * weights[:, None]).sum()
         value = head_of(events, ifa.value_proj, h, ifa.config)
-        normaliser = matched[:, None] + ifa.config.eps * everything
-        return score @ value / torch.where(everything > 0, normaliser, 1.0), matched
+        added = ifa.config.eps * torch.where(everything > 0, everything, 1.0)
+        return score @ value / (matched[:, None] + added), matched
 
     return naive_forward(ifa, inputs, head)
 
@@ -228,6 +228,8 @@ def test_a_request_is_answered_alone_as_among_others(problem, data):
 def test_an_empty_history_is_exactly_zeros_before_the_output(config, weighted):
     ifa = new_ifa(config)
     inputs = Inputs.random(config, [0, 5, 0], [2, 1, 3], weighted=weighted)
+    if config.identity_features:  # something matches, whatever the dense heads say
+        inputs.history_ids[1], inputs.candidate_ids[2] = 7, 7
     read = ifa.attend(inputs.candidates, ifa.encode(*inputs.encode), inputs.candidate_ids)
     for out in (ifa(*inputs.forward).values(), read.values()):
         assert torch.equal(out[[0, 1, 3, 4, 5]], ifa.output_proj.bias.expand(5, -1))

@@ -9,12 +9,11 @@ from torch import Tensor, nn
 from torchrec.modules.mlp import MLP
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from ifa_torchrec import ops
 from ifa_torchrec.modules.interaction import (
     IFAConfig,
     SequenceInteraction,
     at_least_one,
-    decay_rates,
+    event_weights,
     present,
 )
 from ifa_torchrec.ops.jagged import request_of_row
@@ -75,8 +74,7 @@ class DINAttention(SequenceInteraction):
         candidate = torch.repeat_interleave(torch.arange(len(request), device=pairs.device), pairs)
         back = torch.arange(len(candidate), device=pairs.device) - (pairs.cumsum(0) - pairs)[candidate]
         event = history.offsets()[1:][request][candidate] - 1 - back
-        rates = decay_rates(self.half_lives, wide)
-        weight = ops.reference.event_weights(history.weights_or_none(), history_age, rates, wide)
+        weight = event_weights(history, history_age, self.half_lives, wide)
         x, c = tokens[event], candidates.values()[candidate]
         unit = self.activation_unit(torch.cat([x, c, x - c, x * c], dim=1)).sigmoid()
         unit = unit * weight[event]  # [P, H]

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from ifa_torchrec import ops
-from ifa_torchrec.modules.interaction import SequenceInteraction, decay_rates, normalised
+from ifa_torchrec.modules.interaction import SequenceInteraction, event_weights, normalised
 from ifa_torchrec.ops.jagged import request_of_row
 
 
@@ -41,8 +40,7 @@ class MeanPooling(SequenceInteraction):
         tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))  # for the sums
         requests = len(history.offsets()) - 1
         owner = request_of_row(history.offsets())
-        rates = decay_rates(self.half_lives, tokens)
-        weight = ops.reference.event_weights(history.weights_or_none(), history_age, rates, tokens)
+        weight = event_weights(history, history_age, self.half_lives, tokens)
         total = tokens.new_zeros(requests, weight.shape[1]).index_add(0, owner, weight)
         if self.config.half_lives is None:  # every head's mean is over the same weights
             sums = tokens.new_zeros(requests, 1, tokens.shape[1])

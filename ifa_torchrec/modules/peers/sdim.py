@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from ifa_torchrec import ops
 from ifa_torchrec.modules.interaction import (
     IFAConfig,
     SequenceInteraction,
-    decay_rates,
+    event_weights,
     hyperplanes,
     normalised,
 )
@@ -69,11 +68,10 @@ class SDIMAttention(SequenceInteraction):
         had = self._buckets(history.values())
         tokens = history.values()
         tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))  # for the sums
-        rates = decay_rates(self.half_lives, tokens)
-        weight = ops.reference.event_weights(history.weights_or_none(), history_age, rates, tokens)
+        weight = event_weights(history, history_age, self.half_lives, tokens)
         events = history.offsets().diff().tolist()
         sets = candidates.offsets().diff().tolist()
-        outputs = [tokens.new_zeros(0, len(rates), tokens.shape[1])]
+        outputs = [tokens.new_zeros(0, weight.shape[1], tokens.shape[1])]
         matched = [weight[:0]]
         asked = self._buckets(candidates.values()).split(sets)
         parts = (asked, had.split(events), tokens.split(events), weight.split(events))
