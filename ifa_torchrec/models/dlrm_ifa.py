@@ -407,8 +407,8 @@ class CandidateArch(nn.Module):
         """The ids [rows, K] int64 that the interaction compares; None if it compares none.
 
         Of an item's features row 0 is "unknown", and matches nothing. The item itself, the first of
-        item_features, has no such row: its row 0 is an item. R further it is in the same bucket, and
-        is not 0.
+        item_features, has no such row: its row 0 is an item. As -R it falls into the same bucket, and
+        is known.
 
         Args:
             features: the sequence features.
@@ -420,7 +420,7 @@ class CandidateArch(nn.Module):
         ids = {f: features[prefix + f].values().to(torch.int64) for f in interaction.id_features}
         item = self.config.item_features[0]
         if item in ids:
-            ids[item] = ids[item] + self.config.ifa.identity_buckets
+            ids[item] = torch.where(ids[item] == 0, -self.config.ifa.identity_buckets, ids[item])
         return torch.stack(list(ids.values()), dim=1)
 
     def _normed(self, tokens: JaggedTensor) -> JaggedTensor:

@@ -271,7 +271,8 @@ class TestComposition:
         assert candidates.lengths().tolist() == CANDIDATES
         assert torch.equal(age, batch.history_age)
         for given, key in ((history_ids, "history_item"), (candidate_ids, "candidate_item")):
-            assert given.tolist() == batch.sequence_features[key].values()[:, None].tolist()
+            ids = batch.sequence_features[key].values()[:, None]
+            assert given.tolist() == torch.where(ids == 0, -make_ifa().identity_buckets, ids).tolist()
 
 
 @every_interaction
@@ -532,6 +533,9 @@ def test_events_of_the_candidates_own_item_are_counted_by_identity_heads() -> No
     """The ids reach the identity heads in the order of the config, events and candidates apart."""
     model = make_model("mean", ifa=make_ifa(identity_features=("category", "item")))
     batch = make_batch()
+    for feature in ("category", "item"):  # row 0 of a category is "unknown", of an item an item
+        for key in (f"history_{feature}", f"candidate_{feature}"):
+            batch.sequence_features[key].values()[:2] = 0
     caught = []
     model.candidate_arch.sequence_interaction.output_proj.register_forward_pre_hook(
         lambda _, given: caught.append(given[0])
@@ -541,7 +545,7 @@ def test_events_of_the_candidates_own_item_are_counted_by_identity_heads() -> No
     for k, feature in enumerate(("category", "item")):
         history = batch.sequence_features[f"history_{feature}"].to_dense()
         wanted = [
-            (history[b] == candidate).sum().item()
+            (history[b] == candidate).sum().item() * bool(candidate != 0 or feature == "item")
             for b, candidates in enumerate(batch.sequence_features[f"candidate_{feature}"].to_dense())
             for candidate in candidates
         ]

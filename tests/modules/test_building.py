@@ -191,12 +191,13 @@ def test_copies_answer_the_same(kind, copied):
 
 @every_kind
 def test_the_default_dtype_is_that_of_the_parameters_alone(kind):
-    single = randomised(new(kind))
+    config = dataclasses.replace(CONFIG, backend="torch")
+    single = randomised(kind(config))
     expected = single(*some().forward).values()
     torch.set_default_dtype(torch.float64)
     try:
         assert torch.equal(single(*some().forward).values(), expected)
-        double = new(kind)
+        double = kind(config)
         assert {p.dtype for p in double.parameters()} == {torch.float64}
         double.load_state_dict(single.state_dict())
         assert_near(double(*some(torch.float64).forward).values(), expected, 1e-4)
