@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -214,6 +215,22 @@ class SequenceArch(nn.Module):
         return JaggedTensor(values, lengths=parts[0].lengths(), offsets=parts[0].offsets())
 
 
+class _InteractionArch(InteractionArch):
+    """TorchRec's, with its table of pairs made anew where the meta device or ``to_empty`` lose it: of
+    zeros, as DistributedModelParallel makes it, each product would be that of the first vector with
+    itself."""
+
+    def __init__(self, num_sparse_features: int) -> None:
+        with torch.device("cpu"):
+            super().__init__(num_sparse_features)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> _InteractionArch:
+        super()._apply(fn, recurse)
+        size, device = self.F + 1, self.triu_indices.device
+        self.triu_indices = torch.triu_indices(size, size, offset=1, device=device)
+        return self
+
+
 class CandidateArch(nn.Module):
     """Everything dense behind the lookups: from tokens and request vectors to logits.
 
@@ -254,9 +271,9 @@ class CandidateArch(nn.Module):
         self.member_norm = nn.LayerNorm(dim) if related else nn.Identity()
         self.set_norm = nn.LayerNorm(dim) if related else nn.Identity()
         known = num_context_features + bool(request_features)  # vectors of the request
-        self.request_interaction_arch = InteractionArch(known - 1)
+        self.request_interaction_arch = _InteractionArch(known - 1)
         vectors = sum((bool(request_features), bool(candidate_features), sequence, related))
-        self.interaction_arch = InteractionArch(vectors) if vectors else None
+        self.interaction_arch = _InteractionArch(vectors) if vectors else None
         width = dim + vectors * (vectors + 1) // 2
         width += dim * bool(request_features) + (2 * dim + 1) * sequence + 2 * dim * related
         width += known * (known - 1) // 2 + num_context_features

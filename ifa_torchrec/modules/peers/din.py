@@ -56,6 +56,7 @@ class DINAttention(SequenceInteraction):
             MLP(
                 4 * config.embedding_dim,
                 [64, 32],
+                dtype=torch.get_default_dtype(),
                 device=None if device is None else torch.device(device),
             ),
             nn.Linear(32, config.num_heads, device=device),
