@@ -731,8 +731,15 @@ def test_from_the_meta_device_by_load_state_dict(interaction: str) -> None:
 
 @pytest.mark.parametrize("interaction", ["ifa", "sdim"])
 def test_from_the_meta_device_by_distributed_model_parallel(interaction: str) -> None:
-    device = init_process_group()
-    sharded, _ = shard(make_model_on_meta(interaction), device, OptimizerConfig())
+    device, meta = init_process_group(), torch.device("meta")
+    bags, tables = make_bags().embedding_bag_configs(), make_tables().embedding_configs()
+    with meta:  # torchrec's collections want it said
+        model = DLRM_IFA(
+            EmbeddingBagCollection(tables=bags, device=meta),
+            EmbeddingCollection(tables=tables, device=meta),
+            make_model_on_meta(interaction).config,
+        )
+    sharded, _ = shard(model, device, OptimizerConfig())
     plain = make_model(interaction, candidate_set=CandidateSetConfig("linear"))
     with torch.no_grad():
         saved = plain.state_dict()
