@@ -158,8 +158,8 @@ def make_log(path: Path, histories: Sequence[int]) -> EventLog:
         events=pd.DataFrame(
             {"user": user, "item": draw(rng, len(user)), "time": pd.to_datetime(times, unit="us")}
         ),
-        items=pd.DataFrame({"item": np.arange(ITEMS), "category": np.arange(ITEMS) % CATEGORIES}),
-        schema=LogSchema(item_features={"item": ITEMS, "category": CATEGORIES}),
+        items=pd.DataFrame({"item": np.arange(ITEMS), "category": np.arange(ITEMS) % CATEGORIES + 1}),
+        schema=LogSchema(item_features={"item": ITEMS, "category": CATEGORIES + 1}),
         requests={"train": pd.DataFrame({**requests, "exposed": [[True, True]], "label": [[1, 0]]})},
     )
 

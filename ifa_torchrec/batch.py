@@ -23,7 +23,7 @@ class RankingBatch(Pipelineable):
         context_features: KJT of stride B, ids that describe the request; pooled.
         sequence_features: KJT of stride B; its keys are the history features (N values each)
             and the candidate features (M values each). All history features have the same
-            lengths, and so have all candidate features.
+            lengths, and so have all candidate features. It has no weights.
         candidate_dense: [M, Fc] float, numbers that describe a candidate.
         history_age: [N] float >= 0, age of each event when the request was made, in the unit
             of the model's half-lives (the loader's is days).

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 import tyro
+from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec.command_line import as_command
 from ifa_torchrec.train import load_run
@@ -68,7 +69,11 @@ def explain(config: ExplainConfig) -> str:
     logits = model(batch)[:, 0].cpu()
     hook.remove()
     top = int(logits.argmax())
-    weight = ifa.attention_weights(*caught[0])[0][top].mean(-1).cpu()
+    candidates, history, age, history_ids, candidate_ids = caught[0]
+    # of the one candidate: a million events by 10,000 candidates would be 40 GB a head
+    one = JaggedTensor(candidates.values()[[top]], lengths=torch.ones_like(candidates.lengths()))
+    ids = None if candidate_ids is None else candidate_ids[[top]]
+    weight = ifa.attention_weights(one, history, age, history_ids, ids)[0][0].mean(-1).cpu()
 
     names = run.log.item_names()
     item = run.log.schema.item

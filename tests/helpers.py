@@ -152,13 +152,15 @@ def naive_forward(
             matched.append(total)
         weight = naive_event_weights(inputs, config.identity_half_lives, events)
         for k in range(len(config.identity_features)):
-            asked = inputs.candidate_ids[candidates, k] % config.identity_buckets
-            bought = inputs.history_ids[events, k] % config.identity_buckets
-            same = (asked[:, None] == bought[None, :]).to(tokens.dtype)
+            asked, bought = inputs.candidate_ids[candidates, k], inputs.history_ids[events, k]
+            known = (asked != 0)[:, None] & (bought != 0)[None, :]
+            same = (asked[:, None] - bought[None, :]) % config.identity_buckets == 0
+            same = (same & known).to(tokens.dtype)
             value = head_of(tokens, module.identity.value_proj, k, config)
             for rate in range(len(config.identity_half_lives)):
                 total = same @ weight[:, rate]
-                outputs.append(same @ (weight[:, rate, None] * value) / (total[:, None] + config.eps))
+                mean = same @ (weight[:, rate, None] * value)
+                outputs.append(mean / torch.where(total > 0, total, 1.0)[:, None])
                 matched.append(total)
         if config.interest_mass:
             outputs += [torch.log(1 + total / config.mass_scale)[:, None] for total in matched]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from toy import BUSY_USER, NEW_USER, SCHEMA, SPLITS, Toy, make_toy
 
-from ifa_torchrec import IFAConfig
+from ifa_torchrec import IFAConfig, InteractionFidelityAttention
 from ifa_torchrec import evaluate as evaluate_module
 from ifa_torchrec import explain as explain_module
 from ifa_torchrec import train as train_module
@@ -585,6 +585,22 @@ class TestExplain:
         assert len(parsed) == 5 and {(name, age) for _, age, name in parsed} <= known
         shares = [float(weight) for weight, *_ in parsed]
         assert shares == sorted(shares, reverse=True) and 0 < shares[0] <= 1
+
+    def test_memory_is_for_the_top_candidate_alone(
+        self, trained: Path, toy: Toy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shapes = []
+        whole = InteractionFidelityAttention.attention_weights
+
+        def watched(self, *given):
+            found = whole(self, *given)
+            shapes.extend(list(weights.shape) for weights in found)
+            return found
+
+        monkeypatch.setattr(InteractionFidelityAttention, "attention_weights", watched)
+        number = int(np.flatnonzero(toy.requests["test"]["user"] == BUSY_USER)[0])
+        explain(ExplainConfig(trained, request=number))
+        assert [shape[0] for shape in shapes] == [1]
 
     def test_shares_of_all_events_sum_to_one_or_less(self, trained: Path, toy: Toy) -> None:
         """Less where an identity head found no event of the same item."""

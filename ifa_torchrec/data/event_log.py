@@ -58,7 +58,9 @@ class LogSchema:
 
     Args:
         item_features: id features of an item, each with the number of rows of its table. The
-            first is the item itself: it is the events' item column, and `candidates` hold it.
+            first is the item itself: it is the events' item column, and `candidates` hold it. Its
+            row 0 is an item as the others; of the other features it is "unknown", which is not the
+            same as another "unknown" (see IFAConfig, identity_features).
         context_features: id features of a request (int64 columns), each with its table's rows.
         dense_features: float columns of a request.
         candidate_dense: float list columns of a request, one number a candidate.

@@ -120,7 +120,7 @@ def prepare(path: str | Path, config: SyntheticConfig | None = None) -> EventLog
     rng = np.random.default_rng(config.seed)
     rare = config.topics * config.items_per_topic
     item = np.arange(config.num_items)
-    category = np.where(
+    category = 1 + np.where(  # 0 is "unknown"
         item < rare,
         topic_of(config, item) // _TOPICS_PER_CATEGORY,
         (item - rare) % config.categories,
@@ -161,7 +161,7 @@ def prepare(path: str | Path, config: SyntheticConfig | None = None) -> EventLog
         path,
         events=events,
         schema=LogSchema(
-            item_features={"item": config.num_items, "category": config.categories},
+            item_features={"item": config.num_items, "category": config.categories + 1},
             tasks=("label",),
         ),
         items=items,

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,7 @@ from ifa_torchrec.modules import (
     TWINAttention,
     UserState,
 )
+from ifa_torchrec.modules.interaction import reset_all
 from ifa_torchrec.ops.jagged import request_of_row
 
 INTERACTIONS: dict[str, Callable[[DLRM_IFAConfig], SequenceInteraction | None]] = {
@@ -213,6 +215,22 @@ class SequenceArch(nn.Module):
         return JaggedTensor(values, lengths=parts[0].lengths(), offsets=parts[0].offsets())
 
 
+class _InteractionArch(InteractionArch):
+    """TorchRec's, with its table of pairs made anew where the meta device or ``to_empty`` lose it: of
+    zeros, as DistributedModelParallel makes it, each product would be that of the first vector with
+    itself."""
+
+    def __init__(self, num_sparse_features: int) -> None:
+        with torch.device("cpu"):
+            super().__init__(num_sparse_features)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> _InteractionArch:
+        super()._apply(fn, recurse)
+        size, device = self.F + 1, self.triu_indices.device
+        self.triu_indices = torch.triu_indices(size, size, offset=1, device=device)
+        return self
+
+
 class CandidateArch(nn.Module):
     """Everything dense behind the lookups: from tokens and request vectors to logits.
 
@@ -234,6 +252,8 @@ class CandidateArch(nn.Module):
     def __init__(self, config: DLRM_IFAConfig, num_context_features: int) -> None:
         super().__init__()
         self.config = config
+        self.weighted_context = False
+        """Whether the tables of the context features are of a weighted EmbeddingBagCollection."""
         dim = config.ifa.embedding_dim
         self.sequence_interaction = INTERACTIONS[config.interaction](config)
         sequence = self.sequence_interaction is not None
@@ -251,9 +271,9 @@ class CandidateArch(nn.Module):
         self.member_norm = nn.LayerNorm(dim) if related else nn.Identity()
         self.set_norm = nn.LayerNorm(dim) if related else nn.Identity()
         known = num_context_features + bool(request_features)  # vectors of the request
-        self.request_interaction_arch = InteractionArch(known - 1)
+        self.request_interaction_arch = _InteractionArch(known - 1)
         vectors = sum((bool(request_features), bool(candidate_features), sequence, related))
-        self.interaction_arch = InteractionArch(vectors) if vectors else None
+        self.interaction_arch = _InteractionArch(vectors) if vectors else None
         width = dim + vectors * (vectors + 1) // 2
         width += dim * bool(request_features) + (2 * dim + 1) * sequence + 2 * dim * related
         width += known * (known - 1) // 2 + num_context_features
@@ -339,6 +359,7 @@ class CandidateArch(nn.Module):
             features: the sequence features, for their ids.
             history_age: [N].
         """
+        _refuse_weights(features, "sequence_features")
         return self.ifa.encode(self._normed(history), history_age, self.ids(features, "history_"))
 
     @property
@@ -382,6 +403,9 @@ class CandidateArch(nn.Module):
             if columns != wanted:
                 raise ValueError(f"batch: {name} has {columns} columns, the model takes {wanted}")
         sequences = batch.sequence_features
+        _refuse_weights(sequences, "batch: sequence_features")
+        if not self.weighted_context:
+            _refuse_weights(batch.context_features, "batch: context_features")
         if sequences.stride() != batch.num_requests:
             raise ValueError(
                 f"batch: sequence_features are of {sequences.stride()} requests, dense_features of "
@@ -397,7 +421,11 @@ class CandidateArch(nn.Module):
                     raise ValueError(f"batch: {name} and {first} have different lengths")
 
     def ids(self, features: KeyedJaggedTensor, prefix: str) -> Tensor | None:
-        """The ids [rows, K] that the interaction compares; None if it compares none.
+        """The ids [rows, K] int64 that the interaction compares; None if it compares none.
+
+        Of an item's features row 0 is "unknown", and matches nothing. The item itself, the first of
+        item_features, has no such row: its row 0 is an item. As -R it falls into the same bucket, and
+        is known.
 
         Args:
             features: the sequence features.
@@ -406,11 +434,22 @@ class CandidateArch(nn.Module):
         interaction = self.sequence_interaction
         if interaction is None or not interaction.id_features:
             return None
-        return torch.stack([features[prefix + f].values() for f in interaction.id_features], dim=1)
+        ids = {f: features[prefix + f].values().to(torch.int64) for f in interaction.id_features}
+        item = self.config.item_features[0]
+        if item in ids:
+            ids[item] = torch.where(ids[item] == 0, -self.config.ifa.identity_buckets, ids[item])
+        return torch.stack(list(ids.values()), dim=1)
 
     def _normed(self, tokens: JaggedTensor) -> JaggedTensor:
         return JaggedTensor(
             self.token_norm(tokens.values()), lengths=tokens.lengths(), offsets=tokens.offsets()
+        )
+
+
+def _refuse_weights(features: KeyedJaggedTensor, name: str) -> None:
+    if features.weights_or_none() is not None:
+        raise ValueError(
+            f"{name} has weights, which this model would not heed; give a KeyedJaggedTensor without them"
         )
 
 
@@ -471,6 +510,12 @@ class DLRM_IFA(nn.Module):
         self.sparse_arch = SparseArch(embedding_bag_collection) if embedding_bag_collection else None
         self.sequence_arch = SequenceArch(embedding_collection, config.item_features)
         self.candidate_arch = CandidateArch(config, sum(len(bag.feature_names) for bag in bags))
+        if embedding_bag_collection is not None:
+            self.candidate_arch.weighted_context = embedding_bag_collection.is_weighted()
+
+    def reset_parameters(self) -> None:
+        """Give all parameters their start again, tables as well; also after ``to_empty``."""
+        reset_all(self)
 
     def forward(
         self,

@@ -78,6 +78,7 @@ class CandidateSetLoss(nn.Module):
       the other. Mean over the requests with two exposed candidates or more.
 
     A term that nothing in the batch takes part in is 0. Every term is the mean over the tasks too.
+    Computed in float32 at least, whatever the logits' dtype: float16 cannot count 65,520 candidates.
 
     Args:
         config: CandidateSetLossConfig.
@@ -111,7 +112,7 @@ class CandidateSetLoss(nn.Module):
     ) -> Tensor:
         """
         Args:
-            logits: [M, T] of the whole sets.
+            logits: [M, T] floating point, of the whole sets.
             labels: [M, T], 0 or 1.
             exposed: [M] bool.
             offsets: [B + 1], the requests' candidates.
@@ -119,7 +120,7 @@ class CandidateSetLoss(nn.Module):
                 not there; needed for the consistency term.
 
         Returns:
-            A scalar.
+            A scalar, float32; float64 of float64 logits.
 
         Raises:
             ValueError: shapes do not fit, or the consistency term lacks exposed_logits.
@@ -130,6 +131,8 @@ class CandidateSetLoss(nn.Module):
         ):
             if value.shape != wanted:
                 raise ValueError(f"{name} must be {list(wanted)}, got {list(value.shape)}")
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        logits, labels = logits.to(dtype), labels.to(dtype)
         config, request, requests = self.config, request_of_row(offsets), len(offsets) - 1
         if len(request) != len(logits):
             raise ValueError(f"offsets end at {len(request)}, but there are {len(logits)} candidates")
@@ -146,7 +149,7 @@ class CandidateSetLoss(nn.Module):
                 got = None if exposed_logits is None else list(exposed_logits.shape)
                 wanted = [int(exposed.sum()), logits.shape[1]]
                 raise ValueError(f"exposed_logits must be {wanted} for the consistency term, got {got}")
-            alone, beside, segment = exposed_logits, logits[exposed], request[exposed]
+            alone, beside, segment = exposed_logits.to(dtype), logits[exposed], request[exposed]
             each = _divergence(beside, alone, segment, requests)
             comparable = torch.bincount(segment, minlength=requests)[:, None] > 1
             weight = comparable.to(logits.dtype).expand_as(each)

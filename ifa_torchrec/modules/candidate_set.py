@@ -16,7 +16,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec import ops
 from ifa_torchrec.modules.ifa import InteractionFidelityAttention
-from ifa_torchrec.modules.interaction import IFAConfig
+from ifa_torchrec.modules.interaction import IFAConfig, reset_all
 from ifa_torchrec.modules.peers import SoftmaxAttention
 
 ATTENTIONS = {"softmax": SoftmaxAttention, "linear": InteractionFidelityAttention}
@@ -60,6 +60,7 @@ class CandidateSetEncoder(nn.Module):
         embedding_dim: D.
         config: CandidateSetConfig, with an attention.
         backend: of the linear attention, one of ops.BACKENDS.
+        device: of the parameters; after the meta device, ``to_empty`` and ``reset_parameters``.
 
     Raises:
         ValueError: config.attention is "none".
@@ -76,14 +77,22 @@ class CandidateSetEncoder(nn.Module):
     """
 
     def __init__(
-        self, embedding_dim: int, config: CandidateSetConfig, backend: ops.Backend = "auto"
+        self,
+        embedding_dim: int,
+        config: CandidateSetConfig,
+        backend: ops.Backend = "auto",
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         if config.attention == "none":
             raise ValueError("CandidateSetEncoder: attention 'none' needs no encoder")
         self.attention = ATTENTIONS[config.attention](
-            IFAConfig(embedding_dim, num_heads=config.num_heads, backend=backend)
+            IFAConfig(embedding_dim, num_heads=config.num_heads, backend=backend), device=device
         )
+
+    def reset_parameters(self) -> None:
+        """Give all parameters their start again; also after ``to_empty``."""
+        reset_all(self)
 
     def forward(self, candidates: JaggedTensor, context: JaggedTensor | None = None) -> JaggedTensor:
         """

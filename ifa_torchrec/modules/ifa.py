@@ -11,7 +11,13 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec import ops
-from ifa_torchrec.modules.interaction import IFAConfig, SequenceInteraction
+from ifa_torchrec.modules.interaction import (
+    FORGOTTEN,
+    IFAConfig,
+    SequenceInteraction,
+    decay_rates,
+    normalised,
+)
 from ifa_torchrec.modules.user_state import UserState
 from ifa_torchrec.ops.jagged import request_of_row
 
@@ -23,15 +29,19 @@ slowly where it is too large."""
 class InteractionFidelityAttention(SequenceInteraction):
     """Every candidate attends every event, at a cost linear in both (arXiv 2406.09742, idea 2).
 
-        out_hc = phi(q_hc)^T S_h / (phi(q_hc)^T z_h + eps)
+        out_hc = phi(q_hc)^T S_h / (phi(q_hc)^T z_h + eps s_h)
 
     with the user state S_h = sum_i w_hi phi(k_hi) v_hi^T and z_h = sum_i w_hi phi(k_hi), event
-    weights w_hi = a_i exp(-lambda_h t_i). The result is that of the quadratic form; no event is
-    dropped. ``forward(candidates, history)`` equals ``attend(candidates, encode(history))``.
-    Interest masses and identity heads are our own additions.
+    weights w_hi = a_i exp(-lambda_h t_i), and s_h = sum_f z_hf. The result is that of the quadratic
+    form; no event is dropped. ``forward(candidates, history)`` equals ``attend(candidates,
+    encode(history))``. Interest masses and identity heads are our own additions.
+
+    As numerator and denominator decay together, a history answers the same however old it is, and only
+    its mass says that it is old: for 80 half-lives, after which a head answers as if there were none.
 
     Args:
         config: IFAConfig.
+        device: of the parameters; after the meta device, ``to_empty`` and ``reset_parameters``.
 
     Example:
         >>> import torch
@@ -48,11 +58,11 @@ class InteractionFidelityAttention(SequenceInteraction):
         True
     """
 
-    def __init__(self, config: IFAConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: IFAConfig, device: torch.device | str | None = None) -> None:
+        super().__init__(config, device)
         gain = _GAINS[config.feature_map]
-        self.query_proj = self._projection(gain)
-        self.key_proj = self._projection(gain)
+        self.query_proj = self._projection(gain, device)
+        self.key_proj = self._projection(gain, device)
 
     @overload
     def encode(
@@ -82,7 +92,7 @@ class InteractionFidelityAttention(SequenceInteraction):
             history: event tokens, values [N, D]; or an iterable of such, the parts of histories
                 that are too long to be held at once, all of the same B requests.
             history_age: [N], or an iterable of such, a part each.
-            history_ids: [N, K] int64, or an iterable of such, a part each.
+            history_ids: [N, K] integers, or an iterable of such, a part each.
 
         Returns:
             UserState of B requests.
@@ -115,7 +125,7 @@ class InteractionFidelityAttention(SequenceInteraction):
             new_history: the events since, values [N, D].
             elapsed: [B] >= 0, the time that has passed since; None for none.
             history_age: [N], ages of the new events at the new time; None for 0.
-            history_ids: [N, K] int64.
+            history_ids: [N, K] integers.
 
         Returns:
             The state at the new time.
@@ -150,7 +160,7 @@ class InteractionFidelityAttention(SequenceInteraction):
         Args:
             candidates: B requests' candidate tokens, values [M, D].
             state: UserState of B requests.
-            candidate_ids: [M, K] int64; needed where the config has identity features.
+            candidate_ids: [M, K] integers; needed where the config has identity features.
 
         Returns:
             JaggedTensor with values [M, D].
@@ -177,7 +187,8 @@ class InteractionFidelityAttention(SequenceInteraction):
     ) -> list[Tensor]:
         """How much each event weighs in each head's answer to each candidate.
 
-        For explanation and for tests: it is the quadratic form, O(n m) a request.
+        For explanation and for tests: it is the quadratic form, O(n m) a request; give it the
+        candidates that you ask about.
 
         Returns:
             For each request, [m, n, H + K * L]: the weights with which a head (the dense ones,
@@ -208,24 +219,27 @@ class InteractionFidelityAttention(SequenceInteraction):
                 None if weights is None else weights[e],
                 None if history_age is None else history_age[e],
             )
+            weight = ops.reference.event_weights(*event, decay_rates(self.half_lives, tokens), tokens)
+            key = ops.reference.features(tokens, self.heads(self.key_proj), config.feature_map)
             *_, attention = ops.reference.quadratic(
                 candidates.values()[c],
                 tokens,
                 self.heads(self.query_proj),
                 self.heads(self.key_proj),
                 self.heads(self.value_proj),
-                ops.reference.event_weights(*event, self.decay, tokens),
+                weight / _scale(torch.einsum("nhf,nh->hf", key, weight)),
                 config.feature_map,
                 config.eps,
             )
             parts = [attention]
             if self.identity is not None and history_ids is not None and candidate_ids is not None:
-                weight = ops.reference.event_weights(*event, self.identity.decay, tokens)
+                rates = decay_rates(config.identity_half_lives, tokens)
+                weight = ops.reference.event_weights(*event, rates, tokens)
                 for k in range(len(config.identity_features)):
-                    asked = self.identity.bucket(candidate_ids[c, k])
-                    same = asked[:, None] == self.identity.bucket(history_ids[e, k])
+                    asked = self.identity.bucket(candidate_ids[c, k])[:, None]
+                    same = (asked == self.identity.bucket(history_ids[e, k])) & (asked >= 0)
                     matching = same[..., None] * weight  # [m, n, L]
-                    parts.append(matching / (matching.sum(1, keepdim=True) + config.eps))
+                    parts.append(normalised(matching.mT, matching.sum(1)).mT)
             result.append(torch.cat(parts, dim=2))
         return result
 
@@ -243,7 +257,7 @@ class InteractionFidelityAttention(SequenceInteraction):
             self.heads(self.value_proj),
             history.weights_or_none(),
             history_age,
-            self.decay,
+            decay_rates(self.half_lives, history.values()),
             self.config.feature_map,
             self.config.backend,
         )
@@ -251,17 +265,20 @@ class InteractionFidelityAttention(SequenceInteraction):
     def _attend_dense(
         self, candidates: JaggedTensor, key_value: Tensor, key_sum: Tensor
     ) -> tuple[Tensor, Tensor]:
+        # the op's eps is absolute: scaled to 1, a state of any age is read out as one of today
+        scale = _scale(key_sum)
         heads, matched = ops.attend(
             candidates.values(),
             candidates.offsets(),
             self.heads(self.query_proj),
-            key_value,
-            key_sum,
+            key_value / scale[..., None, None],
+            key_sum / scale[..., None],
             self.config.feature_map,
             self.config.eps,
             self.config.backend,
         )
-        return heads, self._mass(matched)
+        request = request_of_row(candidates.offsets(), candidates.values().shape[0])
+        return heads, self._mass(matched * scale[request])
 
     def _encode_parts(
         self,
@@ -311,16 +328,24 @@ class InteractionFidelityAttention(SequenceInteraction):
         if elapsed.device.type == "cpu" and not bool((elapsed >= 0).all()):
             raise ValueError("elapsed must not be negative: a state cannot go back in time")
 
-        def factor(decay: Tensor) -> Tensor:  # [B, number of rates]
-            return ops.reference.event_weights(None, elapsed, decay, state.key_sum[:, 0])
+        def factor(half_lives: tuple[float, ...]) -> Tensor:  # [B, number of them]
+            rates = decay_rates(half_lives, state.key_sum)
+            return ops.reference.event_weights(None, elapsed, rates, state.key_sum[:, 0])
 
-        dense = factor(self.decay)
+        dense = factor(self.half_lives)
         tensors = state.state_dict()
         tensors["key_value"] = state.key_value * dense[..., None, None]
         tensors["key_sum"] = state.key_sum * dense[..., None]
         if self.identity is not None:
             offsets, _, value, weight = state.identity_tables()
-            identity = factor(self.identity.decay)[request_of_row(offsets)]
+            identity = factor(self.config.identity_half_lives)[request_of_row(offsets)]
             tensors["identity_sum"] = weight * identity
             tensors["identity_value"] = value * identity[..., None]
         return UserState(**tensors)
+
+
+def _scale(key_sum: Tensor) -> Tensor:
+    """s_h = sum_f z_hf [..., H] of z [..., H, d_phi]: all the features that a history holds; 1 where it
+    holds none."""
+    total = key_sum.sum(-1)
+    return torch.where(total > FORGOTTEN, total, 1.0)

@@ -261,7 +261,8 @@ def describe(model: DLRM_IFA, schema: LogSchema, version: str) -> dict[str, Any]
         "identity": {
             "features": list(config.identity_features),
             "buckets": config.identity_buckets,
-            "key": "place in features * buckets + id mod buckets; ascending in identity_key",
+            "key": "place in features * buckets + id mod buckets; ascending in identity_key. Id 0 is "
+            f"unknown and has no row, but for {model.config.item_features[0]!r}, whose id 0 is an item",
         },
     }
 

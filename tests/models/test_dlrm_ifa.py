@@ -11,11 +11,14 @@ from itertools import chain, pairwise
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
 from torchrec.distributed.train_pipeline import TrainPipelineBase
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, DLRM_IFATrain, IFAConfig, RankingBatch
+from ifa_torchrec.distributed import OptimizerConfig, init_process_group, shard
+from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.models.dlrm_ifa import INTERACTIONS, SequenceArch
 from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLoss, CandidateSetLossConfig
 
@@ -272,7 +275,8 @@ class TestComposition:
         assert candidates.lengths().tolist() == CANDIDATES
         assert torch.equal(age, batch.history_age)
         for given, key in ((history_ids, "history_item"), (candidate_ids, "candidate_item")):
-            assert given.tolist() == batch.sequence_features[key].values()[:, None].tolist()
+            ids = batch.sequence_features[key].values()[:, None]
+            assert given.tolist() == torch.where(ids == 0, -make_ifa().identity_buckets, ids).tolist()
 
 
 @every_interaction
@@ -536,6 +540,9 @@ def test_events_of_the_candidates_own_item_are_counted_by_identity_heads() -> No
     """The ids reach the identity heads in the order of the config, events and candidates apart."""
     model = make_model("mean", ifa=make_ifa(identity_features=("category", "item")))
     batch = make_batch()
+    for feature in ("category", "item"):  # row 0 of a category is "unknown", of an item an item
+        for key in (f"history_{feature}", f"candidate_{feature}"):
+            batch.sequence_features[key].values()[:2] = 0
     caught = []
     model.candidate_arch.sequence_interaction.output_proj.register_forward_pre_hook(
         lambda _, given: caught.append(given[0])
@@ -545,7 +552,7 @@ def test_events_of_the_candidates_own_item_are_counted_by_identity_heads() -> No
     for k, feature in enumerate(("category", "item")):
         history = batch.sequence_features[f"history_{feature}"].to_dense()
         wanted = [
-            (history[b] == candidate).sum().item()
+            (history[b] == candidate).sum().item() * bool(candidate != 0 or feature == "item")
             for b, candidates in enumerate(batch.sequence_features[f"candidate_{feature}"].to_dense())
             for candidate in candidates
         ]
@@ -641,3 +648,117 @@ def test_only_ifa_has_states(interaction: str) -> None:
     batch = make_batch()
     with pytest.raises(ValueError, match=f"'{interaction}' has no user state"):
         make_model(interaction).encode(batch.sequence_features, batch.history_age)
+
+
+# ------------------------------------------------------------------------------- what comes in, and how
+
+
+def with_weights(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    return KeyedJaggedTensor(
+        features.keys(), features.values(), torch.rand(len(features.values())), features.lengths()
+    )
+
+
+@every_interaction
+def test_weights_that_would_have_no_effect_are_refused(interaction: str) -> None:
+    model = make_model(interaction)
+    for name in ("sequence_features", "context_features"):
+        batch = make_batch()
+        setattr(batch, name, with_weights(getattr(batch, name)))
+        with pytest.raises(ValueError, match=f"{name} has weights"):
+            model(batch)
+    if interaction == "ifa":
+        batch = make_batch()
+        with pytest.raises(ValueError, match="sequence_features has weights"):
+            model.encode(with_weights(batch.sequence_features), batch.history_age)
+
+
+def test_weights_of_context_features_are_heeded_by_weighted_tables() -> None:
+    tables = EmbeddingBagCollection(is_weighted=True, tables=make_bags().embedding_bag_configs())
+    model = make_model()
+    weighted = DLRM_IFA(tables, make_tables(), model.config)
+    batch = make_batch()
+    batch.context_features = with_weights(batch.context_features)
+    one = weighted(batch)
+    batch.context_features.weights().zero_()
+    assert not torch.allclose(weighted(batch), one)
+
+
+@every_interaction
+def test_int32_ids_give_what_int64_ids_give(interaction: str) -> None:
+    model, batch, narrow = make_model(interaction), make_batch(), make_batch()
+    for name in ("sequence_features", "context_features"):
+        given = getattr(narrow, name)
+        lengths = given.lengths().int()
+        setattr(narrow, name, KeyedJaggedTensor(given.keys(), given.values().int(), lengths=lengths))
+    assert torch.equal(model(narrow), model(batch))
+    if interaction == "ifa":
+        states = [model.encode(b.sequence_features, b.history_age) for b in (narrow, batch)]
+        assert torch.equal(states[0].identity_key, states[1].identity_key)
+        assert torch.equal(states[0].key_value, states[1].key_value)
+
+
+def lost(model: torch.nn.Module) -> torch.nn.Module:
+    """As it is after ``to_empty``, with the memory of something else."""
+    model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data.fill_(math.nan)
+    return model
+
+
+def make_model_on_meta(interaction: str) -> DLRM_IFA:
+    with torch.device("meta"):
+        model = make_model(interaction, candidate_set=CandidateSetConfig("linear"))
+    assert any(p.is_meta for p in model.candidate_arch.parameters())
+    return model
+
+
+@every_interaction
+def test_from_the_meta_device_by_reset_parameters(interaction: str) -> None:
+    model = lost(make_model_on_meta(interaction))
+    model.reset_parameters()
+    assert all(tensor.isfinite().all() for tensor in (*model.parameters(), *model.buffers()))
+    sequence = model.candidate_arch.sequence_interaction
+    if sequence is not None:
+        assert torch.equal(sequence.value_proj.weight, torch.eye(DIM))
+    assert model(make_batch()).isfinite().all()
+
+
+@every_interaction
+def test_from_the_meta_device_by_load_state_dict(interaction: str) -> None:
+    trained = make_model(interaction, candidate_set=CandidateSetConfig("linear"))
+    model = lost(make_model_on_meta(interaction))
+    model.load_state_dict(trained.state_dict())
+    assert torch.equal(model(make_batch()), trained(make_batch()))
+
+
+@pytest.mark.parametrize("interaction", ["ifa", "sdim"])
+def test_from_the_meta_device_by_distributed_model_parallel(interaction: str) -> None:
+    device, meta = init_process_group(), torch.device("meta")
+    bags, tables = make_bags().embedding_bag_configs(), make_tables().embedding_configs()
+    with meta:  # torchrec's collections want it said
+        model = DLRM_IFA(
+            EmbeddingBagCollection(tables=bags, device=meta),
+            EmbeddingCollection(tables=tables, device=meta),
+            make_model_on_meta(interaction).config,
+        )
+    sharded, _ = shard(model, device, OptimizerConfig())
+    plain = make_model(interaction, candidate_set=CandidateSetConfig("linear"))
+    with torch.no_grad():
+        saved = plain.state_dict()
+        for name, tensor in sharded.state_dict().items():
+            if isinstance(tensor, ShardedTensor):  # the tables, whole on this one rank
+                saved[name].copy_(tensor.local_shards()[0].tensor)
+            else:
+                saved[name].copy_(tensor)
+    torch.testing.assert_close(sharded(make_batch()), plain(make_batch()))
+    interaction_arch = plain.candidate_arch.sequence_interaction
+    assert interaction_arch is not None
+    assert torch.equal(interaction_arch.value_proj.weight, torch.eye(DIM))
+
+
+def test_a_state_dict_of_other_half_lives_is_refused() -> None:
+    model, other = make_model(), make_model(ifa=make_ifa(half_lives=(math.inf, 4.0)))
+    with pytest.raises(ConfigError, match=r"half_lives was \[inf, 3.0\], is \[inf, 4.0\]"):
+        other.load_state_dict(model.state_dict())

@@ -217,6 +217,24 @@ class TestLoss:
         # nor does a shift of a whole request count, which changes no ranking
         assert loss(logits, labels, exposed, offsets, logits[exposed] + 5).item() < 1e-12
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
+    def test_is_computed_in_float32(self, config: CandidateSetLossConfig, dtype: torch.dtype) -> None:
+        logits, labels, exposed, offsets, alone = loss_inputs()
+        logits, alone = logits.to(dtype).requires_grad_(), alone.to(dtype)
+        value = CandidateSetLoss(config)(logits, labels.to(dtype), exposed, offsets, alone)
+        assert value.dtype == torch.float32
+        exact = naive_loss(config, logits.double(), labels, exposed, offsets, alone.double())
+        assert value.item() == pytest.approx(exact, rel=1e-5)
+        assert torch.autograd.grad(value, logits)[0].dtype == dtype
+
+    def test_float16_counts_more_candidates_than_it_has_numbers(self) -> None:
+        logits = torch.zeros(70_000, 1, dtype=torch.float16)
+        loss = CandidateSetLoss()(
+            logits, torch.zeros_like(logits), torch.ones(70_000).bool(), torch.tensor([0, 70_000])
+        )
+        assert loss.item() == pytest.approx(math.log(2), rel=1e-5)
+
     def test_bad_input_is_named(self) -> None:
         logits, labels, exposed, offsets, alone = loss_inputs()
         loss = CandidateSetLoss(CandidateSetLossConfig(consistency=1.0))

@@ -67,7 +67,7 @@ def inputs_of(module: torch.nn.Module, *lengths, **kwargs) -> Inputs:
 def naive_mean(module: MeanPooling, inputs: Inputs) -> Tensor:
     def head(candidates, events, weights, h):
         total = weights.sum()
-        mean = (weights[:, None] * events).sum(0) / (total + module.config.eps)
+        mean = (weights[:, None] * events).sum(0) / total.clamp(min=1e-300)
         output = head_of(mean[None], module.value_proj, h, module.config)
         return output.expand(len(candidates), -1), total.expand(len(candidates))
 
@@ -75,10 +75,10 @@ def naive_mean(module: MeanPooling, inputs: Inputs) -> Tensor:
 
 
 def naive_share(module: torch.nn.Module, candidates, events, weights, h: int) -> Tensor:
-    """[m, n] w exp(q k / sqrt(d)); what weighs nothing still has 1e-30."""
+    """[m, n] w exp(q k / sqrt(d))."""
     q = head_of(candidates, module.query_proj, h, module.config)
     k = head_of(events, module.key_proj, h, module.config)
-    return weights.clamp(min=1e-30) * torch.exp(q @ k.T / math.sqrt(q.shape[1]))
+    return weights * torch.exp(q @ k.T / math.sqrt(q.shape[1]))
 
 
 def averaged(module: torch.nn.Module, share: Tensor, events: Tensor, h: int) -> tuple[Tensor, Tensor]:
@@ -144,7 +144,7 @@ def naive_sim(module: SIMAttention, inputs: Inputs) -> Tensor:
         share = naive_share(module, candidates, events, weights, h)
         kept = torch.zeros_like(share)
         for c, asked in enumerate(inputs.candidate_ids[inputs.candidate_rows(b), -1].tolist()):
-            same = [i for i, id_ in enumerate(had) if id_ == asked][-module.search_length :]
+            same = [i for i, id_ in enumerate(had) if id_ == asked != 0][-module.search_length :]
             kept[c, same] = share[c, same]
         return averaged(module, kept, events, h)
 
@@ -159,7 +159,7 @@ def naive_sdim(module: SDIMAttention, inputs: Inputs) -> Tensor:
         collisions = (bits[0][:, None] == bits[1][None]).all(3).sum(2)
         share = collisions * weights
         total = share.sum(1)
-        mean = share @ events / (total[:, None] + module.config.eps)
+        mean = share @ events / total[:, None].clamp(min=1e-300)
         return head_of(mean, module.value_proj, h, module.config), total / 5
 
     return naive_forward(module, inputs, head)
@@ -188,7 +188,6 @@ def naive_low_rank(module: LowRankAttention, inputs: Inputs) -> Tensor:
                 (events, module.value_proj),
             )
         )
-        weights = weights.clamp(min=1e-30)
         scale = math.sqrt(q.shape[1])
         share = weights * torch.exp(module.latents[h] @ k.T / scale)
         share = share / share.sum(1, keepdim=True).clamp(min=1e-300)
@@ -217,13 +216,30 @@ NAIVE = {
 @pytest.mark.parametrize("aged", [True, False], ids=["aged", "ageless"])
 def test_peer_is_the_plain_loop(peer, config, weighted, aged):
     module = new_peer(peer, CONFIGS[config])
-    inputs = inputs_of(module, HISTORIES, CANDIDATES, weighted=weighted, aged=aged)
-    if weighted:  # softmax has no answer where every event weighs nothing
-        inputs.history.weights()[[7, 10]] = 0.5
+    inputs = inputs_of(module, HISTORIES, CANDIDATES, weighted=weighted, aged=aged, seed=2)
     out = module(*inputs.forward)
-    expected = NAIVE[type(module)](module, inputs)
+    expected = NAIVE[type(module)](module, those_of_weight(inputs))
     torch.testing.assert_close(out.values(), expected, rtol=1e-10, atol=1e-10)
     assert out.offsets().tolist() == inputs.candidates.offsets().tolist()
+
+
+def those_of_weight(inputs: Inputs) -> Inputs:
+    """Without the events of weight 0, which are as good as not there."""
+    weights = inputs.history.weights_or_none()
+    if weights is None:
+        return inputs
+    rows = [inputs.event_rows(b) for b in range(len(inputs))]
+    return inputs.with_events([[r for r in of_request if weights[r] > 0] for of_request in rows])
+
+
+@every_peer
+@every_config
+def test_a_history_of_weight_0_is_an_empty_one(peer, config):
+    module = new_peer(peer, CONFIGS[config])
+    inputs = inputs_of(module, [40], [10])
+    nothing = module(*inputs.with_events([[]]).forward).values()
+    inputs.history.weights().zero_()
+    assert torch.equal(module(*inputs.forward).values(), nothing)
 
 
 @every_peer
@@ -262,7 +278,7 @@ def test_nothing_in_gives_nothing_out(peer, lengths):
 def test_gradients_are_finite(peer, config, scale):
     """In float32, also where exp(q k) is beyond it, and where events weigh nothing."""
     module = new_peer(peer, CONFIGS[config]).float()
-    inputs = inputs_of(module, HISTORIES, CANDIDATES, dtype=torch.float32)
+    inputs = inputs_of(module, HISTORIES, CANDIDATES, dtype=torch.float32, seed=2)
     inputs.history.values().mul_(scale)
     inputs.candidates.values().mul_(scale)
     leaves = {name: p for name, p in module.named_parameters()}

@@ -9,8 +9,13 @@ from torch import Tensor, nn
 from torchrec.modules.mlp import MLP
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from ifa_torchrec import ops
-from ifa_torchrec.modules.interaction import IFAConfig, SequenceInteraction, at_least_one
+from ifa_torchrec.modules.interaction import (
+    IFAConfig,
+    SequenceInteraction,
+    at_least_one,
+    event_weights,
+    present,
+)
 from ifa_torchrec.ops.jagged import request_of_row
 
 
@@ -23,6 +28,7 @@ class DINAttention(SequenceInteraction):
     Args:
         config: IFAConfig.
         recent_length: events, the latest, that a candidate meets.
+        device: of the parameters.
 
     Raises:
         ValueError: recent_length is less than 1.
@@ -38,29 +44,43 @@ class DINAttention(SequenceInteraction):
         torch.Size([5, 8])
     """
 
-    def __init__(self, config: IFAConfig, recent_length: int = 50) -> None:
-        super().__init__(config)
+    def __init__(
+        self,
+        config: IFAConfig,
+        recent_length: int = 50,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(config, device)
         self.recent_length = at_least_one("recent_length", recent_length)
         self.activation_unit = nn.Sequential(
-            MLP(4 * config.embedding_dim, [64, 32]), nn.Linear(32, config.num_heads)
+            MLP(
+                4 * config.embedding_dim,
+                [64, 32],
+                dtype=torch.get_default_dtype(),
+                device=None if device is None else torch.device(device),
+            ),
+            nn.Linear(32, config.num_heads, device=device),
         )
 
     def dense_heads(
         self, candidates: JaggedTensor, history: JaggedTensor, history_age: Tensor | None, *ids: Any
     ) -> tuple[Tensor, Tensor]:
         """Outputs [M, H, d] and masses [M, H]."""
+        history, (history_age,) = present(history, history_age)
         tokens = history.values()
+        wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))  # for the sums
         request = request_of_row(candidates.offsets())
         # a row a pair: [P] candidates and, latest first, their events
         pairs = history.offsets().diff().clamp(max=self.recent_length)[request]
         candidate = torch.repeat_interleave(torch.arange(len(request), device=pairs.device), pairs)
         back = torch.arange(len(candidate), device=pairs.device) - (pairs.cumsum(0) - pairs)[candidate]
         event = history.offsets()[1:][request][candidate] - 1 - back
-        weight = ops.reference.event_weights(history.weights_or_none(), history_age, self.decay, tokens)
+        weight = event_weights(history, history_age, self.half_lives, wide)
         x, c = tokens[event], candidates.values()[candidate]
         unit = self.activation_unit(torch.cat([x, c, x - c, x * c], dim=1)).sigmoid()
         unit = unit * weight[event]  # [P, H]
-        sums = tokens.new_zeros(len(request), unit.shape[1], tokens.shape[1])
+        sums = unit.new_zeros(len(request), unit.shape[1], tokens.shape[1])
         sums = sums.index_add(0, candidate, unit[..., None] * x[:, None])
         matched = unit.new_zeros(len(request), unit.shape[1]).index_add(0, candidate, unit)
-        return torch.einsum("mhD,hdD->mhd", sums, self.heads(self.value_proj)), self._mass(matched)
+        values = self.heads(self.value_proj).to(sums.dtype)
+        return torch.einsum("mhD,hdD->mhd", sums, values), self._mass(matched)

@@ -21,6 +21,7 @@ class LowRankAttention(SoftmaxAttention):
     Args:
         config: IFAConfig.
         rank: r.
+        device: of the parameters.
 
     Example:
         >>> import torch
@@ -33,10 +34,19 @@ class LowRankAttention(SoftmaxAttention):
         torch.Size([5, 8])
     """
 
-    def __init__(self, config: IFAConfig, rank: int = 32) -> None:
-        super().__init__(config)
+    def __init__(
+        self, config: IFAConfig, rank: int = 32, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__(config, device=device)
         at_least_one("rank", rank)
-        self.latents = nn.Parameter(torch.randn(config.num_heads, rank, config.head_width))
+        self.latents = nn.Parameter(
+            torch.randn(config.num_heads, rank, config.head_width, device=device)
+        )
+
+    def reset_parameters(self) -> None:
+        """Give all parameters their start again; also after ``to_empty``."""
+        super().reset_parameters()
+        nn.init.normal_(self.latents)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, log_weight: Tensor | None

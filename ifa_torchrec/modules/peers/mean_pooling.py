@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from ifa_torchrec import ops
-from ifa_torchrec.modules.interaction import SequenceInteraction
+from ifa_torchrec.modules.interaction import SequenceInteraction, event_weights, normalised
 from ifa_torchrec.ops.jagged import request_of_row
 
 
@@ -20,6 +19,7 @@ class MeanPooling(SequenceInteraction):
 
     Args:
         config: IFAConfig.
+        device: of the parameters.
 
     Example:
         >>> import torch
@@ -37,9 +37,10 @@ class MeanPooling(SequenceInteraction):
     ) -> tuple[Tensor, Tensor]:
         """Outputs [M, H, d], equal within a request, and masses [M, H]."""
         tokens = history.values()
+        tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))  # for the sums
         requests = len(history.offsets()) - 1
         owner = request_of_row(history.offsets())
-        weight = ops.reference.event_weights(history.weights_or_none(), history_age, self.decay, tokens)
+        weight = event_weights(history, history_age, self.half_lives, tokens)
         total = tokens.new_zeros(requests, weight.shape[1]).index_add(0, owner, weight)
         if self.config.half_lives is None:  # every head's mean is over the same weights
             sums = tokens.new_zeros(requests, 1, tokens.shape[1])
@@ -47,8 +48,8 @@ class MeanPooling(SequenceInteraction):
         else:
             sums = tokens.new_zeros(requests, weight.shape[1], tokens.shape[1])
             sums = sums.index_add(0, owner, tokens[:, None] * weight[..., None])
-        mean = sums / (total[:, : sums.shape[1], None] + self.config.eps)
+        mean = normalised(sums, total[:, : sums.shape[1]])
         mean = mean.expand(-1, self.config.num_heads, -1)
-        heads = torch.einsum("bhD,hdD->bhd", mean, self.heads(self.value_proj))
+        heads = torch.einsum("bhD,hdD->bhd", mean, self.heads(self.value_proj).to(mean.dtype))
         asking = request_of_row(candidates.offsets())
         return heads[asking], self._mass(total[asking])

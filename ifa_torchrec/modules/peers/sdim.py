@@ -8,8 +8,13 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from ifa_torchrec import ops
-from ifa_torchrec.modules.interaction import IFAConfig, SequenceInteraction
+from ifa_torchrec.modules.interaction import (
+    IFAConfig,
+    SequenceInteraction,
+    event_weights,
+    hyperplanes,
+    normalised,
+)
 
 
 class SDIMAttention(SequenceInteraction):
@@ -24,6 +29,7 @@ class SDIMAttention(SequenceInteraction):
         config: IFAConfig.
         num_groups: G.
         group_bits: bits of a group, 2^bits buckets.
+        device: of the parameters.
 
     Example:
         >>> import torch
@@ -38,25 +44,37 @@ class SDIMAttention(SequenceInteraction):
 
     hyperplanes: Tensor
 
-    def __init__(self, config: IFAConfig, num_groups: int = 16, group_bits: int = 3) -> None:
-        super().__init__(config)
-        hyperplanes = torch.randn(config.embedding_dim, num_groups * group_bits)
-        self.register_buffer("hyperplanes", hyperplanes)
+    def __init__(
+        self,
+        config: IFAConfig,
+        num_groups: int = 16,
+        group_bits: int = 3,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(config, device)
+        bits = num_groups * group_bits
+        self.register_buffer("hyperplanes", hyperplanes(config.embedding_dim, bits, device))
         self.num_groups, self.group_bits = num_groups, group_bits
+
+    def reset_parameters(self) -> None:
+        """Give all parameters, and the hash, their start again; also after ``to_empty``."""
+        super().reset_parameters()
+        self.hyperplanes.normal_()
 
     def dense_heads(
         self, candidates: JaggedTensor, history: JaggedTensor, history_age: Tensor | None, *ids: Any
     ) -> tuple[Tensor, Tensor]:
         """Outputs [M, H, d] and masses [M, H]."""
+        had = self._buckets(history.values())
         tokens = history.values()
-        weight = ops.reference.event_weights(history.weights_or_none(), history_age, self.decay, tokens)
+        tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))  # for the sums
+        weight = event_weights(history, history_age, self.half_lives, tokens)
         events = history.offsets().diff().tolist()
         sets = candidates.offsets().diff().tolist()
-        outputs = [tokens.new_zeros(0, len(self.decay), tokens.shape[1])]
+        outputs = [tokens.new_zeros(0, weight.shape[1], tokens.shape[1])]
         matched = [weight[:0]]
         asked = self._buckets(candidates.values()).split(sets)
-        had = self._buckets(tokens).split(events)
-        parts = (asked, had, tokens.split(events), weight.split(events))
+        parts = (asked, had.split(events), tokens.split(events), weight.split(events))
         for ask, bucket, x, w in zip(*parts, strict=True):
             # [n, G 2^bits]: dense products beat scattering
             member = x.new_zeros(len(x), self.num_groups << self.group_bits).scatter(1, bucket, 1.0)
@@ -65,9 +83,10 @@ class SDIMAttention(SequenceInteraction):
             found = table[ask].sum(1)
             total = found[:, -w.shape[1] :]
             sums = found[:, : -w.shape[1]].unflatten(1, (w.shape[1], -1))
-            outputs.append(sums / (total[..., None] + self.config.eps))
+            outputs.append(normalised(sums, total))
             matched.append(total / self.num_groups)
-        heads = torch.einsum("mhD,hdD->mhd", torch.cat(outputs), self.heads(self.value_proj))
+        values = self.heads(self.value_proj).to(tokens.dtype)
+        heads = torch.einsum("mhD,hdD->mhd", torch.cat(outputs), values)
         return heads, self._mass(torch.cat(matched))
 
     def _buckets(self, tokens: Tensor) -> Tensor:

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from ifa_torchrec.modules.interaction import IFAConfig, SequenceInteraction, at_least_one
+from ifa_torchrec.modules.interaction import (
+    IFAConfig,
+    SequenceInteraction,
+    at_least_one,
+    hyperplanes,
+    present,
+)
 from ifa_torchrec.modules.peers.softmax import SoftmaxAttention, softmax_gain
 from ifa_torchrec.ops.jagged import request_of_row
 
@@ -22,6 +28,7 @@ class TWINAttention(SoftmaxAttention):
     Args:
         config: IFAConfig.
         search_length: events that the search leaves.
+        device: of the parameters.
 
     Example:
         >>> import torch
@@ -34,8 +41,13 @@ class TWINAttention(SoftmaxAttention):
         torch.Size([5, 8])
     """
 
-    def __init__(self, config: IFAConfig, search_length: int = 50) -> None:
-        super().__init__(config)
+    def __init__(
+        self,
+        config: IFAConfig,
+        search_length: int = 50,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(config, device=device)
         self.search_length = at_least_one("search_length", search_length)
 
     def _attend(
@@ -57,6 +69,7 @@ class ETAAttention(SoftmaxAttention):
         config: IFAConfig.
         search_length: events that the search leaves.
         num_hashes: bits of a signature.
+        device: of the parameters.
 
     Example:
         >>> import torch
@@ -71,10 +84,21 @@ class ETAAttention(SoftmaxAttention):
 
     hyperplanes: Tensor
 
-    def __init__(self, config: IFAConfig, search_length: int = 50, num_hashes: int = 64) -> None:
-        super().__init__(config)
+    def __init__(
+        self,
+        config: IFAConfig,
+        search_length: int = 50,
+        num_hashes: int = 64,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(config, device=device)
         self.search_length = at_least_one("search_length", search_length)
-        self.register_buffer("hyperplanes", torch.randn(config.head_width, num_hashes))
+        self.register_buffer("hyperplanes", hyperplanes(config.head_width, num_hashes, device))
+
+    def reset_parameters(self) -> None:
+        """Give all parameters, and the hash, their start again; also after ``to_empty``."""
+        super().reset_parameters()
+        self.hyperplanes.normal_()
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, log_weight: Tensor | None
@@ -82,7 +106,7 @@ class ETAAttention(SoftmaxAttention):
         n = k.shape[1]
         with torch.no_grad():
             same = self._signature(q) @ self._signature(k).mT  # bits that agree less those that do not
-            later = torch.arange(n, device=k.device, dtype=k.dtype) / n  # less than one bit
+            later = torch.arange(n, device=k.device, dtype=same.dtype) / n  # less than one bit
             event = (same + later).topk(min(self.search_length, n), dim=-1).indices
         score = torch.einsum("hmd,hmld->hml", q, _taken(k, event)) / self.config.head_width**0.5
         if log_weight is not None:
@@ -90,18 +114,21 @@ class ETAAttention(SoftmaxAttention):
         return _over(score, _taken(v, event))
 
     def _signature(self, x: Tensor) -> Tensor:
-        return torch.where(x @ self.hyperplanes > 0, 1.0, -1.0).to(x.dtype)
+        # bfloat16 could not tell 63 bits that agree from 64
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return torch.where(x @ self.hyperplanes > 0, 1.0, -1.0).to(dtype)
 
 
 class SIMAttention(SequenceInteraction):
     """Hard search: the latest events of the candidate's own category (SIM, Pi et al. 2020,
-    arXiv 2006.05639).
+    arXiv 2006.05639). Id 0, "unknown", finds nothing.
 
     Args:
         config: IFAConfig.
         search_feature: the id feature that events and candidates must share; None for the last
             of config.identity_features.
         search_length: events that the search leaves.
+        device: of the parameters.
 
     Raises:
         ValueError: there is no feature to search by.
@@ -119,16 +146,20 @@ class SIMAttention(SequenceInteraction):
     """
 
     def __init__(
-        self, config: IFAConfig, search_feature: str | None = None, search_length: int = 50
+        self,
+        config: IFAConfig,
+        search_feature: str | None = None,
+        search_length: int = 50,
+        device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, device)
         if search_feature is None and not config.identity_features:
             raise ValueError("SIMAttention: give search_feature, the id feature to search by")
         self.search_feature = search_feature or config.identity_features[-1]
         self.search_length = at_least_one("search_length", search_length)
         gain = softmax_gain(config)
-        self.query_proj = self._projection(gain)
-        self.key_proj = self._projection(gain)
+        self.query_proj = self._projection(gain, device)
+        self.key_proj = self._projection(gain, device)
 
     @property
     def id_features(self) -> tuple[str, ...]:
@@ -145,6 +176,7 @@ class SIMAttention(SequenceInteraction):
         candidate_ids: Any,
     ) -> tuple[Tensor, Tensor]:
         """Outputs [M, H, d] and masses [M, H]."""
+        history, (history_age, history_ids) = present(history, history_age, history_ids)
         column = self.id_features.index(self.search_feature)
         rows = same_id_rows(
             request_of_row(candidates.offsets()),
@@ -179,8 +211,8 @@ def same_id_rows(
     """For each candidate the events of its request that have its id, the latest first.
 
     Args:
-        request, ids: [M] int64, of the candidates.
-        event_request, event_ids: [N] int64, of the events, oldest first in each request.
+        request, ids: [M] integers, of the candidates; id 0 has no events.
+        event_request, event_ids: [N] integers, of the events, oldest first in each request.
         length: L, most events of a candidate.
 
     Returns:
@@ -193,7 +225,8 @@ def same_id_rows(
         ...     torch.tensor([7, 8, 7, 9]), length=3).tolist()
         [[2, 0, -1], [-1, -1, -1]]
     """
-    known, number = torch.unique(torch.cat([event_ids, ids]), return_inverse=True)
+    both = torch.cat([event_ids.to(torch.int64), ids.to(torch.int64)])
+    known, number = torch.unique(both, return_inverse=True)
     event_key = event_request * len(known) + number[: len(event_ids)]
     key = request * len(known) + number[len(event_ids) :]
     event_key, order = torch.sort(event_key, stable=True)
@@ -201,7 +234,8 @@ def same_id_rows(
     last = torch.searchsorted(event_key, key, right=True) - 1
     place = last[:, None] - torch.arange(length, device=ids.device)
     order = torch.cat([order, order.new_tensor([-1])])
-    return torch.where(place >= first[:, None], order[place.clamp(min=0)], -1)
+    found = (place >= first[:, None]) & (ids != 0)[:, None]
+    return torch.where(found, order[place.clamp(min=0)], -1)
 
 
 def _taken(x: Tensor, event: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from ifa_torchrec.modules.interaction import IFAConfig, SequenceInteraction, at_least_one
+from ifa_torchrec.modules.interaction import IFAConfig, SequenceInteraction, at_least_one, present
 
 
 def softmax_gain(config: IFAConfig) -> float:
@@ -29,12 +29,14 @@ class SoftmaxAttention(SequenceInteraction):
     """Multi-head softmax target attention over the history (Vaswani et al. 2017), O(n m d).
 
     Each request is attended by itself, so that nothing is padded. Half-lives and event weights
-    enter as log w_i beside the scores, the softmax form of the same weighting.
+    enter as log w_i beside the scores, the softmax form of the same weighting; an event of weight 0 is
+    not there.
 
     Args:
         config: IFAConfig.
         recent_length: attend only to the latest so many events; None for all. Identity heads, if
             the config has any, see the whole history all the same.
+        device: of the parameters.
 
     Example:
         >>> import torch
@@ -47,28 +49,32 @@ class SoftmaxAttention(SequenceInteraction):
         torch.Size([5, 8])
     """
 
-    def __init__(self, config: IFAConfig, recent_length: int | None = None) -> None:
-        super().__init__(config)
+    def __init__(
+        self,
+        config: IFAConfig,
+        recent_length: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(config, device)
         if recent_length is not None:
             at_least_one("recent_length", recent_length)
         self.recent_length = recent_length
         gain = softmax_gain(config)
-        self.query_proj = self._projection(gain)
-        self.key_proj = self._projection(gain)
+        self.query_proj = self._projection(gain, device)
+        self.key_proj = self._projection(gain, device)
 
     def dense_heads(
         self, candidates: JaggedTensor, history: JaggedTensor, history_age: Tensor | None, *ids: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Outputs [M, H, d], and masses [M, H] if the config asks for them."""
+        history, (history_age,) = present(history, history_age)
         tokens, weights = history.values(), history.weights_or_none()
         ends = history.offsets()[1:].tolist()
         starts = history.offsets()[:-1].tolist()
         if self.recent_length is not None:
             starts = [max(a, b - self.recent_length) for a, b in zip(starts, ends, strict=True)]
-            rows = torch.cat(
-                [torch.arange(0), *(torch.arange(a, b) for a, b in zip(starts, ends, strict=True))]
-            )
-            rows = rows.to(tokens.device)
+            spans = [(0, 0), *zip(starts, ends, strict=True)]
+            rows = torch.cat([torch.arange(a, b, device="cpu") for a, b in spans]).to(tokens.device)
             tokens = tokens[rows]
             weights = None if weights is None else weights[rows]
             history_age = None if history_age is None else history_age[rows]
