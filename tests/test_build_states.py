@@ -54,7 +54,7 @@ def assert_built(store: str, run: Path, before: int = END) -> StateStore:
     wanted = expected(loaded, before)
     every_key = np.arange(loaded.dlrm.config.ifa.identity_key_range)
     users = len(USERS)
-    found = states.read(USERS, [END] * users, [every_key] * users, [True] * users)
+    found, _ = states.read(USERS, [END] * users, [every_key] * users, [True] * users)
     for name, value in wanted.state_dict().items():
         torch.testing.assert_close(
             found.state_dict()[name], value, rtol=1e-5, atol=1e-5, msg=name, check_dtype=False

@@ -37,7 +37,7 @@ class Limits:
     max_events: int = 1000
     """Most events a call, and of calls whose events are written together."""
     max_ahead: float = 60
-    """Seconds that an event may be ahead of the clock here; no request may be before it."""
+    """Seconds that an event may be ahead of the clock here."""
     max_waiting: int = 256
     """Most ranking requests and calls with events that wait for their turn."""
     timeout: float = 2
@@ -75,6 +75,9 @@ class Metrics:
         self.calls = Counter("ifa_calls", "HTTP calls.", ["path", "status"], registry=registry)
         self.seconds = Histogram("ifa_call_seconds", "Time of a call.", ["path"], registry=registry)
         self.waiting = Gauge("ifa_queue_length", "What waits for its turn.", registry=registry)
+        self.late = Counter(
+            "ifa_late_requests", "Ranked as of a time after the request's.", registry=registry
+        )
         self.events = Counter("ifa_events", "Events, new or duplicate.", ["kind"], registry=registry)
         self.candidates = Counter("ifa_candidates", "Candidates scored.", registry=registry)
         self.reloads = Counter("ifa_reloads", "Reloads, ok or failed.", ["result"], registry=registry)
@@ -148,6 +151,16 @@ class LiveScorer:
         (result,) = await self._results(self._append, [events], shares)
         return result
 
+    async def check(self) -> None:
+        """See that the states which rank are there.
+
+        Raises:
+            StoreError: they are lost, or the store is out of reach.
+            asyncio.TimeoutError: the store does not answer in time.
+        """
+        store = self._scorers[0].store
+        await asyncio.wait_for(asyncio.to_thread(store.check), self.limits.timeout)
+
     def reload(self) -> None:
         """Load the newest weights beside those that serve, and rank by them once their states have
         all events. Where that fails it is logged and counted, and the old ones go on."""
@@ -169,17 +182,18 @@ class LiveScorer:
         version, tasks = scorer.store.version, scorer.schema.tasks
         rankings = scorer.rank(requests)
         self.metrics.candidates.inc(sum(len(ranking.items) for ranking in rankings))
-        return [LiveRanking(ranking.items, ranking.logits, version, tasks) for ranking in rankings]
+        self.metrics.late.inc(sum(ranking.as_of is not None for ranking in rankings))
+        return [LiveRanking(r.items, r.logits, r.as_of, version, tasks) for r in rankings]
 
     def _append(self, calls: list[Sequence[Event]]) -> list[list[bool]]:
         events = [event for call in calls for event in call]
         first = self._scorers[0]
-        new = first.append(events)
+        new = first.append(events, self.limits.max_ahead)
         # Looked up only now that the journal has the events: a scorer that is not here yet finds them
         # there. An event that it refuses is refused, or else its states would silently lack it.
         for scorer in self._scorers:
             if scorer is not first:
-                scorer.append(events)
+                scorer.append(events, self.limits.max_ahead)
         self.metrics.events.labels("new").inc(sum(new))
         self.metrics.events.labels("duplicate").inc(len(new) - sum(new))
         answers = iter(new)

@@ -22,6 +22,7 @@ from ifa_torchrec.serving import (
     StateError,
     StateLayout,
     StateStore,
+    StoreError,
     UnknownUserError,
     drop,
     open_key_value_store,
@@ -84,8 +85,22 @@ def random_events(count: int, users: Sequence[int], seed: int = 0) -> list[Event
     ]
 
 
+def write(store: StateStore, model: Model, events: Sequence[Event]) -> int:
+    """Write the states of all events, as a build does."""
+    users = sorted({event.user for event in events})
+    histories = [[e for e in events if e.user == user] for user in users]
+    last = [max(e.time for e in history) for history in histories]
+    earlier = [[e for e in h if e.time < t] for h, t in zip(histories, last, strict=True)]
+    earlier_times = [max((e.time for e in h), default=0) for h in earlier]
+    at_last = [[e for e in h if e.time == t] for h, t in zip(histories, last, strict=True)]
+    return store.write(
+        users, model.encode(earlier, earlier_times), earlier_times, model.encode(at_last, last), last
+    )
+
+
 def read(store: StateStore, model: Model, users: Sequence[int], now: int) -> UserState:
-    return store.read(users, [now] * len(users), [model.every_key] * len(users), [True] * len(users))
+    states = store.read(users, [now] * len(users), [model.every_key] * len(users), [True] * len(users))
+    return states[0]
 
 
 def assert_holds(
@@ -111,10 +126,8 @@ both_configs = pytest.mark.parametrize("config", [CONFIG, DENSE], ids=["identity
 def test_written_states_come_back_later_and_decayed(key_values, config):
     model, events = Model(config), random_events(60, users=[7, -3, 2**40])
     users = [7, -3, 2**40]
-    histories = [[e for e in events if e.user == user] for user in users]
-    last = [max(e.time for e in history) for history in histories]
     store = StateStore.begin(key_values, "v1", StateLayout.of(model.ifa), position=60)
-    size = store.write(users, model.encode(histories, last), last)
+    size = write(store, model, events)
     assert size > 3 * 2 * 4 * (8 + 1) * 2
     store.finish()
     assert_holds(StateStore(key_values, "v1"), model, events)
@@ -135,7 +148,7 @@ def test_only_the_rows_asked_for_are_read(key_values):
     model, events = Model(), random_events(50, users=[1])
     store = new_store(key_values, model)
     store.append(events, model.encode_each)
-    state = store.read([1, 1], [100 * DAY] * 2, [np.array([9, 3, 3]), np.array([], np.int64)])
+    state, _ = store.read([1, 1], [100 * DAY] * 2, [np.array([9, 3, 3]), np.array([], np.int64)])
     assert state.identity_key.tolist() == [3, 9]
     assert state.identity_offsets.tolist() == [0, 2, 2]
 
@@ -234,9 +247,9 @@ def test_a_record_of_other_weights_in_their_place_is_refused(key_values):
     model, events = Model(), random_events(5, users=[1])
     one, other = (new_store(key_values, model, version) for version in ("v1", "v2"))
     one.append(events, model.encode_each)
-    (record,) = key_values.read([one._head_key(1)])
-    key_values.update([], lambda found: {other._head_key(1): record})
-    with pytest.raises(StateError, match="other weights lies where those of 'v2'"):
+    (record,) = key_values.read([one._user_key(b"s", 1)])
+    key_values.update([], lambda found: {other._user_key(b"s", 1): record})
+    with pytest.raises(StoreError, match="record of user 1 .* is damaged, or of another building"):
         read(other, model, [1], 100 * DAY)
 
 
@@ -263,18 +276,27 @@ def test_an_unknown_user_is_refused_unless_new(key_values):
     store = new_store(key_values, model)
     with pytest.raises(UnknownUserError, match="user 9 has no state"):
         store.read([9], [0], [model.every_key])
-    state = store.read([9], [0], [model.every_key], [True])
+    state, _ = store.read([9], [0], [model.every_key], [True])
     assert state.count.tolist() == [0]
     assert state.key_sum.abs().sum() == 0
     assert state.identity_offsets.tolist() == [0, 0]
 
 
-def test_a_state_does_not_go_back_in_time(key_values):
+def test_a_time_too_early_is_answered_as_of_a_later_one_or_refused(key_values):
     model = Model()
     store = new_store(key_values, model)
-    store.append([Event(0, 1, 2, 10 * DAY)], model.encode_each)
-    with pytest.raises(StateError, match=r"user 1 has an event at 1970-01-11.*after.*1970-01-10"):
-        store.read([1], [9 * DAY], [model.every_key])
+    events = [Event(n, 1, n, time * DAY) for n, time in enumerate((9, 10, 11))]
+    store.append(events, model.encode_each)
+    for time, as_of, seen in ((12, 12, 3), (11, 11, 2), (10.5, 10.5, 2), (10, 10 + 1 / DAY, 2)):
+        state, at = store.read([1], [int(time * DAY)], [model.every_key])
+        assert at.tolist() == [int(as_of * DAY)]
+        expected = model.encode([events[:seen]], at)
+        assert state.count.tolist() == [seen]
+        torch.testing.assert_close(state.key_value, expected.key_value, rtol=1e-5, atol=1e-6)
+    assert store.read([1], [0], [model.every_key])[1].tolist() == [10 * DAY + 1]
+    assert store.read([1], [10 * DAY + 1], strict=True)[1].tolist() == [10 * DAY + 1]
+    with pytest.raises(StateError, match=r"1970-01-11.* and 1970-01-12.*, not before .* 1970-01-11"):
+        store.read([1], [10 * DAY], strict=True)
 
 
 def test_without_a_time_it_is_now_or_the_last_event(key_values):
@@ -283,7 +305,7 @@ def test_without_a_time_it_is_now_or_the_last_event(key_values):
     now = time.time_ns() // 1000
     ahead, past = now + DAY, now - 30 * DAY  # a half-life ago
     store.append([Event(0, 1, 2, ahead), Event(1, 2, 2, past)], model.encode_each)
-    state = store.read([1, 2], [None, None], [model.every_key] * 2)
+    state, _ = store.read([1, 2], [None, None], [model.every_key] * 2)
     expected = model.encode([[Event(0, 1, 2, ahead)], [Event(1, 2, 2, past)]], [ahead, now])
     torch.testing.assert_close(state.key_sum, expected.key_sum, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(state.identity_sum, expected.identity_sum, rtol=1e-4, atol=1e-6)
@@ -315,7 +337,7 @@ def test_drop_deletes_one_version_and_what_no_other_wants(key_values):
         StateStore(key_values, "v1")
     assert_holds(StateStore(key_values, "v2"), model, events[20:])
     assert len(list(key_values.scan(b"j"))) == 30
-    ours = [key for kind in b"sia" for key in key_values.scan(bytes([kind]) + old._id)]
+    ours = [key for kind in b"suika" for key in key_values.scan(bytes([kind]) + old._id)]
     assert ours == []
     with pytest.raises(StateError, match=r"'v1' here; there are \['v2'\]"):
         drop(key_values, "v1")
@@ -334,10 +356,8 @@ def test_a_bucket_of_one_value_stores_it_once(key_values):
 def test_float16_states_are_half_the_size_and_as_near_as_stated(key_values):
     model, events = Model(), random_events(400, users=[1, 2])
     for dtype, tolerance in (("float32", 1e-5), ("float16", 2e-3)):
-        users = [1, 2]
-        histories = [[e for e in events if e.user == user] for user in users]
         store = StateStore.begin(key_values, dtype, StateLayout.of(model.ifa, dtype), 0)
-        store.write(users, model.encode(histories, [90 * DAY] * 2), [90 * DAY] * 2)
+        write(store, model, events)
         store.finish()
         assert_holds(store, model, events, rtol=tolerance)
 
@@ -352,7 +372,7 @@ def test_float16_does_not_swallow_small_steps(key_values):
     for first in range(0, 4000, 8):  # each step is a transaction, so it is rounded
         store.append(others[first : first + 8], model.encode_each)
     expected = model.encode([same + others], [0])
-    actual = read(store, model, [1], 0)
+    actual = read(store, model, [1], 1)
     error = (actual.key_value - expected.key_value).abs().max() / expected.key_value.abs().max()
     assert error < 0.01
 
