@@ -337,7 +337,7 @@ def _check_clock(name: str, given: int, max_ahead: float) -> None:
     """Refuse what is far ahead: a state at such a time has forgotten everything, for good."""
     latest = time.time_ns() // 1000 + int(max_ahead * 1e6)
     if given > latest:
-        cause = "; it is microseconds since 1970, were these nanoseconds?" * (given // 1000 <= latest)
+        cause = "; it is microseconds since 1970, were these nanoseconds?" * (given > 2 * latest)
         raise RequestError(
             f"{name} {given} is {utc(given)}, more than {max_ahead:g} seconds ahead of the clock "
             f"here{cause}"

@@ -230,7 +230,7 @@ class StateStore:
         self._decay = np.array(self.layout.decay)
         self._identity_decay = np.array(self.layout.identity_decay)
         self._dtype = np.dtype(self.layout.dtype)
-        self._no_positions = bytes(_BLOCK // 8)
+        self._no_bits = bytes(_BLOCK // 8)
         self._no_blocks = bytes(-(-self.layout.identity_key_range // (8 * _BLOCK)))
         # a row holds one mean, or one for each half-life
         self._row_record = {
@@ -534,22 +534,17 @@ class StateStore:
                 head, there = self._unpack_head(value)
             if with_before and (before_values[b] is None) != (head is None):
                 raise self._lost(user)
-            expected = np.zeros(len(asked[b]), bool)
-            block_of_key = asked[b] // _BLOCK
-            for block, value in zip(blocks[b], member_values[b], strict=True):
-                if (value is not None) != _bit(there, block):
-                    raise self._lost(user)
-                if value is not None:
-                    bits = np.unpackbits(
-                        np.frombuffer(zlib.decompress(value), np.uint8), bitorder="little"
-                    )
-                    here = block_of_key == block
-                    expected[here] = bits[asked[b][here] % _BLOCK]
-            of_key = {key: row for key in asked[b].tolist() if (row := next(opened)) is not None}
-            if len(of_key) != expected.sum() or any(
-                key not in of_key for key in asked[b][expected].tolist()
-            ):
+            if [value is not None for value in member_values[b]] != [_bit(there, n) for n in blocks[b]]:
                 raise self._lost(user)
+            keys = asked[b].tolist()
+            rows_of_user = [next(opened) for _ in keys]
+            bits = [self._no_bits if v is None else zlib.decompress(v) for v in member_values[b]]
+            table = np.frombuffer(b"".join(bits), np.uint8).reshape(-1, _BLOCK // 8)
+            block = np.searchsorted(blocks[b], asked[b] // _BLOCK)
+            wanted_rows = table[block, asked[b] % _BLOCK // 8] >> (asked[b] % 8).astype(np.uint8) & 1
+            if [row is not None for row in rows_of_user] != wanted_rows.astype(bool).tolist():
+                raise self._lost(user)
+            of_key = {key: row for key, row in zip(keys, rows_of_user, strict=True) if row is not None}
             value = before_values[b]
             before = None if value is None else self._unpack_before(value)
             records.append(_Records(head, of_key, before))
@@ -631,7 +626,7 @@ class StateStore:
         blocks, events = self._read(block_keys), self._read(journal_keys)
         result: list[Event] = []
         for n, (position, block, value) in enumerate(zip(positions, blocks, events, strict=True)):
-            bits = self._no_positions if block is None else self._opened(block_keys[n], block)
+            bits = self._no_bits if block is None else self._opened(block_keys[n], block)
             if value is not None and not _bit(bits, position % _BLOCK):
                 result.append(Event(position, *_EVENT.unpack(self._opened(journal_keys[n], value))))
         return result
@@ -857,7 +852,7 @@ class _Draft:
             return False
         key = store._block_key(position)
         if key not in self._positions:
-            self._positions[key] = bytearray(self._found.get(key, store._no_positions))
+            self._positions[key] = bytearray(self._found.get(key, store._no_bits))
         if _bit(self._positions[key], position % _BLOCK):
             return False
         _set_bit(self._positions[key], position % _BLOCK)
@@ -926,7 +921,7 @@ class _Draft:
             value = self._found.get(self._store._member_key(user, block))
             if (value is not None) != _bit(self._blocks[user], block):
                 raise self._store._lost(user)
-            bits = bytes(_BLOCK // 8) if value is None else zlib.decompress(value)
+            bits = self._store._no_bits if value is None else zlib.decompress(value)
             self._members[user, block] = bytearray(bits)
         return self._members[user, block]
 
