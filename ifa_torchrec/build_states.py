@@ -32,7 +32,7 @@ from ifa_torchrec.serving import StateError, StateLayout, StateStore, open_key_v
 from ifa_torchrec.serving.state_store import utc
 from ifa_torchrec.train import load_run
 
-_NEVER = np.iinfo(np.int64).min
+_NEVER = np.iinfo(np.int64).min + 1  # the least one is numpy's NaT
 
 
 @dataclass(frozen=True)

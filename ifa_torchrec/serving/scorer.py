@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -199,11 +200,6 @@ class Scorer:
             StateError, StoreError: as ``StateStore.append``.
         """
         for event in events:
-            _check_clock(f"event {event.position}: its time", event.time, max_ahead)
-        return self._append(events)
-
-    def _append(self, events: Sequence[Event]) -> list[bool]:
-        for event in events:
             if not 0 <= event.item < self._num_items:
                 raise RequestError(
                     f"event {event.position}: item {event.item} is unknown; there are 0 to "
@@ -214,13 +210,14 @@ class Scorer:
                     f"event {event.position}: position and time must be in 0..2**63 - 1, got "
                     f"{event.position} and {event.time}"
                 )
+            _check_clock(f"event {event.position}: its time", event.time, max_ahead)
             self._check_user(event.user)
         return self.store.append(events, self._encode)
 
     def catch_up(self) -> int:
         """Add what the store's journal has and these states have not; how many events it was."""
         # whatever clock accepted them
-        return sum(sum(self._append(events)) for events in self.store.missed())
+        return sum(sum(self.append(events, max_ahead=math.inf)) for events in self.store.missed())
 
     @torch.no_grad()
     def _encode(self, events: Sequence[Event]) -> UserState:
@@ -335,7 +332,7 @@ class Scorer:
 
 def _check_clock(name: str, given: int, max_ahead: float) -> None:
     """Refuse what is far ahead: a state at such a time has forgotten everything, for good."""
-    latest = time.time_ns() // 1000 + int(max_ahead * 1e6)
+    latest = time.time_ns() // 1000 + max_ahead * 1e6
     if given > latest:
         cause = "; it is microseconds since 1970, were these nanoseconds?" * (given > 2 * latest)
         raise RequestError(

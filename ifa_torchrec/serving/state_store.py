@@ -456,11 +456,16 @@ class StateStore:
         none = np.empty(0, np.int64)
         asked = [none] * len(users) if keys is None else [np.unique(of_user) for of_user in keys]
         records = self._records(users, asked, with_before=False)
-        if any(
-            of_user.head is None or (at is not None and at <= of_user.head.sums.time)
-            for of_user, at in zip(records, times, strict=True)
-        ):
-            records = self._records(users, asked, with_before=True)  # all of them, at one moment
+        # where more is needed it is all read again, at one moment
+        again = [
+            b
+            for b, (of_user, at) in enumerate(zip(records, times, strict=True))
+            if of_user.head is None or (at is not None and at <= of_user.head.sums.time)
+        ]
+        if again:
+            found = self._records([users[b] for b in again], [asked[b] for b in again], with_before=True)
+            for b, of_user in zip(again, found, strict=True):
+                records[b] = of_user
         weight = np.zeros((len(users), layout.num_heads, layout.feature_dim))
         mean = np.zeros((*weight.shape, layout.head_dim))
         count = np.zeros(len(users), np.int64)
@@ -481,9 +486,9 @@ class StateStore:
                 if head.count and as_of[b] <= head.sums.time:
                     if strict:
                         raise StateError(
-                            f"user {user} has events at {utc(head.sums.time)} and {utc(last)}, not "
-                            f"before the request's time {utc(int(as_of[b]))}; a state cannot go back "
-                            "further than the last of them"
+                            f"user {user} has events at {utc(head.sums.time)} and {utc(last)}, "
+                            f"neither before the request's time {utc(int(as_of[b]))}; a state can go "
+                            "back behind the last of them alone"
                         )
                     as_of[b] = head.sums.time + 1
             if head.count:

@@ -295,7 +295,7 @@ def test_a_time_too_early_is_answered_as_of_a_later_one_or_refused(key_values):
         torch.testing.assert_close(state.key_value, expected.key_value, rtol=1e-5, atol=1e-6)
     assert store.read([1], [0], [model.every_key])[1].tolist() == [10 * DAY + 1]
     assert store.read([1], [10 * DAY + 1], strict=True)[1].tolist() == [10 * DAY + 1]
-    with pytest.raises(StateError, match=r"1970-01-11.* and 1970-01-12.*, not before .* 1970-01-11"):
+    with pytest.raises(StateError, match=r"1970-01-11.* and 1970-01-12.*, neither before .* 1970-01-11"):
         store.read([1], [10 * DAY], strict=True)
 
 
