@@ -171,6 +171,169 @@ class _Head:
         self.count += 1
 
 
+class _Format:
+    """The keys and records of one building of a version's states, as bytes.
+
+    Args:
+        store: its name, for messages.
+        header: of the version.
+    """
+
+    def __init__(self, store: str, header: dict[str, Any]) -> None:
+        self.store = store
+        layout = dict(header["layout"])
+        for name in ("decay", "identity_decay"):
+            layout[name] = tuple(layout[name])
+        self.layout = StateLayout(**layout)
+        self.version: str = header["version"]
+        self.position: int = header["position"]
+        self.latest: int | None = header["latest"]
+        self.id = _version_id(self.version)
+        self.decay = np.array(self.layout.decay)
+        self.identity_decay = np.array(self.layout.identity_decay)
+        self.no_bits = bytes(_BLOCK // 8)
+        self.no_blocks = bytes(-(-self.layout.identity_key_range // (8 * _BLOCK)))
+        self._mark = zlib.crc32(bytes.fromhex(header["mark"]))
+        self._dtype = np.dtype(self.layout.dtype)
+        # a row holds one mean, or one for each half-life
+        self._row_record = {
+            means: np.dtype(
+                [
+                    ("time", "<i8"),
+                    ("weight", "<f4", len(self.identity_decay)),
+                    ("mean", self._dtype, (means, self.layout.head_dim)),
+                ]
+            )
+            for means in {1, len(self.identity_decay)}
+        }
+
+    def sealed(self, key: bytes, body: bytes) -> bytes:
+        return body + _CHECKSUM.pack(self._checksum(key, body))
+
+    def opened(self, key: bytes, value: bytes) -> bytes:
+        body = value[: -_CHECKSUM.size]
+        if _CHECKSUM.pack(self._checksum(key, body)) == value[-_CHECKSUM.size :]:
+            return body
+        what = f"of user {_user_of(key)} " if key[:1] in b"suik" else ""
+        raise StoreError(
+            f"{self.store}: a record {what}(key {key.hex()}) is damaged, or of another "
+            f"building: its checksum is not that of its bytes. {self._advice()}"
+        )
+
+    def _checksum(self, key: bytes, body: bytes) -> int:
+        # the journal is of all versions
+        return zlib.crc32(body, zlib.crc32(key, 0 if key[:1] == b"j" else self._mark))
+
+    def lost(self, user: int) -> StoreError:
+        return StoreError(
+            f"{self.store}: a part of the state of user {user} is gone; something deleted it "
+            f"or damaged its key. {self._advice()}"
+        )
+
+    def _advice(self) -> str:
+        return (
+            f"Bring the store back from a copy, or drop the states ({_DROP} {self.version}) and "
+            f"build them anew ({_BUILD})"
+        )
+
+    def user_key(self, kind: bytes, user: int) -> bytes:
+        return kind + self.id + struct.pack(">q", user)
+
+    def row_key(self, user: int, key: int) -> bytes:
+        return b"i" + self.id + struct.pack(">qq", user, key)
+
+    def member_key(self, user: int, block: int) -> bytes:
+        return b"k" + self.id + struct.pack(">qq", user, block)
+
+    def block_key(self, position: int) -> bytes:
+        return b"a" + self.id + struct.pack(">q", position // _BLOCK)
+
+    def pack_head(self, head: _Head, seed: np.random.Generator | None = None) -> bytes:
+        weight, mean = head.sums.weight.astype(np.float32), self._rounded(head.sums.mean, seed)
+        return _HEAD.pack(head.sums.time, head.count) + weight.tobytes() + mean.tobytes()
+
+    def unpack_head(self, body: bytes) -> tuple[_Head, bytes]:
+        """A head, and the bytes after it."""
+        last, count = _HEAD.unpack_from(body)
+        shape = (self.layout.num_heads, self.layout.feature_dim)
+        middle = _HEAD.size + 4 * math.prod(shape)
+        end = middle + self._dtype.itemsize * math.prod(shape) * self.layout.head_dim
+        weight = np.frombuffer(body[_HEAD.size : middle], np.float32).reshape(shape)
+        mean = np.frombuffer(body[middle:end], self._dtype).reshape(*shape, self.layout.head_dim)
+        sums = _Sums(last, weight.astype(np.float64), mean.astype(np.float64))
+        return _Head(sums, count), body[end:]
+
+    def unpack_before(self, body: bytes) -> tuple[_Head, dict[int, bytes]]:
+        """What a record u holds: a head, and rows by key, without bytes where there was none."""
+        head, rest = self.unpack_head(body)
+        rows: dict[int, bytes] = {}
+        while rest:
+            key, size = _ROW.unpack_from(rest)
+            rows[key] = rest[_ROW.size : _ROW.size + size]
+            rest = rest[_ROW.size + size :]
+        return head, rows
+
+    def row_keys(self, user: np.ndarray, key: np.ndarray) -> list[bytes]:
+        """The keys of many rows at once; user and key are [n] int64."""
+        record = np.dtype([("prefix", "S9"), ("user", ">i8"), ("key", ">i8")])
+        keys = np.empty(len(user), record)
+        keys["prefix"], keys["user"], keys["key"] = b"i" + self.id, user, key
+        return _pieces(keys)
+
+    def pack_rows(
+        self,
+        time: np.ndarray,
+        weight: np.ndarray,
+        mean: np.ndarray,
+        seed: np.random.Generator | None = None,
+    ) -> list[bytes]:
+        """Rows of time [n], weight [n, L] and mean [n, L, d]."""
+        heaviest = mean[np.arange(len(mean)), weight.argmax(1)]  # [n, d]
+        differs = (np.abs(mean - heaviest[:, None]).max(2) * (weight > 0)).max(1)
+        one = differs <= _SAME * np.abs(heaviest).max(1)
+        mean = self._rounded(mean, seed)
+        packed: list[bytes] = [b""] * len(time)
+        for means, chosen in (1, np.flatnonzero(one)), (weight.shape[1], np.flatnonzero(~one)):
+            rows = np.empty(len(chosen), self._row_record[means])
+            rows["time"], rows["weight"] = time[chosen], weight[chosen]
+            # of one mean alone, the heaviest half-life's
+            first = weight[chosen].argmax(1)[:, None] if means == 1 else np.arange(means)[None]
+            rows["mean"] = mean[chosen[:, None], first]
+            for row, piece in zip(chosen, _pieces(rows), strict=True):
+                packed[row] = piece
+        return packed
+
+    def unpack_rows(self, values: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """time [n] int64, weight [n, L] and mean [n, L, d] of rows, all at once."""
+        half_lives, width = len(self.identity_decay), self.layout.head_dim
+        time = np.empty(len(values), np.int64)
+        weight = np.empty((len(values), half_lives))
+        mean = np.empty((len(values), half_lives, width))
+        size = np.fromiter(map(len, values), np.int64, len(values))
+        for record in self._row_record.values():
+            chosen = np.flatnonzero(size == record.itemsize)
+            found = np.frombuffer(b"".join([values[n] for n in chosen]), record)
+            time[chosen], weight[chosen], mean[chosen] = found["time"], found["weight"], found["mean"]
+        return time, weight, mean
+
+    def _rounded(self, mean: np.ndarray, seed: np.random.Generator | None) -> np.ndarray:
+        """Means as they are stored. With a seed, float16 is rounded up or down at random, so that
+        many small steps add up: to the nearest, none of them might ever be seen."""
+        with np.errstate(over="ignore"):
+            near = mean.astype(self._dtype)
+        if not np.isfinite(near).all():
+            largest = np.abs(mean).max()
+            raise StateError(
+                f"a mean of {largest:g} is beyond {self._dtype}; build with --dtype float32"
+            )
+        if seed is None or self._dtype != np.float16:
+            return near
+        beyond = np.nextafter(near, np.where(mean > near, np.inf, -np.inf).astype(np.float16))
+        gap = np.abs(beyond.astype(np.float64) - near)
+        distance = np.abs(mean - near.astype(np.float64))
+        return np.where(seed.random(mean.shape) * gap < distance, beyond, near)
+
+
 class StateStore:
     """The states that one version of the weights made.
 
@@ -218,31 +381,13 @@ class StateStore:
         self._configure(header)
 
     def _configure(self, header: dict[str, Any]) -> None:
-        layout = dict(header["layout"])
-        for name in ("decay", "identity_decay"):
-            layout[name] = tuple(layout[name])
-        self.layout = StateLayout(**layout)
-        self.position: int = header["position"]
-        self.latest: int | None = header["latest"]
         self._header = _packed_header(header)
-        self._mark = zlib.crc32(bytes.fromhex(header["mark"]))
-        self._id = _version_id(self.version)
-        self._decay = np.array(self.layout.decay)
-        self._identity_decay = np.array(self.layout.identity_decay)
-        self._dtype = np.dtype(self.layout.dtype)
-        self._no_bits = bytes(_BLOCK // 8)
-        self._no_blocks = bytes(-(-self.layout.identity_key_range // (8 * _BLOCK)))
-        # a row holds one mean, or one for each half-life
-        self._row_record = {
-            means: np.dtype(
-                [
-                    ("time", "<i8"),
-                    ("weight", "<f4", len(self._identity_decay)),
-                    ("mean", self._dtype, (means, self.layout.head_dim)),
-                ]
-            )
-            for means in {1, len(self._identity_decay)}
-        }
+        self._format = _Format(self.key_values.name, header)
+        self.layout, self.position, self.latest = (
+            self._format.layout,
+            self._format.position,
+            self._format.latest,
+        )
 
     # -------------------------------------------------------------------------------- building
 
@@ -313,7 +458,7 @@ class StateStore:
             StoreError: what was begun is no longer there.
         """
         whole = {**_unpacked_header(self.key_values, self._header), "complete": True}
-        self._update([], lambda _: {b"v" + self._id: _packed_header(whole)})
+        self._update([], lambda _: {b"v" + self._format.id: _packed_header(whole)})
         self._header = _packed_header(whole)
 
     def write(
@@ -344,7 +489,7 @@ class StateStore:
         days = torch.from_numpy((late - early) / MICROSECONDS_PER_DAY * (earlier.count.numpy() > 0))
         whole = self._aged(earlier, days) + self._aged(last, 0 * days)
         rows_before: list[dict[int, bytes]] = [{} for _ in users]
-        blocks = [self._no_blocks] * len(users)
+        blocks = [self._format.no_blocks] * len(users)
         if whole.identity_offsets is not None:
             touched = _request_and_key(last)
             before = self._row_table(earlier, early, set(touched))
@@ -353,15 +498,15 @@ class StateStore:
             table = self._row_table(whole, late)
             member: dict[int, dict[int, bytearray]] = {}
             for (b, key), row in table.items():
-                place = self._row_key(users[b], key)
-                written[place] = self._sealed(place, row)
+                place = self._format.row_key(users[b], key)
+                written[place] = self._format.sealed(place, row)
                 bits = member.setdefault(b, {}).setdefault(key // _BLOCK, bytearray(_BLOCK // 8))
                 _set_bit(bits, key % _BLOCK)
             for b, of_user in member.items():
                 for block, bits in of_user.items():
-                    place = self._member_key(users[b], block)
-                    written[place] = self._sealed(place, zlib.compress(bits))
-                there = bytearray(self._no_blocks)
+                    place = self._format.member_key(users[b], block)
+                    written[place] = self._format.sealed(place, zlib.compress(bits))
+                there = bytearray(self._format.no_blocks)
                 for block in of_user:
                     _set_bit(there, block)
                 blocks[b] = bytes(there)
@@ -369,16 +514,16 @@ class StateStore:
             weight, mean = _weight_and_mean(state.key_sum, state.key_value)
             for b, user in enumerate(users):
                 head = _Head(_Sums(int(times[b]), weight[b], mean[b]), int(state.count[b]))
-                body = self._pack_head(head)
+                body = self._format.pack_head(head)
                 body += blocks[b] if kind == b"s" else _packed_before(rows_before[b])
-                key = self._user_key(kind, user)
-                written[key] = self._sealed(key, body)
+                key = self._format.user_key(kind, user)
+                written[key] = self._format.sealed(key, body)
         self._update([], lambda _: written)
         return sum(len(key) + len(value) for key, value in written.items())
 
     def _aged(self, state: UserState, days: torch.Tensor) -> UserState:
         """A state some days [B] later, in float64."""
-        decay = torch.from_numpy(self._decay)
+        decay = torch.from_numpy(self._format.decay)
         factor = torch.exp(-days[:, None] * decay)[..., None]
         aged = dataclasses.replace(
             state,
@@ -388,7 +533,9 @@ class StateStore:
         if state.identity_offsets is None:
             return aged
         offsets, _, value, total = state.identity_tables()
-        factor = torch.exp(-days[request_of_row(offsets)][:, None] * torch.tensor(self._identity_decay))
+        factor = torch.exp(
+            -days[request_of_row(offsets)][:, None] * torch.tensor(self._format.identity_decay)
+        )
         return dataclasses.replace(
             aged,
             identity_sum=total.double() * factor,
@@ -404,12 +551,12 @@ class StateStore:
         rows = [n for n, of_row in enumerate(place) if among is None or of_row in among]
         weight, mean = _weight_and_mean(total[rows], value[rows])
         time = times[request_of_row(offsets).numpy()[rows]]
-        packed = self._pack_rows(time, weight, mean)
+        packed = self._format.pack_rows(time, weight, mean)
         return {place[n]: row for n, row in zip(rows, packed, strict=True)}
 
     def known(self, users: Sequence[int]) -> np.ndarray:
         """Which users have a state; [B] bool."""
-        found = self._read([self._user_key(b"s", user) for user in users])
+        found = self._read([self._format.user_key(b"s", user) for user in users])
         return np.array([value is not None for value in found], dtype=bool)
 
     # --------------------------------------------------------------------------------- reading
@@ -492,18 +639,18 @@ class StateStore:
                         )
                     as_of[b] = head.sums.time + 1
             if head.count:
-                weight[b], mean[b] = head.sums.at(int(as_of[b]), self._decay), head.sums.mean
+                weight[b], mean[b] = head.sums.at(int(as_of[b]), self._format.decay), head.sums.mean
                 count[b] = head.count
         dense = (_tensor(mean * weight[..., None]), _tensor(weight), torch.from_numpy(count))
         if not layout.identity_key_range:
             return UserState(*dense), as_of
         request = np.repeat(np.arange(len(users)), [len(of_user.rows) for of_user in records])
         key = np.concatenate([none, *(list(of_user.rows) for of_user in records)]).astype(np.int64)
-        row_time, sums, means = self._unpack_rows(
+        row_time, sums, means = self._format.unpack_rows(
             [r for of_user in records for r in of_user.rows.values()]
         )
         days = (as_of[request] - row_time) / MICROSECONDS_PER_DAY
-        sums = sums * np.exp(-days[:, None] * self._identity_decay)
+        sums = sums * np.exp(-days[:, None] * self._format.identity_decay)
         state = UserState(
             *dense,
             torch.from_numpy(np.searchsorted(request, np.arange(len(users) + 1))),
@@ -518,40 +665,43 @@ class StateStore:
         self, users: Sequence[int], asked: Sequence[np.ndarray], with_before: bool
     ) -> list[_Records]:
         """The users' records, of the identity rows those asked for (sorted, without repetition)."""
-        heads = [self._user_key(b"s", user) for user in users]
-        befores = [self._user_key(b"u", user) for user in users if with_before]
+        heads = [self._format.user_key(b"s", user) for user in users]
+        befores = [self._format.user_key(b"u", user) for user in users if with_before]
         blocks = [np.unique(of_user // _BLOCK).tolist() for of_user in asked]
         members = [
-            [self._member_key(u, block) for block in bs] for u, bs in zip(users, blocks, strict=True)
+            [self._format.member_key(u, block) for block in bs]
+            for u, bs in zip(users, blocks, strict=True)
         ]
         user_of_row = np.repeat(np.asarray(users, np.int64), [len(of_user) for of_user in asked])
-        rows = self._row_keys(user_of_row, np.concatenate([np.empty(0, np.int64), *asked]))
+        rows = self._format.row_keys(user_of_row, np.concatenate([np.empty(0, np.int64), *asked]))
         wanted = [*heads, *befores, *(key for of_user in members for key in of_user), *rows]
         found = zip(wanted, self._read(wanted), strict=True)
-        opened = iter([None if value is None else self._opened(key, value) for key, value in found])
+        opened = iter(
+            [None if value is None else self._format.opened(key, value) for key, value in found]
+        )
         head_values = [next(opened) for _ in heads]
         before_values = [next(opened) for _ in befores] or [None] * len(users)
         member_values = [[next(opened) for _ in of_user] for of_user in members]
         records: list[_Records] = []
         for b, user in enumerate(users):
-            head, there = None, self._no_blocks
+            head, there = None, self._format.no_blocks
             if (value := head_values[b]) is not None:
-                head, there = self._unpack_head(value)
+                head, there = self._format.unpack_head(value)
             if with_before and (before_values[b] is None) != (head is None):
-                raise self._lost(user)
+                raise self._format.lost(user)
             if [value is not None for value in member_values[b]] != [_bit(there, n) for n in blocks[b]]:
-                raise self._lost(user)
+                raise self._format.lost(user)
             keys = asked[b].tolist()
             rows_of_user = [next(opened) for _ in keys]
-            bits = [self._no_bits if v is None else zlib.decompress(v) for v in member_values[b]]
+            bits = [self._format.no_bits if v is None else zlib.decompress(v) for v in member_values[b]]
             table = np.frombuffer(b"".join(bits), np.uint8).reshape(-1, _BLOCK // 8)
             block = np.searchsorted(blocks[b], asked[b] // _BLOCK)
             wanted_rows = table[block, asked[b] % _BLOCK // 8] >> (asked[b] % 8).astype(np.uint8) & 1
             if [row is not None for row in rows_of_user] != wanted_rows.astype(bool).tolist():
-                raise self._lost(user)
+                raise self._format.lost(user)
             of_key = {key: row for key, row in zip(keys, rows_of_user, strict=True) if row is not None}
             value = before_values[b]
-            before = None if value is None else self._unpack_before(value)
+            before = None if value is None else self._format.unpack_before(value)
             records.append(_Records(head, of_key, before))
         return records
 
@@ -592,20 +742,20 @@ class StateStore:
         keys: dict[bytes, None] = {}  # in order, each once
         for event, of_event in zip(events, rows, strict=True):
             user = event.user
-            keys |= dict.fromkeys([self._block_key(event.position), _journal_key(event.position)])
-            keys |= dict.fromkeys([self._user_key(b"s", user), self._user_key(b"u", user)])
-            keys |= dict.fromkeys(self._row_key(user, key) for key, _ in of_event)
-            keys |= dict.fromkeys(self._member_key(user, key // _BLOCK) for key, _ in of_event)
+            keys |= dict.fromkeys([self._format.block_key(event.position), _journal_key(event.position)])
+            keys |= dict.fromkeys([self._format.user_key(b"s", user), self._format.user_key(b"u", user)])
+            keys |= dict.fromkeys(self._format.row_key(user, key) for key, _ in of_event)
+            keys |= dict.fromkeys(self._format.member_key(user, key // _BLOCK) for key, _ in of_event)
         new: list[bool] = []
 
         def change(values: list[bytes | None]) -> dict[bytes, bytes]:
             new.clear()
             found = {
-                key: self._opened(key, value)
+                key: self._format.opened(key, value)
                 for key, value in zip(keys, values, strict=True)
                 if value is not None
             }
-            draft = _Draft(self, found)
+            draft = _Draft(self._format, found)
             for event, head, of_event in zip(events, heads, rows, strict=True):
                 new.append(draft.take(event))
                 if new[-1]:
@@ -627,20 +777,22 @@ class StateStore:
 
     def _not_applied(self, journal_keys: list[bytes]) -> list[Event]:
         positions = [struct.unpack(">q", key[1:])[0] for key in journal_keys]
-        block_keys = [self._block_key(position) for position in positions]
+        block_keys = [self._format.block_key(position) for position in positions]
         blocks, events = self._read(block_keys), self._read(journal_keys)
         result: list[Event] = []
         for n, (position, block, value) in enumerate(zip(positions, blocks, events, strict=True)):
-            bits = self._no_bits if block is None else self._opened(block_keys[n], block)
+            bits = self._format.no_bits if block is None else self._format.opened(block_keys[n], block)
             if value is not None and not _bit(bits, position % _BLOCK):
-                result.append(Event(position, *_EVENT.unpack(self._opened(journal_keys[n], value))))
+                result.append(
+                    Event(position, *_EVENT.unpack(self._format.opened(journal_keys[n], value)))
+                )
         return result
 
     # --------------------------------------------------------------------------------- records
 
     def _read(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """What lies under the keys, if these are still the states that were opened."""
-        header, *found = self.key_values.read([b"v" + self._id, *keys])
+        header, *found = self.key_values.read([b"v" + self._format.id, *keys])
         self._check_header(header)
         return found
 
@@ -651,7 +803,7 @@ class StateStore:
             self._check_header(found[0])
             return change(found[1:])
 
-        self.key_values.update([b"v" + self._id, *keys], checked)
+        self.key_values.update([b"v" + self._format.id, *keys], checked)
 
     def _check_header(self, found: bytes | None) -> None:
         if found == self._header:
@@ -670,132 +822,6 @@ class StateStore:
             f"{states} were dropped and built anew since this process opened them; start it again, or "
             "send it SIGHUP, when they are whole"
         )
-
-    def _sealed(self, key: bytes, body: bytes) -> bytes:
-        return body + _CHECKSUM.pack(self._checksum(key, body))
-
-    def _opened(self, key: bytes, value: bytes) -> bytes:
-        body = value[: -_CHECKSUM.size]
-        if _CHECKSUM.pack(self._checksum(key, body)) == value[-_CHECKSUM.size :]:
-            return body
-        what = f"of user {_user_of(key)} " if key[:1] in b"suik" else ""
-        raise StoreError(
-            f"{self.key_values.name}: a record {what}(key {key.hex()}) is damaged, or of another "
-            f"building: its checksum is not that of its bytes. {self._advice()}"
-        )
-
-    def _checksum(self, key: bytes, body: bytes) -> int:
-        # the journal is of all versions
-        return zlib.crc32(body, zlib.crc32(key, 0 if key[:1] == b"j" else self._mark))
-
-    def _lost(self, user: int) -> StoreError:
-        return StoreError(
-            f"{self.key_values.name}: a part of the state of user {user} is gone; something deleted it "
-            f"or damaged its key. {self._advice()}"
-        )
-
-    def _advice(self) -> str:
-        return (
-            f"Bring the store back from a copy, or drop the states ({_DROP} {self.version}) and "
-            f"build them anew ({_BUILD})"
-        )
-
-    def _user_key(self, kind: bytes, user: int) -> bytes:
-        return kind + self._id + struct.pack(">q", user)
-
-    def _row_key(self, user: int, key: int) -> bytes:
-        return b"i" + self._id + struct.pack(">qq", user, key)
-
-    def _member_key(self, user: int, block: int) -> bytes:
-        return b"k" + self._id + struct.pack(">qq", user, block)
-
-    def _block_key(self, position: int) -> bytes:
-        return b"a" + self._id + struct.pack(">q", position // _BLOCK)
-
-    def _pack_head(self, head: _Head, seed: np.random.Generator | None = None) -> bytes:
-        weight, mean = head.sums.weight.astype(np.float32), self._rounded(head.sums.mean, seed)
-        return _HEAD.pack(head.sums.time, head.count) + weight.tobytes() + mean.tobytes()
-
-    def _unpack_head(self, body: bytes) -> tuple[_Head, bytes]:
-        """A head, and the bytes after it."""
-        last, count = _HEAD.unpack_from(body)
-        shape = (self.layout.num_heads, self.layout.feature_dim)
-        middle = _HEAD.size + 4 * math.prod(shape)
-        end = middle + self._dtype.itemsize * math.prod(shape) * self.layout.head_dim
-        weight = np.frombuffer(body[_HEAD.size : middle], np.float32).reshape(shape)
-        mean = np.frombuffer(body[middle:end], self._dtype).reshape(*shape, self.layout.head_dim)
-        sums = _Sums(last, weight.astype(np.float64), mean.astype(np.float64))
-        return _Head(sums, count), body[end:]
-
-    def _unpack_before(self, body: bytes) -> tuple[_Head, dict[int, bytes]]:
-        """What a record u holds: a head, and rows by key, without bytes where there was none."""
-        head, rest = self._unpack_head(body)
-        rows: dict[int, bytes] = {}
-        while rest:
-            key, size = _ROW.unpack_from(rest)
-            rows[key] = rest[_ROW.size : _ROW.size + size]
-            rest = rest[_ROW.size + size :]
-        return head, rows
-
-    def _row_keys(self, user: np.ndarray, key: np.ndarray) -> list[bytes]:
-        """The keys of many rows at once; user and key are [n] int64."""
-        record = np.dtype([("prefix", "S9"), ("user", ">i8"), ("key", ">i8")])
-        keys = np.empty(len(user), record)
-        keys["prefix"], keys["user"], keys["key"] = b"i" + self._id, user, key
-        return _pieces(keys)
-
-    def _pack_rows(
-        self,
-        time: np.ndarray,
-        weight: np.ndarray,
-        mean: np.ndarray,
-        seed: np.random.Generator | None = None,
-    ) -> list[bytes]:
-        """Rows of time [n], weight [n, L] and mean [n, L, d]."""
-        heaviest = mean[np.arange(len(mean)), weight.argmax(1)]  # [n, d]
-        differs = (np.abs(mean - heaviest[:, None]).max(2) * (weight > 0)).max(1)
-        one = differs <= _SAME * np.abs(heaviest).max(1)
-        mean = self._rounded(mean, seed)
-        packed: list[bytes] = [b""] * len(time)
-        for means, chosen in (1, np.flatnonzero(one)), (weight.shape[1], np.flatnonzero(~one)):
-            rows = np.empty(len(chosen), self._row_record[means])
-            rows["time"], rows["weight"] = time[chosen], weight[chosen]
-            # of one mean alone, the heaviest half-life's
-            first = weight[chosen].argmax(1)[:, None] if means == 1 else np.arange(means)[None]
-            rows["mean"] = mean[chosen[:, None], first]
-            for row, piece in zip(chosen, _pieces(rows), strict=True):
-                packed[row] = piece
-        return packed
-
-    def _unpack_rows(self, values: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """time [n] int64, weight [n, L] and mean [n, L, d] of rows, all at once."""
-        half_lives, width = len(self._identity_decay), self.layout.head_dim
-        time = np.empty(len(values), np.int64)
-        weight = np.empty((len(values), half_lives))
-        mean = np.empty((len(values), half_lives, width))
-        size = np.fromiter(map(len, values), np.int64, len(values))
-        for record in self._row_record.values():
-            chosen = np.flatnonzero(size == record.itemsize)
-            found = np.frombuffer(b"".join([values[n] for n in chosen]), record)
-            time[chosen], weight[chosen], mean[chosen] = found["time"], found["weight"], found["mean"]
-        return time, weight, mean
-
-    def _rounded(self, mean: np.ndarray, seed: np.random.Generator | None) -> np.ndarray:
-        """Means as they are stored. With a seed, float16 is rounded up or down at random, so that
-        many small steps add up: to the nearest, none of them might ever be seen."""
-        with np.errstate(over="ignore"):
-            near = mean.astype(self._dtype)
-        if not np.isfinite(near).all():
-            largest = np.abs(mean).max()
-            raise StateError(
-                f"a mean of {largest:g} is beyond {self._dtype}; build with --dtype float32"
-            )
-        if seed is None or self._dtype != np.float16:
-            return near
-        beyond = np.nextafter(near, np.where(mean > near, np.inf, -np.inf).astype(np.float16))
-        gap = np.abs(beyond.astype(np.float64) - near)
-        distance = np.abs(mean - near.astype(np.float64))
-        return np.where(seed.random(mean.shape) * gap < distance, beyond, near)
 
 
 @dataclass
@@ -819,8 +845,8 @@ class _Records:
 class _Draft:
     """What a transaction makes of the records it found, each decoded once."""
 
-    def __init__(self, store: StateStore, found: Mapping[bytes, bytes]) -> None:
-        self._store, self._found = store, found
+    def __init__(self, form: _Format, found: Mapping[bytes, bytes]) -> None:
+        self._format, self._found = form, found
         self._journal: dict[int, Event] = {}
         self._positions: dict[bytes, bytearray] = {}
         self._heads: dict[int, _Head] = {}
@@ -835,7 +861,7 @@ class _Draft:
         Raises:
             StateError: its position is another event's.
         """
-        store, position = self._store, event.position
+        form, position = self._format, event.position
         first = self._journal.get(position)
         if first is None and (value := self._found.get(_journal_key(position))) is not None:
             first = Event(position, *_EVENT.unpack(value))
@@ -846,18 +872,18 @@ class _Draft:
                 "event has a position of its own; for a stream that was made anew build states in an "
                 "empty store"
             )
-        if position < store.position:
-            if first is None and store.latest is not None and event.time > store.latest:
+        if position < form.position:
+            if first is None and form.latest is not None and event.time > form.latest:
                 raise StateError(
-                    f"position {position} is before {store.position}, where the stream goes on from the "
+                    f"position {position} is before {form.position}, where the stream goes on from the "
                     f"log, but its event at {utc(event.time)} is after the log's last one at "
-                    f"{utc(store.latest)}. Was --position of {_BUILD} too high, or are there several "
+                    f"{utc(form.latest)}. Was --position of {_BUILD} too high, or are there several "
                     "streams (then it can only be 0)?"
                 )
             return False
-        key = store._block_key(position)
+        key = form.block_key(position)
         if key not in self._positions:
-            self._positions[key] = bytearray(self._found.get(key, store._no_bits))
+            self._positions[key] = bytearray(self._found.get(key, form.no_bits))
         if _bit(self._positions[key], position % _BLOCK):
             return False
         _set_bit(self._positions[key], position % _BLOCK)
@@ -873,7 +899,7 @@ class _Draft:
             before, rows_before = self._before[user] = dataclasses.replace(head), {}
             before.sums = dataclasses.replace(head.sums)
         elif event.time < head.sums.time:
-            before.add(event, self._store._decay)
+            before.add(event, self._format.decay)
         for (key, row), found in zip(rows, there, strict=True):
             if event.time >= head.sums.time or not head.count:
                 rows_before.setdefault(key, None if found is None else dataclasses.replace(found))
@@ -882,40 +908,40 @@ class _Draft:
             self._rows[user, key] = self._sum(found, row)
             _set_bit(self._member(user, key // _BLOCK), key % _BLOCK)
             _set_bit(self._blocks[user], key // _BLOCK)
-        head.add(event, self._store._decay)
+        head.add(event, self._format.decay)
 
     def written(self, seed: np.random.Generator) -> dict[bytes, bytes]:
         """The records that are new or changed, by their keys."""
-        store = self._store
+        form = self._format
         bodies = {_journal_key(p): _EVENT.pack(e.user, e.item, e.time) for p, e in self._journal.items()}
         bodies |= {key: bytes(bits) for key, bits in self._positions.items()}
         for user, head in self._heads.items():
-            bodies[store._user_key(b"s", user)] = store._pack_head(head, seed) + self._blocks[user]
+            bodies[form.user_key(b"s", user)] = form.pack_head(head, seed) + self._blocks[user]
             before, rows = self._before[user]
             packed = self._packed(rows, seed)
             places = _packed_before({key: packed.get(key, b"") for key in rows})
-            bodies[store._user_key(b"u", user)] = store._pack_head(before, seed) + places
+            bodies[form.user_key(b"u", user)] = form.pack_head(before, seed) + places
         for (user, block), bits in self._members.items():
-            bodies[store._member_key(user, block)] = zlib.compress(bits)
+            bodies[form.member_key(user, block)] = zlib.compress(bits)
         packed = self._packed(self._rows, seed)
-        bodies |= {store._row_key(*place): row for place, row in packed.items()}
-        return {key: store._sealed(key, body) for key, body in bodies.items()}
+        bodies |= {form.row_key(*place): row for place, row in packed.items()}
+        return {key: form.sealed(key, body) for key, body in bodies.items()}
 
     def _open(self, user: int) -> _Head:
         """The user's head; what was before and which blocks there are beside it."""
         if user not in self._heads:
-            store = self._store
-            value, before = (self._found.get(store._user_key(kind, user)) for kind in (b"s", b"u"))
+            form = self._format
+            value, before = (self._found.get(form.user_key(kind, user)) for kind in (b"s", b"u"))
             if (value is None) != (before is None):
-                raise store._lost(user)
+                raise form.lost(user)
             if value is None or before is None:
-                shape = (store.layout.num_heads, store.layout.feature_dim)
-                empty = _Sums(0, np.zeros(shape), np.zeros((*shape, store.layout.head_dim)))
-                self._heads[user], blocks = _Head(empty, 0), store._no_blocks
+                shape = (form.layout.num_heads, form.layout.feature_dim)
+                empty = _Sums(0, np.zeros(shape), np.zeros((*shape, form.layout.head_dim)))
+                self._heads[user], blocks = _Head(empty, 0), form.no_blocks
                 self._before[user] = _Head(empty, 0), {}
             else:
-                self._heads[user], blocks = store._unpack_head(value)
-                head, rows = store._unpack_before(before)
+                self._heads[user], blocks = form.unpack_head(value)
+                head, rows = form.unpack_before(before)
                 self._before[user] = head, {key: self._unpacked(row) for key, row in rows.items()}
             self._blocks[user] = bytearray(blocks)
         return self._heads[user]
@@ -923,31 +949,31 @@ class _Draft:
     def _member(self, user: int, block: int) -> bytearray:
         """Which keys of a block have a row."""
         if (user, block) not in self._members:
-            value = self._found.get(self._store._member_key(user, block))
+            value = self._found.get(self._format.member_key(user, block))
             if (value is not None) != _bit(self._blocks[user], block):
-                raise self._store._lost(user)
-            bits = self._store._no_bits if value is None else zlib.decompress(value)
+                raise self._format.lost(user)
+            bits = self._format.no_bits if value is None else zlib.decompress(value)
             self._members[user, block] = bytearray(bits)
         return self._members[user, block]
 
     def _row(self, user: int, key: int) -> _Sums | None:
         if (user, key) not in self._rows:
-            value = self._found.get(self._store._row_key(user, key))
+            value = self._found.get(self._format.row_key(user, key))
             if (value is not None) != _bit(self._member(user, key // _BLOCK), key % _BLOCK):
-                raise self._store._lost(user)
+                raise self._format.lost(user)
             self._rows[user, key] = self._unpacked(value or b"")
         return self._rows[user, key]
 
     def _sum(self, row: _Sums | None, event: _Sums) -> _Sums:
         result = dataclasses.replace(event if row is None else row)
         if row is not None:
-            result.add(event, self._store._identity_decay)
+            result.add(event, self._format.identity_decay)
         return result
 
     def _unpacked(self, row: bytes) -> _Sums | None:
         if not row:
             return None
-        time, *sums = self._store._unpack_rows([row])
+        time, *sums = self._format.unpack_rows([row])
         return _Sums(int(time[0]), *(column[0] for column in sums))
 
     def _packed(
@@ -959,7 +985,7 @@ class _Draft:
         time = np.array([row.time for row in there.values()])
         weight = np.stack([row.weight for row in there.values()])
         mean = np.stack([row.mean for row in there.values()])
-        return dict(zip(there, self._store._pack_rows(time, weight, mean, seed), strict=True))
+        return dict(zip(there, self._format.pack_rows(time, weight, mean, seed), strict=True))
 
 
 def versions(key_values: KeyValueStore) -> dict[str, dict[str, Any]]:

@@ -510,7 +510,7 @@ class Loader:
 
 def count(key_values: KeyValueStore, model: Run) -> int:
     """The busy user's events."""
-    return int(StateStore(key_values, model.version).read([BUSY_USER], [LATER])[0].count)
+    return int(StateStore(key_values, model.version).read([BUSY_USER], [LATER + 1])[0].count)
 
 
 def test_a_reload_brings_weights_that_know_every_event(models, key_values, monkeypatch):
