@@ -580,8 +580,8 @@ class StateStore:
     ) -> tuple[UserState, np.ndarray]:
         """The states at some times, of the events before these, with the identity rows asked for.
 
-        A state goes back to any time after its last event but those of one time, no further. An earlier
-        time is answered as of the first moment after that event.
+        A state can leave out the events of its last event's time, no more: it serves any time after the
+        event before those. An earlier time is answered as of the first moment after that event.
 
         Args:
             users: B ids.
