@@ -315,7 +315,7 @@ def measure_appends(scorer: Scorer, options: Options) -> pd.DataFrame:
     every_key = np.arange(scorer.store.layout.identity_key_range)
     for n in options.histories:
         row = {"events": f"{n:,}"}
-        state = scorer.store.read([n], [NOW], [every_key])
+        state, _ = scorer.store.read([n], [NOW], [every_key])
         row["identity rows"] = f"{len(state.identity_key):,}"
         for batch in (1, 64):
             items = draw(rng, options.requests * batch).reshape(-1, batch).tolist()

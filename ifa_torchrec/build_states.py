@@ -26,9 +26,13 @@ from tqdm import tqdm
 
 from ifa_torchrec.command_line import as_command
 from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset
-from ifa_torchrec.data.dataset import EMPTY_REQUEST
+from ifa_torchrec.data.dataset import EMPTY_REQUEST, MICROSECONDS_PER_DAY
+from ifa_torchrec.modules import UserState
 from ifa_torchrec.serving import StateError, StateLayout, StateStore, open_key_value_store
+from ifa_torchrec.serving.state_store import utc
 from ifa_torchrec.train import load_run
+
+_NEVER = np.iinfo(np.int64).min + 1  # the least one is numpy's NaT
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def build_states(config: BuildStatesConfig) -> dict[str, float | str]:
     Raises:
         ValueError: the run's interaction has no user states.
         StateError: they are built already, or were begun with other options; or the run was trained on
-            shortened histories.
+            shortened histories; or the log has events of the future.
         CheckpointError: the run has no checkpoint.
         LogError: the event log is not there.
     """
@@ -79,32 +83,49 @@ def build_states(config: BuildStatesConfig) -> dict[str, float | str]:
         )
     if "://" not in config.store and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
         raise StateError(f"{config.store}: LMDB serves one machine; on several use redis://")
-    histories, times = _whole_histories(run.log, config.until)
+    earlier, earlier_times, last, last_times = _histories(run.log, config.until)
+    lengths = earlier.history_lengths + last.history_lengths
+    latest = int(last_times[lengths > 0].max(initial=_NEVER))
+    if latest > time.time_ns() // 1000 + MICROSECONDS_PER_DAY:
+        raise StateError(
+            f"{run.log.path}: its last event is at {utc(latest)}, in the future, and what its user does "
+            "before then would not count. Leave such events out with --until, or mend their times (of "
+            "nanoseconds, perhaps?)"
+        )
     key_values = open_key_value_store(config.store)
     layout = StateLayout.of(ifa, config.dtype)
     source = f"{run.log.fingerprint()} until {config.until}"
-    store = StateStore.begin(key_values, run.version, layout, config.position, source)
+    store = StateStore.begin(key_values, run.version, layout, config.position, source, latest)
     users = run.log.users
     parts = np.array_split(users, len(users) // 10_000 + 1)
     known = np.concatenate([store.known(part.tolist()) for part in parts])
-    left = np.flatnonzero(~known & (histories.history_lengths > 0))
+    left = np.flatnonzero(~known & (lengths > 0))
     dist.barrier()  # before anyone writes, so that all ranks share the same users
-    lengths = histories.history_lengths[left]
-    sampler = EventBudgetSampler(lengths, config.max_events, config.max_requests, shard=(rank, world))
+    sampler = EventBudgetSampler(
+        lengths[left], config.max_events, config.max_requests, shard=(rank, world)
+    )
     written = torch.zeros(3, dtype=torch.float64)  # users, bytes, events
     start = time.perf_counter()
     model = run.dlrm.eval()
     done = len(users) - len(left)
     with tqdm(total=len(users), initial=done, desc="states", unit="user", disable=rank > 0) as bar:
         for step, indices in enumerate(sampler, 1):
-            batch = histories[[EMPTY_REQUEST if i == EMPTY_REQUEST else left[i] for i in indices]]
-            batch = batch.to(run.device)
-            state = model.encode(batch.sequence_features, batch.history_age).to("cpu")
+            users_of_batch = [EMPTY_REQUEST if i == EMPTY_REQUEST else left[i] for i in indices]
+            states: list[UserState] = []
+            for histories in (earlier, last):
+                batch = histories[users_of_batch].to(run.device)
+                states.append(model.encode(batch.sequence_features, batch.history_age).to("cpu"))
             mine = [place for place, i in enumerate(indices) if i != EMPTY_REQUEST]
             who = left[[indices[place] for place in mine]]
             if mine:
-                size = store.write(users[who].tolist(), state[mine], times[who].tolist())
-                written += torch.tensor([len(who), size, histories.history_lengths[who].sum()])
+                size = store.write(
+                    users[who].tolist(),
+                    states[0][mine],
+                    earlier_times[who].tolist(),
+                    states[1][mine],
+                    last_times[who].tolist(),
+                )
+                written += torch.tensor([len(who), size, lengths[who].sum()])
             bar.update(done + sampler.requests_taken(step) - bar.n)
     dist.all_reduce(written)
     seconds = time.perf_counter() - start
@@ -122,9 +143,11 @@ def build_states(config: BuildStatesConfig) -> dict[str, float | str]:
     }
 
 
-def _whole_histories(log: EventLog, until: datetime | None) -> tuple[RankingDataset, np.ndarray]:
-    """A request without candidates for each of the log's users, made just after its last event; and
-    the times of those events."""
+def _histories(
+    log: EventLog, until: datetime | None
+) -> tuple[RankingDataset, np.ndarray, RankingDataset, np.ndarray]:
+    """Each of the log's users' events but those of the last one's time, and then these: as requests
+    without candidates, each made just after the last event in it; and the times of those events."""
     end = log.user_offsets[1:]
     time_of = log.events["time"]
     if until is not None:
@@ -133,8 +156,18 @@ def _whole_histories(log: EventLog, until: datetime | None) -> tuple[RankingData
         bound = np.full(len(log.users), np.datetime64(until, "us").astype(np.int64))
         end = log.history_range(log.users, bound)[1]
         end = np.maximum(end, log.user_offsets[:-1])  # where there is no event before it
-    last = np.where(end > log.user_offsets[:-1], time_of[np.maximum(end, 1) - 1], 0)
-    return RankingDataset.of_users(log, log.users, last + 1), last
+
+    def last_before(end: np.ndarray) -> np.ndarray:
+        return np.where(end > log.user_offsets[:-1], time_of[np.maximum(end, 1) - 1], _NEVER)
+
+    last = last_before(end)
+    earlier = last_before(np.maximum(log.history_range(log.users, last)[1], log.user_offsets[:-1]))
+    return (
+        RankingDataset.of_users(log, log.users, np.minimum(earlier + 1, last)),
+        earlier,
+        RankingDataset.of_users(log, log.users, last + 1, since=last),
+        last,
+    )
 
 
 def main() -> None:

@@ -65,6 +65,9 @@ class ServeConfig:
     its own."""
     int8: bool = False
     """Round the tables to 8 bits: a third of their memory (docs/serving.md has what it changes)."""
+    strict: bool = False
+    """Refuse (409) a request that is too far before the user's last event to be ranked as of its time;
+    else it is ranked as of a later time, which the answer says."""
     drain: float = 2
     """Seconds after SIGTERM in which calls are still taken, for /readyz (503 then) to be noticed."""
     limits: Limits = field(default_factory=Limits)
@@ -102,7 +105,7 @@ def serve(config: ServeConfig) -> None:
         run = load_run(config.run.resolve(), config.data, sharded=False)
         states = StateStore(key_values, run.version)
         model = quantize_tables(run.dlrm) if config.int8 else run.dlrm
-        return Scorer(model, run.log.schema, run.log.items, states)
+        return Scorer(model, run.log.schema, run.log.items, states, config.strict)
 
     with LiveScorer(load, config.limits) as live:
         _ensure_file_handles(config.limits.max_connections)

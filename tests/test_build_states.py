@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -54,7 +56,7 @@ def assert_built(store: str, run: Path, before: int = END) -> StateStore:
     wanted = expected(loaded, before)
     every_key = np.arange(loaded.dlrm.config.ifa.identity_key_range)
     users = len(USERS)
-    found = states.read(USERS, [END] * users, [every_key] * users, [True] * users)
+    found, _ = states.read(USERS, [END] * users, [every_key] * users, [True] * users)
     for name, value in wanted.state_dict().items():
         torch.testing.assert_close(
             found.state_dict()[name], value, rtol=1e-5, atol=1e-5, msg=name, check_dtype=False
@@ -82,6 +84,16 @@ def test_only_the_events_before_a_time(run, tmp_path, zone):
     build_states(BuildStatesConfig(run, store, 0, until=datetime(2024, 2, 10, hour, tzinfo=zone)))
     before = int(np.datetime64("2024-02-10", "us").astype(np.int64))
     assert_built(store, run, before)
+
+
+def test_a_log_with_events_of_the_future_is_refused(run, tmp_path, monkeypatch):
+    day = datetime(2024, 2, 10, tzinfo=timezone.utc)
+    clock = SimpleNamespace(time_ns=lambda: int(day.timestamp()) * 10**9, perf_counter=time.perf_counter)
+    monkeypatch.setattr("ifa_torchrec.build_states.time", clock)
+    with pytest.raises(StateError, match=r"last event is at 2024-03-.*, in the future.* --until"):
+        build_states(BuildStatesConfig(run, str(tmp_path / "states"), 0))
+    assert not (tmp_path / "states").exists()
+    build_states(BuildStatesConfig(run, str(tmp_path / "states"), 0, until=day))
 
 
 class Stopped(Exception):

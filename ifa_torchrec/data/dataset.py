@@ -60,12 +60,15 @@ class RankingDataset(Dataset[RankingBatch]):
         self._open(log, log.requests(split), history_length)
 
     @classmethod
-    def of_users(cls, log: EventLog, users: np.ndarray, times: np.ndarray) -> RankingDataset:
+    def of_users(
+        cls, log: EventLog, users: np.ndarray, times: np.ndarray, since: np.ndarray | None = None
+    ) -> RankingDataset:
         """Requests without candidates, for their histories alone.
 
         Args:
             log: the event log.
             users: [R] int64; times: [R] int64, microseconds.
+            since: [R] int64, microseconds: only events from this time on; None for all.
 
         Example:
             >>> import numpy as np, pandas as pd, tempfile
@@ -87,6 +90,9 @@ class RankingDataset(Dataset[RankingBatch]):
         none["candidate_offsets"] = np.zeros(len(users) + 1, np.int64)
         dataset = cls.__new__(cls)
         dataset._open(log, {USER: users, TIME: times, **none}, None)
+        if since is not None:
+            dataset._start = log.history_range(users, since)[1]
+            dataset.history_lengths = dataset._end - dataset._start
         return dataset
 
     def _open(self, log: EventLog, requests: Columns, history_length: int | None) -> None:

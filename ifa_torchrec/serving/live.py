@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from ifa_torchrec.serving.batching import Batcher, Item, Result
 from ifa_torchrec.serving.scorer import Ranking, RankingRequest, Scorer
-from ifa_torchrec.serving.state_store import Event, StateStore
+from ifa_torchrec.serving.state_store import Event
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Limits:
     max_events: int = 1000
     """Most events a call, and of calls whose events are written together."""
     max_ahead: float = 60
-    """Seconds that an event may be ahead of the clock here; no request may be before it."""
+    """Seconds that an event may be ahead of the clock here."""
     max_waiting: int = 256
     """Most ranking requests and calls with events that wait for their turn."""
     timeout: float = 2
@@ -80,6 +80,9 @@ class Metrics:
         self.calls = Counter("ifa_calls", "HTTP calls.", ["path", "status"], registry=registry)
         self.seconds = Histogram("ifa_call_seconds", "Time of a call.", ["path"], registry=registry)
         self.waiting = Gauge("ifa_queue_length", "What waits for its turn.", registry=registry)
+        self.late = Counter(
+            "ifa_late_requests", "Ranked as of a time after the request's.", registry=registry
+        )
         self.events = Counter("ifa_events", "Events, new or duplicate.", ["kind"], registry=registry)
         self.candidates = Counter("ifa_candidates", "Candidates scored.", registry=registry)
         self.reloads = Counter("ifa_reloads", "Reloads, ok or failed.", ["result"], registry=registry)
@@ -114,7 +117,7 @@ class LiveScorer:
         self._batcher = Batcher(limits.max_waiting)
         self._reloader = ThreadPoolExecutor(1, "reload")
         self._checker = ThreadPoolExecutor(1, "check")
-        self._checking: Future[StateStore] | None = None
+        self._checking: Future[None] | None = None
         self._checked = 0.0
         self.metrics.waiting.set_function(lambda: len(self._batcher))
         self.metrics.model.info({"version": self.version})
@@ -146,7 +149,7 @@ class LiveScorer:
         now = time.monotonic()
         if self._checking is None or (self._checking.done() and now > self._checked + 1):
             store, self._checked = self._scorers[0].store, now
-            self._checking = self._checker.submit(StateStore, store.key_values, store.version)
+            self._checking = self._checker.submit(store.check)
         await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._checking)), 1)
 
     async def rank(self, requests: Sequence[RankingRequest]) -> list[LiveRanking | BaseException]:
@@ -191,17 +194,18 @@ class LiveScorer:
         version, tasks = scorer.store.version, scorer.schema.tasks
         rankings = scorer.rank(requests)
         self.metrics.candidates.inc(sum(len(ranking.items) for ranking in rankings))
-        return [LiveRanking(ranking.items, ranking.logits, version, tasks) for ranking in rankings]
+        self.metrics.late.inc(sum(ranking.as_of is not None for ranking in rankings))
+        return [LiveRanking(r.items, r.logits, r.as_of, version, tasks) for r in rankings]
 
     def _append(self, calls: list[Sequence[Event]]) -> list[list[bool]]:
         events = [event for call in calls for event in call]
         first = self._scorers[0]
-        new = first.append(events)
+        new = first.append(events, self.limits.max_ahead)
         # Looked up only now that the journal has the events: a scorer that is not here yet finds them
         # there. An event that it refuses is refused, or else its states would silently lack it.
         for scorer in self._scorers:
             if scorer is not first:
-                scorer.append(events)
+                scorer.append(events, self.limits.max_ahead)
         self.metrics.events.labels("new").inc(sum(new))
         self.metrics.events.labels("duplicate").inc(len(new) - sum(new))
         answers = iter(new)

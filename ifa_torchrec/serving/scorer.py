@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,9 +16,10 @@ from ifa_torchrec.data import LogSchema
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.modules import UserState, generate_set
 from ifa_torchrec.serving.errors import RequestError, StateError
-from ifa_torchrec.serving.state_store import Event, StateLayout, StateStore
+from ifa_torchrec.serving.state_store import Event, StateLayout, StateStore, utc
 
 _LARGEST = 2**63 - 1
+_YEAR = 365 * 86400.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,8 @@ class RankingRequest:
     Args:
         user: id.
         candidates: m item ids, at least one.
-        time: microseconds since 1970, UTC; None is now, or the user's last event where the clock
-            that stamped it is ahead.
+        time: microseconds since 1970, UTC; the events before it count. None is now, or just after
+            the user's last event where the clock that stamped it is ahead.
         context: an id for each of the schema's context features.
         dense: a number for each of its dense features.
         candidate_dense: m numbers for each of its candidate_dense features.
@@ -55,10 +58,13 @@ class Ranking:
     Args:
         items: ids.
         logits: [len(items), T] float32, one column a task.
+        as_of: None, or the time it is of where that is not the request's, since the state could not
+            go back to it: microseconds. ``StateStore.read`` says how far it can.
     """
 
     items: list[int]
     logits: np.ndarray
+    as_of: int | None
 
 
 class Scorer:
@@ -72,6 +78,7 @@ class Scorer:
         schema: the event log's, which names the features.
         items: the event log's items, a column [I] an item feature.
         store: the states that this model's weights made.
+        strict: refuse a request that can only be ranked as of a later time.
 
     Raises:
         StateError: the store's states are of another configuration.
@@ -113,6 +120,7 @@ class Scorer:
         schema: LogSchema,
         items: Mapping[str, np.ndarray],
         store: StateStore,
+        strict: bool = False,
     ) -> None:
         ifa = model.candidate_arch.ifa
         wanted = StateLayout.of(ifa, store.layout.dtype)
@@ -122,12 +130,13 @@ class Scorer:
                 "build them with this model"
             )
         self.model, self.schema, self.items, self.store = model.eval(), schema, items, store
+        self.strict = strict
         self._identity = ifa.identity
         self._num_items = len(items[schema.item])
 
-    @torch.no_grad()
     def score(self, requests: Sequence[RankingRequest]) -> list[np.ndarray]:
-        """The logits of every candidate.
+        """The logits of every candidate. Where the state cannot go back to a request's time they are as
+        of a later one; ``rank`` says which.
 
         Args:
             requests: B of them.
@@ -138,43 +147,57 @@ class Scorer:
         Raises:
             RequestError: a field is missing, unknown or out of range.
             UnknownUserError: a user has no state, and is not said to be new.
-            StateError: a state has events after the request's time.
+            StateError: ``strict``, and the state cannot go back to the request's time.
+            StoreError: states are lost or damaged, or the store fails.
         """
+        return self._score(requests)[0]
+
+    @torch.no_grad()
+    def _score(self, requests: Sequence[RankingRequest]) -> tuple[list[np.ndarray], list[int]]:
+        """The logits of every candidate, and the times that they are as of."""
         if not requests:
-            return []
+            return [], []
         for request in requests:
             self._check(request)
         batch = self._batch(requests)
-        logits = self.model(batch, state=self._state(requests, batch)).float().numpy()
+        state, as_of = self._state(requests, batch)
+        logits = self.model(batch, state=state).float().numpy()
         if not np.isfinite(logits).all():
             raise RequestError("the logits overflow; give smaller numbers in dense, candidate_dense")
         ends = np.cumsum([len(request.candidates) for request in requests])
-        return np.split(logits, ends[:-1])
+        return np.split(logits, ends[:-1]), as_of.tolist()
 
     def rank(self, requests: Sequence[RankingRequest], k: int | None = None) -> list[Ranking]:
         """The k best candidates of each request by the first task's logit; None for all.
 
         Raises:
-            RequestError, StateError: as ``score``.
+            RequestError, UnknownUserError, StateError: as ``score``.
             ValueError: k is negative.
         """
-        rankings = []
-        for request, logits in zip(requests, self.score(requests), strict=True):
+        rankings: list[Ranking] = []
+        for request, logits, as_of in zip(requests, *self._score(requests), strict=True):
             m = len(request.candidates)
             whole = JaggedTensor(torch.empty(m), lengths=torch.tensor([m]))
             first_task = torch.from_numpy(logits[:, 0].copy())
             chosen = generate_set(first_task, whole, m if k is None else k).values().numpy()
-            rankings.append(Ranking([int(request.candidates[row]) for row in chosen], logits[chosen]))
+            moved = None if request.time in (None, as_of) else as_of
+            items = [int(request.candidates[row]) for row in chosen]
+            rankings.append(Ranking(items, logits[chosen], moved))
         return rankings
 
-    def append(self, events: Sequence[Event]) -> list[bool]:
+    def append(self, events: Sequence[Event], max_ahead: float = 60) -> list[bool]:
         """Add events to their users' states, each once however often it is given.
+
+        Args:
+            events: the events.
+            max_ahead: seconds that an event may be ahead of the clock here.
 
         Returns:
             Whether each event was new.
 
         Raises:
-            RequestError: an item is unknown, or a number out of range.
+            RequestError: an item is unknown, a number out of range, or an event in the future.
+            StateError, StoreError: as ``StateStore.append``.
         """
         for event in events:
             if not 0 <= event.item < self._num_items:
@@ -187,12 +210,14 @@ class Scorer:
                     f"event {event.position}: position and time must be in 0..2**63 - 1, got "
                     f"{event.position} and {event.time}"
                 )
+            _check_clock(f"event {event.position}: its time", event.time, max_ahead)
             self._check_user(event.user)
         return self.store.append(events, self._encode)
 
     def catch_up(self) -> int:
         """Add what the store's journal has and these states have not; how many events it was."""
-        return sum(sum(self.append(events)) for events in self.store.missed())
+        # whatever clock accepted them
+        return sum(sum(self.append(events, max_ahead=math.inf)) for events in self.store.missed())
 
     @torch.no_grad()
     def _encode(self, events: Sequence[Event]) -> UserState:
@@ -200,7 +225,9 @@ class Scorer:
         features = self._sequence_features(items, np.ones(len(events), np.int64), "history_")
         return self.model.encode(features, torch.zeros(len(events)))
 
-    def _state(self, requests: Sequence[RankingRequest], batch: RankingBatch) -> UserState:
+    def _state(
+        self, requests: Sequence[RankingRequest], batch: RankingBatch
+    ) -> tuple[UserState, np.ndarray]:
         keys = None
         ids = self.model.candidate_arch.ids(batch.sequence_features, "candidate_")
         if ids is not None and self._identity is not None:
@@ -212,6 +239,7 @@ class Scorer:
             [request.time for request in requests],
             keys,
             [request.new_user for request in requests],
+            self.strict,
         )
 
     def _batch(self, requests: Sequence[RankingRequest]) -> RankingBatch:
@@ -258,6 +286,8 @@ class Scorer:
         self._check_user(request.user)
         if request.time is not None and not 0 <= request.time <= _LARGEST:
             raise RequestError(f"time must be in 0..2**63 - 1 microseconds, got {request.time}")
+        if request.time is not None:
+            _check_clock("time", request.time, _YEAR)
         if m == 0:
             raise RequestError("candidates is empty; give at least one item")
         items = np.asarray(request.candidates)
@@ -298,6 +328,17 @@ class Scorer:
     def _check_user(user: int) -> None:
         if not -_LARGEST - 1 <= user <= _LARGEST:
             raise RequestError(f"user {user} is not an int64")
+
+
+def _check_clock(name: str, given: int, max_ahead: float) -> None:
+    """Refuse what is far ahead: a state at such a time has forgotten everything, for good."""
+    latest = time.time_ns() // 1000 + max_ahead * 1e6
+    if given > latest:
+        cause = "; it is microseconds since 1970, were these nanoseconds?" * (given > 2 * latest)
+        raise RequestError(
+            f"{name} {given} is {utc(given)}, more than {max_ahead:g} seconds ahead of the clock "
+            f"here{cause}"
+        )
 
 
 def _check_finite(name: str, values: Sequence[float]) -> None:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import multiprocessing
+import random
+import re
+import resource
 import shutil
 import subprocess
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from threading import Event, Thread
 
+import lmdb
 import pytest
+import redis
 
 from ifa_torchrec.serving import StateError, StoreError, open_key_value_store
+from ifa_torchrec.serving.key_value import _LARGEST_MAP
 
 fork = multiprocessing.get_context("fork")
 
@@ -113,7 +121,7 @@ def test_a_full_map_is_reported_and_leaves_what_was_there(tmp_path, monkeypatch)
     monkeypatch.setattr("ifa_torchrec.serving.key_value._LARGEST_MAP", 1 << 20)
     store = open_key_value_store(str(tmp_path / "states"))
     store.update([], lambda found: {b"a": b"1"})
-    with pytest.raises(StoreError, match="MDB_MAP_FULL"):
+    with pytest.raises(StoreError, match=r"MDB_MAP_FULL.*mapped 1,048,576 bytes.*ulimit -v"):
         store.update([], lambda found: {b"a": b"2", b"b": bytes(1 << 21)})
     assert store.read([b"a", b"b"]) == [b"1", None]
 
@@ -140,3 +148,144 @@ def test_a_store_that_is_not_there_is_not_made_where_it_is_to_be_read(tmp_path):
     assert not folder.exists()
     open_key_value_store(str(folder)).close()
     open_key_value_store(str(folder), create=False).close()
+
+
+# ------------------------------------------------------------------------ what LMDB may end a process by
+
+
+def in_a_process(work: Callable[[], object]) -> object:
+    """What some work returns, or its error as text, from a process of its own."""
+    ours, theirs = multiprocessing.Pipe()
+
+    def run() -> None:
+        try:
+            theirs.send(work())
+        except StateError as error:
+            theirs.send(f"{type(error).__name__}: {error}")
+
+    process = fork.Process(target=run)
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        process.join()
+        return f"the process ended by {process.exitcode}"
+
+
+def read_all(path: Path) -> int:
+    store = open_key_value_store(str(path), create=False)
+    keys = list(store.scan(b"s"))
+    assert None not in store.read(keys)
+    return len(keys)
+
+
+def test_a_file_that_was_cut_off_is_refused_and_ends_no_process(tmp_path):
+    store = open_key_value_store(str(tmp_path))
+    values = {b"s%d" % n: bytes(100 if n % 2 else 5000) for n in range(300)}
+    store.update([], lambda found: values)
+    store.close()
+    file = tmp_path / "data.mdb"
+    whole = file.read_bytes()
+    assert in_a_process(lambda: read_all(tmp_path)) == 300
+    for size in (1, 4096, 5000, 8192, 8193, len(whole) // 3, len(whole) // 2, len(whole) - 4096):
+        file.write_bytes(whole[:size])
+        refusal = in_a_process(lambda: read_all(tmp_path))
+        assert refusal.startswith(f"StoreError: {tmp_path}: "), (size, refusal)
+        assert "not an LMDB file" in refusal or f"{size:,} bytes of {len(whole):,}: it was" in refusal
+
+
+def test_a_file_whose_last_pages_are_free_is_not_cut_off(tmp_path):
+    """LMDB does not write pages that a transaction took and gave back."""
+    rng, count = random.Random(0), 0
+    with lmdb.open(str(tmp_path), map_size=1 << 30) as environment:
+        for _ in range(400):
+            with environment.begin(write=True) as transaction:
+                for _ in range(rng.randrange(1, 60)):
+                    key = b"s%d" % rng.randrange(3000)
+                    transaction.put(key, bytes(rng.choice((100, 150, 9000))))
+                for n in range(first := rng.randrange(3000), first + rng.choice((0, 1500))):
+                    transaction.delete(b"s%d" % n)
+                count = transaction.stat()["entries"]
+            pages = environment.info()["last_pgno"] + 1
+            if (tmp_path / "data.mdb").stat().st_size < pages * environment.stat()["psize"]:
+                break
+        else:
+            pytest.fail("the file never ended before the last page")
+    assert in_a_process(lambda: read_all(tmp_path)) == count
+
+
+def test_under_a_limit_of_address_space_the_map_is_smaller(tmp_path):
+    def limited(more: int) -> object:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + more, used + more))
+        store = open_key_value_store(str(tmp_path))
+        store.update([], lambda found: {b"s1": bytes(100_000)})
+        return store._map, used + more
+
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    size, limit = in_a_process(lambda: limited(used + (64 << 30)))
+    assert size == min(_LARGEST_MAP, limit // 2 // resource.getpagesize() * resource.getpagesize())
+    assert in_a_process(lambda: read_all(tmp_path)) == 1
+    refusal = in_a_process(lambda: limited(1 << 20))
+    assert re.search(r"wants [\d,]+ bytes of address space .*ulimit -v.* raise the limit", refusal)
+
+
+def test_a_file_that_grew_beyond_the_map_says_so(tmp_path, monkeypatch):
+    open_key_value_store(str(tmp_path)).close()
+
+    def grow() -> None:
+        store.close()  # what the fork brought along
+        other = open_key_value_store(str(tmp_path))
+        other.update([], lambda found: {b"s1": bytes(4 << 20)})
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ifa_torchrec.serving.key_value._LARGEST_MAP", 1 << 20)
+        store = open_key_value_store(str(tmp_path))
+    assert in_a_process(grow) is None
+    with pytest.raises(StoreError, match=r"MDB_MAP_RESIZED.*mapped 1,048,576 bytes.*start it again"):
+        store.read([b"s1"])
+    store.close()
+
+
+# -------------------------------------------------------------------------------- what Redis may lose
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl", "allkeys-random"])
+def test_a_server_that_evicts_keys_is_refused(redis_address, policy):
+    store = open_key_value_store(redis_address)
+    client = redis.Redis.from_url(redis_address)
+    client.config_set("maxmemory-policy", policy)
+    try:
+        for look in (lambda: open_key_value_store(redis_address), store.check):
+            with pytest.raises(StoreError, match=f"maxmemory-policy is {policy}.* set it to noeviction"):
+                look()
+    finally:
+        client.config_set("maxmemory-policy", "noeviction")
+    store.check()
+
+
+def test_a_server_on_which_config_is_forbidden_is_asked_by_info(redis_address):
+    client = redis.Redis.from_url(redis_address)
+    client.execute_command("ACL SETUSER guest on >pw ~* +@all -config")
+    store = open_key_value_store(f"{redis_address.replace('://', '://guest:pw@')}")
+    with pytest.raises(redis.exceptions.NoPermissionError):
+        store._client.config_get("maxmemory-policy")
+    store.check()
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "redis://:hush@localhost:1/0",
+        "redis://me:hu/hush@localhost:1/0",
+        "redis://me:hush@localhost:port/0",
+        "redis://localhost:1/0?password=hush",
+        "redis://me:hush@[::1/0",
+    ],
+)
+def test_a_password_is_in_no_message(address):
+    with pytest.raises(StoreError, match=r"redis://localhost|no address|no Redis") as caught:
+        open_key_value_store(address)
+    shown = "".join(traceback.format_exception_only(caught.value))
+    assert "hush" not in shown and caught.value.__suppress_context__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ from ifa_torchrec.serving import (
     StateError,
     StateLayout,
     StateStore,
+    StoreError,
     UnknownUserError,
     drop,
     open_key_value_store,
@@ -84,8 +86,22 @@ def random_events(count: int, users: Sequence[int], seed: int = 0) -> list[Event
     ]
 
 
+def write(store: StateStore, model: Model, events: Sequence[Event]) -> int:
+    """Write the states of all events, as a build does."""
+    users = sorted({event.user for event in events})
+    histories = [[e for e in events if e.user == user] for user in users]
+    last = [max(e.time for e in history) for history in histories]
+    earlier = [[e for e in h if e.time < t] for h, t in zip(histories, last, strict=True)]
+    earlier_times = [max((e.time for e in h), default=0) for h in earlier]
+    at_last = [[e for e in h if e.time == t] for h, t in zip(histories, last, strict=True)]
+    return store.write(
+        users, model.encode(earlier, earlier_times), earlier_times, model.encode(at_last, last), last
+    )
+
+
 def read(store: StateStore, model: Model, users: Sequence[int], now: int) -> UserState:
-    return store.read(users, [now] * len(users), [model.every_key] * len(users), [True] * len(users))
+    states = store.read(users, [now] * len(users), [model.every_key] * len(users), [True] * len(users))
+    return states[0]
 
 
 def assert_holds(
@@ -110,11 +126,8 @@ both_configs = pytest.mark.parametrize("config", [CONFIG, DENSE], ids=["identity
 @both_configs
 def test_written_states_come_back_later_and_decayed(key_values, config):
     model, events = Model(config), random_events(60, users=[7, -3, 2**40])
-    users = [7, -3, 2**40]
-    histories = [[e for e in events if e.user == user] for user in users]
-    last = [max(e.time for e in history) for history in histories]
     store = StateStore.begin(key_values, "v1", StateLayout.of(model.ifa), position=60)
-    size = store.write(users, model.encode(histories, last), last)
+    size = write(store, model, events)
     assert size > 3 * 2 * 4 * (8 + 1) * 2
     store.finish()
     assert_holds(StateStore(key_values, "v1"), model, events)
@@ -135,7 +148,7 @@ def test_only_the_rows_asked_for_are_read(key_values):
     model, events = Model(), random_events(50, users=[1])
     store = new_store(key_values, model)
     store.append(events, model.encode_each)
-    state = store.read([1, 1], [100 * DAY] * 2, [np.array([9, 3, 3]), np.array([], np.int64)])
+    state, _ = store.read([1, 1], [100 * DAY] * 2, [np.array([9, 3, 3]), np.array([], np.int64)])
     assert state.identity_key.tolist() == [3, 9]
     assert state.identity_offsets.tolist() == [0, 2, 2]
 
@@ -234,9 +247,9 @@ def test_a_record_of_other_weights_in_their_place_is_refused(key_values):
     model, events = Model(), random_events(5, users=[1])
     one, other = (new_store(key_values, model, version) for version in ("v1", "v2"))
     one.append(events, model.encode_each)
-    (record,) = key_values.read([one._head_key(1)])
-    key_values.update([], lambda found: {other._head_key(1): record})
-    with pytest.raises(StateError, match="other weights lies where those of 'v2'"):
+    (record,) = key_values.read([one._format.user_key(b"s", 1)])
+    key_values.update([], lambda found: {other._format.user_key(b"s", 1): record})
+    with pytest.raises(StoreError, match=r"record of user 1 .* is damaged, or of another building"):
         read(other, model, [1], 100 * DAY)
 
 
@@ -263,18 +276,76 @@ def test_an_unknown_user_is_refused_unless_new(key_values):
     store = new_store(key_values, model)
     with pytest.raises(UnknownUserError, match="user 9 has no state"):
         store.read([9], [0], [model.every_key])
-    state = store.read([9], [0], [model.every_key], [True])
+    state, _ = store.read([9], [0], [model.every_key], [True])
     assert state.count.tolist() == [0]
     assert state.key_sum.abs().sum() == 0
     assert state.identity_offsets.tolist() == [0, 0]
 
 
-def test_a_state_does_not_go_back_in_time(key_values):
+def test_a_time_too_early_is_answered_as_of_a_later_one_or_refused(key_values):
     model = Model()
     store = new_store(key_values, model)
-    store.append([Event(0, 1, 2, 10 * DAY)], model.encode_each)
-    with pytest.raises(StateError, match=r"user 1 has an event at 1970-01-11.*after.*1970-01-10"):
-        store.read([1], [9 * DAY], [model.every_key])
+    events = [Event(n, 1, n, time * DAY) for n, time in enumerate((9, 10, 11))]
+    store.append(events, model.encode_each)
+    for asked, as_of, seen in ((12, 12, 3), (11, 11, 2), (10.5, 10.5, 2), (10, 10 + 1 / DAY, 2)):
+        state, at = store.read([1], [int(asked * DAY)], [model.every_key])
+        assert at.tolist() == [int(as_of * DAY)]
+        expected = model.encode([events[:seen]], at)
+        assert state.count.tolist() == [seen]
+        torch.testing.assert_close(state.key_value, expected.key_value, rtol=1e-5, atol=1e-6)
+    assert store.read([1], [0], [model.every_key])[1].tolist() == [10 * DAY + 1]
+    assert store.read([1], [10 * DAY + 1], strict=True)[1].tolist() == [10 * DAY + 1]
+    with pytest.raises(StateError, match=r"1970-01-11.* and 1970-01-12.*, neither before .* 1970-01-11"):
+        store.read([1], [10 * DAY], strict=True)
+
+
+@both_configs
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("built", [0, 25, 40])
+def test_a_request_sees_the_events_strictly_before_it_ties_or_not(tmp_path, config, dtype, built):
+    """As training does. Times are few, so that most are of several events; the first ``built`` events
+    in time are written by a build, the others appended, in any order and number at once."""
+    model, rng, users = Model(config), random.Random(built), [1, 2]
+    events = [Event(n, rng.choice(users), rng.randrange(NUM_ITEMS), rng.randrange(8)) for n in range(60)]
+    events = [dataclasses.replace(event, time=event.time * 5 * DAY) for event in events]
+    events.sort(key=lambda event: event.time)
+    key_values = open_key_value_store(str(tmp_path))
+    store = StateStore.begin(key_values, "v1", StateLayout.of(model.ifa, dtype), 0)
+    if built:
+        write(store, model, events[:built])
+    store.finish()
+    seen, left = events[:built], events[built:]
+    rng.shuffle(left)
+    tolerance = 1e-5 if dtype == "float32" else 1e-2
+    asked = [(user, day * DAY + d) for user in users for day in range(0, 41, 5) for d in (-1, 0, 1)]
+    exact = 0
+    while True:
+        histories = {user: [event for event in seen if event.user == user] for user in users}
+        states, as_of = store.read(*zip(*asked, strict=True), [model.every_key] * len(asked), asked)
+        before = [
+            [e for e in histories[u] if e.time < t] for (u, _), t in zip(asked, as_of, strict=True)
+        ]
+        expected = model.encode(before, as_of.tolist()).state_dict()
+        for name, value in expected.items():
+            if isinstance(value, torch.Tensor):
+                scale = value.abs().max().item() if value.numel() else 0
+                torch.testing.assert_close(
+                    getattr(states, name), value, rtol=tolerance, atol=tolerance * scale, msg=name
+                )
+        for (user, now), at in zip(asked, as_of.tolist(), strict=True):
+            times = sorted({event.time for event in histories[user]})
+            if now != at:  # only what is before the last time but one
+                assert now <= times[-2] == at - 1
+            elif len(times) > 1:
+                assert now > times[-2]
+            exact += now in times and now == at
+        if not left:
+            break
+        part = rng.choice([1, 2, 7])
+        assert all(store.append(left[:part], model.encode_each))
+        seen, left = seen + left[:part], left[part:]
+    assert exact >= 2
+    key_values.close()
 
 
 def test_without_a_time_it_is_now_or_the_last_event(key_values):
@@ -283,7 +354,7 @@ def test_without_a_time_it_is_now_or_the_last_event(key_values):
     now = time.time_ns() // 1000
     ahead, past = now + DAY, now - 30 * DAY  # a half-life ago
     store.append([Event(0, 1, 2, ahead), Event(1, 2, 2, past)], model.encode_each)
-    state = store.read([1, 2], [None, None], [model.every_key] * 2)
+    state, _ = store.read([1, 2], [None, None], [model.every_key] * 2)
     expected = model.encode([[Event(0, 1, 2, ahead)], [Event(1, 2, 2, past)]], [ahead, now])
     torch.testing.assert_close(state.key_sum, expected.key_sum, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(state.identity_sum, expected.identity_sum, rtol=1e-4, atol=1e-6)
@@ -315,7 +386,7 @@ def test_drop_deletes_one_version_and_what_no_other_wants(key_values):
         StateStore(key_values, "v1")
     assert_holds(StateStore(key_values, "v2"), model, events[20:])
     assert len(list(key_values.scan(b"j"))) == 30
-    ours = [key for kind in b"sia" for key in key_values.scan(bytes([kind]) + old._id)]
+    ours = [key for kind in b"suika" for key in key_values.scan(bytes([kind]) + old._format.id)]
     assert ours == []
     with pytest.raises(StateError, match=r"'v1' here; there are \['v2'\]"):
         drop(key_values, "v1")
@@ -325,19 +396,17 @@ def test_a_bucket_of_one_value_stores_it_once(key_values):
     model = Model()
     store = new_store(key_values, model)
     store.append([Event(n, 1, 3, n * DAY) for n in range(9)], model.encode_each)
-    (once,) = key_values.read([store._row_key(1, 3)])
+    (once,) = key_values.read([store._format.row_key(1, 3)])
     store.append([Event(9, 1, 3 + 7, 9 * DAY)], model.encode_each)  # falls into the same bucket
-    (each,) = key_values.read([store._row_key(1, 3)])
+    (each,) = key_values.read([store._format.row_key(1, 3)])
     assert len(each) - len(once) == 2 * 4 * 4
 
 
 def test_float16_states_are_half_the_size_and_as_near_as_stated(key_values):
     model, events = Model(), random_events(400, users=[1, 2])
     for dtype, tolerance in (("float32", 1e-5), ("float16", 2e-3)):
-        users = [1, 2]
-        histories = [[e for e in events if e.user == user] for user in users]
         store = StateStore.begin(key_values, dtype, StateLayout.of(model.ifa, dtype), 0)
-        store.write(users, model.encode(histories, [90 * DAY] * 2), [90 * DAY] * 2)
+        write(store, model, events)
         store.finish()
         assert_holds(store, model, events, rtol=tolerance)
 
@@ -352,7 +421,7 @@ def test_float16_does_not_swallow_small_steps(key_values):
     for first in range(0, 4000, 8):  # each step is a transaction, so it is rounded
         store.append(others[first : first + 8], model.encode_each)
     expected = model.encode([same + others], [0])
-    actual = read(store, model, [1], 0)
+    actual = read(store, model, [1], 1)
     error = (actual.key_value - expected.key_value).abs().max() / expected.key_value.abs().max()
     assert error < 0.01
 
@@ -370,3 +439,196 @@ def test_a_mean_beyond_float16_is_refused(key_values):
 def test_an_unknown_dtype_is_refused():
     with pytest.raises(StateError, match="float32 or float16, not 'int8'"):
         StateLayout.of(Model().ifa, "int8")
+
+
+# ------------------------------------------------------------------------------- lost and damaged
+
+
+def records(key_values, store: StateStore) -> dict[str, bytes]:
+    """A record of each kind that user 1 has, by what it is."""
+    kinds = {"head": b"s", "before": b"u", "row": b"i", "members": b"k"}
+    found = {what: next(key_values.scan(kind + store._format.id)) for what, kind in kinds.items()}
+    positions = {"positions": store._format.block_key(0), "journal": b"j" + bytes(8)}
+    return {**found, **positions, "header": b"v" + store._format.id}
+
+
+def use(store: StateStore, model: Model) -> None:
+    """Read and append whatever user 1 has."""
+    store.read([1], [100 * DAY], [model.every_key])
+    store.read([1], [0], [model.every_key])
+    store.append([Event(0, 1, 3, 5 * DAY), Event(99, 1, 3, 5 * DAY)], model.encode_each)
+
+
+@pytest.mark.parametrize("what", ["head", "before", "row", "members", "positions", "journal", "header"])
+def test_a_flipped_bit_is_seen_and_the_store_named(tmp_path, what):
+    model, key_values = Model(), open_key_value_store(str(tmp_path))
+    store = new_store(key_values, model)
+    store.append([Event(0, 1, 3, 5 * DAY)], model.encode_each)
+    store.append([Event(1, 1, 4, 6 * DAY)], model.encode_each)
+    key = records(key_values, store)[what]
+    (whole,) = key_values.read([key])
+    rng = random.Random(0)
+    for byte in range(0, len(whole), 1 + len(whole) // 60):
+        damaged = bytearray(whole)
+        damaged[byte] ^= 1 << rng.randrange(8)
+        key_values.update([], lambda _, damaged=damaged: {key: bytes(damaged)})
+        with pytest.raises(StoreError, match=rf"{tmp_path}.* damaged.* build"):
+            use(store, model)
+    for size in (0, 3, len(whole) - 1):
+        key_values.update([], lambda _, size=size: {key: whole[:size]})
+        with pytest.raises(StoreError, match=rf"{tmp_path}.* damaged.* build"):
+            use(store, model)
+    key_values.update([], lambda _: {key: whole})
+    use(store, model)
+    key_values.close()
+
+
+@pytest.mark.parametrize("what", ["head", "before", "row", "members"])
+def test_a_part_of_a_state_that_is_gone_is_missed(key_values, what):
+    model = Model()
+    store = new_store(key_values, model)
+    store.append([Event(n, 1, n, n * DAY) for n in range(5)], model.encode_each)
+    key_values.delete([records(key_values, store)[what]])
+    lost = pytest.raises(StoreError, match=r"part of the state of user 1 is gone.* --drop v1")
+    for new_user in (False, True):
+        with lost:
+            store.read([1], [0], [model.every_key], [new_user])
+    with lost:
+        store.append([Event(9, 1, n, 9 * DAY) for n in range(1)], model.encode_each)
+
+
+def test_a_head_that_is_gone_is_missed_where_there_are_no_rows(key_values):
+    model = Model(DENSE)
+    store = new_store(key_values, model)
+    store.append([Event(0, 1, 3, 0)], model.encode_each)
+    key_values.delete([store._format.user_key(b"s", 1)])
+    for use_it in (
+        lambda: store.read([1], [DAY], new_users=[True]),
+        lambda: store.append([Event(1, 1, 3, 0)], model.encode_each),
+    ):
+        with pytest.raises(StoreError, match="part of the state of user 1 is gone"):
+            use_it()
+
+
+def refuses(store: StateStore, model: Model, message: str) -> None:
+    for use_it in (
+        store.check,
+        lambda: store.known([1]),
+        lambda: store.read([1], [DAY], [model.every_key], [True]),
+        lambda: store.append([Event(50, 1, 2, 0)], model.encode_each),
+        lambda: store.write([1], *[model.encode([[Event(0, 1, 2, 0)]], [0]), [0]] * 2),
+    ):
+        with pytest.raises(StoreError, match=message):
+            use_it()
+
+
+def test_a_store_that_lost_its_keys_is_refused_and_takes_no_event(key_values):
+    model = Model()
+    store = new_store(key_values, model)
+    store.append([Event(0, 1, 2, 0)], model.encode_each)
+    key_values.delete(list(key_values.scan(b"")))
+    refuses(store, model, r"states of weights 'v1' are gone.* events from position 0 on again")
+    assert list(key_values.scan(b"")) == []
+
+
+def test_states_that_were_built_anew_are_refused_until_they_are_opened_anew(key_values):
+    """And lack no event then, since the journal has them."""
+    model, events = Model(), random_events(20, users=[1, 2])
+    store = new_store(key_values, model)
+    store.append(events, model.encode_each)
+    drop(key_values, "v1")
+    refuses(store, model, "are gone")
+    building = StateStore.begin(key_values, "v1", StateLayout.of(model.ifa), 0)
+    refuses(store, model, r"built anew since this process opened them; start it again, or send it SIG")
+    write(building, model, [dataclasses.replace(event, user=7) for event in events])
+    building.finish()
+    refuses(store, model, "built anew")
+    store = StateStore(key_values, "v1")
+    assert store.known([1, 7]).tolist() == [False, True]
+    for missed in store.missed():
+        store.append(missed, model.encode_each)
+    assert_holds(store, model, events)
+
+
+def test_what_an_ended_drop_leaves_is_not_built_upon(key_values, monkeypatch):
+    model = Model()
+    store = new_store(key_values, model)
+    store.append([Event(0, 1, 2, 0)], model.encode_each)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(key_values), "delete", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            drop(key_values, "v1")
+    refuses(store, model, "are being dropped")
+    for opened in (
+        lambda: StateStore(key_values, "v1"),
+        lambda: StateStore.begin(key_values, "v1", StateLayout.of(model.ifa), 0),
+    ):
+        with pytest.raises(StateError, match=r"half dropped; drop them to the end .*--drop v1"):
+            opened()
+    drop(key_values, "v1")
+    assert list(key_values.scan(b"s")) == []
+    assert not new_store(key_values, model).known([1]).any()
+
+
+def test_of_ranks_that_begin_together_all_have_the_same_mark(key_values):
+    model = Model()
+    layout = StateLayout.of(model.ifa)
+    one, other = (StateStore.begin(key_values, "v1", layout, 0) for _ in range(2))
+    for user, store in enumerate((one, other)):
+        write(store, model, [Event(0, user, 2, 0)])
+    one.finish()
+    assert StateStore(key_values, "v1").known([0, 1]).all()
+
+
+def test_a_store_of_an_older_format_says_what_to_do(key_values):
+    model = Model()
+    key = b"v" + new_store(key_values, model)._format.id
+    old = {"format": "ifa-states/1", "version": "v1", "complete": True, "position": 0}
+    key_values.update([], lambda _: {key: json.dumps(old).encode()})
+    for opened in (
+        lambda: StateStore(key_values, "v1"),
+        lambda: StateStore.begin(key_values, "v1", StateLayout.of(model.ifa), 0),
+    ):
+        with pytest.raises(
+            StateError, match=r"'ifa-states/1', .*drop them .*--drop v1.* build them anew"
+        ):
+            opened()
+    drop(key_values, "v1")
+    new_store(key_values, model)
+
+
+# ------------------------------------------------------------------------------ positions
+
+
+@pytest.mark.parametrize("field", ["user", "item", "time"])
+def test_a_position_that_comes_again_with_another_event_is_refused(key_values, field):
+    model = Model()
+    store = new_store(key_values, model)
+    first = Event(3, 1, 2, DAY)
+    other = dataclasses.replace(first, **{field: 7})
+    store.append([first], model.encode_each)
+    message = r"position 3 is of user 1, item 2 at 1970-01-02.* again with user . item ."
+    message = message.replace("user .", f"user {other.user},").replace("item .", f"item {other.item} at")
+    for events in ([Event(4, 5, 2, 0), other], [Event(4, 5, 2, 0), first, other]):
+        with pytest.raises(StateError, match=message):
+            store.append(events, model.encode_each)
+    assert not store.known([5, 7]).any()
+    with pytest.raises(StateError, match=r"position 9 is of user 1"):  # in one call
+        store.append([dataclasses.replace(e, position=9) for e in (first, other)], model.encode_each)
+    # to states that have not had the position the journal knows it as well
+    later = new_store(key_values, model, "v2", position=4)
+    with pytest.raises(StateError, match=message):
+        later.append([other], model.encode_each)
+    assert later.append([first], model.encode_each) == [False]
+
+
+def test_an_event_that_the_log_cannot_have_is_no_duplicate(key_values):
+    """As those of a lower partition, where the position is another partition's."""
+    model = Model()
+    layout = StateLayout.of(model.ifa)
+    StateStore.begin(key_values, "v1", layout, 2**40 + 5, latest=10 * DAY).finish()
+    store = StateStore(key_values, "v1")
+    assert store.append([Event(2**40 + 4, 1, 2, 10 * DAY)], model.encode_each) == [False]
+    with pytest.raises(StateError, match=r"position 17 is before 1099511627781.*several streams"):
+        store.append([Event(17, 1, 2, 10 * DAY + 1)], model.encode_each)
+    assert store.append([Event(2**40 + 5, 1, 2, 10 * DAY + 1)], model.encode_each) == [True]

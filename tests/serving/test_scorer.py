@@ -1,0 +1,153 @@
+"""Scorer: a request's scores are those of the model on the raw history before it; times are checked."""
+
+from __future__ import annotations
+
+import random
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from ifa_torchrec import IFAConfig
+from ifa_torchrec.build_states import BuildStatesConfig, build_states
+from ifa_torchrec.data import EventLog, LogSchema, RankingDataset
+from ifa_torchrec.serving import (
+    Event,
+    RankingRequest,
+    RequestError,
+    Scorer,
+    StateError,
+    StateLayout,
+    StateStore,
+    open_key_value_store,
+)
+from ifa_torchrec.train import Run, TrainConfig, load_run, train
+
+DAY = 86_400_000_000
+NUM_ITEMS, USERS, DAYS = 12, (1, 2, 3), 6
+START = pd.Timestamp(2024, 1, 1)
+FIRST = START.value // 1000
+IFA = IFAConfig(
+    embedding_dim=8,
+    num_heads=2,
+    half_lives=(float("inf"), 2.0),
+    identity_features=("item",),
+    identity_half_lives=(float("inf"), 2.0),
+    identity_buckets=8,
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    """Of a log whose times are days, as many are: most are of several events, and each user makes a
+    request at each time of an event, just before it and just after."""
+    folder, rng = tmp_path_factory.mktemp("ties"), np.random.default_rng(0)
+    user = rng.choice(USERS, 50)
+    events = pd.DataFrame({"user": user, "item": rng.integers(0, NUM_ITEMS, 50)})
+    events["time"] = START + pd.to_timedelta(rng.integers(0, DAYS, 50), unit="D")
+    moments = [
+        (user, START + pd.Timedelta(day, "D") + pd.Timedelta(shift, "us"))
+        for user in USERS
+        for day in range(DAYS)
+        for shift in (-1, 0, 1)
+    ]
+    requests = pd.DataFrame(moments, columns=["user", "time"])
+    requests["candidates"] = [rng.permutation(NUM_ITEMS)[:5].tolist() for _ in moments]
+    requests["exposed"], requests["label"] = (
+        [[True] * 5] * len(moments),
+        [[1, 0, 0, 0, 1]] * len(moments),
+    )
+    log = EventLog.from_pandas(
+        folder / "log",
+        events=events,
+        schema=LogSchema(item_features={"item": NUM_ITEMS}),
+        requests={"train": requests},
+    )
+    train(TrainConfig(log.path, folder / "run", ifa=IFA, validate=False))
+    return load_run(folder / "run", sharded=False)
+
+
+def opened(run: Run, folder: Path, until: datetime | None, strict: bool = False) -> Scorer:
+    build_states(BuildStatesConfig(run.config.out, str(folder), 0, until=until))
+    store = StateStore(open_key_value_store(str(folder)), run.version)
+    return Scorer(run.dlrm, run.log.schema, run.log.items, store, strict)
+
+
+def requests_of(dataset: RankingDataset) -> list[RankingRequest]:
+    columns = dataset.requests
+    return [
+        RankingRequest(
+            int(columns["user"][n]),
+            columns["candidates"][dataset.candidate_rows([n])[0]].tolist(),
+            int(columns["time"][n]),
+            new_user=True,
+        )
+        for n in range(len(dataset))
+    ]
+
+
+@pytest.mark.parametrize("days", [0, 2, 4, DAYS])
+@torch.no_grad()
+def test_scores_are_those_of_the_events_strictly_before_the_request(run, tmp_path, days):
+    """By training's own rule, at, just before and just after the events' times: states built of the
+    first days, the other events appended in any order within theirs."""
+    until = datetime.fromtimestamp(FIRST / 1e6, timezone.utc) + pd.Timedelta(days, "D").to_pytimedelta()
+    scorer = opened(run, tmp_path, until)
+    dataset = run.dataset("train")
+    trained = run.dlrm.eval()(dataset[list(range(len(dataset)))]).numpy().reshape(len(dataset), 5, 1)
+    asked, events = requests_of(dataset), run.log.events
+    users = np.repeat(run.log.users, np.diff(run.log.user_offsets))
+    rng = random.Random(0)
+    for day in range(max(days - 1, 0), DAYS):
+        if day >= days:
+            rows = np.flatnonzero(events["time"] == FIRST + day * DAY).tolist()
+            rng.shuffle(rows)
+            new = [Event(n, int(users[n]), int(events["item"][n]), int(events["time"][n])) for n in rows]
+            assert all(scorer.append(new))
+        now = [n for n, request in enumerate(asked) if abs(request.time - FIRST - day * DAY) <= 1]
+        assert len(now) == 3 * len(USERS)
+        rankings = scorer.rank([asked[n] for n in now])
+        assert [ranking.as_of for ranking in rankings] == [None] * len(now)
+        scores = scorer.score([asked[n] for n in now])
+        np.testing.assert_allclose(scores, trained[now], rtol=1e-5, atol=1e-5)
+
+
+def test_a_request_too_early_is_ranked_as_of_a_later_time_or_refused(run, tmp_path):
+    scorer = opened(run, tmp_path, None)
+    late, new = RankingRequest(1, [1, 2, 3], FIRST), RankingRequest(9, [1, 2, 3], FIRST, new_user=True)
+    marked, other = scorer.rank([late, new])
+    assert other.as_of is None
+    assert FIRST < marked.as_of < FIRST + DAYS * DAY
+    (as_asked,) = scorer.rank([RankingRequest(1, [1, 2, 3], marked.as_of)])
+    assert as_asked.as_of is None
+    np.testing.assert_array_equal(as_asked.logits, marked.logits)
+    scorer.strict = True
+    with pytest.raises(StateError, match=r"user 1 has events at .* can go back behind the last"):
+        scorer.rank([late])
+    assert scorer.rank([RankingRequest(1, [1, 2, 3], marked.as_of)])[0].as_of is None
+
+
+def test_times_of_another_unit_are_refused_and_leave_the_state_as_it_was(run, tmp_path):
+    scorer = opened(run, tmp_path, None)
+    now = time.time_ns() // 1000
+    before = scorer.score([RankingRequest(1, [1, 2, 3], now)])[0]
+    for event in (Event(0, 1, 2, now * 1000), Event(0, 1, 2, now + 61_000_000)):
+        cause = r"here; .*nanoseconds\?" if event.time > 2 * now else "here$"
+        with pytest.raises(
+            RequestError, match=rf"event 0: its time {event.time} is .* 60 sec.* {cause}"
+        ):
+            scorer.append([event])
+    with pytest.raises(RequestError, match=r"^time \d+ is 5\d\d\d\d-.*nanoseconds\?"):
+        scorer.score([RankingRequest(1, [1, 2, 3], now * 1000)])
+    np.testing.assert_array_equal(scorer.score([RankingRequest(1, [1, 2, 3], now)])[0], before)
+    assert scorer.append([Event(0, 1, 2, now + 50_000_000)]) == [True]
+    # what another clock accepted for other weights is caught up with all the same
+    layout = StateLayout.of(run.dlrm.candidate_arch.ifa)
+    StateStore.begin(scorer.store.key_values, "other", layout, 0).finish()
+    other = StateStore(scorer.store.key_values, "other")
+    other.append([Event(1, 1, 2, now + DAY)], scorer._encode)
+    assert scorer.catch_up() == 1
