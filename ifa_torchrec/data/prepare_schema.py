@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,9 +33,13 @@ class Table:
     """Files with the same columns. Wherever a column is asked for, an SQL expression will do as well.
 
     Args:
-        files: path or glob, or several: .parquet, .feather, or else CSV, which may be gzipped.
-        delimiter, quote, encoding: of CSV; its columns are all text, so `rating::float >= 4`.
+        files: path or glob, or several, of Parquet, Feather or CSV; CSV may be compressed by gzip or
+            Zstandard. `**` stands for folders of any depth; a folder NAME=VALUE gives no column.
+        delimiter, encoding: of CSV, in any of Python's spellings; its columns are all text, so
+            `rating::float >= 4`.
+        quote: what values of CSV may stand in; "" where quotes are part of the values.
         columns: names of the CSV columns, where the files have no header.
+        nulls: values of CSV that stand for none, as "NULL" or "\\N", quoted or not; "" always does.
 
     Example:
         >>> from ifa_torchrec.data.prepare_schema import Table
@@ -46,6 +52,7 @@ class Table:
     quote: str = '"'
     encoding: str = "utf-8"
     columns: Sequence[str] = ()
+    nulls: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +247,13 @@ def load_schema(path: str | Path) -> PrepareSchema:
         if "files" in values:
             files = values["files"]
             patterns = [files] if isinstance(files, str) else files
-            values["files"] = [str(path.parent / pattern) for pattern in patterns]
+            # the names of the folders above are no patterns, and neither is that of a file that is there
+            beside = [str(path.parent / pattern) for pattern in patterns]
+            anywhere = [os.path.join(glob.escape(str(path.parent)), pattern) for pattern in patterns]
+            values["files"] = [
+                file if os.path.exists(file) else pattern
+                for file, pattern in zip(beside, anywhere, strict=True)
+            ]
         for key in ("item", "features", "context"):
             values |= {key: hashed(f"{section}.{key}", values[key])} if key in values else {}
         if "labels" in values:
