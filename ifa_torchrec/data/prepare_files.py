@@ -24,6 +24,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -261,8 +262,8 @@ class _Files:
             raise LogError(
                 f"{section}: delimiter must be a text without quotes and line ends, got {delimiter!r}"
             )
-        try:
-            io.TextIOWrapper(io.BytesIO(), encoding=table.encoding)
+        try:  # None would be this machine's own
+            io.TextIOWrapper(io.BytesIO(), encoding=table.encoding or "")
         except (LookupError, TypeError) as error:
             raise LogError(
                 f"{section}: {file} cannot be read: encoding {table.encoding!r} is none of text that "
@@ -290,7 +291,7 @@ class _Files:
         """Names the file in what its reading raises."""
         try:
             yield
-        except (OSError, EOFError, pa.ArrowException) as error:
+        except (OSError, UnicodeError, pa.ArrowException) as error:
             raise LogError(f"{self.section}: {file} cannot be read ({error})") from error
 
     # ---------------------------------------------------------------- CSV
@@ -303,21 +304,23 @@ class _Files:
     def blocks(self, file: str, size: int) -> Iterator[tuple[bytes, bool]]:
         """Whole lines of a file in UTF-8, ending with LF, and whether they are the last."""
         decoder = codecs.getincrementaldecoder(self.table.encoding)("ifa_torchrec.unreadable")
-        rest, first, old = b"", True, False
+        rest, first = b"", True
+        old: bool | None = None  # whether lines end with CR; None until one has ended
         with self.errors(file), _opened(file) as stream:
             while True:
                 raw = stream.read(size)
                 text = decoder.decode(raw, not raw)
                 if first:
-                    text = text.removeprefix("\ufeff")
-                    start = text[:_HEADER]
-                    old, first = "\r" in start and "\n" not in start, False
+                    text, first = text.removeprefix("\ufeff"), False
                 text = text.replace(_CR, "\udcff")
-                if old:
-                    text = text.replace("\r\n", "\n").replace("\r", "\n")
                 if self.delimiter != self.table.delimiter:
                     text = text.replace(_DELIMITER, "\udcff")
                 block = rest + text.encode("utf-8", "ifa_torchrec.unreadable")
+                start = block[:_HEADER]
+                if old is None and (b"\n" in start or b"\r" in start[:-1] or not raw):
+                    old = b"\n" not in start
+                if old:
+                    block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
                 end = block.rfind(b"\n") + 1
                 if not raw and end < len(block):
                     block = block.removesuffix(b"\r") + b"\n"
@@ -390,6 +393,18 @@ class _CsvRows:
             strings_can_be_null=True,
             null_values=["", *files.table.nulls],
         )
+
+    @cached_property
+    def quoted(self) -> re.Pattern[bytes]:
+        """A value that a quote opens, to the quote that closes it, or to the end."""
+        # the quote comes first, and then what may stand before it, since a letter is found fastest
+        d, q = re.escape(self.delimiter), re.escape(self.quote)
+        return re.compile(b"%b(?<![^%b\n]%b)[^%b]*(?:%b%b[^%b]*)*(%b|\\Z)" % (q, d, q, q, q, q, q, q))
+
+    @cached_property
+    def closed(self) -> re.Pattern[bytes]:
+        q = re.escape(self.quote)
+        return re.compile(b"%b[^%b]*%b" % (q, q, q))
 
     def reader(self) -> pa.RecordBatchReader:
         schema = pa.schema([(column, pa.string()) for column in self.columns])
@@ -476,15 +491,10 @@ class _CsvRows:
         self, file: str, block: bytes, line: int, last: bool
     ) -> tuple[bytes, bytes]:
         """Take out the lines of a block for which a stray quote stands; the end may have to wait."""
-        # a quoted value, from what stands before it to the quote that closes it, or the end
-        d, q = re.escape(self.delimiter), re.escape(self.quote)
-        quoted = re.compile(
-            b"(?:^|%b)%b[^%b]*(?:%b%b[^%b]*)*(%b|\\Z)" % (d, q, q, q, q, q, q), re.MULTILINE
-        )
         good: list[bytes] = []
         position = kept = 0  # up to where the block has been looked at, and taken over or refused
         row = value_end = 0  # the start of the last row of several lines, and the end of its value
-        while match := quoted.search(block, position):
+        while match := self.quoted.search(block, position):
             if block.find(b"\n", *match.span()) < 0:
                 position = match.end()
                 continue
@@ -505,15 +515,16 @@ class _CsvRows:
                 position = match.end()
                 continue
             text = block[start : block.find(b"\n", match.start())]
-            number = line + block.count(b"\n", 0, start)
-            self.refuse(_STRAY_QUOTE, block.count(b"\n", start, end), file, text, f"line {number}: ")
+            line += block.count(b"\n", kept, start)
+            lines = block.count(b"\n", start, end)
+            self.refuse(_STRAY_QUOTE, lines, file, text, f"line {line}: ")
+            line += lines
             good.append(block[kept:start])
             kept = position = end
         return b"".join([*good, block[kept:]]), b""
 
     def looks_like_rows(self, block: bytes, match: re.Match[bytes]) -> bool:
         """Whether most lines of a quoted value, after its first, have as many columns as a row."""
-        whole = re.compile(b"%b[^%b]*%b" % ((re.escape(self.quote),) * 3))
         first, *inner, tail = match[0].split(b"\n")
         before = block[block.rfind(b"\n", 0, match.start()) + 1 : match.start()]
         behind = block[match.end() : block.find(b"\n", match.end())]
@@ -521,8 +532,11 @@ class _CsvRows:
         rows = [text.count(self.delimiter) == delimiters for text in inner]
         # A text in the first column ends in a line with all the delimiters of its row. That line is one
         # of its own only if the first has them all as well.
-        if whole.sub(b"", before).count(self.delimiter) + first.count(self.delimiter) == delimiters:
-            ends = tail.count(self.delimiter) + whole.sub(b"", behind).count(self.delimiter)
+        if (
+            self.closed.sub(b"", before).count(self.delimiter) + first.count(self.delimiter)
+            == delimiters
+        ):
+            ends = tail.count(self.delimiter) + self.closed.sub(b"", behind).count(self.delimiter)
             rows.append(ends == delimiters)
         return bool(rows) and 2 * sum(rows) >= len(rows)
 

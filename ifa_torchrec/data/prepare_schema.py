@@ -247,6 +247,10 @@ def load_schema(path: str | Path) -> PrepareSchema:
         if "files" in values:
             files = values["files"]
             patterns = [files] if isinstance(files, str) else files
+            if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
+                raise LogError(
+                    f"{path}: {section}.files must be a path, or a list of paths, got {files!r}"
+                )
             # the names of the folders above are no patterns, and neither is that of a file that is there
             beside = [str(path.parent / pattern) for pattern in patterns]
             anywhere = [os.path.join(glob.escape(str(path.parent)), pattern) for pattern in patterns]
