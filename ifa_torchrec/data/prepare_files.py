@@ -22,7 +22,7 @@ import io
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -151,7 +151,7 @@ class Source:
         self.relation = f"{read} AS _file({', '.join(map(_name, columns))})"
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
+    def reading(self) -> Generator[None, None, None]:
         """Raises what went wrong in a file as it was, where DuckDB would wrap it."""
         try:
             yield
@@ -287,7 +287,7 @@ class _Files:
             return ds.dataset(self.files, schema=types, format="feather")
 
     @contextmanager
-    def errors(self, file: str) -> Iterator[None]:
+    def errors(self, file: str) -> Generator[None, None, None]:
         """Names the file in what its reading raises."""
         try:
             yield
@@ -451,7 +451,8 @@ class _CsvRows:
         if quotes and self.files.delimiter != self.files.table.delimiter:
             restored[_DELIMITER] = self.files.table.delimiter
         for mark, text in restored.items():
-            columns = [pc.replace_substring(column, mark, text) for column in table.columns]
+            options = pc.ReplaceSubstringOptions(mark, text)
+            columns = [pc.call_function("replace_substring", [c], options) for c in table.columns]
             table = pa.table(columns, names=self.columns)
         return table, rest
 

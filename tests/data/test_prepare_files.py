@@ -231,7 +231,8 @@ class TestDelimiters:
     @pytest.mark.parametrize(
         ("options", "words"),
         [({"delimiter": ""}, ["delimiter", "''"]), ({"delimiter": '"'}, ["delimiter"]),
-         ({"quote": "''"}, ["quote", "one ASCII character", '"" for none']), ({"quote": None}, ["quote"]),
+         ({"quote": "''"}, ["quote", "one ASCII character", '"" for none']),
+         ({"quote": None}, ["quote"]),
          ({"columns": "u,i"}, ["columns must be a list", "'u,i'"]),
          ({"nulls": "NULL"}, ["nulls must be a list", "'NULL'"])],
     )  # fmt: skip
