@@ -70,35 +70,34 @@ def prepare(
 ) -> EventLog:
     r"""Write the event log of a schema, with its report (report.json) and its ids (codes/).
 
-        Args:
-            schema: where the rows are and what they mean.
-            out: folder of the log; it does not exist yet.
-            memory: what DuckDB may take before it goes on on disk, beside ``out``. Opening the log takes
-                8 bytes for each number of a table at a time, once.
-            max_refused: greatest share of a table's rows that may be refused.
+    Args:
+        schema: where the rows are and what they mean.
+        out: folder of the log; it does not exist yet.
+        memory: what DuckDB may take before it goes on on disk, beside ``out``. Opening the log takes
+            8 bytes for each number of a table at a time, once.
+        max_refused: greatest share of a table's rows that may be refused.
 
-        Raises:
-            LogError: a file or column is missing, too many rows are refused, a split is empty, or
-                ``memory`` is too little.
-            FileExistsError: ``out`` exists.
-            ImportError: DuckDB is not installed.
+    Raises:
+        LogError: a file or column is missing, too many rows are refused, a split is empty, or
+            ``memory`` is too little.
+        FileExistsError: ``out`` exists.
+        ImportError: DuckDB is not installed.
 
-        Example:
-            >>> import tempfile
-            >>> from pathlib import Path
-            >>> from ifa_torchrec.data.prepare import prepare
-            >>> from ifa_torchrec.data.prepare_files import Source
-    from ifa_torchrec.data.prepare_schema import Events, PrepareSchema, Requests
-            >>> folder = Path(tempfile.mkdtemp())
-            >>> lines = ["who,what,when,clicked", "ann,tea,2024-05-01 10:00:00,1",
-            ...          "ann,cup,2024-05-01 10:00:00,0", "ann,cup,2024-05-02 10:00:00,1"]
-            >>> _ = (folder / "log.csv").write_text("\n".join(lines))
-            >>> rows = dict(files=str(folder / "log.csv"), user="who", item="what", time="when")
-            >>> log = prepare(PrepareSchema(events=Events(**rows, where="clicked = 1"),
-            ...                             requests=Requests(**rows, labels={"click": "clicked"}),
-            ...                             splits={"test": "2024-05-02"}), folder / "log")
-            >>> log.item_names(), log.requests("train")["candidates"].tolist()
-            (['cup', 'tea'], [0, 1])
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.data.prepare import prepare
+        >>> from ifa_torchrec.data.prepare_schema import Events, PrepareSchema, Requests
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> lines = ["who,what,when,clicked", "ann,tea,2024-05-01 10:00:00,1",
+        ...          "ann,cup,2024-05-01 10:00:00,0", "ann,cup,2024-05-02 10:00:00,1"]
+        >>> _ = (folder / "log.csv").write_text("\n".join(lines))
+        >>> rows = dict(files=str(folder / "log.csv"), user="who", item="what", time="when")
+        >>> log = prepare(PrepareSchema(events=Events(**rows, where="clicked = 1"),
+        ...                             requests=Requests(**rows, labels={"click": "clicked"}),
+        ...                             splits={"test": "2024-05-02"}), folder / "log")
+        >>> log.item_names(), log.requests("train")["candidates"].tolist()
+        (['cup', 'tea'], [0, 1])
     """
     try:
         import duckdb

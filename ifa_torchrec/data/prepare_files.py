@@ -151,7 +151,7 @@ class Source:
         self.relation = f"{read} AS _file({', '.join(map(_name, columns))})"
 
     @contextmanager
-    def reading(self) -> Generator[None, None, None]:
+    def reading(self) -> Generator[None]:
         """Raises what went wrong in a file as it was, where DuckDB would wrap it."""
         try:
             yield
@@ -287,7 +287,7 @@ class _Files:
             return ds.dataset(self.files, schema=types, format="feather")
 
     @contextmanager
-    def errors(self, file: str) -> Generator[None, None, None]:
+    def errors(self, file: str) -> Generator[None]:
         """Names the file in what its reading raises."""
         try:
             yield
