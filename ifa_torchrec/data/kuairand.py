@@ -12,6 +12,7 @@ over the whole month, so those of a training request would know its future. Vali
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
         >>> from ifa_torchrec.data import kuairand
         >>> log = kuairand.prepare("KuaiRand-Pure/data", "runs/data/kuairand_pure")  # doctest: +SKIP
     """
-    folder = Path(folder)
+    folder = Path(glob.escape(str(folder)))  # its own name is no pattern
     rows: dict[str, Any] = {
         "files": [str(folder / "log_standard_*.csv"), str(folder / "log_random_*.csv")],
         "user": "user_id",

@@ -25,8 +25,6 @@ Repeated purchases are no leak; they are as frequent in `positives_in_next_day`,
 
 from __future__ import annotations
 
-import glob
-import gzip
 import hashlib
 import json
 import shutil
@@ -34,8 +32,6 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import pyarrow.dataset as ds
 
 from ifa_torchrec.data import prepare_report
 from ifa_torchrec.data.event_log import (
@@ -50,6 +46,7 @@ from ifa_torchrec.data.event_log import (
     check_splits,
     drafting,
 )
+from ifa_torchrec.data.prepare_files import Source
 from ifa_torchrec.data.prepare_schema import (
     ITEM,
     NAME,
@@ -59,7 +56,6 @@ from ifa_torchrec.data.prepare_schema import (
     JoinedLabel,
     PrepareSchema,
     Table,
-    refuse_same_names,
 )
 
 if TYPE_CHECKING:
@@ -227,51 +223,6 @@ class _Preparation:
 
     # ---------------------------------------------------------------- reading
 
-    def source(self, section: str, table: Table) -> tuple[str, list[str]]:
-        """What to select from, and its columns."""
-        patterns = [table.files] if isinstance(table.files, str) else table.files
-        files = [file for pattern in patterns for file in sorted(glob.glob(pattern))]
-        if not files:
-            raise LogError(f"{section}: no file is called {list(patterns)}")
-        listed = f"[{', '.join(map(_text, files))}]"
-        kind = Path(files[0]).suffix
-        if kind == ".feather":
-            self.sql.register(f"_{section}", ds.dataset(files, format="feather"))
-            relation = _name(f"_{section}")
-        elif kind == ".parquet":
-            relation = f"read_parquet({listed})"
-        else:
-            columns = list(table.columns) or self.header(section, table, files)
-            refuse_same_names(f"{section}: {files[0]}", columns)
-            types = ", ".join(f"{_text(column)}: 'VARCHAR'" for column in columns)
-            # Nothing is guessed: a guess from the first rows can be wrong of the others.
-            return (
-                f"read_csv({listed}, auto_detect=false, columns={{{types}}}, "
-                f"header={not table.columns}, delim={_text(table.delimiter)}, "
-                f"quote={_text(table.quote)}, escape={_text(table.quote)}, "
-                f"encoding={_text(table.encoding)}, store_rejects=true, "
-                f"rejects_table={_text(f'{section}_lines')}, rejects_scan={_text(f'{section}_scan')})",
-                columns,
-            )
-        described = self.sql.execute(f"SELECT * FROM {relation} LIMIT 0").description
-        # of `time` and `Time` DuckDB gives the second another name, and takes the first for both
-        there = ds.dataset(files[0], format=kind.removeprefix(".")).schema.names
-        refuse_same_names(f"{section}: {files[0]}", there)
-        return relation, [column[0] for column in described]
-
-    def header(self, section: str, table: Table, files: list[str]) -> list[str]:
-        headers = []
-        for file in files:
-            opened = gzip.open if file.endswith(".gz") else open
-            with opened(file, "rt", encoding=table.encoding) as lines:
-                headers.append(lines.readline().lstrip("\ufeff").rstrip("\r\n"))
-            if headers[-1] != headers[0]:
-                raise LogError(
-                    f"{section}: {file} starts with {headers[-1]!r}, {files[0]} with {headers[0]!r}; "
-                    "name files of the same columns, or name the `columns` if there is no header"
-                )
-        return [column.strip(table.quote or None) for column in headers[0].split(table.delimiter)]
-
     def read(
         self,
         section: str,
@@ -287,43 +238,42 @@ class _Preparation:
                 that makes ours of it.
             checks: SQL conditions under which a row is refused, and why (SQL as well).
         """
-        relation, there = self.source(section, table)
+        source = Source(section, table, self.sql)
+        there = source.columns
 
         def given(column: str) -> str:
-            return f"TRY({_name(column) if column in there else f'({column})'})"
+            return f"TRY({_name(there[column]) if column in there else f'({column})'})"
 
         ours = [f"{sql.format(given(column))} AS {_name(c)}" for c, (column, sql) in columns.items()]
         texts = [f"{_name(c)} := CAST({given(column)} AS VARCHAR)" for c, (column, _) in columns.items()]
         wanted = f"TRY(CAST({given(where)} AS BOOLEAN))" if where else "true"
         checks = {"NOT _wanted IS TRUE": "'`where` cannot be told'", **checks}
         reasons = " ".join(f"WHEN {condition} THEN {reason}" for condition, reason in checks.items())
-        self.sql.execute(
-            f"""CREATE TABLE {section}_read AS
-            SELECT * EXCLUDE (_given, _wanted), CASE WHEN _refused IS NOT NULL THEN _given END AS _given
-            FROM (SELECT *, CASE {reasons} END AS _refused
-                  FROM (SELECT {", ".join(ours)}, struct_pack({", ".join(texts)}) AS _given,
-                               {wanted} AS _wanted FROM {relation})
-                  WHERE _wanted IS DISTINCT FROM false)"""
-        )
+        with source.reading():
+            self.sql.execute(
+                f"""CREATE TABLE {section}_read AS
+                SELECT * EXCLUDE (_given, _wanted),
+                       CASE WHEN _refused IS NOT NULL THEN _given END AS _given
+                FROM (SELECT *, CASE {reasons} END AS _refused
+                      FROM (SELECT {", ".join(ours)}, struct_pack({", ".join(texts)}) AS _given,
+                                   {wanted} AS _wanted FROM {source.relation})
+                      WHERE _wanted IS DISTINCT FROM false)"""
+            )
         self.sql.execute(f"CREATE VIEW {section}_rows AS FROM {section}_read WHERE _refused IS NULL")
-        self.refuse(section, lines="read_csv" in relation)
+        self.refuse(section, source.refused)
 
-    def refuse(self, section: str, lines: bool) -> None:
+    def refuse(self, section: str, lines: dict[str, dict[str, Any]]) -> None:
         """Count a section's refused rows, and fail if they are too many."""
         rows = self.number(f"SELECT count(*) FROM {section}_read")
-        reasons = {}
+        rows += sum(reason["rows"] for reason in lines.values())
+        reasons = dict(lines)
         refused = f"SELECT _refused AS why, CAST(_given AS VARCHAR) AS row FROM {section}_read"
-        if lines:
-            rows += self.number(f"SELECT count(DISTINCT (file_id, line)) FROM {section}_lines")
-            refused += (
-                " UNION ALL SELECT 'line cannot be read: ' || any_value(error_message), "
-                f"any_value(csv_line) FROM {section}_lines GROUP BY file_id, line"
-            )
         for why, count, examples in self.sql.execute(
             f"SELECT why, count(*), min(row, {_EXAMPLES}) FROM ({refused}) "
-            "WHERE why IS NOT NULL GROUP BY why ORDER BY count(*) DESC, why"
+            "WHERE why IS NOT NULL GROUP BY why ORDER BY why"
         ).fetchall():
             reasons[why] = {"rows": count, "examples": examples}
+        reasons = dict(sorted(reasons.items(), key=lambda reason: -reason[1]["rows"]))
         count = sum(reason["rows"] for reason in reasons.values())
         self.refused[section] = {"rows": rows, "refused": count, "reasons": reasons}
         if count > self.max_refused * rows:
@@ -389,7 +339,11 @@ class _Preparation:
             if isinstance(label, JoinedLabel):
                 joined[task] = label
                 continue
-            columns[task] = (label, "TRY(CAST({} AS FLOAT))")
+            # 0 and 1, or what else stands for false and true
+            columns[task] = (
+                label,
+                "coalesce(TRY(CAST({0} AS FLOAT)), TRY(CAST(CAST({0} AS BOOLEAN) AS FLOAT)))",
+            )
             unknown = f"_given.{_name(task)} IS NULL AND NOT exposed"
             checks[f"NOT ({unknown} OR coalesce({_name(task)} IN (0, 1), false))"] = _text(
                 f"label {task} is not 0 or 1"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 import math
+import os
 import re
 import types
 import typing
@@ -54,9 +56,13 @@ class Table:
     """Files with the same columns. Wherever a column is asked for, an SQL expression will do as well.
 
     Args:
-        files: path or glob, or several: .parquet, .feather, or else CSV, which may be gzipped.
-        delimiter, quote, encoding: of CSV; its columns are all text, so `rating::float >= 4`.
+        files: path or glob, or several, of Parquet, Feather or CSV; CSV may be compressed by gzip or
+            Zstandard. `**` stands for folders of any depth; a folder NAME=VALUE gives no column.
+        delimiter, encoding: of CSV, in any of Python's spellings; its columns are all text, so
+            `rating::float >= 4`.
+        quote: what values of CSV may stand in; "" where quotes are part of the values.
         columns: names of the CSV columns, where the files have no header.
+        nulls: values of CSV that stand for none, as "NULL" or "\\N", quoted or not; "" always does.
 
     Example:
         >>> from ifa_torchrec.data.prepare_schema import Table
@@ -69,6 +75,7 @@ class Table:
     quote: str = '"'
     encoding: str = "utf-8"
     columns: Sequence[str] = ()
+    nulls: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -411,8 +418,17 @@ def load_schema(path: str | Path) -> PrepareSchema:
         if "files" in values:
             files = values["files"]
             patterns = [files] if isinstance(files, str) else files
-            _check(f"{path}: {section}.files", Sequence[str], patterns)
-            values["files"] = [str(path.parent / pattern) for pattern in patterns]
+            if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
+                raise LogError(
+                    f"{path}: {section}.files must be a path, or a list of paths, got {files!r}"
+                )
+            # the names of the folders above are no patterns, and neither is that of a file that is there
+            beside = [str(path.parent / pattern) for pattern in patterns]
+            anywhere = [os.path.join(glob.escape(str(path.parent)), pattern) for pattern in patterns]
+            values["files"] = [
+                file if os.path.exists(file) else pattern
+                for file, pattern in zip(beside, anywhere, strict=True)
+            ]
         if "item" in values:
             values["item"] = hashed(f"{section}.item", values["item"])
         for key in {"features", "context"} & {key for key in values if isinstance(values[key], dict)}:

@@ -17,7 +17,10 @@ from typing import Any
 
 from ifa_torchrec.data import prepare as log
 from ifa_torchrec.data.event_log import EventLog, LogError
-from ifa_torchrec.data.prepare_schema import Events, Items, PrepareSchema, Requests, Users
+from ifa_torchrec.data.prepare_files import read_header
+from ifa_torchrec.data.prepare_schema import Events, Items, PrepareSchema, Requests, Table, Users
+
+_TABS: dict[str, Any] = {"delimiter": "\t", "quote": ""}
 
 
 def prepare(folder: str | Path, out: str | Path) -> EventLog:
@@ -50,9 +53,8 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
         positive = f'"{columns["label"]}"::FLOAT = 1'
     else:
         raise LogError(f"{found[0]}: no column rating or label, there are {list(columns)}")
-    tabs: dict[str, Any] = {"delimiter": "\t", "quote": ""}
     rows: dict[str, Any] = {
-        **tabs,
+        **_TABS,
         "files": str(found[0]),
         "user": _column(found[0], "user_id"),
         "item": _column(found[0], "item_id"),
@@ -68,14 +70,14 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
             item=_column(item_file, "item_id"),
             features=_tokens(item_file, skip=("item_id:", *names)),
             name=names[0] if names else None,
-            **tabs,
+            **_TABS,
         )
     if user_file.exists():
         users = Users(
             files=str(user_file),
             user=_column(user_file, "user_id"),
             features=_tokens(user_file, skip=("user_id:",)),
-            **tabs,
+            **_TABS,
         )
     schema = PrepareSchema(
         events=Events(**rows, where=positive),
@@ -89,8 +91,7 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
 
 def _columns(file: Path) -> dict[str, str]:
     """The columns of a file, without their types, and as they stand in it."""
-    with file.open(encoding="utf-8") as lines:
-        header = lines.readline().rstrip("\r\n").split("\t")
+    header = read_header("atomic files", Table(files=str(file), **_TABS))
     return {column.split(":")[0]: column for column in header}
 
 

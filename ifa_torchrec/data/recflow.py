@@ -9,6 +9,7 @@ province. Validation is from 11 February 2024, test from 15 to 18 February.
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
         >>> from ifa_torchrec.data import recflow
         >>> log = recflow.prepare("RecFlow", "runs/data/recflow")  # doctest: +SKIP
     """
-    all_stage = str(Path(folder) / "all_stage" / "*.feather")
+    folder = Path(glob.escape(str(folder)))  # its own name is no pattern
+    all_stage = str(folder / "all_stage" / "*.feather")
     rows: dict[str, Any] = {
         "user": "user_id",
         "item": "video_id",
@@ -45,9 +47,7 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
         "unit": "ms",
     }
     schema = PrepareSchema(
-        events=Events(
-            **rows, files=str(Path(folder) / "realshow" / "*.feather"), where="effective_view = 1"
-        ),
+        events=Events(**rows, files=str(folder / "realshow" / "*.feather"), where="effective_view = 1"),
         requests=Requests(
             **rows,
             files=all_stage,
