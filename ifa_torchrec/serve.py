@@ -28,6 +28,7 @@ import tyro
 import uvicorn
 
 from ifa_torchrec.command_line import as_command
+from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.serving import Scorer, StateStore, open_key_value_store, quantize_tables
 from ifa_torchrec.serving.live import Limits, LiveScorer
 from ifa_torchrec.serving.service import create_app
@@ -64,11 +65,11 @@ def serve(config: ServeConfig) -> None:
     Raises:
         CheckpointError, LogError: the run or its log is not there.
         StateError: the store cannot be opened, or has no states of the run's weights.
-        ValueError: the token is empty, or there is none and the address is not loopback.
+        ConfigError: the token is empty, or there is none and the address is not loopback.
     """
     token = _token(config)
     if token is None and not _is_loopback(config.host):
-        raise ValueError(
+        raise ConfigError(
             f"--host {config.host} can be reached from elsewhere: give a token, by --token-file or the "
             "environment variable IFA_TOKEN, or listen on 127.0.0.1"
         )
@@ -116,13 +117,13 @@ def _token(config: ServeConfig) -> str | None:
         try:
             token, source = config.token_file.read_text().strip(), str(config.token_file)
         except OSError as error:
-            raise ValueError(f"--token-file: {error}") from error
+            raise ConfigError(f"--token-file: {error}") from error
     elif "IFA_TOKEN" in os.environ:
         token, source = os.environ["IFA_TOKEN"].strip(), "IFA_TOKEN"
     else:
         return None
     if not token:
-        raise ValueError(f"{source}: the token is empty")
+        raise ConfigError(f"{source}: the token is empty")
     return token
 
 

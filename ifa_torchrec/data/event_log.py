@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ifa_torchrec.errors import UserError
+from ifa_torchrec.errors import ExistsError, UserError
 
 FORMAT = "ifa-event-log/1"
 USER, TIME, CANDIDATES, EXPOSED = "user", "time", "candidates", "exposed"
@@ -120,7 +120,7 @@ def drafting(path: str | Path) -> Generator[Path]:
     """
     path = Path(path)
     if path.exists():
-        raise FileExistsError(f"{path} exists; delete it or choose another folder")
+        raise ExistsError(f"{path} exists; delete it or choose another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
