@@ -52,19 +52,22 @@ def writing(place: Path) -> Generator[None]:
     """What goes wrong with files inside is told with the place that was to be written.
 
     Raises:
-        PlaceError: in place of any other OSError.
+        PlaceError: in place of any other OSError, and of what torch's own writer makes of one.
 
     Example:
         >>> from pathlib import Path
         >>> from ifa_torchrec.errors import writing
-        >>> with writing(Path("/proc/run")):
+        >>> with writing(Path("/proc/run")):  # doctest: +ELLIPSIS
         ...     Path("/proc/run").mkdir()
         Traceback (most recent call last):
-        ifa_torchrec.errors.PlaceError: /proc/run cannot be written: [Errno 2] No such file or directory...
+        ifa_torchrec.errors.PlaceError: /proc/run cannot be written: [Errno 2] ...
     """
     try:
         yield
-    except OSError as error:
-        if isinstance(error, UserError):
+    except UserError:
+        raise
+    except (OSError, RuntimeError) as error:
+        # torch writes tensors by C++, in which a full disk is a RuntimeError of inline_container.cc
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
         raise PlaceError(f"{place} cannot be written: {error}") from error

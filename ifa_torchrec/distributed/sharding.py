@@ -62,9 +62,7 @@ class OptimizerConfig:
         for name in ("table_lr", "dense_lr", "weight_decay"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
-                raise ConfigError(
-                    f"OptimizerConfig: {name} must be a number of at least 0, got {value}"
-                )
+                raise ConfigError(f"OptimizerConfig: {name} must be a number of at least 0, got {value}")
 
 
 def init_process_group() -> torch.device:

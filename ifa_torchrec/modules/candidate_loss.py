@@ -50,7 +50,9 @@ class CandidateSetLossConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             if not value >= 0:
-                raise ConfigError(f"CandidateSetLossConfig: {field.name} must be at least 0, got {value}")
+                raise ConfigError(
+                    f"CandidateSetLossConfig: {field.name} must be at least 0, got {value}"
+                )
         if self.unexposed > 1:
             raise ConfigError(
                 f"CandidateSetLossConfig: unexposed must be at most 1, got {self.unexposed}"
