@@ -367,21 +367,29 @@ class _Planner(dcp.DefaultLoadPlanner):
         assert self.metadata is not None
         saved = self.metadata.state_dict_metadata
         wrong = [f"{name} is not in it" for name in sorted(self.state_dict.keys() - saved.keys())]
-        for name, value in saved.items():
-            if name not in self.state_dict:
-                if name.startswith("model."):  # the rest is loaded only to go on training
-                    wrong.append(f"the model has no {name}")
-            elif isinstance(value, TensorStorageMetadata):
+        for name in self.state_dict.keys() & saved.keys():
+            if isinstance(value := saved[name], TensorStorageMetadata):
                 size = list(self.state_dict[name].size())
                 if size != list(value.size):
                     wrong.append(f"{name} is {list(value.size)}, the model's {size}")
+        self._refuse(wrong)
+        return super().create_local_plan()
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        assert self.metadata is not None
+        read = {item.storage_index.fqn for plan in global_plan for item in plan.items}
+        # a table need not lie on every rank; what is no weight is read only to go on training
+        left = [n for n in self.metadata.state_dict_metadata if n.startswith("model.") and n not in read]
+        self._refuse([f"the model has no {name}" for name in left])
+        return super().create_global_plan(global_plan)
+
+    def _refuse(self, wrong: list[str]) -> None:
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise CheckpointError(
-                f"{self._path} is of another model: {'; '.join(wrong[:3])}{more}; give the options, the "
-                "log and the kinds of sharding that it was trained with"
+                f"{self._path} is of another model: {'; '.join(sorted(wrong)[:3])}{more}; give the "
+                "options, the log and the kinds of sharding that it was trained with"
             )
-        return super().create_local_plan()
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         loaded = torch.load(value, weights_only=True)
