@@ -392,7 +392,13 @@ class _Planner(dcp.DefaultLoadPlanner):
             )
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        loaded = torch.load(value, weights_only=True)
+        try:
+            loaded = torch.load(value, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{self._path}: {read_item.dest_index.fqn} is more than data, which could run code; do "
+                "not use this folder"
+            ) from error
         set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], loaded)
 
 
