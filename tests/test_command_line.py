@@ -92,7 +92,7 @@ def test_writing_names_the_place(tmp_path: Path) -> None:
         writing(place),
     ):
         place.mkdir()
-    with pytest.raises(PlaceError, match="run cannot be written: .*inline_container"), writing(place):
+    with pytest.raises(PlaceError, match=r"run cannot be written: .*inline_container"), writing(place):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
     for other in (RuntimeError("a bug"), ConfigError("an option"), ExistsError("a log")):
         with pytest.raises(type(other)) as error, writing(place):
