@@ -28,6 +28,7 @@ import torch.distributed as dist
 import tyro
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
@@ -310,7 +311,7 @@ def _train(
     log: EventLog,
     dataset: RankingDataset,
     sampler: EventBudgetSampler,
-    model: nn.Module,
+    model: DistributedModelParallel,
     optimizer: CombinedOptimizer,
     device: torch.device,
 ) -> dict[str, float]:
@@ -555,7 +556,7 @@ def _from_json(kind: Any, value: Any, name: str) -> Any:
         ConfigError: it is of another type, or an object has other fields; the message names which.
     """
     arguments = typing.get_args(kind)
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
         prefix = f"{name}." if name else ""
         for field_name in sorted(hints.keys() ^ value.keys()):

@@ -309,8 +309,7 @@ def plan_on_all_ranks(make_plan: Callable[[], ShardingPlan]) -> ShardingPlan:
 
     Raises:
         ShardingError: on every rank, if one has no plan or another plan than rank 0.
-        RuntimeError: on the other ranks, if ``make_plan`` failed on one for another reason; on that
-            one whatever it raised.
+        RuntimeError: on every rank, if ``make_plan`` failed on one for a reason that is not the user's.
 
     Example:
         >>> from ifa_torchrec.distributed import init_process_group
@@ -330,11 +329,9 @@ def plan_on_all_ranks(make_plan: Callable[[], ShardingPlan]) -> ShardingPlan:
     digest = hashlib.sha256(str(plan).encode()).hexdigest()
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, (error, digest, repr(bug) if bug else None))
-    if bug is not None:
-        raise bug
     for rank, (_, _, failure) in enumerate(outcomes):
         if failure is not None:
-            raise RuntimeError(f"rank {rank} failed while it planned: {failure}")
+            raise RuntimeError(f"rank {rank} failed while it planned: {failure}") from bug
     if error is not None and all(failure == error for failure, _, _ in outcomes):
         raise ShardingError(error)
     for rank, (failure, digest, _) in enumerate(outcomes):
