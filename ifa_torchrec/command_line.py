@@ -10,22 +10,25 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from ifa_torchrec.data import LogError
-from ifa_torchrec.distributed import CheckpointError
-from ifa_torchrec.serving import StateError
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from ifa_torchrec.errors import UserError
 
 
 @contextmanager
 def as_command() -> Generator[None]:
     """Run a program for its user: what it prints is meant for that user.
 
-    It ends with the message alone where the input is at fault, not the program; and without
-    torch's and torchrec's warnings of their own calls of each other.
+    It ends with the message alone where the user is at fault (a UserError), and with a traceback where
+    the program is; and without torch's and torchrec's warnings of their own calls of each other. Under
+    torchrun, either is told to it, as by torch.distributed.elastic's ``record``: the summary
+    of the job then shows the first failure of all ranks.
 
     Example:
         >>> from ifa_torchrec.command_line import as_command
+        >>> from ifa_torchrec.errors import UserError
         >>> with as_command():
-        ...     raise ValueError("no such thing; there are a, b")
+        ...     raise UserError("no such thing; there are a, b")
         Traceback (most recent call last):
         SystemExit: error: no such thing; there are a, b
     """
@@ -35,15 +38,12 @@ def as_command() -> Generator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch(rec)?\.")
             yield
-    except (
-        LogError,
-        CheckpointError,
-        StateError,
-        ValueError,
-        FloatingPointError,
-        FileExistsError,
-    ) as error:
-        raise SystemExit(f"error: {error}") from error
+    except Exception as error:
+        # not by `record`, which takes the SystemExit of --help for an end without one
+        get_error_handler().record_exception(error)
+        if isinstance(error, UserError):
+            raise SystemExit(f"error: {error}") from error
+        raise
 
 
 def result_as_json(result: Mapping[str, Any]) -> str:

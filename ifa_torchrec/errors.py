@@ -3,12 +3,18 @@
 A command prints the message of a UserError and ends; every other exception keeps its traceback.
 """
 
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class UserError(Exception):
     """What was given cannot be used; the message names it and says what would be right.
 
     Raised where input enters: a file, an option, a request, an argument. Its subclasses are a
-    ValueError or a RuntimeError too, whichever a caller in Python would expect.
+    ValueError, a RuntimeError or an OSError too, whichever a caller in Python would expect.
 
     Example:
         >>> from ifa_torchrec.data import LogError
@@ -27,3 +33,41 @@ class ConfigError(UserError, ValueError):
         Traceback (most recent call last):
         ifa_torchrec.errors.ConfigError: IFAConfig: embedding_dim must be positive, got 0
     """
+
+
+class ExistsError(UserError, FileExistsError):
+    """What would be written is there already."""
+
+
+class PlaceError(UserError, OSError):
+    """A file or folder cannot be written: a full disk, a read-only file system, rights."""
+
+
+class DivergedError(UserError, FloatingPointError):
+    """A training's numbers are not finite any more: its learning rates are too high."""
+
+
+@contextmanager
+def writing(place: Path) -> Generator[None]:
+    """What goes wrong with files inside is told with the place that was to be written.
+
+    Raises:
+        PlaceError: in place of any other OSError, and of what torch's own writer makes of one.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.errors import writing
+        >>> with writing(Path("/proc/run")):  # doctest: +ELLIPSIS
+        ...     Path("/proc/run").mkdir()
+        Traceback (most recent call last):
+        ifa_torchrec.errors.PlaceError: /proc/run cannot be written: [Errno 2] ...
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, RuntimeError) as error:
+        # torch writes tensors by C++, in which a full disk is a RuntimeError of inline_container.cc
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        raise PlaceError(f"{place} cannot be written: {error}") from error

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import tyro
 
 from ifa_torchrec.command_line import as_command, result_as_json
+from ifa_torchrec.errors import ConfigError, writing
 from ifa_torchrec.models import DLRM_IFATrain
 from ifa_torchrec.scoring import measure, predict
 from ifa_torchrec.serving import quantize_tables
@@ -49,6 +50,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         CheckpointError: the run has no checkpoint.
         LogError: the event log or the split is not there.
+        PlaceError: RUN cannot be written.
     """
     run = load_run(config.run, config.data, sharded=not config.int8)
     if config.int8:
@@ -56,7 +58,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     known = list(run.log.schema.context_features)
     for feature in config.by:
         if feature not in known:
-            raise ValueError(f"--by {feature}: no such context feature; there are {known}")
+            raise ConfigError(f"--by {feature}: no such context feature; there are {known}")
     dataset = run.dataset(config.split)
     scores, milliseconds = predict(
         run.model, dataset, run.device, run.config.max_events, run.config.max_requests
@@ -65,7 +67,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     metrics["ms_per_request"] = milliseconds
     if dist.get_rank() == 0:
         name = f"metrics-{config.split}{'-int8' if config.int8 else ''}.json"
-        (config.run / name).write_text(result_as_json(metrics))
+        with writing(config.run / name):
+            (config.run / name).write_text(result_as_json(metrics))
     return metrics
 
 

@@ -19,6 +19,7 @@ import tyro
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec.command_line import as_command
+from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.train import load_run
 
 
@@ -43,21 +44,21 @@ def explain(config: ExplainConfig) -> str:
     """The top candidate and the events that weighed most for it, as text.
 
     Raises:
-        ValueError: the run has another interaction, or the request does not exist or has no
+        ConfigError: the run has another interaction, or the request does not exist or has no
             history.
     """
     run = load_run(config.run, config.data)
     if run.config.interaction != "ifa":
-        raise ValueError(
+        raise ConfigError(
             f"{config.run} was trained with {run.config.interaction!r}; only 'ifa' explains"
         )
     dataset = run.dataset(config.split)
     if not 0 <= config.request < len(dataset):
-        raise ValueError(
+        raise ConfigError(
             f"--request {config.request}: {config.split} has requests 0 to {len(dataset) - 1}"
         )
     if dataset.history_lengths[config.request] == 0:
-        raise ValueError(f"--request {config.request} has no history to explain by")
+        raise ConfigError(f"--request {config.request} has no history to explain by")
     batch = dataset[[config.request]].to(run.device)
     model = run.dlrm
     model.eval()

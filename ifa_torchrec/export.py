@@ -25,6 +25,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
 from ifa_torchrec.command_line import as_command
+from ifa_torchrec.errors import ConfigError, writing
 from ifa_torchrec.serving import export_scorer, quantize_tables
 from ifa_torchrec.serving.export import describe
 from ifa_torchrec.train import load_run
@@ -45,7 +46,7 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         if self.out.suffix != ".pt2":
-            raise ValueError(f"--out {self.out}: the name must end in .pt2")
+            raise ConfigError(f"--out {self.out}: the name must end in .pt2")
 
 
 def export(config: ExportConfig) -> dict[str, Any]:
@@ -57,28 +58,37 @@ def export(config: ExportConfig) -> dict[str, Any]:
     Raises:
         CheckpointError: the run has no checkpoint.
         StateError: a model of this kind cannot be exported.
-        ValueError: there is no C++ compiler.
+        ConfigError: there is no C++ compiler.
+        PlaceError: OUT cannot be written.
     """
     if config.package:
         try:
             get_cpp_compiler()
         except InvalidCxxCompiler as error:
-            raise ValueError("--package: there is no C++ compiler; install g++, or set CXX") from error
+            raise ConfigError("--package: there is no C++ compiler; install g++, or set CXX") from error
     run = load_run(config.run, sharded=False)
     model = quantize_tables(run.dlrm) if config.int8 else run.dlrm
     program = export_scorer(model, run.log.schema)
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    if config.package:
-        aoti_compile_and_package(program, package_path=str(config.out))
-    else:
-        torch.export.save(program, config.out)
+    draft = config.out.with_name(f".{config.out.name}")
+    try:
+        with writing(config.out):
+            config.out.parent.mkdir(parents=True, exist_ok=True)
+            if config.package:
+                aoti_compile_and_package(program, package_path=str(draft))
+            else:
+                torch.export.save(program, draft)
+            draft.rename(config.out)
+    finally:
+        draft.unlink(missing_ok=True)
     description = {
         **describe(model, run.log.schema, run.version),
         "tables": "int8" if config.int8 else "float32",
         "runtime": "AOTInductor" if config.package else "torch.export",
         "torch": torch.__version__,
     }
-    config.out.with_suffix(".json").write_text(json.dumps(description, indent=2))
+    about = config.out.with_suffix(".json")
+    with writing(about):
+        about.write_text(json.dumps(description, indent=2))
     return description
 
 

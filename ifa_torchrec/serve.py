@@ -88,9 +88,8 @@ def serve(config: ServeConfig) -> None:
         ConfigError: the token is empty, or there is none and the address is not loopback; or there are
             too few file handles for all connections.
     """
-    hung_up = (
-        threading.Event()
-    )  # by a SIGHUP that comes while this loads: it is not lost, and ends nothing
+    # a SIGHUP that comes while this loads is not lost, and ends nothing
+    hung_up = threading.Event()
     signal.signal(signal.SIGHUP, lambda *_: hung_up.set())
     token = _token(config)
     if token is None and not _is_loopback(config.host):

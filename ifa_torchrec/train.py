@@ -5,7 +5,8 @@
 
 Writes OUT/config.json, OUT/checkpoints/ and OUT/tensorboard/. With --resume it goes on from the
 last checkpoint, if there is one, at the request where that was written; so the same line starts a
-run and restarts it. The number of ranks, the batches' size and the sharding may then be others.
+run and restarts it. The number of ranks, the batches' size and the sharding may then be others. While
+it runs, no other training can write to OUT.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import math
 import sys
 import time
+import types
 import typing
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +28,7 @@ import torch.distributed as dist
 import tyro
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
@@ -57,6 +60,7 @@ from ifa_torchrec.distributed import (
     init_process_group,
     shard,
 )
+from ifa_torchrec.errors import ConfigError, DivergedError, writing
 from ifa_torchrec.models import DLRM_IFA, DLRM_IFAConfig, DLRM_IFATrain
 from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig, IFAConfig
 from ifa_torchrec.scoring import measure, predict
@@ -128,9 +132,19 @@ class TrainConfig:
     """Seed of the weights and of the order of the requests."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "max_events", "max_requests", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        at_least = dict.fromkeys(("epochs", "max_events", "max_requests", "checkpoint_every"), 1)
+        at_least |= {"history_length": 1, "recent_length": 1, "warmup_steps": 0, "seed": 0}
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        if not 0 <= self.table_init < math.inf:
+            raise ConfigError(f"--table-init must be a number of at least 0, got {self.table_init}")
+        sizes = self.over_arch_layer_sizes
+        if not sizes or min(sizes) < 1:
+            raise ConfigError(f"--over-arch-layer-sizes: give sizes of at least 1, got {sizes}")
+        if self.seed >= 1 << 63:
+            raise ConfigError(f"--seed must be below 2^63, got {self.seed}")
 
     def fixed(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its resumption."""
@@ -215,7 +229,7 @@ def _managed(tables: EmbeddingCollection, rows: dict[str, int]) -> ManagedCollis
     for name, count in rows.items():
         if name not in configs or not 2 <= count <= configs[name].num_embeddings:
             ids = {name: table.num_embeddings for name, table in configs.items()}
-            raise ValueError(
+            raise ConfigError(
                 f"--managed-rows: {name} {count}: name an item table and at least 2 rows, at most as "
                 f"many as it has ids; there are {ids}"
             )
@@ -252,8 +266,9 @@ def train(config: TrainConfig) -> dict[str, float]:
         LogError: the event log is missing or bad.
         ShardingError: the tables cannot be sharded as asked, or do not fit.
         CheckpointError: OUT holds checkpoints and --resume was not given, or none of them is whole,
-            or they are of another configuration.
-        FloatingPointError: the loss is not finite; the last checkpoint is left as it was.
+            or they are of another configuration. Or another training writes to OUT.
+        PlaceError: OUT cannot be written; the last checkpoint is left as it was.
+        DivergedError: the loss is not finite; the last checkpoint is left as it was.
 
     Example:
         >>> import pandas as pd, tempfile
@@ -297,6 +312,20 @@ def train(config: TrainConfig) -> dict[str, float]:
         batch_size(dataset, config),
     )
 
+    with checkpoint.locked(config.out):
+        return _train(config, log, dataset, sampler, model, optimizer, device)
+
+
+def _train(
+    config: TrainConfig,
+    log: EventLog,
+    dataset: RankingDataset,
+    sampler: EventBudgetSampler,
+    model: DistributedModelParallel,
+    optimizer: CombinedOptimizer,
+    device: torch.device,
+) -> dict[str, float]:
+    rank, world = dist.get_rank(), dist.get_world_size()
     folder = config.out / "checkpoints"
     # A position in the data means nothing for other data.
     belongs_to = {**_to_json(config.fixed()), "log": log.fingerprint(), **_inputs(log)}
@@ -313,16 +342,13 @@ def train(config: TrainConfig) -> dict[str, float]:
         if config.resume:
             found = f"going on from step {step}" if step else "no checkpoint here; starting"
             print(f"{folder}: {found}", file=sys.stderr)
-        config.out.mkdir(parents=True, exist_ok=True)
         saved = dataclasses.replace(config, data=config.data.resolve())
         text = json.dumps(_to_json(dataclasses.asdict(saved)), indent=2, allow_nan=False)
         draft = config.out / ".config.json"
-        draft.write_text(text)
-        draft.rename(config.out / "config.json")  # whole, also if this is killed
-    writer = (
-        # what a killed run wrote after its last checkpoint is not shown twice
-        SummaryWriter(str(config.out / "tensorboard"), purge_step=step) if rank == 0 else None
-    )
+        with writing(config.out / "config.json"):
+            draft.write_text(text)
+            draft.rename(config.out / "config.json")  # whole, also if this is killed
+    curves = Curves(config.out / "tensorboard", step) if rank == 0 else None
 
     losses: list[float] = []
     unread: list[torch.Tensor] = []  # reading a loss waits for the device
@@ -363,10 +389,9 @@ def train(config: TrainConfig) -> dict[str, float]:
                 unread.clear()
                 mean = sum(losses[-10:]) / len(losses[-10:])
                 bar.set_postfix(loss=f"{mean:.4f}")
-                if writer is not None:
+                if curves is not None:
                     speed = events / (seconds + time.perf_counter() - start)
-                    writer.add_scalar("train/loss", mean, step)
-                    writer.add_scalar("train/events_per_second", speed, step)
+                    curves.show({"train/loss": mean, "train/events_per_second": speed}, step)
             if save:
                 seconds += time.perf_counter() - start
                 position = {"epoch": epoch + last, "request": 0 if last else taken}
@@ -377,18 +402,43 @@ def train(config: TrainConfig) -> dict[str, float]:
         imbalance = sampler.imbalance()
         taken = 0
         pipeline.detach()
-        result = validate(model, log, config, device, writer, step)
+        result = validate(model, log, config, device, curves, step)
     bar.close()
     if not result:  # the checkpoint was of a run that had nothing left but this
-        result = validate(model, log, config, device, writer, step)
-    if writer is not None:
-        writer.close()
+        result = validate(model, log, config, device, curves, step)
+    if curves is not None:
+        curves.close()
     if losses:
         tail = losses[-max(len(losses) // 10, 1) :]
         result["loss"] = sum(tail) / len(tail)
         result["events_per_second"] = events / seconds
         result["imbalance"] = imbalance
     return {"steps": step, "seconds": seconds, **result}
+
+
+class Curves:
+    """What TensorBoard shows of a run; an error names the folder.
+
+    Args:
+        folder: where they lie.
+        step: the first; what a killed run wrote after its last checkpoint is not shown twice.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.folder = folder
+        with writing(folder):
+            self._writer = SummaryWriter(str(folder), purge_step=step)
+
+    def show(self, values: dict[str, float], step: int) -> None:
+        """Add a point to each curve."""
+        with writing(self.folder):
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write the rest."""
+        with writing(self.folder):
+            self._writer.close()
 
 
 def batch_size(dataset: RankingDataset, config: TrainConfig) -> BatchSize:
@@ -402,12 +452,12 @@ def _finite(losses: list[torch.Tensor], step: int, folder: Path) -> list[float]:
     """The latest losses, up to that of ``step``.
 
     Raises:
-        FloatingPointError: one of them is not finite.
+        DivergedError: one of them is not finite.
     """
     read = torch.stack(losses).tolist()
     for number, loss in enumerate(read, start=step - len(read) + 1):
         if not math.isfinite(loss):
-            raise FloatingPointError(
+            raise DivergedError(
                 f"step {number}: the loss is {loss}; train anew with lower learning rates; the last "
                 f"checkpoint in {folder}, if there is one, is whole"
             )
@@ -419,7 +469,7 @@ def validate(
     log: EventLog,
     config: TrainConfig,
     device: torch.device,
-    writer: SummaryWriter | None,
+    curves: Curves | None,
     step: int,
 ) -> dict[str, float]:
     """Measure the split `valid`, if there is one and the config wants it.
@@ -434,9 +484,8 @@ def validate(
     metrics = measure(dataset, scores)
     if len(log.schema.tasks) > 1:
         metrics = {f"{task}_{k}": v for task, of_task in metrics.items() for k, v in of_task.items()}
-    if writer is not None:
-        for name, value in metrics.items():
-            writer.add_scalar(f"valid/{name}", value, step)
+    if curves is not None:
+        curves.show({f"valid/{name}": value for name, value in metrics.items()}, step)
     return {f"valid_{name}": value for name, value in metrics.items()}
 
 
@@ -517,17 +566,12 @@ def load_run(folder: Path, data: Path | None = None, sharded: bool = True) -> Ru
             the CPU, as plain modules that can be quantised and exported.
 
     Raises:
-        CheckpointError: there is no run or no checkpoint.
+        CheckpointError: there is no run or no checkpoint, or config.json is damaged or has other
+            options than the checkpoint.
         LogError: the log is missing or bad, or the model cannot read it: it has other features or table
             sizes, or other codes than the log of the training.
     """
-    config_file = folder / "config.json"
-    if not config_file.exists():
-        raise checkpoint.CheckpointError(f"{folder}: no run here; name the --out of a training")
-    try:
-        config = _from_json(TrainConfig, json.loads(config_file.read_text()))
-    except (ValueError, KeyError, TypeError) as error:
-        raise checkpoint.CheckpointError(f"{config_file}: not a run's options: {error}") from error
+    config = _config_of(folder)
     device = init_process_group()
     log = EventLog(data or config.data)
     _check_log(folder / "checkpoints", log)
@@ -540,32 +584,63 @@ def load_run(folder: Path, data: Path | None = None, sharded: bool = True) -> Ru
             if isinstance(module, (EmbeddingBagCollection, EmbeddingCollection)):
                 module.to_empty(device=device)  # from the meta device; its rows are loaded below
     checkpoints = folder / "checkpoints"
-    progress = checkpoint.load(checkpoints, model)
+    # config.json may be another training's, begun here before there was a checkpoint
+    progress = checkpoint.load(checkpoints, model, config=_to_json(config.fixed()))
     return Run(config, log, model, device, checkpoint.version(checkpoints, progress))
 
 
 def _to_json(value: Any) -> Any:
-    """JSON of a config's dict; paths and infinities, which JSON has not, become strings."""
+    """JSON of a config's dict; paths, and infinities and NaN, which JSON has not, become strings."""
     if isinstance(value, dict):
         return {name: _to_json(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_to_json(item) for item in value]
-    return str(value) if isinstance(value, Path) or value == math.inf else value
+    strange = isinstance(value, float) and not math.isfinite(value)
+    return str(value) if strange or isinstance(value, Path) else value
 
 
-def _from_json(kind: type, values: dict[str, Any]) -> Any:
-    """A dataclass from its JSON: lists become tuples, strings paths, objects dataclasses."""
-    hints = typing.get_type_hints(kind)
-    result = {}
-    for name, value in values.items():
-        if dataclasses.is_dataclass(hints[name]):
-            value = _from_json(typing.cast(type, hints[name]), value)
-        elif isinstance(value, list):
-            value = tuple(math.inf if item == "inf" else item for item in value)
-        elif hints[name] is Path:
-            value = Path(value)
-        result[name] = value
-    return kind(**result)
+def _config_of(folder: Path) -> TrainConfig:
+    """The options of a run."""
+    file = folder / "config.json"
+    try:
+        return _from_json(TrainConfig, json.loads(file.read_text()), "")
+    except FileNotFoundError:
+        error = checkpoint.CheckpointError(f"{folder}: no run here; name the --out of a training")
+        raise error from None
+    except (OSError, ValueError) as error:  # a ConfigError too, of a value that cannot be
+        raise checkpoint.CheckpointError(f"{file}: not a run's options: {error}") from error
+
+
+def _from_json(kind: Any, value: Any, name: str) -> Any:
+    """What ``_to_json`` made a string, a list or an object of, by the type that it had.
+
+    Raises:
+        ConfigError: it is of another type, or an object has other fields; the message names which.
+    """
+    arguments = typing.get_args(kind)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints = typing.get_type_hints(kind)
+        prefix = f"{name}." if name else ""
+        for field_name in sorted(hints.keys() ^ value.keys()):
+            wrong = "is missing" if field_name in hints else "is no option of this version"
+            raise ConfigError(f"{prefix}{field_name} {wrong}")
+        return kind(**{k: _from_json(hints[k], v, prefix + k) for k, v in value.items()})
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):  # X | None
+        return None if value is None else _from_json(arguments[0], value, name)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_from_json(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {k: _from_json(arguments[1], v, f"{name}.{k}") for k, v in value.items()}
+    if origin is Literal and value in arguments:
+        return value
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and (value in ("inf", "-inf", "nan") or type(value) is int):
+        return float(value)
+    if type(value) is kind:
+        return value
+    raise ConfigError(f"{name or 'it'} is {value!r}, not of type {getattr(kind, '__name__', kind)}")
 
 
 def main() -> None:

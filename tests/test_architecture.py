@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distributed": LEARNING,
     "serving": LEARNING | {"data"},
     "scoring": {"errors", "data", "metrics"},
-    "command_line": {"errors", "data", "distributed", "serving"},
+    "command_line": {"errors"},
     "train": LIBRARY,
     "evaluate": LIBRARY | {"train"},
     "explain": LIBRARY | {"train"},

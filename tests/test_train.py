@@ -7,12 +7,16 @@ import json
 import math
 import shutil
 import sys
+import typing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from toy import BUSY_USER, NEW_USER, SCHEMA, SPLITS, Toy, make_toy
 
 from ifa_torchrec import IFAConfig, InteractionFidelityAttention
@@ -22,6 +26,7 @@ from ifa_torchrec import train as train_module
 from ifa_torchrec.data import EventLog, LogError, RankingDataset
 from ifa_torchrec.distributed import CheckpointError, OptimizerConfig, ShardingConfig, shard
 from ifa_torchrec.distributed.checkpoint import checkpoints
+from ifa_torchrec.errors import ConfigError, DivergedError
 from ifa_torchrec.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.explain import ExplainConfig, explain
 from ifa_torchrec.models import DLRM_IFATrain
@@ -166,15 +171,36 @@ class TestTrain:
         wild = dataclasses.replace(
             config, optimizers=OptimizerConfig(dense_lr=1e30), warmup_steps=1, checkpoint_every=1
         )
-        with pytest.raises(FloatingPointError, match=r"step \d+.*learning rates.*whole"):
+        with pytest.raises(DivergedError, match=r"step \d+.*learning rates.*whole"):
             train(wild)
         # the step that went wrong is in no checkpoint
         assert steps_of(config.out) and max(steps_of(config.out)) < 12
 
-    @pytest.mark.parametrize("option", ["epochs", "max_events", "max_requests", "checkpoint_every"])
-    def test_options_out_of_range(self, config: TrainConfig, option: str) -> None:
-        with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} must be at least 1"):
-            dataclasses.replace(config, **{option: 0})
+    @pytest.mark.parametrize(
+        ("option", "value"),
+        [
+            *((name, 0) for name in ("epochs", "max_events", "max_requests", "checkpoint_every")),
+            *((name, 0) for name in ("history_length", "recent_length")),
+            *((name, -1) for name in ("warmup_steps", "seed", "table_init")),
+            *((name, math.inf) for name in ("table_init",)),
+            *(("over_arch_layer_sizes", sizes) for sizes in ((), (8, 0))),
+            ("seed", 1 << 63),
+        ],
+    )
+    def test_options_out_of_range(self, config: TrainConfig, option: str, value: object) -> None:
+        """Named before anything is read or written."""
+        with pytest.raises(ConfigError, match=f"^--{option.replace('_', '-')}.*(at least|below)"):
+            dataclasses.replace(config, **{option: value})
+
+    @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+    def test_rates_and_memory_out_of_range(self, value: float) -> None:
+        for name in ("table_lr", "dense_lr", "weight_decay"):
+            with pytest.raises(ConfigError, match=f"OptimizerConfig: {name} must be a number of at"):
+                OptimizerConfig(**{name: value})
+        with pytest.raises(ConfigError, match=r"table_optimizer 'adam' is none of .*'adagrad'"):
+            OptimizerConfig(table_optimizer=typing.cast(Any, "adam"))
+        with pytest.raises(ConfigError, match="memory_gb must be positive"):
+            ShardingConfig(memory_gb=value)
 
     def test_no_log(self, config: TrainConfig, tmp_path: Path) -> None:
         with pytest.raises(LogError, match="nowhere: no such event log"):
@@ -460,6 +486,93 @@ def test_what_a_run_writes_is_json(config: TrainConfig) -> None:
     assert load_run(config.out).config.ifa == IFA
     again = train(dataclasses.replace(config, resume=True))
     json.loads(json.dumps(again), parse_constant=refuse)
+
+
+def fields_of(config: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    """Names and types of all options, those of their parts as well."""
+    result = []
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            result += fields_of(value, (*path, name))
+        else:
+            result.append(((*path, name), hint))
+    return result
+
+
+def with_option(config: Any, path: tuple[str, ...], value: Any) -> Any:
+    name, *rest = path
+    if rest:
+        value = with_option(getattr(config, name), tuple(rest), value)
+    return dataclasses.replace(config, **{name: value})
+
+
+OPTIONS = fields_of(TrainConfig(data=Path("log"), out=Path("run"), ifa=IFA))
+st.register_type_strategy(Path, st.text(st.characters(exclude_characters="\0")).map(Path))
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_any_options_come_back_as_they_were(data: st.DataObject) -> None:
+    """Infinity and NaN too, names that read like them, and each as of its type."""
+    config = TrainConfig(data=Path("log"), out=Path("run"), ifa=IFA)
+    path, hint = data.draw(st.sampled_from(OPTIONS))
+    values = st.from_type(hint)
+    value = data.draw(st.sampled_from(SPECIAL[hint]) | values if hint in SPECIAL else values)
+    try:
+        config = with_option(config, path, value)
+    except ConfigError:
+        assume(False)
+    text = json.dumps(train_module._to_json(dataclasses.asdict(config)), allow_nan=False)
+    assert repr(train_module._from_json(TrainConfig, json.loads(text), "")) == repr(config)
+
+
+SPECIAL: dict[Any, list[Any]] = {
+    float: [math.inf, -math.inf, math.nan, 1.0],
+    float | None: [math.inf, 1.0],
+    tuple[float, ...]: [(math.inf, 7.0)],
+    tuple[float, ...] | None: [None, (math.inf, 7.0)],
+    tuple[str, ...]: [("inf", "nan")],
+    str | None: ["inf", "nan", None],
+    dict[str, int]: [{"inf": 2}],
+    dict[str, str]: [{"item_table": "inf"}],
+}
+
+
+@pytest.mark.parametrize(("kind", "value"), [(float, math.inf), (float, math.nan), (str, "inf")])
+def test_a_single_value_that_json_has_not(kind: type, value: Any) -> None:
+    back = train_module._from_json(kind, json.loads(json.dumps(train_module._to_json(value))), "x")
+    assert type(back) is kind and repr(back) == repr(value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda options: options.pop("max_events"), "max_events is missing"),
+        (lambda options: options["ifa"].pop("eps"), r"ifa\.eps is missing"),
+        (lambda options: options.update(depth=3), "depth is no option of this version"),
+        (lambda options: options["loss"].update(margin=1), r"loss\.margin is no option of this"),
+        (lambda options: options.update(epochs="two"), "epochs is 'two', not of type int"),
+        (lambda options: options.update(validate=1), "validate is 1, not of type bool"),
+        (lambda options: options.update(interaction="telepathy"), "interaction is 'telepathy'"),
+        (lambda options: options["ifa"].update(half_lives=[7.0, "x"]), r"ifa\.half_lives\[1\] is 'x'"),
+        (lambda options: options.update(ifa=None), "ifa is None"),
+        (lambda options: options["ifa"].update(num_heads=3), "is no multiple of num_heads 3"),
+    ],
+)
+def test_options_that_are_not_a_runs(trained: Path, tmp_path: Path, change: Any, named: str) -> None:
+    options = json.loads((trained / "config.json").read_text())
+    change(options)
+    (tmp_path / "config.json").write_text(json.dumps(options))
+    with pytest.raises(CheckpointError, match=rf"config\.json: not a run's options: .*{named}"):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", '{"data": "a', "null", "[]", "\xff"])
+def test_options_that_are_damaged(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=r"config\.json: not a run's options"):
+        load_run(tmp_path)
 
 
 def stops_at_once(*args, **kwargs):

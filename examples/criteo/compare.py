@@ -38,6 +38,7 @@ from tqdm import tqdm
 from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, IFAConfig, RankingBatch
 from ifa_torchrec.command_line import as_command
 from ifa_torchrec.distributed import OptimizerConfig, init_process_group, shard
+from ifa_torchrec.errors import UserError
 
 CANDIDATE, *CONTEXT = DEFAULT_CAT_NAMES
 """Criteo does not say what its columns are; any of them may be the candidate's."""
@@ -110,14 +111,14 @@ def read(file: Path, options: Options) -> Rows:
             if sum(map(len, parts)) >= options.rows:
                 break
     except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(f"{file} is no file of Criteo's layout: {error}") from error
+        raise UserError(f"{file} is no file of Criteo's layout: {error}") from error
     frame = pd.concat(parts).iloc[: options.rows]
     if len(frame) < options.rows:
-        raise ValueError(f"{file} has {len(frame):,} rows; --rows asks for {options.rows:,}")
+        raise UserError(f"{file} has {len(frame):,} rows; --rows asks for {options.rows:,}")
     numbers = frame[DEFAULT_INT_NAMES].to_numpy(np.float32)
     for name, least in frame[DEFAULT_INT_NAMES].min().items():
         if least < -3:
-            raise ValueError(f"{file}: {name} has {least:g}; Criteo's numbers are -3 or more")
+            raise UserError(f"{file}: {name} has {least:g}; Criteo's numbers are -3 or more")
     ids = [pd.util.hash_array(frame[name].to_numpy(object)) for name in DEFAULT_CAT_NAMES]
     return Rows(
         torch.from_numpy(np.nan_to_num(np.log(4 + numbers), nan=0.0)),

@@ -31,6 +31,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from ifa_torchrec.data.event_log import EventLog, LogSchema
+from ifa_torchrec.errors import ConfigError
 
 SOURCES = ("bought", "popular", "promoted", "buy_again")
 BOUGHT, POPULAR, PROMOTED, OWN_PAST = range(4)
@@ -203,7 +204,7 @@ class _Recipe:
                     made += 1
                     bar.update()
             if made < share:
-                raise ValueError(f"{split}: {share} {kind.__name__} requests wanted, {made} to be had")
+                raise ConfigError(f"{split}: {share} {kind.__name__} requests wanted, {made} to be had")
             eligible = self.rng.permutation(eligible)
         bar.close()
         frame = pd.DataFrame(rows).sort_values("time", kind="stable", ignore_index=True)

@@ -12,6 +12,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data.event_log import CANDIDATES, EXPOSED, TIME, USER, Columns, EventLog
+from ifa_torchrec.errors import ConfigError
 
 HISTORY, CANDIDATE = "history_", "candidate_"
 EMPTY_REQUEST = -1
@@ -56,7 +57,7 @@ class RankingDataset(Dataset[RankingBatch]):
 
     def __init__(self, log: EventLog, split: str, history_length: int | None = None) -> None:
         if history_length is not None and history_length < 1:
-            raise ValueError(f"history_length must be at least 1, got {history_length}")
+            raise ConfigError(f"history_length must be at least 1, got {history_length}")
         self._open(log, log.requests(split), history_length)
 
     @classmethod
@@ -196,7 +197,7 @@ class EventBudgetSampler(Sampler[list[int]]):
         shard: tuple[int, int] = (0, 1),
     ) -> None:
         if max_events < 1 or max_requests < 1:
-            raise ValueError(
+            raise ConfigError(
                 f"max_events and max_requests must be at least 1, got {max_events}, {max_requests}"
             )
         self.history_lengths = np.asarray(history_lengths, dtype=np.int64)

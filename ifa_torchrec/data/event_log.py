@@ -36,7 +36,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pandas.util import hash_pandas_object
 
-from ifa_torchrec.errors import UserError
+from ifa_torchrec.errors import ExistsError, UserError
 
 FORMAT = "ifa-event-log/1"
 USER, TIME, CANDIDATES, EXPOSED = "user", "time", "candidates", "exposed"
@@ -173,7 +173,7 @@ def drafting(path: str | Path) -> Generator[Path]:
     """
     path = Path(path)
     if path.exists():
-        raise FileExistsError(f"{path} exists; delete it or choose another folder")
+        raise ExistsError(f"{path} exists; delete it or choose another folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = _draft(path.parent, f".{path.name}-")

@@ -29,6 +29,7 @@ import pandas as pd
 
 from ifa_torchrec.data.dataset import RankingDataset
 from ifa_torchrec.data.event_log import EventLog, LogSchema
+from ifa_torchrec.errors import ConfigError
 
 _TOPICS_PER_CATEGORY = 10
 _START = pd.Timestamp("2024-01-01")
@@ -80,12 +81,12 @@ class SyntheticConfig:
 
     def __post_init__(self) -> None:
         if self.topics % _TOPICS_PER_CATEGORY or not 0 < self.interests <= self.topics:
-            raise ValueError(
+            raise ConfigError(
                 f"SyntheticConfig: topics must be a multiple of {_TOPICS_PER_CATEGORY}, interests 1 to "
                 f"topics; got {self.topics}, {self.interests}"
             )
         if not 0 < self.exposure <= 1 or self.noise < 0 or self.distance < 0:
-            raise ValueError("SyntheticConfig: exposure is in (0, 1], noise and distance at least 0")
+            raise ConfigError("SyntheticConfig: exposure is in (0, 1], noise and distance at least 0")
 
     @property
     def num_items(self) -> int:

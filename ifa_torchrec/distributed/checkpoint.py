@@ -3,12 +3,20 @@
 FOLDER/step-000400/   DCP's shards: model, tables, both optimisers, each rank's random number
                       generators; progress.json, with the format's number; and checksums.json, of
                       all these files
+
+To load one runs no code of it: DCP's metadata, a pickle, may name only what DCP writes there, and all
+else is tensors and JSON. The checksums tell damage, not malice.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import io
 import json
+import os
+import pickle
+import re
 import shutil
 import warnings
 import zlib
@@ -21,14 +29,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
-from ifa_torchrec.errors import UserError
+from ifa_torchrec.errors import PlaceError, UserError, writing
 
-FORMAT = 1
-"""Rises when this package could no longer read what it wrote before."""
+FORMAT = 2
+"""Rises when this package could no longer read what it wrote before, or would build another model for
+it: 2 since DLRM_IFA crosses the context features."""
 KEEP = 2
 """Checkpoints kept; older ones are deleted once a newer one is whole."""
 
@@ -53,6 +65,9 @@ def save(
     Returns:
         The checkpoint's folder.
 
+    Raises:
+        PlaceError: it cannot be written; the checkpoints before are as they were.
+
     Example:
         >>> import tempfile, torch
         >>> from pathlib import Path
@@ -71,21 +86,38 @@ def save(
     """
     final = folder / f"step-{progress['step']:09d}"
     draft = folder / f".{final.name}"
-    rank = dist.get_rank()
+    try:
+        with writing(draft):
+            _write(draft, final, model, optimizer, progress)
+    except PlaceError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(draft, ignore_errors=True)  # a disk may be full of it
+        raise
+    return final
+
+
+def _write(
+    draft: Path,
+    final: Path,
+    model: DistributedModelParallel,
+    optimizer: CombinedOptimizer,
+    progress: dict[str, Any],
+) -> None:
+    folder, rank = final.parent, dist.get_rank()
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".step-*"):  # of a save that was killed
             shutil.rmtree(left)
     dist.barrier()
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **_rng_states()}
-    with _quiet():
+    with _dcp():
         dcp.save(state, checkpoint_id=draft)
     sums: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(sums, {f.name: _checksum(f) for f in draft.glob(f"__{rank}_*")})
     if rank == 0:
         (draft / "progress.json").write_text(json.dumps({"format": FORMAT, **progress}))
         files = {name: value for of_rank in sums for name, value in of_rank.items()}
-        files |= {name: _checksum(draft / name) for name in (".metadata", "progress.json")}
+        files |= {name: _checksum(draft / name) for name in _SMALL}
         (draft / "checksums.json").write_text(json.dumps(files))
         if final.exists():
             _delete(final)
@@ -93,12 +125,12 @@ def save(
         for old in checkpoints(folder)[:-KEEP]:
             _delete(old)
     dist.barrier()
-    return final
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in ``folder``, oldest first."""
-    return sorted(folder.glob("step-*"))
+    """The checkpoints in ``folder``, oldest first; other folders, such as step-best, are none."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-[0-9]{9,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def checkpoints_of_rank_0(folder: Path) -> list[Path]:
@@ -131,30 +163,32 @@ def load(
     the random number generators. Called by all ranks; there may be more or fewer of them than
     saved it, and the sharding plan may be another.
 
-    A damaged checkpoint is passed over for the one before, with a warning; to go on training, it
-    is renamed as well, to damaged-STEP.
+    A damaged checkpoint, one that misses a file or has another than was written, is passed over for
+    the one before, with a warning; to go on training, it is renamed as well, to damaged-STEP. All else
+    that goes wrong is raised, and changes nothing.
 
     Args:
         folder: where checkpoints lie.
         model, optimizer: from ``shard``; or a model that is not sharded.
-        config: what the caller is configured as, in JSON's types; must equal the "config" that
-            was saved.
+        config: what the caller is configured as, in JSON's types; each entry must equal that of the
+            "config" that was saved.
 
     Returns:
         The progress that was saved.
 
     Raises:
-        CheckpointError: there is none, none is whole, or it is of another format or configuration;
-            the message names what differs. Or it has managed collisions, and the ranks are too many.
+        CheckpointError: there is none, none is whole, it cannot be read now, or it is of another
+            format, configuration or model; the message names what differs. Or its metadata names what
+            DCP does not write. Or it has managed collisions, and the ranks are too many.
     """
     found = checkpoints_of_rank_0(folder)
     damaged: list[Path] = []
     for path in reversed(found):
         try:
-            progress = _load(path, model, optimizer, config)
+            progress = _check(path)
         except _Damaged as error:
             damaged.append(path)
-            damage = f"{path} is damaged or of another model ({error})"
+            damage = f"{path} is damaged ({error})"
             if path == found[0]:
                 raise CheckpointError(
                     f"{damage}, and there is none before it; start anew in another folder"
@@ -162,56 +196,56 @@ def load(
             if dist.get_rank() == 0:
                 warnings.warn(f"{damage}; trying the one before", stacklevel=2)
         else:
+            _load(path, progress, model, optimizer, config)
             if optimizer is not None and dist.get_rank() == 0:
                 for path in damaged:  # else they would be the latest again once training passes them
-                    path.rename(path.with_name(f"damaged-{path.name}"))
+                    with writing(path):
+                        path.rename(path.with_name(f"damaged-{path.name}"))
             return progress
     raise CheckpointError(f"{folder}: no checkpoint here; train first")
 
 
 class _Damaged(Exception):
-    """A checkpoint cannot be read; raised on all ranks."""
+    """A checkpoint is not what was written; raised on all ranks."""
+
+
+def _check(path: Path) -> dict[str, Any]:
+    """The progress of a checkpoint whose files are what was written. What one rank finds, all raise."""
+    progress, error = {}, None
+    try:
+        progress = _check_files(path)
+    except Exception as raised:  # whatever it is, the other ranks are waiting to hear of it
+        error = raised
+    errors: list[Exception | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    # where a rank cannot read, what another finds damaged may be whole
+    for error in sorted(filter(None, errors), key=lambda error: isinstance(error, _Damaged)):
+        raise error
+    return progress
 
 
 def _load(
     path: Path,
+    progress: dict[str, Any],
     model: nn.Module,
     optimizer: CombinedOptimizer | None,
     config: dict[str, Any] | None,
-) -> dict[str, Any]:
-    progress, error = _check_files(path)
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    for error in errors:
-        if error is not None:
-            raise _Damaged(error)
-    written = progress.pop("format", None)
-    if written != FORMAT:
+) -> None:
+    saved = progress.get("config") or {}
+    if differing := sorted(_differences({k: saved.get(k) for k in config or {}}, config or {})):
         raise CheckpointError(
-            f"{path} is of format {written}, this version of ifa_torchrec reads {FORMAT}; use the "
-            "version that wrote it, or train anew in another folder"
+            f"{path} is of another configuration: {'; '.join(differing)}; "
+            "use the same options, or another folder"
         )
-    if config is not None:
-        saved = progress.get("config")
-        if saved != config:
-            differing = sorted(_differences(saved or {}, config))
-            raise CheckpointError(
-                f"{path} is of another configuration: {'; '.join(differing)}; "
-                "use the same options, or another folder"
-            )
     state: dict[str, Any] = {"model": model.state_dict()}
-    rng = {}
-    try:
-        if optimizer is not None:
-            state["optimizer"] = optimizer.state_dict()
-            # a rank that was not there when it was saved keeps its own
-            saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-            rng = {name: value for name, value in _rng_states().items() if name in saved}
-        with _quiet():
-            dcp.load({**state, **rng}, checkpoint_id=path)
-    # of many kinds, by what is wrong; DCP's own is no Exception
-    except (Exception, CheckpointException) as error:
-        raise _Damaged((str(error).strip() or repr(error)).splitlines()[-1]) from error
+    rng, reader = {}, _Reader(path)
+    if optimizer is not None:
+        state["optimizer"] = optimizer.state_dict()
+        # a rank that was not there when it was saved keeps its own
+        names = reader.read_metadata().state_dict_metadata
+        rng = {name: value for name, value in _rng_states().items() if name in names}
+    with _dcp():
+        dcp.load({**state, **rng}, storage_reader=reader, planner=_Planner(path))
     try:
         model.load_state_dict(state["model"])
     except AssertionError as error:  # an id's row lies on the rank that its hash belongs to
@@ -223,19 +257,149 @@ def _load(
         optimizer.load_state_dict(state["optimizer"])
     for name, value in rng.items():
         (torch.cuda if name.startswith("cuda") else torch).set_rng_state(value)
+
+
+_SMALL = (".metadata", "progress.json")
+"""Files that every rank reads, and checks."""
+
+
+def _check_files(path: Path) -> dict[str, Any]:
+    """The progress, if this rank's part of the files is as it was written."""
+    try:
+        files = _json(path / "checksums.json")
+        shards = sorted(files.keys() - {*_SMALL})
+        for name in (*shards[dist.get_rank() :: dist.get_world_size()], *_SMALL):
+            if _checksum(path / name) != files.get(name):
+                raise _Damaged(f"{name} is not what was written")
+        progress = _json(path / "progress.json")
+        written = progress.pop("format", None)
+        if written != FORMAT:
+            raise CheckpointError(
+                f"{path} is of format {written}, this version of ifa_torchrec reads {FORMAT}; use the "
+                "version that wrote it, or train anew in another folder"
+            )
+        if path.name != (name := f"step-{progress['step']:09d}"):
+            raise CheckpointError(f"{path} is a copy of {name}; give it this name, or move it away")
+        _Reader(path).read_metadata()
+    except FileNotFoundError as error:
+        raise _Damaged(str(error)) from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read now, and was left as it is: {error}") from error
     return progress
 
 
-def _check_files(path: Path) -> tuple[dict[str, Any], str | None]:
-    """The progress, and what is wrong with this rank's part of the checkpoint's files."""
+def _json(file: Path) -> dict[str, Any]:
     try:
-        files = json.loads((path / "checksums.json").read_text())
-        for name in sorted(files)[dist.get_rank() :: dist.get_world_size()]:
-            if _checksum(path / name) != files[name]:
-                return {}, f"{name} is not what was written"
-        return json.loads((path / "progress.json").read_text()), None
-    except (OSError, ValueError, TypeError) as error:
-        return {}, f"{type(error).__name__}: {error}"
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise _Damaged(f"{file.name}: {error}") from error
+    if not isinstance(content, dict):
+        raise _Damaged(f"{file.name} holds no object")
+    return content
+
+
+class _Unpickler(pickle.Unpickler):
+    """Of DCP's metadata: a pickle can name any function, and have it called."""
+
+    _ALLOWED = (
+        *(
+            ("torch.distributed.checkpoint.metadata", name)
+            for name in (
+                "BytesStorageMetadata",
+                "ChunkStorageMetadata",
+                "Metadata",
+                "MetadataIndex",
+                "StorageMeta",
+                "TensorProperties",
+                "TensorStorageMetadata",
+                "_MEM_FORMAT_ENCODING",
+            )
+        ),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch.serialization", "_get_layout"),
+        ("torch", "Size"),
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("pathlib", "pathlib._local") and name.endswith("Path"):
+            return _path  # where it was saved, which nobody reads
+        if (module, name) in self._ALLOWED:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        raise CheckpointError(f"it names {module}.{name}")
+
+
+def _path(*parts: str) -> str:
+    return "/".join(parts)
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads a checkpoint whose metadata it does not trust."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        file = Path(self.path) / ".metadata"
+        try:
+            with file.open("rb") as stream:
+                metadata = _Unpickler(stream).load()
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{file} is no metadata of tensors: {error}, which could run code; do not use this "
+                "folder, unless a newer version of torch wrote it"
+            ) from error
+        except (MemoryError, OSError):
+            raise
+        except Exception as error:  # of many kinds
+            raise _Damaged(f".metadata: {type(error).__name__}: {error}") from error
+        if not isinstance(metadata, Metadata):
+            raise _Damaged(f".metadata holds a {type(metadata).__name__}")
+        return metadata
+
+
+class _Planner(dcp.DefaultLoadPlanner):
+    """Says which weights differ, and loads what is no tensor without trust."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        saved = self.metadata.state_dict_metadata
+        wrong = [f"{name} is not in it" for name in sorted(self.state_dict.keys() - saved.keys())]
+        for name in self.state_dict.keys() & saved.keys():
+            if isinstance(value := saved[name], TensorStorageMetadata):
+                size = list(self.state_dict[name].size())
+                if size != list(value.size):
+                    wrong.append(f"{name} is {list(value.size)}, the model's {size}")
+        self._refuse(wrong)
+        return super().create_local_plan()
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        assert self.metadata is not None
+        read = {item.storage_index.fqn for plan in global_plan for item in plan.items}
+        # a table need not lie on every rank; what is no weight is read only to go on training
+        left = [n for n in self.metadata.state_dict_metadata if n.startswith("model.") and n not in read]
+        self._refuse([f"the model has no {name}" for name in left])
+        return super().create_global_plan(global_plan)
+
+    def _refuse(self, wrong: list[str]) -> None:
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise CheckpointError(
+                f"{self._path} is of another model: {'; '.join(sorted(wrong)[:3])}{more}; give the "
+                "options, the log and the kinds of sharding that it was trained with"
+            )
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        try:
+            loaded = torch.load(value, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{self._path}: {read_item.dest_index.fqn} is more than data, which could run code; do "
+                "not use this folder"
+            ) from error
+        set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], loaded)
 
 
 def _checksum(file: Path) -> int:
@@ -272,11 +436,61 @@ def _differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -
 
 
 @contextmanager
-def _quiet() -> Generator[None]:
-    """Without torch's warnings of its own use of ShardedTensor, which torchrec's tables are."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+def _dcp() -> Generator[None]:
+    """DCP as others are: an exception is what a rank raised, not DCP's own, which is no Exception; and
+    without torch's warnings of its own use of ShardedTensor, which torchrec's tables are."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
+
+
+@contextmanager
+def locked(folder: Path) -> Generator[None]:
+    """Keep a run's folder for this training, so that no other writes into it. Called by all ranks.
+
+    The operating system opens the lock when the process of rank 0 ends, however it does.
+
+    Raises:
+        CheckpointError: another training has it.
+        PlaceError: the folder cannot be made or written.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.distributed import checkpoint, init_process_group
+        >>> device, folder = init_process_group(), Path(tempfile.mkdtemp())
+        >>> with checkpoint.locked(folder), checkpoint.locked(folder):  # doctest: +ELLIPSIS
+        ...     pass
+        Traceback (most recent call last):
+        ifa_torchrec.distributed.checkpoint.CheckpointError: ...: another training writes here; ...
+    """
+    lock, error = None, None
+    if dist.get_rank() == 0:
+        try:
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except PlaceError as raised:
+            error = raised
+        except BlockingIOError:
+            error = CheckpointError(
+                f"{folder}: another training writes here; let it end, or give another --out"
+            )
+        except OSError as raised:
+            warnings.warn(f"{folder}: no lock, so start no second training here: {raised}", stacklevel=3)
+    errors = [error]
+    dist.broadcast_object_list(errors)
+    try:
+        if errors[0] is not None:
+            raise errors[0]
         yield
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def seed_everything(seed: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingCollection
 
-from ifa_torchrec.errors import UserError
+from ifa_torchrec.errors import ConfigError, UserError
 from ifa_torchrec.models.dlrm_ifa import tables_of
 
 Collection = EmbeddingBagCollection | EmbeddingCollection | ManagedCollisionEmbeddingCollection
@@ -74,6 +75,10 @@ class ShardingConfig:
 
     tables: dict[str, str] = field(default_factory=dict)
     memory_gb: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.memory_gb is not None and not 0 < self.memory_gb < math.inf:
+            raise ConfigError(f"ShardingConfig: memory_gb must be positive, got {self.memory_gb}")
 
 
 @dataclass(frozen=True)
@@ -304,6 +309,7 @@ def plan_on_all_ranks(make_plan: Callable[[], ShardingPlan]) -> ShardingPlan:
 
     Raises:
         ShardingError: on every rank, if one has no plan or another plan than rank 0.
+        RuntimeError: on every rank, if ``make_plan`` failed on one for a reason that is not the user's.
 
     Example:
         >>> from ifa_torchrec.distributed import init_process_group
@@ -313,17 +319,22 @@ def plan_on_all_ranks(make_plan: Callable[[], ShardingPlan]) -> ShardingPlan:
         >>> plan_on_all_ranks(lambda: ShardingPlan(plan={})).plan
         {}
     """
-    plan, error = None, None
+    plan, error, bug = None, None, None
     try:
         plan = make_plan()
-    except Exception as raised:  # whatever it is, the other ranks are waiting to hear of it
+    except (ShardingError, PlannerError) as raised:
         error = str(raised).strip() or repr(raised)
+    except Exception as raised:  # the other ranks are waiting to hear of it
+        bug = raised
     digest = hashlib.sha256(str(plan).encode()).hexdigest()
     outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, (error, digest))
-    if error is not None and all(failure == error for failure, _ in outcomes):
+    dist.all_gather_object(outcomes, (error, digest, repr(bug) if bug else None))
+    for rank, (_, _, failure) in enumerate(outcomes):
+        if failure is not None:
+            raise RuntimeError(f"rank {rank} failed while it planned: {failure}") from bug
+    if error is not None and all(failure == error for failure, _, _ in outcomes):
         raise ShardingError(error)
-    for rank, (failure, digest) in enumerate(outcomes):
+    for rank, (failure, digest, _) in enumerate(outcomes):
         if failure is not None:
             raise ShardingError(f"rank {rank} finds no sharding plan: {failure}")
         if digest != outcomes[0][1]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from ifa_torchrec.distributed.planning import (
     sharders,
     topology,
 )
+from ifa_torchrec.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,17 @@ class OptimizerConfig:
     table_lr: float = 0.03
     dense_lr: float = 3e-3
     weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.table_optimizer not in _TABLE_OPTIMIZERS:
+            raise ConfigError(
+                f"OptimizerConfig: table_optimizer {self.table_optimizer!r} is none of "
+                f"{list(_TABLE_OPTIMIZERS)}"
+            )
+        for name in ("table_lr", "dense_lr", "weight_decay"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"OptimizerConfig: {name} must be a number of at least 0, got {value}")
 
 
 def init_process_group() -> torch.device:

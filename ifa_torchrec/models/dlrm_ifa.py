@@ -33,6 +33,7 @@ from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingColle
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from ifa_torchrec.batch import RankingBatch
+from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules import (
     CandidateSetConfig,
     CandidateSetEncoder,
@@ -115,17 +116,17 @@ class DLRM_IFAConfig:
 
     def __post_init__(self) -> None:
         if self.interaction not in INTERACTIONS:
-            raise ValueError(
+            raise ConfigError(
                 f"DLRM_IFAConfig: interaction {self.interaction!r} is none of {list(INTERACTIONS)}"
             )
         if self.search_feature not in (None, *self.item_features):
-            raise ValueError(
+            raise ConfigError(
                 f"DLRM_IFAConfig: search_feature {self.search_feature!r} is none of item_features "
                 f"{list(self.item_features)}"
             )
         unknown = set(self.ifa.identity_features) - set(self.item_features)
         if unknown:
-            raise ValueError(
+            raise ConfigError(
                 f"DLRM_IFAConfig: identity_features {sorted(unknown)} are no item_features; "
                 f"there are {list(self.item_features)}"
             )
@@ -370,7 +371,7 @@ class CandidateArch(nn.Module):
             ValueError: it is another.
         """
         if not isinstance(self.sequence_interaction, InteractionFidelityAttention):
-            raise ValueError(
+            raise ConfigError(
                 f"interaction {self.config.interaction!r} has no user state; train with 'ifa'"
             )
         return self.sequence_interaction
@@ -620,7 +621,7 @@ class DLRM_IFATrain(nn.Module):
         self.model = dlrm_module
         self.loss = CandidateSetLoss(loss, across_ranks)
         if self.loss.config.consistency and dlrm_module.config.candidate_set.attention == "none":
-            raise ValueError(
+            raise ConfigError(
                 "DLRM_IFATrain: without a candidate_set attention no candidate sees another, and a "
                 "consistency term has nothing to do; give the model one, or the term the weight 0"
             )

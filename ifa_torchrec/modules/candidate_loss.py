@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.ops.jagged import request_of_row
 
 
@@ -49,13 +50,15 @@ class CandidateSetLossConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             if not value >= 0:
-                raise ValueError(f"CandidateSetLossConfig: {field.name} must be at least 0, got {value}")
+                raise ConfigError(
+                    f"CandidateSetLossConfig: {field.name} must be at least 0, got {value}"
+                )
         if self.unexposed > 1:
-            raise ValueError(
+            raise ConfigError(
                 f"CandidateSetLossConfig: unexposed must be at most 1, got {self.unexposed}"
             )
         if self.pointwise == self.listwise == self.consistency == 0:
-            raise ValueError("CandidateSetLossConfig: pointwise, listwise and consistency are all 0")
+            raise ConfigError("CandidateSetLossConfig: pointwise, listwise and consistency are all 0")
 
 
 class CandidateSetLoss(nn.Module):

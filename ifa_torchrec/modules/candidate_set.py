@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec import ops
+from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules.ifa import InteractionFidelityAttention
 from ifa_torchrec.modules.interaction import IFAConfig, reset_all
 from ifa_torchrec.modules.peers import SoftmaxAttention
@@ -46,7 +47,7 @@ class CandidateSetConfig:
     def __post_init__(self) -> None:
         known = ["none", *ATTENTIONS]
         if self.attention not in known:
-            raise ValueError(f"CandidateSetConfig: attention {self.attention!r} is none of {known}")
+            raise ConfigError(f"CandidateSetConfig: attention {self.attention!r} is none of {known}")
 
 
 class CandidateSetEncoder(nn.Module):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
+from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.serving.batching import Batcher, Item, Result
 from ifa_torchrec.serving.scorer import Ranking, RankingRequest, Scorer
 from ifa_torchrec.serving.state_store import Event
@@ -51,9 +52,9 @@ class Limits:
     def __post_init__(self) -> None:
         for limit in fields(self):
             if getattr(self, limit.name) <= 0:
-                raise ValueError(f"{limit.name} must be above 0, got {getattr(self, limit.name)}")
+                raise ConfigError(f"{limit.name} must be above 0, got {getattr(self, limit.name)}")
         if self.max_waiting < self.max_requests:
-            raise ValueError(
+            raise ConfigError(
                 f"max_waiting {self.max_waiting} is below max_requests {self.max_requests}; a full "
                 "call would never be taken"
             )

@@ -10,6 +10,7 @@ from torchrec import EmbeddingCollection
 from torchrec.inference.modules import quantize_embeddings
 from torchrec.quant.embedding_modules import EmbeddingCollection as QuantEmbeddingCollection
 
+from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.models import DLRM_IFA
 
 
@@ -45,7 +46,7 @@ def quantize_tables(model: DLRM_IFA, dtype: torch.dtype = torch.qint8) -> DLRM_I
         [4]
     """
     if model.sequence_arch.managed:
-        raise ValueError("quantize_tables: tables of managed collisions cannot be quantised")
+        raise ConfigError("quantize_tables: tables of managed collisions cannot be quantised")
     floats: list[nn.Module] = [model.sequence_arch.embedding_collection]
     if model.sparse_arch is not None:
         floats.append(model.sparse_arch.embedding_bag_collection)

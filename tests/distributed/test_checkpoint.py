@@ -773,19 +773,20 @@ class TestAnotherConfiguration:
     def test_what_differs_is_named_to_its_depth(self, run) -> None:
         config, wanted = run
         wanted = {**wanted, "seed": 0, "ifa": {**wanted["ifa"], "num_heads": 4}, "more": 1}
-        del wanted["warmup_steps"]
+        del wanted["warmup_steps"]  # whoever does not care is not asked
         error = refusal(config, wanted)
-        assert "ifa.num_heads was 2, is 4; more was None, is 1; warmup_steps was 3, is None" in error
+        assert "configuration: ifa.num_heads was 2, is 4; more was None, is 1; use" in error
         assert "use the same options, or another folder" in error
 
-    @pytest.mark.parametrize("written", [None, 2])
+    @pytest.mark.parametrize("written", [None, 1, 3])
     def test_another_format(self, run, written: int | None) -> None:
-        """Of a version before there were numbers, or of one to come."""
+        """Of a version before there were numbers, of another model, or of one to come."""
         config, wanted = run
         last = config.out / "checkpoints" / "step-000000012"
         rewrite(last, lambda progress: progress.update(format=written))
         for error in [refusal(config, wanted), *run_ranks(refusal, 2, config, wanted)]:
-            assert f"{last} is of format {written}, this version of ifa_torchrec reads 1" in error
+            assert f"{last} is of format {written}, this version of ifa_torchrec reads 2" in error
+            assert "use the version that wrote it, or train anew in another folder" in error
 
     def test_a_model_of_another_shape(self, run, tmp_path: Path) -> None:
         """Without a configuration to compare, it is told from what is there."""
