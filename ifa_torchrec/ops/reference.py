@@ -139,13 +139,11 @@ def match(
     history, weights, ages, decay = _floats(history.dtype, history, weights, ages, decay)
     weight = event_weights(weights, ages, decay, history)
     lengths = history_offsets.diff().tolist()
-    requests = zip(
-        history.split(lengths), weight.split(lengths), history_buckets.split(lengths), strict=True
-    )
+    events = (x.split(lengths) for x in (history, weight, history_buckets))
     asked = candidate_buckets.split(candidate_offsets.diff().tolist())
     token_sum = [history.new_zeros(0, len(decay), history.shape[1])]
     weight_sum = [weight.new_zeros(0, len(decay))]
-    for (tokens, event_weight, buckets), candidates in zip(requests, asked, strict=True):
+    for tokens, event_weight, buckets, candidates in zip(*events, asked, strict=True):
         for candidate in candidates:
             # picked, not multiplied by zero: a NaN is of the candidates alone that it matches
             same = buckets == candidate

@@ -66,9 +66,8 @@ def _tiles(offsets: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]
     starts, lengths = offsets[:-1], offsets.diff()
     chunks = (lengths + _LONGEST_CHUNK - 1) // _LONGEST_CHUNK
     request = torch.repeat_interleave(torch.arange(len(lengths), device="cpu"), chunks)
-    nth = torch.arange(len(request), device="cpu") - torch.repeat_interleave(
-        chunks.cumsum(0) - chunks, chunks
-    )
+    before = torch.repeat_interleave(chunks.cumsum(0) - chunks, chunks)
+    nth = torch.arange(len(request), device="cpu") - before
     start = starts[request] + nth * _LONGEST_CHUNK
     length = (lengths[request] - nth * _LONGEST_CHUNK).clamp(max=_LONGEST_CHUNK)
     length, order = length.sort(descending=True, stable=True)
