@@ -36,16 +36,19 @@ def inputs_of(op: str, dtype: torch.dtype = torch.float32, feature_map: str = "h
 
 def results(op: str, inputs: dict, backend: str, extra: tuple | None = None) -> list[Tensor]:
     """The outputs, and the gradients of a weighted sum of them."""
+    leaves = [name for name in DIFFERENTIABLE[op] if inputs[name] is not None]
     inputs = {
-        name: x.detach().requires_grad_() if name in DIFFERENTIABLE[op] and x is not None else x
+        name: x.detach().requires_grad_() if name in leaves and x.is_floating_point() else x
         for name, x in inputs.items()
     }
     outputs = getattr(ops, op)(*inputs.values(), *(EXTRA[op] if extra is None else extra), backend)
     leaves = [x for x in inputs.values() if x is not None and x.requires_grad]
-    upstream = [
-        torch.arange(x.numel(), dtype=x.dtype, device=x.device).cos().view(x.shape) for x in outputs
-    ]
-    gradients = torch.autograd.grad(outputs, leaves, upstream)
+    # outputs of no row may come from no input: their gradients are zeros
+    loss = sum(0 * x.sum() for x in leaves)
+    for x in outputs:
+        upstream = torch.arange(x.numel(), dtype=x.dtype, device=x.device).cos().view(x.shape)
+        loss = loss + (x * upstream).sum()
+    gradients = torch.autograd.grad(loss, leaves)
     return [*(out.detach() for out in outputs), *gradients]
 
 
@@ -214,7 +217,7 @@ def test_autocast_changes_no_sum(op, backend):
 def layouts(x: Tensor) -> list[Tensor]:
     """The same values with other strides."""
     wide = torch.stack([x, x], dim=-1)
-    result = [wide[..., 0], x.flip(0).flip(0)]
+    result = [wide[..., 0]]
     if x.ndim > 1:
         result.append(x.transpose(0, -1).contiguous().transpose(0, -1))
     return result
