@@ -351,8 +351,12 @@ def attend_backward_op(
         grad_query_weight += torch.bmm(grad_projected, tokens).sum(0)
         grad_tokens = torch.matmul(grad_projected.mT, flat_weight)
         grad_candidates[row[valid]] = grad_tokens[valid].to(candidates.dtype)
-    of_state = (grad_query_weight.view_as(weight), grad_key_value, grad_key_sum)
-    return grad_candidates, *(x.to(dtype) for x, dtype in zip(of_state, dtypes, strict=True))
+    return (
+        grad_candidates,
+        grad_query_weight.view_as(weight).to(dtypes[0]),
+        grad_key_value.to(dtypes[1]),
+        grad_key_sum.to(dtypes[2]),
+    )
 
 
 @attend_backward_op.register_fake

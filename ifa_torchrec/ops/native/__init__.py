@@ -358,8 +358,8 @@ def _(
     sums = torch_backend.match_fake(
         candidate_buckets, candidate_offsets, history, history_buckets, *rest
     )
-    joined = (x.new_empty(x.shape, dtype=torch.int64) for x in (candidate_buckets, history_buckets))
-    return *sums, *joined
+    first = candidate_buckets.new_empty(candidate_buckets.shape, dtype=torch.int64)
+    return *sums, first, history_buckets.new_empty(history_buckets.shape, dtype=torch.int64)
 
 
 @torch.library.custom_op("ifa::native_match_backward", mutates_args=())
