@@ -6,19 +6,38 @@ a token, H dense heads of width d, d_phi features a head, L half-lives of an ide
 Three functions, each with the backends "reference" (plain, the truth), "torch" (tiled, with its
 own backward), "native" (C++, on CPU) and "auto" (the fastest that serves). ``python -m
 ifa_torchrec.ops`` prints which there are.
+
+What all of them take and give, whichever the backend:
+
+- Tensors of one device, in any layout, of float32, bfloat16, float16 or float64, which may be mixed;
+  offsets and buckets are integers of any width. Sizes that do not agree are a ValueError that names
+  the argument, and so are offsets that do not rise from 0 to the number of rows. ``encode`` and
+  ``match`` look at offsets on the CPU alone; on a GPU, where a look would wait for the device, the
+  torch backend looks when it needs them.
+- Sums are float32 (float64 where the first argument of ``encode``, ``match``'s history or ``attend``'s
+  key_value is), under autocast and any default dtype or device, too.
+- No gradient flows to ages and decay.
+- A token that is NaN or infinite spoils the results of its own request (a candidate's: its own row)
+  and no other's.
+- Several threads may call at once. In a process forked from this one PyTorch is set to one thread:
+  OpenMP's others did not survive the fork, and a call that waited for them would hang.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from ifa_torchrec.ops import native, reference, torch_backend
+from ifa_torchrec.ops.checks import check_eps, check_offsets, checked
 from ifa_torchrec.ops.feature_maps import FEATURE_MAPS
+from ifa_torchrec.ops.torch_backend import without_autocast
 
 Backend = Literal["auto", "native", "reference", "torch"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -27,17 +46,27 @@ _MODULES = {"native": native, "reference": reference, "torch": torch_backend}
 __all__ = ["BACKENDS", "FEATURE_MAPS", "Backend", "attend", "encode", "match"]
 
 
-def _backend(name: str, tokens: Tensor) -> ModuleType:
+# After a fork a parallel region, PyTorch's own ones as well, waits for threads that are no more.
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
+
+
+def _backend(name: str, tokens: Tensor, state: Tensor | None = None) -> ModuleType:
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {list(BACKENDS)}, got {name!r}")
+    if name == "reference" and tokens.is_meta:
+        raise ValueError('backend "reference" reads values, which meta tensors lack: take "torch"')
     if name != "auto":
-        if name == "native" and not native.serves(tokens):
+        if name == "native" and not native.serves(tokens, state):
+            dtypes = tokens.dtype if state is None else f"{tokens.dtype} and a state of {state.dtype}"
             raise ValueError(
-                f'backend "native" does not serve {tokens.dtype} on {tokens.device.type}: it is for '
+                f'backend "native" does not serve {dtypes} on {tokens.device.type}: it is for '
                 f"float32 and bfloat16 on CPU; the kernels: {native.STATUS}"
             )
         return _MODULES[name]
     if tokens.device.type == "cpu" and native.LIBRARY is None:
         _say_once(f"ifa_torchrec.ops: the native kernels are {native.STATUS}; torch serves, slower")
-    return native if native.serves(tokens) else torch_backend
+    return native if native.serves(tokens, state) else torch_backend
 
 
 @cache
@@ -63,16 +92,20 @@ def encode(
 
     Args:
         history: [N, D] floating point, the event tokens of all requests.
-        offsets: [B + 1] int64, request b's events are rows offsets[b]:offsets[b + 1].
+        offsets: [B + 1] integers, request b's events are rows offsets[b]:offsets[b + 1].
         key_weight: [H, d, D], and value_weight: [H, d, D], the projections.
         weights: [N] or None, a_i >= 0; None means 1.
-        ages: [N] or None, t_i >= 0; None means 0. No gradient flows to the ages.
+        ages: [N] or None, t_i >= 0; None means 0.
         decay: [H], lambda_h >= 0 per unit of age.
         feature_map: a key of FEATURE_MAPS.
         backend: one of BACKENDS.
 
     Returns:
-        S [B, H, d_phi, d] and z [B, H, d_phi], float32 (float64 for float64 input).
+        S [B, H, d_phi, d] and z [B, H, d_phi], float32 (float64 for a float64 history).
+
+    Raises:
+        ValueError: a size, dtype or device does not fit, or the backend does not serve it.
+        TypeError: an argument is no tensor.
 
     Example:
         >>> import torch
@@ -82,9 +115,12 @@ def encode(
         >>> s.shape, z[1].abs().sum().item()
         (torch.Size([2, 2, 4, 4]), 0.0)
     """
-    return _backend(backend, history).encode(
-        history, offsets, key_weight, value_weight, weights, ages, decay, feature_map
+    given = checked(
+        "encode", (history, offsets, key_weight, value_weight, weights, ages, decay), feature_map
     )
+    check_offsets("offsets", given[1], history.shape[0])
+    with without_autocast(history):
+        return _backend(backend, history).encode(*given, feature_map)
 
 
 def attend(
@@ -103,15 +139,19 @@ def attend(
 
     Args:
         candidates: [M, D] floating point, the candidate tokens of all requests.
-        offsets: [B + 1] int64, request b's candidates are rows offsets[b]:offsets[b + 1].
+        offsets: [B + 1] integers, request b's candidates are rows offsets[b]:offsets[b + 1].
         query_weight: [H, d, D], the projection.
         key_value: S [B, H, d_phi, d], and key_sum: z [B, H, d_phi], from ``encode``.
         feature_map: a key of FEATURE_MAPS.
-        eps: keeps the division defined where nothing matched.
+        eps: keeps the division defined where nothing matched; at least 1.2e-38.
         backend: one of BACKENDS.
 
     Returns:
-        out [M, H, d] and matched [M, H], in the state's dtype.
+        out [M, H, d] and matched [M, H], float32 (float64 for a float64 key_value).
+
+    Raises:
+        ValueError: a size, dtype or device does not fit, or the backend does not serve it.
+        TypeError: an argument is no tensor.
 
     Example:
         >>> import torch
@@ -122,9 +162,11 @@ def attend(
         >>> out.shape, matched.sum().item()
         (torch.Size([3, 2, 4]), 0.0)
     """
-    return _backend(backend, candidates).attend(
-        candidates, offsets, query_weight, key_value, key_sum, feature_map, eps
-    )
+    given = checked("attend", (candidates, offsets, query_weight, key_value, key_sum), feature_map)
+    check_offsets("offsets", given[1], candidates.shape[0])
+    check_eps(eps)
+    with without_autocast(candidates):
+        return _backend(backend, candidates, key_value).attend(*given, feature_map, eps)
 
 
 def match(
@@ -145,14 +187,18 @@ def match(
     addition to the paper's algebra.
 
     Args:
-        candidate_buckets: [M] int64; candidate_offsets: [B + 1] int64.
-        history: [N, D] floating point; history_buckets: [N] int64; history_offsets: [B + 1].
+        candidate_buckets: [M] integers; candidate_offsets: [B + 1] integers.
+        history: [N, D] floating point; history_buckets: [N] integers; history_offsets: [B + 1].
         weights: [N] or None, a_i; ages: [N] or None, t_i; decay: [L], rates per unit of age.
         backend: one of BACKENDS.
 
     Returns:
         token_sum [M, L, D] = sum of w_li x_i, and weight_sum [M, L] = sum of w_li, over the
-        matching events; float32 (float64 for float64 input).
+        matching events; float32 (float64 for a float64 history).
+
+    Raises:
+        ValueError: a size, dtype or device does not fit, or the backend does not serve it.
+        TypeError: an argument is no tensor.
 
     Example:
         >>> import torch
@@ -162,13 +208,20 @@ def match(
         >>> count.flatten().tolist()
         [2.0, 0.0]
     """
-    return _backend(backend, history).match(
-        candidate_buckets,
-        candidate_offsets,
-        history,
-        history_buckets,
-        history_offsets,
-        weights,
-        ages,
-        decay,
+    given = checked(
+        "match",
+        (
+            candidate_buckets,
+            candidate_offsets,
+            history,
+            history_buckets,
+            history_offsets,
+            weights,
+            ages,
+            decay,
+        ),
     )
+    check_offsets("candidate_offsets", given[1], candidate_buckets.shape[0])
+    check_offsets("history_offsets", given[4], history.shape[0])
+    with without_autocast(history):
+        return _backend(backend, history).match(*given)

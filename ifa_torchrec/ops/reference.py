@@ -1,4 +1,4 @@
-"""The plain truth: IFA written as its formulae, one request at a time, in any dtype.
+"""The plain truth: IFA written as its formulae, one request at a time, in float32 at least.
 
 Every backend is tested against this file, outputs and gradients. Nothing here is fast.
 """
@@ -6,6 +6,7 @@ Every backend is tested against this file, outputs and gradients. Nothing here i
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -67,6 +68,12 @@ def quadratic(
     return torch.einsum("mnh,nhd->mhd", attention, value), matched, attention
 
 
+def _floats(dtype: torch.dtype, *tensors: torch.Tensor | None) -> list[Any]:
+    """The tensors in the dtype to work in: ``dtype``, float32 at least."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    return [None if x is None else x.to(dtype) for x in tensors]
+
+
 def encode(
     history: torch.Tensor,
     offsets: torch.Tensor,
@@ -78,6 +85,9 @@ def encode(
     feature_map: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The linear form's user state: key_value [B, H, d_phi, d] and key_sum [B, H, d_phi]."""
+    history, key_weight, value_weight, weights, ages, decay = _floats(
+        history.dtype, history, key_weight, value_weight, weights, ages, decay
+    )
     key = features(history, key_weight, feature_map)
     key = key * event_weights(weights, ages, decay, history)[..., None]
     value = torch.einsum("nD,hdD->nhd", history, value_weight)
@@ -100,6 +110,9 @@ def attend(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The linear form's read-out: out [M, H, d] and the normaliser phi(q)^T z [M, H]."""
+    candidates, query_weight, key_value, key_sum = _floats(
+        key_value.dtype, candidates, query_weight, key_value, key_sum
+    )
     query = features(candidates, query_weight, feature_map)
     request = request_of_row(offsets, candidates.shape[0])
     matched = torch.einsum("mhf,mhf->mh", query, key_sum[request])
@@ -117,20 +130,23 @@ def match(
     ages: torch.Tensor | None,
     decay: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """An identity feature's heads, one for each decay rate, by comparing all pairs of a request.
+    """An identity feature's heads, one for each decay rate, a candidate at a time.
 
     Returns:
         token_sum [M, L, D] and weight_sum [M, L], the sums of w_li x_i and of w_li over the
         events of the candidate's request whose bucket is the candidate's.
     """
+    history, weights, ages, decay = _floats(history.dtype, history, weights, ages, decay)
     weight = event_weights(weights, ages, decay, history)
-    token_sum, weight_sum = [], []
-    for b in range(len(history_offsets) - 1):
-        c = slice(int(candidate_offsets[b]), int(candidate_offsets[b + 1]))
-        e = slice(int(history_offsets[b]), int(history_offsets[b + 1]))
-        same = (candidate_buckets[c, None] == history_buckets[None, e]).to(weight.dtype)
-        weight_sum.append(same @ weight[e])
-        token_sum.append(torch.einsum("mn,nl,nD->mlD", same, weight[e], history[e]))
-    if not token_sum:
-        return history.new_zeros(0, len(decay), history.shape[1]), weight.new_zeros(0, len(decay))
+    lengths = history_offsets.diff().tolist()
+    events = (x.split(lengths) for x in (history, weight, history_buckets))
+    asked = candidate_buckets.split(candidate_offsets.diff().tolist())
+    token_sum = [history.new_zeros(0, len(decay), history.shape[1])]
+    weight_sum = [weight.new_zeros(0, len(decay))]
+    for tokens, event_weight, buckets, candidates in zip(*events, asked, strict=True):
+        for candidate in candidates:
+            # picked, not multiplied by zero: a NaN is of the candidates alone that it matches
+            same = buckets == candidate
+            weight_sum.append(event_weight[same].sum(0, keepdim=True))
+            token_sum.append((event_weight[same].T @ tokens[same])[None])
     return torch.cat(token_sum), torch.cat(weight_sum)

@@ -14,12 +14,14 @@ Operators (all shapes static given the inputs', so that torch.compile sees no su
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ifa_torchrec.ops.checks import check_offsets
 from ifa_torchrec.ops.feature_maps import FEATURE_MAPS
 from ifa_torchrec.ops.jagged import request_of_row
 from ifa_torchrec.ops.reference import event_weights
@@ -32,38 +34,54 @@ took an H200 86 ms with those and 5.6 ms with these."""
 _LONGEST_CHUNK = 1024
 
 
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Where matrix products keep their dtype; under autocast they would give bfloat16."""
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+def like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """For an operator's fake: outputs of the tensors' shapes and dtypes, contiguous."""
+    return tuple(x.new_empty(x.shape) for x in tensors)
+
+
 def _accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _tiles(offsets: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _tiles(offsets: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Cut the requests' rows into chunks, and the chunks, longest first, into tiles.
 
     Chunks of a tile are of about the same length, so little is padded, whatever the lengths.
 
     Yields:
-        request [b]: whose rows each chunk holds; row [b, L]: the rows, 0 where padded;
-        valid [b, L] bool.
+        request [b]: whose rows each chunk holds; row [b, L]: the rows, where padded the
+        chunk's last again; valid [b, L] bool.
     """
     device = offsets.device
-    starts = offsets[:-1].cpu()
-    lengths = offsets.cpu().diff()
+    offsets = offsets.to("cpu", torch.int64)
+    check_offsets("offsets", offsets, rows)
+    starts, lengths = offsets[:-1], offsets.diff()
     chunks = (lengths + _LONGEST_CHUNK - 1) // _LONGEST_CHUNK
-    request = torch.repeat_interleave(torch.arange(len(lengths)), chunks)
-    nth = torch.arange(len(request)) - torch.repeat_interleave(chunks.cumsum(0) - chunks, chunks)
+    request = torch.repeat_interleave(torch.arange(len(lengths), device="cpu"), chunks)
+    before = torch.repeat_interleave(chunks.cumsum(0) - chunks, chunks)
+    nth = torch.arange(len(request), device="cpu") - before
     start = starts[request] + nth * _LONGEST_CHUNK
     length = (lengths[request] - nth * _LONGEST_CHUNK).clamp(max=_LONGEST_CHUNK)
     length, order = length.sort(descending=True, stable=True)
     request, start = request[order].to(device), start[order].to(device)
     longest = length.tolist()
     length = length.to(device)
-    rows = TILE if device.type == "cpu" else GPU_TILE
+    tile = TILE if device.type == "cpu" else GPU_TILE
     first = 0
     while first < len(longest):
-        last = first + max(rows // longest[first], 1)
+        last = first + max(tile // longest[first], 1)
         step = torch.arange(longest[first], device=device)
         valid = step < length[first:last, None]
-        row = torch.where(valid, start[first:last, None] + step, 0)
+        # padded with a row of the chunk's own: a NaN in it is no other request's
+        row = start[first:last, None] + torch.minimum(step, length[first:last, None] - 1)
         yield request[first:last], row, valid
         first = last
 
@@ -121,7 +139,7 @@ def encode_op(
     key_weight = key_weight.to(dtype)
     key_token = history.new_zeros(requests, features, dim, dtype=dtype)
     key_sum = history.new_zeros(requests, features, dtype=dtype)
-    for request, row, valid in _tiles(offsets):
+    for request, row, valid in _tiles(offsets, len(history)):
         tokens = history[row].to(dtype)
         _, phi = _tile_features(tokens, key_weight, feature_map)
         phi = (phi * _tile_weights(weights, ages, decay, tokens, row, valid)).flatten(1, 2)
@@ -164,10 +182,10 @@ def encode_backward_op(
     key_weight_ = key_weight.to(dtype)
     flat_weight = key_weight_.flatten(0, 1)
     grad_token, grad_sum = grad_token.flatten(1, 2), grad_sum.flatten(1, 2)
-    grad_history = torch.zeros_like(history)
-    grad_key_weight = torch.zeros_like(flat_weight)
+    grad_history = history.new_zeros(history.shape)
+    grad_key_weight = flat_weight.new_zeros(flat_weight.shape)
     grad_weights = history.new_zeros(len(history) if weights is not None else 0, dtype=dtype)
-    for request, row, valid in _tiles(offsets):
+    for request, row, valid in _tiles(offsets, len(history)):
         tokens = history[row].to(dtype)
         projected, phi = _tile_features(tokens, key_weight_, feature_map)
         weight = _tile_weights(weights, ages, decay, tokens, row, valid)
@@ -198,10 +216,10 @@ def _(
     key_weight: Tensor,
     weights: Tensor | None,
     *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     dtype = _accumulator_dtype(history.dtype)
-    grad_weights = history.new_empty(0, dtype=dtype) if weights is None else torch.empty_like(weights)
-    return torch.empty_like(history), torch.empty_like(key_weight), grad_weights
+    grad_weights = history.new_empty(0, dtype=dtype) if weights is None else weights
+    return like(history, key_weight, grad_weights)
 
 
 def encode_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -210,9 +228,10 @@ def encode_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _encode_autograd(ctx: Any, grad_token: Tensor, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
-    grad_history, grad_key_weight, grad_weights = torch.ops.ifa.encode_backward(
-        grad_token, grad_sum, *ctx.saved_tensors, ctx.feature_map
-    )
+    with without_autocast(grad_token):
+        grad_history, grad_key_weight, grad_weights = torch.ops.ifa.encode_backward(
+            grad_token, grad_sum, *ctx.saved_tensors, ctx.feature_map
+        )
     if ctx.saved_tensors[3] is None:
         grad_weights = None
     return grad_history, None, grad_key_weight, grad_weights, None, None, None
@@ -263,11 +282,12 @@ def attend_op(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     heads, width = query_weight.shape[0], key_value.shape[-1]
+    dtype = _accumulator_dtype(key_value.dtype)
+    query_weight, key_value, key_sum = (x.to(dtype) for x in (query_weight, key_value, key_sum))
     out = key_value.new_zeros(len(candidates), heads, width)
     matched = key_value.new_zeros(len(candidates), heads)
-    query_weight = query_weight.to(key_value.dtype)
-    for request, row, valid in _tiles(offsets):
-        tokens = candidates[row].to(key_value.dtype)
+    for request, row, valid in _tiles(offsets, len(candidates)):
+        tokens = candidates[row].to(dtype)
         phi = _tile_features(tokens, query_weight, feature_map)[1].flatten(0, 1).mT
         numerator = torch.bmm(phi, key_value[request].flatten(0, 1))
         normaliser = torch.bmm(phi, key_sum[request].flatten(0, 1)[..., None])
@@ -280,8 +300,10 @@ def attend_op(
 def attend_fake(
     candidates: Tensor, offsets: Tensor, query_weight: Tensor, key_value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
+    dtype = _accumulator_dtype(key_value.dtype)
     shape = (candidates.shape[0], query_weight.shape[0])
-    return key_value.new_empty(*shape, key_value.shape[-1]), key_value.new_empty(shape)
+    out = key_value.new_empty(*shape, key_value.shape[-1], dtype=dtype)
+    return out, key_value.new_empty(shape, dtype=dtype)
 
 
 @torch.library.custom_op("ifa::attend_backward", mutates_args=())
@@ -298,19 +320,21 @@ def attend_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     heads = query_weight.shape[0]
     backward = FEATURE_MAPS[feature_map].backward
-    weight = query_weight.to(key_value.dtype)
+    dtypes = [x.dtype for x in (query_weight, key_value, key_sum)]
+    dtype = _accumulator_dtype(key_value.dtype)
+    weight, key_value, key_sum = (x.to(dtype) for x in (query_weight, key_value, key_sum))
     flat_weight = weight.flatten(0, 1)
-    grad_candidates = torch.zeros_like(candidates)
-    grad_query_weight = torch.zeros_like(flat_weight)
-    grad_key_value, grad_key_sum = torch.zeros_like(key_value), torch.zeros_like(key_sum)
-    for request, row, valid in _tiles(offsets):
-        tokens = candidates[row].to(key_value.dtype)
+    grad_candidates, grad_query_weight, grad_key_value, grad_key_sum = (
+        x.new_zeros(x.shape) for x in (candidates, flat_weight, key_value, key_sum)
+    )
+    for request, row, valid in _tiles(offsets, len(candidates)):
+        tokens = candidates[row].to(dtype)
         projected, phi_tile = _tile_features(tokens, weight, feature_map)
         phi = phi_tile.flatten(0, 1).mT
         state, total = key_value[request].flatten(0, 1), key_sum[request].flatten(0, 1)
         normaliser = torch.bmm(phi, total[..., None]) + eps
         out = torch.bmm(phi, state) / normaliser
-        # a padded row repeats row 0, so its gradient is taken out here
+        # a padded row repeats another, so its gradient is taken out here
         upstream = _heads_first(grad_out[row] * valid[..., None, None])
         upstream_matched = _heads_first((grad_matched[row] * valid[..., None])[..., None])
         grad_numerator = upstream / normaliser
@@ -329,9 +353,9 @@ def attend_backward_op(
         grad_candidates[row[valid]] = grad_tokens[valid].to(candidates.dtype)
     return (
         grad_candidates,
-        grad_query_weight.view_as(weight).to(query_weight.dtype),
-        grad_key_value,
-        grad_key_sum,
+        grad_query_weight.view_as(weight).to(dtypes[0]),
+        grad_key_value.to(dtypes[1]),
+        grad_key_sum.to(dtypes[2]),
     )
 
 
@@ -346,7 +370,7 @@ def attend_backward_fake(
     key_sum: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(t) for t in (candidates, query_weight, key_value, key_sum))
+    return like(candidates, query_weight, key_value, key_sum)
 
 
 def attend_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -357,7 +381,8 @@ def attend_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def attend_autograd(
     backward_op: Callable[..., Any], ctx: Any, grad_out: Tensor, grad_matched: Tensor
 ) -> tuple[Tensor | None, ...]:
-    grads = backward_op(grad_out, grad_matched, *ctx.saved_tensors, ctx.feature_map, ctx.eps)
+    with without_autocast(grad_out):
+        grads = backward_op(grad_out, grad_matched, *ctx.saved_tensors, ctx.feature_map, ctx.eps)
     grad_candidates, grad_query_weight, grad_key_value, grad_key_sum = grads
     return grad_candidates, None, grad_query_weight, grad_key_value, grad_key_sum, None, None
 
@@ -479,7 +504,7 @@ def match_backward_op(
     grad_tokens = torch.zeros_like(tokens)
     for rate in range(len(decay)):
         grad_tokens += weight[:, rate, None] * grad_token[event_slot, rate]
-    grad_history = torch.zeros_like(history)
+    grad_history = history.new_zeros(history.shape)
     grad_history[event] = grad_tokens.to(history.dtype)
     if weights is None:
         return grad_history, history.new_zeros(0)
@@ -487,7 +512,7 @@ def match_backward_op(
     grad_event = grad_weight[event_slot]
     for rate in range(len(decay)):
         grad_event[:, rate] += (tokens * grad_token[event_slot, rate]).sum(-1)
-    grad_weights = torch.zeros_like(weights)
+    grad_weights = weights.new_zeros(weights.shape)
     grad_weights[event] = (grad_event * decayed).sum(-1).to(weights.dtype)
     return grad_history, grad_weights
 
@@ -503,9 +528,8 @@ def _(
     history_offsets: Tensor,
     weights: Tensor | None,
     *rest: Any,
-) -> tuple[Tensor, Tensor]:
-    grad_weights = history.new_empty(0) if weights is None else torch.empty_like(weights)
-    return torch.empty_like(history), grad_weights
+) -> tuple[Tensor, ...]:
+    return like(history, history.new_empty(0) if weights is None else weights)
 
 
 def _match_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ifa_torchrec.ops import torch_backend
+from ifa_torchrec.ops.checks import check_offsets
 from ifa_torchrec.ops.feature_maps import FEATURE_MAPS
 
 _MAPS = {"elu": 0, "relu": 1, "hedgehog": 2}
@@ -60,8 +61,10 @@ LIBRARY, STATUS = _load()
 """The kernels, None where there are none; and their instruction set, or why there are none."""
 
 
-def serves(tokens: Tensor) -> bool:
-    """Are the kernels there, and for tokens of this device and dtype?"""
+def serves(tokens: Tensor, state: Tensor | None = None) -> bool:
+    """Are the kernels there, and for tokens and a state of this device and dtype?"""
+    if state is not None and state.dtype == torch.float64:
+        return False
     return tokens.device.type == "cpu" and tokens.dtype in _DTYPES and LIBRARY is not None
 
 
@@ -74,23 +77,54 @@ def _kernel(name: str) -> Any:
 
 
 def _call(name: str, *arguments: Any) -> None:
-    """Tensors become pointers; the number of threads is added."""
+    """Tensors become pointers, kept alive by ``arguments``; the number of threads is added."""
     given = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
     _kernel(name)(*given, torch.get_num_threads())
 
 
-def _floats(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Contiguous float32."""
-    return [None if x is None else x.to(torch.float32).contiguous() for x in tensors]
+# The operators can be called past ops.encode and its like, from an exported graph for one. What the
+# kernels read and write is therefore made here, each tensor for the sizes that the kernel is told.
 
 
-def _rows(tokens: Tensor, offsets: Tensor) -> tuple[Tensor, int, Tensor, int]:
-    """The kernels' arguments of jagged rows: tokens, whether they are bfloat16, offsets, B."""
-    offsets = offsets.to(torch.int64).contiguous()
-    ends = offsets[0].item(), offsets[-1].item()
-    if ends != (0, len(tokens)) or bool((offsets.diff() < 0).any()):
-        raise ValueError(f"offsets must rise from 0 to {len(tokens)}, the number of rows, got {offsets}")
-    return tokens.contiguous(), int(tokens.dtype == torch.bfloat16), offsets, len(offsets) - 1
+def _given(x: Tensor | None, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
+    """As a kernel reads it: contiguous, of this shape and dtype."""
+    if x is None:
+        return None
+    if x.shape != shape or x.device.type != "cpu":
+        raise ValueError(f"a tensor must be {list(shape)} on cpu, got {list(x.shape)} on {x.device}")
+    return x.to(dtype).contiguous()
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """For a kernel to fill, whatever the default dtype and device."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def _tokens(tokens: Tensor) -> tuple[Tensor, int]:
+    """The kernels' arguments of tokens [rows, D]: them, and whether they are bfloat16."""
+    if tokens.dtype not in _DTYPES or tokens.device.type != "cpu":
+        raise ValueError(
+            f"tokens must be float32 or bfloat16 on cpu, got {tokens.dtype} on {tokens.device}"
+        )
+    return tokens.contiguous(), int(tokens.dtype == torch.bfloat16)
+
+
+def _offsets(offsets: Tensor, rows: int) -> tuple[Tensor, int]:
+    """The kernels' arguments of offsets: them, and B."""
+    offsets = offsets.to("cpu", torch.int64).contiguous()
+    check_offsets("offsets", offsets, rows)
+    return offsets, len(offsets) - 1
+
+
+def _sizes(tokens: Tensor, weight: Tensor, feature_map: str) -> tuple[int, int, int, int]:
+    """The kernels' arguments of a projection [H, d, D]: D, H, d and the feature map."""
+    heads, width, dim = weight.shape
+    if tokens.shape[1] != dim or (dim + 16) * heads * (width + 16) > 2**27:  # sizes are int in csrc
+        raise ValueError(
+            f"a projection [H, d, D] must have D = {tokens.shape[1]} and not 2^27 entries, got "
+            f"{list(weight.shape)}"
+        )
+    return dim, heads, width, _MAPS[feature_map]
 
 
 # ------------------------------------------------------------------------------------- encode
@@ -107,13 +141,18 @@ def encode_op(
     decay: Tensor,
     feature_map: str,
 ) -> tuple[Tensor, Tensor]:
-    rows = _rows(history, offsets)
-    heads, width, dim = key_weight.shape
+    rows, heads, width, dim = len(history), *key_weight.shape
+    bounds, requests = _offsets(offsets, rows)
     features = width * FEATURE_MAPS[feature_map].expansion
-    key_value = torch.empty(rows[-1], heads, features, width)
-    key_sum = torch.empty(rows[-1], heads, features)
-    given = _floats(key_weight, value_weight, weights, ages, decay)
-    _call("encode", *rows, *given, dim, heads, width, _MAPS[feature_map], key_value, key_sum)
+    key_value = _empty(requests, heads, features, width)
+    key_sum = _empty(requests, heads, features)
+    _call(
+        "encode",
+        *(*_tokens(history), bounds, requests),
+        *(_given(key_weight, heads, width, dim), _given(value_weight, heads, width, dim)),
+        *(_given(weights, rows), _given(ages, rows), _given(decay, heads)),
+        *(*_sizes(history, key_weight, feature_map), key_value, key_sum),
+    )
     return key_value, key_sum
 
 
@@ -147,17 +186,20 @@ def encode_backward_op(
     decay: Tensor,
     feature_map: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    heads, width, dim = key_weight.shape
-    given = _floats(key_weight, value_weight, weights, ages, decay)
-    grad_history = torch.empty_like(history, memory_format=torch.contiguous_format)
-    grad_key, grad_value = torch.empty(heads, width, dim), torch.empty(heads, width, dim)
-    grad_weights = torch.empty(0 if weights is None else len(weights))
+    rows, heads, width, dim = len(history), *key_weight.shape
+    bounds, requests = _offsets(offsets, rows)
+    features = width * FEATURE_MAPS[feature_map].expansion
+    grad_history = _empty(*history.shape, dtype=history.dtype)
+    grad_key, grad_value = _empty(heads, width, dim), _empty(heads, width, dim)
+    grad_weights = _empty(0 if weights is None else rows)
     _call(
         "encode_backward",
-        *_floats(grad_key_value, grad_key_sum),
-        *_rows(history, offsets),
-        *given,
-        *(dim, heads, width, _MAPS[feature_map]),
+        _given(grad_key_value, requests, heads, features, width),
+        _given(grad_key_sum, requests, heads, features),
+        *(*_tokens(history), bounds, requests),
+        *(_given(key_weight, heads, width, dim), _given(value_weight, heads, width, dim)),
+        *(_given(weights, rows), _given(ages, rows), _given(decay, heads)),
+        *_sizes(history, key_weight, feature_map),
         *(grad_history, grad_key, grad_value, None if weights is None else grad_weights),
     )
     return (
@@ -180,7 +222,7 @@ def _(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     grad_weights = history.new_empty(0, dtype=torch.float32) if weights is None else weights
-    return tuple(torch.empty_like(x) for x in (history, key_weight, value_weight, grad_weights))
+    return torch_backend.like(history, key_weight, value_weight, grad_weights)
 
 
 def _encode_autograd(
@@ -214,12 +256,17 @@ def attend_op(
     feature_map: str,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    heads, width, dim = query_weight.shape
-    out = torch.empty(len(candidates), heads, width)
-    matched = torch.empty(len(candidates), heads)
-    given = _floats(query_weight, key_value, key_sum)
-    sizes = (dim, heads, width, _MAPS[feature_map], eps)
-    _call("attend", *_rows(candidates, offsets), *given, *sizes, out, matched)
+    rows, heads, width, dim = len(candidates), *query_weight.shape
+    bounds, requests = _offsets(offsets, rows)
+    features = width * FEATURE_MAPS[feature_map].expansion
+    out, matched = _empty(rows, heads, width), _empty(rows, heads)
+    _call(
+        "attend",
+        *(*_tokens(candidates), bounds, requests, _given(query_weight, heads, width, dim)),
+        _given(key_value, requests, heads, features, width),
+        _given(key_sum, requests, heads, features),
+        *(*_sizes(candidates, query_weight, feature_map), eps, out, matched),
+    )
     return out, matched
 
 
@@ -235,21 +282,28 @@ def attend_backward_op(
     feature_map: str,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    heads, width, dim = query_weight.shape
-    given = _floats(query_weight, key_value, key_sum)
-    grad_candidates = torch.empty_like(candidates, memory_format=torch.contiguous_format)
-    grad_query = torch.empty(heads, width, dim)
-    grad_key_value = torch.empty_like(key_value, memory_format=torch.contiguous_format)
-    grad_key_sum = torch.empty_like(key_sum, memory_format=torch.contiguous_format)
+    rows, heads, width, dim = len(candidates), *query_weight.shape
+    bounds, requests = _offsets(offsets, rows)
+    features = width * FEATURE_MAPS[feature_map].expansion
+    grad_candidates = _empty(*candidates.shape, dtype=candidates.dtype)
+    grad_query = _empty(heads, width, dim)
+    grad_key_value = _empty(requests, heads, features, width)
+    grad_key_sum = _empty(requests, heads, features)
     _call(
         "attend_backward",
-        *_floats(grad_out, grad_matched),
-        *_rows(candidates, offsets),
-        *given,
-        *(dim, heads, width, _MAPS[feature_map], eps),
+        *(_given(grad_out, rows, heads, width), _given(grad_matched, rows, heads)),
+        *(*_tokens(candidates), bounds, requests, _given(query_weight, heads, width, dim)),
+        _given(key_value, requests, heads, features, width),
+        _given(key_sum, requests, heads, features),
+        *(*_sizes(candidates, query_weight, feature_map), eps),
         *(grad_candidates, grad_query, grad_key_value, grad_key_sum),
     )
-    return grad_candidates, grad_query.to(query_weight.dtype), grad_key_value, grad_key_sum
+    return (
+        grad_candidates,
+        grad_query.to(query_weight.dtype),
+        grad_key_value.to(key_value.dtype),
+        grad_key_sum.to(key_sum.dtype),
+    )
 
 
 attend_op.register_fake(torch_backend.attend_fake)
@@ -276,17 +330,18 @@ def match_op(
     ages: Tensor | None,
     decay: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rates, dim, candidates = len(decay), history.shape[1], len(candidate_buckets)
-    token_sum, weight_sum = torch.empty(candidates, rates, dim), torch.empty(candidates, rates)
-    candidate_first = torch.empty(candidates, dtype=torch.int64)
-    event_candidate = torch.empty(len(history), dtype=torch.int64)
-    buckets, _, offsets, requests = _rows(candidate_buckets, candidate_offsets)
-    tokens, is_bfloat16, event_offsets, _ = _rows(history, history_offsets)
-    given = _floats(weights, ages, decay)
+    rates, candidates, (events, dim) = len(decay), len(candidate_buckets), history.shape
+    int64 = torch.int64
+    offsets, requests = _offsets(candidate_offsets, candidates)
+    event_offsets, _ = _offsets(history_offsets, events)
+    token_sum, weight_sum = _empty(candidates, rates, dim), _empty(candidates, rates)
+    candidate_first, event_candidate = _empty(candidates, dtype=int64), _empty(events, dtype=int64)
     _call(
         "match",
-        *(buckets, offsets, tokens, is_bfloat16, history_buckets.contiguous(), event_offsets, requests),
-        *given,
+        *(_given(candidate_buckets, candidates, dtype=int64), offsets, *_tokens(history)),
+        _given(history_buckets, events, dtype=int64),
+        *(_given(event_offsets, requests + 1, dtype=int64), requests),
+        *(_given(weights, events), _given(ages, events), _given(decay, rates)),
         *(dim, rates, token_sum, weight_sum, candidate_first, event_candidate),
     )
     return token_sum, weight_sum, candidate_first, event_candidate
@@ -303,7 +358,8 @@ def _(
     sums = torch_backend.match_fake(
         candidate_buckets, candidate_offsets, history, history_buckets, *rest
     )
-    return *sums, torch.empty_like(candidate_buckets), torch.empty_like(history_buckets)
+    first = candidate_buckets.new_empty(candidate_buckets.shape, dtype=torch.int64)
+    return *sums, first, history_buckets.new_empty(history_buckets.shape, dtype=torch.int64)
 
 
 @torch.library.custom_op("ifa::native_match_backward", mutates_args=())
@@ -317,17 +373,21 @@ def match_backward_op(
     ages: Tensor | None,
     decay: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    grad_history = torch.empty_like(history, memory_format=torch.contiguous_format)
-    grad_weights = torch.empty(0 if weights is None else len(weights))
-    rows, events = len(candidate_first), len(event_candidate)
-    given = _floats(weights, ages, decay)
-    # the kernel adds up in place
-    upstream = [x.to(torch.float32, copy=True).contiguous() for x in (grad_token, grad_weight)]
+    rates, candidates, (events, dim) = len(decay), len(candidate_first), history.shape
+    for joined, least in ((candidate_first, 0), (event_candidate, -1)):
+        if len(joined) and not least <= joined.min() <= joined.max() < candidates:
+            raise ValueError(f"the join must be of rows from {least} to {candidates - 1}, got {joined}")
+    grad_history = _empty(*history.shape, dtype=history.dtype)
+    grad_weights = _empty(0 if weights is None else events)
     _call(
         "match_backward",
-        *(*upstream, rows, events, candidate_first, event_candidate),
-        *(history.contiguous(), int(history.dtype == torch.bfloat16), *given),
-        *(history.shape[1], len(decay), grad_history, None if weights is None else grad_weights),
+        # copies, since the kernel adds up in place
+        _given(grad_token.clone(), candidates, rates, dim),
+        *(_given(grad_weight.clone(), candidates, rates), candidates, events),
+        _given(candidate_first, candidates, dtype=torch.int64),
+        *(_given(event_candidate, events, dtype=torch.int64), *_tokens(history)),
+        *(_given(weights, events), _given(ages, events), _given(decay, rates)),
+        *(dim, rates, grad_history, None if weights is None else grad_weights),
     )
     return grad_history, grad_weights if weights is None else grad_weights.to(weights.dtype)
 
@@ -341,9 +401,9 @@ def _(
     history: Tensor,
     weights: Tensor | None,
     *rest: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     grad_weights = history.new_empty(0, dtype=torch.float32) if weights is None else weights
-    return torch.empty_like(history), torch.empty_like(grad_weights)
+    return torch_backend.like(history, grad_weights)
 
 
 def _match_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -140,8 +140,10 @@ static bool ages_matter(const float* ages, const float* decay, int H) {
 
 // phi [rows, P] of the projections [rows, Q], each head's times w[row, head] if w is given.
 static void features(const Shape& s, int64_t rows, float* projected, float* phi, const float* w) {
-  vec last = vec{};  // 1 where the last vector of a head holds a feature, 0 where padding
-  for (int j = 0; j < VL; ++j) last[j] = s.dp - VL + j < s.d;
+  // All bits where the last vector of a head holds a feature, none where padding: of an infinite token
+  // the padding is NaN, which no product with zero would take away.
+  ivec last = ivec{};
+  for (int j = 0; j < VL; ++j) last[j] = s.dp - VL + j < s.d ? -1 : 0;
   const int whole = s.dp - VL;
   if (s.map != HEDGEHOG) {
     for (int64_t i = 0; i < rows * s.H; ++i) {
@@ -149,11 +151,9 @@ static void features(const Shape& s, int64_t rows, float* projected, float* phi,
       float* y = phi + i * s.dp;
       for (int j = 0; j < s.dp; j += VL) {
         vec value = load(x + j), none = vec{};
-        vec result = value > none ? value : none;
-        if (s.map == ELU) {
-          result += exp_of(value < none ? value : none);
-          if (j == whole) result *= last;
-        }
+        vec result = none > value ? none : value;  // in this order a NaN stays
+        if (s.map == ELU) result += exp_of(value < none ? value : none);
+        if (j == whole) result = (vec)((ivec)result & last);
         store(y + j, w ? result * w[i] : result);
       }
     }
@@ -165,7 +165,7 @@ static void features(const Shape& s, int64_t rows, float* projected, float* phi,
   for (int64_t i = 0; i < rows * s.Q; i += VL) {
     vec value = load(projected + i);
     value = value < vec{} ? -value : value;
-    most = value <= most ? most : value;  // a NaN gets in
+    most = value > most ? value : most;  // not a NaN: its head comes out NaN either way
   }
   bool tame = largest_of(most) < 80.0f;
   for (int64_t i = 0; i < rows * s.H; ++i) {
@@ -183,7 +183,10 @@ static void features(const Shape& s, int64_t rows, float* projected, float* phi,
     for (int j = 0; j < s.dp; j += VL) {
       vec value = load(x + j), rising = exp_of(value - high);
       vec falling = tame ? 1.0f / rising : exp_of(low - value);
-      if (j == whole) rising *= last, falling *= last;
+      if (j == whole) {
+        rising = (vec)((ivec)rising & last);
+        falling = (vec)((ivec)falling & last);
+      }
       store(y + j, rising);
       store(y + s.dp + j, falling);
       up += rising;

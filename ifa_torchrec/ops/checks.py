@@ -1,0 +1,142 @@
+"""What the arguments of encode, attend and match must be: one look, ahead of every backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+from ifa_torchrec.ops.feature_maps import FEATURE_MAPS
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+_INTEGERS = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+)
+_OPTIONAL = ("weights", "ages")
+_WITHOUT_GRADIENT = ("ages", "decay")
+_SHAPES = {
+    "encode": {
+        "history": "N D",
+        "offsets": "B+1",
+        "key_weight": "H d D",
+        "value_weight": "H d D",
+        "weights": "N",
+        "ages": "N",
+        "decay": "H",
+    },
+    "attend": {
+        "candidates": "M D",
+        "offsets": "B+1",
+        "query_weight": "H d D",
+        "key_value": "B H d_phi d",
+        "key_sum": "B H d_phi",
+    },
+    "match": {
+        "candidate_buckets": "M",
+        "candidate_offsets": "B+1",
+        "history": "N D",
+        "history_buckets": "N",
+        "history_offsets": "B+1",
+        "weights": "N",
+        "ages": "N",
+        "decay": "L",
+    },
+}
+"""The arguments in order; a letter is one size wherever it stands."""
+
+
+def checked(op: str, given: tuple[Tensor | None, ...], feature_map: str | None = None) -> list[Tensor]:
+    """The tensors of a call: of one device and of sizes that agree, integers made int64.
+
+    Args:
+        op: "encode", "attend" or "match".
+        given: its tensors, in order.
+        feature_map: of encode and attend.
+
+    Returns:
+        The tensors, None where None may be given. Ages and decay are cut off from autograd, since no
+        backend has a gradient for them.
+
+    Raises:
+        ValueError: an argument does not fit; it says which, and what would.
+        TypeError: an argument is no tensor.
+    """
+    if feature_map is not None and feature_map not in FEATURE_MAPS:
+        raise ValueError(f"feature_map must be one of {sorted(FEATURE_MAPS)}, got {feature_map!r}")
+    sizes: dict[str, tuple[int, str]] = {}  # of each letter, and the argument that has it
+    device = None
+    result = []
+    for (name, letters), x in zip(_SHAPES[op].items(), given, strict=True):
+        if x is None and name in _OPTIONAL:
+            result.append(x)
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        integer = name.endswith(("offsets", "buckets"))
+        if x.dtype not in (_INTEGERS if integer else _FLOATS):
+            wanted = "integers" if integer else "float32, float64, bfloat16 or float16"
+            raise ValueError(f"{name} must be {wanted}, got {x.dtype}")
+        if x.layout != torch.strided:
+            raise ValueError(f"{name} must be dense (torch.strided), got {x.layout}")
+        device = device or x.device
+        if x.device != device:
+            raise ValueError(f"{name} must be on {device}, as the other tensors, got {x.device}")
+        shape = letters.split()
+        if x.ndim != len(shape):
+            raise ValueError(f"{name} must be [{', '.join(shape)}], got {list(x.shape)}")
+        for letter, size in zip(shape, x.shape, strict=True):
+            if letter == "B+1":
+                letter, size = "B", size - 1
+                if guard_or_false(size < 0):
+                    raise ValueError(f"{name} must be [B + 1], got {list(x.shape)}")
+            if letter == "d_phi" and feature_map is not None:
+                width = sizes["d"][0] * FEATURE_MAPS[feature_map].expansion
+                sizes.setdefault(letter, (width, f"feature_map {feature_map!r}"))
+            if letter in ("H", "d", "D") and guard_or_false(size < 1):
+                raise ValueError(
+                    f"{name} must be [{', '.join(shape)}], {letter} > 0, got {list(x.shape)}"
+                )
+            wanted, by = sizes.setdefault(letter, (size, name))
+            # sizes that a trace does not know pass here; the operators look again when they run
+            if guard_or_false(size != wanted):
+                raise ValueError(
+                    f"{name} must be [{', '.join(shape)}] with {letter} = {wanted}, as {by} has it, "
+                    f"got {list(x.shape)}"
+                )
+        if integer:
+            x = x.to(torch.int64)
+        result.append(x.detach() if name in _WITHOUT_GRADIENT else x)
+    return result
+
+
+def check_offsets(name: str, offsets: Tensor, rows: int) -> None:
+    """Refuse offsets that do not rise from 0 to the number of rows.
+
+    Only values on the CPU are looked at, since on a GPU a look waits for the device, and none that a
+    trace (torch.compile, torch.export, FakeTensorMode) stands in for.
+
+    Args:
+        name: of the argument.
+        offsets: [B + 1] int64.
+        rows: how many rows they share out.
+
+    Raises:
+        ValueError: they do not rise from 0 to ``rows``.
+    """
+    if torch.compiler.is_compiling() or offsets.device.type != "cpu" or type(offsets) is not Tensor:
+        return
+    bounds = offsets.numpy()  # for a few numbers ten times as fast as tensors
+    if bounds[0] != 0 or bounds[-1] != rows or (bounds[1:] < bounds[:-1]).any():
+        raise ValueError(f"{name} must rise from 0 to {rows}, the number of rows, got {offsets}")
+
+
+def check_eps(eps: float) -> None:
+    """Refuse an eps that float32 cannot divide by.
+
+    Raises:
+        ValueError: it is not from 1.2e-38, the smallest normal float32, to 3.4e38.
+    """
+    limits = torch.finfo(torch.float32)
+    if not limits.tiny <= eps <= limits.max:
+        raise ValueError(f"eps must be from {limits.tiny} to {limits.max}, float32's ends, got {eps}")
