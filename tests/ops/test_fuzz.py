@@ -14,7 +14,7 @@ from helpers import offsets_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import KERNELS, NATIVE, backend_of
-from test_boundary import layouts, results
+from test_ops_boundary import layouts, results
 from test_ops import DIFFERENTIABLE, EPS, FEATURE_MAPS, to_float64
 from torch import Tensor
 
