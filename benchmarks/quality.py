@@ -38,10 +38,10 @@ from report import ROOT, commit, markdown, measured_by
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec import CandidateSetLoss, IFAConfig
-from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, complete_journey, synthetic
-from ifa_torchrec.evaluate import EvaluateConfig, evaluate
-from ifa_torchrec.metrics import gauc
-from ifa_torchrec.models.dlrm_ifa import INTERACTIONS, DLRM_IFAConfig
+from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
+from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, synthetic
+from ifa_torchrec.data.public import complete_journey
+from ifa_torchrec.models.config import INTERACTIONS, DLRM_IFAConfig
 from ifa_torchrec.modules import (
     CandidateSetConfig,
     CandidateSetLossConfig,
@@ -53,8 +53,11 @@ from ifa_torchrec.modules import (
     SoftmaxAttention,
     TWINAttention,
 )
-from ifa_torchrec.scoring import measure, time_per_request
-from ifa_torchrec.train import Run, TrainConfig, load_run, train
+from ifa_torchrec.training.metrics import gauc
+from ifa_torchrec.training.options import TrainConfig
+from ifa_torchrec.training.run import Run, load_run
+from ifa_torchrec.training.scoring import measure, time_per_request
+from ifa_torchrec.training.trainer import train
 
 JOURNEY, SYNTHETIC = "complete_journey", "synthetic"
 SYNTHETIC_LOG = synthetic.SyntheticConfig(train=8000)

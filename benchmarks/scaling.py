@@ -38,7 +38,9 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from ifa_torchrec import DLRM_IFATrain, IFAConfig
 from ifa_torchrec.data import EventBudgetSampler, EventLog, LogSchema, RankingDataset, make_loader
 from ifa_torchrec.distributed import OptimizerConfig, init_process_group, shard
-from ifa_torchrec.train import TrainConfig, batch_size, build_model
+from ifa_torchrec.training.build import build_model
+from ifa_torchrec.training.options import TrainConfig
+from ifa_torchrec.training.trainer import batch_size
 
 KINDS = {
     "communication": re.compile(

@@ -34,7 +34,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 sys.path.insert(0, str(ROOT))  # the examples are no package
 from examples.complete_journey.demo import MODELS
 from ifa_torchrec.batch import RankingBatch
-from ifa_torchrec.build_states import BuildStatesConfig, build_states
+from ifa_torchrec.commands.build_states import BuildStatesConfig, build_states
 from ifa_torchrec.data import EventLog, LogSchema
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.serving import (
@@ -45,7 +45,10 @@ from ifa_torchrec.serving import (
     StateStore,
     open_key_value_store,
 )
-from ifa_torchrec.train import Run, TrainConfig, build_model, load_run, train
+from ifa_torchrec.training.build import build_model
+from ifa_torchrec.training.options import TrainConfig
+from ifa_torchrec.training.run import Run, load_run
+from ifa_torchrec.training.trainer import train
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -218,11 +221,11 @@ def p50_p99(milliseconds: Sequence[float]) -> str:
 
 
 class Server:
-    """``python -m ifa_torchrec.serve`` in a process of its own, and a client of it."""
+    """``ifa serve`` in a process of its own, and a client of it."""
 
     def __init__(self, run: Path, store: Path, log: Path) -> None:
         options = {"--run": run, "--store": store, "--port": PORT, "--limits.timeout": 30}
-        command = [sys.executable, "-m", "ifa_torchrec.serve"]
+        command = [sys.executable, "-m", "ifa_torchrec", "serve"]
         command += [str(word) for option in options.items() for word in option]
         with log.open("w") as output:
             one_thread = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -27,8 +27,9 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(ROOT))  # the examples are no package
 from examples.complete_journey.demo import MODELS
-from ifa_torchrec.data.complete_journey import CompleteJourneyConfig, prepare
-from ifa_torchrec.train import TrainConfig, train
+from ifa_torchrec.data.public.complete_journey import CompleteJourneyConfig, prepare
+from ifa_torchrec.training.options import TrainConfig
+from ifa_torchrec.training.trainer import train
 
 CASES = {
     "torch": ("torch", {}),

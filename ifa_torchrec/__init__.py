@@ -1,15 +1,34 @@
 """IFA, Interaction Fidelity Attention, for TorchRec: whole histories at linear cost."""
 
-from ifa_torchrec.batch import RankingBatch
-from ifa_torchrec.models import DLRM_IFA, DLRM_IFAConfig, DLRM_IFATrain
-from ifa_torchrec.modules import (
-    CandidateSetEncoder,
-    CandidateSetLoss,
-    IFAConfig,
-    InteractionFidelityAttention,
-    UserState,
-    generate_set,
-)
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ifa_torchrec.batch import RankingBatch
+    from ifa_torchrec.models import DLRM_IFA, DLRM_IFAConfig, DLRM_IFATrain
+    from ifa_torchrec.modules import (
+        CandidateSetEncoder,
+        CandidateSetLoss,
+        IFAConfig,
+        InteractionFidelityAttention,
+        UserState,
+        generate_set,
+    )
+
+_FROM = {
+    "RankingBatch": "batch",
+    "DLRM_IFA": "models",
+    "DLRM_IFAConfig": "models",
+    "DLRM_IFATrain": "models",
+    "CandidateSetEncoder": "modules",
+    "CandidateSetLoss": "modules",
+    "IFAConfig": "modules",
+    "InteractionFidelityAttention": "modules",
+    "UserState": "modules",
+    "generate_set": "modules",
+}
 
 __all__ = [
     "DLRM_IFA",
@@ -23,3 +42,16 @@ __all__ = [
     "UserState",
     "generate_set",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # imported at their first use: torch and torchrec take seconds, which ``ifa --help`` need not
+    if name not in _FROM:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_FROM[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

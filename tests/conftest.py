@@ -37,7 +37,7 @@ def log(toy, tmp_path_factory):
 @pytest.fixture(scope="session")
 def real_log(tmp_path_factory):
     """The Complete Journey, with few requests to train on, 40 to validate and 1,000 to test by."""
-    from ifa_torchrec.data.complete_journey import CompleteJourneyConfig, prepare
+    from ifa_torchrec.data.public.complete_journey import CompleteJourneyConfig, prepare
 
     folder = tmp_path_factory.mktemp("real") / "log"
     return prepare(folder, CompleteJourneyConfig(train=64, valid=40, test=1000))

@@ -55,7 +55,7 @@ def run_ranks(
         "GLOO_SOCKET_IFNAME": "lo",
     }
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ifa_torchrec.train"])
+    context.set_forkserver_preload(["ifa_torchrec.training.trainer"])
     deadline = time.monotonic() + timeout
     results: dict[int, Any] = {}
     failures: list[str] = []

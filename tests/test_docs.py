@@ -6,7 +6,6 @@ that docs/index.md makes.
 
 from __future__ import annotations
 
-import importlib
 import re
 import shlex
 from pathlib import Path
@@ -15,13 +14,14 @@ import pytest
 import torch.distributed as dist
 import tyro
 
-from ifa_torchrec.build_states import BuildStatesConfig
-from ifa_torchrec.evaluate import EvaluateConfig
-from ifa_torchrec.explain import ExplainConfig
-from ifa_torchrec.export import ExportConfig
-from ifa_torchrec.serve import ServeConfig
-from ifa_torchrec.states import StatesConfig
-from ifa_torchrec.train import TrainConfig
+from ifa_torchrec.__main__ import main
+from ifa_torchrec.commands.build_states import BuildStatesConfig
+from ifa_torchrec.commands.evaluate import EvaluateConfig
+from ifa_torchrec.commands.explain import ExplainConfig
+from ifa_torchrec.commands.export import ExportConfig
+from ifa_torchrec.commands.serve import ServeConfig
+from ifa_torchrec.commands.states import StatesConfig
+from ifa_torchrec.training.options import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -33,7 +33,7 @@ OPTIONS = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "explain": ExplainConfig,
-    "build_states": BuildStatesConfig,
+    "build-states": BuildStatesConfig,
     "states": StatesConfig,
     "serve": ServeConfig,
     "export": ExportConfig,
@@ -50,7 +50,7 @@ def blocks(page: str) -> list[tuple[str, int, str]]:
 def commands(text: str) -> list[list[str]]:
     """The lines of a block that run a command of the package: its name, then its arguments."""
     lines = text.replace("\\\n", " ").splitlines()
-    found = (re.search(r"-m ifa_torchrec\.(\w+)(?: --(?= ))?(.*)", line) for line in lines)
+    found = (re.search(r"(?:^|bin/|\s)ifa(?:_torchrec)? ([a-z][a-z-]*)(.*)", line) for line in lines)
     return [[line[1], *shlex.split(line[2].rstrip("& "), comments=True)] for line in found if line]
 
 
@@ -61,8 +61,8 @@ def run_python(page: str, line: int, text: str, names: dict) -> None:
 
 def run_command(name: str, arguments: list[str], monkeypatch) -> None:
     """Run a command of the package in this process."""
-    monkeypatch.setattr("sys.argv", [name, *arguments])
-    importlib.import_module(f"ifa_torchrec.{name}").main()
+    monkeypatch.setattr("sys.argv", ["ifa", name, *arguments])
+    main()
     if dist.is_initialized():
         dist.destroy_process_group()
 

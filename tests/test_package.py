@@ -106,5 +106,5 @@ print(ifa_torchrec.__file__, torchx_components.__file__)
 
 
 def test_the_wheels_kernels_are_reported(python, tmp_path):
-    printed = run(python, "-m", "ifa_torchrec.ops", cwd=tmp_path)
+    printed = run(python, "-m", "ifa_torchrec", "backends", cwd=tmp_path)
     assert "native    available" in printed

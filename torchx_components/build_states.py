@@ -28,13 +28,13 @@ def ddp(
     mounts: Optional[List[str]] = None,
     debug: bool = False,
 ) -> AppDef:
-    """Build user states: python -m ifa_torchrec.build_states under torchrun.
+    """Build user states: ifa build-states under torchrun.
 
     Options of the script that are not here go after "--", e.g. -- --until 2024-05-01. A job that is
     started again goes on where it stopped.
 
     Args:
-        script_args: more options of python -m ifa_torchrec.build_states
+        script_args: more options of ifa build-states
         run: folder of a training run, its out; every node must see it
         store: where the states go: a folder on one node, or redis://HOST:PORT/NUMBER
         position: first position of the event stream whose event the log has not
@@ -46,7 +46,7 @@ def ddp(
         gpu: GPUs a node, one for each of its ranks
         memMB: memory a node, in MB
         image: container image with this package; not used by local_cwd and slurm
-        name: EXPERIMENT/RUN, EXPERIMENT/ or RUN; the job is called build_states if RUN is left out
+        name: EXPERIMENT/RUN, EXPERIMENT/ or RUN; the job is called build-states if RUN is left out
         env: environment variables of the job, e.g. A=1,B=2
         max_retries: times that the scheduler may start a failed job again
         rdzv_port: port on the first node where the nodes meet; not used on one node
@@ -62,8 +62,8 @@ def ddp(
     Example:
         >>> from torchx_components.build_states import ddp
         >>> role = ddp(run="/shared/run", store="redis://states:6379/0", position=7, j="2x4").roles[0]
-        >>> role.args[1].partition("-m ")[2][:67]
-        'ifa_torchrec.build_states -- --run /shared/run --store redis://stat'
+        >>> role.args[1].partition("-m ")[2][:64]
+        'ifa_torchrec build-states --run /shared/run --store redis://stat'
     """
     if not run.strip():
         raise ValueError("run is empty; name the out of a training run, that every node can see")
@@ -86,7 +86,7 @@ def ddp(
     if max_nodes > 1 and "://" not in store:
         raise ValueError(f"store {store} is a folder, which serves one node; on several use redis://")
     return dist.ddp(
-        "--",  # torchrun would take --run for its own --run-path
+        "build-states",
         "--run",
         run,
         "--store",
@@ -97,14 +97,14 @@ def ddp(
         "--dtype",
         dtype,
         *script_args,
-        m="ifa_torchrec.build_states",
+        m="ifa_torchrec",
         j=j,
         h=h,
         cpu=cpu,
         gpu=gpu,
         memMB=memMB,
         image=image,
-        name=name,
+        name=f"{name}build-states" if name.endswith("/") else name,
         env=dict(env or {}),
         max_retries=max_retries,
         rdzv_port=rdzv_port,

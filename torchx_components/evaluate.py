@@ -26,12 +26,12 @@ def ddp(
     mounts: Optional[List[str]] = None,
     debug: bool = False,
 ) -> AppDef:
-    """Score and measure a split: python -m ifa_torchrec.evaluate under torchrun.
+    """Score and measure a split: ifa evaluate under torchrun.
 
     Options of the script that are not here go after "--", e.g. -- --by store.
 
     Args:
-        script_args: more options of python -m ifa_torchrec.evaluate
+        script_args: more options of ifa evaluate
         run: folder of a training run, its out; every node must see it
         split: requests to score
         data: event log; by default the one the run was trained on
@@ -58,7 +58,7 @@ def ddp(
         >>> from torchx_components.evaluate import ddp
         >>> role = ddp("--by", "store", run="/shared/run", j="1x4").roles[0]
         >>> role.args[1].partition("-m ")[2]
-        'ifa_torchrec.evaluate -- --run /shared/run --split test --by store'
+        'ifa_torchrec evaluate --run /shared/run --split test --by store'
     """
     if not run.strip():
         raise ValueError("run is empty; name the out of a training run, that every node can see")
@@ -76,21 +76,21 @@ def ddp(
         if value < least:
             raise ValueError(f"{option} must be at least {least}, not {value}")
     return dist.ddp(
-        "--",  # torchrun would take --run for its own --run-path
+        "evaluate",
         "--run",
         run,
         "--split",
         split,
         *(["--data", data] if data else []),
         *script_args,
-        m="ifa_torchrec.evaluate",
+        m="ifa_torchrec",
         j=j,
         h=h,
         cpu=cpu,
         gpu=gpu,
         memMB=memMB,
         image=image,
-        name=name,
+        name=f"{name}evaluate" if name.endswith("/") else name,
         env=dict(env or {}),
         max_retries=max_retries,
         rdzv_port=rdzv_port,

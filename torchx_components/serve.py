@@ -25,13 +25,13 @@ def server(
     max_retries: int = 0,
     mounts: Optional[List[str]] = None,
 ) -> AppDef:
-    """Rank and take events over HTTP: one process of python -m ifa_torchrec.serve.
+    """Rank and take events over HTTP: one process of ifa serve.
 
     Options of the script that are not here go after "--", e.g. -- --limits.timeout 1. It needs a bearer
     token, unless host is 127.0.0.1: give token_file, or IFA_TOKEN in the environment of the job.
 
     Args:
-        script_args: more options of python -m ifa_torchrec.serve
+        script_args: more options of ifa serve
         run: folder of a training run, its out, or a link to one
         store: where its states are: a folder, or redis://HOST:PORT/NUMBER (password: IFA_REDIS_PASSWORD)
         data: event log; by default the one the run was trained on
@@ -56,8 +56,8 @@ def server(
     Example:
         >>> from torchx_components.serve import server
         >>> role = server(run="/shared/run", store="/shared/states", port=8080).roles[0]
-        >>> role.entrypoint, role.args[:2], role.port_map
-        ('python', ['-m', 'ifa_torchrec.serve'], {'http': 8080})
+        >>> role.entrypoint, role.args[:3], role.port_map
+        ('python', ['-m', 'ifa_torchrec', 'serve'], {'http': 8080})
     """
     if not run.strip():
         raise ValueError("run is empty; name the out of a training run")
@@ -71,8 +71,8 @@ def server(
     ):
         if value < least:
             raise ValueError(f"{option} must be at least {least}, not {value}")
-    names = StructuredNameArgument.parse_from(name, m="ifa_torchrec.serve")
-    arguments = ["-m", "ifa_torchrec.serve", "--run", run, "--store", store]
+    names = StructuredNameArgument.parse_from(name, m="serve")
+    arguments = ["-m", "ifa_torchrec", "serve", "--run", run, "--store", store]
     arguments += ["--data", data] if data else []
     arguments += ["--host", host, "--port", str(port)]
     arguments += ["--token-file", token_file] if token_file else []

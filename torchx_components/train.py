@@ -28,14 +28,14 @@ def ddp(
     mounts: Optional[List[str]] = None,
     debug: bool = False,
 ) -> AppDef:
-    """Train on an event log: python -m ifa_torchrec.train under torchrun.
+    """Train on an event log: ifa train under torchrun.
 
     Options of the script that are not here go after "--", e.g. -- --interaction softmax --epochs 2.
     A job that may be started again (max_retries, max_restarts, nodes that come and go) gets the
     script's --resume: each start goes on from the last checkpoint in out, if there is one.
 
     Args:
-        script_args: more options of python -m ifa_torchrec.train
+        script_args: more options of ifa train
         data: event log to train on; every node must see it
         out: folder of the run; every node must see it
         max_events: budget of history events a batch and rank
@@ -66,7 +66,7 @@ def ddp(
         >>> role.num_replicas
         2
         >>> role.args[1].partition("-m ")[2][:55]
-        'ifa_torchrec.train --data /shared/log --out /shared/run'
+        'ifa_torchrec train --data /shared/log --out /shared/run'
     """
     for option, path in (("data", data), ("out", out)):
         if not path.strip():
@@ -92,6 +92,7 @@ def ddp(
         # else the new ranks may find the dead ranks' addresses in the store of torchrun, and fail
         env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return dist.ddp(
+        "train",
         "--data",
         data,
         "--out",
@@ -102,14 +103,14 @@ def ddp(
         str(max_requests),
         *(["--resume"] if torchrun_may_restart or max_retries else []),
         *script_args,
-        m="ifa_torchrec.train",
+        m="ifa_torchrec",
         j=j,
         h=h,
         cpu=cpu,
         gpu=gpu,
         memMB=memMB,
         image=image,
-        name=name,
+        name=f"{name}train" if name.endswith("/") else name,
         env=env,
         max_retries=max_retries,
         rdzv_port=rdzv_port,

@@ -1,6 +1,6 @@
 """Train, evaluate and compare on a year of real grocery purchases; what `make demo` runs.
 
-Prepares The Complete Journey once (ifa_torchrec/data/complete_journey.py has the recipe), scores
+Prepares The Complete Journey once (ifa_torchrec/data/public/complete_journey.py has the recipe), scores
 the test requests with three scorers that learn nothing, trains a DLRM with each way for the
 candidates to meet the history, and leaves under runs/demo/: metrics.json, quality_cost.png,
 loss.png, and one folder a model (checkpoint, TensorBoard curves).
@@ -23,12 +23,14 @@ import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ifa_torchrec import IFAConfig, ops
+from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
+from ifa_torchrec.commands.explain import ExplainConfig, explain
 from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make_loader
-from ifa_torchrec.data.complete_journey import BASKET, BUY_AGAIN, CompleteJourneyConfig, prepare
-from ifa_torchrec.evaluate import EvaluateConfig, evaluate
-from ifa_torchrec.explain import ExplainConfig, explain
-from ifa_torchrec.scoring import measure, time_per_request
-from ifa_torchrec.train import TrainConfig, load_run, train
+from ifa_torchrec.data.public.complete_journey import BASKET, BUY_AGAIN, CompleteJourneyConfig, prepare
+from ifa_torchrec.training.options import TrainConfig
+from ifa_torchrec.training.run import load_run
+from ifa_torchrec.training.scoring import measure, time_per_request
+from ifa_torchrec.training.trainer import train
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

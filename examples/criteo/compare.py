@@ -36,7 +36,7 @@ from torchrec.models.dlrm import DLRM
 from tqdm import tqdm
 
 from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, IFAConfig, RankingBatch
-from ifa_torchrec.command_line import as_command
+from ifa_torchrec.commands.command_line import as_command
 from ifa_torchrec.distributed import OptimizerConfig, init_process_group, shard
 from ifa_torchrec.errors import UserError
 

@@ -4,7 +4,7 @@
     python examples/kuairand/compare_tasks.py                              # made-up files
 
 A request is what one sitting showed to a user; which videos are clicked, watched for long, liked? The
-reader's docstring (ifa_torchrec/data/kuairand.py) says what of this is ours.
+reader's docstring (ifa_torchrec/data/public/kuairand.py) says what of this is ours.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import pandas as pd
 import tyro
 
 from ifa_torchrec import IFAConfig
-from ifa_torchrec.command_line import as_command
-from ifa_torchrec.data import kuairand
-from ifa_torchrec.evaluate import EvaluateConfig, evaluate
-from ifa_torchrec.train import TrainConfig, train
+from ifa_torchrec.commands.command_line import as_command
+from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
+from ifa_torchrec.data.public import kuairand
+from ifa_torchrec.training.options import TrainConfig
+from ifa_torchrec.training.trainer import train
 
 TASKS = ["is_click", "long_view", "is_like"]
 """Those that are printed; the model learns all of kuairand.TASKS."""

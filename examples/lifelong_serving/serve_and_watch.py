@@ -27,12 +27,13 @@ import pandas as pd
 import tyro
 
 from ifa_torchrec import IFAConfig
-from ifa_torchrec.build_states import BuildStatesConfig, build_states
+from ifa_torchrec.commands.build_states import BuildStatesConfig, build_states
+from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.data import EventLog, RankingDataset
-from ifa_torchrec.data.complete_journey import CompleteJourneyConfig, prepare
-from ifa_torchrec.evaluate import EvaluateConfig, evaluate
-from ifa_torchrec.metrics import gauc
-from ifa_torchrec.train import TrainConfig, train
+from ifa_torchrec.data.public.complete_journey import CompleteJourneyConfig, prepare
+from ifa_torchrec.training.metrics import gauc
+from ifa_torchrec.training.options import TrainConfig
+from ifa_torchrec.training.trainer import train
 
 IFA = IFAConfig(
     embedding_dim=64,
@@ -153,7 +154,7 @@ def main() -> None:
 
     print("\n3. Serve")
     os.environ["IFA_TOKEN"] = secrets.token_hex()
-    command = [sys.executable, "-m", "ifa_torchrec.serve", "--run", str(run), "--store", store]
+    command = [sys.executable, "-m", "ifa_torchrec", "serve", "--run", str(run), "--store", store]
     service = subprocess.Popen([*command, "--port", str(config.port), "--drain", "0.1"])
     try:
         client = Client(config.port, service)

@@ -4,7 +4,7 @@
     python examples/movielens/compare.py --folder ml-25m           # an unpacked archive of GroupLens
 
 A request is a page of films that a user rated; which of them are liked (4 stars or more)? The readers'
-docstrings (ifa_torchrec/data/movielens.py, recbole.py) say what of this is ours.
+docstrings (ifa_torchrec/data/public/movielens.py, recbole.py) say what of this is ours.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import pandas as pd
 import tyro
 
 from ifa_torchrec import IFAConfig
-from ifa_torchrec.command_line import as_command
-from ifa_torchrec.data import EventLog, movielens, recbole
-from ifa_torchrec.evaluate import EvaluateConfig, evaluate
-from ifa_torchrec.train import OptimizerConfig, TrainConfig, train
+from ifa_torchrec.commands.command_line import as_command
+from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
+from ifa_torchrec.data import EventLog
+from ifa_torchrec.data.public import movielens, recbole
+from ifa_torchrec.training.options import TrainConfig
+from ifa_torchrec.training.trainer import OptimizerConfig, train
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from ml100k import fetch

@@ -25,7 +25,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollec
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, DLRM_IFATrain, IFAConfig, RankingBatch
-from ifa_torchrec.command_line import as_command
+from ifa_torchrec.commands.command_line import as_command
 from ifa_torchrec.distributed import (
     BatchSize,
     OptimizerConfig,

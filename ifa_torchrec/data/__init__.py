@@ -1,7 +1,10 @@
 """Event logs, and the loader that turns their requests into RankingBatches."""
 
-from ifa_torchrec.data.dataset import EventBudgetSampler, RankingDataset, make_loader
-from ifa_torchrec.data.event_log import EventLog, LogError, LogSchema
+from ifa_torchrec.data.dataset import RankingDataset
+from ifa_torchrec.data.event_log import EventLog
+from ifa_torchrec.data.loader import make_loader
+from ifa_torchrec.data.sampler import EventBudgetSampler
+from ifa_torchrec.data.schema import LogError, LogSchema
 
 __all__ = [
     "EventBudgetSampler",

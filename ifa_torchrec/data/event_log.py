@@ -15,190 +15,33 @@ the slice of that user's events that lie strictly before that time.
 from __future__ import annotations
 
 import dataclasses
-import errno
-import fcntl
 import hashlib
 import json
-import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from numbers import Integral
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pandas.util import hash_pandas_object
 
-from ifa_torchrec.errors import ExistsError, UserError
-
-FORMAT = "ifa-event-log/1"
-USER, TIME, CANDIDATES, EXPOSED = "user", "time", "candidates", "exposed"
-Columns = dict[str, np.ndarray]
-_LONGEST_NAME = 50  # names of columns and splits become names of files
-HASHED = "hashed"
-"""In the metadata of LOG/codes/FEATURE.parquet: of how many rows is the table that ids are hashed to."""
-_Seen = list[Any]
-"""A file as it was: bytes, time of its last change (ns), SHA-256."""
-
-
-class LogError(UserError, ValueError):
-    """An event log is not what its schema says; the message names the column and the remedy."""
-
-
-@dataclass(frozen=True)
-class LogSchema:
-    """What an event log holds, beyond the fixed columns user, time, candidates and exposed.
-
-    Args:
-        item_features: id features of an item, each with the number of rows of its table. The
-            first is the item itself: it is the events' item column, and `candidates` hold it. Its
-            row 0 is an item as the others; of the other features it is "unknown", which is not the
-            same as another "unknown" (see IFAConfig, identity_features).
-        context_features: id features of a request (int64 columns), each with its table's rows.
-        dense_features: float columns of a request.
-        candidate_dense: float list columns of a request, one number a candidate.
-        tasks: label list columns of a request, 0 or 1 for each candidate.
-        candidate_tags: further int list columns, for analysis only (the model never sees them),
-            each with the names of its values 0, 1, 2, ...: evaluation reports the positives
-            against the negatives of each value.
-
-    Example:
-        >>> from ifa_torchrec.data import LogSchema
-        >>> LogSchema(item_features={"item": 1000, "category": 20}).item
-        'item'
-    """
-
-    item_features: dict[str, int]
-    context_features: dict[str, int] = field(default_factory=dict)
-    dense_features: tuple[str, ...] = ()
-    candidate_dense: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ("label",)
-    candidate_tags: dict[str, tuple[str, ...]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("dense_features", "candidate_dense", "tasks"):  # lists, when read from JSON
-            object.__setattr__(self, name, _names(getattr(self, name), name))
-        for name in ("item_features", "context_features"):
-            object.__setattr__(self, name, _table_rows(getattr(self, name), name))
-        if not isinstance(self.candidate_tags, dict):
-            raise LogError("schema: candidate_tags must map names to the names of their values")
-        tags = {name: _names(values, f"{name!r}") for name, values in self.candidate_tags.items()}
-        object.__setattr__(self, "candidate_tags", tags)
-        if not self.item_features:
-            raise LogError("schema: item_features is empty; name at least the item's own id")
-        if not self.tasks:
-            raise LogError("schema: tasks is empty; name at least one column of labels")
-        names = [*self.item_features, *self.context_features, *self.dense_features]
-        names += [USER, TIME, "candidate_offsets", *self.candidate_lists]
-        for name in names:
-            if not isinstance(name, str) or not name.isidentifier() or len(name) > _LONGEST_NAME:
-                raise LogError(
-                    f"schema: {name!r} must be letters, digits and underscores, {_LONGEST_NAME} at most"
-                )
-            if names.count(name) > 1:
-                raise LogError(f"schema: the name {name!r} is given twice or is reserved; rename it")
-
-    @property
-    def item(self) -> str:
-        """Name of the item id, the first item feature."""
-        return next(iter(self.item_features))
-
-    @property
-    def candidate_lists(self) -> tuple[str, ...]:
-        """The request columns that hold one value a candidate."""
-        return (CANDIDATES, EXPOSED, *self.tasks, *self.candidate_dense, *self.candidate_tags)
-
-
-def _names(values: Any, where: str) -> tuple[str, ...]:
-    if not isinstance(values, (tuple, list)):
-        raise LogError(f"schema: {where} must be a tuple of names, not {values!r}")
-    return tuple(values)
-
-
-def _table_rows(features: Any, where: str) -> dict[str, int]:
-    if not isinstance(features, dict):
-        raise LogError(f"schema: {where} must map names to table rows, like {{'item': 1000}}")
-    for name, rows in features.items():
-        if not isinstance(rows, Integral) or isinstance(rows, bool) or rows < 1:
-            raise LogError(
-                f"schema: {where}: {name!r} has {rows!r} table rows; it must be a number, 1 or more"
-            )
-    return {name: int(rows) for name, rows in features.items()}
-
-
-def check_splits(names: Iterable[Any]) -> None:
-    """Refuse names of splits that would not stay file names in the log's folder.
-
-    Raises:
-        LogError: a name holds something else than letters, digits and ``_ - .``, begins with one of the
-            last two, or is too long.
-
-    Example:
-        >>> from ifa_torchrec.data.event_log import check_splits
-        >>> check_splits(["train", "2024-05"])
-    """
-    for name in names:
-        fits = isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name)
-        if not fits or len(name) > _LONGEST_NAME:
-            raise LogError(
-                f"split {name!r}: a split's name holds letters, digits, _, - and . alone, "
-                f"{_LONGEST_NAME} at most, and begins with one of the first three, like 'week-21'"
-            )
-
-
-@contextmanager
-def drafting(path: str | Path) -> Generator[Path]:
-    """A folder beside ``path`` to write a log in, gone again unless ``EventLog.publish`` renamed it.
-
-    Raises:
-        FileExistsError: ``path`` exists.
-        LogError: there is no room, or no right, to write there.
-
-    Example:
-        >>> import tempfile
-        >>> from pathlib import Path
-        >>> from ifa_torchrec.data.event_log import drafting
-        >>> with drafting(Path(tempfile.mkdtemp()) / "log") as draft:
-        ...     (draft / "requests").is_dir()
-        True
-        >>> draft.exists()
-        False
-    """
-    path = Path(path)
-    if path.exists():
-        raise ExistsError(f"{path} exists; delete it or choose another folder")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = _draft(path.parent, f".{path.name}-")
-    except OSError as error:
-        raise LogError(
-            f"{path}: the log cannot be written there ({error}); choose another folder"
-        ) from error
-    try:
-        (draft / "requests").mkdir()
-        yield draft
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise LogError(
-            f"{path}: no room to write the log ({error}); free some, or choose another folder"
-        ) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _draft(folder: Path, prefix: str) -> Path:
-    """A new folder in ``folder``; unlike tempfile's, open to whom the umask lets in."""
-    draft = folder / f"{prefix}{secrets.token_hex(6)}"
-    draft.mkdir()
-    return draft
+from ifa_torchrec.data.columns import _flatten, _floats, _ids, _require, _times, _values
+from ifa_torchrec.data.files import _codes_digest, _draft, _lock, _see, _seen, drafting
+from ifa_torchrec.data.schema import (
+    CANDIDATES,
+    EXPOSED,
+    FORMAT,
+    TIME,
+    USER,
+    Columns,
+    LogError,
+    LogSchema,
+    _read_header,
+    check_splits,
+)
 
 
 class EventLog:
@@ -316,7 +159,7 @@ class EventLog:
             >>> import pandas as pd, tempfile
             >>> from pathlib import Path
             >>> from ifa_torchrec.data import EventLog, LogSchema
-            >>> from ifa_torchrec.data.event_log import drafting
+            >>> from ifa_torchrec.data.files import drafting
             >>> path = Path(tempfile.mkdtemp()) / "log"
             >>> day = pd.Timestamp(2024, 1, 1)
             >>> with drafting(path) as draft:
@@ -603,190 +446,3 @@ class EventLog:
                     f"{name}: row {row}, column {task!r}: label {columns[task][bad[0]]} must be 0 or 1"
                 )
         return columns
-
-
-class _Changed(Exception):
-    """A file is not what it was."""
-
-
-def _see(file: Path) -> _Seen:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 24):
-            digest.update(block)
-    stat = file.stat()
-    return [stat.st_size, stat.st_mtime_ns, digest.hexdigest()]
-
-
-def _seen(file: Path, before: _Seen) -> _Seen:
-    """The file as it is now, where its content is what it was.
-
-    Raises:
-        _Changed: it is another; read only where its time is another.
-    """
-    stat = file.stat()
-    if [stat.st_size, stat.st_mtime_ns] == before[:2]:
-        return before
-    now = _see(file) if stat.st_size == before[0] else None
-    if now is None or now[2] != before[2]:
-        raise _Changed
-    return now
-
-
-@contextmanager
-def _lock(folder: Path, wait: bool = True) -> Generator[None]:
-    """Hold the folder's lock, which ends with the process.
-
-    Raises:
-        OSError: the folder cannot be written or, without ``wait``, the lock cannot be had.
-    """
-    with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (
-            OSError
-        ):  # a file system without locks: what is made is published by a rename all the same
-            if not wait:
-                raise
-        yield
-
-
-def _codes_digest(file: Path) -> str:
-    """Of the ids and their rows, not of the file: other programs may have written the same."""
-    try:
-        hashed = (pq.read_metadata(file).metadata or {}).get(HASHED.encode())
-        if hashed is not None:
-            return f"hashed to {hashed.decode()} rows"
-        table = pq.read_table(file, columns=["id", "code"])
-        table = table.cast(pa.schema({"id": pa.large_string(), "code": pa.int64()}))
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise LogError(
-            f"{file}: not readable as the columns id and code ({error}); write the log again"
-        ) from error
-    # pandas-stubs has no type for it
-    rows = cast(Any, hash_pandas_object)(table.to_pandas(), index=False)
-    return hashlib.sha256(rows.to_numpy()).hexdigest()[:16]
-
-
-def _read_header(file: Path) -> tuple[LogSchema, dict[str, int]]:
-    """The schema and the number of rows of each table, from schema.json."""
-    try:
-        header = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise LogError(
-            f"{file.parent}: no schema.json, so the folder was not written to the end; "
-            "delete it and write it again"
-        ) from error
-    except OSError as error:
-        raise LogError(f"{file}: not readable ({error}); make it so, or copy the log") from error
-    except (ValueError, RecursionError) as error:
-        raise LogError(f"{file}: not readable as JSON ({error}); write the log again") from error
-    found = header.get("format") if isinstance(header, dict) else None
-    if found != FORMAT:
-        raise LogError(f"{file}: format {found!r}, this version reads {FORMAT!r}")
-    schema: Any = header.get("schema")
-    rows: Any = header.get("rows")
-    if not isinstance(schema, dict) or not isinstance(rows, dict) or not {"events", "items"} <= {*rows}:
-        raise LogError(f"{file}: no schema, or no rows of events and items; write the log again")
-    for table, number in rows.items():
-        if not isinstance(number, int):
-            raise LogError(f"{file}: {table} has {number!r} rows, which is no number; write it again")
-    names = {field.name for field in dataclasses.fields(LogSchema)}
-    if unknown := {*schema} - names:
-        raise LogError(
-            f"{file}: the schema has {sorted(unknown)}, which this version does not know; there are "
-            f"{sorted(names)}"
-        )
-    try:
-        check_splits(name.removeprefix("requests/") for name in rows if name not in ("events", "items"))
-        schema.setdefault("item_features", {})
-        return LogSchema(**schema), rows
-    except LogError as error:
-        raise LogError(f"{file}: {error}") from error
-
-
-def _require(names: Collection[str], column: str, where: str) -> None:
-    if column not in names:
-        raise LogError(f"{where}: column {column!r} is missing; there are {list(names)}")
-
-
-def _values(table: pa.Table, column: str, where: str) -> np.ndarray:
-    _require(table.column_names, column, where)
-    values = table[column]
-    if values.null_count:
-        row = pc.index(values.is_null(), True).as_py()
-        raise LogError(
-            f"{where}: column {column!r} has {values.null_count} nulls, the first at row {row}; "
-            "fill or drop those rows"
-        )
-    return values.to_numpy()
-
-
-def _ids(table: pa.Table, column: str, where: str, rows: int | None = None) -> np.ndarray:
-    values = _values(table, column, where)
-    if not pa.types.is_integer(table.schema.field(column).type):
-        raise LogError(
-            f"{where}: column {column!r} has type {table.schema.field(column).type}, "
-            "it must be an integer"
-        )
-    if values.dtype == np.uint64 and len(values) and values.max() > np.iinfo(np.int64).max:
-        row = int(values.argmax())
-        raise LogError(
-            f"{where}: column {column!r}, value {row}: {values[row]} is beyond an int64; number the ids "
-            "anew, as pandas.factorize does"
-        )
-    values = values.astype(np.int64)
-    if rows is not None and len(values) and (values.min() < 0 or values.max() >= rows):
-        row = int(np.flatnonzero((values < 0) | (values >= rows))[0])
-        raise LogError(
-            f"{where}: column {column!r}, value {row}: id {values[row]} is outside its table of "
-            f"{rows} rows; map ids to 0..{rows - 1} or enlarge the table in the schema"
-        )
-    return values
-
-
-def _times(table: pa.Table, column: str, where: str) -> np.ndarray:
-    values = _values(table, column, where)
-    if not pa.types.is_timestamp(table.schema.field(column).type):
-        raise LogError(
-            f"{where}: column {column!r} has type {table.schema.field(column).type}, "
-            "it must be a timestamp; convert it with pandas.to_datetime"
-        )
-    zone = table.schema.field(column).type.tz
-    if zone not in (None, "UTC"):
-        # a request's local noon would see events of another zone's evening
-        raise LogError(
-            f"{where}: column {column!r} is in the time zone {zone}; make all times of the log UTC "
-            "with .dt.tz_convert('UTC')"
-        )
-    micros = values.astype("datetime64[us]")
-    coarse = values.dtype != np.dtype("datetime64[ns]")  # numpy wraps what an int64 does not hold
-    if coarse and not np.array_equal(micros.astype(values.dtype), values):
-        raise LogError(f"{where}: column {column!r} has times that lie beyond the year 290,000")
-    return micros.astype(np.int64)
-
-
-def _floats(table: pa.Table, column: str, where: str) -> np.ndarray:
-    values = _values(table, column, where)
-    if not np.issubdtype(values.dtype, np.number) and values.dtype != bool:
-        raise LogError(
-            f"{where}: column {column!r} has type {table.schema.field(column).type}, it must be a number"
-        )
-    values = values.astype(np.float32)
-    if not np.isfinite(values).all():
-        row = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise LogError(f"{where}: column {column!r}, value {row}: {values[row]} is not finite")
-    return values
-
-
-def _flatten(table: pa.Table, column: str, where: str) -> tuple[np.ndarray, pa.Table]:
-    """Lengths of a list column, and a table that holds its values flat."""
-    _require(table.column_names, column, where)
-    kind = table.schema.field(column).type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-        raise LogError(f"{where}: column {column!r} has type {kind}, it must be a list a row")
-    if table[column].null_count:
-        row = pc.index(table[column].is_null(), True).as_py()
-        raise LogError(f"{where}: column {column!r} is null at row {row}; give it a list")
-    lengths = pc.call_function("list_value_length", [table[column]]).to_numpy().astype(np.int64)
-    return lengths, pa.table({column: pc.call_function("list_flatten", [table[column]])})

@@ -28,7 +28,8 @@ import numpy as np
 import pandas as pd
 
 from ifa_torchrec.data.dataset import RankingDataset
-from ifa_torchrec.data.event_log import EventLog, LogSchema
+from ifa_torchrec.data.event_log import EventLog
+from ifa_torchrec.data.schema import LogSchema
 from ifa_torchrec.errors import ConfigError
 
 _TOPICS_PER_CATEGORY = 10

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import io
 import json
 import os
-import pickle
 import re
 import shutil
 import warnings
@@ -29,24 +27,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
-from ifa_torchrec.errors import PlaceError, UserError, writing
+from ifa_torchrec.distributed.trusted import CheckpointError, _Damaged, _Planner, _Reader
+from ifa_torchrec.errors import PlaceError, writing
 
 FORMAT = 2
 """Rises when this package could no longer read what it wrote before, or would build another model for
 it: 2 since DLRM_IFA crosses the context features."""
 KEEP = 2
 """Checkpoints kept; older ones are deleted once a newer one is whole."""
-
-
-class CheckpointError(UserError, RuntimeError):
-    """There is no usable checkpoint, or it is of another configuration."""
 
 
 def save(
@@ -205,10 +197,6 @@ def load(
     raise CheckpointError(f"{folder}: no checkpoint here; train first")
 
 
-class _Damaged(Exception):
-    """A checkpoint is not what was written; raised on all ranks."""
-
-
 def _check(path: Path) -> dict[str, Any]:
     """The progress of a checkpoint whose files are what was written. What one rank finds, all raise."""
     progress, error = {}, None
@@ -296,110 +284,6 @@ def _json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise _Damaged(f"{file.name} holds no object")
     return content
-
-
-class _Unpickler(pickle.Unpickler):
-    """Of DCP's metadata: a pickle can name any function, and have it called."""
-
-    _ALLOWED = (
-        *(
-            ("torch.distributed.checkpoint.metadata", name)
-            for name in (
-                "BytesStorageMetadata",
-                "ChunkStorageMetadata",
-                "Metadata",
-                "MetadataIndex",
-                "StorageMeta",
-                "TensorProperties",
-                "TensorStorageMetadata",
-                "_MEM_FORMAT_ENCODING",
-            )
-        ),
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        ("torch.serialization", "_get_layout"),
-        ("torch", "Size"),
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module in ("pathlib", "pathlib._local") and name.endswith("Path"):
-            return _path  # where it was saved, which nobody reads
-        if (module, name) in self._ALLOWED:
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
-            return dtype
-        raise CheckpointError(f"it names {module}.{name}")
-
-
-def _path(*parts: str) -> str:
-    return "/".join(parts)
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads a checkpoint whose metadata it does not trust."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        file = Path(self.path) / ".metadata"
-        try:
-            with file.open("rb") as stream:
-                metadata = _Unpickler(stream).load()
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{file} is no metadata of tensors: {error}, which could run code; do not use this "
-                "folder, unless a newer version of torch wrote it"
-            ) from error
-        except (MemoryError, OSError):
-            raise
-        except Exception as error:  # of many kinds
-            raise _Damaged(f".metadata: {type(error).__name__}: {error}") from error
-        if not isinstance(metadata, Metadata):
-            raise _Damaged(f".metadata holds a {type(metadata).__name__}")
-        return metadata
-
-
-class _Planner(dcp.DefaultLoadPlanner):
-    """Says which weights differ, and loads what is no tensor without trust."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._path = path
-
-    def create_local_plan(self) -> LoadPlan:
-        assert self.metadata is not None
-        saved = self.metadata.state_dict_metadata
-        wrong = [f"{name} is not in it" for name in sorted(self.state_dict.keys() - saved.keys())]
-        for name in self.state_dict.keys() & saved.keys():
-            if isinstance(value := saved[name], TensorStorageMetadata):
-                size = list(self.state_dict[name].size())
-                if size != list(value.size):
-                    wrong.append(f"{name} is {list(value.size)}, the model's {size}")
-        self._refuse(wrong)
-        return super().create_local_plan()
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        assert self.metadata is not None
-        read = {item.storage_index.fqn for plan in global_plan for item in plan.items}
-        # a table need not lie on every rank; what is no weight is read only to go on training
-        left = [n for n in self.metadata.state_dict_metadata if n.startswith("model.") and n not in read]
-        self._refuse([f"the model has no {name}" for name in left])
-        return super().create_global_plan(global_plan)
-
-    def _refuse(self, wrong: list[str]) -> None:
-        if wrong:
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise CheckpointError(
-                f"{self._path} is of another model: {'; '.join(sorted(wrong)[:3])}{more}; give the "
-                "options, the log and the kinds of sharding that it was trained with"
-            )
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        try:
-            loaded = torch.load(value, weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{self._path}: {read_item.dest_index.fqn} is more than data, which could run code; do "
-                "not use this folder"
-            ) from error
-        set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], loaded)
 
 
 def _checksum(file: Path) -> int:

@@ -1,13 +1,14 @@
 """IFA as a module, the candidate set, and the interactions that IFA is compared with."""
 
+from ifa_torchrec.modules.base import SequenceInteraction
 from ifa_torchrec.modules.candidate_loss import CandidateSetLoss, CandidateSetLossConfig
 from ifa_torchrec.modules.candidate_set import (
     CandidateSetConfig,
     CandidateSetEncoder,
     generate_set,
 )
+from ifa_torchrec.modules.config import IFAConfig
 from ifa_torchrec.modules.ifa import InteractionFidelityAttention
-from ifa_torchrec.modules.interaction import IFAConfig, SequenceInteraction
 from ifa_torchrec.modules.peers import (
     DINAttention,
     ETAAttention,

@@ -11,13 +11,9 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec import ops
-from ifa_torchrec.modules.interaction import (
-    FORGOTTEN,
-    IFAConfig,
-    SequenceInteraction,
-    decay_rates,
-    normalised,
-)
+from ifa_torchrec.modules.base import SequenceInteraction
+from ifa_torchrec.modules.config import FORGOTTEN, IFAConfig
+from ifa_torchrec.modules.event_weights import decay_rates, normalised
 from ifa_torchrec.modules.user_state import UserState
 from ifa_torchrec.ops.jagged import request_of_row
 

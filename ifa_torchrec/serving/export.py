@@ -23,7 +23,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data import LogSchema
 from ifa_torchrec.models import DLRM_IFA
-from ifa_torchrec.models.dlrm_ifa import CandidateArch
+from ifa_torchrec.models.archs import CandidateArch
 from ifa_torchrec.modules import IFAConfig, UserState
 from ifa_torchrec.serving.errors import StateError
 

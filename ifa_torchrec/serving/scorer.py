@@ -16,7 +16,9 @@ from ifa_torchrec.data import LogSchema
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.modules import UserState, generate_set
 from ifa_torchrec.serving.errors import RequestError, StateError
-from ifa_torchrec.serving.state_store import Event, StateLayout, StateStore, utc
+from ifa_torchrec.serving.states.layout import StateLayout
+from ifa_torchrec.serving.states.records import Event, utc
+from ifa_torchrec.serving.states.store import StateStore
 
 _LARGEST = 2**63 - 1
 _YEAR = 365 * 86400.0  # seconds
@@ -88,10 +90,12 @@ class Scorer:
         >>> from pathlib import Path
         >>> from ifa_torchrec import IFAConfig
         >>> from ifa_torchrec.data import EventLog, LogSchema
-        >>> from ifa_torchrec.build_states import BuildStatesConfig, build_states
+        >>> from ifa_torchrec.commands.build_states import BuildStatesConfig, build_states
         >>> from ifa_torchrec.serving import Event, RankingRequest, Scorer, StateStore
         >>> from ifa_torchrec.serving import open_key_value_store
-        >>> from ifa_torchrec.train import TrainConfig, load_run, train
+        >>> from ifa_torchrec.training.options import TrainConfig
+        >>> from ifa_torchrec.training.run import load_run
+        >>> from ifa_torchrec.training.trainer import train
         >>> folder = Path(tempfile.mkdtemp())
         >>> days = pd.date_range("2024-01-01", periods=4)
         >>> log = EventLog.from_pandas(folder / "log", schema=LogSchema(item_features={"item": 3}),

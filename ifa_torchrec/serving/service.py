@@ -37,7 +37,7 @@ from ifa_torchrec.serving.batching import ClosedError, QueueFullError
 from ifa_torchrec.serving.errors import RequestError, StateError, StoreError, UnknownUserError
 from ifa_torchrec.serving.live import LiveScorer
 from ifa_torchrec.serving.scorer import RankingRequest
-from ifa_torchrec.serving.state_store import Event, utc
+from ifa_torchrec.serving.states.records import Event, utc
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _RFC3339 = re.compile(
@@ -194,12 +194,14 @@ def create_app(
         >>> from pathlib import Path
         >>> from fastapi.testclient import TestClient
         >>> from ifa_torchrec import IFAConfig
-        >>> from ifa_torchrec.build_states import BuildStatesConfig, build_states
+        >>> from ifa_torchrec.commands.build_states import BuildStatesConfig, build_states
         >>> from ifa_torchrec.data import EventLog, LogSchema
         >>> from ifa_torchrec.serving import Scorer, StateStore, open_key_value_store
         >>> from ifa_torchrec.serving.live import Limits, LiveScorer
         >>> from ifa_torchrec.serving.service import create_app
-        >>> from ifa_torchrec.train import TrainConfig, load_run, train
+        >>> from ifa_torchrec.training.options import TrainConfig
+        >>> from ifa_torchrec.training.run import load_run
+        >>> from ifa_torchrec.training.trainer import train
         >>> folder = Path(tempfile.mkdtemp())
         >>> days = pd.date_range("2024-01-01", periods=4)
         >>> log = EventLog.from_pandas(folder / "log", schema=LogSchema(item_features={"item": 3}),

@@ -18,7 +18,7 @@ from toy import NEW_USER, ONE_EVENT_USER, SCHEMA, Toy
 
 from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data import EventBudgetSampler, EventLog, LogSchema, RankingDataset, make_loader
-from ifa_torchrec.data.dataset import EMPTY_REQUEST
+from ifa_torchrec.data.sampler import EMPTY_REQUEST
 
 DAY = pd.Timedelta(days=1)
 

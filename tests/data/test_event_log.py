@@ -21,9 +21,9 @@ import pytest
 from toy import BUSY_USER, NEW_USER, NUM_EVENTS, NUM_ITEMS, SCHEMA, SPLITS, Toy, make_toy
 
 from ifa_torchrec.data import EventLog, LogError, LogSchema, RankingDataset
-from ifa_torchrec.data.event_log import drafting
-from ifa_torchrec.data.prepare import prepare
-from ifa_torchrec.data.prepare_schema import Events, Hashed, PrepareSchema, Requests
+from ifa_torchrec.data.files import drafting
+from ifa_torchrec.data.prepare.preparation import prepare
+from ifa_torchrec.data.prepare.schema import Events, Hashed, PrepareSchema, Requests
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from ifa_torchrec.data import RankingDataset
 from ifa_torchrec.data.synthetic import SyntheticConfig, best_scores, prepare, topic_of
-from ifa_torchrec.metrics import gauc
+from ifa_torchrec.training.metrics import gauc
 
 CONFIG = SyntheticConfig(train=400, test=400, mean_events=500, distance=200, topics=40)
 

@@ -1,4 +1,4 @@
-"""``python -m ifa_torchrec.train``, in which one rank kills itself, once.
+"""``ifa train``, in which one rank kills itself, once.
 
     KILL="PLACE RANK STEP" python killed.py OPTIONS
 
@@ -15,7 +15,8 @@ from pathlib import Path
 
 from torch.distributed.checkpoint import FileSystemWriter
 
-from ifa_torchrec import train
+from ifa_torchrec.__main__ import main
+from ifa_torchrec.training import trainer as train
 
 
 def arm(place: str, rank: int, step: int) -> None:
@@ -60,4 +61,4 @@ def arm(place: str, rank: int, step: int) -> None:
 if __name__ == "__main__":
     place, rank, step = os.environ["KILL"].split()
     arm(place, int(rank), int(step))
-    train.main()
+    main()

@@ -36,7 +36,8 @@ from torchrec.test_utils import get_free_port
 from toy import SPLITS
 
 from ifa_torchrec import IFAConfig
-from ifa_torchrec import train as train_module
+from ifa_torchrec.__main__ import main
+from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.data import EventLog, RankingDataset
 from ifa_torchrec.distributed import (
     CheckpointError,
@@ -46,11 +47,14 @@ from ifa_torchrec.distributed import (
     init_process_group,
     shard,
 )
-from ifa_torchrec.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.models import DLRM_IFATrain
-from ifa_torchrec.models.dlrm_ifa import CandidateArch
-from ifa_torchrec.scoring import predict
-from ifa_torchrec.train import TrainConfig, build_model, load_run, train
+from ifa_torchrec.models.archs import CandidateArch
+from ifa_torchrec.training import trainer as train_module
+from ifa_torchrec.training.build import build_model
+from ifa_torchrec.training.options import TrainConfig
+from ifa_torchrec.training.run import load_run
+from ifa_torchrec.training.scoring import predict
+from ifa_torchrec.training.trainer import train
 
 TABLES = ("item_table", "category_table", "store_table", "weekday_table")
 RUNS = [
@@ -253,14 +257,14 @@ def scores_of(runs: list[Path]) -> list[np.ndarray]:
 
 
 def command_line(arguments: list[str]) -> tuple[str, str]:
-    """What ``python -m ifa_torchrec.train`` prints."""
+    """What ``ifa train`` prints."""
     out, err = io.StringIO(), io.StringIO()
     with (
-        mock.patch.object(sys, "argv", ["train", *arguments]),
+        mock.patch.object(sys, "argv", ["ifa", "train", *arguments]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
-        train_module.main()
+        main()
     return out.getvalue(), err.getvalue()
 
 
@@ -609,7 +613,7 @@ def torchrun(arguments: list[str], **environment: str) -> Ended:
         [*run, *arguments],
         env={
             **{name: value for name, value in os.environ.items() if name not in alone},
-            "PYTHONPATH": str(Path(train_module.__file__).parents[1]),
+            "PYTHONPATH": str(Path(train_module.__file__).parents[2]),
             "GLOO_SOCKET_IFNAME": "lo",
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",

@@ -25,15 +25,17 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from ifa_torchrec import IFAConfig
-from ifa_torchrec.build_states import BuildStatesConfig, build_states
+from ifa_torchrec.commands.build_states import BuildStatesConfig, build_states
+from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
+from ifa_torchrec.commands.explain import ExplainConfig, explain
+from ifa_torchrec.commands.export import ExportConfig, export
 from ifa_torchrec.data import EventLog
 from ifa_torchrec.distributed import CheckpointError, OptimizerConfig, checkpoint
 from ifa_torchrec.distributed.checkpoint import checkpoints
 from ifa_torchrec.errors import PlaceError
-from ifa_torchrec.evaluate import EvaluateConfig, evaluate
-from ifa_torchrec.explain import ExplainConfig, explain
-from ifa_torchrec.export import ExportConfig, export
-from ifa_torchrec.train import TrainConfig, load_run, train
+from ifa_torchrec.training.options import TrainConfig
+from ifa_torchrec.training.run import load_run
+from ifa_torchrec.training.trainer import train
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +188,7 @@ def load_with(config: TrainConfig) -> None:
     """A run's checkpoint, into the model of these options."""
     from ifa_torchrec.distributed import init_process_group, shard
     from ifa_torchrec.models import DLRM_IFATrain
-    from ifa_torchrec.train import build_model
+    from ifa_torchrec.training.build import build_model
 
     model = DLRM_IFATrain(build_model(EventLog(config.data).schema, config))
     model, _ = shard(model, init_process_group(), config.optimizers)

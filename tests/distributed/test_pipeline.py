@@ -21,8 +21,9 @@ from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make_loader
 from ifa_torchrec.distributed import OptimizerConfig, init_process_group, shard
 from ifa_torchrec.models import DLRM_IFA, DLRM_IFATrain
-from ifa_torchrec.models.dlrm_ifa import INTERACTIONS
-from ifa_torchrec.train import TrainConfig, build_model
+from ifa_torchrec.models.config import INTERACTIONS
+from ifa_torchrec.training.build import build_model
+from ifa_torchrec.training.options import TrainConfig
 
 PIPELINE_LOGS = "torchrec.distributed.train_pipeline"
 COLLECTIONS = ["ShardedEmbeddingBagCollection", "ShardedEmbeddingCollection"]

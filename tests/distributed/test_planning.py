@@ -40,7 +40,8 @@ from ifa_torchrec.distributed.planning import (
     topology,
 )
 from ifa_torchrec.models import DLRM_IFATrain
-from ifa_torchrec.train import TrainConfig, build_model
+from ifa_torchrec.training.build import build_model
+from ifa_torchrec.training.options import TrainConfig
 
 GB = 2**30
 SMALL = BatchSize(requests=2, events=10, candidates=4)

@@ -25,14 +25,16 @@ from ranks import run_ranks
 from torch import Tensor
 
 from ifa_torchrec import IFAConfig
-from ifa_torchrec import train as train_module
 from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data import EventBudgetSampler, EventLog, LogSchema, RankingDataset
-from ifa_torchrec.data.dataset import EMPTY_REQUEST
+from ifa_torchrec.data.sampler import EMPTY_REQUEST
 from ifa_torchrec.distributed import OptimizerConfig, ShardingConfig, shard
 from ifa_torchrec.models import DLRM_IFATrain
 from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig
-from ifa_torchrec.train import TrainConfig, build_model, train
+from ifa_torchrec.training import trainer as train_module
+from ifa_torchrec.training.build import build_model
+from ifa_torchrec.training.options import TrainConfig
+from ifa_torchrec.training.trainer import train
 
 STEP = 8
 DENSE_LR = 0.01

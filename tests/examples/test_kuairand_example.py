@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ifa_torchrec.data import kuairand
+from ifa_torchrec.data.public import kuairand
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "kuairand"))
 import compare_tasks

@@ -19,7 +19,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, DLRM_IFATrain, IFAConfig, RankingBatch
 from ifa_torchrec.distributed import OptimizerConfig, init_process_group, shard
 from ifa_torchrec.errors import ConfigError
-from ifa_torchrec.models.dlrm_ifa import INTERACTIONS, SequenceArch
+from ifa_torchrec.models.archs import SequenceArch
+from ifa_torchrec.models.config import INTERACTIONS
 from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLoss, CandidateSetLossConfig
 
 DIM = 8

@@ -13,8 +13,8 @@ from torch import nn
 
 from ifa_torchrec import CandidateSetEncoder, CandidateSetLoss, generate_set
 from ifa_torchrec.data.synthetic import set_reward
-from ifa_torchrec.metrics import set_metrics
 from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig
+from ifa_torchrec.training.metrics import set_metrics
 
 DIM = 8
 SIZES = [4, 0, 1, 7]

@@ -14,8 +14,8 @@ from helpers import offsets_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import KERNELS, NATIVE, backend_of
-from test_ops_boundary import layouts, results
 from test_ops import DIFFERENTIABLE, EPS, FEATURE_MAPS, to_float64
+from test_ops_boundary import layouts, results
 from torch import Tensor
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))

@@ -251,7 +251,7 @@ def test_auto_takes_native_where_it_serves_and_torch_elsewhere():
 
 
 def test_without_kernels_torch_serves_and_it_is_said_once(monkeypatch, capsys):
-    from ifa_torchrec.ops import __main__
+    from ifa_torchrec.commands import backends
 
     monkeypatch.setattr(native, "LIBRARY", None)
     monkeypatch.setattr(native, "STATUS", "not built: a reason")
@@ -262,14 +262,14 @@ def test_without_kernels_torch_serves_and_it_is_said_once(monkeypatch, capsys):
             actual = ops.encode(*inputs.values(), "elu")
     assert len(warned) == 1
     torch.testing.assert_close(actual, ops.encode(*inputs.values(), "elu", "torch"))
-    __main__.main()
+    backends.main()
     assert "not available: not built: a reason" in capsys.readouterr().out
 
 
 def test_the_command_says_what_there_is(capsys):
-    from ifa_torchrec.ops import __main__
+    from ifa_torchrec.commands import backends
 
-    __main__.main()
+    backends.main()
     assert f"available: {native.STATUS}" in capsys.readouterr().out
 
 

@@ -15,14 +15,16 @@ from helpers import randomised
 from torch import Tensor
 from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 
-import ifa_torchrec.export as export_module
 from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, IFAConfig
+from ifa_torchrec.__main__ import main
 from ifa_torchrec.batch import RankingBatch
+from ifa_torchrec.commands.export import ExportConfig, export
 from ifa_torchrec.data import LogSchema
-from ifa_torchrec.export import ExportConfig, export
 from ifa_torchrec.modules import CandidateSetConfig
 from ifa_torchrec.serving import ScoringGraph, StateError, export_scorer, quantize_tables
-from ifa_torchrec.train import Run, TrainConfig, load_run, train
+from ifa_torchrec.training.options import TrainConfig
+from ifa_torchrec.training.run import Run, load_run
+from ifa_torchrec.training.trainer import train
 
 IFA = IFAConfig(
     embedding_dim=8,
@@ -173,9 +175,9 @@ def test_without_a_compiler_a_package_is_refused(run: Run, tmp_path: Path, monke
 
 def test_the_command_describes_what_it_writes(monkeypatch, capsys, run: Run, tmp_path: Path) -> None:
     out = tmp_path / "new folder" / "scorer.pt2"
-    monkeypatch.setattr(sys, "argv", ["export", "--run", str(run.config.out), "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["ifa", "export", "--run", str(run.config.out), "--out", str(out)])
     monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)  # others still use it
-    export_module.main()
+    main()
     about = json.loads(out.with_suffix(".json").read_text())
     assert json.loads(capsys.readouterr().out) == about
     assert (about["version"], about["tables"]) == (run.version, "float32")

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from ifa_torchrec import IFAConfig
-from ifa_torchrec.build_states import BuildStatesConfig, build_states
+from ifa_torchrec.commands.build_states import BuildStatesConfig, build_states
 from ifa_torchrec.data import EventBudgetSampler, RankingDataset, make_loader
 from ifa_torchrec.modules import CandidateSetConfig
-from ifa_torchrec.scoring import measure
 from ifa_torchrec.serving import Event, RankingRequest, Scorer, StateStore, open_key_value_store
-from ifa_torchrec.train import Run, TrainConfig, load_run, train
+from ifa_torchrec.training.options import TrainConfig
+from ifa_torchrec.training.run import Run, load_run
+from ifa_torchrec.training.scoring import measure
+from ifa_torchrec.training.trainer import train
 
 IFA = IFAConfig(
     embedding_dim=32,

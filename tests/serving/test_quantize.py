@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ifa_torchrec import IFAConfig
-from ifa_torchrec.build_states import BuildStatesConfig, build_states
+from ifa_torchrec.commands.build_states import BuildStatesConfig, build_states
 from ifa_torchrec.serving import (
     Event,
     RankingRequest,
@@ -18,7 +18,9 @@ from ifa_torchrec.serving import (
     open_key_value_store,
     quantize_tables,
 )
-from ifa_torchrec.train import Run, TrainConfig, load_run, train
+from ifa_torchrec.training.options import TrainConfig
+from ifa_torchrec.training.run import Run, load_run
+from ifa_torchrec.training.trainer import train
 
 IFA = IFAConfig(embedding_dim=8, num_heads=2, half_lives=(math.inf, 30.0), identity_features=("item",))
 

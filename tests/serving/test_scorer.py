@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ifa_torchrec import IFAConfig
-from ifa_torchrec.build_states import BuildStatesConfig, build_states
+from ifa_torchrec.commands.build_states import BuildStatesConfig, build_states
 from ifa_torchrec.data import EventLog, LogSchema, RankingDataset
 from ifa_torchrec.serving import (
     Event,
@@ -25,7 +25,9 @@ from ifa_torchrec.serving import (
     StateStore,
     open_key_value_store,
 )
-from ifa_torchrec.train import Run, TrainConfig, load_run, train
+from ifa_torchrec.training.options import TrainConfig
+from ifa_torchrec.training.run import Run, load_run
+from ifa_torchrec.training.trainer import train
 
 DAY = 86_400_000_000
 NUM_ITEMS, USERS, DAYS = 12, (1, 2, 3), 6

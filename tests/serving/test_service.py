@@ -34,8 +34,8 @@ from starlette.types import Receive, Scope, Send
 from toy import BUSY_USER, NEW_USER, NUM_EVENTS, ONE_EVENT_USER, make_toy
 
 from ifa_torchrec import IFAConfig, RankingBatch, UserState
-from ifa_torchrec.build_states import BuildStatesConfig, build_states
-from ifa_torchrec.serve import ServeConfig, serve
+from ifa_torchrec.commands.build_states import BuildStatesConfig, build_states
+from ifa_torchrec.commands.serve import ServeConfig, serve
 from ifa_torchrec.serving import (
     Event,
     KeyValueStore,
@@ -50,7 +50,9 @@ from ifa_torchrec.serving import (
 from ifa_torchrec.serving.batching import Batcher, QueueFullError
 from ifa_torchrec.serving.live import Limits, LiveScorer, Metrics
 from ifa_torchrec.serving.service import create_app
-from ifa_torchrec.train import Run, TrainConfig, load_run, train
+from ifa_torchrec.training.options import TrainConfig
+from ifa_torchrec.training.run import Run, load_run
+from ifa_torchrec.training.trainer import train
 
 TOKEN = {"Authorization": "Bearer secret"}
 LATER_TEXT = "2024-07-19T00:00:00Z"
@@ -605,7 +607,7 @@ def test_a_process_takes_new_weights_on_sighup_and_loses_no_event_on_sigterm(fol
     options = ["--run", link, "--store", states, "--token-file", token, "--host", "0.0.0.0"]
     options += ["--port", str(port), "--drain", "1", "--limits.timeout", "20"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "ifa_torchrec.serve", *options],
+        [sys.executable, "-m", "ifa_torchrec", "serve", *options],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stderr=subprocess.PIPE,
         text=True,

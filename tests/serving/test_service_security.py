@@ -29,13 +29,20 @@ from starlette.routing import Mount, Route
 from starlette.websockets import WebSocketDisconnect
 
 from ifa_torchrec import IFAConfig, InteractionFidelityAttention
-from ifa_torchrec.build_states import BuildStatesConfig
+from ifa_torchrec.commands.build_states import BuildStatesConfig
+from ifa_torchrec.commands.serve import (
+    ServeConfig,
+    _ensure_file_handles,
+    _own_names,
+    _Server,
+    _token,
+    serve,
+)
+from ifa_torchrec.commands.states import StatesConfig
 from ifa_torchrec.errors import ConfigError
-from ifa_torchrec.serve import ServeConfig, _ensure_file_handles, _own_names, _Server, _token, serve
 from ifa_torchrec.serving import StateError, StateLayout, StateStore, StoreError, open_key_value_store
 from ifa_torchrec.serving.live import Limits, LiveRanking, LiveScorer, Metrics
 from ifa_torchrec.serving.service import create_app
-from ifa_torchrec.states import StatesConfig
 
 TOKEN = {"Authorization": "Bearer secret"}
 QUESTIONS = {

@@ -17,10 +17,10 @@ from torchx.specs.builders import _create_args_parser, materialize_appdef
 from torchx.specs.file_linter import get_fn_docstring
 from torchx.specs.finder import ModuleComponentsFinder, get_component, get_components
 
-from ifa_torchrec.build_states import BuildStatesConfig
-from ifa_torchrec.evaluate import EvaluateConfig
-from ifa_torchrec.serve import ServeConfig
-from ifa_torchrec.train import TrainConfig
+from ifa_torchrec.commands.build_states import BuildStatesConfig
+from ifa_torchrec.commands.evaluate import EvaluateConfig
+from ifa_torchrec.commands.serve import ServeConfig
+from ifa_torchrec.training.options import TrainConfig
 from torchx_components import build_states, evaluate, serve, train
 
 NAMED = {
@@ -103,7 +103,7 @@ def test_train_is_the_torchrun_line_one_would_write():
     by_hand = get_args_parser().parse_args(
         shlex.split(
             "--nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint first-node:29500"
-            " --rdzv-id mine --tee 3 --role '' -m ifa_torchrec.train --data /shared/log"
+            " --rdzv-id mine --tee 3 --role '' -m ifa_torchrec train --data /shared/log"
             " --out /shared/run --max-events 1000 --max-requests 8 --epochs 2"
         )
     )
@@ -115,7 +115,7 @@ def test_train_is_the_torchrun_line_one_would_write():
 
 def test_evaluate_passes_its_options_to_the_script():
     assert script_line(evaluate.ddp("--by", "store", **EVALUATE, split="valid", data="/other")) == [
-        "ifa_torchrec.evaluate",
+        *("ifa_torchrec", "evaluate"),
         *("--run", "/shared/run", "--split", "valid", "--data", "/other", "--by", "store"),
     ]
 
@@ -123,7 +123,7 @@ def test_evaluate_passes_its_options_to_the_script():
 def test_build_states_passes_its_options_to_the_script():
     app = build_states.ddp("--until", "2024-05-01", **BUILD, dtype="float16", data="/other")
     assert script_line(app) == [
-        "ifa_torchrec.build_states",
+        *("ifa_torchrec", "build-states"),
         *("--run", "/shared/run", "--store", "redis://states:6379/0", "--position", "7"),
         *("--data", "/other", "--dtype", "float16", "--until", "2024-05-01"),
     ]
@@ -135,9 +135,9 @@ def test_serve_is_one_process_that_others_can_reach():
     )
     (role,) = app.roles
     assert (app.name, role.num_replicas, role.port_map) == ("serve", 1, {"http": 8080})
-    assert role.entrypoint == "python" and role.args[:2] == ["-m", "ifa_torchrec.serve"]
+    assert role.entrypoint == "python" and role.args[:3] == ["-m", "ifa_torchrec", "serve"]
     assert role.env["A"] == "1"
-    assert tyro.cli(ServeConfig, args=role.args[2:]) == ServeConfig(
+    assert tyro.cli(ServeConfig, args=role.args[3:]) == ServeConfig(
         Path("/shared/run"),
         "redis://states:6379/0",
         data=Path("/other"),

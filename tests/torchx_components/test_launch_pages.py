@@ -15,16 +15,16 @@ from torchx.cli.main import main as torchx
 from torchx.runner import Runner
 from torchx.specs import AppDef
 
-from ifa_torchrec.build_states import BuildStatesConfig
-from ifa_torchrec.evaluate import EvaluateConfig
-from ifa_torchrec.train import TrainConfig
+from ifa_torchrec.commands.build_states import BuildStatesConfig
+from ifa_torchrec.commands.evaluate import EvaluateConfig
+from ifa_torchrec.training.options import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = {page.stem: page for page in (ROOT / "docs" / "launch").glob("*.md")}
 SCRIPTS = {
-    "ifa_torchrec.train": TrainConfig,
-    "ifa_torchrec.evaluate": EvaluateConfig,
-    "ifa_torchrec.build_states": BuildStatesConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "build-states": BuildStatesConfig,
 }
 
 
@@ -74,7 +74,8 @@ def meaning(words: list[str], environment: dict[str, str], monkeypatch) -> dict[
         for name, value in environment.items():
             patch.setenv(name, value)
         config, _, command = config_from_args(get_args_parser().parse_args(words[1:]))
-    script, *arguments = command[command.index("-m") + 1 :]
+    package, script, *arguments = command[command.index("-m") + 1 :]
+    assert package == "ifa_torchrec"
     several = config.max_nodes > 1
     return {
         "nodes": (config.min_nodes, config.max_nodes),
@@ -99,7 +100,7 @@ def test_there_are_pages_with_commands_for_both_components():
 @pytest.mark.parametrize("page, line", ALL)
 @pytest.mark.filterwarnings("ignore:(?s).*Volcano:UserWarning")
 def test_a_printed_command_is_one_that_torchx_takes(page, line, dry_run):
-    assert dry_run(line).name in ("train", "evaluate", "build_states", "serve")
+    assert dry_run(line).name in ("train", "evaluate", "build-states", "serve")
 
 
 @pytest.mark.parametrize("page, line", BY_HAND)

@@ -9,7 +9,7 @@ from ifa_torchrec.modules.peers.low_rank import LowRankAttention
 from ifa_torchrec.modules.peers.mean_pooling import MeanPooling
 from ifa_torchrec.modules.peers.sdim import SDIMAttention
 from ifa_torchrec.modules.peers.search import ETAAttention, SIMAttention, TWINAttention
-from ifa_torchrec.modules.peers.softmax import SoftmaxAttention
+from ifa_torchrec.modules.softmax import SoftmaxAttention
 
 __all__ = [
     "DINAttention",

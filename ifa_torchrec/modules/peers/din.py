@@ -9,13 +9,9 @@ from torch import Tensor, nn
 from torchrec.modules.mlp import MLP
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from ifa_torchrec.modules.interaction import (
-    IFAConfig,
-    SequenceInteraction,
-    at_least_one,
-    event_weights,
-    present,
-)
+from ifa_torchrec.modules.base import SequenceInteraction
+from ifa_torchrec.modules.config import IFAConfig, at_least_one
+from ifa_torchrec.modules.event_weights import event_weights, present
 from ifa_torchrec.ops.jagged import request_of_row
 
 

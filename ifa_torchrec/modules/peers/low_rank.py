@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ifa_torchrec.modules.interaction import IFAConfig, at_least_one
-from ifa_torchrec.modules.peers.softmax import SoftmaxAttention
+from ifa_torchrec.modules.config import IFAConfig, at_least_one
+from ifa_torchrec.modules.softmax import SoftmaxAttention
 
 
 class LowRankAttention(SoftmaxAttention):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from ifa_torchrec.modules.interaction import SequenceInteraction, event_weights, normalised
+from ifa_torchrec.modules.base import SequenceInteraction
+from ifa_torchrec.modules.event_weights import event_weights, normalised
 from ifa_torchrec.ops.jagged import request_of_row
 
 

@@ -8,13 +8,10 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from ifa_torchrec.modules.interaction import (
-    IFAConfig,
-    SequenceInteraction,
-    event_weights,
-    hyperplanes,
-    normalised,
-)
+from ifa_torchrec.modules.base import SequenceInteraction
+from ifa_torchrec.modules.config import IFAConfig
+from ifa_torchrec.modules.event_weights import event_weights, normalised
+from ifa_torchrec.modules.projections import hyperplanes
 
 
 class SDIMAttention(SequenceInteraction):

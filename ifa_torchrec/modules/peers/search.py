@@ -8,14 +8,11 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from ifa_torchrec.modules.interaction import (
-    IFAConfig,
-    SequenceInteraction,
-    at_least_one,
-    hyperplanes,
-    present,
-)
-from ifa_torchrec.modules.peers.softmax import SoftmaxAttention, softmax_gain
+from ifa_torchrec.modules.base import SequenceInteraction
+from ifa_torchrec.modules.config import IFAConfig, at_least_one
+from ifa_torchrec.modules.event_weights import present
+from ifa_torchrec.modules.projections import hyperplanes
+from ifa_torchrec.modules.softmax import SoftmaxAttention, softmax_gain
 from ifa_torchrec.ops.jagged import request_of_row
 
 

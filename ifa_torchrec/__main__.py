@@ -1,0 +1,73 @@
+"""``ifa COMMAND``, the one command line; ``python -m ifa_torchrec COMMAND``, for torchrun, is the same.
+
+Only the command that is asked for is imported: ``ifa --help`` needs no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+
+COMMANDS = {
+    "data": "write an event log: of your files by a schema, or of a public data set",
+    "train": "train a DLRM_IFA on an event log, on one rank or many",
+    "evaluate": "score a split with a trained run and measure the ranking",
+    "explain": "show which events a request's scores come from",
+    "build-states": "sum every user's history into a store of states",
+    "states": "list the versions of a store of states, or drop one",
+    "serve": "rank and take events over HTTP",
+    "export": "write the scoring graph for a server without Python",
+    "backends": "print which backends of the operators there are here",
+}
+"""Each is the module of its name in ifa_torchrec.commands, with a function ``main``."""
+
+USAGE = "\n".join(
+    [
+        "usage: ifa COMMAND [options]       ifa COMMAND --help lists a command's options",
+        "",
+        *(f"  {name:14}{about}" for name, about in COMMANDS.items()),
+        "",
+        "completion: ifa --tyro-print-completion bash (or zsh, tcsh) prints what your shell sources",
+    ]
+)
+
+
+def main() -> None:
+    """The command line."""
+    # OpenMP's threads spin while they wait. With this they spin briefly, then sleep: as fast on an idle
+    # machine, and where another program wants a core too, a step takes 3 times as long instead of 20.
+    # libgomp reads it once, when torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(USAGE)
+    elif name.startswith("--tyro-"):
+        _run(list(COMMANDS), sys.argv[1:])
+    elif name in COMMANDS:
+        _run([name], arguments)
+    else:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(COMMANDS)}"
+        raise SystemExit(f"error: ifa has no command {name!r}{hint}")
+
+
+def _run(names: list[str], arguments: list[str]) -> None:
+    import tyro
+
+    from ifa_torchrec.commands.command_line import as_command
+
+    with as_command():
+        mains = {
+            name: importlib.import_module(f"ifa_torchrec.commands.{name.replace('-', '_')}").main
+            for name in names
+        }
+        if len(mains) == 1:
+            tyro.cli(mains[names[0]], prog=f"ifa {names[0]}", args=arguments)
+        else:
+            tyro.extras.subcommand_cli_from_dict(mains, prog="ifa", args=arguments)
+
+
+if __name__ == "__main__":
+    main()

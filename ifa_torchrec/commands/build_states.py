@@ -1,0 +1,181 @@
+"""Encode every user's history into a store of states.
+
+    ifa build-states --run runs/mine --store runs/states --position 0
+    torchrun --nproc-per-node 2 -m ifa_torchrec build-states --run runs/mine \\
+        --store redis://host:6379/0 --position 0
+
+The store is a folder, an LMDB file that the processes of one machine share, or a Redis server. Killed,
+the same line goes on where it stopped. Other versions' states stay; ifa_torchrec.states drops them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from tqdm import tqdm
+
+from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset
+from ifa_torchrec.data.dataset import MICROSECONDS_PER_DAY
+from ifa_torchrec.data.sampler import EMPTY_REQUEST
+from ifa_torchrec.modules import UserState
+from ifa_torchrec.serving import StateError, StateLayout, StateStore, open_key_value_store
+from ifa_torchrec.serving.states.records import utc
+from ifa_torchrec.training.run import load_run
+
+_NEVER = np.iinfo(np.int64).min + 1  # the least one is numpy's NaT
+
+
+@dataclass(frozen=True)
+class BuildStatesConfig:
+    """Options of ``ifa build-states``."""
+
+    run: Path
+    """Folder of a training run (its --out)."""
+    store: str = field(repr=False)
+    """Where the states go: a folder, or redis://HOST:PORT/NUMBER."""
+    position: int
+    """The first position of the event stream whose event the log has not: 0 where the stream begins
+    after the log. Events of the stream before it count as being in the states."""
+    data: Path | None = None
+    """Event log; by default the one the run was trained on."""
+    until: datetime | None = None
+    """Only events before this time (UTC); by default all."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """How states are stored; float16 takes 0.6 of the bytes (docs/serving.md has the error)."""
+    max_events: int = 65536
+    """Budget of history events a batch and rank."""
+    max_requests: int = 128
+    """Most users a batch and rank."""
+
+
+@torch.no_grad()
+def build_states(config: BuildStatesConfig) -> dict[str, float | str]:
+    """Encode every user of a log that has events. Called by all ranks.
+
+    Returns:
+        "version" of the weights; "users" written now, by all ranks, and "users_per_second";
+        "bytes_per_user", keys included, and "events_per_user", both means over them.
+
+    Raises:
+        ValueError: the run's interaction has no user states.
+        StateError: they are built already, or were begun with other options; or the run was trained on
+            shortened histories; or the log has events of the future.
+        CheckpointError: the run has no checkpoint.
+        LogError: the event log is not there.
+    """
+    run = load_run(config.run, config.data)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    ifa = run.dlrm.candidate_arch.ifa
+    if run.config.history_length is not None:
+        raise StateError(
+            f"{config.run} was trained on the latest {run.config.history_length} events; a state holds "
+            "all of them. Train without --history-length"
+        )
+    if "://" not in config.store and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+        raise StateError(f"{config.store}: LMDB serves one machine; on several use redis://")
+    earlier, earlier_times, last, last_times = _histories(run.log, config.until)
+    lengths = earlier.history_lengths + last.history_lengths
+    latest = int(last_times[lengths > 0].max(initial=_NEVER))
+    if latest > time.time_ns() // 1000 + MICROSECONDS_PER_DAY:
+        raise StateError(
+            f"{run.log.path}: its last event is at {utc(latest)}, in the future, and what its user does "
+            "before then would not count. Leave such events out with --until, or mend their times (of "
+            "nanoseconds, perhaps?)"
+        )
+    key_values = open_key_value_store(config.store)
+    layout = StateLayout.of(ifa, config.dtype)
+    source = f"{run.log.fingerprint()} until {config.until}"
+    store = StateStore.begin(key_values, run.version, layout, config.position, source, latest)
+    users = run.log.users
+    parts = np.array_split(users, len(users) // 10_000 + 1)
+    known = np.concatenate([store.known(part.tolist()) for part in parts])
+    left = np.flatnonzero(~known & (lengths > 0))
+    dist.barrier()  # before anyone writes, so that all ranks share the same users
+    sampler = EventBudgetSampler(
+        lengths[left], config.max_events, config.max_requests, shard=(rank, world)
+    )
+    written = torch.zeros(3, dtype=torch.float64)  # users, bytes, events
+    start = time.perf_counter()
+    model = run.dlrm.eval()
+    done = len(users) - len(left)
+    with tqdm(total=len(users), initial=done, desc="states", unit="user", disable=rank > 0) as bar:
+        for step, indices in enumerate(sampler, 1):
+            users_of_batch = [EMPTY_REQUEST if i == EMPTY_REQUEST else left[i] for i in indices]
+            states: list[UserState] = []
+            for histories in (earlier, last):
+                batch = histories[users_of_batch].to(run.device)
+                states.append(model.encode(batch.sequence_features, batch.history_age).to("cpu"))
+            mine = [place for place, i in enumerate(indices) if i != EMPTY_REQUEST]
+            who = left[[indices[place] for place in mine]]
+            if mine:
+                size = store.write(
+                    users[who].tolist(),
+                    states[0][mine],
+                    earlier_times[who].tolist(),
+                    states[1][mine],
+                    last_times[who].tolist(),
+                )
+                written += torch.tensor([len(who), size, lengths[who].sum()])
+            bar.update(done + sampler.requests_taken(step) - bar.n)
+    dist.all_reduce(written)
+    seconds = time.perf_counter() - start
+    if rank == 0:
+        store.finish()
+    dist.barrier()
+    key_values.close()
+    total, size, total_events = written.tolist()
+    return {
+        "version": run.version,
+        "users": int(total),
+        "users_per_second": total / seconds,
+        "bytes_per_user": size / max(total, 1),
+        "events_per_user": total_events / max(total, 1),
+    }
+
+
+def _histories(
+    log: EventLog, until: datetime | None
+) -> tuple[RankingDataset, np.ndarray, RankingDataset, np.ndarray]:
+    """Each of the log's users' events but those of the last one's time, and then these: as requests
+    without candidates, each made just after the last event in it; and the times of those events."""
+    end = log.user_offsets[1:]
+    time_of = log.events["time"]
+    if until is not None:
+        if until.tzinfo is not None:
+            until = until.astimezone(timezone.utc).replace(tzinfo=None)
+        bound = np.full(len(log.users), np.datetime64(until, "us").astype(np.int64))
+        end = log.history_range(log.users, bound)[1]
+        end = np.maximum(end, log.user_offsets[:-1])  # where there is no event before it
+
+    def last_before(end: np.ndarray) -> np.ndarray:
+        return np.where(end > log.user_offsets[:-1], time_of[np.maximum(end, 1) - 1], _NEVER)
+
+    last = last_before(end)
+    earlier = last_before(np.maximum(log.history_range(log.users, last)[1], log.user_offsets[:-1]))
+    return (
+        RankingDataset.of_users(log, log.users, np.minimum(earlier + 1, last)),
+        earlier,
+        RankingDataset.of_users(log, log.users, last + 1, since=last),
+        last,
+    )
+
+
+def main(config: Annotated[BuildStatesConfig, tyro.conf.arg(name="")]) -> None:
+    """The command; its help is the top of this file."""
+    result = build_states(config)
+    if dist.get_rank() == 0:
+        print(json.dumps(result, indent=2))
+    dist.destroy_process_group()
+
+
+main.__doc__ = __doc__

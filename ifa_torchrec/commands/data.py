@@ -1,0 +1,83 @@
+"""Write an event log: of any files that a schema describes, or of a public data set.
+
+ifa data prepare SCHEMA.json --out runs/data/mine
+ifa data movielens ml-25m --out runs/data/ml-25m
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, make_dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, Union
+
+import tyro
+
+from ifa_torchrec.data import EventLog
+from ifa_torchrec.data.prepare import load_schema, prepare
+from ifa_torchrec.data.public import kuairand, movielens, recbole, recflow, taobao
+
+Given = Annotated[Path, tyro.conf.Positional]
+
+
+class Source(ABC):
+    """What an event log is written of."""
+
+    @abstractmethod
+    def write(self) -> EventLog:
+        """Write the log."""
+
+
+@dataclass(frozen=True)
+class Prepare(Source):
+    """Write the log that a schema describes.
+
+    Example:
+        >>> from ifa_torchrec.commands.data import Prepare
+        >>> log = Prepare(Path("schema.json"), Path("runs/data/mine")).write()  # doctest: +SKIP
+    """
+
+    schema: Given
+    """A JSON file; ifa_torchrec.data.prepare.schema says what it holds."""
+    out: Path
+    """Folder of the log; it must not exist."""
+    memory: str = "4GB"
+    """What DuckDB may take before it goes on on disk."""
+    max_refused: float = 0.01
+    """Greatest share of a table's rows that may be refused."""
+
+    def write(self) -> EventLog:
+        """See Source."""
+        return prepare(load_schema(self.schema), self.out, self.memory, self.max_refused)
+
+
+def _public(reader: ModuleType) -> Any:
+    """The options of a public data set, under the reader's name."""
+    name = reader.__name__.rpartition(".")[2]
+    about = (reader.prepare.__doc__ or "").split("\n    Args:")[0].strip()
+    options = make_dataclass(
+        name.title(),
+        [("folder", Given), ("out", Path)],
+        bases=(Source,),
+        frozen=True,
+        namespace={"write": lambda self: reader.prepare(self.folder, self.out)},
+    )
+    return Annotated[options, tyro.conf.subcommand(name, description=about)]
+
+
+SOURCES: Any = Union[
+    (
+        Annotated[Prepare, tyro.conf.subcommand("prepare")],
+        *map(_public, (kuairand, movielens, recbole, recflow, taobao)),
+    )
+]
+
+
+def main(source: Annotated[SOURCES, tyro.conf.arg(name="")]) -> None:
+    """The command; its help is the top of this file."""
+    log = source.write()
+    print((log.path / "report.json").read_text())
+
+
+main.__doc__ = __doc__

@@ -1,0 +1,82 @@
+"""Score a split with a trained model and measure the ranking.
+
+    ifa evaluate --run runs/mine --split test
+    torchrun --nproc-per-node 2 -m ifa_torchrec evaluate --run runs/mine --split test
+
+Under torchrun the ranks share the requests; rank 0 prints and writes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch.distributed as dist
+import tyro
+
+from ifa_torchrec.commands.command_line import result_as_json
+from ifa_torchrec.errors import ConfigError, writing
+from ifa_torchrec.models import DLRM_IFATrain
+from ifa_torchrec.serving import quantize_tables
+from ifa_torchrec.training.run import load_run
+from ifa_torchrec.training.scoring import measure, predict
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Options of ``ifa evaluate``."""
+
+    run: Path
+    """Folder of a training run (its --out)."""
+    split: str = "test"
+    """Requests to score."""
+    data: Path | None = None
+    """Event log; by default the one the run was trained on."""
+    by: tuple[str, ...] = ()
+    """Context features: metrics are also given for the requests of each of their values."""
+    int8: bool = False
+    """Round the tables to 8 bits, as ``ifa_torchrec.serve --int8`` does; each rank holds all of them."""
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Load a run's last checkpoint and measure a split; rank 0 writes RUN/metrics-SPLIT.json, or
+    metrics-SPLIT-int8.json.
+
+    Returns:
+        ``measure``'s numbers, and "ms_per_request".
+
+    Raises:
+        CheckpointError: the run has no checkpoint.
+        LogError: the event log or the split is not there.
+        PlaceError: RUN cannot be written.
+    """
+    run = load_run(config.run, config.data, sharded=not config.int8)
+    if config.int8:
+        run.model = DLRM_IFATrain(quantize_tables(run.dlrm))
+    known = list(run.log.schema.context_features)
+    for feature in config.by:
+        if feature not in known:
+            raise ConfigError(f"--by {feature}: no such context feature; there are {known}")
+    dataset = run.dataset(config.split)
+    scores, milliseconds = predict(
+        run.model, dataset, run.device, run.config.max_events, run.config.max_requests
+    )
+    metrics = measure(dataset, scores, config.by)
+    metrics["ms_per_request"] = milliseconds
+    if dist.get_rank() == 0:
+        name = f"metrics-{config.split}{'-int8' if config.int8 else ''}.json"
+        with writing(config.run / name):
+            (config.run / name).write_text(result_as_json(metrics))
+    return metrics
+
+
+def main(config: Annotated[EvaluateConfig, tyro.conf.arg(name="")]) -> None:
+    """The command; its help is the top of this file."""
+    metrics = evaluate(config)
+    if dist.get_rank() == 0:
+        print(result_as_json(metrics))
+    dist.destroy_process_group()
+
+
+main.__doc__ = __doc__

@@ -1,0 +1,105 @@
+"""Which events weighed most for the top candidate of a request.
+
+    ifa explain --run runs/mine --split test --request 0
+
+For runs whose interaction is "ifa". An event's weight is its share in the candidate's answer,
+averaged over the heads (attention_weights); within a head the shares sum to 1 over the history.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import torch
+import torch.distributed as dist
+import tyro
+from torchrec.sparse.jagged_tensor import JaggedTensor
+
+from ifa_torchrec.errors import ConfigError
+from ifa_torchrec.training.run import load_run
+
+
+@dataclass(frozen=True)
+class ExplainConfig:
+    """Options of ``ifa explain``."""
+
+    run: Path
+    """Folder of a training run (its --out)."""
+    split: str = "test"
+    """Split of the request."""
+    request: int = 0
+    """Number of the request in its split."""
+    events: int = 10
+    """How many events to show."""
+    data: Path | None = None
+    """Event log; by default the one the run was trained on."""
+
+
+@torch.no_grad()
+def explain(config: ExplainConfig) -> str:
+    """The top candidate and the events that weighed most for it, as text.
+
+    Raises:
+        ConfigError: the run has another interaction, or the request does not exist or has no
+            history.
+    """
+    run = load_run(config.run, config.data)
+    if run.config.interaction != "ifa":
+        raise ConfigError(
+            f"{config.run} was trained with {run.config.interaction!r}; only 'ifa' explains"
+        )
+    dataset = run.dataset(config.split)
+    if not 0 <= config.request < len(dataset):
+        raise ConfigError(
+            f"--request {config.request}: {config.split} has requests 0 to {len(dataset) - 1}"
+        )
+    if dataset.history_lengths[config.request] == 0:
+        raise ConfigError(f"--request {config.request} has no history to explain by")
+    batch = dataset[[config.request]].to(run.device)
+    model = run.dlrm
+    model.eval()
+
+    # attention_weights wants what the model hands to its interaction: catch it on the way
+    ifa = model.candidate_arch.ifa
+    caught: list[tuple[Any, ...]] = []
+    hook = ifa.register_forward_pre_hook(lambda module, inputs: caught.append(inputs))
+    logits = model(batch)[:, 0].cpu()
+    hook.remove()
+    top = int(logits.argmax())
+    candidates, history, age, history_ids, candidate_ids = caught[0]
+    # of the one candidate: a million events by 10,000 candidates would be 40 GB a head
+    one = JaggedTensor(candidates.values()[[top]], lengths=torch.ones_like(candidates.lengths()))
+    ids = None if candidate_ids is None else candidate_ids[[top]]
+    weight = ifa.attention_weights(one, history, age, history_ids, ids)[0][0].mean(-1).cpu()
+
+    names = run.log.item_names()
+    item = run.log.schema.item
+    bought = batch.sequence_features[f"history_{item}"].values().tolist()
+    chosen = batch.sequence_features[f"candidate_{item}"].values().tolist()[top]
+    order = weight.argsort(descending=True, stable=True)[: config.events].tolist()
+    rows = pd.DataFrame(
+        {
+            "weight": [f"{weight[i]:.4f}" for i in order],
+            "days before": [f"{batch.history_age[i]:.1f}" for i in order],
+            "event": [names[bought[i]] for i in order],
+        }
+    )
+    labels = {task: float(batch.labels[top, t]) for t, task in enumerate(run.log.schema.tasks)}
+    return (
+        f"top of {len(logits)} candidates: {names[chosen]} (logit {logits[top]:.2f}, labels {labels}); "
+        f"{len(bought)} events in the history\n" + rows.to_string(index=False)
+    )
+
+
+def main(config: Annotated[ExplainConfig, tyro.conf.arg(name="")]) -> None:
+    """The command; its help is the top of this file."""
+    text = explain(config)
+    if dist.get_rank() == 0:
+        print(text)
+    dist.destroy_process_group()
+
+
+main.__doc__ = __doc__

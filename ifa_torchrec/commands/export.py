@@ -1,0 +1,101 @@
+"""Write a trained model's scoring as one file that servers without this package can load.
+
+    ifa export --run runs/mine --out scorer.pt2
+    ifa export --run runs/mine --out scorer.pt2 --package --int8
+
+It scores one request from a user's state. The file has the tables in it. Without --package it is a
+program for torch.export.load; with it, it is compiled for this machine's processor, and
+torch::inductor::AOTIModelPackageLoader loads it in C++, torch._inductor.aoti_load_package in Python.
+What either is to be fed says scorer.json beside it. A package refuses ids beyond their tables, but
+takes shapes and dtypes on trust: check them before it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch._inductor import aoti_compile_and_package
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
+
+from ifa_torchrec.errors import ConfigError, writing
+from ifa_torchrec.serving import export_scorer, quantize_tables
+from ifa_torchrec.serving.export import describe
+from ifa_torchrec.training.run import load_run
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Options of ``ifa export``."""
+
+    run: Path
+    """Folder of a training run (its --out)."""
+    out: Path
+    """File to write, NAME.pt2; NAME.json is written beside it."""
+    package: bool = False
+    """Compile it with AOTInductor; needs a C++ compiler, here and not where it is loaded."""
+    int8: bool = False
+    """Round the tables to 8 bits."""
+
+    def __post_init__(self) -> None:
+        if self.out.suffix != ".pt2":
+            raise ConfigError(f"--out {self.out}: the name must end in .pt2")
+
+
+def export(config: ExportConfig) -> dict[str, Any]:
+    """Export a run's last checkpoint.
+
+    Returns:
+        ``describe``'s entries, and which "tables" and "runtime" it is for; what NAME.json has.
+
+    Raises:
+        CheckpointError: the run has no checkpoint.
+        StateError: a model of this kind cannot be exported.
+        ConfigError: there is no C++ compiler.
+        PlaceError: OUT cannot be written.
+    """
+    if config.package:
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler as error:
+            raise ConfigError("--package: there is no C++ compiler; install g++, or set CXX") from error
+    run = load_run(config.run, sharded=False)
+    model = quantize_tables(run.dlrm) if config.int8 else run.dlrm
+    program = export_scorer(model, run.log.schema)
+    draft = config.out.with_name(f".{config.out.name}")
+    try:
+        with writing(config.out):
+            config.out.parent.mkdir(parents=True, exist_ok=True)
+            if config.package:
+                aoti_compile_and_package(program, package_path=str(draft))
+            else:
+                torch.export.save(program, draft)
+            draft.rename(config.out)
+    finally:
+        draft.unlink(missing_ok=True)
+    description = {
+        **describe(model, run.log.schema, run.version),
+        "tables": "int8" if config.int8 else "float32",
+        "runtime": "AOTInductor" if config.package else "torch.export",
+        "torch": torch.__version__,
+    }
+    about = config.out.with_suffix(".json")
+    with writing(about):
+        about.write_text(json.dumps(description, indent=2))
+    return description
+
+
+def main(config: Annotated[ExportConfig, tyro.conf.arg(name="")]) -> None:
+    """The command; its help is the top of this file."""
+    description = export(config)
+    print(json.dumps(description, indent=2))
+    dist.destroy_process_group()
+
+
+main.__doc__ = __doc__

@@ -1,0 +1,201 @@
+"""Rank candidates and take events over HTTP.
+
+    ifa serve --run runs/mine --store runs/states
+    curl -s localhost:8000/rank -H 'Content-Type: application/json' \\
+        -d '{"requests": [{"user": 7, "candidates": [4, 9, 23], "k": 2}]}'
+
+The store is one that ifa_torchrec.build_states filled from the same run. /docs describes the calls.
+SIGHUP loads the run anew while the old weights serve; where --run is a link, it may by then lead to
+another run, whose states were built into the same store. SIGTERM finishes what was taken. Without a
+bearer token (--token-file) it listens on loopback only. docs/howto/serve.md says who may ask for what.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import math
+import os
+import re
+import resource
+import signal
+import socket
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import torch.distributed as dist
+import tyro
+import uvicorn
+
+from ifa_torchrec.errors import ConfigError
+from ifa_torchrec.serving import Scorer, StateStore, open_key_value_store, quantize_tables
+from ifa_torchrec.serving.connections import Connection
+from ifa_torchrec.serving.live import Limits, LiveScorer
+from ifa_torchrec.serving.service import create_app
+from ifa_torchrec.training.run import load_run
+
+_BACKLOG = 64
+"""Connections that wait to be accepted; so many are accepted at once, before any other is closed."""
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Options of ``ifa serve``."""
+
+    run: Path
+    """Folder of a training run (its --out), or a link to one."""
+    store: str = field(repr=False)
+    """Where its states are: a folder, or redis://HOST:PORT/NUMBER, with its password in the variable
+    IFA_REDIS_PASSWORD."""
+    data: Path | None = None
+    """Event log; by default the one the run was trained on."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all of them."""
+    port: int = 8000
+    """Port to listen on."""
+    token_file: Path | None = None
+    """File with the bearer token that calls must have; by default it is in the variable IFA_TOKEN."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names that calls may be addressed to (their Host header), *.DOMAIN for all of a domain, * for any.
+    By default any; on loopback localhost and its addresses, so that no web page reaches it by a name of
+    its own."""
+    int8: bool = False
+    """Round the tables to 8 bits: a third of their memory (docs/serving.md has what it changes)."""
+    strict: bool = False
+    """Refuse (409) a request that is too far before the user's last event to be ranked as of its time;
+    else it is ranked as of a later time, which the answer says."""
+    drain: float = 2
+    """Seconds after SIGTERM in which calls are still taken, for /readyz (503 then) to be noticed."""
+    limits: Limits = field(default_factory=Limits)
+    """What clients may ask for."""
+
+    def __post_init__(self) -> None:
+        for name in self.allowed_hosts:
+            if not re.fullmatch(r"\*|(\*\.)?[^*/\s]+", name):
+                raise ConfigError(f"--allowed-hosts: {name!r} is no name, *.DOMAIN or *")
+
+
+def serve(config: ServeConfig) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        CheckpointError, LogError: the run or its log is not there.
+        StateError: the store cannot be opened, or has no states of the run's weights.
+        ConfigError: the token is empty, or there is none and the address is not loopback; or there are
+            too few file handles for all connections.
+    """
+    # a SIGHUP that comes while this loads is not lost, and ends nothing
+    hung_up = threading.Event()
+    signal.signal(signal.SIGHUP, lambda *_: hung_up.set())
+    token = _token(config)
+    if token is None and not _is_loopback(config.host):
+        raise ConfigError(
+            f"--host {config.host} can be reached from elsewhere: give a token, by --token-file or the "
+            "environment variable IFA_TOKEN, or listen on 127.0.0.1"
+        )
+    key_values = open_key_value_store(config.store, create=False)
+
+    def load() -> Scorer:
+        # a link is followed once, lest half of the files are another run's
+        run = load_run(config.run.resolve(), config.data, sharded=False)
+        states = StateStore(key_values, run.version)
+        model = quantize_tables(run.dlrm) if config.int8 else run.dlrm
+        return Scorer(model, run.log.schema, run.log.items, states, config.strict)
+
+    with LiveScorer(load, config.limits) as live:
+        _ensure_file_handles(config.limits.max_connections)
+        signal.signal(signal.SIGHUP, lambda *_: live.reload())
+        if hung_up.is_set():
+            live.reload()
+        _Server(config, live, token).run()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that drains before it closes, and for which a signal is no failure."""
+
+    def __init__(self, config: ServeConfig, live: LiveScorer, token: str | None) -> None:
+        super().__init__(
+            uvicorn.Config(
+                create_app(live, token, config.allowed_hosts or _own_names(config.host)),
+                host=config.host,
+                port=config.port,
+                http=Connection.within(config.limits),
+                ws="none",
+                backlog=_BACKLOG,
+                timeout_keep_alive=math.ceil(min(5, config.limits.receive / 2)),
+                access_log=False,
+                # for clients that stop in the middle of a body; no call waits longer than its timeout
+                timeout_graceful_shutdown=math.ceil(config.limits.timeout) + 5,
+            )
+        )
+        self._live, self._drain = live, config.drain
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.should_exit = True  # uvicorn's own would raise the signal again at the end
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._live.draining = True
+        await asyncio.sleep(self._drain)
+        await super().shutdown(sockets)
+
+
+def _token(config: ServeConfig) -> str | None:
+    if config.token_file is not None:
+        try:
+            text, source = config.token_file.read_text(), str(config.token_file)
+        except UnicodeDecodeError:
+            raise ConfigError(f"--token-file: {config.token_file} is no UTF-8 text") from None
+        except OSError as error:
+            raise ConfigError(f"--token-file: {error}") from error
+    elif "IFA_TOKEN" in os.environ:
+        text, source = os.environ["IFA_TOKEN"], "IFA_TOKEN"
+    else:
+        return None
+    words = text.split()
+    if len(words) != 1:
+        raise ConfigError(
+            f"{source}: the token is {'several words' if words else 'empty'}; give one word"
+        )
+    return words[0]
+
+
+def _ensure_file_handles(connections: int) -> None:
+    """A process without file handles answers nobody: so each connection has one from the beginning."""
+    # a reload opens what is open now once more; connections that are closed are so a little later
+    needed = connections + 4 * _BACKLOG + 2 * len(os.listdir("/dev/fd")) + 64
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ConfigError(
+            f"--limits.max-connections {connections} needs {needed} file handles, and this process may "
+            f"have {hard} (ulimit -n): allow more, or fewer connections"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def _own_names(host: str) -> tuple[str, ...]:
+    if not _is_loopback(host):
+        return ("*",)
+    return "localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def main(config: Annotated[ServeConfig, tyro.conf.arg(name="")]) -> None:
+    """The command; its help is the top of this file."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", force=True)
+    serve(config)
+    dist.destroy_process_group()
+
+
+main.__doc__ = __doc__

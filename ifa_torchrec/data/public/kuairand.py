@@ -1,0 +1,85 @@
+"""KuaiRand (Kuaishou) as event logs: Pure, 1K and 27K, from the folder `data` of the unpacked archive.
+
+Every row of the logs is a video that was shown, so all candidates are exposed. A request is ours: the
+videos shown to a user in one tab with no more than a minute between one and the next. Events are the
+clicks. Both logs are read, the standard one and that of videos shown at random.
+
+Context features are the tab and the user's features; a video's are its author, type, upload type, music
+type and tags (each set of tags is one id). The statistics of the videos are left out: they are averages
+over the whole month, so those of a training request would know its future. Validation is from 4 May
+2022, test from 6 to 8 May.
+"""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+from typing import Any
+
+from ifa_torchrec.data.event_log import EventLog
+from ifa_torchrec.data.prepare import preparation as log
+from ifa_torchrec.data.prepare.schema import Events, Items, PrepareSchema, Requests, Users
+
+TASKS = ("is_click", "long_view", "is_like", "is_follow", "is_comment", "is_forward", "is_hate")
+"""The labels."""
+
+_VIDEO = ("author_id", "video_type", "upload_type", "music_type", "tag")
+_USER = (
+    "user_active_degree",
+    "is_live_streamer",
+    "is_video_author",
+    "follow_user_num_range",
+    "fans_user_num_range",
+    "friend_user_num_range",
+    "register_days_range",
+    *(f"onehot_feat{number}" for number in range(18)),
+)
+
+
+def prepare(folder: str | Path, out: str | Path) -> EventLog:
+    """Write the event log of KuaiRand.
+
+    Args:
+        folder: holds log_standard_*.csv, log_random_*.csv, user_features_*.csv and
+            video_features_basic_*.csv.
+        out: folder of the log; it does not exist yet.
+
+    Raises:
+        LogError: files are missing.
+
+    Example:
+        >>> from ifa_torchrec.data.public import kuairand
+        >>> log = kuairand.prepare("KuaiRand-Pure/data", "runs/data/kuairand_pure")  # doctest: +SKIP
+    """
+    folder = Path(glob.escape(str(folder)))  # its own name is no pattern
+    rows: dict[str, Any] = {
+        "files": [str(folder / "log_standard_*.csv"), str(folder / "log_random_*.csv")],
+        "user": "user_id",
+        "item": "video_id",
+        "time": "time_ms",
+        "unit": "ms",
+    }
+    schema = PrepareSchema(
+        events=Events(**rows, where="is_click = 1"),
+        requests=Requests(
+            **rows,
+            labels={task: task for task in TASKS},
+            context={"tab": "tab"},
+            candidate_dense={"log_duration": "ln(1 + duration_ms::FLOAT)"},
+            request="tab",
+            gap_seconds=60,
+        ),
+        # in the time zone of the app, as its dates are
+        splits={"valid": "2022-05-04 00:00:00+08", "test": "2022-05-06 00:00:00+08"},
+        items=Items(
+            files=str(folder / "video_features_basic_*.csv"),
+            item="video_id",
+            features={feature: feature for feature in _VIDEO},
+        ),
+        users=Users(
+            files=str(folder / "user_features_*.csv"),
+            user="user_id",
+            features={feature: feature for feature in _USER},
+        ),
+    )
+    return log.prepare(schema, out)

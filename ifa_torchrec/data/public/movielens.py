@@ -1,0 +1,100 @@
+"""MovieLens (GroupLens) as event logs, from the unpacked archives: ml-100k, ml-1m, ml-20m, 25m and 32m.
+
+MovieLens has ratings and no requests, so the candidates are ours: a request is a page of films, which we
+take to be the ratings that a user gave with no more than a minute between one and the next. A film is
+liked with 4 stars or more. The events are the films that a user liked; a film's features are its genres
+(each set of genres is one id) and its year. 80 % of the requests are for training, 10 % each for
+validation and test, by time.
+
+So the model ranks films among films that the user chose to rate: it tells what a user likes, not what a
+user would watch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ifa_torchrec.data.event_log import EventLog
+from ifa_torchrec.data.prepare import preparation as log
+from ifa_torchrec.data.prepare.schema import Events, Items, PrepareSchema, Requests
+from ifa_torchrec.data.schema import LogError
+
+_RATINGS = ("userId", "movieId", "rating", "timestamp")
+_MOVIES = ("movieId", "title", "genres")
+# u.item has a column of 0 or 1 for each genre.
+_FLAGS = tuple(f"genre{number}" for number in range(19))
+_LAYOUTS: dict[str, tuple[dict[str, Any], str, dict[str, Any], str]] = {
+    "u.data": (
+        {"delimiter": "\t", "columns": _RATINGS},
+        "u.item",
+        {
+            "delimiter": "|",
+            "quote": "",
+            "encoding": "latin-1",
+            "columns": ("movieId", "title", "released", "video_released", "url", *_FLAGS),
+        },
+        " || ".join(_FLAGS),
+    ),
+    "ratings.dat": (
+        {"delimiter": "::", "columns": _RATINGS},
+        "movies.dat",
+        {"delimiter": "::", "quote": "", "encoding": "latin-1", "columns": _MOVIES},
+        "genres",
+    ),
+    "ratings.csv": ({}, "movies.csv", {}, "genres"),
+}
+
+
+def prepare(folder: str | Path, out: str | Path) -> EventLog:
+    r"""Write the event log of an unpacked MovieLens archive.
+
+    Args:
+        folder: holds u.data and u.item, ratings.dat and movies.dat, or ratings.csv and movies.csv.
+        out: folder of the log; it does not exist yet.
+
+    Raises:
+        LogError: none of these files is there.
+
+    Example:
+        >>> import tempfile
+        >>> from ifa_torchrec.data.public import movielens
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> movies = ["1::Toy Story (1995)::Animation|Comedy", "2::Jumanji (1995)::Adventure"]
+        >>> ratings = [f"1::{film}::{2 + film}::{978300000 + 100 * page + film}"
+        ...            for page in range(10) for film in (1, 2)]  # ten pages of two films
+        >>> _ = (folder / "movies.dat").write_text("\n".join(movies))
+        >>> _ = (folder / "ratings.dat").write_text("\n".join(ratings))
+        >>> movielens.prepare(folder, folder / "log").requests("valid")["liked"].tolist()
+        [0.0, 1.0]
+    """
+    folder = Path(folder)
+    ratings = next((file for file in _LAYOUTS if (folder / file).exists()), None)
+    if ratings is None:
+        raise LogError(f"{folder}: none of {list(_LAYOUTS)} is there; name the unpacked archive")
+    ratings_format, movies, movies_format, genres = _LAYOUTS[ratings]
+    rows: dict[str, Any] = {
+        **ratings_format,
+        "files": str(folder / ratings),
+        "user": "userId",
+        "item": "movieId",
+        "time": "timestamp",
+        "unit": "s",
+    }
+    liked = "rating::FLOAT >= 4"
+    schema = PrepareSchema(
+        events=Events(**rows, where=liked),
+        requests=Requests(**rows, labels={"liked": liked}, gap_seconds=60),
+        splits={"valid": 0.8, "test": 0.9},
+        items=Items(
+            files=str(folder / movies),
+            item="movieId",
+            features={
+                "genres": genres,
+                "year": r"nullif(regexp_extract(title, '\((\d{4})\)\s*$', 1), '')",
+            },
+            name="title",
+            **movies_format,
+        ),
+    )
+    return log.prepare(schema, out)

@@ -1,0 +1,63 @@
+"""RecFlow (Kuaishou) as an event log: requests with the videos that each stage of ranking passed over.
+
+The requests are those of the data set. The candidates of a request are all that is recorded of it in
+`all_stage`, of which `realshow` tells who was exposed; only these have labels. Events are the effective
+views of `realshow`, dated as their request is, so that a request never sees its own. A video's features
+are its author, both categories and its upload type; the context is the user's device, age, gender and
+province. Validation is from 11 February 2024, test from 15 to 18 February.
+"""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+from typing import Any
+
+from ifa_torchrec.data.event_log import EventLog
+from ifa_torchrec.data.prepare import preparation as log
+from ifa_torchrec.data.prepare.schema import Events, Items, PrepareSchema, Requests
+
+TASKS = ("effective_view", "long_view", "like", "follow", "forward", "comment")
+"""The labels."""
+
+_VIDEO = ("author_id", "category_level_one", "category_level_two", "upload_type")
+_CONTEXT = ("device_id", "age", "gender", "province")
+
+
+def prepare(folder: str | Path, out: str | Path) -> EventLog:
+    """Write the event log of RecFlow.
+
+    Args:
+        folder: holds all_stage/DAY.feather and realshow/DAY.feather.
+        out: folder of the log; it does not exist yet.
+
+    Raises:
+        LogError: files are missing.
+
+    Example:
+        >>> from ifa_torchrec.data.public import recflow
+        >>> log = recflow.prepare("RecFlow", "runs/data/recflow")  # doctest: +SKIP
+    """
+    folder = Path(glob.escape(str(folder)))  # its own name is no pattern
+    all_stage = str(folder / "all_stage" / "*.feather")
+    rows: dict[str, Any] = {
+        "user": "user_id",
+        "item": "video_id",
+        "time": "request_timestamp",
+        "unit": "ms",
+    }
+    schema = PrepareSchema(
+        events=Events(**rows, files=str(folder / "realshow" / "*.feather"), where="effective_view = 1"),
+        requests=Requests(
+            **rows,
+            files=all_stage,
+            request="request_id",
+            exposed="realshow",
+            labels={task: task for task in TASKS},
+            context={feature: feature for feature in _CONTEXT},
+        ),
+        # in the time zone of the app, as the days of its files are
+        splits={"valid": "2024-02-11 00:00:00+08", "test": "2024-02-15 00:00:00+08"},
+        items=Items(files=all_stage, item="video_id", features={feature: feature for feature in _VIDEO}),
+    )
+    return log.prepare(schema, out)

@@ -1,0 +1,81 @@
+"""Taobao's UserBehavior (Alibaba) as an event log, from UserBehavior.csv of the unpacked archive.
+
+A row is something a user did: saw an item's page (pv), bought it, put it into the cart or among the
+favourites; not one says what was shown and left alone. So the requests are ours: what a user saw in one
+sitting, with no more than half an hour between one page and the next, from 1 December 2017 on. For each
+page seen four other items are drawn (``Requests.negatives``), and the label `viewed` tells them apart:
+a model of it ranks what a user sees above what is popular. An item seen twice in a sitting stands twice.
+
+Events are all behaviours, of whatever kind, from 25 November on; an item's feature is its category. The
+days before December are history alone; training is 1 December, validation 2 December, test 3 December,
+all in China's time zone.
+
+The file has some rows of other times. They are refused, so LOG/report.json counts and shows them.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ifa_torchrec.data.event_log import EventLog
+from ifa_torchrec.data.prepare import preparation as log
+from ifa_torchrec.data.prepare.schema import Events, Items, PrepareSchema, Requests
+
+TASKS = ("viewed",)
+"""The labels."""
+
+_COLUMNS = ("user_id", "item_id", "category_id", "behavior_type", "timestamp")
+
+
+def prepare(folder: str | Path, out: str | Path) -> EventLog:
+    r"""Write the event log of UserBehavior.
+
+    Args:
+        folder: holds UserBehavior.csv.
+        out: folder of the log; it does not exist yet.
+
+    Raises:
+        LogError: the file is missing, more than 1 % of its rows are of other times, or a day has none.
+
+    Example:
+        >>> import tempfile
+        >>> from ifa_torchrec.data.public import taobao
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> noons = [1511582400 + 86_400 * day for day in range(9)]  # 25 November to 3 December
+        >>> rows = [f"1,{item},7,pv,{noon + item}" for noon in noons for item in (20, 30)]
+        >>> _ = (folder / "UserBehavior.csv").write_text("\n".join(rows))
+        >>> log = taobao.prepare(folder, folder / "log")
+        >>> log.splits, log.requests("test")["candidates"].tolist(), len(log.events["item"])
+        (['train', 'valid', 'test'], [0, 1], 18)
+    """
+    file: dict[str, Any] = {"files": str(Path(folder) / "UserBehavior.csv"), "columns": _COLUMNS}
+    seconds = 'TRY_CAST("timestamp" AS BIGINT)'
+    rows: dict[str, Any] = {
+        **file,
+        "user": "user_id",
+        "item": "item_id",
+        # a time that cannot be read is refused, and shown as it stands here
+        "time": f"""CASE WHEN {seconds} >= {_start("2017-11-25")} AND {seconds} < {_start("2017-12-04")}
+            THEN "timestamp" ELSE "timestamp" || ' is not of 25 November to 3 December 2017' END""",
+        "unit": "s",
+    }
+    schema = PrepareSchema(
+        events=Events(**rows),
+        requests=Requests(
+            **rows,
+            where=f"behavior_type = 'pv' AND {seconds} >= {_start('2017-12-01')}",
+            labels={"viewed": "1"},
+            gap_seconds=1800,
+            negatives=4,
+        ),
+        splits={"valid": "2017-12-02 00:00:00+08", "test": "2017-12-03 00:00:00+08"},
+        items=Items(**file, item="item_id", features={"category": "category_id"}),
+    )
+    return log.prepare(schema, out)
+
+
+def _start(day: str) -> int:
+    """When a day starts in China, in seconds since 1970."""
+    return int(datetime.fromisoformat(f"{day}T00:00:00+08:00").timestamp())

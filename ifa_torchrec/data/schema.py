@@ -1,0 +1,165 @@
+""""""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ifa_torchrec.errors import UserError
+
+FORMAT = "ifa-event-log/1"
+USER, TIME, CANDIDATES, EXPOSED = "user", "time", "candidates", "exposed"
+Columns = dict[str, np.ndarray]
+_LONGEST_NAME = 50  # names of columns and splits become names of files
+HASHED = "hashed"
+"""In the metadata of LOG/codes/FEATURE.parquet: of how many rows is the table that ids are hashed to."""
+
+
+class LogError(UserError, ValueError):
+    """An event log is not what its schema says; the message names the column and the remedy."""
+
+
+@dataclass(frozen=True)
+class LogSchema:
+    """What an event log holds, beyond the fixed columns user, time, candidates and exposed.
+
+    Args:
+        item_features: id features of an item, each with the number of rows of its table. The
+            first is the item itself: it is the events' item column, and `candidates` hold it. Its
+            row 0 is an item as the others; of the other features it is "unknown", which is not the
+            same as another "unknown" (see IFAConfig, identity_features).
+        context_features: id features of a request (int64 columns), each with its table's rows.
+        dense_features: float columns of a request.
+        candidate_dense: float list columns of a request, one number a candidate.
+        tasks: label list columns of a request, 0 or 1 for each candidate.
+        candidate_tags: further int list columns, for analysis only (the model never sees them),
+            each with the names of its values 0, 1, 2, ...: evaluation reports the positives
+            against the negatives of each value.
+
+    Example:
+        >>> from ifa_torchrec.data import LogSchema
+        >>> LogSchema(item_features={"item": 1000, "category": 20}).item
+        'item'
+    """
+
+    item_features: dict[str, int]
+    context_features: dict[str, int] = field(default_factory=dict)
+    dense_features: tuple[str, ...] = ()
+    candidate_dense: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ("label",)
+    candidate_tags: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("dense_features", "candidate_dense", "tasks"):  # lists, when read from JSON
+            object.__setattr__(self, name, _names(getattr(self, name), name))
+        for name in ("item_features", "context_features"):
+            object.__setattr__(self, name, _table_rows(getattr(self, name), name))
+        if not isinstance(self.candidate_tags, dict):
+            raise LogError("schema: candidate_tags must map names to the names of their values")
+        tags = {name: _names(values, f"{name!r}") for name, values in self.candidate_tags.items()}
+        object.__setattr__(self, "candidate_tags", tags)
+        if not self.item_features:
+            raise LogError("schema: item_features is empty; name at least the item's own id")
+        if not self.tasks:
+            raise LogError("schema: tasks is empty; name at least one column of labels")
+        names = [*self.item_features, *self.context_features, *self.dense_features]
+        names += [USER, TIME, "candidate_offsets", *self.candidate_lists]
+        for name in names:
+            if not isinstance(name, str) or not name.isidentifier() or len(name) > _LONGEST_NAME:
+                raise LogError(
+                    f"schema: {name!r} must be letters, digits and underscores, {_LONGEST_NAME} at most"
+                )
+            if names.count(name) > 1:
+                raise LogError(f"schema: the name {name!r} is given twice or is reserved; rename it")
+
+    @property
+    def item(self) -> str:
+        """Name of the item id, the first item feature."""
+        return next(iter(self.item_features))
+
+    @property
+    def candidate_lists(self) -> tuple[str, ...]:
+        """The request columns that hold one value a candidate."""
+        return (CANDIDATES, EXPOSED, *self.tasks, *self.candidate_dense, *self.candidate_tags)
+
+
+def _names(values: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(values, (tuple, list)):
+        raise LogError(f"schema: {where} must be a tuple of names, not {values!r}")
+    return tuple(values)
+
+
+def _table_rows(features: Any, where: str) -> dict[str, int]:
+    if not isinstance(features, dict):
+        raise LogError(f"schema: {where} must map names to table rows, like {{'item': 1000}}")
+    for name, rows in features.items():
+        if not isinstance(rows, Integral) or isinstance(rows, bool) or rows < 1:
+            raise LogError(
+                f"schema: {where}: {name!r} has {rows!r} table rows; it must be a number, 1 or more"
+            )
+    return {name: int(rows) for name, rows in features.items()}
+
+
+def check_splits(names: Iterable[Any]) -> None:
+    """Refuse names of splits that would not stay file names in the log's folder.
+
+    Raises:
+        LogError: a name holds something else than letters, digits and ``_ - .``, begins with one of the
+            last two, or is too long.
+
+    Example:
+        >>> from ifa_torchrec.data.schema import check_splits
+        >>> check_splits(["train", "2024-05"])
+    """
+    for name in names:
+        fits = isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name)
+        if not fits or len(name) > _LONGEST_NAME:
+            raise LogError(
+                f"split {name!r}: a split's name holds letters, digits, _, - and . alone, "
+                f"{_LONGEST_NAME} at most, and begins with one of the first three, like 'week-21'"
+            )
+
+
+def _read_header(file: Path) -> tuple[LogSchema, dict[str, int]]:
+    """The schema and the number of rows of each table, from schema.json."""
+    try:
+        header = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise LogError(
+            f"{file.parent}: no schema.json, so the folder was not written to the end; "
+            "delete it and write it again"
+        ) from error
+    except OSError as error:
+        raise LogError(f"{file}: not readable ({error}); make it so, or copy the log") from error
+    except (ValueError, RecursionError) as error:
+        raise LogError(f"{file}: not readable as JSON ({error}); write the log again") from error
+    found = header.get("format") if isinstance(header, dict) else None
+    if found != FORMAT:
+        raise LogError(f"{file}: format {found!r}, this version reads {FORMAT!r}")
+    schema: Any = header.get("schema")
+    rows: Any = header.get("rows")
+    if not isinstance(schema, dict) or not isinstance(rows, dict) or not {"events", "items"} <= {*rows}:
+        raise LogError(f"{file}: no schema, or no rows of events and items; write the log again")
+    for table, number in rows.items():
+        if not isinstance(number, int):
+            raise LogError(f"{file}: {table} has {number!r} rows, which is no number; write it again")
+    names = {field.name for field in dataclasses.fields(LogSchema)}
+    if unknown := {*schema} - names:
+        raise LogError(
+            f"{file}: the schema has {sorted(unknown)}, which this version does not know; there are "
+            f"{sorted(names)}"
+        )
+    try:
+        check_splits(name.removeprefix("requests/") for name in rows if name not in ("events", "items"))
+        schema.setdefault("item_features", {})
+        return LogSchema(**schema), rows
+    except LogError as error:
+        raise LogError(f"{file}: {error}") from error

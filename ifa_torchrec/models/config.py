@@ -1,0 +1,103 @@
+""""""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ifa_torchrec.errors import ConfigError
+from ifa_torchrec.modules import (
+    CandidateSetConfig,
+    DINAttention,
+    ETAAttention,
+    IFAConfig,
+    InteractionFidelityAttention,
+    LowRankAttention,
+    MeanPooling,
+    SDIMAttention,
+    SequenceInteraction,
+    SIMAttention,
+    SoftmaxAttention,
+    TWINAttention,
+)
+
+INTERACTIONS: dict[str, Callable[[DLRM_IFAConfig], SequenceInteraction | None]] = {
+    "none": lambda config: None,
+    "ifa": lambda config: InteractionFidelityAttention(config.ifa),
+    "mean": lambda config: MeanPooling(config.ifa),
+    "softmax": lambda config: SoftmaxAttention(config.ifa),
+    "softmax_recent": lambda config: SoftmaxAttention(config.ifa, config.recent_length),
+    "din": lambda config: DINAttention(config.ifa, config.recent_length),
+    "sim": lambda config: SIMAttention(
+        config.ifa, config.search_feature or config.item_features[-1], config.recent_length
+    ),
+    "eta": lambda config: ETAAttention(config.ifa, config.recent_length),
+    "twin": lambda config: TWINAttention(config.ifa, config.recent_length),
+    "sdim": lambda config: SDIMAttention(config.ifa),
+    "low_rank": lambda config: LowRankAttention(config.ifa),
+}
+"""The sequence interactions by name."""
+
+
+@dataclass(frozen=True)
+class DLRM_IFAConfig:
+    """The dense part of a DLRM_IFA; the tables come with the embedding collections.
+
+    Args:
+        item_features: names f of the item's id features; the embedding collection holds the
+            keys ``history_f`` and ``candidate_f`` for each, sharing one table.
+        dense_in_features: F, numbers a request.
+        candidate_dense_in_features: Fc, numbers a candidate.
+        interaction: how candidates meet the history, a key of INTERACTIONS.
+        ifa: IFAConfig, shared by all interactions; its identity_features are names of
+            item_features, and its embedding_dim is that of the tables.
+        recent_length: events that a candidate attends to, where not to all: of "softmax_recent" and
+            "din" the latest, of "sim", "eta" and "twin" those found.
+        search_feature: the item feature that "sim" searches by; None for the last.
+        candidate_set: CandidateSetConfig, whether and how candidates see each other.
+        dense_arch_layer_sizes: hidden layers of both dense archs; a last one of width D is added.
+        over_arch_layer_sizes: hidden layers of the over arch; a last one of width T is added.
+        num_tasks: T.
+
+    Raises:
+        ValueError: a name is unknown.
+
+    Example:
+        >>> from ifa_torchrec import DLRM_IFAConfig, IFAConfig
+        >>> DLRM_IFAConfig(item_features=("item",), ifa=IFAConfig(embedding_dim=8)).interaction
+        'ifa'
+    """
+
+    item_features: tuple[str, ...]
+    dense_in_features: int = 0
+    candidate_dense_in_features: int = 0
+    interaction: str = "ifa"
+    ifa: IFAConfig = field(default_factory=lambda: IFAConfig(embedding_dim=32))
+    recent_length: int = 50
+    search_feature: str | None = None
+    candidate_set: CandidateSetConfig = field(default_factory=CandidateSetConfig)
+    dense_arch_layer_sizes: tuple[int, ...] = (32,)
+    over_arch_layer_sizes: tuple[int, ...] = (64, 32)
+    num_tasks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.interaction not in INTERACTIONS:
+            raise ConfigError(
+                f"DLRM_IFAConfig: interaction {self.interaction!r} is none of {list(INTERACTIONS)}"
+            )
+        if self.search_feature not in (None, *self.item_features):
+            raise ConfigError(
+                f"DLRM_IFAConfig: search_feature {self.search_feature!r} is none of item_features "
+                f"{list(self.item_features)}"
+            )
+        unknown = set(self.ifa.identity_features) - set(self.item_features)
+        if unknown:
+            raise ConfigError(
+                f"DLRM_IFAConfig: identity_features {sorted(unknown)} are no item_features; "
+                f"there are {list(self.item_features)}"
+            )
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """What stands before an item feature's name in the sequence features that are looked up."""
+        return ("candidate_",) if self.interaction == "none" else ("history_", "candidate_")

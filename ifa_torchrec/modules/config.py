@@ -1,0 +1,157 @@
+""""""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from ifa_torchrec import ops
+from ifa_torchrec.errors import ConfigError
+
+FORGOTTEN = 2.0**-80
+"""A sum of weights that is no larger counts as none: what is left of an event after 80 half-lives. Well
+above what float32 can hold, so that a mean's gradient, 1 / sum of it, is finite."""
+_SMALLEST, _LARGEST = 1e-12, 1e12
+"""Of eps and mass_scale; beyond, float32 has infinities where there should be numbers."""
+_KEYS = 2**36
+"""Most identity keys K R; times 2^26 requests they still are int64."""
+
+
+@dataclass(frozen=True)
+class IFAConfig:
+    """How candidates meet a history.
+
+    Args:
+        embedding_dim: D, width of the tokens and of the output.
+        num_heads: H, dense heads.
+        head_dim: d, width of a head; None means embedding_dim / num_heads.
+        feature_map: phi of the dense heads: "elu", "relu" or "hedgehog".
+        half_lives: for each dense head, the age at which an event counts half, in the unit of
+            the ages; math.inf for a head that never forgets. None means that no head does.
+        interest_mass: give the model log(1 + matched / mass_scale) of each head, which the
+            normalisation would take away. Our own addition.
+        mass_scale: how much matching history makes the mass log 2; 1e-12 to 1e12.
+        identity_features: names of the id features that get identity heads, one column of
+            history_ids and candidate_ids each. Id 0 is "unknown" and matches nothing, itself
+            neither. Our own addition.
+        identity_buckets: R, buckets of an identity feature: an id falls into bucket id mod R,
+            in training as in a cached state. A feature with at most R ids never collides.
+            Nothing of that size is built: a state holds L (d + 1) floats for each bucket that an
+            event of the user fell into. K R is at most 2^36.
+        identity_half_lives: L half-lives; each identity feature has a head for each.
+        eps: keeps the division of the dense heads defined where nothing matched: it is added to
+            what matched, in units of the features that the history holds in all, sum_f z_hf. So an
+            old history answers as a young one does; 1e-12 to 1e12.
+        backend: one of ops.BACKENDS.
+
+    Raises:
+        ConfigError: a value is out of range; the message names it.
+
+    Example:
+        >>> from ifa_torchrec import IFAConfig
+        >>> IFAConfig(embedding_dim=64, num_heads=4).head_width
+        16
+    """
+
+    embedding_dim: int
+    num_heads: int = 4
+    head_dim: int | None = None
+    feature_map: Literal["elu", "relu", "hedgehog"] = "elu"
+    half_lives: tuple[float, ...] | None = None
+    interest_mass: bool = True
+    mass_scale: float = 1.0
+    identity_features: tuple[str, ...] = ()
+    identity_buckets: int = 4096
+    identity_half_lives: tuple[float, ...] = (math.inf,)
+    eps: float = 1e-6
+    backend: ops.Backend = "auto"
+
+    def __post_init__(self) -> None:
+        def check(good: bool, message: str) -> None:
+            if not good:
+                raise ConfigError(f"IFAConfig: {message}")
+
+        check(self.embedding_dim > 0, f"embedding_dim must be positive, got {self.embedding_dim}")
+        check(self.num_heads > 0, f"num_heads must be positive, got {self.num_heads}")
+        check(
+            self.head_dim is not None or self.embedding_dim % self.num_heads == 0,
+            f"embedding_dim {self.embedding_dim} is no multiple of num_heads {self.num_heads}; "
+            "give head_dim",
+        )
+        check(
+            self.head_dim is None or self.head_dim > 0, f"head_dim must be positive, got {self.head_dim}"
+        )
+        check(
+            self.feature_map in ops.FEATURE_MAPS,
+            f"feature_map {self.feature_map!r} is none of {sorted(ops.FEATURE_MAPS)}",
+        )
+        check(
+            self.half_lives is None or len(self.half_lives) == self.num_heads,
+            f"half_lives {self.half_lives} must be one for each of the {self.num_heads} heads",
+        )
+        for name in ("half_lives", "identity_half_lives"):
+            values = getattr(self, name) or ()
+            check(
+                all(v >= 1e-30 for v in values),
+                f"{name} must be positive, 1e-30 or more (math.inf: no decay), got {values}",
+            )
+        check(
+            not isinstance(self.identity_features, str),
+            f"identity_features must be a tuple of names, got {self.identity_features!r}",
+        )
+        check(
+            len(self.identity_half_lives) > 0 or not self.identity_features,
+            "identity_half_lives is empty; (math.inf,) means no decay",
+        )
+        for name in ("mass_scale", "eps"):
+            value = getattr(self, name)
+            check(
+                _SMALLEST <= value <= _LARGEST,
+                f"{name} must be positive, {_SMALLEST} to {_LARGEST}, got {value}",
+            )
+        check(
+            self.identity_buckets > 0, f"identity_buckets must be positive, got {self.identity_buckets}"
+        )
+        check(
+            self.identity_key_range <= _KEYS,
+            f"identity_buckets {self.identity_buckets} of {len(self.identity_features)} features are "
+            f"{self.identity_key_range} keys; there can be 2^36",
+        )
+        check(self.backend in ops.BACKENDS, f"backend {self.backend!r} is none of {list(ops.BACKENDS)}")
+
+    @property
+    def head_width(self) -> int:
+        """d, the width of a head."""
+        return self.head_dim or self.embedding_dim // self.num_heads
+
+    @property
+    def feature_width(self) -> int:
+        """d_phi, the features that the feature map makes of a head's vector."""
+        return self.head_width * ops.FEATURE_MAPS[self.feature_map].expansion
+
+    @property
+    def num_identity_heads(self) -> int:
+        """Identity heads in all: features times half-lives."""
+        return len(self.identity_features) * len(self.identity_half_lives)
+
+    @property
+    def identity_key_range(self) -> int:
+        """K R; a state's identity keys are below it. 0 without identity features."""
+        return len(self.identity_features) * self.identity_buckets
+
+
+def at_least_one(name: str, value: int) -> int:
+    """The value of a constructor's argument.
+
+    Raises:
+        ValueError: it is less than 1; the message names it.
+
+    Example:
+        >>> from ifa_torchrec.modules.config import at_least_one
+        >>> at_least_one("rank", 32)
+        32
+    """
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value

@@ -1,0 +1,153 @@
+""""""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import JaggedTensor
+
+from ifa_torchrec import ops
+from ifa_torchrec.modules.config import IFAConfig
+from ifa_torchrec.modules.event_weights import counted, decay_rates, event_weights, normalised
+from ifa_torchrec.modules.user_state import UserState, distinct_keys
+from ifa_torchrec.ops.jagged import request_of_row
+
+
+class IdentityHeads(nn.Module):
+    """Linear attention whose phi is the one-hot of an id's bucket: "the same item?".
+
+    For each identity feature and half-life: how much of the history has the candidate's id, and
+    the mean value of those events. Id 0 is "unknown": two unknown ids are not the same, and a state has
+    no row for them. Bucket 0 is a bucket as the others, of the ids R, 2 R, ... Our own addition to the
+    paper's algebra.
+
+    Args:
+        config: IFAConfig with identity_features.
+        device: of the parameters.
+
+    Example:
+        >>> import torch
+        >>> from torchrec.sparse.jagged_tensor import JaggedTensor
+        >>> from ifa_torchrec import IFAConfig
+        >>> from ifa_torchrec.modules.identity import IdentityHeads
+        >>> heads = IdentityHeads(IFAConfig(embedding_dim=8, num_heads=2, identity_features=("item",)))
+        >>> history = JaggedTensor(torch.randn(3, 8), lengths=torch.tensor([3]))
+        >>> candidates = JaggedTensor(torch.randn(2, 8), lengths=torch.tensor([2]))
+        >>> items, asked = torch.tensor([[7], [7], [9]]), torch.tensor([[7], [8]])
+        >>> outputs, matched = heads(candidates, history, None, items, asked)
+        >>> outputs.shape, matched.flatten().tolist()
+        (torch.Size([2, 1, 4]), [2.0, 0.0])
+    """
+
+    def __init__(self, config: IFAConfig, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.config = config
+        width = len(config.identity_features) * config.head_width
+        self.value_proj = nn.Linear(config.embedding_dim, width, bias=False, device=device)
+
+    @property
+    def decay(self) -> Tensor:
+        """The rates of the half-lives, [L] float32 on the CPU."""
+        return decay_rates(self.config.identity_half_lives)
+
+    def forward(
+        self,
+        candidates: JaggedTensor,
+        history: JaggedTensor,
+        history_age: Tensor | None,
+        history_ids: Tensor,
+        candidate_ids: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs [M, K * L, d] and matched weights [M, K * L], by joining ids.
+
+        Nothing of the size of the buckets is built.
+        """
+        outputs, matched, buckets = [], [], self.config.identity_buckets
+        rates = decay_rates(self.config.identity_half_lives, history.values())
+        for k, weight in enumerate(self._value_weights()):
+            token_sum, weight_sum = ops.match(
+                # the unknown of either side fall into buckets of their own, beyond all others
+                self.bucket(candidate_ids[:, k], unknown=buckets),
+                candidates.offsets(),
+                history.values(),
+                self.bucket(history_ids[:, k], unknown=buckets + 1),
+                history.offsets(),
+                history.weights_or_none(),
+                history_age,
+                rates,
+                self.config.backend,
+            )
+            mean = normalised(token_sum, weight_sum)
+            outputs.append(mean @ weight.to(mean.dtype).T)
+            matched.append(weight_sum)
+        return torch.cat(outputs, dim=1), torch.cat(matched, dim=1)
+
+    def encode(
+        self, history: JaggedTensor, history_age: Tensor | None, history_ids: Tensor
+    ) -> dict[str, Any]:
+        """The state's tables: UserState's fields whose names begin with identity."""
+        values = history.values()
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        half_lives = self.config.identity_half_lives
+        weight = event_weights(history, history_age, half_lives, values.to(dtype))
+        key_range = self.config.identity_key_range
+        keys = self.keys(history_ids)
+        keys = torch.where(keys < 0, key_range, keys)  # the unknown, whose row is left out below
+        offsets, key, row = distinct_keys(
+            request_of_row(history.offsets())[:, None].expand_as(keys).flatten(),
+            keys.flatten(),
+            len(history.offsets()) - 1,
+            key_range + 1,
+        )
+        value_sum = values.new_zeros(key.shape[0], len(half_lives), self.config.head_width, dtype=dtype)
+        weight_sum = values.new_zeros(key.shape[0], len(half_lives), dtype=dtype)
+        for k, projection in enumerate(self._value_weights()):
+            value = values.to(dtype) @ projection.to(dtype).T
+            mine = row.view_as(keys)[:, k]
+            value_sum = value_sum.index_add(0, mine, weight[..., None] * value[:, None])
+            weight_sum = weight_sum.index_add(0, mine, weight)
+        known = key < key_range
+        rows = known.nonzero()[:, 0]
+        return {
+            "identity_offsets": counted(known, offsets),
+            "identity_key": key[rows],
+            "identity_value": value_sum[rows],
+            "identity_sum": weight_sum[rows],
+            "identity_key_range": key_range,
+        }
+
+    def attend(
+        self, candidates: JaggedTensor, state: UserState, candidate_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs [M, K * L, d] and matched weights [M, K * L], read from the state's tables."""
+        offsets, key, values, weights = state.identity_tables()
+        key_range = self.config.identity_key_range
+        there = request_of_row(offsets, key.shape[0]) * key_range + key
+        wanted = request_of_row(candidates.offsets(), candidate_ids.shape[0])[:, None] * key_range
+        keys = self.keys(candidate_ids)
+        wanted = torch.where(keys < 0, -1, wanted + keys)  # [M, K]
+        row = torch.searchsorted(there, wanted)
+        # what is not there reads one more row, of zeros
+        found = F.pad(there, (0, 1), value=-1)[row] == wanted
+        row = torch.where(found, row, there.shape[0])
+        total = F.pad(weights, (0, 0, 0, 1))[row]  # [M, K, L]
+        value = F.pad(values, (0, 0, 0, 0, 0, 1))[row]  # [M, K, L, d]
+        return normalised(value, total).flatten(1, 2), total.flatten(1)
+
+    def keys(self, ids: Tensor) -> Tensor:
+        """The key of each id in a state's tables: feature number times R plus bucket, and -1 for the
+        unknown; [n, K]."""
+        config = self.config
+        first = torch.arange(0, config.identity_key_range, config.identity_buckets, device=ids.device)
+        bucket = self.bucket(ids)
+        return torch.where(bucket < 0, -1, first + bucket)
+
+    def bucket(self, ids: Tensor, unknown: int = -1) -> Tensor:
+        """The bucket of each id, in 0..R-1, int64; ``unknown`` for id 0."""
+        return torch.where(ids == 0, unknown, ids.to(torch.int64) % self.config.identity_buckets)
+
+    def _value_weights(self) -> Tensor:
+        return self.value_proj.weight.unflatten(0, (-1, self.config.head_width))

@@ -1,0 +1,78 @@
+""""""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def hyperplanes(dim: int, bits: int, device: torch.device | str | None) -> Tensor:
+    """Random ones of a frozen hash, [dim, bits].
+
+    They are made on the CPU where the device, or torch's default device, is meta:
+    DistributedModelParallel fills buffers that it finds there with zeros.
+
+    Example:
+        >>> from ifa_torchrec.modules.projections import hyperplanes
+        >>> hyperplanes(8, 16, "meta").device
+        device(type='cpu')
+    """
+    wanted = torch.get_default_device() if device is None else torch.device(device)
+    return torch.randn(dim, bits, device="cpu" if wanted.type == "meta" else wanted)
+
+
+def reset_all(module: nn.Module) -> None:
+    """Call ``reset_parameters`` of all modules in a module.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from ifa_torchrec.modules.projections import reset_all
+        >>> norms = nn.Sequential(nn.LayerNorm(2, device="meta")).to_empty(device="cpu")
+        >>> reset_all(norms)
+        >>> norms[0].weight.tolist()
+        [1.0, 1.0]
+    """
+    for child in reversed(list(module.modules())):  # a collection initialises the tables in it
+        reset: Any = getattr(child, "reset_parameters", None)
+        if child is not module and reset is not None:
+            reset()
+
+
+class _TokenProjection(nn.Linear):
+    """Tokens to heads; where the heads' width is D, or a multiple of it, it starts as ``gain`` times
+    the identity, or as many of them."""
+
+    def __init__(self, dim: int, width: int, gain: float, device: torch.device | str | None) -> None:
+        self.gain = gain  # nn.Linear resets as it is built
+        super().__init__(dim, width, bias=False, device=device)
+
+    def reset_parameters(self) -> None:
+        """Start anew; also after ``to_empty``."""
+        super().reset_parameters()  # drawn in any case: what is drawn next depends on no width
+        copies, rest = divmod(self.out_features, self.in_features)
+        if rest == 0:
+            with torch.no_grad():
+                start = torch.eye(self.in_features, device=self.weight.device)
+                self.weight.copy_(self.gain * start.repeat(copies, 1))
+
+
+class _OutputProjection(nn.Linear):
+    """Heads and masses to D; starts as the mean of the dense heads' outputs, the first ``width``
+    columns, where that is D or a multiple of it."""
+
+    def __init__(self, features: int, dim: int, width: int, device: torch.device | str | None) -> None:
+        self.width = width
+        super().__init__(features, dim, device=device)
+
+    def reset_parameters(self) -> None:
+        """Start anew; also after ``to_empty``."""
+        super().reset_parameters()
+        copies, rest = divmod(self.width, self.out_features)
+        if rest == 0:
+            with torch.no_grad():
+                start = torch.eye(self.out_features, device=self.weight.device)
+                self.weight[:, : self.width] = start.repeat(1, copies) / copies
+                self.bias.zero_()

@@ -1,0 +1,330 @@
+"""Where states lie as bytes: LMDB, a file on one machine, or Redis, which several machines share."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import subprocess
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import redis
+
+from ifa_torchrec.serving.errors import StateError, StoreError
+
+_LARGEST_MAP = 1 << 40
+"""Bytes of address space for an LMDB file; it is not reserved, on disk or in memory."""
+_ADDRESS = re.compile(  # scheme, (user and password), host, port and number or path, (options)
+    r"((?:rediss?|unix)://)(?:[^/?#@]*@)?((?:[\w.-]+|\[[\da-f:.]+\])?(?::\d+)?(?:/[^?#@]*)?)(?:\?[^@]*)?",
+    re.IGNORECASE,
+)
+_READ_ALL = """
+import lmdb, sys
+with lmdb.open(sys.argv[1], map_size=int(sys.argv[2])).begin() as transaction:
+    for _ in transaction.cursor():
+        pass
+"""
+
+
+class KeyValueStore(ABC):
+    """Bytes by key. What is read is of one moment, and what is updated is so whole or not at all,
+    whatever other processes do and wherever this one dies. Where the store itself fails, every method
+    raises StoreError.
+
+    Attributes:
+        name: the store in messages: its address, without a password.
+    """
+
+    name: str
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise StoreError if the store is out of reach, or may lose keys by itself."""
+
+    @abstractmethod
+    def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """The values of the keys at one moment; None where there is none."""
+
+    @abstractmethod
+    def update(
+        self,
+        keys: Sequence[bytes],
+        change: Callable[[list[bytes | None]], Mapping[bytes, bytes]],
+    ) -> None:
+        """Read the keys, and write what ``change`` makes of their values, with nothing between.
+
+        ``change`` may be called again with newer values where another writer came first.
+        """
+
+    @abstractmethod
+    def scan(self, prefix: bytes, first: bytes = b"") -> Iterator[bytes]:
+        """The keys that begin with ``prefix``, from ``prefix + first`` on, in order."""
+
+    @abstractmethod
+    def delete(self, keys: Sequence[bytes]) -> None:
+        """Delete these keys, where they are there."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the file or the connection."""
+
+
+def open_key_value_store(address: str, create: bool = True) -> KeyValueStore:
+    """The store at an address.
+
+    Args:
+        address: the folder of an LMDB store, or redis://HOST:PORT/NUMBER (rediss:// with TLS, unix://
+            for a socket). Its password is best in the variable IFA_REDIS_PASSWORD: everyone on the
+            machine sees a program's arguments.
+        create: whether to make an LMDB store that is not there.
+
+    Raises:
+        StateError: nothing can be opened there.
+
+    Example:
+        >>> import tempfile
+        >>> from ifa_torchrec.serving import open_key_value_store
+        >>> store = open_key_value_store(tempfile.mkdtemp() + "/states")
+        >>> store.update([b"n"], lambda found: {b"n": (found[0] or b"") + b"+"})
+        >>> store.read([b"n", b"m"])
+        [b'+', None]
+        >>> store.close()
+    """
+    if address.startswith(("redis://", "rediss://", "unix://")):
+        return RedisStore(address)
+    if "://" in address:
+        raise StateError(
+            f"{_without_password(address)}: a store is a folder, or redis://HOST:PORT/NUMBER"
+        )
+    if not create and not (Path(address) / "data.mdb").exists():
+        raise StateError(f"{address}: there is no store of states; build one with ifa build-states")
+    return LMDBStore(Path(address))
+
+
+class LMDBStore(KeyValueStore):
+    """LMDB: a memory-mapped file that the processes of one machine share; one writes at a time.
+
+    Under a limit of address space (ulimit -v) the map, and so the file, is at most half of the limit.
+
+    Args:
+        path: its folder, on a local disk.
+
+    Raises:
+        StoreError: the folder cannot be made or opened, or its file is not whole.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.serving.states.key_value import LMDBStore
+        >>> store = LMDBStore(Path(tempfile.mkdtemp()))
+        >>> store.update([], lambda found: {b"a1": b"", b"a2": b"", b"b": b""})
+        >>> list(store.scan(b"a"))
+        [b'a1', b'a2']
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, str(path)
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        self._map = _LARGEST_MAP
+        if limit != resource.RLIM_INFINITY:
+            self._map = min(_LARGEST_MAP, limit // 2 // resource.getpagesize() * resource.getpagesize())
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._environment = lmdb.open(str(path), map_size=self._map, max_readers=1024)
+        except lmdb.MemoryError as error:
+            raise StoreError(
+                f"{path}: its file wants {self._map:,} bytes of address space or more, and the limit of "
+                f"this process (ulimit -v) has no room for them ({error}); raise the limit"
+            ) from error
+        except (OSError, lmdb.Error) as error:
+            raise StoreError(f"{path}: no LMDB store can be opened here ({error})") from error
+        try:
+            self._check_size()
+        except StoreError:
+            self._environment.close()
+            raise
+        self._environment.reader_check()  # forget readers that were killed
+
+    def _check_size(self) -> None:
+        """A page that the file has lost would end this process by SIGBUS when it is read."""
+        # the pages first: the file of another process that writes can only have grown since
+        pages = self._environment.info()["last_pgno"] + 1
+        wanted = pages * self._environment.stat()["psize"]
+        size = (self.path / "data.mdb").stat().st_size
+        if size >= wanted:
+            return
+        # After deletions LMDB may leave pages at the end unwritten, which are free: then all can be read
+        # nevertheless. A process of its own tries.
+        command = [sys.executable, "-c", _READ_ALL, str(self.path), str(self._map)]
+        if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+            raise StoreError(
+                f"{self.path}: data.mdb has {size:,} bytes of {wanted:,}: it was cut off, by an "
+                "unfinished copy or a full disk. Bring it back from a copy, or remove the folder and "
+                "build the states anew (ifa build-states)"
+            )
+
+    def check(self) -> None:
+        """See KeyValueStore."""
+        self.read([])
+
+    def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """See KeyValueStore."""
+        with (
+            self._reported(),
+            self._environment.begin() as transaction,
+            transaction.cursor() as cursor,
+        ):
+            found = dict(cursor.getmulti(keys))
+        return [found.get(key) for key in keys]
+
+    def update(
+        self,
+        keys: Sequence[bytes],
+        change: Callable[[list[bytes | None]], Mapping[bytes, bytes]],
+    ) -> None:
+        """See KeyValueStore."""
+        with self._reported(), self._environment.begin(write=True) as transaction:
+            changes = change([transaction.get(key) for key in keys])
+            with transaction.cursor() as cursor:
+                cursor.putmulti(changes.items())
+
+    def scan(self, prefix: bytes, first: bytes = b"") -> Iterator[bytes]:
+        """See KeyValueStore."""
+        with (
+            self._reported(),
+            self._environment.begin() as transaction,
+            transaction.cursor() as cursor,
+        ):
+            found = cursor.set_range(prefix + first)
+            while found and cursor.key().startswith(prefix):
+                yield cursor.key()
+                found = cursor.next()
+
+    def delete(self, keys: Sequence[bytes]) -> None:
+        """See KeyValueStore."""
+        with self._reported(), self._environment.begin(write=True) as transaction:
+            for key in keys:
+                transaction.delete(key)
+
+    def close(self) -> None:
+        """See KeyValueStore."""
+        self._environment.close()
+
+    @contextmanager
+    def _reported(self) -> Generator[None]:
+        try:
+            yield
+        except (lmdb.MapFullError, lmdb.MapResizedError) as error:
+            raise StoreError(
+                f"{self.name}: {error}. This process has mapped {self._map:,} bytes for the file, which "
+                "want as much address space twice: raise its limit (ulimit -v) and start it again"
+            ) from error
+        except lmdb.Error as error:
+            raise StoreError(f"{self.name}: {error}") from error
+
+
+class RedisStore(KeyValueStore):
+    """Redis: one server, not a cluster, since a transaction's keys must lie together.
+
+    It must not evict keys (maxmemory-policy noeviction). What a crash of the server itself keeps is the
+    server's setting: appendonly yes and appendfsync always for everything that was answered.
+
+    Args:
+        address: redis://HOST:PORT/NUMBER.
+
+    Raises:
+        StoreError: no server answers there, or it evicts keys.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.name = _without_password(address)
+        try:
+            # redis-py's own types are those of its sync and async clients at once; what the address says
+            # goes before these. Without a time-out a host that is gone would hold a thread for ever.
+            self._client: Any = redis.Redis.from_url(
+                address,
+                password=os.environ.get("IFA_REDIS_PASSWORD"),
+                socket_timeout=5,
+                socket_connect_timeout=5,
+            )
+        except ValueError:  # whose message may hold a part of the password
+            raise StoreError(
+                f"{self.name}: this is no address of a Redis, which is redis://HOST:PORT/NUMBER; "
+                "what is no letter or digit in a password is written as %XX"
+            ) from None
+        self.check()
+
+    def check(self) -> None:
+        """See KeyValueStore."""
+        with self._reported("no Redis answers here: "):
+            # of INFO, since servers that others manage may forbid CONFIG
+            policy = self._client.info("memory").get("maxmemory_policy")
+        if policy != "noeviction":
+            raise StoreError(
+                f"{self.name}: its maxmemory-policy is {policy}, by which it drops parts of states "
+                "when its memory is full; set it to noeviction"
+            )
+
+    def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """See KeyValueStore."""
+        with self._reported():
+            return list(self._client.mget(keys)) if keys else []
+
+    def update(
+        self,
+        keys: Sequence[bytes],
+        change: Callable[[list[bytes | None]], Mapping[bytes, bytes]],
+    ) -> None:
+        """See KeyValueStore."""
+        with self._reported(), self._client.pipeline() as pipeline:
+            while True:
+                try:
+                    if keys:
+                        pipeline.watch(*keys)
+                    changes = change(pipeline.mget(keys) if keys else [])
+                    pipeline.multi()
+                    if changes:
+                        pipeline.mset(changes)
+                    pipeline.execute()
+                    return
+                except redis.WatchError:  # another writer came first, and got on
+                    continue
+
+    def scan(self, prefix: bytes, first: bytes = b"") -> Iterator[bytes]:
+        """See KeyValueStore. It walks through all keys of the server."""
+        pattern = b"".join(b"\\" + bytes([c]) if c in b"\\*?[]^-" else bytes([c]) for c in prefix)
+        with self._reported():
+            found = set(self._client.scan_iter(match=pattern + b"*", count=10_000))  # may repeat some
+        yield from sorted(key for key in found if key >= prefix + first)
+
+    def delete(self, keys: Sequence[bytes]) -> None:
+        """See KeyValueStore."""
+        if keys:
+            with self._reported():
+                self._client.delete(*keys)
+
+    def close(self) -> None:
+        """See KeyValueStore."""
+        self._client.close()
+
+    @contextmanager
+    def _reported(self, what: str = "") -> Generator[None]:
+        try:
+            yield
+        except redis.RedisError as error:
+            # a server that does not know AUTH repeats its arguments
+            text = re.sub(r"args beginning with:.*", "args ...", str(error), flags=re.DOTALL)
+            raise StoreError(f"{self.name}: {what}{text}") from None
+
+
+def _without_password(address: str) -> str:
+    """A Redis address as it may be shown. Of one that is not well formed nothing may, since its password
+    may be anywhere."""
+    found = _ADDRESS.fullmatch(address)
+    return found[1] + found[2] if found else f"{address.partition('://')[0]}://..."

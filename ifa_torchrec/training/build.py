@@ -1,0 +1,110 @@
+""""""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingCollection
+from torchrec.modules.mc_modules import (
+    DistanceLFU_EvictionPolicy,
+    ManagedCollisionCollection,
+    ManagedCollisionModule,
+    MCHManagedCollisionModule,
+)
+
+from ifa_torchrec.data import LogSchema
+from ifa_torchrec.errors import ConfigError
+from ifa_torchrec.models import DLRM_IFA, DLRM_IFAConfig
+from ifa_torchrec.training.options import TrainConfig
+
+EVICTION_INTERVAL = 10
+"""Steps after which managed collisions give rows to new ids."""
+
+
+def build_model(schema: LogSchema, config: TrainConfig) -> DLRM_IFA:
+    """The model for a log: one table an id feature, on the meta device until it is sharded.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.data import LogSchema
+        >>> from ifa_torchrec.training.options import TrainConfig
+        >>> from ifa_torchrec.training.build import build_model
+        >>> schema = LogSchema(item_features={"item": 100}, context_features={"store": 5})
+        >>> model = build_model(schema, TrainConfig(data=Path("log"), out=Path("run")))
+        >>> model.sequence_arch.embedding_collection.embedding_configs()[0].num_embeddings
+        100
+    """
+    model = DLRM_IFAConfig(
+        item_features=tuple(schema.item_features),
+        dense_in_features=len(schema.dense_features),
+        candidate_dense_in_features=len(schema.candidate_dense),
+        interaction=config.interaction,
+        ifa=config.ifa,
+        recent_length=config.recent_length,
+        search_feature=config.search_feature,
+        candidate_set=config.candidate_set,
+        over_arch_layer_sizes=config.over_arch_layer_sizes,
+        num_tasks=len(schema.tasks),
+    )
+    table: dict[str, Any] = {
+        "embedding_dim": config.ifa.embedding_dim,
+        "init_fn": partial(nn.init.uniform_, a=-config.table_init, b=config.table_init),
+    }
+    meta = torch.device("meta")
+    bags = [
+        EmbeddingBagConfig(name=f"{f}_table", num_embeddings=rows, feature_names=[f], **table)
+        for f, rows in schema.context_features.items()
+    ]
+    sequences = [
+        EmbeddingConfig(
+            name=f"{f}_table",
+            num_embeddings=rows,
+            feature_names=[prefix + f for prefix in model.prefixes],
+            **table,
+        )
+        for f, rows in schema.item_features.items()
+    ]
+    tables = EmbeddingCollection(tables=sequences, device=meta)
+    return DLRM_IFA(
+        EmbeddingBagCollection(tables=bags, device=meta) if bags else None,
+        _managed(tables, config.managed_rows) if config.managed_rows else tables,
+        model,
+    )
+
+
+def _managed(tables: EmbeddingCollection, rows: dict[str, int]) -> ManagedCollisionEmbeddingCollection:
+    """Tables of so many rows; those not named keep a row for each id, and one for ids not met yet."""
+    configs = {table.name: table for table in tables.embedding_configs()}
+    for name, count in rows.items():
+        if name not in configs or not 2 <= count <= configs[name].num_embeddings:
+            ids = {name: table.num_embeddings for name, table in configs.items()}
+            raise ConfigError(
+                f"--managed-rows: {name} {count}: name an item table and at least 2 rows, at most as "
+                f"many as it has ids; there are {ids}"
+            )
+    managed = [
+        dataclasses.replace(table, num_embeddings=rows.get(name, table.num_embeddings + 1))
+        for name, table in configs.items()
+    ]
+    modules: dict[str, ManagedCollisionModule] = {
+        table.name: MCHManagedCollisionModule(
+            zch_size=table.num_embeddings,
+            device=torch.device("cpu"),
+            eviction_policy=DistanceLFU_EvictionPolicy(),
+            eviction_interval=EVICTION_INTERVAL,
+            input_hash_size=configs[table.name].num_embeddings,
+            buckets=dist.get_world_size() if dist.is_initialized() else 1,  # a rank's ids are its own
+        )
+        for table in managed
+    }
+    return ManagedCollisionEmbeddingCollection(
+        EmbeddingCollection(tables=managed, device=torch.device("meta")),
+        ManagedCollisionCollection(modules, managed),
+    )

@@ -1,0 +1,154 @@
+""""""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ifa_torchrec.distributed import OptimizerConfig, ShardingConfig, checkpoint
+from ifa_torchrec.errors import ConfigError
+from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig, IFAConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Options of ``ifa train``."""
+
+    data: Path
+    """Event log to train on (its split `train`)."""
+    out: Path
+    """Folder of this run."""
+    interaction: Literal[
+        "ifa",
+        "none",
+        "mean",
+        "softmax",
+        "softmax_recent",
+        "din",
+        "sim",
+        "eta",
+        "twin",
+        "sdim",
+        "low_rank",
+    ] = "ifa"
+    """How candidates meet the history."""
+    ifa: IFAConfig = field(default_factory=lambda: IFAConfig(embedding_dim=64, num_heads=2))
+    """The sequence interaction; the other interactions use what applies to them."""
+    recent_length: int = 50
+    """Events that softmax_recent and din (the latest), sim, eta and twin (those found) attend to."""
+    search_feature: str | None = None
+    """Item feature that sim searches by; by default the last."""
+    history_length: int | None = None
+    """Latest events of a history that the model is given; None for all."""
+    candidate_set: CandidateSetConfig = field(default_factory=CandidateSetConfig)
+    """Whether and how the candidates of a request see each other."""
+    loss: CandidateSetLossConfig = field(default_factory=CandidateSetLossConfig)
+    """Weights of the loss's terms."""
+    over_arch_layer_sizes: tuple[int, ...] = (64, 32)
+    """Hidden layers over the interactions."""
+    managed_rows: dict[str, int] = field(default_factory=dict)
+    """Item tables of fewer rows than ids, e.g. item_table 20000: TorchRec's managed collisions give
+    rows of their own to the ids that are met often and lately; the others share the last row."""
+    table_init: float = 0.3
+    """Tables start uniform in plus or minus this."""
+    optimizers: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimisers and learning rates."""
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    """Where the tables may lie, e.g. --sharding.tables item_table row_wise."""
+    warmup_steps: int = 50
+    """Steps in which the dense learning rate rises to its value; it then falls to 5% of it."""
+    epochs: int = 1
+    """Passes over the requests."""
+    max_events: int = 32768
+    """Budget of history events a batch and rank."""
+    max_requests: int = 32
+    """Most requests a batch and rank."""
+    validate: bool = True
+    """Measure the split `valid`, if there is one, after each epoch."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; there is one at the end in any case."""
+    resume: bool = False
+    """Go on from the last checkpoint in OUT, if there is one."""
+    seed: int = 0
+    """Seed of the weights and of the order of the requests."""
+
+    def __post_init__(self) -> None:
+        at_least = dict.fromkeys(("epochs", "max_events", "max_requests", "checkpoint_every"), 1)
+        at_least |= {"history_length": 1, "recent_length": 1, "warmup_steps": 0, "seed": 0}
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        if not 0 <= self.table_init < math.inf:
+            raise ConfigError(f"--table-init must be a number of at least 0, got {self.table_init}")
+        sizes = self.over_arch_layer_sizes
+        if not sizes or min(sizes) < 1:
+            raise ConfigError(f"--over-arch-layer-sizes: give sizes of at least 1, got {sizes}")
+        if self.seed >= 1 << 63:
+            raise ConfigError(f"--seed must be below 2^63, got {self.seed}")
+
+    def fixed(self) -> dict[str, Any]:
+        """What must not change between a checkpoint and its resumption."""
+        free = {"data", "out", "resume", "checkpoint_every", "validate"}
+        free |= {"max_events", "max_requests", "sharding"}
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
+
+
+def _to_json(value: Any) -> Any:
+    """JSON of a config's dict; paths, and infinities and NaN, which JSON has not, become strings."""
+    if isinstance(value, dict):
+        return {name: _to_json(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_json(item) for item in value]
+    strange = isinstance(value, float) and not math.isfinite(value)
+    return str(value) if strange or isinstance(value, Path) else value
+
+
+def _config_of(folder: Path) -> TrainConfig:
+    """The options of a run."""
+    file = folder / "config.json"
+    try:
+        return _from_json(TrainConfig, json.loads(file.read_text()), "")
+    except FileNotFoundError:
+        error = checkpoint.CheckpointError(f"{folder}: no run here; name the --out of a training")
+        raise error from None
+    except (OSError, ValueError) as error:  # a ConfigError too, of a value that cannot be
+        raise checkpoint.CheckpointError(f"{file}: not a run's options: {error}") from error
+
+
+def _from_json(kind: Any, value: Any, name: str) -> Any:
+    """What ``_to_json`` made a string, a list or an object of, by the type that it had.
+
+    Raises:
+        ConfigError: it is of another type, or an object has other fields; the message names which.
+    """
+    arguments = typing.get_args(kind)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints = typing.get_type_hints(kind)
+        prefix = f"{name}." if name else ""
+        for field_name in sorted(hints.keys() ^ value.keys()):
+            wrong = "is missing" if field_name in hints else "is no option of this version"
+            raise ConfigError(f"{prefix}{field_name} {wrong}")
+        return kind(**{k: _from_json(hints[k], v, prefix + k) for k, v in value.items()})
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):  # X | None
+        return None if value is None else _from_json(arguments[0], value, name)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_from_json(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {k: _from_json(arguments[1], v, f"{name}.{k}") for k, v in value.items()}
+    if origin is Literal and value in arguments:
+        return value
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and (value in ("inf", "-inf", "nan") or type(value) is int):
+        return float(value)
+    if type(value) is kind:
+        return value
+    raise ConfigError(f"{name or 'it'} is {value!r}, not of type {getattr(kind, '__name__', kind)}")

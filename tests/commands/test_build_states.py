@@ -1,0 +1,165 @@
+"""``ifa build-states``: every user's state, from any number of ranks, resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from toy import BUSY_USER, NEW_USER, NUM_EVENTS
+
+from ifa_torchrec import IFAConfig, UserState
+from ifa_torchrec.__main__ import main
+from ifa_torchrec.commands.build_states import BuildStatesConfig, build_states
+from ifa_torchrec.data import RankingDataset
+from ifa_torchrec.serving import StateError, StateStore, open_key_value_store, versions
+from ifa_torchrec.training.options import TrainConfig
+from ifa_torchrec.training.run import Run, load_run
+from ifa_torchrec.training.trainer import train
+
+IFA = IFAConfig(
+    embedding_dim=8,
+    num_heads=2,
+    half_lives=(math.inf, 30.0),
+    identity_features=("item", "category"),
+    identity_half_lives=(math.inf, 7.0),
+    identity_buckets=64,
+)
+USERS = list(NUM_EVENTS)
+END = int(np.datetime64("2024-05-01", "us").astype(np.int64))
+
+
+@pytest.fixture(scope="module")
+def run(log, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("trained") / "run"
+    train(TrainConfig(log.path, out, ifa=IFA, max_requests=8, validate=False))
+    return out
+
+
+@torch.no_grad()
+def expected(run: Run, before: int = END) -> UserState:
+    """The users' states at END, of their events before a time."""
+    histories = RankingDataset.of_users(run.log, np.array(USERS), np.full(len(USERS), before))
+    batch = histories[list(range(len(USERS)))]
+    age = batch.history_age + (END - before) / 86_400_000_000
+    return run.dlrm.encode(batch.sequence_features, age)
+
+
+def assert_built(store: str, run: Path, before: int = END) -> StateStore:
+    loaded = load_run(run, sharded=False)
+    states = StateStore(open_key_value_store(store), loaded.version)
+    wanted = expected(loaded, before)
+    every_key = np.arange(loaded.dlrm.config.ifa.identity_key_range)
+    users = len(USERS)
+    found, _ = states.read(USERS, [END] * users, [every_key] * users, [True] * users)
+    for name, value in wanted.state_dict().items():
+        torch.testing.assert_close(
+            found.state_dict()[name], value, rtol=1e-5, atol=1e-5, msg=name, check_dtype=False
+        )
+    states.key_values.close()
+    return states
+
+
+def test_every_user_with_events_has_a_state(run, tmp_path):
+    store = str(tmp_path / "states")
+    result = build_states(BuildStatesConfig(run, store, position=5, max_events=60))
+    assert result["users"] == len(USERS)
+    assert result["events_per_user"] == sum(NUM_EVENTS.values()) / len(USERS)
+    assert result["bytes_per_user"] > 4 * 2 * 4 * 5
+    states = assert_built(store, run)
+    assert states.position == 5
+    states = StateStore(open_key_value_store(store), result["version"])
+    assert states.known([NEW_USER, BUSY_USER]).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("zone", [None, timezone(timedelta(hours=2))], ids=str)
+def test_only_the_events_before_a_time(run, tmp_path, zone):
+    store = str(tmp_path / "states")
+    hour = 0 if zone is None else 2  # the same moment on that zone's clocks
+    build_states(BuildStatesConfig(run, store, 0, until=datetime(2024, 2, 10, hour, tzinfo=zone)))
+    before = int(np.datetime64("2024-02-10", "us").astype(np.int64))
+    assert_built(store, run, before)
+
+
+def test_a_log_with_events_of_the_future_is_refused(run, tmp_path, monkeypatch):
+    day = datetime(2024, 2, 10, tzinfo=timezone.utc)
+    clock = SimpleNamespace(time_ns=lambda: int(day.timestamp()) * 10**9, perf_counter=time.perf_counter)
+    monkeypatch.setattr("ifa_torchrec.build_states.time", clock)
+    with pytest.raises(StateError, match=r"last event is at 2024-03-.*, in the future.* --until"):
+        build_states(BuildStatesConfig(run, str(tmp_path / "states"), 0))
+    assert not (tmp_path / "states").exists()
+    build_states(BuildStatesConfig(run, str(tmp_path / "states"), 0, until=day))
+
+
+class Stopped(Exception):
+    """Stands for whatever ends a process."""
+
+
+def build_on_ranks(run: Path, address: str, fail_after: int | None) -> dict:
+    if fail_after is not None:
+        write, written = StateStore.write, []
+
+        def failing(self, *arguments):
+            written.append(arguments)
+            if len(written) > fail_after:
+                raise Stopped
+            return write(self, *arguments)
+
+        StateStore.write = failing
+    return build_states(BuildStatesConfig(run, address, 0, max_events=60, max_requests=1))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_ranks_share_the_users_and_go_on_where_they_were_stopped(run, address, world):
+    stopped = run_ranks(build_on_ranks, world, run, address, 1, check=False)
+    assert {type(result) for result in stopped} == {Stopped}
+    version = load_run(run, sharded=False).version
+    key_values = open_key_value_store(address)
+    with pytest.raises(StateError, match="not built to the end"):
+        StateStore(key_values, version)
+    key_values.close()
+    results = run_ranks(build_on_ranks, world, run, address, None)
+    assert [result["users"] for result in results] == [len(USERS) - world] * world
+    assert_built(address, run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"interaction": "softmax"}, "'softmax' has no user state; train with 'ifa'"),
+        ({"history_length": 20}, "latest 20 events"),
+    ],
+)
+def test_runs_without_states_are_refused(changes, message, log, tmp_path):
+    config = TrainConfig(log.path, tmp_path / "run", ifa=IFA, validate=False)
+    train(dataclasses.replace(config, **changes))
+    with pytest.raises((StateError, ValueError), match=message):
+        build_states(BuildStatesConfig(tmp_path / "run", str(tmp_path / "states"), 0))
+
+
+def test_lmdb_serves_one_machine(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    with pytest.raises(StateError, match="LMDB serves one machine"):
+        build_states(BuildStatesConfig(run, str(tmp_path / "states"), 0))
+
+
+def test_versions_are_listed_and_dropped_on_the_command_line(run, tmp_path, monkeypatch, capsys):
+    store = str(tmp_path / "states")
+    version = build_states(BuildStatesConfig(run, store, 7))["version"]
+    command = ["ifa", "states", "--store", store]
+    monkeypatch.setattr("sys.argv", command)
+    main()
+    assert capsys.readouterr().out == f"{version}: whole, float32, of a log up to position 7\n"
+    monkeypatch.setattr("sys.argv", [*command, "--drop", "other"])
+    with pytest.raises(SystemExit, match=rf"error: no states of weights 'other' here.*{version}"):
+        main()
+    monkeypatch.setattr("sys.argv", [*command, "--drop", version])
+    main()
+    assert versions(open_key_value_store(store)) == {}

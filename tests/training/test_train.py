@@ -1,0 +1,781 @@
+"""Training, checkpoints, evaluation and explanation, end to end on the toy log."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from toy import BUSY_USER, NEW_USER, SCHEMA, SPLITS, Toy, make_toy
+
+from ifa_torchrec import IFAConfig, InteractionFidelityAttention
+from ifa_torchrec.__main__ import main
+from ifa_torchrec.commands import evaluate as evaluate_module
+from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
+from ifa_torchrec.commands.explain import ExplainConfig, explain
+from ifa_torchrec.data import EventLog, LogError, RankingDataset
+from ifa_torchrec.distributed import CheckpointError, OptimizerConfig, ShardingConfig, shard
+from ifa_torchrec.distributed.checkpoint import checkpoints
+from ifa_torchrec.errors import ConfigError, DivergedError
+from ifa_torchrec.models import DLRM_IFATrain
+from ifa_torchrec.models.archs import CandidateArch
+from ifa_torchrec.models.config import INTERACTIONS
+from ifa_torchrec.training import trainer as train_module
+from ifa_torchrec.training.build import build_model
+from ifa_torchrec.training.options import TrainConfig
+from ifa_torchrec.training.run import load_run
+from ifa_torchrec.training.scoring import measure
+from ifa_torchrec.training.trainer import train
+
+IFA = IFAConfig(embedding_dim=8, num_heads=2, half_lives=(math.inf, 30.0), identity_features=("item",))
+
+
+def coded(folder: Path) -> None:
+    """Give a log codes of its items, as ``prepare`` does."""
+    (folder / "codes").mkdir()
+    ids = pd.DataFrame({"id": [f"p{i}" for i in range(40)], "code": range(40)})
+    ids.to_parquet(folder / "codes" / "item.parquet")
+
+
+@pytest.fixture
+def config(log: EventLog, tmp_path: Path) -> TrainConfig:
+    """Six batches an epoch."""
+    return TrainConfig(
+        data=log.path,
+        out=tmp_path / "run",
+        ifa=IFA,
+        over_arch_layer_sizes=(16,),
+        optimizers=OptimizerConfig(dense_lr=0.01),
+        warmup_steps=3,
+        max_requests=8,
+        max_events=10_000,
+        epochs=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(log: EventLog, tmp_path_factory) -> Path:
+    """A finished run, for tests that only read it."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    train(
+        TrainConfig(data=log.path, out=out, ifa=IFA, max_requests=8, checkpoint_every=4, validate=False)
+    )
+    return out
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """All weights of a run's last checkpoint."""
+    state = load_run(run).model.state_dict()
+    return {
+        # of a table this rank holds the whole, being alone
+        name: value.local_shards()[0].tensor if hasattr(value, "local_shards") else value
+        for name, value in state.items()
+    }
+
+
+def steps_of(run: Path) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in checkpoints(run / "checkpoints")]
+
+
+class Stopped(Exception):
+    """Stands for whatever ends a process."""
+
+
+def stop_before_step(monkeypatch, step: int) -> None:
+    set_learning_rate = train_module.set_learning_rate
+
+    def stops(optimizer, config, now, progress):
+        if now == step:
+            raise Stopped
+        set_learning_rate(optimizer, config, now, progress)
+
+    monkeypatch.setattr(train_module, "set_learning_rate", stops)
+
+
+def requests_trained(monkeypatch, toy: Toy) -> list[list[int]]:
+    """Filled as the model is trained: the requests of each step, known by their season."""
+    steps: list[list[int]] = []
+    forward = CandidateArch.forward
+    number_of = {np.float32(s): n for n, s in enumerate(toy.requests["train"]["season"])}
+    assert len(number_of) == SPLITS["train"]
+
+    def keeps(self, context, history, candidates, batch, *rest):
+        if self.training:
+            steps.append([number_of[season] for season in batch.dense_features[:, 1].numpy()])
+        return forward(self, context, history, candidates, batch, *rest)
+
+    monkeypatch.setattr(CandidateArch, "forward", keeps)
+    return steps
+
+
+def train_stopped(config: TrainConfig, monkeypatch, step: int) -> None:
+    with monkeypatch.context() as patch:
+        stop_before_step(patch, step)
+        with pytest.raises(Stopped):
+            train(config)
+
+
+class TestTrain:
+    @pytest.mark.parametrize("interaction", INTERACTIONS)
+    def test_learns_what_can_be_learnt(self, config: TrainConfig, toy: Toy, interaction: str) -> None:
+        """Which category is clicked; no more is to be learnt."""
+        clicked = np.concatenate(list(toy.requests["train"]["label"])).mean()
+        no_model = -(clicked * math.log(clicked) + (1 - clicked) * math.log(1 - clicked))
+        result = train(dataclasses.replace(config, interaction=interaction, epochs=8))
+        assert result["steps"] == 8 * 6
+        assert result["loss"] < 0.5 * no_model
+        assert result["valid_gauc"] > 0.9
+        assert result["valid_ne"] < 0.8
+
+    def test_reports_its_speed_and_writes_its_run(self, config: TrainConfig) -> None:
+        result = train(config)
+        assert result["steps"] == 12
+        assert result["seconds"] > 0 and result["events_per_second"] > 0
+        assert json.loads((config.out / "config.json").read_text())["max_requests"] == 8
+        assert list((config.out / "tensorboard").glob("events.*"))
+        assert steps_of(config.out) == [6, 12]
+
+    def test_validation_is_a_choice_and_changes_no_weight(self, config: TrainConfig) -> None:
+        plain = dataclasses.replace(config, out=config.out / "plain", validate=False)
+        assert not [name for name in train(plain) if name.startswith("valid")]
+        train(config)
+        assert_same_weights(plain.out, config.out)
+
+    def test_every_task_is_validated(self, toy: Toy, config: TrainConfig, tmp_path: Path) -> None:
+        requests = {name: f.assign(bought=f["label"]) for name, f in toy.requests.items()}
+        schema = dataclasses.replace(SCHEMA, tasks=("label", "bought"))
+        log = Toy(toy.events, toy.items, requests, schema).write(tmp_path / "two-tasks")
+        result = train(dataclasses.replace(config, data=log.path))
+        for task in ("label", "bought"):
+            assert [name for name in result if task in name and "gauc" in name], list(result)
+
+    def test_the_seed_decides_the_weights(self, config: TrainConfig) -> None:
+        runs = [
+            dataclasses.replace(config, out=config.out / str(n), seed=seed, validate=False)
+            for n, seed in enumerate((1, 1, 2))
+        ]
+        for run in runs:
+            train(run)
+        assert_same_weights(runs[0].out, runs[1].out)
+        with pytest.raises(AssertionError):
+            assert_same_weights(runs[0].out, runs[2].out)
+
+    def test_a_loss_that_is_not_finite(self, config: TrainConfig) -> None:
+        wild = dataclasses.replace(
+            config, optimizers=OptimizerConfig(dense_lr=1e30), warmup_steps=1, checkpoint_every=1
+        )
+        with pytest.raises(DivergedError, match=r"step \d+.*learning rates.*whole"):
+            train(wild)
+        # the step that went wrong is in no checkpoint
+        assert steps_of(config.out) and max(steps_of(config.out)) < 12
+
+    @pytest.mark.parametrize(
+        ("option", "value"),
+        [
+            *((name, 0) for name in ("epochs", "max_events", "max_requests", "checkpoint_every")),
+            *((name, 0) for name in ("history_length", "recent_length")),
+            *((name, -1) for name in ("warmup_steps", "seed", "table_init")),
+            *((name, math.inf) for name in ("table_init",)),
+            *(("over_arch_layer_sizes", sizes) for sizes in ((), (8, 0))),
+            ("seed", 1 << 63),
+        ],
+    )
+    def test_options_out_of_range(self, config: TrainConfig, option: str, value: object) -> None:
+        """Named before anything is read or written."""
+        with pytest.raises(ConfigError, match=f"^--{option.replace('_', '-')}.*(at least|below)"):
+            dataclasses.replace(config, **{option: value})
+
+    @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+    def test_rates_and_memory_out_of_range(self, value: float) -> None:
+        for name in ("table_lr", "dense_lr", "weight_decay"):
+            with pytest.raises(ConfigError, match=f"OptimizerConfig: {name} must be a number of at"):
+                OptimizerConfig(**{name: value})
+        with pytest.raises(ConfigError, match=r"table_optimizer 'adam' is none of .*'adagrad'"):
+            OptimizerConfig(table_optimizer=typing.cast(Any, "adam"))
+        with pytest.raises(ConfigError, match="memory_gb must be positive"):
+            ShardingConfig(memory_gb=value)
+
+    def test_no_log(self, config: TrainConfig, tmp_path: Path) -> None:
+        with pytest.raises(LogError, match="nowhere: no such event log"):
+            train(dataclasses.replace(config, data=tmp_path / "nowhere"))
+        assert not config.out.exists()
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys() and len(a) > 20
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+class TestResume:
+    @pytest.mark.parametrize(
+        ("stop", "every", "resumed_at"),
+        [(3, 2, 2), (8, 100, 6), (10, 4, 8)],
+        ids=["first epoch", "at an epoch's end", "second epoch"],
+    )
+    def test_a_resumed_run_ends_as_one_that_never_stopped(
+        self, config: TrainConfig, monkeypatch, stop: int, every: int, resumed_at: int
+    ) -> None:
+        whole = train(dataclasses.replace(config, out=config.out / "whole"))
+        halves = dataclasses.replace(config, out=config.out / "halves", checkpoint_every=every)
+        train_stopped(halves, monkeypatch, stop)
+        assert steps_of(halves.out)[-1] == resumed_at < stop
+        resumed = train(dataclasses.replace(halves, resume=True))
+        assert resumed["steps"] == whole["steps"] == 12
+        valid = [name for name in whole if name.startswith("valid_")]
+        assert len(valid) > 4
+        assert {name: resumed[name] for name in valid} == {name: whole[name] for name in valid}
+        assert_same_weights(halves.out, config.out / "whole")
+
+    def test_a_run_stopped_while_it_validates(self, config: TrainConfig, monkeypatch) -> None:
+        """All its steps are done and saved; the numbers are not known yet."""
+        whole = train(dataclasses.replace(config, out=config.out / "whole", epochs=1))
+        halves = dataclasses.replace(config, out=config.out / "halves", epochs=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(train_module, "measure", stops_at_once)
+            with pytest.raises(Stopped):
+                train(halves)
+        resumed = train(dataclasses.replace(halves, resume=True))
+        assert resumed["steps"] == 6
+        assert resumed.get("valid_gauc") == whole["valid_gauc"]
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"max_requests": 5},
+            {"max_requests": 48},
+            {"max_events": 60},
+            {"sharding": ShardingConfig(tables={"item_table": "row_wise", "store_table": "row_wise"})},
+        ],
+        ids=str,
+    )
+    def test_other_batches_and_sharding_take_each_request_that_is_left_once(
+        self, config: TrainConfig, toy: Toy, monkeypatch, change: dict
+    ) -> None:
+        """The position in the data is a number of requests; another number of ranks is tested with
+        the checkpoints."""
+        trained = requests_trained(monkeypatch, toy)
+        config = dataclasses.replace(config, checkpoint_every=2, validate=False)
+        train_stopped(config, monkeypatch, 2)
+        assert [len(step) for step in trained] == [8, 8]
+        train(dataclasses.replace(config, resume=True, **change))
+        flat = [request for step in trained for request in step]
+        everything = list(range(SPLITS["train"]))
+        assert sorted(flat[:48]) == sorted(flat[48:]) == everything
+        assert flat[:48] != flat[48:]  # of another order
+        if "max_requests" in change:
+            left = min(change["max_requests"], 32)
+            assert len(trained[2]) == left
+
+    def test_the_learning_rate_goes_on_where_it_was(self, config: TrainConfig, monkeypatch) -> None:
+        """It falls with the requests that were taken, however they are cut into steps."""
+        rates = []
+        set_learning_rate = train_module.set_learning_rate
+
+        def keeps(optimizer, config, step, progress):
+            set_learning_rate(optimizer, config, step, progress)
+            rates.append(dict(optimizer.optimizers)["dense"].param_groups[0]["lr"])
+
+        monkeypatch.setattr(train_module, "set_learning_rate", keeps)
+        config = dataclasses.replace(config, checkpoint_every=3, validate=False)
+        train_stopped(config, monkeypatch, 3)
+        train(dataclasses.replace(config, resume=True, max_requests=12))
+        # a third, two thirds and all of the way up; then down: 8 of 96 requests a step, then 12
+        wanted = [1 / 3, 2 / 3 * 88 / 96, 80 / 96, 72 / 96, 60 / 96]
+        wanted += [48 / 96, 36 / 96, 24 / 96, 12 / 96]
+        assert rates == pytest.approx([0.01 * rate for rate in wanted])
+
+    @pytest.mark.parametrize(
+        ("change", "named"),
+        [
+            ({"seed": 7}, "seed was 0, is 7"),
+            (
+                {"ifa": dataclasses.replace(IFA, num_heads=4, half_lives=None)},
+                "ifa.num_heads was 2, is 4",
+            ),
+            ({"optimizers": OptimizerConfig(dense_lr=0.5)}, "optimizers.dense_lr was 0.01, is 0.5"),
+            ({"interaction": "mean"}, "interaction was 'ifa', is 'mean'"),
+            ({"epochs": 3}, "epochs was 2, is 3"),
+        ],
+        ids=str,
+    )
+    def test_another_configuration_is_refused_by_name(
+        self, config: TrainConfig, monkeypatch, change: dict, named: str
+    ) -> None:
+        config = dataclasses.replace(config, checkpoint_every=1)
+        train_stopped(config, monkeypatch, 2)
+        before = (config.out / "config.json").read_text()
+        with pytest.raises(CheckpointError, match=named) as error:
+            train(dataclasses.replace(config, resume=True, **change))
+        assert "same options, or another folder" in str(error.value)
+        assert (config.out / "config.json").read_text() == before
+
+    def test_where_and_how_often_may_change(self, config: TrainConfig, monkeypatch) -> None:
+        train_stopped(dataclasses.replace(config, checkpoint_every=1), monkeypatch, 2)
+        moved = config.out.rename(config.out.parent / "moved")
+        config = dataclasses.replace(config, out=moved, checkpoint_every=5, validate=False, resume=True)
+        assert train(config)["steps"] == 12
+
+    def test_out_that_holds_checkpoints_is_not_overwritten(
+        self, config: TrainConfig, monkeypatch
+    ) -> None:
+        config = dataclasses.replace(config, checkpoint_every=1)
+        train_stopped(config, monkeypatch, 2)
+        with pytest.raises(CheckpointError, match=r"holds checkpoints.*--resume.*another --out"):
+            train(config)
+        assert steps_of(config.out) == [1, 2]
+
+    def test_one_line_starts_a_run_and_goes_on_with_it(
+        self, config: TrainConfig, monkeypatch, capsys
+    ) -> None:
+        """And says which it does, where it spoils no output."""
+        plain = dataclasses.replace(config, out=config.out / "plain", validate=False)
+        train(plain)
+        assert "starting" not in capsys.readouterr().err
+        config = dataclasses.replace(config, checkpoint_every=2, validate=False, resume=True)
+        for stop, said in ((5, "no checkpoint here; starting"), (9, "going on from step 4")):
+            train_stopped(config, monkeypatch, stop)
+            printed = capsys.readouterr()
+            assert f"{config.out / 'checkpoints'}: {said}\n" in printed.err
+            assert said not in printed.out
+        assert train(config)["steps"] == 12
+        assert "going on from step 8" in capsys.readouterr().err
+        assert_same_weights(config.out, plain.out)
+
+    def test_half_written_checkpoints_do_not_count(self, config: TrainConfig, monkeypatch) -> None:
+        whole = dataclasses.replace(config, out=config.out / "whole", validate=False)
+        train(whole)
+        config = dataclasses.replace(config, checkpoint_every=2, validate=False)
+        train_stopped(config, monkeypatch, 5)
+        folder = config.out / "checkpoints"
+        draft = folder / ".step-000000005"  # of a step that is not saved again
+        draft.mkdir()
+        for name in ("__0_0.distcp", "progress.json"):
+            (draft / name).write_text("half")
+        assert steps_of(config.out) == [2, 4]
+        train(dataclasses.replace(config, resume=True))
+        assert_same_weights(config.out, whole.out)
+        assert sorted(path.name for path in folder.iterdir()) == ["step-000000010", "step-000000012"]
+
+    def test_a_crash_while_saving_leaves_the_checkpoint_before(
+        self, config: TrainConfig, monkeypatch
+    ) -> None:
+        config = dataclasses.replace(config, checkpoint_every=2)
+        train_stopped(config, monkeypatch, 3)
+        before = weights(config.out)
+        with monkeypatch.context() as patch:
+            patch.setattr("torch.distributed.checkpoint.save", stops_at_once)
+            with pytest.raises(Stopped):
+                train(dataclasses.replace(config, resume=True))
+        assert steps_of(config.out) == [2]
+        after = weights(config.out)
+        assert all(torch.equal(after[name], before[name]) for name in before)
+
+    def test_only_the_last_checkpoints_are_kept(self, config: TrainConfig) -> None:
+        train(dataclasses.replace(config, checkpoint_every=1, epochs=1, validate=False))
+        assert steps_of(config.out) == [5, 6]
+        assert len(list((config.out / "checkpoints").iterdir())) == 2
+
+
+class TestWhatMayNotChange:
+    def test_another_log(self, config: TrainConfig, toy: Toy, tmp_path: Path) -> None:
+        """A position in one log means nothing in another."""
+        train(dataclasses.replace(config, epochs=1))
+        fewer = Toy(toy.events.iloc[1:], toy.items, toy.requests, toy.schema).write(tmp_path / "fewer")
+        assert train(dataclasses.replace(config, epochs=1, resume=True))["steps"] == 6
+        with pytest.raises(LogError, match=rf"{fewer.path} has other content than .*{config.data}"):
+            train(dataclasses.replace(config, epochs=1, data=fewer.path, resume=True))
+        coded(fewer.path)
+        with pytest.raises(LogError, match=r"other codes than .*'item'.* from one and the same list"):
+            train(dataclasses.replace(config, epochs=1, data=fewer.path, resume=True))
+
+    def test_a_log_of_the_same_size_in_place_of_the_other(
+        self, config: TrainConfig, toy: Toy, tmp_path: Path
+    ) -> None:
+        data = toy.write(tmp_path / "mine").path
+        train(dataclasses.replace(config, epochs=1, data=data, validate=False))
+        shutil.rmtree(data)
+        make_toy(seed=1).write(data)
+        with pytest.raises(LogError, match=rf"{data} has other content"):
+            train(dataclasses.replace(config, epochs=1, data=data, resume=True))
+
+
+class TestDamage:
+    """What is damaged is tested with the checkpoints."""
+
+    @pytest.fixture
+    def damaged(self, config: TrainConfig) -> TrainConfig:
+        """A run of six steps that has checkpoints at 4 and 6, the last one torn."""
+        config = dataclasses.replace(config, checkpoint_every=4, epochs=1)
+        train(config)
+        assert steps_of(config.out) == [4, 6]
+        tear(config.out / "checkpoints" / "step-000000006")
+        return config
+
+    def test_a_run_goes_on_from_the_checkpoint_before(
+        self, config: TrainConfig, damaged: TrainConfig, capsys
+    ) -> None:
+        whole = dataclasses.replace(damaged, out=config.out / "whole", checkpoint_every=100)
+        valid = train(whole)["valid_ne"]
+        capsys.readouterr()
+        with pytest.warns(UserWarning, match=r"step-000000006 is damaged.*trying the one before"):
+            resumed = train(dataclasses.replace(damaged, resume=True))
+        assert "going on from step 4" in capsys.readouterr().err
+        assert resumed["steps"] == 6 and resumed["valid_ne"] == valid
+        assert steps_of(damaged.out) == [4, 6]
+        assert_same_weights(damaged.out, whole.out)  # without a warning: it is whole again
+
+    def test_evaluate_takes_the_checkpoint_before(self, damaged: TrainConfig) -> None:
+        with pytest.warns(UserWarning, match=r"step-000000006 is damaged"):
+            evaluate(EvaluateConfig(damaged.out, split="valid"))
+
+    def test_no_checkpoint_is_whole(self, damaged: TrainConfig) -> None:
+        tear(damaged.out / "checkpoints" / "step-000000004")
+        for call in (
+            lambda: train(dataclasses.replace(damaged, resume=True)),
+            lambda: load_run(damaged.out),
+        ):
+            with (
+                pytest.warns(UserWarning, match=r"step-000000006 is damaged"),
+                pytest.raises(
+                    CheckpointError, match=r"step-000000004 is damaged.*there is none before it"
+                ),
+            ):
+                call()
+
+
+def tear(path: Path) -> None:
+    """As a file system that loses its last writes."""
+    shard = next(path.glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def test_every_table_is_updated_by_the_fused_optimiser(trained: Path) -> None:
+    """Small ones too, which the planner would rather copy and leave to AdamW."""
+    run = load_run(trained)
+    _, optimizer = shard(
+        DLRM_IFATrain(build_model(run.log.schema, run.config)), run.device, run.config.optimizers
+    )
+    dense = dict(optimizer.optimizers)["dense"]
+    assert dense.params and not [name for name in dense.params if "_table" in name]
+
+
+def test_a_run_can_be_loaded_to_score_without_gradients(trained: Path) -> None:
+    with torch.no_grad():
+        run = load_run(trained)
+        assert not torch.is_grad_enabled()  # as the caller had it
+    assert run.config.ifa == IFA
+
+
+def test_what_a_run_writes_is_json(config: TrainConfig) -> None:
+    """Infinite half-lives too; NaN and Infinity are no JSON."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    train(config)
+    text = (config.out / "config.json").read_text()
+    assert json.loads(text, parse_constant=refuse)["ifa"]["half_lives"] == ["inf", 30.0]
+    assert load_run(config.out).config.ifa == IFA
+    again = train(dataclasses.replace(config, resume=True))
+    json.loads(json.dumps(again), parse_constant=refuse)
+
+
+def fields_of(config: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    """Names and types of all options, those of their parts as well."""
+    result = []
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            result += fields_of(value, (*path, name))
+        else:
+            result.append(((*path, name), hint))
+    return result
+
+
+def with_option(config: Any, path: tuple[str, ...], value: Any) -> Any:
+    name, *rest = path
+    if rest:
+        value = with_option(getattr(config, name), tuple(rest), value)
+    return dataclasses.replace(config, **{name: value})
+
+
+OPTIONS = fields_of(TrainConfig(data=Path("log"), out=Path("run"), ifa=IFA))
+st.register_type_strategy(Path, st.text(st.characters(exclude_characters="\0")).map(Path))
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_any_options_come_back_as_they_were(data: st.DataObject) -> None:
+    """Infinity and NaN too, names that read like them, and each as of its type."""
+    config = TrainConfig(data=Path("log"), out=Path("run"), ifa=IFA)
+    path, hint = data.draw(st.sampled_from(OPTIONS))
+    values = st.from_type(hint)
+    value = data.draw(st.sampled_from(SPECIAL[hint]) | values if hint in SPECIAL else values)
+    try:
+        config = with_option(config, path, value)
+    except ConfigError:
+        assume(False)
+    text = json.dumps(train_module._to_json(dataclasses.asdict(config)), allow_nan=False)
+    assert repr(train_module._from_json(TrainConfig, json.loads(text), "")) == repr(config)
+
+
+SPECIAL: dict[Any, list[Any]] = {
+    float: [math.inf, -math.inf, math.nan, 1.0],
+    float | None: [math.inf, 1.0],
+    tuple[float, ...]: [(math.inf, 7.0)],
+    tuple[float, ...] | None: [None, (math.inf, 7.0)],
+    tuple[str, ...]: [("inf", "nan")],
+    str | None: ["inf", "nan", None],
+    dict[str, int]: [{"inf": 2}],
+    dict[str, str]: [{"item_table": "inf"}],
+}
+
+
+@pytest.mark.parametrize(("kind", "value"), [(float, math.inf), (float, math.nan), (str, "inf")])
+def test_a_single_value_that_json_has_not(kind: type, value: Any) -> None:
+    back = train_module._from_json(kind, json.loads(json.dumps(train_module._to_json(value))), "x")
+    assert type(back) is kind and repr(back) == repr(value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda options: options.pop("max_events"), "max_events is missing"),
+        (lambda options: options["ifa"].pop("eps"), r"ifa\.eps is missing"),
+        (lambda options: options.update(depth=3), "depth is no option of this version"),
+        (lambda options: options["loss"].update(margin=1), r"loss\.margin is no option of this"),
+        (lambda options: options.update(epochs="two"), "epochs is 'two', not of type int"),
+        (lambda options: options.update(validate=1), "validate is 1, not of type bool"),
+        (lambda options: options.update(interaction="telepathy"), "interaction is 'telepathy'"),
+        (lambda options: options["ifa"].update(half_lives=[7.0, "x"]), r"ifa\.half_lives\[1\] is 'x'"),
+        (lambda options: options.update(ifa=None), "ifa is None"),
+        (lambda options: options["ifa"].update(num_heads=3), "is no multiple of num_heads 3"),
+    ],
+)
+def test_options_that_are_not_a_runs(trained: Path, tmp_path: Path, change: Any, named: str) -> None:
+    options = json.loads((trained / "config.json").read_text())
+    change(options)
+    (tmp_path / "config.json").write_text(json.dumps(options))
+    with pytest.raises(CheckpointError, match=rf"config\.json: not a run's options: .*{named}"):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", '{"data": "a', "null", "[]", "\xff"])
+def test_options_that_are_damaged(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=r"config\.json: not a run's options"):
+        load_run(tmp_path)
+
+
+def stops_at_once(*args, **kwargs):
+    raise Stopped
+
+
+class TestEvaluate:
+    def test_scores_are_those_of_the_model_in_memory(self, config: TrainConfig, monkeypatch) -> None:
+        scores = []
+        for module in (train_module, evaluate_module):
+
+            def keeps(*args, predict=module.predict):
+                result = predict(*args)
+                scores.append(result[0])
+                return result
+
+            monkeypatch.setattr(module, "predict", keeps)
+        result = train(dataclasses.replace(config, epochs=1))
+        metrics = evaluate(EvaluateConfig(config.out, split="valid"))
+        in_memory, loaded = scores
+        assert np.ptp(in_memory) > 0
+        np.testing.assert_array_equal(loaded, in_memory)
+        assert metrics["gauc"] == result["valid_gauc"] and metrics["ne"] == result["valid_ne"]
+
+    def test_scores_do_not_depend_on_the_batches(self, trained: Path, log: EventLog) -> None:
+        run, dataset = load_run(trained), RankingDataset(log, "test")
+        scores = [
+            evaluate_module.predict(run.model, dataset, run.device, *budget)[0]
+            for budget in ((10**6, 100), (1, 1), (60, 3))
+        ]
+        assert scores[0].shape == (len(dataset.requests["candidates"]), 1)
+        for other in scores[1:]:
+            np.testing.assert_allclose(other, scores[0], rtol=1e-4, atol=1e-5)
+
+    def test_metrics_are_written_and_returned(self, trained: Path) -> None:
+        metrics = evaluate(EvaluateConfig(trained))
+        assert json.loads((trained / "metrics-test.json").read_text()) == metrics
+        assert {"auc", "gauc", "ndcg@10", "ne", "calibration", "ms_per_request"} <= metrics.keys()
+        assert 0 <= metrics["gauc"] <= 1 and metrics["ms_per_request"] > 0
+
+    def test_int8_tables_change_little_and_have_a_file_of_their_own(self, trained: Path) -> None:
+        metrics, rounded = (evaluate(EvaluateConfig(trained, int8=int8)) for int8 in (False, True))
+        assert rounded["ne"] != metrics["ne"] == pytest.approx(rounded["ne"], abs=1e-3)
+        assert json.loads((trained / "metrics-test.json").read_text()) == metrics
+        assert json.loads((trained / "metrics-test-int8.json").read_text()) == rounded
+
+    def test_by_context_feature(self, trained: Path, toy: Toy) -> None:
+        metrics = evaluate(EvaluateConfig(trained, split="train", by=("store", "weekday")))
+        assert set(metrics["by"]) == {"store", "weekday"}
+        requests = toy.requests["train"]
+        mixed = requests["label"].map(lambda label: 0 < label.sum() < len(label))
+        for feature, of_value in metrics["by"].items():
+            wanted = mixed.groupby(requests[feature]).sum().to_dict()
+            assert {value: m["requests_ranked"] for value, m in of_value.items()} == wanted
+            # GAUC is a mean over requests, so the parts weigh as they have requests
+            parts = [m["gauc"] * m["requests_ranked"] for m in of_value.values() if m["requests_ranked"]]
+            assert sum(parts) == pytest.approx(metrics["gauc"] * mixed.sum())
+
+    def test_by_an_unknown_feature(self, trained: Path) -> None:
+        with pytest.raises(ValueError, match=r"--by moon.*\['store', 'weekday'\]"):
+            evaluate(EvaluateConfig(trained, by=("moon",)))
+
+    def test_unknown_split(self, trained: Path) -> None:
+        with pytest.raises(LogError, match=r"no split 'tomorrow'.*train"):
+            evaluate(EvaluateConfig(trained, split="tomorrow"))
+
+    def test_no_run(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match=r"nowhere: no run here.*--out"):
+            evaluate(EvaluateConfig(tmp_path / "nowhere"))
+
+    def test_another_log(self, trained: Path, tmp_path: Path) -> None:
+        other = make_toy(seed=1).write(tmp_path / "other")
+        here, there = (evaluate(EvaluateConfig(trained, data=data)) for data in (None, other.path))
+        assert here["ne"] != there["ne"]
+
+    def test_a_log_of_other_codes(self, trained: Path, toy: Toy, tmp_path: Path) -> None:
+        """The numbers of the items mean nothing to the model, though all sizes are the same."""
+        other = toy.write(tmp_path / "other")
+        coded(other.path)
+        with pytest.raises(LogError, match=rf"{other.path} has other codes than .*{trained}.*'item'"):
+            evaluate(EvaluateConfig(trained, data=other.path))
+
+    def test_a_log_of_another_schema(self, trained: Path, toy: Toy, tmp_path: Path) -> None:
+        rows = {"item": 41, "category": 5}
+        schema = dataclasses.replace(toy.schema, item_features=rows)
+        other = dataclasses.replace(toy, schema=schema).write(tmp_path / "other")
+        with pytest.raises(LogError, match=rf"{other.path} has another schema.*item_features.*41.*40"):
+            evaluate(EvaluateConfig(trained, data=other.path))
+
+    def test_candidate_tags_choose_the_negatives(self, toy: Toy, log: EventLog) -> None:
+        """A scorer that puts positives above the popular, and below the promoted."""
+        dataset = RankingDataset(log, "train")
+        label, source = dataset.requests["label"], dataset.requests["source"]
+        scores = np.where(label > 0, 0.0, np.where(source == 0, -1.0, 1.0)).astype(np.float32)
+        metrics = measure(dataset, scores[:, None])
+        assert metrics["gauc_popular"] == 1 and metrics["gauc_promoted"] == 0
+
+
+class TestExplain:
+    def test_names_the_top_candidate_and_the_events_that_weighed_most(
+        self, trained: Path, toy: Toy, log: EventLog
+    ) -> None:
+        requests = toy.requests["test"]
+        number = int(np.flatnonzero(requests["user"] == BUSY_USER)[1])
+        request = requests.iloc[number]
+        text = explain(ExplainConfig(trained, request=number, events=5))
+        head, columns, *rows = text.splitlines()
+
+        run, dataset = load_run(trained), RankingDataset(log, "test")
+        scores, _ = evaluate_module.predict(run.model, dataset, run.device, 10**6, 100)
+        own = scores[dataset.candidate_rows([number])[0], 0]
+        assert f"thing number {request['candidates'][own.argmax()]} (logit {own.max():.2f}" in head
+        assert f"top of {len(own)} candidates" in head
+
+        past = toy.events[(toy.events["user"] == BUSY_USER) & (toy.events["time"] < request["time"])]
+        assert f"{len(past)} events in the history" in head
+        days = (request["time"] - past["time"]).dt.total_seconds() / 86400
+        known = {
+            (f"thing number {item}", f"{age:.1f}") for item, age in zip(past["item"], days, strict=True)
+        }
+        assert columns.split() == ["weight", "days", "before", "event"]
+        parsed = [row.split(maxsplit=2) for row in rows]
+        assert len(parsed) == 5 and {(name, age) for _, age, name in parsed} <= known
+        shares = [float(weight) for weight, *_ in parsed]
+        assert shares == sorted(shares, reverse=True) and 0 < shares[0] <= 1
+
+    def test_memory_is_for_the_top_candidate_alone(
+        self, trained: Path, toy: Toy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shapes = []
+        whole = InteractionFidelityAttention.attention_weights
+
+        def watched(self, *given):
+            found = whole(self, *given)
+            shapes.extend(list(weights.shape) for weights in found)
+            return found
+
+        monkeypatch.setattr(InteractionFidelityAttention, "attention_weights", watched)
+        number = int(np.flatnonzero(toy.requests["test"]["user"] == BUSY_USER)[0])
+        explain(ExplainConfig(trained, request=number))
+        assert [shape[0] for shape in shapes] == [1]
+
+    def test_shares_of_all_events_sum_to_one_or_less(self, trained: Path, toy: Toy) -> None:
+        """Less where an identity head found no event of the same item."""
+        number = int(np.flatnonzero(toy.requests["test"]["user"] == BUSY_USER)[0])
+        _, _, *rows = explain(ExplainConfig(trained, request=number, events=10**6)).splitlines()
+        assert len(rows) > 10
+        assert 2 / 3 - 0.01 < sum(float(row.split()[0]) for row in rows) < 1.01
+
+    def test_a_request_without_history(self, trained: Path, toy: Toy) -> None:
+        number = int(np.flatnonzero(toy.requests["test"]["user"] == NEW_USER)[0])
+        with pytest.raises(ValueError, match=f"--request {number} has no history"):
+            explain(ExplainConfig(trained, request=number))
+
+    @pytest.mark.parametrize("number", [-1, SPLITS["test"]])
+    def test_a_request_that_does_not_exist(self, trained: Path, number: int) -> None:
+        with pytest.raises(ValueError, match=f"--request {number}.*test has requests 0 to 11"):
+            explain(ExplainConfig(trained, request=number))
+
+    def test_another_interaction_does_not_explain(self, config: TrainConfig) -> None:
+        train(dataclasses.replace(config, interaction="mean", epochs=1, validate=False))
+        with pytest.raises(ValueError, match=r"'mean'.*only 'ifa'"):
+            explain(ExplainConfig(config.out))
+
+
+class TestCommandLine:
+    @pytest.mark.parametrize(
+        ("command", "options"),
+        [
+            ("train", ["--data", "--out", "--interaction", "--ifa.half-lives", "--resume"]),
+            ("evaluate", ["--run", "--split", "--by"]),
+            ("explain", ["--run", "--request", "--events"]),
+        ],
+    )
+    def test_help(self, command: str, options: list[str], monkeypatch, capsys) -> None:
+        monkeypatch.setattr(sys, "argv", ["ifa", command, "--help"])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 0
+        text = capsys.readouterr().out
+        assert [option for option in options if option not in text] == []
+
+    def test_train_evaluate_explain(self, log: EventLog, tmp_path: Path, monkeypatch, capsys) -> None:
+        def run(*arguments: object) -> str:
+            monkeypatch.setattr(sys, "argv", ["ifa", *map(str, arguments)])
+            main()
+            return capsys.readouterr().out
+
+        out = tmp_path / "run"
+        options = "--ifa.embedding-dim 8 --ifa.num-heads 2 --ifa.half-lives 7 inf --max-requests 16"
+        printed = run("train", "--data", log.path, "--out", out, *options.split())
+        assert json.loads(printed)["valid_gauc"] >= 0
+        printed = run("evaluate", "--run", out, "--split", "test", "--by", "store")
+        assert set(json.loads(printed)["by"]["store"]) <= {"0", "1", "2"}
+        assert "thing number" in run("explain", "--run", out, "--request", 5)
+
+    def test_a_required_option_is_missing(self, monkeypatch, capsys) -> None:
+        monkeypatch.setattr(sys, "argv", ["ifa", "train", "--out", "somewhere"])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code != 0
+        assert "--data" in capsys.readouterr().err
