@@ -1,7 +1,7 @@
 """Encode every user's history into a store of states.
 
     ifa build-states --run runs/mine --store runs/states --position 0
-    torchrun --nproc-per-node 2 -m ifa_torchrec build-states --run runs/mine \\
+    torchrun --nproc-per-node 2 -m ifa_torchrec build-states -- --run runs/mine \\
         --store redis://host:6379/0 --position 0
 
 The store is a folder, an LMDB file that the processes of one machine share, or a Redis server. Killed,
