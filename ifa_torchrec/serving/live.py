@@ -25,9 +25,9 @@ class Limits:
 
     Example:
         >>> from ifa_torchrec.serving.live import Limits
-        >>> Limits(max_waiting=10)
+        >>> Limits(max_waiting=0)
         Traceback (most recent call last):
-        ValueError: max_waiting 10 is below max_requests 64; a full call would never be taken
+        ifa_torchrec.errors.ConfigError: max_waiting must be above 0, got 0
     """
 
     max_body_bytes: int = 4 << 20

@@ -293,10 +293,8 @@ def create_app(
         try:
             await live.check()
         # everyone may ask this, so the answer has no addresses; that of /rank says more
-        except (StoreError, asyncio.TimeoutError) as error:
-            raise HTTPException(503, "the store does not answer") from error
-        except StateError as error:
-            raise HTTPException(503, "the store has no states of these weights") from error
+        except (StateError, asyncio.TimeoutError) as error:
+            raise HTTPException(503, "the states are lost, or the store does not answer") from error
         return Ready(version=live.version)
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=measured, **protected)
