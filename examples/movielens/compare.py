@@ -22,8 +22,9 @@ from ifa_torchrec.commands.command_line import as_command
 from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.data import EventLog
 from ifa_torchrec.data.public import movielens, recbole
+from ifa_torchrec.distributed import OptimizerConfig
 from ifa_torchrec.training.options import TrainConfig
-from ifa_torchrec.training.trainer import OptimizerConfig, train
+from ifa_torchrec.training.trainer import train
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from ml100k import fetch

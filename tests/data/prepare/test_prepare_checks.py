@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ifa_torchrec.train as train_module
 import numpy as np
 import pandas as pd
 import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
+import ifa_torchrec.training.trainer as train_module
 from ifa_torchrec import IFAConfig
 from ifa_torchrec.data import EventLog, LogError, LogSchema, RankingDataset
 from ifa_torchrec.data.prepare.preparation import hash_row, prepare
