@@ -1,6 +1,7 @@
 """Puts this folder on sys.path, so that every test file can import helpers; the toy log; stores of
 states, an LMDB folder and a real Redis server."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from ifa_torchrec.serving import KeyValueStore, open_key_value_store
 sys.path.insert(0, str(Path(__file__).parent))
 
 # The tests' tensors are tiny: more threads only wait for each other, long when the machine is busy.
-torch.set_num_threads(1)
+# OMP_NUM_THREADS asks for more, to see that nothing depends on their number.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture(scope="module")
