@@ -34,9 +34,9 @@ def attend(
     eps: float,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Read each candidate's answer from its request's dense user state (IFA, idea 2).
+    """Read each candidate's output from its request's dense user state (IFA, idea 2).
 
-        matched_hc = phi(c Wq_h)^T z_h        out_hc = phi(c Wq_h)^T S_h / (matched_hc + eps)
+        normalizer_hc = phi(c Wq_h)^T z_h        out_hc = phi(c Wq_h)^T S_h / (normalizer_hc + eps)
 
     Args:
         candidates: [M, D] floating point, the candidate tokens of all requests.
@@ -44,11 +44,11 @@ def attend(
         query_weight: [H, d, D], the projection.
         key_value: S [B, H, d_phi, d], and key_sum: z [B, H, d_phi], from ``encode``.
         feature_map: a key of FEATURE_MAPS.
-        eps: keeps the division defined where nothing matched; at least 1.2e-38.
+        eps: keeps the division defined where no event matches; at least 1.2e-38.
         backend: one of BACKENDS.
 
     Returns:
-        out [M, H, d] and matched [M, H], float32 (float64 for a float64 key_value).
+        out [M, H, d] and normalizer [M, H], float32 (float64 for a float64 key_value).
 
     Raises:
         ValueError: a size, dtype or device does not fit, or the backend does not serve it.
@@ -58,9 +58,9 @@ def attend(
         >>> import torch
         >>> from ifa_torchrec import ops
         >>> w = torch.randn(2, 4, 8)
-        >>> out, matched = ops.attend(torch.randn(3, 8), torch.tensor([0, 3]), w,
+        >>> out, normalizer = ops.attend(torch.randn(3, 8), torch.tensor([0, 3]), w,
         ...                           torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4), "elu", 1e-6)
-        >>> out.shape, matched.sum().item()
+        >>> out.shape, normalizer.sum().item()
         (torch.Size([3, 2, 4]), 0.0)
     """
     given = checked(_SHAPES, (candidates, offsets, query_weight, key_value, key_sum), feature_map)
@@ -74,7 +74,7 @@ def attend(
 
 
 @torch.library.custom_op(
-    "ifa::attend", mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor out, Tensor matched)"
+    "ifa::attend", mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor out, Tensor normalizer)"
 )
 def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
     given, backend = AttendArguments(*arguments[:-1]), arguments[-1]
@@ -94,26 +94,26 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op(
     "ifa::attend_backward",
     mutates_args=(),
-    schema=f"(Tensor grad_out, Tensor grad_matched, {_SCHEMA}) -> "
+    schema=f"(Tensor grad_out, Tensor grad_normalizer, {_SCHEMA}) -> "
     "(Tensor grad_candidates, Tensor grad_query_weight, Tensor grad_key_value, Tensor grad_key_sum)",
 )
 def _attend_backward(
-    grad_out: Tensor, grad_matched: Tensor, *arguments: Any
+    grad_out: Tensor, grad_normalizer: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     given, backend = AttendArguments(*arguments[:-1]), arguments[-1]
     with kernels_for(backend, given.candidates, given.key_value) as kernels:
-        return kernels.attend_backward(grad_out, grad_matched, given)
+        return kernels.attend_backward(grad_out, grad_normalizer, given)
 
 
 @_attend_backward.register_fake
-def _(grad_out: Tensor, grad_matched: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _(grad_out: Tensor, grad_normalizer: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     given = AttendArguments(*arguments[:-1])
     return like(given.candidates, given.query_weight, given.key_value, given.key_sum)
 
 
-def _autograd(ctx: Any, grad_out: Tensor, grad_matched: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad_out: Tensor, grad_normalizer: Tensor) -> tuple[Tensor | None, ...]:
     grad_candidates, grad_query, grad_key_value, grad_key_sum = torch.ops.ifa.attend_backward(
-        grad_out, grad_matched, *ctx.saved_tensors, *ctx.options
+        grad_out, grad_normalizer, *ctx.saved_tensors, *ctx.options
     )
     return grad_candidates, None, grad_query, grad_key_value, grad_key_sum, None, None, None
 

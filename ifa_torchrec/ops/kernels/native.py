@@ -225,19 +225,19 @@ def attend(given: AttendArguments) -> tuple[Tensor, Tensor]:
     rows, heads, width, dim = len(candidates), *query_weight.shape
     bounds, requests = _offsets(offsets, rows)
     features = width * FEATURE_MAPS[feature_map].expansion
-    out, matched = _empty(rows, heads, width), _empty(rows, heads)
+    out, normalizer = _empty(rows, heads, width), _empty(rows, heads)
     _call(
         "attend",
         *(*_tokens(candidates), bounds, requests, _given(query_weight, heads, width, dim)),
         _given(key_value, requests, heads, features, width),
         _given(key_sum, requests, heads, features),
-        *(*_sizes(candidates, query_weight, feature_map), eps, out, matched),
+        *(*_sizes(candidates, query_weight, feature_map), eps, out, normalizer),
     )
-    return out, matched
+    return out, normalizer
 
 
 def attend_backward(
-    grad_out: Tensor, grad_matched: Tensor, given: AttendArguments
+    grad_out: Tensor, grad_normalizer: Tensor, given: AttendArguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of candidates, query_weight, key_value and key_sum."""
     candidates, offsets, query_weight, key_value, key_sum, feature_map, eps = given
@@ -250,7 +250,7 @@ def attend_backward(
     grad_key_sum = _empty(requests, heads, features)
     _call(
         "attend_backward",
-        *(_given(grad_out, rows, heads, width), _given(grad_matched, rows, heads)),
+        *(_given(grad_out, rows, heads, width), _given(grad_normalizer, rows, heads)),
         *(*_tokens(candidates), bounds, requests, _given(query_weight, heads, width, dim)),
         _given(key_value, requests, heads, features, width),
         _given(key_sum, requests, heads, features),

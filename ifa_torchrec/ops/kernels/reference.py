@@ -49,14 +49,15 @@ def quadratic(
         event_weight: [n, H], w_hi.
 
     Returns:
-        out [m, H, d]; the normaliser phi(q)^T z [m, H]; and the weights A [m, n, H] with
+        out [m, H, d]; the normalizer phi(q)^T z [m, H]; and the weights A [m, n, H] with
         out_hc = sum_i A_ci,h v_hi.
 
     Example:
         >>> import torch
         >>> from ifa_torchrec.ops import reference
         >>> c, x, w = torch.randn(3, 8), torch.randn(5, 8), torch.randn(2, 4, 8)
-        >>> out, matched, attention = reference.quadratic(c, x, w, w, w, torch.ones(5, 2), "elu", 1e-6)
+        >>> ones = torch.ones(5, 2)
+        >>> out, total, attention = reference.quadratic(c, x, w, w, w, ones, "elu", 1e-6)
         >>> out.shape, attention.shape
         (torch.Size([3, 2, 4]), torch.Size([3, 5, 2]))
     """
@@ -64,9 +65,9 @@ def quadratic(
     key = features(history, key_weight, feature_map)
     value = torch.einsum("nD,hdD->nhd", history, value_weight)
     score = torch.einsum("mhf,nhf->mnh", query, key) * event_weight
-    matched = score.sum(1)
-    attention = score / (matched[:, None] + eps)
-    return torch.einsum("mnh,nhd->mhd", attention, value), matched, attention
+    normalizer = score.sum(1)
+    attention = score / (normalizer[:, None] + eps)
+    return torch.einsum("mnh,nhd->mhd", attention, value), normalizer, attention
 
 
 def _floats(dtype: torch.dtype, *tensors: torch.Tensor | None) -> list[Any]:
@@ -92,14 +93,14 @@ def encode(given: EncodeArguments) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def attend(given: AttendArguments) -> tuple[torch.Tensor, torch.Tensor]:
-    """The linear form's read-out: out [M, H, d] and the normaliser phi(q)^T z [M, H]."""
+    """The linear form's read-out: out [M, H, d] and the normalizer phi(q)^T z [M, H]."""
     candidates, offsets, *others, feature_map, eps = given
     candidates, query_weight, key_value, key_sum = _floats(given.key_value.dtype, candidates, *others)
     query = features(candidates, query_weight, feature_map)
     request = request_of_row(offsets, candidates.shape[0])
-    matched = torch.einsum("mhf,mhf->mh", query, key_sum[request])
+    normalizer = torch.einsum("mhf,mhf->mh", query, key_sum[request])
     numerator = torch.einsum("mhf,mhfd->mhd", query, key_value[request])
-    return numerator / (matched[..., None] + eps), matched
+    return numerator / (normalizer[..., None] + eps), normalizer
 
 
 def match(given: MatchArguments) -> tuple[torch.Tensor, torch.Tensor]:

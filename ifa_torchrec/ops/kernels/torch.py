@@ -187,19 +187,19 @@ def attend(given: AttendArguments) -> tuple[Tensor, Tensor]:
     dtype = sum_dtype(key_value.dtype)
     query_weight, key_value, key_sum = (x.to(dtype) for x in (query_weight, key_value, key_sum))
     out = key_value.new_zeros(len(candidates), heads, width)
-    matched = key_value.new_zeros(len(candidates), heads)
+    normalizer = key_value.new_zeros(len(candidates), heads)
     for request, row, valid in _tiles(offsets, len(candidates)):
         tokens = candidates[row].to(dtype)
         phi = _tile_features(tokens, query_weight, feature_map)[1].flatten(0, 1).mT
         numerator = torch.bmm(phi, key_value[request].flatten(0, 1))
-        normaliser = torch.bmm(phi, key_sum[request].flatten(0, 1)[..., None])
-        out[row[valid]] = _heads_last(numerator / (normaliser + eps), heads)[valid]
-        matched[row[valid]] = _heads_last(normaliser, heads)[valid][..., 0]
-    return out, matched
+        total = torch.bmm(phi, key_sum[request].flatten(0, 1)[..., None])
+        out[row[valid]] = _heads_last(numerator / (total + eps), heads)[valid]
+        normalizer[row[valid]] = _heads_last(total, heads)[valid][..., 0]
+    return out, normalizer
 
 
 def attend_backward(
-    grad_out: Tensor, grad_matched: Tensor, given: AttendArguments
+    grad_out: Tensor, grad_normalizer: Tensor, given: AttendArguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of candidates, query_weight, key_value and key_sum."""
     candidates, offsets, query_weight, key_value, key_sum, feature_map, eps = given
@@ -217,20 +217,20 @@ def attend_backward(
         projected, phi_tile = _tile_features(tokens, weight, feature_map)
         phi = phi_tile.flatten(0, 1).mT
         state, total = key_value[request].flatten(0, 1), key_sum[request].flatten(0, 1)
-        normaliser = torch.bmm(phi, total[..., None]) + eps
-        out = torch.bmm(phi, state) / normaliser
+        divisor = torch.bmm(phi, total[..., None]) + eps
+        out = torch.bmm(phi, state) / divisor
         # a padded row repeats another, so its gradient is taken out here
         upstream = _heads_first(grad_out[row] * valid[..., None, None])
-        upstream_matched = _heads_first((grad_matched[row] * valid[..., None])[..., None])
-        grad_numerator = upstream / normaliser
-        grad_normaliser = upstream_matched - (grad_numerator * out).sum(-1, keepdim=True)
+        upstream_normalizer = _heads_first((grad_normalizer[row] * valid[..., None])[..., None])
+        grad_numerator = upstream / divisor
+        grad_divisor = upstream_normalizer - (grad_numerator * out).sum(-1, keepdim=True)
         grad_key_value.index_add_(
             0, request, torch.bmm(phi.mT, grad_numerator).unflatten(0, (-1, heads))
         )
         grad_key_sum.index_add_(
-            0, request, torch.bmm(phi.mT, grad_normaliser)[..., 0].unflatten(0, (-1, heads))
+            0, request, torch.bmm(phi.mT, grad_divisor)[..., 0].unflatten(0, (-1, heads))
         )
-        grad_phi = torch.bmm(state, grad_numerator.mT) + total[..., None] * grad_normaliser.mT
+        grad_phi = torch.bmm(state, grad_numerator.mT) + total[..., None] * grad_divisor.mT
         grad_phi = grad_phi.unflatten(0, (-1, heads))
         grad_projected = backward(grad_phi, projected, phi_tile, -2).flatten(1, 2)
         grad_query_weight += torch.bmm(grad_projected, tokens).sum(0)

@@ -66,6 +66,25 @@ IFA_KERNEL(attend)
   }
 }
 
+// Of out = numerator / (normalizer + eps) of heads from `first` of all rows' heads: the gradients of the
+// numerator, [heads, dp], and of the normalizer.
+static void grad_of_quotient(const Shape& s, int64_t first, int64_t heads, const float* grad_out,
+                             const float* grad_normalizer, float eps, const float* out,
+                             const float* normalizer, float* grad_numerator, float* grad_total) {
+  for (int64_t i = 0; i < heads; ++i) {
+    float* up = grad_numerator + i * s.dp;
+    memcpy(up, grad_out + (first + i) * s.d, s.d * 4);
+    for (int j = s.d; j < s.dp; ++j) up[j] = 0;
+    vec product = vec{};
+    const float share = 1.0f / (normalizer[i] + eps);
+    for (int j = 0; j < s.dp; j += VL) {
+      store(up + j, load(up + j) * share);
+      product += load(up + j) * load(out + i * s.dp + j);
+    }
+    grad_total[i] = grad_normalizer[first + i] - sum_of(product);
+  }
+}
+
 IFA_KERNEL(attend_backward)
 (const float* grad_out, const float* grad_normalizer, const void* candidates, int is_bf16,
  const int64_t* offsets, int64_t B, const float* query, const float* key_value, const float* key_sum,
@@ -104,28 +123,13 @@ IFA_KERNEL(attend_backward)
       grad_state.clear();
       grad_sum.clear();
     };
-    // of out = numerator / (normalizer + eps): the gradients of both
-    auto of_quotient = [&](const Tile& tile, const Segment& segment) {
-      for (int64_t i = segment.from * H; i < (segment.from + segment.count) * H; ++i) {
-        float* up = upstream + i * s.dp;
-        const int64_t outside = tile.row * H + i;
-        memcpy(up, grad_out + outside * d, d * 4);
-        for (int j = d; j < s.dp; ++j) up[j] = 0;
-        vec product = vec{};
-        const float share = 1.0f / (total[i] + eps);
-        for (int j = 0; j < s.dp; j += VL) {
-          store(up + j, load(up + j) * share);
-          product += load(up + j) * load(read + i * s.dp + j);
-        }
-        grad_total[i] = grad_normalizer[outside] - sum_of(product);
-      }
-    };
     auto of_segment = [&](const Tile& tile, const Segment& segment) {
       const int64_t from = segment.from, count = segment.count;
       if (segment.starts) start_request(segment.request);
       const float* phi_from = phi + from * s.P;
       read_out(s, count, phi_from, state, sum, eps, read + from * s.Q, total + from * H);
-      of_quotient(tile, segment);
+      grad_of_quotient(s, (tile.row + from) * H, count * H, grad_out, grad_normalizer, eps,
+                       read + from * s.Q, total + from * H, upstream + from * s.Q, grad_total + from * H);
       float* grad_from = grad_phi + from * s.P;
       for (int h = 0; h < H; ++h) {
         const float* up = upstream + from * s.Q + h * s.dp;
