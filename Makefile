@@ -24,7 +24,7 @@ export GOMP_SPINCOUNT ?= 20000
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py $(wildcard ifa_torchrec/ops/native/csrc/*)
+$(STAMP): pyproject.toml setup.py $(wildcard ifa_torchrec/ops/kernels/csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade uv
 	$(UV_ENV) $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -e ".[$(EXTRA),serve,launch,demo,dev,docs]" $(VERSIONS)

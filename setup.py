@@ -8,12 +8,12 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-SOURCES = Path("ifa_torchrec/ops/native/csrc")
+SOURCES = Path("ifa_torchrec/ops/kernels/csrc")
 
 setup(
     ext_modules=[
         Extension(
-            "ifa_torchrec.ops.native._kernels",
+            "ifa_torchrec.ops.kernels._native",
             sources=sorted(str(path) for path in SOURCES.glob("*.cpp")),
             depends=sorted(str(path) for path in SOURCES.glob("*.h")),
             extra_compile_args=[

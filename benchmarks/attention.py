@@ -35,7 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec import IFAConfig, InteractionFidelityAttention, ops
-from ifa_torchrec.ops import native
+from ifa_torchrec.ops.kernels import native
 
 D, H, WIDTH = 64, 4, 16
 EPS = 1e-6

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ifa_torchrec.ops import native
+from ifa_torchrec.ops.kernels import native
 
 ROOT = Path(__file__).parents[1]
 UV = [sys.executable, "-m", "uv"]
@@ -71,7 +71,7 @@ def python(built, tmp_path_factory) -> Path:
 def test_the_wheel_has_the_package_the_components_and_the_kernels(built):
     (wheel,) = built.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert any(name.startswith("ifa_torchrec/ops/native/_kernels.") for name in names)
+    assert any(name.startswith("ifa_torchrec/ops/kernels/_native.") for name in names)
     for root in ("ifa_torchrec", "torchx_components"):
         wanted = {str(file.relative_to(ROOT)) for file in (ROOT / root).rglob("*.py")}
         assert wanted <= set(names)
@@ -82,7 +82,7 @@ def test_the_sdist_has_the_kernels_sources(built):
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as files:
         names = {Path(*Path(name).parts[1:]) for name in files.getnames()}
-    sources = {file.relative_to(ROOT) for file in (ROOT / "ifa_torchrec/ops/native/csrc").iterdir()}
+    sources = {file.relative_to(ROOT) for file in (ROOT / "ifa_torchrec/ops/kernels/csrc").iterdir()}
     assert sources and sources <= names
     assert not any(name.suffix == ".so" for name in names)
 

@@ -5,7 +5,8 @@ ifa backends
 
 import torch
 
-from ifa_torchrec.ops import BACKENDS, native
+from ifa_torchrec.ops import BACKENDS
+from ifa_torchrec.ops.kernels import native
 
 
 def main() -> None:

@@ -15,43 +15,17 @@ _INTEGERS = (
 )
 _OPTIONAL = ("weights", "ages")
 _WITHOUT_GRADIENT = ("ages", "decay")
-_SHAPES = {
-    "encode": {
-        "history": "N D",
-        "offsets": "B+1",
-        "key_weight": "H d D",
-        "value_weight": "H d D",
-        "weights": "N",
-        "ages": "N",
-        "decay": "H",
-    },
-    "attend": {
-        "candidates": "M D",
-        "offsets": "B+1",
-        "query_weight": "H d D",
-        "key_value": "B H d_phi d",
-        "key_sum": "B H d_phi",
-    },
-    "match": {
-        "candidate_buckets": "M",
-        "candidate_offsets": "B+1",
-        "history": "N D",
-        "history_buckets": "N",
-        "history_offsets": "B+1",
-        "weights": "N",
-        "ages": "N",
-        "decay": "L",
-    },
-}
-"""The arguments in order; a letter is one size wherever it stands."""
 
 
-def checked(op: str, given: tuple[Tensor | None, ...], feature_map: str | None = None) -> list[Tensor]:
+def checked(
+    shapes: dict[str, str], given: tuple[Tensor | None, ...], feature_map: str | None = None
+) -> list[Tensor]:
     """The tensors of a call: of one device and of sizes that agree, integers made int64.
 
     Args:
-        op: "encode", "attend" or "match".
-        given: its tensors, in order.
+        shapes: of its arguments by name, in order, as "H d D"; a letter is one size wherever it
+            stands.
+        given: its tensors, in the same order.
         feature_map: of encode and attend.
 
     Returns:
@@ -67,7 +41,7 @@ def checked(op: str, given: tuple[Tensor | None, ...], feature_map: str | None =
     sizes: dict[str, tuple[int, str]] = {}  # of each letter, and the argument that has it
     device = None
     result = []
-    for (name, letters), x in zip(_SHAPES[op].items(), given, strict=True):
+    for (name, letters), x in zip(shapes.items(), given, strict=True):
         if x is None and name in _OPTIONAL:
             result.append(x)
             continue

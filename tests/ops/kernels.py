@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ifa_torchrec.ops import native
+from ifa_torchrec.ops.kernels import native
 
-_SETS = ["plain", "avx2", "avx512", "avx512_bf16"]
-NATIVE = [] if native.LIBRARY is None else _SETS[: _SETS.index(native.STATUS) + 1]
+SETS = native.INSTRUCTION_SETS
+NATIVE = [] if native.LIBRARY is None else list(SETS[: SETS.index(native.STATUS) + 1])
 KERNELS = ["reference", "torch", *NATIVE]
 
 
@@ -19,9 +19,7 @@ def backend_of(kernels: str) -> Iterator[str]:
         yield kernels
         return
     before, native.STATUS = native.STATUS, kernels
-    native._kernel.cache_clear()
     try:
         yield "native"
     finally:
         native.STATUS = before
-        native._kernel.cache_clear()

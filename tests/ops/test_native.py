@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import os
 import shutil
 import subprocess
@@ -13,24 +14,22 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_near, offsets_of
+from kernels import NATIVE
 from test_ops import EPS, FEATURE_MAPS, SHAPES, attend_inputs, encode_inputs, match_inputs, to_float64
 
 from ifa_torchrec import ops
-from ifa_torchrec.ops import native
+from ifa_torchrec.errors import UserError
+from ifa_torchrec.ops import backends
+from ifa_torchrec.ops.kernels import native
 
 if native.LIBRARY is None:
     pytest.skip(native.STATUS, allow_module_level=True)
 
-SETS = ["plain", "avx2", "avx512", "avx512_bf16"]
-USABLE = SETS[: SETS.index(native.STATUS) + 1]
 
-
-@pytest.fixture(params=USABLE)
+@pytest.fixture(params=NATIVE)
 def instruction_set(request, monkeypatch):
     monkeypatch.setattr(native, "STATUS", request.param)
-    native._kernel.cache_clear()
-    yield request.param
-    native._kernel.cache_clear()
+    return request.param
 
 
 def wide_inputs(history, candidates, sizes, feature_map, dtype=torch.float32):
@@ -165,7 +164,7 @@ def test_results_are_the_same_to_the_bit_with_any_number_of_threads_and_at_every
 
 
 def test_float32_error_of_a_million_events():
-    """Stated in native/__init__.py: 1e-6 of the largest sum."""
+    """Stated in kernels/native.py: 1e-6 of the largest sum."""
     generator = torch.Generator().manual_seed(0)
     history = torch.randn(1_000_000, 16, generator=generator)
     key = torch.randn(1, 16, 16, generator=generator) / 4
@@ -186,13 +185,13 @@ def test_opcheck():
         attend_inputs([2, 3, 0], "elu", torch.float32),
     )
     for op, given, extra, fixed in [
-        (torch.ops.ifa.native_encode, inputs, ("hedgehog",), ("ages", "decay")),
-        (torch.ops.ifa.native_encode, inputs | {"weights": None, "ages": None}, ("elu",), ("decay",)),
-        (torch.ops.ifa.native_attend, asking, ("elu", EPS), ()),
+        (torch.ops.ifa.encode, inputs, ("hedgehog", "native"), ("ages", "decay")),
+        (torch.ops.ifa.encode, inputs | {"weights": None, "ages": None}, ("elu", "native"), ("decay",)),
+        (torch.ops.ifa.attend, asking, ("elu", EPS, "native"), ()),
         (
-            torch.ops.ifa.native_match,
+            torch.ops.ifa.match,
             match_inputs([4, 0, 6], [3, 1, 5], torch.float32),
-            (),
+            ("native",),
             ("ages", "decay"),
         ),
     ]:
@@ -209,17 +208,17 @@ def test_opcheck_of_the_backward_operators():
     inputs = encode_inputs([5, 0, 3], torch.float32)
     upstream = ops.encode(*inputs.values(), "elu", "native")
     torch.library.opcheck(
-        torch.ops.ifa.native_encode_backward.default, (*upstream, *inputs.values(), "elu")
+        torch.ops.ifa.encode_backward.default, (*upstream, *inputs.values(), "elu", "native")
     )
     asking = attend_inputs([2, 3, 0], "elu", torch.float32)
     upstream = ops.attend(*asking.values(), "elu", EPS, "native")
     torch.library.opcheck(
-        torch.ops.ifa.native_attend_backward.default, (*upstream, *asking.values(), "elu", EPS)
+        torch.ops.ifa.attend_backward.default, (*upstream, *asking.values(), "elu", EPS, "native")
     )
     inputs = match_inputs([4, 0, 6], [3, 1, 5], torch.float32)
-    upstream = torch.ops.ifa.native_match(*inputs.values())
+    upstream = torch.ops.ifa.match(*inputs.values(), "native")
     arguments = (*upstream, *(inputs[name] for name in ("history", "weights", "ages", "decay")))
-    torch.library.opcheck(torch.ops.ifa.native_match_backward.default, arguments)
+    torch.library.opcheck(torch.ops.ifa.match_backward.default, (*arguments, "native"))
 
 
 def test_inputs_of_any_layout():
@@ -251,26 +250,79 @@ def test_auto_takes_native_where_it_serves_and_torch_elsewhere():
 
 
 def test_without_kernels_torch_serves_and_it_is_said_once(monkeypatch, capsys):
-    from ifa_torchrec.commands import backends
+    from ifa_torchrec.commands import backends as command
 
     monkeypatch.setattr(native, "LIBRARY", None)
     monkeypatch.setattr(native, "STATUS", "not built: a reason")
-    ops._say_once.cache_clear()
+    backends.warn_once.cache_clear()
     inputs = encode_inputs([5, 3], torch.float32)
     with pytest.warns(UserWarning, match="not built: a reason") as warned:
         for _ in range(2):
             actual = ops.encode(*inputs.values(), "elu")
     assert len(warned) == 1
     torch.testing.assert_close(actual, ops.encode(*inputs.values(), "elu", "torch"))
-    backends.main()
+    command.main()
     assert "not available: not built: a reason" in capsys.readouterr().out
 
 
 def test_the_command_says_what_there_is(capsys):
-    from ifa_torchrec.commands import backends
+    from ifa_torchrec.commands import backends as command
 
-    backends.main()
+    command.main()
     assert f"available: {native.STATUS}" in capsys.readouterr().out
+
+
+class All(torch.nn.Module):
+    """Every operator, by "auto"."""
+
+    def forward(self, history, asking, matching):
+        key_value, key_sum = ops.encode(*history, "elu")
+        out, _ = ops.attend(*asking, key_value, key_sum, "elu", EPS)
+        return key_value, key_sum, out, *ops.match(*matching)
+
+
+@pytest.mark.parametrize("here", [True, False], ids=["with kernels", "without"])
+def test_an_exported_graph_takes_the_kernels_of_where_it_runs(here, monkeypatch):
+    inputs = encode_inputs([50, 0, 3], torch.float32)
+    asking = attend_inputs([2, 5, 1], "elu", torch.float32)
+    asking = tuple(asking[name] for name in ("candidates", "offsets", "query_weight"))
+    matching = tuple(match_inputs([50, 0, 3], [2, 5, 1], torch.float32).values())
+    given = (tuple(inputs.values()), asking, matching)
+    library = native.LIBRARY
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "LIBRARY", library if here else None)
+        saved = io.BytesIO()
+        torch.export.save(torch.export.export(All(), given, strict=False), saved)
+        saved.seek(0)
+    monkeypatch.setattr(native, "LIBRARY", None if here else library)
+    found = torch.export.load(saved).module()(*given)
+    taken = "torch" if here else "native"
+    state = ops.encode(*inputs.values(), "elu", taken)
+    out, _ = ops.attend(*asking, *state, "elu", EPS, taken)
+    expected = [*state, out, *ops.match(*matching, taken)]
+    for actual, wanted in zip(found, expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def test_ifa_kernels_takes_a_lower_set_or_none_and_says_what_cannot_be(monkeypatch):
+    for name in NATIVE:
+        monkeypatch.setenv("IFA_KERNELS", name)
+        library, status = native.load()
+        assert library is not None and status == name
+    monkeypatch.setenv("IFA_KERNELS", "none")
+    assert native.load() == (None, "turned off by IFA_KERNELS=none")
+    monkeypatch.setenv("IFA_KERNELS", "sse")
+    with pytest.raises(UserError, match=r"must be one of plain, avx2, .* or none, got 'sse'"):
+        native.load()
+    monkeypatch.setenv("IFA_KERNELS", "avx512")
+    monkeypatch.setattr(native, "built", lambda: (native.LIBRARY, "avx2"))
+    with pytest.raises(UserError, match="this processor has plain, avx2; take one of these or none"):
+        native.load()
+    monkeypatch.setattr(native, "built", lambda: (None, "not built: a reason"))
+    with pytest.raises(UserError, match="IFA_KERNELS=avx512: the kernels are not built: a reason"):
+        native.load()
+    monkeypatch.delenv("IFA_KERNELS")
+    assert native.load() == (None, "not built: a reason")
 
 
 # --------------------------------------------------------------------------------------- sanitizers
@@ -279,8 +331,7 @@ def test_the_command_says_what_there_is(capsys):
 def under_sanitizers(path: str) -> None:
     """Every kernel of every instruction set, on every shape; the process dies at the first error."""
     native.LIBRARY = ctypes.CDLL(path)
-    for native.STATUS in USABLE:
-        native._kernel.cache_clear()
+    for native.STATUS in NATIVE:
         for history, candidates in SHAPES.values():
             for feature_map in FEATURE_MAPS:
                 for sizes in [(32, 2, 16), (7, 3, 5)]:

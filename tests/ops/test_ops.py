@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from ifa_torchrec import ops
-from ifa_torchrec.ops import native, reference
-from ifa_torchrec.ops.torch_backend import _LONGEST_CHUNK, TILE
+from ifa_torchrec.ops.kernels import native, reference
+from ifa_torchrec.ops.kernels.torch import LONGEST_CHUNK, TILE
 
 D, H, WIDTH = 6, 3, 4
 DECAY = [0.0, 0.5, 3.0]
@@ -30,8 +30,8 @@ SHAPES = {
     "empty candidate sets": ([4, 2, 5], [0, 3, 0]),
     "odd lengths": ([7, 0, 13, 1, 29], [3, 5, 0, 11, 1]),
     "around a chunk and a tile": (
-        [_LONGEST_CHUNK, TILE + 1, 3, _LONGEST_CHUNK + 1],
-        [_LONGEST_CHUNK - 1, 2, TILE + 1, 0],
+        [LONGEST_CHUNK, TILE + 1, 3, LONGEST_CHUNK + 1],
+        [LONGEST_CHUNK - 1, 2, TILE + 1, 0],
     ),
 }
 
@@ -437,42 +437,44 @@ def opcheck(op, inputs: dict, *extra) -> None:
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 def test_opcheck_encode_and_attend(feature_map):
     inputs = encode_inputs([5, 0, 3])
-    del inputs["value_weight"]  # the operator gives the state before its values are projected
-    opcheck(torch.ops.ifa.encode.default, inputs, feature_map)
+    opcheck(torch.ops.ifa.encode.default, inputs, feature_map, "torch")
     asking = attend_inputs([2, 3, 0], feature_map)
-    opcheck(torch.ops.ifa.attend.default, asking, feature_map, EPS)
+    opcheck(torch.ops.ifa.attend.default, asking, feature_map, EPS, "torch")
 
 
 def test_opcheck_encode_unweighted():
     inputs = encode_inputs([5, 0, 3], weighted=False)
-    del inputs["value_weight"]
-    opcheck(torch.ops.ifa.encode.default, inputs, "elu")
+    opcheck(torch.ops.ifa.encode.default, inputs, "elu", "torch")
 
 
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
 def test_opcheck_match(weighted):
-    opcheck(torch.ops.ifa.match.default, match_inputs([4, 0, 6], [3, 1, 5], weighted=weighted))
+    inputs = match_inputs([4, 0, 6], [3, 1, 5], weighted=weighted)
+    opcheck(torch.ops.ifa.match.default, inputs, "torch")
 
 
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
 def test_opcheck_backward_operators(weighted):
     # these have no gradient of their own, so none of their inputs requires one
     inputs = encode_inputs([5, 0, 3], weighted=weighted)
-    del inputs["value_weight"]
-    upstream = [torch.randn_like(x) for x in torch.ops.ifa.encode(*inputs.values(), "hedgehog")]
+    upstream = [torch.randn_like(x) for x in torch.ops.ifa.encode(*inputs.values(), "hedgehog", "torch")]
     torch.library.opcheck(
-        torch.ops.ifa.encode_backward.default, (*upstream, *inputs.values(), "hedgehog")
+        torch.ops.ifa.encode_backward.default, (*upstream, *inputs.values(), "hedgehog", "torch")
     )
     inputs = match_inputs([4, 0, 6], [3, 1, 5], weighted=weighted)
-    upstream = [torch.randn_like(x) for x in torch.ops.ifa.match(*inputs.values())]
-    torch.library.opcheck(torch.ops.ifa.match_backward.default, (*upstream, *inputs.values()))
+    *sums, first, candidate = torch.ops.ifa.match(*inputs.values(), "torch")
+    events = [inputs[name] for name in ("history", "weights", "ages", "decay")]
+    arguments = (*(torch.randn_like(x) for x in sums), first, candidate, *events, "torch")
+    torch.library.opcheck(torch.ops.ifa.match_backward.default, arguments)
 
 
 def test_opcheck_attend_backward():
     inputs = attend_inputs([2, 3, 0], "hedgehog")
-    upstream = [torch.randn_like(x) for x in torch.ops.ifa.attend(*inputs.values(), "hedgehog", EPS)]
+    upstream = [
+        torch.randn_like(x) for x in torch.ops.ifa.attend(*inputs.values(), "hedgehog", EPS, "torch")
+    ]
     torch.library.opcheck(
-        torch.ops.ifa.attend_backward.default, (*upstream, *inputs.values(), "hedgehog", EPS)
+        torch.ops.ifa.attend_backward.default, (*upstream, *inputs.values(), "hedgehog", EPS, "torch")
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ifa_torchrec.ops.arguments import AttendArguments, EncodeArguments, MatchArguments
 from ifa_torchrec.ops.feature_maps import FEATURE_MAPS
 from ifa_torchrec.ops.jagged import request_of_row
 
@@ -48,14 +49,15 @@ def quadratic(
         event_weight: [n, H], w_hi.
 
     Returns:
-        out [m, H, d]; the normaliser phi(q)^T z [m, H]; and the weights A [m, n, H] with
+        out [m, H, d]; the normalizer phi(q)^T z [m, H]; and the weights A [m, n, H] with
         out_hc = sum_i A_ci,h v_hi.
 
     Example:
         >>> import torch
         >>> from ifa_torchrec.ops import reference
         >>> c, x, w = torch.randn(3, 8), torch.randn(5, 8), torch.randn(2, 4, 8)
-        >>> out, matched, attention = reference.quadratic(c, x, w, w, w, torch.ones(5, 2), "elu", 1e-6)
+        >>> ones = torch.ones(5, 2)
+        >>> out, total, attention = reference.quadratic(c, x, w, w, w, ones, "elu", 1e-6)
         >>> out.shape, attention.shape
         (torch.Size([3, 2, 4]), torch.Size([3, 5, 2]))
     """
@@ -63,9 +65,9 @@ def quadratic(
     key = features(history, key_weight, feature_map)
     value = torch.einsum("nD,hdD->nhd", history, value_weight)
     score = torch.einsum("mhf,nhf->mnh", query, key) * event_weight
-    matched = score.sum(1)
-    attention = score / (matched[:, None] + eps)
-    return torch.einsum("mnh,nhd->mhd", attention, value), matched, attention
+    normalizer = score.sum(1)
+    attention = score / (normalizer[:, None] + eps)
+    return torch.einsum("mnh,nhd->mhd", attention, value), normalizer, attention
 
 
 def _floats(dtype: torch.dtype, *tensors: torch.Tensor | None) -> list[Any]:
@@ -74,20 +76,10 @@ def _floats(dtype: torch.dtype, *tensors: torch.Tensor | None) -> list[Any]:
     return [None if x is None else x.to(dtype) for x in tensors]
 
 
-def encode(
-    history: torch.Tensor,
-    offsets: torch.Tensor,
-    key_weight: torch.Tensor,
-    value_weight: torch.Tensor,
-    weights: torch.Tensor | None,
-    ages: torch.Tensor | None,
-    decay: torch.Tensor,
-    feature_map: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(given: EncodeArguments) -> tuple[torch.Tensor, torch.Tensor]:
     """The linear form's user state: key_value [B, H, d_phi, d] and key_sum [B, H, d_phi]."""
-    history, key_weight, value_weight, weights, ages, decay = _floats(
-        history.dtype, history, key_weight, value_weight, weights, ages, decay
-    )
+    history, offsets, *others, feature_map = given
+    history, key_weight, value_weight, weights, ages, decay = _floats(history.dtype, history, *others)
     key = features(history, key_weight, feature_map)
     key = key * event_weights(weights, ages, decay, history)[..., None]
     value = torch.einsum("nD,hdD->nhd", history, value_weight)
@@ -100,43 +92,26 @@ def encode(
     return torch.stack(key_value), torch.stack([key[s].sum(0) for s in spans])
 
 
-def attend(
-    candidates: torch.Tensor,
-    offsets: torch.Tensor,
-    query_weight: torch.Tensor,
-    key_value: torch.Tensor,
-    key_sum: torch.Tensor,
-    feature_map: str,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The linear form's read-out: out [M, H, d] and the normaliser phi(q)^T z [M, H]."""
-    candidates, query_weight, key_value, key_sum = _floats(
-        key_value.dtype, candidates, query_weight, key_value, key_sum
-    )
+def attend(given: AttendArguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """The linear form's read-out: out [M, H, d] and the normalizer phi(q)^T z [M, H]."""
+    candidates, offsets, *others, feature_map, eps = given
+    candidates, query_weight, key_value, key_sum = _floats(given.key_value.dtype, candidates, *others)
     query = features(candidates, query_weight, feature_map)
     request = request_of_row(offsets, candidates.shape[0])
-    matched = torch.einsum("mhf,mhf->mh", query, key_sum[request])
+    normalizer = torch.einsum("mhf,mhf->mh", query, key_sum[request])
     numerator = torch.einsum("mhf,mhfd->mhd", query, key_value[request])
-    return numerator / (matched[..., None] + eps), matched
+    return numerator / (normalizer[..., None] + eps), normalizer
 
 
-def match(
-    candidate_buckets: torch.Tensor,
-    candidate_offsets: torch.Tensor,
-    history: torch.Tensor,
-    history_buckets: torch.Tensor,
-    history_offsets: torch.Tensor,
-    weights: torch.Tensor | None,
-    ages: torch.Tensor | None,
-    decay: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def match(given: MatchArguments) -> tuple[torch.Tensor, torch.Tensor]:
     """An identity feature's heads, one for each decay rate, a candidate at a time.
 
     Returns:
         token_sum [M, L, D] and weight_sum [M, L], the sums of w_li x_i and of w_li over the
         events of the candidate's request whose bucket is the candidate's.
     """
-    history, weights, ages, decay = _floats(history.dtype, history, weights, ages, decay)
+    candidate_buckets, candidate_offsets, history, history_buckets, history_offsets, *others = given
+    history, weights, ages, decay = _floats(history.dtype, history, *others)
     weight = event_weights(weights, ages, decay, history)
     lengths = history_offsets.diff().tolist()
     events = (x.split(lengths) for x in (history, weight, history_buckets))

@@ -38,13 +38,13 @@ static inline const float* event_token(int D, const void* history, int is_bf16, 
 static void join(const int64_t* buckets, const int64_t* offsets, const int64_t* event_buckets,
                  const int64_t* event_offsets, int64_t B, int64_t* candidate_first,
                  int64_t* event_candidate, int threads) {
-  int64_t largest = 0;
-  for (int64_t b = 0; b < B; ++b) largest = larger(largest, offsets[b + 1] - offsets[b]);
-  int most_bits = 2;
-  while ((int64_t(1) << most_bits) < 4 * largest) ++most_bits;
+  int64_t max_candidates = 0;
+  for (int64_t b = 0; b < B; ++b) max_candidates = max(max_candidates, offsets[b + 1] - offsets[b]);
+  int max_bits = 2;
+  while ((int64_t(1) << max_bits) < 4 * max_candidates) ++max_bits;
 #pragma omp parallel num_threads(threads)
   {
-    int64_t* row_of = static_cast<int64_t*>(malloc(sizeof(int64_t) << most_bits));
+    int64_t* row_of = static_cast<int64_t*>(malloc(sizeof(int64_t) << max_bits));
     if (!row_of) abort();
 #pragma omp for schedule(dynamic, 8)
     for (int64_t b = 0; b < B; ++b) {
@@ -78,8 +78,7 @@ IFA_KERNEL(match)
   join(buckets, offsets, event_buckets, event_offsets, B, candidate_first, event_candidate, threads);
 #pragma omp parallel num_threads(threads)
   {
-    Arena arena(Arena::size(D) + Arena::size(L));
-    float *scratch = arena.floats(D), *w = arena.floats(L);
+    Floats scratch(D), w(L);
 #pragma omp for schedule(dynamic, 8)
     for (int64_t task = 0; task < B * PARTS; ++task) {
       // the parts of one request share out its candidates; each sums in the order of the events
@@ -128,9 +127,7 @@ IFA_KERNEL(match_backward)
   }
 #pragma omp parallel num_threads(threads)
   {
-    Arena arena(Arena::size(D) * 2 + Arena::size(L) * 2);
-    float *scratch = arena.floats(D), *grad_x = arena.floats(D);
-    float *w = arena.floats(L), *decayed = arena.floats(L);
+    Floats scratch(D), grad_x(D), w(L), decayed(L);
 #pragma omp for schedule(static)
     for (int64_t event = 0; event < N; ++event) {
       const int64_t row = event_candidate[event];

@@ -1,33 +1,38 @@
-"""The `native` backend: C++ kernels, one pass over the rows, as custom operators.
+"""The `native` backend: C++ kernels on CPU, one pass over the rows.
 
 The kernels (csrc/) know nothing of Python or PyTorch: they are built with the package by any C++
-compiler, once for each instruction set, and the best that the processor has is taken at run time.
-Float32, and bfloat16 inputs with float32 sums; on CPU. What they do not serve is the `torch`
-backend's. Sums are of blocks of rows, in an order that does not depend on the number of threads:
-results are the same to the bit at every run, and a million events' sum is off by less than 1e-6 of
-the largest. Where the processor multiplies bfloat16, phi and the key's weight are rounded to it in
-encode's forward of bfloat16 tokens: states are off by up to 1 %.
+compiler, once for each instruction set, and the best that the processor has is taken when they are
+loaded, or the lower one, or none, that the environment variable IFA_KERNELS names. Float32, and
+bfloat16 inputs with float32 sums. What they do not serve is the `torch` backend's. Sums are of blocks
+of rows, in an order that does not depend on the number of threads: results are the same to the bit at
+every run, and a million events' sum is off by less than 1e-6 of the largest. Where the processor
+multiplies bfloat16, phi and the key's weight are rounded to it in encode's forward of bfloat16 tokens:
+states are off by up to 1 %.
 
-Operators (shapes static given the inputs', as the `torch` backend's):
-
-    ifa::native_encode  history, offsets, Wk, Wv, ... -> S [B, H, d_phi, d], z [B, H, d_phi]
-    ifa::native_attend  candidates, offsets, Wq, S, z -> out [M, H, d], matched [M, H]
-    ifa::native_match   candidates' and events' buckets, ... -> token_sum [M, L, D],
-                        weight_sum [M, L]; candidate_first [M], event_candidate [N]: the join
+They are called by ctypes: a TORCH_LIBRARY, on the stable ABI too, is compiled against PyTorch's headers,
+so that the package could be built only where the torch of that build is installed already. A server in
+C++ links the same ``extern "C"`` functions, whose arguments ``_SIGNATURES`` lists.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 from ctypes import c_float, c_int, c_int64, c_void_p
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ifa_torchrec.ops import torch_backend
+from ifa_torchrec.errors import ConfigError
+from ifa_torchrec.ops.arguments import (
+    AttendArguments,
+    EncodeArguments,
+    JoinedArguments,
+    MatchArguments,
+)
 from ifa_torchrec.ops.checks import check_offsets
 from ifa_torchrec.ops.feature_maps import FEATURE_MAPS
 
@@ -45,8 +50,42 @@ _SIGNATURES = {
 """The arguments of csrc/'s kernels: pointers, int64, int, float."""
 
 
-def _load() -> tuple[ctypes.CDLL | None, str]:
-    spec = importlib.util.find_spec("ifa_torchrec.ops.native._kernels")
+INSTRUCTION_SETS = ("plain", "avx2", "avx512", "avx512_bf16")
+"""From the lowest; a processor that has one has those before it."""
+
+
+def load() -> tuple[ctypes.CDLL | None, str]:
+    """The kernels, by the processor and IFA_KERNELS.
+
+    Returns:
+        The library, None where there is none; and the instruction set in use, or why there is none.
+
+    Raises:
+        ConfigError: IFA_KERNELS is no instruction set, or not one that can be had here.
+    """
+    wanted = os.environ.get("IFA_KERNELS", "")
+    if wanted not in ("", "none", *INSTRUCTION_SETS):
+        raise ConfigError(
+            f"IFA_KERNELS must be one of {', '.join(INSTRUCTION_SETS)} or none, got {wanted!r}"
+        )
+    if wanted == "none":
+        return None, "turned off by IFA_KERNELS=none"
+    library, status = built()
+    if not wanted:
+        return library, status
+    if library is None:
+        raise ConfigError(f"IFA_KERNELS={wanted}: the kernels are {status}")
+    usable = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(status) + 1]
+    if wanted not in usable:
+        raise ConfigError(
+            f"IFA_KERNELS={wanted}: this processor has {', '.join(usable)}; take one of these or none"
+        )
+    return library, wanted
+
+
+def built() -> tuple[ctypes.CDLL | None, str]:
+    """The library and the best instruction set, or why there is none."""
+    spec = importlib.util.find_spec("ifa_torchrec.ops.kernels._native")
     if spec is None or spec.origin is None:
         return None, "not built: no C++ compiler with OpenMP was found when the package was installed"
     try:
@@ -57,8 +96,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     return library, library.ifa_instruction_set().decode()
 
 
-LIBRARY, STATUS = _load()
-"""The kernels, None where there are none; and their instruction set, or why there are none."""
+LIBRARY, STATUS = load()
+"""What ``load`` found when this was imported."""
 
 
 def serves(tokens: Tensor, state: Tensor | None = None) -> bool:
@@ -69,8 +108,8 @@ def serves(tokens: Tensor, state: Tensor | None = None) -> bool:
 
 
 @cache
-def _kernel(name: str) -> Any:
-    kernel = getattr(LIBRARY, f"ifa_{name}_{STATUS}")
+def _kernel(name: str, instruction_set: str) -> Any:
+    kernel = getattr(LIBRARY, f"ifa_{name}_{instruction_set}")
     kernel.argtypes = [_TYPES[kind] for kind in _SIGNATURES[name].replace(" ", "")]
     kernel.restype = None
     return kernel
@@ -79,7 +118,7 @@ def _kernel(name: str) -> Any:
 def _call(name: str, *arguments: Any) -> None:
     """Tensors become pointers, kept alive by ``arguments``; the number of threads is added."""
     given = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
-    _kernel(name)(*given, torch.get_num_threads())
+    _kernel(name, STATUS)(*given, torch.get_num_threads())
 
 
 # The operators can be called past ops.encode and its like, from an exported graph for one. What the
@@ -130,17 +169,9 @@ def _sizes(tokens: Tensor, weight: Tensor, feature_map: str) -> tuple[int, int, 
 # ------------------------------------------------------------------------------------- encode
 
 
-@torch.library.custom_op("ifa::native_encode", mutates_args=())
-def encode_op(
-    history: Tensor,
-    offsets: Tensor,
-    key_weight: Tensor,
-    value_weight: Tensor,
-    weights: Tensor | None,
-    ages: Tensor | None,
-    decay: Tensor,
-    feature_map: str,
-) -> tuple[Tensor, Tensor]:
+def encode(given: EncodeArguments) -> tuple[Tensor, Tensor]:
+    """See ``ifa_torchrec.ops.encode``."""
+    history, offsets, key_weight, value_weight, weights, ages, decay, feature_map = given
     rows, heads, width, dim = len(history), *key_weight.shape
     bounds, requests = _offsets(offsets, rows)
     features = width * FEATURE_MAPS[feature_map].expansion
@@ -156,42 +187,17 @@ def encode_op(
     return key_value, key_sum
 
 
-@encode_op.register_fake
-def _(
-    history: Tensor,
-    offsets: Tensor,
-    key_weight: Tensor,
-    value_weight: Tensor,
-    weights: Tensor | None,
-    ages: Tensor | None,
-    decay: Tensor,
-    feature_map: str,
-) -> tuple[Tensor, Tensor]:
-    heads, width, _ = key_weight.shape
-    shape = (offsets.shape[0] - 1, heads, width * FEATURE_MAPS[feature_map].expansion)
-    float32 = torch.float32
-    return history.new_empty(*shape, width, dtype=float32), history.new_empty(shape, dtype=float32)
-
-
-@torch.library.custom_op("ifa::native_encode_backward", mutates_args=())
-def encode_backward_op(
-    grad_key_value: Tensor,
-    grad_key_sum: Tensor,
-    history: Tensor,
-    offsets: Tensor,
-    key_weight: Tensor,
-    value_weight: Tensor,
-    weights: Tensor | None,
-    ages: Tensor | None,
-    decay: Tensor,
-    feature_map: str,
+def encode_backward(
+    grad_key_value: Tensor, grad_key_sum: Tensor, given: EncodeArguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of history, key_weight, value_weight and weights."""
+    history, offsets, key_weight, value_weight, weights, ages, decay, feature_map = given
     rows, heads, width, dim = len(history), *key_weight.shape
     bounds, requests = _offsets(offsets, rows)
     features = width * FEATURE_MAPS[feature_map].expansion
     grad_history = _empty(*history.shape, dtype=history.dtype)
     grad_key, grad_value = _empty(heads, width, dim), _empty(heads, width, dim)
-    grad_weights = _empty(0 if weights is None else rows)
+    grad_weights = _empty(0 if weights is None else rows)  # of no size: a null pointer
     _call(
         "encode_backward",
         _given(grad_key_value, requests, heads, features, width),
@@ -200,7 +206,7 @@ def encode_backward_op(
         *(_given(key_weight, heads, width, dim), _given(value_weight, heads, width, dim)),
         *(_given(weights, rows), _given(ages, rows), _given(decay, heads)),
         *_sizes(history, key_weight, feature_map),
-        *(grad_history, grad_key, grad_value, None if weights is None else grad_weights),
+        *(grad_history, grad_key, grad_value, grad_weights),
     )
     return (
         grad_history,
@@ -210,78 +216,31 @@ def encode_backward_op(
     )
 
 
-@encode_backward_op.register_fake
-def _(
-    grad_key_value: Tensor,
-    grad_key_sum: Tensor,
-    history: Tensor,
-    offsets: Tensor,
-    key_weight: Tensor,
-    value_weight: Tensor,
-    weights: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    grad_weights = history.new_empty(0, dtype=torch.float32) if weights is None else weights
-    return torch_backend.like(history, key_weight, value_weight, grad_weights)
-
-
-def _encode_autograd(
-    ctx: Any, grad_key_value: Tensor, grad_key_sum: Tensor
-) -> tuple[Tensor | None, ...]:
-    grad_history, grad_key, grad_value, grad_weights = torch.ops.ifa.native_encode_backward(
-        grad_key_value, grad_key_sum, *ctx.saved_tensors, ctx.feature_map
-    )
-    if ctx.saved_tensors[4] is None:
-        grad_weights = None
-    return grad_history, None, grad_key, grad_value, grad_weights, None, None, None
-
-
-encode_op.register_autograd(_encode_autograd, setup_context=torch_backend.encode_setup)
-
-
-encode = torch.ops.ifa.native_encode
-"""See ``ifa_torchrec.ops.encode``."""
-
-
 # ------------------------------------------------------------------------------------- attend
 
 
-@torch.library.custom_op("ifa::native_attend", mutates_args=())
-def attend_op(
-    candidates: Tensor,
-    offsets: Tensor,
-    query_weight: Tensor,
-    key_value: Tensor,
-    key_sum: Tensor,
-    feature_map: str,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def attend(given: AttendArguments) -> tuple[Tensor, Tensor]:
+    """See ``ifa_torchrec.ops.attend``."""
+    candidates, offsets, query_weight, key_value, key_sum, feature_map, eps = given
     rows, heads, width, dim = len(candidates), *query_weight.shape
     bounds, requests = _offsets(offsets, rows)
     features = width * FEATURE_MAPS[feature_map].expansion
-    out, matched = _empty(rows, heads, width), _empty(rows, heads)
+    out, normalizer = _empty(rows, heads, width), _empty(rows, heads)
     _call(
         "attend",
         *(*_tokens(candidates), bounds, requests, _given(query_weight, heads, width, dim)),
         _given(key_value, requests, heads, features, width),
         _given(key_sum, requests, heads, features),
-        *(*_sizes(candidates, query_weight, feature_map), eps, out, matched),
+        *(*_sizes(candidates, query_weight, feature_map), eps, out, normalizer),
     )
-    return out, matched
+    return out, normalizer
 
 
-@torch.library.custom_op("ifa::native_attend_backward", mutates_args=())
-def attend_backward_op(
-    grad_out: Tensor,
-    grad_matched: Tensor,
-    candidates: Tensor,
-    offsets: Tensor,
-    query_weight: Tensor,
-    key_value: Tensor,
-    key_sum: Tensor,
-    feature_map: str,
-    eps: float,
+def attend_backward(
+    grad_out: Tensor, grad_normalizer: Tensor, given: AttendArguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of candidates, query_weight, key_value and key_sum."""
+    candidates, offsets, query_weight, key_value, key_sum, feature_map, eps = given
     rows, heads, width, dim = len(candidates), *query_weight.shape
     bounds, requests = _offsets(offsets, rows)
     features = width * FEATURE_MAPS[feature_map].expansion
@@ -291,7 +250,7 @@ def attend_backward_op(
     grad_key_sum = _empty(requests, heads, features)
     _call(
         "attend_backward",
-        *(_given(grad_out, rows, heads, width), _given(grad_matched, rows, heads)),
+        *(_given(grad_out, rows, heads, width), _given(grad_normalizer, rows, heads)),
         *(*_tokens(candidates), bounds, requests, _given(query_weight, heads, width, dim)),
         _given(key_value, requests, heads, features, width),
         _given(key_sum, requests, heads, features),
@@ -306,30 +265,13 @@ def attend_backward_op(
     )
 
 
-attend_op.register_fake(torch_backend.attend_fake)
-attend_backward_op.register_fake(torch_backend.attend_backward_fake)
-attend_op.register_autograd(
-    partial(torch_backend.attend_autograd, torch.ops.ifa.native_attend_backward),
-    setup_context=torch_backend.attend_setup,
-)
-attend = torch.ops.ifa.native_attend
-"""See ``ifa_torchrec.ops.attend``."""
-
-
 # -------------------------------------------------------------------------------------- match
 
 
-@torch.library.custom_op("ifa::native_match", mutates_args=())
-def match_op(
-    candidate_buckets: Tensor,
-    candidate_offsets: Tensor,
-    history: Tensor,
-    history_buckets: Tensor,
-    history_offsets: Tensor,
-    weights: Tensor | None,
-    ages: Tensor | None,
-    decay: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def match(given: MatchArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ``ifa_torchrec.ops.match``; and the join, candidate_first [M] and event_candidate [N]."""
+    candidate_buckets, candidate_offsets, history, history_buckets, history_offsets = given[:5]
+    weights, ages, decay = given[5:]
     rates, candidates, (events, dim) = len(decay), len(candidate_buckets), history.shape
     int64 = torch.int64
     offsets, requests = _offsets(candidate_offsets, candidates)
@@ -347,38 +289,17 @@ def match_op(
     return token_sum, weight_sum, candidate_first, event_candidate
 
 
-@match_op.register_fake
-def _(
-    candidate_buckets: Tensor,
-    candidate_offsets: Tensor,
-    history: Tensor,
-    history_buckets: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sums = torch_backend.match_fake(
-        candidate_buckets, candidate_offsets, history, history_buckets, *rest
-    )
-    first = candidate_buckets.new_empty(candidate_buckets.shape, dtype=torch.int64)
-    return *sums, first, history_buckets.new_empty(history_buckets.shape, dtype=torch.int64)
-
-
-@torch.library.custom_op("ifa::native_match_backward", mutates_args=())
-def match_backward_op(
-    grad_token: Tensor,
-    grad_weight: Tensor,
-    candidate_first: Tensor,
-    event_candidate: Tensor,
-    history: Tensor,
-    weights: Tensor | None,
-    ages: Tensor | None,
-    decay: Tensor,
+def match_backward(
+    grad_token: Tensor, grad_weight: Tensor, given: JoinedArguments
 ) -> tuple[Tensor, Tensor]:
+    """The gradients of history and weights."""
+    candidate_first, event_candidate, history, weights, ages, decay = given
     rates, candidates, (events, dim) = len(decay), len(candidate_first), history.shape
     for joined, least in ((candidate_first, 0), (event_candidate, -1)):
         if len(joined) and not least <= joined.min() <= joined.max() < candidates:
             raise ValueError(f"the join must be of rows from {least} to {candidates - 1}, got {joined}")
     grad_history = _empty(*history.shape, dtype=history.dtype)
-    grad_weights = _empty(0 if weights is None else events)
+    grad_weights = _empty(0 if weights is None else events)  # of no size: a null pointer
     _call(
         "match_backward",
         # copies, since the kernel adds up in place
@@ -387,45 +308,6 @@ def match_backward_op(
         _given(candidate_first, candidates, dtype=torch.int64),
         *(_given(event_candidate, events, dtype=torch.int64), *_tokens(history)),
         *(_given(weights, events), _given(ages, events), _given(decay, rates)),
-        *(dim, rates, grad_history, None if weights is None else grad_weights),
+        *(dim, rates, grad_history, grad_weights),
     )
     return grad_history, grad_weights if weights is None else grad_weights.to(weights.dtype)
-
-
-@match_backward_op.register_fake
-def _(
-    grad_token: Tensor,
-    grad_weight: Tensor,
-    candidate_first: Tensor,
-    event_candidate: Tensor,
-    history: Tensor,
-    weights: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    grad_weights = history.new_empty(0, dtype=torch.float32) if weights is None else weights
-    return torch_backend.like(history, grad_weights)
-
-
-def _match_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _, _, history, _, _, weights, ages, decay = inputs
-    ctx.save_for_backward(*output[2:], history, weights, ages, decay)
-
-
-def _match_autograd(
-    ctx: Any, grad_token: Tensor, grad_weight: Tensor, *_: Any
-) -> tuple[Tensor | None, ...]:
-    grad_history, grad_weights = torch.ops.ifa.native_match_backward(
-        grad_token, grad_weight, *ctx.saved_tensors
-    )
-    if ctx.saved_tensors[3] is None:
-        grad_weights = None
-    return None, None, grad_history, None, None, grad_weights, None, None
-
-
-match_op.register_autograd(_match_autograd, setup_context=_match_setup)
-
-
-def match(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """See ``ifa_torchrec.ops.match``."""
-    token_sum, weight_sum, *_ = torch.ops.ifa.native_match(*arguments)
-    return token_sum, weight_sum
