@@ -1,4 +1,4 @@
-"""From an event log to RankingBatches, under a budget of events."""
+"""The requests of an event log as RankingBatches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data.event_log import EventLog
 from ifa_torchrec.data.sampler import EMPTY_REQUEST
-from ifa_torchrec.data.schema import CANDIDATES, EXPOSED, TIME, USER, Columns
+from ifa_torchrec.data.schema import CANDIDATES, EXPOSED, OFFSETS, TIME, USER, Columns
 from ifa_torchrec.errors import ConfigError
 
 HISTORY, CANDIDATE = "history_", "candidate_"
@@ -86,7 +86,7 @@ class RankingDataset(Dataset[RankingBatch]):
         none |= {CANDIDATES: np.empty(0, np.int64), EXPOSED: np.empty(0, bool)}
         none |= {name: np.zeros(len(users), np.int64) for name in schema.context_features}
         none |= {name: np.zeros(len(users), np.float32) for name in schema.dense_features}
-        none["candidate_offsets"] = np.zeros(len(users) + 1, np.int64)
+        none[OFFSETS] = np.zeros(len(users) + 1, np.int64)
         dataset = cls.__new__(cls)
         dataset._open(log, {USER: users, TIME: times, **none}, None)
         if since is not None:
@@ -155,7 +155,7 @@ class RankingDataset(Dataset[RankingBatch]):
     def candidate_rows(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the requests' candidates in the split's flat candidate columns, and how many
         each request has."""
-        offsets = self.requests["candidate_offsets"]
+        offsets = self.requests[OFFSETS]
         index = np.asarray(indices, dtype=np.int64)
         return _ranges(offsets[index], offsets[index + 1])
 

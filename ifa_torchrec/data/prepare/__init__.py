@@ -1,6 +1,8 @@
 """``prepare``: an event log of any CSV, Parquet or Feather files that a schema describes."""
 
-from ifa_torchrec.data.prepare.preparation import hash_row, prepare
+from ifa_torchrec.data.prepare.ids import hash_row
+from ifa_torchrec.data.prepare.loading import load_schema
+from ifa_torchrec.data.prepare.preparation import prepare
 from ifa_torchrec.data.prepare.schema import (
     Events,
     Hashed,
@@ -9,7 +11,6 @@ from ifa_torchrec.data.prepare.schema import (
     PrepareSchema,
     Requests,
     Users,
-    load_schema,
 )
 
 __all__ = [
