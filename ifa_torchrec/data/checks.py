@@ -122,6 +122,13 @@ def check_items(table: pa.Table, schema: LogSchema) -> Columns:
     Raises:
         LogError: a column is missing, null, of another type or outside its table; or row i is not
             item i.
+
+    Example:
+        >>> import pyarrow as pa
+        >>> from ifa_torchrec.data import LogSchema
+        >>> from ifa_torchrec.data.checks import check_items
+        >>> check_items(pa.table({"item": [0, 1]}), LogSchema(item_features={"item": 2}))
+        {'item': array([0, 1])}
     """
     columns = {f: _ids(table, f, "items", rows) for f, rows in schema.item_features.items()}
     if not np.array_equal(columns[schema.item], np.arange(table.num_rows)):
@@ -135,6 +142,14 @@ def check_events(table: pa.Table, schema: LogSchema, num_items: int) -> Columns:
     Raises:
         LogError: a column is missing, null, of another type or outside its table; or the rows are not
             in the order of user and time.
+
+    Example:
+        >>> import pandas as pd, pyarrow as pa
+        >>> from ifa_torchrec.data import LogSchema
+        >>> from ifa_torchrec.data.checks import check_events
+        >>> events = pa.table({"user": [1], "time": [pd.Timestamp(10**9)], "item": [0]})
+        >>> check_events(events, LogSchema(item_features={"item": 2}), 2)["time"].tolist()
+        [1000000]
     """
     columns = {
         USER: _ids(table, USER, "events"),
@@ -159,6 +174,16 @@ def check_requests(table: pa.Table, schema: LogSchema, num_items: int, where: st
     Raises:
         LogError: there are none; a column is missing, null, of another type or outside its table; a
             candidate set is empty; the lists of a request differ in length; or a label is not 0 or 1.
+
+    Example:
+        >>> import pandas as pd, pyarrow as pa
+        >>> from ifa_torchrec.data import LogSchema
+        >>> from ifa_torchrec.data.checks import check_requests
+        >>> table = pa.table({"user": [1, 2], "time": [pd.Timestamp(0)] * 2, "candidates": [[0, 1], [1]],
+        ...                   "exposed": [[True, True], [True]], "label": [[0, 1], [1]]})
+        >>> columns = check_requests(table, LogSchema(item_features={"item": 2}), 2, "requests/train")
+        >>> columns["candidates"].tolist(), columns["candidate_offsets"].tolist()
+        ([0, 1, 1], [0, 2, 3])
     """
     if not len(table):
         raise LogError(f"{where}: there are no requests; leave the split out")

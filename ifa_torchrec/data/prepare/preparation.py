@@ -1,27 +1,4 @@
-"""Any log as an event log: CSV, Parquet or Feather files, described by a short schema.
-
-DuckDB (extra `data`) reads, sorts and writes, on disk where memory runs out. The rules:
-
-- Ids of any type become rows of a table, 0, 1, 2, ... in the order of the ids; of a feature, row 0 is
-  left for "unknown". LOG/codes/NAME.parquet has each id (as text) and its row, for who serves.
-  An id space that grows may be hashed instead, to a fixed number of rows: ``hash_row``.
-- Rows of the requests' file are candidates. Those of one user with the same `request` are one
-  request; or, without such a column, those that follow each other within `gap_seconds`. It is dated at
-  its first row, so nothing of the request is in its own history. Where rows disagree on a context or
-  dense column, the least value is taken.
-- A row that cannot be used is refused: counted and shown in LOG/report.json, with the reason.
-- A time without a zone is UTC.
-
-- A join that finds nothing is an error: requests of which no user has an event, a label that no
-  candidate gets, descriptions of users of whom there is none.
-
-The report's `positives_in_last_second` is the share of positives whose item the user's history holds
-within the second before the request. It should be next to nothing: more says that events are the
-positives themselves, written a moment before the request, and that the log leaks its labels. Where the
-events' clock is behind or in another zone, or they have dates alone, `positives_in_last_day` tells.
-Repeated purchases are no leak; they are as frequent in `positives_in_next_day`, from the request on.
-`warnings` has in words what somebody should look at.
-"""
+"""``prepare``, step by step; each step is a room of its own."""
 
 from __future__ import annotations
 

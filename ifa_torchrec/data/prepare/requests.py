@@ -89,6 +89,15 @@ def cut_splits(
 
     Raises:
         LogError: a start is no timestamp, a split is empty, or one is called "train".
+
+    Example:
+        >>> import duckdb
+        >>> from ifa_torchrec.data.prepare.requests import cut_splits
+        >>> sql = duckdb.connect()
+        >>> _ = sql.execute("CREATE TABLE requests AS SELECT r AS _number, "
+        ...                 "make_timestamp(r * 1000000) AS time FROM range(10) t(r)")
+        >>> cut_splits(sql, {"valid": 0.8, "test": "1970-01-01 00:00:09"})[0]
+        {'train': range(0, 8), 'valid': range(8, 9), 'test': range(9, 10)}
     """
     count = number(sql, "SELECT count(*) FROM requests")
     bounds, first_cut = [0], None

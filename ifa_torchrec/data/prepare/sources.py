@@ -69,7 +69,7 @@ class _Section:
 def read_sections(
     sql: DuckDBPyConnection, schema: PrepareSchema, max_refused: float
 ) -> dict[str, dict[str, Any]]:
-    """Read all sections of a schema: items, events, requests, label_0, label_1, ... and users.
+    r"""Read all sections of a schema: items, events, requests, label_0, label_1, ... and users.
 
     Returns:
         For each section its rows, how many are refused, and the reasons, with examples.
@@ -77,6 +77,21 @@ def read_sections(
     Raises:
         LogError: files or columns are missing, or more than the share ``max_refused`` of a section's
             rows is refused.
+
+    Example:
+        >>> import duckdb, tempfile
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.data.prepare import Events, PrepareSchema, Requests
+        >>> from ifa_torchrec.data.prepare.sources import read_sections
+        >>> file, sql = Path(tempfile.mkdtemp()) / "log.csv", duckdb.connect()
+        >>> _ = file.write_text("u,i,t,c\nann,tea,2024-05-01,1\nann,cup,yesterday,0\n")
+        >>> rows = dict(files=str(file), user="u", item="i", time="t")
+        >>> schema = PrepareSchema(events=Events(**rows), splits={},
+        ...                        requests=Requests(**rows, labels={"click": "c"}))
+        >>> list(read_sections(sql, schema, max_refused=0.5)["events"]["reasons"])
+        ['time cannot be read as a timestamp; give numbers a unit']
+        >>> sql.execute("SELECT item, click FROM requests_rows").fetchall()
+        [('tea', 1.0)]
     """
     refused: dict[str, dict[str, Any]] = {}
 

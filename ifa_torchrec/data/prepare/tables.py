@@ -40,6 +40,18 @@ def write_items(sql: DuckDBPyConnection, schema: PrepareSchema, rows: int, file:
 
 
 def write_events(sql: DuckDBPyConnection, file: Path) -> None:
-    """Make the table `events`, and write it in the order of user and time."""
+    """Make the table `events`, and write it in the order of user and time.
+
+    Example:
+        >>> import duckdb, tempfile
+        >>> from ifa_torchrec.data.prepare.tables import write_events
+        >>> sql, file = duckdb.connect(), Path(tempfile.mkdtemp()) / "events.parquet"
+        >>> _ = sql.execute("CREATE TABLE codes_user AS SELECT 'ann' AS id, 0 AS code;"
+        ...                 "CREATE TABLE codes_item AS SELECT 'tea' AS id, 3 AS code;"
+        ...                 "CREATE TABLE events_rows AS SELECT 'ann' AS user, 'tea' AS item, 5 AS time")
+        >>> write_events(sql, file)
+        >>> sql.execute(f"FROM '{file}'").fetchall()
+        [(0, 5, 3)]
+    """
     sql.execute(_EVENTS)
     write_parquet(sql, 'FROM events ORDER BY "user", time, item', file)
