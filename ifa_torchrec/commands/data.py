@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Union
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
 import tyro
 
@@ -66,20 +66,21 @@ def _public(reader: ModuleType) -> Any:
     return Annotated[options, tyro.conf.subcommand(name, description=about)]
 
 
-SOURCES: Any = Union[
-    (
-        Annotated[Prepare, tyro.conf.subcommand("prepare")],
-        *map(_public, (kuairand, movielens, recbole, recflow, taobao)),
-    )
-]
+if TYPE_CHECKING:
+    AnySource = Source
+else:
+    AnySource = Union[
+        (
+            Annotated[Prepare, tyro.conf.subcommand("prepare")],
+            *map(_public, (kuairand, movielens, recbole, recflow, taobao)),
+        )
+    ]
 
 
-def main(source: Annotated[Any, tyro.conf.arg(name="")]) -> None:
+def main(source: Annotated[AnySource, tyro.conf.arg(name="")]) -> None:
     """The command; its help is the top of this file."""
     log = source.write()
     print((log.path / "report.json").read_text())
 
 
 main.__doc__ = __doc__
-# the classes are made at run time, which no annotation may name
-main.__annotations__["source"] = Annotated[SOURCES, tyro.conf.arg(name="")]

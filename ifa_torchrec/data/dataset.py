@@ -1,8 +1,8 @@
-"""From an event log to RankingBatches, under a budget of events."""
+"""The requests of an event log as RankingBatches."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data.event_log import EventLog
 from ifa_torchrec.data.sampler import EMPTY_REQUEST
-from ifa_torchrec.data.schema import CANDIDATES, EXPOSED, TIME, USER, Columns
+from ifa_torchrec.data.schema import CANDIDATES, EXPOSED, OFFSETS, TIME, USER, Columns
 from ifa_torchrec.errors import ConfigError
 
 HISTORY, CANDIDATE = "history_", "candidate_"
@@ -86,7 +86,7 @@ class RankingDataset(Dataset[RankingBatch]):
         none |= {CANDIDATES: np.empty(0, np.int64), EXPOSED: np.empty(0, bool)}
         none |= {name: np.zeros(len(users), np.int64) for name in schema.context_features}
         none |= {name: np.zeros(len(users), np.float32) for name in schema.dense_features}
-        none["candidate_offsets"] = np.zeros(len(users) + 1, np.int64)
+        none[OFFSETS] = np.zeros(len(users) + 1, np.int64)
         dataset = cls.__new__(cls)
         dataset._open(log, {USER: users, TIME: times, **none}, None)
         if since is not None:
@@ -116,6 +116,8 @@ class RankingDataset(Dataset[RankingBatch]):
         rows, index = len(index), index[real]
         history, history_lengths = _ranges(self._start[index], self._end[index])
         candidates, candidate_lengths = self.candidate_rows(index)
+        event_items = self.log.events[schema.item][history]
+        age = np.repeat(requests[TIME][index], history_lengths) - self.log.events[TIME][history]
 
         def spread(values: np.ndarray) -> np.ndarray:
             """[rows, ...]: the real requests' values, and 0 for the empty ones."""
@@ -123,27 +125,13 @@ class RankingDataset(Dataset[RankingBatch]):
             result[real] = values
             return result
 
-        event_items = self.log.events[schema.item][history]
-        candidate_items = requests[CANDIDATES][candidates]
-        columns = [self.log.items[feature] for feature in schema.item_features]
-        ids = [column[items] for items in (event_items, candidate_items) for column in columns]
-        lengths = [spread(n) for n in (history_lengths, candidate_lengths) for _ in columns]
-        sequence_features = KeyedJaggedTensor.from_lengths_sync(
-            keys=[prefix + f for prefix in (HISTORY, CANDIDATE) for f in schema.item_features],
-            values=_tensor(np.concatenate(ids)),
-            lengths=_tensor(np.concatenate(lengths)),
-        )
-        context = [requests[f][index] for f in schema.context_features]
-        context_features = KeyedJaggedTensor.from_lengths_sync(
-            keys=list(schema.context_features),
-            values=_tensor(np.concatenate(context) if context else np.empty(0, np.int64)),
-            lengths=_tensor(np.tile(real.astype(np.int64), len(context))),
-        )
-        age = np.repeat(requests[TIME][index], history_lengths) - self.log.events[TIME][history]
         return RankingBatch(
             dense_features=_stack([spread(requests[f][index]) for f in schema.dense_features], rows),
-            context_features=context_features,
-            sequence_features=sequence_features,
+            context_features=self._context_features(index, real),
+            sequence_features=self._sequence_features(
+                {HISTORY: event_items, CANDIDATE: requests[CANDIDATES][candidates]},
+                {HISTORY: spread(history_lengths), CANDIDATE: spread(candidate_lengths)},
+            ),
             candidate_dense=_stack(
                 [requests[f][candidates] for f in schema.candidate_dense], len(candidates)
             ),
@@ -152,10 +140,33 @@ class RankingDataset(Dataset[RankingBatch]):
             exposed=_tensor(requests[EXPOSED][candidates]),
         )
 
+    def _sequence_features(
+        self, items: Mapping[str, np.ndarray], lengths: Mapping[str, np.ndarray]
+    ) -> KeyedJaggedTensor:
+        """The features of histories and candidates, given for each prefix the items of all requests, one
+        after the other, and how many each request has."""
+        features = self.log.schema.item_features
+        ids = [self.log.items[f][of_prefix] for of_prefix in items.values() for f in features]
+        return KeyedJaggedTensor.from_lengths_sync(
+            keys=[prefix + f for prefix in items for f in features],
+            values=_tensor(np.concatenate(ids)),
+            lengths=_tensor(np.concatenate([lengths[prefix] for prefix in items for _ in features])),
+        )
+
+    def _context_features(self, index: np.ndarray, real: np.ndarray) -> KeyedJaggedTensor:
+        """One id a feature of the requests of ``index``, which stand where ``real`` is true."""
+        names = list(self.log.schema.context_features)
+        ids = [self.requests[name][index] for name in names]
+        return KeyedJaggedTensor.from_lengths_sync(
+            keys=names,
+            values=_tensor(np.concatenate(ids) if ids else np.empty(0, np.int64)),
+            lengths=_tensor(np.tile(real.astype(np.int64), len(ids))),
+        )
+
     def candidate_rows(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the requests' candidates in the split's flat candidate columns, and how many
         each request has."""
-        offsets = self.requests["candidate_offsets"]
+        offsets = self.requests[OFFSETS]
         index = np.asarray(indices, dtype=np.int64)
         return _ranges(offsets[index], offsets[index + 1])
 

@@ -14,34 +14,28 @@ the slice of that user's events that lie strictly before that time.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
-import secrets
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ifa_torchrec.data.columns import _flatten, _floats, _ids, _require, _times, _values
-from ifa_torchrec.data.files import _codes_digest, _draft, _lock, _see, _seen, drafting
+from ifa_torchrec.data.checks import check_events, check_items, check_requests, require_column
+from ifa_torchrec.data.codes import codes_digest
+from ifa_torchrec.data.mapped_columns import MappedColumns
 from ifa_torchrec.data.schema import (
-    CANDIDATES,
-    EXPOSED,
-    FORMAT,
     TIME,
     USER,
     Columns,
     LogError,
     LogSchema,
-    _read_header,
     check_splits,
+    read_header,
+    write_header,
 )
+from ifa_torchrec.data.writing import drafting, write_tables
 
 
 class EventLog:
@@ -56,6 +50,7 @@ class EventLog:
         user_offsets: [U + 1] int64, user u's events are rows user_offsets[u]:user_offsets[u + 1].
         events: columns time [E] int64 (microseconds) and the item id [E] int64.
         items: one column [I] int64 for each item feature.
+        num_items: I.
 
     Raises:
         LogError: the folder is missing, half written, or a column is missing, of the wrong
@@ -77,11 +72,13 @@ class EventLog:
         self.path = Path(path)
         if not self.path.is_dir():
             raise LogError(f"{self.path}: no such event log; write one with EventLog.from_pandas")
-        self.schema, self._rows = _read_header(self.path / "schema.json")
-        self._digests: dict[str, str] = {}  # of the columns of each table
-        self._clear_drafts()
-        self.items = self._open("items", self._check_items)
-        self.events = self._open("events", self._check_events)
+        self.schema, self._rows = read_header(self.path / "schema.json")
+        self._columns = MappedColumns(self.path, self.schema, self._rows)
+        self.items = self._columns.open("items", lambda table: check_items(table, self.schema))
+        self.num_items = len(self.items[self.schema.item])
+        self.events = self._columns.open(
+            "events", lambda table: check_events(table, self.schema, self.num_items)
+        )
         user = self.events.pop(USER)
         self.users, starts = np.unique(user, return_index=True)
         self.user_offsets = np.append(starts, len(user)).astype(np.int64)
@@ -120,20 +117,10 @@ class EventLog:
             items = pd.DataFrame({schema.item: np.arange(schema.item_features[schema.item])})
         with drafting(path) as draft:
             for column in (USER, TIME):
-                _require(events.columns, column, "events")
-            events = events.sort_values([USER, TIME], kind="stable")
-            tables = {"events": events, "items": items}
+                require_column(events.columns, column, "events")
+            tables = {"events": events.sort_values([USER, TIME], kind="stable"), "items": items}
             tables |= {f"requests/{split}": frame for split, frame in (requests or {}).items()}
-            for name, frame in tables.items():
-                try:
-                    table = pa.Table.from_pandas(frame, preserve_index=False)
-                except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-                    raise LogError(f"{name}: a column holds values of several types: {error}") from error
-                except OverflowError as error:
-                    raise LogError(
-                        f"{name}: a column holds a number beyond an int64: {error}"
-                    ) from error
-                pq.write_table(table, draft / f"{name}.parquet", write_page_checksum=True)
+            write_tables(draft, tables)
             return cls.publish(draft, path, schema, list(requests or {}))
 
     @classmethod
@@ -159,7 +146,7 @@ class EventLog:
             >>> import pandas as pd, tempfile
             >>> from pathlib import Path
             >>> from ifa_torchrec.data import EventLog, LogSchema
-            >>> from ifa_torchrec.data.files import drafting
+            >>> from ifa_torchrec.data.writing import drafting
             >>> path = Path(tempfile.mkdtemp()) / "log"
             >>> day = pd.Timestamp(2024, 1, 1)
             >>> with drafting(path) as draft:
@@ -179,12 +166,8 @@ class EventLog:
         for file in files.values():
             if not file.exists():
                 raise LogError(f"{file}: missing; write it before the log is published")
-        header = {
-            "format": FORMAT,
-            "schema": dataclasses.asdict(schema),
-            "rows": {name: pq.read_metadata(file).num_rows for name, file in files.items()},
-        }
-        (draft / "schema.json").write_text(json.dumps(header, indent=2))
+        rows = {name: pq.read_metadata(file).num_rows for name, file in files.items()}
+        write_header(draft / "schema.json", schema, rows)
         log = cls(draft)  # every check runs before the log is published
         for split in splits:
             log.requests(split)
@@ -195,7 +178,7 @@ class EventLog:
         """A digest of the schema, of all columns of all tables and of the codes, to tell logs apart."""
         for split in self.splits:
             self.requests(split)
-        content = (self.schema, sorted(self._digests.items()), sorted(self.codes().items()))
+        content = (self.schema, sorted(self._columns.digests.items()), sorted(self.codes().items()))
         return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
     def codes(self) -> dict[str, str]:
@@ -210,7 +193,7 @@ class EventLog:
         """
         features = [*self.schema.item_features, *self.schema.context_features]
         files = {feature: self.path / "codes" / f"{feature}.parquet" for feature in features}
-        return {feature: _codes_digest(file) for feature, file in files.items() if file.exists()}
+        return {feature: codes_digest(file) for feature, file in files.items() if file.exists()}
 
     @property
     def splits(self) -> list[str]:
@@ -222,7 +205,7 @@ class EventLog:
         file = pq.ParquetFile(self.path / "items.parquet")
         if "name" in file.schema_arrow.names:
             return file.read(["name"])["name"].to_pylist()
-        return [f"{self.schema.item} {i}" for i in range(len(self.items[self.schema.item]))]
+        return [f"{self.schema.item} {i}" for i in range(self.num_items)]
 
     def requests(self, split: str) -> Columns:
         """The request columns of a split.
@@ -236,7 +219,10 @@ class EventLog:
         """
         if split not in self.splits:
             raise LogError(f"{self.path}: no split {split!r}, there are {self.splits}")
-        return self._open(f"requests/{split}", self._check_requests)
+        name = f"requests/{split}"
+        return self._columns.open(
+            name, lambda table: check_requests(table, self.schema, self.num_items, name)
+        )
 
     def history_range(self, user: np.ndarray, time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the events of each user strictly before each time.
@@ -274,175 +260,3 @@ class EventLog:
             start[rows] = lo
             end[rows] = lo + np.searchsorted(self.events[TIME][lo:hi], time[rows], side="left")
         return start, end
-
-    # ---------------------------------------------------------------- reading and checking
-
-    def _open(self, name: str, read: Callable[[str, pa.Table], Columns]) -> Columns:
-        """Columns of one Parquet file, from .columns/; made there first where they are not of it."""
-        parquet = self.path / f"{name}.parquet"
-        if not parquet.exists():
-            raise LogError(f"{parquet}: missing; the log is incomplete, write it again")
-        columns = self._load(name)
-        if columns is not None:
-            return columns
-        root = self.path / ".columns"
-        try:
-            root.mkdir(exist_ok=True)
-            with _lock(root):
-                columns = self._load(name)  # another process may have made them meanwhile
-                if columns is None:
-                    self._make(name, read)
-                    columns = self._load(name)
-        except OSError as error:
-            raise LogError(
-                f"{root}: the columns of {parquet} must be made there, which failed ({error}); make "
-                "room, open the log once where it can be written, or copy it to such a place"
-            ) from error
-        if columns is None:
-            raise LogError(f"{parquet}: it changed while it was read; open the log again")
-        return columns
-
-    def _load(self, name: str) -> Columns | None:
-        """The columns that were made of a Parquet file as it is now; None if there are none, or if
-        they are not what was made."""
-        for folder in (self.path / ".columns").glob(f"{name}-{'?' * 16}"):
-            try:
-                made = json.loads((folder / "made.json").read_text())
-                if made["schema"] != self._stamp():
-                    continue
-                parquet = _seen(self.path / f"{name}.parquet", made["parquet"])
-                files = {column: folder / f"{column}.npy" for column in made["columns"]}
-                seen = {c: _seen(file, made["columns"][c]) for c, file in files.items()}
-                columns: Columns = {
-                    # refuses what np.load would unpickle
-                    c: np.lib.format.open_memmap(file, mode="r")
-                    for c, file in files.items()
-                }
-            except Exception:  # whatever a damaged folder leads to: the columns are made anew
-                continue
-            now = {**made, "parquet": parquet, "columns": seen}
-            if now != made:  # copied, say: lest all is read again at each opening
-                with suppress(OSError):
-                    draft = folder / f".made-{secrets.token_hex(6)}"
-                    draft.write_text(json.dumps(now))
-                    draft.replace(folder / "made.json")
-            digests = [(column, sha256) for column, (_, _, sha256) in sorted(seen.items())]
-            self._digests[name] = hashlib.sha256(repr(digests).encode()).hexdigest()
-            return columns
-        return None
-
-    def _make(self, name: str, read: Callable[[str, pa.Table], Columns]) -> None:
-        """Make the columns of a Parquet file, in place of those that were made before."""
-        parquet, root = self.path / f"{name}.parquet", self.path / ".columns"
-        source = _see(parquet)
-        try:
-            table = pq.read_table(parquet, page_checksum_verification=True)
-        except (pa.ArrowException, OSError) as error:
-            raise LogError(
-                f"{parquet}: not readable as Parquet ({error}); write the log again"
-            ) from error
-        if table.num_rows != self._rows[name]:
-            raise LogError(
-                f"{parquet}: {table.num_rows} rows, schema.json says {self._rows[name]}; "
-                "write the log again"
-            )
-        columns = read(name, table)
-        draft = _draft(root, ".draft-")
-        try:
-            for column, values in columns.items():
-                np.save(draft / f"{column}.npy", values)
-            seen = {column: _see(draft / f"{column}.npy") for column in columns}
-            made = {"schema": self._stamp(), "parquet": source, "columns": seen}
-            (draft / "made.json").write_text(json.dumps(made))
-            content = hashlib.sha256(f"{self._stamp()} {source[-1]}".encode()).hexdigest()[:16]
-            folder = root / f"{name}-{content}"
-            folder.parent.mkdir(exist_ok=True)
-            # Who has opened the old columns keeps them: files that are mapped outlive their names.
-            for old in folder.parent.glob(f"{folder.name[:-16]}{'?' * 16}"):
-                shutil.rmtree(old)
-            draft.rename(folder)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-
-    def _stamp(self) -> str:
-        """The schema, by which columns are read and checked."""
-        return hashlib.sha256(repr(self.schema).encode()).hexdigest()[:16]
-
-    def _clear_drafts(self) -> None:
-        """Delete what killed openings left, unless it is another process at work."""
-        root = self.path / ".columns"
-        if drafts := list(root.glob(".draft-*")):
-            with suppress(OSError), _lock(root, wait=False):
-                for draft in drafts:
-                    shutil.rmtree(draft, ignore_errors=True)
-
-    def _check_items(self, name: str, table: pa.Table) -> Columns:
-        columns = {f: _ids(table, f, name, rows) for f, rows in self.schema.item_features.items()}
-        if not np.array_equal(columns[self.schema.item], np.arange(table.num_rows)):
-            raise LogError(
-                f"items: column {self.schema.item!r} must be 0, 1, 2, ...: row i describes item i"
-            )
-        return columns
-
-    def _check_events(self, name: str, table: pa.Table) -> Columns:
-        item = self.schema.item
-        columns = {
-            USER: _ids(table, USER, name),
-            TIME: _times(table, TIME, name),
-            item: _ids(table, item, name, len(self.items[item])),
-        }
-        user, time = columns[USER], columns[TIME]
-        # compared, not subtracted: ids may lie further apart than an int64 counts
-        earlier, later = user[:-1], user[1:]
-        late = np.flatnonzero((later < earlier) | ((later == earlier) & (time[1:] < time[:-1])))
-        if len(late):
-            raise LogError(
-                f"events: column 'time' is out of order at row {late[0] + 1} (user "
-                f"{user[late[0] + 1]}); sort by user, then time, or use EventLog.from_pandas"
-            )
-        return columns
-
-    def _check_requests(self, name: str, table: pa.Table) -> Columns:
-        schema = self.schema
-        if not len(table):
-            raise LogError(f"{name}: there are no requests; leave the split out")
-        columns = {USER: _ids(table, USER, name), TIME: _times(table, TIME, name)}
-        for feature, rows in schema.context_features.items():
-            columns[feature] = _ids(table, feature, name, rows)
-        for feature in schema.dense_features:
-            columns[feature] = _floats(table, feature, name)
-        offsets = None
-        for feature in schema.candidate_lists:
-            lengths, flat = _flatten(table, feature, name)
-            mine = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-            if offsets is None:
-                offsets = columns["candidate_offsets"] = mine
-                empty = np.flatnonzero(lengths == 0)
-                if len(empty):
-                    raise LogError(
-                        f"{name}: row {empty[0]} has an empty candidate set; leave such requests out"
-                    )
-            elif not np.array_equal(mine, offsets):
-                row = int(np.flatnonzero(mine != offsets)[0]) - 1
-                raise LogError(
-                    f"{name}: row {row} has {lengths[row]} values in {feature!r} for "
-                    f"{offsets[row + 1] - offsets[row]} candidates; the lists must be as long"
-                )
-            if feature == CANDIDATES:
-                columns[feature] = _ids(flat, feature, name, len(self.items[schema.item]))
-            elif feature == EXPOSED:
-                if not pa.types.is_boolean(flat.schema.field(feature).type):
-                    raise LogError(f"{name}: column {feature!r} must hold lists of bool")
-                columns[feature] = _values(flat, feature, name).astype(bool)
-            elif feature in schema.candidate_tags:
-                columns[feature] = _ids(flat, feature, name, len(schema.candidate_tags[feature]))
-            else:
-                columns[feature] = _floats(flat, feature, name)
-        for task in schema.tasks:
-            bad = np.flatnonzero((columns[task] != 0) & (columns[task] != 1))
-            if len(bad):
-                row = int(np.searchsorted(columns["candidate_offsets"], bad[0], side="right")) - 1
-                raise LogError(
-                    f"{name}: row {row}, column {task!r}: label {columns[task][bad[0]]} must be 0 or 1"
-                )
-        return columns

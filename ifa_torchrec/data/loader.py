@@ -1,4 +1,4 @@
-""""""
+"""A torch DataLoader of a dataset and a sampler."""
 
 from __future__ import annotations
 

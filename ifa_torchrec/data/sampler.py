@@ -1,4 +1,4 @@
-""""""
+"""Which requests make a batch: as many as fit a budget of events, on each rank."""
 
 from __future__ import annotations
 

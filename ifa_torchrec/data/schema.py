@@ -1,11 +1,11 @@
-""""""
+"""What an event log holds: LogSchema, the fixed columns' names, and schema.json."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
@@ -17,10 +17,13 @@ from ifa_torchrec.errors import UserError
 
 FORMAT = "ifa-event-log/1"
 USER, TIME, CANDIDATES, EXPOSED = "user", "time", "candidates", "exposed"
+OFFSETS = "candidate_offsets"
+"""Where each request's candidates begin in the candidate columns of a split."""
+
 Columns = dict[str, np.ndarray]
+"""The columns of a table, by name."""
+
 _LONGEST_NAME = 50  # names of columns and splits become names of files
-HASHED = "hashed"
-"""In the metadata of LOG/codes/FEATURE.parquet: of how many rows is the table that ids are hashed to."""
 
 
 class LogError(UserError, ValueError):
@@ -71,7 +74,7 @@ class LogSchema:
         if not self.tasks:
             raise LogError("schema: tasks is empty; name at least one column of labels")
         names = [*self.item_features, *self.context_features, *self.dense_features]
-        names += [USER, TIME, "candidate_offsets", *self.candidate_lists]
+        names += [USER, TIME, OFFSETS, *self.candidate_lists]
         for name in names:
             if not isinstance(name, str) or not name.isidentifier() or len(name) > _LONGEST_NAME:
                 raise LogError(
@@ -128,8 +131,28 @@ def check_splits(names: Iterable[Any]) -> None:
             )
 
 
-def _read_header(file: Path) -> tuple[LogSchema, dict[str, int]]:
-    """The schema and the number of rows of each table, from schema.json."""
+def write_header(file: Path, schema: LogSchema, rows: Mapping[str, int]) -> None:
+    """Write schema.json: the format, the schema, and the number of rows of each table.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.data.schema import LogSchema, read_header, write_header
+        >>> file = Path(tempfile.mkdtemp()) / "schema.json"
+        >>> write_header(file, LogSchema(item_features={"item": 3}), {"events": 0, "items": 3})
+        >>> read_header(file)[1]
+        {'events': 0, 'items': 3}
+    """
+    header = {"format": FORMAT, "schema": dataclasses.asdict(schema), "rows": dict(rows)}
+    file.write_text(json.dumps(header, indent=2))
+
+
+def read_header(file: Path) -> tuple[LogSchema, dict[str, int]]:
+    """The schema and the number of rows of each table, from schema.json; see ``write_header``.
+
+    Raises:
+        LogError: the file is missing, of another format, or not what ``write_header`` writes.
+    """
     try:
         header = json.loads(file.read_text())
     except FileNotFoundError as error:

@@ -20,10 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 from toy import BUSY_USER, NEW_USER, NUM_EVENTS, NUM_ITEMS, SCHEMA, SPLITS, Toy, make_toy
 
-from ifa_torchrec.data import EventLog, LogError, LogSchema, RankingDataset
-from ifa_torchrec.data.files import drafting
-from ifa_torchrec.data.prepare.preparation import prepare
-from ifa_torchrec.data.prepare.schema import Events, Hashed, PrepareSchema, Requests
+from ifa_torchrec.data import EventLog, LogError, LogSchema, RankingDataset, mapped_columns
+from ifa_torchrec.data.prepare import Events, Hashed, PrepareSchema, Requests, prepare
+from ifa_torchrec.data.writing import drafting
 
 
 @pytest.fixture
@@ -482,7 +481,7 @@ class TestColumns:
             os.utime(file, (1, 1))
         monkeypatch.setattr(pq, "read_table", lambda *a, **k: pytest.fail("Parquet was read again"))
         EventLog(copy)
-        monkeypatch.setattr("ifa_torchrec.data.event_log._see", lambda file: pytest.fail("read again"))
+        monkeypatch.setattr(mapped_columns, "_see", lambda file: pytest.fail("read again"))
         EventLog(copy)
 
     def test_columns_of_before_are_deleted(self, folder: Path) -> None:

@@ -1,6 +1,35 @@
-"""``prepare``: an event log of any CSV, Parquet or Feather files that a schema describes."""
+"""Any log as an event log: CSV, Parquet or Feather files, described by a short schema.
 
-from ifa_torchrec.data.prepare.preparation import hash_row, prepare
+DuckDB (extra `data`) reads, sorts and writes, on disk where memory runs out. The rules:
+
+- Ids of any type become rows of a table, 0, 1, 2, ... in the order of the ids; of a feature, row 0 is
+  left for "unknown". LOG/codes/NAME.parquet has each id (as text) and its row, for who serves.
+  An id space that grows may be hashed instead, to a fixed number of rows: ``hash_row``.
+- Rows of the requests' file are candidates. Those of one user with the same `request` are one
+  request; or, without such a column, those that follow each other within `gap_seconds`. It is dated at
+  its first row, so nothing of the request is in its own history. Where rows disagree on a context or
+  dense column, the least value is taken.
+- A row that cannot be used is refused: counted and shown in LOG/report.json, with the reason.
+- A time without a zone is UTC.
+
+- A join that finds nothing is an error: requests of which no user has an event, a label that no
+  candidate gets, descriptions of users of whom there is none.
+
+The report's `positives_in_last_second` is the share of positives whose item the user's history holds
+within the second before the request. It should be next to nothing: more says that events are the
+positives themselves, written a moment before the request, and that the log leaks its labels. Where the
+events' clock is behind or in another zone, or they have dates alone, `positives_in_last_day` tells.
+Repeated purchases are no leak; they are as frequent in `positives_in_next_day`, from the request on.
+`warnings` has in words what somebody should look at.
+
+A step is a file: `schema` and `loading` (what the log looks like), `files` and `csv_rows` (what stands
+in it), `sources` (rows read or refused), `ids`, `tables` (items and events), `requests`, `negatives`,
+`report`; `preparation` calls them in turn.
+"""
+
+from ifa_torchrec.data.prepare.ids import hash_row
+from ifa_torchrec.data.prepare.loading import load_schema
+from ifa_torchrec.data.prepare.preparation import prepare
 from ifa_torchrec.data.prepare.schema import (
     Events,
     Hashed,
@@ -9,7 +38,6 @@ from ifa_torchrec.data.prepare.schema import (
     PrepareSchema,
     Requests,
     Users,
-    load_schema,
 )
 
 __all__ = [

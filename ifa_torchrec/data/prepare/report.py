@@ -5,124 +5,217 @@ All of it is asked of the tables that ``ifa_torchrec.data.prepare`` makes on its
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ifa_torchrec.data.prepare.schema import ITEM, JoinedLabel, PrepareSchema
+from ifa_torchrec.data.prepare.schema import ITEM, JoinedLabel, PrepareSchema, Requests
+from ifa_torchrec.data.prepare.sources import labels_of
+from ifa_torchrec.data.prepare.sql import first_row, number, quoted
 from ifa_torchrec.data.scales import unscaled
 from ifa_torchrec.data.schema import TIME, USER, LogError
 
 if TYPE_CHECKING:
-    import duckdb
+    from duckdb import DuckDBPyConnection
 
 _SPANS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400}
 # Above these shares a sentence among the report's `warnings` says so.
 _LEAKED, _DOUBLED, _AT_MIDNIGHT = 0.1, 0.01, 0.5
 
 
-def joins(sql: duckdb.DuckDBPyConnection, schema: PrepareSchema) -> dict[str, Any]:
+def report_of(
+    sql: DuckDBPyConnection,
+    schema: PrepareSchema,
+    splits: Mapping[str, range],
+    joins: Mapping[str, Any],
+    codes: Mapping[str, Mapping[str, Any]],
+    refused: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The whole report.
+
+    Args:
+        sql: holds the tables of the other rooms.
+        schema: of the log.
+        splits: the numbers of each split's requests.
+        joins: from ``joins_of``.
+        codes: from ``write_codes``.
+        refused: from ``read_sections``.
+    """
+    users, events, first, last = first_row(
+        sql, 'SELECT count(DISTINCT "user"), count(*), min(time), max(time) FROM events'
+    )
+    told = {
+        "users": users,
+        "items": codes[ITEM]["ids"],
+        "events": events,
+        "events_per_user": _percentiles(sql, 'SELECT count(*) AS n FROM events GROUP BY "user"'),
+        "time_range": [str(first), str(last)],
+        "times_at_midnight": _at_midnight(sql),
+        "joins": joins,
+        "requests": {split: _report_split(sql, schema.requests, mine) for split, mine in splits.items()},
+        "codes": codes,
+        "doubled_rows": _doubled_rows(sql, schema.requests),
+        "refused": refused,
+    }
+    return {"warnings": _warnings(told), **told}
+
+
+# ---------------------------------------------------------------- joins
+
+
+def joins_of(sql: DuckDBPyConnection, schema: PrepareSchema) -> dict[str, Any]:
     """How many ids of the requests are found in the other tables, and labels among the requests.
 
     Raises:
         LogError: a join finds nothing at all.
     """
-
-    def found(column: str, table: str, missing: str) -> dict[str, int]:
-        of, there = _row(
-            sql,
-            f"""SELECT count(*),
-                count(*) FILTER (WHERE id IN (SELECT DISTINCT "{column}" FROM {table}_rows))
-            FROM (SELECT DISTINCT "{column}" AS id FROM requests_rows)""",
-        )
-        if of and not there:
-            theirs, its = (_example(sql, column, where) for where in ("requests", table))
-            raise LogError(
-                f"{missing} Those of the requests are like {theirs}, those of {table} like {its}; write "
-                "them alike in all files"
-            )
-        return {"of": of, "found": there}
-
     told: dict[str, Any] = {
-        "users_with_events": found(USER, "events", "requests: no user of theirs has an event."),
+        "users_with_events": _found(sql, USER, "events", "requests: no user of theirs has an event."),
     }
     if not schema.items:
         missing = (
             "requests: no candidate of theirs is the item of an event (if that is so, describe `items`)."
         )
-        told["items_with_events"] = found(ITEM, "events", missing)
+        told["items_with_events"] = _found(sql, ITEM, "events", missing)
     if schema.users:
-        told["users_described"] = found(USER, "users", "users: no user of the requests is among them.")
-    labels = schema.requests.labels.items()
-    joined = {task: label for task, label in labels if isinstance(label, JoinedLabel)}
-    for number, (task, label) in enumerate(joined.items()):
-        table = f"label_{number}"
-        within = f"to_microseconds({round(label.within_seconds * 1e6)})"
-        rows, users, items, in_time = (
-            _row(sql, f"SELECT count(*) FROM {table}_rows l {which}")[0]
-            for which in (
-                "",
-                'SEMI JOIN (SELECT DISTINCT "user" FROM requests_rows) USING ("user")',
-                'SEMI JOIN (SELECT DISTINCT "user", item FROM requests_rows) USING ("user", item)',
-                """SEMI JOIN requests_rows r ON r."user" = l."user" AND r.item = l.item
-                AND l.time BETWEEN r.time AND r.time + """
-                + within,
-            )
-        )
-        if not in_time:
-            user, item = (_example(sql, column, table) for column in (USER, ITEM))
-            theirs, shown = (_example(sql, column, "requests") for column in (USER, ITEM))
-            raise LogError(
-                f"requests.labels.{task}: none of its {rows} rows labels a candidate; {users} have a "
-                f"user of the requests, {items} that user's candidate, none within "
-                f"{label.within_seconds} seconds after it. Its users are like {user}, its items like "
-                f"{item}; those of the requests like {theirs} and {shown}; are ids written alike, and "
-                "times of one time zone?"
-            )
-        told[f"label_{task}"] = {
-            "rows": rows,
-            "of_a_user_of_the_requests": users,
-            "of_a_candidate": items,
-            "in_time": in_time,
-        }
+        missing = "users: no user of the requests is among them."
+        told["users_described"] = _found(sql, USER, "users", missing)
+    for number_of, (task, label) in enumerate(schema.requests.joined_labels.items()):
+        told[f"label_{task}"] = _labels_found(sql, task, f"label_{number_of}", label)
     return told
 
 
-def leaks(sql: duckdb.DuckDBPyConnection, mine: str, positive: str) -> dict[str, float | None]:
-    """Shares of a split's positives whose item the user's events hold near the request.
+def _found(sql: DuckDBPyConnection, column: str, table: str, missing: str) -> dict[str, int]:
+    of, there = first_row(
+        sql,
+        f"""SELECT count(*),
+            count(*) FILTER (WHERE id IN (SELECT DISTINCT "{column}" FROM {table}_rows))
+        FROM (SELECT DISTINCT "{column}" AS id FROM requests_rows)""",
+    )
+    if of and not there:
+        theirs, its = (_example(sql, column, where) for where in ("requests", table))
+        raise LogError(
+            f"{missing} Those of the requests are like {theirs}, those of {table} like {its}; write "
+            "them alike in all files"
+        )
+    return {"of": of, "found": there}
 
-    Args:
-        mine: which requests are the split's, in SQL.
-        positive: whether a row of `numbered` is a positive, in SQL.
-    """
 
-    def nearest(after: bool, select: str) -> tuple[Any, ...]:
-        return _row(
+def _labels_found(sql: DuckDBPyConnection, task: str, table: str, label: JoinedLabel) -> dict[str, int]:
+    rows, users, items, in_time = (
+        number(sql, f"SELECT count(*) FROM {table}_rows l {which}")
+        for which in (
+            "",
+            'SEMI JOIN (SELECT DISTINCT "user" FROM requests_rows) USING ("user")',
+            'SEMI JOIN (SELECT DISTINCT "user", item FROM requests_rows) USING ("user", item)',
+            f"SEMI JOIN requests_rows r ON {labels_of(label.within_seconds)}",
+        )
+    )
+    if not in_time:
+        user, item = (_example(sql, column, table) for column in (USER, ITEM))
+        theirs, shown = (_example(sql, column, "requests") for column in (USER, ITEM))
+        raise LogError(
+            f"requests.labels.{task}: none of its {rows} rows labels a candidate; {users} have a "
+            f"user of the requests, {items} that user's candidate, none within "
+            f"{label.within_seconds} seconds after it. Its users are like {user}, its items like "
+            f"{item}; those of the requests like {theirs} and {shown}; are ids written alike, and "
+            "times of one time zone?"
+        )
+    return {
+        "rows": rows,
+        "of_a_user_of_the_requests": users,
+        "of_a_candidate": items,
+        "in_time": in_time,
+    }
+
+
+def _example(sql: DuckDBPyConnection, column: str, table: str) -> str:
+    """An id of a table, for a message."""
+    least = first_row(sql, f'SELECT min("{column}") FROM {table}_rows')[0]
+    return "none, since it has no rows" if least is None else repr(least)
+
+
+# ---------------------------------------------------------------- a split
+
+
+def _report_split(sql: DuckDBPyConnection, requests: Requests, mine: range) -> dict[str, Any]:
+    """The figures of a split, asked of views of its requests and candidates."""
+    for table in ("requests", "candidates"):
+        sql.execute(
+            f"""CREATE OR REPLACE VIEW {table}_of_split AS FROM {table}
+            WHERE _number BETWEEN {mine.start} AND {mine.stop - 1}"""
+        )
+    rates = ", ".join(f"avg(_row.{quoted(task)}) FILTER (_row.exposed)" for task in requests.labels)
+    exposed, *rates = first_row(
+        sql, f"SELECT avg(CAST(_row.exposed AS INTEGER)), {rates} FROM candidates_of_split"
+    )
+    first, last, alone = first_row(
+        sql,
+        """SELECT min(time), max(time), avg(CAST(_first IS NULL OR _first >= time AS INTEGER))
+        FROM requests_of_split
+        LEFT JOIN (SELECT "user", min(time) AS _first FROM events GROUP BY "user") USING ("user")""",
+    )
+    told = {
+        "requests": len(mine),
+        "time_range": [str(first), str(last)],
+        "candidates": _percentiles(
+            sql, "SELECT count(*) AS n FROM candidates_of_split GROUP BY _number"
+        ),
+        "exposed": exposed,
+        "label_rates_of_exposed": dict(zip(requests.labels, rates, strict=True)),
+        "requests_without_history": alone,
+        **_leaks(sql),
+        **_same_times(sql),
+        "candidates_given_again": number(
+            sql,
+            """SELECT coalesce(sum(n - 1), 0)::BIGINT FROM (
+            SELECT count(*) AS n FROM candidates_of_split GROUP BY _number, _row.item)""",
+        ),
+        "dense": _scales(sql, requests.dense, requests.candidate_dense),
+    }
+    if requests.negatives:
+        positives = number(sql, "SELECT count(*) FROM candidates_of_split WHERE _positive")
+        added = number(
+            sql, f"SELECT count(*) FROM drawn WHERE _number BETWEEN {mine.start} AND {mine.stop - 1}"
+        )
+        told["negatives"] = {"asked_for": requests.negatives * positives, "added": added}
+    return told
+
+
+def _percentiles(sql: DuckDBPyConnection, counts: str) -> dict[str, int]:
+    found, most = first_row(sql, f"SELECT quantile_disc(n, [0.5, 0.9, 0.99]), max(n) FROM ({counts})")
+    return dict(zip(("p50", "p90", "p99", "max"), [*found, most], strict=True))
+
+
+def _leaks(sql: DuckDBPyConnection) -> dict[str, float | None]:
+    """Shares of a split's positives whose item the user's events hold near the request."""
+
+    def nearest(event: str, select: str) -> tuple[Any, ...]:
+        return first_row(
             sql,
             f"""SELECT {select}
-            FROM (SELECT "user", time, _row.item AS item FROM numbered JOIN requests USING (_number)
-                  WHERE {mine} AND {positive}) p
-            ASOF LEFT JOIN events e
-            ON e."user" = p."user" AND e.item = p.item AND p.time {"<=" if after else ">"} e.time""",
+            FROM (SELECT "user", time, _row.item AS item
+                  FROM candidates_of_split JOIN requests USING (_number) WHERE _positive) p
+            ASOF LEFT JOIN events e ON e."user" = p."user" AND e.item = p.item AND {event}""",
         )
 
     spans = {span: f"to_seconds({seconds})" for span, seconds in _SPANS.items()}
     before = ["e.time IS NOT NULL", *(f"e.time >= p.time - {length}" for length in spans.values())]
-    shares = nearest(False, ", ".join(_share(condition) for condition in before))
-    after = nearest(True, _share(f"e.time < p.time + {spans['day']}"))
+    shares = nearest("p.time > e.time", ", ".join(_share(condition) for condition in before))
+    after = nearest("p.time <= e.time", _share(f"e.time < p.time + {spans['day']}"))
     names = ["positives_seen_before", *(f"positives_in_last_{span}" for span in spans)]
     return dict(zip([*names, "positives_in_next_day"], [*shares, *after], strict=True))
 
 
-def same_times(sql: duckdb.DuckDBPyConnection, mine: str) -> dict[str, int]:
+def _same_times(sql: DuckDBPyConnection) -> dict[str, int]:
     """Events of the very time, and of the day, of a request of a split by the same user."""
 
     def events(time: str) -> int:
-        return _row(
+        return number(
             sql,
             f"""SELECT count(*) FROM (SELECT "user", {time} AS _time FROM events)
-            SEMI JOIN (SELECT DISTINCT "user", {time} AS _time FROM requests WHERE {mine})
+            SEMI JOIN (SELECT DISTINCT "user", {time} AS _time FROM requests_of_split)
             USING ("user", _time)""",
-        )[0]
+        )
 
     return {
         "events_at_the_time_of_a_request": events("time"),
@@ -130,21 +223,43 @@ def same_times(sql: duckdb.DuckDBPyConnection, mine: str) -> dict[str, int]:
     }
 
 
-def at_midnight(sql: duckdb.DuckDBPyConnection) -> dict[str, float | None]:
+def _scales(
+    sql: DuckDBPyConnection, dense: Iterable[str], candidate_dense: Iterable[str]
+) -> dict[str, dict[str, float]]:
+    """How the dense columns of a split are scaled."""
+    columns = [(name, quoted(name), "requests_of_split") for name in dense]
+    columns += [(name, f"_row.{quoted(name)}", "candidates_of_split") for name in candidate_dense]
+    told: dict[str, dict[str, float]] = {}
+    for name, column, table in columns:
+        figures = first_row(
+            sql,
+            f"""SELECT avg(x), stddev_pop(x), min(x), max(x)
+            FROM (SELECT CAST({column} AS DOUBLE) AS x FROM {table})""",
+        )
+        told[name] = dict(zip(("mean", "std", "min", "max"), figures, strict=True))
+    return told
+
+
+def _share(condition: str) -> str:
+    return f"avg(CAST(coalesce({condition}, false) AS INTEGER))"
+
+
+# ---------------------------------------------------------------- the whole log
+
+
+def _at_midnight(sql: DuckDBPyConnection) -> dict[str, float | None]:
     """Share of times that are midnight UTC, as a date alone is."""
     share = _share(f"{TIME} = date_trunc('day', {TIME})")
-    return {table: _row(sql, f"SELECT {share} FROM {table}")[0] for table in ("events", "requests")}
+    return {table: first_row(sql, f"SELECT {share} FROM {table}")[0] for table in ("events", "requests")}
 
 
-def doubled_rows(sql: duckdb.DuckDBPyConnection, schema: PrepareSchema) -> dict[str, Any]:
+def _doubled_rows(sql: DuckDBPyConnection, requests: Requests) -> dict[str, Any]:
     """Of each table's rows, those that equal one before them in every column of the schema."""
-    labels = schema.requests.labels.items()
     tables = {"events": "events", "requests": "requests"}
-    joined = [task for task, label in labels if isinstance(label, JoinedLabel)]
-    tables |= {f"label_{task}": f"label_{number}" for number, task in enumerate(joined)}
+    tables |= {f"label_{task}": f"label_{n}" for n, task in enumerate(requests.joined_labels)}
     told: dict[str, Any] = {}
     for section, table in tables.items():
-        rows, doubled = _row(
+        rows, doubled = first_row(
             sql,
             f"""SELECT sum(_n)::BIGINT, sum(_n - 1)::BIGINT FROM (
             SELECT * EXCLUDE (_given, _refused), count(*) AS _n FROM {table}_rows GROUP BY ALL)""",
@@ -153,37 +268,7 @@ def doubled_rows(sql: duckdb.DuckDBPyConnection, schema: PrepareSchema) -> dict[
     return told
 
 
-def of_candidates(
-    sql: duckdb.DuckDBPyConnection, mine: str, dense: Sequence[str], candidate_dense: Sequence[str]
-) -> dict[str, Any]:
-    """Candidates that stand in their request already, and how the dense columns are scaled."""
-    told: dict[str, Any] = {
-        "candidates_given_again": _row(
-            sql,
-            f"""SELECT coalesce(sum(n - 1), 0)::BIGINT FROM (SELECT count(*) AS n FROM numbered
-            WHERE {mine} GROUP BY _number, _row.item)""",
-        )[0]
-    }
-    columns = [(name, f'"{name}"', "requests") for name in dense]
-    columns += [(name, f'_row."{name}"', "numbered") for name in candidate_dense]
-    told["dense"] = {
-        name: dict(
-            zip(
-                ("mean", "std", "min", "max"),
-                _row(
-                    sql,
-                    f"""SELECT avg(x), stddev_pop(x), min(x), max(x)
-                    FROM (SELECT CAST({column} AS DOUBLE) AS x FROM {table} WHERE {mine})""",
-                ),
-                strict=True,
-            )
-        )
-        for name, column, table in columns
-    }
-    return told
-
-
-def warnings_of(report: Mapping[str, Any]) -> list[str]:
+def _warnings(report: Mapping[str, Any]) -> list[str]:
     """What a report's figures say that somebody should look at, in words."""
     told: list[str] = []
     for split, figures in report["requests"].items():
@@ -216,17 +301,3 @@ def warnings_of(report: Mapping[str, Any]) -> list[str]:
                 "counts"
             )
     return told
-
-
-def _row(sql: duckdb.DuckDBPyConnection, query: str) -> tuple[Any, ...]:
-    return sql.execute(query).fetchall()[0]
-
-
-def _share(condition: str) -> str:
-    return f"avg(CAST(coalesce({condition}, false) AS INTEGER))"
-
-
-def _example(sql: duckdb.DuckDBPyConnection, column: str, table: str) -> str:
-    """An id of a table, for a message."""
-    least = _row(sql, f'SELECT min("{column}") FROM {table}_rows')[0]
-    return "none, since it has no rows" if least is None else repr(least)

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
-import json
 import math
-import os
 import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any
 
-from ifa_torchrec.data.schema import CANDIDATES, EXPOSED, TIME, USER, LogError
+from ifa_torchrec.data.schema import CANDIDATES, EXPOSED, OFFSETS, TIME, USER, LogError
 
 ITEM, NAME = "item", "name"
 UNITS = {"s": 1_000_000, "ms": 1_000, "us": 1}
 """Units of a time that is a number, each with its microseconds."""
 
-_RESERVED = (USER, TIME, ITEM, EXPOSED, CANDIDATES, "candidate_offsets")
+_RESERVED = (USER, TIME, ITEM, EXPOSED, CANDIDATES, OFFSETS)
 _MOST_SECONDS = 10_000_000_000  # 300 years; what DuckDB can add to a time ends not far above
 _HASH_BITS = 60  # of the digest that `hash_row` takes
 
@@ -49,6 +45,28 @@ class Hashed:
                 f"the column {self.column!r}: hash must be the number of rows, a whole number from 2 to "
                 f"2^{_HASH_BITS}, got {self.hash!r}"
             )
+
+
+def column_of(column: str | Hashed) -> str:
+    """The column, hashed or not.
+
+    Example:
+        >>> from ifa_torchrec.data.prepare.schema import Hashed, column_of
+        >>> column_of("author"), column_of(Hashed("author", hash=100))
+        ('author', 'author')
+    """
+    return column.column if isinstance(column, Hashed) else column
+
+
+def rows_of(column: str | Hashed) -> int | None:
+    """The rows that a column is hashed to, or None where it is not.
+
+    Example:
+        >>> from ifa_torchrec.data.prepare.schema import Hashed, rows_of
+        >>> rows_of("author"), rows_of(Hashed("author", hash=100))
+        (None, 100)
+    """
+    return column.hash if isinstance(column, Hashed) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +184,11 @@ class Requests(Events):
                 f"{list(self.candidate_dense)}; leave one of the two out"
             )
 
+    @property
+    def joined_labels(self) -> dict[str, JoinedLabel]:
+        """The labels that are joined from another table, by task."""
+        return {task: label for task, label in self.labels.items() if isinstance(label, JoinedLabel)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Items(Table):
@@ -237,22 +260,36 @@ class PrepareSchema:
     users: Users | None = None
 
     def __post_init__(self) -> None:
-        for f, hint in typing.get_type_hints(PrepareSchema).items():
-            _check(f, hint, getattr(self, f))
-        joined = {
-            f"requests.labels.{task}": label
-            for task, label in self.requests.labels.items()
-            if isinstance(label, JoinedLabel)
-        }
+        for name, hint in typing.get_type_hints(PrepareSchema).items():
+            _check(name, hint, getattr(self, name))
+        self._check_sections()
+        self._check_splits()
+        self._check_names()
+
+    @property
+    def item_features(self) -> Mapping[str, str | Hashed]:
+        """Id features of the items, beside the item."""
+        return self.items.features if self.items else {}
+
+    @property
+    def user_features(self) -> Mapping[str, str | Hashed]:
+        """Id features of the users."""
+        return self.users.features if self.users else {}
+
+    @property
+    def context(self) -> dict[str, str | Hashed]:
+        """Id features of a request: its own, and its user's."""
+        return {**self.requests.context, **self.user_features}
+
+    def _check_sections(self) -> None:
+        joined = {f"requests.labels.{task}": rows for task, rows in self.requests.joined_labels.items()}
         for where, rows in {"events": self.events, "requests": self.requests, **joined}.items():
             if rows.unit not in (None, *UNITS):
                 raise LogError(
                     f"{where}.unit must be one of {list(UNITS)}, or left out for timestamps; got "
                     f"{rows.unit!r}"
                 )
-            if isinstance(rows.item, Hashed) and rows.item.hash != getattr(
-                self.events.item, "hash", None
-            ):
+            if isinstance(rows.item, Hashed) and rows.item.hash != rows_of(self.events.item):
                 raise LogError(
                     f"{where}.item has the hash {rows.item.hash}, and that of events.item counts; give "
                     "both the same"
@@ -263,6 +300,8 @@ class PrepareSchema:
         for where, value in seconds.items():
             if not 0 <= value <= _MOST_SECONDS:
                 raise LogError(f"{where} must be from 0 to {_MOST_SECONDS}, got {value!r}")
+
+    def _check_splits(self) -> None:
         for split, start in self.splits.items():
             if not re.fullmatch(r"\w[\w.-]*", split):
                 raise LogError(
@@ -274,19 +313,16 @@ class PrepareSchema:
                     f"{start!r}"
                 )
         refuse_same_names("splits", ["train", *(split for split in self.splits if split != "train")])
-        self._check_names()
 
     def _check_names(self) -> None:
         requests = self.requests
-        of_items = list(self.items.features) if self.items else []
-        of_users = list(self.users.features) if self.users else []
-        names = [*of_items, *of_users, *requests.labels]
+        names = [*self.item_features, *self.user_features, *requests.labels]
         names += [*requests.context, *requests.dense, *requests.candidate_dense]
         for name in names:
             if name.startswith("_"):
                 raise LogError(f"the name {name!r} needs another beginning: those with _ are ours")
         refuse_same_names("the schema", [*_RESERVED, *names])
-        for name in of_items:
+        for name in self.item_features:
             if name.lower() == NAME:
                 raise LogError(
                     f"items: the feature {name!r} needs another name: it is what to call the item"
@@ -303,7 +339,7 @@ def refuse_same_names(where: str, names: Iterable[str]) -> None:
         >>> from ifa_torchrec.data.prepare.schema import refuse_same_names
         >>> refuse_same_names("log.parquet", ["user", "Time", "time"])
         Traceback (most recent call last):
-        ifa_torchrec.data.event_log.LogError: log.parquet: the names 'Time' and 'time' are the same but \
+        ifa_torchrec.data.schema.LogError: log.parquet: the names 'Time' and 'time' are the same but \
 for case, and SQL cannot tell them apart; rename one
     """
     seen: dict[str, str] = {}
@@ -368,86 +404,3 @@ def _check(where: str, hint: Any, value: Any, may_be_empty: bool = False) -> Non
     elif isinstance(value, (list, tuple)):
         for item in typing.cast(Sequence[Any], value):
             _check(f"a value of {where}", typing.get_args(kind)[0], item, may_be_empty)
-
-
-def load_schema(path: str | Path) -> PrepareSchema:
-    """Read a schema from JSON; files are looked for beside it.
-
-    Raises:
-        LogError: it is no JSON, a key is unknown, missing or given twice, or a value is wrong (see
-            PrepareSchema); the message has the keys there are.
-
-    Example:
-        >>> import json, tempfile
-        >>> from pathlib import Path
-        >>> from ifa_torchrec.data.prepare.schema import load_schema
-        >>> path = Path(tempfile.mkdtemp()) / "schema.json"
-        >>> rows = {"files": "log.csv", "user": "u", "item": "i", "time": "t"}
-        >>> schema = {"events": rows, "requests": {**rows, "labels": {"click": "c"}},
-        ...           "splits": {"test": "2024-05-01"}}
-        >>> _ = path.write_text(json.dumps(schema))
-        >>> load_schema(path).events.item
-        'i'
-    """
-    path = Path(path)
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        """An object of JSON, of which Python would take the last of the same keys."""
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            raise LogError(f"{path}: a key is given twice, among {[key for key, _ in pairs]}")
-        return values
-
-    try:
-        parts = json.loads(path.read_bytes(), object_pairs_hook=once)
-    except LogError:
-        raise
-    except (OSError, ValueError) as error:
-        raise LogError(f"{path}: not readable as JSON ({error})") from error
-
-    def build(kind: type, section: str, values: Any) -> Any:
-        fields = {f.name: f for f in dataclasses.fields(kind)}
-        missing = dataclasses.MISSING
-        needed = [n for n, f in fields.items() if f.default is missing and f.default_factory is missing]
-        if not isinstance(values, dict) or not set(needed) <= set(values) <= set(fields):
-            raise LogError(
-                f"{path}: {section} must be an object with {needed}, and perhaps "
-                f"{[n for n in fields if n not in needed]}; got {values!r}"
-            )
-        values = dict(values)
-        if "files" in values:
-            files = values["files"]
-            patterns = [files] if isinstance(files, str) else files
-            if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
-                raise LogError(
-                    f"{path}: {section}.files must be a path, or a list of paths, got {files!r}"
-                )
-            # the names of the folders above are no patterns, and neither is that of a file that is there
-            beside = [str(path.parent / pattern) for pattern in patterns]
-            anywhere = [os.path.join(glob.escape(str(path.parent)), pattern) for pattern in patterns]
-            values["files"] = [
-                file if os.path.exists(file) else pattern
-                for file, pattern in zip(beside, anywhere, strict=True)
-            ]
-        if "item" in values:
-            values["item"] = hashed(f"{section}.item", values["item"])
-        for key in {"features", "context"} & {key for key in values if isinstance(values[key], dict)}:
-            columns = values[key].items()
-            values[key] = {name: hashed(f"{section}.{key}.{name}", column) for name, column in columns}
-        if isinstance(values.get("labels"), dict):
-            values["labels"] = {
-                task: label if isinstance(label, str) else build(JoinedLabel, f"labels.{task}", label)
-                for task, label in values["labels"].items()
-            }
-        try:
-            return kind(**values)
-        except LogError as error:
-            raise LogError(f"{path}: {error}") from error
-
-    def hashed(section: str, value: Any) -> Any:
-        return build(Hashed, section, value) if isinstance(value, dict) else value
-
-    kinds = {"events": Events, "requests": Requests, "items": Items, "users": Users}
-    if isinstance(parts, dict):
-        parts |= {name: build(kinds[name], name, parts[name]) for name in kinds if name in parts}
-    return build(PrepareSchema, "the schema", parts)

@@ -12,13 +12,13 @@ over the whole month, so those of a training request would know its future. Vali
 
 from __future__ import annotations
 
-import glob
 from pathlib import Path
 from typing import Any
 
 from ifa_torchrec.data.event_log import EventLog
-from ifa_torchrec.data.prepare import preparation as log
-from ifa_torchrec.data.prepare.schema import Events, Items, PrepareSchema, Requests, Users
+from ifa_torchrec.data.prepare import Events, Items, PrepareSchema, Requests, Users
+from ifa_torchrec.data.prepare import prepare as write_log
+from ifa_torchrec.data.public.common import as_named, pattern_of
 
 TASKS = ("is_click", "long_view", "is_like", "is_follow", "is_comment", "is_forward", "is_hate")
 """The labels."""
@@ -51,7 +51,7 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
         >>> from ifa_torchrec.data.public import kuairand
         >>> log = kuairand.prepare("KuaiRand-Pure/data", "runs/data/kuairand_pure")  # doctest: +SKIP
     """
-    folder = Path(glob.escape(str(folder)))  # its own name is no pattern
+    folder = pattern_of(folder)
     rows: dict[str, Any] = {
         "files": [str(folder / "log_standard_*.csv"), str(folder / "log_random_*.csv")],
         "user": "user_id",
@@ -63,8 +63,8 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
         events=Events(**rows, where="is_click = 1"),
         requests=Requests(
             **rows,
-            labels={task: task for task in TASKS},
-            context={"tab": "tab"},
+            labels=as_named(TASKS),
+            context=as_named(["tab"]),
             candidate_dense={"log_duration": "ln(1 + duration_ms::FLOAT)"},
             request="tab",
             gap_seconds=60,
@@ -74,12 +74,12 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
         items=Items(
             files=str(folder / "video_features_basic_*.csv"),
             item="video_id",
-            features={feature: feature for feature in _VIDEO},
+            features=as_named(_VIDEO),
         ),
         users=Users(
             files=str(folder / "user_features_*.csv"),
             user="user_id",
-            features={feature: feature for feature in _USER},
+            features=as_named(_USER),
         ),
     )
-    return log.prepare(schema, out)
+    return write_log(schema, out)

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ifa_torchrec.data.event_log import EventLog
-from ifa_torchrec.data.prepare import preparation as log
-from ifa_torchrec.data.prepare.schema import Events, Items, PrepareSchema, Requests
+from ifa_torchrec.data.prepare import Items
+from ifa_torchrec.data.prepare import prepare as write_log
+from ifa_torchrec.data.public.common import rated_pages
 from ifa_torchrec.data.schema import LogError
 
 _RATINGS = ("userId", "movieId", "rating", "timestamp")
@@ -81,20 +82,14 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
         "time": "timestamp",
         "unit": "s",
     }
-    liked = "rating::FLOAT >= 4"
-    schema = PrepareSchema(
-        events=Events(**rows, where=liked),
-        requests=Requests(**rows, labels={"liked": liked}, gap_seconds=60),
-        splits={"valid": 0.8, "test": 0.9},
-        items=Items(
-            files=str(folder / movies),
-            item="movieId",
-            features={
-                "genres": genres,
-                "year": r"nullif(regexp_extract(title, '\((\d{4})\)\s*$', 1), '')",
-            },
-            name="title",
-            **movies_format,
-        ),
+    films = Items(
+        files=str(folder / movies),
+        item="movieId",
+        features={
+            "genres": genres,
+            "year": r"nullif(regexp_extract(title, '\((\d{4})\)\s*$', 1), '')",
+        },
+        name="title",
+        **movies_format,
     )
-    return log.prepare(schema, out)
+    return write_log(rated_pages(rows, "rating::FLOAT >= 4", films), out)

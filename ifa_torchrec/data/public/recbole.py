@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from ifa_torchrec.data.event_log import EventLog
-from ifa_torchrec.data.prepare import preparation as log
+from ifa_torchrec.data.prepare import Items, Users
+from ifa_torchrec.data.prepare import prepare as write_log
 from ifa_torchrec.data.prepare.files import read_header
-from ifa_torchrec.data.prepare.schema import Events, Items, PrepareSchema, Requests, Table, Users
+from ifa_torchrec.data.prepare.schema import Table
+from ifa_torchrec.data.public.common import rated_pages
 from ifa_torchrec.data.schema import LogError
 
 _TABS: dict[str, Any] = {"delimiter": "\t", "quote": ""}
@@ -80,14 +82,7 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
             features=_tokens(user_file, skip=("user_id:",)),
             **_TABS,
         )
-    schema = PrepareSchema(
-        events=Events(**rows, where=positive),
-        requests=Requests(**rows, labels={"liked": positive}, gap_seconds=60),
-        splits={"valid": 0.8, "test": 0.9},
-        items=items,
-        users=users,
-    )
-    return log.prepare(schema, out)
+    return write_log(rated_pages(rows, positive, items, users), out)
 
 
 def _columns(file: Path) -> dict[str, str]:

@@ -9,13 +9,13 @@ province. Validation is from 11 February 2024, test from 15 to 18 February.
 
 from __future__ import annotations
 
-import glob
 from pathlib import Path
 from typing import Any
 
 from ifa_torchrec.data.event_log import EventLog
-from ifa_torchrec.data.prepare import preparation as log
-from ifa_torchrec.data.prepare.schema import Events, Items, PrepareSchema, Requests
+from ifa_torchrec.data.prepare import Events, Items, PrepareSchema, Requests
+from ifa_torchrec.data.prepare import prepare as write_log
+from ifa_torchrec.data.public.common import as_named, pattern_of
 
 TASKS = ("effective_view", "long_view", "like", "follow", "forward", "comment")
 """The labels."""
@@ -38,7 +38,7 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
         >>> from ifa_torchrec.data.public import recflow
         >>> log = recflow.prepare("RecFlow", "runs/data/recflow")  # doctest: +SKIP
     """
-    folder = Path(glob.escape(str(folder)))  # its own name is no pattern
+    folder = pattern_of(folder)
     all_stage = str(folder / "all_stage" / "*.feather")
     rows: dict[str, Any] = {
         "user": "user_id",
@@ -53,11 +53,11 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
             files=all_stage,
             request="request_id",
             exposed="realshow",
-            labels={task: task for task in TASKS},
-            context={feature: feature for feature in _CONTEXT},
+            labels=as_named(TASKS),
+            context=as_named(_CONTEXT),
         ),
         # in the time zone of the app, as the days of its files are
         splits={"valid": "2024-02-11 00:00:00+08", "test": "2024-02-15 00:00:00+08"},
-        items=Items(files=all_stage, item="video_id", features={feature: feature for feature in _VIDEO}),
+        items=Items(files=all_stage, item="video_id", features=as_named(_VIDEO)),
     )
-    return log.prepare(schema, out)
+    return write_log(schema, out)

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from ifa_torchrec.data.event_log import EventLog
-from ifa_torchrec.data.prepare import preparation as log
-from ifa_torchrec.data.prepare.schema import Events, Items, PrepareSchema, Requests
+from ifa_torchrec.data.prepare import Events, Items, PrepareSchema, Requests
+from ifa_torchrec.data.prepare import prepare as write_log
 
 TASKS = ("viewed",)
 """The labels."""
@@ -73,7 +73,7 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
         splits={"valid": "2017-12-02 00:00:00+08", "test": "2017-12-03 00:00:00+08"},
         items=Items(**file, item="item_id", features={"category": "category_id"}),
     )
-    return log.prepare(schema, out)
+    return write_log(schema, out)
 
 
 def _start(day: str) -> int:

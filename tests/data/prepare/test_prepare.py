@@ -15,9 +15,7 @@ import pyarrow.feather
 import pytest
 
 from ifa_torchrec.data import EventLog, LogError, LogSchema
-from ifa_torchrec.data.prepare import preparation as module
-from ifa_torchrec.data.prepare.preparation import hash_row, prepare
-from ifa_torchrec.data.prepare.schema import (
+from ifa_torchrec.data.prepare import (
     Events,
     Hashed,
     Items,
@@ -25,7 +23,9 @@ from ifa_torchrec.data.prepare.schema import (
     PrepareSchema,
     Requests,
     Users,
+    hash_row,
     load_schema,
+    prepare,
 )
 
 pytest.importorskip("duckdb", reason="the extra `data` is not installed")
@@ -107,7 +107,7 @@ class TestRequests:
 
     def test_many_at_a_time_and_few_are_the_same(self, tmp_path: Path, monkeypatch) -> None:
         one = prepare(described(tmp_path), tmp_path / "one")
-        monkeypatch.setattr(module, "_REQUESTS_AT_ONCE", 2)
+        monkeypatch.setattr("ifa_torchrec.data.prepare.requests.REQUESTS_AT_ONCE", 2)
         two = prepare(described(tmp_path), tmp_path / "two")
         for column, values in one.requests("train").items():
             np.testing.assert_array_equal(values, two.requests("train")[column])

@@ -18,8 +18,7 @@ import pytest
 import ifa_torchrec.training.trainer as train_module
 from ifa_torchrec import IFAConfig
 from ifa_torchrec.data import EventLog, LogError, LogSchema, RankingDataset
-from ifa_torchrec.data.prepare.preparation import hash_row, prepare
-from ifa_torchrec.data.prepare.schema import Hashed, load_schema
+from ifa_torchrec.data.prepare import Hashed, hash_row, load_schema, prepare
 from ifa_torchrec.data.scales import warn_of_unscaled
 from ifa_torchrec.training.options import TrainConfig
 from ifa_torchrec.training.trainer import train
@@ -421,7 +420,7 @@ class TestScales:
             LogSchema({"item": 2}, dense_features=("hour", "clock"), candidate_dense=("price",)),
             requests={"train": requests},
         )
-        monkeypatch.setattr(train_module, "shard", stop)
+        monkeypatch.setattr("ifa_torchrec.training.trainer.shard", stop)
         with pytest.warns(UserWarning, match="never scaled") as told, pytest.raises(Stopped):
             train(TrainConfig(log.path, tmp_path / "run", ifa=IFAConfig(8, num_heads=2)))
         messages = [str(warning.message) for warning in told if "never scaled" in str(warning.message)]

@@ -17,10 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ifa_torchrec.data import EventLog, LogError
-from ifa_torchrec.data.prepare import files as module
+from ifa_torchrec.data.prepare import csv_rows, load_schema, prepare
 from ifa_torchrec.data.prepare.files import Source, read_header
-from ifa_torchrec.data.prepare.preparation import prepare
-from ifa_torchrec.data.prepare.schema import Table, load_schema
+from ifa_torchrec.data.prepare.schema import Table
 from ifa_torchrec.data.public import kuairand, movielens, recbole, recflow
 
 duckdb = pytest.importorskip("duckdb", reason="the extra `data` is not installed")
@@ -111,7 +110,7 @@ class TestLines:
     )  # fmt: skip
     @pytest.mark.parametrize("block", [3, 1 << 22])
     def test_end_in_any_way(self, tmp_path: Path, monkeypatch, content: str, block: int) -> None:
-        monkeypatch.setattr(module, "_BLOCK", block)
+        monkeypatch.setattr(csv_rows, "BLOCK", block)
         rows, source = read(write(tmp_path, content))
         assert rows == [("a", "1"), ("b", "2"), ("c", "3")] and not source.refused
 
@@ -133,7 +132,7 @@ class TestLines:
         }
 
     def test_none_is_longer_than_memory(self, tmp_path: Path, monkeypatch) -> None:
-        monkeypatch.setattr(module, "_LONGEST_LINE", 1000)
+        monkeypatch.setattr(csv_rows, "LONGEST_LINE", 1000)
         with refused("log.csv", "a line of more than"):
             read(write(tmp_path, "u,i\n" + "a" * 70_000))
 
@@ -141,7 +140,7 @@ class TestLines:
 class TestQuotes:
     @pytest.mark.parametrize("block", [100, 1 << 22])
     def test_a_value_may_have_several_lines(self, tmp_path: Path, monkeypatch, block: int) -> None:
-        monkeypatch.setattr(module, "_BLOCK", block)
+        monkeypatch.setattr(csv_rows, "BLOCK", block)
         texts = ["One,\ntwo, three\nfour", "\n\nspaced\n", 'he said\n""no""\n', "x\ny"]
         texts = [texts[n % 4] for n in range(100)]
         for column in range(3):  # of the text
@@ -168,7 +167,7 @@ class TestQuotes:
     def test_what_a_stray_one_swallows_is_refused(
         self, tmp_path: Path, monkeypatch, titles: dict[int, str], lost: list[int], block: int
     ) -> None:
-        monkeypatch.setattr(module, "_BLOCK", block)
+        monkeypatch.setattr(csv_rows, "BLOCK", block)
         rows, source = read(write(tmp_path, numbered(1000, titles)))
         assert [row[0] for row in rows] == [f"u{n}" for n in range(1000) if n not in lost]
         assert refused_rows(source) == len(lost)
@@ -177,7 +176,7 @@ class TestQuotes:
             assert told["examples"][0] == f'log.csv: line {2 + lost[0]}: u{lost[0]},i{lost[0]},"Alien'
 
     def test_one_that_opens_far_from_the_next_costs_its_line(self, tmp_path: Path, monkeypatch) -> None:
-        monkeypatch.setattr(module, "_LONGEST_VALUE", 1000)
+        monkeypatch.setattr(csv_rows, "LONGEST_VALUE", 1000)
         rows, source = read(write(tmp_path, numbered(1000, {100: '"Alien', 500: 'Aliens"'})))
         assert len(rows) == 999 and refused_rows(source) == 1
 
@@ -208,9 +207,9 @@ class TestQuotes:
         file = write(tmp_path_factory.mktemp("lines"), "\n".join(["u,i", *lines]))
         found = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "_LONGEST_VALUE", longest)
+            patch.setattr(csv_rows, "LONGEST_VALUE", longest)
             for size in (block, 1 << 22):
-                patch.setattr(module, "_BLOCK", size)
+                patch.setattr(csv_rows, "BLOCK", size)
                 rows, source = read(file)
                 ends = sum(value.count("\n") for row in rows for value in row if value)
                 assert len(rows) + ends + refused_rows(source) == len(lines)
@@ -250,7 +249,7 @@ class TestEncodings:
     )  # fmt: skip
     @pytest.mark.parametrize("block", [3, 1 << 22])
     def test_of_python(self, tmp_path: Path, monkeypatch, encoding: str, block: int) -> None:
-        monkeypatch.setattr(module, "_BLOCK", block)
+        monkeypatch.setattr(csv_rows, "BLOCK", block)
         content = 'u,\u4e2d\n\u65e5|,"\u672c,\n\u65e5"\n\u4e2d,b\n'
         rows, source = read(write(tmp_path, content.encode(encoding)), encoding=encoding)
         assert rows == [("\u65e5|", "\u672c,\n\u65e5"), ("\u4e2d", "b")] and not source.refused
@@ -332,8 +331,8 @@ class TestKinds:
             read(write(tmp_path, content, name))
 
     def test_damage_late_in_a_file_is_named(self, tmp_path: Path, monkeypatch) -> None:
-        monkeypatch.setattr(module, "_BLOCK", 1 << 14)
-        monkeypatch.setattr(module, "_HEADER", 1 << 10)
+        monkeypatch.setattr(csv_rows, "BLOCK", 1 << 14)
+        monkeypatch.setattr(csv_rows, "HEADER", 1 << 10)
         whole = gzip.compress("".join(["u,i\n", *(f"{n},{n * n}\n" for n in range(20_000))]).encode())
         with refused("events: ", "log.csv.gz cannot be read"):
             read(write(tmp_path, whole[:-1000], "log.csv.gz"))

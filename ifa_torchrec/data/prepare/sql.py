@@ -1,0 +1,121 @@
+"""What the rooms of ``prepare`` say to DuckDB alike: names and texts quoted, times, counts, Parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ifa_torchrec.data.prepare.schema import UNITS
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+
+def quoted(name: str) -> str:
+    """A name in SQL, whatever it holds.
+
+    Example:
+        >>> from ifa_torchrec.data.prepare.sql import quoted
+        >>> quoted("user")
+        '"user"'
+    """
+    return '"' + name.replace('"', '""') + '"'
+
+
+def literal(text: str) -> str:
+    """A text in SQL.
+
+    Example:
+        >>> from ifa_torchrec.data.prepare.sql import literal
+        >>> literal("it's")
+        "'it''s'"
+    """
+    return "'" + text.replace("'", "''") + "'"
+
+
+def more(names: Iterable[str], form: str = "{}") -> str:
+    """Further columns of a SELECT, each made of the column of its name.
+
+    Args:
+        names: of the columns.
+        form: SQL, with {} where the column stands.
+
+    Example:
+        >>> from ifa_torchrec.data.prepare.sql import more
+        >>> more(["age", "sex"], "max({})")
+        ', max("age") AS "age", max("sex") AS "sex"'
+    """
+    return "".join(f", {form.format(quoted(name))} AS {quoted(name)}" for name in names)
+
+
+def timestamp(sql: str, unit: str | None) -> str:
+    """A time in UTC; null where there is none to be read.
+
+    Args:
+        sql: a number, if there is a unit; else a timestamp, or a text of one.
+        unit: one of UNITS, or None.
+
+    Example:
+        >>> from ifa_torchrec.data.prepare.sql import timestamp
+        >>> timestamp("t", None)
+        "TRY(CAST(t AS TIMESTAMPTZ) AT TIME ZONE 'UTC')"
+    """
+    if unit is None:
+        return f"TRY(CAST({sql} AS TIMESTAMPTZ) AT TIME ZONE 'UTC')"
+    return f"TRY(make_timestamp(CAST(CAST({sql} AS DECIMAL(24, 6)) * {UNITS[unit]} AS BIGINT)))"
+
+
+def interval(seconds: float) -> str:
+    """A length of time.
+
+    Example:
+        >>> from ifa_torchrec.data.prepare.sql import interval
+        >>> interval(1.5)
+        'to_microseconds(1500000)'
+    """
+    return f"to_microseconds({round(seconds * 1e6)})"
+
+
+def first_row(sql: DuckDBPyConnection, query: str) -> tuple[Any, ...]:
+    """The first row that a query gives.
+
+    Example:
+        >>> import duckdb
+        >>> from ifa_torchrec.data.prepare.sql import first_row
+        >>> first_row(duckdb.connect(), "SELECT 1, 'a'")
+        (1, 'a')
+    """
+    return sql.execute(query).fetchall()[0]
+
+
+def number(sql: DuckDBPyConnection, query: str) -> int:
+    """The one value that a query gives.
+
+    Example:
+        >>> import duckdb
+        >>> from ifa_torchrec.data.prepare.sql import number
+        >>> number(duckdb.connect(), "SELECT count(*) FROM range(3)")
+        3
+    """
+    return first_row(sql, query)[0]
+
+
+def write_parquet(sql: DuckDBPyConnection, query: str, file: Path, options: str = "") -> None:
+    """Write what a query gives.
+
+    Args:
+        sql: the connection.
+        query: gives the rows, in their order.
+        file: to be written.
+        options: further ones of COPY, with a comma in front.
+
+    Example:
+        >>> import duckdb, tempfile
+        >>> from ifa_torchrec.data.prepare.sql import number, write_parquet
+        >>> sql, file = duckdb.connect(), Path(tempfile.mkdtemp()) / "rows.parquet"
+        >>> write_parquet(sql, "FROM range(3)", file)
+        >>> number(sql, f"SELECT count(*) FROM '{file}'")
+        3
+    """
+    sql.execute(f"COPY ({query}) TO {literal(str(file))} (FORMAT parquet{options})")

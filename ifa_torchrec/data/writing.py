@@ -1,0 +1,99 @@
+"""Writing a log: in a folder beside it, which is renamed to it once it is whole."""
+
+from __future__ import annotations
+
+import errno
+import secrets
+import shutil
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ifa_torchrec.data.schema import LogError
+from ifa_torchrec.errors import ExistsError
+
+
+@contextmanager
+def drafting(path: str | Path) -> Generator[Path]:
+    """A folder beside ``path`` to write a log in, gone again unless ``EventLog.publish`` renamed it.
+
+    Raises:
+        FileExistsError: ``path`` exists.
+        LogError: there is no room, or no right, to write there.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.data.writing import drafting
+        >>> with drafting(Path(tempfile.mkdtemp()) / "log") as draft:
+        ...     (draft / "requests").is_dir()
+        True
+        >>> draft.exists()
+        False
+    """
+    path = Path(path)
+    if path.exists():
+        raise ExistsError(f"{path} exists; delete it or choose another folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = new_folder(path.parent, f".{path.name}-")
+    except OSError as error:
+        raise LogError(
+            f"{path}: the log cannot be written there ({error}); choose another folder"
+        ) from error
+    try:
+        (draft / "requests").mkdir()
+        yield draft
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise LogError(
+            f"{path}: no room to write the log ({error}); free some, or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def new_folder(parent: Path, prefix: str) -> Path:
+    """A new folder in ``parent``; unlike tempfile's, open to whom the umask lets in.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.data.writing import new_folder
+        >>> new_folder(Path(tempfile.mkdtemp()), ".draft-").name[:7]
+        '.draft-'
+    """
+    folder = parent / f"{prefix}{secrets.token_hex(6)}"
+    folder.mkdir()
+    return folder
+
+
+def write_tables(folder: Path, tables: Mapping[str, pd.DataFrame]) -> None:
+    """Write FOLDER/NAME.parquet of each DataFrame.
+
+    Raises:
+        LogError: a column is of several types, or has a number beyond an int64.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import pandas as pd
+        >>> from ifa_torchrec.data.writing import write_tables
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> write_tables(folder, {"items": pd.DataFrame({"item": [0, 1]})})
+        >>> [file.name for file in folder.iterdir()]
+        ['items.parquet']
+    """
+    for name, frame in tables.items():
+        try:
+            table = pa.Table.from_pandas(frame, preserve_index=False)
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise LogError(f"{name}: a column holds values of several types: {error}") from error
+        except OverflowError as error:
+            raise LogError(f"{name}: a column holds a number beyond an int64: {error}") from error
+        pq.write_table(table, folder / f"{name}.parquet", write_page_checksum=True)
