@@ -29,7 +29,7 @@ from ifa_torchrec.data.dataset import MICROSECONDS_PER_DAY
 from ifa_torchrec.data.sampler import EMPTY_REQUEST
 from ifa_torchrec.modules import UserState
 from ifa_torchrec.serving import StateError, StateLayout, StateStore, open_key_value_store
-from ifa_torchrec.serving.states.records import utc
+from ifa_torchrec.serving.times import utc
 from ifa_torchrec.training.run import load_run
 
 _NEVER = np.iinfo(np.int64).min + 1  # the least one is numpy's NaT

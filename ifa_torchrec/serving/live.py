@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.serving.batching import Batcher, Item, Result
 from ifa_torchrec.serving.scorer import Ranking, RankingRequest, Scorer
-from ifa_torchrec.serving.states.records import Event
+from ifa_torchrec.serving.states.journal import Event
 
 _log = logging.getLogger(__name__)
 

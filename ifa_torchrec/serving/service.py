@@ -37,7 +37,8 @@ from ifa_torchrec.serving.batching import ClosedError, QueueFullError
 from ifa_torchrec.serving.errors import RequestError, StateError, StoreError, UnknownUserError
 from ifa_torchrec.serving.live import LiveScorer
 from ifa_torchrec.serving.scorer import RankingRequest
-from ifa_torchrec.serving.states.records import Event, utc
+from ifa_torchrec.serving.states.journal import Event
+from ifa_torchrec.serving.times import utc
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _RFC3339 = re.compile(
