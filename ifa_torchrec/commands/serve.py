@@ -33,9 +33,9 @@ import uvicorn
 
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.serving import Scorer, StateStore, open_key_value_store, quantize_tables
-from ifa_torchrec.serving.connections import Connection
 from ifa_torchrec.serving.live import Limits, LiveScorer
 from ifa_torchrec.serving.service import create_app
+from ifa_torchrec.serving.service.connections import Connection
 from ifa_torchrec.training.run import load_run
 
 _BACKLOG = 64

@@ -25,9 +25,9 @@ class Limits:
 
     Example:
         >>> from ifa_torchrec.serving.live import Limits
-        >>> Limits(max_waiting=10)
+        >>> Limits(max_waiting=0)
         Traceback (most recent call last):
-        ValueError: max_waiting 10 is below max_requests 64; a full call would never be taken
+        ifa_torchrec.errors.ConfigError: max_waiting must be above 0, got 0
     """
 
     max_body_bytes: int = 4 << 20
@@ -45,7 +45,7 @@ class Limits:
     timeout: float = 2
     """Seconds until a call is given up."""
     receive: float = 10
-    """Seconds for a call's headers to come, then for its body, and for its client to take the answer."""
+    """Seconds for a call's headers to come, then its body, and its client to take the response."""
     max_connections: int = 400
     """Most connections; beyond them the one is closed that has waited longest for its client."""
 
@@ -209,8 +209,8 @@ class LiveScorer:
                 scorer.append(events, self.limits.max_ahead)
         self.metrics.events.labels("new").inc(sum(new))
         self.metrics.events.labels("duplicate").inc(len(new) - sum(new))
-        answers = iter(new)
-        return [[next(answers) for _ in call] for call in calls]
+        results = iter(new)
+        return [[next(results) for _ in call] for call in calls]
 
     def _reload(self) -> None:
         serving = self._scorers[0]

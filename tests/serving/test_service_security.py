@@ -610,8 +610,8 @@ def test_a_hangup_while_it_loads_is_done_when_it_has(early, monkeypatch):
         signal.raise_signal(signal.SIGHUP)
 
     monkeypatch.delenv("IFA_TOKEN", raising=False)
-    monkeypatch.setattr("ifa_torchrec.commands.serve.open_key_value_store", loading)
-    monkeypatch.setattr("ifa_torchrec.commands.serve.LiveScorer", Recorder)
+    monkeypatch.setattr("ifa_torchrec.serve.open_key_value_store", loading)
+    monkeypatch.setattr("ifa_torchrec.serve.LiveScorer", Recorder)
     monkeypatch.setattr(_Server, "run", run)
     before = signal.getsignal(signal.SIGHUP)
     try:

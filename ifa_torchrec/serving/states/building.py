@@ -101,7 +101,7 @@ def _member_bodies(
     members = _bits(place, key % BLOCK, (places.shape[1], BLOCK // 8))
     bodies = [codec.pack_members(bits.tobytes()) for bits in members]
     keys = codec.keys.members_of(user[places[0]], places[1])
-    blocks = _bits(*places, (len(user), len(codec.no_blocks)))
+    blocks = _bits(places[0], places[1], (len(user), len(codec.no_blocks)))
     return dict(zip(keys, bodies, strict=True)), [bits.tobytes() for bits in blocks]
 
 

@@ -164,7 +164,7 @@ class Lookup:
         named = bits[number >> 3] >> (number & 7) & 1
         wrong = named != np.array([row is not None for row in rows], bool)
         if wrong.any():
-            raise codec.lost(self._users[self._request[wrong.argmax()]])
+            raise codec.lost(self._users[int(self._request[wrong.argmax()])])
 
 
 def state_of(codec: RecordCodec, records: Sequence[UserRecords], as_of: np.ndarray) -> UserState:

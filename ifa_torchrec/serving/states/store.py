@@ -17,7 +17,12 @@ from typing import Any
 import numpy as np
 
 from ifa_torchrec.modules import UserState
-from ifa_torchrec.serving.errors import BUILD_COMMAND, StateError, StoreError, UnknownUserError
+from ifa_torchrec.serving.errors import (
+    BUILD_COMMAND,
+    StateError,
+    StoreError,
+    UnknownUserError,
+)
 from ifa_torchrec.serving.states.appending import Addition
 from ifa_torchrec.serving.states.building import whole_records
 from ifa_torchrec.serving.states.journal import Event, unpack_event

@@ -496,7 +496,7 @@ def test_a_part_of_a_state_that_is_gone_is_missed(key_values, what):
         with lost:
             store.read([1], [0], [model.every_key], [new_user])
     with lost:
-        store.append([Event(9, 1, 1, 9 * DAY)], model.encode_each)  # item 1 has the first row
+        store.append([Event(9, 1, 1, 9 * DAY)], model.encode_each)
 
 
 def test_a_head_that_is_gone_is_missed_where_there_are_no_rows(key_values):
