@@ -6,6 +6,8 @@
 
 PYTHON ?= python3
 EXTRA ?= cpu
+# of the versions that pyproject.toml allows, those that the tests are run with
+VERSIONS ?= "torch==2.13.*" "torchrec==1.8.*" "fbgemm-gpu$(if $(filter cpu,$(EXTRA)),-cpu)==1.8.*"
 BIN := .venv/bin
 STAMP := .venv/installed-$(EXTRA)
 
@@ -25,7 +27,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml setup.py $(wildcard ifa_torchrec/ops/native/csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade uv
-	$(UV_ENV) $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -e ".[$(EXTRA),serve,demo,data,dev,docs]"
+	$(UV_ENV) $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -e ".[$(EXTRA),serve,launch,demo,dev,docs]" $(VERSIONS)
 	touch $@
 
 demo: setup

@@ -41,6 +41,8 @@ def main() -> None:
     # libgomp reads it once, when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     name, *arguments = sys.argv[1:] or ["--help"]
+    if arguments[:1] == ["--"]:  # torchrun would take --run for its own --run-path, but for that
+        del arguments[0]
     if name in ("-h", "--help"):
         print(USAGE)
     elif name.startswith("--tyro-"):

@@ -5,6 +5,7 @@ A command prints the message of a UserError and ends; every other exception keep
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,3 +72,26 @@ def writing(place: Path) -> Generator[None]:
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
         raise PlaceError(f"{place} cannot be written: {error}") from error
+
+
+def require(extra: str, *modules: str) -> None:
+    """Name what is not installed, and the line that installs it, before an import fails on it.
+
+    Args:
+        extra: of this package, that brings the modules.
+        modules: names of modules at the top.
+
+    Raises:
+        ModuleNotFoundError: one of them is not installed.
+
+    Example:
+        >>> from ifa_torchrec.errors import require
+        >>> require("train", "torch", "no_such_module")
+        Traceback (most recent call last):
+        ModuleNotFoundError: no_such_module is not installed; pip install 'ifa-torchrec[train]' brings it
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(
+                f"{module} is not installed; pip install 'ifa-torchrec[{extra}]' brings it", name=module
+            )

@@ -50,7 +50,10 @@ def blocks(page: str) -> list[tuple[str, int, str]]:
 def commands(text: str) -> list[list[str]]:
     """The lines of a block that run a command of the package: its name, then its arguments."""
     lines = text.replace("\\\n", " ").splitlines()
-    found = (re.search(r"(?:^|bin/|\s)ifa(?:_torchrec)? ([a-z][a-z-]*)(.*)", line) for line in lines)
+    found = (
+        re.search(r"(?:^|bin/|\s)ifa(?:_torchrec)? ([a-z][a-z-]*)(?: --(?= ))?(.*)", line)
+        for line in lines
+    )
     return [[line[1], *shlex.split(line[2].rstrip("& "), comments=True)] for line in found if line]
 
 

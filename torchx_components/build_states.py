@@ -62,8 +62,8 @@ def ddp(
     Example:
         >>> from torchx_components.build_states import ddp
         >>> role = ddp(run="/shared/run", store="redis://states:6379/0", position=7, j="2x4").roles[0]
-        >>> role.args[1].partition("-m ")[2][:64]
-        'ifa_torchrec build-states --run /shared/run --store redis://stat'
+        >>> role.args[1].partition("-m ")[2][:67]
+        'ifa_torchrec build-states -- --run /shared/run --store redis://stat'
     """
     if not run.strip():
         raise ValueError("run is empty; name the out of a training run, that every node can see")
@@ -85,8 +85,9 @@ def ddp(
             raise ValueError(f"{option} must be at least {least}, not {value}")
     if max_nodes > 1 and "://" not in store:
         raise ValueError(f"store {store} is a folder, which serves one node; on several use redis://")
-    return dist.ddp(
+    app = dist.ddp(
         "build-states",
+        "--",  # torchrun would take --run for its own --run-path
         "--run",
         run,
         "--store",
@@ -111,3 +112,5 @@ def ddp(
         mounts=mounts,
         debug=debug,
     )
+    app.roles[0].name = "build_states"  # by itself it is called by the module
+    return app

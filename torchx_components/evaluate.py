@@ -58,7 +58,7 @@ def ddp(
         >>> from torchx_components.evaluate import ddp
         >>> role = ddp("--by", "store", run="/shared/run", j="1x4").roles[0]
         >>> role.args[1].partition("-m ")[2]
-        'ifa_torchrec evaluate --run /shared/run --split test --by store'
+        'ifa_torchrec evaluate -- --run /shared/run --split test --by store'
     """
     if not run.strip():
         raise ValueError("run is empty; name the out of a training run, that every node can see")
@@ -75,8 +75,9 @@ def ddp(
     ):
         if value < least:
             raise ValueError(f"{option} must be at least {least}, not {value}")
-    return dist.ddp(
+    app = dist.ddp(
         "evaluate",
+        "--",  # torchrun would take --run for its own --run-path
         "--run",
         run,
         "--split",
@@ -97,3 +98,5 @@ def ddp(
         mounts=mounts,
         debug=debug,
     )
+    app.roles[0].name = "evaluate"  # by itself it is called by the module
+    return app

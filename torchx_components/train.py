@@ -91,7 +91,7 @@ def ddp(
         env["PET_MAX_RESTARTS"] = str(max_restarts)  # torchrun's --max-restarts
         # else the new ranks may find the dead ranks' addresses in the store of torchrun, and fail
         env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    return dist.ddp(
+    app = dist.ddp(
         "train",
         "--data",
         data,
@@ -117,3 +117,5 @@ def ddp(
         mounts=mounts,
         debug=debug,
     )
+    app.roles[0].name = "train"  # by itself it is called by the module
+    return app

@@ -1,7 +1,7 @@
 """Encode every user's history into a store of states.
 
     ifa build-states --run runs/mine --store runs/states --position 0
-    torchrun --nproc-per-node 2 -m ifa_torchrec build-states --run runs/mine \\
+    torchrun --nproc-per-node 2 -m ifa_torchrec build-states -- --run runs/mine \\
         --store redis://host:6379/0 --position 0
 
 The store is a folder, an LMDB file that the processes of one machine share, or a Redis server. Killed,
@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,9 +28,14 @@ from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset
 from ifa_torchrec.data.dataset import MICROSECONDS_PER_DAY
 from ifa_torchrec.data.sampler import EMPTY_REQUEST
 from ifa_torchrec.modules import UserState
-from ifa_torchrec.serving import StateError, StateLayout, StateStore, open_key_value_store
+from ifa_torchrec.serving import (
+    StateError,
+    StateLayout,
+    StateStore,
+    open_key_value_store,
+)
 from ifa_torchrec.serving.times import utc
-from ifa_torchrec.training.run import load_run
+from ifa_torchrec.training.run import Run, load_run
 
 _NEVER = np.iinfo(np.int64).min + 1  # the least one is numpy's NaT
 
@@ -74,8 +79,43 @@ def build_states(config: BuildStatesConfig) -> dict[str, float | str]:
         LogError: the event log is not there.
     """
     run = load_run(config.run, config.data)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    ifa = run.dlrm.candidate_arch.ifa
+    rank = dist.get_rank()
+    histories = _histories(run.log, config.until)
+    store = _begin(config, run, histories)
+    start = time.perf_counter()
+    users, size, events = _write(config, run, histories, store)
+    seconds = time.perf_counter() - start
+    if rank == 0:
+        store.finish()
+    dist.barrier()
+    store.key_values.close()
+    return {
+        "version": run.version,
+        "users": int(users),
+        "users_per_second": users / seconds,
+        "bytes_per_user": size / max(users, 1),
+        "events_per_user": events / max(users, 1),
+    }
+
+
+class _Histories(NamedTuple):
+    """Each of the log's users' events but those of the last one's time, and then these: as requests
+    without candidates, each made just after the last event in it; and the times of those events."""
+
+    earlier: RankingDataset
+    earlier_times: np.ndarray
+    last: RankingDataset
+    last_times: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Events of each user."""
+        return self.earlier.history_lengths + self.last.history_lengths
+
+
+def _begin(config: BuildStatesConfig, run: Run, histories: _Histories) -> StateStore:
+    """A store of the run's version, begun now or before; refused where its states would be wrong."""
+    layout = StateLayout.of(run.dlrm.candidate_arch.ifa, config.dtype)
     if run.config.history_length is not None:
         raise StateError(
             f"{config.run} was trained on the latest {run.config.history_length} events; a state holds "
@@ -83,20 +123,24 @@ def build_states(config: BuildStatesConfig) -> dict[str, float | str]:
         )
     if "://" not in config.store and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
         raise StateError(f"{config.store}: LMDB serves one machine; on several use redis://")
-    earlier, earlier_times, last, last_times = _histories(run.log, config.until)
-    lengths = earlier.history_lengths + last.history_lengths
-    latest = int(last_times[lengths > 0].max(initial=_NEVER))
+    latest = int(histories.last_times[histories.lengths > 0].max(initial=_NEVER))
     if latest > time.time_ns() // 1000 + MICROSECONDS_PER_DAY:
         raise StateError(
             f"{run.log.path}: its last event is at {utc(latest)}, in the future, and what its user does "
             "before then would not count. Leave such events out with --until, or mend their times (of "
             "nanoseconds, perhaps?)"
         )
-    key_values = open_key_value_store(config.store)
-    layout = StateLayout.of(ifa, config.dtype)
     source = f"{run.log.fingerprint()} until {config.until}"
-    store = StateStore.begin(key_values, run.version, layout, config.position, source, latest)
-    users = run.log.users
+    key_values = open_key_value_store(config.store)
+    return StateStore.begin(key_values, run.version, layout, config.position, source, latest)
+
+
+def _write(
+    config: BuildStatesConfig, run: Run, histories: _Histories, store: StateStore
+) -> tuple[float, float, float]:
+    """Encode the users that the store has not; how many, their bytes and events, of all ranks."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    users, lengths = run.log.users, histories.lengths
     parts = np.array_split(users, len(users) // 10_000 + 1)
     known = np.concatenate([store.known(part.tolist()) for part in parts])
     left = np.flatnonzero(~known & (lengths > 0))
@@ -105,15 +149,14 @@ def build_states(config: BuildStatesConfig) -> dict[str, float | str]:
         lengths[left], config.max_events, config.max_requests, shard=(rank, world)
     )
     written = torch.zeros(3, dtype=torch.float64)  # users, bytes, events
-    start = time.perf_counter()
     model = run.dlrm.eval()
     done = len(users) - len(left)
     with tqdm(total=len(users), initial=done, desc="states", unit="user", disable=rank > 0) as bar:
         for step, indices in enumerate(sampler, 1):
             users_of_batch = [EMPTY_REQUEST if i == EMPTY_REQUEST else left[i] for i in indices]
             states: list[UserState] = []
-            for histories in (earlier, last):
-                batch = histories[users_of_batch].to(run.device)
+            for part in (histories.earlier, histories.last):
+                batch = part[users_of_batch].to(run.device)
                 states.append(model.encode(batch.sequence_features, batch.history_age).to("cpu"))
             mine = [place for place, i in enumerate(indices) if i != EMPTY_REQUEST]
             who = left[[indices[place] for place in mine]]
@@ -121,33 +164,18 @@ def build_states(config: BuildStatesConfig) -> dict[str, float | str]:
                 size = store.write(
                     users[who].tolist(),
                     states[0][mine],
-                    earlier_times[who].tolist(),
+                    histories.earlier_times[who].tolist(),
                     states[1][mine],
-                    last_times[who].tolist(),
+                    histories.last_times[who].tolist(),
                 )
                 written += torch.tensor([len(who), size, lengths[who].sum()])
             bar.update(done + sampler.requests_taken(step) - bar.n)
     dist.all_reduce(written)
-    seconds = time.perf_counter() - start
-    if rank == 0:
-        store.finish()
-    dist.barrier()
-    key_values.close()
-    total, size, total_events = written.tolist()
-    return {
-        "version": run.version,
-        "users": int(total),
-        "users_per_second": total / seconds,
-        "bytes_per_user": size / max(total, 1),
-        "events_per_user": total_events / max(total, 1),
-    }
+    users_written, size, events = written.tolist()
+    return users_written, size, events
 
 
-def _histories(
-    log: EventLog, until: datetime | None
-) -> tuple[RankingDataset, np.ndarray, RankingDataset, np.ndarray]:
-    """Each of the log's users' events but those of the last one's time, and then these: as requests
-    without candidates, each made just after the last event in it; and the times of those events."""
+def _histories(log: EventLog, until: datetime | None) -> _Histories:
     end = log.user_offsets[1:]
     time_of = log.events["time"]
     if until is not None:
@@ -162,7 +190,7 @@ def _histories(
 
     last = last_before(end)
     earlier = last_before(np.maximum(log.history_range(log.users, last)[1], log.user_offsets[:-1]))
-    return (
+    return _Histories(
         RankingDataset.of_users(log, log.users, np.minimum(earlier + 1, last)),
         earlier,
         RankingDataset.of_users(log, log.users, last + 1, since=last),

@@ -74,10 +74,12 @@ SOURCES: Any = Union[
 ]
 
 
-def main(source: Annotated[SOURCES, tyro.conf.arg(name="")]) -> None:
+def main(source: Annotated[Any, tyro.conf.arg(name="")]) -> None:
     """The command; its help is the top of this file."""
     log = source.write()
     print((log.path / "report.json").read_text())
 
 
 main.__doc__ = __doc__
+# the classes are made at run time, which no annotation may name
+main.__annotations__["source"] = Annotated[SOURCES, tyro.conf.arg(name="")]

@@ -1,9 +1,10 @@
 """Score a split with a trained model and measure the ranking.
 
     ifa evaluate --run runs/mine --split test
-    torchrun --nproc-per-node 2 -m ifa_torchrec evaluate --run runs/mine --split test
+    torchrun --nproc-per-node 2 -m ifa_torchrec evaluate -- --run runs/mine --split test
 
-Under torchrun the ranks share the requests; rank 0 prints and writes.
+Under torchrun (which takes a bare --run for its own --run-path) the ranks share the requests; rank 0
+prints and writes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-""""""
+"""The model that a training's options describe, for the features of a log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-""""""
+"""The options of a training, and how a run's folder keeps them: ``config.json``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ifa_torchrec.distributed import OptimizerConfig, ShardingConfig, checkpoint
-from ifa_torchrec.errors import ConfigError
+from ifa_torchrec.errors import ConfigError, writing
 from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig, IFAConfig
 
 
@@ -100,21 +100,39 @@ class TrainConfig:
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
 
 
-def _to_json(value: Any) -> Any:
+def to_json(value: Any) -> Any:
     """JSON of a config's dict; paths, and infinities and NaN, which JSON has not, become strings."""
     if isinstance(value, dict):
-        return {name: _to_json(item) for name, item in value.items()}
+        return {name: to_json(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_to_json(item) for item in value]
+        return [to_json(item) for item in value]
     strange = isinstance(value, float) and not math.isfinite(value)
     return str(value) if strange or isinstance(value, Path) else value
 
 
-def _config_of(folder: Path) -> TrainConfig:
-    """The options of a run."""
+def write_options(config: TrainConfig) -> None:
+    """Write a run's options into its folder, whole, also where this is killed.
+
+    Raises:
+        PlaceError: the folder cannot be written.
+    """
+    saved = dataclasses.replace(config, data=config.data.resolve())
+    text = json.dumps(to_json(dataclasses.asdict(saved)), indent=2, allow_nan=False)
+    draft, file = config.out / ".config.json", config.out / "config.json"
+    with writing(file):
+        draft.write_text(text)
+        draft.rename(file)
+
+
+def read_options(folder: Path) -> TrainConfig:
+    """The options of the run in a folder.
+
+    Raises:
+        CheckpointError: there is no run, or its options cannot be read; the message says which.
+    """
     file = folder / "config.json"
     try:
-        return _from_json(TrainConfig, json.loads(file.read_text()), "")
+        return from_json(TrainConfig, json.loads(file.read_text()), "")
     except FileNotFoundError:
         error = checkpoint.CheckpointError(f"{folder}: no run here; name the --out of a training")
         raise error from None
@@ -122,8 +140,8 @@ def _config_of(folder: Path) -> TrainConfig:
         raise checkpoint.CheckpointError(f"{file}: not a run's options: {error}") from error
 
 
-def _from_json(kind: Any, value: Any, name: str) -> Any:
-    """What ``_to_json`` made a string, a list or an object of, by the type that it had.
+def from_json(kind: Any, value: Any, name: str) -> Any:
+    """What ``to_json`` made a string, a list or an object of, by the type that it had.
 
     Raises:
         ConfigError: it is of another type, or an object has other fields; the message names which.
@@ -135,14 +153,14 @@ def _from_json(kind: Any, value: Any, name: str) -> Any:
         for field_name in sorted(hints.keys() ^ value.keys()):
             wrong = "is missing" if field_name in hints else "is no option of this version"
             raise ConfigError(f"{prefix}{field_name} {wrong}")
-        return kind(**{k: _from_json(hints[k], v, prefix + k) for k, v in value.items()})
+        return kind(**{k: from_json(hints[k], v, prefix + k) for k, v in value.items()})
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):  # X | None
-        return None if value is None else _from_json(arguments[0], value, name)
+        return None if value is None else from_json(arguments[0], value, name)
     if origin is tuple and isinstance(value, list):
-        return tuple(_from_json(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
+        return tuple(from_json(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
     if origin is dict and isinstance(value, dict):
-        return {k: _from_json(arguments[1], v, f"{name}.{k}") for k, v in value.items()}
+        return {k: from_json(arguments[1], v, f"{name}.{k}") for k, v in value.items()}
     if origin is Literal and value in arguments:
         return value
     if kind is Path and isinstance(value, str):

@@ -1,4 +1,4 @@
-""""""
+"""A training run that is loaded again: its options, log and weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ifa_torchrec.data import EventLog, LogError, RankingDataset
 from ifa_torchrec.distributed import checkpoint, init_process_group, shard
 from ifa_torchrec.models import DLRM_IFA, DLRM_IFATrain
 from ifa_torchrec.training.build import build_model
-from ifa_torchrec.training.options import TrainConfig, _config_of, _to_json
+from ifa_torchrec.training.options import TrainConfig, read_options, to_json
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Run:
         return RankingDataset(self.log, split, self.config.history_length)
 
 
-def _inputs(log: EventLog) -> dict[str, Any]:
+def inputs_of(log: EventLog) -> dict[str, Any]:
     """What a log must share with that of the training, for the model to mean something; as JSON."""
     schema = dataclasses.asdict(log.schema)
     del schema["candidate_tags"]  # the model does not see them
@@ -47,7 +47,7 @@ def _inputs(log: EventLog) -> dict[str, Any]:
     return {"schema": json.loads(json.dumps(schema)), "codes": log.codes()}
 
 
-def _check_log(checkpoints: Path, log: EventLog, whole: bool = False) -> None:
+def check_log(checkpoints: Path, log: EventLog, whole: bool = False) -> None:
     """Refuse a log that a run's model cannot read. Called by all ranks.
 
     Args:
@@ -59,7 +59,7 @@ def _check_log(checkpoints: Path, log: EventLog, whole: bool = False) -> None:
         LogError: its features, table sizes or codes are not those of the training or, with ``whole``,
             anything else is not.
     """
-    now = _inputs(log)
+    now = inputs_of(log)
     for path in reversed(checkpoint.checkpoints_of_rank_0(checkpoints)):
         try:
             progress = json.loads((path / "progress.json").read_text())
@@ -103,10 +103,10 @@ def load_run(folder: Path, data: Path | None = None, sharded: bool = True) -> Ru
         LogError: the log is missing or bad, or the model cannot read it: it has other features or table
             sizes, or other codes than the log of the training.
     """
-    config = _config_of(folder)
+    config = read_options(folder)
     device = init_process_group()
     log = EventLog(data or config.data)
-    _check_log(folder / "checkpoints", log)
+    check_log(folder / "checkpoints", log)
     model: nn.Module = DLRM_IFATrain(build_model(log.schema, config), config.loss)
     if sharded:
         model, _ = shard(model, device, config.optimizers)
@@ -117,5 +117,5 @@ def load_run(folder: Path, data: Path | None = None, sharded: bool = True) -> Ru
                 module.to_empty(device=device)  # from the meta device; its rows are loaded below
     checkpoints = folder / "checkpoints"
     # config.json may be another training's, begun here before there was a checkpoint
-    progress = checkpoint.load(checkpoints, model, config=_to_json(config.fixed()))
+    progress = checkpoint.load(checkpoints, model, config=to_json(config.fixed()))
     return Run(config, log, model, device, checkpoint.version(checkpoints, progress))

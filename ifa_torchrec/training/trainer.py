@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.utils.tensorboard import SummaryWriter
-from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 from tqdm import tqdm
 
+from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make_loader
 from ifa_torchrec.data.scales import warn_of_unscaled
 from ifa_torchrec.distributed import BatchSize, checkpoint, init_process_group, shard
-from ifa_torchrec.errors import DivergedError, writing
+from ifa_torchrec.errors import DivergedError
 from ifa_torchrec.models import DLRM_IFATrain
 from ifa_torchrec.training.build import build_model
-from ifa_torchrec.training.options import TrainConfig, _to_json
-from ifa_torchrec.training.run import _check_log, _inputs
+from ifa_torchrec.training.curves import Curves
+from ifa_torchrec.training.options import TrainConfig, to_json, write_options
+from ifa_torchrec.training.run import check_log, inputs_of
 from ifa_torchrec.training.scoring import measure, predict
+
+_REPORT_EVERY = 10  # steps
 
 
 def train(config: TrainConfig) -> dict[str, float]:
@@ -67,155 +67,187 @@ def train(config: TrainConfig) -> dict[str, float]:
         >>> sorted(evaluate(EvaluateConfig(folder / "run")))[:3]
         ['auc', 'calibration', 'gauc']
     """
-    device = init_process_group()
-    rank, world = dist.get_rank(), dist.get_world_size()
-    log = EventLog(config.data)
-    dataset = RankingDataset(log, "train", config.history_length)
-    if rank == 0:
-        warn_of_unscaled(dataset.requests, [*log.schema.dense_features, *log.schema.candidate_dense])
-    sampler = EventBudgetSampler(
-        dataset.history_lengths,
-        config.max_events,
-        config.max_requests,
-        seed=config.seed,
-        shard=(rank, world),
-    )
-    checkpoint.seed_everything(config.seed)
-    model, optimizer = shard(
-        DLRM_IFATrain(build_model(log.schema, config), config.loss, across_ranks=True),
-        device,
-        config.optimizers,
-        config.sharding,
-        batch_size(dataset, config),
-    )
-
-    with checkpoint.locked(config.out):
-        return _train(config, log, dataset, sampler, model, optimizer, device)
+    return Trainer(config).train()
 
 
-def _train(
-    config: TrainConfig,
-    log: EventLog,
-    dataset: RankingDataset,
-    sampler: EventBudgetSampler,
-    model: DistributedModelParallel,
-    optimizer: CombinedOptimizer,
-    device: torch.device,
-) -> dict[str, float]:
-    rank, world = dist.get_rank(), dist.get_world_size()
-    folder = config.out / "checkpoints"
-    # A position in the data means nothing for other data.
-    belongs_to = {**_to_json(config.fixed()), "log": log.fingerprint(), **_inputs(log)}
-    step, first_epoch, taken = 0, 0, 0
-    if checkpoint.checkpoints_of_rank_0(folder):
-        if not config.resume:
-            raise checkpoint.CheckpointError(
-                f"{folder} holds checkpoints: give --resume to go on, or another --out"
-            )
-        _check_log(folder, log, whole=True)
-        progress = checkpoint.load(folder, model, optimizer, belongs_to)
-        step, first_epoch, taken = progress["step"], progress["epoch"], progress["request"]
-    if rank == 0:
-        if config.resume:
-            found = f"going on from step {step}" if step else "no checkpoint here; starting"
-            print(f"{folder}: {found}", file=sys.stderr)
-        saved = dataclasses.replace(config, data=config.data.resolve())
-        text = json.dumps(_to_json(dataclasses.asdict(saved)), indent=2, allow_nan=False)
-        draft = config.out / ".config.json"
-        with writing(config.out / "config.json"):
-            draft.write_text(text)
-            draft.rename(config.out / "config.json")  # whole, also if this is killed
-    curves = Curves(config.out / "tensorboard", step) if rank == 0 else None
+class Trainer:
+    """A training: the model, its optimiser, the requests it takes, and how far it is. Of all ranks.
 
-    losses: list[float] = []
-    unread: list[torch.Tensor] = []  # reading a loss waits for the device
-    events, seconds, imbalance, result = 0, 0.0, 1.0, {}
-
-    def forward(batch: Any) -> tuple[torch.Tensor, Any]:
-        """The pipeline's call of the model by a RankingBatch; keeps what the curves show."""
-        nonlocal events
-        events += len(batch.history_age)
-        loss, output = model(batch)
-        mean = loss.detach() / world  # see DLRM_IFATrain, across_ranks
-        dist.all_reduce(mean)
-        unread.append(mean)
-        return loss, output
-
-    pipeline = TrainPipelineSparseDist(model, optimizer, device, custom_model_fwd=forward)
-    bar = tqdm(
-        total=config.epochs * len(dataset),
-        initial=first_epoch * len(dataset) + taken,
-        desc=config.out.name,
-        unit="request",
-        disable=rank != 0,
-    )
-    for epoch in range(first_epoch, config.epochs):
-        sampler.start_at(epoch, taken)
-        batches = iter(make_loader(dataset, sampler))
-        start = time.perf_counter()
-        for number in range(1, len(sampler) + 1):
-            set_learning_rate(optimizer, config, step, (epoch + taken / len(dataset)) / config.epochs)
-            pipeline.progress(batches)
-            step += 1
-            bar.update(sampler.requests_taken(number) - taken)
-            taken = sampler.requests_taken(number)
-            last = number == len(sampler)
-            save = step % config.checkpoint_every == 0 or last
-            if step % 10 == 0 or save:
-                losses += _finite(unread, step, folder)
-                unread.clear()
-                mean = sum(losses[-10:]) / len(losses[-10:])
-                bar.set_postfix(loss=f"{mean:.4f}")
-                if curves is not None:
-                    speed = events / (seconds + time.perf_counter() - start)
-                    curves.show({"train/loss": mean, "train/events_per_second": speed}, step)
-            if save:
-                seconds += time.perf_counter() - start
-                position = {"epoch": epoch + last, "request": 0 if last else taken}
-                progress = {"step": step, **position, "config": belongs_to}
-                progress["data"] = str(log.path.resolve())
-                checkpoint.save(folder, model, optimizer, progress)
-                start = time.perf_counter()
-        imbalance = sampler.imbalance()
-        taken = 0
-        pipeline.detach()
-        result = validate(model, log, config, device, curves, step)
-    bar.close()
-    if not result:  # the checkpoint was of a run that had nothing left but this
-        result = validate(model, log, config, device, curves, step)
-    if curves is not None:
-        curves.close()
-    if losses:
-        tail = losses[-max(len(losses) // 10, 1) :]
-        result["loss"] = sum(tail) / len(tail)
-        result["events_per_second"] = events / seconds
-        result["imbalance"] = imbalance
-    return {"steps": step, "seconds": seconds, **result}
-
-
-class Curves:
-    """What TensorBoard shows of a run; an error names the folder.
+    ``train`` has an example.
 
     Args:
-        folder: where they lie.
-        step: the first; what a killed run wrote after its last checkpoint is not shown twice.
+        config: TrainConfig.
+
+    Raises:
+        LogError, ShardingError: see ``train``.
+
+    Attributes:
+        model, optimizer: what ``shard`` gave.
+        step: steps made; epoch: epochs finished; taken: requests taken of the next one.
+        losses: of the steps made here, the mean over all ranks.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
-        self.folder = folder
-        with writing(folder):
-            self._writer = SummaryWriter(str(folder), purge_step=step)
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.device = init_process_group()
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.log = EventLog(config.data)
+        self.dataset = RankingDataset(self.log, "train", config.history_length)
+        schema = self.log.schema
+        if self.rank == 0:
+            warn_of_unscaled(self.dataset.requests, [*schema.dense_features, *schema.candidate_dense])
+        self.sampler = EventBudgetSampler(
+            self.dataset.history_lengths,
+            config.max_events,
+            config.max_requests,
+            seed=config.seed,
+            shard=(self.rank, self.world),
+        )
+        checkpoint.seed_everything(config.seed)
+        self.model, self.optimizer = shard(
+            DLRM_IFATrain(build_model(schema, config), config.loss, across_ranks=True),
+            self.device,
+            config.optimizers,
+            config.sharding,
+            batch_size(self.dataset, config),
+        )
+        self.step = self.epoch = self.taken = 0
+        self.losses: list[float] = []
+        self._unread: list[torch.Tensor] = []  # reading a loss waits for the device
+        self._events, self._seconds, self._start = 0, 0.0, 0.0
+        self._checkpoints = config.out / "checkpoints"
+        # a position in the data means nothing for other data
+        self._belongs_to = {
+            **to_json(config.fixed()),
+            "log": self.log.fingerprint(),
+            **inputs_of(self.log),
+        }
 
-    def show(self, values: dict[str, float], step: int) -> None:
-        """Add a point to each curve."""
-        with writing(self.folder):
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+    def train(self) -> dict[str, float]:
+        """Go on to the last epoch's end, from the last checkpoint where there is one. See ``train``."""
+        with checkpoint.locked(self.config.out):
+            self._begin()
+            result: dict[str, float] = {}
+            while self.epoch < self.config.epochs:
+                self._train_epoch()
+                result = self.validate()
+            if not result:  # the checkpoint was of a run that had nothing left but this
+                result = self.validate()
+            self._bar.close()
+            if self._curves is not None:
+                self._curves.close()
+        if self.losses:
+            tail = self.losses[-max(len(self.losses) // 10, 1) :]
+            result["loss"] = sum(tail) / len(tail)
+            result["events_per_second"] = self._events / self._seconds
+            result["imbalance"] = self.sampler.imbalance()
+        return {"steps": self.step, "seconds": self._seconds, **result}
 
-    def close(self) -> None:
-        """Write the rest."""
-        with writing(self.folder):
-            self._writer.close()
+    def train_step(self, batches: Iterator[RankingBatch]) -> None:
+        """Make a step by the next of the rank's batches."""
+        progress = (self.epoch + self.taken / len(self.dataset)) / self.config.epochs
+        set_learning_rate(self.optimizer, self.config, self.step, progress)
+        self._pipeline.progress(batches)
+        self.step += 1
+
+    def validate(self) -> dict[str, float]:
+        """Measure the split `valid`, if there is one and the config wants it.
+
+        Returns:
+            "valid_METRIC", or for several tasks "valid_TASK_METRIC"; empty if nothing was measured.
+        """
+        config = self.config
+        if not config.validate or "valid" not in self.log.splits:
+            return {}
+        dataset = RankingDataset(self.log, "valid", config.history_length)
+        scores, _ = predict(self.model, dataset, self.device, config.max_events, config.max_requests)
+        metrics = measure(dataset, scores)
+        if len(self.log.schema.tasks) > 1:
+            metrics = {f"{task}_{k}": v for task, of_task in metrics.items() for k, v in of_task.items()}
+        if self._curves is not None:
+            self._curves.show({f"valid/{name}": v for name, v in metrics.items()}, self.step)
+        return {f"valid_{name}": value for name, value in metrics.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far it is and what it belongs to; as JSON, beside the weights in a checkpoint."""
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            "request": self.taken,
+            "config": self._belongs_to,
+            "data": str(self.log.path.resolve()),
+        }
+
+    def _begin(self) -> None:
+        """Take up the last checkpoint, write down the options, open what shows the progress."""
+        config, folder = self.config, self._checkpoints
+        if checkpoint.checkpoints_of_rank_0(folder):
+            if not config.resume:
+                raise checkpoint.CheckpointError(
+                    f"{folder} holds checkpoints: give --resume to go on, or another --out"
+                )
+            check_log(folder, self.log, whole=True)
+            progress = checkpoint.load(folder, self.model, self.optimizer, self._belongs_to)
+            self.step, self.epoch, self.taken = (progress[k] for k in ("step", "epoch", "request"))
+        self._curves = None
+        if self.rank == 0:
+            if config.resume:
+                found = (
+                    f"going on from step {self.step}" if self.step else "no checkpoint here; starting"
+                )
+                print(f"{folder}: {found}", file=sys.stderr)
+            write_options(config)
+            self._curves = Curves(config.out / "tensorboard", self.step)
+        self._pipeline = TrainPipelineSparseDist(
+            self.model, self.optimizer, self.device, custom_model_fwd=self._forward
+        )
+        self._bar = tqdm(
+            total=config.epochs * len(self.dataset),
+            initial=self.epoch * len(self.dataset) + self.taken,
+            desc=config.out.name,
+            unit="request",
+            disable=self.rank != 0,
+        )
+
+    def _forward(self, batch: Any) -> tuple[torch.Tensor, Any]:
+        """The pipeline's call of the model by a RankingBatch; keeps what the curves show."""
+        self._events += len(batch.history_age)
+        loss, output = self.model(batch)
+        mean = loss.detach() / self.world  # see DLRM_IFATrain, across_ranks
+        dist.all_reduce(mean)
+        self._unread.append(mean)
+        return loss, output
+
+    def _train_epoch(self) -> None:
+        self.sampler.start_at(self.epoch, self.taken)
+        batches = iter(make_loader(self.dataset, self.sampler))
+        self._start = time.perf_counter()
+        for number in range(1, len(self.sampler) + 1):
+            self.train_step(batches)
+            taken = self.sampler.requests_taken(number)
+            self._bar.update(taken - self.taken)
+            self.taken = taken
+            last = number == len(self.sampler)
+            if last:
+                self.epoch, self.taken = self.epoch + 1, 0
+            save = last or self.step % self.config.checkpoint_every == 0
+            if save or self.step % _REPORT_EVERY == 0:
+                self._report()
+            if save:
+                self._seconds += time.perf_counter() - self._start
+                checkpoint.save(self._checkpoints, self.model, self.optimizer, self.state_dict())
+                self._start = time.perf_counter()
+        self._pipeline.detach()
+
+    def _report(self) -> None:
+        self.losses += _finite(self._unread, self.step, self._checkpoints)
+        self._unread.clear()
+        latest = self.losses[-10:]
+        mean = sum(latest) / len(latest)
+        self._bar.set_postfix(loss=f"{mean:.4f}")
+        if self._curves is not None:
+            speed = self._events / (self._seconds + time.perf_counter() - self._start)
+            self._curves.show({"train/loss": mean, "train/events_per_second": speed}, self.step)
 
 
 def batch_size(dataset: RankingDataset, config: TrainConfig) -> BatchSize:
@@ -239,31 +271,6 @@ def _finite(losses: list[torch.Tensor], step: int, folder: Path) -> list[float]:
                 f"checkpoint in {folder}, if there is one, is whole"
             )
     return read
-
-
-def validate(
-    model: nn.Module,
-    log: EventLog,
-    config: TrainConfig,
-    device: torch.device,
-    curves: Curves | None,
-    step: int,
-) -> dict[str, float]:
-    """Measure the split `valid`, if there is one and the config wants it.
-
-    Returns:
-        "valid_METRIC", or for several tasks "valid_TASK_METRIC"; empty if nothing was measured.
-    """
-    if not config.validate or "valid" not in log.splits:
-        return {}
-    dataset = RankingDataset(log, "valid", config.history_length)
-    scores, _ = predict(model, dataset, device, config.max_events, config.max_requests)
-    metrics = measure(dataset, scores)
-    if len(log.schema.tasks) > 1:
-        metrics = {f"{task}_{k}": v for task, of_task in metrics.items() for k, v in of_task.items()}
-    if curves is not None:
-        curves.show({f"valid/{name}": value for name, value in metrics.items()}, step)
-    return {f"valid_{name}": value for name, value in metrics.items()}
 
 
 def set_learning_rate(

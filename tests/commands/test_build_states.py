@@ -91,7 +91,7 @@ def test_only_the_events_before_a_time(run, tmp_path, zone):
 def test_a_log_with_events_of_the_future_is_refused(run, tmp_path, monkeypatch):
     day = datetime(2024, 2, 10, tzinfo=timezone.utc)
     clock = SimpleNamespace(time_ns=lambda: int(day.timestamp()) * 10**9, perf_counter=time.perf_counter)
-    monkeypatch.setattr("ifa_torchrec.build_states.time", clock)
+    monkeypatch.setattr("ifa_torchrec.commands.build_states.time", clock)
     with pytest.raises(StateError, match=r"last event is at 2024-03-.*, in the future.* --until"):
         build_states(BuildStatesConfig(run, str(tmp_path / "states"), 0))
     assert not (tmp_path / "states").exists()

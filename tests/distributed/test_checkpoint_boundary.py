@@ -248,7 +248,7 @@ class TestCannotBeWritten:
             file.write_text("half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr("ifa_torchrec.export.export_scorer", lambda *args: None)
+        monkeypatch.setattr("ifa_torchrec.commands.export.export_scorer", lambda *args: None)
         monkeypatch.setattr("torch.export.save", full)
         with pytest.raises(PlaceError, match=rf"{out} cannot be written: .*No space left"):
             export(ExportConfig(run.out, out))

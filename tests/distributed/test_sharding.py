@@ -198,7 +198,10 @@ def train_on_this_rank(config: TrainConfig) -> Trained:
         train(config)
     model, optimizer = made
     result.tables = parts(model)
-    result.dense = {n: v for n, v in model.state_dict().items() if n not in result.tables}
+    configurations = {n for n in model.state_dict() if n.endswith("_extra_state")}
+    result.dense = {
+        n: v for n, v in model.state_dict().items() if n not in result.tables.keys() | configurations
+    }
     result.kinds = {
         table: sharding.sharding_type
         for module in model.plan.plan.values()

@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import logging
+import os
 import resource
 import shutil
 import signal
@@ -65,7 +66,7 @@ class Stub:
         pass
 
     async def rank(self, requests: list) -> list[LiveRanking]:
-        return [LiveRanking([2], np.zeros((1, 1), np.float32), "v", ("label",)) for _ in requests]
+        return [LiveRanking([2], np.zeros((1, 1), np.float32), None, "v", ("label",)) for _ in requests]
 
     async def append(self, events: list) -> list[bool]:
         return [True] * len(events)
@@ -301,6 +302,14 @@ def logged() -> Iterator[list[str]]:
         logger.removeHandler(handler)
 
 
+def ask_again(*call: Any, **headers: str) -> Any:
+    """As a client does whose connection was closed while 50 others came: it may have waited longest."""
+    for _ in range(3):
+        with contextlib.suppress(ConnectionResetError):
+            return ask(*call, **headers)
+    return ask(*call, **headers)
+
+
 @pytest.mark.parametrize("sent", HALF_OPEN)
 def test_whoever_holds_connections_keeps_nobody_out(sent, logged):
     stub = Stub(max_connections=20)
@@ -310,8 +319,8 @@ def test_whoever_holds_connections_keeps_nobody_out(sent, logged):
         for _ in range(3):
             open_ones += [connect(port, sent) for _ in range(50)]
             begun = time.monotonic()
-            assert ask(port, "GET", "/healthz")[0] == 200
-            assert ask(port, "POST", "/rank", QUESTIONS["/rank"], **TOKEN)[0] == 200
+            assert ask_again(port, "GET", "/healthz")[0] == 200
+            assert ask_again(port, "POST", "/rank", QUESTIONS["/rank"], **TOKEN)[0] == 200
             assert time.monotonic() - begun < 5
         left = 0
         for connection in open_ones:
@@ -417,6 +426,7 @@ def test_a_body_is_taken_no_further_than_it_may_be_large(port):
 def test_each_connection_has_a_file_handle_from_the_beginning(monkeypatch):
     allowed = []
     monkeypatch.setattr(resource, "getrlimit", lambda _: (512, 1024))
+    monkeypatch.setattr(os, "listdir", lambda _: ["0"] * 20)  # of this process, which has many
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: allowed.append(limits))
     _ensure_file_handles(300)
     ((soft, hard),) = allowed
@@ -509,7 +519,7 @@ def test_a_process_is_ready_only_while_its_store_answers_and_no_password_is_show
         begun = time.monotonic()
         answer = client.get("/readyz")
         assert answer.status_code == 503 and time.monotonic() - begun < 3
-        assert answer.json() == {"error": "the store does not answer"}
+        assert answer.json() == {"error": "the states are lost, or the store does not answer"}
         with pytest.raises(StoreError, match=r"unix:///.*socket: ") as raised:
             key_values.read([b"a"])
         shown = f"{answer.text} {raised.value!r} {raised.getrepr()} {caplog.text} {vars(key_values)}"
@@ -526,7 +536,7 @@ def test_a_process_whose_states_are_gone_is_not_ready(tmp_path):
         time.sleep(1.1)
         answer = client.get("/readyz")
         assert answer.status_code == 503
-        assert answer.json() == {"error": "the store has no states of these weights"}
+        assert answer.json() == {"error": "the states are lost, or the store does not answer"}
 
 
 def test_redis_takes_its_password_from_the_environment(own_redis, monkeypatch):
@@ -570,10 +580,10 @@ def test_no_message_shows_the_password_of_an_address(address, shown, monkeypatch
 
 
 def test_a_server_that_repeats_what_it_does_not_know_is_not_repeated(monkeypatch):
-    def unknown(self: redis.Redis) -> None:
+    def unknown(self: redis.Redis, *_: object) -> None:
         raise redis.ResponseError("unknown command `AUTH`, with args beginning with: `hunter2`, ")
 
-    monkeypatch.setattr(redis.Redis, "ping", unknown)
+    monkeypatch.setattr(redis.Redis, "info", unknown)
     with pytest.raises(StoreError, match=r"unknown command `AUTH`, with args \.\.\."):
         open_key_value_store("redis://:hunter2@127.0.0.1:1")
 
@@ -610,8 +620,8 @@ def test_a_hangup_while_it_loads_is_done_when_it_has(early, monkeypatch):
         signal.raise_signal(signal.SIGHUP)
 
     monkeypatch.delenv("IFA_TOKEN", raising=False)
-    monkeypatch.setattr("ifa_torchrec.serve.open_key_value_store", loading)
-    monkeypatch.setattr("ifa_torchrec.serve.LiveScorer", Recorder)
+    monkeypatch.setattr("ifa_torchrec.commands.serve.open_key_value_store", loading)
+    monkeypatch.setattr("ifa_torchrec.commands.serve.LiveScorer", Recorder)
     monkeypatch.setattr(_Server, "run", run)
     before = signal.getsignal(signal.SIGHUP)
     try:

@@ -115,7 +115,7 @@ def test_train_is_the_torchrun_line_one_would_write():
 
 def test_evaluate_passes_its_options_to_the_script():
     assert script_line(evaluate.ddp("--by", "store", **EVALUATE, split="valid", data="/other")) == [
-        *("ifa_torchrec", "evaluate"),
+        *("ifa_torchrec", "evaluate", "--"),
         *("--run", "/shared/run", "--split", "valid", "--data", "/other", "--by", "store"),
     ]
 
@@ -123,7 +123,7 @@ def test_evaluate_passes_its_options_to_the_script():
 def test_build_states_passes_its_options_to_the_script():
     app = build_states.ddp("--until", "2024-05-01", **BUILD, dtype="float16", data="/other")
     assert script_line(app) == [
-        *("ifa_torchrec", "build-states"),
+        *("ifa_torchrec", "build-states", "--"),
         *("--run", "/shared/run", "--store", "redis://states:6379/0", "--position", "7"),
         *("--data", "/other", "--dtype", "float16", "--until", "2024-05-01"),
     ]
@@ -187,7 +187,7 @@ def test_script_arguments_survive_the_shell():
     odd = ["--by", "two words", "--name=a=b", "it's", '"quoted"', "$HOME", "a;b", ""]
     command_line = ["--data", "my log", "--out", "a=b", "--", *odd]
     app = materialize_appdef(train.ddp, command_line)
-    assert script_line(app)[1:5] == ["--data", "my log", "--out", "a=b"]
+    assert script_line(app)[2:6] == ["--data", "my log", "--out", "a=b"]
     assert script_line(app)[-len(odd) :] == odd
 
 

@@ -74,7 +74,7 @@ def meaning(words: list[str], environment: dict[str, str], monkeypatch) -> dict[
         for name, value in environment.items():
             patch.setenv(name, value)
         config, _, command = config_from_args(get_args_parser().parse_args(words[1:]))
-    package, script, *arguments = command[command.index("-m") + 1 :]
+    package, script, *arguments = [w for w in command[command.index("-m") + 1 :] if w != "--"]
     assert package == "ifa_torchrec"
     several = config.max_nodes > 1
     return {

@@ -30,7 +30,7 @@ TRAIN_SCRIPT = (
     "ifa_torchrec train --data /shared/log --out /shared/run --max-events 32768 --max-requests 32"
     " --resume --epochs 2"
 )
-EVALUATE_SCRIPT = "ifa_torchrec evaluate --run /shared/run --split test --by store"
+EVALUATE_SCRIPT = "ifa_torchrec evaluate -- --run /shared/run --split test --by store"
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_slurm_evaluate(runner):
 
 
 SERVE_COMMAND = (
-    "ifa serve --run /shared/run --store /shared/states --host 0.0.0.0 --port 8000"
+    "python -m ifa_torchrec serve --run /shared/run --store /shared/states --host 0.0.0.0 --port 8000"
     " --token-file /secret --drain 5"
 )
 

@@ -19,7 +19,7 @@ from ifa_torchrec.data import EventLog
 from ifa_torchrec.distributed import CheckpointError, OptimizerConfig, ShardingError
 from ifa_torchrec.models.archs import tables_of
 from ifa_torchrec.serving import StateError, export_scorer, quantize_tables
-from ifa_torchrec.training import trainer as train_module
+from ifa_torchrec.training import build
 from ifa_torchrec.training.options import TrainConfig
 from ifa_torchrec.training.run import load_run
 from ifa_torchrec.training.scoring import predict
@@ -43,7 +43,7 @@ def configured(log: EventLog, out: Path) -> TrainConfig:
 
 def trained(config: TrainConfig) -> np.ndarray:
     """Train, giving rows to new ids in each step, and score the split `test`; on every rank."""
-    with mock.patch.object(train_module, "EVICTION_INTERVAL", 1):
+    with mock.patch.object(build, "EVICTION_INTERVAL", 1):
         train(config)
     return scores(config.out)
 

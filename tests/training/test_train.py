@@ -33,7 +33,7 @@ from ifa_torchrec.models.archs import CandidateArch
 from ifa_torchrec.models.config import INTERACTIONS
 from ifa_torchrec.training import trainer as train_module
 from ifa_torchrec.training.build import build_model
-from ifa_torchrec.training.options import TrainConfig
+from ifa_torchrec.training.options import TrainConfig, from_json, to_json
 from ifa_torchrec.training.run import load_run
 from ifa_torchrec.training.scoring import measure
 from ifa_torchrec.training.trainer import train
@@ -527,8 +527,8 @@ def test_any_options_come_back_as_they_were(data: st.DataObject) -> None:
         config = with_option(config, path, value)
     except ConfigError:
         assume(False)
-    text = json.dumps(train_module._to_json(dataclasses.asdict(config)), allow_nan=False)
-    assert repr(train_module._from_json(TrainConfig, json.loads(text), "")) == repr(config)
+    text = json.dumps(to_json(dataclasses.asdict(config)), allow_nan=False)
+    assert repr(from_json(TrainConfig, json.loads(text), "")) == repr(config)
 
 
 SPECIAL: dict[Any, list[Any]] = {
@@ -545,7 +545,7 @@ SPECIAL: dict[Any, list[Any]] = {
 
 @pytest.mark.parametrize(("kind", "value"), [(float, math.inf), (float, math.nan), (str, "inf")])
 def test_a_single_value_that_json_has_not(kind: type, value: Any) -> None:
-    back = train_module._from_json(kind, json.loads(json.dumps(train_module._to_json(value))), "x")
+    back = from_json(kind, json.loads(json.dumps(to_json(value))), "x")
     assert type(back) is kind and repr(back) == repr(value)
 
 

@@ -118,7 +118,7 @@ def test_a_server_that_is_gone_is_reported_as_the_stores_failure(tmp_path):
 
 
 def test_a_full_map_is_reported_and_leaves_what_was_there(tmp_path, monkeypatch):
-    monkeypatch.setattr("ifa_torchrec.serving.key_value._LARGEST_MAP", 1 << 20)
+    monkeypatch.setattr("ifa_torchrec.serving.states.key_value._LARGEST_MAP", 1 << 20)
     store = open_key_value_store(str(tmp_path / "states"))
     store.update([], lambda found: {b"a": b"1"})
     with pytest.raises(StoreError, match=r"MDB_MAP_FULL.*mapped 1,048,576 bytes.*ulimit -v"):
@@ -240,7 +240,7 @@ def test_a_file_that_grew_beyond_the_map_says_so(tmp_path, monkeypatch):
         other.update([], lambda found: {b"s1": bytes(4 << 20)})
 
     with monkeypatch.context() as patch:
-        patch.setattr("ifa_torchrec.serving.key_value._LARGEST_MAP", 1 << 20)
+        patch.setattr("ifa_torchrec.serving.states.key_value._LARGEST_MAP", 1 << 20)
         store = open_key_value_store(str(tmp_path))
     assert in_a_process(grow) is None
     with pytest.raises(StoreError, match=r"MDB_MAP_RESIZED.*mapped 1,048,576 bytes.*start it again"):
