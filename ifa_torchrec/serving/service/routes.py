@@ -125,7 +125,9 @@ def _add_health(app: FastAPI, live: LiveScorer) -> None:
 def _add_metrics(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) -> None:
     # named in full, else it would be plain text too
     schema = {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    refused = {401: {"description": "Unauthorized", "content": schema}} if bearer else {}
+    refused: dict[int | str, dict[str, Any]] = (
+        {401: {"description": "Unauthorized", "content": schema}} if bearer else {}
+    )
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=refused, dependencies=bearer)
     async def metrics() -> Response:
