@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
@@ -49,7 +49,9 @@ async def _on_bug(_: Request, error: Exception) -> Response:
     return problem(500, "an error of the server; its log has more")  # the server logs it
 
 
-EXCEPTION_HANDLERS = {
+EXCEPTION_HANDLERS: dict[
+    int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]
+] = {
     AnyHTTPException: _on_http_exception,
     RequestValidationError: _on_invalid,
     Exception: _on_bug,
