@@ -34,7 +34,7 @@ from ifa_torchrec.serving import (
     StateStore,
     open_key_value_store,
 )
-from ifa_torchrec.serving.states.records import utc
+from ifa_torchrec.serving.times import utc
 from ifa_torchrec.training.run import Run, load_run
 
 _NEVER = np.iinfo(np.int64).min + 1  # the least one is numpy's NaT

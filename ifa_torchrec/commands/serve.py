@@ -33,9 +33,9 @@ import uvicorn
 
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.serving import Scorer, StateStore, open_key_value_store, quantize_tables
-from ifa_torchrec.serving.connections import Connection
 from ifa_torchrec.serving.live import Limits, LiveScorer
 from ifa_torchrec.serving.service import create_app
+from ifa_torchrec.serving.service.connections import Connection
 from ifa_torchrec.training.run import load_run
 
 _BACKLOG = 64
@@ -67,7 +67,7 @@ class ServeConfig:
     """Round the tables to 8 bits: a third of their memory (docs/serving.md has what it changes)."""
     strict: bool = False
     """Refuse (409) a request that is too far before the user's last event to be ranked as of its time;
-    else it is ranked as of a later time, which the answer says."""
+    else it is ranked as of a later time, which the response says."""
     drain: float = 2
     """Seconds after SIGTERM in which calls are still taken, for /readyz (503 then) to be noticed."""
     limits: Limits = field(default_factory=Limits)

@@ -4,9 +4,9 @@ from ifa_torchrec.serving.errors import RequestError, StateError, StoreError, Un
 from ifa_torchrec.serving.export import ScoringGraph, export_scorer
 from ifa_torchrec.serving.quantize import quantize_tables
 from ifa_torchrec.serving.scorer import Ranking, RankingRequest, Scorer
+from ifa_torchrec.serving.states.journal import Event
 from ifa_torchrec.serving.states.key_value import KeyValueStore, open_key_value_store
 from ifa_torchrec.serving.states.layout import StateLayout
-from ifa_torchrec.serving.states.records import Event
 from ifa_torchrec.serving.states.store import StateStore
 from ifa_torchrec.serving.states.versions import drop, versions
 

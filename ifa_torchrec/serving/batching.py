@@ -36,11 +36,11 @@ class Batcher:
     longest waiting item is always in it, and with it those that wait for the same function.
 
     Args:
-        most: items that may wait.
+        capacity: items that may wait.
 
     Example:
         >>> from ifa_torchrec.serving.batching import Batcher
-        >>> with Batcher(most=10) as batcher:
+        >>> with Batcher(capacity=10) as batcher:
         ...     def inverses(numbers):
         ...         return [1 / number for number in numbers]
         ...     good, bad = batcher.submit(inverses, [4, 0], shares=[0.1, 0.1])
@@ -50,8 +50,8 @@ class Batcher:
         ZeroDivisionError('division by zero')
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
         self._waiting: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -92,8 +92,8 @@ class Batcher:
         with self._changed:
             if self._closed:
                 raise ClosedError("the batcher was closed; it takes nothing any more")
-            if len(self._waiting) + len(jobs) > self._most:
-                raise QueueFullError(f"{len(self._waiting)} of {self._most} places are taken")
+            if len(self._waiting) + len(jobs) > self._capacity:
+                raise QueueFullError(f"{len(self._waiting)} of {self._capacity} places are taken")
             self._waiting.extend(jobs)
             self._changed.notify()
         return [job.future for job in jobs]

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.serving.batching import Batcher, Item, Result
 from ifa_torchrec.serving.scorer import Ranking, RankingRequest, Scorer
-from ifa_torchrec.serving.states.records import Event
+from ifa_torchrec.serving.states.journal import Event
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Limits:
     timeout: float = 2
     """Seconds until a call is given up."""
     receive: float = 10
-    """Seconds for a call's headers to come, then for its body, and for its client to take the answer."""
+    """Seconds for a call's headers to come, then its body, and its client to take the response."""
     max_connections: int = 400
     """Most connections; beyond them the one is closed that has waited longest for its client."""
 
@@ -209,8 +209,8 @@ class LiveScorer:
                 scorer.append(events, self.limits.max_ahead)
         self.metrics.events.labels("new").inc(sum(new))
         self.metrics.events.labels("duplicate").inc(len(new) - sum(new))
-        answers = iter(new)
-        return [[next(answers) for _ in call] for call in calls]
+        results = iter(new)
+        return [[next(results) for _ in call] for call in calls]
 
     def _reload(self) -> None:
         serving = self._scorers[0]

@@ -16,9 +16,10 @@ from ifa_torchrec.data import LogSchema
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.modules import UserState, generate_set
 from ifa_torchrec.serving.errors import RequestError, StateError
+from ifa_torchrec.serving.states.journal import Event
 from ifa_torchrec.serving.states.layout import StateLayout
-from ifa_torchrec.serving.states.records import Event, utc
 from ifa_torchrec.serving.states.store import StateStore
+from ifa_torchrec.serving.times import utc
 
 _LARGEST = 2**63 - 1
 _YEAR = 365 * 86400.0  # seconds

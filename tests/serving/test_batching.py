@@ -21,7 +21,7 @@ def test_after_close_nothing_is_taken_and_what_waited_is_done():
         free.wait()
         return items
 
-    batcher = Batcher(most=10)
+    batcher = Batcher(capacity=10)
     futures = batcher.submit(wait, [0], [1.0])
     begun.wait()
     futures += batcher.submit(same, [1, 2], [1.0, 1.0])
@@ -50,7 +50,7 @@ def one_too_few(items: list[int]) -> list[int]:
     [(end, "the work ended with SystemExit: enough"), (one_too_few, "1 results for 2 items")],
 )
 def test_work_that_ends_the_thread_or_loses_a_result_fails_and_the_next_is_done(work, message):
-    with Batcher(most=10) as batcher:
+    with Batcher(capacity=10) as batcher:
         begun, free = threading.Event(), threading.Event()
 
         def wait(items: list[int]) -> list[int]:

@@ -472,7 +472,7 @@ def test_a_batch_is_no_fuller_than_a_call_may_be():
         batches.append(items)
         return items
 
-    with Batcher(most=10) as batcher:
+    with Batcher(capacity=10) as batcher:
         batcher.submit(work, [0], [0.1])
         begun.wait()
         futures = batcher.submit(work, [1, 2, 3, 4], [0.5, 0.6, 0.5, 7.0])

@@ -1,1 +1,12 @@
-"""User states in a store: their layout, records, versions, and the key-value stores beneath."""
+"""User states in a key-value store.
+
+From the lowest file to the highest, each knows those before it:
+
+- ``key_value``: bytes by key, in LMDB or Redis.
+- ``layout``: the shape of a state, and which record lies under which key.
+- ``records``: what a record holds, and its bytes.
+- ``versions``: which versions' states a store holds; dropping one.
+- ``journal``: events, and which positions of their stream were taken.
+- ``building``, ``appending``, ``reading``: whole states written, events added to states, states read.
+- ``store``: StateStore, which is all of this for one version.
+"""

@@ -1,14 +1,39 @@
-""""""
+"""The layout of a store: the shape of a version's states, and which record lies under which key.
+
+Of one version of the weights (VVVVVVVV, the first 8 bytes of the version's hash) there are:
+
+    v VVVVVVVV                header: the version, its layout and a mark of this building of it, JSON
+    s VVVVVVVV user           head: time of the last event, count, dense heads, which blocks k there are
+    u VVVVVVVV user           what the last event changed as it was before: the head, and rows
+    i VVVVVVVV user key       one row of the identity tables, with its own time
+    k VVVVVVVV user block     which of a block of identity keys have a row, a bit each
+    a VVVVVVVV block          which positions of the event stream are in the states, a bit each
+    j position                the event itself, for versions that are built later
+
+An event touches its user's records but the other rows, one block and one journal entry, in one
+transaction. So the cost does not depend on the history, and an event is in the states exactly if its bit
+is set. Numbers are big endian, so that keys sort by them.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
+
+import numpy as np
 
 from ifa_torchrec.modules import InteractionFidelityAttention
 from ifa_torchrec.serving.errors import StateError
 
-_Place = TypeVar("_Place")
+BLOCK = 4096
+"""Positions, or identity keys, a block."""
+STATE_KINDS = (b"s", b"u", b"i", b"k", b"a")
+"""First bytes of the keys of a version's records, but the header's."""
+_NUMBER = struct.Struct(">q")
+_NUMBERS = struct.Struct(">qq")
+_PLACE = np.dtype([("prefix", "S9"), ("user", ">i8"), ("number", ">i8")])
 
 
 @dataclass(frozen=True)
@@ -55,3 +80,87 @@ class StateLayout:
             identity_decay=() if ifa.identity is None else tuple(ifa.identity.decay.tolist()),
             dtype=dtype,
         )
+
+
+class Keys:
+    """The keys of one version's records.
+
+    Args:
+        version: of the weights.
+
+    Attributes:
+        id: the bytes that stand for the version.
+        header: the key of its header.
+
+    Example:
+        >>> from ifa_torchrec.serving.states.layout import Keys, user_of
+        >>> user_of(Keys("weights-1").row(user=-3, key=7))
+        -3
+    """
+
+    def __init__(self, version: str) -> None:
+        self.id = hashlib.sha256(version.encode()).digest()[:8]
+        self.header = b"v" + self.id
+
+    def head(self, user: int) -> bytes:
+        """Of a user's head."""
+        return b"s" + self.id + _NUMBER.pack(user)
+
+    def before(self, user: int) -> bytes:
+        """Of what a user's last event changed."""
+        return b"u" + self.id + _NUMBER.pack(user)
+
+    def row(self, user: int, key: int) -> bytes:
+        """Of a row of a user's identity tables."""
+        return b"i" + self.id + _NUMBERS.pack(user, key)
+
+    def rows(self, users: np.ndarray, keys: np.ndarray) -> list[bytes]:
+        """Of many rows; users and keys are [n] int64."""
+        return self._many(b"i", users, keys)
+
+    def members(self, user: int, block: int) -> bytes:
+        """Of the bits of a block of identity keys."""
+        return b"k" + self.id + _NUMBERS.pack(user, block)
+
+    def members_of(self, users: np.ndarray, blocks: np.ndarray) -> list[bytes]:
+        """Of the bits of many blocks; users and blocks are [n] int64."""
+        return self._many(b"k", users, blocks)
+
+    def positions(self, position: int) -> bytes:
+        """Of the bits of the block that a position is in."""
+        return b"a" + self.id + _NUMBER.pack(position // BLOCK)
+
+    def _many(self, kind: bytes, users: np.ndarray, numbers: np.ndarray) -> list[bytes]:
+        keys = np.empty(len(users), _PLACE)
+        keys["prefix"], keys["user"], keys["number"] = kind + self.id, users, numbers
+        return pieces(keys)
+
+
+def journal_key(position: int) -> bytes:
+    """The key of the event at a position; all versions share it."""
+    return b"j" + _NUMBER.pack(position)
+
+
+def position_of(journal_key: bytes) -> int:
+    """The position whose event lies under a key of the journal."""
+    return _NUMBER.unpack_from(journal_key, 1)[0]
+
+
+def user_of(key: bytes) -> int:
+    """The user whose record lies under a key."""
+    return _NUMBER.unpack_from(key, 9)[0]
+
+
+def pieces(records: np.ndarray) -> list[bytes]:
+    """The bytes of each of an array's entries."""
+    return records.view(f"V{records.dtype.itemsize}").tolist()
+
+
+def has_bit(bits: bytes | bytearray, number: int) -> bool:
+    """Whether a bit is set."""
+    return bool(bits[number // 8] >> number % 8 & 1)
+
+
+def set_bit(bits: bytearray, number: int) -> None:
+    """Set a bit."""
+    bits[number // 8] |= 1 << number % 8

@@ -1,13 +1,20 @@
-""""""
+"""What a record holds, and its bytes.
+
+Sums are kept as mean and weight: S = mean * z. Decay then touches the weights alone, a mean fits
+float16 whatever the length of the history, and a bucket whose events all have one value (every item,
+unless two collide) needs that value once, not once a half-life.
+
+Nothing is read that could be wrong in silence. A record ends with a checksum of itself, its key and the
+header's mark, so that damage, and what is left of another building, are seen. A row that is lost is
+missed by the bit of its key, and its block by the head.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import math
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,48 +22,21 @@ import numpy as np
 import torch
 
 from ifa_torchrec.data.dataset import MICROSECONDS_PER_DAY
-from ifa_torchrec.modules import UserState
-from ifa_torchrec.ops.jagged import request_of_row
-from ifa_torchrec.serving.errors import StateError, StoreError
-from ifa_torchrec.serving.states.layout import StateLayout
+from ifa_torchrec.serving.errors import BUILD_COMMAND, DROP_COMMAND, StateError, StoreError
+from ifa_torchrec.serving.states.layout import BLOCK, Keys, StateLayout, pieces, user_of
 
-FORMAT = "ifa-states/2"
-_BLOCK = 4096  # positions, or identity keys, a block
 _SAME = 1e-6
 """Means of a bucket that differ by no more than this share of their size are stored once."""
 _HEAD = struct.Struct("<qq")  # time, count
-_EVENT = struct.Struct(">qqq")  # user, item, time
 _ROW = struct.Struct("<qI")  # identity key, size
 _CHECKSUM = struct.Struct("<I")
-_BUILD = "ifa build-states"
-_DROP = "ifa states --drop"
+_RESIDUE = zlib.crc32(_CHECKSUM.pack(zlib.crc32(b"")))
+"""The CRC of whatever ends with its own CRC."""
 
 
 @dataclass(frozen=True)
-class Event:
-    """Something a user did.
-
-    Args:
-        position: 0 or more, its place in the stream of all events; what tells an event that comes
-            twice from two alike. Several streams share the range, e.g. PARTITION * 2**40 + OFFSET.
-        user, item: ids.
-        time: microseconds since 1970, UTC.
-
-    Example:
-        >>> from ifa_torchrec.serving import Event
-        >>> Event(position=1017, user=7, item=55, time=1_700_000_000_000_000).item
-        55
-    """
-
-    position: int
-    user: int
-    item: int
-    time: int
-
-
-@dataclass
-class _Sums:
-    """Sums of one head record or row at a time: weight [*, F] and mean [*, F, d], float64."""
+class Sums:
+    """Sums of one head or row at a time: weight [*, F] and mean [*, F, d], float64."""
 
     time: int
     weight: np.ndarray
@@ -67,38 +47,52 @@ class _Sums:
         days = (time - self.time) / MICROSECONDS_PER_DAY
         return self.weight * np.exp(-decay * days).reshape(-1, *[1] * (self.weight.ndim - 1))
 
-    def add(self, other: _Sums, decay: np.ndarray) -> None:
-        """Add another's, as of the later time of the two."""
+    def plus(self, other: Sums, decay: np.ndarray) -> Sums:
+        """The sums of both, as of the later time of the two."""
         time = max(self.time, other.time)
         mine, theirs = self.at(time, decay), other.at(time, decay)
         weight = mine + theirs
         share = np.divide(theirs, weight, out=np.zeros_like(weight), where=weight > 0)
-        self.mean = self.mean + (other.mean - self.mean) * share[..., None]
-        self.time, self.weight = time, weight
+        return Sums(time, weight, self.mean + (other.mean - self.mean) * share[..., None])
 
 
-@dataclass
-class _Head:
+@dataclass(frozen=True)
+class Head:
     """The dense heads of ``count`` events, of which the last was at the sums' time."""
 
-    sums: _Sums
+    sums: Sums
     count: int
 
-    def add(self, event: _Sums, decay: np.ndarray) -> None:
-        """Add an event."""
-        if self.count:
-            self.sums.add(event, decay)
-        else:
-            self.sums = dataclasses.replace(event)
-        self.count += 1
+    def plus(self, event: Sums, decay: np.ndarray) -> Head:
+        """The head with one more event."""
+        return Head(self.sums.plus(event, decay) if self.count else event, self.count + 1)
 
 
-class _Format:
-    """The keys and records of one building of a version's states, as bytes.
+def weight_and_mean(sums: torch.Tensor, totals: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Weights [*, F] and means [*, F, d], 0 where there is no weight, in float64.
+
+    Args:
+        sums: z, [*, F].
+        totals: S, [*, F, d].
+    """
+    weight, total = sums.detach().double().numpy(), totals.detach().double().numpy()
+    weighed = weight[..., None] > 0
+    return weight, np.divide(total, weight[..., None], out=np.zeros_like(total), where=weighed)
+
+
+class RecordCodec:
+    """The records of one building of a version's states as bytes.
 
     Args:
         store: its name, for messages.
         header: of the version.
+
+    Attributes:
+        keys: Keys.
+        layout, position, latest: as in StateStore.
+        decay, identity_decay: the layout's, as arrays.
+        no_bits: of a block without members or positions.
+        no_blocks: of a head without blocks.
     """
 
     def __init__(self, store: str, header: dict[str, Any]) -> None:
@@ -110,11 +104,11 @@ class _Format:
         self.version: str = header["version"]
         self.position: int = header["position"]
         self.latest: int | None = header["latest"]
-        self.id = _version_id(self.version)
+        self.keys = Keys(self.version)
         self.decay = np.array(self.layout.decay)
         self.identity_decay = np.array(self.layout.identity_decay)
-        self.no_bits = bytes(_BLOCK // 8)
-        self.no_blocks = bytes(-(-self.layout.identity_key_range // (8 * _BLOCK)))
+        self.no_bits = bytes(BLOCK // 8)
+        self.no_blocks = bytes(-(-self.layout.identity_key_range // (8 * BLOCK)))
         self._mark = zlib.crc32(bytes.fromhex(header["mark"]))
         self._dtype = np.dtype(self.layout.dtype)
         # a row holds one mean, or one for each half-life
@@ -129,63 +123,89 @@ class _Format:
             for means in {1, len(self.identity_decay)}
         }
 
-    def sealed(self, key: bytes, body: bytes) -> bytes:
-        return body + _CHECKSUM.pack(self._checksum(key, body))
+    # ------------------------------------------------------------------------------- checksums
 
-    def opened(self, key: bytes, value: bytes) -> bytes:
-        body = value[: -_CHECKSUM.size]
-        if _CHECKSUM.pack(self._checksum(key, body)) == value[-_CHECKSUM.size :]:
-            return body
-        what = f"of user {_user_of(key)} " if key[:1] in b"suik" else ""
-        raise StoreError(
-            f"{self.store}: a record {what}(key {key.hex()}) is damaged, or of another "
-            f"building: its checksum is not that of its bytes. {self._advice()}"
-        )
+    def seal(self, key: bytes, body: bytes) -> bytes:
+        """A record's body with its checksum."""
+        return body + _CHECKSUM.pack(zlib.crc32(body, zlib.crc32(key, self._start(key))))
 
-    def _checksum(self, key: bytes, body: bytes) -> int:
-        # the journal is of all versions
-        return zlib.crc32(body, zlib.crc32(key, 0 if key[:1] == b"j" else self._mark))
+    def open(self, key: bytes, value: bytes) -> bytes:
+        """The body of the record under a key.
+
+        Raises:
+            StoreError: its checksum is not that of its bytes.
+        """
+        if zlib.crc32(value, zlib.crc32(key, self._start(key))) != _RESIDUE:
+            raise self._damaged(key)
+        return value[: -_CHECKSUM.size]
+
+    def open_all(self, keys: Sequence[bytes], values: Sequence[bytes | None]) -> list[bytes | None]:
+        """As ``open``, of many records of states (not of the journal); None stays None."""
+        crc32, mark = zlib.crc32, self._mark
+        opened: list[bytes | None] = []
+        for key, value in zip(keys, values, strict=True):
+            if value is None:
+                opened.append(None)
+                continue
+            if crc32(value, crc32(key, mark)) != _RESIDUE:
+                raise self._damaged(key)
+            opened.append(value[:-4])
+        return opened
 
     def lost(self, user: int) -> StoreError:
+        """What is raised where one of a user's records is not there."""
         return StoreError(
             f"{self.store}: a part of the state of user {user} is gone; something deleted it "
             f"or damaged its key. {self._advice()}"
         )
 
-    def _advice(self) -> str:
-        return (
-            f"Bring the store back from a copy, or drop the states ({_DROP} {self.version}) and "
-            f"build them anew ({_BUILD})"
+    def _start(self, key: bytes) -> int:
+        # the journal is of all versions
+        return 0 if key[:1] == b"j" else self._mark
+
+    def _damaged(self, key: bytes) -> StoreError:
+        what = f"of user {user_of(key)} " if key[:1] in b"suik" else ""
+        return StoreError(
+            f"{self.store}: a record {what}(key {key.hex()}) is damaged, or of another "
+            f"building: its checksum is not that of its bytes. {self._advice()}"
         )
 
-    def user_key(self, kind: bytes, user: int) -> bytes:
-        return kind + self.id + struct.pack(">q", user)
+    def _advice(self) -> str:
+        return (
+            f"Bring the store back from a copy, or drop the states ({DROP_COMMAND} {self.version}) and "
+            f"build them anew ({BUILD_COMMAND})"
+        )
 
-    def row_key(self, user: int, key: int) -> bytes:
-        return b"i" + self.id + struct.pack(">qq", user, key)
+    # ------------------------------------------------------------------------------- heads
 
-    def member_key(self, user: int, block: int) -> bytes:
-        return b"k" + self.id + struct.pack(">qq", user, block)
-
-    def block_key(self, position: int) -> bytes:
-        return b"a" + self.id + struct.pack(">q", position // _BLOCK)
-
-    def pack_head(self, head: _Head, seed: np.random.Generator | None = None) -> bytes:
+    def pack_head(self, head: Head, seed: np.random.Generator | None = None) -> bytes:
+        """A head; ``seed`` as in ``pack_rows``."""
         weight, mean = head.sums.weight.astype(np.float32), self._rounded(head.sums.mean, seed)
         return _HEAD.pack(head.sums.time, head.count) + weight.tobytes() + mean.tobytes()
 
-    def unpack_head(self, body: bytes) -> tuple[_Head, bytes]:
+    def unpack_head(self, body: bytes) -> tuple[Head, bytes]:
         """A head, and the bytes after it."""
         last, count = _HEAD.unpack_from(body)
         shape = (self.layout.num_heads, self.layout.feature_dim)
-        middle = _HEAD.size + 4 * math.prod(shape)
-        end = middle + self._dtype.itemsize * math.prod(shape) * self.layout.head_dim
-        weight = np.frombuffer(body[_HEAD.size : middle], np.float32).reshape(shape)
-        mean = np.frombuffer(body[middle:end], self._dtype).reshape(*shape, self.layout.head_dim)
-        sums = _Sums(last, weight.astype(np.float64), mean.astype(np.float64))
-        return _Head(sums, count), body[end:]
+        size = math.prod(shape)
+        middle = _HEAD.size + 4 * size
+        means = size * self.layout.head_dim
+        weight = np.frombuffer(body, np.float32, size, _HEAD.size).reshape(shape)
+        mean = np.frombuffer(body, self._dtype, means, middle).reshape(*shape, self.layout.head_dim)
+        sums = Sums(last, weight.astype(np.float64), mean.astype(np.float64))
+        return Head(sums, count), body[middle + means * self._dtype.itemsize :]
 
-    def unpack_before(self, body: bytes) -> tuple[_Head, dict[int, bytes]]:
+    def no_head(self) -> Head:
+        """The head of a user without events."""
+        shape = (self.layout.num_heads, self.layout.feature_dim)
+        return Head(Sums(0, np.zeros(shape), np.zeros((*shape, self.layout.head_dim))), 0)
+
+    @staticmethod
+    def pack_row_list(rows: Mapping[int, bytes]) -> bytes:
+        """Rows by key, as they follow the head in a record u; no bytes where there was no row."""
+        return b"".join(_ROW.pack(key, len(row)) + row for key, row in rows.items())
+
+    def unpack_before(self, body: bytes) -> tuple[Head, dict[int, bytes]]:
         """What a record u holds: a head, and rows by key, without bytes where there was none."""
         head, rest = self.unpack_head(body)
         rows: dict[int, bytes] = {}
@@ -195,12 +215,7 @@ class _Format:
             rest = rest[_ROW.size + size :]
         return head, rows
 
-    def row_keys(self, user: np.ndarray, key: np.ndarray) -> list[bytes]:
-        """The keys of many rows at once; user and key are [n] int64."""
-        record = np.dtype([("prefix", "S9"), ("user", ">i8"), ("key", ">i8")])
-        keys = np.empty(len(user), record)
-        keys["prefix"], keys["user"], keys["key"] = b"i" + self.id, user, key
-        return _pieces(keys)
+    # ------------------------------------------------------------------------------- rows
 
     def pack_rows(
         self,
@@ -209,7 +224,14 @@ class _Format:
         mean: np.ndarray,
         seed: np.random.Generator | None = None,
     ) -> list[bytes]:
-        """Rows of time [n], weight [n, L] and mean [n, L, d]."""
+        """Rows of identity tables.
+
+        Args:
+            time: [n].
+            weight: [n, L].
+            mean: [n, L, d].
+            seed: round means to float16 at random, without bias; else to the nearest.
+        """
         heaviest = mean[np.arange(len(mean)), weight.argmax(1)]  # [n, d]
         differs = (np.abs(mean - heaviest[:, None]).max(2) * (weight > 0)).max(1)
         one = differs <= _SAME * np.abs(heaviest).max(1)
@@ -221,22 +243,35 @@ class _Format:
             # of one mean alone, the heaviest half-life's
             first = weight[chosen].argmax(1)[:, None] if means == 1 else np.arange(means)[None]
             rows["mean"] = mean[chosen[:, None], first]
-            for row, piece in zip(chosen, _pieces(rows), strict=True):
+            for row, piece in zip(chosen, pieces(rows), strict=True):
                 packed[row] = piece
         return packed
 
-    def unpack_rows(self, values: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """time [n] int64, weight [n, L] and mean [n, L, d] of rows, all at once."""
-        half_lives, width = len(self.identity_decay), self.layout.head_dim
-        time = np.empty(len(values), np.int64)
-        weight = np.empty((len(values), half_lives))
-        mean = np.empty((len(values), half_lives, width))
-        size = np.fromiter(map(len, values), np.int64, len(values))
-        for record in self._row_record.values():
-            chosen = np.flatnonzero(size == record.itemsize)
-            found = np.frombuffer(b"".join([values[n] for n in chosen]), record)
-            time[chosen], weight[chosen], mean[chosen] = found["time"], found["weight"], found["mean"]
-        return time, weight, mean
+    def unpack_rows(self, rows: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """time [n] int64, weight [n, L] float64 and mean [n, L, d], as it is stored, of rows."""
+        half_lives = len(self.identity_decay)
+        size = self._row_record[1].itemsize
+        one_mean = size - self._dtype.itemsize * self.layout.head_dim
+        # the one mean is repeated, so that all are of one size and decoded at once
+        whole = [r + r[one_mean:] * (half_lives - 1) if len(r) == size else r for r in rows]
+        found = np.frombuffer(b"".join(whole), self._row_record[half_lives])
+        return found["time"], found["weight"].astype(np.float64), found["mean"]
+
+    def unpack_row(self, row: bytes) -> Sums | None:
+        """A row; None of no bytes."""
+        if not row:
+            return None
+        time, weight, mean = self.unpack_rows([row])
+        return Sums(int(time[0]), weight[0], mean[0].astype(np.float64))
+
+    @staticmethod
+    def pack_members(bits: bytes | bytearray) -> bytes:
+        """Which identity keys of a block have a row."""
+        return zlib.compress(bits)
+
+    def unpack_members(self, body: bytes | None) -> bytes:
+        """The bits of a block; of none where there is no record."""
+        return self.no_bits if body is None else zlib.decompress(body)
 
     def _rounded(self, mean: np.ndarray, seed: np.random.Generator | None) -> np.ndarray:
         """Means as they are stored. With a seed, float16 is rounded up or down at random, so that
@@ -254,72 +289,3 @@ class _Format:
         gap = np.abs(beyond.astype(np.float64) - near)
         distance = np.abs(mean - near.astype(np.float64))
         return np.where(seed.random(mean.shape) * gap < distance, beyond, near)
-
-
-@dataclass
-class _Records:
-    """A user's records, opened: the head, the rows asked for, and what they were before the last event
-    (the rows without bytes where there was none)."""
-
-    head: _Head | None
-    rows: dict[int, bytes]
-    before: tuple[_Head, dict[int, bytes]] | None
-
-    def go_back(self) -> _Head:
-        """Put the rows back to what they were; the head as it was."""
-        assert self.before is not None
-        head, rows = self.before
-        changed = {key: rows.get(key, row) for key, row in self.rows.items()}
-        self.rows = {key: row for key, row in changed.items() if row}
-        return head
-
-
-def _version_id(version: str) -> bytes:
-    return hashlib.sha256(version.encode()).digest()[:8]
-
-
-def _journal_key(position: int) -> bytes:
-    return b"j" + struct.pack(">q", position)
-
-
-def _packed_before(rows: Mapping[int, bytes]) -> bytes:
-    return b"".join(_ROW.pack(key, len(row)) + row for key, row in rows.items())
-
-
-def _user_of(key: bytes) -> int:
-    return struct.unpack_from(">q", key, 9)[0]
-
-
-def _request_and_key(state: UserState) -> list[tuple[int, int]]:
-    """Of each identity row, in order."""
-    offsets, key, *_ = state.identity_tables()
-    return list(zip(request_of_row(offsets).tolist(), key.tolist(), strict=True))
-
-
-def _bit(bits: bytes | bytearray, number: int) -> bool:
-    return bool(bits[number // 8] >> number % 8 & 1)
-
-
-def _set_bit(bits: bytearray, number: int) -> None:
-    bits[number // 8] |= 1 << number % 8
-
-
-def utc(time: int) -> str:
-    """A time in microseconds as ISO 8601 has it."""
-    return str(np.datetime64(time, "us")) + "Z"
-
-
-def _pieces(records: np.ndarray) -> list[bytes]:
-    whole, size = records.tobytes(), records.dtype.itemsize
-    return [whole[first : first + size] for first in range(0, len(whole), size)]
-
-
-def _weight_and_mean(sums: torch.Tensor, totals: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Weights [*, F] and means [*, F, d], 0 where there is no weight, in float64."""
-    weight, total = sums.detach().double().numpy(), totals.detach().double().numpy()
-    weighed = weight[..., None] > 0
-    return weight, np.divide(total, weight[..., None], out=np.zeros_like(total), where=weighed)
-
-
-def _tensor(values: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(values.astype(np.float32))

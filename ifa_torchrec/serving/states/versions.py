@@ -1,16 +1,21 @@
-""""""
+"""Which versions' states a store holds: their headers; and how one is dropped.
+
+A header says by its mark which building of a version it is of, and whether that is whole. A store that
+was emptied, or whose states were dropped and built anew, is so no longer the one that was opened.
+"""
 
 from __future__ import annotations
 
 import json
-import struct
 import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from ifa_torchrec.serving.errors import StateError, StoreError
+from ifa_torchrec.serving.errors import BUILD_COMMAND, DROP_COMMAND, StateError, StoreError
 from ifa_torchrec.serving.states.key_value import KeyValueStore
-from ifa_torchrec.serving.states.records import _BUILD, _DROP, FORMAT, _version_id
+from ifa_torchrec.serving.states.layout import STATE_KINDS, Keys, journal_key
+
+FORMAT = "ifa-states/2"
 
 
 def versions(key_values: KeyValueStore) -> dict[str, dict[str, Any]]:
@@ -23,7 +28,7 @@ def versions(key_values: KeyValueStore) -> dict[str, dict[str, Any]]:
         {}
     """
     values = key_values.read(list(key_values.scan(b"v")))
-    headers = [_unpacked_header(key_values, value) for value in values if value is not None]
+    headers = [unpack_header(key_values, value) for value in values if value is not None]
     return {header["version"]: header for header in headers}
 
 
@@ -38,15 +43,15 @@ def drop(key_values: KeyValueStore, version: str) -> None:
         raise StateError(f"no states of weights {version!r} here; there are {sorted(there)}")
     # the header first says so, since half a version must not look whole, and is deleted last, since what
     # it leaves must not be built upon
-    header = b"v" + _version_id(version)
-    dropped = _packed_header({**there[version], "complete": False, "dropped": True})
-    key_values.update([], lambda _: {header: dropped})
-    for kind in (b"s", b"u", b"i", b"k", b"a"):
-        _delete_all(key_values, kind + _version_id(version))
-    key_values.delete([header])
+    keys = Keys(version)
+    dropped = pack_header({**there[version], "complete": False, "dropped": True})
+    key_values.update([], lambda _: {keys.header: dropped})
+    for kind in STATE_KINDS:
+        _delete_all(key_values, kind + keys.id)
+    key_values.delete([keys.header])
     rest = [header["position"] for name, header in there.items() if name != version]
     if rest:
-        _delete_all(key_values, b"j", until=b"j" + struct.pack(">q", min(rest)))
+        _delete_all(key_values, b"j", until=journal_key(min(rest)))
 
 
 def _delete_all(key_values: KeyValueStore, prefix: bytes, until: bytes | None = None) -> None:
@@ -59,31 +64,43 @@ def _delete_all(key_values: KeyValueStore, prefix: bytes, until: bytes | None = 
         key_values.delete(keys[first : first + 10_000])
 
 
-def _header(key_values: KeyValueStore, version: str) -> dict[str, Any] | None:
-    (value,) = key_values.read([b"v" + _version_id(version)])
+def read_header(key_values: KeyValueStore, version: str) -> dict[str, Any] | None:
+    """A version's header; None where there is none.
+
+    Raises:
+        StateError: it is of another format, or its states are half dropped.
+        StoreError: it is damaged.
+    """
+    (value,) = key_values.read([Keys(version).header])
     if value is None:
         return None
-    header = _unpacked_header(key_values, value)
+    header = unpack_header(key_values, value)
     if header.get("format") != FORMAT:
         raise StateError(
             f"{key_values.name}: states of weights {version!r} are of format {header.get('format')!r}, "
-            f"this version of the package reads {FORMAT!r}; drop them ({_DROP} {version}) and "
-            f"build them anew ({_BUILD})"
+            f"this version of the package reads {FORMAT!r}; drop them ({DROP_COMMAND} {version}) and "
+            f"build them anew ({BUILD_COMMAND})"
         )
     if header.get("dropped"):
         raise StateError(
             f"{key_values.name}: states of weights {version!r} are half dropped; drop them to the end "
-            f"({_DROP} {version}) and build them anew ({_BUILD})"
+            f"({DROP_COMMAND} {version}) and build them anew ({BUILD_COMMAND})"
         )
     return header
 
 
-def _packed_header(header: Mapping[str, Any]) -> bytes:
+def pack_header(header: Mapping[str, Any]) -> bytes:
+    """A header as JSON, a line, and its checksum."""
     text = json.dumps(header).encode()
     return text + b"\n%08x" % zlib.crc32(text)
 
 
-def _unpacked_header(key_values: KeyValueStore, value: bytes) -> dict[str, Any]:
+def unpack_header(key_values: KeyValueStore, value: bytes) -> dict[str, Any]:
+    """A header from its bytes.
+
+    Raises:
+        StoreError: it is damaged.
+    """
     text, _, checksum = value.rpartition(b"\n")
     try:
         # that of format 1 had no checksum
@@ -93,6 +110,6 @@ def _unpacked_header(key_values: KeyValueStore, value: bytes) -> dict[str, Any]:
     except ValueError:
         raise StoreError(
             f"{key_values.name}: the header of a version's states is damaged. Bring the store back "
-            f"from a copy, or build the states in an empty one ({_BUILD})"
+            f"from a copy, or build the states in an empty one ({BUILD_COMMAND})"
         ) from None
     return header

@@ -29,6 +29,7 @@ from ifa_torchrec.serving import (
     open_key_value_store,
     versions,
 )
+from ifa_torchrec.serving.states.layout import Keys
 
 DAY = 86_400_000_000
 CONFIG = IFAConfig(
@@ -247,8 +248,8 @@ def test_a_record_of_other_weights_in_their_place_is_refused(key_values):
     model, events = Model(), random_events(5, users=[1])
     one, other = (new_store(key_values, model, version) for version in ("v1", "v2"))
     one.append(events, model.encode_each)
-    (record,) = key_values.read([one._format.user_key(b"s", 1)])
-    key_values.update([], lambda found: {other._format.user_key(b"s", 1): record})
+    (record,) = key_values.read([Keys("v1").head(1)])
+    key_values.update([], lambda found: {Keys("v2").head(1): record})
     with pytest.raises(StoreError, match=r"record of user 1 .* is damaged, or of another building"):
         read(other, model, [1], 100 * DAY)
 
@@ -386,7 +387,7 @@ def test_drop_deletes_one_version_and_what_no_other_wants(key_values):
         StateStore(key_values, "v1")
     assert_holds(StateStore(key_values, "v2"), model, events[20:])
     assert len(list(key_values.scan(b"j"))) == 30
-    ours = [key for kind in b"suika" for key in key_values.scan(bytes([kind]) + old._format.id)]
+    ours = [key for kind in b"suika" for key in key_values.scan(bytes([kind]) + Keys("v1").id)]
     assert ours == []
     with pytest.raises(StateError, match=r"'v1' here; there are \['v2'\]"):
         drop(key_values, "v1")
@@ -396,9 +397,9 @@ def test_a_bucket_of_one_value_stores_it_once(key_values):
     model = Model()
     store = new_store(key_values, model)
     store.append([Event(n, 1, 3, n * DAY) for n in range(9)], model.encode_each)
-    (once,) = key_values.read([store._format.row_key(1, 3)])
+    (once,) = key_values.read([Keys("v1").row(1, 3)])
     store.append([Event(9, 1, 3 + 7, 9 * DAY)], model.encode_each)  # falls into the same bucket
-    (each,) = key_values.read([store._format.row_key(1, 3)])
+    (each,) = key_values.read([Keys("v1").row(1, 3)])
     assert len(each) - len(once) == 2 * 4 * 4
 
 
@@ -447,9 +448,10 @@ def test_an_unknown_dtype_is_refused():
 def records(key_values, store: StateStore) -> dict[str, bytes]:
     """A record of each kind that user 1 has, by what it is."""
     kinds = {"head": b"s", "before": b"u", "row": b"i", "members": b"k"}
-    found = {what: next(key_values.scan(kind + store._format.id)) for what, kind in kinds.items()}
-    positions = {"positions": store._format.block_key(0), "journal": b"j" + bytes(8)}
-    return {**found, **positions, "header": b"v" + store._format.id}
+    keys = Keys(store.version)
+    found = {what: next(key_values.scan(kind + keys.id)) for what, kind in kinds.items()}
+    positions = {"positions": keys.positions(0), "journal": b"j" + bytes(8)}
+    return {**found, **positions, "header": keys.header}
 
 
 def use(store: StateStore, model: Model) -> None:
@@ -501,7 +503,7 @@ def test_a_head_that_is_gone_is_missed_where_there_are_no_rows(key_values):
     model = Model(DENSE)
     store = new_store(key_values, model)
     store.append([Event(0, 1, 3, 0)], model.encode_each)
-    key_values.delete([store._format.user_key(b"s", 1)])
+    key_values.delete([Keys("v1").head(1)])
     for use_it in (
         lambda: store.read([1], [DAY], new_users=[True]),
         lambda: store.append([Event(1, 1, 3, 0)], model.encode_each),
@@ -582,7 +584,8 @@ def test_of_ranks_that_begin_together_all_have_the_same_mark(key_values):
 
 def test_a_store_of_an_older_format_says_what_to_do(key_values):
     model = Model()
-    key = b"v" + new_store(key_values, model)._format.id
+    new_store(key_values, model)
+    key = Keys("v1").header
     old = {"format": "ifa-states/1", "version": "v1", "complete": True, "position": 0}
     key_values.update([], lambda _: {key: json.dumps(old).encode()})
     for opened in (

@@ -63,7 +63,7 @@ class Connection(H11Protocol):
         before = self.cycle
         super().handle_events()
         if self.cycle is not before:
-            # for the body, for the answer, and for the client to take it
+            # for the body, for the response, and for the client to take it
             self._wait(2 * self.limits.receive + self.limits.timeout)
 
     def on_response_complete(self) -> None:

@@ -1,0 +1,13 @@
+"""The HTTP service.
+
+- ``messages``: the JSON of requests and responses.
+- ``refusals``: what is refused, and what went wrong, as responses.
+- ``routes``: what is done, by path.
+- ``middleware``: what is done around every call.
+- ``app``: create_app, which puts these together.
+- ``connections``: what uvicorn is given, so that nobody keeps others out.
+"""
+
+from ifa_torchrec.serving.service.app import create_app
+
+__all__ = ["create_app"]

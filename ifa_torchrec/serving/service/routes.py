@@ -1,0 +1,135 @@
+"""The routes, by subject: rankings, events, and how the process is."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import Depends, FastAPI, HTTPException, Response, params
+from fastapi.responses import PlainTextResponse
+from fastapi.security import HTTPBearer
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from ifa_torchrec.serving.errors import StateError
+from ifa_torchrec.serving.live import LiveRanking, LiveScorer
+from ifa_torchrec.serving.scorer import RankingRequest
+from ifa_torchrec.serving.service.messages import (
+    Alive,
+    EventsRequest,
+    EventsResponse,
+    Ranked,
+    RankRequest,
+    RankRequests,
+    RankResponse,
+    Ready,
+)
+from ifa_torchrec.serving.service.refusals import check_count, in_time, problems, refusal
+from ifa_torchrec.serving.states.journal import Event
+from ifa_torchrec.serving.times import utc
+
+
+def add_routes(app: FastAPI, live: LiveScorer, with_token: bool) -> None:
+    """Add all routes.
+
+    Args:
+        app: the application. Its own routes, not an included router's, are what CallMiddleware looks at.
+        live: does what they ask for.
+        with_token: whether the OpenAPI page says that all but the public ones want a token; it is
+            CallMiddleware that asks, before the body is read.
+    """
+    bearer = [Depends(HTTPBearer(auto_error=False))] if with_token else []
+    _add_ranking(app, live, bearer)
+    _add_events(app, live, bearer)
+    _add_health(app, live)
+    _add_metrics(app, live, bearer)
+
+
+def _add_ranking(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) -> None:
+    limits = live.limits
+
+    @app.post("/rank", responses=_refused(bearer) | problems(404), dependencies=bearer)
+    async def rank(body: RankRequests) -> RankResponse:
+        """Rank candidates."""
+        requests = body.requests
+        check_count(limits.max_requests, requests, "requests")
+        for n, request in enumerate(requests):
+            check_count(limits.max_candidates, request.candidates, f"requests.{n}.candidates")
+        with in_time("send them again"):
+            results = await live.rank([_ranking_request(request) for request in requests])
+        response = RankResponse(rankings=[])
+        for n, (request, result) in enumerate(zip(requests, results, strict=True)):
+            if isinstance(result, BaseException):
+                raise refusal(result, where=f"requests.{n}: ")
+            response.rankings.append(_ranked(result, request.k))
+        return response
+
+
+def _refused(bearer: list[params.Depends]) -> dict[int | str, dict[str, Any]]:
+    """What a call with a body may be refused by."""
+    return problems(400, 408, 409, 413, 422, 429, 500, 503, 504, *[401] * bool(bearer))
+
+
+def _ranking_request(request: RankRequest) -> RankingRequest:
+    return RankingRequest(
+        user=request.user,
+        candidates=request.candidates,
+        time=request.time,
+        context=request.context,
+        dense=request.dense,
+        candidate_dense=request.candidate_dense,
+        new_user=request.new_user,
+    )
+
+
+def _ranked(ranking: LiveRanking, k: int | None) -> Ranked:
+    """The k best of a ranking."""
+    return Ranked(
+        version=ranking.version,
+        as_of=None if ranking.as_of is None else utc(ranking.as_of),
+        items=ranking.items[:k],
+        logits=dict(zip(ranking.tasks, ranking.logits[:k].T.tolist(), strict=True)),
+    )
+
+
+def _add_events(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) -> None:
+    @app.post("/events", responses=_refused(bearer), dependencies=bearer)
+    async def events(body: EventsRequest) -> EventsResponse:
+        """Add events; they are safe on disk when the response comes."""
+        check_count(live.limits.max_events, body.events, "events")
+        with in_time("the events may still be added; send them again, each counts once"):
+            new = await live.append([Event(e.position, e.user, e.item, e.time) for e in body.events])
+        if isinstance(new, BaseException):
+            raise refusal(new)
+        return EventsResponse(new=sum(new), duplicates=len(new) - sum(new))
+
+
+def _add_health(app: FastAPI, live: LiveScorer) -> None:
+    @app.get("/healthz")
+    async def healthz() -> Alive:
+        """Whether the process runs."""
+        return Alive()
+
+    @app.get("/readyz", responses=problems(503))
+    async def readyz() -> Ready:
+        """Whether calls should be sent here, and the weights that would rank."""
+        if live.draining:
+            raise HTTPException(503, "shutting down")
+        try:
+            await live.check()
+        # everyone may ask this, so the response has no addresses; that of /rank says more
+        except (StateError, asyncio.TimeoutError) as error:
+            raise HTTPException(503, "the states are lost, or the store does not answer") from error
+        return Ready(version=live.version)
+
+
+def _add_metrics(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) -> None:
+    # named in full, else it would be plain text too
+    schema = {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    refused: dict[int | str, dict[str, Any]] = (
+        {401: {"description": "Unauthorized", "content": schema}} if bearer else {}
+    )
+
+    @app.get("/metrics", response_class=PlainTextResponse, responses=refused, dependencies=bearer)
+    async def metrics() -> Response:
+        """Counters and times, for Prometheus."""
+        return Response(generate_latest(live.metrics.registry), media_type=CONTENT_TYPE_LATEST)
