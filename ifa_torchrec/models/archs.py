@@ -15,8 +15,14 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.errors import ConfigError
-from ifa_torchrec.models.config import INTERACTIONS, DLRM_IFAConfig
-from ifa_torchrec.modules import CandidateSetEncoder, InteractionFidelityAttention, UserState
+from ifa_torchrec.models.config import DLRM_IFAConfig
+from ifa_torchrec.modules import (
+    INTERACTIONS,
+    CandidateSetEncoder,
+    InteractionFidelityAttention,
+    UserState,
+)
+from ifa_torchrec.modules.history import counted
 from ifa_torchrec.ops.jagged import request_of_row
 
 
@@ -139,7 +145,9 @@ class CandidateArch(nn.Module):
         self.weighted_context = False
         """Whether the tables of the context features are of a weighted EmbeddingBagCollection."""
         dim = config.ifa.embedding_dim
-        self.sequence_interaction = INTERACTIONS[config.interaction](config)
+        self.sequence_interaction = INTERACTIONS[config.interaction](
+            config.ifa, config.recent_length, config.search_feature or config.item_features[-1]
+        )
         sequence = self.sequence_interaction is not None
         layers = [*config.dense_arch_layer_sizes, dim]
         request_features = config.dense_in_features
@@ -227,9 +235,8 @@ class CandidateArch(nn.Module):
         if not exposed_alone:
             return logits
         kept = batch.exposed
-        exposed_offsets = torch.cat([offsets.new_zeros(1), kept.cumsum(0).to(offsets.dtype)])[offsets]
         alone = self._score(
-            tokens[kept], [v[kept] for v in vectors], [v[kept] for v in beside], exposed_offsets
+            tokens[kept], [v[kept] for v in vectors], [v[kept] for v in beside], counted(kept, offsets)
         )
         return logits, alone
 

@@ -21,7 +21,7 @@ from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make_loader
 from ifa_torchrec.distributed import OptimizerConfig, init_process_group, shard
 from ifa_torchrec.models import DLRM_IFA, DLRM_IFATrain
-from ifa_torchrec.models.config import INTERACTIONS
+from ifa_torchrec.modules import INTERACTIONS
 from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.options import TrainConfig
 

@@ -20,8 +20,12 @@ from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, DLRM_IFATrain, IFAConfig, Ran
 from ifa_torchrec.distributed import OptimizerConfig, init_process_group, shard
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.models.archs import SequenceArch
-from ifa_torchrec.models.config import INTERACTIONS
-from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLoss, CandidateSetLossConfig
+from ifa_torchrec.modules import (
+    INTERACTIONS,
+    CandidateSetConfig,
+    CandidateSetLoss,
+    CandidateSetLossConfig,
+)
 
 DIM = 8
 ITEM_FEATURES = {"item": 50, "category": 6}
