@@ -298,7 +298,8 @@ def gap(trained: Run, requests: int = 1000) -> dict[str, float]:
     sampler = EventBudgetSampler(dataset.history_lengths[:requests], 32768, 32)
     for indices in sampler:
         batch = dataset[indices]
-        logits, of_exposed = model(batch, exposed_alone=True)
+        described = model.describe(batch)
+        logits, of_exposed = model.set_arch(described), model.set_arch(described.only(batch.exposed))
         candidates = batch.sequence_features["candidate_item"]
         offsets, kept = candidates.offsets(), batch.exposed
         divergences.append((loss(logits, batch.labels, kept, offsets, of_exposed).item(), len(indices)))
