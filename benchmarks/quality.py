@@ -41,8 +41,8 @@ from ifa_torchrec import CandidateSetLoss, IFAConfig
 from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, synthetic
 from ifa_torchrec.data.public import complete_journey
-from ifa_torchrec.models.config import INTERACTIONS, DLRM_IFAConfig
 from ifa_torchrec.modules import (
+    INTERACTIONS,
     CandidateSetConfig,
     CandidateSetLossConfig,
     DINAttention,
@@ -98,15 +98,15 @@ LABELS = {
     "ifa": "IFA, whole history",
 }
 SETTINGS = {
-    "softmax, latest 200": ("softmax_recent", lambda c: SoftmaxAttention(c.ifa, 200)),
-    "DIN, latest 100": ("din", lambda c: DINAttention(c.ifa, 100)),
-    "SIM-hard, 200 of the category": ("sim", lambda c: SIMAttention(c.ifa, c.search_feature, 200)),
-    "ETA, 200 by 64 bits": ("eta", lambda c: ETAAttention(c.ifa, 200)),
-    "ETA, 50 by 256 bits": ("eta", lambda c: ETAAttention(c.ifa, 50, num_hashes=256)),
-    "TWIN-style, 200 by score": ("twin", lambda c: TWINAttention(c.ifa, 200)),
-    "SDIM, 16 groups of 5 bits": ("sdim", lambda c: SDIMAttention(c.ifa, 16, 5)),
-    "SDIM, 48 groups of 4 bits": ("sdim", lambda c: SDIMAttention(c.ifa, 48, 4)),
-    "LREA-style, rank 128": ("low_rank", lambda c: LowRankAttention(c.ifa, 128)),
+    "softmax, latest 200": ("softmax_recent", lambda c, *_: SoftmaxAttention(c, 200)),
+    "DIN, latest 100": ("din", lambda c, *_: DINAttention(c, 100)),
+    "SIM-hard, 200 of the category": ("sim", lambda c, *_: SIMAttention(c, "category", 200)),
+    "ETA, 200 by 64 bits": ("eta", lambda c, *_: ETAAttention(c, 200)),
+    "ETA, 50 by 256 bits": ("eta", lambda c, *_: ETAAttention(c, 50, num_hashes=256)),
+    "TWIN-style, 200 by score": ("twin", lambda c, *_: TWINAttention(c, 200)),
+    "SDIM, 16 groups of 5 bits": ("sdim", lambda c, *_: SDIMAttention(c, 16, 5)),
+    "SDIM, 48 groups of 4 bits": ("sdim", lambda c, *_: SDIMAttention(c, 48, 4)),
+    "LREA-style, rank 128": ("low_rank", lambda c, *_: LowRankAttention(c, 128)),
 }
 """Other settings of the peers, and the row of the main tables that each varies."""
 INTERACTIONS.update({name: make for name, (_, make) in SETTINGS.items()})
@@ -298,7 +298,8 @@ def gap(trained: Run, requests: int = 1000) -> dict[str, float]:
     sampler = EventBudgetSampler(dataset.history_lengths[:requests], 32768, 32)
     for indices in sampler:
         batch = dataset[indices]
-        logits, of_exposed = model(batch, exposed_alone=True)
+        described = model.describe(batch)
+        logits, of_exposed = model.set_arch(described), model.set_arch(described.only(batch.exposed))
         candidates = batch.sequence_features["candidate_item"]
         offsets, kept = candidates.offsets(), batch.exposed
         divergences.append((loss(logits, batch.labels, kept, offsets, of_exposed).item(), len(indices)))
@@ -439,10 +440,10 @@ def scaling_table(events: tuple[int, ...] = (1000, 10_000, 100_000), rounds: int
     """
     torch.manual_seed(0)
     modules = {
-        name: INTERACTIONS[name](DLRM_IFAConfig(("item", "category"), ifa=PEER[SYNTHETIC]))
+        name: INTERACTIONS[name](PEER[SYNTHETIC], 50, "category")
         for name in ("softmax", "twin", "eta", "sim", "sdim", "low_rank", "softmax_recent")
     }
-    ifa = INTERACTIONS["ifa"](DLRM_IFAConfig(("item", "category"), ifa=IFA))
+    ifa = INTERACTIONS["ifa"](IFA, 50, None)
     modules |= {"ifa": ifa}
     times: dict[str, dict[str, list[float]]] = {}
     for n in events:

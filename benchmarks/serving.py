@@ -33,7 +33,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 sys.path.insert(0, str(ROOT))  # the examples are no package
 from examples.complete_journey.demo import MODELS
-from ifa_torchrec.batch import RankingBatch
+from ifa_torchrec.batch import RankingFeatures
 from ifa_torchrec.commands.build_states import BuildStatesConfig, build_states
 from ifa_torchrec.data import EventLog, LogSchema
 from ifa_torchrec.models import DLRM_IFA
@@ -135,7 +135,7 @@ class RawHistories:
             ),
             lengths=torch.tensor([len(events)] * 2 + [len(asked)] * 2),
         )
-        batch = RankingBatch(
+        given = RankingFeatures(
             dense_features=torch.zeros(1, 0),
             context_features=KeyedJaggedTensor.from_lengths_sync(
                 [], torch.empty(0), torch.empty(0).long()
@@ -143,10 +143,8 @@ class RawHistories:
             sequence_features=features,
             candidate_dense=torch.zeros(len(asked), 0),
             history_age=torch.from_numpy((request.time - events[:, 0]) / DAY).float(),
-            labels=torch.zeros(len(asked), 1),
-            exposed=torch.ones(len(asked), dtype=torch.bool),
         )
-        return [self.model(batch).numpy()]
+        return [self.model(given).numpy()]
 
 
 def make_log(path: Path, histories: Sequence[int]) -> EventLog:

@@ -56,6 +56,9 @@ def main() -> None:
 
 
 def _run(names: list[str], arguments: list[str]) -> None:
+    from ifa_torchrec.errors import require
+
+    require("train", "tyro")
     import tyro
 
     from ifa_torchrec.commands.command_line import as_command

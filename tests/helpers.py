@@ -12,6 +12,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec import IFAConfig
+from ifa_torchrec.modules import History
 
 LN2 = math.log(2.0)
 """A half-life of LN2 * 2**k is a decay rate of 2**-k, which float32 holds exactly."""
@@ -75,6 +76,11 @@ class Inputs:
     def encode(self) -> tuple:
         """The arguments of ``encode``."""
         return self.history, self.history_age, self.history_ids
+
+    @property
+    def events(self) -> History:
+        """What ``dense_heads`` and the identity heads take."""
+        return History.of(*self.encode)
 
     def __len__(self) -> int:
         return len(self.history.lengths())

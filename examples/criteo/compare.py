@@ -35,7 +35,8 @@ from torchrec.datasets.criteo import DEFAULT_CAT_NAMES, DEFAULT_COLUMN_NAMES, DE
 from torchrec.models.dlrm import DLRM
 from tqdm import tqdm
 
-from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, IFAConfig, RankingBatch
+from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, IFAConfig
+from ifa_torchrec.batch import RankingFeatures
 from ifa_torchrec.commands.command_line import as_command
 from ifa_torchrec.distributed import OptimizerConfig, init_process_group, shard
 from ifa_torchrec.errors import UserError
@@ -197,7 +198,7 @@ class WithoutHistory(nn.Module):
         """There are no events."""
         candidates = rows.features([CANDIDATE])
         return self.dlrm(
-            RankingBatch(
+            RankingFeatures(
                 dense_features=rows.numbers,
                 context_features=rows.features(CONTEXT),
                 sequence_features=KeyedJaggedTensor(
@@ -205,8 +206,6 @@ class WithoutHistory(nn.Module):
                 ),
                 candidate_dense=torch.empty(len(rows), 0),
                 history_age=torch.empty(0),
-                labels=rows.labels,
-                exposed=torch.ones(len(rows), dtype=torch.bool),
             )
         )
 

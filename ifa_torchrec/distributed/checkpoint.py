@@ -34,7 +34,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 from ifa_torchrec.distributed.trusted import CheckpointError, _Damaged, _Planner, _Reader
 from ifa_torchrec.errors import PlaceError, writing
 
-FORMAT = 2
+FORMAT = 3
 """Rises when this package could no longer read what it wrote before, or would build another model for
 it: 2 since DLRM_IFA crosses the context features."""
 KEEP = 2

@@ -1,22 +1,29 @@
-""""""
+"""The parts of a DLRM_IFA, in the order in which a request passes them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torchrec.models.dlrm import DenseArch, InteractionArch, OverArch
+from torchrec.models.dlrm import DenseArch, OverArch
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from ifa_torchrec.batch import RankingBatch
+from ifa_torchrec.batch import RankingFeatures
 from ifa_torchrec.errors import ConfigError
-from ifa_torchrec.models.config import INTERACTIONS, DLRM_IFAConfig
-from ifa_torchrec.modules import CandidateSetEncoder, InteractionFidelityAttention, UserState
+from ifa_torchrec.models.config import DLRM_IFAConfig
+from ifa_torchrec.models.parts import InterestArch, PairInteractionArch, RequestArch
+from ifa_torchrec.modules import (
+    INTERACTIONS,
+    CandidateSetEncoder,
+    InteractionFidelityAttention,
+    SequenceInteraction,
+    UserState,
+)
+from ifa_torchrec.modules.history import counted
 from ifa_torchrec.ops.jagged import request_of_row
 
 
@@ -99,144 +106,141 @@ class SequenceArch(nn.Module):
         return JaggedTensor(values, lengths=parts[0].lengths(), offsets=parts[0].offsets())
 
 
-class _InteractionArch(InteractionArch):
-    """TorchRec's, with its table of pairs made anew where the meta device or ``to_empty`` lose it: of
-    zeros, as DistributedModelParallel makes it, each product would be that of the first vector with
-    itself."""
+@dataclass(frozen=True)
+class Candidates:
+    """M candidates of B requests, each described by itself.
 
-    def __init__(self, num_sparse_features: int) -> None:
-        with torch.device("cpu"):
-            super().__init__(num_sparse_features)
+    Args:
+        tokens: [M, D].
+        offsets: [B + 1]; request b has the candidates offsets[b] up to offsets[b + 1].
+        vectors, beside: as a Part's.
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> _InteractionArch:
-        super()._apply(fn, recurse)
-        size, device = self.F + 1, self.triu_indices.device
-        self.triu_indices = torch.triu_indices(size, size, offset=1, device=device)
-        return self
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec.models.archs import Candidates
+        >>> candidates = Candidates(torch.zeros(3, 8), torch.tensor([0, 2, 3]), (), ())
+        >>> candidates.only(torch.tensor([False, True, True])).offsets.tolist()
+        [0, 1, 2]
+    """
+
+    tokens: Tensor
+    offsets: Tensor
+    vectors: tuple[Tensor, ...]
+    beside: tuple[Tensor, ...]
+
+    def only(self, kept: Tensor) -> Candidates:
+        """Those that are kept, [M] bool, as if there were no others."""
+        return Candidates(
+            self.tokens[kept],
+            counted(kept, self.offsets),
+            tuple(rows[kept] for rows in self.vectors),
+            tuple(rows[kept] for rows in self.beside),
+        )
 
 
 class CandidateArch(nn.Module):
-    """Everything dense behind the lookups: from tokens and request vectors to logits.
+    """Describes each candidate by itself: the token, the request and what the history answered.
 
-    One module of its own, so that tracing the model for a pipeline meets it as a leaf.
+    A module of its own, as SetArch is, so that tracing the model for a pipeline meets it as a leaf.
 
     Args:
         config: DLRM_IFAConfig.
         num_context_features: Fs, context features of the SparseArch.
+        interaction: as DLRM_IFA's.
+
+    Attributes:
+        num_vectors, out_features: as RequestArch's.
+
+    Raises:
+        ConfigError: the interaction does not fit the configuration.
 
     Example:
         >>> from ifa_torchrec import DLRM_IFAConfig, IFAConfig
         >>> from ifa_torchrec.models.archs import CandidateArch
         >>> config = DLRM_IFAConfig(("item",), dense_in_features=3, ifa=IFAConfig(8, num_heads=2))
-        >>> arch = CandidateArch(config, num_context_features=2)
-        >>> arch.interaction_arch.F  # vectors crossed with the token: the request's and the interest
+        >>> CandidateArch(config, num_context_features=2).num_vectors  # the request's and the interest
         2
     """
 
-    def __init__(self, config: DLRM_IFAConfig, num_context_features: int) -> None:
+    def __init__(
+        self,
+        config: DLRM_IFAConfig,
+        num_context_features: int,
+        interaction: SequenceInteraction | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.weighted_context = False
         """Whether the tables of the context features are of a weighted EmbeddingBagCollection."""
         dim = config.ifa.embedding_dim
-        self.sequence_interaction = INTERACTIONS[config.interaction](config)
-        sequence = self.sequence_interaction is not None
+        self.interaction_name = type(interaction).__name__ if interaction else config.interaction
+        if interaction is None:
+            found, feature = config.recent_length, config.search_feature or config.item_features[-1]
+            interaction = INTERACTIONS[config.interaction](config.ifa, found, feature)
+        else:
+            _check_interaction(interaction, config)
+        self.sequence_interaction = interaction
         layers = [*config.dense_arch_layer_sizes, dim]
-        request_features = config.dense_in_features
-        candidate_features = config.candidate_dense_in_features
-        self.request_arch = DenseArch(request_features, layers) if request_features else None
-        self.candidate_dense_arch = DenseArch(candidate_features, layers) if candidate_features else None
+        self.request_arch = RequestArch(config.dense_in_features, num_context_features, layers)
+        columns = config.candidate_dense_in_features
+        self.candidate_dense_arch = DenseArch(columns, layers) if columns else None
         self.token_norm = nn.LayerNorm(dim)
-        self.interest_norm = nn.LayerNorm(dim) if sequence else nn.Identity()
-        related = config.candidate_set.attention != "none"
-        self.candidate_set_encoder = (
-            CandidateSetEncoder(dim, config.candidate_set, config.ifa.backend) if related else None
-        )
-        self.member_norm = nn.LayerNorm(dim) if related else nn.Identity()
-        self.set_norm = nn.LayerNorm(dim) if related else nn.Identity()
-        known = num_context_features + bool(request_features)  # vectors of the request
-        self.request_interaction_arch = _InteractionArch(known - 1)
-        vectors = sum((bool(request_features), bool(candidate_features), sequence, related))
-        self.interaction_arch = _InteractionArch(vectors) if vectors else None
-        width = dim + vectors * (vectors + 1) // 2
-        width += dim * bool(request_features) + (2 * dim + 1) * sequence + 2 * dim * related
-        width += known * (known - 1) // 2 + num_context_features
-        self.over_arch = OverArch(width, [*config.over_arch_layer_sizes, config.num_tasks])
+        self.interest_arch = InterestArch(dim) if interaction is not None else None
+        parts = [arch for arch in (self.request_arch, self.interest_arch) if arch is not None]
+        self.num_vectors = sum(arch.num_vectors for arch in parts) + bool(columns)
+        self.out_features = sum(arch.out_features for arch in parts)
 
     def forward(
         self,
         context: Tensor | None,
         history: JaggedTensor | None,
         candidates: JaggedTensor,
-        batch: RankingBatch,
-        exposed_alone: bool = False,
-        state: UserState | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        features: RankingFeatures,
+    ) -> Candidates:
         """
         Args:
             context: [B, Fs, D] or None.
-            history: tokens [N, D] of B requests, or None.
-            state: of B requests, in place of the history; see DLRM_IFA.
+            history: tokens [N, D] of B requests; None where no history is looked up.
             candidates: tokens [M, D] of B requests.
-            batch: for its dense features, ages and ids.
-            exposed_alone: see DLRM_IFA.
-
-        Returns:
-            Logits [M, T]; with exposed_alone a pair.
+            features: for its numbers, ages and ids.
 
         Raises:
-            ValueError: the parts of the batch do not fit each other or the model.
+            ValueError: the features do not fit each other or the model.
         """
-        self._check(batch)
-        offsets = candidates.offsets()
+        self._check(features)
         candidates = self._normed(candidates)
-        tokens = candidates.values()
-        request = request_of_row(offsets, tokens.shape[0])
-        vectors, beside = [], []
-        dense = None if self.request_arch is None else self.request_arch(batch.dense_features)
-        if dense is not None:
-            vectors.append(dense[request])
-            beside.append(vectors[-1])
-        if context is not None:
-            first, others = (context[:, 0], context[:, 1:]) if dense is None else (dense, context)
-            crossed = self.request_interaction_arch(first, others)
-            beside.append(crossed[:, tokens.shape[1] :][request])  # behind `first` itself
-            beside.append(torch.einsum("mfd,md->mf", context[request], tokens))
-        if self.candidate_dense_arch is not None:
-            vectors.append(self.candidate_dense_arch(batch.candidate_dense))
-        interaction = self.sequence_interaction if state is None else self.ifa
+        interaction, answer = self.sequence_interaction, None
         if interaction is not None:
-            candidate_ids = self.ids(batch.sequence_features, "candidate_")
-            if state is not None:
-                interest = self.ifa.attend(candidates, state, candidate_ids)
-                events = state.count.to(tokens.dtype)
-            elif history is not None:
-                interest = interaction(
-                    candidates,
-                    self._normed(history),
-                    batch.history_age,
-                    self.ids(batch.sequence_features, "history_"),
-                    candidate_ids,
-                )
-                events = history.offsets().diff().to(tokens.dtype)
-            else:
-                raise ValueError("CandidateArch: give the tokens of the histories, or their state")
-            vectors.append(self.interest_norm(interest.values()))
-            beside += [vectors[-1], tokens * vectors[-1], torch.log1p(events)[request, None]]
-        logits = self._score(tokens, vectors, beside, offsets)
-        if not exposed_alone:
-            return logits
-        kept = batch.exposed
-        exposed_offsets = torch.cat([offsets.new_zeros(1), kept.cumsum(0).to(offsets.dtype)])[offsets]
-        alone = self._score(
-            tokens[kept], [v[kept] for v in vectors], [v[kept] for v in beside], exposed_offsets
-        )
-        return logits, alone
+            if history is None:
+                raise ValueError("CandidateArch: give the tokens of the histories")
+            interest = interaction(
+                candidates,
+                self._normed(history),
+                features.history_age,
+                self.ids(features.sequence_features, "history_"),
+                self.ids(features.sequence_features, "candidate_"),
+            )
+            answer = interest.values(), history.offsets().diff()
+        return self._described(context, candidates, features, answer)
+
+    def attend(
+        self,
+        context: Tensor | None,
+        state: UserState,
+        candidates: JaggedTensor,
+        features: RankingFeatures,
+    ) -> Candidates:
+        """What ``forward`` gives, from the state of B requests in place of their histories."""
+        self._check(features)
+        candidates = self._normed(candidates)
+        ids = self.ids(features.sequence_features, "candidate_")
+        interest = self.ifa.attend(candidates, state, ids)
+        return self._described(context, candidates, features, (interest.values(), state.count))
 
     def encode(
         self, history: JaggedTensor, features: KeyedJaggedTensor, history_age: Tensor
     ) -> UserState:
-        """The state that ``forward`` takes in place of the history; see DLRM_IFA.encode.
+        """The state that ``attend`` takes in place of the history; see DLRM_IFA.encode.
 
         Args:
             history: tokens [N, D] of B requests.
@@ -251,49 +255,49 @@ class CandidateArch(nn.Module):
         """The interaction, where it is "ifa": the only one with a user state.
 
         Raises:
-            ValueError: it is another.
+            ConfigError: it is another.
         """
         if not isinstance(self.sequence_interaction, InteractionFidelityAttention):
             raise ConfigError(
-                f"interaction {self.config.interaction!r} has no user state; train with 'ifa'"
+                f"interaction {self.interaction_name!r} has no user state; train with 'ifa'"
             )
         return self.sequence_interaction
 
-    def _score(
-        self, tokens: Tensor, vectors: list[Tensor], beside: list[Tensor], offsets: Tensor
-    ) -> Tensor:
-        """Logits of candidate sets whose members are described, each by itself, by these [rows, *]."""
-        if self.candidate_set_encoder is not None:
-            member = self.member_norm(torch.stack([tokens, *vectors]).sum(0))
-            found = self.candidate_set_encoder(
-                JaggedTensor(member, lengths=offsets.diff(), offsets=offsets)
-            )
-            relation = self.set_norm(found.values())
-            vectors = [*vectors, relation]
-            beside = [*beside, relation, member * relation]
-        if self.interaction_arch is None:
-            return self.over_arch(torch.cat([tokens, *beside], dim=1))
-        # scaled so that the dot product of two normed vectors is of the size of their entries
-        scale = tokens.shape[1] ** -0.25
-        crossed = self.interaction_arch(tokens * scale, torch.stack(vectors, dim=1) * scale)
-        return self.over_arch(torch.cat([crossed, *beside], dim=1))
+    def _described(
+        self,
+        context: Tensor | None,
+        candidates: JaggedTensor,
+        features: RankingFeatures,
+        answer: tuple[Tensor, Tensor] | None,
+    ) -> Candidates:
+        """``answer`` is what the histories answered, [M, D], and how many events they have, [B]."""
+        tokens, offsets = candidates.values(), candidates.offsets()
+        request = request_of_row(offsets, tokens.shape[0])
+        vectors, beside = self.request_arch(features.dense_features, context, tokens, request)
+        if self.candidate_dense_arch is not None:
+            vectors += (self.candidate_dense_arch(features.candidate_dense),)
+        if self.interest_arch is not None and answer is not None:
+            interest, events = answer
+            part = self.interest_arch(tokens, interest, events.to(tokens.dtype), request)
+            vectors, beside = vectors + part.vectors, beside + part.beside
+        return Candidates(tokens, offsets, vectors, beside)
 
-    def _check(self, batch: RankingBatch) -> None:
+    def _check(self, features: RankingFeatures) -> None:
         for name, wanted in (
             ("dense_features", self.config.dense_in_features),
             ("candidate_dense", self.config.candidate_dense_in_features),
         ):
-            columns = getattr(batch, name).shape[1]
+            columns = getattr(features, name).shape[1]
             if columns != wanted:
                 raise ValueError(f"batch: {name} has {columns} columns, the model takes {wanted}")
-        sequences = batch.sequence_features
+        sequences = features.sequence_features
         _refuse_weights(sequences, "batch: sequence_features")
         if not self.weighted_context:
-            _refuse_weights(batch.context_features, "batch: context_features")
-        if sequences.stride() != batch.num_requests:
+            _refuse_weights(features.context_features, "batch: context_features")
+        if sequences.stride() != features.num_requests:
             raise ValueError(
                 f"batch: sequence_features are of {sequences.stride()} requests, dense_features of "
-                f"{batch.num_requests}"
+                f"{features.num_requests}"
             )
         # On a GPU, and in a compiled graph, looking at values would wait for the device.
         if sequences.device().type != "cpu" or torch.compiler.is_compiling():
@@ -321,12 +325,75 @@ class CandidateArch(nn.Module):
         ids = {f: features[prefix + f].values().to(torch.int64) for f in interaction.id_features}
         item = self.config.item_features[0]
         if item in ids:
-            ids[item] = torch.where(ids[item] == 0, -self.config.ifa.identity_buckets, ids[item])
+            ids[item] = torch.where(ids[item] == 0, -interaction.config.identity_buckets, ids[item])
         return torch.stack(list(ids.values()), dim=1)
 
     def _normed(self, tokens: JaggedTensor) -> JaggedTensor:
         return JaggedTensor(
             self.token_norm(tokens.values()), lengths=tokens.lengths(), offsets=tokens.offsets()
+        )
+
+
+class SetArch(nn.Module):
+    """From candidates, each described by itself, to logits; they see each other here, if at all.
+
+    Args:
+        config: DLRM_IFAConfig.
+        num_vectors, in_features: what CandidateArch reports of its output.
+
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec import DLRM_IFAConfig, IFAConfig
+        >>> from ifa_torchrec.models.archs import Candidates, SetArch
+        >>> arch = SetArch(DLRM_IFAConfig(("item",), ifa=IFAConfig(8)), num_vectors=1, in_features=3)
+        >>> rows = torch.randn(5, 8)
+        >>> arch(Candidates(rows, torch.tensor([0, 2, 5]), (rows,), (rows[:, :3],))).shape
+        torch.Size([5, 1])
+    """
+
+    def __init__(self, config: DLRM_IFAConfig, num_vectors: int, in_features: int) -> None:
+        super().__init__()
+        dim = config.ifa.embedding_dim
+        related = config.candidate_set.attention != "none"
+        self.candidate_set_encoder = (
+            CandidateSetEncoder(dim, config.candidate_set, config.ifa.backend) if related else None
+        )
+        self.member_norm = nn.LayerNorm(dim) if related else nn.Identity()
+        self.set_norm = nn.LayerNorm(dim) if related else nn.Identity()
+        if related:  # the relation is a vector; it and its product with the member stand beside
+            num_vectors, in_features = num_vectors + 1, in_features + 2 * dim
+        self.interaction_arch = PairInteractionArch(num_vectors) if num_vectors else None
+        products = self.interaction_arch.num_products if self.interaction_arch else 0
+        layers = [*config.over_arch_layer_sizes, config.num_tasks]
+        self.over_arch = OverArch(dim + products + in_features, layers)
+
+    def forward(self, candidates: Candidates) -> Tensor:
+        """Logits [M, T]."""
+        tokens, offsets = candidates.tokens, candidates.offsets
+        vectors, beside = candidates.vectors, candidates.beside
+        if self.candidate_set_encoder is not None:
+            member = self.member_norm(torch.stack([tokens, *vectors]).sum(0))
+            found = self.candidate_set_encoder(
+                JaggedTensor(member, lengths=offsets.diff(), offsets=offsets)
+            )
+            relation = self.set_norm(found.values())
+            vectors, beside = (*vectors, relation), (*beside, relation, member * relation)
+        if self.interaction_arch is None:
+            return self.over_arch(torch.cat([tokens, *beside], dim=1))
+        # scaled so that the dot product of two normed vectors is of the size of their entries
+        scale = tokens.shape[1] ** -0.25
+        crossed = self.interaction_arch(tokens * scale, torch.stack(vectors, dim=1) * scale)
+        return self.over_arch(torch.cat([crossed, *beside], dim=1))
+
+
+def _check_interaction(interaction: SequenceInteraction, config: DLRM_IFAConfig) -> None:
+    dim, wanted = interaction.config.embedding_dim, config.ifa.embedding_dim
+    unknown = set(interaction.id_features) - set(config.item_features)
+    if dim != wanted or unknown or config.interaction == "none":
+        raise ConfigError(
+            f"{type(interaction).__name__}: it is of width {dim} and compares "
+            f"{interaction.id_features}; the configuration's width is {wanted}, its item_features "
+            f"{config.item_features}, and its interaction {config.interaction!r} must not be 'none'"
         )
 
 

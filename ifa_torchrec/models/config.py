@@ -1,42 +1,11 @@
-""""""
+"""The configuration of a DLRM_IFA."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ifa_torchrec.errors import ConfigError
-from ifa_torchrec.modules import (
-    CandidateSetConfig,
-    DINAttention,
-    ETAAttention,
-    IFAConfig,
-    InteractionFidelityAttention,
-    LowRankAttention,
-    MeanPooling,
-    SDIMAttention,
-    SequenceInteraction,
-    SIMAttention,
-    SoftmaxAttention,
-    TWINAttention,
-)
-
-INTERACTIONS: dict[str, Callable[[DLRM_IFAConfig], SequenceInteraction | None]] = {
-    "none": lambda config: None,
-    "ifa": lambda config: InteractionFidelityAttention(config.ifa),
-    "mean": lambda config: MeanPooling(config.ifa),
-    "softmax": lambda config: SoftmaxAttention(config.ifa),
-    "softmax_recent": lambda config: SoftmaxAttention(config.ifa, config.recent_length),
-    "din": lambda config: DINAttention(config.ifa, config.recent_length),
-    "sim": lambda config: SIMAttention(
-        config.ifa, config.search_feature or config.item_features[-1], config.recent_length
-    ),
-    "eta": lambda config: ETAAttention(config.ifa, config.recent_length),
-    "twin": lambda config: TWINAttention(config.ifa, config.recent_length),
-    "sdim": lambda config: SDIMAttention(config.ifa),
-    "low_rank": lambda config: LowRankAttention(config.ifa),
-}
-"""The sequence interactions by name."""
+from ifa_torchrec.modules import INTERACTIONS, CandidateSetConfig, IFAConfig
 
 
 @dataclass(frozen=True)

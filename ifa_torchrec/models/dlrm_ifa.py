@@ -15,22 +15,31 @@ request; and with the candidate's token.
 
 Everything on the left of a [B, D] or [N, D] happens once a request, not once a candidate. Only the
 CandidateSetEncoder lets candidates of a request see each other. SparseArch,
-DenseArch (the two dense archs), InteractionArch and OverArch are TorchRec's.
+DenseArch, InteractionArch and OverArch are TorchRec's. What stands above the CandidateSetEncoder is
+CandidateArch; it and what follows are SetArch.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
+import torch
 from torch import Tensor, nn
 from torchrec.models.dlrm import SparseArch
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from ifa_torchrec.batch import RankingBatch
+from ifa_torchrec.batch import RankingBatch, RankingFeatures
 from ifa_torchrec.errors import ConfigError
-from ifa_torchrec.models.archs import CandidateArch, SequenceArch, tables_of
+from ifa_torchrec.models.archs import CandidateArch, Candidates, SequenceArch, SetArch, tables_of
 from ifa_torchrec.models.config import DLRM_IFAConfig
-from ifa_torchrec.modules import CandidateSetLoss, CandidateSetLossConfig, UserState
+from ifa_torchrec.modules import (
+    CandidateSetLoss,
+    CandidateSetLossConfig,
+    SequenceInteraction,
+    UserState,
+)
 from ifa_torchrec.modules.projections import reset_all
 
 
@@ -43,6 +52,8 @@ class DLRM_IFA(nn.Module):
         embedding_collection: tables of the sequence features, all of width D, each shared by a
             history feature and its candidate feature; or a ManagedCollisionEmbeddingCollection.
         config: DLRM_IFAConfig.
+        interaction: a SequenceInteraction, in place of the one that the configuration names.
+        dense_device: of the dense part; None for torch's default.
 
     Raises:
         ValueError: a table's width is not D, or a sequence feature has no table.
@@ -51,7 +62,8 @@ class DLRM_IFA(nn.Module):
         >>> import torch
         >>> from torchrec import EmbeddingCollection, EmbeddingConfig
         >>> from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-        >>> from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, IFAConfig, RankingBatch
+        >>> from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, IFAConfig
+        >>> from ifa_torchrec.batch import RankingFeatures
         >>> tables = EmbeddingCollection(tables=[EmbeddingConfig(
         ...     name="item", embedding_dim=8, num_embeddings=100,
         ...     feature_names=["history_item", "candidate_item"])])
@@ -60,8 +72,9 @@ class DLRM_IFA(nn.Module):
         ...     keys=["history_item", "candidate_item"],
         ...     values=torch.arange(9), lengths=torch.tensor([4, 0, 3, 2]))
         >>> none = KeyedJaggedTensor.from_lengths_sync([], torch.empty(0), torch.empty(0).long())
-        >>> model(RankingBatch(torch.zeros(2, 0), none, sequence, torch.zeros(5, 0),
-        ...     torch.rand(4), torch.zeros(5, 1), torch.ones(5).bool())).shape
+        >>> features = RankingFeatures(
+        ...     torch.zeros(2, 0), none, sequence, torch.zeros(5, 0), history_age=torch.rand(4))
+        >>> model(features).shape
         torch.Size([5, 1])
     """
 
@@ -70,6 +83,8 @@ class DLRM_IFA(nn.Module):
         embedding_bag_collection: EmbeddingBagCollection | None,
         embedding_collection: EmbeddingCollection | ManagedCollisionEmbeddingCollection,
         config: DLRM_IFAConfig,
+        interaction: SequenceInteraction | None = None,
+        dense_device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -90,7 +105,11 @@ class DLRM_IFA(nn.Module):
                 )
         self.sparse_arch = SparseArch(embedding_bag_collection) if embedding_bag_collection else None
         self.sequence_arch = SequenceArch(embedding_collection, config.item_features)
-        self.candidate_arch = CandidateArch(config, sum(len(bag.feature_names) for bag in bags))
+        with nullcontext() if dense_device is None else torch.device(dense_device):
+            features = sum(len(bag.feature_names) for bag in bags)
+            self.candidate_arch = CandidateArch(config, features, interaction)
+            widths = self.candidate_arch.num_vectors, self.candidate_arch.out_features
+            self.set_arch = SetArch(config, *widths)
         if embedding_bag_collection is not None:
             self.candidate_arch.weighted_context = embedding_bag_collection.is_weighted()
 
@@ -98,33 +117,45 @@ class DLRM_IFA(nn.Module):
         """Give all parameters their start again, tables as well; also after ``to_empty``."""
         reset_all(self)
 
-    def forward(
-        self,
-        batch: RankingBatch,
-        exposed_alone: bool = False,
-        state: UserState | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, features: RankingFeatures) -> Tensor:
         """
         Args:
-            batch: RankingBatch of B requests, M candidates and N events.
-            exposed_alone: also score the E exposed candidates where the others do not stand beside
-                them (see CandidateSetLoss, consistency).
-            state: what ``encode`` gave for the B histories, when the requests were made; the batch's
-                own histories, which may then be empty, are not used.
+            features: of B requests, M candidates and N events; a RankingBatch is some, too.
 
         Returns:
-            Logits [M, T]; with exposed_alone a pair, they and the logits [E, T].
+            Logits [M, T].
 
         Raises:
-            ValueError: the parts of the batch do not fit each other or the model; or there is a
-                state and the interaction is not "ifa".
+            ValueError: the features do not fit each other or the model.
         """
-        context = self.sparse_arch(batch.context_features) if self.sparse_arch else None
-        history, candidates = self.sequence_arch(batch.sequence_features)
-        return self.candidate_arch(context, history, candidates, batch, exposed_alone, state)
+        return self.set_arch(self.describe(features))
+
+    def describe(self, features: RankingFeatures) -> Candidates:
+        """Each candidate by itself; ``set_arch`` scores them, or some of them as if there were no
+        others."""
+        context = self.sparse_arch(features.context_features) if self.sparse_arch else None
+        history, candidates = self.sequence_arch(features.sequence_features)
+        return self.candidate_arch(context, history, candidates, features)
+
+    def attend(self, features: RankingFeatures, state: UserState) -> Tensor:
+        """What ``forward`` gives, from the state of the histories when the requests were made.
+
+        Args:
+            features: their own histories, which may be empty, are not used.
+            state: what ``encode`` gave for the B histories.
+
+        Returns:
+            Logits [M, T].
+
+        Raises:
+            ValueError: as ``forward``; or the interaction is not "ifa".
+        """
+        context = self.sparse_arch(features.context_features) if self.sparse_arch else None
+        _, candidates = self.sequence_arch(features.sequence_features)
+        return self.set_arch(self.candidate_arch.attend(context, state, candidates, features))
 
     def encode(self, sequence_features: KeyedJaggedTensor, history_age: Tensor) -> UserState:
-        """Sum B histories into what ``forward`` takes in their place.
+        """Sum B histories into what ``attend`` takes in their place.
 
         Args:
             sequence_features: as a RankingBatch's; its candidates, which may be none, are not used.
@@ -212,11 +243,9 @@ class DLRM_IFATrain(nn.Module):
             The loss, a scalar, and (loss, logits [M, T], labels [M, T]) detached. A batch without
             candidates has loss 0.
         """
-        alone = None
-        if self.loss.config.consistency:
-            logits, alone = self.model(batch, exposed_alone=True)
-        else:
-            logits = self.model(batch)
-        candidates = batch.sequence_features[f"candidate_{self.model.config.item_features[0]}"]
-        loss = self.loss(logits, batch.labels, batch.exposed, candidates.offsets(), alone)
+        candidates = self.model.describe(batch)
+        logits, alone = self.model.set_arch(candidates), None
+        if self.loss.config.consistency:  # the exposed, scored where the others do not stand beside them
+            alone = self.model.set_arch(candidates.only(batch.exposed))
+        loss = self.loss(logits, batch.labels, batch.exposed, candidates.offsets, alone)
         return loss, (loss.detach(), logits.detach(), batch.labels.detach())

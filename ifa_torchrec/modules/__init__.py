@@ -7,8 +7,10 @@ from ifa_torchrec.modules.candidate_set import (
     CandidateSetEncoder,
     generate_set,
 )
-from ifa_torchrec.modules.config import IFAConfig
+from ifa_torchrec.modules.config import IFAConfig, InteractionConfig
+from ifa_torchrec.modules.history import History
 from ifa_torchrec.modules.ifa import InteractionFidelityAttention
+from ifa_torchrec.modules.interactions import INTERACTIONS
 from ifa_torchrec.modules.peers import (
     DINAttention,
     ETAAttention,
@@ -16,19 +18,22 @@ from ifa_torchrec.modules.peers import (
     MeanPooling,
     SDIMAttention,
     SIMAttention,
-    SoftmaxAttention,
     TWINAttention,
 )
+from ifa_torchrec.modules.softmax import SoftmaxAttention
 from ifa_torchrec.modules.user_state import UserState
 
 __all__ = [
+    "INTERACTIONS",
     "CandidateSetConfig",
     "CandidateSetEncoder",
     "CandidateSetLoss",
     "CandidateSetLossConfig",
     "DINAttention",
     "ETAAttention",
+    "History",
     "IFAConfig",
+    "InteractionConfig",
     "InteractionFidelityAttention",
     "LowRankAttention",
     "MeanPooling",

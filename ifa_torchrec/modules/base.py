@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec.errors import ConfigError
-from ifa_torchrec.modules.config import IFAConfig
-from ifa_torchrec.modules.event_weights import _check_weights, decay_rates
+from ifa_torchrec.modules.checks import check_ages, check_ids, check_tokens, check_weights
+from ifa_torchrec.modules.config import InteractionConfig
+from ifa_torchrec.modules.history import History, decay_rates
 from ifa_torchrec.modules.identity import IdentityHeads
-from ifa_torchrec.modules.projections import _OutputProjection, _TokenProjection, reset_all
-
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+from ifa_torchrec.modules.projections import OutputProjection, TokenProjection, reset_all
 
 
 class SequenceInteraction(nn.Module):
@@ -30,33 +29,32 @@ class SequenceInteraction(nn.Module):
     ``output_proj`` maps [dense head outputs | identity head outputs | masses] to D. The mass of a
     head is log(1 + matched / mass_scale), where matched is the head's normaliser: for IFA
     phi(q)^T z, for softmax the sum of w_i exp(q k_i), for mean pooling the sum of w_i. The
-    projections start by likeness, see ``_projection``.
+    projections start by likeness, see TokenProjection.
 
     An event of weight 0 is as good as not there. A state_dict holds the configuration too (as
     ``_extra_state``, JSON in a uint8 tensor): one of another configuration is refused, where the weights
     would fit and mean something else.
 
     Args:
-        config: IFAConfig; peers leave feature_map, eps and backend unused in their dense heads.
+        config: InteractionConfig.
         device: of the parameters; after the meta device, ``to_empty`` and ``reset_parameters``.
 
     Example:
         >>> import torch
         >>> from torchrec.sparse.jagged_tensor import JaggedTensor
-        >>> from ifa_torchrec import IFAConfig
-        >>> from ifa_torchrec.modules import SequenceInteraction
+        >>> from ifa_torchrec.modules import InteractionConfig, SequenceInteraction
         >>> class LatestEvent(SequenceInteraction):  # a peer is its dense heads
-        ...     def dense_heads(self, candidates, history, history_age, *ids):
-        ...         latest = self.value_proj(history.values()[history.offsets()[1:] - 1])
+        ...     def dense_heads(self, candidates, history, candidate_ids):
+        ...         latest = self.value_proj(history.tokens[history.offsets[1:] - 1])
         ...         heads = latest.repeat_interleave(candidates.lengths(), dim=0)
         ...         return heads.unflatten(1, (self.config.num_heads, -1)), None
-        >>> peer = LatestEvent(IFAConfig(embedding_dim=8, num_heads=2, interest_mass=False))
+        >>> peer = LatestEvent(InteractionConfig(8, num_heads=2, interest_mass=False))
         >>> tokens = JaggedTensor(torch.randn(5, 8), lengths=torch.tensor([3, 2]))
         >>> peer(tokens, tokens).values().shape
         torch.Size([5, 8])
     """
 
-    def __init__(self, config: IFAConfig, device: torch.device | str | None = None) -> None:
+    def __init__(self, config: InteractionConfig, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.config = config
         width = config.num_heads * config.head_width
@@ -65,7 +63,7 @@ class SequenceInteraction(nn.Module):
         features = width + config.num_identity_heads * config.head_width
         if config.interest_mass:
             features += config.num_heads + config.num_identity_heads
-        self.output_proj = _OutputProjection(features, config.embedding_dim, width, device)
+        self.output_proj = OutputProjection(features, config.embedding_dim, width, device)
 
     @property
     def half_lives(self) -> tuple[float, ...]:
@@ -101,20 +99,14 @@ class SequenceInteraction(nn.Module):
         differing = [f"{n} was {saved.get(n)}, is {mine[n]}" for n in mine if saved.get(n) != mine[n]]
         if differing:
             raise ConfigError(
-                f"{type(self).__name__}: the state_dict is of another IFAConfig: "
+                f"{type(self).__name__}: the state_dict is of another {type(self.config).__name__}: "
                 f"{'; '.join(differing)}; build the module with the configuration it was trained with"
             )
 
     def _projection(self, gain: float = 1.0, device: torch.device | str | None = None) -> nn.Linear:
-        """A projection of tokens to the dense heads; where their width H d is D, or a multiple of
-        it, it starts as ``gain`` times the identity, or as many of them.
-
-        So, before any training, an event counts as it resembles the candidate, and the answer
-        lies in the tokens' own space, where comparing it with the candidate means something.
-        From a random start neither softmax nor linear attention finds that in a million rows.
-        """
+        """Of tokens to the dense heads."""
         width = self.config.num_heads * self.config.head_width
-        return _TokenProjection(self.config.embedding_dim, width, gain, device)
+        return TokenProjection(self.config.embedding_dim, width, gain, device)
 
     def forward(
         self,
@@ -141,14 +133,12 @@ class SequenceInteraction(nn.Module):
             ValueError: shapes, dtypes or devices do not fit, lengths do not sum to the number of
                 rows, an age or an event weight is negative, or weights are ids.
         """
-        self._check(history, history_age, history_ids, "history")
-        self._check(candidates, None, candidate_ids, "candidates")
-        self._check_same_requests(candidates, len(history.offsets()) - 1)
-        arguments = (candidates, history, history_age, history_ids, candidate_ids)
-        heads, mass = self.dense_heads(*arguments)
+        events = self._history(history, history_age, history_ids)
+        self._check_candidates(candidates, candidate_ids, len(events))
+        heads, mass = self.dense_heads(candidates, events, candidate_ids)
         identity = None
-        if self.identity is not None:
-            identity = self.identity(*arguments)
+        if self.identity is not None and candidate_ids is not None:
+            identity = self.identity(candidates, events, candidate_ids)
         return self._output(candidates, heads, mass, identity)
 
     @property
@@ -157,13 +147,7 @@ class SequenceInteraction(nn.Module):
         return self.config.identity_features
 
     def dense_heads(
-        self,
-        candidates: JaggedTensor,
-        history: JaggedTensor,
-        history_age: Tensor | None,
-        history_ids: Tensor | None,
-        candidate_ids: Tensor | None,
-        /,
+        self, candidates: JaggedTensor, history: History, candidate_ids: Tensor | None, /
     ) -> tuple[Tensor, Tensor | None]:
         """Outputs [M, H, d] and masses [M, H] of the dense heads; None is allowed for the latter
         where the config asks for no masses."""
@@ -205,8 +189,9 @@ class SequenceInteraction(nn.Module):
         log_ratio = log_matched - math.log(self.config.mass_scale)
         return torch.logaddexp(log_ratio, torch.zeros_like(log_ratio))
 
-    def _log_weights(self, weights: Tensor | None, age: Tensor | None, tokens: Tensor) -> Tensor | None:
-        """log w_hi, [H, n]; None where every weight is 1. No weight is 0, see ``_present``."""
+    def _log_weights(self, history: History) -> Tensor | None:
+        """log w_hi, [H, N]; None where every weight is 1. No weight is 0, see ``History.present``."""
+        tokens, weights, age = history.tokens, history.weights, history.ages
         if weights is None and (age is None or self.config.half_lives is None):
             return None
         bias = tokens.new_zeros(self.config.num_heads, tokens.shape[0])
@@ -218,62 +203,24 @@ class SequenceInteraction(nn.Module):
         smallest = torch.finfo(weights.dtype).tiny  # below, the gradient 1 / w would be infinite
         return bias + weights.clamp(min=smallest).log().to(tokens.dtype)
 
-    def _check(self, tokens: JaggedTensor, age: Tensor | None, ids: Tensor | None, name: str) -> None:
-        if not isinstance(tokens, JaggedTensor):
-            raise ValueError(f"{name} must be a JaggedTensor, got {type(tokens).__name__}")
-        values, weights = tokens.values(), tokens.weights_or_none()
-        if values.dim() != 2 or values.shape[1] != self.config.embedding_dim:
-            raise ValueError(
-                f"{name}: values must be [rows, {self.config.embedding_dim}], got {list(values.shape)}"
-            )
-        if not values.is_floating_point():
-            raise ValueError(f"{name}: values must be floating point, got {values.dtype}")
-        if weights is not None:
-            _check_weights(weights, values, name)
-        if age is not None and age.shape != values.shape[:1]:
-            raise ValueError(
-                f"history_age must be [{len(values)}], one age an event, got {list(age.shape)}"
-            )
-        if age is not None and (age.dtype == torch.bool or age.is_complex()):
-            raise ValueError(f"history_age must be numbers, got {age.dtype}")
-        which = "history_ids" if name == "history" else "candidate_ids"
-        id_features = self.id_features
-        if id_features:
-            wanted = (values.shape[0], len(id_features))  # len() would fix it in an exported graph
-            if ids is None or tuple(ids.shape) != wanted:
-                got = "None" if ids is None else list(ids.shape)
-                raise ValueError(
-                    f"{which} must be {list(wanted)}, one for each of {id_features}, got {got}"
-                )
-            if ids.dtype not in _INTEGERS:
-                raise ValueError(f"{which} must be integers, int64 or narrower, got {ids.dtype}")
-        for what, given in (("history_age", age), (which, ids if id_features else None)):
-            if given is not None and given.device != values.device:
-                raise ValueError(f"{what} is on {given.device}, the tokens on {values.device}")
-        # On a GPU, and in a compiled graph, looking at values would wait for the device.
-        if values.device.type == "cpu" and not torch.compiler.is_compiling():
-            total = int(tokens.offsets()[-1])
-            if total != len(values):
-                raise ValueError(f"{name}: lengths sum to {total}, but there are {len(values)} rows")
-            if age is not None and not bool((age >= 0).all()):
-                event = int((~(age >= 0)).nonzero()[0])
-                raise ValueError(
-                    f"history_age: event {event} has a negative age or NaN; an event after the request "
-                    "must not be in its history"
-                )
-            if weights is not None and not bool(((weights >= 0) & weights.isfinite()).all()):
-                event = int((~((weights >= 0) & weights.isfinite())).nonzero()[0])
-                raise ValueError(
-                    f"history: event {event} has a weight that is negative, infinite or NaN"
-                )
+    def _history(self, tokens: JaggedTensor, ages: Tensor | None, ids: Tensor | None) -> History:
+        """The checked arguments of ``forward`` in one."""
+        check_tokens(tokens, self.config.embedding_dim, "history")
+        check_weights(tokens, "history")
+        check_ages(ages, tokens)
+        check_ids(ids, self.id_features, tokens, "history")
+        return History.of(tokens, ages, ids if self.id_features else None)
 
-    def _check_same_requests(self, candidates: JaggedTensor, requests: int) -> None:
+    def _check_candidates(self, candidates: JaggedTensor, ids: Tensor | None, requests: int) -> None:
+        check_tokens(candidates, self.config.embedding_dim, "candidates")
+        check_weights(candidates, "candidates")
+        check_ids(ids, self.id_features, candidates, "candidate")
         found = len(candidates.offsets()) - 1
         if found != requests:
             raise ValueError(f"candidates are of {found} requests, the histories of {requests}")
 
 
-def _meaning(config: IFAConfig) -> dict[str, Any]:
+def _meaning(config: InteractionConfig) -> dict[str, Any]:
     """What the weights mean, in JSON's types, where their shapes do not say it. Two ways to say the same
     are one."""
     fields = asdict(config) | {

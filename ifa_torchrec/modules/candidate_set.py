@@ -18,8 +18,8 @@ from ifa_torchrec import ops
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules.config import IFAConfig
 from ifa_torchrec.modules.ifa import InteractionFidelityAttention
-from ifa_torchrec.modules.peers import SoftmaxAttention
 from ifa_torchrec.modules.projections import reset_all
+from ifa_torchrec.modules.softmax import SoftmaxAttention
 
 ATTENTIONS = {"softmax": SoftmaxAttention, "linear": InteractionFidelityAttention}
 

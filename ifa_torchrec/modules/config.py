@@ -1,9 +1,9 @@
-""""""
+"""The configuration of the interactions, with its bounds."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ifa_torchrec import ops
@@ -18,15 +18,14 @@ _KEYS = 2**36
 """Most identity keys K R; times 2^26 requests they still are int64."""
 
 
-@dataclass(frozen=True)
-class IFAConfig:
-    """How candidates meet a history.
+@dataclass(frozen=True, kw_only=True)
+class InteractionConfig:
+    """What all interactions of candidates with a history have in common.
 
     Args:
         embedding_dim: D, width of the tokens and of the output.
         num_heads: H, dense heads.
         head_dim: d, width of a head; None means embedding_dim / num_heads.
-        feature_map: phi of the dense heads: "elu", "relu" or "hedgehog".
         half_lives: for each dense head, the age at which an event counts half, in the unit of
             the ages; math.inf for a head that never forgets. None means that no head does.
         interest_mass: give the model log(1 + matched / mass_scale) of each head, which the
@@ -40,38 +39,31 @@ class IFAConfig:
             Nothing of that size is built: a state holds L (d + 1) floats for each bucket that an
             event of the user fell into. K R is at most 2^36.
         identity_half_lives: L half-lives; each identity feature has a head for each.
-        eps: keeps the division of the dense heads defined where nothing matched: it is added to
-            what matched, in units of the features that the history holds in all, sum_f z_hf. So an
-            old history answers as a young one does; 1e-12 to 1e12.
         backend: one of ops.BACKENDS.
 
     Raises:
         ConfigError: a value is out of range; the message names it.
 
     Example:
-        >>> from ifa_torchrec import IFAConfig
-        >>> IFAConfig(embedding_dim=64, num_heads=4).head_width
+        >>> from ifa_torchrec.modules import InteractionConfig
+        >>> InteractionConfig(embedding_dim=64, num_heads=4).head_width
         16
     """
 
-    embedding_dim: int
-    num_heads: int = 4
-    head_dim: int | None = None
-    feature_map: Literal["elu", "relu", "hedgehog"] = "elu"
+    # positional, and the others not, so that what a subclass adds comes fourth and not last
+    embedding_dim: int = field(kw_only=False)
+    num_heads: int = field(default=4, kw_only=False)
+    head_dim: int | None = field(default=None, kw_only=False)
     half_lives: tuple[float, ...] | None = None
     interest_mass: bool = True
     mass_scale: float = 1.0
     identity_features: tuple[str, ...] = ()
     identity_buckets: int = 4096
     identity_half_lives: tuple[float, ...] = (math.inf,)
-    eps: float = 1e-6
     backend: ops.Backend = "auto"
 
     def __post_init__(self) -> None:
-        def check(good: bool, message: str) -> None:
-            if not good:
-                raise ConfigError(f"IFAConfig: {message}")
-
+        check = self._check
         check(self.embedding_dim > 0, f"embedding_dim must be positive, got {self.embedding_dim}")
         check(self.num_heads > 0, f"num_heads must be positive, got {self.num_heads}")
         check(
@@ -81,10 +73,6 @@ class IFAConfig:
         )
         check(
             self.head_dim is None or self.head_dim > 0, f"head_dim must be positive, got {self.head_dim}"
-        )
-        check(
-            self.feature_map in ops.FEATURE_MAPS,
-            f"feature_map {self.feature_map!r} is none of {sorted(ops.FEATURE_MAPS)}",
         )
         check(
             self.half_lives is None or len(self.half_lives) == self.num_heads,
@@ -104,12 +92,7 @@ class IFAConfig:
             len(self.identity_half_lives) > 0 or not self.identity_features,
             "identity_half_lives is empty; (math.inf,) means no decay",
         )
-        for name in ("mass_scale", "eps"):
-            value = getattr(self, name)
-            check(
-                _SMALLEST <= value <= _LARGEST,
-                f"{name} must be positive, {_SMALLEST} to {_LARGEST}, got {value}",
-            )
+        self._check_scale("mass_scale")
         check(
             self.identity_buckets > 0, f"identity_buckets must be positive, got {self.identity_buckets}"
         )
@@ -126,11 +109,6 @@ class IFAConfig:
         return self.head_dim or self.embedding_dim // self.num_heads
 
     @property
-    def feature_width(self) -> int:
-        """d_phi, the features that the feature map makes of a head's vector."""
-        return self.head_width * ops.FEATURE_MAPS[self.feature_map].expansion
-
-    @property
     def num_identity_heads(self) -> int:
         """Identity heads in all: features times half-lives."""
         return len(self.identity_features) * len(self.identity_half_lives)
@@ -139,6 +117,51 @@ class IFAConfig:
     def identity_key_range(self) -> int:
         """K R; a state's identity keys are below it. 0 without identity features."""
         return len(self.identity_features) * self.identity_buckets
+
+    def _check(self, good: bool, message: str) -> None:
+        if not good:
+            raise ConfigError(f"{type(self).__name__}: {message}")
+
+    def _check_scale(self, name: str) -> None:
+        value = getattr(self, name)
+        wanted = f"must be positive, {_SMALLEST} to {_LARGEST}"
+        self._check(_SMALLEST <= value <= _LARGEST, f"{name} {wanted}, got {value}")
+
+
+@dataclass(frozen=True)
+class IFAConfig(InteractionConfig):
+    """How IFA lets candidates meet a history: InteractionConfig's fields and these.
+
+    Args:
+        feature_map: phi of the dense heads: "elu", "relu" or "hedgehog"; the fourth positional.
+        eps: keeps the division of the dense heads defined where nothing matched: it is added to
+            what matched, in units of the features that the history holds in all, sum_f z_hf. So an
+            old history answers as a young one does; 1e-12 to 1e12.
+
+    Raises:
+        ConfigError: a value is out of range; the message names it.
+
+    Example:
+        >>> from ifa_torchrec import IFAConfig
+        >>> IFAConfig(embedding_dim=64, num_heads=4, feature_map="hedgehog").feature_width
+        32
+    """
+
+    feature_map: Literal["elu", "relu", "hedgehog"] = "elu"
+    eps: float = field(default=1e-6, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check(
+            self.feature_map in ops.FEATURE_MAPS,
+            f"feature_map {self.feature_map!r} is none of {sorted(ops.FEATURE_MAPS)}",
+        )
+        self._check_scale("eps")
+
+    @property
+    def feature_width(self) -> int:
+        """d_phi, the features that the feature map makes of a head's vector."""
+        return self.head_width * ops.FEATURE_MAPS[self.feature_map].expansion
 
 
 def at_least_one(name: str, value: int) -> int:

@@ -1,4 +1,4 @@
-""""""
+"""The identity heads: how much of a history is of the candidate's own id."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec import ops
-from ifa_torchrec.modules.config import IFAConfig
-from ifa_torchrec.modules.event_weights import counted, decay_rates, event_weights, normalised
+from ifa_torchrec.modules.config import InteractionConfig
+from ifa_torchrec.modules.history import History, counted, decay_rates, normalised
 from ifa_torchrec.modules.user_state import UserState, distinct_keys
 from ifa_torchrec.ops.jagged import request_of_row
 
@@ -25,24 +25,24 @@ class IdentityHeads(nn.Module):
     paper's algebra.
 
     Args:
-        config: IFAConfig with identity_features.
+        config: InteractionConfig with identity_features.
         device: of the parameters.
 
     Example:
         >>> import torch
         >>> from torchrec.sparse.jagged_tensor import JaggedTensor
-        >>> from ifa_torchrec import IFAConfig
+        >>> from ifa_torchrec.modules import History, InteractionConfig
         >>> from ifa_torchrec.modules.identity import IdentityHeads
-        >>> heads = IdentityHeads(IFAConfig(embedding_dim=8, num_heads=2, identity_features=("item",)))
-        >>> history = JaggedTensor(torch.randn(3, 8), lengths=torch.tensor([3]))
+        >>> heads = IdentityHeads(InteractionConfig(8, num_heads=2, identity_features=("item",)))
+        >>> items = torch.tensor([[7], [7], [9]])
+        >>> history = History(torch.randn(3, 8), offsets=torch.tensor([0, 3]), ids=items)
         >>> candidates = JaggedTensor(torch.randn(2, 8), lengths=torch.tensor([2]))
-        >>> items, asked = torch.tensor([[7], [7], [9]]), torch.tensor([[7], [8]])
-        >>> outputs, matched = heads(candidates, history, None, items, asked)
+        >>> outputs, matched = heads(candidates, history, torch.tensor([[7], [8]]))
         >>> outputs.shape, matched.flatten().tolist()
         (torch.Size([2, 1, 4]), [2.0, 0.0])
     """
 
-    def __init__(self, config: IFAConfig, device: torch.device | str | None = None) -> None:
+    def __init__(self, config: InteractionConfig, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.config = config
         width = len(config.identity_features) * config.head_width
@@ -54,29 +54,25 @@ class IdentityHeads(nn.Module):
         return decay_rates(self.config.identity_half_lives)
 
     def forward(
-        self,
-        candidates: JaggedTensor,
-        history: JaggedTensor,
-        history_age: Tensor | None,
-        history_ids: Tensor,
-        candidate_ids: Tensor,
+        self, candidates: JaggedTensor, history: History, candidate_ids: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Outputs [M, K * L, d] and matched weights [M, K * L], by joining ids.
 
         Nothing of the size of the buckets is built.
         """
         outputs, matched, buckets = [], [], self.config.identity_buckets
-        rates = decay_rates(self.config.identity_half_lives, history.values())
+        rates = decay_rates(self.config.identity_half_lives, history.tokens)
+        ids = _given(history)
         for k, weight in enumerate(self._value_weights()):
             token_sum, weight_sum = ops.match(
                 # the unknown of either side fall into buckets of their own, beyond all others
                 self.bucket(candidate_ids[:, k], unknown=buckets),
                 candidates.offsets(),
-                history.values(),
-                self.bucket(history_ids[:, k], unknown=buckets + 1),
-                history.offsets(),
-                history.weights_or_none(),
-                history_age,
+                history.tokens,
+                self.bucket(ids[:, k], unknown=buckets + 1),
+                history.offsets,
+                history.weights,
+                history.ages,
                 rates,
                 self.config.backend,
             )
@@ -85,27 +81,24 @@ class IdentityHeads(nn.Module):
             matched.append(weight_sum)
         return torch.cat(outputs, dim=1), torch.cat(matched, dim=1)
 
-    def encode(
-        self, history: JaggedTensor, history_age: Tensor | None, history_ids: Tensor
-    ) -> dict[str, Any]:
+    def encode(self, history: History) -> dict[str, Any]:
         """The state's tables: UserState's fields whose names begin with identity."""
-        values = history.values()
-        dtype = torch.promote_types(values.dtype, torch.float32)
-        half_lives = self.config.identity_half_lives
-        weight = event_weights(history, history_age, half_lives, values.to(dtype))
+        history = history.widened()
+        tokens, half_lives = history.tokens, self.config.identity_half_lives
+        weight = history.event_weights(half_lives)
         key_range = self.config.identity_key_range
-        keys = self.keys(history_ids)
+        keys = self.keys(_given(history))
         keys = torch.where(keys < 0, key_range, keys)  # the unknown, whose row is left out below
         offsets, key, row = distinct_keys(
-            request_of_row(history.offsets())[:, None].expand_as(keys).flatten(),
+            request_of_row(history.offsets)[:, None].expand_as(keys).flatten(),
             keys.flatten(),
-            len(history.offsets()) - 1,
+            len(history),
             key_range + 1,
         )
-        value_sum = values.new_zeros(key.shape[0], len(half_lives), self.config.head_width, dtype=dtype)
-        weight_sum = values.new_zeros(key.shape[0], len(half_lives), dtype=dtype)
+        value_sum = tokens.new_zeros(key.shape[0], len(half_lives), self.config.head_width)
+        weight_sum = tokens.new_zeros(key.shape[0], len(half_lives))
         for k, projection in enumerate(self._value_weights()):
-            value = values.to(dtype) @ projection.to(dtype).T
+            value = tokens @ projection.to(tokens.dtype).T
             mine = row.view_as(keys)[:, k]
             value_sum = value_sum.index_add(0, mine, weight[..., None] * value[:, None])
             weight_sum = weight_sum.index_add(0, mine, weight)
@@ -137,6 +130,16 @@ class IdentityHeads(nn.Module):
         value = F.pad(values, (0, 0, 0, 0, 0, 1))[row]  # [M, K, L, d]
         return normalised(value, total).flatten(1, 2), total.flatten(1)
 
+    def attention_weights(self, history: History, candidate_ids: Tensor) -> list[Tensor]:
+        """What each event of one request weighs, [m, n, L] for each identity feature."""
+        weight = history.event_weights(self.config.identity_half_lives)
+        result = []
+        for asked, had in zip(self.bucket(candidate_ids).T, self.bucket(_given(history)).T, strict=True):
+            same = (asked[:, None] == had) & (asked >= 0)[:, None]
+            matching = same[..., None] * weight
+            result.append(normalised(matching.mT, matching.sum(1)).mT)
+        return result
+
     def keys(self, ids: Tensor) -> Tensor:
         """The key of each id in a state's tables: feature number times R plus bucket, and -1 for the
         unknown; [n, K]."""
@@ -151,3 +154,9 @@ class IdentityHeads(nn.Module):
 
     def _value_weights(self) -> Tensor:
         return self.value_proj.weight.unflatten(0, (-1, self.config.head_width))
+
+
+def _given(history: History) -> Tensor:
+    if history.ids is None:
+        raise ValueError("history: it has no ids, which identity heads compare")
+    return history.ids

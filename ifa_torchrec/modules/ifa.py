@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import repeat
+from itertools import pairwise, repeat
 from typing import Any, overload
 
 import torch
@@ -13,7 +13,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 from ifa_torchrec import ops
 from ifa_torchrec.modules.base import SequenceInteraction
 from ifa_torchrec.modules.config import FORGOTTEN, IFAConfig
-from ifa_torchrec.modules.event_weights import decay_rates, normalised
+from ifa_torchrec.modules.history import History, decay_rates
 from ifa_torchrec.modules.user_state import UserState
 from ifa_torchrec.ops.jagged import request_of_row
 
@@ -53,6 +53,8 @@ class InteractionFidelityAttention(SequenceInteraction):
         >>> torch.allclose(ifa.attend(candidates, state).values(), out.values(), atol=1e-5)
         True
     """
+
+    config: IFAConfig
 
     def __init__(self, config: IFAConfig, device: torch.device | str | None = None) -> None:
         super().__init__(config, device)
@@ -98,12 +100,10 @@ class InteractionFidelityAttention(SequenceInteraction):
         """
         if not isinstance(history, (JaggedTensor, Tensor, str)):
             return self._encode_parts(history, history_age, history_ids)
-        self._check(history, history_age, history_ids, "history")
-        key_value, key_sum = self._encode_dense(history, history_age)
-        tables = {}
-        if self.identity is not None:
-            tables = self.identity.encode(history, history_age, history_ids)
-        count = history.offsets().diff().to(torch.int64)
+        events = self._history(history, history_age, history_ids)
+        key_value, key_sum = self._encode_dense(events)
+        tables = {} if self.identity is None else self.identity.encode(events)
+        count = events.lengths.to(torch.int64)
         return UserState(key_value, key_sum, count, **tables)
 
     def update(
@@ -164,8 +164,7 @@ class InteractionFidelityAttention(SequenceInteraction):
         Raises:
             ValueError: as ``forward``; or the state is of another configuration.
         """
-        self._check(candidates, None, candidate_ids, "candidates")
-        self._check_same_requests(candidates, len(state))
+        self._check_candidates(candidates, candidate_ids, len(state))
         self._check_state(state)
         identity = None
         if self.identity is not None and candidate_ids is not None:
@@ -201,25 +200,18 @@ class InteractionFidelityAttention(SequenceInteraction):
             >>> [list(w.shape) for w in ifa.attention_weights(candidates, history)]
             [[2, 4, 2], [1, 0, 2]]
         """
-        self._check(history, history_age, history_ids, "history")
-        self._check(candidates, None, candidate_ids, "candidates")
-        self._check_same_requests(candidates, len(history.offsets()) - 1)
+        events = self._history(history, history_age, history_ids)
+        self._check_candidates(candidates, candidate_ids, len(events))
         config = self.config
+        ends = candidates.offsets().tolist()
         result = []
-        for b in range(len(history.offsets()) - 1):
-            c = slice(int(candidates.offsets()[b]), int(candidates.offsets()[b + 1]))
-            e = slice(int(history.offsets()[b]), int(history.offsets()[b + 1]))
-            tokens = history.values()[e]
-            weights = history.weights_or_none()
-            event = (
-                None if weights is None else weights[e],
-                None if history_age is None else history_age[e],
-            )
-            weight = ops.reference.event_weights(*event, decay_rates(self.half_lives, tokens), tokens)
-            key = ops.reference.features(tokens, self.heads(self.key_proj), config.feature_map)
+        for b, asking in enumerate(slice(*span) for span in pairwise(ends)):
+            event = events.request(b)
+            weight = event.event_weights(self.half_lives)
+            key = ops.reference.features(event.tokens, self.heads(self.key_proj), config.feature_map)
             *_, attention = ops.reference.quadratic(
-                candidates.values()[c],
-                tokens,
+                candidates.values()[asking],
+                event.tokens,
                 self.heads(self.query_proj),
                 self.heads(self.key_proj),
                 self.heads(self.value_proj),
@@ -228,32 +220,26 @@ class InteractionFidelityAttention(SequenceInteraction):
                 config.eps,
             )
             parts = [attention]
-            if self.identity is not None and history_ids is not None and candidate_ids is not None:
-                rates = decay_rates(config.identity_half_lives, tokens)
-                weight = ops.reference.event_weights(*event, rates, tokens)
-                for k in range(len(config.identity_features)):
-                    asked = self.identity.bucket(candidate_ids[c, k])[:, None]
-                    same = (asked == self.identity.bucket(history_ids[e, k])) & (asked >= 0)
-                    matching = same[..., None] * weight  # [m, n, L]
-                    parts.append(normalised(matching.mT, matching.sum(1)).mT)
+            if self.identity is not None and candidate_ids is not None:
+                parts += self.identity.attention_weights(event, candidate_ids[asking])
             result.append(torch.cat(parts, dim=2))
         return result
 
     def dense_heads(
-        self, candidates: JaggedTensor, history: JaggedTensor, history_age: Tensor | None, *ids: Any
+        self, candidates: JaggedTensor, history: History, candidate_ids: Tensor | None, /
     ) -> tuple[Tensor, Tensor]:
         """Outputs [M, H, d] and masses [M, H] of the linear attention."""
-        return self._attend_dense(candidates, *self._encode_dense(history, history_age))
+        return self._attend_dense(candidates, *self._encode_dense(history))
 
-    def _encode_dense(self, history: JaggedTensor, history_age: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _encode_dense(self, history: History) -> tuple[Tensor, Tensor]:
         return ops.encode(
-            history.values(),
-            history.offsets(),
+            history.tokens,
+            history.offsets,
             self.heads(self.key_proj),
             self.heads(self.value_proj),
-            history.weights_or_none(),
-            history_age,
-            decay_rates(self.half_lives, history.values()),
+            history.weights,
+            history.ages,
+            decay_rates(self.half_lives, history.tokens),
             self.config.feature_map,
             self.config.backend,
         )

@@ -1,4 +1,4 @@
-""""""
+"""The linear maps of an interaction, with the start that their place asks for, and random hashes."""
 
 from __future__ import annotations
 
@@ -41,11 +41,29 @@ def reset_all(module: nn.Module) -> None:
             reset()
 
 
-class _TokenProjection(nn.Linear):
+class TokenProjection(nn.Linear):
     """Tokens to heads; where the heads' width is D, or a multiple of it, it starts as ``gain`` times
-    the identity, or as many of them."""
+    the identity, or as many of them.
 
-    def __init__(self, dim: int, width: int, gain: float, device: torch.device | str | None) -> None:
+    So, before any training, an event counts as it resembles the candidate, and the answer lies in the
+    tokens' own space, where comparing it with the candidate means something. From a random start neither
+    softmax nor linear attention finds that in a million rows.
+
+    Args:
+        dim: D, of the tokens.
+        width: H d, of the heads together.
+        gain: what the identity is scaled by.
+        device: of the weight.
+
+    Example:
+        >>> from ifa_torchrec.modules.projections import TokenProjection
+        >>> TokenProjection(2, 4, gain=3.0).weight.tolist()
+        [[3.0, 0.0], [0.0, 3.0], [3.0, 0.0], [0.0, 3.0]]
+    """
+
+    def __init__(
+        self, dim: int, width: int, gain: float = 1.0, device: torch.device | str | None = None
+    ) -> None:
         self.gain = gain  # nn.Linear resets as it is built
         super().__init__(dim, width, bias=False, device=device)
 
@@ -59,11 +77,25 @@ class _TokenProjection(nn.Linear):
                 self.weight.copy_(self.gain * start.repeat(copies, 1))
 
 
-class _OutputProjection(nn.Linear):
+class OutputProjection(nn.Linear):
     """Heads and masses to D; starts as the mean of the dense heads' outputs, the first ``width``
-    columns, where that is D or a multiple of it."""
+    columns, where that is D or a multiple of it.
 
-    def __init__(self, features: int, dim: int, width: int, device: torch.device | str | None) -> None:
+    Args:
+        features: of the heads and masses together.
+        dim: D.
+        width: H d, of the dense heads.
+        device: of the parameters.
+
+    Example:
+        >>> from ifa_torchrec.modules.projections import OutputProjection
+        >>> OutputProjection(5, 2, width=4).weight[:, :4].tolist()
+        [[0.5, 0.0, 0.5, 0.0], [0.0, 0.5, 0.0, 0.5]]
+    """
+
+    def __init__(
+        self, features: int, dim: int, width: int, device: torch.device | str | None = None
+    ) -> None:
         self.width = width
         super().__init__(features, dim, device=device)
 

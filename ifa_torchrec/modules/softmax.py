@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec.modules.base import SequenceInteraction
-from ifa_torchrec.modules.config import IFAConfig, at_least_one
-from ifa_torchrec.modules.event_weights import present
+from ifa_torchrec.modules.config import InteractionConfig, at_least_one
+from ifa_torchrec.modules.history import History
 
 
-def softmax_gain(config: IFAConfig) -> float:
+def softmax_gain(config: InteractionConfig) -> float:
     """What queries and keys start as, times the (normed) tokens: the score of a token with itself is
     then 12, enough to stand out among 10^4.
 
     Example:
-        >>> from ifa_torchrec import IFAConfig
+        >>> from ifa_torchrec.modules import InteractionConfig
         >>> from ifa_torchrec.modules.softmax import softmax_gain
-        >>> round(softmax_gain(IFAConfig(embedding_dim=16, num_heads=1)) ** 2 * 16 / 4, 6)
+        >>> round(softmax_gain(InteractionConfig(embedding_dim=16, num_heads=1)) ** 2 * 16 / 4, 6)
         12.0
     """
     return (12 / config.head_width**0.5) ** 0.5
@@ -35,7 +33,7 @@ class SoftmaxAttention(SequenceInteraction):
     not there.
 
     Args:
-        config: IFAConfig.
+        config: InteractionConfig.
         recent_length: attend only to the latest so many events; None for all. Identity heads, if
             the config has any, see the whole history all the same.
         device: of the parameters.
@@ -43,9 +41,8 @@ class SoftmaxAttention(SequenceInteraction):
     Example:
         >>> import torch
         >>> from torchrec.sparse.jagged_tensor import JaggedTensor
-        >>> from ifa_torchrec import IFAConfig
-        >>> from ifa_torchrec.modules import SoftmaxAttention
-        >>> softmax = SoftmaxAttention(IFAConfig(embedding_dim=8, num_heads=2), recent_length=2)
+        >>> from ifa_torchrec.modules import InteractionConfig, SoftmaxAttention
+        >>> softmax = SoftmaxAttention(InteractionConfig(8, num_heads=2), recent_length=2)
         >>> tokens = JaggedTensor(torch.randn(5, 8), lengths=torch.tensor([5, 0]))
         >>> softmax(tokens, tokens).values().shape
         torch.Size([5, 8])
@@ -53,7 +50,7 @@ class SoftmaxAttention(SequenceInteraction):
 
     def __init__(
         self,
-        config: IFAConfig,
+        config: InteractionConfig,
         recent_length: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -66,26 +63,18 @@ class SoftmaxAttention(SequenceInteraction):
         self.key_proj = self._projection(gain, device)
 
     def dense_heads(
-        self, candidates: JaggedTensor, history: JaggedTensor, history_age: Tensor | None, *ids: Any
+        self, candidates: JaggedTensor, history: History, candidate_ids: Tensor | None, /
     ) -> tuple[Tensor, Tensor | None]:
         """Outputs [M, H, d], and masses [M, H] if the config asks for them."""
-        history, (history_age,) = present(history, history_age)
-        tokens, weights = history.values(), history.weights_or_none()
-        ends = history.offsets()[1:].tolist()
-        starts = history.offsets()[:-1].tolist()
+        history = history.present()
         if self.recent_length is not None:
-            starts = [max(a, b - self.recent_length) for a, b in zip(starts, ends, strict=True)]
-            spans = [(0, 0), *zip(starts, ends, strict=True)]
-            rows = torch.cat([torch.arange(a, b, device="cpu") for a, b in spans]).to(tokens.device)
-            tokens = tokens[rows]
-            weights = None if weights is None else weights[rows]
-            history_age = None if history_age is None else history_age[rows]
-        lengths = [b - a for a, b in zip(starts, ends, strict=True)]
+            history = history.latest(self.recent_length)
+        tokens, lengths = history.tokens, history.lengths.tolist()
         shape = (-1, self.config.num_heads, self.config.head_width)
         keys = self.key_proj(tokens).view(shape).transpose(0, 1)
         values = self.value_proj(tokens).view(shape).transpose(0, 1)
         query = self.query_proj(candidates.values()).view(shape).transpose(0, 1)
-        bias = self._log_weights(weights, history_age, tokens)
+        bias = self._log_weights(history)
         biases = [None] * len(lengths) if bias is None else bias.split(lengths, dim=1)
         outputs, log_sums = [query[:, :0]], [query[:, :0, 0]]
         sets = query.split(candidates.offsets().diff().tolist(), dim=1)

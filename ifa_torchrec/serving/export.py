@@ -1,8 +1,8 @@
 """The scoring of one request from a user's state, as a graph of plain tensors for other runtimes.
 
-Behind the lookups the graph is CandidateArch itself, traced; no formula is written a second time.
-What it contains are PyTorch's own operators (aten), so that nothing of this package, of TorchRec or of
-fbgemm is needed to run it.
+Behind the lookups the graph is CandidateArch and SetArch themselves, traced; no formula is written a
+second time. What it contains are PyTorch's own operators (aten), so that nothing of this package, of
+TorchRec or of fbgemm is needed to run it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch.export import Dim, ExportedProgram
 from torchrec.modules.embedding_configs import DataType
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from ifa_torchrec.batch import RankingBatch
+from ifa_torchrec.batch import RankingFeatures
 from ifa_torchrec.data import LogSchema
 from ifa_torchrec.models import DLRM_IFA
-from ifa_torchrec.models.archs import CandidateArch
-from ifa_torchrec.modules import IFAConfig, UserState
+from ifa_torchrec.models.archs import CandidateArch, SetArch
+from ifa_torchrec.modules import IFAConfig, InteractionFidelityAttention, UserState
 from ifa_torchrec.serving.errors import StateError
 
 FORMAT = "ifa-scoring-graph/1"
@@ -110,9 +110,13 @@ class ScoringGraph(nn.Module):
             self.context_tables = _tables(bags, schema.context_features)
         plain = dataclasses.replace(ifa, backend="reference")
         self.candidate_arch = CandidateArch(
-            dataclasses.replace(config, ifa=plain), len(schema.context_features)
+            config, len(schema.context_features), InteractionFidelityAttention(plain)
+        )
+        self.set_arch = SetArch(
+            config, self.candidate_arch.num_vectors, self.candidate_arch.out_features
         )
         self.candidate_arch.load_state_dict(model.candidate_arch.state_dict())
+        self.set_arch.load_state_dict(model.set_arch.state_dict())
         self.inputs = _inputs(ifa, schema)
         self.eval()
 
@@ -157,20 +161,18 @@ class ScoringGraph(nn.Module):
                 "identity_key": identity_key,
                 "identity_value": identity_value,
                 "identity_sum": identity_sum,
-                "identity_key_range": self.candidate_arch.config.ifa.identity_key_range,
+                "identity_key_range": self.candidate_arch.ifa.config.identity_key_range,
             }
-        batch = RankingBatch(
+        features = RankingFeatures(
             dense_features=dense[None],
             context_features=KeyedJaggedTensor.empty(),  # they are looked up already
             sequence_features=self._ids(candidate_ids),
             candidate_dense=candidate_dense,
             history_age=dense.new_empty(0),
-            labels=dense.new_empty(m, 0),
-            exposed=torch.ones(m, dtype=torch.bool),
         )
         candidates = JaggedTensor(tokens, offsets=_offsets(m))
         state = UserState(key_value, key_sum, count, **identity)
-        return self.candidate_arch(context, None, candidates, batch, state=state)
+        return self.set_arch(self.candidate_arch.attend(context, state, candidates, features))
 
     def _ids(self, candidate_ids: Tensor) -> KeyedJaggedTensor:
         """The candidates' ids, and no history's; no size is read from a tensor."""

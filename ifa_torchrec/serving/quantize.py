@@ -62,5 +62,5 @@ def quantize_tables(model: DLRM_IFA, dtype: torch.dtype = torch.qint8) -> DLRM_I
         del collection.qconfig  # left behind by PyTorch, which would heed it the next time
     sequences, *bags = quantised
     result = DLRM_IFA(bags[0] if bags else None, sequences, model.config)
-    result.candidate_arch = model.candidate_arch
+    result.candidate_arch, result.set_arch = model.candidate_arch, model.set_arch
     return result

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from ifa_torchrec.batch import RankingBatch
+from ifa_torchrec.batch import RankingFeatures
 from ifa_torchrec.data import LogSchema
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.modules import UserState, generate_set
@@ -73,8 +73,8 @@ class Ranking:
 class Scorer:
     """Scores from states, and adds events to them.
 
-    The model is the one that was trained: ``DLRM_IFA.forward``, given a state in place of the
-    history.
+    The model is the one that was trained: ``DLRM_IFA.attend``, its forward from a state in place of
+    the history.
 
     Args:
         model: DLRM_IFA of interaction "ifa", its tables on this process.
@@ -164,9 +164,9 @@ class Scorer:
             return [], []
         for request in requests:
             self._check(request)
-        batch = self._batch(requests)
-        state, as_of = self._state(requests, batch)
-        logits = self.model(batch, state=state).float().numpy()
+        features = self._features(requests)
+        state, as_of = self._state(requests, features)
+        logits = self.model.attend(features, state).float().numpy()
         if not np.isfinite(logits).all():
             raise RequestError("the logits overflow; give smaller numbers in dense, candidate_dense")
         ends = np.cumsum([len(request.candidates) for request in requests])
@@ -231,10 +231,10 @@ class Scorer:
         return self.model.encode(features, torch.zeros(len(events)))
 
     def _state(
-        self, requests: Sequence[RankingRequest], batch: RankingBatch
+        self, requests: Sequence[RankingRequest], features: RankingFeatures
     ) -> tuple[UserState, np.ndarray]:
         keys = None
-        ids = self.model.candidate_arch.ids(batch.sequence_features, "candidate_")
+        ids = self.model.candidate_arch.ids(features.sequence_features, "candidate_")
         if ids is not None and self._identity is not None:
             of_candidate = self._identity.keys(ids).numpy()
             ends = np.cumsum([len(request.candidates) for request in requests])
@@ -247,7 +247,7 @@ class Scorer:
             self.strict,
         )
 
-    def _batch(self, requests: Sequence[RankingRequest]) -> RankingBatch:
+    def _features(self, requests: Sequence[RankingRequest]) -> RankingFeatures:
         schema = self.schema
         lengths = np.array([len(request.candidates) for request in requests], np.int64)
         items = np.concatenate([np.asarray(request.candidates, np.int64) for request in requests])
@@ -258,7 +258,7 @@ class Scorer:
             for f in schema.candidate_dense
         ]
         m = len(items)
-        return RankingBatch(
+        return RankingFeatures(
             dense_features=torch.tensor(dense, dtype=torch.float32).reshape(len(requests), -1),
             context_features=KeyedJaggedTensor.from_lengths_sync(
                 keys=list(schema.context_features),
@@ -270,8 +270,6 @@ class Scorer:
                 np.stack(candidate_dense, 1) if candidate_dense else np.empty((m, 0), np.float32)
             ),
             history_age=torch.empty(0),
-            labels=torch.zeros(m, len(schema.tasks)),
-            exposed=torch.ones(m, dtype=torch.bool),
         )
 
     def _sequence_features(

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from ifa_torchrec.distributed import OptimizerConfig, ShardingConfig, checkpoint
 from ifa_torchrec.errors import ConfigError, writing
 from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig, IFAConfig
+from ifa_torchrec.modules.interactions import InteractionName
 
 
 @dataclass(frozen=True)
@@ -24,19 +25,7 @@ class TrainConfig:
     """Event log to train on (its split `train`)."""
     out: Path
     """Folder of this run."""
-    interaction: Literal[
-        "ifa",
-        "none",
-        "mean",
-        "softmax",
-        "softmax_recent",
-        "din",
-        "sim",
-        "eta",
-        "twin",
-        "sdim",
-        "low_rank",
-    ] = "ifa"
+    interaction: InteractionName = "ifa"
     """How candidates meet the history."""
     ifa: IFAConfig = field(default_factory=lambda: IFAConfig(embedding_dim=64, num_heads=2))
     """The sequence interaction; the other interactions use what applies to them."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from torch import Tensor, nn
+from torch import nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -21,7 +21,8 @@ from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make_loader
 from ifa_torchrec.distributed import OptimizerConfig, init_process_group, shard
 from ifa_torchrec.models import DLRM_IFA, DLRM_IFATrain
-from ifa_torchrec.models.config import INTERACTIONS
+from ifa_torchrec.models.archs import Candidates
+from ifa_torchrec.modules import INTERACTIONS
 from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.options import TrainConfig
 
@@ -39,7 +40,7 @@ def folded(features: KeyedJaggedTensor, rows: int) -> KeyedJaggedTensor:
 class Folding(DLRM_IFA):
     """Changes its ids before it looks them up, so that the lookup cannot run ahead."""
 
-    def forward(self, batch: RankingBatch) -> Tensor:
+    def describe(self, batch: RankingBatch) -> Candidates:
         context = self.sparse_arch(batch.context_features)
         history, candidates = self.sequence_arch(folded(batch.sequence_features, 40))
         return self.candidate_arch(context, history, candidates, batch)

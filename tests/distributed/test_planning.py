@@ -262,7 +262,8 @@ def test_dense_copies_and_tokens_are_reserved_on_each_device(device):
     there = cpus(2) if device == "cpu" else gpus(8)
     before = [(d.storage.hbm, d.storage.ddr) for d in there.devices]
     model, batch = model_of(dim=16), BatchSize(requests=3, events=1000, candidates=70)
-    dense = sum(p.numel() * 4 for p in model.model.candidate_arch.parameters())
+    archs = (model.model.candidate_arch, model.model.set_arch)
+    dense = sum(p.numel() * 4 for arch in archs for p in arch.parameters())
     needed = DENSE_COPIES * dense + (EVENT_COPIES * 1000 + CANDIDATE_COPIES * 70) * 16 * 4
     left, last = reserve(there, batch, model)
     for (hbm, ddr), now, kept in zip(before, left.devices, last.devices, strict=True):

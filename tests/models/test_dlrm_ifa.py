@@ -20,8 +20,15 @@ from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, DLRM_IFATrain, IFAConfig, Ran
 from ifa_torchrec.distributed import OptimizerConfig, init_process_group, shard
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.models.archs import SequenceArch
-from ifa_torchrec.models.config import INTERACTIONS
-from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLoss, CandidateSetLossConfig
+from ifa_torchrec.modules import (
+    INTERACTIONS,
+    CandidateSetConfig,
+    CandidateSetLoss,
+    CandidateSetLossConfig,
+    DINAttention,
+    InteractionConfig,
+    MeanPooling,
+)
 
 DIM = 8
 ITEM_FEATURES = {"item": 50, "category": 6}
@@ -178,11 +185,11 @@ class TestComposition:
         )
         model = DLRM_IFA(None, make_tables(), config)
         with torch.no_grad():
-            for number, parameter in enumerate(model.candidate_arch.over_arch.parameters()):
+            for number, parameter in enumerate(model.set_arch.over_arch.parameters()):
                 parameter.copy_(torch.arange(parameter.numel()).view_as(parameter).sin() + 0.1 * number)
         batch = make_batch()
         batch.dense_features, batch.candidate_dense = torch.zeros(4, 0), torch.zeros(sum(CANDIDATES), 0)
-        hidden, hidden_bias, last, last_bias = model.candidate_arch.over_arch.parameters()
+        hidden, hidden_bias, last, last_bias = model.set_arch.over_arch.parameters()
         table = model.sequence_arch.embedding_collection.embeddings["item"].weight
         expected = []
         for item in batch.sequence_features["candidate_item"].values().tolist():
@@ -215,7 +222,7 @@ class TestComposition:
     def test_the_over_arch_sees_token_products_and_count(self) -> None:
         model, batch = make_model("ifa"), make_batch()
         caught = {}
-        arch = model.candidate_arch
+        arch = model.set_arch
         arch.interaction_arch.register_forward_pre_hook(lambda _, given: caught.update(crossed=given))
         arch.over_arch.register_forward_pre_hook(lambda _, given: caught.update(all=given[0]))
         logits = model(batch)
@@ -250,8 +257,10 @@ class TestComposition:
         model, batch = make_model(interaction), make_batch()
         caught = {}
         arch = model.candidate_arch
-        arch.request_arch.register_forward_hook(lambda *given: caught.update(request=given[-1]))
-        arch.over_arch.register_forward_pre_hook(lambda _, given: caught.update(all=given[0]))
+        arch.request_arch.dense_arch.register_forward_hook(
+            lambda *given: caught.update(request=given[-1])
+        )
+        model.set_arch.over_arch.register_forward_pre_hook(lambda _, given: caught.update(all=given[0]))
         model(batch)
         context = model.sparse_arch(batch.context_features)
         candidate = 0
@@ -423,7 +432,7 @@ class TestCandidateSet:
         """User-aware: what the encoder is given differs with the history."""
         model, batch = self.make(attention), make_batch()
         caught = []
-        encoder = model.candidate_arch.candidate_set_encoder
+        encoder = model.set_arch.candidate_set_encoder
         encoder.register_forward_pre_hook(lambda _, given: caught.append(given[0].values()))
         model(batch)
         model(take(batch, [[], EVENT_ROWS[1], [], []], CANDIDATE_ROWS, [0, 1, 2, 3]))
@@ -433,7 +442,8 @@ class TestCandidateSet:
     def test_exposed_alone_is_the_model_on_the_exposed(self, attention: str) -> None:
         model, batch = self.make(attention), make_batch()
         kept = [[row for row in rows if batch.exposed[row]] for rows in CANDIDATE_ROWS]
-        logits, alone = model(batch, exposed_alone=True)
+        described = model.describe(batch)
+        logits, alone = model.set_arch(described), model.set_arch(described.only(batch.exposed))
         torch.testing.assert_close(logits, model(batch))
         torch.testing.assert_close(alone, model(take(batch, EVENT_ROWS, kept, [0, 1, 2, 3])))
         assert not torch.allclose(alone, logits[batch.exposed])
@@ -466,7 +476,8 @@ class TestCandidateSet:
                 optimizer.step()
             for batch in measure_on:
                 with torch.no_grad():
-                    logits, alone = train.model(batch, exposed_alone=True)
+                    described, score = train.model.describe(batch), train.model.set_arch
+                    logits, alone = score(described), score(described.only(batch.exposed))
                 offsets = batch.sequence_features["candidate_item"].offsets()
                 gaps[weight] += gap_of(logits, batch.labels, batch.exposed, offsets, alone).item() / 40
         assert gaps[0.0] > 0.003 and gaps[3.0] < 0.65 * gaps[0.0], gaps
@@ -491,6 +502,41 @@ def test_sim_searches_by_the_feature_it_is_told() -> None:
     assert model.candidate_arch.sequence_interaction.id_features == ("item", "category")
     with pytest.raises(ValueError, match="search_feature 'brand' is none of"):
         make_model("sim", search_feature="brand")
+
+
+def test_an_interaction_is_given_in_place_of_a_name() -> None:
+    config = make_model("din").config
+    own = MeanPooling(InteractionConfig(DIM, num_heads=2, identity_features=("category",)))
+    model = DLRM_IFA(make_bags(), make_tables(), config, own)
+    assert model.candidate_arch.sequence_interaction is own
+    assert model(make_batch()).shape == (sum(CANDIDATES), 2)
+    with pytest.raises(ValueError, match="'MeanPooling' has no user state"):
+        _ = model.candidate_arch.ifa
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        (InteractionConfig(2 * DIM, num_heads=2), "mean"),
+        (InteractionConfig(DIM, num_heads=2, identity_features=("brand",)), "mean"),
+        (InteractionConfig(DIM, num_heads=2), "none"),
+    ],
+)
+def test_an_interaction_that_does_not_fit_is_refused(given: InteractionConfig, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"MeanPooling: it is of width .* compares"):
+        DLRM_IFA(make_bags(), make_tables(), make_model(name).config, MeanPooling(given))
+
+
+def test_an_interaction_added_to_the_registry_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(INTERACTIONS, "latest", lambda config, *_: DINAttention(config, 1))
+    assert make_model("latest")(make_batch()).shape == (sum(CANDIDATES), 2)
+
+
+def test_the_dense_part_is_made_where_it_is_asked_for() -> None:
+    model = DLRM_IFA(make_bags(), make_tables(), make_model().config, dense_device="meta")
+    dense = (model.candidate_arch, model.set_arch)
+    assert all(p.is_meta for arch in dense for p in arch.parameters())
+    assert not any(p.is_meta for p in model.sequence_arch.parameters())
 
 
 @pytest.mark.parametrize("interaction", [i for i in INTERACTIONS if i != "none"])
@@ -623,13 +669,13 @@ class TestBadBatch:
         batch = make_batch()
         state = make_model("ifa").encode(batch.sequence_features, batch.history_age)
         with pytest.raises(ValueError, match=f"'{interaction}' has no user state"):
-            make_model(interaction)(batch, state=state)
+            make_model(interaction).attend(batch, state)
 
-    def test_neither_histories_nor_a_state(self) -> None:
+    def test_no_histories(self) -> None:
         model, batch = make_model("ifa"), make_batch()
         context = model.sparse_arch(batch.context_features)
         _, candidates = model.sequence_arch(batch.sequence_features)
-        with pytest.raises(ValueError, match="tokens of the histories, or their state"):
+        with pytest.raises(ValueError, match="tokens of the histories"):
             model.candidate_arch(context, None, candidates, batch)
 
 
@@ -641,7 +687,7 @@ def test_from_a_state_the_scores_are_those_of_the_histories() -> None:
     nothing, offsets = [[]] * 4, [0, *torch.tensor(CANDIDATES).cumsum(0).tolist()]
     rows = [list(range(a, b)) for a, b in pairwise(offsets)]
     without = take(batch, nothing, rows, list(range(4)))
-    torch.testing.assert_close(model(without, state=state), model(batch), rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.attend(without, state), model(batch), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("interaction", ["none", "softmax"])

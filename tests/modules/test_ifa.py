@@ -241,13 +241,13 @@ def test_an_empty_history_is_exactly_zeros_before_the_output(config, weighted):
 def test_attention_weights_reproduce_the_heads(problem):
     ifa, inputs = problem
     config = ifa.config
-    heads, mass = ifa.dense_heads(inputs.candidates, inputs.history, inputs.history_age)
+    heads, mass = ifa.dense_heads(inputs.candidates, inputs.events, inputs.candidate_ids)
     matched = torch.expm1(mass) * config.mass_scale
     values = [
         head_of(inputs.history.values(), ifa.value_proj, h, config) for h in range(config.num_heads)
     ]
     if config.identity_features:
-        more = ifa.identity(*inputs.forward)
+        more = ifa.identity(inputs.candidates, inputs.events, inputs.candidate_ids)
         heads, matched = torch.cat([heads, more[0]], dim=1), torch.cat([matched, more[1]], dim=1)
         for k in range(len(config.identity_features)):
             value = head_of(inputs.history.values(), ifa.identity.value_proj, k, config)

@@ -142,7 +142,7 @@ def test_unknown_matches_nothing(backend):
     inputs.history_ids = torch.tensor([[0, 5], [0, 0], [7, 5], [0, 0], [5, 0], [0, 0], [0, 0], [0, 5]])
     inputs.candidate_ids = torch.tensor([[0, 5], [5, 0], [0, 0], [0, 0], [5, 5], [7, 10]])
     inputs.history = jagged(inputs.history.values(), [5, 0, 3])
-    _, matched = ifa.identity(*inputs.forward)
+    _, matched = ifa.identity(inputs.candidates, inputs.events, inputs.candidate_ids)
     # without decay, of item and category; bucket 0 holds 5 and 10, never the unknown
     assert matched[:, [1, 3]].tolist() == [[0, 2], [1, 0], [0, 0], [0, 0], [0, 1], [0, 1]]
     state = ifa.encode(*inputs.encode)

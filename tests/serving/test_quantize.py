@@ -46,7 +46,7 @@ def test_logits_are_the_same_up_to_rounding(run: Run, dtype: torch.dtype, error:
     exact, rounded = run.dlrm(batch), quantised(batch)
     assert 0 < (rounded - exact).abs().max() < error
     state = quantised.encode(batch.sequence_features, batch.history_age)
-    torch.testing.assert_close(quantised(batch, state=state), rounded, atol=1e-5, rtol=0)
+    torch.testing.assert_close(quantised.attend(batch, state), rounded, atol=1e-5, rtol=0)
 
 
 def test_a_row_of_int8_is_within_half_a_step(run: Run) -> None:
@@ -66,6 +66,7 @@ def test_the_given_model_keeps_its_tables_and_its_dense_part_is_shared(run: Run)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert quantised.candidate_arch is run.dlrm.candidate_arch
+    assert quantised.set_arch is run.dlrm.set_arch
     assert table_bytes(quantised) < table_bytes(run.dlrm)
 
 

@@ -77,7 +77,7 @@ def test_rows_are_given_to_the_ids_that_are_met(run) -> None:
     ]
     inner = next(m for m in dlrm.modules() if isinstance(m, EmbeddingCollection))
     plain = DLRM_IFA(dlrm.sparse_arch.embedding_bag_collection, inner, dlrm.config).eval()
-    plain.candidate_arch = dlrm.candidate_arch
+    plain.candidate_arch, plain.set_arch = dlrm.candidate_arch, dlrm.set_arch
     batch = loaded.dataset("test")[np.arange(12)]
     ids = batch.sequence_features
     rows = remapped(dlrm, ids)

@@ -30,7 +30,7 @@ from ifa_torchrec.distributed.checkpoint import checkpoints
 from ifa_torchrec.errors import ConfigError, DivergedError
 from ifa_torchrec.models import DLRM_IFATrain
 from ifa_torchrec.models.archs import CandidateArch
-from ifa_torchrec.models.config import INTERACTIONS
+from ifa_torchrec.modules import INTERACTIONS
 from ifa_torchrec.training import trainer as train_module
 from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.options import TrainConfig, from_json, to_json

@@ -337,7 +337,9 @@ class CsvRows:
             if start < value_end:  # the row began lines before
                 start = row
             # as long as a value may be, wherever its row began; and a row no longer than a line
-            may_close = len(block) - match.start() <= LONGEST_VALUE and len(block) - start <= LONGEST_LINE
+            may_close = (
+                len(block) - match.start() <= LONGEST_VALUE and len(block) - start <= LONGEST_LINE
+            )
             if not match[1] and not last and may_close:
                 return b"".join([*good, block[kept:start]]), block[start:]
             closes = block[match.end() : match.end() + 1] in (self.delimiter, b"\n")

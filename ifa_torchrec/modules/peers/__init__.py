@@ -9,7 +9,6 @@ from ifa_torchrec.modules.peers.low_rank import LowRankAttention
 from ifa_torchrec.modules.peers.mean_pooling import MeanPooling
 from ifa_torchrec.modules.peers.sdim import SDIMAttention
 from ifa_torchrec.modules.peers.search import ETAAttention, SIMAttention, TWINAttention
-from ifa_torchrec.modules.softmax import SoftmaxAttention
 
 __all__ = [
     "DINAttention",
@@ -18,6 +17,5 @@ __all__ = [
     "MeanPooling",
     "SDIMAttention",
     "SIMAttention",
-    "SoftmaxAttention",
     "TWINAttention",
 ]

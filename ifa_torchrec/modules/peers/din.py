@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torchrec.modules.mlp import MLP
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec.modules.base import SequenceInteraction
-from ifa_torchrec.modules.config import IFAConfig, at_least_one
-from ifa_torchrec.modules.event_weights import event_weights, present
+from ifa_torchrec.modules.config import InteractionConfig, at_least_one
+from ifa_torchrec.modules.history import History
 from ifa_torchrec.ops.jagged import request_of_row
 
 
@@ -22,7 +20,7 @@ class DINAttention(SequenceInteraction):
     weight, 0 to 1; a head is the weighted sum of the events' values, not normalised, as there.
 
     Args:
-        config: IFAConfig.
+        config: InteractionConfig.
         recent_length: events, the latest, that a candidate meets.
         device: of the parameters.
 
@@ -32,9 +30,8 @@ class DINAttention(SequenceInteraction):
     Example:
         >>> import torch
         >>> from torchrec.sparse.jagged_tensor import JaggedTensor
-        >>> from ifa_torchrec import IFAConfig
-        >>> from ifa_torchrec.modules import DINAttention
-        >>> peer = DINAttention(IFAConfig(embedding_dim=8, num_heads=2), recent_length=2)
+        >>> from ifa_torchrec.modules import InteractionConfig, DINAttention
+        >>> peer = DINAttention(InteractionConfig(8, num_heads=2), recent_length=2)
         >>> tokens = JaggedTensor(torch.randn(5, 8), lengths=torch.tensor([5, 0]))
         >>> peer(tokens, tokens).values().shape
         torch.Size([5, 8])
@@ -42,7 +39,7 @@ class DINAttention(SequenceInteraction):
 
     def __init__(
         self,
-        config: IFAConfig,
+        config: InteractionConfig,
         recent_length: int = 50,
         device: torch.device | str | None = None,
     ) -> None:
@@ -59,19 +56,18 @@ class DINAttention(SequenceInteraction):
         )
 
     def dense_heads(
-        self, candidates: JaggedTensor, history: JaggedTensor, history_age: Tensor | None, *ids: Any
+        self, candidates: JaggedTensor, history: History, candidate_ids: Tensor | None, /
     ) -> tuple[Tensor, Tensor]:
         """Outputs [M, H, d] and masses [M, H]."""
-        history, (history_age,) = present(history, history_age)
-        tokens = history.values()
-        wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))  # for the sums
+        history = history.present()
+        tokens = history.tokens
         request = request_of_row(candidates.offsets())
         # a row a pair: [P] candidates and, latest first, their events
-        pairs = history.offsets().diff().clamp(max=self.recent_length)[request]
+        pairs = history.lengths.clamp(max=self.recent_length)[request]
         candidate = torch.repeat_interleave(torch.arange(len(request), device=pairs.device), pairs)
         back = torch.arange(len(candidate), device=pairs.device) - (pairs.cumsum(0) - pairs)[candidate]
-        event = history.offsets()[1:][request][candidate] - 1 - back
-        weight = event_weights(history, history_age, self.half_lives, wide)
+        event = history.offsets[1:][request][candidate] - 1 - back
+        weight = history.widened().event_weights(self.half_lives)
         x, c = tokens[event], candidates.values()[candidate]
         unit = self.activation_unit(torch.cat([x, c, x - c, x * c], dim=1)).sigmoid()
         unit = unit * weight[event]  # [P, H]

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ifa_torchrec.modules.config import IFAConfig, at_least_one
+from ifa_torchrec.modules.config import InteractionConfig, at_least_one
 from ifa_torchrec.modules.softmax import SoftmaxAttention
 
 
@@ -19,23 +19,22 @@ class LowRankAttention(SoftmaxAttention):
     the latents of the Set Transformer (Lee et al. 2019) as the factor.
 
     Args:
-        config: IFAConfig.
+        config: InteractionConfig.
         rank: r.
         device: of the parameters.
 
     Example:
         >>> import torch
         >>> from torchrec.sparse.jagged_tensor import JaggedTensor
-        >>> from ifa_torchrec import IFAConfig
-        >>> from ifa_torchrec.modules import LowRankAttention
-        >>> peer = LowRankAttention(IFAConfig(embedding_dim=8, num_heads=2), rank=4)
+        >>> from ifa_torchrec.modules import InteractionConfig, LowRankAttention
+        >>> peer = LowRankAttention(InteractionConfig(8, num_heads=2), rank=4)
         >>> tokens = JaggedTensor(torch.randn(5, 8), lengths=torch.tensor([5, 0]))
         >>> peer(tokens, tokens).values().shape
         torch.Size([5, 8])
     """
 
     def __init__(
-        self, config: IFAConfig, rank: int = 32, device: torch.device | str | None = None
+        self, config: InteractionConfig, rank: int = 32, device: torch.device | str | None = None
     ) -> None:
         super().__init__(config, device=device)
         at_least_one("rank", rank)

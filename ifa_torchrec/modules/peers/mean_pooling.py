@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec.modules.base import SequenceInteraction
-from ifa_torchrec.modules.event_weights import event_weights, normalised
+from ifa_torchrec.modules.history import History, normalised
 from ifa_torchrec.ops.jagged import request_of_row
 
 
@@ -19,29 +17,27 @@ class MeanPooling(SequenceInteraction):
     Heads of different half-lives are means over different stretches of time.
 
     Args:
-        config: IFAConfig.
+        config: InteractionConfig.
         device: of the parameters.
 
     Example:
         >>> import torch
         >>> from torchrec.sparse.jagged_tensor import JaggedTensor
-        >>> from ifa_torchrec import IFAConfig
-        >>> from ifa_torchrec.modules import MeanPooling
-        >>> mean = MeanPooling(IFAConfig(embedding_dim=8, num_heads=2))
+        >>> from ifa_torchrec.modules import InteractionConfig, MeanPooling
+        >>> mean = MeanPooling(InteractionConfig(8, num_heads=2))
         >>> tokens = JaggedTensor(torch.randn(5, 8), lengths=torch.tensor([5, 0]))
         >>> mean(tokens, tokens).values().shape
         torch.Size([5, 8])
     """
 
     def dense_heads(
-        self, candidates: JaggedTensor, history: JaggedTensor, history_age: Tensor | None, *ids: Any
+        self, candidates: JaggedTensor, history: History, candidate_ids: Tensor | None, /
     ) -> tuple[Tensor, Tensor]:
         """Outputs [M, H, d], equal within a request, and masses [M, H]."""
-        tokens = history.values()
-        tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))  # for the sums
-        requests = len(history.offsets()) - 1
-        owner = request_of_row(history.offsets())
-        weight = event_weights(history, history_age, self.half_lives, tokens)
+        history = history.widened()
+        tokens, requests = history.tokens, len(history)
+        owner = request_of_row(history.offsets)
+        weight = history.event_weights(self.half_lives)
         total = tokens.new_zeros(requests, weight.shape[1]).index_add(0, owner, weight)
         if self.config.half_lives is None:  # every head's mean is over the same weights
             sums = tokens.new_zeros(requests, 1, tokens.shape[1])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec.modules.base import SequenceInteraction
-from ifa_torchrec.modules.config import IFAConfig
-from ifa_torchrec.modules.event_weights import event_weights, normalised
+from ifa_torchrec.modules.config import InteractionConfig
+from ifa_torchrec.modules.history import History, normalised
 from ifa_torchrec.modules.projections import hyperplanes
 
 
@@ -23,7 +21,7 @@ class SDIMAttention(SequenceInteraction):
     state is.
 
     Args:
-        config: IFAConfig.
+        config: InteractionConfig.
         num_groups: G.
         group_bits: bits of a group, 2^bits buckets.
         device: of the parameters.
@@ -31,9 +29,8 @@ class SDIMAttention(SequenceInteraction):
     Example:
         >>> import torch
         >>> from torchrec.sparse.jagged_tensor import JaggedTensor
-        >>> from ifa_torchrec import IFAConfig
-        >>> from ifa_torchrec.modules import SDIMAttention
-        >>> peer = SDIMAttention(IFAConfig(embedding_dim=8, num_heads=2))
+        >>> from ifa_torchrec.modules import InteractionConfig, SDIMAttention
+        >>> peer = SDIMAttention(InteractionConfig(8, num_heads=2))
         >>> tokens = JaggedTensor(torch.randn(5, 8), lengths=torch.tensor([5, 0]))
         >>> peer(tokens, tokens).values().shape
         torch.Size([5, 8])
@@ -43,7 +40,7 @@ class SDIMAttention(SequenceInteraction):
 
     def __init__(
         self,
-        config: IFAConfig,
+        config: InteractionConfig,
         num_groups: int = 16,
         group_bits: int = 3,
         device: torch.device | str | None = None,
@@ -59,14 +56,13 @@ class SDIMAttention(SequenceInteraction):
         self.hyperplanes.normal_()
 
     def dense_heads(
-        self, candidates: JaggedTensor, history: JaggedTensor, history_age: Tensor | None, *ids: Any
+        self, candidates: JaggedTensor, history: History, candidate_ids: Tensor | None, /
     ) -> tuple[Tensor, Tensor]:
         """Outputs [M, H, d] and masses [M, H]."""
-        had = self._buckets(history.values())
-        tokens = history.values()
-        tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))  # for the sums
-        weight = event_weights(history, history_age, self.half_lives, tokens)
-        events = history.offsets().diff().tolist()
+        had = self._buckets(history.tokens)
+        history = history.widened()
+        tokens, events = history.tokens, history.lengths.tolist()
+        weight = history.event_weights(self.half_lives)
         sets = candidates.offsets().diff().tolist()
         outputs = [tokens.new_zeros(0, weight.shape[1], tokens.shape[1])]
         matched = [weight[:0]]

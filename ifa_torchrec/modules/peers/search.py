@@ -9,8 +9,8 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec.modules.base import SequenceInteraction
-from ifa_torchrec.modules.config import IFAConfig, at_least_one
-from ifa_torchrec.modules.event_weights import present
+from ifa_torchrec.modules.config import InteractionConfig, at_least_one
+from ifa_torchrec.modules.history import History
 from ifa_torchrec.modules.projections import hyperplanes
 from ifa_torchrec.modules.softmax import SoftmaxAttention, softmax_gain
 from ifa_torchrec.ops.jagged import request_of_row
@@ -23,16 +23,15 @@ class TWINAttention(SoftmaxAttention):
     keys, projected once per item and cached, are not part of this.
 
     Args:
-        config: IFAConfig.
+        config: InteractionConfig.
         search_length: events that the search leaves.
         device: of the parameters.
 
     Example:
         >>> import torch
         >>> from torchrec.sparse.jagged_tensor import JaggedTensor
-        >>> from ifa_torchrec import IFAConfig
-        >>> from ifa_torchrec.modules import TWINAttention
-        >>> peer = TWINAttention(IFAConfig(embedding_dim=8, num_heads=2), search_length=2)
+        >>> from ifa_torchrec.modules import InteractionConfig, TWINAttention
+        >>> peer = TWINAttention(InteractionConfig(8, num_heads=2), search_length=2)
         >>> tokens = JaggedTensor(torch.randn(5, 8), lengths=torch.tensor([5, 0]))
         >>> peer(tokens, tokens).values().shape
         torch.Size([5, 8])
@@ -40,7 +39,7 @@ class TWINAttention(SoftmaxAttention):
 
     def __init__(
         self,
-        config: IFAConfig,
+        config: InteractionConfig,
         search_length: int = 50,
         device: torch.device | str | None = None,
     ) -> None:
@@ -63,7 +62,7 @@ class ETAAttention(SoftmaxAttention):
     the checkpoint. Distances are matrix products of signs, as torch counts no bits.
 
     Args:
-        config: IFAConfig.
+        config: InteractionConfig.
         search_length: events that the search leaves.
         num_hashes: bits of a signature.
         device: of the parameters.
@@ -71,9 +70,8 @@ class ETAAttention(SoftmaxAttention):
     Example:
         >>> import torch
         >>> from torchrec.sparse.jagged_tensor import JaggedTensor
-        >>> from ifa_torchrec import IFAConfig
-        >>> from ifa_torchrec.modules import ETAAttention
-        >>> peer = ETAAttention(IFAConfig(embedding_dim=8, num_heads=2), search_length=2)
+        >>> from ifa_torchrec.modules import InteractionConfig, ETAAttention
+        >>> peer = ETAAttention(InteractionConfig(8, num_heads=2), search_length=2)
         >>> tokens = JaggedTensor(torch.randn(5, 8), lengths=torch.tensor([5, 0]))
         >>> peer(tokens, tokens).values().shape
         torch.Size([5, 8])
@@ -83,7 +81,7 @@ class ETAAttention(SoftmaxAttention):
 
     def __init__(
         self,
-        config: IFAConfig,
+        config: InteractionConfig,
         search_length: int = 50,
         num_hashes: int = 64,
         device: torch.device | str | None = None,
@@ -121,7 +119,7 @@ class SIMAttention(SequenceInteraction):
     arXiv 2006.05639). Id 0, "unknown", finds nothing.
 
     Args:
-        config: IFAConfig.
+        config: InteractionConfig.
         search_feature: the id feature that events and candidates must share; None for the last
             of config.identity_features.
         search_length: events that the search leaves.
@@ -133,9 +131,8 @@ class SIMAttention(SequenceInteraction):
     Example:
         >>> import torch
         >>> from torchrec.sparse.jagged_tensor import JaggedTensor
-        >>> from ifa_torchrec import IFAConfig
-        >>> from ifa_torchrec.modules import SIMAttention
-        >>> sim = SIMAttention(IFAConfig(embedding_dim=8, num_heads=2), "category")
+        >>> from ifa_torchrec.modules import InteractionConfig, SIMAttention
+        >>> sim = SIMAttention(InteractionConfig(8, num_heads=2), "category")
         >>> tokens = JaggedTensor(torch.randn(5, 8), lengths=torch.tensor([5, 0]))
         >>> category = torch.tensor([[1], [2], [2], [1], [3]])
         >>> sim(tokens, tokens, history_ids=category, candidate_ids=category).values().shape
@@ -144,7 +141,7 @@ class SIMAttention(SequenceInteraction):
 
     def __init__(
         self,
-        config: IFAConfig,
+        config: InteractionConfig,
         search_feature: str | None = None,
         search_length: int = 50,
         device: torch.device | str | None = None,
@@ -167,22 +164,22 @@ class SIMAttention(SequenceInteraction):
     def dense_heads(
         self,
         candidates: JaggedTensor,
-        history: JaggedTensor,
-        history_age: Tensor | None,
-        history_ids: Any,  # Tensors: there is always an id feature, and `forward` asks for its ids
-        candidate_ids: Any,
+        history: History,
+        candidate_ids: Any,  # a Tensor: there is always an id feature, and `forward` asks for its ids
+        /,
     ) -> tuple[Tensor, Tensor]:
         """Outputs [M, H, d] and masses [M, H]."""
-        history, (history_age, history_ids) = present(history, history_age, history_ids)
+        history = history.present()
+        ids: Any = history.ids
         column = self.id_features.index(self.search_feature)
         rows = same_id_rows(
             request_of_row(candidates.offsets()),
             candidate_ids[:, column],
-            request_of_row(history.offsets()),
-            history_ids[:, column],
+            request_of_row(history.offsets),
+            ids[:, column],
             self.search_length,
         )
-        tokens = history.values()
+        tokens = history.tokens
         found = rows >= 0
         # what is not found is a row of zeros behind the last event
         rows = torch.where(found, rows, len(tokens))
@@ -190,7 +187,7 @@ class SIMAttention(SequenceInteraction):
         query = self.query_proj(candidates.values()).unflatten(1, (self.config.num_heads, -1))
         query = torch.einsum("mhd,hdD->mhD", query, self.heads(self.key_proj))
         score = torch.einsum("mhD,mlD->mhl", query, events) / self.config.head_width**0.5
-        log_weight = self._log_weights(history.weights_or_none(), history_age, tokens)
+        log_weight = self._log_weights(history)
         if log_weight is not None:
             padded = torch.cat([log_weight, log_weight.new_zeros(len(log_weight), 1)], dim=1)
             score = score + padded[:, rows].transpose(0, 1)

@@ -15,7 +15,6 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
-import ifa_torchrec.training.trainer as train_module
 from ifa_torchrec import IFAConfig
 from ifa_torchrec.data import EventLog, LogError, LogSchema, RankingDataset
 from ifa_torchrec.data.prepare import Hashed, hash_row, load_schema, prepare

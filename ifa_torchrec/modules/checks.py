@@ -1,0 +1,88 @@
+"""Whether the arguments of an interaction fit each other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import JaggedTensor
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_tokens(tokens: JaggedTensor, dim: int, name: str) -> None:
+    """Raise a ValueError unless values are floating point [rows, dim], as many as the lengths say."""
+    if not isinstance(tokens, JaggedTensor):
+        raise ValueError(f"{name} must be a JaggedTensor, got {type(tokens).__name__}")
+    values = tokens.values()
+    if values.dim() != 2 or values.shape[1] != dim:
+        raise ValueError(f"{name}: values must be [rows, {dim}], got {list(values.shape)}")
+    if not values.is_floating_point():
+        raise ValueError(f"{name}: values must be floating point, got {values.dtype}")
+    if _readable(values):
+        total = int(tokens.offsets()[-1])
+        if total != len(values):
+            raise ValueError(f"{name}: lengths sum to {total}, but there are {len(values)} rows")
+
+
+def check_weights(tokens: JaggedTensor, name: str) -> None:
+    """Raise a ValueError unless these are event weights, or none."""
+    weights, values = tokens.weights_or_none(), tokens.values()
+    if weights is None:
+        return
+    if not weights.is_floating_point():
+        raise ValueError(
+            f"{name}: its weights are {weights.dtype}, ids it seems, as of an EmbeddingCollection with "
+            "need_indices=True; weights must be floating point, or none"
+        )
+    if name != "history":
+        raise ValueError(f"{name}: candidates have no weights; make a JaggedTensor without them")
+    if weights.shape != values.shape[:1]:
+        raise ValueError(
+            f"{name}: weights must be [{len(values)}], one an event, got {list(weights.shape)}"
+        )
+    if weights.device != values.device:
+        raise ValueError(f"{name}: weights are on {weights.device}, the values on {values.device}")
+    if _readable(values):
+        good = (weights >= 0) & weights.isfinite()
+        if not bool(good.all()):
+            event = int((~good).nonzero()[0])
+            raise ValueError(f"{name}: event {event} has a weight that is negative, infinite or NaN")
+
+
+def check_ages(age: Tensor | None, history: JaggedTensor) -> None:
+    """Raise a ValueError unless these are ages of the events, or none."""
+    if age is None:
+        return
+    values = history.values()
+    if age.shape != values.shape[:1]:
+        raise ValueError(f"history_age must be [{len(values)}], one age an event, got {list(age.shape)}")
+    if age.dtype == torch.bool or age.is_complex():
+        raise ValueError(f"history_age must be numbers, got {age.dtype}")
+    if age.device != values.device:
+        raise ValueError(f"history_age is on {age.device}, the tokens on {values.device}")
+    if _readable(values) and not bool((age >= 0).all()):
+        event = int((~(age >= 0)).nonzero()[0])
+        raise ValueError(
+            f"history_age: event {event} has a negative age or NaN; an event after the request "
+            "must not be in its history"
+        )
+
+
+def check_ids(ids: Tensor | None, features: tuple[str, ...], tokens: JaggedTensor, name: str) -> None:
+    """Raise a ValueError unless there is a column of integers for each of the features."""
+    if not features:
+        return
+    values = tokens.values()
+    wanted = (values.shape[0], len(features))  # len() would fix it in an exported graph
+    if ids is None or tuple(ids.shape) != wanted:
+        got = "None" if ids is None else list(ids.shape)
+        raise ValueError(f"{name}_ids must be {list(wanted)}, one for each of {features}, got {got}")
+    if ids.dtype not in _INTEGERS:
+        raise ValueError(f"{name}_ids must be integers, int64 or narrower, got {ids.dtype}")
+    if ids.device != values.device:
+        raise ValueError(f"{name}_ids is on {ids.device}, the tokens on {values.device}")
+
+
+def _readable(values: Tensor) -> bool:
+    """On a GPU, and in a compiled graph, looking at values would wait for the device."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()

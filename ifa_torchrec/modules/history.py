@@ -1,0 +1,161 @@
+"""The histories of a batch as the heads take them, and what each event weighs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import JaggedTensor
+
+from ifa_torchrec import ops
+from ifa_torchrec.modules.config import FORGOTTEN
+
+
+@dataclass(frozen=True)
+class History:
+    """B requests' histories of N events in all.
+
+    Args:
+        tokens: [N, D].
+        offsets: [B + 1]; request b has the events offsets[b] up to offsets[b + 1], oldest first.
+        weights: event weights a_i >= 0, [N]; None for 1.
+        ages: [N] >= 0; None for 0.
+        ids: [N, K] integers, a column for each of the interaction's id_features; None without any.
+
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec.modules.history import History
+        >>> history = History(torch.zeros(3, 4), torch.tensor([0, 1, 3]), torch.tensor([1.0, 0.0, 0.5]))
+        >>> len(history), history.lengths.tolist(), history.present().lengths.tolist()
+        (2, [1, 2], [1, 1])
+    """
+
+    tokens: Tensor
+    offsets: Tensor
+    weights: Tensor | None = None
+    ages: Tensor | None = None
+    ids: Tensor | None = None
+
+    @staticmethod
+    def of(tokens: JaggedTensor, ages: Tensor | None, ids: Tensor | None) -> History:
+        """From the arguments of ``SequenceInteraction.forward``."""
+        return History(tokens.values(), tokens.offsets(), tokens.weights_or_none(), ages, ids)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """Events of each request, [B]."""
+        return self.offsets.diff()
+
+    def request(self, number: int) -> History:
+        """One request's history."""
+        rows = slice(*self.offsets[number : number + 2].tolist())
+        columns = (self.weights, self.ages, self.ids)
+        return History(
+            self.tokens[rows],
+            self.offsets[number : number + 2] - self.offsets[number],
+            *(None if column is None else column[rows] for column in columns),
+        )
+
+    def present(self) -> History:
+        """Without the events of weight 0, which softmax has no logarithm for."""
+        return self if self.weights is None else self._only(self.weights > 0)
+
+    def latest(self, length: int) -> History:
+        """The last ``length`` events of each request.
+
+        Example:
+            >>> import torch
+            >>> from ifa_torchrec.modules.history import History
+            >>> history = History(torch.arange(5)[:, None], torch.tensor([0, 4, 5]))
+            >>> history.latest(2).tokens.flatten().tolist()
+            [2, 3, 4]
+        """
+        behind = self.offsets[1:].repeat_interleave(self.lengths)  # where the event's request ends
+        row = torch.arange(len(behind), device=behind.device)
+        return self._only(row >= behind - length)
+
+    def _only(self, kept: Tensor) -> History:
+        rows = kept.nonzero()[:, 0]
+        columns = (self.weights, self.ages, self.ids)
+        return History(
+            self.tokens[rows],
+            counted(kept, self.offsets),
+            *(None if column is None else column[rows] for column in columns),
+        )
+
+    def widened(self) -> History:
+        """With tokens of float32 at least, for sums over many of them."""
+        dtype = torch.promote_types(self.tokens.dtype, torch.float32)
+        return dataclasses.replace(self, tokens=self.tokens.to(dtype))
+
+    def event_weights(self, half_lives: tuple[float, ...]) -> Tensor:
+        """w_hi = a_i exp(-lambda_h t_i), [N, len(half_lives)], of the tokens' dtype.
+
+        Example:
+            >>> import math, torch
+            >>> from ifa_torchrec.modules.history import History
+            >>> history = History(torch.zeros(2, 4), torch.tensor([0, 2]), ages=torch.tensor([7.0, 0.0]))
+            >>> history.event_weights((math.inf, 7.0)).tolist()
+            [[1.0, 0.5], [1.0, 1.0]]
+        """
+        rates = decay_rates(half_lives, self.tokens)
+        weight = ops.reference.event_weights(self.weights, self.ages, rates, self.tokens)
+        return weight.to(self.tokens.dtype)
+
+
+def decay_rates(half_lives: tuple[float, ...], tokens: Tensor | None = None) -> Tensor:
+    """lambda = ln 2 / half-life; 0 for an infinite half-life.
+
+    They are made where they are used, and are no buffer: casting a module would round them, and a
+    module built on the meta device would lose them.
+
+    Args:
+        half_lives: positive.
+        tokens: what they are used with; None for float32 on the CPU.
+
+    Returns:
+        [len(half_lives)] float32 (float64 for float64 tokens), on the tokens' device.
+
+    Example:
+        >>> import math
+        >>> from ifa_torchrec.modules.history import decay_rates
+        >>> decay_rates((math.inf, math.log(2))).tolist()
+        [0.0, 1.0]
+    """
+    double = tokens is not None and tokens.dtype == torch.float64
+    device = torch.device("cpu") if tokens is None else tokens.device
+    dtype = torch.float64 if double else torch.float32
+    # filled in on the device: to copy them from the host would make it wait for a GPU
+    return torch.stack(
+        [torch.full((), math.log(2.0) / h, dtype=dtype, device=device) for h in half_lives]
+    )
+
+
+def normalised(sums: Tensor, weight: Tensor) -> Tensor:
+    """Means [..., d] of sums [..., d] of weighted rows, 0 where the weight [...] is none.
+
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec.modules.history import normalised
+        >>> normalised(torch.tensor([[3.0], [0.0]]), torch.tensor([1.5, 0.0])).tolist()
+        [[2.0], [0.0]]
+    """
+    return sums / torch.where(weight > FORGOTTEN, weight, 1.0)[..., None]
+
+
+def counted(kept: Tensor, offsets: Tensor) -> Tensor:
+    """The offsets [B + 1] of the rows that are kept, [rows] bool.
+
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec.modules.history import counted
+        >>> counted(torch.tensor([True, False, True]), torch.tensor([0, 2, 3])).tolist()
+        [0, 1, 2]
+    """
+    return torch.cat([offsets.new_zeros(1), kept.cumsum(0).to(offsets.dtype)])[offsets]

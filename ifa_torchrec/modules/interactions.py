@@ -1,0 +1,42 @@
+"""The interactions by name: a new one is added here, and models and commands know it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+from ifa_torchrec.modules.base import SequenceInteraction
+from ifa_torchrec.modules.config import IFAConfig
+from ifa_torchrec.modules.ifa import InteractionFidelityAttention
+from ifa_torchrec.modules.peers import (
+    DINAttention,
+    ETAAttention,
+    LowRankAttention,
+    MeanPooling,
+    SDIMAttention,
+    SIMAttention,
+    TWINAttention,
+)
+from ifa_torchrec.modules.softmax import SoftmaxAttention
+
+INTERACTIONS: dict[str, Callable[[IFAConfig, int, str | None], SequenceInteraction | None]] = {
+    "ifa": lambda config, *_: InteractionFidelityAttention(config),
+    "none": lambda *_: None,
+    "mean": lambda config, *_: MeanPooling(config),
+    "softmax": lambda config, *_: SoftmaxAttention(config),
+    "softmax_recent": lambda config, recent, _: SoftmaxAttention(config, recent),
+    "din": lambda config, recent, _: DINAttention(config, recent),
+    "sim": lambda config, found, feature: SIMAttention(config, feature, found),
+    "eta": lambda config, found, _: ETAAttention(config, found),
+    "twin": lambda config, found, _: TWINAttention(config, found),
+    "sdim": lambda config, *_: SDIMAttention(config),
+    "low_rank": lambda config, *_: LowRankAttention(config),
+}
+"""By name, what builds it from the configuration that all share, the number of events that a candidate
+attends to where not to all, and the id feature to search by."""
+
+if TYPE_CHECKING:
+    InteractionName = str
+else:
+    InteractionName = Literal[tuple(INTERACTIONS)]
+    """The names as a type, by which a command line lists them as choices."""
