@@ -1,8 +1,8 @@
 """Sharding, optimisers and checkpoints, on one process or many."""
 
+from ifa_torchrec.distributed.errors import CheckpointError
 from ifa_torchrec.distributed.planning import BatchSize, ShardingConfig, ShardingError
 from ifa_torchrec.distributed.sharding import OptimizerConfig, init_process_group, shard
-from ifa_torchrec.distributed.trusted import CheckpointError
 
 __all__ = [
     "BatchSize",

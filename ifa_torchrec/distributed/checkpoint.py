@@ -31,7 +31,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
-from ifa_torchrec.distributed.trusted import CheckpointError, _Damaged, _Planner, _Reader
+from ifa_torchrec.distributed.checkpoint_reader import CheckpointPlanner, CheckpointReader
+from ifa_torchrec.distributed.errors import CheckpointError, DamagedError
 from ifa_torchrec.errors import PlaceError, writing
 
 FORMAT = 3
@@ -178,7 +179,7 @@ def load(
     for path in reversed(found):
         try:
             progress = _check(path)
-        except _Damaged as error:
+        except DamagedError as error:
             damaged.append(path)
             damage = f"{path} is damaged ({error})"
             if path == found[0]:
@@ -207,7 +208,7 @@ def _check(path: Path) -> dict[str, Any]:
     errors: list[Exception | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     # where a rank cannot read, what another finds damaged may be whole
-    for error in sorted(filter(None, errors), key=lambda error: isinstance(error, _Damaged)):
+    for error in sorted(filter(None, errors), key=lambda error: isinstance(error, DamagedError)):
         raise error
     return progress
 
@@ -226,14 +227,14 @@ def _load(
             "use the same options, or another folder"
         )
     state: dict[str, Any] = {"model": model.state_dict()}
-    rng, reader = {}, _Reader(path)
+    rng, reader = {}, CheckpointReader(path)
     if optimizer is not None:
         state["optimizer"] = optimizer.state_dict()
         # a rank that was not there when it was saved keeps its own
         names = reader.read_metadata().state_dict_metadata
         rng = {name: value for name, value in _rng_states().items() if name in names}
     with _dcp():
-        dcp.load({**state, **rng}, storage_reader=reader, planner=_Planner(path))
+        dcp.load({**state, **rng}, storage_reader=reader, planner=CheckpointPlanner(path))
     try:
         model.load_state_dict(state["model"])
     except AssertionError as error:  # an id's row lies on the rank that its hash belongs to
@@ -258,7 +259,7 @@ def _check_files(path: Path) -> dict[str, Any]:
         shards = sorted(files.keys() - {*_SMALL})
         for name in (*shards[dist.get_rank() :: dist.get_world_size()], *_SMALL):
             if _checksum(path / name) != files.get(name):
-                raise _Damaged(f"{name} is not what was written")
+                raise DamagedError(f"{name} is not what was written")
         progress = _json(path / "progress.json")
         written = progress.pop("format", None)
         if written != FORMAT:
@@ -268,9 +269,9 @@ def _check_files(path: Path) -> dict[str, Any]:
             )
         if path.name != (name := f"step-{progress['step']:09d}"):
             raise CheckpointError(f"{path} is a copy of {name}; give it this name, or move it away")
-        _Reader(path).read_metadata()
+        CheckpointReader(path).read_metadata()
     except FileNotFoundError as error:
-        raise _Damaged(str(error)) from error
+        raise DamagedError(str(error)) from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read now, and was left as it is: {error}") from error
     return progress
@@ -280,9 +281,9 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
     except ValueError as error:
-        raise _Damaged(f"{file.name}: {error}") from error
+        raise DamagedError(f"{file.name}: {error}") from error
     if not isinstance(content, dict):
-        raise _Damaged(f"{file.name} holds no object")
+        raise DamagedError(f"{file.name} holds no object")
     return content
 
 
@@ -349,7 +350,7 @@ def locked(folder: Path) -> Generator[None]:
         >>> with checkpoint.locked(folder), checkpoint.locked(folder):  # doctest: +ELLIPSIS
         ...     pass
         Traceback (most recent call last):
-        ifa_torchrec.distributed.checkpoint.CheckpointError: ...: another training writes here; ...
+        ifa_torchrec.distributed.errors.CheckpointError: ...: another training writes here; ...
     """
     lock, error = None, None
     if dist.get_rank() == 0:

@@ -1,4 +1,4 @@
-""""""
+"""Reading a checkpoint without trust: its metadata is a pickle, and so is what is no tensor."""
 
 from __future__ import annotations
 
@@ -13,15 +13,7 @@ from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
-from ifa_torchrec.errors import UserError
-
-
-class CheckpointError(UserError, RuntimeError):
-    """There is no usable checkpoint, or it is of another configuration."""
-
-
-class _Damaged(Exception):
-    """A checkpoint is not what was written; raised on all ranks."""
+from ifa_torchrec.distributed.errors import CheckpointError, DamagedError
 
 
 class _Unpickler(pickle.Unpickler):
@@ -60,10 +52,20 @@ def _path(*parts: str) -> str:
     return "/".join(parts)
 
 
-class _Reader(dcp.FileSystemReader):
-    """Reads a checkpoint whose metadata it does not trust."""
+class CheckpointReader(dcp.FileSystemReader):
+    """Reads a checkpoint whose metadata it does not trust.
+
+    Args:
+        path: the checkpoint's folder.
+    """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """DCP's metadata, of the kinds that DCP writes alone.
+
+        Raises:
+            CheckpointError: it names anything else, which could run code.
+            DamagedError: it is not what was written.
+        """
         file = Path(self.path) / ".metadata"
         try:
             with file.open("rb") as stream:
@@ -76,14 +78,18 @@ class _Reader(dcp.FileSystemReader):
         except (MemoryError, OSError):
             raise
         except Exception as error:  # of many kinds
-            raise _Damaged(f".metadata: {type(error).__name__}: {error}") from error
+            raise DamagedError(f".metadata: {type(error).__name__}: {error}") from error
         if not isinstance(metadata, Metadata):
-            raise _Damaged(f".metadata holds a {type(metadata).__name__}")
+            raise DamagedError(f".metadata holds a {type(metadata).__name__}")
         return metadata
 
 
-class _Planner(dcp.DefaultLoadPlanner):
-    """Says which weights differ, and loads what is no tensor without trust."""
+class CheckpointPlanner(dcp.DefaultLoadPlanner):
+    """Says which weights differ, and loads what is no tensor without trust.
+
+    Args:
+        path: the checkpoint's folder, for errors.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
