@@ -34,6 +34,7 @@ from starlette.types import Receive, Scope, Send
 from toy import BUSY_USER, NEW_USER, NUM_EVENTS, ONE_EVENT_USER, make_toy
 
 from ifa_torchrec import IFAConfig, UserState
+from ifa_torchrec.batch import RankingFeatures
 from ifa_torchrec.commands.build_states import BuildStatesConfig, build_states
 from ifa_torchrec.commands.serve import ServeConfig, serve
 from ifa_torchrec.serving import (
