@@ -138,7 +138,7 @@ def test_under_torchrun(log, tmp_path: Path, of_all: bool, said: str) -> None:
     ]
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*run, str(tmp_path / "fails.py"), *map(str, options)],
+        [*run, str(tmp_path / "fails.py"), "train", *map(str, options)],
         env={
             **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")},
             "PYTHONPATH": str(Path(ifa_torchrec.__file__).parents[1]),

@@ -549,13 +549,13 @@ class TestKilled:
         """Without restarts the job ends, soon; with restarts the same line does all by itself."""
         config = dataclasses.replace(runs[self.RUN].whole, out=tmp_path / "run")
         folder = config.out / "checkpoints"
-        died = torchrun([killed.__file__, *command_line_of(config)], KILL="training 1 8")
+        died = torchrun([killed.__file__, "train", *command_line_of(config)], KILL="training 1 8")
         assert died.returncode == 1 and "SIGKILL" in died.stderr
         assert "no checkpoint here; starting" in died.stderr
         last = folder / "step-000000006" / "progress.json"
         assert died.ended - last.stat().st_mtime < 30
 
-        line = ["--max-restarts", "1", killed.__file__, *command_line_of(config)]
+        line = ["--max-restarts", "1", killed.__file__, "train", *command_line_of(config)]
         done = torchrun(line, KILL="writing 1 9")
         assert done.returncode == 0, done.stderr[-4000:]
         assert done.stderr.count("going on from step 6") == 2
