@@ -85,7 +85,7 @@ def faults(draw, x: Tensor) -> Tensor:
         return x.to("meta")
     if x.is_floating_point() or not x.numel():
         return x
-    spoilt = x.clone()
+    spoilt = x.to(torch.int64, copy=True)  # uint32 knows no addition
     spoilt[draw(st.integers(0, x.numel() - 1))] += draw(st.sampled_from([-1000, -1, 1, 1000, 2**40]))
     return spoilt
 
