@@ -666,7 +666,8 @@ def test_a_process_takes_new_weights_on_sighup_and_loses_no_event_on_sigterm(fol
     assert seen == {models[0].version, models[1].version, 503}
     assert f"weights {models[1].version} serve now" in log
     store = open_key_value_store(str(states))
-    events = [Event(position, BUSY_USER, 3, LATER) for position in answered]
+    time_sent = LATER - 14 * 3600 * 1_000_000
+    events = [Event(position, BUSY_USER, 3, time_sent) for position in answered]
     assert not any(scorer(models, store, 1).append(events))
     store.close()
 
