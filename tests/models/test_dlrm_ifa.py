@@ -448,12 +448,14 @@ class TestCandidateSet:
         torch.testing.assert_close(alone, model(take(batch, EVENT_ROWS, kept, [0, 1, 2, 3])))
         assert not torch.allclose(alone, logits[batch.exposed])
 
+    @pytest.mark.slow
     def test_training_by_consistency_closes_the_gap(self, attention: str) -> None:
         """Labels depend on the rest of the set, so that the unexposed move the scores."""
 
         def relative(seed: int) -> RankingBatch:
             batch = make_batch(candidates=[8] * 4, seed=seed)
-            level = torch.linspace(-2, 2, 4)[torch.randperm(4), None]
+            order = torch.randperm(4, generator=torch.Generator().manual_seed(seed))
+            level = torch.linspace(-2, 2, 4)[order, None]
             price = batch.candidate_dense.view(4, 8) + level
             batch.candidate_dense = price.view(-1, 1)
             dearer = (price > price.mean(1, keepdim=True)).float().view(-1, 1)
@@ -461,11 +463,13 @@ class TestCandidateSet:
             return batch
 
         gap_of = CandidateSetLoss(CandidateSetLossConfig(pointwise=0.0, consistency=1.0))
-        train_on, measure_on = ([relative(n) for n in range(a, b)] for a, b in ((0, 200), (1000, 1020)))
         gaps = {0.0: 0.0, 3.0: 0.0}
-        # two models and 20 batches: one of each differs by more than the term gains
-        for weight, seed in itertools.product(gaps, range(2)):
-            torch.manual_seed(seed)
+        # three trainings and 20 batches each: one of each differs by more than the term gains
+        for weight, trial in itertools.product(gaps, range(3)):
+            train_on, measure_on = (
+                [relative(1000 * trial + n) for n in numbers]
+                for numbers in (range(200), range(500, 520))
+            )
             config = CandidateSetLossConfig(consistency=weight)
             train = DLRM_IFATrain(self.make(attention), config)
             optimizer = torch.optim.Adam(train.parameters(), lr=0.01)
@@ -479,8 +483,8 @@ class TestCandidateSet:
                     described, score = train.model.describe(batch), train.model.set_arch
                     logits, alone = score(described), score(described.only(batch.exposed))
                 offsets = batch.sequence_features["candidate_item"].offsets()
-                gaps[weight] += gap_of(logits, batch.labels, batch.exposed, offsets, alone).item() / 40
-        assert gaps[0.0] > 0.003 and gaps[3.0] < 0.65 * gaps[0.0], gaps
+                gaps[weight] += gap_of(logits, batch.labels, batch.exposed, offsets, alone).item() / 60
+        assert gaps[0.0] > 0.003 and gaps[3.0] < 0.6 * gaps[0.0], gaps
 
 
 def test_a_consistency_term_needs_candidates_that_see_each_other() -> None:
