@@ -74,6 +74,10 @@ class RankingFeatures(Pipelineable):
         item_vectors: [U, V] float, frozen vectors of an item, one kind after the other.
         history_items: [N] int64, which of the U items each event is of.
         candidate_items: [M] int64, which of the U items each candidate is.
+        history_item_ids: [N] int64, the events' items by numbers that tell them apart also where the
+            table has row 0 for them, "unknown", since they are new; what identity heads compare. None
+            where the table's rows do.
+        candidate_item_ids: [M] int64, likewise of the candidates.
 
     Example:
         >>> import torch
@@ -103,6 +107,8 @@ class RankingFeatures(Pipelineable):
     item_vectors: torch.Tensor | None = field(default=None, kw_only=True)
     history_items: torch.Tensor | None = field(default=None, kw_only=True)
     candidate_items: torch.Tensor | None = field(default=None, kw_only=True)
+    history_item_ids: torch.Tensor | None = field(default=None, kw_only=True)
+    candidate_item_ids: torch.Tensor | None = field(default=None, kw_only=True)
 
     @property
     def num_requests(self) -> int:
