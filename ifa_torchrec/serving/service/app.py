@@ -39,27 +39,26 @@ def create_app(
         >>> from ifa_torchrec.training.trainer import train
         >>> folder = Path(tempfile.mkdtemp())
         >>> days = pd.date_range("2024-01-01", periods=4)
-        >>> log = EventLog.from_pandas(folder / "log", schema=LogSchema(item_features={"item": 3}),
-        ...     events=pd.DataFrame({"user": 1, "item": [0, 1, 0, 1], "time": days}),
-        ...     requests={"train": pd.DataFrame({"user": [1], "time": days[3:], "candidates": [[0, 2]],
+        >>> log = EventLog.from_pandas(folder / "log", schema=LogSchema(item_features={"item": 4}),
+        ...     events=pd.DataFrame({"user": 1, "item": [1, 2, 1, 2], "time": days}),
+        ...     requests={"train": pd.DataFrame({"user": [1], "time": days[3:], "candidates": [[1, 3]],
         ...                                      "exposed": [[True, True]], "label": [[1, 0]]})})
         >>> _ = train(TrainConfig(folder / "log", folder / "run", ifa=IFAConfig(8, num_heads=2)))
         >>> _ = build_states(BuildStatesConfig(folder / "run", str(folder / "states"), 4))
         >>> states = open_key_value_store(str(folder / "states"))
         >>> def load():
         ...     run = load_run(folder / "run", sharded=False)
-        ...     store = StateStore(states, run.version)
-        ...     return Scorer(run.dlrm, run.log.schema, run.log.items, store)
+        ...     return Scorer(run.dlrm, run.log, StateStore(states, run.version))
         >>> with LiveScorer(load, Limits()) as live:
         ...     client = TestClient(create_app(live))
-        ...     request = {"user": 1, "candidates": [0, 2, 1], "k": 2}
+        ...     request = {"user": 1, "candidates": [1, 3, "new"], "k": 2}
         ...     ranked = client.post("/rank", json={"requests": [request]}).json()["rankings"][0]
         ...     event = {"position": 4, "user": 1, "item": 2, "time": "2024-01-05T08:00:00Z"}
         ...     added = client.post("/events", json={"events": [event]}).json()
         >>> sorted(ranked), len(ranked["items"])
         (['as_of', 'items', 'logits', 'version'], 2)
         >>> added
-        {'new': 1, 'duplicates': 0}
+        {'results': [{'status': 'taken', 'reason': None}]}
     """
     app = FastAPI(
         title="ifa_torchrec.serve",
