@@ -43,7 +43,7 @@ Id = Annotated[
     Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | Annotated[str, Field(min_length=1)], _OneError()
 ]
 """An external id. It stays what it is: a string of digits is a string."""
-Ids = Annotated[list[Id], FailFast()]
+Ids = Annotated[list[Id], Field(fail_fast=True)]
 Natural = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Field(ge=1, le=2**63 - 1)]
 Time = Annotated[
