@@ -133,9 +133,7 @@ def _begin(config: BuildStatesConfig, run: Run, histories: _Histories) -> StateS
     source = f"{run.log.fingerprint()} until {config.until}"
     key_values = open_key_value_store(config.store)
     vocabulary = run.log.vocabulary.digest
-    return StateStore.begin(
-        key_values, run.version, layout, config.position, source, latest, vocabulary
-    )
+    return StateStore.begin(key_values, run.version, layout, config.position, source, latest, vocabulary)
 
 
 def _write(

@@ -32,7 +32,9 @@ def main(config: Annotated[StatesConfig, tyro.conf.arg(name="")]) -> None:
         drop(key_values, config.drop)
     for version, header in versions(key_values).items():
         if header.get("format") != FORMAT:
-            print(f"{version}: of format {header.get('format')!r}, this version reads {FORMAT!r}; drop it")
+            print(
+                f"{version}: of format {header.get('format')!r}, this version reads {FORMAT!r}; drop it"
+            )
             continue
         built = "whole" if header["complete"] else "half built"
         print(

@@ -13,7 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ifa_torchrec.batch import RankingFeatures
 from ifa_torchrec.data import EventLog
-from ifa_torchrec.data.item_fields import item_fields
+from ifa_torchrec.data.batches import item_fields, jagged, stacked, tensor
 from ifa_torchrec.serving.requests import Id, RankingRequest, float32s
 from ifa_torchrec.serving.states.journal import Event
 
@@ -122,9 +122,9 @@ class Catalogue:
             for f in schema.candidate_dense
         ]
         features = RankingFeatures(
-            dense_features=_stack(dense, len(requests)),
+            dense_features=stacked(dense, len(requests)),
             context_features=self._context(requests, values),
-            candidate_dense=_stack(candidate_dense, len(items)),
+            candidate_dense=stacked(candidate_dense, len(items)),
             history_age=torch.empty(0),
             **self._sequences(_CANDIDATE, items, lengths, candidate_ids),
         )
@@ -152,11 +152,11 @@ class Catalogue:
             weight = torch.tensor([1.0 if e.weight is None else e.weight for e in events])
         features = RankingFeatures(
             dense_features=torch.zeros(count, len(schema.dense_features)),
-            context_features=_kjt({}, {}, count),
+            context_features=jagged({}, []),
             candidate_dense=torch.empty(0, len(schema.candidate_dense)),
             history_age=torch.zeros(count),
             history_weight=weight,
-            history_dense=_stack(dense, count) if dense else None,
+            history_dense=stacked(dense, count) if dense else None,
             **self._sequences(_HISTORY, items, np.ones(count, np.int64), event_ids),
         )
         return Read(features, self._is_unknown(items).astype(np.int64), values)
@@ -181,7 +181,7 @@ class Catalogue:
             lengths[name] = np.array([len(ids) for ids in given], np.int64)
             of_request = np.repeat(np.arange(len(requests)), lengths[name])
             values[name] = self._rows_of(name, [i for ids in given for i in ids], of_request, unknown)
-        return _kjt(values, lengths, len(requests))
+        return jagged(values, list(lengths.values()))
 
     def _sequences(
         self, prefix: str, items: np.ndarray, lengths: np.ndarray, own: Mapping[str, np.ndarray]
@@ -208,27 +208,11 @@ class Catalogue:
             values |= {side + f: there[f] for f in features}
         counts = {key: lengths if key.startswith(prefix) else 0 * lengths for key in values}
         of_events, of_candidates = (described, none) if prefix == _HISTORY else (none, described)
-        numbers = torch.from_numpy(items), torch.from_numpy(none)
+        numbers = tensor(items), tensor(none)
         history, candidates = numbers if prefix == _HISTORY else numbers[::-1]
         return {
-            "sequence_features": _kjt(values, counts, len(lengths)),
+            "sequence_features": jagged(values, list(counts.values())),
             "history_item_ids": history,
             "candidate_item_ids": candidates,
             **item_fields(self._items, schema, of_events, of_candidates),
         }
-
-
-def _kjt(
-    values: Mapping[str, np.ndarray], lengths: Mapping[str, np.ndarray], stride: int
-) -> KeyedJaggedTensor:
-    none = np.empty(0, np.int64)
-    return KeyedJaggedTensor(
-        keys=list(values),
-        values=torch.from_numpy(np.concatenate([none, *values.values()])),
-        lengths=torch.from_numpy(np.concatenate([none, *lengths.values()])),
-        stride=stride,
-    ).sync()
-
-
-def _stack(columns: Sequence[np.ndarray], rows: int) -> torch.Tensor:
-    return torch.from_numpy(np.stack(columns, 1) if columns else np.empty((rows, 0), np.float32))

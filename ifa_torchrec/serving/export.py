@@ -259,9 +259,7 @@ def export_scorer(model: DLRM_IFA, schema: LogSchema) -> ExportedProgram:
         )
 
 
-def describe(
-    model: DLRM_IFA, schema: LogSchema, version: str, vocabulary: str
-) -> dict[str, Any]:
+def describe(model: DLRM_IFA, schema: LogSchema, version: str, vocabulary: str) -> dict[str, Any]:
     """What the author of a server has to know of an exported graph; to be written as JSON.
 
     Args:

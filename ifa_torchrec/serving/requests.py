@@ -1,7 +1,7 @@
 """What a scorer is asked and told: ranking requests and events, and the checks of what they hold.
 
-A request or an event that is not what the model takes is refused with a RequestError that names the field.
-Ids are external ids, of which any is taken: what the vocabulary does not know is "unknown", row 0.
+A request or an event that is not what the model takes is refused with a RequestError that names the
+field. Ids are external ids, of which any is taken: what the vocabulary does not know is "unknown".
 """
 
 from __future__ import annotations
@@ -156,17 +156,17 @@ def checked_event(schema: LogSchema, event: Event, max_ahead: float) -> Event:
         max_ahead: seconds that it may be ahead of the clock here.
 
     Raises:
-        RequestError: a field is missing, not of the schema, of another type or out of range, or the event
-            is of the future.
+        RequestError: a field is missing, not of the schema, of another type or out of range, or the
+            event is of the future.
 
     Example:
         >>> from ifa_torchrec.data import LogSchema
         >>> from ifa_torchrec.serving import Event
         >>> from ifa_torchrec.serving.requests import checked_event
-        >>> schema = LogSchema(item_features={"item": 10}, event_features={"action": 5})
+        >>> schema = LogSchema(item_features={"item": 10}, event_features={"act": 5})
         >>> checked_event(schema, Event(1, user=7, item=4, time=0), max_ahead=60)
         Traceback (most recent call last):
-        ifa_torchrec.serving.errors.RequestError: features: ['action'] missing; the model takes ['action']
+        ifa_torchrec.serving.errors.RequestError: features: ['act'] missing; the model takes ['act']
     """
     position = event.position
     if not _is_integer(position) or not 0 <= position <= _LARGEST:

@@ -33,8 +33,8 @@ class Scorer:
     The model is the one that was trained: ``DLRM_IFA.attend``, its forward from a state in place of
     the history.
 
-    Users, items and ids of features are external ids, integers or strings. What the log's vocabulary does
-    not know is "unknown"; users that it does not know have states like any other.
+    Users, items and ids of features are external ids, integers or strings. What the log's vocabulary
+    does not know is "unknown"; users that it does not know have states like any other.
 
     Args:
         model: DLRM_IFA of interaction "ifa", its tables on this process.
@@ -77,9 +77,7 @@ class Scorer:
         ['taken', 'duplicate']
     """
 
-    def __init__(
-        self, model: DLRM_IFA, log: EventLog, store: StateStore, strict: bool = False
-    ) -> None:
+    def __init__(self, model: DLRM_IFA, log: EventLog, store: StateStore, strict: bool = False) -> None:
         ifa = model.candidate_arch.ifa
         states = f"states of weights {store.version!r}"
         wanted = StateLayout.of(ifa, store.layout.dtype)

@@ -79,7 +79,9 @@ class Shop:
         """The events before the n-th request, which no other has."""
         request = self.requests.iloc[n]
         mine = self.events["user"] == request["user"]
-        return [self.event(row) for row in np.flatnonzero(mine & (self.events["time"] < request["time"]))]
+        return [
+            self.event(row) for row in np.flatnonzero(mine & (self.events["time"] < request["time"]))
+        ]
 
     def event(self, row: int) -> Event:
         """A row of the events, as a stream has it."""

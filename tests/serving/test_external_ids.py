@@ -112,7 +112,9 @@ def test_ids_come_back_as_they_were_given_and_unknown_ones_are_counted(shop, sco
     assert {(type(item), item) for item in ranking.items} == {(type(i), i) for i in asked.candidates}
     assert (ranking.unknown_candidates, ranking.unknown_context) == (3, 6)
     # a number and its digits are one item
-    scores = dict(zip(asked.candidates, scorer.score([request(shop, *asked.candidates)])[0], strict=True))
+    scores = dict(
+        zip(asked.candidates, scorer.score([request(shop, *asked.candidates)])[0], strict=True)
+    )
     np.testing.assert_allclose(scores[7], scores["7"], atol=1e-6)
 
 
@@ -269,7 +271,9 @@ def test_a_request_that_is_not_the_schemas_is_refused(shop, scorer, changes, mes
 
 def test_states_of_another_vocabulary_are_refused(shop, key_values):
     store = new_store(key_values, shop.log, vocabulary="another")
-    with pytest.raises(StateError, match=r"of the vocabulary 'another', that of .* is '.*ifa states --dr"):
+    with pytest.raises(
+        StateError, match=r"of the vocabulary 'another', that of .* ifa states --drop v1"
+    ):
         Scorer(shop.model, shop.log, store)
     layout = StateLayout.of(shop.model.candidate_arch.ifa)
     StateStore.begin(key_values, "v2", layout, 0, vocabulary="one")

@@ -83,7 +83,7 @@ def unpack_event(position: int, body: bytes) -> Event:
         ids, amounts = (user, item, *features.values()), (*numbers.values(), weight)
         if not all(_is_id(i) for i in ids) or not _is_id(time) or isinstance(time, str):
             raise ValueError
-        if not all(x is None or isinstance(x, float) and math.isfinite(x) for x in amounts):
+        if not all(x is None or (isinstance(x, float) and math.isfinite(x)) for x in amounts):
             raise ValueError
         return event
     except (ValueError, AttributeError, TypeError):
@@ -150,7 +150,5 @@ class Journal:
 
     def changed(self) -> dict[bytes, bytes]:
         """The bodies of the records that are new or changed, by their keys."""
-        bodies = {
-            journal_key(position): pack_event(event) for position, event in self._events.items()
-        }
+        bodies = {journal_key(position): pack_event(event) for position, event in self._events.items()}
         return bodies | {key: bytes(bits) for key, bits in self._positions.items()}

@@ -89,8 +89,8 @@ class StateLayout:
 def user_key(user: int | str) -> bytes:
     """The 16 bytes that stand for a user in keys, by their external id.
 
-    An integer is itself, so that keys sort by it; a string is its digest, whose first bit is set, so that
-    the two never meet.
+    An integer is itself, so that keys sort by it; a string is its digest, whose first bit is set, so
+    that the two never meet.
 
     Example:
         >>> from ifa_torchrec.serving.states.layout import user_key
@@ -174,7 +174,7 @@ def position_of(journal_key: bytes) -> int:
 
 
 def user_of(key: bytes) -> int | None:
-    """The user whose record lies under a key; None where it is a string, of which the key has a digest."""
+    """The user whose record lies under a key; None where it is a string, whose digest the key has."""
     high, low = _INTEGER_USER.unpack_from(key, 9)
     return None if high else low - _SIGN
 

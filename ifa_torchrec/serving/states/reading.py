@@ -89,7 +89,11 @@ class Lookup:
     """
 
     def __init__(
-        self, codec: RecordCodec, users: Sequence[int | str], wanted: Sequence[np.ndarray], with_before: bool
+        self,
+        codec: RecordCodec,
+        users: Sequence[int | str],
+        wanted: Sequence[np.ndarray],
+        with_before: bool,
     ) -> None:
         self._codec, self._users = codec, users
         lengths = [len(of_user) for of_user in wanted]
