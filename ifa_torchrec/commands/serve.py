@@ -29,9 +29,14 @@ from typing import Annotated
 
 import torch.distributed as dist
 import tyro
+
+from ifa_torchrec.errors import ConfigError, require
+
+require("serve", "uvicorn")
+
+# ruff: noqa: E402 (what is not installed is named before an import fails on it)
 import uvicorn
 
-from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.serving import Scorer, StateStore, open_key_value_store, quantize_tables
 from ifa_torchrec.serving.live import Limits, LiveScorer
 from ifa_torchrec.serving.service import create_app
