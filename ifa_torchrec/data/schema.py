@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ifa_torchrec.errors import UserError
 
-FORMAT = "ifa-event-log/1"
+FORMAT = "ifa-event-log/2"
 USER, TIME, CANDIDATES, EXPOSED = "user", "time", "candidates", "exposed"
 OFFSETS = "candidate_offsets"
 """Where each request's candidates begin in the candidate columns of a split."""
@@ -30,41 +31,72 @@ class LogError(UserError, ValueError):
     """An event log is not what its schema says; the message names the column and the remedy."""
 
 
+TaskKind = Literal["binary", "regression"]
+
+
 @dataclass(frozen=True)
 class LogSchema:
     """What an event log holds, beyond the fixed columns user, time, candidates and exposed.
 
+    In every id feature row 0 is "unknown", which is not the same as another "unknown" (see IFAConfig,
+    identity_features). A number that is missing is null.
+
     Args:
         item_features: id features of an item, each with the number of rows of its table. The
-            first is the item itself: it is the events' item column, and `candidates` hold it. Its
-            row 0 is an item as the others; of the other features it is "unknown", which is not the
-            same as another "unknown" (see IFAConfig, identity_features).
+            first is the item itself: it is the events' item column, and `candidates` hold it.
         context_features: id features of a request (int64 columns), each with its table's rows.
         dense_features: float columns of a request.
         candidate_dense: float list columns of a request, one number a candidate.
-        tasks: label list columns of a request, 0 or 1 for each candidate.
+        tasks: label list columns of a request, a label for each candidate, and the kind of each:
+            "binary" (0 or 1) or "regression" (any number). A tuple of names means binary ones.
         candidate_tags: further int list columns, for analysis only (the model never sees them),
             each with the names of its values 0, 1, 2, ...: evaluation reports the positives
             against the negatives of each value.
+        item_lists: int list columns of an item, any number of ids each; with the table's rows.
+        item_dense: float columns of an item.
+        item_vectors: float list columns of an item, frozen vectors; with their width.
+        event_features: id features of an event, each with its table's rows.
+        event_dense: float columns of an event.
+        event_weight: float column of an event, its weight a_i >= 0; None where each weighs 1.
+        context_lists: int list columns of a request, any number of ids each; with the table's rows.
+        candidate_features: int list columns of a request, an id a candidate; with the table's rows.
+        log_scaled: those of all dense columns and regression tasks of which log(1 + x) is taken before
+            they are standardised; none of their numbers is negative.
+
+    Raises:
+        LogError: a name is used twice or is none, a number of rows is below 1, or there is no item or
+            no task.
 
     Example:
         >>> from ifa_torchrec.data import LogSchema
-        >>> LogSchema(item_features={"item": 1000, "category": 20}).item
-        'item'
+        >>> schema = LogSchema(item_features={"item": 1000, "category": 20},
+        ...                    event_features={"action": 5}, tasks={"watch": "regression"})
+        >>> schema.item, schema.dense
+        ('item', ())
     """
 
     item_features: dict[str, int]
     context_features: dict[str, int] = field(default_factory=dict)
     dense_features: tuple[str, ...] = ()
     candidate_dense: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ("label",)
+    tasks: dict[str, TaskKind] = field(default_factory=lambda: {"label": "binary"})
     candidate_tags: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    item_lists: dict[str, int] = field(default_factory=dict, kw_only=True)
+    item_dense: tuple[str, ...] = field(default=(), kw_only=True)
+    item_vectors: dict[str, int] = field(default_factory=dict, kw_only=True)
+    event_features: dict[str, int] = field(default_factory=dict, kw_only=True)
+    event_dense: tuple[str, ...] = field(default=(), kw_only=True)
+    event_weight: str | None = field(default=None, kw_only=True)
+    context_lists: dict[str, int] = field(default_factory=dict, kw_only=True)
+    candidate_features: dict[str, int] = field(default_factory=dict, kw_only=True)
+    log_scaled: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
-        for name in ("dense_features", "candidate_dense", "tasks"):  # lists, when read from JSON
+        for name in (*_DENSE, "log_scaled"):  # lists, when read from JSON
             object.__setattr__(self, name, _names(getattr(self, name), name))
-        for name in ("item_features", "context_features"):
+        for name in _TABLES:
             object.__setattr__(self, name, _table_rows(getattr(self, name), name))
+        object.__setattr__(self, "tasks", _kinds(self.tasks))
         if not isinstance(self.candidate_tags, dict):
             raise LogError("schema: candidate_tags must map names to the names of their values")
         tags = {name: _names(values, f"{name!r}") for name, values in self.candidate_tags.items()}
@@ -73,8 +105,10 @@ class LogSchema:
             raise LogError("schema: item_features is empty; name at least the item's own id")
         if not self.tasks:
             raise LogError("schema: tasks is empty; name at least one column of labels")
-        names = [*self.item_features, *self.context_features, *self.dense_features]
-        names += [USER, TIME, OFFSETS, *self.candidate_lists]
+        names = [name for fields in _TABLES for name in getattr(self, fields)]
+        names += [*self.dense, *self.tasks, *self.candidate_tags]
+        names += [USER, TIME, OFFSETS, CANDIDATES, EXPOSED]
+        names += [] if self.event_weight is None else [self.event_weight]
         for name in names:
             if not isinstance(name, str) or not name.isidentifier() or len(name) > _LONGEST_NAME:
                 raise LogError(
@@ -82,6 +116,13 @@ class LogSchema:
                 )
             if names.count(name) > 1:
                 raise LogError(f"schema: the name {name!r} is given twice or is reserved; rename it")
+        numbers = [*self.dense, *(task for task, kind in self.tasks.items() if kind == "regression")]
+        for name in self.log_scaled:
+            if name not in numbers:
+                raise LogError(
+                    f"schema: log_scaled names {name!r}, which is no dense column and no regression "
+                    f"task; there are {numbers}"
+                )
 
     @property
     def item(self) -> str:
@@ -89,9 +130,24 @@ class LogSchema:
         return next(iter(self.item_features))
 
     @property
+    def dense(self) -> tuple[str, ...]:
+        """All columns of numbers that the model standardises."""
+        return tuple(name for fields in _DENSE for name in getattr(self, fields))
+
+    @property
     def candidate_lists(self) -> tuple[str, ...]:
         """The request columns that hold one value a candidate."""
-        return (CANDIDATES, EXPOSED, *self.tasks, *self.candidate_dense, *self.candidate_tags)
+        lists = (self.tasks, self.candidate_dense, self.candidate_tags, self.candidate_features)
+        return (CANDIDATES, EXPOSED, *(name for names in lists for name in names))
+
+
+_DENSE = ("dense_features", "candidate_dense", "item_dense", "event_dense")
+"""The fields that name columns of numbers."""
+_TABLES = (
+    *("item_features", "context_features", "item_lists", "item_vectors"),
+    *("event_features", "context_lists", "candidate_features"),
+)
+"""The fields that map names to a number of rows, or of columns."""
 
 
 def _names(values: Any, where: str) -> tuple[str, ...]:
@@ -100,13 +156,23 @@ def _names(values: Any, where: str) -> tuple[str, ...]:
     return tuple(values)
 
 
+def _kinds(tasks: Any) -> dict[str, TaskKind]:
+    if isinstance(tasks, (tuple, list)):
+        tasks = dict.fromkeys(tasks, "binary")
+    kinds = typing.get_args(TaskKind)
+    if not isinstance(tasks, dict) or not all(kind in kinds for kind in tasks.values()):
+        raise LogError(f"schema: tasks must map names to one of {list(kinds)}, got {tasks!r}")
+    return tasks
+
+
 def _table_rows(features: Any, where: str) -> dict[str, int]:
     if not isinstance(features, dict):
-        raise LogError(f"schema: {where} must map names to table rows, like {{'item': 1000}}")
+        raise LogError(f"schema: {where} must map names to numbers, like {{'item': 1000}}")
+    counted = "columns" if where == "item_vectors" else "table rows"
     for name, rows in features.items():
         if not isinstance(rows, Integral) or isinstance(rows, bool) or rows < 1:
             raise LogError(
-                f"schema: {where}: {name!r} has {rows!r} table rows; it must be a number, 1 or more"
+                f"schema: {where}: {name!r} has {rows!r} {counted}; it must be a number, 1 or more"
             )
     return {name: int(rows) for name, rows in features.items()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ifa_torchrec.batch import Scale
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules import INTERACTIONS, CandidateSetConfig, IFAConfig
 
@@ -13,10 +14,21 @@ class DLRM_IFAConfig:
     """The dense part of a DLRM_IFA; the tables come with the embedding collections.
 
     Args:
-        item_features: names f of the item's id features; the embedding collection holds the
-            keys ``history_f`` and ``candidate_f`` for each, sharing one table.
+        item_features: names f of the item's id features, whose keys in the sequence features are
+            ``history_f`` and ``candidate_f``, sharing one table; or a map from each name to its two
+            keys, where they are called otherwise. The first is the item itself.
         dense_in_features: F, numbers a request.
         candidate_dense_in_features: Fc, numbers a candidate.
+        item_dense_in_features: Fi, numbers an item.
+        event_dense_in_features: Fe, numbers an event.
+        event_features: names of the events' own id features, whose keys in the sequence features are
+            ``history_NAME``; or a map from each name to its key.
+        candidate_features: of the candidates' own, ``candidate_NAME``; likewise.
+        item_vectors: names of the items' frozen vectors, in the order of the batch's columns, each with
+            its width.
+        scales: how the columns of ``dense_features``, ``candidate_dense``, ``item_dense`` and
+            ``history_dense`` are standardised, a Scale a column; a name that is not there is taken as it
+            is.
         interaction: how candidates meet the history, a key of INTERACTIONS.
         ifa: IFAConfig, shared by all interactions; its identity_features are names of
             item_features, and its embedding_dim is that of the tables.
@@ -37,7 +49,7 @@ class DLRM_IFAConfig:
         'ifa'
     """
 
-    item_features: tuple[str, ...]
+    item_features: tuple[str, ...] | dict[str, tuple[str, str]]
     dense_in_features: int = 0
     candidate_dense_in_features: int = 0
     interaction: str = "ifa"
@@ -48,6 +60,12 @@ class DLRM_IFAConfig:
     dense_arch_layer_sizes: tuple[int, ...] = (32,)
     over_arch_layer_sizes: tuple[int, ...] = (64, 32)
     num_tasks: int = 1
+    item_dense_in_features: int = field(default=0, kw_only=True)
+    event_dense_in_features: int = field(default=0, kw_only=True)
+    event_features: tuple[str, ...] | dict[str, str] = field(default=(), kw_only=True)
+    candidate_features: tuple[str, ...] | dict[str, str] = field(default=(), kw_only=True)
+    item_vectors: dict[str, int] = field(default_factory=dict, kw_only=True)
+    scales: dict[str, tuple[Scale, ...]] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.interaction not in INTERACTIONS:

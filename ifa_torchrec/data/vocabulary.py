@@ -1,0 +1,282 @@
+"""The vocabulary: which external id has which row.
+
+    FOLDER/vocabulary.json       of each name its kind, its rows and a digest; written last
+    FOLDER/vocabulary/NAME.parquet   column `id` of a listed name: the id of row 1, of row 2, ...
+
+External ids are what a shop, a stream or a client calls things: strings or integers of 64 bits. Rows are
+where they stand in tables. Row 0 is "unknown": what the vocabulary does not have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pandas.util import hash_pandas_object
+
+from ifa_torchrec.data.schema import LogError, LogSchema
+
+FORMAT = "ifa-vocabulary/1"
+ExternalId = str | int
+"""What the world calls a user, an item or a value."""
+
+_HASH_DIGITS = 15  # of MD5's hexadecimals: an int64 holds them
+_LEAST, _MOST = -(2**63), 2**63 - 1
+
+
+def hash_row(identifier: ExternalId, rows: int) -> int:
+    """Row of an id that is hashed to a table, 1 to rows - 1.
+
+    Args:
+        identifier: the id; an integer and its decimal digits have the same row.
+        rows: of the table, at least 2.
+
+    Raises:
+        ValueError: rows is less than 2.
+
+    Example:
+        >>> from ifa_torchrec.data.vocabulary import hash_row
+        >>> hash_row("a", 1001)
+        363
+    """
+    if rows < 2:
+        raise ValueError(f"rows must be at least 2, got {rows}")
+    digest = hashlib.md5(str(identifier).encode()).hexdigest()
+    return 1 + int(digest[:_HASH_DIGITS], 16) % (rows - 1)
+
+
+@dataclass(frozen=True)
+class Ids:
+    """The ids of one name: of users, of items or of an id feature.
+
+    Args:
+        kind: "listed": row r has the id ids[r - 1]; "hashed": rows are hashes of ids; "numbered": an id
+            is its own row.
+        rows: of the table, row 0 included.
+        ids: the listed ones, strings or int64.
+
+    Example:
+        >>> import pyarrow as pa
+        >>> from ifa_torchrec.data.vocabulary import Ids
+        >>> ids = Ids("listed", 3, pa.array(["tea", "cup"]))
+        >>> ids.rows_of(["cup", "new"]).tolist(), ids.at([1, 0])
+        ([2, 0], ['tea', None])
+    """
+
+    kind: Literal["listed", "hashed", "numbered"]
+    rows: int
+    ids: pa.Array | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """Of kind, ids and their rows; of a table that is hashed to, or numbered, only of the kind and
+        the rows."""
+        text = f"{self.kind} {self.rows}"
+        if self.ids is not None:
+            column = cast(Any, hash_pandas_object)(pd.Series(self.ids.to_pandas()), index=False)
+            text = f"{text} {self.ids.type} {hashlib.sha256(column.to_numpy()).hexdigest()}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @cached_property
+    def _index(self) -> pd.Index:
+        return pd.Index([] if self.ids is None else self.ids.to_pandas())
+
+    def rows_of(self, ids: Sequence[ExternalId] | np.ndarray) -> np.ndarray:
+        """Row of each id, [n] int64; 0 for those that are not known.
+
+        A listed string is found by the string alone, a listed integer by the integer or its decimal
+        digits.
+        """
+        if self.kind == "hashed":
+            return np.array([hash_row(i, self.rows) for i in ids], np.int64)
+        if self.kind == "numbered":
+            given = (_integer(i) for i in ids)
+            return np.array([i if i is not None and 0 <= i < self.rows else 0 for i in given], np.int64)
+        numbers = self.ids is not None and pa.types.is_integer(self.ids.type)
+        known = [_integer(i) if numbers else i if isinstance(i, str) else None for i in ids]
+        there = np.array([i is not None for i in known], bool)
+        rows = np.zeros(len(known), np.int64)
+        wanted = pd.Index([i for i in known if i is not None], dtype=self._index.dtype)
+        rows[there] = self._index.get_indexer(wanted) + 1
+        return rows
+
+    def at(self, rows: Iterable[int]) -> list[ExternalId | None]:
+        """The id of each row; None for row 0, and where ids are hashed."""
+        if self.kind == "numbered":
+            return [int(row) or None for row in rows]
+        if self.kind == "hashed" or self.ids is None:
+            return [None for _ in rows]
+        return [self.ids[int(row) - 1].as_py() if row else None for row in rows]
+
+    def extended(self, ids: Iterable[ExternalId]) -> Ids:
+        """With further ids behind those that there are, whose rows stay; what is there already, and all
+        where ids are not listed, changes nothing."""
+        if self.kind != "listed" or self.ids is None:
+            return self
+        ids = list(dict.fromkeys(ids))
+        new = [i for i, row in zip(ids, self.rows_of(ids), strict=True) if not row]
+        if not new:
+            return self
+        joined = pa.concat_arrays([self.ids, pa.array(new, self.ids.type)])
+        return Ids("listed", len(joined) + 1, joined)
+
+
+class Vocabulary:
+    """Which external id has which row: of users, of items and of every id feature.
+
+    Args:
+        ids: the Ids of each name. Users go by the name "user".
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.data.vocabulary import Vocabulary
+        >>> vocabulary = Vocabulary.of({"item": ["tea", "cup"], "user": [7, 9]})
+        >>> longer = vocabulary.extended({"item": ["jug", "tea"]})
+        >>> longer["item"].rows_of(["jug", "cup"]).tolist(), longer.digest == vocabulary.digest
+        ([3, 2], False)
+        >>> longer.save(Path(tempfile.mkdtemp()))
+    """
+
+    def __init__(self, ids: Mapping[str, Ids]) -> None:
+        self._ids = dict(ids)
+
+    @staticmethod
+    def of(ids: Mapping[str, Iterable[ExternalId]]) -> Vocabulary:
+        """Of lists of ids, in the order of their rows.
+
+        Raises:
+            LogError: ids of one name are of several types, null, not an int64 or empty strings.
+        """
+        return Vocabulary({name: _listed(name, values) for name, values in ids.items()})
+
+    @staticmethod
+    def numbered(schema: LogSchema) -> Vocabulary:
+        """Of a log whose ids are rows already. Users are left out: they have no table, and the log's
+        number of one is what the world calls it."""
+        tables = (schema.item_features, schema.item_lists, schema.event_features)
+        tables += (schema.context_features, schema.context_lists, schema.candidate_features)
+        ids = {name: Ids("numbered", rows) for table in tables for name, rows in table.items()}
+        return Vocabulary(ids)
+
+    @property
+    def names(self) -> list[str]:
+        """Of what it has ids."""
+        return list(self._ids)
+
+    def __getitem__(self, name: str) -> Ids:
+        if name not in self._ids:
+            raise LogError(f"vocabulary: there are no ids of {name!r}; there are {self.names}")
+        return self._ids[name]
+
+    def digests(self) -> dict[str, str]:
+        """Of each name, its ids' digest."""
+        return {name: ids.digest for name, ids in sorted(self._ids.items())}
+
+    @property
+    def digest(self) -> str:
+        """Of all names."""
+        return hashlib.sha256(json.dumps(self.digests()).encode()).hexdigest()[:16]
+
+    def extended(self, ids: Mapping[str, Iterable[ExternalId]]) -> Vocabulary:
+        """With further ids; rows stay. Names that it has not are added."""
+        new = {n: self._ids[n].extended(i) if n in self._ids else _listed(n, i) for n, i in ids.items()}
+        return Vocabulary({**self._ids, **new})
+
+    def begins_with(self, other: Vocabulary) -> bool:
+        """Whether it is ``other``, or an extension of it: tables of the one serve the other's rows."""
+        for name in other.names:
+            if name not in self._ids:
+                return False
+            mine, theirs = self._ids[name], other[name]
+            if mine.digest == theirs.digest:
+                continue
+            if mine.kind != "listed" or mine.ids is None or theirs.ids is None:
+                return False
+            if not mine.ids[: len(theirs.ids)].equals(theirs.ids):
+                return False
+        return True
+
+    def save(self, folder: Path) -> None:
+        """Write it into a folder.
+
+        Raises:
+            FileExistsError: the folder holds one.
+        """
+        (folder / "vocabulary").mkdir()
+        for name, ids in self._ids.items():
+            if ids.ids is not None:
+                pq.write_table(pa.table({"id": ids.ids}), folder / "vocabulary" / f"{name}.parquet")
+        described = {
+            name: {"kind": ids.kind, "rows": ids.rows, "digest": ids.digest}
+            for name, ids in self._ids.items()
+        }
+        text = json.dumps({"format": FORMAT, "ids": described}, indent=2)
+        (folder / "vocabulary.json").write_text(text)
+
+    @staticmethod
+    def load(folder: Path) -> Vocabulary:
+        """Read it from a folder.
+
+        Raises:
+            LogError: there is none, it is of another format, damaged, or not what ``save`` writes.
+        """
+        file = folder / "vocabulary.json"
+        try:
+            saved = json.loads(file.read_text())
+            if saved["format"] != FORMAT:
+                raise LogError(f"{file}: format {saved['format']!r}, this version reads {FORMAT!r}")
+            ids: dict[str, Ids] = {}
+            for name, described in saved["ids"].items():
+                if not isinstance(described["rows"], int) or not str(name).isidentifier():
+                    raise ValueError(f"{name!r} is described as {described!r}")
+                listed = None
+                if described["kind"] == "listed":
+                    table = pq.read_table(folder / "vocabulary" / f"{name}.parquet", columns=["id"])
+                    listed = table["id"].combine_chunks()
+                elif described["kind"] not in ("hashed", "numbered"):
+                    raise ValueError(f"{name!r} is of the kind {described['kind']!r}")
+                ids[name] = Ids(described["kind"], described["rows"], listed)
+                if ids[name].digest != described["digest"]:
+                    raise ValueError(f"the ids of {name!r} are not those that were written")
+        except LogError:
+            raise
+        except FileNotFoundError as error:
+            raise LogError(f"{folder}: no vocabulary ({error.filename} is missing)") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
+            raise LogError(f"{file}: not readable as a vocabulary ({error}); write it again") from error
+        return Vocabulary(ids)
+
+
+def _integer(identifier: Any) -> int | None:
+    """An id as an int64, where it is one or its decimal digits."""
+    if isinstance(identifier, str):
+        try:
+            number = int(identifier)
+        except ValueError:
+            return None
+        return number if str(number) == identifier and _LEAST <= number <= _MOST else None
+    return int(identifier) if _LEAST <= identifier <= _MOST else None
+
+
+def _listed(name: str, ids: Iterable[ExternalId]) -> Ids:
+    values = list(dict.fromkeys(ids))
+    kind = pa.large_string() if any(isinstance(value, str) for value in values) else pa.int64()
+    try:
+        array = pa.array(values, kind)
+    except (pa.ArrowException, OverflowError, TypeError) as error:
+        raise LogError(
+            f"vocabulary: ids of {name!r} must all be strings or all integers of 64 bits ({error})"
+        ) from error
+    if array.null_count:
+        raise LogError(f"vocabulary: ids of {name!r} hold a null; leave it out, row 0 stands for it")
+    return Ids("listed", len(array) + 1, array)
