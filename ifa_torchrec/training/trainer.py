@@ -186,7 +186,7 @@ class Trainer:
                 raise checkpoint.CheckpointError(
                     f"{folder} holds checkpoints: give --resume to go on, or another --out"
                 )
-            check_log(folder, self.log, whole=True)
+            check_log(folder, self.log, self._belongs_to)
             progress = checkpoint.load(folder, self.model, self.optimizer, self._belongs_to)
             self.step, self.epoch, self.taken = (progress[k] for k in ("step", "epoch", "request"))
         self._curves = None
