@@ -83,10 +83,15 @@ def _times(table: pa.Table, column: str, where: str) -> np.ndarray:
             f"{where}: column {column!r} is in the time zone {zone}; make all times of the log UTC "
             "with .dt.tz_convert('UTC')"
         )
-    micros = values.astype("datetime64[us]")
-    coarse = values.dtype != np.dtype("datetime64[ns]")  # numpy wraps what an int64 does not hold
+    beyond = LogError(f"{where}: column {column!r} has times that lie beyond the year 290,000")
+    try:
+        micros = values.astype("datetime64[us]")
+    except OverflowError:
+        raise beyond from None
+    coarse = values.dtype != np.dtype("datetime64[ns]")
+    # before 2.5 numpy wraps what an int64 does not hold
     if coarse and not np.array_equal(micros.astype(values.dtype), values):
-        raise LogError(f"{where}: column {column!r} has times that lie beyond the year 290,000")
+        raise beyond
     return micros.astype(np.int64)
 
 
