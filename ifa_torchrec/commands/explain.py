@@ -2,7 +2,7 @@
 
     ifa explain --run runs/mine --split test --request 0
 
-For runs whose interaction is "ifa". An event's weight is its share in the candidate's answer,
+For runs whose interaction is "ifa". An event's weight is its share in what the candidate reads,
 averaged over the heads (attention_weights); within a head the shares sum to 1 over the history.
 """
 

@@ -169,7 +169,7 @@ def _token(config: ServeConfig) -> str | None:
 
 
 def _ensure_file_handles(connections: int) -> None:
-    """A process without file handles answers nobody: so each connection has one from the beginning."""
+    """A process without file handles serves nobody: so each connection has one from the beginning."""
     # a reload opens what is open now once more; connections that are closed are so a little later
     needed = connections + 4 * _BACKLOG + 2 * len(os.listdir("/dev/fd")) + 64
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
