@@ -162,17 +162,28 @@ def ranking_score(logits: Tensor, tasks: Sequence[Task]) -> Tensor:
         >>> ranking_score(logits, (Task("click", rank=1.0), Task("buy", rank=5.0))).argmax().item()
         1
     """
-    columns = _columns(logits, tasks)
-    ranking = [(task, logit) for task, logit in columns if task.rank]
-    if not ranking:
-        return columns[0][1]
-    if len(ranking) == 1:  # no sigmoid, in which large logits are all alike
-        ((task, logit),) = ranking
-        return task.rank * logit
+    ranking = ranking_weights(tasks)
+    columns = [(task, logit) for task, logit in _columns(logits, tasks) if task.name in ranking]
+    alone = len(ranking) == 1  # then no sigmoid, in which large logits are all alike
     parts = [
-        task.rank * (logit.sigmoid() if task.kind == "binary" else logit) for task, logit in ranking
+        ranking[task.name] * (logit if alone or task.kind == "regression" else logit.sigmoid())
+        for task, logit in columns
     ]
     return torch.stack(parts).sum(0)
+
+
+def ranking_weights(tasks: Sequence[Task]) -> dict[str, float]:
+    """The tasks that rank, by name, each with its weight: those that have one, or the first.
+
+    Example:
+        >>> from ifa_torchrec.modules import Task
+        >>> from ifa_torchrec.modules.tasks import ranking_weights
+        >>> ranking_weights([Task("click"), Task("buy")])
+        {'click': 1.0}
+        >>> ranking_weights([Task("click"), Task("buy", rank=2.0)])
+        {'buy': 2.0}
+    """
+    return {task.name: task.rank for task in tasks if task.rank} or {tasks[0].name: 1.0}
 
 
 def _columns(logits: Tensor, tasks: Sequence[Task]) -> list[tuple[Task, Tensor]]:

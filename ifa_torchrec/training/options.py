@@ -42,8 +42,8 @@ class TrainConfig:
     task_weights: dict[str, float] = field(default_factory=dict)
     """Weights of tasks in the loss, 1 where not named, e.g. click 1 watch 0.2."""
     rank_by: dict[str, float] = field(default_factory=dict)
-    """Weights of tasks in the score that ranks, 0 where not named; by default the first task alone ranks.
-    Of several, probabilities and standardised numbers are summed."""
+    """Weights of tasks in the score that ranks, 0 where not named; by default the first task alone
+    ranks. Of several, probabilities and standardised numbers are summed."""
     over_arch_layer_sizes: tuple[int, ...] = (64, 32)
     """Hidden layers over the interactions."""
     managed_rows: dict[str, int] = field(default_factory=dict)
