@@ -14,7 +14,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from ifa_torchrec.batch import RankingFeatures
 from ifa_torchrec.data import LogSchema
 from ifa_torchrec.models import DLRM_IFA
-from ifa_torchrec.modules import UserState, generate_set
+from ifa_torchrec.modules import UserState, generate_set, ranking_score
 from ifa_torchrec.serving.errors import RequestError, StateError
 from ifa_torchrec.serving.states.journal import Event
 from ifa_torchrec.serving.states.layout import StateLayout
@@ -173,7 +173,7 @@ class Scorer:
         return np.split(logits, ends[:-1]), as_of.tolist()
 
     def rank(self, requests: Sequence[RankingRequest], k: int | None = None) -> list[Ranking]:
-        """The k best candidates of each request by the first task's logit; None for all.
+        """The k best candidates of each request by ``ranking_score``; None for all.
 
         Raises:
             RequestError, UnknownUserError, StateError: as ``score``.
@@ -183,8 +183,8 @@ class Scorer:
         for request, logits, as_of in zip(requests, *self._score(requests), strict=True):
             m = len(request.candidates)
             whole = JaggedTensor(torch.empty(m), lengths=torch.tensor([m]))
-            first_task = torch.from_numpy(logits[:, 0].copy())
-            chosen = generate_set(first_task, whole, m if k is None else k).values().numpy()
+            score = ranking_score(torch.from_numpy(logits), self.model.config.tasks)
+            chosen = generate_set(score, whole, m if k is None else k).values().numpy()
             moved = None if request.time in (None, as_of) else as_of
             items = [int(request.candidates[row]) for row in chosen]
             rankings.append(Ranking(items, logits[chosen], moved))

@@ -104,8 +104,10 @@ class Trainer:
             shard=(self.rank, self.world),
         )
         checkpoint.seed_everything(config.seed)
+        model = build_model(schema, config)
+        self._tasks = model.config.tasks
         self.model, self.optimizer = shard(
-            DLRM_IFATrain(build_model(schema, config), config.loss, across_ranks=True),
+            DLRM_IFATrain(model, config.loss, across_ranks=True),
             self.device,
             config.optimizers,
             config.sharding,
@@ -161,7 +163,7 @@ class Trainer:
             return {}
         dataset = RankingDataset(self.log, "valid", config.history_length)
         scores, _ = predict(self.model, dataset, self.device, config.max_events, config.max_requests)
-        metrics = measure(dataset, scores)
+        metrics = measure(dataset, scores, self._tasks)
         if len(self.log.schema.tasks) > 1:
             metrics = {f"{task}_{k}": v for task, of_task in metrics.items() for k, v in of_task.items()}
         if self._curves is not None:
