@@ -109,7 +109,7 @@ def serve(config: ServeConfig) -> None:
         run = load_run(config.run.resolve(), config.data, sharded=False)
         states = StateStore(key_values, run.version)
         model = quantize_tables(run.dlrm) if config.int8 else run.dlrm
-        return Scorer(model, run.log.schema, run.log.items, states, config.strict)
+        return Scorer(model, run.log, states, config.strict)
 
     with LiveScorer(load, config.limits) as live:
         _ensure_file_handles(config.limits.max_connections)

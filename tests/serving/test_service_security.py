@@ -41,7 +41,14 @@ from ifa_torchrec.commands.serve import (
 )
 from ifa_torchrec.commands.states import StatesConfig
 from ifa_torchrec.errors import ConfigError
-from ifa_torchrec.serving import StateError, StateLayout, StateStore, StoreError, open_key_value_store
+from ifa_torchrec.serving import (
+    EventResult,
+    StateError,
+    StateLayout,
+    StateStore,
+    StoreError,
+    open_key_value_store,
+)
 from ifa_torchrec.serving.live import Limits, LiveRanking, LiveScorer, Metrics
 from ifa_torchrec.serving.service import create_app
 
@@ -66,10 +73,11 @@ class Stub:
         pass
 
     async def rank(self, requests: list) -> list[LiveRanking]:
-        return [LiveRanking([2], np.zeros((1, 1), np.float32), None, "v", ("label",)) for _ in requests]
+        logits = np.zeros((1, 1), np.float32)
+        return [LiveRanking([2], logits, None, 0, 0, "v", ("label",)) for _ in requests]
 
-    async def append(self, events: list) -> list[bool]:
-        return [True] * len(events)
+    async def append(self, events: list) -> list[EventResult]:
+        return [EventResult("taken")] * len(events)
 
 
 @contextlib.contextmanager
@@ -456,9 +464,9 @@ def test_a_leap_second_is_the_next_seconds_start(text, same_as):
     stub = Stub()
     seen: list[int] = []
 
-    async def append(events: list) -> list[bool]:
+    async def append(events: list) -> list[EventResult]:
         seen.extend(event.time for event in events)
-        return [True] * len(events)
+        return [EventResult("taken")] * len(events)
 
     stub.append = append
     event = QUESTIONS["/events"]["events"][0]

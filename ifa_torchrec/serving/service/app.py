@@ -25,32 +25,32 @@ def create_app(
         allowed_hosts: names that calls may be addressed to (their Host header); "*" is any.
 
     Example:
-        >>> import numpy as np, tempfile
+        >>> import pandas as pd, tempfile
         >>> from fastapi.testclient import TestClient
         >>> from torchrec import EmbeddingCollection, EmbeddingConfig
         >>> from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, IFAConfig
-        >>> from ifa_torchrec.data import LogSchema
+        >>> from ifa_torchrec.data import EventLog, LogSchema
         >>> from ifa_torchrec.serving import Scorer, StateLayout, StateStore, open_key_value_store
         >>> from ifa_torchrec.serving.live import Limits, LiveScorer
         >>> from ifa_torchrec.serving.service import create_app
+        >>> log = EventLog.from_pandas(tempfile.mkdtemp() + "/log", schema=LogSchema({"item": 100}),
+        ...     events=pd.DataFrame({"user": [1], "item": [2], "time": [pd.Timestamp(2024, 1, 1)]}))
         >>> tables = EmbeddingCollection(tables=[EmbeddingConfig(
         ...     name="item", embedding_dim=8, num_embeddings=100,
         ...     feature_names=["history_item", "candidate_item"])])
         >>> model = DLRM_IFA(None, tables, DLRM_IFAConfig(("item",), ifa=IFAConfig(8, num_heads=2)))
-        >>> lmdb = open_key_value_store(tempfile.mkdtemp())
-        >>> layout = StateLayout.of(model.candidate_arch.ifa)
-        >>> StateStore.begin(lmdb, "weights-1", layout, position=0).finish()
+        >>> states, layout = open_key_value_store(tempfile.mkdtemp()), StateLayout.of(model.candidate_arch.ifa)
+        >>> StateStore.begin(states, "weights-1", layout, 0, vocabulary=log.vocabulary.digest).finish()
         >>> def load():  # Scorer has an example with a model that was trained
-        ...     store = StateStore(lmdb, "weights-1")
-        ...     return Scorer(model, LogSchema({"item": 100}), {"item": np.arange(100)}, store)
+        ...     return Scorer(model, log, StateStore(states, "weights-1"))
         >>> with LiveScorer(load, Limits()) as live:
         ...     client = TestClient(create_app(live))
         ...     event = {"position": 0, "user": 1, "item": 2, "time": "2024-01-05T08:00:00Z"}
         ...     added = client.post("/events", json={"events": [event]}).json()
-        ...     request = {"user": 1, "candidates": [0, 2, 1], "k": 2}
+        ...     request = {"user": 1, "candidates": [1, 3, "new"], "k": 2}
         ...     ranked = client.post("/rank", json={"requests": [request]}).json()["rankings"][0]
         >>> added
-        {'new': 1, 'duplicates': 0}
+        {'results': [{'status': 'taken', 'reason': None}]}
         >>> sorted(ranked), len(ranked["items"])
         (['as_of', 'items', 'logits', 'version'], 2)
     """
