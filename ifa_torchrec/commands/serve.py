@@ -29,9 +29,14 @@ from typing import Annotated
 
 import torch.distributed as dist
 import tyro
+
+from ifa_torchrec.errors import ConfigError, require
+
+require("serve", "uvicorn")
+
+# ruff: noqa: E402 (what is not installed is named before an import fails on it)
 import uvicorn
 
-from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.serving import Scorer, StateStore, open_key_value_store, quantize_tables
 from ifa_torchrec.serving.live import Limits, LiveScorer
 from ifa_torchrec.serving.service import create_app
@@ -164,7 +169,7 @@ def _token(config: ServeConfig) -> str | None:
 
 
 def _ensure_file_handles(connections: int) -> None:
-    """A process without file handles answers nobody: so each connection has one from the beginning."""
+    """A process without file handles serves nobody: so each connection has one from the beginning."""
     # a reload opens what is open now once more; connections that are closed are so a little later
     needed = connections + 4 * _BACKLOG + 2 * len(os.listdir("/dev/fd")) + 64
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -2,7 +2,7 @@
 
 from ifa_torchrec.errors import require
 
-require("serve", "pandas", "pyarrow", "lmdb", "redis")
+require("serve", "pandas", "pyarrow", "lmdb", "prometheus_client", "redis")
 
 # ruff: noqa: E402 (what is not installed is named before an import fails on it)
 from ifa_torchrec.serving.errors import RequestError, StateError, StoreError, UnknownUserError

@@ -153,8 +153,8 @@ class LiveScorer:
         """Ask the store whether it has the states of these weights, once a second however often called.
 
         Raises:
-            StateError: it has not, or does not answer.
-            asyncio.TimeoutError: no answer in a second.
+            StateError: it has not, or does not respond.
+            asyncio.TimeoutError: no response in a second.
         """
         now = time.monotonic()
         if self._checking is None or (self._checking.done() and now > self._checked + 1):

@@ -12,7 +12,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 from ifa_torchrec.batch import RankingFeatures
 from ifa_torchrec.data import EventLog
 from ifa_torchrec.models import DLRM_IFA
-from ifa_torchrec.modules import UserState, generate_set
+from ifa_torchrec.modules import UserState, generate_set, ranking_score
 from ifa_torchrec.serving.catalogue import Catalogue
 from ifa_torchrec.serving.errors import BUILD_COMMAND, DROP_COMMAND, RequestError, StateError, StoreError
 from ifa_torchrec.serving.requests import (
@@ -132,7 +132,7 @@ class Scorer:
         return np.split(logits, ends[:-1]), as_of.tolist(), read.items.tolist(), read.values.tolist()
 
     def rank(self, requests: Sequence[RankingRequest], k: int | None = None) -> list[Ranking]:
-        """The k best candidates of each request by the first task's logit; None for all.
+        """The k best candidates of each request by ``ranking_score``; None for all.
 
         Raises:
             RequestError, UnknownUserError, StateError: as ``score``.
@@ -143,8 +143,8 @@ class Scorer:
         for request, logits, as_of, *unknown in zip(requests, *self._score(requests), strict=True):
             m = len(request.candidates)
             whole = JaggedTensor(torch.empty(m), lengths=torch.tensor([m]))
-            first_task = torch.from_numpy(logits[:, 0].copy())
-            chosen = generate_set(first_task, whole, m if k is None else k).values().numpy()
+            score = ranking_score(torch.from_numpy(logits), self.model.config.tasks)
+            chosen = generate_set(score, whole, m if k is None else k).values().numpy()
             moved = None if request.time in (None, as_of) else as_of
             items = [request.candidates[row] for row in chosen]
             rankings.append(Ranking(items, logits[chosen], moved, *unknown))

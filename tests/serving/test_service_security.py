@@ -527,7 +527,7 @@ def test_a_process_is_ready_only_while_its_store_answers_and_no_password_is_show
         begun = time.monotonic()
         answer = client.get("/readyz")
         assert answer.status_code == 503 and time.monotonic() - begun < 3
-        assert answer.json() == {"error": "the states are lost, or the store does not answer"}
+        assert answer.json() == {"error": "the states are lost, or the store does not respond"}
         with pytest.raises(StoreError, match=r"unix:///.*socket: ") as raised:
             key_values.read([b"a"])
         shown = f"{answer.text} {raised.value!r} {raised.getrepr()} {caplog.text} {vars(key_values)}"
@@ -544,7 +544,7 @@ def test_a_process_whose_states_are_gone_is_not_ready(tmp_path):
         time.sleep(1.1)
         answer = client.get("/readyz")
         assert answer.status_code == 503
-        assert answer.json() == {"error": "the states are lost, or the store does not answer"}
+        assert answer.json() == {"error": "the states are lost, or the store does not respond"}
 
 
 def test_redis_takes_its_password_from_the_environment(own_redis, monkeypatch):

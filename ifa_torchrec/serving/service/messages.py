@@ -102,7 +102,7 @@ class RankRequests(StrictModel):
 
 
 class Ranked(BaseModel):
-    """The best items, best first by the first task's logit."""
+    """The best items, best first by the score that the model's tasks make (the training's --rank-by)."""
 
     version: Annotated[str, Field(description="Of the weights that ranked.")]
     as_of: Annotated[

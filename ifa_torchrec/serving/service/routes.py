@@ -135,7 +135,7 @@ def _add_health(app: FastAPI, live: LiveScorer) -> None:
             await live.check()
         # everyone may ask this, so the response has no addresses; that of /rank says more
         except (StateError, asyncio.TimeoutError) as error:
-            raise HTTPException(503, "the states are lost, or the store does not answer") from error
+            raise HTTPException(503, "the states are lost, or the store does not respond") from error
         return Ready(version=live.version)
 
 

@@ -229,7 +229,7 @@ class StateStore:
         """The states at some times, of the events before these, with the identity rows asked for.
 
         A state can leave out the events of its last event's time, no more: it serves any time after the
-        event before those. An earlier time is answered as of the first moment after that event.
+        event before those. An earlier time reads as of the first moment after that event.
 
         Args:
             users: B external ids.
