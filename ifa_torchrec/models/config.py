@@ -8,7 +8,8 @@ from typing import Any
 
 from ifa_torchrec.batch import Scale
 from ifa_torchrec.errors import ConfigError
-from ifa_torchrec.modules import INTERACTIONS, CandidateSetConfig, IFAConfig
+from ifa_torchrec.modules import INTERACTIONS, CandidateSetConfig, IFAConfig, Task
+from ifa_torchrec.modules.tasks import binary_tasks, check_tasks
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,12 @@ class DLRM_IFAConfig:
         dense_arch_layer_sizes: hidden layers of both dense archs; a last one of width D is added.
         over_arch_layer_sizes: hidden layers of the over arch; a last one of width T is added.
         num_tasks: T.
+        tasks: the T Tasks; () for binary ones called "label", or "label_0" and so on, of which the first
+            ranks.
 
     Raises:
-        ConfigError: a name is unknown or used twice, a number is out of range, or scales are not one a
-            column; the message names the field.
+        ConfigError: a name is unknown or used twice, a number is out of range, scales are not one a
+            column, or the tasks are not T that a model can be trained on; the message names the field.
 
     Example:
         >>> from ifa_torchrec import DLRM_IFAConfig, IFAConfig
@@ -71,43 +74,24 @@ class DLRM_IFAConfig:
     candidate_features: tuple[str, ...] | dict[str, str] = field(default=(), kw_only=True)
     item_vectors: dict[str, int] = field(default_factory=dict, kw_only=True)
     scales: dict[str, tuple[Scale, ...]] = field(default_factory=dict, kw_only=True)
+    tasks: tuple[Task, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         if self.interaction not in INTERACTIONS:
             raise ConfigError(
                 f"DLRM_IFAConfig: interaction {self.interaction!r} is none of {list(INTERACTIONS)}"
             )
+        object.__setattr__(self, "tasks", tuple(self.tasks) or binary_tasks(self.num_tasks))
+        check_tasks(self.tasks)
+        if len(self.tasks) != self.num_tasks:
+            names = [task.name for task in self.tasks]
+            raise ConfigError(
+                f"DLRM_IFAConfig: num_tasks is {self.num_tasks}, but the tasks are {names}; give "
+                f"num_tasks={len(names)}"
+            )
         self._check_keys()
-        items, events = self.item_names, list(_keys("event_features", self.event_features))
-        for name, given, known, where in (
-            (
-                "search_feature",
-                [f for f in (self.search_feature,) if f is not None],
-                items,
-                "item_features",
-            ),
-            ("identity_features", self.ifa.identity_features, items, "item_features"),
-            ("gates", self.gates, events, "event_features"),
-        ):
-            if unknown := set(given) - set(known):
-                raise ConfigError(
-                    f"DLRM_IFAConfig: {name} {sorted(unknown)} are no {where}; there are {list(known)}"
-                )
-        numbers = {f"item_vectors[{name!r}]": width for name, width in self.item_vectors.items()}
-        numbers |= {"num_tasks": self.num_tasks}
-        least = dict.fromkeys(numbers, 1) | dict.fromkeys(_COLUMNS.values(), 0)
-        for name, bound in least.items():
-            value: Any = numbers[name] if name in numbers else getattr(self, name)
-            if not isinstance(value, int) or value < bound:
-                raise ConfigError(f"DLRM_IFAConfig: {name} must be {bound} or more, got {value!r}")
-        for name, scales in self.scales.items():
-            if name not in _COLUMNS:
-                raise ConfigError(f"DLRM_IFAConfig: scales of {name!r}; there are {list(_COLUMNS)}")
-            if len(scales) != self.columns(name):
-                raise ConfigError(
-                    f"DLRM_IFAConfig: {len(scales)} scales of {name}, but {_COLUMNS[name]} is "
-                    f"{self.columns(name)}; give one a column"
-                )
+        self._check_names()
+        self._check_numbers()
 
     @property
     def item_names(self) -> tuple[str, ...]:
@@ -130,7 +114,7 @@ class DLRM_IFAConfig:
     @property
     def gates(self) -> tuple[str, ...]:
         """The event features that gate the interaction's heads, in the order of their columns."""
-        return tuple(getattr(self.ifa, "gates", ()))
+        return tuple(self.ifa.gates)
 
     @property
     def vector_columns(self) -> int:
@@ -151,6 +135,36 @@ class DLRM_IFAConfig:
         if isinstance(given, dict):
             return {name: keys[side] for name, keys in given.items()}
         return {name: ("history_", "candidate_")[side] + name for name in given}
+
+    def _check_names(self) -> None:
+        searched = () if self.search_feature is None else (self.search_feature,)
+        items, events = self.item_names, list(_keys("event_features", self.event_features))
+        for name, given, known, where in (
+            ("search_feature", searched, items, "item_features"),
+            ("identity_features", self.ifa.identity_features, items, "item_features"),
+            ("gates", self.gates, events, "event_features"),
+        ):
+            if unknown := set(given) - set(known):
+                raise ConfigError(
+                    f"DLRM_IFAConfig: {name} {sorted(unknown)} are no {where}; there are {list(known)}"
+                )
+
+    def _check_numbers(self) -> None:
+        numbers = {f"item_vectors[{name!r}]": width for name, width in self.item_vectors.items()}
+        numbers |= {"num_tasks": self.num_tasks}
+        least = dict.fromkeys(numbers, 1) | dict.fromkeys(_COLUMNS.values(), 0)
+        for name, bound in least.items():
+            value: Any = numbers[name] if name in numbers else getattr(self, name)
+            if not isinstance(value, int) or value < bound:
+                raise ConfigError(f"DLRM_IFAConfig: {name} must be {bound} or more, got {value!r}")
+        for name, scales in self.scales.items():
+            if name not in _COLUMNS:
+                raise ConfigError(f"DLRM_IFAConfig: scales of {name!r}; there are {list(_COLUMNS)}")
+            if len(scales) != self.columns(name):
+                raise ConfigError(
+                    f"DLRM_IFAConfig: {len(scales)} scales of {name}, but {_COLUMNS[name]} is "
+                    f"{self.columns(name)}; give one a column"
+                )
 
     def _check_keys(self) -> None:
         if isinstance(self.item_features, str) or not self.item_features:

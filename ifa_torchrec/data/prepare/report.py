@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from ifa_torchrec.data.prepare.schema import ITEM, JoinedLabel, PrepareSchema, Requests
 from ifa_torchrec.data.prepare.sources import labels_of
 from ifa_torchrec.data.prepare.sql import first_row, number, quoted
-from ifa_torchrec.data.scales import unscaled
 from ifa_torchrec.data.schema import TIME, USER, LogError
 
 if TYPE_CHECKING:
@@ -272,11 +271,6 @@ def _warnings(report: Mapping[str, Any]) -> list[str]:
     """What a report's figures say that somebody should look at, in words."""
     told: list[str] = []
     for split, figures in report["requests"].items():
-        told += [
-            f"{split}: {sentence}"
-            for name, numbers in figures["dense"].items()
-            if (sentence := unscaled(name, numbers["mean"], numbers["std"]))
-        ]
         second, before, after = (
             figures[f"positives_in_{span}"] or 0 for span in ("last_second", "last_day", "next_day")
         )
