@@ -228,7 +228,7 @@ class TestUnknownItems:
         assert rows() == first
         assert rows(epoch=1) != first != rows(seed=1) != rows(epoch=1)
         dataset = RankingDataset(log, "train", unknown_items=self.SHARE)
-        alone = [dataset[[request]].sequence_features["candidate_item"].values() for request in range(48)]
+        alone = [dataset[[row]].sequence_features["candidate_item"].values() for row in range(48)]
         assert torch.cat(alone).tolist() == first
 
     @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
@@ -237,7 +237,7 @@ class TestUnknownItems:
             RankingDataset(log, "train", unknown_items=share)
 
     def test_ids_are_given_where_none_is_new(self, tmp_path: Path) -> None:
-            log = make_toy().write(tmp_path / "log")
+        log = make_toy().write(tmp_path / "log")
         batch = RankingDataset(log, "train", unknown_items=0.5)[[17]]
         plain = RankingDataset(log, "train")[[17]]
         for side in ("history", "candidate"):
