@@ -128,13 +128,14 @@ class Column:
             )
         self._no_nulls("fill or drop those rows")
         values = self.values.to_numpy()
-        micros = values.astype("datetime64[us]")
-        if values.dtype != np.dtype("datetime64[ns]"):  # numpy wraps what an int64 does not hold
+        coarse = {"s": 10**6, "ms": 10**3}.get(kind.unit)
+        if coarse:  # numpy wraps what an int64 does not hold, or raises for all, by its version
+            furthest = np.iinfo(np.int64).max // coarse
             self.refuse(
-                micros.astype(values.dtype) != values,
+                np.abs(values.astype(np.int64)) > furthest,
                 lambda i: "the time lies beyond the year 290,000; drop the row",
             )
-        return micros.astype(np.int64)
+        return values.astype("datetime64[us]").astype(np.int64)
 
     def numbers(self, missing: bool = False, log_scaled: bool = False) -> np.ndarray:
         """Numbers, [n] float32.

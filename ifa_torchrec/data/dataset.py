@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
-import torch
 from torch.utils.data import Dataset
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ifa_torchrec.batch import RankingBatch
+from ifa_torchrec.data.batches import item_fields, jagged, lists_of, ranges, stacked, tensor
 from ifa_torchrec.data.event_log import EventLog
 from ifa_torchrec.data.sampler import EMPTY_REQUEST
 from ifa_torchrec.data.schema import (
@@ -151,7 +150,7 @@ class RankingDataset(Dataset[RankingBatch]):
             )
         real = index != EMPTY_REQUEST
         rows, index = len(index), index[real]
-        events, history_lengths = _ranges(self._start[index], self._end[index])
+        events, history_lengths = ranges(self._start[index], self._end[index])
         candidates, candidate_lengths = self.candidate_rows(index)
         logged = self.log.events
         items = {HISTORY: logged[schema.item][events], CANDIDATE: requests[CANDIDATES][candidates]}
@@ -162,20 +161,20 @@ class RankingDataset(Dataset[RankingBatch]):
         age = np.repeat(requests[TIME][index], history_lengths) - logged[TIME][events]
         dense = [_spread(requests[f][index], real) for f in schema.dense_features]
         return RankingBatch(
-            dense_features=_stack(dense, rows),
+            dense_features=stacked(dense, rows),
             context_features=self._context_features(index, real),
-            sequence_features=_jagged(
+            sequence_features=jagged(
                 {prefix + f: values for prefix in ids for f, values in ids[prefix].items()},
                 [_spread(lengths[prefix], real) for prefix in ids for _ in ids[prefix]],
             ),
-            candidate_dense=_stack(
+            candidate_dense=stacked(
                 [requests[f][candidates] for f in schema.candidate_dense], len(candidates)
             ),
-            history_age=_tensor((age / MICROSECONDS_PER_DAY).astype(np.float32)),
-            labels=_stack([requests[task][candidates] for task in schema.tasks], len(candidates)),
-            exposed=_tensor(requests[EXPOSED][candidates]),
-            history_weight=_tensor(logged[schema.event_weight][events]) if schema.event_weight else None,
-            history_dense=_stack([logged[f][events] for f in schema.event_dense], len(events))
+            history_age=tensor((age / MICROSECONDS_PER_DAY).astype(np.float32)),
+            labels=stacked([requests[task][candidates] for task in schema.tasks], len(candidates)),
+            exposed=tensor(requests[EXPOSED][candidates]),
+            history_weight=tensor(logged[schema.event_weight][events]) if schema.event_weight else None,
+            history_dense=stacked([logged[f][events] for f in schema.event_dense], len(events))
             if schema.event_dense
             else None,
             **self._items(items[HISTORY], items[CANDIDATE]),
@@ -197,22 +196,8 @@ class RankingDataset(Dataset[RankingBatch]):
         schema, items = self.log.schema, self.log.items
         told: dict[str, Any] = {}
         if self._unknown_items or self.log.num_items > schema.item_features[schema.item]:
-            told |= {"history_item_ids": _tensor(history), "candidate_item_ids": _tensor(candidates)}
-        if not (schema.item_lists or schema.item_dense or schema.item_vectors):
-            return told
-        places, distinct = pd.factorize(np.concatenate([history, candidates]))
-        told["history_items"] = _tensor(places[: len(history)])
-        told["candidate_items"] = _tensor(places[len(history) :])
-        if schema.item_lists:
-            lists = {name: _lists(items, name, np.asarray(distinct)) for name in schema.item_lists}
-            ids = {name: values for name, (values, _) in lists.items()}
-            told["item_lists"] = _jagged(ids, [lengths for _, lengths in lists.values()])
-        if schema.item_dense:
-            told["item_dense"] = _stack([items[name][distinct] for name in schema.item_dense], 0)
-        if schema.item_vectors:
-            vectors = [items[name][distinct] for name in schema.item_vectors]
-            told["item_vectors"] = _tensor(np.concatenate(vectors, axis=1))
-        return told
+            told |= {"history_item_ids": tensor(history), "candidate_item_ids": tensor(candidates)}
+        return told | item_fields(items, schema, history, candidates)
 
     def _context_features(self, index: np.ndarray, real: np.ndarray) -> KeyedJaggedTensor:
         """The ids of the requests of ``index``, which stand where ``real`` is true."""
@@ -220,30 +205,16 @@ class RankingDataset(Dataset[RankingBatch]):
         ids = {name: self.requests[name][index] for name in schema.context_features}
         lengths = [real.astype(np.int64) for _ in ids]
         for name in schema.context_lists:
-            ids[name], mine = _lists(self.requests, name, index)
+            ids[name], mine = lists_of(self.requests, name, index)
             lengths.append(_spread(mine, real))
-        return _jagged(ids, lengths)
+        return jagged(ids, lengths)
 
     def candidate_rows(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the requests' candidates in the split's flat candidate columns, and how many
         each request has."""
         offsets = self.requests[OFFSETS]
         index = np.asarray(indices, dtype=np.int64)
-        return _ranges(offsets[index], offsets[index + 1])
-
-
-def _ranges(start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All integers of the ranges start[i]:end[i], one after the other, and each range's length."""
-    lengths = end - start
-    first = np.cumsum(lengths) - lengths
-    return np.repeat(start - first, lengths) + np.arange(lengths.sum()), lengths
-
-
-def _lists(columns: Columns, name: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of the rows' lists, one after the other, and how many each has."""
-    offsets = columns[f"{name}{LIST_OFFSETS}"]
-    places, lengths = _ranges(offsets[rows], offsets[rows + 1])
-    return columns[name][places], lengths
+        return ranges(offsets[index], offsets[index + 1])
 
 
 def _spread(values: np.ndarray, real: np.ndarray) -> np.ndarray:
@@ -258,20 +229,3 @@ def _mixed(values: np.ndarray) -> np.ndarray:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
-
-
-def _jagged(ids: Mapping[str, np.ndarray], lengths: Sequence[np.ndarray]) -> KeyedJaggedTensor:
-    """Of the ids of each key, and of the lengths of each."""
-    return KeyedJaggedTensor.from_lengths_sync(
-        keys=list(ids),
-        values=_tensor(np.concatenate([np.empty(0, np.int64), *ids.values()])),
-        lengths=_tensor(np.concatenate([np.empty(0, np.int64), *lengths])),
-    )
-
-
-def _tensor(values: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values))
-
-
-def _stack(columns: list[np.ndarray], rows: int) -> torch.Tensor:
-    return _tensor(np.stack(columns, axis=1) if columns else np.empty((rows, 0), np.float32))

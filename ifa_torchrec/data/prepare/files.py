@@ -65,6 +65,8 @@ class Source:
     Attributes:
         relation: to select from, once.
         columns: for each name that stands once in the header, the column of the relation.
+        places: columns of the relation, beside those of the file, that say where a row stands, and what
+            to call them; of Parquet alone.
         refused: why lines of CSV were refused, with their number (`rows`) and `examples`; complete when
             all rows have been read.
 
@@ -95,6 +97,7 @@ class Source:
             name: column for name, column in zip(files.names, columns, strict=True) if count[name] == 1
         }
         self.refused: dict[str, dict[str, Any]] = {}
+        self.places: dict[str, str] = {}
         self._rows: CsvRows | None = None
         read = quoted(f"_{section}")
         if files.kind == "parquet":
@@ -102,6 +105,7 @@ class Source:
             # By default the folders' names would replace columns, and the first file's types would
             # round those of the others.
             read = f"read_parquet([{listed}], hive_partitioning=false, union_by_name=true)"
+            self.places = {"_file": "filename", "_row": "file_row_number"}
         elif files.kind == "feather":
             connection.register(f"_{section}", files.feather())
         else:
