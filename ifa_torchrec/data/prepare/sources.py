@@ -116,6 +116,10 @@ def _read(sql: DuckDBPyConnection, section: Section) -> dict[str, dict[str, Any]
     checks = {"NOT _wanted IS TRUE": "`where` cannot be told", **section.checks}
     unpacked = "false AS _nothing"
     if section.each:
+        packed += "".join(
+            f", {quoted(f'_each_{name}')} := {text.format(given(column_of(column)), _SHOWN)}"
+            for name, column in section.each.items()
+        )
         rows = _each(sql, section, source, rows, given)
         checks = {
             "_ragged": "lists of `each` differ in length",
