@@ -525,7 +525,7 @@ def report(options: Options, logs: dict[str, EventLog], results: Results) -> str
     costs = {data: request_cost(options, data) for data in results}
     test = RankingDataset(logs[SYNTHETIC], "test")
     best = synthetic.best_scores(test, SYNTHETIC_LOG)
-    best_gauc = measure(test, best[:, None], probabilities=False)["gauc"]
+    best_gauc = measure(test, best[:, None])["gauc"]
     draw_cost(results, costs)
     draw_lengths(results, best_gauc)
     of_journey = RankingDataset(logs[JOURNEY], "test").history_lengths

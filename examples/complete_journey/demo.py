@@ -120,7 +120,7 @@ def baselines(log: EventLog) -> dict[str, dict]:
 
 
 def measure_counts(dataset: RankingDataset, score: np.ndarray) -> dict:
-    return measure(dataset, score[:, None], by=("surface",), probabilities=False)
+    return measure(dataset, score[:, None], by=("surface",))
 
 
 def trained(config: DemoConfig, name: str) -> dict:

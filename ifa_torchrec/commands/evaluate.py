@@ -4,24 +4,32 @@
     torchrun --nproc-per-node 2 -m ifa_torchrec evaluate -- --run runs/mine --split test
 
 Under torchrun (which takes a bare --run for its own --run-path) the ranks share the requests; rank 0
-prints and writes.
+writes: the metrics as JSON to the standard output and to a file, and as a table, for people, to the
+standard error.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch.distributed as dist
 import tyro
 
 from ifa_torchrec.commands.command_line import result_as_json
+from ifa_torchrec.data import RankingDataset
 from ifa_torchrec.errors import ConfigError, writing
 from ifa_torchrec.models import DLRM_IFATrain
+from ifa_torchrec.modules import Task
 from ifa_torchrec.serving import quantize_tables
+from ifa_torchrec.training.groups import shares
+from ifa_torchrec.training.metrics_table import as_table
 from ifa_torchrec.training.run import load_run
-from ifa_torchrec.training.scoring import measure, predict
+from ifa_torchrec.training.scoring import TaskScores, measure, predict
 
 
 @dataclass(frozen=True)
@@ -45,13 +53,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     metrics-SPLIT-int8.json.
 
     Returns:
-        ``measure``'s numbers, and "ms_per_request".
+        ``measure``'s numbers, new and known items apart; "shares" of what the model does not know;
+        "notes", of each task whose ranking cannot be measured why; and "ms_per_request".
 
     Raises:
         CheckpointError: the run has no checkpoint.
         LogError: the event log or the split is not there.
         PlaceError: RUN cannot be written.
     """
+    return _evaluate(config)[0]
+
+
+def _evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], tuple[Task, ...]]:
+    """What ``evaluate`` returns, and the tasks that it is of."""
     run = load_run(config.run, config.data, sharded=not config.int8)
     if config.int8:
         run.model = DLRM_IFATrain(quantize_tables(run.dlrm))
@@ -63,19 +77,32 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     scores, milliseconds = predict(
         run.model, dataset, run.device, run.config.max_events, run.config.max_requests
     )
-    metrics = measure(dataset, scores, config.by)
+    tasks = run.dlrm.config.tasks
+    metrics = measure(dataset, scores, tasks, config.by, apart=True)
+    metrics["shares"] = shares(dataset)
+    metrics["notes"] = notes(dataset, scores, tasks)
     metrics["ms_per_request"] = milliseconds
     if dist.get_rank() == 0:
         name = f"metrics-{config.split}{'-int8' if config.int8 else ''}.json"
         with writing(config.run / name):
             (config.run / name).write_text(result_as_json(metrics))
-    return metrics
+    return metrics, tasks
+
+
+def notes(dataset: RankingDataset, scores: np.ndarray, tasks: Sequence[Task]) -> dict[str, str]:
+    """Of each task whose ranking cannot be measured on a split, why, by the task's name."""
+    reasons = {
+        task.name: TaskScores(dataset, task, score, logits=True).why_unranked()
+        for task, score in zip(tasks, scores.T, strict=True)
+    }
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def main(config: Annotated[EvaluateConfig, tyro.conf.arg(name="")]) -> None:
     """The command; its help is the top of this file."""
-    metrics = evaluate(config)
+    metrics, tasks = _evaluate(config)
     if dist.get_rank() == 0:
+        print(as_table(metrics, tasks), file=sys.stderr)
         print(result_as_json(metrics))
     dist.destroy_process_group()
 

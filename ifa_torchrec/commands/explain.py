@@ -2,7 +2,7 @@
 
     ifa explain --run runs/mine --split test --request 0
 
-For runs whose interaction is "ifa". An event's weight is its share in the candidate's answer,
+For runs whose interaction is "ifa". An event's weight is its share in what the candidate finds,
 averaged over the heads (attention_weights); within a head the shares sum to 1 over the history.
 """
 
@@ -19,6 +19,7 @@ import tyro
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec.errors import ConfigError
+from ifa_torchrec.modules import predictions, ranking_score
 from ifa_torchrec.training.run import load_run
 
 
@@ -66,14 +67,15 @@ def explain(config: ExplainConfig) -> str:
     ifa = model.candidate_arch.ifa
     caught: list[tuple[Any, ...]] = []
     hook = ifa.register_forward_pre_hook(lambda module, inputs: caught.append(inputs))
-    logits = model(batch)[:, 0].cpu()
+    logits = model(batch).cpu()
     hook.remove()
-    top = int(logits.argmax())
-    candidates, history, age, history_ids, candidate_ids = caught[0]
+    tasks = model.config.tasks
+    top = int(ranking_score(logits, tasks).argmax())
+    candidates, history, age, history_ids, candidate_ids, *gates = caught[0]
     # of the one candidate: a million events by 10,000 candidates would be 40 GB a head
     one = JaggedTensor(candidates.values()[[top]], lengths=torch.ones_like(candidates.lengths()))
     ids = None if candidate_ids is None else candidate_ids[[top]]
-    weight = ifa.attention_weights(one, history, age, history_ids, ids)[0][0].mean(-1).cpu()
+    weight = ifa.attention_weights(one, history, age, history_ids, ids, *gates)[0][0].mean(-1).cpu()
 
     names = run.log.item_names()
     item = run.log.schema.item
@@ -87,9 +89,13 @@ def explain(config: ExplainConfig) -> str:
             "event": [names[bought[i]] for i in order],
         }
     )
-    labels = {task: float(batch.labels[top, t]) for t, task in enumerate(run.log.schema.tasks)}
+    said = predictions(logits[[top]], tasks)[0].tolist()
+    told = "; ".join(
+        f"{task.name} {label:.4g}, predicted {value:.4g}"
+        for task, label, value in zip(tasks, batch.labels[top].tolist(), said, strict=True)
+    )
     return (
-        f"top of {len(logits)} candidates: {names[chosen]} (logit {logits[top]:.2f}, labels {labels}); "
+        f"top of {len(logits)} candidates: {names[chosen]} ({told}); "
         f"{len(bought)} events in the history\n" + rows.to_string(index=False)
     )
 

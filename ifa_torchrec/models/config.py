@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from ifa_torchrec.batch import Scale
 from ifa_torchrec.errors import ConfigError
-from ifa_torchrec.modules import INTERACTIONS, CandidateSetConfig, IFAConfig
+from ifa_torchrec.modules import INTERACTIONS, CandidateSetConfig, IFAConfig, Task
+from ifa_torchrec.modules.tasks import binary_tasks, check_tasks
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,11 @@ class DLRM_IFAConfig:
         dense_arch_layer_sizes: hidden layers of both dense archs; a last one of width D is added.
         over_arch_layer_sizes: hidden layers of the over arch; a last one of width T is added.
         num_tasks: T.
+        tasks: the T Tasks; () for binary ones called "label", or "label_0" and so on, of which the first
+            ranks.
 
     Raises:
-        ValueError: a name is unknown.
+        ConfigError: a name is unknown, or the tasks are not T that a model can be trained on.
 
     Example:
         >>> from ifa_torchrec import DLRM_IFAConfig, IFAConfig
@@ -66,6 +69,7 @@ class DLRM_IFAConfig:
     candidate_features: tuple[str, ...] | dict[str, str] = field(default=(), kw_only=True)
     item_vectors: dict[str, int] = field(default_factory=dict, kw_only=True)
     scales: dict[str, tuple[Scale, ...]] = field(default_factory=dict, kw_only=True)
+    tasks: tuple[Task, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         if self.interaction not in INTERACTIONS:
@@ -82,6 +86,14 @@ class DLRM_IFAConfig:
             raise ConfigError(
                 f"DLRM_IFAConfig: identity_features {sorted(unknown)} are no item_features; "
                 f"there are {list(self.item_features)}"
+            )
+        object.__setattr__(self, "tasks", tuple(self.tasks) or binary_tasks(self.num_tasks))
+        check_tasks(self.tasks)
+        if len(self.tasks) != self.num_tasks:
+            names = [task.name for task in self.tasks]
+            raise ConfigError(
+                f"DLRM_IFAConfig: num_tasks is {self.num_tasks}, but the tasks are {names}; give "
+                f"num_tasks={len(names)}"
             )
 
     @property

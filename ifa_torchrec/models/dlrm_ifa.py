@@ -192,7 +192,7 @@ class DLRM_IFATrain(nn.Module):
     Args:
         dlrm_module: DLRM_IFA.
         loss: CandidateSetLossConfig; None for its default, the mean binary cross entropy of all
-            candidates.
+            candidates, and of regression tasks the Huber error of the exposed.
         across_ranks: see CandidateSetLoss.
 
     Raises:
@@ -230,7 +230,7 @@ class DLRM_IFATrain(nn.Module):
     ) -> None:
         super().__init__()
         self.model = dlrm_module
-        self.loss = CandidateSetLoss(loss, across_ranks)
+        self.loss = CandidateSetLoss(loss, across_ranks, dlrm_module.config.tasks)
         if self.loss.config.consistency and dlrm_module.config.candidate_set.attention == "none":
             raise ConfigError(
                 "DLRM_IFATrain: without a candidate_set attention no candidate sees another, and a "

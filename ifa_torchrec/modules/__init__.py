@@ -21,6 +21,7 @@ from ifa_torchrec.modules.peers import (
     TWINAttention,
 )
 from ifa_torchrec.modules.softmax import SoftmaxAttention
+from ifa_torchrec.modules.tasks import Task, predictions, ranking_score
 from ifa_torchrec.modules.user_state import UserState
 
 __all__ = [
@@ -42,6 +43,9 @@ __all__ = [
     "SequenceInteraction",
     "SoftmaxAttention",
     "TWINAttention",
+    "Task",
     "UserState",
     "generate_set",
+    "predictions",
+    "ranking_score",
 ]

@@ -7,7 +7,9 @@ construction.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ifa_torchrec.errors import ConfigError
+from ifa_torchrec.modules.tasks import Task, binary_tasks, check_tasks
 from ifa_torchrec.ops.jagged import request_of_row
 
 
@@ -23,16 +26,18 @@ class CandidateSetLossConfig:
     """Weights of the terms of CandidateSetLoss.
 
     Args:
-        pointwise: of the binary cross entropy.
-        listwise: of the softmax within a request.
+        pointwise: of the binary cross entropy, and of the error of regression tasks.
+        listwise: of the softmax within a request, of binary tasks.
         consistency: of the divergence between the scores with and without the unexposed.
         unexposed: how much an unexposed candidate counts, 0 to 1, where its missing label is taken
             for a 0: in the softmax's denominator and, with ``pointwise_unexposed``, in the cross
             entropy.
         pointwise_unexposed: whether the cross entropy takes in the unexposed at all.
+        regression: error of a regression task whose standardised label is missed by d: "huber", d^2 / 2
+            up to 1 and |d| - 1 / 2 beyond, which labels far out do not rule; "squared", d^2 / 2.
 
     Raises:
-        ValueError: a weight is negative, or all terms are 0.
+        ConfigError: a weight is negative, all terms are 0, or the error is unknown.
 
     Example:
         >>> from ifa_torchrec.modules import CandidateSetLossConfig
@@ -45,11 +50,17 @@ class CandidateSetLossConfig:
     consistency: float = 0.0
     unexposed: float = 1.0
     pointwise_unexposed: bool = True
+    regression: Literal["huber", "squared"] = "huber"
 
     def __post_init__(self) -> None:
+        if self.regression not in ("huber", "squared"):
+            raise ConfigError(
+                f"CandidateSetLossConfig: regression must be 'huber' or 'squared', got "
+                f"{self.regression!r}"
+            )
         for field in fields(self):
             value = getattr(self, field.name)
-            if not value >= 0:
+            if field.name != "regression" and not value >= 0:
                 raise ConfigError(
                     f"CandidateSetLossConfig: {field.name} must be at least 0, got {value}"
                 )
@@ -80,7 +91,14 @@ class CandidateSetLoss(nn.Module):
       ranks all: where candidates influence each other, what ranks well in the one set must in
       the other. Mean over the requests with two exposed candidates or more.
 
-    A term that nothing in the batch takes part in is 0. Every term is the mean over the tasks too.
+    A regression task has another pointwise error (``CandidateSetLossConfig.regression``, of the exposed
+    candidates alone: a number that nobody observed is not 0), no listwise term, and as its divergence
+    half the squared difference of the two standardised predictions, the mean over a request's exposed
+    candidates and over the requests that have one.
+
+    A term that nothing in the batch takes part in is 0. Every term is the mean over the tasks too, in
+    which whatever is of a task counts ``Task.weight`` times; a task of weight 0 is as if it were not
+    there.
     Computed in float32 at least, whatever the logits' dtype: float16 cannot count 65,520 candidates.
 
     Args:
@@ -88,6 +106,10 @@ class CandidateSetLoss(nn.Module):
         across_ranks: while training, take the means over the candidates and requests of all ranks
             of the default process group: the ranks' mean loss, and so their mean gradient, is then
             that of one large batch, however unevenly they share it. All ranks must call.
+        tasks: the Tasks of the logits' columns; () for binary ones of weight 1, as many as there are.
+
+    Raises:
+        ConfigError: two tasks have one name, all weigh 0, or none has a term of the loss.
 
     Example:
         >>> import torch
@@ -100,10 +122,24 @@ class CandidateSetLoss(nn.Module):
         1.0986
     """
 
-    def __init__(self, config: CandidateSetLossConfig | None = None, across_ranks: bool = False) -> None:
+    def __init__(
+        self,
+        config: CandidateSetLossConfig | None = None,
+        across_ranks: bool = False,
+        tasks: Sequence[Task] = (),
+    ) -> None:
         super().__init__()
         self.config = config or CandidateSetLossConfig()
         self.across_ranks = across_ranks
+        self.tasks = tuple(tasks)
+        if self.tasks:
+            check_tasks(self.tasks)
+        listed = not self.tasks or any(t.weight and t.kind == "binary" for t in self.tasks)
+        if self.config.pointwise == self.config.consistency == 0 and not listed:
+            raise ConfigError(
+                "CandidateSetLoss: listwise is the loss's only term, and no binary task has a weight; "
+                "give pointwise one, or weigh a binary task"
+            )
 
     def forward(
         self,
@@ -116,7 +152,7 @@ class CandidateSetLoss(nn.Module):
         """
         Args:
             logits: [M, T] floating point, of the whole sets.
-            labels: [M, T], 0 or 1.
+            labels: [M, T], 0 or 1, or a regression's numbers in the log's unit.
             exposed: [M] bool.
             offsets: [B + 1], the requests' candidates.
             exposed_logits: [E, T], logits of the E exposed candidates where the unexposed were
@@ -126,7 +162,8 @@ class CandidateSetLoss(nn.Module):
             A scalar, float32; float64 of float64 logits.
 
         Raises:
-            ValueError: shapes do not fit, or the consistency term lacks exposed_logits.
+            ValueError: shapes do not fit each other or the tasks, or the consistency term lacks
+                exposed_logits.
         """
         for name, value, wanted in (
             ("labels", labels, logits.shape),
@@ -139,40 +176,49 @@ class CandidateSetLoss(nn.Module):
         config, request, requests = self.config, request_of_row(offsets), len(offsets) - 1
         if len(request) != len(logits):
             raise ValueError(f"offsets end at {len(request)}, but there are {len(logits)} candidates")
+        tasks = self.tasks or binary_tasks(logits.shape[1])
+        if len(tasks) != logits.shape[1]:
+            names = [task.name for task in tasks]
+            raise ValueError(
+                f"logits must be [M, {len(tasks)}] for the tasks {names}, got {list(logits.shape)}"
+            )
         total = logits.sum() * 0.0
-        counts = torch.where(exposed, 1.0, config.unexposed).to(logits.dtype)[:, None]
         if config.pointwise:
-            weight = counts if config.pointwise_unexposed else exposed.to(logits.dtype)[:, None]
-            each = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-            total = total + config.pointwise * self._mean(each, weight.expand_as(each))
+            total = total + config.pointwise * self._pointwise(logits, labels, exposed, tasks)
         if config.listwise:
-            total = total + config.listwise * self._listwise(logits, labels, counts, request, requests)
+            counts = torch.where(exposed, 1.0, config.unexposed).to(dtype)[:, None]
+            each, weight = _listwise(logits, labels, counts, request, requests)
+            listed = [task.weight if task.kind == "binary" else 0.0 for task in tasks]
+            total = total + config.listwise * self._mean(each, _times(weight, listed))
         if config.consistency:
             if exposed_logits is None or exposed_logits.shape != (int(exposed.sum()), logits.shape[1]):
                 got = None if exposed_logits is None else list(exposed_logits.shape)
                 wanted = [int(exposed.sum()), logits.shape[1]]
                 raise ValueError(f"exposed_logits must be {wanted} for the consistency term, got {got}")
             alone, beside, segment = exposed_logits.to(dtype), logits[exposed], request[exposed]
-            each = _divergence(beside, alone, segment, requests)
-            comparable = torch.bincount(segment, minlength=requests)[:, None] > 1
-            weight = comparable.to(logits.dtype).expand_as(each)
+            each, weight = _consistency(beside, alone, segment, requests, tasks)
+            weight = _times(weight, [task.weight for task in tasks])
             total = total + config.consistency * self._mean(each, weight)
         return total
 
-    def _listwise(
-        self, logits: Tensor, labels: Tensor, counts: Tensor, request: Tensor, requests: int
+    def _pointwise(
+        self, logits: Tensor, labels: Tensor, exposed: Tensor, tasks: Sequence[Task]
     ) -> Tensor:
-        positive = labels > 0
-        negative = ~positive & (counts > 0)
-        # a request without negatives has no finite sum: its rows are left out below
-        shifted = torch.where(negative, logits + counts.clamp(min=1e-30).log(), -math.inf)
-        against = segment_logsumexp(shifted, request, requests)
-        both = (against > -math.inf)[request] & positive
-        each = F.softplus(torch.where(both, against[request] - logits, 0.0))
-        positives = _sum(both.to(logits.dtype), request, requests)
-        # the mean over a request's positives, then over the requests
-        weight = both / positives.clamp(min=1)[request]
-        return self._mean(each, weight)
+        config, shown = self.config, exposed.to(logits.dtype)
+        unexposed = config.unexposed if config.pointwise_unexposed else 0.0
+        counts = torch.where(exposed, 1.0, unexposed).to(logits.dtype)
+        each, weight = [], []
+        for task, logit, label in zip(tasks, logits.unbind(1), labels.unbind(1), strict=True):
+            if task.kind == "binary":
+                each.append(F.binary_cross_entropy_with_logits(logit, label, reduction="none"))
+                weight.append(task.weight * counts)
+                continue
+            # what stands in place of a label that nobody observed may be anything
+            missed = torch.where(exposed, logit - task.standardised(label), 0.0)
+            huber = F.huber_loss(missed, torch.zeros_like(missed), reduction="none")
+            each.append(huber if config.regression == "huber" else missed.square() / 2)
+            weight.append(task.weight * shown)
+        return self._mean(torch.stack(each, dim=1), torch.stack(weight, dim=1))
 
     def _mean(self, values: Tensor, weight: Tensor) -> Tensor:
         """The weighted mean, over all ranks where asked; 0 where all weights are."""
@@ -181,6 +227,41 @@ class CandidateSetLoss(nn.Module):
             dist.all_reduce(total)
             total = total / dist.get_world_size()
         return (values * weight).sum() / torch.where(total > 0, total, 1.0)
+
+
+def _listwise(
+    logits: Tensor, labels: Tensor, counts: Tensor, request: Tensor, requests: int
+) -> tuple[Tensor, Tensor]:
+    """The listwise term of each candidate, and what it counts; [M, T] both."""
+    positive = labels > 0
+    negative = ~positive & (counts > 0)
+    # a request without negatives has no finite sum: its rows are left out below
+    shifted = torch.where(negative, logits + counts.clamp(min=1e-30).log(), -math.inf)
+    against = segment_logsumexp(shifted, request, requests)
+    both = (against > -math.inf)[request] & positive
+    each = F.softplus(torch.where(both, against[request] - logits, 0.0))
+    positives = _sum(both.to(logits.dtype), request, requests)
+    # the mean over a request's positives, then over the requests
+    return each, both / positives.clamp(min=1)[request]
+
+
+def _consistency(
+    beside: Tensor, alone: Tensor, segment: Tensor, segments: int, tasks: Sequence[Task]
+) -> tuple[Tensor, Tensor]:
+    """How far the scores of each request's candidates are apart, and what it counts; [segments, T]."""
+    shown = torch.bincount(segment, minlength=segments).to(beside.dtype)[:, None]
+    divergence = _divergence(beside, alone, segment, segments)
+    squared = _sum((beside - alone).square() / 2, segment, segments) / shown.clamp(min=1)
+    regression = [task.kind == "regression" for task in tasks]
+    each = torch.stack([(squared if r else divergence)[:, t] for t, r in enumerate(regression)], dim=1)
+    # a softmax of one candidate is 1, whatever its logit
+    weight = torch.cat([(shown > 0 if r else shown > 1).to(beside.dtype) for r in regression], dim=1)
+    return each, weight
+
+
+def _times(weight: Tensor, factors: Sequence[float]) -> Tensor:
+    """[rows, T], each column times its factor; by numbers, which need not go to the device first."""
+    return torch.stack([f * column for f, column in zip(factors, weight.unbind(1), strict=True)], dim=1)
 
 
 def segment_logsumexp(values: Tensor, segment: Tensor, segments: int) -> Tensor:

@@ -123,7 +123,8 @@ def generate_set(
     """The k candidates of each request that are best together, best first.
 
     Args:
-        logits: [M], or a function of which candidates are taken, [M] bool, that gives [M].
+        logits: [M], or a function of which candidates are taken, [M] bool, that gives [M]. Of several
+            tasks, ``ranking_score`` of theirs.
         candidates: of B requests; its lengths say which rows belong together.
         k: how many to take; a request with fewer gives all it has.
         strategy: "topk" takes the k highest logits, with nothing taken. "greedy" takes one, scores

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -19,17 +20,29 @@ from torchrec.modules.mc_modules import (
     MCHManagedCollisionModule,
 )
 
+from ifa_torchrec.batch import Scale
 from ifa_torchrec.data import LogSchema
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.models import DLRM_IFA, DLRM_IFAConfig
+from ifa_torchrec.modules import Task
 from ifa_torchrec.training.options import TrainConfig
 
 EVICTION_INTERVAL = 10
 """Steps after which managed collisions give rows to new ids."""
 
 
-def build_model(schema: LogSchema, config: TrainConfig) -> DLRM_IFA:
+def build_model(
+    schema: LogSchema, config: TrainConfig, scales: Mapping[str, Scale] | None = None
+) -> DLRM_IFA:
     """The model for a log: one table an id feature, on the meta device until it is sharded.
+
+    Args:
+        schema: the log's.
+        config: the training's options.
+        scales: how numbers are standardised, by column; EventLog.scales.
+
+    Raises:
+        ConfigError: an option names what the log has not.
 
     Example:
         >>> from pathlib import Path
@@ -52,6 +65,7 @@ def build_model(schema: LogSchema, config: TrainConfig) -> DLRM_IFA:
         candidate_set=config.candidate_set,
         over_arch_layer_sizes=config.over_arch_layer_sizes,
         num_tasks=len(schema.tasks),
+        tasks=tasks_of(schema, config, scales or {}),
     )
     table: dict[str, Any] = {
         "embedding_dim": config.ifa.embedding_dim,
@@ -76,6 +90,47 @@ def build_model(schema: LogSchema, config: TrainConfig) -> DLRM_IFA:
         EmbeddingBagCollection(tables=bags, device=meta) if bags else None,
         _managed(tables, config.managed_rows) if config.managed_rows else tables,
         model,
+    )
+
+
+def tasks_of(schema: LogSchema, config: TrainConfig, scales: Mapping[str, Scale]) -> tuple[Task, ...]:
+    """The model's tasks, in the order of the log's.
+
+    Args:
+        schema: the log's.
+        config: with the tasks' weights.
+        scales: of regression tasks; one that is not there is taken as it is.
+
+    Raises:
+        ConfigError: --task-weights or --rank-by names no task, or a weight is not one it can be.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.batch import Scale
+        >>> from ifa_torchrec.data import LogSchema
+        >>> from ifa_torchrec.training.build import tasks_of
+        >>> from ifa_torchrec.training.options import TrainConfig
+        >>> schema = LogSchema({"item": 100}, tasks={"click": "binary", "watch": "regression"})
+        >>> config = TrainConfig(Path("log"), Path("run"), rank_by={"click": 1.0, "watch": 0.5})
+        >>> click, watch = tasks_of(schema, config, {"watch": Scale(30.0, 12.0)})
+        >>> watch.kind, watch.weight, watch.rank, watch.scale.mean
+        ('regression', 1.0, 0.5, 30.0)
+    """
+    for option, weights in (("task-weights", config.task_weights), ("rank-by", config.rank_by)):
+        for name in weights:
+            if name not in schema.tasks:
+                raise ConfigError(f"--{option} {name}: no such task; there are {list(schema.tasks)}")
+    if config.rank_by and not any(config.rank_by.values()):
+        raise ConfigError("--rank-by: all weights are 0; give one that is not, or leave the option out")
+    return tuple(
+        Task(
+            name,
+            kind,
+            weight=config.task_weights.get(name, 1.0),
+            rank=config.rank_by.get(name, 0.0),
+            scale=scales.get(name, Scale()),
+        )
+        for name, kind in schema.tasks.items()
     )
 
 

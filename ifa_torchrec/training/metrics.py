@@ -1,11 +1,12 @@
-"""Ranking metrics over predictions grouped by request.
+"""Metrics over predictions grouped by request: of rankings, and of numbers.
 
-AUC is torchmetrics' and normalised entropy torchrec's. GAUC and NDCG@k are computed here by pandas'
-ranks, since scores that count tie often: torchrec's GAUC and torchmetrics' NDCG order ties by their
-position, so that a scorer which cannot tell two candidates apart is paid by chance. Here ties share.
+AUC and the errors of numbers are torchmetrics', normalised entropy is torchrec's. GAUC and NDCG@k are
+computed here by pandas' ranks, since scores that count tie often: torchrec's GAUC and torchmetrics' NDCG
+order ties by their position, so that a scorer which cannot tell two candidates apart is paid by chance.
+Here ties share.
 
-Requests whose labels are all equal have no ranking to judge: GAUC and NDCG leave them out, and
-`requests_ranked` says how many are left.
+Requests whose labels are all equal have no ranking to judge: GAUC, NDCG and the correlation leave them
+out, and `requests_ranked` says how many are left.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import torch
+from torchmetrics.functional import mean_absolute_error, mean_squared_error
 from torchmetrics.functional.classification import binary_auroc
 from torchrec.metrics.ne import compute_ne
 from torchrec.sparse.jagged_tensor import JaggedTensor
@@ -130,9 +132,7 @@ def ranking_metrics(
         >>> m["auc"], round(m["calibration"], 3)
         (1.0, 1.0)
     """
-    bad = np.flatnonzero(~np.isfinite(logit))
-    if len(bad):
-        raise ValueError(f"request {request[bad[0]]}: a score is {logit[bad[0]]}, not a finite number")
+    _check_finite(request, logit)
     labels = torch.from_numpy(label.astype(np.int64))
     both = 0 < label.sum() < len(label)  # else there is nothing to rank or to predict
     totals = np.bincount(request, weights=label, minlength=1)
@@ -158,6 +158,94 @@ def ranking_metrics(
         result["ne"] = float(compute_ne(bits, count, target.sum(), count - target.sum(), eta=1e-12))
         result["calibration"] = float(prediction.mean() / target.mean())
     return result
+
+
+def correlation(request: np.ndarray, score: np.ndarray, label: np.ndarray) -> float:
+    """Mean over requests of Pearson's correlation of score and label; NaN when no request can be ranked.
+
+    Requests whose labels are all equal are left out. Of equal scores it is 0.
+
+    Args:
+        request: [M] request number of each candidate.
+        score: [M] float; label: [M] float.
+
+    Example:
+        >>> import numpy as np
+        >>> from ifa_torchrec.training.metrics import correlation
+        >>> request, label = np.array([0, 0, 0, 1, 1]), np.array([10., 20., 30., 5., 5.])
+        >>> round(correlation(request, np.array([1., 2., 3., 1., 2.]), label), 6)
+        1.0
+        >>> correlation(request, np.ones(5), label)
+        0.0
+    """
+    index, count = _numbered(request)
+    x, y = (_centred(index, count, values) for values in (score, label))
+    xy, xx, yy = (np.bincount(index, a * b, len(count)) for a, b in ((x, y), (x, x), (y, y)))
+    apart, ranked = _differ(index, count, score), _differ(index, count, label)
+    # what differs may still be too close for the squares of float64
+    norm = np.where(apart, np.sqrt(xx) * np.sqrt(yy), np.inf)[ranked]
+    return (
+        float((xy[ranked] / np.maximum(norm, np.finfo(float).tiny)).mean()) if ranked.any() else np.nan
+    )
+
+
+def regression_metrics(
+    request: np.ndarray, prediction: np.ndarray, label: np.ndarray
+) -> dict[str, float]:
+    """Errors of predicted numbers, and how they order each request's candidates.
+
+    Args:
+        request: [M] request number of each candidate.
+        prediction: [M] float, in the labels' unit.
+        label: [M] float.
+
+    Returns:
+        "mae", the mean absolute error, and "rmse", the root of the mean squared one, both in the labels'
+        unit; "correlation", the mean of Pearson's within the requests whose labels are not all equal;
+        "requests_ranked", how many those are. The first three are NaN where there is nothing to take
+        them of.
+
+    Raises:
+        ValueError: a prediction is not finite.
+
+    Example:
+        >>> import numpy as np
+        >>> from ifa_torchrec.training.metrics import regression_metrics
+        >>> m = regression_metrics(np.array([0, 0]), np.array([5.0, 13.0]), np.array([2.0, 12.0]))
+        >>> m["mae"], m["requests_ranked"]
+        (2.0, 1)
+    """
+    _check_finite(request, prediction)
+    given, wanted = (torch.from_numpy(x.astype(np.float64)) for x in (prediction, label))
+    return {
+        "mae": float(mean_absolute_error(given, wanted)) if len(label) else np.nan,
+        "rmse": float(mean_squared_error(given, wanted, squared=False)) if len(label) else np.nan,
+        "correlation": correlation(request, prediction, label),
+        "requests_ranked": int(_differ(*_numbered(request), label).sum()),
+    }
+
+
+def why_unranked(request: np.ndarray, label: np.ndarray) -> str | None:
+    """Why no request can be ranked, so that GAUC, NDCG and the correlation are NaN; None where one can.
+
+    Args:
+        request: [M] request number of each candidate.
+        label: [M].
+
+    Example:
+        >>> import numpy as np
+        >>> from ifa_torchrec.training.metrics import why_unranked
+        >>> why_unranked(np.array([0, 1]), np.array([1, 0]))
+        'each request has one candidate alone, so there is no order within it'
+    """
+    if not len(label):
+        return "there is no candidate"
+    index, count = _numbered(request)
+    if _differ(index, count, label).any():
+        return None
+    if count.max() == 1:
+        return "each request has one candidate alone, so there is no order within it"
+    return "in every request all labels are equal, so no order is better than another"
 
 
 def set_metrics(
@@ -208,6 +296,30 @@ def set_metrics(
         return float(np.mean(values)) if values else np.nan
 
     return {"ndcg@k": mean(gains), "recall@k": mean(recalls), "diversity": mean(diversities)}
+
+
+def _numbered(request: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row the place of its request among those that have rows, and how many rows each has."""
+    _, index, count = np.unique(request, return_inverse=True, return_counts=True)
+    return index, count
+
+
+def _centred(index: np.ndarray, count: np.ndarray, values: np.ndarray) -> np.ndarray:
+    values = values.astype(np.float64)
+    return values - (np.bincount(index, values, len(count)) / count)[index]
+
+
+def _differ(index: np.ndarray, count: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Whether each request has two rows of different values."""
+    first = np.empty(len(count), values.dtype)
+    first[index] = values
+    return np.bincount(index, values != first[index], len(count)) > 0
+
+
+def _check_finite(request: np.ndarray, score: np.ndarray) -> None:
+    bad = np.flatnonzero(~np.isfinite(score))
+    if len(bad):
+        raise ValueError(f"request {request[bad[0]]}: a score is {score[bad[0]]}, not a finite number")
 
 
 def _ranks01(score: np.ndarray) -> np.ndarray:

@@ -39,6 +39,11 @@ class TrainConfig:
     """Whether and how the candidates of a request see each other."""
     loss: CandidateSetLossConfig = field(default_factory=CandidateSetLossConfig)
     """Weights of the loss's terms."""
+    task_weights: dict[str, float] = field(default_factory=dict)
+    """Weights of tasks in the loss, 1 where not named, e.g. click 1 watch 0.2."""
+    rank_by: dict[str, float] = field(default_factory=dict)
+    """Weights of tasks in the score that ranks, 0 where not named; by default the first task alone
+    ranks. Of several, probabilities and standardised numbers are summed."""
     over_arch_layer_sizes: tuple[int, ...] = (64, 32)
     """Hidden layers over the interactions."""
     managed_rows: dict[str, int] = field(default_factory=dict)
@@ -85,7 +90,7 @@ class TrainConfig:
     def fixed(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its resumption."""
         free = {"data", "out", "resume", "checkpoint_every", "validate"}
-        free |= {"max_events", "max_requests", "sharding"}
+        free |= {"max_events", "max_requests", "sharding", "rank_by"}
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
 
 

@@ -71,12 +71,7 @@ def test_served_scores_and_metrics_are_those_of_the_raw_histories(run, tmp_path)
     until = datetime.fromtimestamp(first / 1e6, timezone.utc)
     store = str(tmp_path / "states")
     build_states(BuildStatesConfig(run.config.out, store, until=until, position=0))
-    scorer = Scorer(
-        run.dlrm,
-        run.log.schema,
-        run.log.items,
-        StateStore(open_key_value_store(store), run.version),
-    )
+    scorer = Scorer(run.dlrm, run.log, StateStore(open_key_value_store(store), run.version))
     log, item = run.log, run.log.schema.item
     appended = dict.fromkeys(log.users.tolist(), first)
     served = [np.empty(0)] * len(dataset)

@@ -7,7 +7,15 @@ import math
 import numpy as np
 import pytest
 
-from ifa_torchrec.training.metrics import gauc, ndcg, ranking_metrics, recall
+from ifa_torchrec.training.metrics import (
+    correlation,
+    gauc,
+    ndcg,
+    ranking_metrics,
+    recall,
+    regression_metrics,
+    why_unranked,
+)
 
 
 def random_requests(seed: int, levels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -170,3 +178,71 @@ def test_labels_that_are_all_equal_have_no_auc_and_no_ne(label: int) -> None:
 def test_a_score_that_is_no_number_is_refused(score: float) -> None:
     with pytest.raises(ValueError, match=r"request 7.*finite"):
         ranking_metrics(np.array([3, 7]), np.array([1.0, score], np.float32), np.array([1, 0]))
+
+
+class TestRegression:
+    @pytest.mark.parametrize("levels", [2, 3, 10**6])
+    def test_correlation_is_the_mean_of_numpys(self, levels: int) -> None:
+        request, label, _ = random_requests(4, levels)
+        score = np.random.default_rng(5).integers(0, levels, len(request)).astype(np.float32)
+        label = 1000 * label + 7
+        each = []
+        for s, y in ((score[request == r], label[request == r]) for r in np.unique(request)):
+            if len(set(y)) > 1:
+                each.append(np.corrcoef(s, y)[0, 1] if len(set(s)) > 1 else 0.0)
+        assert len(each) < 40, "some requests must have labels that are all equal"
+        assert correlation(request, score, label) == pytest.approx(np.mean(each), abs=1e-9)
+
+    def test_correlation_does_not_depend_on_unit_and_order(self) -> None:
+        request, score, _ = random_requests(0, 10**6)
+        label = score + np.random.default_rng(1).normal(size=len(score)) * 1e5
+        wanted = correlation(request, score, label)
+        assert 0.5 < wanted < 1
+        assert correlation(request, 3 * score - 5, label / 3600) == pytest.approx(wanted)
+        order = np.random.default_rng(1).permutation(len(request))
+        assert correlation(request[order], score[order], label[order]) == pytest.approx(wanted)
+
+    def test_errors_are_in_the_labels_unit(self) -> None:
+        request, label, _ = random_requests(1, 10**6)
+        prediction = label + np.random.default_rng(2).normal(size=len(label))
+        metrics = regression_metrics(request, prediction, label)
+        missed = prediction - label.astype(float)
+        assert metrics["mae"] == pytest.approx(np.abs(missed).mean())
+        assert metrics["rmse"] == pytest.approx(np.sqrt((missed**2).mean()))
+        assert metrics["correlation"] == correlation(request, prediction, label)
+        sizes = np.bincount(request)
+        assert metrics["requests_ranked"] == (sizes > 1).sum() < 40
+
+    def test_no_candidates(self) -> None:
+        none = np.empty(0)
+        metrics = regression_metrics(none.astype(int), none, none)
+        assert np.isnan([metrics["mae"], metrics["rmse"], metrics["correlation"]]).all()
+        assert metrics["requests_ranked"] == 0
+
+    def test_one_candidate_a_request_has_errors_and_no_order(self) -> None:
+        metrics = regression_metrics(np.array([0, 1]), np.array([1.0, 2.0]), np.array([3.0, 3.0]))
+        assert metrics["mae"] == 1.5 and math.isnan(metrics["correlation"])
+
+    def test_a_prediction_that_is_no_number_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"request 7.*inf"):
+            regression_metrics(np.array([3, 7]), np.array([1.0, np.inf]), np.array([1.0, 0.0]))
+
+
+@pytest.mark.parametrize(
+    ("request_", "label", "told"),
+    [
+        ([], [], "there is no candidate"),
+        ([0, 1, 4], [1, 0, 1], "one candidate alone"),
+        ([0, 0, 1], [1, 1, 0], "all labels are equal"),
+        ([0, 0, 1], [1, 0, 0], None),
+        ([0, 0], [2.5, 2.6], None),
+    ],
+)
+def test_why_nothing_can_be_ranked(request_: list[int], label: list[float], told: str | None) -> None:
+    request, labels = np.array(request_, int), np.array(label, np.float32)
+    reason = why_unranked(request, labels)
+    assert (reason is None) == (told is None) and (told or "") in (reason or "")
+    if set(label) <= {0, 1}:
+        score = np.zeros(len(label), np.float32)
+        assert (ranking_metrics(request, score, labels)["requests_ranked"] == 0) == (told is not None)
+        assert math.isnan(gauc(request, score, labels)) == (told is not None)

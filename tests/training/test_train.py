@@ -22,6 +22,7 @@ from toy import BUSY_USER, NEW_USER, SCHEMA, SPLITS, Toy, make_toy
 from ifa_torchrec import IFAConfig, InteractionFidelityAttention
 from ifa_torchrec.__main__ import main
 from ifa_torchrec.commands import evaluate as evaluate_module
+from ifa_torchrec.commands.command_line import result_as_json
 from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.commands.explain import ExplainConfig, explain
 from ifa_torchrec.data import EventLog, LogError, RankingDataset
@@ -613,15 +614,15 @@ class TestEvaluate:
 
     def test_metrics_are_written_and_returned(self, trained: Path) -> None:
         metrics = evaluate(EvaluateConfig(trained))
-        assert json.loads((trained / "metrics-test.json").read_text()) == metrics
+        assert (trained / "metrics-test.json").read_text() == result_as_json(metrics)
         assert {"auc", "gauc", "ndcg@10", "ne", "calibration", "ms_per_request"} <= metrics.keys()
         assert 0 <= metrics["gauc"] <= 1 and metrics["ms_per_request"] > 0
 
     def test_int8_tables_change_little_and_have_a_file_of_their_own(self, trained: Path) -> None:
         metrics, rounded = (evaluate(EvaluateConfig(trained, int8=int8)) for int8 in (False, True))
         assert rounded["ne"] != metrics["ne"] == pytest.approx(rounded["ne"], abs=1e-3)
-        assert json.loads((trained / "metrics-test.json").read_text()) == metrics
-        assert json.loads((trained / "metrics-test-int8.json").read_text()) == rounded
+        assert (trained / "metrics-test.json").read_text() == result_as_json(metrics)
+        assert (trained / "metrics-test-int8.json").read_text() == result_as_json(rounded)
 
     def test_by_context_feature(self, trained: Path, toy: Toy) -> None:
         metrics = evaluate(EvaluateConfig(trained, split="train", by=("store", "weekday")))
@@ -688,7 +689,9 @@ class TestExplain:
         run, dataset = load_run(trained), RankingDataset(log, "test")
         scores, _ = evaluate_module.predict(run.model, dataset, run.device, 10**6, 100)
         own = scores[dataset.candidate_rows([number])[0], 0]
-        assert f"thing number {request['candidates'][own.argmax()]} (logit {own.max():.2f}" in head
+        assert f"thing number {request['candidates'][own.argmax()]} (" in head
+        probability = 1 / (1 + math.exp(-own.max()))
+        assert f"(label {request['label'][own.argmax()]:.0f}, predicted {probability:.4g})" in head
         assert f"top of {len(own)} candidates" in head
 
         past = toy.events[(toy.events["user"] == BUSY_USER) & (toy.events["time"] < request["time"])]

@@ -26,6 +26,7 @@ from ifa_torchrec.data.prepare.sql import literal
 from ifa_torchrec.data.prepare.tables import write_events, write_items
 from ifa_torchrec.data.schema import LogError, LogSchema, check_splits
 from ifa_torchrec.data.writing import drafting
+from ifa_torchrec.errors import require
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -53,7 +54,7 @@ def prepare(
         LogError: a file or column is missing, too many rows are refused, a join finds nothing, a split
             is empty, or ``memory`` is too little.
         FileExistsError: ``out`` exists.
-        ImportError: DuckDB is not installed.
+        ModuleNotFoundError: DuckDB is not installed.
 
     Example:
         >>> import tempfile
@@ -101,10 +102,9 @@ def prepare(
 @contextmanager
 def _database(folder: Path, memory: str) -> Generator[DuckDBPyConnection]:
     """A database of DuckDB in a folder that is gone behind it; its errors become LogErrors."""
-    try:
-        import duckdb
-    except ImportError as error:
-        raise ImportError("preparing a log needs DuckDB: install the extra `data`") from error
+    require("data", "duckdb")
+    import duckdb
+
     folder.mkdir()
     with duckdb.connect(folder / "tables.duckdb") as connection:
         connection.execute("SET TimeZone = 'UTC'")

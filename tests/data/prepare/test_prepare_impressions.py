@@ -83,7 +83,7 @@ class TestMind:
         assert log.schema.item_features["item"] == 8  # N8 is new in the test
 
     def test_history(self, tmp_path: Path) -> None:
-        """In its order, a second apart, before the user's first request; once, though it is there twice"""
+        """In its order, a second apart, before the user's first request; once, though twice there."""
         (tmp_path / "behaviors.tsv").write_text(BEHAVIORS)
         log = prepare(load_schema(written(tmp_path, MIND_SCHEMA)), tmp_path / "log")
         assert Vocabulary.load(log.path)["item"].at(log.events["item"]) == ["N5", "N6", "N7"]

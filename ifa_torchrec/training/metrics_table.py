@@ -1,0 +1,104 @@
+"""What was measured of a split, as a table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ifa_torchrec.modules import Task
+
+_NAMES = {
+    "candidates": "candidates",
+    "requests_ranked": "requests with an order",
+    "auc": "AUC",
+    "gauc": "GAUC",
+    "ndcg@10": "NDCG@10",
+    "recall@10": "recall@10",
+    "ne": "log loss / that of the mean label",
+    "calibration": "mean prediction / mean label",
+    "mae": "mean absolute error, in the label's unit",
+    "rmse": "root mean squared error, in the label's unit",
+    "correlation": "correlation within a request",
+}
+_RANKED, _AGAINST = "ranked_", "gauc_"
+
+
+def as_table(metrics: Mapping[str, Any], tasks: Sequence[Task]) -> str:
+    """Each task by its kind, in words, and what the model does not know.
+
+    Args:
+        metrics: what ``evaluate`` returns.
+        tasks: the model's.
+
+    Example:
+        >>> from ifa_torchrec.modules import Task
+        >>> from ifa_torchrec.training.metrics_table import as_table
+        >>> reason = "each request has one candidate alone, so there is no order within it"
+        >>> metrics = {"auc": 0.75, "gauc": float("nan"), "notes": {"like": reason}}
+        >>> print(as_table(metrics, [Task("like")]))
+        like (0 or 1)
+                 all
+        AUC   0.7500
+        GAUC    none
+        No order to measure: each request has one candidate alone, so there is no order within it.
+    """
+    parts: list[str] = []
+    for task in tasks:
+        of_task = metrics if len(tasks) == 1 else metrics[task.name]
+        columns = {"all": of_task, **{f"{k} items": v for k, v in of_task.get("items", {}).items()}}
+        lines = [f"{task.name} ({'0 or 1' if task.kind == 'binary' else 'a number'})"]
+        lines.append(_text({name: _of_task(values) for name, values in columns.items()}))
+        if task.name in metrics.get("notes", {}):
+            lines.append(f"No order to measure: {metrics['notes'][task.name]}.")
+        if of_task.get("by_history"):
+            groups = {
+                f"{events} events in the history": {
+                    _NAMES.get(k) or k: _number(v) for k, v in row.items()
+                }
+                for events, row in of_task["by_history"].items()
+            }
+            lines.append(_text(groups, transposed=True))
+        parts.append("\n".join(lines))
+    if "shares" in metrics:
+        parts.append(_text(_shares(metrics["shares"]), transposed=True))
+    return "\n\n".join(parts)
+
+
+def _of_task(values: Mapping[str, Any]) -> dict[str, str]:
+    """The numbers of a task under readable names; those of groups are left out."""
+    named = {key: name for key, name in _NAMES.items() if key in values}
+    named |= {
+        key: f"GAUC against {key.removeprefix(_AGAINST)}" for key in values if key.startswith(_AGAINST)
+    }
+    named |= {
+        _RANKED + key: f"{name}, by the score that ranks"
+        for key, name in _NAMES.items()
+        if _RANKED + key in values
+    }
+    return {name: _number(values[key]) for key, name in named.items()}
+
+
+def _shares(shared: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    rows = {
+        "new items": shared["new_items"],
+        "without history": {"requests": shared["requests_without_history"]},
+        **{f"unknown {name}": of for name, of in shared["unknown_values"].items()},
+    }
+    return {
+        name: {f"of {what}": "none" if np.isnan(share) else f"{share:.1%}" for what, share in of.items()}
+        for name, of in rows.items()
+    }
+
+
+def _number(value: float) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "none" if np.isnan(value) else f"{value:.4f}"
+
+
+def _text(columns: Mapping[str, Mapping[str, str]], transposed: bool = False) -> str:
+    frame = pd.DataFrame(columns, dtype=object).fillna("")
+    return (frame.T if transposed else frame).to_string()

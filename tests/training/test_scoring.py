@@ -1,0 +1,222 @@
+"""Metrics of a split by task, and of what the model does not know apart."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from ifa_torchrec.batch import Scale
+from ifa_torchrec.data import EventLog, RankingDataset
+from ifa_torchrec.modules import Task
+from ifa_torchrec.training import groups
+from ifa_torchrec.training.groups import by_history, new_items, shares
+from ifa_torchrec.training.metrics import (
+    correlation,
+    gauc,
+    ndcg,
+    ranking_metrics,
+    recall,
+    regression_metrics,
+)
+from ifa_torchrec.training.metrics_table import as_table
+from ifa_torchrec.training.scoring import TaskScores, measure
+from tests.toy import NEW_USER, make_toy
+
+WATCH = Task("watch", "regression", scale=Scale(2.0, 1.0, log=True))
+LABEL = Task("label")
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory) -> EventLog:
+    return make_toy().write(tmp_path_factory.mktemp("log") / "log")
+
+
+@pytest.fixture
+def split(log: EventLog) -> RankingDataset:
+    """With a second task, a number that nobody knows of the unexposed."""
+    dataset = RankingDataset(log, "train")
+    requests = dataset.requests
+    seconds = np.random.default_rng(0).gamma(2.0, 30.0, len(requests["label"])).astype(np.float32)
+    watch = np.where(requests["exposed"], seconds, np.float32(1e30))
+    dataset.requests = {**requests, "watch": watch}
+    schema = dataclasses.replace(log.schema, tasks={"label": "binary", "watch": "regression"})
+    dataset.log = EventLog(log.path)
+    dataset.log.schema = schema
+    return dataset
+
+
+def logits(dataset: RankingDataset, tasks: int = 2) -> np.ndarray:
+    rows = len(dataset.requests["candidates"])
+    return np.random.default_rng(1).normal(size=(rows, tasks)).astype(np.float32)
+
+
+def requests_of(dataset: RankingDataset) -> np.ndarray:
+    return np.repeat(np.arange(len(dataset)), np.diff(dataset.requests["candidate_offsets"]))
+
+
+class TestTasks:
+    def test_each_by_its_kind(self, split: RankingDataset) -> None:
+        scores, request = logits(split), requests_of(split)
+        metrics = measure(split, scores, (LABEL, WATCH))
+        binary = ranking_metrics(request, scores[:, 0], split.requests["label"])
+        assert binary.items() <= metrics["label"].items()
+        shown = split.requests["exposed"]
+        said = np.expm1(2 + scores[shown, 1].astype(float))
+        wanted = regression_metrics(request[shown], said, split.requests["watch"][shown])
+        assert {k: metrics["watch"][k] for k in wanted} == pytest.approx(wanted, rel=1e-5)
+        assert not [name for name in metrics["watch"] if "gauc" in name or name == "ne"]
+
+    def test_how_the_score_that_ranks_orders_each_task(self, split: RankingDataset) -> None:
+        scores, request = logits(split), requests_of(split)
+        tasks = (dataclasses.replace(LABEL, rank=1.0), dataclasses.replace(WATCH, rank=0.5))
+        metrics = measure(split, scores, tasks)
+        score = (torch.from_numpy(scores[:, 0]).sigmoid() + 0.5 * torch.from_numpy(scores[:, 1])).numpy()
+        label, shown = split.requests["label"], split.requests["exposed"]
+        for name, function in (("gauc", gauc), ("ndcg@10", ndcg), ("recall@10", recall)):
+            assert metrics["label"][f"ranked_{name}"] == function(request, score, label)
+        wanted = correlation(request[shown], score[shown], split.requests["watch"][shown])
+        assert metrics["watch"]["ranked_correlation"] == pytest.approx(wanted)
+
+    def test_the_first_task_ranks_by_default(self, split: RankingDataset) -> None:
+        scores = logits(split)
+        metrics = measure(split, scores, (LABEL, WATCH))
+        assert not [name for name in metrics["label"] if "ranked_" in name]
+        shown = split.requests["exposed"]
+        wanted = correlation(requests_of(split)[shown], scores[shown, 0], split.requests["watch"][shown])
+        assert metrics["watch"]["ranked_correlation"] == pytest.approx(wanted)
+
+    def test_scores_of_no_model_have_an_order_alone(self, split: RankingDataset) -> None:
+        metrics = measure(split, logits(split))
+        assert metrics["watch"].keys() == {"correlation"}
+        assert not {"ne", "calibration"} & metrics["label"].keys()
+
+    def test_by_context_of_a_regression(self, split: RankingDataset) -> None:
+        metrics = measure(split, logits(split), (LABEL, WATCH), by=("store",))["watch"]
+        parts = metrics["by"]["store"].values()
+        store = np.asarray(split.requests["store"])[requests_of(split)][split.requests["exposed"]]
+        sizes = [int((store == value).sum()) for value in metrics["by"]["store"]]
+        mean = sum(part["mae"] * n for part, n in zip(parts, sizes, strict=True)) / sum(sizes)
+        assert mean == pytest.approx(metrics["mae"])
+
+
+class TestNewItems:
+    def test_are_measured_apart(self, split: RankingDataset) -> None:
+        item = split.log.schema.item
+        rows = {**split.log.schema.item_features, item: 30}  # items 30 to 39 are new
+        split.log.schema = dataclasses.replace(split.log.schema, item_features=rows)
+        scores, request = logits(split), requests_of(split)
+        candidates = split.requests["candidates"]
+        new = (candidates == 0) | (candidates >= 30)
+        assert (new_items(split) == new).all() and 0 < new.sum() < len(new)
+        parts = measure(split, scores, (LABEL, WATCH), apart=True)
+        for name, kept in (("new", new), ("known", ~new)):
+            found = parts["label"]["items"][name]
+            wanted = ranking_metrics(request[kept], scores[kept, 0], split.requests["label"][kept])
+            assert found == pytest.approx({"candidates": kept.sum(), **wanted}, nan_ok=True)
+            assert parts["watch"]["items"][name]["mae"] > 0
+
+    def test_there_may_be_none(self, split: RankingDataset) -> None:
+        split.requests["candidates"] = np.ones_like(split.requests["candidates"])
+        parts = measure(split, logits(split), (LABEL, WATCH), apart=True)
+        assert parts["label"]["items"]["new"]["candidates"] == 0
+        assert np.isnan(parts["label"]["items"]["new"]["gauc"])
+        assert np.isnan(parts["watch"]["items"]["new"]["mae"])
+        as_table({**parts, "shares": shares(split)}, (LABEL, WATCH))
+
+
+class TestShares:
+    @pytest.mark.parametrize("block", [1, 7, 1 << 22])
+    @pytest.mark.parametrize("history_length", [None, 5])
+    def test_are_those_of_what_the_requests_see(
+        self, log: EventLog, block: int, history_length: int | None, monkeypatch
+    ) -> None:
+        monkeypatch.setattr(groups, "_BLOCK", block)
+        dataset = RankingDataset(log, "test", history_length)
+        rows = {**log.schema.item_features, "item": 25}
+        dataset.log = EventLog(log.path)
+        dataset.log.schema = dataclasses.replace(log.schema, item_features=rows)
+        dataset.log.items = {**log.items, "category": log.items["category"] % 4}
+        batch = RankingDataset(log, "test", history_length)[np.arange(len(dataset))]
+        told = shares(dataset)
+        for of, prefix in (("candidates", "candidate_"), ("events", "history_")):
+            item = batch.sequence_features[f"{prefix}item"].values().numpy()
+            category = batch.sequence_features[f"{prefix}category"].values().numpy() % 4
+            new = (item == 0) | (item >= 25)
+            assert 0 < told["new_items"][of] == pytest.approx(new.mean())
+            assert told["unknown_values"]["category"][of] == pytest.approx((category == 0).mean())
+        store = batch.context_features["store"].values().numpy()
+        assert told["unknown_values"]["store"]["requests"] == pytest.approx((store == 0).mean())
+        lengths = batch.sequence_features["history_item"].lengths().numpy()
+        assert 0 < told["requests_without_history"] == pytest.approx((lengths == 0).mean())
+
+    def test_of_no_events(self, log: EventLog) -> None:
+        users, times = np.array([NEW_USER]), np.array([0])
+        told = shares(RankingDataset.of_users(log, users, times))
+        assert told["requests_without_history"] == 1
+        assert np.isnan([told["new_items"]["events"], told["new_items"]["candidates"]]).all()
+
+
+class TestByHistory:
+    def test_calibration_of_each_group(self, split: RankingDataset) -> None:
+        logit = logits(split)[:, 0]
+        label = np.arange(len(logit)) % 2
+        parts = by_history(split, logit, label)
+        lengths = split.history_lengths
+        assert 3 < len(parts) <= 10
+        assert sum(part["requests"] for part in parts.values()) == len(split)
+        for name, part in parts.items():
+            least, most = map(int, name.split("-"))
+            mine = (lengths >= least) & (lengths <= most)
+            rows = mine[requests_of(split)]
+            assert (part["requests"], part["candidates"]) == (mine.sum(), rows.sum())
+            wanted = (1 / (1 + np.exp(-logit[rows].astype(float)))).sum() / label[rows].sum()
+            assert part["calibration"] == pytest.approx(wanted)
+
+    def test_histories_of_one_length_are_one_group(self, log: EventLog) -> None:
+        dataset = RankingDataset(log, "train", 1)
+        dataset.history_lengths = np.full(len(dataset), 7)
+        parts = by_history(dataset, logits(dataset, 1)[:, 0], dataset.requests["label"])
+        assert list(parts) == ["7-7"]
+
+    def test_a_group_without_a_positive_has_no_calibration(self, log: EventLog) -> None:
+        dataset = RankingDataset(log, "train")
+        label = np.zeros_like(dataset.requests["label"])
+        parts = by_history(dataset, logits(dataset, 1)[:, 0], label)
+        assert np.isnan([part["calibration"] for part in parts.values()]).all()
+
+
+class TestTable:
+    def test_says_what_each_number_is(self, split: RankingDataset) -> None:
+        tasks = (dataclasses.replace(LABEL, rank=1.0), dataclasses.replace(WATCH, rank=1.0))
+        metrics = measure(split, logits(split), tasks, apart=True)
+        metrics["shares"] = shares(split)
+        lines = as_table(metrics, tasks).splitlines()
+
+        def numbers(start: str, within: list[str]) -> list[str]:
+            (line,) = (line for line in within if line.startswith(start))
+            return line.removeprefix(start).split()
+
+        watch = lines[lines.index("watch (a number)") :]
+        assert lines[0] == "label (0 or 1)"
+        mae = [metrics["watch"]["mae"], *(metrics["watch"]["items"][k]["mae"] for k in ("new", "known"))]
+        assert numbers("mean absolute error, in the label's unit", watch) == [f"{v:.4f}" for v in mae]
+        wanted = metrics["label"]["ranked_gauc"]
+        assert numbers("GAUC, by the score that ranks", lines)[0] == f"{wanted:.4f}"
+        assert numbers("new items", lines)[0] == f"{metrics['shares']['new_items']['candidates']:.1%}"
+        assert len([line for line in lines if "events in the history" in line]) > 3
+
+    def test_why_there_is_no_gauc(self, split: RankingDataset) -> None:
+        """Requests of one candidate each."""
+        rows = len(split.requests["candidates"])
+        split.requests["candidate_offsets"] = np.minimum(np.arange(len(split) + 1), rows)
+        for name in ("candidates", "exposed", "label", "watch", "source"):
+            split.requests[name] = split.requests[name][: len(split)]
+        scores = logits(split)
+        metrics = measure(split, scores, (LABEL, WATCH))
+        assert np.isnan(metrics["label"]["gauc"]) and metrics["label"]["auc"] > 0
+        reason = TaskScores(split, LABEL, scores[:, 0], logits=True).why_unranked()
+        table = as_table({**metrics, "notes": {"label": reason}}, (LABEL, WATCH))
+        assert "No order to measure: each request has one candidate alone" in table
