@@ -38,8 +38,8 @@ def build_model(
 
     Args:
         schema: the log's.
-        config: the training's options.
-        scales: how numbers are standardised, by column; EventLog.scales.
+        config: TrainConfig.
+        scales: the log's; a column that is not there is taken as it is.
 
     Raises:
         ConfigError: an option names what the log has not.
@@ -127,7 +127,7 @@ def model_config(schema: LogSchema, config: TrainConfig, scales: Mapping[str, Sc
         candidate_set=config.candidate_set,
         over_arch_layer_sizes=config.over_arch_layer_sizes,
         num_tasks=len(schema.tasks),
-        tasks=tasks_of(schema, config, scales or {}),
+        tasks=tasks_of(schema, config, scales),
     )
 
 
