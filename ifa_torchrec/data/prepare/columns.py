@@ -126,7 +126,8 @@ def rows_of(column: str | Hashed | Listed) -> int | None:
 
 
 def _check_hash(column: str, rows: Any) -> None:
-    if not isinstance(rows, Integral) or isinstance(rows, bool) or not 2 <= rows <= 2**_HASH_BITS:
+    number = isinstance(rows, Integral) and not isinstance(rows, bool)
+    if not number or not 2 <= int(rows) <= 2**_HASH_BITS:
         raise LogError(
             f"the column {column!r}: hash must be the number of rows, a whole number from 2 to "
             f"2^{_HASH_BITS}, got {rows!r}"

@@ -95,7 +95,8 @@ class _Loading:
         objects = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
         if objects and (isinstance(value, dict) or len(kinds) == 1):
             return self.build(objects, where, value)
-        if typing.get_origin(hint) is Mapping and isinstance(value, dict):
+        origin: Any = typing.get_origin(hint)
+        if origin is Mapping and isinstance(value, dict):
             of_values = typing.get_args(hint)[1]
             return {name: self._value(of_values, f"{where}.{name}", v) for name, v in value.items()}
         return value

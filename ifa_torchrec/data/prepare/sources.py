@@ -105,11 +105,12 @@ def _read(sql: DuckDBPyConnection, section: Section) -> dict[str, dict[str, Any]
 
     columns = section.columns.items()
     ours = ", ".join(f"{form.format(given(column))} AS {quoted(c)}" for c, (column, form) in columns)
-    texts = {
-        quoted(c): f"left(CAST({given(column)} AS VARCHAR), {_SHOWN})" for c, (column, _) in columns
-    }
-    texts = {place: f"CAST({place} AS VARCHAR)" for place in source.places} | texts
-    packed = ", ".join(f"{name} := {text}" for name, text in texts.items())
+    texts = {c: column for c, (column, _) in columns}
+    texts |= {f"_each_{name}": column_of(column) for name, column in section.each.items()}
+    shown = [f"{name} := CAST({place} AS VARCHAR)" for name, place in source.places.items()]
+    shown += [
+        f"{quoted(c)} := left(CAST({given(column)} AS VARCHAR), {_SHOWN})" for c, column in texts.items()
+    ]
     places = "".join(f", {place} AS {name}" for name, place in source.places.items())
     rows = f"(SELECT * {places} FROM {source.relation})"
     wanted = f"TRY(CAST({given(section.where)} AS BOOLEAN))" if section.where else "true"
@@ -133,8 +134,8 @@ def _read(sql: DuckDBPyConnection, section: Section) -> dict[str, dict[str, Any]
             SELECT * EXCLUDE ({", ".join(map(quoted, scratch))}),
                 CASE WHEN _refused IS NOT NULL THEN CAST(_given AS VARCHAR) END AS _given
             FROM (SELECT * {derived}, CASE WHEN _nothing THEN '{_NOTHING}' {reasons} END AS _refused
-                  FROM (SELECT {ours}, struct_pack({packed}) AS _given, {wanted} AS _wanted, {unpacked}
-                        FROM {rows})
+                  FROM (SELECT {ours}, struct_pack({", ".join(shown)}) AS _given,
+                        {wanted} AS _wanted, {unpacked} FROM {rows})
                   WHERE _wanted IS DISTINCT FROM false OR _nothing)"""
         )
     sql.execute(f"CREATE VIEW {section.name}_rows AS FROM {section.name}_read WHERE _refused IS NULL")

@@ -51,7 +51,9 @@ for case, and SQL cannot tell them apart; rename one
         seen[name.lower()] = name
 
 
-def check_value(where: str, hint: Any, value: Any, may_be_empty: Collection[str] = ()) -> None:
+def check_value(
+    where: str, hint: Any, value: Any, may_be_empty: Collection[str] = (), empty: bool = False
+) -> None:
     """Raise unless a value, and all it holds, is what its annotation says.
 
     Args:
@@ -59,6 +61,7 @@ def check_value(where: str, hint: Any, value: Any, may_be_empty: Collection[str]
         hint: the annotation.
         value: what was given.
         may_be_empty: names of fields, of it or within it, whose strings may be empty.
+        empty: whether it may be an empty string itself.
 
     Raises:
         LogError: it is of another type, an empty string, or a number that is not finite.
@@ -80,20 +83,20 @@ def check_value(where: str, hint: Any, value: Any, may_be_empty: Collection[str]
             if k is not types.NoneType
         ]
         raise LogError(f"{where} must be {' or '.join(words)}, got {value!r}")
-    field = where.rpartition(".")[2].rpartition(" ")[2]
-    if isinstance(value, str) and not value.strip() and field not in may_be_empty:
+    if isinstance(value, str) and not value.strip() and not empty:
         raise LogError(f"{where} is empty; name a column, or leave it out where it may be")
     if dataclasses.is_dataclass(value):
         for name, inner in typing.get_type_hints(type(value)).items():
-            check_value(f"{where}.{name}", inner, getattr(value, name), may_be_empty)
+            given = getattr(value, name)
+            check_value(f"{where}.{name}", inner, given, may_be_empty, name in may_be_empty)
     elif isinstance(value, Mapping):
         of_keys, of_values = typing.get_args(kind)
         for key, item in typing.cast(Mapping[Any, Any], value).items():
             check_value(f"a name in {where}", of_keys, key)
-            check_value(f"{where}.{key}", of_values, item)
+            check_value(f"{where}.{key}", of_values, item, may_be_empty)
     elif isinstance(value, (list, tuple)):
         for item in typing.cast(Sequence[Any], value):
-            check_value(f"a value of {where}", typing.get_args(kind)[0], item, may_be_empty)
+            check_value(f"a value of {where}", typing.get_args(kind)[0], item, may_be_empty, empty)
 
 
 def _is(value: Any, kind: Any) -> bool:

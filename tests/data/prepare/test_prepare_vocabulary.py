@@ -1,4 +1,4 @@
-"""What the training split has is numbered first; what comes later is new; and a vocabulary is extended."""
+"""What the training split has is numbered first, what comes later is new; a vocabulary is extended."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class TestNewIds:
         assert told["vocabulary"]["item"] == {"ids": 7, "rows": 4}
 
     def test_min_count(self, tmp_path: Path) -> None:
-        """Tea is in one event and two candidates of the training, cup in one event, urn in one candidate."""
+        """The training has tea in an event and two candidates, cup in an event, urn in a candidate."""
         log = prepare(load_schema(write(tmp_path, min_count=2)), tmp_path / "log")
         assert ids(log, "item")[0] == "tea" and log.schema.item_features["item"] == 2
         assert ids(log, "kind") == ["drink", "ware"]  # their values are known all the same
