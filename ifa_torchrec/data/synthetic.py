@@ -16,9 +16,9 @@ The recipe, with everything random drawn from one seed:
 
 - With `kinds`, each event has an `action` (bought, clicked or skipped) and an `amount`. A user has as
   many topics whose events were skipped as interests, whose events were bought; everyday events are of
-  any kind, and those that mean nothing were clicked or skipped. Amounts of a topic lie around a mean of its
-  own. The label's probability is sigmoid(bias + strength * pull), the pull of a topic being the sum of
-  the amounts of its events that were bought, over `evidence`. A quarter of the candidates are of
+  any kind, and those that mean nothing were clicked or skipped. Amounts of a topic lie around a mean of
+  its own. The label's probability is sigmoid(bias + strength * pull), the pull of a topic being the sum
+  of the amounts of its events that were bought, over `evidence`. A quarter of the candidates are of
   interests, a quarter of skipped topics.
 - With `new_items`, that share of the candidates of `test` are items that no event and no request of
   `train` has, of as many as there are rare ones, with topics like theirs; and an item feature `topic`
