@@ -92,7 +92,7 @@ class TrainConfig:
             raise ConfigError(f"--unknown-items must be 0 or more and below 1, got {self.unknown_items}")
         if self.ifa.gates:
             raise ConfigError(
-                "--ifa.gates: name the event features by --gate; the log counts their values"
+                "--ifa.gates: name the event features by --gate; the log has their values"
             )
         sizes = self.over_arch_layer_sizes
         if not sizes or min(sizes) < 1:
