@@ -91,9 +91,7 @@ class TrainConfig:
         if self.unknown_items is not None and not 0 <= self.unknown_items < 1:
             raise ConfigError(f"--unknown-items must be 0 or more and below 1, got {self.unknown_items}")
         if self.ifa.gates:
-            raise ConfigError(
-                "--ifa.gates: name the event features by --gate; the log has their values"
-            )
+            raise ConfigError("--ifa.gates: name the event features by --gate; the log has their values")
         sizes = self.over_arch_layer_sizes
         if not sizes or min(sizes) < 1:
             raise ConfigError(f"--over-arch-layer-sizes: give sizes of at least 1, got {sizes}")

@@ -58,8 +58,8 @@ def check_log(
     """Refuse a log that a run's model cannot read. Called by all ranks.
 
     A log that the run is not to be resumed on may know more ids than that of the training: its
-    vocabulary, then, begins with the run's; and its item's table may have more rows, since those that the
-    run has not are new items.
+    vocabulary, then, begins with the run's; and its item's table may have more rows, since those that
+    the run has not are new items.
 
     Args:
         checkpoints: those of the run; where they are damaged, whoever loads them says so.

@@ -314,9 +314,9 @@ def check_loss(dataset: RankingDataset, loss: CandidateSetLossConfig, rank: int)
     requests = dataset.requests
     if loss.consistency and requests[EXPOSED].all():
         raise ConfigError(
-            f"--loss.consistency {loss.consistency:g}: all candidates of the split `train` were exposed, "
-            "and the term compares sets with and without those that were not; give it the weight 0, or a "
-            "log with unexposed candidates"
+            f"--loss.consistency {loss.consistency:g}: all candidates of the split `train` were "
+            "exposed, and the term compares sets with and without those that were not; give it the "
+            "weight 0, or a log with unexposed candidates"
         )
     if rank == 0 and loss.listwise and (np.diff(requests[OFFSETS]) < 2).all():
         warnings.warn(
