@@ -67,9 +67,9 @@ def by_history(dataset: RankingDataset, logit: np.ndarray, label: np.ndarray) ->
         logit: [M]; label: [M] 0 or 1.
 
     Returns:
-        For each group, named "FEWEST-MOST" by its histories' events, "requests", "candidates" and
-        "calibration", mean prediction over mean label; NaN without a label 1. Lengths that are equal
-        are in one group, so there may be fewer than ten.
+        For each group, named "FEWEST-MOST" by its histories' events, or by their one number,
+        "requests", "candidates" and "calibration", mean prediction over mean label; NaN without a
+        label 1. Lengths that are equal are in one group, so there may be fewer than ten.
     """
     lengths, counts = dataset.history_lengths, np.diff(dataset.requests[OFFSETS])
     if not len(lengths):
@@ -82,7 +82,8 @@ def by_history(dataset: RankingDataset, logit: np.ndarray, label: np.ndarray) ->
         mine, rows = lengths[group == number], of_candidate == number
         positives = float(label[rows].sum())
         predicted = float(torch.from_numpy(logit[rows].astype(np.float64)).sigmoid().sum())
-        result[f"{mine.min()}-{mine.max()}"] = {
+        least, most = mine.min(), mine.max()
+        result[f"{least}-{most}" if least < most else f"{least}"] = {
             "requests": len(mine),
             "candidates": int(rows.sum()),
             "calibration": predicted / positives if positives else np.nan,
