@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ class Inputs:
     history_age: Tensor | None
     history_ids: Tensor | None
     candidate_ids: Tensor | None
+    history_gates: Tensor | None = None
 
     @staticmethod
     def random(
@@ -65,17 +67,19 @@ class Inputs:
             ages if aged else None,
             history_ids if k else None,
             candidate_ids if k else None,
+            random_gates(config, n, g),
         )
 
     @property
     def forward(self) -> tuple:
         """The arguments of ``forward`` and ``attention_weights``."""
-        return (self.candidates, *self.encode, self.candidate_ids)
+        *events, gates = self.encode
+        return self.candidates, *events, self.candidate_ids, gates
 
     @property
     def encode(self) -> tuple:
         """The arguments of ``encode``."""
-        return self.history, self.history_age, self.history_ids
+        return self.history, self.history_age, self.history_ids, self.history_gates
 
     @property
     def events(self) -> History:
@@ -100,19 +104,26 @@ class Inputs:
             None if self.history_age is None else self.history_age[flat],
             None if self.history_ids is None else self.history_ids[flat],
             self.candidate_ids,
+            None if self.history_gates is None else self.history_gates[flat],
         )
 
     def with_candidates(self, rows: Sequence[Sequence[int]]) -> Inputs:
         """The same histories, with these candidates in this order, a list of rows a request."""
         candidates, flat = _take(self.candidates, rows)
         ids = None if self.candidate_ids is None else self.candidate_ids[flat]
-        return Inputs(candidates, *self.encode, ids)
+        return dataclasses.replace(self, candidates=candidates, candidate_ids=ids)
 
     def requests(self, numbers: Sequence[int]) -> Inputs:
         """Only these requests, in this order."""
         return self.with_events([self.event_rows(b) for b in numbers]).with_candidates(
             [self.candidate_rows(b) for b in numbers]
         )
+
+
+def random_gates(config: IFAConfig, rows: int, generator: torch.Generator) -> Tensor | None:
+    """[rows, G], a value of each of the configuration's gates; None without."""
+    values = [torch.randint(0, v, (rows,), generator=generator) for v in config.gates.values()]
+    return torch.stack(values, dim=1) if values else None
 
 
 def _take(tokens: JaggedTensor, rows: Sequence[Sequence[int]]) -> tuple[JaggedTensor, Tensor]:
@@ -122,14 +133,25 @@ def _take(tokens: JaggedTensor, rows: Sequence[Sequence[int]]) -> tuple[JaggedTe
     return jagged(tokens.values()[flat], lengths, None if weights is None else weights[flat]), flat
 
 
-def naive_event_weights(inputs: Inputs, half_lives: Sequence[float], events: list[int]) -> Tensor:
-    """[n, number of half-lives]: a_i halved once in every half-life of the event's age."""
+def naive_event_weights(
+    inputs: Inputs,
+    half_lives: Sequence[float],
+    events: list[int],
+    gates: torch.nn.Module | None = None,
+    first_head: int = 0,
+) -> Tensor:
+    """[n, number of half-lives]: a_i halved once in every half-life of the event's age, times the gates
+    of the heads from ``first_head`` on."""
     weights, ages = inputs.history.weights_or_none(), inputs.history_age
     columns = []
-    for half_life in half_lives:
+    for h, half_life in enumerate(half_lives, first_head):
         column = inputs.history.values().new_ones(len(events))
         if ages is not None:
             column = column * 0.5 ** (ages[events] / half_life)
+        for g, table in enumerate(() if gates is None else gates.log_gates):
+            kinds = inputs.history_gates[events, g].tolist()
+            logs = [table[kind, h] for kind in kinds]
+            column = column * torch.exp(torch.stack(logs) if logs else column)
         columns.append(column if weights is None else column * weights[events])
     return torch.stack(columns, dim=1)
 
@@ -150,14 +172,15 @@ def naive_forward(
     for b in range(len(inputs)):
         candidates, events = inputs.candidate_rows(b), inputs.event_rows(b)
         asking, tokens = inputs.candidates.values()[candidates], inputs.history.values()[events]
-        weight = naive_event_weights(inputs, half_lives, events)
+        weight = naive_event_weights(inputs, half_lives, events, getattr(module, "gates", None))
         outputs, matched = [], []
         for h in range(config.num_heads):
             output, total = dense_head(asking, tokens, weight[:, h], h)
             outputs.append(output)
             matched.append(total)
-        weight = naive_event_weights(inputs, config.identity_half_lives, events)
         for k in range(len(config.identity_features)):
+            rates = config.identity_half_lives
+            weight = naive_event_weights(inputs, rates, events, module.identity.gates, k * len(rates))
             asked, bought = inputs.candidate_ids[candidates, k], inputs.history_ids[events, k]
             known = (asked != 0)[:, None] & (bought != 0)[None, :]
             same = (asked[:, None] - bought[None, :]) % config.identity_buckets == 0

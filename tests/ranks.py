@@ -1,5 +1,5 @@
 """Runs a function on several ranks, each a process of its own, as torchrun would, and brings back
-what they return or raise."""
+what they return or raise; or runs a script under torchrun itself."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -17,8 +20,11 @@ import torch
 import torch.distributed as dist
 from torchrec.test_utils import get_free_port
 
+import ifa_torchrec
 from ifa_torchrec.distributed import init_process_group
 
+SMALL = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+"""What a rank is started with: it shares this machine's cores, and needs no GPU."""
 GRACE = 10
 """Seconds that ranks have to end after another raised, for which they may wait in vain."""
 
@@ -46,14 +52,7 @@ def run_ranks(
         RankFailure: a rank raised and ``check``, or another rank has not ended GRACE after that.
         TimeoutError: a rank did not end in time, or was killed.
     """
-    # whatever the process that is forked was started with
-    environment = {
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(get_free_port()),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
+    environment = rendezvous(world)  # whatever the process that is forked was started with
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ifa_torchrec.training.trainer"])
     deadline = time.monotonic() + timeout
@@ -61,7 +60,7 @@ def run_ranks(
     failures: list[str] = []
     # a Pool that is left kills its processes
     with (
-        mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}),
+        mock.patch.dict(os.environ, SMALL),
         context.Pool(world) as pool,
     ):
         jobs = [(rank, environment, deadline, function, args) for rank in range(world)]
@@ -81,6 +80,41 @@ def run_ranks(
     if missing:
         raise TimeoutError(f"ranks {missing} of {world} did not end in {timeout} s")
     return [results[rank] for rank in range(world)]
+
+
+def rendezvous(world: int) -> dict[str, str]:
+    """The environment in which ranks of this machine find each other; each adds its own number."""
+    return {
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(get_free_port()),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+
+
+def torchrun(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A script under torchrun, on two ranks, ended.
+
+    Args:
+        arguments: the script and its own.
+        environment: beside that of this process.
+    """
+    own = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [*run, *map(str, arguments)],
+        env={
+            **{name: value for name, value in os.environ.items() if name not in own},
+            "PYTHONPATH": str(Path(ifa_torchrec.__file__).parents[1]),
+            "GLOO_SOCKET_IFNAME": "lo",
+            **SMALL,
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
 
 
 def _on_rank(job: tuple) -> tuple[int, bytes]:

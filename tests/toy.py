@@ -48,6 +48,7 @@ def make_toy(seed: int = 0) -> Toy:
     rng = np.random.default_rng(seed)
     items = pd.DataFrame({"item": np.arange(NUM_ITEMS)})
     items["category"] = items["item"] % NUM_CATEGORIES + 1
+    items.loc[0, "category"] = 0  # of the unknown item
     items["name"] = [f"thing number {i}" for i in range(NUM_ITEMS)]
 
     user = np.repeat(list(NUM_EVENTS), list(NUM_EVENTS.values()))

@@ -132,7 +132,8 @@ def _begin(config: BuildStatesConfig, run: Run, histories: _Histories) -> StateS
         )
     source = f"{run.log.fingerprint()} until {config.until}"
     key_values = open_key_value_store(config.store)
-    return StateStore.begin(key_values, run.version, layout, config.position, source, latest)
+    vocabulary = run.log.vocabulary.digest
+    return StateStore.begin(key_values, run.version, layout, config.position, source, latest, vocabulary)
 
 
 def _write(
@@ -140,9 +141,10 @@ def _write(
 ) -> tuple[float, float, float]:
     """Encode the users that the store has not; how many, their bytes and events, of all ranks."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    users, lengths = run.log.users, histories.lengths
-    parts = np.array_split(users, len(users) // 10_000 + 1)
-    known = np.concatenate([store.known(part.tolist()) for part in parts])
+    users, lengths = _external_users(run.log), histories.lengths
+    known = np.concatenate(
+        [store.known(users[n : n + 10_000]) for n in range(0, len(users), 10_000)] or [np.empty(0, bool)]
+    )
     left = np.flatnonzero(~known & (lengths > 0))
     dist.barrier()  # before anyone writes, so that all ranks share the same users
     sampler = EventBudgetSampler(
@@ -157,12 +159,12 @@ def _write(
             states: list[UserState] = []
             for part in (histories.earlier, histories.last):
                 batch = part[users_of_batch].to(run.device)
-                states.append(model.encode(batch.sequence_features, batch.history_age).to("cpu"))
+                states.append(model.encode(batch).to("cpu"))
             mine = [place for place, i in enumerate(indices) if i != EMPTY_REQUEST]
             who = left[[indices[place] for place in mine]]
             if mine:
                 size = store.write(
-                    users[who].tolist(),
+                    [users[user] for user in who],
                     states[0][mine],
                     histories.earlier_times[who].tolist(),
                     states[1][mine],
@@ -173,6 +175,21 @@ def _write(
     dist.all_reduce(written)
     users_written, size, events = written.tolist()
     return users_written, size, events
+
+
+def _external_users(log: EventLog) -> list[int | str]:
+    """What the world calls each of the log's users, which their states go by."""
+    if "user" not in log.vocabulary.names:
+        return log.users.tolist()
+    found = log.vocabulary["user"].at(log.users)
+    users = [user for user in found if user is not None]
+    if len(users) < len(found):
+        nameless = log.users[[user is None for user in found]]
+        raise StateError(
+            f"{log.path}: its vocabulary has no id of user {nameless[0]}, nor of {len(nameless) - 1} "
+            "others, by which a state could be found; list the users in the vocabulary"
+        )
+    return users
 
 
 def _histories(log: EventLog, until: datetime | None) -> _Histories:

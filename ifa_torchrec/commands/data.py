@@ -1,6 +1,7 @@
 """Write an event log: of any files that a schema describes, or of a public data set.
 
 ifa data prepare SCHEMA.json --out runs/data/mine
+ifa data prepare SCHEMA.json --out runs/data/june --vocabulary runs/data/may
 ifa data movielens ml-25m --out runs/data/ml-25m
 """
 
@@ -46,10 +47,13 @@ class Prepare(Source):
     """What DuckDB may take before it goes on on disk."""
     max_refused: float = 0.01
     """Greatest share of a table's rows that may be refused."""
+    vocabulary: Path | None = None
+    """A log, or a run, whose vocabulary is extended: what it knows keeps its rows."""
 
     def write(self) -> EventLog:
         """See Source."""
-        return prepare(load_schema(self.schema), self.out, self.memory, self.max_refused)
+        schema = load_schema(self.schema)
+        return prepare(schema, self.out, self.memory, self.max_refused, self.vocabulary)
 
 
 def _public(reader: ModuleType) -> Any:

@@ -80,7 +80,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     finally:
         draft.unlink(missing_ok=True)
     description = {
-        **describe(model, run.log.schema, run.version),
+        **describe(model, run.log.schema, run.version, run.log.vocabulary.digest),
         "tables": "int8" if config.int8 else "float32",
         "runtime": "AOTInductor" if config.package else "torch.export",
         "torch": torch.__version__,

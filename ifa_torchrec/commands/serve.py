@@ -29,9 +29,14 @@ from typing import Annotated
 
 import torch.distributed as dist
 import tyro
+
+from ifa_torchrec.errors import ConfigError, require
+
+require("serve", "uvicorn")
+
+# ruff: noqa: E402 (what is not installed is named before an import fails on it)
 import uvicorn
 
-from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.serving import Scorer, StateStore, open_key_value_store, quantize_tables
 from ifa_torchrec.serving.live import Limits, LiveScorer
 from ifa_torchrec.serving.service import create_app
@@ -104,7 +109,7 @@ def serve(config: ServeConfig) -> None:
         run = load_run(config.run.resolve(), config.data, sharded=False)
         states = StateStore(key_values, run.version)
         model = quantize_tables(run.dlrm) if config.int8 else run.dlrm
-        return Scorer(model, run.log.schema, run.log.items, states, config.strict)
+        return Scorer(model, run.log, states, config.strict)
 
     with LiveScorer(load, config.limits) as live:
         _ensure_file_handles(config.limits.max_connections)
@@ -164,7 +169,7 @@ def _token(config: ServeConfig) -> str | None:
 
 
 def _ensure_file_handles(connections: int) -> None:
-    """A process without file handles answers nobody: so each connection has one from the beginning."""
+    """A process without file handles serves nobody: so each connection has one from the beginning."""
     # a reload opens what is open now once more; connections that are closed are so a little later
     needed = connections + 4 * _BACKLOG + 2 * len(os.listdir("/dev/fd")) + 64
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -12,6 +12,7 @@ from typing import Annotated
 import tyro
 
 from ifa_torchrec.serving import drop, open_key_value_store, versions
+from ifa_torchrec.serving.states.versions import FORMAT
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,16 @@ def main(config: Annotated[StatesConfig, tyro.conf.arg(name="")]) -> None:
     if config.drop is not None:
         drop(key_values, config.drop)
     for version, header in versions(key_values).items():
+        if header.get("format") != FORMAT:
+            print(
+                f"{version}: of format {header.get('format')!r}, this version reads {FORMAT!r}; drop it"
+            )
+            continue
         built = "whole" if header["complete"] else "half built"
-        position, layout = header["position"], header["layout"]
-        print(f"{version}: {built}, {layout['dtype']}, of a log up to position {position}")
+        print(
+            f"{version}: {built}, {header['layout']['dtype']}, of a log up to position "
+            f"{header['position']}, of the vocabulary {header['vocabulary']}"
+        )
     key_values.close()
 
 

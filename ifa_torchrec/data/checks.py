@@ -1,19 +1,20 @@
 """The tables of a log, checked against its schema on their way from Arrow to numpy.
 
-What cannot be right is refused with the table, the column, the row and the remedy.
+What cannot be right is refused with the table, the row, the column and the remedy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from ifa_torchrec.data.columns import Column
 from ifa_torchrec.data.schema import (
     CANDIDATES,
     EXPOSED,
+    LIST_OFFSETS,
     OFFSETS,
     TIME,
     USER,
@@ -23,105 +24,16 @@ from ifa_torchrec.data.schema import (
 )
 
 
-def require_column(names: Collection[str], column: str, where: str) -> None:
-    """Raise LogError unless a table has a column.
-
-    Example:
-        >>> from ifa_torchrec.data.checks import require_column
-        >>> require_column(["user", "time"], "user", "events")
-    """
-    if column not in names:
-        raise LogError(f"{where}: column {column!r} is missing; there are {list(names)}")
-
-
-def _values(table: pa.Table, column: str, where: str) -> np.ndarray:
-    require_column(table.column_names, column, where)
-    values = table[column]
-    if values.null_count:
-        row = pc.index(values.is_null(), True).as_py()
-        raise LogError(
-            f"{where}: column {column!r} has {values.null_count} nulls, the first at row {row}; "
-            "fill or drop those rows"
-        )
-    return values.to_numpy()
-
-
-def _ids(table: pa.Table, column: str, where: str, rows: int | None = None) -> np.ndarray:
-    values = _values(table, column, where)
-    if not pa.types.is_integer(table.schema.field(column).type):
-        raise LogError(
-            f"{where}: column {column!r} has type {table.schema.field(column).type}, "
-            "it must be an integer"
-        )
-    if values.dtype == np.uint64 and len(values) and values.max() > np.iinfo(np.int64).max:
-        row = int(values.argmax())
-        raise LogError(
-            f"{where}: column {column!r}, value {row}: {values[row]} is beyond an int64; number the ids "
-            "anew, as pandas.factorize does"
-        )
-    values = values.astype(np.int64)
-    if rows is not None and len(values) and (values.min() < 0 or values.max() >= rows):
-        row = int(np.flatnonzero((values < 0) | (values >= rows))[0])
-        raise LogError(
-            f"{where}: column {column!r}, value {row}: id {values[row]} is outside its table of "
-            f"{rows} rows; map ids to 0..{rows - 1} or enlarge the table in the schema"
-        )
-    return values
-
-
-def _times(table: pa.Table, column: str, where: str) -> np.ndarray:
-    values = _values(table, column, where)
-    if not pa.types.is_timestamp(table.schema.field(column).type):
-        raise LogError(
-            f"{where}: column {column!r} has type {table.schema.field(column).type}, "
-            "it must be a timestamp; convert it with pandas.to_datetime"
-        )
-    zone = table.schema.field(column).type.tz
-    if zone not in (None, "UTC"):
-        # a request's local noon would see events of another zone's evening
-        raise LogError(
-            f"{where}: column {column!r} is in the time zone {zone}; make all times of the log UTC "
-            "with .dt.tz_convert('UTC')"
-        )
-    micros = values.astype("datetime64[us]")
-    coarse = values.dtype != np.dtype("datetime64[ns]")  # numpy wraps what an int64 does not hold
-    if coarse and not np.array_equal(micros.astype(values.dtype), values):
-        raise LogError(f"{where}: column {column!r} has times that lie beyond the year 290,000")
-    return micros.astype(np.int64)
-
-
-def _floats(table: pa.Table, column: str, where: str) -> np.ndarray:
-    values = _values(table, column, where)
-    if not np.issubdtype(values.dtype, np.number) and values.dtype != bool:
-        raise LogError(
-            f"{where}: column {column!r} has type {table.schema.field(column).type}, it must be a number"
-        )
-    values = values.astype(np.float32)
-    if not np.isfinite(values).all():
-        row = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise LogError(f"{where}: column {column!r}, value {row}: {values[row]} is not finite")
-    return values
-
-
-def _flatten(table: pa.Table, column: str, where: str) -> tuple[np.ndarray, pa.Table]:
-    """Lengths of a list column, and a table that holds its values flat."""
-    require_column(table.column_names, column, where)
-    kind = table.schema.field(column).type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-        raise LogError(f"{where}: column {column!r} has type {kind}, it must be a list a row")
-    if table[column].null_count:
-        row = pc.index(table[column].is_null(), True).as_py()
-        raise LogError(f"{where}: column {column!r} is null at row {row}; give it a list")
-    lengths = pc.call_function("list_value_length", [table[column]]).to_numpy().astype(np.int64)
-    return lengths, pa.table({column: pc.call_function("list_flatten", [table[column]])})
-
-
 def check_items(table: pa.Table, schema: LogSchema) -> Columns:
-    """The columns of items.parquet, each [I] int64.
+    """The columns of items.parquet.
+
+    Returns:
+        Of each item feature [I] int64; of each list its ids, flat, int64, and its offsets [I + 1] int64;
+        of each number [I] float32, NaN where it is missing; of each vector [I, width] float32.
 
     Raises:
-        LogError: a column is missing, null, of another type or outside its table; or row i is not
-            item i.
+        LogError: a column is missing, null, of another type or outside its table; row i is not item i;
+            a vector is of another length; or row 0, "unknown", is described.
 
     Example:
         >>> import pyarrow as pa
@@ -130,32 +42,79 @@ def check_items(table: pa.Table, schema: LogSchema) -> Columns:
         >>> check_items(pa.table({"item": [0, 1]}), LogSchema(item_features={"item": 2}))
         {'item': array([0, 1])}
     """
-    columns = {f: _ids(table, f, "items", rows) for f, rows in schema.item_features.items()}
-    if not np.array_equal(columns[schema.item], np.arange(table.num_rows)):
+    columns: Columns = {}
+    for feature, rows in schema.item_features.items():
+        column = Column.of(table, feature, "items")
+        columns[feature] = column.ids(None if feature == schema.item else rows)
+    if not len(table) or not np.array_equal(columns[schema.item], np.arange(len(table))):
         raise LogError(f"items: column {schema.item!r} must be 0, 1, 2, ...: row i describes item i")
+    columns |= _lists(table, schema.item_lists, "items")
+    for name in schema.item_dense:
+        columns[name] = _numbers(table, name, "items", schema)
+    for name, width in schema.item_vectors.items():
+        vectors = Column.of(table, name, "items").flat()
+        lengths = np.diff(_offsets(vectors))
+        Column.of(table, name, "items").refuse(
+            lengths != width,
+            lambda i, of=lengths, w=width: (
+                f"a vector of {of[i]} numbers, the schema says {w}; make all vectors as long"
+            ),
+        )
+        columns[name] = vectors.numbers().reshape(len(table), width)
+    _check_unknown(columns, schema)
     return columns
 
 
+def _check_unknown(columns: Columns, schema: LogSchema) -> None:
+    """Raise where item 0 is described: it would be an item of a log whose items begin at 0."""
+    wanted: dict[str, tuple[bool, str]] = {
+        name: (columns[name][0] == 0, "0") for name in schema.item_features
+    }
+    wanted |= {
+        name: (columns[f"{name}{LIST_OFFSETS}"][1] == 0, "an empty list") for name in schema.item_lists
+    }
+    wanted |= {name: (bool(np.isnan(columns[name][0])), "null") for name in schema.item_dense}
+    wanted |= {name: (not columns[name][0].any(), "all 0") for name in schema.item_vectors}
+    for name, (fits, value) in wanted.items():
+        if not fits:
+            raise LogError(
+                f'items: row 0, column {name!r} must be {value}: item 0 is "unknown"; number the items '
+                "from 1"
+            )
+
+
 def check_events(table: pa.Table, schema: LogSchema, num_items: int) -> Columns:
-    """The columns of events.parquet: user, time (microseconds) and the item, each [E] int64.
+    """The columns of events.parquet.
+
+    Returns:
+        user, time (microseconds), the item and each event feature [E] int64; each number [E] float32,
+        NaN where it is missing; and the weight [E] float32.
 
     Raises:
-        LogError: a column is missing, null, of another type or outside its table; or the rows are not
-            in the order of user and time.
+        LogError: a column is missing, null, of another type or outside its table; a weight is negative;
+            or the rows are not in the order of user and time.
 
     Example:
         >>> import pandas as pd, pyarrow as pa
         >>> from ifa_torchrec.data import LogSchema
         >>> from ifa_torchrec.data.checks import check_events
-        >>> events = pa.table({"user": [1], "time": [pd.Timestamp(10**9)], "item": [0]})
+        >>> events = pa.table({"user": [1], "time": [pd.Timestamp(10**9)], "item": [1]})
         >>> check_events(events, LogSchema(item_features={"item": 2}), 2)["time"].tolist()
         [1000000]
     """
     columns = {
-        USER: _ids(table, USER, "events"),
-        TIME: _times(table, TIME, "events"),
-        schema.item: _ids(table, schema.item, "events", num_items),
+        USER: Column.of(table, USER, "events").ids(),
+        TIME: Column.of(table, TIME, "events").times(),
+        schema.item: Column.of(table, schema.item, "events").ids(num_items),
     }
+    for feature, rows in schema.event_features.items():
+        columns[feature] = Column.of(table, feature, "events").ids(rows)
+    for name in schema.event_dense:
+        columns[name] = _numbers(table, name, "events", schema)
+    if schema.event_weight is not None:
+        column = Column.of(table, schema.event_weight, "events")
+        weight = columns[schema.event_weight] = column.numbers()
+        column.refuse(weight < 0, lambda i: f"the weight {weight[i]} is negative; 0 is the least")
     user, time = columns[USER], columns[TIME]
     # compared, not subtracted: ids may lie further apart than an int64 counts
     earlier, later = user[:-1], user[1:]
@@ -173,7 +132,8 @@ def check_requests(table: pa.Table, schema: LogSchema, num_items: int, where: st
 
     Raises:
         LogError: there are none; a column is missing, null, of another type or outside its table; a
-            candidate set is empty; the lists of a request differ in length; or a label is not 0 or 1.
+            candidate set is empty; the lists of a request differ in length; or a label is not 0 or 1, or
+            of a regression task no number.
 
     Example:
         >>> import pandas as pd, pyarrow as pa
@@ -187,40 +147,70 @@ def check_requests(table: pa.Table, schema: LogSchema, num_items: int, where: st
     """
     if not len(table):
         raise LogError(f"{where}: there are no requests; leave the split out")
-    columns = {USER: _ids(table, USER, where), TIME: _times(table, TIME, where)}
+    columns = {
+        USER: Column.of(table, USER, where).ids(),
+        TIME: Column.of(table, TIME, where).times(),
+        **_lists(table, schema.context_lists, where),
+    }
     for feature, rows in schema.context_features.items():
-        columns[feature] = _ids(table, feature, where, rows)
-    for feature in schema.dense_features:
-        columns[feature] = _floats(table, feature, where)
-    for feature in schema.candidate_lists:  # the candidates themselves come first
-        lengths, flat = _flatten(table, feature, where)
-        _check_lengths(columns, feature, lengths, where)
-        if feature == CANDIDATES:
-            columns[feature] = _ids(flat, feature, where, num_items)
-        elif feature == EXPOSED:
-            if not pa.types.is_boolean(flat.schema.field(feature).type):
-                raise LogError(f"{where}: column {feature!r} must hold lists of bool")
-            columns[feature] = _values(flat, feature, where).astype(bool)
-        elif feature in schema.candidate_tags:
-            columns[feature] = _ids(flat, feature, where, len(schema.candidate_tags[feature]))
-        else:
-            columns[feature] = _floats(flat, feature, where)
-    for task in schema.tasks:
-        bad = np.flatnonzero((columns[task] != 0) & (columns[task] != 1))
-        if len(bad):
-            row = int(np.searchsorted(columns[OFFSETS], bad[0], side="right")) - 1
-            raise LogError(
-                f"{where}: row {row}, column {task!r}: label {columns[task][bad[0]]} must be 0 or 1"
-            )
+        columns[feature] = Column.of(table, feature, where).ids(rows)
+    for name in schema.dense_features:
+        columns[name] = _numbers(table, name, where, schema)
+    for name in schema.candidate_lists:  # the candidates themselves come first
+        column = Column.of(table, name, where).flat()
+        _check_lengths(columns, column)
+        columns[name] = _candidate_column(column, schema, num_items)
     return columns
 
 
-def _check_lengths(columns: Columns, feature: str, lengths: np.ndarray, where: str) -> None:
+def _candidate_column(column: Column, schema: LogSchema, num_items: int) -> np.ndarray:
+    """A column that holds a value a candidate."""
+    name, log_scaled = column.name, column.name in schema.log_scaled
+    if name == CANDIDATES:
+        return column.ids(num_items)
+    if name == EXPOSED:
+        return column.bools()
+    if name in schema.candidate_tags:
+        return column.ids(len(schema.candidate_tags[name]))
+    if name in schema.candidate_features:
+        return column.ids(schema.candidate_features[name])
+    if name in schema.candidate_dense:
+        return column.numbers(missing=True, log_scaled=log_scaled)
+    labels = column.numbers(log_scaled=log_scaled)
+    if schema.tasks[name] == "binary":
+        column.refuse(
+            (labels != 0) & (labels != 1),
+            lambda i: f'the label {labels[i]} must be 0 or 1; or make the task a "regression"',
+        )
+    return labels
+
+
+def _lists(table: pa.Table, features: Mapping[str, int], where: str) -> Columns:
+    """List columns of ids: of each all ids, and where each row's begin."""
+    columns: Columns = {}
+    for name, rows in features.items():
+        column = Column.of(table, name, where).flat()
+        columns[name] = column.ids(rows)
+        columns[f"{name}{LIST_OFFSETS}"] = _offsets(column)
+    return columns
+
+
+def _numbers(table: pa.Table, name: str, where: str, schema: LogSchema) -> np.ndarray:
+    column = Column.of(table, name, where)
+    return column.numbers(missing=True, log_scaled=name in schema.log_scaled)
+
+
+def _offsets(column: Column) -> np.ndarray:
+    assert column.offsets is not None, "of a column of lists"
+    return column.offsets
+
+
+def _check_lengths(columns: Columns, column: Column) -> None:
     """Raise unless the lists are as long as the candidate sets; the first column gives the offsets."""
-    mine = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    mine, where = _offsets(column), column.where
     if OFFSETS not in columns:
         columns[OFFSETS] = mine
-        empty = np.flatnonzero(lengths == 0)
+        empty = np.flatnonzero(np.diff(mine) == 0)
         if len(empty):
             raise LogError(
                 f"{where}: row {empty[0]} has an empty candidate set; leave such requests out"
@@ -229,6 +219,6 @@ def _check_lengths(columns: Columns, feature: str, lengths: np.ndarray, where: s
     if not np.array_equal(mine, offsets):
         row = int(np.flatnonzero(mine != offsets)[0]) - 1
         raise LogError(
-            f"{where}: row {row} has {lengths[row]} values in {feature!r} for "
+            f"{where}: row {row} has {mine[row + 1] - mine[row]} values in {column.name!r} for "
             f"{offsets[row + 1] - offsets[row]} candidates; the lists must be as long"
         )

@@ -2,37 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ifa_torchrec.batch import RankingBatch
+from ifa_torchrec.data.batches import item_fields, jagged, lists_of, ranges, stacked, tensor
 from ifa_torchrec.data.event_log import EventLog
 from ifa_torchrec.data.sampler import EMPTY_REQUEST
-from ifa_torchrec.data.schema import CANDIDATES, EXPOSED, OFFSETS, TIME, USER, Columns
+from ifa_torchrec.data.schema import (
+    CANDIDATES,
+    EXPOSED,
+    LIST_OFFSETS,
+    OFFSETS,
+    TIME,
+    USER,
+    Columns,
+)
 from ifa_torchrec.errors import ConfigError
 
 HISTORY, CANDIDATE = "history_", "candidate_"
 MICROSECONDS_PER_DAY = 86_400_000_000
+_ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
 class RankingDataset(Dataset[RankingBatch]):
     """The requests of one split; indexed by a list of request numbers, it gives a RankingBatch.
 
-    Each item feature ``f`` of the log becomes the keys ``history_f`` and ``candidate_f``.
-    Events at or after the request's time are never in its history. Ages are in days.
+    Each item feature ``f`` of the log becomes the keys ``history_f`` and ``candidate_f``, each event
+    feature ``history_f``, each candidate feature ``candidate_f``. Events at or after the request's
+    time are never in its history. Ages are in days.
+
+    New items, which the item's table has no row for, have row 0 there. So that this row learns what an
+    unknown item is like, a share of all items can be made unknown too: those drawn keep all else that
+    describes them.
 
     Args:
         log: the event log.
         split: name of the request split.
         history_length: give only the latest so many events of each history; None for all.
+        unknown_items: probability that an item becomes unknown to a request: row 0 stands for it, in all
+            its events and as a candidate.
+        seed: draws them, together with the epoch.
 
     Raises:
         LogError: there is no such split.
-        ValueError: history_length is less than 1.
+        ValueError: history_length is less than 1, or unknown_items is not in [0, 1).
 
     Attributes:
         history_lengths: [R] int64, events in each request's history.
@@ -43,20 +61,34 @@ class RankingDataset(Dataset[RankingBatch]):
         >>> day = lambda d: pd.Timestamp(2024, 1, d)
         >>> log = EventLog.from_pandas(
         ...     tempfile.mkdtemp() + "/log",
-        ...     events=pd.DataFrame({"user": [1, 1, 1], "item": [0, 1, 2],
+        ...     events=pd.DataFrame({"user": [1, 1, 1], "item": [1, 2, 3],
         ...                          "time": [day(1), day(2), day(3)]}),
         ...     requests={"train": pd.DataFrame({"user": [1], "time": [day(3)],
-        ...         "candidates": [[2, 0]], "exposed": [[True, False]], "label": [[1, 0]]})},
-        ...     schema=LogSchema(item_features={"item": 3}))
+        ...         "candidates": [[3, 1]], "exposed": [[True, False]], "label": [[1, 0]]})},
+        ...     schema=LogSchema(item_features={"item": 4}))
         >>> batch = RankingDataset(log, "train")[[0]]
         >>> batch.sequence_features["history_item"].values().tolist(), batch.history_age.tolist()
-        ([0, 1], [2.0, 1.0])
+        ([1, 2], [2.0, 1.0])
     """
 
-    def __init__(self, log: EventLog, split: str, history_length: int | None = None) -> None:
+    def __init__(
+        self,
+        log: EventLog,
+        split: str,
+        history_length: int | None = None,
+        unknown_items: float = 0.0,
+        seed: int = 0,
+    ) -> None:
         if history_length is not None and history_length < 1:
             raise ConfigError(f"history_length must be at least 1, got {history_length}")
+        if not 0 <= unknown_items < 1:
+            raise ConfigError(f"unknown_items must be at least 0 and less than 1, got {unknown_items}")
         self._open(log, log.requests(split), history_length)
+        self._unknown_items, self._seed = unknown_items, seed
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other items to be unknown: those of this epoch."""
+        self._epoch = epoch
 
     @classmethod
     def of_users(
@@ -75,18 +107,21 @@ class RankingDataset(Dataset[RankingBatch]):
             >>> day = pd.Timestamp(2024, 1, 1)
             >>> log = EventLog.from_pandas(
             ...     tempfile.mkdtemp() + "/log",
-            ...     events=pd.DataFrame({"user": [7, 7], "item": [0, 1], "time": day}),
-            ...     schema=LogSchema(item_features={"item": 2}))
+            ...     events=pd.DataFrame({"user": [7, 7], "item": [1, 2], "time": day}),
+            ...     schema=LogSchema(item_features={"item": 3}))
             >>> histories = RankingDataset.of_users(log, log.users, log.events["time"][-1:] + 1)
             >>> histories[[0]].sequence_features["history_item"].values().tolist()
-            [0, 1]
+            [1, 2]
         """
         schema = log.schema
         none: dict[str, np.ndarray] = {name: np.empty(0, np.float32) for name in schema.candidate_lists}
         none |= {CANDIDATES: np.empty(0, np.int64), EXPOSED: np.empty(0, bool)}
+        none |= {name: np.empty(0, np.int64) for name in schema.candidate_features}
         none |= {name: np.zeros(len(users), np.int64) for name in schema.context_features}
         none |= {name: np.zeros(len(users), np.float32) for name in schema.dense_features}
-        none[OFFSETS] = np.zeros(len(users) + 1, np.int64)
+        none |= {name: np.empty(0, np.int64) for name in schema.context_lists}
+        lists = [OFFSETS, *(f"{name}{LIST_OFFSETS}" for name in schema.context_lists)]
+        none |= {name: np.zeros(len(users) + 1, np.int64) for name in lists}
         dataset = cls.__new__(cls)
         dataset._open(log, {USER: users, TIME: times, **none}, None)
         if since is not None:
@@ -100,6 +135,7 @@ class RankingDataset(Dataset[RankingBatch]):
         if history_length is not None:
             self._start = np.maximum(self._start, self._end - history_length)
         self.history_lengths = self._end - self._start
+        self._unknown_items, self._seed, self._epoch = 0.0, 0, 0
 
     def __len__(self) -> int:
         return len(self.history_lengths)
@@ -114,73 +150,82 @@ class RankingDataset(Dataset[RankingBatch]):
             )
         real = index != EMPTY_REQUEST
         rows, index = len(index), index[real]
-        history, history_lengths = _ranges(self._start[index], self._end[index])
+        events, history_lengths = ranges(self._start[index], self._end[index])
         candidates, candidate_lengths = self.candidate_rows(index)
-        event_items = self.log.events[schema.item][history]
-        age = np.repeat(requests[TIME][index], history_lengths) - self.log.events[TIME][history]
-
-        def spread(values: np.ndarray) -> np.ndarray:
-            """[rows, ...]: the real requests' values, and 0 for the empty ones."""
-            result = np.zeros((rows, *values.shape[1:]), values.dtype)
-            result[real] = values
-            return result
-
+        logged = self.log.events
+        items = {HISTORY: logged[schema.item][events], CANDIDATE: requests[CANDIDATES][candidates]}
+        lengths = {HISTORY: history_lengths, CANDIDATE: candidate_lengths}
+        ids = {prefix: self._item_ids(index, items[prefix], lengths[prefix]) for prefix in items}
+        ids[HISTORY] |= {f: logged[f][events] for f in schema.event_features}
+        ids[CANDIDATE] |= {f: requests[f][candidates] for f in schema.candidate_features}
+        age = np.repeat(requests[TIME][index], history_lengths) - logged[TIME][events]
+        dense = [_spread(requests[f][index], real) for f in schema.dense_features]
         return RankingBatch(
-            dense_features=_stack([spread(requests[f][index]) for f in schema.dense_features], rows),
+            dense_features=stacked(dense, rows),
             context_features=self._context_features(index, real),
-            sequence_features=self._sequence_features(
-                {HISTORY: event_items, CANDIDATE: requests[CANDIDATES][candidates]},
-                {HISTORY: spread(history_lengths), CANDIDATE: spread(candidate_lengths)},
+            sequence_features=jagged(
+                {prefix + f: values for prefix in ids for f, values in ids[prefix].items()},
+                [_spread(lengths[prefix], real) for prefix in ids for _ in ids[prefix]],
             ),
-            candidate_dense=_stack(
+            candidate_dense=stacked(
                 [requests[f][candidates] for f in schema.candidate_dense], len(candidates)
             ),
-            history_age=_tensor((age / MICROSECONDS_PER_DAY).astype(np.float32)),
-            labels=_stack([requests[task][candidates] for task in schema.tasks], len(candidates)),
-            exposed=_tensor(requests[EXPOSED][candidates]),
+            history_age=tensor((age / MICROSECONDS_PER_DAY).astype(np.float32)),
+            labels=stacked([requests[task][candidates] for task in schema.tasks], len(candidates)),
+            exposed=tensor(requests[EXPOSED][candidates]),
+            history_weight=tensor(logged[schema.event_weight][events]) if schema.event_weight else None,
+            history_dense=stacked([logged[f][events] for f in schema.event_dense], len(events))
+            if schema.event_dense
+            else None,
+            **self._items(items[HISTORY], items[CANDIDATE]),
         )
 
-    def _sequence_features(
-        self, items: Mapping[str, np.ndarray], lengths: Mapping[str, np.ndarray]
-    ) -> KeyedJaggedTensor:
-        """The features of histories and candidates, given for each prefix the items of all requests, one
-        after the other, and how many each request has."""
-        features = self.log.schema.item_features
-        ids = [self.log.items[f][of_prefix] for of_prefix in items.values() for f in features]
-        return KeyedJaggedTensor.from_lengths_sync(
-            keys=[prefix + f for prefix in items for f in features],
-            values=_tensor(np.concatenate(ids)),
-            lengths=_tensor(np.concatenate([lengths[prefix] for prefix in items for _ in features])),
-        )
+    def _item_ids(self, index: np.ndarray, items: np.ndarray, lengths: np.ndarray) -> Columns:
+        """The item features of the items of requests, one request after the other."""
+        item, *others = self.log.schema.item_features
+        rows = self.log.item_rows(items)
+        if self._unknown_items:
+            key = np.random.SeedSequence([self._seed, self._epoch]).generate_state(1, np.uint64)[0]
+            request = np.repeat(_mixed(index.astype(np.uint64) + key), lengths)
+            drawn = _mixed(request + items.astype(np.uint64) * _ODD)
+            rows = np.where(drawn < int(self._unknown_items * 2**64), 0, rows)
+        return {item: rows, **{f: self.log.items[f][items] for f in others}}
+
+    def _items(self, history: np.ndarray, candidates: np.ndarray) -> dict[str, Any]:
+        """What describes the distinct items of the batch, and tells items apart."""
+        schema, items = self.log.schema, self.log.items
+        told: dict[str, Any] = {}
+        if self._unknown_items or self.log.num_items > schema.item_features[schema.item]:
+            told |= {"history_item_ids": tensor(history), "candidate_item_ids": tensor(candidates)}
+        return told | item_fields(items, schema, history, candidates)
 
     def _context_features(self, index: np.ndarray, real: np.ndarray) -> KeyedJaggedTensor:
-        """One id a feature of the requests of ``index``, which stand where ``real`` is true."""
-        names = list(self.log.schema.context_features)
-        ids = [self.requests[name][index] for name in names]
-        return KeyedJaggedTensor.from_lengths_sync(
-            keys=names,
-            values=_tensor(np.concatenate(ids) if ids else np.empty(0, np.int64)),
-            lengths=_tensor(np.tile(real.astype(np.int64), len(ids))),
-        )
+        """The ids of the requests of ``index``, which stand where ``real`` is true."""
+        schema = self.log.schema
+        ids = {name: self.requests[name][index] for name in schema.context_features}
+        lengths = [real.astype(np.int64) for _ in ids]
+        for name in schema.context_lists:
+            ids[name], mine = lists_of(self.requests, name, index)
+            lengths.append(_spread(mine, real))
+        return jagged(ids, lengths)
 
     def candidate_rows(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the requests' candidates in the split's flat candidate columns, and how many
         each request has."""
         offsets = self.requests[OFFSETS]
         index = np.asarray(indices, dtype=np.int64)
-        return _ranges(offsets[index], offsets[index + 1])
+        return ranges(offsets[index], offsets[index + 1])
 
 
-def _ranges(start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All integers of the ranges start[i]:end[i], one after the other, and each range's length."""
-    lengths = end - start
-    first = np.cumsum(lengths) - lengths
-    return np.repeat(start - first, lengths) + np.arange(lengths.sum()), lengths
+def _spread(values: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """The values where ``real`` is true, and 0 elsewhere."""
+    result = np.zeros(len(real), values.dtype)
+    result[real] = values
+    return result
 
 
-def _tensor(values: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values))
-
-
-def _stack(columns: list[np.ndarray], rows: int) -> torch.Tensor:
-    return _tensor(np.stack(columns, axis=1) if columns else np.empty((rows, 0), np.float32))
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """Bits of uint64 numbers, mixed so that they are as good as random (SplitMix64's last step)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

@@ -1,12 +1,16 @@
 """The event log: a folder of Parquet, opened as memory-mapped columns.
 
     LOG/
-      schema.json            what the columns are; written last, so a folder without it is half written
-      events.parquet         user, time, item; sorted by user, then time
-      items.parquet          the id features of each item; row i describes item i
+      schema.json            what the columns are, and figures of them; written last, so a folder without
+                             it is half written
+      events.parquet         user, time, item, what an event has; sorted by user, then time
+      items.parquet          what describes an item; row i describes item i, row 0 is "unknown"
       requests/SPLIT.parquet user, time, context, and per candidate lists
-      codes/FEATURE.parquet  of a prepared log: each id (as text) and the row that stands for it
+      vocabulary.json, vocabulary/   which external id has which row; see data/vocabulary.py
       .columns/              each column as a .npy file, made at the first opening
+
+The items that the item's table has no row for are new: training did not see them. They stand behind the
+others; row 0 is theirs in the table, all else describes them as it describes any.
 
 A history is never copied into a request: a request names a user and a time, and its history is
 the slice of that user's events that lie strictly before that time.
@@ -14,27 +18,37 @@ the slice of that user's events that lie strictly before that time.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from ifa_torchrec.data.checks import check_events, check_items, check_requests, require_column
+from ifa_torchrec.batch import Scale
+from ifa_torchrec.data.checks import check_events, check_items, check_requests
 from ifa_torchrec.data.codes import codes_digest
+from ifa_torchrec.data.columns import require_column
+from ifa_torchrec.data.external import ExternalIds, check_columns, columns_of
 from ifa_torchrec.data.mapped_columns import MappedColumns
+from ifa_torchrec.data.scales import scales_of
 from ifa_torchrec.data.schema import (
+    CANDIDATES,
+    NAME,
     TIME,
     USER,
     Columns,
+    Header,
     LogError,
     LogSchema,
     check_splits,
     read_header,
     write_header,
 )
+from ifa_torchrec.data.vocabulary import Vocabulary
 from ifa_torchrec.data.writing import drafting, write_tables
 
 
@@ -48,8 +62,11 @@ class EventLog:
         schema: the log's LogSchema.
         users: [U] int64, the users that have events, ascending.
         user_offsets: [U + 1] int64, user u's events are rows user_offsets[u]:user_offsets[u + 1].
-        events: columns time [E] int64 (microseconds) and the item id [E] int64.
-        items: one column [I] int64 for each item feature.
+        scales: how each of ``schema.scaled`` is standardised, by figures of the split `train`.
+        events: columns time [E] int64 (microseconds), the item's number and the event features [E]
+            int64; numbers and the weight [E] float32, NaN where a number is missing.
+        items: the item features [I] int64; the numbers [I] float32, NaN where one is missing; the
+            vectors [I, width] float32; of each list its ids, int64, and NAME_offsets [I + 1] int64.
         num_items: I.
 
     Raises:
@@ -62,18 +79,19 @@ class EventLog:
         >>> days = pd.to_datetime(["2024-01-03", "2024-01-02", "2024-01-01"])
         >>> log = EventLog.from_pandas(
         ...     tempfile.mkdtemp() + "/log",
-        ...     events=pd.DataFrame({"user": [2, 1, 1], "item": [0, 1, 2], "time": days}),
-        ...     schema=LogSchema(item_features={"item": 3}))
+        ...     events=pd.DataFrame({"user": [2, 1, 1], "item": [1, 2, 3], "time": days}),
+        ...     schema=LogSchema(item_features={"item": 4}))
         >>> log.users.tolist(), log.user_offsets.tolist(), log.events["item"].tolist()
-        ([1, 2], [0, 2, 3], [2, 1, 0])
+        ([1, 2], [0, 2, 3], [3, 2, 1])
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
             raise LogError(f"{self.path}: no such event log; write one with EventLog.from_pandas")
-        self.schema, self._rows = read_header(self.path / "schema.json")
-        self._columns = MappedColumns(self.path, self.schema, self._rows)
+        self._header = read_header(self.path / "schema.json")
+        self.schema, self.scales = self._header.schema, self._header.scales
+        self._columns = MappedColumns(self.path, self.schema, self._header.rows)
         self.items = self._columns.open("items", lambda table: check_items(table, self.schema))
         self.num_items = len(self.items[self.schema.item])
         self.events = self._columns.open(
@@ -91,36 +109,55 @@ class EventLog:
         schema: LogSchema,
         items: pd.DataFrame | None = None,
         requests: Mapping[str, pd.DataFrame] | None = None,
+        vocabulary: Vocabulary | None = None,
     ) -> EventLog:
         """Write a log from DataFrames (events in any order) and open it.
 
-        The log appears under ``path`` only when it is complete.
+        The log appears under ``path`` only when it is complete. Each frame has the columns that the
+        schema names, and no other; a missing number is NaN or null.
 
         Args:
             path: a folder that does not exist yet.
-            events: columns user (int), time (datetime64, no zone or UTC) and the item id (int).
+            events: columns user (int), time (datetime64, no zone or UTC), the item id (int), and the
+                event features, numbers and weight.
             schema: names and table sizes.
-            items: one row an item, row i for item i, with the item features and, where there are
-                any, what to call the items in a string column `name`; may be left out when the
-                item id is the only item feature.
+            items: one row an item, row i for item i and row 0 for "unknown", with all that describes an
+                item and, where there are any, what to call the items in a string column `name`; may be
+                left out when the item id is all that there is.
             requests: for each split, a DataFrame with user, time, the context and dense columns,
-                and a list a row in each of the candidate columns.
+                and a list a row in each of the candidate columns and context lists.
+            vocabulary: of external ids. Given one, the users, items and ids in the frames are external
+                ones and their rows are looked up, 0 for what it does not have; those of names that it
+                lacks, and all without one, are rows. Items then come in any order, without row 0.
 
         Raises:
-            LogError: a column is missing, null, of the wrong type or outside its table; a split is
-                empty, or its name is no file name; or there is no room, or no right, to write there.
+            LogError: a column is missing, unknown, null, of the wrong type or outside its table; a split
+                is empty, or its name is no file name; the vocabulary does not know an item that is
+                described, or the user of an event; or there is no room, or no right, to write there.
             FileExistsError: ``path`` exists.
         """
         path = Path(path)
         check_splits(requests or {})
-        if items is None:
-            items = pd.DataFrame({schema.item: np.arange(schema.item_features[schema.item])})
+        vocabulary = vocabulary or Vocabulary({})
+        ids = ExternalIds(vocabulary, schema)
+        named = columns_of(schema)
         with drafting(path) as draft:
+            check_columns(events, named["events"], "events")
             for column in (USER, TIME):
                 require_column(events.columns, column, "events")
-            tables = {"events": events.sort_values([USER, TIME], kind="stable"), "items": items}
-            tables |= {f"requests/{split}": frame for split, frame in (requests or {}).items()}
+            events = ids.events(events).sort_values([USER, TIME], kind="stable")
+            if items is None:
+                whole = vocabulary.completed(schema, schema.item_features[schema.item])
+                items = pd.DataFrame({schema.item: np.arange(whole[schema.item].rows)})
+            else:
+                check_columns(items, named["items"], "items")
+                items = ids.items(items)
+            tables = {"events": events, "items": items}
+            for split, frame in (requests or {}).items():
+                check_columns(frame, named["requests"], f"requests/{split}")
+                tables[f"requests/{split}"] = ids.requests(frame, f"requests/{split}")
             write_tables(draft, tables)
+            vocabulary.completed(schema, len(items)).save(draft)
             return cls.publish(draft, path, schema, list(requests or {}))
 
     @classmethod
@@ -132,15 +169,16 @@ class EventLog:
         For programs that write the Parquet files themselves, in a folder of ``drafting``.
 
         Args:
-            draft: a folder with events.parquet, items.parquet and requests/SPLIT.parquet for each
-                split, as the module describes them; on the file system of ``path``.
+            draft: a folder with events.parquet, items.parquet, requests/SPLIT.parquet for each split
+                and, unless all ids are rows, a vocabulary (``Vocabulary.save``), as the module
+                describes them; on the file system of ``path``.
             path: what the folder will be called.
             schema: names and table sizes.
             splits: the splits, in the order in which they are to be listed.
 
         Raises:
-            LogError: a file is missing, a split's name is no file name, or a column is not what the
-                schema says.
+            LogError: a file is missing, a split's name is no file name, a column is not what the
+                schema says, or the vocabulary is another log's.
 
         Example:
             >>> import pandas as pd, tempfile
@@ -167,19 +205,94 @@ class EventLog:
             if not file.exists():
                 raise LogError(f"{file}: missing; write it before the log is published")
         rows = {name: pq.read_metadata(file).num_rows for name, file in files.items()}
-        write_header(draft / "schema.json", schema, rows)
+        if not (draft / "vocabulary.json").exists():
+            Vocabulary.numbered(schema, rows["items"]).save(draft)
+        unscaled = {name: Scale() for name in schema.scaled}
+        header = Header(schema, rows, unscaled, Vocabulary.load(draft).digest)
+        write_header(draft / "schema.json", header)
         log = cls(draft)  # every check runs before the log is published
+        log.vocabulary.check(schema, log.num_items)
         for split in splits:
             log.requests(split)
+        header = dataclasses.replace(header, scales=scales_of(log))
+        write_header(draft / "schema.json", header)
         draft.rename(path)
         return cls(path)
 
     def fingerprint(self) -> str:
-        """A digest of the schema, of all columns of all tables and of the codes, to tell logs apart."""
+        """A digest of the schema, all columns of all tables and the vocabulary, to tell logs apart."""
         for split in self.splits:
             self.requests(split)
-        content = (self.schema, sorted(self._columns.digests.items()), sorted(self.codes().items()))
+        digests = sorted(self._columns.digests.items())
+        content = (self.schema, digests, self.vocabulary.digest, sorted(self.codes().items()))
         return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Which external id has which row.
+
+        Raises:
+            LogError: it is missing, damaged, or not the one that the log was written with.
+        """
+        vocabulary = Vocabulary.load(self.path)
+        if vocabulary.digest != self._header.vocabulary:
+            raise LogError(
+                f"{self.path}: vocabulary.json is not the one that the log was written with; copy that "
+                "back, or write the log again"
+            )
+        return vocabulary
+
+    def item_rows(self, items: np.ndarray) -> np.ndarray:
+        """The row of each item in the item's table: its number, and 0 where it is new.
+
+        Args:
+            items: numbers of items, of any shape.
+
+        Example:
+            >>> import numpy as np, pandas as pd, tempfile
+            >>> from ifa_torchrec.data import EventLog, LogSchema
+            >>> log = EventLog.from_pandas(
+            ...     tempfile.mkdtemp() + "/log",
+            ...     events=pd.DataFrame({"user": [7], "item": [3], "time": [pd.Timestamp(2024, 1, 1)]}),
+            ...     items=pd.DataFrame({"item": [0, 1, 2, 3]}),
+            ...     schema=LogSchema(item_features={"item": 3}))
+            >>> log.item_rows(np.array([2, 3])).tolist()
+            [2, 0]
+        """
+        rows = self.schema.item_features[self.schema.item]
+        return items if self.num_items <= rows else np.where(items < rows, items, 0)
+
+    def new_items(self, split: str) -> dict[str, float]:
+        """The share of items that the item's table has no row for, row 0 "unknown" among them.
+
+        Args:
+            split: name of the request split.
+
+        Returns:
+            `candidates`: their share of the split's candidates; `events`: of its requests' histories, an
+            event counted as often as it is in one; 0 where there are none.
+
+        Example:
+            >>> import pandas as pd, tempfile
+            >>> from ifa_torchrec.data import EventLog, LogSchema
+            >>> day = lambda d: pd.Timestamp(2024, 1, d)
+            >>> log = EventLog.from_pandas(
+            ...     tempfile.mkdtemp() + "/log",
+            ...     events=pd.DataFrame({"user": [7], "item": [1], "time": [day(1)]}),
+            ...     items=pd.DataFrame({"item": [0, 1, 2, 3]}),
+            ...     requests={"test": pd.DataFrame({"user": [7], "time": [day(2)],
+            ...         "candidates": [[2, 3]], "exposed": [[True, True]], "label": [[1, 0]]})},
+            ...     schema=LogSchema(item_features={"item": 3}))
+            >>> log.new_items("test")
+            {'candidates': 0.5, 'events': 0.0}
+        """
+        requests = self.requests(split)
+        start, end = self.history_range(requests[USER], requests[TIME])
+        before = np.append(0, np.cumsum(self.item_rows(self.events[self.schema.item]) == 0))
+        return {
+            "candidates": float((self.item_rows(requests[CANDIDATES]) == 0).mean()),
+            "events": float((before[end] - before[start]).sum() / max((end - start).sum(), 1)),
+        }
 
     def codes(self) -> dict[str, str]:
         """For each feature, a digest of which id has which row of its table.
@@ -198,13 +311,13 @@ class EventLog:
     @property
     def splits(self) -> list[str]:
         """Names of the request splits."""
-        return [n.removeprefix("requests/") for n in self._rows if n.startswith("requests/")]
+        return [n.removeprefix("requests/") for n in self._header.rows if n.startswith("requests/")]
 
     def item_names(self) -> list[str]:
         """What to call each item: the items' column `name`, or else the item's number."""
         file = pq.ParquetFile(self.path / "items.parquet")
-        if "name" in file.schema_arrow.names:
-            return file.read(["name"])["name"].to_pylist()
+        if NAME in file.schema_arrow.names:
+            return file.read([NAME])[NAME].to_pylist()
         return [f"{self.schema.item} {i}" for i in range(self.num_items)]
 
     def requests(self, split: str) -> Columns:
@@ -212,7 +325,8 @@ class EventLog:
 
         Returns:
             user and time [R] int64, the context features [R] int64, the dense features [R]
-            float32, candidate_offsets [R + 1] int64 and the candidate lists flat, [M].
+            float32, of each context list its ids and NAME_offsets [R + 1] int64, candidate_offsets
+            [R + 1] int64 and the candidate lists flat, [M]. A missing number is NaN.
 
         Raises:
             LogError: no such split, or a column is not what the schema says.
@@ -240,8 +354,8 @@ class EventLog:
             >>> days = pd.to_datetime(["2024-01-01", "2024-01-02"])
             >>> log = EventLog.from_pandas(
             ...     tempfile.mkdtemp() + "/log",
-            ...     events=pd.DataFrame({"user": [7, 7], "item": [0, 1], "time": days}),
-            ...     schema=LogSchema(item_features={"item": 2}))
+            ...     events=pd.DataFrame({"user": [7, 7], "item": [1, 2], "time": days}),
+            ...     schema=LogSchema(item_features={"item": 3}))
             >>> second = days[1].value // 1000
             >>> start, end = log.history_range(np.array([7, 8]), np.array([second, second]))
             >>> (end - start).tolist()

@@ -1,54 +1,87 @@
-"""Dense columns that were never scaled: told by the report of ``prepare``, and as a training starts."""
+"""Figures of the training split by which columns of numbers are standardised."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-LARGEST = 100.0
-"""Greatest mean and standard deviation, in absolute value, that a dense column has without a warning."""
-_SAMPLE = 100_000
+from ifa_torchrec.batch import Scale
+from ifa_torchrec.data.schema import EXPOSED, TIME
+
+if TYPE_CHECKING:
+    from ifa_torchrec.data.event_log import EventLog
+
+_TRAIN = "train"
+
+_BLOCK = 1 << 22  # numbers at a time: a mapped column need not fit in memory
 
 
-def unscaled(name: str, mean: float, deviation: float) -> str | None:
-    """A sentence about a dense column whose numbers are too large to train on, or None.
+def scales_of(log: EventLog) -> dict[str, Scale]:
+    """The scale of each of ``schema.scaled``, by the split `train`, or by all where there is none.
+
+    Of requests and candidates: those of the split; of events: those before its last request; of items:
+    those that have a row in the item's table; of a regression task: the labels of exposed candidates.
 
     Example:
-        >>> from ifa_torchrec.data.scales import unscaled
-        >>> unscaled("hour", 0.5, 0.3) is None
-        True
-        >>> unscaled("clock", 1.7145576e9, 86400.0)
-        "dense column 'clock' has mean 1.71456e+09 and standard deviation 86400: it was never scaled, \
-and the loss will be as far out; bring it to a mean near 0 and a deviation near 1, or take its logarithm"
+        >>> import pandas as pd, tempfile
+        >>> from ifa_torchrec.data import EventLog, LogSchema
+        >>> from ifa_torchrec.data.scales import scales_of
+        >>> log = EventLog.from_pandas(
+        ...     tempfile.mkdtemp() + "/log",
+        ...     events=pd.DataFrame({"user": [1, 1], "item": [1, 1], "time": pd.Timestamp(2024, 1, 1),
+        ...                          "amount": [2.0, 6.0]}),
+        ...     schema=LogSchema(item_features={"item": 2}, event_dense=("amount",)))
+        >>> scales_of(log)
+        {'amount': Scale(mean=4.0, deviation=2.0, log=False)}
     """
-    if abs(mean) <= LARGEST and deviation <= LARGEST:
-        return None
-    return (
-        f"dense column {name!r} has mean {mean:.6g} and standard deviation {deviation:.6g}: it was "
-        "never scaled, and the loss will be as far out; bring it to a mean near 0 and a deviation near "
-        "1, or take its logarithm"
-    )
+    schema = log.schema
+    splits = [log.requests(s) for s in log.splits if s == _TRAIN or _TRAIN not in log.splits]
+    seen = np.ones(len(log.events[TIME]), bool)
+    if _TRAIN in log.splits:
+        seen = log.events[TIME] < splits[0][TIME].max()
+
+    def numbers(name: str) -> np.ndarray:
+        if name in schema.event_dense:
+            return log.events[name][seen]
+        if name in schema.item_dense:
+            return log.items[name][: schema.item_features[schema.item]]
+        parts = [s[name][s[EXPOSED]] if name in schema.tasks else s[name] for s in splits]
+        return np.concatenate([np.empty(0, np.float32), *parts])
+
+    return {name: scale_of(numbers(name), name in schema.log_scaled) for name in schema.scaled}
 
 
-def warn_of_unscaled(columns: Mapping[str, np.ndarray], names: Sequence[str]) -> None:
-    """Warn of each dense column that was never scaled, as far as 100,000 of its values tell.
+def scale_of(values: np.ndarray, log: bool = False) -> Scale:
+    """Mean and deviation of the numbers that are there.
 
     Args:
-        columns: of a split, as ``EventLog.requests`` gives them.
-        names: the dense columns among them: float32, of any length.
+        values: [n] float32; NaN where one is missing.
+        log: take log(1 + x) of each first.
+
+    Returns:
+        Their Scale; of deviation 1 where they are all alike, and of mean 0 where there are none.
 
     Example:
         >>> import numpy as np
-        >>> from ifa_torchrec.data.scales import warn_of_unscaled
-        >>> warn_of_unscaled({"hour": np.array([0.1, 0.9], np.float32)}, ["hour"])
+        >>> from ifa_torchrec.data.scales import scale_of
+        >>> scale_of(np.array([1.0, np.nan, 3.0], np.float32))
+        Scale(mean=2.0, deviation=1.0, log=False)
     """
-    for name in names:
-        values = columns[name]
-        if len(values) > _SAMPLE:  # at random: each so many-th could be the same place of each request
-            chosen = np.random.default_rng(0).integers(0, len(values), _SAMPLE)
-            values = values[np.sort(chosen)]
-        sample = values.astype(np.float64)
-        if len(sample) and (told := unscaled(name, float(sample.mean()), float(sample.std()))):
-            warnings.warn(told, stacklevel=2)
+
+    def blocks() -> Iterator[np.ndarray]:
+        for start in range(0, len(values), _BLOCK):
+            block = values[start : start + _BLOCK].astype(np.float64)
+            block = block[~np.isnan(block)]
+            yield np.log1p(block) if log else block
+
+    sums = [(block.sum(), len(block)) for block in blocks()]
+    count = sum(n for _, n in sums)
+    if not count:
+        return Scale(log=log)
+    mean = float(sum(total for total, _ in sums)) / count
+    variance = float(sum(((block - mean) ** 2).sum() for block in blocks())) / count
+    # what rounding leaves of numbers that are all alike is no deviation
+    alike = variance <= (1e-12 * mean) ** 2
+    return Scale(mean, 1.0 if alike else variance**0.5, log)

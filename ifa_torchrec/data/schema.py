@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
@@ -14,12 +14,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ifa_torchrec.errors import UserError
+from ifa_torchrec.batch import Scale
+from ifa_torchrec.errors import ConfigError, UserError
 
 FORMAT = "ifa-event-log/2"
 USER, TIME, CANDIDATES, EXPOSED = "user", "time", "candidates", "exposed"
 OFFSETS = "candidate_offsets"
 """Where each request's candidates begin in the candidate columns of a split."""
+LIST_OFFSETS = "_offsets"
+"""Behind a list column's name: where each row's ids begin in it."""
+NAME = "name"
+"""Column of the items that no model sees: what to call them."""
 
 Columns = dict[str, np.ndarray]
 """The columns of a table, by name."""
@@ -109,19 +114,23 @@ class LogSchema:
         names += [*self.dense, *self.tasks, *self.candidate_tags]
         names += [USER, TIME, OFFSETS, CANDIDATES, EXPOSED]
         names += [] if self.event_weight is None else [self.event_weight]
+        taken = [
+            *names,
+            NAME,
+            *(f"{name}{LIST_OFFSETS}" for name in (*self.item_lists, *self.context_lists)),
+        ]
         for name in names:
             if not isinstance(name, str) or not name.isidentifier() or len(name) > _LONGEST_NAME:
                 raise LogError(
                     f"schema: {name!r} must be letters, digits and underscores, {_LONGEST_NAME} at most"
                 )
-            if names.count(name) > 1:
+            if taken.count(name) > 1:
                 raise LogError(f"schema: the name {name!r} is given twice or is reserved; rename it")
-        numbers = [*self.dense, *(task for task, kind in self.tasks.items() if kind == "regression")]
         for name in self.log_scaled:
-            if name not in numbers:
+            if name not in self.scaled:
                 raise LogError(
                     f"schema: log_scaled names {name!r}, which is no dense column and no regression "
-                    f"task; there are {numbers}"
+                    f"task; there are {list(self.scaled)}"
                 )
 
     @property
@@ -130,9 +139,20 @@ class LogSchema:
         return next(iter(self.item_features))
 
     @property
+    def tables(self) -> dict[str, int]:
+        """All id features, each with its table's rows."""
+        fields = (field for field in _TABLES if field != "item_vectors")
+        return {name: rows for field in fields for name, rows in getattr(self, field).items()}
+
+    @property
     def dense(self) -> tuple[str, ...]:
         """All columns of numbers that the model standardises."""
         return tuple(name for fields in _DENSE for name in getattr(self, fields))
+
+    @property
+    def scaled(self) -> tuple[str, ...]:
+        """All columns of which the log has a Scale: the dense ones and the regression tasks."""
+        return (*self.dense, *(task for task, kind in self.tasks.items() if kind == "regression"))
 
     @property
     def candidate_lists(self) -> tuple[str, ...]:
@@ -197,24 +217,46 @@ def check_splits(names: Iterable[Any]) -> None:
             )
 
 
-def write_header(file: Path, schema: LogSchema, rows: Mapping[str, int]) -> None:
-    """Write schema.json: the format, the schema, and the number of rows of each table.
+@dataclass(frozen=True)
+class Header:
+    """What schema.json says.
+
+    Args:
+        schema: of the log.
+        rows: number of rows of each table.
+        scales: of each of ``schema.scaled``.
+        vocabulary: digest of the log's vocabulary.
+
+    Example:
+        >>> from ifa_torchrec.data.schema import Header, LogSchema
+        >>> Header(LogSchema(item_features={"item": 3}), {"events": 0, "items": 3}, {}, "").rows
+        {'events': 0, 'items': 3}
+    """
+
+    schema: LogSchema
+    rows: dict[str, int]
+    scales: dict[str, Scale]
+    vocabulary: str
+
+
+def write_header(file: Path, header: Header) -> None:
+    """Write schema.json.
 
     Example:
         >>> import tempfile
         >>> from pathlib import Path
-        >>> from ifa_torchrec.data.schema import LogSchema, read_header, write_header
+        >>> from ifa_torchrec.data.schema import Header, LogSchema, read_header, write_header
         >>> file = Path(tempfile.mkdtemp()) / "schema.json"
-        >>> write_header(file, LogSchema(item_features={"item": 3}), {"events": 0, "items": 3})
-        >>> read_header(file)[1]
-        {'events': 0, 'items': 3}
+        >>> header = Header(LogSchema(item_features={"item": 3}), {"events": 0, "items": 3}, {}, "")
+        >>> write_header(file, header)
+        >>> read_header(file) == header
+        True
     """
-    header = {"format": FORMAT, "schema": dataclasses.asdict(schema), "rows": dict(rows)}
-    file.write_text(json.dumps(header, indent=2))
+    file.write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(header)}, indent=2))
 
 
-def read_header(file: Path) -> tuple[LogSchema, dict[str, int]]:
-    """The schema and the number of rows of each table, from schema.json; see ``write_header``.
+def read_header(file: Path) -> Header:
+    """What schema.json says; see ``write_header``.
 
     Raises:
         LogError: the file is missing, of another format, or not what ``write_header`` writes.
@@ -232,9 +274,8 @@ def read_header(file: Path) -> tuple[LogSchema, dict[str, int]]:
         raise LogError(f"{file}: not readable as JSON ({error}); write the log again") from error
     found = header.get("format") if isinstance(header, dict) else None
     if found != FORMAT:
-        raise LogError(f"{file}: format {found!r}, this version reads {FORMAT!r}")
-    schema: Any = header.get("schema")
-    rows: Any = header.get("rows")
+        raise LogError(f"{file}: format {found!r}, this version reads {FORMAT!r}; write the log again")
+    schema, rows = header.get("schema"), header.get("rows")
     if not isinstance(schema, dict) or not isinstance(rows, dict) or not {"events", "items"} <= {*rows}:
         raise LogError(f"{file}: no schema, or no rows of events and items; write the log again")
     for table, number in rows.items():
@@ -249,6 +290,17 @@ def read_header(file: Path) -> tuple[LogSchema, dict[str, int]]:
     try:
         check_splits(name.removeprefix("requests/") for name in rows if name not in ("events", "items"))
         schema.setdefault("item_features", {})
-        return LogSchema(**schema), rows
+        read = LogSchema(**schema)
     except LogError as error:
         raise LogError(f"{file}: {error}") from error
+    return Header(read, rows, _scales(header.get("scales"), read, file), str(header.get("vocabulary")))
+
+
+def _scales(given: Any, schema: LogSchema, file: Path) -> dict[str, Scale]:
+    """The scales of schema.json."""
+    if not isinstance(given, dict) or {*given} != {*schema.scaled}:
+        raise LogError(f"{file}: scales must be those of {list(schema.scaled)}; write the log again")
+    try:
+        return {name: Scale(**given[name]) for name in schema.scaled}
+    except (TypeError, ConfigError) as error:
+        raise LogError(f"{file}: a scale is none ({error}); write the log again") from error

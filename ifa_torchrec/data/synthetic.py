@@ -43,8 +43,8 @@ class SyntheticConfig:
     Args:
         train, test: requests of each split, each of another user.
         mean_events: of a history; log-normal, at least `distance` + `interests` * `evidence`.
-        topics, items_per_topic, everyday_items: of the item table, in this order: the rare items
-            topic by topic, then the everyday items.
+        topics, items_per_topic, everyday_items: of the item table, in this order behind row 0, unknown:
+            the rare items topic by topic, then the everyday items.
         interests: topics of a user.
         evidence: events that an interest left.
         distance: latest events among which there is no evidence.
@@ -61,7 +61,7 @@ class SyntheticConfig:
     Example:
         >>> from ifa_torchrec.data.synthetic import SyntheticConfig
         >>> SyntheticConfig(topics=20).num_items
-        1200
+        1201
     """
 
     train: int = 10000
@@ -91,8 +91,8 @@ class SyntheticConfig:
 
     @property
     def num_items(self) -> int:
-        """Rare and everyday items."""
-        return self.topics * self.items_per_topic + self.everyday_items
+        """Rare and everyday items, and the unknown one."""
+        return 1 + self.topics * self.items_per_topic + self.everyday_items
 
     @property
     def categories(self) -> int:
@@ -120,13 +120,14 @@ def prepare(path: str | Path, config: SyntheticConfig | None = None) -> EventLog
         return EventLog(path)
     config = config or SyntheticConfig()
     rng = np.random.default_rng(config.seed)
-    rare = config.topics * config.items_per_topic
+    everyday_from = 1 + config.topics * config.items_per_topic
     item = np.arange(config.num_items)
-    category = 1 + np.where(  # 0 is "unknown"
-        item < rare,
+    category = 1 + np.where(
+        item < everyday_from,
         topic_of(config, item) // _TOPICS_PER_CATEGORY,
-        (item - rare) % config.categories,
+        (item - everyday_from) % config.categories,
     )
+    category[0] = 0
     items = pd.DataFrame({"item": item, "category": category})
     popularity = 1.0 / np.arange(1, config.everyday_items + 1)
     everyday = np.cumsum(popularity / popularity.sum())
@@ -140,7 +141,7 @@ def prepare(path: str | Path, config: SyntheticConfig | None = None) -> EventLog
         mine = rng.choice(config.topics, config.interests, replace=False)
         # capped: chance events never crowd out the evidence
         chance = min(int(rng.poisson(config.noise * config.topics)), int(length) - evidence)
-        events = rare + np.searchsorted(everyday, rng.random(length), side="right")
+        events = everyday_from + np.searchsorted(everyday, rng.random(length), side="right")
         events = np.minimum(events, config.num_items - 1)
         old = rng.permutation(length - config.distance)[:evidence]
         others = np.delete(np.arange(length), old)
@@ -164,7 +165,7 @@ def prepare(path: str | Path, config: SyntheticConfig | None = None) -> EventLog
         events=events,
         schema=LogSchema(
             item_features={"item": config.num_items, "category": config.categories + 1},
-            tasks=("label",),
+            tasks={"label": "binary"},
         ),
         items=items,
         requests={"train": requests.iloc[: config.train], "test": requests.iloc[config.train :]},
@@ -172,15 +173,15 @@ def prepare(path: str | Path, config: SyntheticConfig | None = None) -> EventLog
 
 
 def topic_of(config: SyntheticConfig, item: np.ndarray) -> np.ndarray:
-    """The topic of each item, -1 of an everyday item.
+    """The topic of each item, -1 of an everyday item and of the unknown one.
 
     Example:
         >>> import numpy as np
         >>> from ifa_torchrec.data.synthetic import SyntheticConfig, topic_of
-        >>> topic_of(SyntheticConfig(), np.array([0, 9, 10, 5000])).tolist()
-        [0, 0, 1, -1]
+        >>> topic_of(SyntheticConfig(), np.array([1, 10, 11, 5000, 0])).tolist()
+        [0, 0, 1, -1, -1]
     """
-    topic = item // config.items_per_topic
+    topic = (item - 1) // config.items_per_topic
     return np.where(topic < config.topics, topic, -1)
 
 
@@ -258,7 +259,7 @@ def set_reward(probability: np.ndarray, topic: np.ndarray, rows: np.ndarray, fad
 
 
 def _items(rng: np.random.Generator, config: SyntheticConfig, topics: np.ndarray) -> np.ndarray:
-    return topics * config.items_per_topic + rng.integers(config.items_per_topic, size=len(topics))
+    return 1 + topics * config.items_per_topic + rng.integers(config.items_per_topic, size=topics.shape)
 
 
 def _requests(rng: np.random.Generator, config: SyntheticConfig, interests: np.ndarray) -> pd.DataFrame:
@@ -267,7 +268,7 @@ def _requests(rng: np.random.Generator, config: SyntheticConfig, interests: np.n
     wanted = rng.random(shape) < 0.25
     which = rng.integers(config.interests, size=shape)
     topics = np.where(wanted, np.take_along_axis(interests, which, axis=1), topics)
-    items = topics * config.items_per_topic + rng.integers(config.items_per_topic, size=shape)
+    items = _items(rng, config, topics)
     matches = (topics[:, :, None] == interests[:, None, :]).any(2)
     probability = 1 / (1 + np.exp(-(config.bias + config.strength * matches)))
     label = (rng.random(shape) < probability).astype(np.float32)

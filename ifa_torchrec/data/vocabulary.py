@@ -160,13 +160,45 @@ class Vocabulary:
         return Vocabulary({name: _listed(name, values) for name, values in ids.items()})
 
     @staticmethod
-    def numbered(schema: LogSchema) -> Vocabulary:
+    def numbered(schema: LogSchema, items: int | None = None) -> Vocabulary:
         """Of a log whose ids are rows already. Users are left out: they have no table, and the log's
-        number of one is what the world calls it."""
-        tables = (schema.item_features, schema.item_lists, schema.event_features)
-        tables += (schema.context_features, schema.context_lists, schema.candidate_features)
-        ids = {name: Ids("numbered", rows) for table in tables for name, rows in table.items()}
-        return Vocabulary(ids)
+        number of one is what the world calls it.
+
+        Args:
+            schema: of the log.
+            items: how many items it has; None for as many as the item's table has rows.
+        """
+        rows = schema.tables | ({} if items is None else {schema.item: items})
+        return Vocabulary({name: Ids("numbered", number) for name, number in rows.items()})
+
+    def completed(self, schema: LogSchema, items: int) -> Vocabulary:
+        """With ids that are rows already where it has none of a name of the schema.
+
+        Args:
+            schema, items: as of ``numbered``.
+        """
+        return Vocabulary({**Vocabulary.numbered(schema, items)._ids, **self._ids})
+
+    def check(self, schema: LogSchema, items: int) -> None:
+        """Refuse a log that it cannot be of.
+
+        Args:
+            schema: of the log.
+            items: how many it has.
+
+        Raises:
+            LogError: a name of the schema is missing, an id has no row in its table, or there are other
+                items.
+        """
+        for name, rows in schema.tables.items():
+            mine = self[name].rows
+            if name == schema.item and mine != items:
+                raise LogError(f"vocabulary: {name!r} has {mine} rows, but the log has {items} items")
+            if name != schema.item and mine > rows:
+                raise LogError(
+                    f"vocabulary: {name!r} has {mine} rows, its table in the schema {rows}; enlarge "
+                    f"the table to {mine}"
+                )
 
     @property
     def names(self) -> list[str]:

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec.errors import ConfigError
-from ifa_torchrec.modules.checks import check_ages, check_ids, check_tokens, check_weights
+from ifa_torchrec.modules.checks import (
+    check_ages,
+    check_gates,
+    check_ids,
+    check_tokens,
+    check_weights,
+)
 from ifa_torchrec.modules.config import InteractionConfig
 from ifa_torchrec.modules.history import History, decay_rates
 from ifa_torchrec.modules.identity import IdentityHeads
@@ -115,6 +121,7 @@ class SequenceInteraction(nn.Module):
         history_age: Tensor | None = None,
         history_ids: Tensor | None = None,
         candidate_ids: Tensor | None = None,
+        history_gates: Tensor | None = None,
     ) -> JaggedTensor:
         """
         Args:
@@ -125,15 +132,18 @@ class SequenceInteraction(nn.Module):
             history_ids: [N, K] and candidate_ids: [M, K], integers of any width to int64, a
                 column for each of id_features (the config's identity_features, but for a peer that
                 searches by one more); needed where there are any. Id 0 is "unknown".
+            history_gates: [N, G], integers as these, a column for each of the config's gates, in their
+                order; needed where there are any. Value 0 is "unknown".
 
         Returns:
             JaggedTensor with the candidates' offsets and values [M, D].
 
         Raises:
             ValueError: shapes, dtypes or devices do not fit, lengths do not sum to the number of
-                rows, an age or an event weight is negative, or weights are ids.
+                rows, an age or an event weight is negative, weights are ids, or a gate has not the
+                value.
         """
-        events = self._history(history, history_age, history_ids)
+        events = self._history(history, history_age, history_ids, history_gates)
         self._check_candidates(candidates, candidate_ids, len(events))
         heads, mass = self.dense_heads(candidates, events, candidate_ids)
         identity = None
@@ -203,18 +213,21 @@ class SequenceInteraction(nn.Module):
         smallest = torch.finfo(weights.dtype).tiny  # below, the gradient 1 / w would be infinite
         return bias + weights.clamp(min=smallest).log().to(tokens.dtype)
 
-    def _history(self, tokens: JaggedTensor, ages: Tensor | None, ids: Tensor | None) -> History:
+    def _history(
+        self, tokens: JaggedTensor, ages: Tensor | None, ids: Tensor | None, gates: Tensor | None
+    ) -> History:
         """The checked arguments of ``forward`` in one."""
         check_tokens(tokens, self.config.embedding_dim, "history")
         check_weights(tokens, "history")
         check_ages(ages, tokens)
-        check_ids(ids, self.id_features, tokens, "history")
-        return History.of(tokens, ages, ids if self.id_features else None)
+        check_ids(ids, self.id_features, tokens, "history_ids")
+        check_gates(gates, self.config.gates, tokens)
+        return History.of(tokens, ages, ids if self.id_features else None, gates)
 
     def _check_candidates(self, candidates: JaggedTensor, ids: Tensor | None, requests: int) -> None:
         check_tokens(candidates, self.config.embedding_dim, "candidates")
         check_weights(candidates, "candidates")
-        check_ids(ids, self.id_features, candidates, "candidate")
+        check_ids(ids, self.id_features, candidates, "candidate_ids")
         found = len(candidates.offsets()) - 1
         if found != requests:
             raise ValueError(f"candidates are of {found} requests, the histories of {requests}")
@@ -226,6 +239,7 @@ def _meaning(config: InteractionConfig) -> dict[str, Any]:
     fields = asdict(config) | {
         "head_dim": config.head_width,
         "half_lives": config.half_lives or (math.inf,) * config.num_heads,
+        "gates": list(config.gates.items()),  # in order, as the columns of their values are
     }
     del fields["backend"], fields["interest_mass"]
     return json.loads(json.dumps(fields))

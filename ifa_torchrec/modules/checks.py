@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
@@ -69,18 +71,38 @@ def check_ages(age: Tensor | None, history: JaggedTensor) -> None:
 
 
 def check_ids(ids: Tensor | None, features: tuple[str, ...], tokens: JaggedTensor, name: str) -> None:
-    """Raise a ValueError unless there is a column of integers for each of the features."""
+    """Raise a ValueError unless these, ``name``, have a column of integers for each of the features."""
     if not features:
         return
     values = tokens.values()
     wanted = (values.shape[0], len(features))  # len() would fix it in an exported graph
     if ids is None or tuple(ids.shape) != wanted:
         got = "None" if ids is None else list(ids.shape)
-        raise ValueError(f"{name}_ids must be {list(wanted)}, one for each of {features}, got {got}")
+        raise ValueError(f"{name} must be {list(wanted)}, one for each of {features}, got {got}")
     if ids.dtype not in _INTEGERS:
-        raise ValueError(f"{name}_ids must be integers, int64 or narrower, got {ids.dtype}")
+        raise ValueError(f"{name} must be integers, int64 or narrower, got {ids.dtype}")
     if ids.device != values.device:
-        raise ValueError(f"{name}_ids is on {ids.device}, the tokens on {values.device}")
+        raise ValueError(f"{name} is on {ids.device}, the tokens on {values.device}")
+
+
+def check_gates(ids: Tensor | None, gates: Mapping[str, int], history: JaggedTensor) -> None:
+    """Raise a ValueError unless there is a column for each gate, of values that its table has."""
+    if not gates and ids is not None:
+        raise ValueError(
+            f"history_gates is {list(ids.shape)}, but the configuration has no gates: name them there, "
+            "or give no history_gates"
+        )
+    check_ids(ids, tuple(gates), history, "history_gates")
+    if ids is None or not _readable(history.values()):
+        return
+    bad = (ids < 0) | (ids >= torch.tensor([*gates.values()], device=ids.device))
+    if bool(bad.any()):
+        event, column = bad.nonzero()[0].tolist()
+        name, values = [*gates.items()][column]
+        raise ValueError(
+            f"history_gates: event {event} has {name} {int(ids[event, column])}; the gate {name!r} has "
+            f"values 0 to {values - 1}"
+        )
 
 
 def _readable(values: Tensor) -> bool:

@@ -39,6 +39,10 @@ class InteractionConfig:
             Nothing of that size is built: a state holds L (d + 1) floats for each bucket that an
             event of the user fell into. K R is at most 2^36.
         identity_half_lives: L half-lives; each identity feature has a head for each.
+        gates: names of the event features (the kind of event: shown, clicked, bought) by whose value
+            every head, the identity heads too, learns what an event weighs; each with the number of
+            its values, of which 0 is "unknown". One column of history_gates each, in this order. Of
+            IFA's dense heads; a peer has them in the identity heads alone. Our own addition.
         backend: one of ops.BACKENDS.
 
     Raises:
@@ -60,6 +64,7 @@ class InteractionConfig:
     identity_features: tuple[str, ...] = ()
     identity_buckets: int = 4096
     identity_half_lives: tuple[float, ...] = (math.inf,)
+    gates: dict[str, int] = field(default_factory=dict[str, int], hash=False)
     backend: ops.Backend = "auto"
 
     def __post_init__(self) -> None:
@@ -101,6 +106,12 @@ class InteractionConfig:
             f"identity_buckets {self.identity_buckets} of {len(self.identity_features)} features are "
             f"{self.identity_key_range} keys; there can be 2^36",
         )
+        for name, values in self.gates.items():
+            check(isinstance(name, str) and name != "", f"gates: a name must be text, got {name!r}")
+            check(
+                type(values) is int and values > 0,
+                f"gates: {name!r} must have a number of values, 1 or more, got {values!r}",
+            )
         check(self.backend in ops.BACKENDS, f"backend {self.backend!r} is none of {list(ops.BACKENDS)}")
 
     @property

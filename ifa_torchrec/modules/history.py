@@ -21,9 +21,10 @@ class History:
     Args:
         tokens: [N, D].
         offsets: [B + 1]; request b has the events offsets[b] up to offsets[b + 1], oldest first.
-        weights: event weights a_i >= 0, [N]; None for 1.
+        weights: event weights a_i >= 0, [N]; None for 1. [N, H] where gates have multiplied them.
         ages: [N] >= 0; None for 0.
         ids: [N, K] integers, a column for each of the interaction's id_features; None without any.
+        gates: [N, G] integers, a column for each of the configuration's gates; None without any.
 
     Example:
         >>> import torch
@@ -38,11 +39,14 @@ class History:
     weights: Tensor | None = None
     ages: Tensor | None = None
     ids: Tensor | None = None
+    gates: Tensor | None = None
 
     @staticmethod
-    def of(tokens: JaggedTensor, ages: Tensor | None, ids: Tensor | None) -> History:
+    def of(
+        tokens: JaggedTensor, ages: Tensor | None, ids: Tensor | None, gates: Tensor | None
+    ) -> History:
         """From the arguments of ``SequenceInteraction.forward``."""
-        return History(tokens.values(), tokens.offsets(), tokens.weights_or_none(), ages, ids)
+        return History(tokens.values(), tokens.offsets(), tokens.weights_or_none(), ages, ids, gates)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -55,12 +59,7 @@ class History:
     def request(self, number: int) -> History:
         """One request's history."""
         rows = slice(*self.offsets[number : number + 2].tolist())
-        columns = (self.weights, self.ages, self.ids)
-        return History(
-            self.tokens[rows],
-            self.offsets[number : number + 2] - self.offsets[number],
-            *(None if column is None else column[rows] for column in columns),
-        )
+        return self._of_rows(rows, self.offsets[number : number + 2] - self.offsets[number])
 
     def present(self) -> History:
         """Without the events of weight 0, which softmax has no logarithm for."""
@@ -81,12 +80,12 @@ class History:
         return self._only(row >= behind - length)
 
     def _only(self, kept: Tensor) -> History:
-        rows = kept.nonzero()[:, 0]
-        columns = (self.weights, self.ages, self.ids)
+        return self._of_rows(kept.nonzero()[:, 0], counted(kept, self.offsets))
+
+    def _of_rows(self, rows: slice | Tensor, offsets: Tensor) -> History:
+        columns = (self.weights, self.ages, self.ids, self.gates)
         return History(
-            self.tokens[rows],
-            counted(kept, self.offsets),
-            *(None if column is None else column[rows] for column in columns),
+            self.tokens[rows], offsets, *(None if column is None else column[rows] for column in columns)
         )
 
     def widened(self) -> History:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec import ops
 from ifa_torchrec.modules.config import InteractionConfig
+from ifa_torchrec.modules.gates import EventGates
 from ifa_torchrec.modules.history import History, counted, decay_rates, normalised
 from ifa_torchrec.modules.user_state import UserState, distinct_keys
 from ifa_torchrec.ops.jagged import request_of_row
@@ -47,6 +49,9 @@ class IdentityHeads(nn.Module):
         self.config = config
         width = len(config.identity_features) * config.head_width
         self.value_proj = nn.Linear(config.embedding_dim, width, bias=False, device=device)
+        self.gates = (
+            EventGates(config.gates, config.num_identity_heads, device) if config.gates else None
+        )
 
     @property
     def decay(self) -> Tensor:
@@ -63,7 +68,9 @@ class IdentityHeads(nn.Module):
         outputs, matched, buckets = [], [], self.config.identity_buckets
         rates = decay_rates(self.config.identity_half_lives, history.tokens)
         ids = _given(history)
-        for k, weight in enumerate(self._value_weights()):
+        for k, (weight, events) in enumerate(
+            zip(self._value_weights(), self._gated(history), strict=True)
+        ):
             token_sum, weight_sum = ops.match(
                 # the unknown of either side fall into buckets of their own, beyond all others
                 self.bucket(candidate_ids[:, k], unknown=buckets),
@@ -71,7 +78,7 @@ class IdentityHeads(nn.Module):
                 history.tokens,
                 self.bucket(ids[:, k], unknown=buckets + 1),
                 history.offsets,
-                history.weights,
+                events.weights,
                 history.ages,
                 rates,
                 self.config.backend,
@@ -85,7 +92,6 @@ class IdentityHeads(nn.Module):
         """The state's tables: UserState's fields whose names begin with identity."""
         history = history.widened()
         tokens, half_lives = history.tokens, self.config.identity_half_lives
-        weight = history.event_weights(half_lives)
         key_range = self.config.identity_key_range
         keys = self.keys(_given(history))
         keys = torch.where(keys < 0, key_range, keys)  # the unknown, whose row is left out below
@@ -97,8 +103,11 @@ class IdentityHeads(nn.Module):
         )
         value_sum = tokens.new_zeros(key.shape[0], len(half_lives), self.config.head_width)
         weight_sum = tokens.new_zeros(key.shape[0], len(half_lives))
-        for k, projection in enumerate(self._value_weights()):
+        for k, (projection, events) in enumerate(
+            zip(self._value_weights(), self._gated(history), strict=True)
+        ):
             value = tokens @ projection.to(tokens.dtype).T
+            weight = events.event_weights(half_lives)
             mine = row.view_as(keys)[:, k]
             value_sum = value_sum.index_add(0, mine, weight[..., None] * value[:, None])
             weight_sum = weight_sum.index_add(0, mine, weight)
@@ -132,11 +141,11 @@ class IdentityHeads(nn.Module):
 
     def attention_weights(self, history: History, candidate_ids: Tensor) -> list[Tensor]:
         """What each event of one request weighs, [m, n, L] for each identity feature."""
-        weight = history.event_weights(self.config.identity_half_lives)
         result = []
-        for asked, had in zip(self.bucket(candidate_ids).T, self.bucket(_given(history)).T, strict=True):
+        buckets = self.bucket(candidate_ids).T, self.bucket(_given(history)).T
+        for asked, had, events in zip(*buckets, self._gated(history), strict=True):
             same = (asked[:, None] == had) & (asked >= 0)[:, None]
-            matching = same[..., None] * weight
+            matching = same[..., None] * events.event_weights(self.config.identity_half_lives)
             result.append(normalised(matching.mT, matching.sum(1)).mT)
         return result
 
@@ -151,6 +160,14 @@ class IdentityHeads(nn.Module):
     def bucket(self, ids: Tensor, unknown: int = -1) -> Tensor:
         """The bucket of each id, in 0..R-1, int64; ``unknown`` for id 0."""
         return torch.where(ids == 0, unknown, ids.to(torch.int64) % self.config.identity_buckets)
+
+    def _gated(self, history: History) -> list[History]:
+        """The history as each identity feature's heads weigh it: with gates, its weights are [N, L]."""
+        features, rates = len(self.config.identity_features), len(self.config.identity_half_lives)
+        if self.gates is None:
+            return [history] * features
+        weights: Any = self.gates(history).weights
+        return [dataclasses.replace(history, weights=w) for w in weights.split(rates, dim=1)]
 
     def _value_weights(self) -> Tensor:
         return self.value_proj.weight.unflatten(0, (-1, self.config.head_width))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import pairwise, repeat
+from itertools import pairwise
 from typing import Any, overload
 
 import torch
@@ -13,6 +13,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 from ifa_torchrec import ops
 from ifa_torchrec.modules.base import SequenceInteraction
 from ifa_torchrec.modules.config import FORGOTTEN, IFAConfig
+from ifa_torchrec.modules.gates import EventGates
 from ifa_torchrec.modules.history import History, decay_rates
 from ifa_torchrec.modules.user_state import UserState
 from ifa_torchrec.ops.jagged import request_of_row
@@ -28,9 +29,10 @@ class InteractionFidelityAttention(SequenceInteraction):
         out_hc = phi(q_hc)^T S_h / (phi(q_hc)^T z_h + eps s_h)
 
     with the user state S_h = sum_i w_hi phi(k_hi) v_hi^T and z_h = sum_i w_hi phi(k_hi), event
-    weights w_hi = a_i exp(-lambda_h t_i), and s_h = sum_f z_hf. The result is that of the quadratic
-    form; no event is dropped. ``forward(candidates, history)`` equals ``attend(candidates,
-    encode(history))``. Interest masses and identity heads are our own additions.
+    weights w_hi = a_i g_h(e_i) exp(-lambda_h t_i), and s_h = sum_f z_hf. The gate g_h(e_i) of the
+    event's kind is 1 where the config has no gates. The result is that of the quadratic form; no event
+    is dropped. ``forward(candidates, history)`` equals ``attend(candidates, encode(history))``. Interest
+    masses, identity heads and gates are our own additions.
 
     As numerator and denominator decay together, a history answers the same however old it is, and only
     its mass says that it is old: for 80 half-lives, after which a head answers as if there were none.
@@ -61,6 +63,7 @@ class InteractionFidelityAttention(SequenceInteraction):
         gain = _GAINS[config.feature_map]
         self.query_proj = self._projection(gain, device)
         self.key_proj = self._projection(gain, device)
+        self.gates = EventGates(config.gates, config.num_heads, device) if config.gates else None
 
     @overload
     def encode(
@@ -68,6 +71,7 @@ class InteractionFidelityAttention(SequenceInteraction):
         history: JaggedTensor,
         history_age: Tensor | None = None,
         history_ids: Tensor | None = None,
+        history_gates: Tensor | None = None,
     ) -> UserState: ...
 
     @overload
@@ -76,6 +80,7 @@ class InteractionFidelityAttention(SequenceInteraction):
         history: Iterable[JaggedTensor],
         history_age: Iterable[Tensor] | None = None,
         history_ids: Iterable[Tensor] | None = None,
+        history_gates: Iterable[Tensor] | None = None,
     ) -> UserState: ...
 
     def encode(
@@ -83,6 +88,7 @@ class InteractionFidelityAttention(SequenceInteraction):
         history: JaggedTensor | Iterable[JaggedTensor],
         history_age: Any = None,
         history_ids: Any = None,
+        history_gates: Any = None,
     ) -> UserState:
         """Sum B histories into a user state.
 
@@ -91,6 +97,7 @@ class InteractionFidelityAttention(SequenceInteraction):
                 that are too long to be held at once, all of the same B requests.
             history_age: [N], or an iterable of such, a part each.
             history_ids: [N, K] integers, or an iterable of such, a part each.
+            history_gates: [N, G] integers, or an iterable of such, a part each.
 
         Returns:
             UserState of B requests.
@@ -99,8 +106,13 @@ class InteractionFidelityAttention(SequenceInteraction):
             ValueError: as ``forward``; or there is no part.
         """
         if not isinstance(history, (JaggedTensor, Tensor, str)):
-            return self._encode_parts(history, history_age, history_ids)
-        events = self._history(history, history_age, history_ids)
+            return self._encode_parts(
+                history,
+                history_age=history_age,
+                history_ids=history_ids,
+                history_gates=history_gates,
+            )
+        events = self._history(history, history_age, history_ids, history_gates)
         key_value, key_sum = self._encode_dense(events)
         tables = {} if self.identity is None else self.identity.encode(events)
         count = events.lengths.to(torch.int64)
@@ -113,6 +125,7 @@ class InteractionFidelityAttention(SequenceInteraction):
         elapsed: Tensor | None = None,
         history_age: Tensor | None = None,
         history_ids: Tensor | None = None,
+        history_gates: Tensor | None = None,
     ) -> UserState:
         """Let time pass and add new events, at a cost that old events do not enter.
 
@@ -122,6 +135,7 @@ class InteractionFidelityAttention(SequenceInteraction):
             elapsed: [B] >= 0, the time that has passed since; None for none.
             history_age: [N], ages of the new events at the new time; None for 0.
             history_ids: [N, K] integers.
+            history_gates: [N, G] integers.
 
         Returns:
             The state at the new time.
@@ -145,7 +159,7 @@ class InteractionFidelityAttention(SequenceInteraction):
                 f"new_history is of {len(new_history.offsets()) - 1} requests, the state of {len(state)}"
             )
         self._check_state(state)
-        new = self.encode(new_history, history_age, history_ids)
+        new = self.encode(new_history, history_age, history_ids, history_gates)
         return (state if elapsed is None else self._decayed(state, elapsed)) + new
 
     def attend(
@@ -179,6 +193,7 @@ class InteractionFidelityAttention(SequenceInteraction):
         history_age: Tensor | None = None,
         history_ids: Tensor | None = None,
         candidate_ids: Tensor | None = None,
+        history_gates: Tensor | None = None,
     ) -> list[Tensor]:
         """How much each event weighs in each head's answer to each candidate.
 
@@ -200,14 +215,14 @@ class InteractionFidelityAttention(SequenceInteraction):
             >>> [list(w.shape) for w in ifa.attention_weights(candidates, history)]
             [[2, 4, 2], [1, 0, 2]]
         """
-        events = self._history(history, history_age, history_ids)
+        events = self._history(history, history_age, history_ids, history_gates)
         self._check_candidates(candidates, candidate_ids, len(events))
         config = self.config
         ends = candidates.offsets().tolist()
         result = []
         for b, asking in enumerate(slice(*span) for span in pairwise(ends)):
             event = events.request(b)
-            weight = event.event_weights(self.half_lives)
+            weight = self._gated(event).event_weights(self.half_lives)
             key = ops.reference.features(event.tokens, self.heads(self.key_proj), config.feature_map)
             *_, attention = ops.reference.quadratic(
                 candidates.values()[asking],
@@ -231,13 +246,17 @@ class InteractionFidelityAttention(SequenceInteraction):
         """Outputs [M, H, d] and masses [M, H] of the linear attention."""
         return self._attend_dense(candidates, *self._encode_dense(history))
 
+    def _gated(self, history: History) -> History:
+        """The history as the dense heads weigh it, with weights [N, H] where there are gates."""
+        return history if self.gates is None else self.gates(history)
+
     def _encode_dense(self, history: History) -> tuple[Tensor, Tensor]:
         return ops.encode(
             history.tokens,
             history.offsets,
             self.heads(self.key_proj),
             self.heads(self.value_proj),
-            history.weights,
+            self._gated(history).weights,
             history.ages,
             decay_rates(self.half_lives, history.tokens),
             self.config.feature_map,
@@ -263,23 +282,20 @@ class InteractionFidelityAttention(SequenceInteraction):
         return heads, self._mass(matched * scale[request])
 
     def _encode_parts(
-        self,
-        history: Iterable[JaggedTensor],
-        history_age: Iterable[Tensor] | None,
-        history_ids: Iterable[Tensor] | None,
+        self, history: Iterable[JaggedTensor], **given: Iterable[Tensor] | None
     ) -> UserState:
         state = None
         end: Any = object()
-        ages, ids = (repeat(None) if x is None else iter(x) for x in (history_age, history_ids))
-        for part in history:
-            age, part_ids = next(ages, end), next(ids, end)
-            for name, given in (("history_age", age), ("history_ids", part_ids)):
-                if given is end:
+        parts = {name: iter(x) for name, x in given.items() if x is not None}
+        for tokens in history:
+            part = {name: next(rest, end) for name, rest in parts.items()}
+            for name, x in part.items():
+                if x is end:
                     raise ValueError(f"{name}: fewer parts than history has")
-            new = self.encode(part, age, part_ids)
+            new = self.encode(tokens, **part)
             state = new if state is None else state + new
-        for name, given, rest in (("history_age", history_age, ages), ("history_ids", history_ids, ids)):
-            if given is not None and next(rest, end) is not end:
+        for name, rest in parts.items():
+            if next(rest, end) is not end:
                 raise ValueError(f"{name}: more parts than history has")
         if state is None:
             raise ValueError("history: no part given; an empty history is a JaggedTensor of length 0")

@@ -23,8 +23,8 @@ def checked(
     """The tensors of a call: of one device and of sizes that agree, integers made int64.
 
     Args:
-        shapes: of its arguments by name, in order, as "H d D"; a letter is one size wherever it
-            stands.
+        shapes: of its arguments by name, in order, as "H d D", or "N | N H" where either will do; a
+            letter is one size wherever it stands.
         given: its tensors, in the same order.
         feature_map: of encode and attend.
 
@@ -56,9 +56,11 @@ def checked(
         device = device or x.device
         if x.device != device:
             raise ValueError(f"{name} must be on {device}, as the other tensors, got {x.device}")
-        shape = letters.split()
-        if x.ndim != len(shape):
-            raise ValueError(f"{name} must be [{', '.join(shape)}], got {list(x.shape)}")
+        forms = [form.split() for form in letters.split(" | ")]
+        must_be = f"{name} must be " + " or ".join(f"[{', '.join(form)}]" for form in forms)
+        shape = next((form for form in forms if len(form) == x.ndim), None)
+        if shape is None:
+            raise ValueError(f"{must_be}, got {list(x.shape)}")
         for letter, size in zip(shape, x.shape, strict=True):
             if letter == "B+1":
                 letter, size = "B", size - 1
@@ -68,15 +70,12 @@ def checked(
                 width = sizes["d"][0] * FEATURE_MAPS[feature_map].expansion
                 sizes.setdefault(letter, (width, f"feature_map {feature_map!r}"))
             if letter in ("H", "d", "D") and guard_or_false(size < 1):
-                raise ValueError(
-                    f"{name} must be [{', '.join(shape)}], {letter} > 0, got {list(x.shape)}"
-                )
+                raise ValueError(f"{must_be}, {letter} > 0, got {list(x.shape)}")
             wanted, by = sizes.setdefault(letter, (size, name))
             # sizes that a trace does not know pass here; the operators look again when they run
             if guard_or_false(size != wanted):
                 raise ValueError(
-                    f"{name} must be [{', '.join(shape)}] with {letter} = {wanted}, as {by} has it, "
-                    f"got {list(x.shape)}"
+                    f"{must_be} with {letter} = {wanted}, as {by} has it, got {list(x.shape)}"
                 )
         if integer:
             x = x.to(torch.int64)

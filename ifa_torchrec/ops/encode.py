@@ -17,7 +17,7 @@ _SHAPES = {
     "offsets": "B+1",
     "key_weight": "H d D",
     "value_weight": "H d D",
-    "weights": "N",
+    "weights": "N | N H",
     "ages": "N",
     "decay": "H",
 }
@@ -40,14 +40,14 @@ def encode(
 ) -> tuple[Tensor, Tensor]:
     """Sum each request's history into its dense user state (IFA, idea 2).
 
-        w_hi = a_i exp(-lambda_h t_i)
+        w_hi = a_hi exp(-lambda_h t_i)
         S_h  = sum_i w_hi phi(x_i Wk_h) (x_i Wv_h)^T        z_h = sum_i w_hi phi(x_i Wk_h)
 
     Args:
         history: [N, D] floating point, the event tokens of all requests.
         offsets: [B + 1] integers, request b's events are rows offsets[b]:offsets[b + 1].
         key_weight: [H, d, D], and value_weight: [H, d, D], the projections.
-        weights: [N] or None, a_i >= 0; None means 1.
+        weights: a_hi >= 0, [N, H], or [N] where an event weighs the same for every head, or None for 1.
         ages: [N] or None, t_i >= 0; None means 0.
         decay: [H], lambda_h >= 0 per unit of age.
         feature_map: a key of FEATURE_MAPS.

@@ -17,7 +17,7 @@ _SHAPES = {
     "history": "N D",
     "history_buckets": "N",
     "history_offsets": "B+1",
-    "weights": "N",
+    "weights": "N | N L",
     "ages": "N",
     "decay": "L",
 }
@@ -43,7 +43,8 @@ def match(
     Args:
         candidate_buckets: [M] integers; candidate_offsets: [B + 1] integers.
         history: [N, D] floating point; history_buckets: [N] integers; history_offsets: [B + 1].
-        weights: [N] or None, a_i; ages: [N] or None, t_i; decay: [L], rates per unit of age.
+        weights: a_li, [N, L], or [N] where an event weighs the same for every head, or None for 1.
+        ages: [N] or None, t_i; decay: [L], rates per unit of age. w_li is a_li exp(-lambda_l t_i).
         backend: one of BACKENDS.
 
     Returns:

@@ -2,13 +2,14 @@
 
 from ifa_torchrec.errors import require
 
-require("serve", "pandas", "pyarrow", "lmdb", "redis")
+require("serve", "pandas", "pyarrow", "lmdb", "prometheus_client", "redis")
 
 # ruff: noqa: E402 (what is not installed is named before an import fails on it)
 from ifa_torchrec.serving.errors import RequestError, StateError, StoreError, UnknownUserError
 from ifa_torchrec.serving.export import ScoringGraph, export_scorer
 from ifa_torchrec.serving.quantize import quantize_tables
-from ifa_torchrec.serving.scorer import Ranking, RankingRequest, Scorer
+from ifa_torchrec.serving.requests import EventResult, Ranking, RankingRequest
+from ifa_torchrec.serving.scorer import Scorer
 from ifa_torchrec.serving.states.journal import Event
 from ifa_torchrec.serving.states.key_value import KeyValueStore, open_key_value_store
 from ifa_torchrec.serving.states.layout import StateLayout
@@ -17,6 +18,7 @@ from ifa_torchrec.serving.states.versions import drop, versions
 
 __all__ = [
     "Event",
+    "EventResult",
     "KeyValueStore",
     "Ranking",
     "RankingRequest",

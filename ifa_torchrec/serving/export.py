@@ -17,17 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torchrec.modules.embedding_configs import DataType
+from torchrec.modules.embedding_configs import DataType, PoolingType
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from ifa_torchrec.batch import RankingFeatures
 from ifa_torchrec.data import LogSchema
 from ifa_torchrec.models import DLRM_IFA
-from ifa_torchrec.models.archs import CandidateArch, SetArch
-from ifa_torchrec.modules import IFAConfig, InteractionFidelityAttention, UserState
+from ifa_torchrec.models.archs import CandidateArch, Lookups, SetArch
+from ifa_torchrec.models.config import DLRM_IFAConfig
+from ifa_torchrec.models.sparse import PooledArch
+from ifa_torchrec.modules import InteractionFidelityAttention, UserState
 from ifa_torchrec.serving.errors import StateError
 
-FORMAT = "ifa-scoring-graph/1"
+FORMAT = "ifa-scoring-graph/2"
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class GraphInput:
 
     Args:
         name: of ``ScoringGraph.forward``'s argument.
-        shape: numbers; "M" where it is the number of candidates, "U" that of identity rows.
+        shape: numbers; "M" where it is the number of candidates, "U" that of identity rows, and
+            "L_NAME" that of the ids in a list.
         dtype: "int64" or "float32".
         columns: names of the last dimension's entries, where they have names.
 
@@ -101,90 +104,112 @@ class ScoringGraph(nn.Module):
                 "other cannot be exported, its attention among them takes sizes from tensors; serve it "
                 "with Scorer"
             )
-        self.item_tables = _tables(
-            model.sequence_arch.embedding_collection, [f"candidate_{f}" for f in schema.item_features]
-        )
-        self.context_tables = nn.ModuleList()
-        if model.sparse_arch is not None:
-            bags = model.sparse_arch.embedding_bag_collection
-            self.context_tables = _tables(bags, schema.context_features)
+        self.config, self.schema = config, schema
+        keys = list(config.candidate_keys.values())
+        self.tables = _tables(model.sequence_arch.embedding_collection, keys)
+        self.projections = model.sequence_arch.projections
+        self.context_arch = _Pooled.of(model.sparse_arch)
+        self.list_arch = _Pooled.of(model.item_sparse_arch)
         plain = dataclasses.replace(ifa, backend="reference")
-        self.candidate_arch = CandidateArch(
-            config, len(schema.context_features), InteractionFidelityAttention(plain)
-        )
+        features = 0 if self.context_arch is None else len(self.context_arch.names)
+        self.candidate_arch = CandidateArch(config, features, InteractionFidelityAttention(plain))
         self.set_arch = SetArch(
             config, self.candidate_arch.num_vectors, self.candidate_arch.out_features
         )
         self.candidate_arch.load_state_dict(model.candidate_arch.state_dict())
         self.set_arch.load_state_dict(model.set_arch.state_dict())
-        self.inputs = _inputs(ifa, schema)
+        self.inputs = _inputs(config, schema)
         self.eval()
 
-    def forward(
-        self,
-        candidate_ids: Tensor,
-        context_ids: Tensor,
-        dense: Tensor,
-        candidate_dense: Tensor,
-        key_value: Tensor,
-        key_sum: Tensor,
-        count: Tensor,
-        identity_key: Tensor | None = None,
-        identity_value: Tensor | None = None,
-        identity_sum: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, *tensors: Tensor) -> Tensor:
         """
         Args:
-            candidate_ids: [M, item features] int64, M >= 1; an id beyond its table is an error.
-            context_ids: [Fs] int64.
-            dense: [F], and candidate_dense: [M, Fc], float32.
-            key_value: [1, H, d_phi, d], key_sum: [1, H, d_phi] and count: [1] int64, one user's
-                state at the time of the request; zeros for a user without events.
-            identity_key: [U] int64, ascending, U >= 0; with identity_value: [U, L, d] and
-                identity_sum: [U, L] the state's tables, where there are identity features. Rows that
-                no candidate asks for may be left out.
+            tensors: those that ``inputs`` describes, in its order; what a model has nothing of is left
+                out. Ids are rows of tables; one beyond its table is an error. A missing number is NaN.
+
+                - candidate_ids: [M, item and candidate features] int64, M >= 1.
+                - context_ids: [Fs] int64; dense: [F], and candidate_dense: [M, Fc], float32.
+                - item_dense: [M, Fi], item_vectors: [M, V] float32, of the candidates' items.
+                - context_list_NAME: [L] int64, the ids of a context list.
+                - item_list_NAME: [L] int64, the ids of all candidates' lists, in any order;
+                  item_list_NAME_candidate: [L] int64, whose each is, 0 to M - 1.
+                - candidate_item_ids: [M] int64, numbers of the candidates' items, also of those whose
+                  row is 0 since they are new; where identity features compare items.
+                - key_value: [1, H, d_phi, d], key_sum: [1, H, d_phi] and count: [1] int64, one user's
+                  state at the time of the request; zeros for a user without events.
+                - identity_key: [U] int64, ascending, U >= 0; identity_value: [U, L, d] and
+                  identity_sum: [U, L], the state's tables, where there are identity features. Rows that
+                  no candidate asks for may be left out.
 
         Returns:
             Logits [M, T].
+
+        Raises:
+            ValueError: there are more or fewer tensors.
         """
-        m = candidate_ids.shape[0]
-        looked_up = zip(self.item_tables, candidate_ids.unbind(1), strict=True)
-        tokens = reduce(torch.add, (table(rows) for table, rows in looked_up))
-        context = None
-        if len(self.context_tables):
-            looked_up = zip(self.context_tables, context_ids.unbind(0), strict=True)
-            context = torch.stack([table(row) for table, row in looked_up])[None]
-        identity: dict[str, Any] = {}
-        if identity_key is not None:
-            identity = {
-                "identity_offsets": _offsets(identity_key.shape[0]),
-                "identity_key": identity_key,
-                "identity_value": identity_value,
-                "identity_sum": identity_sum,
-                "identity_key_range": self.candidate_arch.ifa.config.identity_key_range,
-            }
+        names = [described.name for described in self.inputs]
+        given = dict(zip(names, tensors, strict=True))
+        ids = given["candidate_ids"]
+        m = ids.shape[0]
+        keys = self.config.candidate_keys.values()
+        looked_up = zip(self.tables, ids.unbind(1), keys, strict=True)
+        rows = reduce(torch.add, (self.projections(table(i), key) for table, i, key in looked_up))
         features = RankingFeatures(
-            dense_features=dense[None],
+            dense_features=given["dense"][None],
             context_features=KeyedJaggedTensor.empty(),  # they are looked up already
-            sequence_features=self._ids(candidate_ids),
-            candidate_dense=candidate_dense,
-            history_age=dense.new_empty(0),
+            sequence_features=self._ids(ids),
+            candidate_dense=given["candidate_dense"],
+            history_age=given["dense"].new_empty(0),
+            item_dense=given.get("item_dense"),
+            item_vectors=given.get("item_vectors"),
+            candidate_items=torch.arange(m),
+            candidate_item_ids=given.get("candidate_item_ids"),
         )
-        candidates = JaggedTensor(tokens, offsets=_offsets(m))
-        state = UserState(key_value, key_sum, count, **identity)
-        return self.set_arch(self.candidate_arch.attend(context, state, candidates, features))
+        candidates = JaggedTensor(rows, offsets=_offsets(m))
+        lookups = Lookups(self._context(given), self._lists(given, m), None, candidates)
+        return self.set_arch(self.candidate_arch.attend(lookups, features, self._state(given)))
+
+    def _context(self, given: dict[str, Tensor]) -> Tensor | None:
+        """[1, Fs, D]."""
+        if self.context_arch is None:
+            return None
+        one = dict(zip(self.schema.context_features, given["context_ids"].split(1), strict=True))
+        lists = {name: given[f"context_list_{name}"] for name in self.schema.context_lists}
+        ids = {**one, **lists}
+        return self.context_arch(ids, {name: torch.zeros_like(ids[name]) for name in ids}, 1)
+
+    def _lists(self, given: dict[str, Tensor], m: int) -> Tensor | None:
+        """[M, Fl, D]."""
+        if self.list_arch is None:
+            return None
+        names = self.schema.item_lists
+        ids = {name: given[f"item_list_{name}"] for name in names}
+        return self.list_arch(ids, {name: given[f"item_list_{name}_candidate"] for name in names}, m)
+
+    def _state(self, given: dict[str, Tensor]) -> UserState:
+        dense = given["key_value"], given["key_sum"], given["count"]
+        if "identity_key" not in given:
+            return UserState(*dense)
+        key = given["identity_key"]
+        return UserState(
+            *dense,
+            _offsets(key.shape[0]),
+            key,
+            given["identity_value"],
+            given["identity_sum"],
+            self.candidate_arch.ifa.config.identity_key_range,
+        )
 
     def _ids(self, candidate_ids: Tensor) -> KeyedJaggedTensor:
-        """The candidates' ids, and no history's; no size is read from a tensor."""
-        config = self.candidate_arch.config
+        """The candidates' ids; no size is read from a tensor."""
         m, features = candidate_ids.shape
         return KeyedJaggedTensor(
-            [prefix + f for prefix in config.prefixes for f in config.item_features],
+            list(self.config.candidate_keys.values()),
             candidate_ids.T.flatten(),
-            lengths=torch.tensor([0, 1]).repeat_interleave(features) * m,
+            lengths=torch.ones(features, dtype=torch.int64) * m,
             stride=1,
-            length_per_key=[0] * features + [m] * features,
-            offset_per_key=[0] * features + [m * i for i in range(features + 1)],
+            length_per_key=[m] * features,
+            offset_per_key=[m * i for i in range(features + 1)],
         )
 
 
@@ -222,20 +247,25 @@ def export_scorer(model: DLRM_IFA, schema: LogSchema) -> ExportedProgram:
     sizes = {"M": Dim("M", min=1), "U": Dim("U", min=0)}
     example, dynamic = [], []
     for given in graph.inputs:
+        named = [size for size in given.shape if isinstance(size, str)]
+        sizes |= {size: Dim(size, min=0) for size in named if size not in sizes}
         # sizes of 0 and 1 would be taken for constants
-        shape = [{"M": 3, "U": 5}[size] if isinstance(size, str) else size for size in given.shape]
+        shape = [3 + list(sizes).index(n) if isinstance(n, str) else n for n in given.shape]
         example.append(torch.zeros(shape, dtype=getattr(torch, given.dtype)))
         dynamic.append({i: sizes[size] for i, size in enumerate(given.shape) if size in sizes})
     with torch.no_grad():
-        return torch.export.export(graph, tuple(example), dynamic_shapes=tuple(dynamic), strict=False)
+        return torch.export.export(
+            graph, tuple(example), dynamic_shapes={"tensors": tuple(dynamic)}, strict=False
+        )
 
 
-def describe(model: DLRM_IFA, schema: LogSchema, version: str) -> dict[str, Any]:
+def describe(model: DLRM_IFA, schema: LogSchema, version: str, vocabulary: str) -> dict[str, Any]:
     """What the author of a server has to know of an exported graph; to be written as JSON.
 
     Args:
         model, schema: as ScoringGraph's.
         version: of the weights; the states must be of the same.
+        vocabulary: digest of the vocabulary by which external ids become rows; likewise.
 
     Example:
         >>> import torch
@@ -247,24 +277,31 @@ def describe(model: DLRM_IFA, schema: LogSchema, version: str) -> dict[str, Any]
         ...     name="item", embedding_dim=8, num_embeddings=100,
         ...     feature_names=["history_item", "candidate_item"])])
         >>> model = DLRM_IFA(None, tables, DLRM_IFAConfig(("item",), ifa=IFAConfig(8, num_heads=2)))
-        >>> about = describe(model, LogSchema(item_features={"item": 100}), version="weights-1")
+        >>> about = describe(model, LogSchema(item_features={"item": 100}), "weights-1", "0a1b")
         >>> about["inputs"][0]
         {'name': 'candidate_ids', 'shape': ('M', 1), 'dtype': 'int64', 'columns': ('item',)}
     """
     config = model.config.ifa
     tasks = list(schema.tasks)
+    inputs = _inputs(model.config, schema)
+    lists = {n: "ids in a list, 0 or more" for i in inputs for n in i.shape if str(n).startswith("L_")}
+    sizes = {"M": "candidates, 1 or more", "U": "rows of the identity tables, 0 or more", **lists}
+    tables = (schema.item_features, schema.candidate_features, schema.context_features)
+    tables += (schema.context_lists, schema.item_lists)
     return {
         "format": FORMAT,
         "version": version,
-        "sizes": {"M": "candidates, 1 or more", "U": "rows of the identity tables, 0 or more"},
-        "inputs": [dataclasses.asdict(given) for given in _inputs(config, schema)],
+        "vocabulary": vocabulary,
+        "sizes": sizes,
+        "inputs": [dataclasses.asdict(given) for given in inputs],
         "output": {"name": "logits", "shape": ["M", len(tasks)], "dtype": "float32", "columns": tasks},
-        "table_rows": {**schema.item_features, **schema.context_features},
+        "table_rows": {name: rows for table in tables for name, rows in table.items()},
+        "missing": "a number that is missing is NaN; an id that is unknown, or new, is row 0",
         "identity": {
             "features": list(config.identity_features),
             "buckets": config.identity_buckets,
             "key": "place in features * buckets + id mod buckets; ascending in identity_key. Id 0 is "
-            f"unknown and has no row, but for {model.config.item_features[0]!r}, whose id 0 is an item",
+            "unknown and has no row; the item's ids are candidate_item_ids",
         },
     }
 
@@ -285,6 +322,48 @@ class _Int8Table(nn.Module):
         """Rows [*ids.shape, D] float32."""
         scale, bias = F.embedding(ids, self.scale_bias).float().split(1, dim=-1)
         return F.embedding(ids, self.values).float() * scale + bias
+
+
+class _Pooled(nn.Module):
+    """A PooledArch without TorchRec's lookups."""
+
+    def __init__(self, arch: PooledArch) -> None:
+        super().__init__()
+        collection: Any = arch.embedding_bag_collection
+        self.names = list(arch.sparse_feature_names)
+        self.tables = _tables(collection, self.names)
+        self.projections = arch.projections
+        self.means = {
+            name
+            for config in collection.embedding_bag_configs()
+            for name in config.feature_names
+            if config.pooling == PoolingType.MEAN
+        }
+
+    @staticmethod
+    def of(arch: PooledArch | None) -> _Pooled | None:
+        """Of a model's, where it has one."""
+        return None if arch is None else _Pooled(arch)
+
+    def forward(self, ids: dict[str, Tensor], row: dict[str, Tensor], rows: int) -> Tensor:
+        """
+        Args:
+            ids: of each feature, [L].
+            row: [L], in which of the ``rows`` each is pooled.
+            rows: how many.
+
+        Returns:
+            [rows, features, D].
+        """
+        pooled: list[Tensor] = []
+        for name, table in zip(self.names, self.tables, strict=True):
+            found = table(ids[name])
+            whole = found.new_zeros(rows, found.shape[1]).index_add(0, row[name], found)
+            if name in self.means:
+                count = found.new_zeros(rows).index_add(0, row[name], found.new_ones(found.shape[0]))
+                whole = whole / count.clamp(min=1)[:, None]
+            pooled.append(self.projections(whole, name))
+        return torch.stack(pooled, dim=1)
 
 
 def _tables(collection: Any, features: Iterable[str]) -> nn.ModuleList:
@@ -309,27 +388,45 @@ def _tables(collection: Any, features: Iterable[str]) -> nn.ModuleList:
     return nn.ModuleList(result[feature] for feature in features)
 
 
-def _inputs(config: IFAConfig, schema: LogSchema) -> tuple[GraphInput, ...]:
-    items, contexts = tuple(schema.item_features), tuple(schema.context_features)
-    dense, candidate_dense = tuple(schema.dense_features), tuple(schema.candidate_dense)
-    d, heads, half_lives = config.head_width, config.num_heads, len(config.identity_half_lives)
-    inputs = (
-        GraphInput("candidate_ids", ("M", len(items)), "int64", items),
-        GraphInput("context_ids", (len(contexts),), "int64", contexts),
-        GraphInput("dense", (len(dense),), "float32", dense),
-        GraphInput("candidate_dense", ("M", len(candidate_dense)), "float32", candidate_dense),
-        GraphInput("key_value", (1, heads, config.feature_width, d), "float32"),
-        GraphInput("key_sum", (1, heads, config.feature_width), "float32"),
+def _inputs(config: DLRM_IFAConfig, schema: LogSchema) -> tuple[GraphInput, ...]:
+    ifa = config.ifa
+    of_candidate = (*schema.item_features, *schema.candidate_features)
+    vectors = tuple(f"{name}_{i}" for name, n in schema.item_vectors.items() for i in range(n))
+    given = [
+        _columns("candidate_ids", of_candidate, "int64", "M"),
+        _columns("context_ids", schema.context_features, "int64"),
+        _columns("dense", schema.dense_features, "float32"),
+        _columns("candidate_dense", schema.candidate_dense, "float32", "M"),
+    ]
+    if schema.item_dense:
+        given.append(_columns("item_dense", schema.item_dense, "float32", "M"))
+    if vectors:
+        given.append(_columns("item_vectors", vectors, "float32", "M"))
+    for name in schema.context_lists:
+        given.append(GraphInput(f"context_list_{name}", (f"L_{name}",), "int64"))
+    for name in schema.item_lists:
+        for end in ("", "_candidate"):
+            given.append(GraphInput(f"item_list_{name}{end}", (f"L_{name}",), "int64"))
+    if config.item_names[0] in ifa.identity_features:
+        given.append(GraphInput("candidate_item_ids", ("M",), "int64"))
+    d, heads, half_lives = ifa.head_width, ifa.num_heads, len(ifa.identity_half_lives)
+    given += [
+        GraphInput("key_value", (1, heads, ifa.feature_width, d), "float32"),
+        GraphInput("key_sum", (1, heads, ifa.feature_width), "float32"),
         GraphInput("count", (1,), "int64"),
-    )
-    if not config.identity_features:
-        return inputs
-    return (
-        *inputs,
-        GraphInput("identity_key", ("U",), "int64"),
-        GraphInput("identity_value", ("U", half_lives, d), "float32"),
-        GraphInput("identity_sum", ("U", half_lives), "float32"),
-    )
+    ]
+    if ifa.identity_features:
+        given += [
+            GraphInput("identity_key", ("U",), "int64"),
+            GraphInput("identity_value", ("U", half_lives, d), "float32"),
+            GraphInput("identity_sum", ("U", half_lives), "float32"),
+        ]
+    return tuple(given)
+
+
+def _columns(name: str, columns: Iterable[str], dtype: str, *rows: str) -> GraphInput:
+    columns = tuple(columns)
+    return GraphInput(name, (*rows, len(columns)), dtype, columns)
 
 
 def _offsets(rows: int) -> Tensor:

@@ -13,7 +13,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.serving.batching import Batcher, Item, Result
-from ifa_torchrec.serving.scorer import Ranking, RankingRequest, Scorer
+from ifa_torchrec.serving.requests import EventResult, Ranking, RankingRequest
+from ifa_torchrec.serving.scorer import Scorer
 from ifa_torchrec.serving.states.journal import Event
 
 _log = logging.getLogger(__name__)
@@ -84,7 +85,15 @@ class Metrics:
         self.late = Counter(
             "ifa_late_requests", "Ranked as of a time after the request's.", registry=registry
         )
-        self.events = Counter("ifa_events", "Events, new or duplicate.", ["kind"], registry=registry)
+        self.events = Counter(
+            "ifa_events", "Events taken, duplicate or refused.", ["status"], registry=registry
+        )
+        self.unknown = Counter(
+            "ifa_unknown",
+            "Ids that the vocabulary does not know: of candidates, of events taken, of context.",
+            ["kind"],
+            registry=registry,
+        )
         self.candidates = Counter("ifa_candidates", "Candidates scored.", registry=registry)
         self.reloads = Counter("ifa_reloads", "Reloads, ok or failed.", ["result"], registry=registry)
         self.model = Info("ifa_model", "The weights that serve.", registry=registry)
@@ -144,8 +153,8 @@ class LiveScorer:
         """Ask the store whether it has the states of these weights, once a second however often called.
 
         Raises:
-            StateError: it has not, or does not answer.
-            asyncio.TimeoutError: no answer in a second.
+            StateError: it has not, or does not respond.
+            asyncio.TimeoutError: no response in a second.
         """
         now = time.monotonic()
         if self._checking is None or (self._checking.done() and now > self._checked + 1):
@@ -163,8 +172,8 @@ class LiveScorer:
         shares = [len(request.candidates) / self.limits.max_candidates for request in requests]
         return await self._results(self._rank, requests, shares)
 
-    async def append(self, events: Sequence[Event]) -> list[bool] | BaseException:
-        """Whether each event was new, once they are in the store; or else what is wrong with them.
+    async def append(self, events: Sequence[Event]) -> list[EventResult] | BaseException:
+        """What became of each event, once those that were taken are in the store; or else what is wrong.
 
         Raises:
             QueueFullError: too much waits already.
@@ -192,25 +201,32 @@ class LiveScorer:
 
     def _rank(self, requests: list[RankingRequest]) -> list[LiveRanking]:
         scorer = self._scorers[0]
-        version, tasks = scorer.store.version, scorer.schema.tasks
+        version, tasks = scorer.store.version, tuple(scorer.schema.tasks)
         rankings = scorer.rank(requests)
         self.metrics.candidates.inc(sum(len(ranking.items) for ranking in rankings))
         self.metrics.late.inc(sum(ranking.as_of is not None for ranking in rankings))
-        return [LiveRanking(r.items, r.logits, r.as_of, version, tasks) for r in rankings]
+        self.metrics.unknown.labels("candidate").inc(sum(r.unknown_candidates for r in rankings))
+        self.metrics.unknown.labels("context").inc(sum(r.unknown_context for r in rankings))
+        return [LiveRanking(**vars(ranking), version=version, tasks=tasks) for ranking in rankings]
 
-    def _append(self, calls: list[Sequence[Event]]) -> list[list[bool]]:
+    def _append(self, calls: list[Sequence[Event]]) -> list[list[EventResult]]:
         events = [event for call in calls for event in call]
         first = self._scorers[0]
-        new = first.append(events, self.limits.max_ahead)
+        results = first.append(events, self.limits.max_ahead)
         # Looked up only now that the journal has the events: a scorer that is not here yet finds them
         # there. An event that it refuses is refused, or else its states would silently lack it.
         for scorer in self._scorers:
             if scorer is not first:
-                scorer.append(events, self.limits.max_ahead)
-        self.metrics.events.labels("new").inc(sum(new))
-        self.metrics.events.labels("duplicate").inc(len(new) - sum(new))
-        results = iter(new)
-        return [[next(results) for _ in call] for call in calls]
+                there = [n for n, result in enumerate(results) if result.status != "refused"]
+                for n, result in zip(there, scorer.take_over([events[n] for n in there]), strict=True):
+                    if result.status == "refused":
+                        results[n] = result
+        for result in results:
+            self.metrics.events.labels(result.status).inc()
+            if result.status == "taken":
+                self.metrics.unknown.labels("event").inc(result.unknown)
+        each = iter(results)
+        return [[next(each) for _ in call] for call in calls]
 
     def _reload(self) -> None:
         serving = self._scorers[0]

@@ -35,6 +35,7 @@ def quantize_tables(model: DLRM_IFA, dtype: torch.dtype = torch.qint8) -> DLRM_I
         >>> import torch
         >>> from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
         >>> from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, IFAConfig
+        >>> from ifa_torchrec.batch import RankingFeatures
         >>> from ifa_torchrec.serving import quantize_tables
         >>> tables = EmbeddingCollection(tables=[EmbeddingConfig(
         ...     name="item", embedding_dim=8, num_embeddings=100,
@@ -42,25 +43,32 @@ def quantize_tables(model: DLRM_IFA, dtype: torch.dtype = torch.qint8) -> DLRM_I
         >>> model = DLRM_IFA(None, tables, DLRM_IFAConfig(("item",), ifa=IFAConfig(8, num_heads=2)))
         >>> events = KeyedJaggedTensor(["history_item", "candidate_item"], torch.arange(4),
         ...     lengths=torch.tensor([4, 0]))
-        >>> quantize_tables(model).encode(events, torch.zeros(4)).count.tolist()
+        >>> history = RankingFeatures(torch.zeros(1, 0), KeyedJaggedTensor.empty(), events,
+        ...     torch.zeros(0, 0), history_age=torch.zeros(4))
+        >>> quantize_tables(model).encode(history).count.tolist()
         [4]
     """
     if model.sequence_arch.managed:
         raise ConfigError("quantize_tables: tables of managed collisions cannot be quantised")
-    floats: list[nn.Module] = [model.sequence_arch.embedding_collection]
-    if model.sparse_arch is not None:
-        floats.append(model.sparse_arch.embedding_bag_collection)
-    quantised: Any = nn.ModuleList(floats)  # Any: DLRM_IFA's argument is typed as a float collection
+    pooled = {"context": model.sparse_arch, "lists": model.item_sparse_arch}
+    floats: dict[str, nn.Module] = {"sequences": model.sequence_arch.embedding_collection}
+    floats |= {name: arch.embedding_bag_collection for name, arch in pooled.items() if arch is not None}
+    quantised: Any = nn.ModuleDict(floats)  # Any: DLRM_IFA's argument is typed as a float collection
     quantize_embeddings(
         quantised,
         dtype,
-        inplace=True,  # in the list, that is; the model's own are neither replaced nor copied
+        inplace=True,  # in the dict, that is; the model's own are neither replaced nor copied
         additional_qconfig_spec_keys=[EmbeddingCollection],
         additional_mapping={EmbeddingCollection: QuantEmbeddingCollection},
     )
-    for collection in floats:
+    for collection in floats.values():
         del collection.qconfig  # left behind by PyTorch, which would heed it the next time
-    sequences, *bags = quantised
-    result = DLRM_IFA(bags[0] if bags else None, sequences, model.config)
+    context, lists = (quantised[name] if name in floats else None for name in pooled)
+    bags = context if lists is None else (context, lists)
+    result = DLRM_IFA(bags, quantised["sequences"], model.config)
     result.candidate_arch, result.set_arch = model.candidate_arch, model.set_arch
+    result.sequence_arch.projections = model.sequence_arch.projections
+    for mine, theirs in zip((result.sparse_arch, result.item_sparse_arch), pooled.values(), strict=True):
+        if mine is not None and theirs is not None:
+            mine.projections = theirs.projections
     return result

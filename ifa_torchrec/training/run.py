@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,19 +48,20 @@ def inputs_of(log: EventLog) -> dict[str, Any]:
     return {"schema": json.loads(json.dumps(schema)), "codes": log.codes()}
 
 
-def check_log(checkpoints: Path, log: EventLog, whole: bool = False) -> None:
+def check_log(checkpoints: Path, log: EventLog, belongs_to: Mapping[str, Any] | None = None) -> None:
     """Refuse a log that a run's model cannot read. Called by all ranks.
 
     Args:
         checkpoints: those of the run; where they are damaged, whoever loads them says so.
         log: the log that it is to read.
-        whole: whether it must be the very log of the training, to go on with it.
+        belongs_to: what a checkpoint made now would belong to, where ``log`` must be the very log of the
+            training, to go on with it.
 
     Raises:
-        LogError: its features, table sizes or codes are not those of the training or, with ``whole``,
-            anything else is not.
+        LogError: its features, table sizes or codes are not those of the training or, with
+            ``belongs_to``, anything else is not.
     """
-    now = inputs_of(log)
+    now = belongs_to or inputs_of(log)
     for path in reversed(checkpoint.checkpoints_of_rank_0(checkpoints)):
         try:
             progress = json.loads((path / "progress.json").read_text())
@@ -78,7 +80,7 @@ def check_log(checkpoints: Path, log: EventLog, whole: bool = False) -> None:
                 "or codes/ is missing from one of them. Prepare both from one and the same list of ids; "
                 "copy codes/ from there only if the numbers here were taken from it"
             )
-        if whole and log.fingerprint() != was["log"]:
+        if belongs_to and belongs_to["log"] != was["log"]:
             raise LogError(
                 f"{log.path} has other content than {known}, so that a position in it means nothing; "
                 "give that log as it was, or train anew with another --out"

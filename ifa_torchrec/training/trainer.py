@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make_loader
-from ifa_torchrec.data.scales import warn_of_unscaled
 from ifa_torchrec.distributed import BatchSize, checkpoint, init_process_group, shard
 from ifa_torchrec.errors import DivergedError
 from ifa_torchrec.models import DLRM_IFATrain
@@ -93,9 +92,6 @@ class Trainer:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.log = EventLog(config.data)
         self.dataset = RankingDataset(self.log, "train", config.history_length)
-        schema = self.log.schema
-        if self.rank == 0:
-            warn_of_unscaled(self.dataset.requests, [*schema.dense_features, *schema.candidate_dense])
         self.sampler = EventBudgetSampler(
             self.dataset.history_lengths,
             config.max_events,
@@ -104,7 +100,7 @@ class Trainer:
             shard=(self.rank, self.world),
         )
         checkpoint.seed_everything(config.seed)
-        model = build_model(schema, config)
+        model = build_model(self.log.schema, config)
         self._tasks = model.config.tasks
         self.model, self.optimizer = shard(
             DLRM_IFATrain(model, config.loss, across_ranks=True),
@@ -188,7 +184,7 @@ class Trainer:
                 raise checkpoint.CheckpointError(
                     f"{folder} holds checkpoints: give --resume to go on, or another --out"
                 )
-            check_log(folder, self.log, whole=True)
+            check_log(folder, self.log, self._belongs_to)
             progress = checkpoint.load(folder, self.model, self.optimizer, self._belongs_to)
             self.step, self.epoch, self.taken = (progress[k] for k in ("step", "epoch", "request"))
         self._curves = None

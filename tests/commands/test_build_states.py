@@ -48,8 +48,8 @@ def expected(run: Run, before: int = END) -> UserState:
     """The users' states at END, of their events before a time."""
     histories = RankingDataset.of_users(run.log, np.array(USERS), np.full(len(USERS), before))
     batch = histories[list(range(len(USERS)))]
-    age = batch.history_age + (END - before) / 86_400_000_000
-    return run.dlrm.encode(batch.sequence_features, age)
+    batch.history_age += (END - before) / 86_400_000_000
+    return run.dlrm.encode(batch)
 
 
 def assert_built(store: str, run: Path, before: int = END) -> StateStore:

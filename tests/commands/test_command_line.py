@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from ranks import torchrun
 
-import ifa_torchrec
 from ifa_torchrec.__main__ import main
 from ifa_torchrec.commands.command_line import as_command
 from ifa_torchrec.data import LogError
@@ -136,20 +134,7 @@ def test_under_torchrun(log, tmp_path: Path, of_all: bool, said: str) -> None:
         "--max-requests",
         "4",
     ]
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*run, str(tmp_path / "fails.py"), "train", *map(str, options)],
-        env={
-            **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")},
-            "PYTHONPATH": str(Path(ifa_torchrec.__file__).parents[1]),
-            "GLOO_SOCKET_IFNAME": "lo",
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        },
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = torchrun(tmp_path / "fails.py", "train", *options)
     assert done.returncode != 0
     _, _, summary = done.stderr.partition("Failures:")
     _, _, cause = summary.partition("Root Cause")

@@ -218,12 +218,12 @@ BAD = {
         (VALID, "'candidates'", "int64", "list"),
     ),
     "labels not lists": (_set("requests", "label", 1.0), (VALID, "'label'", "double", "list")),
-    "time null": (_set("events", "time", _at(4, pd.NaT)), ("events", "'time'", "1 nulls", "drop")),
+    "time null": (_set("events", "time", _at(4, pd.NaT)), ("events", "'time'", "null", "drop")),
     "request time null": (
         _set("requests", "time", _at(4, pd.NaT)),
         (VALID, "'time'", "null", "row 4", "drop"),
     ),
-    "item null": (_set("events", "item", _at(4, None)), ("events", "'item'", "1 nulls", "drop")),
+    "item null": (_set("events", "item", _at(4, None)), ("events", "'item'", "null", "row", "drop")),
     "context null": (
         _set("requests", "store", lambda c: c.astype("Int64").where(c.index != 2)),
         (VALID, "'store'", "null", "row 2", "drop"),
@@ -243,7 +243,7 @@ BAD = {
     "event of item -1": (_set("events", "item", _at(0, -1)), ("events", "'item'", "id -1", "map ids")),
     "category outside its table": (
         _set("items", "category", _at(6, 5)),
-        ("items", "'category'", "value 6", "id 5", "5 rows", "enlarge"),
+        ("items", "'category'", "row 6", "id 5", "5 rows", "enlarge"),
     ),
     "candidate that is not there": (
         _set("requests", "candidates", _at(0, _first(NUM_ITEMS))),
@@ -251,7 +251,7 @@ BAD = {
     ),
     "store outside its table": (
         _set("requests", "store", _at(3, 3)),
-        (VALID, "'store'", "value 3", "id 3", "3 rows", "enlarge"),
+        (VALID, "'store'", "row 3", "id 3", "3 rows", "enlarge"),
     ),
     "source without a name": (
         _set("requests", "source", _at(0, _first(2))),
@@ -272,9 +272,15 @@ BAD = {
         _set("requests", "price", _at(11, lambda v: [*v, 0.0])),
         (VALID, "row 11", "'price'", "as long"),
     ),
-    "dense NaN": (_set("requests", "season", _at(7, float("nan"))), (VALID, "'season'", "row 7")),
     "dense infinite": (_set("requests", "season", _at(7, np.inf)), (VALID, "'season'", "7", "finite")),
-    "price NaN": (_set("requests", "price", _at(0, _first(float("nan")))), (VALID, "'price'", "0")),
+    "price infinite": (
+        _set("requests", "price", _at(2, _first(np.inf))),
+        (VALID, "'price'", "row 2", "value 0", "finite", "null"),
+    ),
+    "label NaN": (
+        _set("requests", "label", _at(2, _first(float("nan")))),
+        (VALID, "'label'", "row 2", "value 0", "null", "missing"),
+    ),
     "label 2": (
         _set("requests", "label", _at(6, _first(2.0))),
         (VALID, "row 6", "'label'", "2.0", "0 or 1"),
@@ -346,7 +352,7 @@ class TestDamagedFolder:
     def test_another_format(self, folder: Path) -> None:
         header = json.loads((folder / "schema.json").read_text())
         (folder / "schema.json").write_text(json.dumps({**header, "format": "ifa-event-log/99"}))
-        with refused("schema.json", "ifa-event-log/99", "ifa-event-log/1"):
+        with refused("schema.json", "ifa-event-log/99", "ifa-event-log/2"):
             EventLog(folder)
 
     @pytest.mark.parametrize("name", ["events", "items", "requests/valid"])

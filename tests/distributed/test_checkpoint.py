@@ -13,7 +13,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 import time
 import warnings
@@ -31,8 +30,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
-from torchrec.test_utils import get_free_port
+from ranks import SMALL, rendezvous, run_ranks, torchrun
 from toy import SPLITS
 
 from ifa_torchrec import IFAConfig
@@ -49,7 +47,6 @@ from ifa_torchrec.distributed import (
 )
 from ifa_torchrec.models import DLRM_IFATrain
 from ifa_torchrec.models.archs import CandidateArch
-from ifa_torchrec.training import trainer as train_module
 from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.options import TrainConfig
 from ifa_torchrec.training.run import load_run
@@ -549,14 +546,15 @@ class TestKilled:
         """Without restarts the job ends, soon; with restarts the same line does all by itself."""
         config = dataclasses.replace(runs[self.RUN].whole, out=tmp_path / "run")
         folder = config.out / "checkpoints"
-        died = torchrun([killed.__file__, "train", *command_line_of(config)], KILL="training 1 8")
+        died = torchrun(killed.__file__, "train", *command_line_of(config), KILL="training 1 8")
+        ended = time.time()
         assert died.returncode == 1 and "SIGKILL" in died.stderr
         assert "no checkpoint here; starting" in died.stderr
         last = folder / "step-000000006" / "progress.json"
-        assert died.ended - last.stat().st_mtime < 30
+        assert ended - last.stat().st_mtime < 30
 
         line = ["--max-restarts", "1", killed.__file__, "train", *command_line_of(config)]
-        done = torchrun(line, KILL="writing 1 9")
+        done = torchrun(*line, KILL="writing 1 9")
         assert done.returncode == 0, done.stderr[-4000:]
         assert done.stderr.count("going on from step 6") == 2
         result = json.loads(done.stdout)
@@ -570,15 +568,9 @@ class TestKilled:
 
 def run_killed(trap: tuple[str, int, int], arguments: list[str], timeout: float = 60) -> list[int]:
     """The exit codes of two ranks of which one is killed; the other must end by itself."""
-    environment = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(get_free_port()),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
+    environment = rendezvous(2)
     context = get_context("forkserver")
-    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}):
+    with mock.patch.dict(os.environ, SMALL):
         ranks = [
             context.Process(target=on_rank, args=(rank, environment, trap, arguments), daemon=True)
             for rank in (0, 1)
@@ -593,37 +585,6 @@ def run_killed(trap: tuple[str, int, int], arguments: list[str], timeout: float 
         process.kill()
     assert None not in codes, f"a rank hangs: {codes}"
     return codes
-
-
-@dataclass
-class Ended:
-    """A command that has ended, and when."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-    ended: float
-
-
-def torchrun(arguments: list[str], **environment: str) -> Ended:
-    """Two ranks, under torchrun."""
-    alone = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*run, *arguments],
-        env={
-            **{name: value for name, value in os.environ.items() if name not in alone},
-            "PYTHONPATH": str(Path(train_module.__file__).parents[2]),
-            "GLOO_SOCKET_IFNAME": "lo",
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            **environment,
-        },
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    return Ended(done.returncode, done.stdout, done.stderr, time.time())
 
 
 def flip(file: Path) -> None:

@@ -34,6 +34,7 @@ CONFIG = IFAConfig(
     half_lives=(math.inf, 300.0),
     identity_features=("item",),
     identity_half_lives=(90.0, 7.0),
+    gates={"action": 6, "device": 4},
 )
 KINDS = [
     InteractionFidelityAttention,
@@ -75,7 +76,7 @@ def assert_same_start(module: nn.Module, other: nn.Module, random: tuple[str, ..
             torch.testing.assert_close(value, expected[name], msg=lambda text, n=name: f"{n}: {text}")
 
 
-RANDOM = ("identity.value_proj", "hyperplanes", "latents", "activation_unit")
+RANDOM = ("identity.value_proj", "log_gate", "hyperplanes", "latents", "activation_unit")
 """What starts at random; the mass and identity columns of output_proj do as well."""
 
 
@@ -98,7 +99,9 @@ def test_from_the_meta_device_by_reset_parameters(kind, how):
     module = module.to_empty(device="cpu")
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data.fill_(math.nan)
-    module.reset_parameters()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        module.reset_parameters()
     assert_same_start(without_masses(module), without_masses(new(kind)), RANDOM)
     assert module(*some().forward).values().isfinite().all()
 
@@ -163,7 +166,7 @@ def test_an_old_event_weighs_the_same_after_a_cast(dtype):
     inputs.history_age = torch.tensor([1000.0])
     ifa = new(InteractionFidelityAttention).to(dtype)
     state = ifa.encode(*inputs.encode)
-    ratio = state.key_sum / ifa.encode(inputs.history, None, inputs.history_ids).key_sum
+    ratio = state.key_sum / ifa.encode(inputs.history, None, *inputs.encode[2:]).key_sum
     expected = torch.tensor([[[1.0], [0.5 ** (1000 / 300)]]]).expand_as(ratio)
     torch.testing.assert_close(ratio, expected, rtol=1e-5, atol=0)
 
@@ -240,6 +243,9 @@ def another(**changes) -> InteractionFidelityAttention:
         ({"mass_scale": 0.5}, "mass_scale was 1.0, is 0.5"),
         ({"num_heads": 4, "head_dim": 2, "half_lives": None}, "num_heads was 2, is 4"),
         ({"eps": 1e-3}, "eps was 1e-06, is 0.001"),
+        ({"gates": {"device": 4, "action": 6}}, "gates was .*action.*, is .*device.*action"),
+        ({"gates": {"action": 6, "device": 5}}, r"gates was .*4\]\], is .*5\]\]"),
+        ({"gates": {}}, r"gates was .*, is \[\]"),
     ],
     ids=str,
 )

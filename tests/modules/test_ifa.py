@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from ifa_torchrec import IFAConfig, InteractionFidelityAttention, UserState
+from ifa_torchrec import IFAConfig, InteractionFidelityAttention, UserState, ops
 from ifa_torchrec.ops.jagged import request_of_row
 
 EXACT = 1e-11  # in float64
@@ -40,6 +40,7 @@ def configs(draw) -> IFAConfig:
         # ids are -3..8: all collide, some collide, none collides
         identity_buckets=draw(st.sampled_from([1, 4, 12])),
         identity_half_lives=draw(st.lists(HALF_LIVES, min_size=1, max_size=2).map(tuple)),
+        gates=draw(st.sampled_from([{}, {"action": 3}, {"action": 1, "device": 4}])),
         # a relu head may match next to nothing: its answer is then as large as 1 / eps
         eps=1e-3,
     )
@@ -85,6 +86,22 @@ def naive_ifa(ifa: InteractionFidelityAttention, inputs: Inputs) -> Tensor:
         return score @ value / (matched[:, None] + added), matched
 
     return naive_forward(ifa, inputs, head)
+
+
+def naive_matched(ifa: InteractionFidelityAttention, inputs: Inputs, gates: Tensor) -> Tensor:
+    """[M, H], phi(q)^T z of the dense heads, which do not decay; of gates [N, H]."""
+    phi = ops.FEATURE_MAPS[ifa.config.feature_map].forward
+    query, key = (
+        torch.einsum("nD,hdD->nhd", tokens.values(), ifa.heads(projection))
+        for tokens, projection in (
+            (inputs.candidates, ifa.query_proj),
+            (inputs.history, ifa.key_proj),
+        )
+    )
+    score = torch.einsum("mhf,nhf->mnh", phi(query, -1), phi(key, -1))
+    request = [request_of_row(tokens.offsets()) for tokens in (inputs.candidates, inputs.history)]
+    same = (request[0][:, None] == request[1])[..., None]
+    return (score * same * (inputs.history.weights()[:, None] * gates)).sum(1)
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
@@ -170,7 +187,7 @@ def test_update_of_the_old_by_the_new_is_encode_of_all(problem, data):
         )
         owner = torch.repeat_interleave(torch.arange(len(inputs)), old.history.lengths())
         old.history_age = (old.history_age - elapsed[owner]).clamp(min=0)
-    state = ifa.update(ifa.encode(*old.encode), new.history, elapsed, new.history_age, new.history_ids)
+    state = ifa.update(ifa.encode(*old.encode), new.history, elapsed, *new.encode[1:])
     assert_same_state(state, ifa.encode(*inputs.encode))
 
 
@@ -187,6 +204,7 @@ def test_encode_of_parts_is_encode_of_the_whole(problem, data):
         (part.history for part in cuts),
         None if inputs.history_age is None else (part.history_age for part in cuts),
         None if inputs.history_ids is None else (part.history_ids for part in cuts),
+        None if inputs.history_gates is None else (part.history_gates for part in cuts),
     )
     assert_same_state(state, ifa.encode(*inputs.encode))
 
@@ -275,6 +293,7 @@ CONFIG = IFAConfig(
     identity_features=("item", "brand"),
     identity_buckets=5,
     identity_half_lives=(math.inf, LN2),
+    gates={"action": 3, "device": 4},
 )
 
 
@@ -297,6 +316,7 @@ def test_float32_is_near_the_float64_quadratic_form():
     )
     exact.history_age = inputs.history_age.double()
     exact.history_ids, exact.candidate_ids = inputs.history_ids, inputs.candidate_ids
+    exact.history_gates = inputs.history_gates
     assert_near(actual, naive_ifa(ifa.double(), exact), 1e-5)
 
 
@@ -307,7 +327,8 @@ def test_bfloat16_tokens_are_summed_in_float32():
     tensors = [value for value in state.state_dict().values() if isinstance(value, torch.Tensor)]
     assert {x.dtype for x in tensors} == {torch.float32, torch.int64}
     # unit weights: counts up to 2000, which bfloat16 could not count to
-    ones = ifa.encode(jagged(inputs.history.values(), [2000, 3]), None, inputs.history_ids)
+    plain = new_ifa(dataclasses.replace(CONFIG, gates={})).bfloat16()
+    ones = plain.encode(jagged(inputs.history.values(), [2000, 3]), None, inputs.history_ids)
     of_item = ones.identity_key < 5  # the first feature's buckets
     totals = torch.zeros(2, 2).index_add(
         0, request_of_row(ones.identity_offsets)[of_item], ones.identity_sum[of_item]
@@ -331,7 +352,7 @@ def test_elapsed_time_halves_only_heads_with_a_half_life():
     state = ifa.encode(*inputs.encode)
     nothing = Inputs.random(CONFIG, [0, 0], [1, 1])
     elapsed = torch.tensor([4 * LN2, 0.0], dtype=torch.float64)  # the second dense head's half-life
-    later = ifa.update(state, nothing.history, elapsed, None, nothing.history_ids)
+    later = ifa.update(state, nothing.history, elapsed, None, *nothing.encode[2:])
     ratio = (later.key_sum / state.key_sum).mean(2)
     torch.testing.assert_close(ratio, torch.tensor([[1.0, 0.5], [1.0, 1.0]]).double())
     factor = torch.tensor([[1.0, 1 / 16], [1.0, 1.0]]).double()[request_of_row(state.identity_offsets)]
@@ -370,7 +391,11 @@ def test_state_dict_round_trips():
         "query_proj.weight",
         "key_proj.weight",
         "value_proj.weight",
+        "gates.log_gate_0",
+        "gates.log_gate_1",
         "identity.value_proj.weight",
+        "identity.gates.log_gate_0",
+        "identity.gates.log_gate_1",
         "output_proj.weight",
         "output_proj.bias",
         "_extra_state",
@@ -388,15 +413,15 @@ class OfTensors(torch.nn.Module):
     def arguments(inputs: Inputs) -> tuple:
         history, candidates = inputs.history, inputs.candidates
         jagged_tensors = (candidates.values(), candidates.offsets(), history.values(), history.offsets())
-        return *jagged_tensors, history.weights(), *inputs.encode[1:], inputs.candidate_ids
+        return *jagged_tensors, history.weights(), *inputs.forward[2:]
 
-    def forward(self, candidates, candidate_offsets, events, offsets, weights, age, ids, candidate_ids):
-        candidates = JaggedTensor(candidates, offsets=candidate_offsets)
-        history = JaggedTensor(events, weights=weights, offsets=offsets)
+    def forward(self, candidates, offsets, events, event_offsets, weights, age, ids, asked, gates):
+        candidates = JaggedTensor(candidates, offsets=offsets)
+        history = JaggedTensor(events, weights=weights, offsets=event_offsets)
         if self.by_state:
-            state = self.ifa.encode(history, age, ids)
-            return self.ifa.attend(candidates, state, candidate_ids).values()
-        return self.ifa(candidates, history, age, ids, candidate_ids).values()
+            state = self.ifa.encode(history, age, ids, gates)
+            return self.ifa.attend(candidates, state, asked).values()
+        return self.ifa(candidates, history, age, ids, asked, gates).values()
 
 
 by_state_or_not = pytest.mark.parametrize("by_state", [False, True], ids=["forward", "attend(encode)"])
@@ -421,11 +446,91 @@ def test_exports_for_any_number_of_events_and_candidates(by_state, dtype):
 
     module = OfTensors(new_ifa(CONFIG), by_state).to(dtype)
     m, n = {0: torch.export.Dim("M")}, {0: torch.export.Dim("N")}
-    shapes = (m, None, n, None, n, n, n, m)
+    shapes = (m, None, n, None, n, n, n, m, n)
     program = torch.export.export(module, arguments([6, 0, 3], [2, 1, 4]), dynamic_shapes=shapes)
     for lengths in ([1, 6, 2], [4, 2, 1]), ([0, 20, 2], [3, 0, 1]):
         given = arguments(*lengths, seed=1)
         torch.testing.assert_close(program.module()(*given), module(*given))
+
+
+# ------------------------------------------------------------------------------------------- gates
+
+
+def test_gates_multiply_the_event_weights_head_by_head():
+    """An event whose kind weighs nothing in a head is not there for it; one of double weight is two."""
+    config = dataclasses.replace(CONFIG, gates={"action": 3}, half_lives=None)
+    ifa, inputs = new_ifa(config), Inputs.random(config, [12, 0, 5], [3, 1, 2])
+    gates = torch.tensor([[1.0, 1.0], [0.0, 2.0], [1.0, 0.0]]).double()
+    ifa.gates.log_gates[0].data.copy_(gates.log())
+    state = ifa.encode(*inputs.encode)
+    kinds = inputs.history_gates[:, 0].tolist()
+    for h in range(2):
+        times = [[i] * int(gates[kinds[i], h]) for i in range(17)]
+        rows = [[i for row in inputs.event_rows(b) for i in times[row]] for b in range(3)]
+        counted = inputs.with_events(rows)
+        counted.history_gates = torch.zeros_like(counted.history_gates)  # of gate 1
+        expected = ifa.encode(*counted.encode)
+        assert_same(state.key_sum[:, h], expected.key_sum[:, h])
+        assert_same(state.key_value[:, h], expected.key_value[:, h])
+    heads, mass = ifa.dense_heads(inputs.candidates, inputs.events, inputs.candidate_ids)
+    assert_same(
+        torch.expm1(mass),
+        naive_matched(ifa, inputs, gates[inputs.history_gates[:, 0]]),
+    )
+    assert heads.isfinite().all()
+
+
+def test_each_identity_head_has_a_gate_of_its_own():
+    config = dataclasses.replace(CONFIG, gates={"action": 3}, identity_half_lives=(math.inf, math.inf))
+    ifa, inputs = new_ifa(config), Inputs.random(config, [3], [1], weighted=False)
+    gates = torch.tensor([[1.0, 2, 3, 4], [10, 20, 30, 40], [100, 200, 300, 400]]).double()
+    ifa.identity.gates.log_gates[0].data.copy_(gates.log())
+    inputs.history_ids = torch.tensor([[1, 1], [2, 1], [1, 2]])
+    inputs.candidate_ids, inputs.history_gates = torch.tensor([[1, 1]]), torch.tensor([[0], [1], [2]])
+    _, matched = ifa.identity(inputs.candidates, inputs.events, inputs.candidate_ids)
+    expected = torch.tensor([[1.0 + 100, 2 + 200, 3 + 30, 4 + 40]]).double()
+    torch.testing.assert_close(matched, expected)
+    read = ifa.identity.attend(inputs.candidates, ifa.encode(*inputs.encode), inputs.candidate_ids)
+    torch.testing.assert_close(read[1], expected)
+
+
+@given(problems())
+@few_examples
+def test_an_event_of_weight_0_is_not_there(problem):
+    ifa, inputs = problem
+    weights = inputs.history.weights_or_none()
+    if weights is None:
+        return
+    rows = [[row for row in inputs.event_rows(b) if weights[row] > 0] for b in range(len(inputs))]
+    assert_same(ifa(*inputs.with_events(rows).forward).values(), ifa(*inputs.forward).values())
+
+
+def test_gates_start_near_1_and_alike_in_no_two_heads():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = dataclasses.replace(CONFIG, num_heads=4, half_lives=None, gates={"action": 50})
+        ifa = InteractionFidelityAttention(config)
+    for gates, heads in ((ifa.gates, 4), (ifa.identity.gates, 4)):
+        (table,) = gates.log_gates
+        assert table.shape == (50, heads)
+        assert table.abs().max() < 1.5 and (table.T.corrcoef() - torch.eye(heads)).abs().max() < 0.5
+
+
+def test_gates_that_the_configuration_has_not_are_refused():
+    config = dataclasses.replace(CONFIG, gates={})
+    inputs = Inputs.random(config, [2, 1], [1, 2])
+    inputs.history_gates = torch.zeros(3, 1, dtype=torch.int64)
+    for method, arguments in (("forward", inputs.forward), ("encode", inputs.encode)):
+        with pytest.raises(ValueError, match="the configuration has no gates: name them there"):
+            getattr(new_ifa(config), method)(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32], ids=str)
+def test_narrow_gates_are_read_as_what_they_are(dtype):
+    ifa, inputs = new_ifa(CONFIG), Inputs.random(CONFIG, [6, 0], [2, 3])
+    expected = ifa(*inputs.forward).values()
+    inputs.history_gates = inputs.history_gates.to(dtype)
+    assert torch.equal(ifa(*inputs.forward).values(), expected)
 
 
 # --------------------------------------------------------------------------------------- bad input
@@ -456,6 +561,19 @@ BAD_INPUTS = {
     "candidate_ids a column short": ("candidate_ids", {"candidate_ids": IDS[:, :1]}),
     "history_ids a row short": ("history_ids", {"history_ids": IDS[:2]}),
     "candidate_ids a row short": ("candidate_ids", {"candidate_ids": IDS[:2]}),
+    "no history_gates": (r"history_gates must be \[3, 2\], one for each", {"history_gates": None}),
+    "history_gates a column short": ("history_gates must be", {"history_gates": IDS[:, :1]}),
+    "history_gates a row short": ("history_gates must be", {"history_gates": IDS[:2]}),
+    "history_gates of floats": ("history_gates must be integers", {"history_gates": TOKENS[:, :2]}),
+    "history_gates elsewhere": ("history_gates is on meta", {"history_gates": IDS.to("meta")}),
+    "a gate's value beyond its table": (
+        "history_gates: event 1 has action 3; the gate 'action' has values 0 to 2",
+        {"history_gates": torch.tensor([[2, 3], [3, 4], [0, 0]])},
+    ),
+    "a gate's value below 0": (
+        "history_gates: event 2 has device -1; the gate 'device' has values 0 to 3",
+        {"history_gates": torch.tensor([[2, 3], [0, 0], [0, -1]], dtype=torch.int8)},
+    ),
     "requests mismatch": ("candidates are of 3 requests", {"candidates": jagged(TOKENS, [1, 1, 1])}),
 }
 
@@ -544,11 +662,12 @@ def test_encode_of_no_part_is_refused():
         new_ifa(CONFIG).encode(iter([]))
 
 
-@pytest.mark.parametrize("name", ["history_age", "history_ids"])
+@pytest.mark.parametrize("name", ["history_age", "history_ids", "history_gates"])
 @pytest.mark.parametrize("parts", [1, 3], ids=["too few", "too many"])
-def test_encode_of_parts_needs_ages_and_ids_for_each_part(name, parts):
+def test_encode_of_parts_needs_ages_ids_and_gates_for_each_part(name, parts):
     ifa, inputs = new_ifa(CONFIG), Inputs.random(CONFIG, [2, 1], [1, 2])
-    arguments = {"history_age": [inputs.history_age] * 2, "history_ids": [inputs.history_ids] * 2}
+    names = ("history_age", "history_ids", "history_gates")
+    arguments = {argument: [getattr(inputs, argument)] * 2 for argument in names}
     arguments[name] = arguments[name][:1] * parts
     with pytest.raises(ValueError, match=name):
         ifa.encode([inputs.history] * 2, **arguments)
@@ -577,6 +696,11 @@ def test_encode_of_parts_of_different_requests_is_refused():
         ("identity_buckets", {"identity_buckets": 0}),
         ("mass_scale", {"mass_scale": 0.0}),
         ("eps", {"eps": 0.0}),
+        ("gates: 'action' must have", {"gates": {"action": 0}}),
+        ("gates: 'action' must have", {"gates": {"action": 2.0}}),
+        ("gates: 'action' must have", {"gates": {"action": True}}),
+        ("gates: a name must be text, got ''", {"gates": {"": 3}}),
+        ("gates: a name must be text, got 7", {"gates": {7: 3}}),
         ("backend", {"backend": "cuda"}),
     ],
     ids=str,

@@ -35,6 +35,7 @@ CONFIGS = {
         identity_features=("item", "brand"),
         identity_buckets=4,
         identity_half_lives=(math.inf, LN2),
+        gates={"action": 3, "device": 2},  # of the identity heads
     ),
 }
 PEERS = {

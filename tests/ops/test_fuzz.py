@@ -47,7 +47,7 @@ def arguments(draw, op: str) -> tuple[dict, tuple]:
         }
         return inputs, (feature_map, EPS)
     events = {
-        "weights": random(n).abs() if draw(st.booleans()) else None,
+        "weights": draw(st.sampled_from([None, random(n).abs(), random(n, heads).abs()])),
         "ages": random(n).abs() if draw(st.booleans()) else None,
         "decay": torch.arange(heads) / 2.0,
     }

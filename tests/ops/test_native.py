@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+import itertools
 import os
 import shutil
 import subprocess
@@ -15,7 +16,16 @@ import pytest
 import torch
 from helpers import assert_near, offsets_of
 from kernels import NATIVE
-from test_ops import EPS, FEATURE_MAPS, SHAPES, attend_inputs, encode_inputs, match_inputs, to_float64
+from test_ops import (
+    EPS,
+    FEATURE_MAPS,
+    SHAPES,
+    attend_inputs,
+    encode_inputs,
+    match_inputs,
+    outputs_and_gradients,
+    to_float64,
+)
 
 from ifa_torchrec import ops
 from ifa_torchrec.errors import UserError
@@ -32,7 +42,7 @@ def instruction_set(request, monkeypatch):
     return request.param
 
 
-def wide_inputs(history, candidates, sizes, feature_map, dtype=torch.float32):
+def wide_inputs(history, candidates, sizes, dtype=torch.float32, weighted: bool | str = True):
     """Of encode and attend, with D, H and d from ``sizes``."""
     dim, heads, width = sizes
     generator = torch.Generator().manual_seed(0)
@@ -43,7 +53,7 @@ def wide_inputs(history, candidates, sizes, feature_map, dtype=torch.float32):
         "offsets": offsets_of(history),
         "key_weight": random(heads, width, dim) / dim**0.5,
         "value_weight": random(heads, width, dim) / dim**0.5,
-        "weights": random(n).abs(),
+        "weights": random(*((n, heads) if weighted == "by head" else (n,))).abs(),
         "ages": random(n).abs(),
         "decay": torch.arange(heads) / 2.0,
     }
@@ -72,6 +82,9 @@ def run(inputs, asking, feature_map, backend):
     return {name: x.detach() for name, x in values.items()} | dict(zip(leaves, gradients, strict=True))
 
 
+weighted_by_event_or_head = pytest.mark.parametrize(
+    "weighted", [True, "by head"], ids=["weighted", "by head"]
+)
 HISTORY, CANDIDATES = [300, 0, 1, 37], [3, 2, 70, 0]
 
 
@@ -79,26 +92,28 @@ HISTORY, CANDIDATES = [300, 0, 1, 37], [3, 2, 70, 0]
 @pytest.mark.parametrize(
     "sizes", [(64, 4, 16), (64, 1, 64), (48, 2, 24), (7, 3, 5), (33, 1, 129), (16, 8, 2)], ids=str
 )
+@weighted_by_event_or_head
 def test_every_instruction_set_and_width_gives_the_references_results(
-    instruction_set, feature_map, sizes
+    instruction_set, feature_map, sizes, weighted
 ):
-    inputs, asking = wide_inputs(HISTORY, CANDIDATES, sizes, feature_map)
+    inputs, asking = wide_inputs(HISTORY, CANDIDATES, sizes, weighted=weighted)
     truth = run(to_float64(inputs), to_float64(asking), feature_map, "reference")
     for name, value in run(inputs, asking, feature_map, "native").items():
         assert_near(value, truth[name], 2e-5, name)
 
 
-def test_every_instruction_set_matches(instruction_set):
-    inputs = match_inputs([300, 0, 20_000], [30, 4, 7], torch.float32)
-    truth = ops.match(*to_float64(inputs).values(), backend="reference")
-    for actual, expected in zip(ops.match(*inputs.values(), backend="native"), truth, strict=True):
-        assert_near(actual, expected, 2e-5)
+@weighted_by_event_or_head
+def test_every_instruction_set_matches(instruction_set, weighted):
+    inputs = match_inputs([300, 0, 20_000], [30, 4, 7], torch.float32, weighted)
+    truth = outputs_and_gradients("match", to_float64(inputs), backend="reference")
+    for name, value in outputs_and_gradients("match", inputs, backend="native").items():
+        assert_near(value, truth[name], 2e-5, name)
 
 
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 @pytest.mark.parametrize("size", [1e-3, 30.0, 1000.0])
 def test_small_and_large_projections(instruction_set, feature_map, size):
-    inputs, asking = wide_inputs([50], [9], (32, 2, 16), feature_map)
+    inputs, asking = wide_inputs([50], [9], (32, 2, 16))
     inputs["key_weight"] *= size
     asking["query_weight"] *= size
     state = ops.encode(*inputs.values(), feature_map, "native")
@@ -130,9 +145,10 @@ def test_an_infinite_age_counts_nothing_where_there_is_decay(instruction_set):
 
 @pytest.mark.parametrize("sizes", [(64, 4, 16), (64, 1, 64), (34, 2, 24), (7, 3, 5)], ids=str)
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-def test_bfloat16_tokens(instruction_set, feature_map, sizes):
+@weighted_by_event_or_head
+def test_bfloat16_tokens(instruction_set, feature_map, sizes, weighted):
     """float32 states and answers; where the processor multiplies bfloat16, phi is rounded to it."""
-    inputs, asking = wide_inputs(HISTORY, CANDIDATES, sizes, feature_map, torch.bfloat16)
+    inputs, asking = wide_inputs(HISTORY, CANDIDATES, sizes, torch.bfloat16, weighted)
     truth = run(to_float64(inputs), to_float64(asking), feature_map, "reference")
     paired = instruction_set.endswith("bf16") and sizes[0] % 2 == 0
     for name, value in run(inputs, asking, feature_map, "native").items():
@@ -149,7 +165,8 @@ def results(threads: int) -> list[torch.Tensor]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        values = run(*wide_inputs(lengths, sets, (32, 2, 16), "hedgehog"), "hedgehog", "native")
+        inputs = wide_inputs(lengths, sets, (32, 2, 16), weighted="by head")
+        values = run(*inputs, "hedgehog", "native")
         matches = ops.match(*match_inputs(lengths, sets, torch.float32).values(), backend="native")
     finally:
         torch.set_num_threads(before)
@@ -179,9 +196,10 @@ def test_float32_error_of_a_million_events():
 # ------------------------------------------------------------------------------------ the operators
 
 
-def test_opcheck():
+@weighted_by_event_or_head
+def test_opcheck(weighted):
     inputs, asking = (
-        encode_inputs([5, 0, 3], torch.float32),
+        encode_inputs([5, 0, 3], torch.float32, weighted),
         attend_inputs([2, 3, 0], "elu", torch.float32),
     )
     for op, given, extra, fixed in [
@@ -190,7 +208,7 @@ def test_opcheck():
         (torch.ops.ifa.attend, asking, ("elu", EPS, "native"), ()),
         (
             torch.ops.ifa.match,
-            match_inputs([4, 0, 6], [3, 1, 5], torch.float32),
+            match_inputs([4, 0, 6], [3, 1, 5], torch.float32, weighted),
             ("native",),
             ("ages", "decay"),
         ),
@@ -204,8 +222,9 @@ def test_opcheck():
         torch.library.opcheck(op.default, (*arguments, *extra))
 
 
-def test_opcheck_of_the_backward_operators():
-    inputs = encode_inputs([5, 0, 3], torch.float32)
+@weighted_by_event_or_head
+def test_opcheck_of_the_backward_operators(weighted):
+    inputs = encode_inputs([5, 0, 3], torch.float32, weighted)
     upstream = ops.encode(*inputs.values(), "elu", "native")
     torch.library.opcheck(
         torch.ops.ifa.encode_backward.default, (*upstream, *inputs.values(), "elu", "native")
@@ -215,14 +234,14 @@ def test_opcheck_of_the_backward_operators():
     torch.library.opcheck(
         torch.ops.ifa.attend_backward.default, (*upstream, *asking.values(), "elu", EPS, "native")
     )
-    inputs = match_inputs([4, 0, 6], [3, 1, 5], torch.float32)
+    inputs = match_inputs([4, 0, 6], [3, 1, 5], torch.float32, weighted)
     upstream = torch.ops.ifa.match(*inputs.values(), "native")
     arguments = (*upstream, *(inputs[name] for name in ("history", "weights", "ages", "decay")))
     torch.library.opcheck(torch.ops.ifa.match_backward.default, (*arguments, "native"))
 
 
 def test_inputs_of_any_layout():
-    inputs, asking = wide_inputs(HISTORY, CANDIDATES, (16, 2, 8), "elu")
+    inputs, asking = wide_inputs(HISTORY, CANDIDATES, (16, 2, 8))
     expected = run(inputs, asking, "elu", "native")
     inputs["history"] = inputs["history"].T.contiguous().T
     inputs["key_weight"] = inputs["key_weight"].transpose(1, 2).contiguous().transpose(1, 2)
@@ -332,20 +351,15 @@ def under_sanitizers(path: str) -> None:
     """Every kernel of every instruction set, on every shape; the process dies at the first error."""
     native.LIBRARY = ctypes.CDLL(path)
     for native.STATUS in NATIVE:
-        for history, candidates in SHAPES.values():
-            for feature_map in FEATURE_MAPS:
-                for sizes in [(32, 2, 16), (7, 3, 5)]:
-                    for dtype in (torch.float32, torch.bfloat16):
-                        run(
-                            *wide_inputs(history, candidates, sizes, feature_map, dtype),
-                            feature_map,
-                            "native",
-                        )
-            for dtype in (torch.float32, torch.bfloat16):
-                inputs = match_inputs(history, candidates, dtype)
-                leaves = [inputs[name].requires_grad_() for name in ("history", "weights")]
-                outputs = ops.match(*inputs.values(), backend="native")
-                torch.autograd.grad(sum(x.sum() for x in outputs), leaves)
+        for (history, candidates), dtype, weighted in itertools.product(
+            SHAPES.values(), (torch.float32, torch.bfloat16), (True, "by head")
+        ):
+            for feature_map, sizes in itertools.product(FEATURE_MAPS, [(32, 2, 16), (7, 3, 5)]):
+                run(*wide_inputs(history, candidates, sizes, dtype, weighted), feature_map, "native")
+            inputs = match_inputs(history, candidates, dtype, weighted)
+            leaves = [inputs[name].requires_grad_() for name in ("history", "weights")]
+            outputs = ops.match(*inputs.values(), backend="native")
+            torch.autograd.grad(sum(x.sum() for x in outputs), leaves)
 
 
 @pytest.mark.slow

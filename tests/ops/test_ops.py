@@ -41,14 +41,20 @@ def random(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def encode_inputs(lengths, dtype=torch.float64, weighted=True) -> dict:
+def weights_of(rows: int, heads: int, weighted: bool | str, seed: int, dtype: torch.dtype):
+    """[rows], or [rows, heads] for weighted "by head", or None for False."""
+    shape = (rows, heads) if weighted == "by head" else (rows,)
+    return random(*shape, seed=seed, dtype=dtype).abs() if weighted else None
+
+
+def encode_inputs(lengths, dtype=torch.float64, weighted: bool | str = True) -> dict:
     n = sum(lengths)
     return {
         "history": random(n, D, seed=1, dtype=dtype),
         "offsets": offsets_of(lengths),
         "key_weight": random(H, WIDTH, D, seed=2, dtype=dtype),
         "value_weight": random(H, WIDTH, D, seed=3, dtype=dtype),
-        "weights": random(n, seed=4, dtype=dtype).abs() if weighted else None,
+        "weights": weights_of(n, H, weighted, 4, dtype),
         "ages": random(n, seed=5, dtype=dtype).abs() if weighted else None,
         "decay": torch.tensor(DECAY, dtype=dtype),
     }
@@ -67,7 +73,9 @@ def attend_inputs(lengths, feature_map, dtype=torch.float64, state_dtype=None) -
     }
 
 
-def match_inputs(history_lengths, candidate_lengths, dtype=torch.float64, weighted=True) -> dict:
+def match_inputs(
+    history_lengths, candidate_lengths, dtype=torch.float64, weighted: bool | str = True
+) -> dict:
     n, m = sum(history_lengths), sum(candidate_lengths)
     generator = torch.Generator().manual_seed(10)
     return {
@@ -77,7 +85,7 @@ def match_inputs(history_lengths, candidate_lengths, dtype=torch.float64, weight
         "history": random(n, D, seed=11, dtype=dtype),
         "history_buckets": torch.randint(0, 6, (n,), generator=generator),
         "history_offsets": offsets_of(history_lengths),
-        "weights": random(n, seed=12, dtype=dtype).abs() if weighted else None,
+        "weights": weights_of(n, H, weighted, 12, dtype),
         "ages": random(n, seed=13, dtype=dtype).abs() if weighted else None,
         "decay": torch.tensor(DECAY, dtype=dtype),
     }
@@ -131,6 +139,9 @@ BACKENDS = pytest.mark.parametrize(
     ("backend", "dtype", "tolerance"),
     [pytest.param("torch", torch.float64, 1e-12, id="torch-float64"), *FLOAT32],
 )
+WEIGHTED = pytest.mark.parametrize(
+    "weighted", [True, "by head", False], ids=["weighted", "by head", "unweighted"]
+)
 EVERY_BACKEND = pytest.mark.parametrize(
     "backend", ["reference", "torch", pytest.param("native", marks=native_is_built)]
 )
@@ -141,7 +152,7 @@ EVERY_BACKEND = pytest.mark.parametrize(
 
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
+@WEIGHTED
 @BACKENDS
 def test_encode_is_the_references(feature_map, shape, weighted, backend, dtype, tolerance):
     inputs = encode_inputs(SHAPES[shape][0], dtype, weighted)
@@ -157,7 +168,7 @@ def test_attend_is_the_references(feature_map, shape, backend, dtype, tolerance)
 
 
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s != "around a chunk and a tile"])
-@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
+@WEIGHTED
 @BACKENDS
 def test_match_is_the_references(shape, weighted, backend, dtype, tolerance):
     inputs = match_inputs(*SHAPES[shape], dtype, weighted)
@@ -197,11 +208,16 @@ def test_match_of_many_requests_of_a_few_rows(backend, dtype, tolerance):
 
 
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-def test_gradients_are_the_finite_differences(feature_map):
-    inputs = encode_inputs([3, 0, 2])
+@pytest.mark.parametrize("weighted", [True, "by head"], ids=["weighted", "by head"])
+def test_gradients_of_encode_are_the_finite_differences(feature_map, weighted):
+    inputs = encode_inputs([3, 0, 2], weighted=weighted)
     for name in DIFFERENTIABLE["encode"]:
         inputs[name].requires_grad_()
     assert torch.autograd.gradcheck(lambda *x: ops.encode(*x, feature_map, "torch"), (*inputs.values(),))
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_gradients_of_attend_are_the_finite_differences(feature_map):
     inputs = attend_inputs([2, 0, 3], feature_map)
     for name in DIFFERENTIABLE["attend"]:
         inputs[name].requires_grad_()
@@ -210,8 +226,9 @@ def test_gradients_are_the_finite_differences(feature_map):
     )
 
 
-def test_gradients_of_match_are_the_finite_differences():
-    inputs = match_inputs([4, 0, 6], [3, 1, 5])
+@pytest.mark.parametrize("weighted", [True, "by head"], ids=["weighted", "by head"])
+def test_gradients_of_match_are_the_finite_differences(weighted):
+    inputs = match_inputs([4, 0, 6], [3, 1, 5], weighted=weighted)
     for name in DIFFERENTIABLE["match"]:
         inputs[name].requires_grad_()
     assert torch.autograd.gradcheck(lambda *x: ops.match(*x, "torch"), (*inputs.values(),))
@@ -278,6 +295,24 @@ def test_only_the_head_without_decay_ignores_ages(backend):
     fresh = ops.encode(*(inputs | {"ages": None}).values(), "elu", backend)[1]
     same = torch.isclose(aged, fresh).flatten(2).all(2).all(0)
     assert same.tolist() == [rate == 0 for rate in DECAY]
+
+
+@EVERY_BACKEND
+def test_weights_by_head_are_those_of_the_head_alone(backend):
+    """Head h of weights [N, H] is head h of the weights [N] of its column."""
+    inputs = encode_inputs([9, 0, 3], torch.float32, "by head")
+    together = ops.encode(*inputs.values(), "elu", backend)
+    matching = match_inputs([9, 0, 3], [4, 1, 2], torch.float32, "by head")
+    matched = ops.match(*matching.values(), backend)
+    for h in range(H):
+        column = {"weights": inputs["weights"][:, h]}
+        for whole, alone in zip(
+            together, ops.encode(*(inputs | column).values(), "elu", backend), strict=True
+        ):
+            torch.testing.assert_close(whole[:, h], alone[:, h])
+        column = {"weights": matching["weights"][:, h]}
+        for whole, alone in zip(matched, ops.match(*(matching | column).values(), backend), strict=True):
+            torch.testing.assert_close(whole[:, h], alone[:, h])
 
 
 # ----------------------------------------------------------------------------------------- match
@@ -435,25 +470,24 @@ def opcheck(op, inputs: dict, *extra) -> None:
 
 
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-def test_opcheck_encode_and_attend(feature_map):
-    inputs = encode_inputs([5, 0, 3])
-    opcheck(torch.ops.ifa.encode.default, inputs, feature_map, "torch")
+def test_opcheck_attend(feature_map):
     asking = attend_inputs([2, 3, 0], feature_map)
     opcheck(torch.ops.ifa.attend.default, asking, feature_map, EPS, "torch")
 
 
-def test_opcheck_encode_unweighted():
-    inputs = encode_inputs([5, 0, 3], weighted=False)
+@WEIGHTED
+def test_opcheck_encode(weighted):
+    inputs = encode_inputs([5, 0, 3], weighted=weighted)
     opcheck(torch.ops.ifa.encode.default, inputs, "elu", "torch")
 
 
-@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
+@WEIGHTED
 def test_opcheck_match(weighted):
     inputs = match_inputs([4, 0, 6], [3, 1, 5], weighted=weighted)
     opcheck(torch.ops.ifa.match.default, inputs, "torch")
 
 
-@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
+@WEIGHTED
 def test_opcheck_backward_operators(weighted):
     # these have no gradient of their own, so none of their inputs requires one
     inputs = encode_inputs([5, 0, 3], weighted=weighted)

@@ -28,10 +28,13 @@ LENGTHS, SETS = [70, 0, 5, 3], [3, 2, 0, 9]
 EXTRA = {"encode": ("hedgehog",), "attend": ("hedgehog", EPS), "match": ()}
 
 
-def inputs_of(op: str, dtype: torch.dtype = torch.float32, feature_map: str = "hedgehog") -> dict:
+def inputs_of(op: str, weighted: bool | str = True, feature_map: str = "hedgehog") -> dict:
+    """Of float32; weighted as ``weights_of`` takes it."""
     if op == "attend":
-        return attend_inputs(SETS, feature_map, dtype)
-    return encode_inputs(LENGTHS, dtype) if op == "encode" else match_inputs(LENGTHS, SETS, dtype)
+        return attend_inputs(SETS, feature_map, torch.float32)
+    if op == "encode":
+        return encode_inputs(LENGTHS, torch.float32, weighted)
+    return match_inputs(LENGTHS, SETS, torch.float32, weighted)
 
 
 def results(op: str, inputs: dict, backend: str, extra: tuple | None = None) -> list[Tensor]:
@@ -59,6 +62,10 @@ def backend(request):
 
 
 every_op = pytest.mark.parametrize("op", DIFFERENTIABLE)
+every_op_and_weighting = pytest.mark.parametrize(
+    ("op", "weighted"),
+    [*((op, True) for op in DIFFERENTIABLE), ("encode", "by head"), ("match", "by head")],
+)
 
 
 # ------------------------------------------------------------------------------------- refusals
@@ -91,16 +98,28 @@ def test_sizes_that_do_not_agree_are_refused(op, name, dim):
             getattr(ops, op)(*inputs.values(), *EXTRA[op], backend)
 
 
-@every_op
-def test_every_argument_of_another_rank_dtype_device_or_kind_is_refused_by_its_name(op):
-    for name, x in inputs_of(op).items():
+@pytest.mark.parametrize("shape", [(78, 1), (78, 2), (77, 3), (3, 78), (78, 3, 1), (77,), ()], ids=str)
+@pytest.mark.parametrize(("op", "letter"), [("encode", "H"), ("match", "L")])
+def test_weights_of_another_shape_are_refused_with_both_that_will_do(op, letter, shape):
+    """Of 78 events and 3 heads."""
+    inputs = inputs_of(op) | {"weights": torch.ones(shape)}
+    told = "decay" if op == "match" and shape in ((78, 1), (78, 2)) else "weights"
+    wanted = rf"\[{letter}\] with" if told == "decay" else rf"\[N\] or \[N, {letter}\]"
+    for backend in ops.BACKENDS:
+        with pytest.raises(ValueError, match=f"^{told} must be {wanted}"):
+            getattr(ops, op)(*inputs.values(), *EXTRA[op], backend)
+
+
+@every_op_and_weighting
+def test_every_argument_of_another_rank_dtype_device_or_kind_is_refused_by_its_name(op, weighted):
+    for name, x in inputs_of(op, weighted).items():
         integer = not x.is_floating_point()
         for wrong in (
             *(x[None], x.flatten()[:1].squeeze(), x.to("meta")),
             *(x.bool(), x.to(torch.complex64), x.float() if integer else x.long()),
             *(x.to(torch.float8_e4m3fn), x.to_sparse()),
         ):
-            inputs = inputs_of(op) | {name: wrong}
+            inputs = inputs_of(op, weighted) | {name: wrong}
             first = next(iter(inputs)) == name
             told = next(iter([*inputs][1:])) if first and wrong.is_meta else name
             for backend in ops.BACKENDS:
@@ -108,7 +127,7 @@ def test_every_argument_of_another_rank_dtype_device_or_kind_is_refused_by_its_n
                     getattr(ops, op)(*inputs.values(), *EXTRA[op], backend)
         for wrong in ([1.0], None) if name not in ("weights", "ages") else ([1.0],):
             with pytest.raises(TypeError, match=f"^{name} must be a tensor, got"):
-                getattr(ops, op)(*(inputs_of(op) | {name: wrong}).values(), *EXTRA[op])
+                getattr(ops, op)(*(inputs_of(op, weighted) | {name: wrong}).values(), *EXTRA[op])
 
 
 @pytest.mark.parametrize(
@@ -137,7 +156,8 @@ def test_unknown_names_are_refused():
 
 
 @pytest.mark.skipif(not NATIVE, reason="no kernels")
-def test_the_native_operators_themselves_read_no_foreign_memory():
+@pytest.mark.parametrize("weighted", [True, "by head"], ids=["weighted", "by head"])
+def test_the_native_operators_themselves_read_no_foreign_memory(weighted):
     """Called past ops.encode and its like, as an exported graph calls them."""
     ifa = torch.ops.ifa
     calls = []
@@ -145,10 +165,10 @@ def test_the_native_operators_themselves_read_no_foreign_memory():
         ("encode", ifa.encode, ifa.encode_backward),
         ("attend", ifa.attend, ifa.attend_backward),
     ):
-        inputs, extra = inputs_of(op), (*EXTRA[op], "native")
+        inputs, extra = inputs_of(op, weighted), (*EXTRA[op], "native")
         upstream = dict(enumerate(operator(*inputs.values(), *extra)))
         calls += [(operator, inputs, extra), (backward, upstream | inputs, extra)]
-    inputs = inputs_of("match")
+    inputs = inputs_of("match", weighted)
     calls.append((ifa.match, inputs, ("native",)))
     upstream = dict(enumerate(ifa.match(*inputs.values(), "native")))
     rest = {name: inputs[name] for name in ("history", "weights", "ages", "decay")}
@@ -157,6 +177,8 @@ def test_the_native_operators_themselves_read_no_foreign_memory():
         operator(*inputs.values(), *extra)
         for name, x in inputs.items():
             wrong = [resized(x, dim) for dim in range(x.ndim)]
+            if name == "weights":
+                wrong += [x[:, None, None], x.flatten()[0]]
             if name in ("history", "candidates"):
                 wrong += [x.double(), x.half()]
             if x.dtype == torch.int64:  # a join, offsets; buckets may be any number
@@ -201,9 +223,9 @@ def test_no_default_changes_a_result(op, backend):
             assert torch.equal(one, other), default
 
 
-@every_op
-def test_autocast_changes_no_sum(op, backend):
-    inputs = inputs_of(op)
+@every_op_and_weighting
+def test_autocast_changes_no_sum(op, weighted, backend):
+    inputs = inputs_of(op, weighted)
     expected = results(op, inputs, backend)
     with torch.autocast("cpu", torch.bfloat16):
         actual = results(op, inputs, backend)
@@ -223,9 +245,9 @@ def layouts(x: Tensor) -> list[Tensor]:
     return result
 
 
-@every_op
-def test_inputs_of_any_layout(op, backend):
-    inputs = inputs_of(op)
+@every_op_and_weighting
+def test_inputs_of_any_layout(op, weighted, backend):
+    inputs = inputs_of(op, weighted)
     expected = results(op, inputs, backend)
     for name, x in inputs.items():
         for laid in layouts(x):
@@ -235,14 +257,14 @@ def test_inputs_of_any_layout(op, backend):
                 assert_near(actual, wanted, 2e-6, name)
 
 
-@every_op
-def test_expanded_inputs_and_gradients(op, backend):
+@every_op_and_weighting
+def test_expanded_inputs_and_gradients(op, weighted, backend):
     """Of stride 0, as a sum's gradient is; and outputs of which one alone is asked for."""
-    inputs, extra = inputs_of(op, feature_map="elu"), EXTRA[op] and ("elu", *EXTRA[op][1:])
+    inputs, extra = inputs_of(op, weighted, feature_map="elu"), EXTRA[op] and ("elu", *EXTRA[op][1:])
     token, *_ = (name for name in ("history", "candidates") if name in inputs)
     inputs[token] = inputs[token][:1].expand_as(inputs[token])
     if "weights" in inputs:
-        inputs["weights"] = torch.ones(1).expand(len(inputs["weights"]))
+        inputs["weights"] = torch.ones(1).expand_as(inputs["weights"])
     for which in (slice(0, 1), slice(1, 2), slice(0, 2)):
         found = []
         for name, given in ((backend, inputs), ("reference", to_float64(inputs))):
@@ -257,14 +279,14 @@ def test_expanded_inputs_and_gradients(op, backend):
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-@every_op
+@every_op_and_weighting
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_mixed_dtypes(op, dtype, backend):
+def test_mixed_dtypes(op, weighted, dtype, backend):
     """Sums are as wide as the ruling argument, float32 at least; gradients as what they are of."""
     ruling = "key_value" if op == "attend" else "history"
     tokens = "candidates" if op == "attend" else "history"
-    for name in [name for name, x in inputs_of(op).items() if x.is_floating_point()]:
-        inputs = inputs_of(op)
+    for name in [name for name, x in inputs_of(op, weighted).items() if x.is_floating_point()]:
+        inputs = inputs_of(op, weighted)
         inputs[name] = inputs[name].to(dtype)
         if backend == "native" and (
             (name == tokens and dtype in (torch.float16, torch.float64))
@@ -285,10 +307,10 @@ def test_mixed_dtypes(op, dtype, backend):
             assert_near(one, other, 2e-2 if rounded else 2e-5, name)
 
 
-@every_op
-def test_meta_tensors_have_the_results_shapes(op):
-    inputs = {name: x.to("meta") for name, x in inputs_of(op).items()}
-    expected = results(op, inputs_of(op), "reference")
+@every_op_and_weighting
+def test_meta_tensors_have_the_results_shapes(op, weighted):
+    inputs = {name: x.to("meta") for name, x in inputs_of(op, weighted).items()}
+    expected = results(op, inputs_of(op, weighted), "reference")
     for backend in ("torch", "auto"):
         actual = results(op, inputs, backend)
         assert all(x.is_meta for x in actual)
@@ -298,11 +320,11 @@ def test_meta_tensors_have_the_results_shapes(op):
             results(op, inputs, backend)
 
 
-@every_op
-def test_no_gradient_flows_to_ages_and_decay(op, backend):
+@every_op_and_weighting
+def test_no_gradient_flows_to_ages_and_decay(op, weighted, backend):
     if op == "attend":
         return
-    inputs = inputs_of(op)
+    inputs = inputs_of(op, weighted)
     leaves = [inputs[name].requires_grad_() for name in ("ages", "decay")]
     outputs = getattr(ops, op)(*inputs.values(), *EXTRA[op], backend)
     assert not any(x.requires_grad for x in outputs)
@@ -384,6 +406,34 @@ def test_a_spoilt_event_spoils_the_candidates_that_match_it_alone(backend):
         assert_equal_where(torch.arange(78) > 0, found[2], clean[2])
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_a_spoilt_weight_spoils_its_own_head_of_its_own_request_alone(value, backend):
+    inputs = encode_inputs(LENGTHS, torch.float32, "by head")
+    clean = results("encode", inputs, backend)
+    inputs["weights"][72, 1] = value
+    found = results("encode", inputs, backend)
+    of_row = torch.repeat_interleave(torch.arange(4), torch.tensor(LENGTHS))
+    for i in (0, 1):  # S, z
+        spoilt = torch.zeros(4, H, dtype=torch.bool)
+        spoilt[2, 1] = True
+        assert_equal_where(~spoilt, found[i], clean[i])
+        assert not found[i][spoilt].isfinite().any()
+    for i in (2, 5):  # gradients of the history and of the weights
+        assert_equal_where(of_row != 2, found[i], clean[i])
+    inputs = match_inputs(LENGTHS, SETS, torch.float32, "by head")
+    clean = results("match", inputs, backend)
+    inputs["weights"][0, 1] = value
+    found = results("match", inputs, backend)
+    matching = inputs["candidate_buckets"] == inputs["history_buckets"][0]
+    matching[SETS[0] :] = False
+    spoilt = torch.zeros(14, H, dtype=torch.bool)
+    spoilt[matching, 1] = True
+    assert spoilt.any()
+    for i in (0, 1):
+        assert_equal_where(~spoilt, found[i], clean[i])
+        assert not found[i][spoilt].isfinite().any()
+
+
 def test_a_nan_does_not_hide_large_values_of_other_requests(backend):
     """Hedgehog's kernels subtract the maximum where |x| is large anywhere in a tile."""
     inputs = encode_inputs([1, 1, 1], torch.float32)
@@ -427,9 +477,9 @@ def test_tracing_looks_at_no_value_and_what_was_traced_does(backend):
             function(*(others | {"offsets": torch.tensor([0, 5, 99])}).values())
 
 
-@every_op
-def test_gradients_have_the_strides_that_a_trace_expects(op):
-    inputs = inputs_of(op)
+@every_op_and_weighting
+def test_gradients_have_the_strides_that_a_trace_expects(op, weighted):
+    inputs = inputs_of(op, weighted)
     for name in DIFFERENTIABLE[op]:
         if inputs[name].ndim > 1:
             inputs[name] = inputs[name].transpose(0, -1).contiguous().transpose(0, -1).requires_grad_()

@@ -6,22 +6,25 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import randomised
+from shop import Shop
 from torch import Tensor
+from torch.export import ExportedProgram
 from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 
 from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, IFAConfig
 from ifa_torchrec.__main__ import main
 from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.commands.export import ExportConfig, export
-from ifa_torchrec.data import LogSchema
+from ifa_torchrec.data import EventLog, LogSchema, RankingDataset
 from ifa_torchrec.modules import CandidateSetConfig
 from ifa_torchrec.serving import ScoringGraph, StateError, export_scorer, quantize_tables
+from ifa_torchrec.serving.export import GraphInput
 from ifa_torchrec.training.options import TrainConfig
 from ifa_torchrec.training.run import Run, load_run
 from ifa_torchrec.training.trainer import train
@@ -43,42 +46,63 @@ def run(log, tmp_path_factory) -> Run:
     return load_run(out, sharded=False)
 
 
-def inputs(model: DLRM_IFA, batch: RankingBatch) -> list[Tensor]:
+def inputs(model: DLRM_IFA, schema: LogSchema, batch: RankingBatch) -> dict[str, Tensor]:
     """The graph's inputs for a batch of one request, its history summed by the model."""
-    state = model.encode(batch.sequence_features, batch.history_age)
-    features = [f"candidate_{f}" for f in model.config.item_features]
-    tables = (state.identity_key, state.identity_value, state.identity_sum)
-    return [
-        torch.stack([batch.sequence_features[f].values() for f in features], dim=1),
-        batch.context_features.values(),
-        batch.dense_features[0],
-        batch.candidate_dense,
-        state.key_value,
-        state.key_sum,
-        state.count,
-        *(table for table in tables if table is not None),
-    ]
+    state, ids = model.encode(batch), batch.sequence_features
+    items = batch.candidate_items
+    columns = [f"candidate_{f}" for f in (*schema.item_features, *schema.candidate_features)]
+    context = [batch.context_features[f].values() for f in schema.context_features]
+    known = {
+        "candidate_ids": torch.stack([ids[f].values() for f in columns], dim=1),
+        "context_ids": torch.cat([torch.empty(0, dtype=torch.int64), *context]),
+        "dense": batch.dense_features[0],
+        "candidate_dense": batch.candidate_dense,
+        "item_dense": None if batch.item_dense is None else batch.item_dense[items],
+        "item_vectors": None if batch.item_vectors is None else batch.item_vectors[items],
+        "candidate_item_ids": batch.candidate_item_ids,
+        **{f"context_list_{f}": batch.context_features[f].values() for f in schema.context_lists},
+        **state.state_dict(),
+    }
+    if known["candidate_item_ids"] is None:
+        known["candidate_item_ids"] = known["candidate_ids"][:, 0]
+    for name in schema.item_lists:
+        lists = batch.item_lists[name].to_dense()
+        of_candidate = [(m, i) for m, item in enumerate(items.tolist()) for i in lists[item].tolist()]
+        known[f"item_list_{name}_candidate"], known[f"item_list_{name}"] = (
+            torch.tensor(column, dtype=torch.int64)
+            for column in (zip(*of_candidate, strict=True) if of_candidate else ((), ()))
+        )
+    return {given.name: known[given.name] for given in ScoringGraph(model, schema).inputs}
 
 
-def first_candidate(given: list[Tensor]) -> list[Tensor]:
-    return [given[0][:1], *given[1:3], given[3][:1], *given[4:]]
+def first_candidate(given: dict[str, Tensor], graph_inputs: Sequence[GraphInput]) -> dict[str, Tensor]:
+    first = {g.name: given[g.name][:1] if g.shape[0] == "M" else given[g.name] for g in graph_inputs}
+    for name in given:
+        if name.endswith("_candidate"):
+            own = given[name] == 0
+            first |= {n: given[n][own] for n in (name, name.removesuffix("_candidate"))}
+    return first
 
 
 @torch.no_grad()
-def assert_gives_the_models_logits(score: Callable[..., Tensor], model: DLRM_IFA, run: Run) -> None:
+def assert_gives_the_models_logits(
+    score: Callable[..., Tensor], model: DLRM_IFA, log: EventLog, splits: Sequence[str]
+) -> None:
     candidates, rows = set(), set()
-    for split in ("test", "train"):
-        dataset = run.dataset(split)
+    described = ScoringGraph(model, log.schema).inputs
+    for split in splits:
+        dataset = RankingDataset(log, split)
         for request in range(len(dataset)):
             batch = dataset[[request]]
-            given, logits = inputs(model, batch), model(batch)
-            torch.testing.assert_close(score(*given), logits, atol=1e-5, rtol=0)
-            torch.testing.assert_close(score(*first_candidate(given)), logits[:1], atol=1e-5, rtol=0)
-            candidates.add(len(given[0]))
-            rows.add(len(given[7]))
+            given, logits = inputs(model, log.schema, batch), model(batch)
+            torch.testing.assert_close(score(*given.values()), logits, atol=1e-5, rtol=0)
+            first = first_candidate(given, described)
+            torch.testing.assert_close(score(*first.values()), logits[:1], atol=1e-5, rtol=0)
+            candidates.add(len(given["candidate_ids"]))
+            rows.add(len(given["identity_key"]))
     assert 0 in rows  # a user without a history
-    assert len(candidates) > 3
-    assert len(rows) > 10
+    assert len(candidates) > 2
+    assert len(rows) > 4
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -86,7 +110,11 @@ def test_program(run: Run, int8: bool, tmp_path: Path) -> None:
     model = quantize_tables(run.dlrm) if int8 else run.dlrm
     torch.export.save(export_scorer(model, run.log.schema), tmp_path / "scorer.pt2")
     program = torch.export.load(tmp_path / "scorer.pt2")
-    assert_gives_the_models_logits(program.module(), model, run)
+    assert_gives_the_models_logits(program.module(), model, run.log, ("test", "train"))
+    assert_of_aten_alone(program)
+
+
+def assert_of_aten_alone(program: ExportedProgram) -> None:
     operators = {n.target for n in program.graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
     assert {operator.namespace for operator in operators} == {"aten"}
     # no size is read from a tensor
@@ -99,16 +127,34 @@ def test_package(run: Run, tmp_path: Path) -> None:
     about = export(ExportConfig(run.config.out, out, package=True, int8=True))
     assert (about["runtime"], about["tables"]) == ("AOTInductor", "int8")
     score = torch._inductor.aoti_load_package(str(out))
-    assert_gives_the_models_logits(score, quantize_tables(run.dlrm), run)
+    assert_gives_the_models_logits(score, quantize_tables(run.dlrm), run.log, ("test", "train"))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_model_of_lists_numbers_vectors_and_event_features(shop: Shop, int8: bool) -> None:
+    model = quantize_tables(shop.model) if int8 else shop.model
+    program = export_scorer(model, shop.log.schema)
+    assert_gives_the_models_logits(program.module(), model, shop.log, ["train"])
+    assert_of_aten_alone(program)
+
+
+@pytest.mark.slow
+def test_a_package_of_lists_numbers_vectors_and_event_features(shop: Shop, tmp_path: Path) -> None:
+    program = export_scorer(shop.model, shop.log.schema)
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "shop.pt2"))
+    score = torch._inductor.aoti_load_package(path)
+    assert_gives_the_models_logits(score, shop.model, shop.log, ["train"])
 
 
 def test_rows_that_no_candidate_asks_for_may_be_left_out(run: Run) -> None:
     graph, batch = ScoringGraph(run.dlrm, run.log.schema), run.dataset("test")[[5]]
-    given = inputs(run.dlrm, batch)
-    asked = run.dlrm.candidate_arch.sequence_interaction.identity.keys(given[0])
-    kept = torch.isin(given[7], asked)
+    given = inputs(run.dlrm, run.log.schema, batch)
+    ids = run.dlrm.candidate_arch.candidate_ids(batch)
+    asked = run.dlrm.candidate_arch.sequence_interaction.identity.keys(ids)
+    kept = torch.isin(given["identity_key"], asked)
     assert 0 < kept.sum() < len(kept)
-    torch.testing.assert_close(graph(*given[:7], *(t[kept] for t in given[7:])), graph(*given))
+    fewer = {name: t[kept] if name.startswith("identity") else t for name, t in given.items()}
+    torch.testing.assert_close(graph(*fewer.values()), graph(*given.values()))
 
 
 def model_of_one_feature(**options) -> DLRM_IFA:
@@ -124,12 +170,14 @@ ONE_FEATURE = LogSchema(item_features={"item": 50})
 @torch.no_grad()
 def test_a_model_of_items_alone_with_two_tasks() -> None:
     model = model_of_one_feature(ifa=IFAConfig(8, num_heads=2, feature_map="hedgehog"), num_tasks=2)
-    score = export_scorer(model, dataclasses.replace(ONE_FEATURE, tasks=("click", "buy"))).module()
+    schema = dataclasses.replace(ONE_FEATURE, tasks=("click", "buy"))
+    score = export_scorer(model, schema).module()
     for request in range(3):
         given = items_alone(events=5 * request, candidates=1 + request, seed=request)
         logits = model(given)
         assert logits.shape == (1 + request, 2)
-        torch.testing.assert_close(score(*inputs(model, given)), logits, atol=1e-5, rtol=0)
+        found = score(*inputs(model, schema, given).values())
+        torch.testing.assert_close(found, logits, atol=1e-5, rtol=0)
 
 
 def items_alone(events: int, candidates: int, seed: int) -> RankingBatch:
@@ -181,11 +229,13 @@ def test_the_command_describes_what_it_writes(monkeypatch, capsys, run: Run, tmp
     about = json.loads(out.with_suffix(".json").read_text())
     assert json.loads(capsys.readouterr().out) == about
     assert (about["version"], about["tables"]) == (run.version, "float32")
-    given = inputs(run.dlrm, run.dataset("test")[[5]])
-    sizes = {"M": len(given[0]), "U": len(given[7])}
-    for tensor, described in zip(given, about["inputs"], strict=True):
+    assert about["vocabulary"] == run.log.vocabulary.digest
+    given = inputs(run.dlrm, run.log.schema, run.dataset("test")[[5]])
+    sizes = {"M": len(given["candidate_ids"]), "U": len(given["identity_key"])}
+    for (name, tensor), described in zip(given.items(), about["inputs"], strict=True):
+        assert described["name"] == name
         assert list(tensor.shape) == [sizes.get(size, size) for size in described["shape"]]
         assert str(tensor.dtype) == f"torch.{described['dtype']}"
         assert len(described["columns"]) in (0, tensor.shape[-1])
-    logits = torch.export.load(out).module()(*given)
+    logits = torch.export.load(out).module()(*given.values())
     assert list(logits.shape) == [sizes["M"], *about["output"]["shape"][1:]]

@@ -45,7 +45,7 @@ def test_logits_are_the_same_up_to_rounding(run: Run, dtype: torch.dtype, error:
     quantised, batch = quantize_tables(run.dlrm, dtype), run.dataset("test")[list(range(12))]
     exact, rounded = run.dlrm(batch), quantised(batch)
     assert 0 < (rounded - exact).abs().max() < error
-    state = quantised.encode(batch.sequence_features, batch.history_age)
+    state = quantised.encode(batch)
     torch.testing.assert_close(quantised.attend(batch, state), rounded, atol=1e-5, rtol=0)
 
 
@@ -71,11 +71,10 @@ def test_the_given_model_keeps_its_tables_and_its_dense_part_is_shared(run: Run)
 
 
 def test_a_store_of_float_states_serves_int8_tables(run: Run, tmp_path: Path) -> None:
-    schema, items = run.log.schema, run.log.items
     build_states(BuildStatesConfig(Path(run.config.out), str(tmp_path / "states"), position=0))
     store = StateStore(open_key_value_store(str(tmp_path / "states")), run.version)
-    exact = Scorer(run.dlrm, schema, items, store)
-    rounded = Scorer(quantize_tables(run.dlrm), schema, items, store)
+    exact = Scorer(run.dlrm, run.log, store)
+    rounded = Scorer(quantize_tables(run.dlrm), run.log, store)
     user = int(run.log.users[-1])
     time = int(run.log.events["time"].max()) + 1
     request = RankingRequest(
@@ -86,6 +85,7 @@ def test_a_store_of_float_states_serves_int8_tables(run: Run, tmp_path: Path) ->
         dense={"hour": 0.5, "season": 0.0},
         candidate_dense={"price": [0.0] * 6},
     )
-    assert rounded.append([Event(position=store.position, user=user, item=4, time=time)]) == [True]
+    event = Event(position=store.position, user=user, item=4, time=time)
+    assert rounded.append([event])[0].status == "taken"
     difference = exact.score([request])[0] - rounded.score([request])[0]
     assert 0 < abs(difference).max() < 1e-2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -76,7 +77,7 @@ def run(tmp_path_factory) -> Run:
 def opened(run: Run, folder: Path, until: datetime | None, strict: bool = False) -> Scorer:
     build_states(BuildStatesConfig(run.config.out, str(folder), 0, until=until))
     store = StateStore(open_key_value_store(str(folder)), run.version)
-    return Scorer(run.dlrm, run.log.schema, run.log.items, store, strict)
+    return Scorer(run.dlrm, run.log, store, strict)
 
 
 def requests_of(dataset: RankingDataset) -> list[RankingRequest]:
@@ -109,7 +110,7 @@ def test_scores_are_those_of_the_events_strictly_before_the_request(run, tmp_pat
             rows = np.flatnonzero(events["time"] == FIRST + day * DAY).tolist()
             rng.shuffle(rows)
             new = [Event(n, int(users[n]), int(events["item"][n]), int(events["time"][n])) for n in rows]
-            assert all(scorer.append(new))
+            assert {result.status for result in scorer.append(new)} <= {"taken"}
         now = [n for n, request in enumerate(asked) if abs(request.time - FIRST - day * DAY) <= 1]
         assert len(now) == 3 * len(USERS)
         rankings = scorer.rank([asked[n] for n in now])
@@ -139,17 +140,17 @@ def test_times_of_another_unit_are_refused_and_leave_the_state_as_it_was(run, tm
     before = scorer.score([RankingRequest(1, [1, 2, 3], now)])[0]
     for event in (Event(0, 1, 2, now * 1000), Event(0, 1, 2, now + 61_000_000)):
         cause = r"here; .*nanoseconds\?" if event.time > 2 * now else "here$"
-        with pytest.raises(
-            RequestError, match=rf"event 0: its time {event.time} is .* 60 sec.* {cause}"
-        ):
-            scorer.append([event])
+        (result,) = scorer.append([event])
+        assert result.status == "refused"
+        assert re.search(rf"time {event.time} is .* 60 sec.* {cause}", result.reason)
     with pytest.raises(RequestError, match=r"^time \d+ is 5\d\d\d\d-.*nanoseconds\?"):
         scorer.score([RankingRequest(1, [1, 2, 3], now * 1000)])
     np.testing.assert_array_equal(scorer.score([RankingRequest(1, [1, 2, 3], now)])[0], before)
-    assert scorer.append([Event(0, 1, 2, now + 50_000_000)]) == [True]
+    assert scorer.append([Event(0, 1, 2, now + 50_000_000)])[0].status == "taken"
     # what another clock accepted for other weights is caught up with all the same
     layout = StateLayout.of(run.dlrm.candidate_arch.ifa)
     StateStore.begin(scorer.store.key_values, "other", layout, 0).finish()
     other = StateStore(scorer.store.key_values, "other")
-    other.append([Event(1, 1, 2, now + DAY)], scorer._encode)
+    event = Event(1, 1, 2, now + DAY)
+    other.append([event], lambda _: scorer._encode(scorer._catalogue.read_events([event]).features))
     assert scorer.catch_up() == 1

@@ -39,6 +39,7 @@ from ifa_torchrec.commands.build_states import BuildStatesConfig, build_states
 from ifa_torchrec.commands.serve import ServeConfig, serve
 from ifa_torchrec.serving import (
     Event,
+    EventResult,
     KeyValueStore,
     RankingRequest,
     Scorer,
@@ -97,7 +98,7 @@ def models(folders) -> list[Run]:
 
 def scorer(models: list[Run], key_values: KeyValueStore, number: int = 0) -> Scorer:
     run = models[number]
-    return Scorer(run.dlrm, run.log.schema, run.log.items, StateStore(key_values, run.version))
+    return Scorer(run.dlrm, run.log, StateStore(key_values, run.version))
 
 
 @pytest.fixture
@@ -129,6 +130,12 @@ def rank(client: TestClient, *requests: dict[str, Any]) -> httpx.Response:
 
 def append(client: TestClient, *events: dict[str, Any]) -> httpx.Response:
     return client.post("/events", json={"events": events})
+
+
+def statuses(answer: httpx.Response) -> list[str]:
+    """What became of each event."""
+    assert answer.status_code == 200, answer.text
+    return [result["status"] for result in answer.json()["results"]]
 
 
 def changed(whole: dict, **fields: Any) -> dict:
@@ -223,17 +230,17 @@ def test_a_new_user_is_ranked_for_if_said_to_be_new(client):
 
 def test_events_are_in_the_store_when_answered_and_count_once(client, models, key_values):
     before = rank(client, REQUEST).json()
-    assert append(client, EVENT, changed(EVENT, position=10_001)).json() == {"new": 2, "duplicates": 0}
-    assert append(client, EVENT, changed(EVENT, position=10_002)).json() == {"new": 1, "duplicates": 1}
+    assert statuses(append(client, EVENT, changed(EVENT, position=10_001))) == ["taken", "taken"]
+    assert statuses(append(client, EVENT, changed(EVENT, position=10_002))) == ["duplicate", "taken"]
     time = LATER - 14 * 3600 * 1_000_000
     events = [Event(position, BUSY_USER, 3, time) for position in (10_000, 10_001, 10_002)]
-    assert scorer(models, key_values).append(events) == [False] * 3
+    assert scorer(models, key_values).append(events) == [EventResult("duplicate")] * 3
     assert rank(client, REQUEST).json() != before
 
 
 def test_the_process_is_alive_ready_measured_and_described(client, live, models):
     rank(client, REQUEST)
-    rank(client, changed(REQUEST, candidates=[1000] * 4))
+    rank(client, changed(REQUEST, candidates=[1.5] * 4))
     append(client, EVENT)
     append(client, EVENT)
     anyone = TestClient(client.app)
@@ -247,8 +254,8 @@ def test_the_process_is_alive_ready_measured_and_described(client, live, models)
         'ifa_calls_total{path="/rank",status="422"} 1.0',
         'ifa_calls_total{path="other",status="404"} 1.0',
         'ifa_call_seconds_count{path="/events"} 2.0',
-        'ifa_events_total{kind="new"} 1.0',
-        'ifa_events_total{kind="duplicate"} 1.0',
+        'ifa_events_total{status="taken"} 1.0',
+        'ifa_events_total{status="duplicate"} 1.0',
         "ifa_candidates_total 4.0",
         "ifa_queue_length 0.0",
         f'ifa_model_info{{version="{models[0].version}"}} 1.0',
@@ -286,18 +293,19 @@ def test_a_token_may_have_any_letters_and_none_may_be_asked_for(live):
     "fields, status, message",
     [
         ({"user": 999}, 404, "requests.0: user 999 has no state; for one who is new"),
-        ({"user": "7"}, 422, "requests.0.user: Input should be a valid integer"),
-        ({"user": True}, 422, "requests.0.user: Input should be a valid integer"),
-        ({"user": 7.0}, 422, "requests.0.user: Input should be a valid integer"),
-        ({"user": 2**63}, 422, "requests.0.user: Input should be less than or equal to 9223372"),
+        ({"user": "anna"}, 404, "requests.0: user 'anna' has no state"),
+        ({"user": ""}, 422, "requests.0.user: Input should be an id: a string, not empty, or an int"),
+        ({"user": "\ud800"}, 422, "requests.0.user: Input should be an id"),
+        ({"user": True}, 422, "requests.0.user: Input should be an id"),
+        ({"user": 7.0}, 422, "requests.0.user: Input should be an id"),
+        ({"user": 2**63}, 422, "requests.0.user: Input should be an id"),
         ({"user": 10**4000}, 422, "requests.0.user: "),
         ({"user": None}, 422, "requests.0.user: "),
         ({"users": 7}, 422, "requests.0: Value error, ['users'] unknown; there are ['user'"),
         ({"\ud800": 7}, 422, "requests.0: Value error, ['\\ud800'] unknown; there"),
         ({"candidates": []}, 422, "requests.0.candidates: List should have at least 1 item"),
-        ({"candidates": [3, 9, 40, 4]}, 422, "candidates[2]: item 40 is unknown; there are 0 to 39"),
-        ({"candidates": [3, 9, -1, 4]}, 422, "requests.0.candidates.2: Input should be greater"),
-        ({"candidates": [3, 9, 2**64, 4]}, 422, "requests.0.candidates.2: Input should be less"),
+        ({"candidates": [3, 9, None, 4]}, 422, "requests.0.candidates.2: Input should be an id"),
+        ({"candidates": [3, 9, 2**64, 4]}, 422, "requests.0.candidates.2: Input should be an id"),
         ({"candidates": 3}, 422, "requests.0.candidates: Input should be a valid list"),
         ({"time": "yesterday"}, 422, "time: Value error, should be a time since 1970 with its zone"),
         ({"time": "2024-07-19T00:00:00"}, 422, "requests.0.time: "),
@@ -307,7 +315,8 @@ def test_a_token_may_have_any_letters_and_none_may_be_asked_for(live):
         ({"time": 1721347200}, 422, "requests.0.time: "),
         ({"time": -1}, 422, "requests.0.time: "),
         ({"context": {"store": 1}}, 422, "context: ['weekday'] missing; the model takes"),
-        ({"context": {"store": 3, "weekday": 2}}, 422, "context.store: id 3 is outside its table of 3"),
+        ({"context": {"store": [1], "weekday": 2}}, 422, "context.store: [1] is no id: it must be a"),
+        ({"context": {"store": None, "weekday": 2}}, 422, "requests.0.context.store"),
         ({"context": {"store": 1, "weekday": 2, "\ud800": 1}}, 422, "requests.0"),
         ({"dense": {"hour": float("nan"), "season": 0}}, 422, "dense.hour: Input should be a finite"),
         ({"dense": {"hour": float("inf"), "season": 0}}, 422, "dense.hour: Input should be a finite"),
@@ -344,28 +353,61 @@ def test_of_many_errors_one_is_told(live, fields, monkeypatch):
 
 
 def test_the_request_that_is_bad_is_named(client):
-    answer = rank(client, REQUEST, REQUEST, changed(REQUEST, candidates=[99] * 4))
+    answer = rank(client, REQUEST, REQUEST, changed(REQUEST, candidates=[99] * 5))
     assert answer.status_code == 422
-    assert answer.json()["error"].startswith("requests.2: candidates[0]: item 99 is unknown")
+    assert answer.json()["error"].startswith("requests.2: candidate_dense.price: 4 numbers for 5 cand")
 
 
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"position": -1}, "events.0.position: Input should be greater than or equal to 0"),
-        ({"position": 2**63}, "events.0.position: Input should be less than or equal to"),
-        ({"item": 40}, "event 10000: item 40 is unknown; there are 0 to 39"),
-        ({"user": "7"}, "events.0.user: Input should be a valid integer"),
-        ({"time": None}, "events.0.time: "),
-        ({"time": "9999-01-01T00:00:00Z"}, "event 10000: its time 253370764800000000 is 9999-01-01"),
-        ({"weight": 1}, "events.0: Value error, ['weight'] unknown; there are"),
+        ({"position": -1}, "events.1.position: Input should be greater than or equal to 0"),
+        ({"position": 2**63}, "events.1.position: Input should be less than or equal to"),
+        ({"item": 4.5}, "events.1.item: Input should be an id"),
+        ({"user": [7]}, "events.1.user: Input should be an id"),
+        ({"time": None}, "events.1.time: "),
+        ({"numbers": {"amount": "5"}}, "events.1.numbers.amount: Input should be a valid number"),
+        ({"price": 1}, "events.1: Value error, ['price'] unknown; there are"),
     ],
 )
-def test_a_bad_event_is_named_and_none_of_its_call_is_added(client, fields, message):
+def test_a_call_that_is_not_of_events_is_refused_whole(client, fields, message):
     answer = append(client, changed(EVENT, position=10_001), changed(EVENT, **fields))
-    message = message.replace("events.0", "events.1")
     assert answer.status_code == 422 and message in answer.json()["error"]
-    assert append(client, changed(EVENT, position=10_001)).json() == {"new": 1, "duplicates": 0}
+    assert statuses(append(client, changed(EVENT, position=10_001))) == ["taken"]
+
+
+def test_an_event_that_is_refused_leaves_the_others_as_they_are(client, live):
+    append(client, changed(EVENT, position=10_005))
+    bad = [
+        ({"position": 10_005, "item": 4}, "position 10005 is of user 40, item 3 at 2024-07-18"),
+        ({"time": "9999-01-01T00:00:00Z"}, "time 253370764800000000 is 9999-01-01"),
+        ({"weight": 1.0}, "weight: the events of the model have none"),
+        ({"features": {"action": "buy"}}, "features: ['action'] unknown; the model takes []"),
+        ({"numbers": {"amount": None}}, "numbers: ['amount'] unknown; the model takes []"),
+    ]
+    for n, (fields, reason) in enumerate(bad):
+        around = [changed(EVENT, position=10_010 + 2 * n + k) for k in (0, 1)]
+        answer = append(client, around[0], changed(EVENT, **fields), around[1])
+        assert statuses(answer) == ["taken", "refused", "taken"]
+        assert reason in answer.json()["results"][1]["reason"]
+    shown = client.get("/metrics").text
+    assert f'ifa_events_total{{status="refused"}} {float(len(bad))}\n' in shown
+    assert f'ifa_events_total{{status="taken"}} {float(2 * len(bad) + 1)}\n' in shown
+
+
+def test_what_the_vocabulary_does_not_know_is_ranked_and_counted(client):
+    request = changed(REQUEST, candidates=[3, "new", 4, 1000], context={"store": "far", "weekday": 2})
+    answer = rank(client, request)
+    assert answer.status_code == 200, answer.text
+    assert sorted(map(str, answer.json()["rankings"][0]["items"])) == ["1000", "3", "4", "new"]
+    assert "new" in answer.json()["rankings"][0]["items"]  # a string stays a string
+    assert statuses(append(client, changed(EVENT, item="new"), changed(EVENT, item="new"))) == [
+        "taken",
+        "duplicate",
+    ]
+    shown = client.get("/metrics").text
+    for kind, number in (("candidate", 2.0), ("context", 1.0), ("event", 1.0)):
+        assert f'ifa_unknown_total{{kind="{kind}"}} {number}\n' in shown
 
 
 @pytest.mark.parametrize(
@@ -411,7 +453,7 @@ def test_a_full_disk_is_not_the_clients_fault(client, live, monkeypatch):
         patch.setattr(live._scorers[0].store.key_values, "update", full)
         answer = append(client, EVENT)
     assert answer.status_code == 503 and "no room left" in answer.json()["error"]
-    assert append(client, EVENT).json() == {"new": 1, "duplicates": 0}
+    assert statuses(append(client, EVENT)) == ["taken"]
 
 
 def test_logits_that_are_no_json_are_the_requests_fault(client, live, monkeypatch):
@@ -457,7 +499,7 @@ def test_what_waits_is_done_at_once_and_fails_alone(live, monkeypatch):
         return await asyncio.gather(*waiting)
 
     one, (ranked, unknown), two, (other,) = asyncio.run(together())
-    assert one == two == [True] and appended == [2]
+    assert one == two == [EventResult("taken")] and appended == [2]
     assert (ranked.items, other.items) == ([1], [2])
     assert "user 999 has no state" in str(unknown)
     assert scored[0] == 3
@@ -495,7 +537,7 @@ def test_a_call_that_finds_no_place_or_no_time_is_told_what_to_do(models, key_va
             assert "may still be added; send them again, each counts once" in slow.json()["error"]
             answer = rank(client, REQUEST, REQUEST)
             assert answer.status_code == 429 and answer.headers["Retry-After"] == "1"
-        assert append(client, EVENT).json() == {"new": 1, "duplicates": 0}
+        assert statuses(append(client, EVENT)) == ["taken"]
 
 
 # ------------------------------------------------------------------------------------------ reload
@@ -537,7 +579,7 @@ def test_a_reload_brings_weights_that_know_every_event(models, key_values, monke
         load.number = 1
         live.reload()
         catching.wait()
-        assert append(client, changed(EVENT, position=10_001)).json() == {"new": 1, "duplicates": 0}
+        assert statuses(append(client, changed(EVENT, position=10_001))) == ["taken"]
         assert rank(client, REQUEST).json()["rankings"][0]["version"] == old
         go_on.set()
         until(lambda: live.version == new)
@@ -546,7 +588,7 @@ def test_a_reload_brings_weights_that_know_every_event(models, key_values, monke
         assert client.get("/readyz").json() == {"version": new}
         until(lambda: 'ifa_reloads_total{result="ok"} 1.0' in client.get("/metrics").text)
         assert f'ifa_model_info{{version="{new}"}} 1.0' in client.get("/metrics").text
-        assert append(client, EVENT, changed(EVENT, position=10_001)).json()["duplicates"] == 2
+        assert statuses(append(client, EVENT, changed(EVENT, position=10_001))) == ["duplicate"] * 2
     for number in range(2):  # and the old ones have them too
         assert count(key_values, models[number]) == 152
 
@@ -668,7 +710,7 @@ def test_a_process_takes_new_weights_on_sighup_and_loses_no_event_on_sigterm(fol
     store = open_key_value_store(str(states))
     time_sent = LATER - 14 * 3600 * 1_000_000
     events = [Event(position, BUSY_USER, 3, time_sent) for position in answered]
-    assert not any(scorer(models, store, 1).append(events))
+    assert {result.status for result in scorer(models, store, 1).append(events)} == {"duplicate"}
     store.close()
 
 
@@ -718,7 +760,7 @@ def test_any_number_anywhere_is_answered(model_for_api, user, item, position, ti
     client = TestClient(LATE.app, headers={**TOKEN, "Content-Type": "application/json"})
     event = {"position": position, "user": user, "item": item, "time": time}
     answer = client.post("/events", content=json.dumps({"events": [event]}))
-    assert answer.status_code in (200, 409, 422), answer.text
+    assert answer.status_code in (200, 422), answer.text
     request = changed(REQUEST, user=user, candidates=[item, 1, 2, 3], time=time, new_user=new)
     request["dense"] = {"hour": number, "season": 0.0}
     answer = client.post("/rank", content=json.dumps({"requests": [request]}))

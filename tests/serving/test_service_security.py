@@ -41,7 +41,14 @@ from ifa_torchrec.commands.serve import (
 )
 from ifa_torchrec.commands.states import StatesConfig
 from ifa_torchrec.errors import ConfigError
-from ifa_torchrec.serving import StateError, StateLayout, StateStore, StoreError, open_key_value_store
+from ifa_torchrec.serving import (
+    EventResult,
+    StateError,
+    StateLayout,
+    StateStore,
+    StoreError,
+    open_key_value_store,
+)
 from ifa_torchrec.serving.live import Limits, LiveRanking, LiveScorer, Metrics
 from ifa_torchrec.serving.service import create_app
 
@@ -66,10 +73,11 @@ class Stub:
         pass
 
     async def rank(self, requests: list) -> list[LiveRanking]:
-        return [LiveRanking([2], np.zeros((1, 1), np.float32), None, "v", ("label",)) for _ in requests]
+        logits = np.zeros((1, 1), np.float32)
+        return [LiveRanking([2], logits, None, 0, 0, "v", ("label",)) for _ in requests]
 
-    async def append(self, events: list) -> list[bool]:
-        return [True] * len(events)
+    async def append(self, events: list) -> list[EventResult]:
+        return [EventResult("taken")] * len(events)
 
 
 @contextlib.contextmanager
@@ -456,9 +464,9 @@ def test_a_leap_second_is_the_next_seconds_start(text, same_as):
     stub = Stub()
     seen: list[int] = []
 
-    async def append(events: list) -> list[bool]:
+    async def append(events: list) -> list[EventResult]:
         seen.extend(event.time for event in events)
-        return [True] * len(events)
+        return [EventResult("taken")] * len(events)
 
     stub.append = append
     event = QUESTIONS["/events"]["events"][0]
@@ -519,7 +527,7 @@ def test_a_process_is_ready_only_while_its_store_answers_and_no_password_is_show
         begun = time.monotonic()
         answer = client.get("/readyz")
         assert answer.status_code == 503 and time.monotonic() - begun < 3
-        assert answer.json() == {"error": "the states are lost, or the store does not answer"}
+        assert answer.json() == {"error": "the states are lost, or the store does not respond"}
         with pytest.raises(StoreError, match=r"unix:///.*socket: ") as raised:
             key_values.read([b"a"])
         shown = f"{answer.text} {raised.value!r} {raised.getrepr()} {caplog.text} {vars(key_values)}"
@@ -536,7 +544,7 @@ def test_a_process_whose_states_are_gone_is_not_ready(tmp_path):
         time.sleep(1.1)
         answer = client.get("/readyz")
         assert answer.status_code == 503
-        assert answer.json() == {"error": "the states are lost, or the store does not answer"}
+        assert answer.json() == {"error": "the states are lost, or the store does not respond"}
 
 
 def test_redis_takes_its_password_from_the_environment(own_redis, monkeypatch):

@@ -65,6 +65,8 @@ class Source:
     Attributes:
         relation: to select from, once.
         columns: for each name that stands once in the header, the column of the relation.
+        places: columns of the relation, beside those of the file, that say where a row stands, and what
+            to call them; of Parquet alone.
         refused: why lines of CSV were refused, with their number (`rows`) and `examples`; complete when
             all rows have been read.
 
@@ -95,6 +97,7 @@ class Source:
             name: column for name, column in zip(files.names, columns, strict=True) if count[name] == 1
         }
         self.refused: dict[str, dict[str, Any]] = {}
+        self.places: dict[str, str] = {}
         self._rows: CsvRows | None = None
         read = quoted(f"_{section}")
         if files.kind == "parquet":
@@ -102,6 +105,7 @@ class Source:
             # By default the folders' names would replace columns, and the first file's types would
             # round those of the others.
             read = f"read_parquet([{listed}], hive_partitioning=false, union_by_name=true)"
+            self.places = {"_file": "filename", "_row": "file_row_number"}
         elif files.kind == "feather":
             connection.register(f"_{section}", files.feather())
         else:
@@ -170,6 +174,8 @@ class _Files:
                     f"{','.join(self.names)!r}; name files of the same columns, or name the `columns` "
                     "if there is no header"
                 )
+        if self.kind != "csv":
+            self._check_types()
 
     def _find(self) -> list[str]:
         patterns = [self.table.files] if isinstance(self.table.files, str) else self.table.files
@@ -226,18 +232,35 @@ class _Files:
                 "Python knows, such as utf-8, cp1252 or gbk"
             ) from error
 
-    def _columns(self, file: str) -> list[str]:
+    def _check_types(self) -> None:
+        """Raises LogError where a column is, say, text in one file and a number in another."""
+        first: dict[str, tuple[str, str, pa.DataType]] = {}
+        for file in self.files:
+            for column in self._schema(file):
+                kind = _kind_of(column.type)
+                if kind is None:
+                    continue
+                known, where, was = first.setdefault(column.name, (kind, file, column.type))
+                if known != kind:
+                    raise LogError(
+                        f"{self.section}: the column {column.name!r} is {column.type} in {file}, and "
+                        f"{was} in {where}; write it alike in all files, or cast it there"
+                    )
+
+    def _schema(self, file: str) -> pa.Schema:
         with naming_errors(self.section, file):
-            if self.kind == "parquet":
-                return pq.read_schema(file).names
-            if self.kind == "feather":
-                return _feather_schema(file).names
+            return pq.read_schema(file) if self.kind == "parquet" else _feather_schema(file)
+
+    def _columns(self, file: str) -> list[str]:
+        if self.kind != "csv":
+            return self._schema(file).names
+        with naming_errors(self.section, file):
             return self.csv.names(file)
 
     def feather(self) -> ds.Dataset:
         """A dataset of all files; its types hold the values of each of them."""
         with naming_errors(self.section, self.files[0]):
-            schemas = [_feather_schema(file) for file in self.files]
+            schemas = [self._schema(file) for file in self.files]
             types = pa.unify_schemas(schemas, promote_options="permissive")
             return ds.dataset(self.files, schema=types, format="feather")
 
@@ -245,3 +268,20 @@ class _Files:
 def _feather_schema(file: str) -> pa.Schema:
     with pa.memory_map(file) as stream:
         return pa.ipc.open_file(stream).schema
+
+
+def _kind_of(kind: pa.DataType) -> str | None:
+    """What a type holds, whatever its width; None of a column of nulls, which is of any."""
+    if pa.types.is_null(kind):
+        return None
+    if pa.types.is_dictionary(kind):
+        return _kind_of(kind.value_type)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        inner = _kind_of(kind.value_type)
+        return None if inner is None else f"lists of {inner}"
+    kinds = {
+        "numbers": (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal),
+        "texts": (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view),
+        "times": (pa.types.is_timestamp, pa.types.is_date),
+    }
+    return next((name for name, those in kinds.items() if any(is_(kind) for is_ in those)), str(kind))

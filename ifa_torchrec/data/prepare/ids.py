@@ -1,41 +1,31 @@
-"""Ids become rows of tables: tables codes_NAME of DuckDB, and LOG/codes/NAME.parquet."""
+"""Ids become rows of tables: tables codes_NAME (id, code) of DuckDB, and the log's vocabulary.
+
+Row 0 is left for what is not known. What the training split has is numbered in the order of its ids;
+items that it has not follow, so that they can be told apart. A vocabulary that is extended keeps its
+numbers, and what is new comes behind them.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ifa_torchrec.data.codes import HASHED
-from ifa_torchrec.data.prepare.schema import ITEM, PrepareSchema, rows_of
-from ifa_torchrec.data.prepare.sql import number, quoted, write_parquet
-from ifa_torchrec.data.schema import USER
+import numpy as np
+import pyarrow as pa
+
+from ifa_torchrec.data.prepare.columns import rows_of
+from ifa_torchrec.data.prepare.schema import ITEM, PrepareSchema
+from ifa_torchrec.data.prepare.sql import first_row, number, quoted
+from ifa_torchrec.data.schema import USER, LogError, read_header
+from ifa_torchrec.data.vocabulary import Ids, Vocabulary
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 _HASH_DIGITS = 15  # of MD5's hexadecimals: an int64 holds them
-
-
-def hash_row(identifier: str, rows: int) -> int:
-    """Row of a hashed item, 0 to rows - 1; that of a hashed feature is 1 + hash_row(id, rows - 1).
-
-    Args:
-        identifier: the id, as text.
-        rows: number of rows.
-
-    Raises:
-        ValueError: rows is less than 1.
-
-    Example:
-        >>> from ifa_torchrec.data.prepare import hash_row
-        >>> hash_row("a", 1000)
-        362
-    """
-    if rows < 1:
-        raise ValueError(f"rows must be at least 1, got {rows}")
-    return int(hashlib.md5(identifier.encode()).hexdigest()[:_HASH_DIGITS], 16) % rows
 
 
 def hash_in_sql(text: str, rows: int) -> str:
@@ -44,63 +34,10 @@ def hash_in_sql(text: str, rows: int) -> str:
     Example:
         >>> import duckdb
         >>> from ifa_torchrec.data.prepare.ids import hash_in_sql
-        >>> duckdb.sql(f"SELECT {hash_in_sql('x', 1000)} FROM (SELECT 'a' AS x)").fetchall()
-        [(362,)]
+        >>> duckdb.sql(f"SELECT {hash_in_sql('x', 1001)} FROM (SELECT 'a' AS x)").fetchall()
+        [(363,)]
     """
-    return f"CAST('0x' || md5({text})[:{_HASH_DIGITS}] AS BIGINT) % {rows}"
-
-
-def write_codes(
-    sql: DuckDBPyConnection, schema: PrepareSchema, folder: Path
-) -> dict[str, dict[str, Any]]:
-    """Number the ids of users, items and features, and write each one's list to ``folder``.
-
-    Returns:
-        For each name its ids, its table's rows and, if it is hashed, the share of ids that share a row.
-    """
-    folder.mkdir()
-    both = "SELECT {0} AS id FROM events_rows UNION SELECT {0} FROM requests_rows"
-    items = "SELECT item AS id FROM items_rows" if schema.items else both.format(ITEM)
-    codes = {
-        USER: _write(sql, folder, USER, both.format(quoted(USER)), None, first=0),
-        ITEM: _write(sql, folder, ITEM, items, rows_of(schema.events.item), first=0),
-    }
-    sections = {
-        "items": schema.item_features,
-        "users": schema.user_features,
-        "requests": schema.requests.context,
-    }
-    for section, features in sections.items():
-        for feature, column in features.items():
-            ids = f"SELECT {quoted(feature)} AS id FROM {section}_rows"
-            codes[feature] = _write(sql, folder, feature, ids, rows_of(column), first=1)
-    return codes
-
-
-def _write(
-    sql: DuckDBPyConnection, folder: Path, name: str, ids: str, hashed: int | None, first: int
-) -> dict[str, Any]:
-    """Make the table of a name's ids and their rows; rows below ``first`` are for the unknown."""
-    row = hash_in_sql("id", hashed - first) if hashed else "row_number() OVER () - 1"
-    table = quoted(f"codes_{name}")
-    sql.execute(
-        f"""CREATE TABLE {table} AS SELECT id, {first} + {row} AS code FROM (
-            SELECT DISTINCT id FROM ({ids}) WHERE id IS NOT NULL
-            ORDER BY TRY_CAST(id AS BIGINT), id)"""
-    )
-    # of a hash there is no list: other logs have other ids of the same meaning
-    kind = f", KV_METADATA {{{HASHED}: '{hashed}'}}" if hashed else ""
-    write_parquet(sql, f"SELECT id, code FROM {table}", folder / f"{name}.parquet", kind)
-    count = number(sql, f"SELECT count(*) FROM {table}")
-    told: dict[str, Any] = {"ids": count, "rows": hashed or first + count}
-    if hashed:
-        shared = number(
-            sql,
-            f"""SELECT count(*) FROM {table}
-            WHERE code IN (SELECT code FROM {table} GROUP BY code HAVING count(*) > 1)""",
-        )
-        told["ids_that_share_a_row"] = shared / max(count, 1)
-    return told
+    return f"1 + CAST('0x' || md5({text})[:{_HASH_DIGITS}] AS BIGINT) % {rows - 1}"
 
 
 def with_codes(features: Iterable[str], table: str) -> tuple[str, str]:
@@ -117,3 +54,232 @@ def with_codes(features: Iterable[str], table: str) -> tuple[str, str]:
         f"LEFT JOIN {quoted(f'codes_{f}')} c{n} ON c{n}.id = {table}.{quoted(f)}" for n, f in named
     )
     return select, joins
+
+
+def with_lists(
+    sql: DuckDBPyConnection, features: Iterable[str], table: str, key: str
+) -> tuple[str, str]:
+    """What to select, and the joins, to have lists of rows in place of a table's lists of ids.
+
+    Args:
+        sql: holds the table and the codes; of each feature there is then a table rows_NAME.
+        features: lists of ids in the table.
+        table: with the lists.
+        key: its column that tells rows apart.
+
+    Example:
+        >>> import duckdb
+        >>> from ifa_torchrec.data.prepare.ids import with_lists
+        >>> sql = duckdb.connect()
+        >>> _ = sql.execute("CREATE TABLE items AS SELECT 7 AS item, ['b', 'x', 'a'] AS genre;"
+        ...                 "CREATE TABLE codes_genre AS SELECT unnest(['a', 'b']) AS id,"
+        ...                 "unnest([1, 2]) AS code")
+        >>> select, joins = with_lists(sql, ["genre"], "items", "item")
+        >>> sql.execute(f"SELECT item {select} FROM items {joins}").fetchall()
+        [(7, [2, 0, 1])]
+    """
+    named = list(enumerate(features))
+    for _, name in named:
+        n, rows, codes = (quoted(text) for text in (name, f"rows_{name}", f"codes_{name}"))
+        sql.execute(
+            f"""CREATE TABLE {rows} AS SELECT _key, list(coalesce(code, 0) ORDER BY _place) AS _codes
+            FROM (SELECT {key} AS _key, unnest({n}) AS id, generate_subscripts({n}, 1) AS _place
+                  FROM {table}) LEFT JOIN {codes} USING (id) GROUP BY _key"""
+        )
+    select = "".join(f", coalesce(l{n}._codes, []::BIGINT[]) AS {quoted(f)}" for n, f in named)
+    joins = " ".join(
+        f"LEFT JOIN {quoted(f'rows_{f}')} l{n} ON l{n}._key = {table}.{key}" for n, f in named
+    )
+    return select, joins
+
+
+@dataclass(frozen=True)
+class OldVocabulary:
+    """A vocabulary that is extended.
+
+    Args:
+        vocabulary: which id has which row.
+        known: rows of its log's item table; items that it numbers from there on were new.
+
+    Example:
+        >>> from ifa_torchrec.data.prepare.ids import OldVocabulary
+        >>> from ifa_torchrec.data.vocabulary import Vocabulary
+        >>> OldVocabulary(Vocabulary.of({"item": ["tea", "cup"]}), known=2).known
+        2
+    """
+
+    vocabulary: Vocabulary
+    known: int
+
+    @staticmethod
+    def load(folder: Path) -> OldVocabulary:
+        """Of a log, or of a run: then its log must still be there.
+
+        Raises:
+            LogError: the folder has no vocabulary, or there is no schema.json of its log.
+        """
+        log, config = folder, folder / "config.json"
+        if not (folder / "schema.json").exists() and config.exists():
+            try:
+                log = Path(json.loads(config.read_text())["data"])
+            except (OSError, ValueError, LookupError, TypeError) as error:
+                raise LogError(f"{config}: no run's options ({error}); name its log instead") from error
+        schema = read_header(log / "schema.json").schema
+        return OldVocabulary(Vocabulary.load(folder), schema.item_features[schema.item])
+
+
+class Numbering:
+    """Numbers the ids of a log.
+
+    Args:
+        sql: holds what is read.
+        schema: of the log.
+        old: what is extended.
+
+    Raises:
+        LogError: ``old`` has names that the schema has not, or hashes what the schema does not, or
+            otherwise.
+    """
+
+    def __init__(
+        self, sql: DuckDBPyConnection, schema: PrepareSchema, old: OldVocabulary | None
+    ) -> None:
+        self.sql, self.schema = sql, schema
+        self.old = old.vocabulary if old else Vocabulary({})
+        self.known = old.known if old else 1
+        self.ids: dict[str, Ids] = {}
+        self.told: dict[str, dict[str, Any]] = {}
+        self.hashed: dict[str, int | None] = {USER: None, ITEM: rows_of(schema.events.item)}
+        items, requests = schema.described_items, schema.requests
+        for columns in (items.features, items.lists, schema.events.features, schema.context):
+            self.hashed |= {name: rows_of(column) for name, column in columns.items()}
+        for columns in (schema.context_lists, requests.candidate_features):
+            self.hashed |= {name: rows_of(column) for name, column in columns.items()}
+        for name in self.old.names:
+            self._check_old(name)
+
+    def users(self) -> None:
+        """Number all users."""
+        both = 'SELECT "user" AS id, true AS known FROM {0}_rows'
+        self._number(USER, " UNION ALL ".join(both.format(table) for table in ("events", "requests")))
+
+    def others(self, train: range) -> None:
+        """Number items and features.
+
+        Args:
+            train: numbers of the training split's requests; `sessions` and `requests` know them.
+        """
+        schema, requests = self.schema, f"_number < {train.stop}"
+        events = f"time < (SELECT max(time) FROM requests WHERE {requests})"
+        self.sql.execute(
+            f"""CREATE TABLE occurrences AS SELECT item, sum(_n)::BIGINT AS n FROM (
+                SELECT item, count(*) AS _n FROM events_rows WHERE {events} GROUP BY item
+                UNION ALL SELECT item, count(*) FROM sessions WHERE {requests} GROUP BY item
+            ) GROUP BY item"""
+        )
+        everything = " UNION ".join(
+            f"SELECT item AS id FROM {table}"
+            for table in ("events_rows", "sessions", *(["items_rows"] if schema.items else []))
+        )
+        self._number(
+            ITEM,
+            f"""SELECT id, coalesce(n, 0) >= {schema.min_count} AS known
+            FROM ({everything}) LEFT JOIN occurrences ON item = id""",
+        )
+        items = schema.described_items
+        for form, features, table, training in (
+            ("{0}", items.features, "items_rows", "SEMI JOIN occurrences USING (item)"),
+            ("unnest({0})", items.lists, "items_rows", "SEMI JOIN occurrences USING (item)"),
+            ("{0}", schema.events.features, "events_rows", f"WHERE {events}"),
+            ("{0}", schema.context, "requests", f"WHERE {requests}"),
+            ("unnest({0})", schema.context_lists, "requests", f"WHERE {requests}"),
+            ("{0}", schema.requests.candidate_features, "sessions", f"WHERE {requests}"),
+        ):
+            for name in features:
+                which = "" if self.hashed[name] else training
+                ids = f"SELECT {form.format(quoted(name))} AS id, true AS known FROM {table} {which}"
+                self._number(name, ids)
+
+    def vocabulary(self) -> Vocabulary:
+        """What was numbered."""
+        return Vocabulary(self.ids)
+
+    def _check_old(self, name: str) -> None:
+        if name not in self.hashed:
+            raise LogError(
+                f"the vocabulary that is extended has ids of {name!r}, and the schema has nothing of "
+                f"that name; it has {list(self.hashed)}"
+            )
+        old, rows = self.old[name], self.hashed[name]
+        kind = f"hashed to {rows} rows" if rows else "listed"
+        was = f"hashed to {old.rows} rows" if old.kind == "hashed" else old.kind
+        if kind != was:
+            raise LogError(
+                f"ids of {name!r} are {kind} by the schema, and {was} in the vocabulary that is "
+                "extended; give the column the same hash"
+            )
+
+    def _number(self, name: str, ids: str) -> None:
+        """Make the table codes_NAME.
+
+        Args:
+            name: of users, items or a feature.
+            ids: a query of ids and whether the training split has each.
+        """
+        sql, rows = self.sql, self.hashed[name]
+        table = quoted(f"codes_{name}")
+        distinct = f"SELECT id, bool_or(known) AS known FROM ({ids}) WHERE id IS NOT NULL GROUP BY id"
+        if rows:
+            sql.execute(
+                f"CREATE TABLE {table} AS SELECT id, {hash_in_sql('id', rows)} AS code FROM ({distinct})"
+            )
+            self.ids[name] = Ids("hashed", rows)
+            self.told[name] = {"ids": self._count(table), "rows": rows, **self._shared(table)}
+            return
+        old = self.old[name].ids if name in self.old.names else None
+        before = pa.array([], pa.string()) if old is None else old
+        rows_before = pa.array(np.arange(1, len(before) + 1))
+        sql.register("_before", pa.table({"id": before.cast(pa.large_string()), "code": rows_before}))
+        sql.execute(
+            f"""CREATE TABLE {table} AS SELECT CAST(id AS VARCHAR) AS id, code FROM _before;
+            INSERT INTO {table} SELECT id, {len(before)} + row_number() OVER () FROM (
+                SELECT id FROM ({distinct}) ANTI JOIN {table} USING (id)
+                ORDER BY NOT known, TRY_CAST(id AS BIGINT), id)"""
+        )
+        sql.unregister("_before")
+        count = self._count(table)
+        self.ids[name] = Ids("listed", count + 1, self._listed(name, table, old))
+        rows = count + 1
+        if name == ITEM:  # the last row of its table is that of the last id that a training has
+            last = f"SELECT max(code) FROM {table} SEMI JOIN (FROM ({distinct}) WHERE known) USING (id)"
+            rows = max(self.known, 1 + (number(sql, last) or 0))
+        self.told[name] = {"ids": count, "rows": rows}
+
+    def _listed(self, name: str, table: str, old: pa.Array | None) -> pa.Array:
+        """The ids in the order of their rows: integers where all are."""
+        other, count = first_row(
+            self.sql,
+            f"""SELECT min(id), count(*) FROM {table}
+            WHERE CAST(TRY_CAST(id AS BIGINT) AS VARCHAR) IS DISTINCT FROM id""",
+        )
+        kind = pa.large_string() if count else pa.int64()
+        if old is not None and len(old):
+            if count and pa.types.is_integer(old.type):
+                raise LogError(
+                    f"ids of {name!r} are integers in the vocabulary that is extended, and {other!r} is "
+                    "none; write them alike, or begin a new vocabulary"
+                )
+            kind = old.type
+        rows = self.sql.sql(f"SELECT id FROM {table} ORDER BY code").to_arrow_table()
+        return rows["id"].cast(kind).combine_chunks()
+
+    def _count(self, table: str) -> int:
+        return number(self.sql, f"SELECT count(*) FROM {table}")
+
+    def _shared(self, table: str) -> Mapping[str, float]:
+        shared = number(
+            self.sql,
+            f"""SELECT count(*) FROM {table}
+            WHERE code IN (SELECT code FROM {table} GROUP BY code HAVING count(*) > 1)""",
+        )
+        return {"ids_that_share_a_row": shared / max(self._count(table), 1)}

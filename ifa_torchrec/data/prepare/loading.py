@@ -6,21 +6,14 @@ import dataclasses
 import glob
 import json
 import os
+import types
+import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ifa_torchrec.data.prepare.schema import (
-    Events,
-    Hashed,
-    Items,
-    JoinedLabel,
-    PrepareSchema,
-    Requests,
-    Users,
-)
+from ifa_torchrec.data.prepare.schema import PrepareSchema
 from ifa_torchrec.data.schema import LogError
-
-_SECTIONS = {"events": Events, "requests": Requests, "items": Items, "users": Users}
 
 
 def load_schema(path: str | Path) -> PrepareSchema:
@@ -43,14 +36,7 @@ def load_schema(path: str | Path) -> PrepareSchema:
         'i'
     """
     path = Path(path)
-    parts = _read(path)
-    if isinstance(parts, dict):
-        parts |= {
-            name: _build(path, kind, name, parts[name])
-            for name, kind in _SECTIONS.items()
-            if name in parts
-        }
-    return _build(path, PrepareSchema, "the schema", parts)
+    return _Loading(path).build([PrepareSchema], "the schema", _read(path))
 
 
 def _read(path: Path) -> Any:
@@ -69,49 +55,62 @@ def _read(path: Path) -> Any:
         raise LogError(f"{path}: not readable as JSON ({error})") from error
 
 
-def _build(path: Path, kind: type, section: str, values: Any) -> Any:
-    """A dataclass of an object of JSON, which must have its fields."""
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    missing = dataclasses.MISSING
-    needed = [n for n, f in fields.items() if f.default is missing and f.default_factory is missing]
-    if not isinstance(values, dict) or not set(needed) <= set(values) <= set(fields):
+class _Loading:
+    """Objects of JSON become the dataclasses that annotations ask for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def build(self, kinds: list[Any], section: str, values: Any) -> Any:
+        """The first of some dataclasses whose fields an object has."""
+        told: list[str] = []
+        for kind in kinds:
+            fields = {f.name: f for f in dataclasses.fields(kind)}
+            missing = dataclasses.MISSING
+            needed = [
+                n for n, f in fields.items() if f.default is missing and f.default_factory is missing
+            ]
+            if isinstance(values, dict) and set(needed) <= set(values) <= set(fields):
+                return self._dataclass(kind, section, values)
+            told.append(f"{needed}, and perhaps {[n for n in fields if n not in needed]}")
         raise LogError(
-            f"{path}: {section} must be an object with {needed}, and perhaps "
-            f"{[n for n in fields if n not in needed]}; got {values!r}"
+            f"{self.path}: {section} must be an object with {'; or with '.join(told)}; got {values!r}"
         )
-    values = dict(values)
-    if "files" in values:
-        values["files"] = _beside(path, section, values["files"])
-    if "item" in values:
-        values["item"] = _hashed(path, f"{section}.item", values["item"])
-    for key in {"features", "context"} & {key for key in values if isinstance(values[key], dict)}:
-        values[key] = {
-            name: _hashed(path, f"{section}.{key}.{name}", column)
-            for name, column in values[key].items()
-        }
-    if isinstance(values.get("labels"), dict):
-        values["labels"] = {
-            task: label if isinstance(label, str) else _build(path, JoinedLabel, f"labels.{task}", label)
-            for task, label in values["labels"].items()
-        }
-    try:
-        return kind(**values)
-    except LogError as error:
-        raise LogError(f"{path}: {error}") from error
 
+    def _dataclass(self, kind: Any, section: str, values: dict[str, Any]) -> Any:
+        inside = "" if section == "the schema" else f"{section}."
+        hints = typing.get_type_hints(kind)
+        values = {name: self._value(hints[name], inside + name, v) for name, v in values.items()}
+        if "files" in values:
+            values["files"] = self._beside(f"{section}.files", values["files"])
+        if isinstance(values.get("npy"), str):
+            values["npy"] = str(self.path.parent / values["npy"])
+        try:
+            return kind(**values)
+        except LogError as error:
+            raise LogError(f"{self.path}: {error}") from error
 
-def _hashed(path: Path, section: str, value: Any) -> Any:
-    return _build(path, Hashed, section, value) if isinstance(value, dict) else value
+    def _value(self, hint: Any, where: str, value: Any) -> Any:
+        kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        objects = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+        if objects and (isinstance(value, dict) or len(kinds) == 1):
+            return self.build(objects, where, value)
+        origin: Any = typing.get_origin(hint)
+        if origin is Mapping and isinstance(value, dict):
+            of_values = typing.get_args(hint)[1]
+            return {name: self._value(of_values, f"{where}.{name}", v) for name, v in value.items()}
+        return value
 
-
-def _beside(path: Path, section: str, files: Any) -> list[str]:
-    """Paths and patterns of files, from the folder of the schema."""
-    patterns = [files] if isinstance(files, str) else files
-    if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
-        raise LogError(f"{path}: {section}.files must be a path, or a list of paths, got {files!r}")
-    # the names of the folders above are no patterns, and neither is that of a file that is there
-    there = [str(path.parent / pattern) for pattern in patterns]
-    anywhere = [os.path.join(glob.escape(str(path.parent)), pattern) for pattern in patterns]
-    return [
-        file if os.path.exists(file) else pattern for file, pattern in zip(there, anywhere, strict=True)
-    ]
+    def _beside(self, where: str, files: Any) -> list[str]:
+        """Paths and patterns of files, from the folder of the schema."""
+        patterns = [files] if isinstance(files, str) else files
+        if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
+            raise LogError(f"{self.path}: {where} must be a path, or a list of paths, got {files!r}")
+        # the names of the folders above are no patterns, and neither is that of a file that is there
+        folder = self.path.parent
+        there = [str(folder / pattern) for pattern in patterns]
+        anywhere = [os.path.join(glob.escape(str(folder)), pattern) for pattern in patterns]
+        return [
+            file if os.path.exists(file) else pattern
+            for file, pattern in zip(there, anywhere, strict=True)
+        ]

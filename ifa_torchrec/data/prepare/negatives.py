@@ -37,7 +37,7 @@ def draw_negatives(sql: DuckDBPyConnection, requests: Requests, first_cut: str |
             "requests: negatives are drawn from the events before the first split, and there are "
             "none; let it start later, or leave negatives out"
         )
-    event = hash_in_sql("_number || ' ' || _draw", events)
+    event = hash_in_sql("_number || ' ' || _draw", events + 1) + " - 1"
     zeros = "".join(f", {quoted(task)} := 0::FLOAT" for task in requests.labels)
     sql.execute(
         f"""CREATE TABLE drawn AS SELECT DISTINCT d._number, item
@@ -48,6 +48,6 @@ def draw_negatives(sql: DuckDBPyConnection, requests: Requests, first_cut: str |
         ANTI JOIN candidates c ON c._number = d._number AND c._row.item = item;
 
         INSERT INTO candidates
-        SELECT _number, struct_pack(item := item, {EXPOSED} := true {zeros}), false
+        SELECT _number, false, struct_pack(item := item, {EXPOSED} := true {zeros})
         FROM drawn ORDER BY _number"""
     )

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ifa_torchrec.data.prepare.schema import ITEM, JoinedLabel, PrepareSchema, Requests
-from ifa_torchrec.data.prepare.sources import labels_of
+from ifa_torchrec.data.prepare.histories import lists_told
+from ifa_torchrec.data.prepare.labels import example, joined_told, listed_told
+from ifa_torchrec.data.prepare.new_ids import NewIds
+from ifa_torchrec.data.prepare.schema import ITEM, Listed, PrepareSchema, Requests
 from ifa_torchrec.data.prepare.sql import first_row, number, quoted
-from ifa_torchrec.data.scales import unscaled
 from ifa_torchrec.data.schema import TIME, USER, LogError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 _SPANS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400}
 # Above these shares a sentence among the report's `warnings` says so.
-_LEAKED, _DOUBLED, _AT_MIDNIGHT = 0.1, 0.01, 0.5
+_LEAKED, _DOUBLED, _AT_MIDNIGHT, _NEW, _UNDESCRIBED, _AMBIGUOUS = 0.1, 0.01, 0.5, 0.2, 0.05, 0.01
 
 
 def report_of(
@@ -43,6 +44,7 @@ def report_of(
     users, events, first, last = first_row(
         sql, 'SELECT count(DISTINCT "user"), count(*), min(time), max(time) FROM events'
     )
+    new = NewIds(sql, schema, splits, codes[ITEM]["rows"])
     told = {
         "users": users,
         "items": codes[ITEM]["ids"],
@@ -51,11 +53,16 @@ def report_of(
         "time_range": [str(first), str(last)],
         "times_at_midnight": _at_midnight(sql),
         "joins": joins,
-        "requests": {split: _report_split(sql, schema.requests, mine) for split, mine in splits.items()},
-        "codes": codes,
+        "requests": {
+            split: _report_split(sql, schema, mine) | {"new": new.told(split)}
+            for split, mine in splits.items()
+        },
+        "vocabulary": codes,
         "doubled_rows": _doubled_rows(sql, schema.requests),
         "refused": refused,
     }
+    if schema.events.time is None:
+        told["histories_without_times"] = lists_told(sql)
     return {"warnings": _warnings(told), **told}
 
 
@@ -76,11 +83,17 @@ def joins_of(sql: DuckDBPyConnection, schema: PrepareSchema) -> dict[str, Any]:
             "requests: no candidate of theirs is the item of an event (if that is so, describe `items`)."
         )
         told["items_with_events"] = _found(sql, ITEM, "events", missing)
+    else:
+        missing = "items: no candidate of the requests is among them."
+        told["items_described"] = _found(sql, ITEM, "items", missing)
     if schema.users:
         missing = "users: no user of the requests is among them."
         told["users_described"] = _found(sql, USER, "users", missing)
     for number_of, (task, label) in enumerate(schema.requests.joined_labels.items()):
-        told[f"label_{task}"] = _labels_found(sql, task, f"label_{number_of}", label)
+        told[f"label_{task}"] = joined_told(sql, task, f"label_{number_of}", label)
+    for task, label in schema.requests.labels.items():
+        if isinstance(label, Listed):
+            told[f"label_{task}"] = listed_told(sql, task, bool(schema.requests.each))
     return told
 
 
@@ -89,10 +102,10 @@ def _found(sql: DuckDBPyConnection, column: str, table: str, missing: str) -> di
         sql,
         f"""SELECT count(*),
             count(*) FILTER (WHERE id IN (SELECT DISTINCT "{column}" FROM {table}_rows))
-        FROM (SELECT DISTINCT "{column}" AS id FROM requests_rows)""",
+        FROM (SELECT DISTINCT "{column}" AS id FROM requests_rows WHERE "{column}" IS NOT NULL)""",
     )
     if of and not there:
-        theirs, its = (_example(sql, column, where) for where in ("requests", table))
+        theirs, its = (example(sql, column, where) for where in ("requests", table))
         raise LogError(
             f"{missing} Those of the requests are like {theirs}, those of {table} like {its}; write "
             "them alike in all files"
@@ -100,45 +113,12 @@ def _found(sql: DuckDBPyConnection, column: str, table: str, missing: str) -> di
     return {"of": of, "found": there}
 
 
-def _labels_found(sql: DuckDBPyConnection, task: str, table: str, label: JoinedLabel) -> dict[str, int]:
-    rows, users, items, in_time = (
-        number(sql, f"SELECT count(*) FROM {table}_rows l {which}")
-        for which in (
-            "",
-            'SEMI JOIN (SELECT DISTINCT "user" FROM requests_rows) USING ("user")',
-            'SEMI JOIN (SELECT DISTINCT "user", item FROM requests_rows) USING ("user", item)',
-            f"SEMI JOIN requests_rows r ON {labels_of(label.within_seconds)}",
-        )
-    )
-    if not in_time:
-        user, item = (_example(sql, column, table) for column in (USER, ITEM))
-        theirs, shown = (_example(sql, column, "requests") for column in (USER, ITEM))
-        raise LogError(
-            f"requests.labels.{task}: none of its {rows} rows labels a candidate; {users} have a "
-            f"user of the requests, {items} that user's candidate, none within "
-            f"{label.within_seconds} seconds after it. Its users are like {user}, its items like "
-            f"{item}; those of the requests like {theirs} and {shown}; are ids written alike, and "
-            "times of one time zone?"
-        )
-    return {
-        "rows": rows,
-        "of_a_user_of_the_requests": users,
-        "of_a_candidate": items,
-        "in_time": in_time,
-    }
-
-
-def _example(sql: DuckDBPyConnection, column: str, table: str) -> str:
-    """An id of a table, for a message."""
-    least = first_row(sql, f'SELECT min("{column}") FROM {table}_rows')[0]
-    return "none, since it has no rows" if least is None else repr(least)
-
-
 # ---------------------------------------------------------------- a split
 
 
-def _report_split(sql: DuckDBPyConnection, requests: Requests, mine: range) -> dict[str, Any]:
+def _report_split(sql: DuckDBPyConnection, schema: PrepareSchema, mine: range) -> dict[str, Any]:
     """The figures of a split, asked of views of its requests and candidates."""
+    requests = schema.requests
     for table in ("requests", "candidates"):
         sql.execute(
             f"""CREATE OR REPLACE VIEW {table}_of_split AS FROM {table}
@@ -163,6 +143,7 @@ def _report_split(sql: DuckDBPyConnection, requests: Requests, mine: range) -> d
         "exposed": exposed,
         "label_rates_of_exposed": dict(zip(requests.labels, rates, strict=True)),
         "requests_without_history": alone,
+        "requests_without_user": number(sql, 'SELECT count(*) FROM requests_of_split WHERE "user" = 0'),
         **_leaks(sql),
         **_same_times(sql),
         "candidates_given_again": number(
@@ -170,8 +151,14 @@ def _report_split(sql: DuckDBPyConnection, requests: Requests, mine: range) -> d
             """SELECT coalesce(sum(n - 1), 0)::BIGINT FROM (
             SELECT count(*) AS n FROM candidates_of_split GROUP BY _number, _row.item)""",
         ),
-        "dense": _scales(sql, requests.dense, requests.candidate_dense),
+        "dense": _scales(sql, schema.dense, requests.candidate_dense),
     }
+    if schema.items:
+        told["candidates_not_described"] = first_row(
+            sql,
+            f"""SELECT {_share("NOT coalesce(_described, false)")}
+            FROM candidates_of_split c JOIN items i ON i.item = c._row.item""",
+        )[0]
     if requests.negatives:
         positives = number(sql, "SELECT count(*) FROM candidates_of_split WHERE _positive")
         added = number(
@@ -226,17 +213,17 @@ def _same_times(sql: DuckDBPyConnection) -> dict[str, int]:
 def _scales(
     sql: DuckDBPyConnection, dense: Iterable[str], candidate_dense: Iterable[str]
 ) -> dict[str, dict[str, float]]:
-    """How the dense columns of a split are scaled."""
+    """How the dense columns of a split are scaled, and the share of their numbers that are missing."""
     columns = [(name, quoted(name), "requests_of_split") for name in dense]
     columns += [(name, f"_row.{quoted(name)}", "candidates_of_split") for name in candidate_dense]
     told: dict[str, dict[str, float]] = {}
     for name, column, table in columns:
         figures = first_row(
             sql,
-            f"""SELECT avg(x), stddev_pop(x), min(x), max(x)
+            f"""SELECT avg(x), stddev_pop(x), min(x), max(x), {_share("x IS NULL")}
             FROM (SELECT CAST({column} AS DOUBLE) AS x FROM {table})""",
         )
-        told[name] = dict(zip(("mean", "std", "min", "max"), figures, strict=True))
+        told[name] = dict(zip(("mean", "std", "min", "max", "missing"), figures, strict=True))
     return told
 
 
@@ -272,11 +259,16 @@ def _warnings(report: Mapping[str, Any]) -> list[str]:
     """What a report's figures say that somebody should look at, in words."""
     told: list[str] = []
     for split, figures in report["requests"].items():
-        told += [
-            f"{split}: {sentence}"
-            for name, numbers in figures["dense"].items()
-            if (sentence := unscaled(name, numbers["mean"], numbers["std"]))
-        ]
+        if (new := figures["new"]["items"]["candidates"] or 0) > _NEW:
+            told.append(
+                f"{split}: {new:.1%} of the candidates are items that are new to the training: the "
+                "model knows them by their features alone, so describe them in `items`"
+            )
+        if (unknown := figures.get("candidates_not_described") or 0) > _UNDESCRIBED:
+            told.append(
+                f"{split}: {unknown:.1%} of the candidates are not described in `items`: their features "
+                "are unknown"
+            )
         second, before, after = (
             figures[f"positives_in_{span}"] or 0 for span in ("last_second", "last_day", "next_day")
         )
@@ -300,4 +292,18 @@ def _warnings(report: Mapping[str, Any]) -> list[str]:
                 f"{section}: {figures['doubled']} of {figures['rows']} rows equal one before them; each "
                 "counts"
             )
+    for name, figures in report["joins"].items():
+        ambiguous = figures.get("of_several_candidates", 0)
+        if ambiguous > _AMBIGUOUS * figures.get("in_time", 0):
+            told.append(
+                f"{name}: {ambiguous} of {figures['in_time']} rows may be of several candidates, since "
+                "the item was shown more than once within `within_seconds` before; the latest is "
+                "labelled 1, or all, where `mark_all` says so"
+            )
+    lists = report.get("histories_without_times", {})
+    if several := lists.get("users_with_lists_of_several_lengths"):
+        told.append(
+            f"events: {several} of {lists['users']} users have lists of several lengths; the shortest "
+            "is the history, since a longer one may hold what came after a request"
+        )
     return told

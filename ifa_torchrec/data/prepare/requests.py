@@ -1,4 +1,4 @@
-"""The requests: rows of candidates grouped, numbered by time, cut into splits and written."""
+"""The requests: rows of candidates grouped, numbered by time, cut into splits, coded and written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ifa_torchrec.data.prepare.ids import with_codes
+from ifa_torchrec.data.prepare.ids import with_codes, with_lists
 from ifa_torchrec.data.prepare.schema import PrepareSchema
 from ifa_torchrec.data.prepare.sql import (
     first_row,
@@ -28,58 +28,62 @@ REQUESTS_AT_ONCE = 200_000
 """Lists are built in memory, for so many requests at a time."""
 
 
-def group_candidates(sql: DuckDBPyConnection, schema: PrepareSchema) -> None:
-    """Make the tables `requests`, numbered by time, and `candidates`.
+def group_requests(sql: DuckDBPyConnection, schema: PrepareSchema) -> None:
+    """Make the tables `requests`, numbered by time, and `sessions`, its rows, with ids as found.
 
-    A candidate is the number of its request (_number), what is its own (_row) and whether a label of it
-    is 1 (_positive).
+    A row of a session has the number of its request (_number).
     """
     requests = schema.requests
-    each = _columns_of_candidates(schema)
-    # the label of who was not shown may be unknown, and stands as 0
-    numbers = more([*each[1:], *requests.dense], "coalesce(r.{}, 0)")
-    select, joins = with_codes(schema.context, "r")
-    sql.execute(
-        f"""CREATE TABLE coded AS
-        SELECT u.code AS "user", r._request, r.time, i.code AS item, r.exposed {select} {numbers}
-        FROM {_with_users(schema)} r JOIN codes_user u ON u.id = r."user"
-        JOIN codes_item i ON i.id = r.item {joins}"""
-    )
     gap = requests.gap_seconds
-    if gap is None and not requests.request:
+    if gap is None and not (requests.request or requests.each):
         gap = 0
     begins = "false" if gap is None else f"time - lag(time) OVER earlier > {interval(gap)}"
-    shared = more([*schema.context, *requests.dense], "min({})")
-    row = "".join(f", {name} := {name}" for name in map(quoted, each))
-    positive = " OR ".join(f"{quoted(task)} = 1" for task in requests.labels)
+    own = [*requests.context, *requests.context_lists, *requests.dense]
+    users = schema.described_users
+    of_user = [*users.features, *users.lists, *users.dense]
+    described = f"""LEFT JOIN (SELECT c.code AS "user" {more(of_user, "max(u.{})")} FROM users_rows u
+        JOIN codes_user c ON c.id = u."user" GROUP BY c.code) USING ("user")"""
     sql.execute(
-        f"""CREATE TABLE sessions AS
+        f"""CREATE TABLE grouped AS
         SELECT *, sum(_begins) OVER (PARTITION BY "user", _request ORDER BY time) AS _session
-        FROM (SELECT *, CAST(coalesce({begins}, false) AS INTEGER) AS _begins FROM coded
+        FROM (SELECT *, CAST(coalesce({begins}, false) AS INTEGER) AS _begins FROM (
+                SELECT coalesce(u.code, 0) AS "user", r.* EXCLUDE ("user", _given, _refused)
+                FROM requests_rows r LEFT JOIN codes_user u ON u.id = r."user")
               WINDOW earlier AS (PARTITION BY "user", _request ORDER BY time));
 
         CREATE TABLE requests AS SELECT row_number() OVER () - 1 AS _number, * FROM (
-            SELECT "user", _request, _session, min(time) AS time {shared} FROM sessions
-            GROUP BY "user", _request, _session ORDER BY time, "user", _request, _session);
+            FROM (SELECT "user", _request, _session, min(time) AS time {more(own, "min({})")}
+                  FROM grouped GROUP BY "user", _request, _session)
+            {described if schema.users else ""}
+            ORDER BY time, "user", _request, _session);
 
-        CREATE TABLE candidates AS
-        SELECT _number, struct_pack(item := item {row}) AS _row, ({positive}) AS _positive
-        FROM sessions JOIN requests USING ("user", _request, _session) ORDER BY _number"""
+        CREATE TABLE sessions AS
+        SELECT g.*, q._number FROM grouped g JOIN requests q USING ("user", _request, _session);
+        DROP TABLE grouped"""
     )
 
 
-def _columns_of_candidates(schema: PrepareSchema) -> list[str]:
-    """What stands in _row, beside the item."""
-    return [EXPOSED, *schema.requests.labels, *schema.requests.candidate_dense]
+def code_candidates(sql: DuckDBPyConnection, schema: PrepareSchema) -> None:
+    """Make the table `candidates` of `sessions` and the codes.
 
-
-def _with_users(schema: PrepareSchema) -> str:
-    """What to select the requests from, with the users' features."""
-    if not schema.users:
-        return "requests_rows"
-    greatest = more(schema.user_features, "max({})")
-    return f"""(FROM requests_rows LEFT JOIN (
-        SELECT "user" {greatest} FROM users_rows GROUP BY "user") USING ("user"))"""
+    A candidate is the number of its request (_number), what is its own (_row) and whether a label of it
+    is 1, or, where all labels are numbers, above 0 (_positive).
+    """
+    requests = schema.requests
+    # the label of who was not shown may be unknown, and stands as 0
+    labels = "".join(f", {n} := coalesce(s.{n}, 0)::FLOAT" for n in map(quoted, requests.labels))
+    numbers = "".join(f", {n} := s.{n}" for n in map(quoted, requests.candidate_dense))
+    coded = enumerate(map(quoted, requests.candidate_features))
+    features = "".join(f", {name} := coalesce(c{n}.code, 0)" for n, name in coded)
+    positive = [f"s.{quoted(task)} = 1" for task in requests.binary]
+    positive = positive or [f"s.{quoted(task)} > 0" for task in requests.labels]
+    sql.execute(
+        f"""CREATE TABLE candidates AS
+        SELECT s._number, coalesce({" OR ".join(positive)}, false) AS _positive,
+            struct_pack(item := i.code, {EXPOSED} := s.exposed {labels} {numbers} {features}) AS _row
+        FROM sessions s JOIN codes_item i ON i.id = s.item
+        {with_codes(requests.candidate_features, "s")[1]} ORDER BY s._number"""
+    )
 
 
 def cut_splits(
@@ -128,19 +132,24 @@ def write_requests(
     sql: DuckDBPyConnection, schema: PrepareSchema, splits: Mapping[str, range], folder: Path
 ) -> None:
     """Write FOLDER/SPLIT.parquet of each split; candidates stand in the order of their items."""
-    columns = more([*schema.context, *schema.requests.dense])
-    lists = more(_columns_of_candidates(schema), "[_one.{} for _one in _rows]")
+    own = schema.requests
+    values = [EXPOSED, *own.labels, *own.candidate_dense, *own.candidate_features]
+    lists = more(values, "[_one.{} for _one in _rows]")
+    select, joins = with_codes(schema.context, "requests")
+    select_lists, join_lists = with_lists(sql, schema.context_lists, "requests", "_number")
+    columns = f"{select} {select_lists} {more(schema.dense, 'requests.{}')}"
     for split, numbers in splits.items():
         for start in numbers[::REQUESTS_AT_ONCE]:
             last = min(start + REQUESTS_AT_ONCE, numbers.stop) - 1
             mine = f"_number BETWEEN {start} AND {last}"
             sql.execute(
                 f"""{"CREATE TABLE written AS" if start == numbers.start else "INSERT INTO written"}
-                SELECT "user", time {columns}, [_one.item for _one in _rows] AS {CANDIDATES} {lists}
-                FROM (FROM requests WHERE {mine}) JOIN (
+                SELECT requests."user", requests.time {columns},
+                    [_one.item for _one in _rows] AS {CANDIDATES} {lists}
+                FROM requests JOIN (
                     SELECT _number, list_sort(list(_row)) AS _rows FROM candidates
-                    WHERE {mine} GROUP BY _number) USING (_number)
-                ORDER BY _number"""
+                    WHERE {mine} GROUP BY _number) r ON r._number = requests._number {joins} {join_lists}
+                WHERE requests.{mine} ORDER BY requests._number"""
             )
         write_parquet(sql, "FROM written", folder / f"{split}.parquet")
         sql.execute("DROP TABLE written")

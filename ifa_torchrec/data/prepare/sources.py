@@ -6,64 +6,36 @@ Of a section there are then a table SECTION_read of all its rows, with _refused 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ifa_torchrec.data.prepare.columns import column_of
 from ifa_torchrec.data.prepare.files import Source
-from ifa_torchrec.data.prepare.schema import (
-    ITEM,
-    NAME,
-    Events,
-    Items,
-    PrepareSchema,
-    Requests,
-    Table,
-    Users,
-    column_of,
+from ifa_torchrec.data.prepare.histories import date_histories
+from ifa_torchrec.data.prepare.labels import join_label
+from ifa_torchrec.data.prepare.schema import PrepareSchema
+from ifa_torchrec.data.prepare.sections import (
+    AT,
+    LENGTH,
+    POSITION,
+    Section,
+    events_section,
+    items_section,
+    label_section,
+    list_in_sql,
+    requests_section,
+    users_section,
 )
-from ifa_torchrec.data.prepare.sql import interval, literal, number, quoted, timestamp
-from ifa_torchrec.data.schema import EXPOSED, TIME, USER, LogError
+from ifa_torchrec.data.prepare.sql import literal, number, quoted
+from ifa_torchrec.data.prepare.vectors import check_vectors
+from ifa_torchrec.data.schema import LogError
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 _EXAMPLES = 3  # of the rows that are refused for one reason
-
-# SQL with {0} where what stands in the file does
-_TEXT = "CAST({0} AS VARCHAR)"
-_NUMBER = "TRY(CAST({0} AS FLOAT))"
-_BOOLEAN = "TRY(CAST({0} AS BOOLEAN))"
-# 0 and 1, or what else stands for false and true
-_LABEL = "coalesce(TRY(CAST({0} AS FLOAT)), TRY(CAST(CAST({0} AS BOOLEAN) AS FLOAT)))"
-# An id as text. A float that is not a number, or so large that integers beside it are the same float,
-# would be many users or items in one.
-_ID = """CASE WHEN abs(CASE typeof({0}) WHEN 'DOUBLE' THEN TRY_CAST({0} AS DOUBLE)
-    WHEN 'FLOAT' THEN TRY_CAST({0} AS DOUBLE) * 536870912 END) >= 9007199254740992 THEN NULL
-    ELSE CAST({0} AS VARCHAR) END"""
-_INEXACT = "is a float in which ids are not exact; write them as integers or text"
-
-# where the items are the log itself, a join with all its rows takes far more memory
-_UNKNOWN_ITEM = "item NOT IN (SELECT DISTINCT item FROM items_rows)"
-
-
-@dataclass(frozen=True)
-class _Section:
-    """A table to be read.
-
-    Args:
-        name: of the section, and of its tables.
-        files: where its rows are.
-        columns: for each column of ours, the schema's column and the SQL that makes ours of it.
-        checks: SQL conditions under which a row is refused, and why.
-        where: the schema's condition for the rows that are wanted; all, by default.
-    """
-
-    name: str
-    files: Table
-    columns: Mapping[str, tuple[str, str]]
-    checks: Mapping[str, str]
-    where: str | None = None
+_SHOWN = 200  # characters of a value in an example
+_NOTHING = ""  # stands in _refused, until it is counted, for a row whose lists are empty
 
 
 def read_sections(
@@ -72,7 +44,8 @@ def read_sections(
     r"""Read all sections of a schema: items, events, requests, label_0, label_1, ... and users.
 
     Returns:
-        For each section its rows, how many are refused, and the reasons, with examples.
+        For each section its rows, how many are refused, and the reasons, with examples; and how many
+        rows' lists are empty, where `each` names lists.
 
     Raises:
         LogError: files or columns are missing, or more than the share ``max_refused`` of a section's
@@ -95,98 +68,30 @@ def read_sections(
     """
     refused: dict[str, dict[str, Any]] = {}
 
-    def read(section: _Section) -> None:
+    def read(section: Section) -> None:
         lines = _read(sql, section)
-        refused[section.name] = _count_refused(sql, section.name, lines, max_refused)
+        empty = number(sql, f"SELECT count(*) FROM {section.name}_read WHERE _refused = '{_NOTHING}'")
+        sql.execute(f"DELETE FROM {section.name}_read WHERE _refused = '{_NOTHING}'")
+        if section.name == "items" and schema.items:
+            check_vectors(sql, schema.items)
+        told = _count_refused(sql, section.name, lines, max_refused)
+        refused[section.name] = told | ({"rows_of_empty_lists": empty} if section.each else {})
 
-    known = {_UNKNOWN_ITEM: "item is not among the items"} if schema.items else {}
     if schema.items:
-        read(_items(schema.items))
-    read(_rows("events", schema.events, known))
-    read(_requests(schema.requests, known))
-    for number_of, (task, label) in enumerate(schema.requests.joined_labels.items()):
-        read(_rows(f"label_{number_of}", label, known))
-        _join_label(sql, task, f"label_{number_of}", label.within_seconds)
+        read(items_section(schema.items, schema.log_scaled))
+    read(events_section(schema.events, schema.log_scaled))
+    read(requests_section(schema))
+    if schema.events.time is None:
+        date_histories(sql)
+    for n, (task, label) in enumerate(schema.requests.joined_labels.items()):
+        read(label_section(n, label))
+        join_label(sql, task, f"label_{n}", label)
     if schema.users:
-        read(_users(schema.users))
+        read(users_section(schema.users, schema.log_scaled))
     return refused
 
 
-# ---------------------------------------------------------------- what is wanted of a section
-
-
-def _items(items: Items) -> _Section:
-    columns = {ITEM: (items.item, _ID), NAME: (items.name or items.item, _TEXT)}
-    columns |= {f: (column_of(column), _TEXT) for f, column in items.features.items()}
-    return _Section("items", items, columns, _checks_of_id(ITEM))
-
-
-def _users(users: Users) -> _Section:
-    columns = {USER: (users.user, _ID)}
-    columns |= {f: (column_of(column), _TEXT) for f, column in users.features.items()}
-    return _Section("users", users, columns, _checks_of_id(USER))
-
-
-def _rows(
-    name: str,
-    rows: Events,
-    known: Mapping[str, str],
-    columns: Mapping[str, tuple[str, str]] | None = None,
-    checks: Mapping[str, str] | None = None,
-) -> _Section:
-    """A section of rows with a user, an item and a time, and what others have beside."""
-    unit = f"a number in {rows.unit}" if rows.unit else "a timestamp; give numbers a unit"
-    return _Section(
-        name,
-        rows,
-        {
-            USER: (rows.user, _ID),
-            ITEM: (column_of(rows.item), _ID),
-            TIME: (rows.time, timestamp("{0}", rows.unit)),
-            **(columns or {}),
-        },
-        {
-            **_checks_of_id(USER, ITEM),
-            "_given.time IS NULL": "time is empty",
-            "time IS NULL": f"time cannot be read as {unit}",
-            # An epoch number in the wrong unit ends in 1970 or in the year 54000.
-            "year(time) NOT BETWEEN 1971 AND 2200": "time is not of 1971 to 2200: is the unit right?",
-            **known,
-            **(checks or {}),
-        },
-        rows.where,
-    )
-
-
-def _requests(requests: Requests, known: Mapping[str, str]) -> _Section:
-    columns = {
-        "_request": (requests.request or "''", _TEXT),
-        EXPOSED: (requests.exposed or "true", _BOOLEAN),
-    }
-    checks = {"_request IS NULL": "request is empty", "exposed IS NULL": "exposed is not 0 or 1"}
-    for task, label in requests.labels.items():
-        if isinstance(label, str):
-            columns[task] = (label, _LABEL)
-            unknown = f"_given.{quoted(task)} IS NULL AND NOT exposed"
-            known_label = f"coalesce({quoted(task)} IN (0, 1), false)"
-            checks[f"NOT ({unknown} OR {known_label})"] = f"label {task} is not 0 or 1"
-    for feature, column in requests.context.items():
-        columns[feature] = (column_of(column), _TEXT)
-    for feature, column in {**requests.dense, **requests.candidate_dense}.items():
-        columns[feature] = (column, _NUMBER)
-        checks[f"NOT coalesce(isfinite({quoted(feature)}), false)"] = f"{feature} is not a number"
-    return _rows("requests", requests, known, columns, checks)
-
-
-def _checks_of_id(*names: str) -> dict[str, str]:
-    empty = {f"_given.{quoted(name)} IS NULL": f"{name} is empty" for name in names}
-    return empty | {f"{quoted(name)} IS NULL": f"{name} {_INEXACT}" for name in names}
-
-
-# ---------------------------------------------------------------- reading
-
-
-def _read(sql: DuckDBPyConnection, section: _Section) -> dict[str, dict[str, Any]]:
+def _read(sql: DuckDBPyConnection, section: Section) -> dict[str, dict[str, Any]]:
     """Make the table and the view of a section.
 
     Returns:
@@ -200,21 +105,72 @@ def _read(sql: DuckDBPyConnection, section: _Section) -> dict[str, dict[str, Any
 
     columns = section.columns.items()
     ours = ", ".join(f"{form.format(given(column))} AS {quoted(c)}" for c, (column, form) in columns)
-    texts = ", ".join(f"{quoted(c)} := {_TEXT.format(given(column))}" for c, (column, _) in columns)
+    texts = {c: column for c, (column, _) in columns}
+    texts |= {f"_each_{name}": column_of(column) for name, column in section.each.items()}
+    shown = [f"{name} := CAST({place} AS VARCHAR)" for name, place in source.places.items()]
+    shown += [
+        f"{quoted(c)} := left(CAST({given(column)} AS VARCHAR), {_SHOWN})" for c, column in texts.items()
+    ]
+    places = "".join(f", {place} AS {name}" for name, place in source.places.items())
+    rows = f"(SELECT * {places} FROM {source.relation})"
     wanted = f"TRY(CAST({given(section.where)} AS BOOLEAN))" if section.where else "true"
     checks = {"NOT _wanted IS TRUE": "`where` cannot be told", **section.checks}
+    unpacked = "false AS _nothing"
+    if section.each:
+        rows = _each(sql, section, source, rows, given)
+        checks = {
+            "_ragged": "lists of `each` differ in length",
+            "_unlisted": "a column of `each` is not a list; name the `delimiter` of its text",
+            **checks,
+        }
+        unpacked = f"_ragged, _unlisted, {LENGTH} = 0 AS _nothing"
     reasons = " ".join(f"WHEN {check} THEN {literal(why)}" for check, why in checks.items())
+    derived = "".join(f", {form} AS {quoted(name)}" for name, form in section.derived.items())
+    scratch = ["_given", "_nothing", "_wanted", *section.scratch]
+    scratch += ["_ragged", "_unlisted"] if section.each else []
     with source.reading():
         sql.execute(
             f"""CREATE TABLE {section.name}_read AS
-            SELECT * EXCLUDE (_given, _wanted), CASE WHEN _refused IS NOT NULL THEN _given END AS _given
-            FROM (SELECT *, CASE {reasons} END AS _refused
-                  FROM (SELECT {ours}, struct_pack({texts}) AS _given, {wanted} AS _wanted
-                        FROM {source.relation})
-                  WHERE _wanted IS DISTINCT FROM false)"""
+            SELECT * EXCLUDE ({", ".join(map(quoted, scratch))}),
+                CASE WHEN _refused IS NOT NULL THEN CAST(_given AS VARCHAR) END AS _given
+            FROM (SELECT * {derived}, CASE WHEN _nothing THEN '{_NOTHING}' {reasons} END AS _refused
+                  FROM (SELECT {ours}, struct_pack({", ".join(shown)}) AS _given,
+                        {wanted} AS _wanted, {unpacked} FROM {rows})
+                  WHERE _wanted IS DISTINCT FROM false OR _nothing)"""
         )
     sql.execute(f"CREATE VIEW {section.name}_rows AS FROM {section.name}_read WHERE _refused IS NULL")
     return source.refused
+
+
+def _each(
+    sql: DuckDBPyConnection, section: Section, source: Source, rows: str, given: Callable[[str], str]
+) -> str:
+    """A relation with a row for each element of a row's lists.
+
+    Where the lists are not what they should be, and where they are empty, one row stands for theirs.
+    """
+    lists: list[str] = []
+    unlisted: list[str] = []
+    for name, column in section.each.items():
+        if name.lower() in {there.lower() for there in source.columns}:
+            raise LogError(f"{section.name}.each: there is a column {name!r} already; take another name")
+        text = given(column_of(column))
+        kind = sql.execute(f"DESCRIBE SELECT {text} FROM {rows}").fetchall()[0][1]
+        # elements of a list keep their type
+        lists.append(text if kind.endswith("]") else list_in_sql(column).format(text))
+        unlisted.append(f"({text} IS NOT NULL AND {lists[-1]} IS NULL)")
+    lengths = [f"coalesce(len({_list}), 0)" for _list in lists]
+    ragged = " OR ".join(["false", *(f"{length} <> {lengths[0]}" for length in lengths[1:])])
+    bad = "_unlisted OR _ragged"
+    found = "".join(f", {_list} AS _list{n}" for n, _list in enumerate(lists))
+    elements = "".join(
+        f", unnest(CASE WHEN {bad} OR {LENGTH} = 0 THEN [NULL] ELSE _list{n} END) AS {quoted(name)}"
+        for n, name in enumerate(section.each)
+    )
+    return f"""(SELECT *, unnest(range(greatest({LENGTH}, 1))) AS {POSITION} {elements}
+        FROM (SELECT *, CASE WHEN {bad} THEN 1 ELSE {lengths[0]} END AS {LENGTH}
+              FROM (SELECT *, row_number() OVER () AS {AT}, {" OR ".join(unlisted)} AS _unlisted,
+                    {ragged} AS _ragged {found} FROM {rows})))"""
 
 
 def _count_refused(
@@ -224,7 +180,7 @@ def _count_refused(
     reasons = dict(lines)
     for why, count, examples in sql.execute(
         f"""SELECT why, count(*), min(row, {_EXAMPLES})
-        FROM (SELECT _refused AS why, CAST(_given AS VARCHAR) AS row FROM {section}_read)
+        FROM (SELECT _refused AS why, _given AS row FROM {section}_read)
         WHERE why IS NOT NULL GROUP BY why ORDER BY why"""
     ).fetchall():
         reasons[why] = {"rows": count, "examples": examples}
@@ -242,24 +198,3 @@ def _count_refused(
             f"{told}; repair them or the schema, or allow more with max_refused"
         )
     return {"rows": rows, "refused": count, "reasons": reasons}
-
-
-def _join_label(sql: DuckDBPyConnection, task: str, section: str, within_seconds: float) -> None:
-    sql.execute(
-        f"""ALTER TABLE requests_read ADD COLUMN {quoted(task)} FLOAT DEFAULT 0;
-        UPDATE requests_read r SET {quoted(task)} = 1 FROM {section}_rows l
-        WHERE {labels_of(within_seconds)}"""
-    )
-
-
-def labels_of(within_seconds: float) -> str:
-    """Whether a row `l` of a joined label labels a row `r` of the requests, in SQL.
-
-    Example:
-        >>> from ifa_torchrec.data.prepare.sources import labels_of
-        >>> print(labels_of(60))
-        l."user" = r."user" AND l.item = r.item
-        AND l.time BETWEEN r.time AND r.time + to_microseconds(60000000)
-    """
-    return f"""l."user" = r."user" AND l.item = r.item
-AND l.time BETWEEN r.time AND r.time + {interval(within_seconds)}"""

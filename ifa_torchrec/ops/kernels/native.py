@@ -40,12 +40,12 @@ _MAPS = {"elu": 0, "relu": 1, "hedgehog": 2}
 _DTYPES = (torch.float32, torch.bfloat16)
 _TYPES = {"p": c_void_p, "n": c_int64, "i": c_int, "f": c_float}
 _SIGNATURES = {
-    "encode": "pipn ppppp iiii pp i",
-    "encode_backward": "pp pipn ppppp iiii pppp i",
+    "encode": "pipn pppi pp iiii pp i",
+    "encode_backward": "pp pipn pppi pp iiii pppp i",
     "attend": "pipn ppp iiiif pp i",
     "attend_backward": "pp pipn ppp iiiif pppp i",
-    "match": "pppippn ppp ii pppp i",
-    "match_backward": "ppnnpp pi ppp ii pp i",
+    "match": "pppippn pi pp ii pppp i",
+    "match_backward": "ppnnpp pi pi pp ii pp i",
 }
 """The arguments of csrc/'s kernels: pointers, int64, int, float."""
 
@@ -134,9 +134,21 @@ def _given(x: Tensor | None, *shape: int, dtype: torch.dtype = torch.float32) ->
     return x.to(dtype).contiguous()
 
 
+def _weights(weights: Tensor | None, rows: int, heads: int) -> tuple[Tensor | None, int]:
+    """The kernels' arguments of event weights [rows, heads] or [rows]: them, and a row's columns."""
+    if weights is None or weights.ndim == 1:
+        return _given(weights, rows), 1
+    return _given(weights, rows, heads), heads
+
+
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """For a kernel to fill, whatever the default dtype and device."""
     return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def _grad_weights(weights: Tensor | None) -> Tensor:
+    """For the gradient of event weights; without them of no size, which is a null pointer."""
+    return _empty(0) if weights is None else _empty(*weights.shape)
 
 
 def _tokens(tokens: Tensor) -> tuple[Tensor, int]:
@@ -181,7 +193,7 @@ def encode(given: EncodeArguments) -> tuple[Tensor, Tensor]:
         "encode",
         *(*_tokens(history), bounds, requests),
         *(_given(key_weight, heads, width, dim), _given(value_weight, heads, width, dim)),
-        *(_given(weights, rows), _given(ages, rows), _given(decay, heads)),
+        *(*_weights(weights, rows, heads), _given(ages, rows), _given(decay, heads)),
         *(*_sizes(history, key_weight, feature_map), key_value, key_sum),
     )
     return key_value, key_sum
@@ -197,14 +209,14 @@ def encode_backward(
     features = width * FEATURE_MAPS[feature_map].expansion
     grad_history = _empty(*history.shape, dtype=history.dtype)
     grad_key, grad_value = _empty(heads, width, dim), _empty(heads, width, dim)
-    grad_weights = _empty(0 if weights is None else rows)  # of no size: a null pointer
+    grad_weights = _grad_weights(weights)
     _call(
         "encode_backward",
         _given(grad_key_value, requests, heads, features, width),
         _given(grad_key_sum, requests, heads, features),
         *(*_tokens(history), bounds, requests),
         *(_given(key_weight, heads, width, dim), _given(value_weight, heads, width, dim)),
-        *(_given(weights, rows), _given(ages, rows), _given(decay, heads)),
+        *(*_weights(weights, rows, heads), _given(ages, rows), _given(decay, heads)),
         *_sizes(history, key_weight, feature_map),
         *(grad_history, grad_key, grad_value, grad_weights),
     )
@@ -283,7 +295,7 @@ def match(given: MatchArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         *(_given(candidate_buckets, candidates, dtype=int64), offsets, *_tokens(history)),
         _given(history_buckets, events, dtype=int64),
         *(_given(event_offsets, requests + 1, dtype=int64), requests),
-        *(_given(weights, events), _given(ages, events), _given(decay, rates)),
+        *(*_weights(weights, events, rates), _given(ages, events), _given(decay, rates)),
         *(dim, rates, token_sum, weight_sum, candidate_first, event_candidate),
     )
     return token_sum, weight_sum, candidate_first, event_candidate
@@ -299,7 +311,7 @@ def match_backward(
         if len(joined) and not least <= joined.min() <= joined.max() < candidates:
             raise ValueError(f"the join must be of rows from {least} to {candidates - 1}, got {joined}")
     grad_history = _empty(*history.shape, dtype=history.dtype)
-    grad_weights = _empty(0 if weights is None else events)  # of no size: a null pointer
+    grad_weights = _grad_weights(weights)
     _call(
         "match_backward",
         # copies, since the kernel adds up in place
@@ -307,7 +319,7 @@ def match_backward(
         *(_given(grad_weight.clone(), candidates, rates), candidates, events),
         _given(candidate_first, candidates, dtype=torch.int64),
         *(_given(event_candidate, events, dtype=torch.int64), *_tokens(history)),
-        *(_given(weights, events), _given(ages, events), _given(decay, rates)),
+        *(*_weights(weights, events, rates), _given(ages, events), _given(decay, rates)),
         *(dim, rates, grad_history, grad_weights),
     )
     return grad_history, grad_weights if weights is None else grad_weights.to(weights.dtype)

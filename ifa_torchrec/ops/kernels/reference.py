@@ -23,13 +23,15 @@ def features(tokens: torch.Tensor, weight: torch.Tensor, feature_map: str) -> to
 def event_weights(
     weights: torch.Tensor | None, ages: torch.Tensor | None, decay: torch.Tensor, tokens: torch.Tensor
 ) -> torch.Tensor:
-    """w_hi = a_i exp(-lambda_h t_i), [n, H]; a_i is 1 and t_i is 0 where None is given."""
+    """w_hi = a_hi exp(-lambda_h t_i), [n, H]; of a_hi [n, H] or [n], 1 for None, and t_i, 0 for None."""
     result = tokens.new_ones(tokens.shape[0], len(decay))
     if ages is not None:
         # no decay is no decay at any age, an infinite one included
         exponent = torch.where(decay > 0, decay * ages[:, None], 0.0)
         result = result * torch.exp(-exponent).to(result.dtype)
-    return result if weights is None else result * weights[:, None]
+    if weights is None:
+        return result
+    return result * (weights if weights.ndim == 2 else weights[:, None])
 
 
 def quadratic(

@@ -90,6 +90,11 @@ def _row_weights(
     )
 
 
+def _as_given(grad: Tensor, weights: Tensor) -> Tensor:
+    """The gradient of rows of weights [N, H] or [N], from that of each row and head [r, H]."""
+    return (grad if weights.ndim == 2 else grad.sum(-1)).to(weights.dtype)
+
+
 def _tile_weights(
     weights: Tensor | None,
     ages: Tensor | None,
@@ -155,8 +160,8 @@ def encode_backward(
         grad_history[row[valid]] = grad_tokens[valid].to(history.dtype)
         if weights is not None:
             decayed = _tile_weights(None, ages, decay, tokens, row, valid)
-            grad_weight = ((grad_weighted * phi).sum(2) * decayed[:, :, 0]).sum(1)
-            grad_weights[row[valid]] = grad_weight[valid].to(weights.dtype)
+            grad_weight = ((grad_weighted * phi).sum(2) * decayed[:, :, 0]).mT[valid]
+            grad_weights[row[valid]] = _as_given(grad_weight, weights)
     key_token = key_token.view(*grad_key_value.shape[:-1], history.shape[1])
     grad_value_weight = torch.einsum("bhfd,bhfD->hdD", grad_key_value, key_token).contiguous()
     return (
@@ -330,5 +335,5 @@ def match_backward(
         grad_event = grad_weight[candidate]
         for rate in range(len(decay)):
             grad_event[:, rate] += (tokens * grad_token[candidate, rate]).sum(-1)
-        grad_weights[event] = (grad_event * decayed).sum(-1).to(weights.dtype)
+        grad_weights[event] = _as_given(grad_event * decayed, weights)
     return grad_history, grad_weights

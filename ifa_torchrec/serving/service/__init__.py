@@ -8,6 +8,11 @@
 - ``connections``: what uvicorn is given, so that nobody keeps others out.
 """
 
+from ifa_torchrec.errors import require
+
+require("serve", "fastapi", "h11", "pydantic", "uvicorn")
+
+# ruff: noqa: E402 (what is not installed is named before an import fails on it)
 from ifa_torchrec.serving.service.app import create_app
 
 __all__ = ["create_app"]

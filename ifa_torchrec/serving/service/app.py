@@ -26,40 +26,33 @@ def create_app(
 
     Example:
         >>> import pandas as pd, tempfile
-        >>> from pathlib import Path
         >>> from fastapi.testclient import TestClient
-        >>> from ifa_torchrec import IFAConfig
-        >>> from ifa_torchrec.commands.build_states import BuildStatesConfig, build_states
+        >>> from torchrec import EmbeddingCollection, EmbeddingConfig
+        >>> from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, IFAConfig
         >>> from ifa_torchrec.data import EventLog, LogSchema
-        >>> from ifa_torchrec.serving import Scorer, StateStore, open_key_value_store
+        >>> from ifa_torchrec.serving import Scorer, StateLayout, StateStore, open_key_value_store
         >>> from ifa_torchrec.serving.live import Limits, LiveScorer
         >>> from ifa_torchrec.serving.service import create_app
-        >>> from ifa_torchrec.training.options import TrainConfig
-        >>> from ifa_torchrec.training.run import load_run
-        >>> from ifa_torchrec.training.trainer import train
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> days = pd.date_range("2024-01-01", periods=4)
-        >>> log = EventLog.from_pandas(folder / "log", schema=LogSchema(item_features={"item": 3}),
-        ...     events=pd.DataFrame({"user": 1, "item": [0, 1, 0, 1], "time": days}),
-        ...     requests={"train": pd.DataFrame({"user": [1], "time": days[3:], "candidates": [[0, 2]],
-        ...                                      "exposed": [[True, True]], "label": [[1, 0]]})})
-        >>> _ = train(TrainConfig(folder / "log", folder / "run", ifa=IFAConfig(8, num_heads=2)))
-        >>> _ = build_states(BuildStatesConfig(folder / "run", str(folder / "states"), 4))
-        >>> states = open_key_value_store(str(folder / "states"))
-        >>> def load():
-        ...     run = load_run(folder / "run", sharded=False)
-        ...     store = StateStore(states, run.version)
-        ...     return Scorer(run.dlrm, run.log.schema, run.log.items, store)
+        >>> log = EventLog.from_pandas(tempfile.mkdtemp() + "/log", schema=LogSchema({"item": 100}),
+        ...     events=pd.DataFrame({"user": [1], "item": [2], "time": [pd.Timestamp(2024, 1, 1)]}))
+        >>> tables = EmbeddingCollection(tables=[EmbeddingConfig(
+        ...     name="item", embedding_dim=8, num_embeddings=100,
+        ...     feature_names=["history_item", "candidate_item"])])
+        >>> model = DLRM_IFA(None, tables, DLRM_IFAConfig(("item",), ifa=IFAConfig(8, num_heads=2)))
+        >>> states, layout = open_key_value_store(tempfile.mkdtemp()), StateLayout.of(model.candidate_arch.ifa)
+        >>> StateStore.begin(states, "weights-1", layout, 0, vocabulary=log.vocabulary.digest).finish()
+        >>> def load():  # Scorer has an example with a model that was trained
+        ...     return Scorer(model, log, StateStore(states, "weights-1"))
         >>> with LiveScorer(load, Limits()) as live:
         ...     client = TestClient(create_app(live))
-        ...     request = {"user": 1, "candidates": [0, 2, 1], "k": 2}
-        ...     ranked = client.post("/rank", json={"requests": [request]}).json()["rankings"][0]
-        ...     event = {"position": 4, "user": 1, "item": 2, "time": "2024-01-05T08:00:00Z"}
+        ...     event = {"position": 0, "user": 1, "item": 2, "time": "2024-01-05T08:00:00Z"}
         ...     added = client.post("/events", json={"events": [event]}).json()
+        ...     request = {"user": 1, "candidates": [1, 3, "new"], "k": 2}
+        ...     ranked = client.post("/rank", json={"requests": [request]}).json()["rankings"][0]
+        >>> added
+        {'results': [{'status': 'taken', 'reason': None}]}
         >>> sorted(ranked), len(ranked["items"])
         (['as_of', 'items', 'logits', 'version'], 2)
-        >>> added
-        {'new': 1, 'duplicates': 0}
     """
     app = FastAPI(
         title="ifa_torchrec.serve",

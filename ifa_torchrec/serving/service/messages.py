@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -10,9 +10,11 @@ from pydantic import (
     ConfigDict,
     FailFast,
     Field,
+    GetCoreSchemaHandler,
     WithJsonSchema,
     model_validator,
 )
+from pydantic_core import CoreSchema, core_schema
 
 from ifa_torchrec.serving.times import microseconds
 
@@ -26,7 +28,22 @@ def _few(features: object) -> object:
     return features
 
 
-Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+class _OneError:
+    """In place of an error for each type of a union, one that says what is allowed."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.custom_error_schema(
+            handler(source),
+            custom_error_type="external_id",
+            custom_error_message="Input should be an id: a string, not empty, or an integer of 64 bits",
+        )
+
+
+Id = Annotated[
+    Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | Annotated[str, Field(min_length=1)], _OneError()
+]
+"""An external id. It stays what it is: a string of digits is a string."""
+Ids = Annotated[list[Id], Field(fail_fast=True)]
 Natural = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Field(ge=1, le=2**63 - 1)]
 Time = Annotated[
@@ -54,14 +71,25 @@ class StrictModel(BaseModel):
 class RankRequest(StrictModel):
     """A candidate set to be ranked for a user."""
 
-    user: Int64
-    candidates: Annotated[list[Natural], FailFast(), Field(min_length=1, description="Item ids.")]
+    user: Id
+    candidates: Annotated[
+        list[Id], FailFast(), Field(min_length=1, description="Item ids; unknown ones are ranked, too.")
+    ]
     time: Annotated[Time | None, Field(description="Now, if left out.")] = None
-    context: Annotated[Features[Natural], Field(description="An id for each context feature.")] = {}
-    dense: Annotated[Features[float], Field(description="A number for each dense feature.")] = {}
+    context: Annotated[
+        Features[Id | Ids],
+        Field(description="An id for each context feature, a list of ids for each context list."),
+    ] = {}
+    dense: Annotated[
+        Features[float | None],
+        Field(description="A number for each dense feature; null where it is missing."),
+    ] = {}
     candidate_dense: Annotated[
-        Features[Annotated[list[float], FailFast()]],
-        Field(description="For each candidate_dense feature, a number for each candidate."),
+        Features[Annotated[list[float | None], FailFast()]],
+        Field(description="For each candidate_dense feature, a number for each candidate, or null."),
+    ] = {}
+    candidate_features: Annotated[
+        Features[Ids], Field(description="For each candidate feature, an id for each candidate.")
     ] = {}
     k: Annotated[Positive | None, Field(description="Only the k best; all, if left out.")] = None
     new_user: Annotated[bool, Field(description="The user may have had no event yet.")] = False
@@ -80,7 +108,7 @@ class Ranked(BaseModel):
     as_of: Annotated[
         str | None, Field(description="A later time that it is of, if not the request's.")
     ] = None
-    items: list[int]
+    items: Annotated[list[int | str], Field(description="As the request gave them.")]
     logits: Annotated[dict[str, list[float]], Field(description="Of these items, for each task.")]
 
 
@@ -94,9 +122,15 @@ class UserEvent(StrictModel):
     """Something a user did."""
 
     position: Annotated[Natural, Field(description="In the stream of events; each counts once.")]
-    user: Int64
-    item: Natural
+    user: Id
+    item: Id
     time: Time
+    features: Annotated[Features[Id], Field(description="An id for each event feature.")] = {}
+    numbers: Annotated[
+        Features[float | None],
+        Field(description="A number for each event_dense column; null where it is missing."),
+    ] = {}
+    weight: Annotated[float | None, Field(description="Where the model's events have one.")] = None
 
 
 class EventsRequest(StrictModel):
@@ -105,11 +139,20 @@ class EventsRequest(StrictModel):
     events: Annotated[list[UserEvent], FailFast(), Field(min_length=1)]
 
 
-class EventsResponse(BaseModel):
-    """All of them are in the states: so many are new, and so many were there before."""
+class Taken(BaseModel):
+    """What became of an event."""
 
-    new: int
-    duplicates: int
+    status: Annotated[
+        Literal["taken", "duplicate", "refused"],
+        Field(description="In the states now, there before, or not there."),
+    ]
+    reason: Annotated[str | None, Field(description="Why it was refused.")] = None
+
+
+class EventsResponse(BaseModel):
+    """What became of each event, in their order."""
+
+    results: list[Taken]
 
 
 class Alive(BaseModel):

@@ -21,11 +21,14 @@ _STATUS = {RequestError: 422, UnknownUserError: 404, StoreError: 503, StateError
 """Of the scorer's errors; the first kind that fits."""
 
 
+def shown(message: str) -> str:
+    """A message with what a client sent in it: it may be long, or have halves of UTF-16 pairs."""
+    return message[:1000].encode(errors="backslashreplace").decode()
+
+
 def problem(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """A response that says what is wrong."""
-    # what a client sent may be in it: long, or with halves of UTF-16 pairs
-    text = message[:1000].encode(errors="backslashreplace").decode()
-    return JSONResponse(Problem(error=text).model_dump(), status, headers)
+    return JSONResponse(Problem(error=shown(message)).model_dump(), status, headers)
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:

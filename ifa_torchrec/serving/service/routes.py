@@ -12,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from ifa_torchrec.serving.errors import StateError
 from ifa_torchrec.serving.live import LiveRanking, LiveScorer
-from ifa_torchrec.serving.scorer import RankingRequest
+from ifa_torchrec.serving.requests import RankingRequest
 from ifa_torchrec.serving.service.messages import (
     Alive,
     EventsRequest,
@@ -22,8 +22,10 @@ from ifa_torchrec.serving.service.messages import (
     RankRequests,
     RankResponse,
     Ready,
+    Taken,
+    UserEvent,
 )
-from ifa_torchrec.serving.service.refusals import check_count, in_time, problems, refusal
+from ifa_torchrec.serving.service.refusals import check_count, in_time, problems, refusal, shown
 from ifa_torchrec.serving.states.journal import Event
 from ifa_torchrec.serving.times import utc
 
@@ -77,6 +79,7 @@ def _ranking_request(request: RankRequest) -> RankingRequest:
         context=request.context,
         dense=request.dense,
         candidate_dense=request.candidate_dense,
+        candidate_features=request.candidate_features,
         new_user=request.new_user,
     )
 
@@ -94,13 +97,27 @@ def _ranked(ranking: LiveRanking, k: int | None) -> Ranked:
 def _add_events(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) -> None:
     @app.post("/events", responses=_refused(bearer), dependencies=bearer)
     async def events(body: EventsRequest) -> EventsResponse:
-        """Add events; they are safe on disk when the response comes."""
+        """Add events; those that were taken are safe on disk when the response comes."""
         check_count(live.limits.max_events, body.events, "events")
         with in_time("the events may still be added; send them again, each counts once"):
-            new = await live.append([Event(e.position, e.user, e.item, e.time) for e in body.events])
-        if isinstance(new, BaseException):
-            raise refusal(new)
-        return EventsResponse(new=sum(new), duplicates=len(new) - sum(new))
+            results = await live.append([_event(event) for event in body.events])
+        if isinstance(results, BaseException):
+            raise refusal(results)
+        return EventsResponse(
+            results=[Taken(status=r.status, reason=r.reason and shown(r.reason)) for r in results]
+        )
+
+
+def _event(event: UserEvent) -> Event:
+    return Event(
+        event.position,
+        event.user,
+        event.item,
+        event.time,
+        event.features,
+        event.numbers,
+        event.weight,
+    )
 
 
 def _add_health(app: FastAPI, live: LiveScorer) -> None:
@@ -118,7 +135,7 @@ def _add_health(app: FastAPI, live: LiveScorer) -> None:
             await live.check()
         # everyone may ask this, so the response has no addresses; that of /rank says more
         except (StateError, asyncio.TimeoutError) as error:
-            raise HTTPException(503, "the states are lost, or the store does not answer") from error
+            raise HTTPException(503, "the states are lost, or the store does not respond") from error
         return Ready(version=live.version)
 
 

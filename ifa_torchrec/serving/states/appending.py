@@ -62,7 +62,7 @@ class Addition:
             for key, value in zip(self.keys, values, strict=True)
             if value is not None
         }
-        journal, drafts = Journal(codec, found), dict[int, StateDraft]()
+        journal, drafts = Journal(codec, found), dict[int | str, StateDraft]()
         self.new = []
         for event, head, rows in zip(self._events, self._heads, self._rows, strict=True):
             self.new.append(journal.take(event))
@@ -87,14 +87,14 @@ class StateDraft:
 
     Args:
         codec: of the version's records.
-        user: id.
+        user: external id.
         found: bodies of the records that there are, by their keys.
 
     Raises:
         StoreError: one of the user's records is gone.
     """
 
-    def __init__(self, codec: RecordCodec, user: int, found: Mapping[bytes, bytes]) -> None:
+    def __init__(self, codec: RecordCodec, user: int | str, found: Mapping[bytes, bytes]) -> None:
         self._codec, self._user, self._found = codec, user, found
         head, before = found.get(codec.keys.head(user)), found.get(codec.keys.before(user))
         if (head is None) != (before is None):
@@ -111,7 +111,7 @@ class StateDraft:
         self._rows: dict[int, Sums | None] = {}
 
     @staticmethod
-    def keys_of(codec: RecordCodec, user: int, rows: Mapping[int, Sums]) -> list[bytes]:
+    def keys_of(codec: RecordCodec, user: int | str, rows: Mapping[int, Sums]) -> list[bytes]:
         """The keys of the records that an event with these rows touches."""
         keys = codec.keys
         of_rows = [keys.row(user, key) for key in rows]

@@ -11,13 +11,13 @@ import torch
 from ifa_torchrec.data.dataset import MICROSECONDS_PER_DAY
 from ifa_torchrec.modules import UserState
 from ifa_torchrec.ops.jagged import request_of_row
-from ifa_torchrec.serving.states.layout import BLOCK
+from ifa_torchrec.serving.states.layout import BLOCK, user_keys
 from ifa_torchrec.serving.states.records import Head, RecordCodec, Sums, weight_and_mean
 
 
 def whole_records(
     codec: RecordCodec,
-    users: Sequence[int],
+    users: Sequence[int | str],
     earlier: UserState,
     earlier_times: Sequence[int],
     last: UserState,
@@ -31,7 +31,7 @@ def whole_records(
     blocks = [codec.no_blocks] * len(users)
     before = [b""] * len(users)
     if whole.identity_offsets is not None:
-        user = np.asarray(users, np.int64)
+        user = user_keys(users)
         bodies = _row_bodies(codec, user, whole, late)
         members, blocks = _member_bodies(codec, user, whole)
         bodies |= members

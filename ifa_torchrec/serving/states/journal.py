@@ -8,43 +8,93 @@ from it what they have missed.
 
 from __future__ import annotations
 
-import struct
+import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from ifa_torchrec.serving.errors import BUILD_COMMAND, StateError
 from ifa_torchrec.serving.states.layout import BLOCK, has_bit, journal_key, set_bit
 from ifa_torchrec.serving.states.records import RecordCodec
 from ifa_torchrec.serving.times import utc
 
-_EVENT = struct.Struct(">qqq")  # user, item, time
+_FORMAT = b"\x80"
+"""First byte of an event's record. Records of stores before it began with that of a user's number."""
 
 
 @dataclass(frozen=True)
 class Event:
     """Something a user did.
 
+    Ids are external ids, strings or integers of 64 bits. What the vocabulary does not know is taken as
+    "unknown", row 0; as what it stands in the journal, for versions whose vocabulary has it.
+
     Args:
         position: 0 or more, its place in the stream of all events; what tells an event that comes
             twice from two alike. Several streams share the range, e.g. PARTITION * 2**40 + OFFSET.
         user, item: ids.
         time: microseconds since 1970, UTC.
+        features: an id for each of the schema's event features.
+        numbers: a number for each of its event_dense columns; None where it is missing.
+        weight: a_i >= 0, where the schema has an event_weight; None where it has none.
 
     Example:
         >>> from ifa_torchrec.serving import Event
-        >>> Event(position=1017, user=7, item=55, time=1_700_000_000_000_000).item
+        >>> Event(position=1017, user="anna", item=55, time=1_700_000_000_000_000,
+        ...       features={"action": "buy"}, numbers={"amount": None}).item
         55
     """
 
     position: int
-    user: int
-    item: int
+    user: int | str
+    item: int | str
     time: int
+    features: Mapping[str, int | str] = field(default_factory=dict)
+    numbers: Mapping[str, float | None] = field(default_factory=dict)
+    weight: float | None = None
+
+    def __str__(self) -> str:
+        told = f"user {self.user!r}, item {self.item!r} at {utc(self.time)}"
+        beside = {**self.features, **self.numbers}
+        beside |= {} if self.weight is None else {"weight": self.weight}
+        return told + "".join(f", {name} {value!r}" for name, value in beside.items())
+
+
+def pack_event(event: Event) -> bytes:
+    """An event as a record of the journal, which its key gives the position."""
+    numbers = {name: None if x is None else float(x) for name, x in event.numbers.items()}
+    weight = None if event.weight is None else float(event.weight)
+    fields = [event.user, event.item, event.time, dict(event.features), numbers, weight]
+    return _FORMAT + json.dumps(fields, separators=(",", ":"), allow_nan=False).encode()
 
 
 def unpack_event(position: int, body: bytes) -> Event:
-    """The event of a record of the journal."""
-    return Event(position, *_EVENT.unpack(body))
+    """The event of a record of the journal.
+
+    Raises:
+        StateError: the record is not what ``pack_event`` gives.
+    """
+    try:
+        if body[:1] != _FORMAT:
+            raise ValueError
+        user, item, time, features, numbers, weight = json.loads(body[1:])
+        event = Event(position, user, item, time, features, numbers, weight)
+        ids, amounts = (user, item, *features.values()), (*numbers.values(), weight)
+        if not all(_is_id(i) for i in ids) or not _is_id(time) or isinstance(time, str):
+            raise ValueError
+        if not all(x is None or (isinstance(x, float) and math.isfinite(x)) for x in amounts):
+            raise ValueError
+        return event
+    except (ValueError, AttributeError, TypeError):
+        raise StateError(
+            f"the journal's event at position {position} is of another version of this package; build "
+            f"states in an empty store ({BUILD_COMMAND}), of a log that has the events"
+        ) from None
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, str) or (type(value) is int and -(2**63) <= value < 2**63)
 
 
 class Journal:
@@ -77,10 +127,8 @@ class Journal:
             first = unpack_event(position, body)
         if first is not None and first != event:
             raise StateError(
-                f"position {position} is of user {first.user}, item {first.item} at {utc(first.time)}, "
-                f"and comes again with user {event.user}, item {event.item} at {utc(event.time)}. Each "
-                "event has a position of its own; for a stream that was made anew build states in an "
-                "empty store"
+                f"position {position} is of {first}, and comes again with {event}. Each event has a "
+                "position of its own; for a stream that was made anew build states in an empty store"
             )
         if position < codec.position:
             if first is None and codec.latest is not None and event.time > codec.latest:
@@ -102,8 +150,5 @@ class Journal:
 
     def changed(self) -> dict[bytes, bytes]:
         """The bodies of the records that are new or changed, by their keys."""
-        bodies = {
-            journal_key(position): _EVENT.pack(event.user, event.item, event.time)
-            for position, event in self._events.items()
-        }
+        bodies = {journal_key(position): pack_event(event) for position, event in self._events.items()}
         return bodies | {key: bytes(bits) for key, bits in self._positions.items()}

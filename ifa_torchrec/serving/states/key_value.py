@@ -233,13 +233,13 @@ class RedisStore(KeyValueStore):
     """Redis: one server, not a cluster, since a transaction's keys must lie together.
 
     It must not evict keys (maxmemory-policy noeviction). What a crash of the server itself keeps is the
-    server's setting: appendonly yes and appendfsync always for everything that was answered.
+    server's setting: appendonly yes and appendfsync always for everything that it confirmed.
 
     Args:
         address: redis://HOST:PORT/NUMBER.
 
     Raises:
-        StoreError: no server answers there, or it evicts keys.
+        StoreError: no server responds there, or it evicts keys.
     """
 
     def __init__(self, address: str) -> None:
@@ -262,7 +262,7 @@ class RedisStore(KeyValueStore):
 
     def check(self) -> None:
         """See KeyValueStore."""
-        with self._reported("no Redis answers here: "):
+        with self._reported("no Redis responds here: "):
             # of INFO, since servers that others manage may forbid CONFIG
             policy = self._client.info("memory").get("maxmemory_policy")
         if policy != "noeviction":

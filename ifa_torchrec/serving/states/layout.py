@@ -2,7 +2,8 @@
 
 Of one version of the weights (VVVVVVVV, the first 8 bytes of the version's hash) there are:
 
-    v VVVVVVVV                header: the version, its layout and a mark of this building of it, JSON
+    v VVVVVVVV                header: the version, its layout, the vocabulary's digest and a mark of this
+                              building of it, JSON
     s VVVVVVVV user           head: time of the last event, count, dense heads, which blocks k there are
     u VVVVVVVV user           what the last event changed as it was before: the head, and rows
     i VVVVVVVV user key       one row of the identity tables, with its own time
@@ -12,14 +13,15 @@ Of one version of the weights (VVVVVVVV, the first 8 bytes of the version's hash
 
 An event touches its user's records but the other rows, one block and one journal entry, in one
 transaction. So the cost does not depend on the history, and an event is in the states exactly if its bit
-is set. Numbers are big endian, so that keys sort by them.
+is set. Numbers are big endian, so that keys sort by them. A user is 16 bytes: see ``user_key``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -31,9 +33,11 @@ BLOCK = 4096
 """Positions, or identity keys, a block."""
 STATE_KINDS = (b"s", b"u", b"i", b"k", b"a")
 """First bytes of the keys of a version's records, but the header's."""
+USER_BYTES = 16
 _NUMBER = struct.Struct(">q")
-_NUMBERS = struct.Struct(">qq")
-_PLACE = np.dtype([("prefix", "S9"), ("user", ">i8"), ("number", ">i8")])
+_INTEGER_USER = struct.Struct(">QQ")
+_SIGN = 2**63  # of an int64; with it flipped, the bytes of negative numbers come before those of others
+_PLACE = np.dtype([("prefix", "S9"), ("user", f"V{USER_BYTES}"), ("number", ">i8")])
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class StateLayout:
         identity_decay: rate a day of each identity half-life, [L].
         dtype: how means are stored; weights and counts are float32 and int64. Means in float16 are
             rounded to the nearest when built, and at random, without bias, when events are added.
+        gates: those that the events were weighed by, the number of values by name; none for states that
+            are older than gates.
 
     Example:
         >>> from ifa_torchrec import IFAConfig, InteractionFidelityAttention
@@ -63,6 +69,7 @@ class StateLayout:
     decay: tuple[float, ...]
     identity_decay: tuple[float, ...]
     dtype: Literal["float32", "float16"] = "float32"
+    gates: dict[str, int] = field(default_factory=dict[str, int])
 
     @staticmethod
     def of(
@@ -79,7 +86,31 @@ class StateLayout:
             decay=tuple(ifa.decay.tolist()),
             identity_decay=() if ifa.identity is None else tuple(ifa.identity.decay.tolist()),
             dtype=dtype,
+            gates=dict(ifa.config.gates),
         )
+
+
+def user_key(user: int | str) -> bytes:
+    """The 16 bytes that stand for a user in keys, by their external id.
+
+    An integer is itself, so that keys sort by it; a string is its digest, whose first bit is set, so
+    that the two never meet.
+
+    Example:
+        >>> from ifa_torchrec.serving.states.layout import user_key
+        >>> user_key(-3) < user_key(2) < user_key("2"), len(user_key("anna"))
+        (True, 16)
+    """
+    if isinstance(user, str):
+        digest = bytearray(hashlib.blake2b(user.encode(), digest_size=USER_BYTES).digest())
+        digest[0] |= 0x80
+        return bytes(digest)
+    return _INTEGER_USER.pack(0, user + _SIGN)
+
+
+def user_keys(users: Iterable[int | str]) -> np.ndarray:
+    """The ``user_key`` of each of many users, an array of 16 bytes each."""
+    return np.frombuffer(b"".join([user_key(user) for user in users]), f"V{USER_BYTES}")
 
 
 class Keys:
@@ -102,28 +133,28 @@ class Keys:
         self.id = hashlib.sha256(version.encode()).digest()[:8]
         self.header = b"v" + self.id
 
-    def head(self, user: int) -> bytes:
+    def head(self, user: int | str) -> bytes:
         """Of a user's head."""
-        return b"s" + self.id + _NUMBER.pack(user)
+        return b"s" + self.id + user_key(user)
 
-    def before(self, user: int) -> bytes:
+    def before(self, user: int | str) -> bytes:
         """Of what a user's last event changed."""
-        return b"u" + self.id + _NUMBER.pack(user)
+        return b"u" + self.id + user_key(user)
 
-    def row(self, user: int, key: int) -> bytes:
+    def row(self, user: int | str, key: int) -> bytes:
         """Of a row of a user's identity tables."""
-        return b"i" + self.id + _NUMBERS.pack(user, key)
+        return b"i" + self.id + user_key(user) + _NUMBER.pack(key)
 
     def rows(self, users: np.ndarray, keys: np.ndarray) -> list[bytes]:
-        """Of many rows; users and keys are [n] int64."""
+        """Of many rows; users are [n] as of ``user_keys``, keys [n] int64."""
         return self._many(b"i", users, keys)
 
-    def members(self, user: int, block: int) -> bytes:
+    def members(self, user: int | str, block: int) -> bytes:
         """Of the bits of a block of identity keys."""
-        return b"k" + self.id + _NUMBERS.pack(user, block)
+        return b"k" + self.id + user_key(user) + _NUMBER.pack(block)
 
     def members_of(self, users: np.ndarray, blocks: np.ndarray) -> list[bytes]:
-        """Of the bits of many blocks; users and blocks are [n] int64."""
+        """Of the bits of many blocks; users are [n] as of ``user_keys``, blocks [n] int64."""
         return self._many(b"k", users, blocks)
 
     def positions(self, position: int) -> bytes:
@@ -146,9 +177,10 @@ def position_of(journal_key: bytes) -> int:
     return _NUMBER.unpack_from(journal_key, 1)[0]
 
 
-def user_of(key: bytes) -> int:
-    """The user whose record lies under a key."""
-    return _NUMBER.unpack_from(key, 9)[0]
+def user_of(key: bytes) -> int | None:
+    """The user whose record lies under a key; None where it is a string, whose digest the key has."""
+    high, low = _INTEGER_USER.unpack_from(key, 9)
+    return None if high else low - _SIGN
 
 
 def pieces(records: np.ndarray) -> list[bytes]:

@@ -16,7 +16,7 @@ import torch
 from ifa_torchrec.data.dataset import MICROSECONDS_PER_DAY
 from ifa_torchrec.modules import UserState
 from ifa_torchrec.serving.errors import StateError
-from ifa_torchrec.serving.states.layout import BLOCK, has_bit
+from ifa_torchrec.serving.states.layout import BLOCK, has_bit, user_keys
 from ifa_torchrec.serving.states.records import Head, RecordCodec
 from ifa_torchrec.serving.times import utc
 
@@ -26,14 +26,14 @@ class UserRecords:
     """What was read of a user.
 
     Args:
-        user: id.
+        user: external id.
         head: None where the user has no state.
         rows: the identity rows asked for that there are, by key, ascending.
         before: head and rows before the last event's time, where they were read; a row that was not
             there then has no bytes.
     """
 
-    user: int
+    user: int | str
     head: Head | None
     rows: dict[int, bytes]
     before: tuple[Head, dict[int, bytes]] | None = None
@@ -69,7 +69,7 @@ class UserRecords:
             return time
         if strict:
             raise StateError(
-                f"user {self.user} has events at {utc(earliest - 1)} and {utc(last)}, neither before "
+                f"user {self.user!r} has events at {utc(earliest - 1)} and {utc(last)}, neither before "
                 f"the request's time {utc(time)}; a state can go back behind the last of them alone"
             )
         return earliest
@@ -80,7 +80,7 @@ class Lookup:
 
     Args:
         codec: of the version's records.
-        users: B ids.
+        users: B external ids.
         wanted: B arrays of identity keys, ascending, each once.
         with_before: whether to read what was before the last events, too.
 
@@ -89,7 +89,11 @@ class Lookup:
     """
 
     def __init__(
-        self, codec: RecordCodec, users: Sequence[int], wanted: Sequence[np.ndarray], with_before: bool
+        self,
+        codec: RecordCodec,
+        users: Sequence[int | str],
+        wanted: Sequence[np.ndarray],
+        with_before: bool,
     ) -> None:
         self._codec, self._users = codec, users
         lengths = [len(of_user) for of_user in wanted]
@@ -102,7 +106,7 @@ class Lookup:
         begins[1:] = (block[1:] != block[:-1]) | (self._request[1:] != self._request[:-1])
         self._place = np.cumsum(begins) - 1
         self._block, self._block_request = block[begins], self._request[begins]
-        user = np.asarray(users, np.int64)
+        user = user_keys(users)
         keys = codec.keys
         self._parts = (
             [keys.head(user) for user in users],

@@ -89,7 +89,7 @@ class RecordCodec:
 
     Attributes:
         keys: Keys.
-        layout, position, latest: as in StateStore.
+        layout, position, latest, vocabulary: as in StateStore.
         decay, identity_decay: the layout's, as arrays.
         no_bits: of a block without members or positions.
         no_blocks: of a head without blocks.
@@ -104,6 +104,7 @@ class RecordCodec:
         self.version: str = header["version"]
         self.position: int = header["position"]
         self.latest: int | None = header["latest"]
+        self.vocabulary: str = header["vocabulary"]
         self.keys = Keys(self.version)
         self.decay = np.array(self.layout.decay)
         self.identity_decay = np.array(self.layout.identity_decay)
@@ -152,10 +153,10 @@ class RecordCodec:
             opened.append(value[:-4])
         return opened
 
-    def lost(self, user: int) -> StoreError:
+    def lost(self, user: int | str) -> StoreError:
         """What is raised where one of a user's records is not there."""
         return StoreError(
-            f"{self.store}: a part of the state of user {user} is gone; something deleted it "
+            f"{self.store}: a part of the state of user {user!r} is gone; something deleted it "
             f"or damaged its key. {self._advice()}"
         )
 
@@ -164,7 +165,10 @@ class RecordCodec:
         return 0 if key[:1] == b"j" else self._mark
 
     def _damaged(self, key: bytes) -> StoreError:
-        what = f"of user {user_of(key)} " if key[:1] in b"suik" else ""
+        what = ""
+        if key[:1] in b"suik":
+            user = user_of(key)
+            what = "of a user " if user is None else f"of user {user} "
         return StoreError(
             f"{self.store}: a record {what}(key {key.hex()}) is damaged, or of another "
             f"building: its checksum is not that of its bytes. {self._advice()}"

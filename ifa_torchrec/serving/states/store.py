@@ -61,6 +61,7 @@ class StateStore:
         layout: StateLayout.
         position: events of the stream before this one are in the log that the states were built from.
         latest: time of the last event of that log; None if it is not known.
+        vocabulary: digest of that log's vocabulary, by which ids became rows of the tables.
 
     Example:
         >>> import tempfile, torch
@@ -96,6 +97,7 @@ class StateStore:
         self._header = pack_header(header)
         self._codec = codec = RecordCodec(self.key_values.name, header)
         self.layout, self.position, self.latest = codec.layout, codec.position, codec.latest
+        self.vocabulary = codec.vocabulary
 
     # -------------------------------------------------------------------------------- building
 
@@ -108,6 +110,7 @@ class StateStore:
         position: int,
         source: str = "",
         latest: int | None = None,
+        vocabulary: str = "",
     ) -> StateStore:
         """Begin to build a version's states, or go on; none can be read before ``finish``.
 
@@ -120,9 +123,11 @@ class StateStore:
             source: says which log; going on must say the same.
             latest: time of that log's last event, if it is known: an event before ``position`` and
                 after this time is refused, since the log cannot have it.
+            vocabulary: digest of the log's vocabulary.
 
         Raises:
-            StateError: they are finished, or were begun with another layout, position or source.
+            StateError: they are finished, or were begun with another layout, position, source or
+                vocabulary.
             StoreError: the store may lose keys.
         """
         key_values.check()
@@ -133,6 +138,7 @@ class StateStore:
             "position": position,
             "source": source,
             "latest": latest,
+            "vocabulary": vocabulary,
             "mark": secrets.token_hex(8),
             "complete": False,
         }
@@ -171,7 +177,7 @@ class StateStore:
 
     def write(
         self,
-        users: Sequence[int],
+        users: Sequence[int | str],
         earlier: UserState,
         earlier_times: Sequence[int],
         last: UserState,
@@ -180,7 +186,7 @@ class StateStore:
         """Write whole states, in one transaction.
 
         Args:
-            users: B ids.
+            users: B external ids.
             earlier: their states of all events but those of the last event's time.
             earlier_times: B, microseconds, of the last event in these; of any value where there is none.
             last: their states of the events of the last event's time.
@@ -196,7 +202,7 @@ class StateStore:
         self._update([], lambda _: written)
         return sum(len(key) + len(value) for key, value in written.items())
 
-    def known(self, users: Sequence[int]) -> np.ndarray:
+    def known(self, users: Sequence[int | str]) -> np.ndarray:
         """Which users have a state; [B] bool."""
         found = self._read([self._codec.keys.head(user) for user in users])
         return np.array([value is not None for value in found], dtype=bool)
@@ -214,7 +220,7 @@ class StateStore:
 
     def read(
         self,
-        users: Sequence[int],
+        users: Sequence[int | str],
         times: Sequence[int | None],
         keys: Sequence[np.ndarray] | None = None,
         new_users: Sequence[bool] | None = None,
@@ -223,10 +229,10 @@ class StateStore:
         """The states at some times, of the events before these, with the identity rows asked for.
 
         A state can leave out the events of its last event's time, no more: it serves any time after the
-        event before those. An earlier time is answered as of the first moment after that event.
+        event before those. An earlier time reads as of the first moment after that event.
 
         Args:
-            users: B ids.
+            users: B external ids.
             times: B, microseconds; elapsed time decays each state. None is now, or just after the
                 user's last event where the clock that stamped it is ahead.
             keys: B arrays of identity keys (IdentityHeads.keys of the candidates), in any order.
@@ -253,7 +259,7 @@ class StateStore:
         for b, of_user in enumerate(records):
             if of_user.head is None and not (new_users is not None and new_users[b]):
                 raise UnknownUserError(
-                    f"user {users[b]} has no state; for one who is new and has had no event give "
+                    f"user {users[b]!r} has no state; for one who is new and has had no event give "
                     "new_user"
                 )
         now = time.time_ns() // 1000
@@ -262,7 +268,7 @@ class StateStore:
         return state_of(self._codec, records, as_of), as_of
 
     def _records(
-        self, users: Sequence[int], wanted: Sequence[np.ndarray], with_before: bool = False
+        self, users: Sequence[int | str], wanted: Sequence[np.ndarray], with_before: bool = False
     ) -> list[UserRecords]:
         """The users' records at one moment; arguments as Lookup's."""
         lookup = Lookup(self._codec, users, wanted, with_before)

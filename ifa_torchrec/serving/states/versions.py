@@ -15,7 +15,7 @@ from ifa_torchrec.serving.errors import BUILD_COMMAND, DROP_COMMAND, StateError,
 from ifa_torchrec.serving.states.key_value import KeyValueStore
 from ifa_torchrec.serving.states.layout import STATE_KINDS, Keys, journal_key
 
-FORMAT = "ifa-states/2"
+FORMAT = "ifa-states/3"
 
 
 def versions(key_values: KeyValueStore) -> dict[str, dict[str, Any]]:

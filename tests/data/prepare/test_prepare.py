@@ -23,10 +23,10 @@ from ifa_torchrec.data.prepare import (
     PrepareSchema,
     Requests,
     Users,
-    hash_row,
     load_schema,
     prepare,
 )
+from ifa_torchrec.data.vocabulary import Vocabulary, hash_row
 
 pytest.importorskip("duckdb", reason="the extra `data` is not installed")
 
@@ -61,11 +61,11 @@ def report(log: EventLog) -> dict:
 
 def requests_of(log: EventLog, split: str) -> list[tuple]:
     """(user, items) of each request, as their names."""
-    user = pd.read_parquet(log.path / "codes/user.parquet").set_index("code")["id"]
+    users = Vocabulary.load(log.path)["user"]
     columns, names = log.requests(split), np.array(log.item_names())
     offsets = columns["candidate_offsets"]
     lists = np.split(names[columns["candidates"]], offsets[1:-1])
-    return [(user[u], list(items)) for u, items in zip(columns["user"], lists, strict=True)]
+    return [(u, list(items)) for u, items in zip(users.at(columns["user"]), lists, strict=True)]
 
 
 def candidates(requests: dict[str, np.ndarray], row: int) -> list[tuple]:
@@ -123,9 +123,9 @@ class TestRequests:
         )
         log = prepare(schema, tmp_path / "log")
         train = log.requests("train")
-        assert log.schema.context_features == {"page": 5, "hashed": 8}
+        assert log.schema.context_features == {"page": 4, "hashed": 8}
         assert train["page"].tolist() == [1, 2, 3]
-        assert train["hashed"].tolist() == [1 + hash_row(page, 7) for page in "abc"]
+        assert train["hashed"].tolist() == [hash_row(page, 8) for page in "abc"]
         np.testing.assert_allclose(train["hour"], [10 / 24, 11 / 24, 10 / 24], rtol=1e-6)
         assert train["price"].tolist() == [4, 2.5, 9, 2.5, 9, 2.5]
         assert train["exposed"].tolist() == [False, True, False, True, True, False]
@@ -146,7 +146,7 @@ class TestRequests:
             files=str(tmp_path / "buys.csv"), user="u", item="i", time="t", unit="s", within_seconds=60
         )
         log = prepare(described(tmp_path, labels={"click": "clicked", "buy": buys}), tmp_path / "log")
-        assert log.schema.tasks == ("click", "buy")
+        assert list(log.schema.tasks) == ["click", "buy"]
         # tea after 60 seconds counts, the cup after 400 does not
         assert log.requests("train")["buy"].tolist() == [0, 1, 0, 0, 0, 0]
 
@@ -222,19 +222,26 @@ class TestIds:
     def test_are_coded_in_their_order(self, tmp_path: Path) -> None:
         text = SHOWN.replace("tea", "10").replace("cup", "9").replace("pot", "11")
         log = prepare(described(tmp_path, text), tmp_path / "log")
-        codes = pd.read_parquet(log.path / "codes/item.parquet")
-        assert list(codes["id"]) == ["9", "10", "11"] and list(codes["code"]) == [0, 1, 2]
-        assert pd.read_parquet(log.path / "codes/user.parquet")["id"].tolist() == ["ann", "bob"]
+        ids = Vocabulary.load(log.path)
+        assert ids["item"].rows_of([9, "10", 11, 12]).tolist() == [
+            1,
+            2,
+            3,
+            0,
+        ]  # integers, so both find it
+        assert ids["user"].at(range(3)) == [None, "ann", "bob"]
 
     def test_hashed_items(self, tmp_path: Path) -> None:
         schema = described(tmp_path)
-        schema = replace(schema, events=replace(schema.events, item=Hashed("item", hash=2)))
+        schema = replace(schema, events=replace(schema.events, item=Hashed("item", hash=3)))
         log = prepare(schema, tmp_path / "log")
-        rows = [hash_row(item, 2) for item in ("cup", "pot", "tea")]
-        assert pd.read_parquet(log.path / "codes/item.parquet")["code"].tolist() == rows
-        assert log.schema.item_features == {"item": 2}
-        share = sum(rows.count(row) > 1 for row in rows) / 3
-        assert report(log)["codes"]["item"] == {"ids": 3, "rows": 2, "ids_that_share_a_row": share}
+        rows = {item: hash_row(item, 3) for item in ("cup", "pot", "tea")}
+        assert log.requests("train")["candidates"].tolist()[:3] == [
+            *sorted([rows["cup"], rows["tea"]]), rows["pot"]
+        ]  # fmt: skip
+        assert log.schema.item_features == {"item": 3} and log.num_items == 3
+        share = sum(list(rows.values()).count(row) > 1 for row in rows.values()) / 3
+        assert report(log)["vocabulary"]["item"] == {"ids": 3, "rows": 3, "ids_that_share_a_row": share}
 
     def test_item_and_user_features(self, tmp_path: Path) -> None:
         (tmp_path / "items.csv").write_text(
@@ -250,14 +257,27 @@ class TestIds:
             users=Users(files=str(tmp_path / "users.csv"), user="id", features={"town": "town"}),
         )  # fmt: skip
         log = prepare(schema, tmp_path / "log")
-        assert log.item_names() == ["Cup", "Pot", "Tea", ""]
-        assert log.items["kind"].tolist() == [0, 2, 1, 2]  # 0 for unknown
+        assert log.item_names() == ["unknown", "Cup", "Pot", "Tea", "urn"]
+        assert log.items["kind"].tolist() == [0, 0, 2, 1, 2]  # 0 for unknown
         assert log.requests("train")["town"].tolist() == [1, 0, 0, 1, 1]
 
-    def test_unknown_items_are_refused(self, tmp_path: Path) -> None:
-        (tmp_path / "items.csv").write_text("id\ntea\ncup\n")
+    def test_items_without_a_description_are_kept(self, tmp_path: Path) -> None:
+        (tmp_path / "items.csv").write_text("id,kind\ntea,drink\ncup,ware\n")
+        items = Items(files=str(tmp_path / "items.csv"), item="id", features={"kind": "kind"})
+        log = prepare(described(tmp_path, items=items), tmp_path / "log")
+        assert dict(zip(log.item_names(), log.items["kind"].tolist(), strict=True)) == {
+            "unknown": 0, "cup": 2, "pot": 0, "tea": 1,
+        }  # fmt: skip
+        assert len(log.requests("train")["candidates"]) == 6
+        told = report(log)
+        assert told["joins"]["items_described"] == {"of": 3, "found": 2}
+        assert told["requests"]["train"]["candidates_not_described"] == pytest.approx(2 / 6)
+        assert "33.3% of the candidates are not described" in told["warnings"][0]
+
+    def test_items_none_of_which_is_described(self, tmp_path: Path) -> None:
+        (tmp_path / "items.csv").write_text("id\nT1\n")
         items = Items(files=str(tmp_path / "items.csv"), item="id")
-        with refused("events: 1 of 4", "item is not among the items", "pot"):
+        with refused("items: no candidate of the requests is among them", "'T1'", "'cup'"):
             prepare(described(tmp_path, items=items), tmp_path / "log")
 
 
@@ -329,7 +349,7 @@ BAD = {
     "time cannot be read": "ann,tea,yesterday,a,1,1",
     "time is not of 1971 to 2200": "ann,tea,1970-01-20 10:00:00,a,1,1",
     "label click is not 0 or 1": "ann,tea,2024-05-01 10:00:00,a,2,1",
-    "price is not a number": "ann,tea,2024-05-01 10:00:00,a,1,cheap",
+    "price is not a number, or not finite": "ann,tea,2024-05-01 10:00:00,a,1,cheap",
     "line cannot be read": "ann,tea",
 }
 
@@ -407,8 +427,8 @@ def test_it_is_what_from_pandas_writes(tmp_path: Path) -> None:
     start = pd.Timestamp("2024-01-01").value // 1000
     rows = pd.DataFrame(
         {
-            "user": rng.integers(0, 40, 5000),
-            "item": rng.integers(0, 60, 5000),
+            "user": rng.integers(1, 41, 5000),
+            "item": rng.integers(1, 61, 5000),
             "time": start + rng.integers(0, 200, 5000) * 3_600_000_000,
             "label": rng.integers(0, 2, 5000),
         }
@@ -428,7 +448,10 @@ def test_it_is_what_from_pandas_writes(tmp_path: Path) -> None:
     groups = ordered.groupby(["time", "user"], sort=True)
     lists = groups.agg(list).reset_index().rename(columns={"item": "candidates"})
     expected = EventLog.from_pandas(
-        tmp_path / "pandas", ordered, LogSchema(item_features={"item": 60}), requests={"train": lists}
+        tmp_path / "pandas",
+        ordered[["user", "time", "item"]],
+        LogSchema(item_features={"item": 61}),
+        requests={"train": lists},
     )
     assert log.schema == expected.schema
     for columns, same in (

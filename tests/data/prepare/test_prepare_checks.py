@@ -15,12 +15,9 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
-from ifa_torchrec import IFAConfig
 from ifa_torchrec.data import EventLog, LogError, LogSchema, RankingDataset
-from ifa_torchrec.data.prepare import Hashed, hash_row, load_schema, prepare
-from ifa_torchrec.data.scales import warn_of_unscaled
-from ifa_torchrec.training.options import TrainConfig
-from ifa_torchrec.training.trainer import train
+from ifa_torchrec.data.prepare import Hashed, load_schema, prepare
+from ifa_torchrec.data.vocabulary import Vocabulary
 
 pytest.importorskip("duckdb", reason="the extra `data` is not installed")
 
@@ -141,10 +138,6 @@ class TestValuesOfTheSchema:
         with refused("schema.json", "given twice", "splits"):
             load_schema(path)
 
-    def test_hash_row(self) -> None:
-        with pytest.raises(ValueError, match="rows must be at least 1, got 0"):
-            hash_row("a", 0)
-
 
 class TestNames:
     @pytest.mark.parametrize(
@@ -192,7 +185,7 @@ class TestNames:
         log, _ = prepared(tmp_path, users=users, items=items, requests=labels)
         train = log.requests("train")
         assert all(train[name][:3].tolist() == [1, 2, 3] for name in users["features"])
-        assert all(log.items[name].tolist() == [1, 2, 1] for name in items["features"])
+        assert all(log.items[name].tolist() == [0, 1, 2, 1] for name in items["features"])
         assert all(train[name][:3].tolist() == [0, 1, 0] for name in labels["labels"])
 
 
@@ -205,6 +198,7 @@ class TestJoins:
             "users_described": {"of": 3, "found": 3},
             "label_buy": {
                 "rows": 180, "of_a_user_of_the_requests": 180, "of_a_candidate": 180, "in_time": 180,
+                "of_several_candidates": 0,
             },
         }  # fmt: skip
         assert told["warnings"] == []
@@ -217,7 +211,7 @@ class TestJoins:
         )
         log, told = prepared(tmp_path, users=USERS, requests={"labels": {"buy": BUYS}})
         assert told["joins"]["users_described"] == {"of": 3, "found": 1}
-        assert list(told["joins"]["label_buy"].values()) == [4, 3, 2, 1]
+        assert list(told["joins"]["label_buy"].values()) == [4, 3, 2, 1, 0]
         assert log.requests("train")["buy"].sum() == 1
 
     @pytest.mark.parametrize(
@@ -374,60 +368,19 @@ class TestDoubledRows:
         assert len(log.events["item"]) == 63  # counted, not dropped
 
 
-class Stopped(Exception):
-    pass
-
-
-def stop(*args: Any, **kwargs: Any) -> None:
-    raise Stopped
-
-
-class TestScales:
-    def test_of_dense_columns_are_in_the_report(self, tmp_path: Path) -> None:
-        write(tmp_path)
-        clock = "epoch(t::TIMESTAMP)"
-        dense = {
-            "dense": {"clock": clock, "day": "day(t::TIMESTAMP) / 31"},
-            "candidate_dense": {"c_": "i"},
-        }
-        log, told = prepared(tmp_path, requests=dense, splits={"test": 0.5})
-        for split in log.splits:
-            columns, figures = log.requests(split), told["requests"][split]["dense"]
-            for name in ("clock", "day", "c_"):
-                values = columns[name].astype(np.float64)
-                wanted = [values.mean(), values.std(), values.min(), values.max()]
-                np.testing.assert_allclose(list(figures[name].values()), wanted, rtol=1e-9)
-        assert [w.split(" has")[0] for w in told["warnings"]] == [
-            "train: dense column 'clock'",
-            "test: dense column 'clock'",
-        ]
-
-    def test_a_sample_of_a_long_column_is_enough(self) -> None:
-        values = np.tile(np.float32([0, 1000]), 3_000_001)
-        with pytest.warns(UserWarning, match=r"'price' has mean (49|50).* deviation (49|50)"):
-            warn_of_unscaled({"price": values}, ["price"])
-
-    def test_are_told_as_a_training_starts(self, tmp_path: Path, monkeypatch) -> None:
-        days = pd.date_range("2024-05-01", periods=3)
-        requests = pd.DataFrame({"user": 1, "time": days, "hour": 0.5, "candidates": [[0, 1]] * 3})
-        requests["clock"] = days.astype("datetime64[s]").astype("int64")
-        requests["exposed"], requests["label"] = [[True, True]] * 3, [[1, 0]] * 3
-        requests["price"] = [[3000.0, 4000.0]] * 3
-        log = EventLog.from_pandas(
-            tmp_path / "log",
-            pd.DataFrame({"user": 1, "item": [0, 1, 0], "time": days}),
-            LogSchema({"item": 2}, dense_features=("hour", "clock"), candidate_dense=("price",)),
-            requests={"train": requests},
-        )
-        monkeypatch.setattr("ifa_torchrec.training.trainer.shard", stop)
-        with pytest.warns(UserWarning, match="never scaled") as told, pytest.raises(Stopped):
-            train(TrainConfig(log.path, tmp_path / "run", ifa=IFAConfig(8, num_heads=2)))
-        messages = [str(warning.message) for warning in told if "never scaled" in str(warning.message)]
-        assert messages[0].startswith(
-            "dense column 'clock' has mean 1.71461e+09 and standard deviation 705"
-        )
-        assert messages[1].startswith("dense column 'price' has mean 3500 and standard deviation 500")
-        assert len(messages) == 2
+def test_scales_of_dense_columns_are_in_the_report(tmp_path: Path) -> None:
+    write(tmp_path)
+    dense = {"dense": {"day": "day(t::TIMESTAMP)"}, "candidate_dense": {"c_": "nullif(i, '2')"}}
+    log, told = prepared(tmp_path, requests=dense, splits={"test": 0.5})
+    for split in log.splits:
+        columns, figures = log.requests(split), told["requests"][split]["dense"]
+        for name in ("day", "c_"):
+            values = columns[name].astype(np.float64)
+            missing = np.isnan(values)
+            there = values[~missing]
+            wanted = [there.mean(), there.std(), there.min(), there.max(), missing.mean()]
+            np.testing.assert_allclose(list(figures[name].values()), wanted, rtol=1e-9)
+        assert figures["c_"]["missing"] > 0.3
 
 
 class TestUserIds:
@@ -497,10 +450,10 @@ class TestUserIds:
         frame = pd.DataFrame({"u": ids, "i": ["x", "y", "z"], "t": pd.Timestamp("2024-05-01"), "c": 1})
         frame.to_parquet(tmp_path / "log.parquet")
         log, _ = prepared(tmp_path, events={"files": "log.parquet"}, requests={"files": "log.parquet"})
-        codes = pd.read_parquet(log.path / "codes/user.parquet").set_index("id")["code"]
-        assert set(codes.index) == {str(user) for user in ids}
+        users = Vocabulary.load(log.path)["user"]
         item_of = dict(zip(log.users.tolist(), log.events["item"].tolist(), strict=True))
-        assert [item_of[codes[str(user)]] for user in ids] == [0, 1, 2]
+        rows = users.rows_of([str(user) for user in ids])
+        assert [item_of[row] for row in rows] == [1, 2, 3]
 
     @pytest.mark.parametrize("column", ["u", "i"])
     @pytest.mark.parametrize("number", [2.0**53, 1e300, float("nan"), np.float32(2**24)])

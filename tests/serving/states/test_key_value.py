@@ -129,7 +129,7 @@ def test_a_full_map_is_reported_and_leaves_what_was_there(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ("redis://localhost:1/0", "no Redis answers"),
+        ("redis://localhost:1/0", "no Redis responds"),
         ("http://localhost/0", "a folder, or redis://"),
         ("{file}", "no LMDB store can be opened"),
     ],

@@ -3,10 +3,12 @@
 
 constexpr int64_t MIN_EVENTS = 256;  // of a partition
 
-// Event weights w_hi [rows, H], of the ages alone where a is null.
-static void event_weights(const Shape& s, const float* a, const float* ages, const float* decay,
-                          int64_t first, int64_t rows, float* w) {
+// Event weights w_hi [rows, H], of the ages alone where a is null. Of a there are `columns` for an event:
+// H, or one for all heads.
+static void event_weights(const Shape& s, const float* a, int columns, const float* ages,
+                          const float* decay, int64_t first, int64_t rows, float* w) {
   for (int h = 0; h < s.H; ++h) {
+    const float* of_head = a ? a + first * columns + (columns > 1 ? h : 0) : nullptr;
     for (int64_t t = 0; t < rows; t += VL) {
       float lanes[VL];
       int count = int(min(VL, rows - t));
@@ -17,7 +19,8 @@ static void event_weights(const Shape& s, const float* a, const float* ages, con
       } else {
         store(lanes, broadcast(1.0f));
       }
-      for (int i = 0; i < count; ++i) w[(t + i) * s.H + h] = a ? lanes[i] * a[first + t + i] : lanes[i];
+      for (int i = 0; i < count; ++i)
+        w[(t + i) * s.H + h] = a ? lanes[i] * of_head[(t + i) * columns] : lanes[i];
     }
   }
 }
@@ -41,8 +44,8 @@ static void add_rows(int width, int64_t rows, const float* x, float* sum) {
 // and the key's weight are rounded to it.
 template <bool PAIRED>
 static void encode_rows(const Shape& s, const Rows& events, const void* history, int is_bf16,
-                        const float* key, const float* value, const float* a, const float* ages,
-                        const float* decay, StateSums& sums, int threads) {
+                        const float* key, const float* value, const float* a, int columns,
+                        const float* ages, const float* decay, StateSums& sums, int threads) {
   const int D = s.D, H = s.H;
   Floats key_t(D * s.Q), value_t(D * s.Q), key_pairs(D * s.Q);  // transposed
   transpose_weight(s, key, key_t);
@@ -70,7 +73,7 @@ static void encode_rows(const Shape& s, const Rows& events, const void* history,
         x = tokens_of(s, history, is_bf16, tile.row, tile.rows, scratch, &stride);
         gemm<false>(tile.rows, s.Q, D, x, stride, 1, key_t, s.Q, projected, s.Q);
       }
-      if (weighted) event_weights(s, a, ages, decay, tile.row, tile.rows, w);
+      if (weighted) event_weights(s, a, columns, ages, decay, tile.row, tile.rows, w);
       features(s, tile.rows, projected, phi, weighted ? w.data() : nullptr);
     };
     auto add_segment = [&](const Tile& tile, const Segment& segment) {
@@ -109,39 +112,40 @@ static void encode_rows(const Shape& s, const Rows& events, const void* history,
 
 IFA_KERNEL(encode)
 (const void* history, int is_bf16, const int64_t* offsets, int64_t B, const float* key,
- const float* value, const float* a, const float* ages, const float* decay, int D, int H, int d, int map,
- float* key_value, float* key_sum, int threads) {
+ const float* value, const float* a, int columns, const float* ages, const float* decay, int D, int H,
+ int d, int map, float* key_value, float* key_sum, int threads) {
   const Shape s(D, H, d, map);
   const Rows events(offsets, B, MIN_EVENTS);
   StateSums sums(events, key_value, s.state(), key_sum, s.sum());
 #if IFA_BF16
   if (is_bf16 && D % 2 == 0)
-    return encode_rows<true>(s, events, history, 1, key, value, a, ages, decay, sums, threads);
+    return encode_rows<true>(s, events, history, 1, key, value, a, columns, ages, decay, sums, threads);
 #endif
-  encode_rows<false>(s, events, history, is_bf16, key, value, a, ages, decay, sums, threads);
+  encode_rows<false>(s, events, history, is_bf16, key, value, a, columns, ages, decay, sums, threads);
 }
 
-// Of each row of a tile the gradient of its a, from phi without weights and the gradient of phi; decayed
-// is scratch.
-static void grad_event_weights(const Shape& s, const float* ages, const float* decay, const Tile& tile,
-                               const float* phi, const float* grad_phi, float* decayed, float* grad_a) {
+// Of each row of a tile the gradient of its a, `columns` of them, from phi without weights and the gradient
+// of phi; decayed is scratch.
+static void grad_event_weights(const Shape& s, int columns, const float* ages, const float* decay,
+                               const Tile& tile, const float* phi, const float* grad_phi, float* decayed,
+                               float* grad_a) {
   const int64_t head = s.head();
-  event_weights(s, nullptr, ages, decay, tile.row, tile.rows, decayed);
+  event_weights(s, nullptr, 1, ages, decay, tile.row, tile.rows, decayed);
+  memset(grad_a + tile.row * columns, 0, tile.rows * columns * 4);
   for (int64_t t = 0; t < tile.rows; ++t) {
-    float grad = 0;
+    float* of_row = grad_a + (tile.row + t) * columns;
     for (int h = 0; h < s.H; ++h) {
       vec product = vec{};
       const int64_t at = (t * s.H + h) * head;
       for (int64_t f = 0; f < head; f += VL) product += load(phi + at + f) * load(grad_phi + at + f);
-      grad += sum_of(product) * decayed[t * s.H + h];
+      of_row[columns > 1 ? h : 0] += sum_of(product) * decayed[t * s.H + h];
     }
-    grad_a[tile.row + t] = grad;
   }
 }
 
 IFA_KERNEL(encode_backward)
 (const float* grad_key_value, const float* grad_key_sum, const void* history, int is_bf16,
- const int64_t* offsets, int64_t B, const float* key, const float* value, const float* a,
+ const int64_t* offsets, int64_t B, const float* key, const float* value, const float* a, int columns,
  const float* ages, const float* decay, int D, int H, int d, int map, void* grad_history, float* grad_key,
  float* grad_value, float* grad_a, int threads) {
   const Shape s(D, H, d, map);
@@ -173,7 +177,7 @@ IFA_KERNEL(encode_backward)
       features(s, tile.rows, projected, phi, nullptr);
       summed = phi;
       if (weighted) {
-        event_weights(s, a, ages, decay, tile.row, tile.rows, w);
+        event_weights(s, a, columns, ages, decay, tile.row, tile.rows, w);
         for (int64_t i = 0; i < tile.rows * H; ++i)
           for (int64_t f = 0; f < head; f += VL)
             store(weighted_phi + i * head + f, load(phi + i * head + f) * w[i]);
@@ -211,7 +215,7 @@ IFA_KERNEL(encode_backward)
                      s.Dp, value_sums.of(tile.partition) + h * s.dp * s.Dp, s.Dp);
     };
     auto finish_tile = [&](const Tile& tile) {
-      if (grad_a) grad_event_weights(s, ages, decay, tile, phi, grad_phi, decayed, grad_a);
+      if (grad_a) grad_event_weights(s, columns, ages, decay, tile, phi, grad_phi, decayed, grad_a);
       // the projections are read no more: their gradient takes their place
       features_backward(s, tile.rows, phi, grad_phi, weighted ? w.data() : nullptr, projected);
       gemm<true>(tile.rows, s.Dp, s.Q, projected, s.Q, 1, padded_key, s.Dp, grad_x, s.Dp);

@@ -6,15 +6,17 @@ constexpr int PARTS = 8;
 
 static inline uint64_t hash_of(int64_t bucket) { return uint64_t(bucket) * 0x9e3779b97f4a7c15u; }
 
-// w_l [L] of one event; of its age alone where a is null.
-static inline void rate_weights(int L, const float* a, const float* ages, const float* decay, int64_t event,
-                                float* w) {
+// w_l [L] of one event; of its age alone where a is null. Of a there are `columns` for an event: L, or one
+// for all rates.
+static inline void rate_weights(int L, const float* a, int columns, const float* ages, const float* decay,
+                                int64_t event, float* w) {
   for (int l = 0; l < L; l += VL) {
     float lanes[VL];
     for (int i = 0; i < VL; ++i)
       lanes[i] = ages && l + i < L && decay[l + i] > 0 ? -decay[l + i] * ages[event] : 0.0f;
     if (ages) store(lanes, exp_of(load(lanes)));
-    for (int i = 0; i < VL && l + i < L; ++i) w[l + i] = (ages ? lanes[i] : 1.0f) * (a ? a[event] : 1.0f);
+    for (int i = 0; i < VL && l + i < L; ++i)
+      w[l + i] = (ages ? lanes[i] : 1.0f) * (a ? a[event * columns + (columns > 1 ? l + i : 0)] : 1.0f);
   }
 }
 
@@ -73,7 +75,7 @@ static void join(const int64_t* buckets, const int64_t* offsets, const int64_t* 
 IFA_KERNEL(match)
 (const int64_t* buckets, const int64_t* offsets, const void* history, int is_bf16,
                   const int64_t* event_buckets, const int64_t* event_offsets, int64_t B, const float* a,
-                  const float* ages, const float* decay, int D, int L, float* token_sum,
+                  int columns, const float* ages, const float* decay, int D, int L, float* token_sum,
                   float* weight_sum, int64_t* candidate_first, int64_t* event_candidate, int threads) {
   join(buckets, offsets, event_buckets, event_offsets, B, candidate_first, event_candidate, threads);
 #pragma omp parallel num_threads(threads)
@@ -94,7 +96,7 @@ IFA_KERNEL(match)
       for (int64_t event = first; event < last; ++event) {
         const int64_t row = event_candidate[event];
         if (row < 0 || row % parts != part) continue;
-        rate_weights(L, a, ages, decay, event, w);
+        rate_weights(L, a, columns, ages, decay, event, w);
         const float* x = event_token(D, history, is_bf16, event, scratch);
         for (int l = 0; l < L; ++l) {
           weight_sum[row * L + l] += w[l];
@@ -115,9 +117,9 @@ IFA_KERNEL(match)
 IFA_KERNEL(match_backward)
 (float* grad_token, float* grad_weight, int64_t M, int64_t N,
                            const int64_t* candidate_first, const int64_t* event_candidate,
-                           const void* history, int is_bf16, const float* a, const float* ages,
-                           const float* decay, int D, int L, void* grad_history, float* grad_a,
-                           int threads) {
+                           const void* history, int is_bf16, const float* a, int columns,
+                           const float* ages, const float* decay, int D, int L, void* grad_history,
+                           float* grad_a, int threads) {
   // the gradient of a sum is that of all candidates that read it
   for (int64_t row = 0; row < M; ++row) {
     const int64_t first = candidate_first[row];
@@ -133,21 +135,19 @@ IFA_KERNEL(match_backward)
       const int64_t row = event_candidate[event];
       float* to = is_bf16 ? grad_x : static_cast<float*>(grad_history) + event * D;
       memset(to, 0, D * 4);
-      if (grad_a) grad_a[event] = 0;
+      if (grad_a) memset(grad_a + event * columns, 0, columns * 4);
       if (row >= 0) {
-        rate_weights(L, a, ages, decay, event, w);
+        rate_weights(L, a, columns, ages, decay, event, w);
         for (int l = 0; l < L; ++l) add_scaled(D, to, grad_token + (row * L + l) * D, w[l]);
         if (grad_a) {
-          rate_weights(L, nullptr, ages, decay, event, decayed);
+          rate_weights(L, nullptr, 1, ages, decay, event, decayed);
           const float* x = event_token(D, history, is_bf16, event, scratch);
-          float grad = 0;
           for (int l = 0; l < L; ++l) {
             const float* of_rate = grad_token + (row * L + l) * D;
             float product = grad_weight[row * L + l];
             for (int j = 0; j < D; ++j) product += x[j] * of_rate[j];
-            grad += product * decayed[l];
+            grad_a[event * columns + (columns > 1 ? l : 0)] += product * decayed[l];
           }
-          grad_a[event] = grad;
         }
       }
       if (is_bf16)

@@ -1,0 +1,75 @@
+"""Histories that are lists without times: which list of a user is taken, and when its events were."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ifa_torchrec.data.prepare.sections import AT, LENGTH, POSITION
+from ifa_torchrec.data.prepare.sql import first_row
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+
+def date_histories(sql: DuckDBPyConnection) -> None:
+    """Give the events of ``events_read`` a time, and leave each user one list: the shortest.
+
+    A longer list may hold what came after the requests that the shorter one was written for. The table
+    `lists_of_users` says how many lists of how many users there were, and how many users have lists of
+    several lengths.
+
+    Args:
+        sql: holds events_read, with the place of each event in its list, and requests_rows.
+
+    Example:
+        >>> import duckdb
+        >>> from ifa_torchrec.data.prepare.histories import date_histories
+        >>> sql = duckdb.connect()
+        >>> _ = sql.execute("CREATE TABLE requests_rows AS SELECT 'ann' AS user,"
+        ...                 "TIMESTAMP '2024-05-01 10:00:00' AS time; CREATE TABLE events_read AS "
+        ...                 "SELECT 'ann' AS user, 1 AS _at, unnest([0, 1]) AS _position, 2 AS _length,"
+        ...                 "unnest(['tea', 'cup']) AS item, NULL AS _refused;"
+        ...                 "CREATE VIEW events_rows AS FROM events_read")
+        >>> date_histories(sql)
+        >>> sql.execute("SELECT item, CAST(time AS VARCHAR) FROM events_rows").fetchall()
+        [('tea', '2024-05-01 09:59:58'), ('cup', '2024-05-01 09:59:59')]
+    """
+    sql.execute(
+        f"""CREATE TABLE lists_of_users AS
+        SELECT "user", arg_min({AT}, ({LENGTH}, {AT})) AS _taken, count(DISTINCT {AT}) AS _lists,
+            count(DISTINCT {LENGTH}) AS _lengths
+        FROM events_rows GROUP BY "user";
+
+        DELETE FROM events_read e USING lists_of_users l
+        WHERE e."user" = l."user" AND e.{AT} <> l._taken AND e._refused IS NULL;
+
+        ALTER TABLE events_read ADD COLUMN time TIMESTAMP;
+        UPDATE events_read SET time = (SELECT min(time) FROM requests_rows)
+            - to_seconds({LENGTH} - {POSITION});
+        UPDATE events_read e SET time = r.time - to_seconds(e.{LENGTH} - e.{POSITION})
+        FROM (SELECT "user", min(time) AS time FROM requests_rows GROUP BY "user") r
+        WHERE e."user" = r."user";
+
+        DROP VIEW events_rows;
+        CREATE VIEW events_rows AS SELECT * EXCLUDE ({AT}, {LENGTH}, {POSITION})
+        FROM events_read WHERE _refused IS NULL"""
+    )
+
+
+def lists_told(sql: DuckDBPyConnection) -> dict[str, Any]:
+    """How many lists of how many users there were, for the report.
+
+    Example:
+        >>> import duckdb
+        >>> from ifa_torchrec.data.prepare.histories import lists_told
+        >>> sql = duckdb.connect()
+        >>> _ = sql.execute("CREATE TABLE lists_of_users AS SELECT 1 AS _lists, 1 AS _lengths")
+        >>> lists_told(sql)
+        {'users': 1, 'lists': 1, 'users_with_lists_of_several_lengths': 0}
+    """
+    users, lists, several = first_row(
+        sql,
+        """SELECT count(*), coalesce(sum(_lists), 0)::BIGINT, count(*) FILTER (_lengths > 1)
+        FROM lists_of_users""",
+    )
+    return {"users": users, "lists": lists, "users_with_lists_of_several_lengths": several}

@@ -1,0 +1,136 @@
+"""Labels of another table, and listed ones: which candidates they mark, and what the report says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ifa_torchrec.data.prepare.schema import ITEM, USER, JoinedLabel
+from ifa_torchrec.data.prepare.sql import first_row, interval, number, quoted
+from ifa_torchrec.data.schema import LogError
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+
+def join_label(sql: DuckDBPyConnection, task: str, section: str, label: JoinedLabel) -> None:
+    """Add the column of a task to ``requests_read``.
+
+    Args:
+        sql: holds requests_read, requests_rows and SECTION_rows.
+        task: the label's name.
+        section: of the label's rows.
+        label: says which candidates a row marks.
+
+    Example:
+        >>> import duckdb
+        >>> from ifa_torchrec.data.prepare import JoinedLabel
+        >>> from ifa_torchrec.data.prepare.labels import join_label
+        >>> sql = duckdb.connect()
+        >>> _ = sql.execute("CREATE TABLE requests_read AS SELECT 'ann' AS user, 'tea' AS item,"
+        ...                 "make_timestamp(unnest([0, 5000000])) AS time, NULL AS _refused;"
+        ...                 "CREATE VIEW requests_rows AS FROM requests_read;"
+        ...                 "CREATE TABLE label_0_rows AS SELECT 'ann' AS user, 'tea' AS item,"
+        ...                 "make_timestamp(9000000) AS time")
+        >>> buy = dict(files="b.csv", user="u", item="i", time="t", within_seconds=60)
+        >>> join_label(sql, "buy", "label_0", JoinedLabel(**buy))
+        >>> join_label(sql, "all", "label_0", JoinedLabel(**buy, mark_all=True))
+        >>> sql.execute('SELECT buy, "all" FROM requests_read').fetchall()
+        [(0.0, 1.0), (1.0, 1.0)]
+    """
+    rows = f"{section}_rows"
+    if not label.mark_all:
+        # what a row marks has the very time of the latest candidate before it
+        rows = f"""(SELECT l."user", l.item, r.time, r.time AS _candidate
+            FROM {rows} l ASOF JOIN (SELECT DISTINCT "user", item, time FROM requests_rows) r
+            ON l."user" = r."user" AND l.item = r.item AND l.time >= r.time
+            WHERE {_labels(label)})"""
+    same = "l.time = r.time" if not label.mark_all else "true"
+    sql.execute(
+        f"""ALTER TABLE requests_read ADD COLUMN {quoted(task)} FLOAT DEFAULT 0;
+        UPDATE requests_read r SET {quoted(task)} = 1 FROM {rows} l WHERE {_labels(label)} AND {same}"""
+    )
+
+
+def _labels(label: JoinedLabel) -> str:
+    """Whether a row `l` of a joined label is of a row `r` of the requests and in time, in SQL."""
+    return f"""l."user" = r."user" AND l.item = r.item
+        AND l.time BETWEEN r.time AND r.time + {interval(label.within_seconds)}"""
+
+
+def joined_told(sql: DuckDBPyConnection, task: str, section: str, label: JoinedLabel) -> dict[str, int]:
+    """What became of the rows of a joined label, for the report.
+
+    Raises:
+        LogError: not one labels a candidate.
+    """
+    rows, users, items, in_time = (
+        number(sql, f"SELECT count(*) FROM {section}_rows l {which}")
+        for which in (
+            "",
+            'SEMI JOIN (SELECT DISTINCT "user" FROM requests_rows) USING ("user")',
+            'SEMI JOIN (SELECT DISTINCT "user", item FROM requests_rows) USING ("user", item)',
+            f"SEMI JOIN requests_rows r ON {_labels(label)}",
+        )
+    )
+    if not in_time:
+        user, item = (example(sql, column, section) for column in (USER, ITEM))
+        theirs, shown = (example(sql, column, "requests") for column in (USER, ITEM))
+        raise LogError(
+            f"requests.labels.{task}: none of its {rows} rows labels a candidate; {users} have a "
+            f"user of the requests, {items} that user's candidate, none within "
+            f"{label.within_seconds} seconds after it. Its users are like {user}, its items like "
+            f"{item}; those of the requests like {theirs} and {shown}; are ids written alike, and "
+            "times of one time zone?"
+        )
+    ambiguous = number(
+        sql,
+        f"""SELECT count(*) FROM (
+            SELECT l._row FROM (SELECT *, row_number() OVER () AS _row FROM {section}_rows) l
+            JOIN (SELECT DISTINCT "user", item, time FROM requests_rows) r ON {_labels(label)}
+            GROUP BY l._row HAVING count(*) > 1)""",
+    )
+    return {
+        "rows": rows,
+        "of_a_user_of_the_requests": users,
+        "of_a_candidate": items,
+        "in_time": in_time,
+        "of_several_candidates": ambiguous,
+    }
+
+
+def listed_told(sql: DuckDBPyConnection, task: str, each: bool) -> dict[str, int]:
+    """How many of the items that a label lists are among the candidates of their row, for the report.
+
+    Raises:
+        LogError: items are listed and not one is a candidate.
+    """
+    listed = quoted(f"_listed_{task}")
+    of_rows = f"SELECT any_value({listed}) AS n FROM requests_rows GROUP BY _at"
+    of = number(
+        sql,
+        f"SELECT coalesce(sum(n), 0)::BIGINT FROM ({of_rows})"
+        if each
+        else f"SELECT coalesce(sum({listed}), 0)::BIGINT FROM requests_rows",
+    )
+    found = number(sql, f"SELECT count(*) FROM requests_rows WHERE {quoted(task)} = 1")
+    if of and not found:
+        raise LogError(
+            f"requests.labels.{task}: none of the {of} items that it lists is a candidate of its row; "
+            f"candidates are like {example(sql, ITEM, 'requests')}; are ids written alike?"
+        )
+    return {"listed": of, "found": found}
+
+
+def example(sql: DuckDBPyConnection, column: str, table: str) -> str:
+    """An id of a table, for a message.
+
+    Example:
+        >>> import duckdb
+        >>> from ifa_torchrec.data.prepare.labels import example
+        >>> sql = duckdb.connect()
+        >>> _ = sql.execute("CREATE TABLE events_rows AS SELECT 'ann' AS user")
+        >>> example(sql, "user", "events")
+        "'ann'"
+    """
+    least = first_row(sql, f'SELECT min("{column}") FROM {table}_rows')[0]
+    return "none, since it has no rows" if least is None else repr(least)

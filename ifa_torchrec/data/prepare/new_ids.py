@@ -1,0 +1,86 @@
+"""What the report says of ids that the training never had: new items, users and values, by split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from ifa_torchrec.data.prepare.schema import PrepareSchema
+from ifa_torchrec.data.prepare.sql import first_row, quoted
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+
+class NewIds:
+    """Shares of new ids.
+
+    Args:
+        sql: holds the tables of the other rooms.
+        schema: of the log.
+        splits: the numbers of each split's requests.
+        known: rows of the item table; numbers from there on are of new items.
+    """
+
+    def __init__(
+        self, sql: DuckDBPyConnection, schema: PrepareSchema, splits: Mapping[str, range], known: int
+    ) -> None:
+        self.sql, self.schema, self.splits, self.known = sql, schema, splits, known
+        lasts = ["'-infinity'::TIMESTAMP"]
+        lasts += [
+            f"(SELECT max(time) FROM requests WHERE _number < {mine.stop})" for mine in splits.values()
+        ]
+        events = [f"time >= {first} AND time < {last}" for first, last in pairwise(lasts)]
+        self.events = dict(zip(splits, events, strict=True))
+        train = f"_number < {splits['train'].stop}"
+        sql.execute(
+            f"""CREATE TABLE users_of_training AS
+            SELECT "user" FROM events WHERE time < {lasts[1]}
+            UNION SELECT "user" FROM requests WHERE {train}"""
+        )
+
+    def told(self, split: str) -> dict[str, Any]:
+        """Shares of a split: of items among candidates and events, of users among requests and events,
+        and of the values of each feature; None where there are none.
+
+        Events of a split are those between the last request of the split before and its own.
+        """
+        mine, events = self.splits[split], f"FROM events WHERE {self.events[split]}"
+        requests = f"_number BETWEEN {mine.start} AND {mine.stop - 1}"
+        item = f"_row.item >= {self.known}"
+        stranger = '"user" NOT IN (FROM users_of_training)'
+        return {
+            "items": {
+                "candidates": self._share(item, f"FROM candidates WHERE {requests}"),
+                "events": self._share(f"item >= {self.known}", events),
+            },
+            "users": {
+                "requests": self._share(stranger, f"FROM requests WHERE {requests}"),
+                "events": self._share(stranger, events),
+            },
+            "values": self._values(requests, self.events[split]),
+        }
+
+    def _values(self, requests: str, events: str) -> dict[str, float | None]:
+        """Of the values that are given, the share that the vocabulary does not have."""
+        schema, items = self.schema, self.schema.described_items
+        candidates = f"FROM candidates JOIN items ON items.item = _row.item WHERE {requests}"
+        told: dict[str, float | None] = {}
+        for form, features, rows in (
+            ("{0}", items.features, candidates),
+            ("unnest({0})", items.lists, candidates),
+            ("{0}", schema.events.features, f"FROM events_rows WHERE {events}"),
+            ("{0}", schema.context, f"FROM requests WHERE {requests}"),
+            ("unnest({0})", schema.context_lists, f"FROM requests WHERE {requests}"),
+            ("{0}", schema.requests.candidate_features, f"FROM sessions WHERE {requests}"),
+        ):
+            for name in features:
+                given = f"(SELECT {form.format(quoted(name))} AS id {rows})"
+                known = f"LEFT JOIN {quoted(f'codes_{name}')} USING (id) WHERE id IS NOT NULL"
+                told[name] = self._share("code IS NULL", f"FROM {given} {known}")
+        return told
+
+    def _share(self, condition: str, rows: str) -> float | None:
+        query = f"SELECT avg(CAST(coalesce({condition}, false) AS INTEGER)) {rows}"
+        return first_row(self.sql, query)[0]

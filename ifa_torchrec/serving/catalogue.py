@@ -1,0 +1,218 @@
+"""External ids become rows and numbers, and requests and events the features that a model takes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from ifa_torchrec.batch import RankingFeatures
+from ifa_torchrec.data import EventLog
+from ifa_torchrec.data.batches import item_fields, jagged, stacked, tensor
+from ifa_torchrec.serving.requests import Id, RankingRequest, float32s
+from ifa_torchrec.serving.states.journal import Event
+
+_HISTORY, _CANDIDATE = "history_", "candidate_"
+_HASHES = 2**62
+"""Numbers that ids which no vocabulary knows are given, behind those that one knows."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """Features, and how many ids in them the vocabulary does not know.
+
+    Args:
+        features: of B requests, or of B events, each a request with a history of one.
+        items: [B], unknown items of each.
+        values: [B], other unknown ids of each.
+    """
+
+    features: RankingFeatures
+    items: np.ndarray
+    values: np.ndarray
+
+
+class Catalogue:
+    """What external ids mean to a model: the schema that names its features, the items, the vocabulary.
+
+    An id that the vocabulary does not know is row 0, "unknown". An item still has a number that tells it
+    apart in the identity heads: behind the numbers of all items, from a hash of its id.
+
+    Args:
+        log: of which schema, items and vocabulary are taken.
+
+    Attributes:
+        schema: LogSchema.
+        digest: of the vocabulary.
+
+    Example:
+        >>> import pandas as pd, tempfile
+        >>> from ifa_torchrec.data import EventLog, LogSchema
+        >>> from ifa_torchrec.serving.catalogue import Catalogue
+        >>> log = EventLog.from_pandas(
+        ...     tempfile.mkdtemp() + "/log",
+        ...     events=pd.DataFrame({"user": [7], "item": [1], "time": [pd.Timestamp(2024, 1, 1)]}),
+        ...     schema=LogSchema(item_features={"item": 3}))
+        >>> first, never_seen = Catalogue(log).item_numbers([1, "new"]).tolist()
+        >>> first, never_seen > 3
+        (1, True)
+    """
+
+    def __init__(self, log: EventLog) -> None:
+        self.schema, self._items, self._vocabulary = log.schema, log.items, log.vocabulary
+        self.digest = self._vocabulary.digest
+        self._num_items = log.num_items
+        self._rows = self.schema.item_features[self.schema.item]
+        self._hashed_from = max(self._rows, self._num_items)
+        self._integer_users = True
+        if "user" in self._vocabulary.names:
+            users = self._vocabulary["user"].ids
+            self._integer_users = users is not None and pa.types.is_integer(users.type)
+
+    def user(self, user: Id) -> Id:
+        """The one name of a user: of users that are integers, the integer of a string of digits."""
+        if self._integer_users and isinstance(user, str):
+            try:
+                number = int(user)
+            except ValueError:
+                return user
+            return number if str(number) == user and -(2**63) <= number < 2**63 else user
+        return user
+
+    def item_numbers(self, items: Sequence[Id]) -> np.ndarray:
+        """The number of each item, [n] int64: that of the log, or one from a hash; 0 is "unknown"."""
+        ids = self._vocabulary[self.schema.item]
+        numbers = ids.rows_of(items)
+        for n in np.flatnonzero(numbers == 0).tolist():
+            if ids.kind != "numbered" or str(items[n]) != "0":
+                digest = hashlib.blake2b(str(items[n]).encode(), digest_size=8).digest()
+                numbers[n] = self._hashed_from + int.from_bytes(digest, "big") % _HASHES
+        return numbers
+
+    def read_requests(self, requests: Sequence[RankingRequest]) -> Read:
+        """The features of B checked requests, whose histories are empty.
+
+        Raises:
+            RequestError: a number is none.
+        """
+        schema = self.schema
+        lengths = np.array([len(request.candidates) for request in requests], np.int64)
+        items = self.item_numbers([item for request in requests for item in request.candidates])
+        of_request = np.repeat(np.arange(len(requests)), lengths)
+        values = np.zeros(len(requests), np.int64)
+        candidate_ids: dict[str, np.ndarray] = {}
+        for name in schema.candidate_features:
+            given = [value for request in requests for value in request.candidate_features[name]]
+            candidate_ids[name] = self._rows_of(name, given, of_request, values)
+        dense = [
+            float32s(f"dense.{f}", [r.dense[f] for r in requests], f in schema.log_scaled)
+            for f in schema.dense_features
+        ]
+        candidate_dense = [
+            float32s(
+                f"candidate_dense.{f}",
+                [x for request in requests for x in request.candidate_dense[f]],
+                f in schema.log_scaled,
+            )
+            for f in schema.candidate_dense
+        ]
+        features = RankingFeatures(
+            dense_features=stacked(dense, len(requests)),
+            context_features=self._context(requests, values),
+            candidate_dense=stacked(candidate_dense, len(items)),
+            history_age=torch.empty(0),
+            **self._sequences(_CANDIDATE, items, lengths, candidate_ids),
+        )
+        unknown = self._is_unknown(items)
+        return Read(features, np.bincount(of_request[unknown], minlength=len(requests)), values)
+
+    def read_events(self, events: Sequence[Event]) -> Read:
+        """The features of N events, each a request of its own, made at the event's time.
+
+        Of an event that stands in the journal since another version took it, ids that it has not are
+        unknown and numbers that it has not are missing.
+        """
+        schema, count = self.schema, len(events)
+        items, values = self.item_numbers([event.item for event in events]), np.zeros(count, np.int64)
+        event_ids: dict[str, np.ndarray] = {}
+        for name in schema.event_features:
+            given = [event.features.get(name) for event in events]
+            has = np.flatnonzero([value is not None for value in given])
+            event_ids[name] = np.zeros(count, np.int64)
+            ids = [value for value in given if value is not None]
+            event_ids[name][has] = self._rows_of(name, ids, has, values)
+        dense = [float32s(f, [event.numbers.get(f) for event in events]) for f in schema.event_dense]
+        weight = None
+        if schema.event_weight is not None:
+            weight = torch.tensor([1.0 if e.weight is None else e.weight for e in events])
+        features = RankingFeatures(
+            dense_features=torch.zeros(count, len(schema.dense_features)),
+            context_features=jagged({}, []),
+            candidate_dense=torch.empty(0, len(schema.candidate_dense)),
+            history_age=torch.zeros(count),
+            history_weight=weight,
+            history_dense=stacked(dense, count) if dense else None,
+            **self._sequences(_HISTORY, items, np.ones(count, np.int64), event_ids),
+        )
+        return Read(features, self._is_unknown(items).astype(np.int64), values)
+
+    def _is_unknown(self, items: np.ndarray) -> np.ndarray:
+        return (items == 0) | (items >= self._num_items)
+
+    def _rows_of(
+        self, name: str, ids: Sequence[Id], of_request: np.ndarray, unknown: np.ndarray
+    ) -> np.ndarray:
+        """Rows of ids, each of a request, whose unknown ones are added up."""
+        rows = self._vocabulary[name].rows_of(ids)
+        np.add.at(unknown, of_request[rows == 0], 1)
+        return rows
+
+    def _context(self, requests: Sequence[RankingRequest], unknown: np.ndarray) -> KeyedJaggedTensor:
+        values: dict[str, np.ndarray] = {}
+        lengths: dict[str, np.ndarray] = {}
+        for name in (*self.schema.context_features, *self.schema.context_lists):
+            one = name in self.schema.context_features
+            given = [[r.context[name]] if one else r.context[name] for r in requests]
+            lengths[name] = np.array([len(ids) for ids in given], np.int64)
+            of_request = np.repeat(np.arange(len(requests)), lengths[name])
+            values[name] = self._rows_of(name, [i for ids in given for i in ids], of_request, unknown)
+        return jagged(values, list(lengths.values()))
+
+    def _sequences(
+        self, prefix: str, items: np.ndarray, lengths: np.ndarray, own: Mapping[str, np.ndarray]
+    ) -> dict[str, object]:
+        """The fields that say what events are of, or what the candidates are; the other side is empty.
+
+        Args:
+            prefix: which of the two.
+            items: their items' numbers.
+            lengths: [B], how many each request has.
+            own: ids of their own by feature.
+        """
+        schema = self.schema
+        described = np.where(items < self._num_items, items, 0)
+        of_items = {f: self._items[f][described] for f in schema.item_features}
+        of_items[schema.item] = np.where(described < self._rows, described, 0)
+        none = np.empty(0, np.int64)
+        values: dict[str, np.ndarray] = {}
+        for side, features in (
+            (_HISTORY, (*schema.item_features, *schema.event_features)),
+            (_CANDIDATE, (*schema.item_features, *schema.candidate_features)),
+        ):
+            there = {**of_items, **own} if side == prefix else dict.fromkeys(features, none)
+            values |= {side + f: there[f] for f in features}
+        counts = {key: lengths if key.startswith(prefix) else 0 * lengths for key in values}
+        of_events, of_candidates = (described, none) if prefix == _HISTORY else (none, described)
+        numbers = tensor(items), tensor(none)
+        history, candidates = numbers if prefix == _HISTORY else numbers[::-1]
+        return {
+            "sequence_features": jagged(values, list(counts.values())),
+            "history_item_ids": history,
+            "candidate_item_ids": candidates,
+            **item_fields(self._items, schema, of_events, of_candidates),
+        }

@@ -1,0 +1,299 @@
+"""What a scorer is asked and told: ranking requests and events, and the checks of what they hold.
+
+A request or an event that is not what the model takes is refused with a RequestError that names the
+field. Ids are external ids, of which any is taken: what the vocabulary does not know is "unknown".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from ifa_torchrec.data import LogSchema
+from ifa_torchrec.serving.errors import RequestError
+from ifa_torchrec.serving.states.journal import Event
+from ifa_torchrec.serving.times import utc
+
+Id = int | str
+"""An external id: an integer of 64 bits, or a string."""
+_LARGEST = 2**63 - 1
+_YEAR = 365 * 86400.0  # seconds
+
+
+@dataclass(frozen=True)
+class RankingRequest:
+    """A candidate set to be ranked for a user. Ids are external ids, integers or strings.
+
+    Args:
+        user: id.
+        candidates: m item ids, at least one.
+        time: microseconds since 1970, UTC; the events before it count. None is now, or just after
+            the user's last event where the clock that stamped it is ahead.
+        context: an id for each of the schema's context features, a list of ids for each of its
+            context lists.
+        dense: a number for each of its dense features; None where it is missing.
+        candidate_dense: m numbers for each of its candidate_dense features; None likewise.
+        candidate_features: m ids for each of its candidate features.
+        new_user: whether the user may have no state, and then has had no event.
+
+    Example:
+        >>> from ifa_torchrec.serving import RankingRequest
+        >>> RankingRequest(user="anna", candidates=[4, 9], context={"store": "north"}).new_user
+        False
+    """
+
+    user: Id
+    candidates: Sequence[Id]
+    time: int | None = None
+    context: Mapping[str, Id | Sequence[Id]] = field(default_factory=dict)
+    dense: Mapping[str, float | None] = field(default_factory=dict)
+    candidate_dense: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+    candidate_features: Mapping[str, Sequence[Id]] = field(default_factory=dict)
+    new_user: bool = False
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The best of a candidate set, best first.
+
+    Args:
+        items: ids, as the request gave them.
+        logits: [len(items), T] float32, one column a task.
+        as_of: None, or the time it is of where that is not the request's, since the state could not
+            go back to it: microseconds. ``StateStore.read`` says how far it can.
+        unknown_candidates: how many candidates the vocabulary does not know.
+        unknown_context: how many values of the context it does not know, those of candidate features
+            included.
+    """
+
+    items: list[Id]
+    logits: np.ndarray
+    as_of: int | None
+    unknown_candidates: int
+    unknown_context: int
+
+
+@dataclass(frozen=True)
+class EventResult:
+    """What became of an event.
+
+    Args:
+        status: "taken": it is in the states now; "duplicate": it was there before; "refused": it is not.
+        reason: why it was refused, and what would be right; else None.
+        unknown: how many of its ids, the user's apart, the vocabulary does not know.
+
+    Example:
+        >>> from ifa_torchrec.serving import EventResult
+        >>> EventResult("taken").reason is None
+        True
+    """
+
+    status: Literal["taken", "duplicate", "refused"]
+    reason: str | None = None
+    unknown: int = 0
+
+
+def checked_request(schema: LogSchema, request: RankingRequest) -> RankingRequest:
+    """A request whose ids are ints and strings in lists.
+
+    Raises:
+        RequestError: a field is missing, not of the schema, of another type or out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> from ifa_torchrec.data import LogSchema
+        >>> from ifa_torchrec.serving import RankingRequest
+        >>> from ifa_torchrec.serving.requests import checked_request
+        >>> request = RankingRequest(7, np.array([4, 9]))
+        >>> checked_request(LogSchema(item_features={"item": 10}), request).candidates
+        [4, 9]
+    """
+    if request.time is not None:
+        _check_time("time", request.time, _YEAR)
+    candidates = checked_ids("candidates", request.candidates)
+    if not candidates:
+        raise RequestError("candidates is empty; give at least one item")
+    _check_names("context", request.context, {**schema.context_features, **schema.context_lists})
+    _check_names("dense", request.dense, schema.dense_features)
+    _check_names("candidate_dense", request.candidate_dense, schema.candidate_dense)
+    _check_names("candidate_features", request.candidate_features, schema.candidate_features)
+    context: dict[str, Id | Sequence[Id]] = {}
+    for name, value in request.context.items():
+        one = name in schema.context_features
+        ids = checked_ids(f"context.{name}", [value] if one else value)
+        context[name] = ids[0] if one else ids
+    of_candidates = {
+        name: checked_ids(f"candidate_features.{name}", ids)
+        for name, ids in request.candidate_features.items()
+    }
+    for kind, columns in (("dense", request.candidate_dense), ("features", of_candidates)):
+        for name, values in columns.items():
+            if len(values) != len(candidates):
+                what = "numbers" if kind == "dense" else "ids"
+                raise RequestError(
+                    f"candidate_{kind}.{name}: {len(values)} {what} for {len(candidates)} candidates"
+                )
+    return dataclasses.replace(
+        request,
+        user=checked_ids("user", [request.user])[0],
+        candidates=candidates,
+        context=context,
+        candidate_features=of_candidates,
+    )
+
+
+def checked_event(schema: LogSchema, event: Event, max_ahead: float) -> Event:
+    """An event whose ids are ints and strings and whose numbers are floats.
+
+    Args:
+        schema: which features and numbers it must have.
+        event: the event.
+        max_ahead: seconds that it may be ahead of the clock here.
+
+    Raises:
+        RequestError: a field is missing, not of the schema, of another type or out of range, or the
+            event is of the future.
+
+    Example:
+        >>> from ifa_torchrec.data import LogSchema
+        >>> from ifa_torchrec.serving import Event
+        >>> from ifa_torchrec.serving.requests import checked_event
+        >>> schema = LogSchema(item_features={"item": 10}, event_features={"act": 5})
+        >>> checked_event(schema, Event(1, user=7, item=4, time=0), max_ahead=60)
+        Traceback (most recent call last):
+        ifa_torchrec.serving.errors.RequestError: features: ['act'] missing; the model takes ['act']
+    """
+    position = event.position
+    if not _is_integer(position) or not 0 <= position <= _LARGEST:
+        raise RequestError(f"position must be in 0..2**63 - 1, got {position!r}")
+    _check_time("time", event.time, max_ahead)
+    _check_names("features", event.features, schema.event_features)
+    _check_names("numbers", event.numbers, schema.event_dense)
+    weight = event.weight
+    if (weight is None) != (schema.event_weight is None):
+        wanted = "the events of the model have none" if weight is not None else "the model takes one"
+        raise RequestError(f"weight: {wanted}")
+    if weight is not None:
+        weight = float(float32s("weight", [weight])[0])
+        if weight < 0:
+            raise RequestError(f"weight: {weight} is negative; 0 is the least")
+    numbers = {name: float32s(f"numbers.{name}", [x], name in schema.log_scaled)[0].item()
+               for name, x in event.numbers.items()}  # fmt: skip
+    return Event(
+        int(position),
+        checked_ids("user", [event.user])[0],
+        checked_ids("item", [event.item])[0],
+        int(event.time),
+        {name: checked_ids(f"features.{name}", [value])[0] for name, value in event.features.items()},
+        {name: None if np.isnan(x) else x for name, x in numbers.items()},
+        weight,
+    )
+
+
+def checked_ids(where: str, ids: Any) -> list[Id]:
+    """A list of external ids as Python's own ints and strings.
+
+    Args:
+        where: the field's name, for errors.
+        ids: a sequence, or an array.
+
+    Raises:
+        RequestError: it is none, or one of them is no string and no integer of 64 bits, or is empty.
+
+    Example:
+        >>> from ifa_torchrec.serving.requests import checked_ids
+        >>> checked_ids("candidates", [4, "nine"])
+        [4, 'nine']
+    """
+    if isinstance(ids, np.ndarray):
+        ids = ids.tolist()
+    if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
+        raise RequestError(f"{where} must be a list of ids, got {ids!r}")
+    found = list(ids)
+    if not set(map(type, found)) <= {int, str}:
+        found = [i.item() if isinstance(i, np.integer) else i for i in found]
+    for n, identifier in enumerate(found):
+        if type(identifier) is int and -_LARGEST - 1 <= identifier <= _LARGEST:
+            continue
+        if type(identifier) is str and identifier and _is_text(identifier):
+            continue
+        place = where if len(found) == 1 else f"{where}[{n}]"
+        raise RequestError(
+            f"{place}: {identifier!r} is no id: it must be a string, not empty, or an integer of 64 bits"
+        )
+    return found
+
+
+def float32s(where: str, values: Any, log_scaled: bool = False) -> np.ndarray:
+    """Numbers as [n] float32; NaN where one is None, that is missing.
+
+    Args:
+        where: the field's name, for errors.
+        values: a sequence of numbers, or an array.
+        log_scaled: whether none of them may be negative.
+
+    Raises:
+        RequestError: one is no number, not finite or beyond a float32, or negative.
+
+    Example:
+        >>> from ifa_torchrec.serving.requests import float32s
+        >>> float32s("dense.hour", [2, None]).tolist()
+        [2.0, nan]
+    """
+    if isinstance(values, np.ndarray):
+        values = values.tolist()
+    missing = np.array([value is None for value in values], bool)
+    given = [0.0 if value is None else value for value in values]
+    for value in given:
+        if type(value) not in (float, int) and not isinstance(value, (np.integer, np.floating)):
+            raise RequestError(f"{where}: {value!r} is no number; null where it is missing")
+    try:
+        with np.errstate(over="ignore"):
+            found = np.array(given, np.float64).astype(np.float32)
+    except OverflowError:
+        found = np.array([np.inf], np.float32)
+    if not np.isfinite(found).all():
+        raise RequestError(f"{where}: not finite numbers of float32; null where one is missing")
+    if log_scaled and (found < 0).any():
+        raise RequestError(f"{where}: {found.min()} is negative, and its logarithm is taken")
+    found[missing] = np.nan
+    return found
+
+
+def _check_names(where: str, given: Mapping[str, Any], wanted: Iterable[str]) -> None:
+    wanted = set(wanted)
+    if given.keys() != wanted:
+        missing, others = sorted(wanted - given.keys()), sorted(given.keys() - wanted)
+        what = [f"{missing} missing"] * bool(missing) + [f"{others} unknown"] * bool(others)
+        raise RequestError(f"{where}: {', '.join(what)}; the model takes {sorted(wanted)}")
+
+
+def _check_time(where: str, given: int, max_ahead: float) -> None:
+    """Refuse what is far ahead: a state at such a time has forgotten everything, for good."""
+    if not _is_integer(given) or not 0 <= given <= _LARGEST:
+        raise RequestError(f"{where} must be in 0..2**63 - 1 microseconds, got {given!r}")
+    latest = time.time_ns() // 1000 + max_ahead * 1e6
+    if given > latest:
+        cause = "; it is microseconds since 1970, were these nanoseconds?" * (given > 2 * latest)
+        raise RequestError(
+            f"{where} {given} is {utc(given)}, more than {max_ahead:g} seconds ahead of the clock "
+            f"here{cause}"
+        )
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8: half of a UTF-16 pair cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

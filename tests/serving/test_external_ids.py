@@ -1,0 +1,281 @@
+"""External ids and what events have: a served score is that of the model on the log's own history."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import re
+import struct
+
+import numpy as np
+import pytest
+import torch
+from shop import SHOP_IFA, VOCABULARY, shop_model
+
+from ifa_torchrec import InteractionFidelityAttention
+from ifa_torchrec.data import EventLog, RankingDataset
+from ifa_torchrec.serving import (
+    Event,
+    EventResult,
+    KeyValueStore,
+    RankingRequest,
+    RequestError,
+    Scorer,
+    StateError,
+    StateLayout,
+    StateStore,
+    open_key_value_store,
+)
+from ifa_torchrec.serving.states.journal import pack_event, unpack_event
+from ifa_torchrec.serving.states.layout import journal_key
+
+LATER = 1_709_251_200_000_000  # 2024-03-01, after the shop's last event
+
+
+@pytest.fixture
+def key_values(tmp_path) -> KeyValueStore:
+    store = open_key_value_store(str(tmp_path / "states"))
+    yield store
+    store.close()
+
+
+def new_store(key_values, log, version="v1", vocabulary=None) -> StateStore:
+    layout = StateLayout.of(InteractionFidelityAttention(SHOP_IFA))
+    digest = log.vocabulary.digest if vocabulary is None else vocabulary
+    StateStore.begin(key_values, version, layout, 0, vocabulary=digest).finish()
+    return StateStore(key_values, version)
+
+
+@pytest.fixture
+def scorer(shop, key_values) -> Scorer:
+    return Scorer(shop.model, shop.log, new_store(key_values, shop.log))
+
+
+def request(shop, *candidates: int | str, user: int | str = "anna") -> RankingRequest:
+    """The first request, later, with other candidates."""
+    m = len(candidates)
+    return dataclasses.replace(
+        shop.request(0),
+        user=user,
+        time=LATER,
+        candidates=candidates,
+        candidate_dense={"bid": [0.0] * m},
+        candidate_features={"place": ["top"] * m},
+    )
+
+
+@torch.no_grad()
+def test_scores_are_the_models_on_the_log(shop, scorer):
+    dataset, seen = RankingDataset(shop.log, "train"), set[int]()
+    order = np.argsort(shop.requests["time"].to_numpy(), kind="stable").tolist()
+    for n in order:
+        events = [event for event in shop.events_before(n) if event.position not in seen]
+        random.Random(n).shuffle(events)
+        assert {result.status for result in scorer.append(events)} <= {"taken"}
+        seen |= {event.position for event in events}
+        expected = shop.model(dataset[[n]]).numpy()
+        np.testing.assert_allclose(scorer.score([shop.request(n)])[0], expected, rtol=1e-4, atol=1e-5)
+    assert len(seen) > 40
+    together = scorer.score([shop.request(n) for n in order[-3:]])
+    apart = [scorer.score([shop.request(n)])[0] for n in order[-3:]]
+    for one, other in zip(together, apart, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_new_item_that_the_user_met_is_told_from_one_that_they_did_not(shop, scorer):
+    """Of two items that no vocabulary knows all else is alike."""
+    unmet = scorer.score([request(shop, "never seen", "nor this")])[0]
+    np.testing.assert_allclose(unmet[0], unmet[1], atol=1e-6)
+    event = dataclasses.replace(shop.event(0), user="anna", item="never seen")
+    assert scorer.append([event]) == [EventResult("taken", unknown=1)]
+    met = scorer.score([request(shop, "never seen", "nor this")])[0]
+    assert abs(met[0] - met[1]) > 1e-3
+    # also by another process, or the next day
+    again = Scorer(shop.model, shop.log, scorer.store)
+    np.testing.assert_array_equal(again.score([request(shop, "never seen", "nor this")])[0], met)
+
+
+def test_an_item_beyond_the_table_is_recognised_by_its_number(shop, scorer):
+    """The last items of the vocabulary have no row of their own, but descriptions and numbers."""
+    before = scorer.score([request(shop, "item 12", "item 13")])[0]
+    scorer.append([dataclasses.replace(shop.event(0), user="anna", item="item 12")])
+    after = scorer.score([request(shop, "item 12", "item 13")])[0]
+    assert abs((after - before)[0] - (after - before)[1]) > 1e-3
+    assert scorer.rank([request(shop, "item 12", "item 13")])[0].unknown_candidates == 0
+
+
+def test_ids_come_back_as_they_were_given_and_unknown_ones_are_counted(shop, scorer):
+    asked = request(shop, "item 3", 7, "7", "item 99")
+    context = {"store": 1000, "interest": ["jazz", "ski", 3]}
+    asked = dataclasses.replace(asked, context=context, candidate_features={"place": ["top", 1, 2, 3]})
+    ranking = scorer.rank([asked])[0]
+    assert {(type(item), item) for item in ranking.items} == {(type(i), i) for i in asked.candidates}
+    assert (ranking.unknown_candidates, ranking.unknown_context) == (3, 6)
+    # a number and its digits are one item
+    scores = dict(
+        zip(asked.candidates, scorer.score([request(shop, *asked.candidates)])[0], strict=True)
+    )
+    np.testing.assert_allclose(scores[7], scores["7"], atol=1e-6)
+
+
+def test_users_that_the_vocabulary_does_not_know_have_states(shop, scorer):
+    events = [dataclasses.replace(shop.event(0), position=p, user=u) for p, u in enumerate(("eve", 7))]
+    assert [result.status for result in scorer.append(events)] == ["taken"] * 2
+    assert scorer.store.known(["eve", 7, "7", "anna"]).tolist() == [True, True, False, False]
+    known = dataclasses.replace(request(shop, "item 1", user="eve"), new_user=False)
+    assert len(scorer.score([known])[0]) == 1
+
+
+def test_what_an_event_has_changes_the_state(shop, key_values):
+    """Each feature, each number, the lack of one, and the weight."""
+    base = dataclasses.replace(
+        shop.event(0),
+        features={"action": "buy", "device": "desk"},
+        numbers={"dwell": 3.0, "amount": 2.0},
+        weight=1.0,
+    )
+    versions = [
+        base,
+        dataclasses.replace(base, features={"action": "skip", "device": "desk"}),
+        dataclasses.replace(base, features={"action": "buy", "device": "radio"}),
+        dataclasses.replace(base, numbers={"dwell": 30.0, "amount": 2.0}),
+        dataclasses.replace(base, numbers={"dwell": 3.0, "amount": None}),
+        dataclasses.replace(base, weight=5.0),
+    ]
+    scores = []
+    other = dataclasses.replace(shop.event(1), user=base.user, position=1000)
+    for n, event in enumerate(versions):
+        scorer = Scorer(shop.model, shop.log, new_store(key_values, shop.log, f"v{n}"))
+        event = dataclasses.replace(event, position=n)
+        scorer.append([event, dataclasses.replace(other, position=100 + n)])
+        scores.append(scorer.score([request(shop, "item 2", "item 5", user=base.user)])[0])
+    for n, one in enumerate(scores):
+        for another in scores[n + 1 :]:
+            assert np.abs(one - another).max() > 1e-5
+
+
+def broken(event: Event, **changes) -> Event:
+    return dataclasses.replace(event, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"features": {"action": "buy"}}, r"features: \['device'\] missing; the model takes \['action'"),
+        ({"features": {"action": "buy", "device": None}}, r"features.device: None is no id"),
+        ({"numbers": {"dwell": 1.0}}, r"numbers: \['amount'\] missing"),
+        ({"numbers": {"dwell": -1.0, "amount": 1.0}}, r"numbers.dwell: -1.0 is negative, and its log"),
+        ({"numbers": {"dwell": 1.0, "amount": float("nan")}}, r"numbers.amount: not finite"),
+        ({"numbers": {"dwell": 1.0, "amount": 1e300}}, r"numbers.amount: not finite"),
+        ({"numbers": {"dwell": 1.0, "amount": "1"}}, r"numbers.amount: '1' is no number"),
+        ({"weight": None}, r"weight: the model takes one"),
+        ({"weight": -1.0}, r"weight: -1.0 is negative"),
+        ({"weight": 3e38, "numbers": {"dwell": 1.0, "amount": 3e38}}, r"overflows; give smaller"),
+        ({"user": True}, r"user: True is no id"),
+        ({"user": "\ud800"}, r"user: '\\ud800' is no id"),
+        ({"item": ""}, r"item: '' is no id"),
+        ({"item": 2**63}, r"item: 9223372036854775808 is no id"),
+        ({"item": 1.0}, r"item: 1.0 is no id"),
+        ({"position": -1}, r"position must be in 0\.\.2\*\*63 - 1, got -1"),
+        ({"time": 1.5}, r"time must be in 0\.\.2\*\*63 - 1 microseconds, got 1.5"),
+    ],
+)
+def test_an_event_that_is_not_the_schemas_is_refused_alone(shop, scorer, changes, reason):
+    good = [broken(shop.event(n), user="anna") for n in range(2)]
+    bad = broken(shop.event(2), **changes)
+    first, refused, second = scorer.append([good[0], bad, good[1]])
+    assert first.status == second.status == "taken"
+    assert refused.status == "refused"
+    assert re.search(reason, refused.reason), refused.reason
+
+
+def test_a_position_that_is_anothers_is_refused_alone(shop, scorer):
+    scorer.append([shop.event(0)])
+    again = dataclasses.replace(shop.event(0), numbers={"dwell": None, "amount": 77.5})
+    results = scorer.append([shop.event(1), again, shop.event(0), shop.event(2)])
+    assert [result.status for result in results] == ["taken", "refused", "duplicate", "taken"]
+    assert "amount 77.5" in results[1].reason and "comes again" in results[1].reason
+
+
+def test_a_longer_vocabulary_picks_events_up_by_their_ids(shop, scorer, tmp_path):
+    """What the old version did not know, the new one does; features that it wants beyond those that the
+    journal has are unknown."""
+    events = [dataclasses.replace(shop.event(n), user="anna", item="brand new") for n in range(2)]
+    assert [result.unknown for result in scorer.append(events)] == [
+        1 + (event.features["device"] == "watch") for event in events
+    ]
+    schema = dataclasses.replace(
+        shop.log.schema,
+        event_features={**shop.log.schema.event_features, "page": 3},
+        event_dense=("amount", "scroll", "dwell"),
+    )
+    vocabulary = VOCABULARY.extended({"item": ["brand new"], "device": ["watch"], "page": ["front"]})
+    schema = dataclasses.replace(schema, event_features={**schema.event_features, "device": 4})
+    log = EventLog.from_pandas(
+        tmp_path / "log",
+        events=shop.events.assign(page="front", scroll=1.0),
+        schema=schema,
+        items=shop.items,
+        requests={"train": shop.requests},
+        vocabulary=vocabulary,
+    )
+    newer = Scorer(shop_model(log, seed=1), log, new_store(scorer.store.key_values, log, "v2"))
+    assert newer.catch_up() == 2
+    told = [
+        dataclasses.replace(
+            event,
+            features={**event.features, "page": "no page that is known"},
+            numbers={**event.numbers, "scroll": None},
+        )
+        for event in events
+    ]
+    asked = [request(shop, "brand new", "item 4", "nor this")]
+    caught = newer.score(asked)[0]
+    apart = open_key_value_store(str(tmp_path / "others"))
+    straight = Scorer(newer.model, log, new_store(apart, log, "v2"))
+    assert [result.status for result in straight.append(told)] == ["taken"] * 2
+    np.testing.assert_allclose(straight.score(asked)[0], caught, rtol=1e-5, atol=1e-6)
+    assert newer.rank(asked)[0].unknown_candidates == 1
+
+
+def test_a_journal_of_another_format_is_refused(shop, scorer):
+    event = shop.event(0)
+    scorer.append([event])
+    codec, key = scorer.store._codec, journal_key(event.position)
+    for body in (struct.pack(">qqq", 7, 3, 5), b"\x80[1]", b"\x80{}", pack_event(event)[:-1]):
+        scorer.store.key_values.update([], lambda _, body=body: {key: codec.seal(key, body)})
+        with pytest.raises(StateError, match=r"event at position 0 is of another version .*empty store"):
+            unpack_event(0, body)
+        (result,) = scorer.append([event])
+        assert result.status == "refused" and "is of another version" in result.reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"candidates": "item 1"}, "candidates must be a list of ids, got 'item 1'"),
+        ({"candidates": ["item 1", 1.5]}, r"candidates\[1\]: 1.5 is no id"),
+        ({"context": {"store": 9}}, r"context: \['interest'\] missing"),
+        ({"context": {"store": 9, "interest": "tea"}}, "context.interest must be a list of ids"),
+        ({"context": {"store": ["tea"], "interest": []}}, r"context.store: \['tea'\] is no id"),
+        ({"dense": {"hour": "2"}}, "dense.hour: '2' is no number"),
+        ({"candidate_features": {}}, r"candidate_features: \['place'\] missing"),
+        ({"candidate_features": {"place": ["top"]}}, "candidate_features.place: 1 ids for 2 candidates"),
+        ({"candidate_dense": {"bid": [1.0, float("inf")]}}, "candidate_dense.bid: not finite"),
+    ],
+)
+def test_a_request_that_is_not_the_schemas_is_refused(shop, scorer, changes, message):
+    with pytest.raises(RequestError, match=message):
+        scorer.score([dataclasses.replace(request(shop, "item 1", "item 2"), **changes)])
+
+
+def test_states_of_another_vocabulary_are_refused(shop, key_values):
+    store = new_store(key_values, shop.log, vocabulary="another")
+    with pytest.raises(
+        StateError, match=r"of the vocabulary 'another', that of .*ifa states --drop v1"
+    ):
+        Scorer(shop.model, shop.log, store)
+    layout = StateLayout.of(shop.model.candidate_arch.ifa)
+    StateStore.begin(key_values, "v2", layout, 0, vocabulary="one")
+    with pytest.raises(StateError, match="begun with another vocabulary"):
+        StateStore.begin(key_values, "v2", layout, 0, vocabulary="other")
