@@ -154,12 +154,14 @@ def make_log(path: Path, histories: Sequence[int]) -> EventLog:
     times = NOW - 1 - rng.integers(0, 730 * DAY, len(user))
     day = pd.to_datetime([NOW], unit="us")
     requests = {"user": [int(histories[0])], "time": day, "candidates": [[1, 2]]}
+    item = np.arange(ITEMS)
+    category = np.where(item > 0, item % CATEGORIES + 1, 0)  # item 0 is the unknown one
     return EventLog.from_pandas(
         path,
         events=pd.DataFrame(
             {"user": user, "item": draw(rng, len(user)), "time": pd.to_datetime(times, unit="us")}
         ),
-        items=pd.DataFrame({"item": np.arange(ITEMS), "category": np.arange(ITEMS) % CATEGORIES + 1}),
+        items=pd.DataFrame({"item": item, "category": category}),
         schema=LogSchema(item_features={"item": ITEMS, "category": CATEGORIES + 1}),
         requests={"train": pd.DataFrame({**requests, "exposed": [[True, True]], "label": [[1, 0]]})},
     )
@@ -167,7 +169,7 @@ def make_log(path: Path, histories: Sequence[int]) -> EventLog:
 
 def draw(rng: np.random.Generator, count: int) -> np.ndarray:
     """Items whose popularity falls with their number, as 1 over it."""
-    return (ITEMS ** rng.random(count)).astype(np.int64) - 1
+    return (ITEMS ** rng.random(count)).astype(np.int64)
 
 
 def untrained(run: Run, interaction: str) -> DLRM_IFA:
@@ -325,7 +327,7 @@ def measure_appends(scorer: Scorer, options: Options) -> pd.DataFrame:
                 nonlocal position
                 events = [Event(position + j, n, item, NOW) for j, item in enumerate(items[i])]
                 position += len(events)
-                assert all(scorer.append(events))
+                assert {result.status for result in scorer.append(events)} == {"taken"}
 
             row[f"append {batch}, ms"] = p50_p99(timed({"": append}, options)[""])
         rows.append(row)
@@ -389,7 +391,7 @@ def main() -> None:
         states, raw, index = (
             open_key_value_store(str(folder / name)) for name in ("states", "raw", "by_category")
         )
-        scorer = Scorer(run.dlrm, log.schema, log.items, StateStore(states, run.version))
+        scorer = Scorer(run.dlrm, log, StateStore(states, run.version))
         difference = check(
             scorer,
             RawHistories(run.dlrm, log, raw, by_category=False),

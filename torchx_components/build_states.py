@@ -7,6 +7,8 @@ from typing import Dict, List, Optional
 from torchx.components import dist
 from torchx.specs import AppDef
 
+from torchx_components._job import check_least, torchrun_job
+
 
 def ddp(
     *script_args: str,
@@ -71,46 +73,25 @@ def ddp(
         raise ValueError("store is empty; name a folder, or redis://HOST:PORT/NUMBER")
     if dtype not in ("float32", "float16"):
         raise ValueError(f"dtype must be float32 or float16, not {dtype!r}")
-    nodes, max_nodes, ranks, _ = dist.parse_nnodes(j)
-    for option, value, least in (
-        ("position", position, 0),
-        ("nodes in j", nodes, 1),
-        ("ranks in j", ranks, 1),
-        ("cpu", cpu, 1),
-        ("gpu", gpu, 0),
-        ("memMB", memMB, 1),
-        ("max_retries", max_retries, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{option} must be at least {least}, not {value}")
-    if max_nodes > 1 and "://" not in store:
+    check_least(0, position=position)
+    if dist.parse_nnodes(j)[1] > 1 and "://" not in store:
         raise ValueError(f"store {store} is a folder, which serves one node; on several use redis://")
-    app = dist.ddp(
+    arguments = ["--", "--run", run]  # but for the "--" torchrun would take --run for its own --run-path
+    arguments += ["--store", store, "--position", str(position)]
+    arguments += [*(["--data", data] if data else []), "--dtype", dtype]
+    return torchrun_job(
         "build-states",
-        "--",  # torchrun would take --run for its own --run-path
-        "--run",
-        run,
-        "--store",
-        store,
-        "--position",
-        str(position),
-        *(["--data", data] if data else []),
-        "--dtype",
-        dtype,
-        *script_args,
-        m="ifa_torchrec",
+        [*arguments, *script_args],
+        name=name,
         j=j,
+        env=env,
         h=h,
         cpu=cpu,
         gpu=gpu,
         memMB=memMB,
         image=image,
-        name=f"{name}build-states" if name.endswith("/") else name,
-        env=dict(env or {}),
         max_retries=max_retries,
         rdzv_port=rdzv_port,
         mounts=mounts,
         debug=debug,
     )
-    app.roles[0].name = "build_states"  # by itself it is called by the module
-    return app

@@ -4,8 +4,9 @@
 # ruff: noqa: UP006, UP035, UP045
 from typing import Dict, List, Optional
 
-from torchx.components import dist
 from torchx.specs import AppDef
+
+from torchx_components._job import torchrun_job
 
 
 def ddp(
@@ -64,39 +65,21 @@ def ddp(
         raise ValueError("run is empty; name the out of a training run, that every node can see")
     if not split.strip():
         raise ValueError("split is empty; name a split of the event log, e.g. test")
-    nodes, _, ranks, _ = dist.parse_nnodes(j)
-    for option, value, least in (
-        ("nodes in j", nodes, 1),
-        ("ranks in j", ranks, 1),
-        ("cpu", cpu, 1),
-        ("gpu", gpu, 0),
-        ("memMB", memMB, 1),
-        ("max_retries", max_retries, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{option} must be at least {least}, not {value}")
-    app = dist.ddp(
+    arguments = ["--", "--run", run]  # but for the "--" torchrun would take --run for its own --run-path
+    arguments += ["--split", split, *(["--data", data] if data else [])]
+    return torchrun_job(
         "evaluate",
-        "--",  # torchrun would take --run for its own --run-path
-        "--run",
-        run,
-        "--split",
-        split,
-        *(["--data", data] if data else []),
-        *script_args,
-        m="ifa_torchrec",
+        [*arguments, *script_args],
+        name=name,
         j=j,
+        env=env,
         h=h,
         cpu=cpu,
         gpu=gpu,
         memMB=memMB,
         image=image,
-        name=f"{name}evaluate" if name.endswith("/") else name,
-        env=dict(env or {}),
         max_retries=max_retries,
         rdzv_port=rdzv_port,
         mounts=mounts,
         debug=debug,
     )
-    app.roles[0].name = "evaluate"  # by itself it is called by the module
-    return app

@@ -7,6 +7,8 @@ from typing import Dict, List, Optional
 from torchx.components.structured_arg import StructuredNameArgument
 from torchx.specs import AppDef, Role, parse_mounts, resource
 
+from torchx_components._job import check_least
+
 
 def server(
     *script_args: str,
@@ -63,14 +65,8 @@ def server(
         raise ValueError("run is empty; name the out of a training run")
     if not store.strip():
         raise ValueError("store is empty; name a folder, or redis://HOST:PORT/NUMBER")
-    for option, value, least in (
-        ("port", port, 1),
-        ("cpu", cpu, 1),
-        ("memMB", memMB, 1),
-        ("max_retries", max_retries, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{option} must be at least {least}, not {value}")
+    check_least(1, port=port, cpu=cpu, memMB=memMB)
+    check_least(0, max_retries=max_retries)
     names = StructuredNameArgument.parse_from(name, m="serve")
     arguments = ["-m", "ifa_torchrec", "serve", "--run", run, "--store", store]
     arguments += ["--data", data] if data else []

@@ -4,8 +4,9 @@
 # ruff: noqa: UP006, UP035, UP045
 from typing import Dict, List, Optional
 
-from torchx.components import dist
 from torchx.specs import AppDef
+
+from torchx_components._job import check_least, torchrun_job
 
 
 def ddp(
@@ -71,51 +72,30 @@ def ddp(
     for option, path in (("data", data), ("out", out)):
         if not path.strip():
             raise ValueError(f"{option} is empty; name a folder that every node can see")
-    nodes, _, ranks, _ = dist.parse_nnodes(j)
-    for option, value, least in (
-        ("max_events", max_events, 1),
-        ("max_requests", max_requests, 1),
-        ("nodes in j", nodes, 1),
-        ("ranks in j", ranks, 1),
-        ("cpu", cpu, 1),
-        ("gpu", gpu, 0),
-        ("memMB", memMB, 1),
-        ("max_retries", max_retries, 0),
-        ("max_restarts", max_restarts, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{option} must be at least {least}, not {value}")
+    check_least(1, max_events=max_events, max_requests=max_requests)
+    check_least(0, max_restarts=max_restarts)
     env = dict(env or {})
     torchrun_may_restart = max_restarts > 0 or ":" in j
     if torchrun_may_restart:
         env["PET_MAX_RESTARTS"] = str(max_restarts)  # torchrun's --max-restarts
         # else the new ranks may find the dead ranks' addresses in the store of torchrun, and fail
         env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    app = dist.ddp(
+    arguments = ["--data", data, "--out", out]
+    arguments += ["--max-events", str(max_events), "--max-requests", str(max_requests)]
+    arguments += ["--resume"] if torchrun_may_restart or max_retries else []
+    return torchrun_job(
         "train",
-        "--data",
-        data,
-        "--out",
-        out,
-        "--max-events",
-        str(max_events),
-        "--max-requests",
-        str(max_requests),
-        *(["--resume"] if torchrun_may_restart or max_retries else []),
-        *script_args,
-        m="ifa_torchrec",
+        [*arguments, *script_args],
+        name=name,
         j=j,
+        env=env,
         h=h,
         cpu=cpu,
         gpu=gpu,
         memMB=memMB,
         image=image,
-        name=f"{name}train" if name.endswith("/") else name,
-        env=env,
         max_retries=max_retries,
         rdzv_port=rdzv_port,
         mounts=mounts,
         debug=debug,
     )
-    app.roles[0].name = "train"  # by itself it is called by the module
-    return app

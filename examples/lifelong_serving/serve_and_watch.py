@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -92,6 +93,14 @@ class Client:
             raise SystemExit(f"error: {path}: {response.status} {answer}")
         return answer
 
+    def send(self, events: list[dict]) -> Counter[str]:
+        """How many of the events were taken, and how many duplicates."""
+        results = self.post("/events", {"events": events})["results"]
+        for result in results:
+            if result["status"] == "refused":
+                raise SystemExit(f"error: an event was refused: {result['reason']}")
+        return Counter(result["status"] for result in results)
+
     def scores(self, question: dict) -> np.ndarray:
         """Logits in the candidates' order."""
         (ranking,) = self.post("/rank", {"requests": [question]})["rankings"]
@@ -101,15 +110,16 @@ class Client:
 
 def question_of(dataset: RankingDataset, number: int) -> dict:
     """A test request as JSON."""
-    columns, schema = dataset.requests, dataset.log.schema
-    rows = dataset.candidate_rows([number])[0]
+    log, columns = dataset.log, dataset.requests
+    schema, rows = log.schema, dataset.candidate_rows([number])[0]
+    one = slice(number, number + 1)
     return {
-        "user": int(columns["user"][number]),
+        "user": external(log, "user", columns["user"][one])[0],
         "time": utc(columns["time"][number]),
-        "candidates": columns["candidates"][rows].tolist(),
-        "context": {f: int(columns[f][number]) for f in schema.context_features},
-        "dense": {f: float(columns[f][number]) for f in schema.dense_features},
-        "candidate_dense": {f: columns[f][rows].tolist() for f in schema.candidate_dense},
+        "candidates": external(log, schema.item, columns["candidates"][rows]),
+        "context": {f: external(log, f, columns[f][one])[0] for f in schema.context_features},
+        "dense": {f: numbers(columns[f][one])[0] for f in schema.dense_features},
+        "candidate_dense": {f: numbers(columns[f][rows]) for f in schema.candidate_dense},
         "new_user": True,
     }
 
@@ -118,11 +128,25 @@ def events_between(log: EventLog, user: int, since: int, until: int) -> list[dic
     """What a user did from ``since`` on and before ``until``, as JSON. An event's row in the log stands
     for its position in a stream."""
     starts, ends = log.history_range(np.array([user, user]), np.array([since, until]))
-    times, items = log.events["time"], log.events[log.schema.item]
+    rows = range(max(int(ends[0]), int(starts[1])), int(ends[1]))
+    items = external(log, log.schema.item, log.events[log.schema.item][rows])
+    (who,) = external(log, "user", np.array([user]))
     return [
-        {"position": row, "user": user, "item": int(items[row]), "time": utc(times[row])}
-        for row in range(max(int(ends[0]), int(starts[1])), int(ends[1]))
+        {"position": row, "user": who, "item": item, "time": utc(log.events["time"][row])}
+        for row, item in zip(rows, items, strict=True)
     ]
+
+
+def external(log: EventLog, name: str, rows: np.ndarray) -> list[int | str]:
+    """What the world calls these rows of users, items or a feature; 0 for what is unknown."""
+    if name not in log.vocabulary.names:  # users that are numbers
+        return rows.tolist()
+    return [0 if found is None else found for found in log.vocabulary[name].at(rows)]
+
+
+def numbers(column: np.ndarray) -> list[float | None]:
+    """Numbers as JSON has them: null where one is missing."""
+    return [None if np.isnan(number) else number for number in column.tolist()]
 
 
 def utc(microseconds: int) -> str:
@@ -178,11 +202,12 @@ def watch(client: Client, dataset: RankingDataset, first: int, whole: float) -> 
         rows = dataset.candidate_rows([number])[0]
         before[rows] = client.scores(question)
         now = int(columns["time"][number])
-        new = events_between(log, question["user"], last_sent.get(question["user"], first), now)
-        last_sent[question["user"]] = now
+        user = int(columns["user"][number])
+        new = events_between(log, user, last_sent.get(user, first), now)
+        last_sent[user] = now
         if new:
             events = new
-            sent += client.post("/events", {"events": new})["new"]
+            sent += client.send(new)["taken"]
         after[rows] = client.scores(question)
         change = np.abs(after[rows] - before[rows])
         if change.max() > most[0]:
@@ -202,8 +227,8 @@ def watch(client: Client, dataset: RankingDataset, first: int, whole: float) -> 
     print(f"GAUC of the model on raw histories:  {whole:.4f}")
 
     print("\n5. Send the last events again")
-    again = client.post("/events", {"events": events})
-    print(f"{again['new']} new, {again['duplicates']} duplicates: nothing counts twice")
+    again = client.send(events)
+    print(f"{again['taken']} taken, {again['duplicate']} duplicates: nothing counts twice")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingCollection
 
 from ifa_torchrec.errors import ConfigError, UserError
-from ifa_torchrec.models.archs import tables_of
+from ifa_torchrec.models.sparse import tables_of
 
 Collection = EmbeddingBagCollection | EmbeddingCollection | ManagedCollisionEmbeddingCollection
 

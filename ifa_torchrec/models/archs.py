@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
-from torchrec.models.dlrm import DenseArch, OverArch
-from torchrec.modules.embedding_configs import EmbeddingConfig
-from torchrec.modules.embedding_modules import EmbeddingCollection
-from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingCollection
+from torchrec.models.dlrm import OverArch
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from ifa_torchrec.batch import RankingFeatures
 from ifa_torchrec.errors import ConfigError
+from ifa_torchrec.models.checks import CANDIDATES, HISTORY, check_features
 from ifa_torchrec.models.config import DLRM_IFAConfig
-from ifa_torchrec.models.parts import InterestArch, PairInteractionArch, RequestArch
+from ifa_torchrec.models.parts import (
+    InterestArch,
+    ItemArch,
+    PairInteractionArch,
+    RequestArch,
+    token_numbers,
+    vector_numbers,
+)
 from ifa_torchrec.modules import (
     INTERACTIONS,
     CandidateSetEncoder,
@@ -27,83 +33,29 @@ from ifa_torchrec.modules.history import counted
 from ifa_torchrec.ops.jagged import request_of_row
 
 
-def tables_of(
-    collection: EmbeddingCollection | ManagedCollisionEmbeddingCollection,
-) -> list[EmbeddingConfig]:
-    """The tables' configs, also where collisions are managed around them.
-
-    Example:
-        >>> from torchrec import EmbeddingCollection, EmbeddingConfig
-        >>> from ifa_torchrec.models.archs import tables_of
-        >>> tables = EmbeddingCollection(tables=[EmbeddingConfig(
-        ...     name="item", embedding_dim=4, num_embeddings=10, feature_names=["candidate_item"])])
-        >>> [table.name for table in tables_of(tables)]
-        ['item']
-    """
-    if isinstance(collection, ManagedCollisionEmbeddingCollection):
-        collection = next(m for m in collection.modules() if isinstance(m, EmbeddingCollection))
-    return collection.embedding_configs()
-
-
-class SequenceArch(nn.Module):
-    """Looks up events and candidates in shared tables and sums each one's features to a token.
-
-    Each event is looked up once a request, whatever the number of candidates.
+@dataclass(frozen=True)
+class Lookups:
+    """What the tables have of a batch of B requests, M candidates, N events and U distinct items.
 
     Args:
-        embedding_collection: holds ``history_f`` and ``candidate_f`` for each f; all of width D.
-            Where there is no ``history_f`` the history is not looked up. TorchRec's
-            ManagedCollisionEmbeddingCollection gives ids rows of their own while they are frequent.
-        item_features: the names f.
+        context: [B, Fs, D], of the context features; None without any.
+        lists: [U, Fl, D], of the items' lists; None without any.
+        history: [N, D] of B requests, of the events' ids; None where no history is looked up.
+        candidates: [M, D] of B requests, of the candidates' ids.
 
     Example:
         >>> import torch
-        >>> from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
-        >>> from ifa_torchrec.models.archs import SequenceArch
-        >>> arch = SequenceArch(EmbeddingCollection(tables=[EmbeddingConfig(
-        ...     name="item", embedding_dim=4, num_embeddings=10,
-        ...     feature_names=["history_item", "candidate_item"])]), ("item",))
-        >>> history, candidates = arch(KeyedJaggedTensor.from_lengths_sync(
-        ...     keys=["history_item", "candidate_item"],
-        ...     values=torch.tensor([5, 6, 7]), lengths=torch.tensor([2, 1])))
-        >>> history.values().shape, candidates.values().shape
-        (torch.Size([2, 4]), torch.Size([1, 4]))
+        >>> from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+        >>> from ifa_torchrec.models.archs import Lookups
+        >>> candidates = JaggedTensor(torch.zeros(3, 8), lengths=torch.tensor([3]))
+        >>> Lookups(None, None, None, candidates).candidates.values().shape
+        torch.Size([3, 8])
     """
 
-    def __init__(
-        self,
-        embedding_collection: EmbeddingCollection | ManagedCollisionEmbeddingCollection,
-        item_features: tuple[str, ...],
-    ) -> None:
-        super().__init__()
-        self.embedding_collection = embedding_collection
-        self.item_features = item_features
-        self.managed = isinstance(embedding_collection, ManagedCollisionEmbeddingCollection)
-        named = {n for table in tables_of(embedding_collection) for n in table.feature_names}
-        self.has_history = f"history_{item_features[0]}" in named
-
-    def forward(self, features: KeyedJaggedTensor) -> tuple[JaggedTensor | None, JaggedTensor]:
-        """
-        Args:
-            features: KJT of stride B.
-
-        Returns:
-            History tokens [N, D] (None where no history is looked up) and candidate tokens
-            [M, D], each as a JaggedTensor of B requests.
-        """
-        embeddings = self.embedding_collection(features)
-        if self.managed:  # beside the rows it returns the ids that it made
-            embeddings = embeddings[0]
-        candidates = self._tokens(embeddings, "candidate_")
-        history = self._tokens(embeddings, "history_") if self.has_history else None
-        return history, candidates
-
-    def _tokens(self, embeddings: dict[str, JaggedTensor], prefix: str) -> JaggedTensor:
-        parts = [embeddings[prefix + feature] for feature in self.item_features]
-        values = parts[0].values()
-        for part in parts[1:]:
-            values = values + part.values()
-        return JaggedTensor(values, lengths=parts[0].lengths(), offsets=parts[0].offsets())
+    context: Tensor | None
+    lists: Tensor | None
+    history: JaggedTensor | None
+    candidates: JaggedTensor
 
 
 @dataclass(frozen=True)
@@ -139,17 +91,20 @@ class Candidates:
 
 
 class CandidateArch(nn.Module):
-    """Describes each candidate by itself: the token, the request and what the history answered.
+    """Describes each candidate by itself: the token, the request and what the history says of it.
 
-    A module of its own, as SetArch is, so that tracing the model for a pipeline meets it as a leaf.
+    A token is the normed sum of what is known of an event or of a candidate: of its ids, of its item,
+    and an event's numbers. A module of its own, as SetArch is, so that tracing the model for a pipeline
+    meets it as a leaf.
 
     Args:
         config: DLRM_IFAConfig.
-        num_context_features: Fs, context features of the SparseArch.
+        num_context_features: Fs, context features of the Lookups.
         interaction: as DLRM_IFA's.
 
     Attributes:
         num_vectors, out_features: as RequestArch's.
+        weighted: the fields of a batch whose ids may have weights, as their tables heed them.
 
     Raises:
         ConfigError: the interaction does not fit the configuration.
@@ -170,85 +125,69 @@ class CandidateArch(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.weighted_context = False
-        """Whether the tables of the context features are of a weighted EmbeddingBagCollection."""
+        self.weighted: tuple[str, ...] = ()
         dim = config.ifa.embedding_dim
         self.interaction_name = type(interaction).__name__ if interaction else config.interaction
         if interaction is None:
-            found, feature = config.recent_length, config.search_feature or config.item_features[-1]
+            found, feature = config.recent_length, config.search_feature or config.item_names[-1]
             interaction = INTERACTIONS[config.interaction](config.ifa, found, feature)
         else:
             _check_interaction(interaction, config)
         self.sequence_interaction = interaction
-        layers = [*config.dense_arch_layer_sizes, dim]
-        self.request_arch = RequestArch(config.dense_in_features, num_context_features, layers)
-        columns = config.candidate_dense_in_features
-        self.candidate_dense_arch = DenseArch(columns, layers) if columns else None
+        self.request_arch = RequestArch(config, num_context_features)
+        self.candidate_dense_arch = vector_numbers(config, "candidate_dense")
+        self.item_arch = ItemArch(config)
+        self.event_dense_arch = None
+        self.interest_arch = None
+        if interaction is not None:
+            self.event_dense_arch = token_numbers(config, "history_dense")
+            self.interest_arch = InterestArch(dim)
         self.token_norm = nn.LayerNorm(dim)
-        self.interest_arch = InterestArch(dim) if interaction is not None else None
         parts = [arch for arch in (self.request_arch, self.interest_arch) if arch is not None]
-        self.num_vectors = sum(arch.num_vectors for arch in parts) + bool(columns)
+        dense = self.candidate_dense_arch is not None
+        self.num_vectors = sum(arch.num_vectors for arch in parts) + dense
         self.out_features = sum(arch.out_features for arch in parts)
 
-    def forward(
-        self,
-        context: Tensor | None,
-        history: JaggedTensor | None,
-        candidates: JaggedTensor,
-        features: RankingFeatures,
-    ) -> Candidates:
+    def forward(self, lookups: Lookups, features: RankingFeatures) -> Candidates:
         """
         Args:
-            context: [B, Fs, D] or None.
-            history: tokens [N, D] of B requests; None where no history is looked up.
-            candidates: tokens [M, D] of B requests.
-            features: for its numbers, ages and ids.
+            lookups: what the tables have of the features' ids.
+            features: for its numbers, vectors, ages and ids.
 
         Raises:
             ValueError: the features do not fit each other or the model.
         """
-        self._check(features)
-        candidates = self._normed(candidates)
-        interaction, answer = self.sequence_interaction, None
+        items = self._items(lookups, features, HISTORY, CANDIDATES)
+        candidates = self._candidate_tokens(lookups, items, features)
+        interaction, found = self.sequence_interaction, None
         if interaction is not None:
-            if history is None:
-                raise ValueError("CandidateArch: give the tokens of the histories")
+            history = self._event_tokens(lookups, items, features)
             interest = interaction(
                 candidates,
-                self._normed(history),
+                history,
                 features.history_age,
-                self.ids(features.sequence_features, "history_"),
-                self.ids(features.sequence_features, "candidate_"),
+                self.history_ids(features),
+                self.candidate_ids(features),
+                **self._gates(features),
             )
-            answer = interest.values(), history.offsets().diff()
-        return self._described(context, candidates, features, answer)
+            found = interest.values(), history.offsets().diff()
+        return self._described(lookups.context, candidates, features, found)
 
-    def attend(
-        self,
-        context: Tensor | None,
-        state: UserState,
-        candidates: JaggedTensor,
-        features: RankingFeatures,
-    ) -> Candidates:
-        """What ``forward`` gives, from the state of B requests in place of their histories."""
-        self._check(features)
-        candidates = self._normed(candidates)
-        ids = self.ids(features.sequence_features, "candidate_")
-        interest = self.ifa.attend(candidates, state, ids)
-        return self._described(context, candidates, features, (interest.values(), state.count))
+    def attend(self, lookups: Lookups, features: RankingFeatures, state: UserState) -> Candidates:
+        """What ``forward`` gives, from the state of B requests in place of their histories, which may be
+        empty."""
+        items = self._items(lookups, features, CANDIDATES)
+        candidates = self._candidate_tokens(lookups, items, features)
+        interest = self.ifa.attend(candidates, state, self.candidate_ids(features))
+        return self._described(lookups.context, candidates, features, (interest.values(), state.count))
 
-    def encode(
-        self, history: JaggedTensor, features: KeyedJaggedTensor, history_age: Tensor
-    ) -> UserState:
-        """The state that ``attend`` takes in place of the history; see DLRM_IFA.encode.
-
-        Args:
-            history: tokens [N, D] of B requests.
-            features: the sequence features, for their ids.
-            history_age: [N].
-        """
-        _refuse_weights(features, "sequence_features")
-        return self.ifa.encode(self._normed(history), history_age, self.ids(features, "history_"))
+    def encode(self, lookups: Lookups, features: RankingFeatures) -> UserState:
+        """The state that ``attend`` takes in place of the history; see DLRM_IFA.encode."""
+        ifa = self.ifa
+        items = self._items(lookups, features, HISTORY)
+        history = self._event_tokens(lookups, items, features)
+        ids = self.history_ids(features)
+        return ifa.encode(history, features.history_age, ids, **self._gates(features))
 
     @property
     def ifa(self) -> InteractionFidelityAttention:
@@ -263,75 +202,94 @@ class CandidateArch(nn.Module):
             )
         return self.sequence_interaction
 
+    def history_ids(self, features: RankingFeatures) -> Tensor | None:
+        """The ids [N, K] int64 of the events that the interaction compares; None if it compares none.
+
+        Of the item itself they are ``history_item_ids``, if those are given. Id 0 is "unknown", and
+        matches nothing.
+        """
+        return self._ids(features, self.config.history_keys, features.history_item_ids)
+
+    def candidate_ids(self, features: RankingFeatures) -> Tensor | None:
+        """Likewise [M, K] of the candidates."""
+        return self._ids(features, self.config.candidate_keys, features.candidate_item_ids)
+
+    def _ids(
+        self, features: RankingFeatures, keys: dict[str, str], items: Tensor | None
+    ) -> Tensor | None:
+        interaction = self.sequence_interaction
+        if interaction is None or not interaction.id_features:
+            return None
+        columns: list[Tensor] = []
+        for name in interaction.id_features:
+            if items is not None and name == self.config.item_names[0]:
+                columns.append(items)
+            else:
+                columns.append(features.sequence_features[keys[name]].values())
+        return torch.stack([ids.to(torch.int64) for ids in columns], dim=1)
+
+    def _gates(self, features: RankingFeatures) -> dict[str, Tensor]:
+        """The interaction's argument history_gates [N, G], if there are gates."""
+        keys, sequences = self.config.history_keys, features.sequence_features
+        columns = [sequences[keys[name]].values().to(torch.int64) for name in self.config.gates]
+        return {"history_gates": torch.stack(columns, dim=1)} if columns else {}
+
+    def _items(self, lookups: Lookups, features: RankingFeatures, *sides: str) -> Tensor | None:
+        """What describes each item [U, D], if the features fit where they are used."""
+        lists = lookups.lists
+        check_features(features, self.config, None if lists is None else lists.shape[0], sides)
+        for name in ("sequence_features", "context_features", "item_lists"):
+            ids: KeyedJaggedTensor | None = getattr(features, name)
+            if ids is not None and name not in self.weighted and ids.weights_or_none() is not None:
+                raise ValueError(
+                    f"batch: {name} has weights, which this model would not heed; give a "
+                    "KeyedJaggedTensor without them"
+                )
+        return self.item_arch(lists, features)
+
+    def _event_tokens(
+        self, lookups: Lookups, items: Tensor | None, features: RankingFeatures
+    ) -> JaggedTensor:
+        if lookups.history is None:
+            raise ValueError("CandidateArch: give the tokens of the histories")
+        parts = [lookups.history.values()]
+        if items is not None and features.history_items is not None:
+            parts.append(items.index_select(0, features.history_items))
+        if self.event_dense_arch is not None and features.history_dense is not None:
+            parts.append(self.event_dense_arch(features.history_dense))
+        return self._token(lookups.history, parts, features.history_weight)
+
+    def _candidate_tokens(
+        self, lookups: Lookups, items: Tensor | None, features: RankingFeatures
+    ) -> JaggedTensor:
+        parts = [lookups.candidates.values()]
+        if items is not None and features.candidate_items is not None:
+            parts.append(items.index_select(0, features.candidate_items))
+        return self._token(lookups.candidates, parts, None)
+
+    def _token(self, rows: JaggedTensor, parts: list[Tensor], weights: Tensor | None) -> JaggedTensor:
+        values = self.token_norm(reduce(torch.add, parts))
+        return JaggedTensor(values, weights=weights, lengths=rows.lengths(), offsets=rows.offsets())
+
     def _described(
         self,
         context: Tensor | None,
         candidates: JaggedTensor,
         features: RankingFeatures,
-        answer: tuple[Tensor, Tensor] | None,
+        found: tuple[Tensor, Tensor] | None,
     ) -> Candidates:
-        """``answer`` is what the histories answered, [M, D], and how many events they have, [B]."""
+        """``found`` is what the candidates found in the histories, [M, D], and how many events these
+        have, [B]."""
         tokens, offsets = candidates.values(), candidates.offsets()
         request = request_of_row(offsets, tokens.shape[0])
         vectors, beside = self.request_arch(features.dense_features, context, tokens, request)
         if self.candidate_dense_arch is not None:
             vectors += (self.candidate_dense_arch(features.candidate_dense),)
-        if self.interest_arch is not None and answer is not None:
-            interest, events = answer
+        if self.interest_arch is not None and found is not None:
+            interest, events = found
             part = self.interest_arch(tokens, interest, events.to(tokens.dtype), request)
             vectors, beside = vectors + part.vectors, beside + part.beside
         return Candidates(tokens, offsets, vectors, beside)
-
-    def _check(self, features: RankingFeatures) -> None:
-        for name, wanted in (
-            ("dense_features", self.config.dense_in_features),
-            ("candidate_dense", self.config.candidate_dense_in_features),
-        ):
-            columns = getattr(features, name).shape[1]
-            if columns != wanted:
-                raise ValueError(f"batch: {name} has {columns} columns, the model takes {wanted}")
-        sequences = features.sequence_features
-        _refuse_weights(sequences, "batch: sequence_features")
-        if not self.weighted_context:
-            _refuse_weights(features.context_features, "batch: context_features")
-        if sequences.stride() != features.num_requests:
-            raise ValueError(
-                f"batch: sequence_features are of {sequences.stride()} requests, dense_features of "
-                f"{features.num_requests}"
-            )
-        # On a GPU, and in a compiled graph, looking at values would wait for the device.
-        if sequences.device().type != "cpu" or torch.compiler.is_compiling():
-            return
-        for prefix in self.config.prefixes:
-            first = prefix + self.config.item_features[0]
-            for name in (prefix + f for f in self.config.item_features):
-                if not torch.equal(sequences[name].lengths(), sequences[first].lengths()):
-                    raise ValueError(f"batch: {name} and {first} have different lengths")
-
-    def ids(self, features: KeyedJaggedTensor, prefix: str) -> Tensor | None:
-        """The ids [rows, K] int64 that the interaction compares; None if it compares none.
-
-        Of an item's features row 0 is "unknown", and matches nothing. The item itself, the first of
-        item_features, has no such row: its row 0 is an item. As -R it falls into the same bucket, and
-        is known.
-
-        Args:
-            features: the sequence features.
-            prefix: "history_" or "candidate_".
-        """
-        interaction = self.sequence_interaction
-        if interaction is None or not interaction.id_features:
-            return None
-        ids = {f: features[prefix + f].values().to(torch.int64) for f in interaction.id_features}
-        item = self.config.item_features[0]
-        if item in ids:
-            ids[item] = torch.where(ids[item] == 0, -interaction.config.identity_buckets, ids[item])
-        return torch.stack(list(ids.values()), dim=1)
-
-    def _normed(self, tokens: JaggedTensor) -> JaggedTensor:
-        return JaggedTensor(
-            self.token_norm(tokens.values()), lengths=tokens.lengths(), offsets=tokens.offsets()
-        )
 
 
 class SetArch(nn.Module):
@@ -388,17 +346,10 @@ class SetArch(nn.Module):
 
 def _check_interaction(interaction: SequenceInteraction, config: DLRM_IFAConfig) -> None:
     dim, wanted = interaction.config.embedding_dim, config.ifa.embedding_dim
-    unknown = set(interaction.id_features) - set(config.item_features)
+    unknown = set(interaction.id_features) - set(config.item_names)
     if dim != wanted or unknown or config.interaction == "none":
         raise ConfigError(
             f"{type(interaction).__name__}: it is of width {dim} and compares "
             f"{interaction.id_features}; the configuration's width is {wanted}, its item_features "
-            f"{config.item_features}, and its interaction {config.interaction!r} must not be 'none'"
-        )
-
-
-def _refuse_weights(features: KeyedJaggedTensor, name: str) -> None:
-    if features.weights_or_none() is not None:
-        raise ValueError(
-            f"{name} has weights, which this model would not heed; give a KeyedJaggedTensor without them"
+            f"{config.item_names}, and its interaction {config.interaction!r} must not be 'none'"
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from ifa_torchrec.batch import Scale
 from ifa_torchrec.errors import ConfigError
@@ -44,12 +46,15 @@ class DLRM_IFAConfig:
             ranks.
 
     Raises:
-        ConfigError: a name is unknown, or the tasks are not T that a model can be trained on.
+        ConfigError: a name is unknown or used twice, a number is out of range, or scales are not one a
+            column; the message names the field.
 
     Example:
         >>> from ifa_torchrec import DLRM_IFAConfig, IFAConfig
-        >>> DLRM_IFAConfig(item_features=("item",), ifa=IFAConfig(embedding_dim=8)).interaction
-        'ifa'
+        >>> config = DLRM_IFAConfig(item_features={"item": ("hist_iid", "cand_iid")},
+        ...     event_features=("action",), ifa=IFAConfig(embedding_dim=8))
+        >>> config.history_keys, config.candidate_keys
+        ({'item': 'hist_iid', 'action': 'history_action'}, {'item': 'cand_iid'})
     """
 
     item_features: tuple[str, ...] | dict[str, tuple[str, str]]
@@ -76,17 +81,37 @@ class DLRM_IFAConfig:
             raise ConfigError(
                 f"DLRM_IFAConfig: interaction {self.interaction!r} is none of {list(INTERACTIONS)}"
             )
-        if self.search_feature not in (None, *self.item_features):
-            raise ConfigError(
-                f"DLRM_IFAConfig: search_feature {self.search_feature!r} is none of item_features "
-                f"{list(self.item_features)}"
-            )
-        unknown = set(self.ifa.identity_features) - set(self.item_features)
-        if unknown:
-            raise ConfigError(
-                f"DLRM_IFAConfig: identity_features {sorted(unknown)} are no item_features; "
-                f"there are {list(self.item_features)}"
-            )
+        self._check_keys()
+        items, events = self.item_names, list(_keys("event_features", self.event_features))
+        for name, given, known, where in (
+            (
+                "search_feature",
+                [f for f in (self.search_feature,) if f is not None],
+                items,
+                "item_features",
+            ),
+            ("identity_features", self.ifa.identity_features, items, "item_features"),
+            ("gates", self.gates, events, "event_features"),
+        ):
+            if unknown := set(given) - set(known):
+                raise ConfigError(
+                    f"DLRM_IFAConfig: {name} {sorted(unknown)} are no {where}; there are {list(known)}"
+                )
+        numbers = {f"item_vectors[{name!r}]": width for name, width in self.item_vectors.items()}
+        numbers |= {"num_tasks": self.num_tasks}
+        least = dict.fromkeys(numbers, 1) | dict.fromkeys(_COLUMNS.values(), 0)
+        for name, bound in least.items():
+            value: Any = numbers[name] if name in numbers else getattr(self, name)
+            if not isinstance(value, int) or value < bound:
+                raise ConfigError(f"DLRM_IFAConfig: {name} must be {bound} or more, got {value!r}")
+        for name, scales in self.scales.items():
+            if name not in _COLUMNS:
+                raise ConfigError(f"DLRM_IFAConfig: scales of {name!r}; there are {list(_COLUMNS)}")
+            if len(scales) != self.columns(name):
+                raise ConfigError(
+                    f"DLRM_IFAConfig: {len(scales)} scales of {name}, but {_COLUMNS[name]} is "
+                    f"{self.columns(name)}; give one a column"
+                )
         object.__setattr__(self, "tasks", tuple(self.tasks) or binary_tasks(self.num_tasks))
         check_tasks(self.tasks)
         if len(self.tasks) != self.num_tasks:
@@ -97,6 +122,87 @@ class DLRM_IFAConfig:
             )
 
     @property
-    def prefixes(self) -> tuple[str, ...]:
-        """What stands before an item feature's name in the sequence features that are looked up."""
-        return ("candidate_",) if self.interaction == "none" else ("history_", "candidate_")
+    def item_names(self) -> tuple[str, ...]:
+        """Names of the item features, the item itself first."""
+        return tuple(self.item_features)
+
+    @property
+    def history_keys(self) -> dict[str, str]:
+        """Key of each feature of an event: of its item's and of its own. None where no history is looked
+        up."""
+        if self.interaction == "none":
+            return {}
+        return self._item_keys(0) | _keys("event_features", self.event_features)
+
+    @property
+    def candidate_keys(self) -> dict[str, str]:
+        """Key of each feature of a candidate: of its item's and of its own."""
+        return self._item_keys(1) | _keys("candidate_features", self.candidate_features)
+
+    @property
+    def gates(self) -> tuple[str, ...]:
+        """The event features that gate the interaction's heads, in the order of their columns."""
+        return tuple(self.ifa.gates)
+
+    @property
+    def vector_columns(self) -> int:
+        """V, columns of all frozen vectors of an item together."""
+        return sum(self.item_vectors.values())
+
+    def columns(self, field_name: str) -> int:
+        """Numbers of a RankingFeatures' field: "dense_features", "candidate_dense", "item_dense" or
+        "history_dense"."""
+        return getattr(self, _COLUMNS[field_name])
+
+    def scales_of(self, field_name: str) -> tuple[Scale, ...]:
+        """A Scale for each of these columns."""
+        return self.scales.get(field_name) or (Scale(),) * self.columns(field_name)
+
+    def _item_keys(self, side: int) -> dict[str, str]:
+        given = self.item_features
+        if isinstance(given, dict):
+            return {name: keys[side] for name, keys in given.items()}
+        return {name: ("history_", "candidate_")[side] + name for name in given}
+
+    def _check_keys(self) -> None:
+        if isinstance(self.item_features, str) or not self.item_features:
+            raise ConfigError(
+                "DLRM_IFAConfig: item_features must be a tuple of names, or map them to their two keys; "
+                f"the item's own id at least; got {self.item_features!r}"
+            )
+        pairs = self.item_features.values() if isinstance(self.item_features, dict) else ()
+        for pair in pairs:
+            if isinstance(pair, str) or len(pair) != 2:
+                raise ConfigError(
+                    "DLRM_IFAConfig: item_features must map each name to the keys of history and "
+                    f"candidates, a pair, got {pair!r}"
+                )
+        keys = [*self._item_keys(0).values(), *self._item_keys(1).values()]
+        keys += _keys("event_features", self.event_features).values()
+        keys += _keys("candidate_features", self.candidate_features).values()
+        _once("the key", keys)
+        _once("the name", (*self.item_features, *self.event_features, *self.candidate_features))
+
+
+_COLUMNS = {
+    "dense_features": "dense_in_features",
+    "candidate_dense": "candidate_dense_in_features",
+    "item_dense": "item_dense_in_features",
+    "history_dense": "event_dense_in_features",
+}
+"""The fields of RankingFeatures that hold numbers, and those here that count them."""
+_PREFIXES = {"event_features": "history_", "candidate_features": "candidate_"}
+
+
+def _keys(where: str, given: tuple[str, ...] | dict[str, str]) -> dict[str, str]:
+    if isinstance(given, str):
+        raise ConfigError(f"DLRM_IFAConfig: {where} must be a tuple of names, got {given!r}")
+    return given if isinstance(given, dict) else {name: _PREFIXES[where] + name for name in given}
+
+
+def _once(what: str, names: Iterable[Any]) -> None:
+    seen = set[str]()
+    for name in names:
+        if not isinstance(name, str) or name in seen:
+            raise ConfigError(f"DLRM_IFAConfig: {what} {name!r} is given twice, or is no string")
+        seen.add(name)

@@ -2,38 +2,43 @@
 
 Data flow, for B requests, M candidates and N events in all:
 
-    context_features -> SparseArch [B, Fs, D] ----+-> InteractionArch -> [M, products] -----+
+    context_features -> PooledArch [B, Fs, D] ----+-> InteractionArch -> [M, products] -----+
     dense_features [B, F] -> request_arch [B, D] -+--------------------------> [M, D] --+   |
     candidate_dense [M, Fc] -> candidate_dense_arch -------------------------> [M, D] --+
     sequence_features -> SequenceArch -+- candidate tokens ------------------> [M, D] --+
-                                       +- history tokens [N, D] -> interaction [M, D] --+
+                         items, events +- history tokens [N, D] -> interaction [M, D] --+
                            the sum of these four -> CandidateSetEncoder -> [M, D] ------+
                                                    InteractionArch -> OverArch [M, T] <-+---+
+
+What describes an item beyond its ids (item_lists -> PooledArch, item_dense, item_vectors: ItemArch) is
+reckoned once for each of the U distinct items of the batch, [U, D], and added to the tokens of its
+events and candidates; an event's numbers are added to its own.
 
 As in a DLRM every two features meet by a dot product: those of the request with each other, once a
 request; and with the candidate's token.
 
 Everything on the left of a [B, D] or [N, D] happens once a request, not once a candidate. Only the
-CandidateSetEncoder lets candidates of a request see each other. SparseArch,
+CandidateSetEncoder lets candidates of a request see each other. SparseArch, which PooledArch is,
 DenseArch, InteractionArch and OverArch are TorchRec's. What stands above the CandidateSetEncoder is
 CandidateArch; it and what follows are SetArch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
-from torchrec.models.dlrm import SparseArch
+from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingCollection
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ifa_torchrec.batch import RankingBatch, RankingFeatures
 from ifa_torchrec.errors import ConfigError
-from ifa_torchrec.models.archs import CandidateArch, Candidates, SequenceArch, SetArch, tables_of
+from ifa_torchrec.models.archs import CandidateArch, Candidates, Lookups, SetArch
 from ifa_torchrec.models.config import DLRM_IFAConfig
+from ifa_torchrec.models.sparse import PooledArch, SequenceArch, tables_of
 from ifa_torchrec.modules import (
     CandidateSetLoss,
     CandidateSetLossConfig,
@@ -47,16 +52,18 @@ class DLRM_IFA(nn.Module):
     """A DLRM whose candidates meet the user's whole history.
 
     Args:
-        embedding_bag_collection: tables of the context features, all of width D; None where the
-            batch has no context features.
-        embedding_collection: tables of the sequence features, all of width D, each shared by a
-            history feature and its candidate feature; or a ManagedCollisionEmbeddingCollection.
+        embedding_bag_collection: tables of the context features; None where the batch has none; or a
+            pair of this and a second collection, of tables of the items' lists: TorchRec pools the
+            features of a collection for equally many rows, and there are as many as items here.
+        embedding_collection: tables of the sequence features, each item feature's shared by history
+            and candidates; or a ManagedCollisionEmbeddingCollection. Rows of tables of another width
+            than D are projected, here as there.
         config: DLRM_IFAConfig.
         interaction: a SequenceInteraction, in place of the one that the configuration names.
         dense_device: of the dense part; None for torch's default.
 
     Raises:
-        ValueError: a table's width is not D, or a sequence feature has no table.
+        ConfigError: a sequence feature has no table, or the interaction does not fit.
 
     Example:
         >>> import torch
@@ -80,7 +87,9 @@ class DLRM_IFA(nn.Module):
 
     def __init__(
         self,
-        embedding_bag_collection: EmbeddingBagCollection | None,
+        embedding_bag_collection: EmbeddingBagCollection
+        | tuple[EmbeddingBagCollection | None, EmbeddingBagCollection]
+        | None,
         embedding_collection: EmbeddingCollection | ManagedCollisionEmbeddingCollection,
         config: DLRM_IFAConfig,
         interaction: SequenceInteraction | None = None,
@@ -88,30 +97,23 @@ class DLRM_IFA(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        bags = embedding_bag_collection.embedding_bag_configs() if embedding_bag_collection else []
-        tables = tables_of(embedding_collection)
-        for table in (*bags, *tables):
-            if table.embedding_dim != config.ifa.embedding_dim:
-                raise ValueError(
-                    f"DLRM_IFA: table {table.name!r} has embedding_dim {table.embedding_dim}, the "
-                    f"configuration's is {config.ifa.embedding_dim}"
-                )
-        named = {name for table in tables for name in table.feature_names}
-        for name in (prefix + f for prefix in config.prefixes for f in config.item_features):
-            if name not in named:
-                raise ValueError(
-                    f"DLRM_IFA: the embedding collection has no feature {name!r}; "
-                    f"there are {sorted(named)}"
-                )
-        self.sparse_arch = SparseArch(embedding_bag_collection) if embedding_bag_collection else None
-        self.sequence_arch = SequenceArch(embedding_collection, config.item_features)
+        bags, item_bags = (
+            embedding_bag_collection
+            if isinstance(embedding_bag_collection, tuple)
+            else (embedding_bag_collection, None)
+        )
+        _check_tables(tables_of(embedding_collection), config)
+        dim = config.ifa.embedding_dim
         with nullcontext() if dense_device is None else torch.device(dense_device):
-            features = sum(len(bag.feature_names) for bag in bags)
+            self.sparse_arch = PooledArch(bags, dim) if bags else None
+            self.item_sparse_arch = PooledArch(item_bags, dim) if item_bags else None
+            self.sequence_arch = SequenceArch(embedding_collection, config)
+            features = self.sparse_arch.F if self.sparse_arch else 0
             self.candidate_arch = CandidateArch(config, features, interaction)
             widths = self.candidate_arch.num_vectors, self.candidate_arch.out_features
             self.set_arch = SetArch(config, *widths)
-        if embedding_bag_collection is not None:
-            self.candidate_arch.weighted_context = embedding_bag_collection.is_weighted()
+        pooled = {"context_features": self.sparse_arch, "item_lists": self.item_sparse_arch}
+        self.candidate_arch.weighted = tuple(n for n, arch in pooled.items() if arch and arch.weighted)
 
     def reset_parameters(self) -> None:
         """Give all parameters their start again, tables as well; also after ``to_empty``."""
@@ -133,9 +135,14 @@ class DLRM_IFA(nn.Module):
     def describe(self, features: RankingFeatures) -> Candidates:
         """Each candidate by itself; ``set_arch`` scores them, or some of them as if there were no
         others."""
+        return self.candidate_arch(self.look_up(features), features)
+
+    def look_up(self, features: RankingFeatures) -> Lookups:
+        """What the tables have of the features' ids."""
         context = self.sparse_arch(features.context_features) if self.sparse_arch else None
+        lists = self.item_sparse_arch(features.item_lists) if self.item_sparse_arch else None
         history, candidates = self.sequence_arch(features.sequence_features)
-        return self.candidate_arch(context, history, candidates, features)
+        return Lookups(context, lists, history, candidates)
 
     def attend(self, features: RankingFeatures, state: UserState) -> Tensor:
         """What ``forward`` gives, from the state of the histories when the requests were made.
@@ -150,16 +157,14 @@ class DLRM_IFA(nn.Module):
         Raises:
             ValueError: as ``forward``; or the interaction is not "ifa".
         """
-        context = self.sparse_arch(features.context_features) if self.sparse_arch else None
-        _, candidates = self.sequence_arch(features.sequence_features)
-        return self.set_arch(self.candidate_arch.attend(context, state, candidates, features))
+        return self.set_arch(self.candidate_arch.attend(self.look_up(features), features, state))
 
-    def encode(self, sequence_features: KeyedJaggedTensor, history_age: Tensor) -> UserState:
+    def encode(self, features: RankingFeatures) -> UserState:
         """Sum B histories into what ``attend`` takes in their place.
 
         Args:
-            sequence_features: as a RankingBatch's; its candidates, which may be none, are not used.
-            history_age: [N] float >= 0.
+            features: of B requests; their candidates, which may be none, and their context, which may be
+                empty, are not used.
 
         Returns:
             UserState of B requests.
@@ -172,6 +177,7 @@ class DLRM_IFA(nn.Module):
             >>> from torchrec import EmbeddingCollection, EmbeddingConfig
             >>> from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
             >>> from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, IFAConfig
+            >>> from ifa_torchrec.batch import RankingFeatures
             >>> tables = EmbeddingCollection(tables=[EmbeddingConfig(
             ...     name="item", embedding_dim=8, num_embeddings=100,
             ...     feature_names=["history_item", "candidate_item"])])
@@ -179,11 +185,23 @@ class DLRM_IFA(nn.Module):
             >>> histories = KeyedJaggedTensor.from_lengths_sync(
             ...     keys=["history_item", "candidate_item"],
             ...     values=torch.arange(4), lengths=torch.tensor([4, 0, 0, 0]))
-            >>> model.encode(histories, torch.rand(4)).count.tolist()
+            >>> features = RankingFeatures(torch.zeros(2, 0), KeyedJaggedTensor.empty(), histories,
+            ...     torch.zeros(0, 0), history_age=torch.rand(4))
+            >>> model.encode(features).count.tolist()
             [4, 0]
         """
-        history, _ = self.sequence_arch(sequence_features)
-        return self.candidate_arch.encode(history, sequence_features, history_age)
+        lists = self.item_sparse_arch(features.item_lists) if self.item_sparse_arch else None
+        history, candidates = self.sequence_arch(features.sequence_features)
+        return self.candidate_arch.encode(Lookups(None, lists, history, candidates), features)
+
+
+def _check_tables(tables: Sequence[EmbeddingConfig], config: DLRM_IFAConfig) -> None:
+    rows = {name: table.num_embeddings for table in tables for name in table.feature_names}
+    for name in (*config.history_keys.values(), *config.candidate_keys.values()):
+        if name not in rows:
+            raise ConfigError(
+                f"DLRM_IFA: the embedding collection has no feature {name!r}; there are {sorted(rows)}"
+            )
 
 
 class DLRM_IFATrain(nn.Module):

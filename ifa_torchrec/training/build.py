@@ -38,8 +38,8 @@ def build_model(
 
     Args:
         schema: the log's.
-        config: the training's options.
-        scales: how numbers are standardised, by column; EventLog.scales.
+        config: TrainConfig.
+        scales: the log's; a column that is not there is taken as it is.
 
     Raises:
         ConfigError: an option names what the log has not.
@@ -54,10 +54,72 @@ def build_model(
         >>> model.sequence_arch.embedding_collection.embedding_configs()[0].num_embeddings
         100
     """
-    model = DLRM_IFAConfig(
+    model = model_config(schema, config, scales or {})
+    table: dict[str, Any] = {
+        "embedding_dim": config.ifa.embedding_dim,
+        "init_fn": partial(nn.init.uniform_, a=-config.table_init, b=config.table_init),
+    }
+    meta = torch.device("meta")
+
+    def bags(rows: dict[str, int]) -> EmbeddingBagCollection | None:
+        tables = [
+            EmbeddingBagConfig(name=f"{f}_table", num_embeddings=n, feature_names=[f], **table)
+            for f, n in rows.items()
+        ]
+        return EmbeddingBagCollection(tables=tables, device=meta) if tables else None
+
+    rows = {**schema.item_features, **schema.event_features, **schema.candidate_features}
+    sides = model.history_keys, model.candidate_keys
+    sequences = [
+        EmbeddingConfig(
+            name=f"{f}_table",
+            num_embeddings=n,
+            feature_names=[keys[f] for keys in sides if f in keys],
+            **table,
+        )
+        for f, n in rows.items()
+        if any(f in keys for keys in sides)  # without histories nothing is known of events
+    ]
+    tables = EmbeddingCollection(tables=sequences, device=meta)
+    context, lists = bags(schema.context_features | schema.context_lists), bags(schema.item_lists)
+    return DLRM_IFA(
+        context if lists is None else (context, lists),
+        _managed(tables, config.managed_rows) if config.managed_rows else tables,
+        model,
+    )
+
+
+def model_config(schema: LogSchema, config: TrainConfig, scales: Mapping[str, Scale]) -> DLRM_IFAConfig:
+    """The configuration of the model for a log.
+
+    Args:
+        schema, config, scales: as ``build_model``'s.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.data import LogSchema
+        >>> from ifa_torchrec.training.options import TrainConfig
+        >>> from ifa_torchrec.training.build import model_config
+        >>> schema = LogSchema(item_features={"item": 100}, event_features={"action": 5})
+        >>> model_config(schema, TrainConfig(data=Path("log"), out=Path("run")), {}).history_keys
+        {'item': 'history_item', 'action': 'history_action'}
+    """
+    dense = {
+        "dense_features": schema.dense_features,
+        "candidate_dense": schema.candidate_dense,
+        "item_dense": schema.item_dense,
+        "history_dense": schema.event_dense,
+    }
+    return DLRM_IFAConfig(
         item_features=tuple(schema.item_features),
         dense_in_features=len(schema.dense_features),
         candidate_dense_in_features=len(schema.candidate_dense),
+        item_dense_in_features=len(schema.item_dense),
+        event_dense_in_features=len(schema.event_dense),
+        event_features=tuple(schema.event_features),
+        candidate_features=tuple(schema.candidate_features),
+        item_vectors=schema.item_vectors,
+        scales={name: tuple(scales.get(c, Scale()) for c in columns) for name, columns in dense.items()},
         interaction=config.interaction,
         ifa=config.ifa,
         recent_length=config.recent_length,
@@ -65,31 +127,7 @@ def build_model(
         candidate_set=config.candidate_set,
         over_arch_layer_sizes=config.over_arch_layer_sizes,
         num_tasks=len(schema.tasks),
-        tasks=tasks_of(schema, config, scales or {}),
-    )
-    table: dict[str, Any] = {
-        "embedding_dim": config.ifa.embedding_dim,
-        "init_fn": partial(nn.init.uniform_, a=-config.table_init, b=config.table_init),
-    }
-    meta = torch.device("meta")
-    bags = [
-        EmbeddingBagConfig(name=f"{f}_table", num_embeddings=rows, feature_names=[f], **table)
-        for f, rows in schema.context_features.items()
-    ]
-    sequences = [
-        EmbeddingConfig(
-            name=f"{f}_table",
-            num_embeddings=rows,
-            feature_names=[prefix + f for prefix in model.prefixes],
-            **table,
-        )
-        for f, rows in schema.item_features.items()
-    ]
-    tables = EmbeddingCollection(tables=sequences, device=meta)
-    return DLRM_IFA(
-        EmbeddingBagCollection(tables=bags, device=meta) if bags else None,
-        _managed(tables, config.managed_rows) if config.managed_rows else tables,
-        model,
+        tasks=tasks_of(schema, config, scales),
     )
 
 

@@ -21,7 +21,7 @@ from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make_loader
 from ifa_torchrec.distributed import OptimizerConfig, init_process_group, shard
 from ifa_torchrec.models import DLRM_IFA, DLRM_IFATrain
-from ifa_torchrec.models.archs import Candidates
+from ifa_torchrec.models.archs import Lookups
 from ifa_torchrec.modules import INTERACTIONS
 from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.options import TrainConfig
@@ -40,10 +40,10 @@ def folded(features: KeyedJaggedTensor, rows: int) -> KeyedJaggedTensor:
 class Folding(DLRM_IFA):
     """Changes its ids before it looks them up, so that the lookup cannot run ahead."""
 
-    def describe(self, batch: RankingBatch) -> Candidates:
+    def look_up(self, batch: RankingBatch) -> Lookups:
         context = self.sparse_arch(batch.context_features)
         history, candidates = self.sequence_arch(folded(batch.sequence_features, 40))
-        return self.candidate_arch(context, history, candidates, batch)
+        return Lookups(context, None, history, candidates)
 
 
 def sharded(log: EventLog, interaction: str, seed: int = 0, kind: type[DLRM_IFA] = DLRM_IFA):

@@ -22,6 +22,11 @@ CONFIG = IFAConfig(
     identity_half_lives=(7.0, math.inf),
 )
 BACKENDS = [b for b in ops.BACKENDS if b != "auto" and (b != "native" or ops.native.LIBRARY is not None)]
+NATIVE_SETS = ops.native.INSTRUCTION_SETS  # those that can be had here
+if ops.native.LIBRARY is None:
+    NATIVE_SETS = ()
+else:
+    NATIVE_SETS = NATIVE_SETS[: NATIVE_SETS.index(ops.native.STATUS) + 1]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -135,9 +140,12 @@ def test_narrow_ids_are_read_as_what_they_are(backend, dtype):
 # ------------------------------------------------------------------------------------------- unknown
 
 
-@every_backend
-def test_unknown_matches_nothing(backend):
+@pytest.mark.parametrize("kernels", [*(b for b in BACKENDS if b != "native"), *NATIVE_SETS])
+def test_unknown_matches_nothing(kernels, monkeypatch):
     """Id 0, in all four ways: by joining, in a state, read from it, and in the weights that explain."""
+    backend = "native" if kernels in NATIVE_SETS else kernels
+    if backend == "native":
+        monkeypatch.setattr(ops.native, "STATUS", kernels)
     ifa, inputs = new(backend=backend, identity_buckets=5), some()
     inputs.history_ids = torch.tensor([[0, 5], [0, 0], [7, 5], [0, 0], [5, 0], [0, 0], [0, 0], [0, 5]])
     inputs.candidate_ids = torch.tensor([[0, 5], [5, 0], [0, 0], [0, 0], [5, 5], [7, 10]])
@@ -157,6 +165,23 @@ def test_unknown_matches_nothing(backend):
     weights = torch.cat([w.sum(1) for w in ifa.attention_weights(*inputs.forward)])
     assert torch.equal(weights[:, 2:] > 0, matched > 0)
     assert ifa.identity.keys(inputs.candidate_ids).tolist()[:2] == [[-1, 5], [0, -1]]
+
+
+@pytest.mark.parametrize("column", [0, 1], ids=CONFIG.identity_features)
+def test_unknown_finds_nothing_in_sim_by_any_column(column):
+    """Though the other column is of the same known id."""
+    sim = new(kind=lambda c: SIMAttention(c, CONFIG.identity_features[column]))
+    ids = {
+        known: torch.tensor([[1 if other != column else known for other in (0, 1)]]) for known in (0, 1)
+    }
+    for had, asked in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        inputs = some(history_ids=ids[had].expand(8, -1), candidate_ids=ids[asked].expand(6, -1))
+        heads, mass = sim.dense_heads(inputs.candidates, inputs.events, inputs.candidate_ids)
+        found = had == asked == 1
+        assert bool(heads.any()) == bool(mass.any()) == found
+        _, matched = sim.identity(inputs.candidates, inputs.events, inputs.candidate_ids)
+        by_column = matched.unflatten(1, (2, -1)).any(2).any(0)
+        assert by_column.tolist() == [found if c == column else True for c in (0, 1)]
 
 
 def test_unknown_finds_nothing_in_sim():

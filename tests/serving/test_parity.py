@@ -10,7 +10,7 @@ import torch
 
 from ifa_torchrec import IFAConfig
 from ifa_torchrec.commands.build_states import BuildStatesConfig, build_states
-from ifa_torchrec.data import EventBudgetSampler, RankingDataset, make_loader
+from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make_loader
 from ifa_torchrec.modules import CandidateSetConfig
 from ifa_torchrec.serving import Event, RankingRequest, Scorer, StateStore, open_key_value_store
 from ifa_torchrec.training.options import TrainConfig
@@ -43,17 +43,29 @@ def run(real_log, tmp_path_factory) -> Run:
     return load_run(config.out, sharded=False)
 
 
+def external(log: EventLog, name: str, rows: np.ndarray) -> list[int | str]:
+    """What the world calls these rows; 0 for what is unknown."""
+    if name not in log.vocabulary.names:  # users that are numbers
+        return rows.tolist()
+    return [0 if i is None else i for i in log.vocabulary[name].at(rows)]
+
+
+def numbers(column: np.ndarray) -> list[float | None]:
+    return [None if np.isnan(x) else x for x in column.tolist()]
+
+
 def request_of(dataset: RankingDataset, number: int) -> RankingRequest:
     """A split's request as a server is sent it."""
-    schema, columns = dataset.log.schema, dataset.requests
-    rows = dataset.candidate_rows([number])[0]
+    log, columns = dataset.log, dataset.requests
+    schema, rows = log.schema, dataset.candidate_rows([number])[0]
+    one = slice(number, number + 1)
     return RankingRequest(
-        user=int(columns["user"][number]),
+        user=external(log, "user", columns["user"][one])[0],
         time=int(columns["time"][number]),
-        candidates=columns["candidates"][rows].tolist(),
-        context={f: int(columns[f][number]) for f in schema.context_features},
-        dense={f: float(columns[f][number]) for f in schema.dense_features},
-        candidate_dense={f: columns[f][rows].tolist() for f in schema.candidate_dense},
+        candidates=external(log, schema.item, columns["candidates"][rows]),
+        context={f: external(log, f, columns[f][one])[0] for f in schema.context_features},
+        dense={f: numbers(columns[f][one])[0] for f in schema.dense_features},
+        candidate_dense={f: numbers(columns[f][rows]) for f in schema.candidate_dense},
         new_user=True,
     )
 
@@ -73,17 +85,18 @@ def test_served_scores_and_metrics_are_those_of_the_raw_histories(run, tmp_path)
     build_states(BuildStatesConfig(run.config.out, store, until=until, position=0))
     scorer = Scorer(run.dlrm, run.log, StateStore(open_key_value_store(store), run.version))
     log, item = run.log, run.log.schema.item
-    appended = dict.fromkeys(log.users.tolist(), first)
+    appended: dict[int, int] = {}
     served = [np.empty(0)] * len(dataset)
     for number in np.argsort(dataset.requests["time"], kind="stable").tolist():
         request = request_of(dataset, number)
-        since, now = appended.get(request.user, first), request.time
-        starts, ends = log.history_range(np.array([request.user] * 2), np.array([since, now]))
+        user = int(dataset.requests["user"][number])
+        since, now = appended.get(user, first), request.time
+        starts, ends = log.history_range(np.array([user] * 2), np.array([since, now]))
         rows = range(int(max(ends[0], starts[1])), int(ends[1]))
-        times, items = log.events["time"], log.events[item]
-        events = [Event(row, request.user, int(items[row]), int(times[row])) for row in rows]
-        assert all(scorer.append(events))
-        appended[request.user] = now
+        times, items = log.events["time"], external(log, item, log.events[item][rows])
+        events = [Event(r, request.user, i, int(times[r])) for r, i in zip(rows, items, strict=True)]
+        assert {result.status for result in scorer.append(events)} <= {"taken"}
+        appended[user] = now
         served[number] = scorer.score([request])[0]
     served = np.concatenate(served)
 

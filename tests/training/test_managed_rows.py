@@ -17,7 +17,7 @@ from toy import NUM_CATEGORIES, NUM_ITEMS
 from ifa_torchrec import DLRM_IFA, IFAConfig
 from ifa_torchrec.data import EventLog
 from ifa_torchrec.distributed import CheckpointError, OptimizerConfig, ShardingError
-from ifa_torchrec.models.archs import tables_of
+from ifa_torchrec.models.sparse import tables_of
 from ifa_torchrec.serving import StateError, export_scorer, quantize_tables
 from ifa_torchrec.training import build
 from ifa_torchrec.training.options import TrainConfig

@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -51,6 +51,8 @@ class StateLayout:
         identity_decay: rate a day of each identity half-life, [L].
         dtype: how means are stored; weights and counts are float32 and int64. Means in float16 are
             rounded to the nearest when built, and at random, without bias, when events are added.
+        gates: those that the events were weighed by, the number of values by name; none for states that
+            are older than gates.
 
     Example:
         >>> from ifa_torchrec import IFAConfig, InteractionFidelityAttention
@@ -67,6 +69,7 @@ class StateLayout:
     decay: tuple[float, ...]
     identity_decay: tuple[float, ...]
     dtype: Literal["float32", "float16"] = "float32"
+    gates: dict[str, int] = field(default_factory=dict[str, int])
 
     @staticmethod
     def of(
@@ -83,6 +86,7 @@ class StateLayout:
             decay=tuple(ifa.decay.tolist()),
             identity_decay=() if ifa.identity is None else tuple(ifa.identity.decay.tolist()),
             dtype=dtype,
+            gates=dict(ifa.config.gates),
         )
 
 

@@ -272,6 +272,21 @@ def test_half_built_states_are_refused_and_going_on_must_be_the_same(key_values)
         StateStore.begin(key_values, "v1", layout, 5, "log until June")
 
 
+def test_a_layout_says_which_gates_made_the_states(key_values):
+    def layout_of(**gates: int) -> StateLayout:
+        return StateLayout.of(Model(dataclasses.replace(CONFIG, gates=gates)).ifa)
+
+    layout, others = layout_of(action=5), [layout_of(), layout_of(action=6), layout_of(kind=5)]
+    StateStore.begin(key_values, "v1", layout, 5)
+    for other in others:
+        with pytest.raises(StateError, match="begun with another layout;"):
+            StateStore.begin(key_values, "v1", other, 5)
+    StateStore.begin(key_values, "v1", layout, 5).finish()
+    found = StateStore(key_values, "v1").layout
+    assert found == layout and found not in others
+    assert "gates={'action': 5}" in str(found)  # as a scorer of another model says
+
+
 def test_an_unknown_user_is_refused_unless_new(key_values):
     model = Model()
     store = new_store(key_values, model)
