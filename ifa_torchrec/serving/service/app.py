@@ -39,7 +39,8 @@ def create_app(
         ...     name="item", embedding_dim=8, num_embeddings=100,
         ...     feature_names=["history_item", "candidate_item"])])
         >>> model = DLRM_IFA(None, tables, DLRM_IFAConfig(("item",), ifa=IFAConfig(8, num_heads=2)))
-        >>> states, layout = open_key_value_store(tempfile.mkdtemp()), StateLayout.of(model.candidate_arch.ifa)
+        >>> states = open_key_value_store(tempfile.mkdtemp())
+        >>> layout = StateLayout.of(model.candidate_arch.ifa)
         >>> StateStore.begin(states, "weights-1", layout, 0, vocabulary=log.vocabulary.digest).finish()
         >>> def load():  # Scorer has an example with a model that was trained
         ...     return Scorer(model, log, StateStore(states, "weights-1"))
