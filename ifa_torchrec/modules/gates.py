@@ -10,7 +10,7 @@ from torch import nn
 
 from ifa_torchrec.modules.history import History
 
-LEAN, SPREAD = 1.0, 0.2
+LEAN, SPREAD = 0.5, 0.2
 """How log gates start: a head has LEAN for the values that are its own and -LEAN for the others, and a
 normal deviate of SPREAD, so that no two heads start alike, which would stay so."""
 

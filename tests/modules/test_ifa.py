@@ -521,7 +521,7 @@ def test_gates_start_near_1_with_values_dealt_out_to_the_heads(values, heads, ow
     with torch.random.fork_rng():
         torch.manual_seed(0)
         (table,) = EventGates({"action": values}, heads).log_gates
-    start = 0.0 if own is None else 2.0 * torch.tensor(own) - 1
+    start = 0.0 if own is None else torch.tensor(own) - 0.5
     assert table.shape == (values, *heads)
     noise = (table - start).flatten().tolist()
     assert max(map(abs, noise)) < 0.7 and len(set(noise)) == len(noise)  # no two are alike
