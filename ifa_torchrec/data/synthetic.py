@@ -20,9 +20,9 @@ The recipe, with everything random drawn from one seed:
   its own. The label's probability is sigmoid(bias + strength * pull), the pull of a topic being the sum
   of the amounts of its events that were bought, over `evidence`. A quarter of the candidates are of
   interests, a quarter of skipped topics.
-- With `new_items`, that share of the candidates of `test` are items that no event and no request of
-  `train` has, of as many as there are rare ones, with topics like theirs; and an item feature `topic`
-  names the topic of every rare item.
+- With `new_items`, that share of the candidates of `valid` and `test` are items that no event and no
+  request of `train` has, of as many as there are rare ones, with topics like theirs; and an item feature
+  `topic` names the topic of every rare item.
 
 So a long history is worth as much as `strength`, `distance` and `noise` let it, and nothing but the
 history tells candidates apart. ``best_scores`` ranks as well as anyone can who knows this page but not
