@@ -30,7 +30,6 @@ import pyarrow.parquet as pq
 
 from ifa_torchrec.batch import Scale
 from ifa_torchrec.data.checks import check_events, check_items, check_requests
-from ifa_torchrec.data.codes import codes_digest
 from ifa_torchrec.data.columns import require_column
 from ifa_torchrec.data.external import ExternalIds, check_columns, columns_of
 from ifa_torchrec.data.mapped_columns import MappedColumns
@@ -224,7 +223,7 @@ class EventLog:
         for split in self.splits:
             self.requests(split)
         digests = sorted(self._columns.digests.items())
-        content = (self.schema, digests, self.vocabulary.digest, sorted(self.codes().items()))
+        content = (self.schema, digests, self.vocabulary.digest)
         return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
     @cached_property
@@ -293,20 +292,6 @@ class EventLog:
             "candidates": float((self.item_rows(requests[CANDIDATES]) == 0).mean()),
             "events": float((before[end] - before[start]).sum() / max((end - start).sum(), 1)),
         }
-
-    def codes(self) -> dict[str, str]:
-        """For each feature, a digest of which id has which row of its table.
-
-        A model's tables mean something for logs of the same codes only. Features that have no
-        LOG/codes/FEATURE.parquet (in logs of ``from_pandas`` none has) are left out: their numbers are
-        their ids. What is hashed has no list of ids, the same id has the same row everywhere.
-
-        Raises:
-            LogError: a file of codes is not readable.
-        """
-        features = [*self.schema.item_features, *self.schema.context_features]
-        files = {feature: self.path / "codes" / f"{feature}.parquet" for feature in features}
-        return {feature: codes_digest(file) for feature, file in files.items() if file.exists()}
 
     @property
     def splits(self) -> list[str]:
