@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -176,8 +177,7 @@ class Catalogue:
         values: dict[str, np.ndarray] = {}
         lengths: dict[str, np.ndarray] = {}
         for name in (*self.schema.context_features, *self.schema.context_lists):
-            one = name in self.schema.context_features
-            given = [[r.context[name]] if one else r.context[name] for r in requests]
+            given = [_listed(request.context[name]) for request in requests]
             lengths[name] = np.array([len(ids) for ids in given], np.int64)
             of_request = np.repeat(np.arange(len(requests)), lengths[name])
             values[name] = self._rows_of(name, [i for ids in given for i in ids], of_request, unknown)
@@ -185,7 +185,7 @@ class Catalogue:
 
     def _sequences(
         self, prefix: str, items: np.ndarray, lengths: np.ndarray, own: Mapping[str, np.ndarray]
-    ) -> dict[str, object]:
+    ) -> dict[str, Any]:
         """The fields that say what events are of, or what the candidates are; the other side is empty.
 
         Args:
@@ -216,3 +216,8 @@ class Catalogue:
             "candidate_item_ids": candidates,
             **item_fields(self._items, schema, of_events, of_candidates),
         }
+
+
+def _listed(value: Id | Sequence[Id]) -> Sequence[Id]:
+    """The ids of a context feature, which has one, or of a context list."""
+    return [value] if isinstance(value, (int, str)) else value
