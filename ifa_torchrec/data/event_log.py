@@ -30,7 +30,6 @@ import pyarrow.parquet as pq
 
 from ifa_torchrec.batch import Scale
 from ifa_torchrec.data.checks import check_events, check_items, check_requests
-from ifa_torchrec.data.codes import codes_digest
 from ifa_torchrec.data.columns import require_column
 from ifa_torchrec.data.external import ExternalIds, check_columns, columns_of
 from ifa_torchrec.data.mapped_columns import MappedColumns
@@ -224,7 +223,7 @@ class EventLog:
         for split in self.splits:
             self.requests(split)
         digests = sorted(self._columns.digests.items())
-        content = (self.schema, digests, self.vocabulary.digest, sorted(self.codes().items()))
+        content = (self.schema, digests, self.vocabulary.digest)
         return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
     @cached_property
@@ -294,31 +293,20 @@ class EventLog:
             "events": float((before[end] - before[start]).sum() / max((end - start).sum(), 1)),
         }
 
-    def codes(self) -> dict[str, str]:
-        """For each feature, a digest of which id has which row of its table.
-
-        A model's tables mean something for logs of the same codes only. Features that have no
-        LOG/codes/FEATURE.parquet (in logs of ``from_pandas`` none has) are left out: their numbers are
-        their ids. What is hashed has no list of ids, the same id has the same row everywhere.
-
-        Raises:
-            LogError: a file of codes is not readable.
-        """
-        features = [*self.schema.item_features, *self.schema.context_features]
-        files = {feature: self.path / "codes" / f"{feature}.parquet" for feature in features}
-        return {feature: codes_digest(file) for feature, file in files.items() if file.exists()}
-
     @property
     def splits(self) -> list[str]:
         """Names of the request splits."""
         return [n.removeprefix("requests/") for n in self._header.rows if n.startswith("requests/")]
 
     def item_names(self) -> list[str]:
-        """What to call each item: the items' column `name`, or else the item's number."""
+        """What to call each item: the items' column `name`, or else its external id, or its number where
+        it has none."""
         file = pq.ParquetFile(self.path / "items.parquet")
         if NAME in file.schema_arrow.names:
             return file.read([NAME])[NAME].to_pylist()
-        return [f"{self.schema.item} {i}" for i in range(self.num_items)]
+        ids = self.vocabulary[self.schema.item].at(range(self.num_items))
+        called = (number if known is None else known for number, known in enumerate(ids))
+        return [f"{self.schema.item} {known}" for known in called]
 
     def requests(self, split: str) -> Columns:
         """The request columns of a split.

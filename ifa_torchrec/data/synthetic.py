@@ -14,6 +14,16 @@ The recipe, with everything random drawn from one seed:
 - A candidate is exposed with the probability `exposure`, whatever it is. In the split `train` the
   label of an unexposed one is 0, as a real log would have it; in `test` all labels are true.
 
+- With `kinds`, each event has an `action` (bought, clicked or skipped) and an `amount`. A user has as
+  many topics whose events were skipped as interests, whose events were bought; everyday events are of
+  any kind, and those that mean nothing were clicked or skipped. Amounts of a topic lie around a mean of
+  its own. The label's probability is sigmoid(bias + strength * pull), the pull of a topic being the sum
+  of the amounts of its events that were bought, over `evidence`. A quarter of the candidates are of
+  interests, a quarter of skipped topics.
+- With `new_items`, that share of the candidates of `valid` and `test` are items that no event and no
+  request of `train` has, of as many as there are rare ones, with topics like theirs; and an item feature
+  `topic` names the topic of every rare item.
+
 So a long history is worth as much as `strength`, `distance` and `noise` let it, and nothing but the
 history tells candidates apart. ``best_scores`` ranks as well as anyone can who knows this page but not
 the users' interests.
@@ -34,6 +44,9 @@ from ifa_torchrec.errors import ConfigError
 
 _TOPICS_PER_CATEGORY = 10
 _START = pd.Timestamp("2024-01-01")
+ACTIONS = ("unknown", "bought", "clicked", "skipped")
+"""What the values of the event feature `action` are."""
+_BOUGHT, _CLICKED, _SKIPPED = 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -41,8 +54,9 @@ class SyntheticConfig:
     """Size and difficulty.
 
     Args:
-        train, test: requests of each split, each of another user.
-        mean_events: of a history; log-normal, at least `distance` + `interests` * `evidence`.
+        train, test: requests of each split, each of another user; with new items a quarter of `test` is
+            `valid`.
+        mean_events: of a history; log-normal, at least `distance` and all evidence.
         topics, items_per_topic, everyday_items: of the item table, in this order behind row 0, unknown:
             the rare items topic by topic, then the everyday items.
         interests: topics of a user.
@@ -54,6 +68,8 @@ class SyntheticConfig:
         candidates: of a request.
         exposure: probability that a candidate is exposed.
         seed: of everything.
+        kinds: whether events are of several kinds, and have numbers, on which the labels depend.
+        new_items: share of the candidates of `valid` and `test` that are new items.
 
     Raises:
         ValueError: a value is out of range.
@@ -79,20 +95,32 @@ class SyntheticConfig:
     candidates: int = 32
     exposure: float = 1.0
     seed: int = 0
+    kinds: bool = False
+    new_items: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.topics % _TOPICS_PER_CATEGORY or not 0 < self.interests <= self.topics:
+        if (
+            self.topics % _TOPICS_PER_CATEGORY
+            or not 0 < self.interests <= self.user_topics <= self.topics
+        ):
             raise ConfigError(
                 f"SyntheticConfig: topics must be a multiple of {_TOPICS_PER_CATEGORY}, interests 1 to "
-                f"topics; got {self.topics}, {self.interests}"
+                f"topics, or to half of them with kinds; got {self.topics}, {self.interests}"
             )
         if not 0 < self.exposure <= 1 or self.noise < 0 or self.distance < 0:
             raise ConfigError("SyntheticConfig: exposure is in (0, 1], noise and distance at least 0")
+        if not 0 <= self.new_items <= 1:
+            raise ConfigError(f"SyntheticConfig: new_items must be 0 to 1, got {self.new_items}")
 
     @property
     def num_items(self) -> int:
-        """Rare and everyday items, and the unknown one."""
+        """Rare and everyday items, and the unknown one: rows of the item's table. New items follow."""
         return 1 + self.topics * self.items_per_topic + self.everyday_items
+
+    @property
+    def user_topics(self) -> int:
+        """Topics of a user: interests, and with kinds as many that were skipped."""
+        return self.interests * (2 if self.kinds else 1)
 
     @property
     def categories(self) -> int:
@@ -120,55 +148,30 @@ def prepare(path: str | Path, config: SyntheticConfig | None = None) -> EventLog
         return EventLog(path)
     config = config or SyntheticConfig()
     rng = np.random.default_rng(config.seed)
-    everyday_from = 1 + config.topics * config.items_per_topic
-    item = np.arange(config.num_items)
-    category = 1 + np.where(
-        item < everyday_from,
-        topic_of(config, item) // _TOPICS_PER_CATEGORY,
-        (item - everyday_from) % config.categories,
-    )
-    category[0] = 0
-    items = pd.DataFrame({"item": item, "category": category})
-    popularity = 1.0 / np.arange(1, config.everyday_items + 1)
-    everyday = np.cumsum(popularity / popularity.sum())
-
-    users = config.train + config.test
-    evidence = config.interests * config.evidence
-    lengths = rng.lognormal(0.0, 0.5, users) * config.mean_events / np.exp(0.125)
-    lengths = np.maximum(lengths.astype(np.int64), config.distance + evidence)
-    history, interests = [], []
-    for length in lengths:
-        mine = rng.choice(config.topics, config.interests, replace=False)
-        # capped: chance events never crowd out the evidence
-        chance = min(int(rng.poisson(config.noise * config.topics)), int(length) - evidence)
-        events = everyday_from + np.searchsorted(everyday, rng.random(length), side="right")
-        events = np.minimum(events, config.num_items - 1)
-        old = rng.permutation(length - config.distance)[:evidence]
-        others = np.delete(np.arange(length), old)
-        events[old] = _items(rng, config, np.repeat(mine, config.evidence))
-        by_chance = rng.choice(others, chance, replace=False)
-        events[by_chance] = _items(rng, config, rng.integers(config.topics, size=chance))
-        history.append(events)
-        interests.append(mine)
+    histories = [_history(rng, config, length) for length in _lengths(rng, config)]
+    lengths = [len(history.columns["item"]) for history in histories]
     # a history ends on day 365, the request comes an hour later
     day = np.concatenate([np.sort(rng.random(length)) * 365 for length in lengths])
-    events = pd.DataFrame(
-        {
-            "user": np.repeat(np.arange(users), lengths),
-            "item": np.concatenate(history),
-            "time": _START + pd.to_timedelta(day, unit="D"),
-        }
-    )
-    requests = _requests(rng, config, np.stack(interests))
+    names = histories[0].columns
+    columns = {name: np.concatenate([history.columns[name] for history in histories]) for name in names}
+    requests = _requests(rng, config, histories)
+    rows = {"item": config.num_items, "category": config.categories + 1}
     return EventLog.from_pandas(
         path,
-        events=events,
-        schema=LogSchema(
-            item_features={"item": config.num_items, "category": config.categories + 1},
-            tasks={"label": "binary"},
+        events=pd.DataFrame(
+            {
+                "user": np.repeat(np.arange(len(histories)), lengths),
+                "time": _START + pd.to_timedelta(day, unit="D"),
+                **columns,
+            }
         ),
-        items=items,
-        requests={"train": requests.iloc[: config.train], "test": requests.iloc[config.train :]},
+        schema=LogSchema(
+            item_features=rows | ({"topic": config.topics + 1} if config.new_items else {}),
+            event_features={"action": len(ACTIONS)} if config.kinds else {},
+            event_dense=("amount",) if config.kinds else (),
+        ),
+        items=_item_table(config),
+        requests={name: requests.iloc[rows] for name, rows in _splits(config).items()},
     )
 
 
@@ -181,15 +184,17 @@ def topic_of(config: SyntheticConfig, item: np.ndarray) -> np.ndarray:
         >>> topic_of(SyntheticConfig(), np.array([1, 10, 11, 5000, 0])).tolist()
         [0, 0, 1, -1, -1]
     """
-    topic = (item - 1) // config.items_per_topic
+    first = np.where(item < config.num_items, 1, config.num_items)  # new items follow
+    topic = (item - first) // config.items_per_topic
     return np.where(topic < config.topics, topic, -1)
 
 
 def best_scores(dataset: RankingDataset, config: SyntheticConfig) -> np.ndarray:
     """Probability of each label given all that can be seen: nobody can rank better.
 
-    The evidence for an interest is the number of events on its topic behind the latest
-    `distance`: with an interest it is `evidence` + Poisson, without it Poisson alone.
+    The evidence for an interest is the number of events on its topic behind the latest `distance`:
+    with an interest it is `evidence` + Poisson, without it Poisson alone. With kinds the history says
+    all: the scores are the probabilities that the labels were drawn with.
 
     Returns:
         [M] float64.
@@ -204,32 +209,44 @@ def best_scores(dataset: RankingDataset, config: SyntheticConfig) -> np.ndarray:
         >>> best_scores(RankingDataset(log, "test"), small).shape
         (320,)
     """
-    log, result = dataset.log, []
-    starts, ends = log.history_range(dataset.requests["user"], dataset.requests["time"])
+    events, result = dataset.log.events, []
+    starts, ends = dataset.log.history_range(dataset.requests["user"], dataset.requests["time"])
     for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        old = log.events["item"][start : end - config.distance]
-        topic = topic_of(config, np.asarray(old))
-        count = np.bincount(topic[topic >= 0], minlength=config.topics)
         rows, _ = dataset.candidate_rows([number])
         asked = topic_of(config, np.asarray(dataset.requests["candidates"][rows]))
-        seen = count[asked]
-        mean = config.noise * len(old) / (end - start)
-        # Poisson(count - evidence) / Poisson(count), in logarithms
-        counts = np.arange(config.evidence)
-        odds = np.full(len(seen), -np.inf)
-        enough = seen >= config.evidence
-        falling = np.log(np.maximum(seen[:, None] - counts, 1)).sum(1)
-        if mean > 0:
-            odds[enough] = falling[enough] - config.evidence * np.log(mean)
-        else:
-            odds[enough] = np.inf
-        # a candidate's topic is an interest: a quarter are drawn to be, the others by chance
-        share = config.interests / config.topics
-        prior = 0.25 + 0.75 * share
-        interest = 1 / (1 + np.exp(-(odds + np.log(prior / (1 - prior)))))
-        yes, no = (1 / (1 + np.exp(-z)) for z in (config.bias + config.strength, config.bias))
+        topic = topic_of(config, np.asarray(events["item"][start:end]))
+        if config.kinds:
+            bought = (topic >= 0) & (events["action"][start:end] == _BOUGHT)
+            pull = np.bincount(
+                topic[bought], events["amount"][start:end][bought], minlength=config.topics
+            )
+            result.append(_probability(config, pull[asked] / config.evidence))
+            continue
+        old = topic[: len(topic) - config.distance]
+        seen = np.bincount(old[old >= 0], minlength=config.topics)[asked]
+        interest = _interest(config, seen, config.noise * len(old) / len(topic))
+        yes, no = _probability(config, np.array([1.0, 0.0]))
         result.append(interest * yes + (1 - interest) * no)
     return np.concatenate(result)
+
+
+def _interest(config: SyntheticConfig, seen: np.ndarray, mean: float) -> np.ndarray:
+    """Probability that a candidate's topic is an interest, by the number of old events on it and the
+    mean number of those that mean nothing."""
+    # Poisson(count - evidence) / Poisson(count), in logarithms
+    counts = np.arange(config.evidence)
+    odds = np.full(len(seen), -np.inf)
+    enough = seen >= config.evidence
+    falling = np.log(np.maximum(seen[:, None] - counts, 1)).sum(1)
+    odds[enough] = falling[enough] - config.evidence * np.log(mean) if mean > 0 else np.inf
+    # a quarter of the candidates are drawn to be of an interest, the others are by chance
+    prior = 0.25 + 0.75 * config.interests / config.topics
+    return 1 / (1 + np.exp(-(odds + np.log(prior / (1 - prior)))))
+
+
+def _probability(config: SyntheticConfig, pull: np.ndarray) -> np.ndarray:
+    """Of a label, by the pull of the candidate's topic."""
+    return 1 / (1 + np.exp(-(config.bias + config.strength * pull)))
 
 
 def set_reward(probability: np.ndarray, topic: np.ndarray, rows: np.ndarray, fade: float) -> float:
@@ -258,25 +275,93 @@ def set_reward(probability: np.ndarray, topic: np.ndarray, rows: np.ndarray, fad
     return float((probability[rows] * fade**before).sum())
 
 
+@dataclass(frozen=True)
+class _History:
+    """The events of a user, the user's topics, and the pull of every topic."""
+
+    columns: dict[str, np.ndarray]
+    topics: np.ndarray
+    pull: np.ndarray
+
+
+def _item_table(config: SyntheticConfig) -> pd.DataFrame:
+    new = config.topics * config.items_per_topic if config.new_items else 0
+    item = np.arange(config.num_items + new)
+    topic = topic_of(config, item)
+    # as many everyday items a category
+    everyday = (item - 1 - config.topics * config.items_per_topic) % config.categories
+    category = 1 + np.where(topic >= 0, topic // _TOPICS_PER_CATEGORY, everyday)
+    category[0] = 0
+    names = {"topic": topic + 1} if new else {}
+    return pd.DataFrame({"item": item, "category": category, **names})
+
+
+def _splits(config: SyntheticConfig) -> dict[str, slice]:
+    """The requests of each split; with new items a quarter of the test's is `valid`, which says how many
+    are to be expected."""
+    first = config.train + (config.test // 4 if config.new_items else 0)
+    valid = {"valid": slice(config.train, first)} if config.new_items else {}
+    return {"train": slice(config.train), **valid, "test": slice(first, None)}
+
+
+def _lengths(rng: np.random.Generator, config: SyntheticConfig) -> np.ndarray:
+    lengths = rng.lognormal(0.0, 0.5, config.train + config.test) * config.mean_events / np.exp(0.125)
+    return np.maximum(lengths.astype(np.int64), config.distance + config.user_topics * config.evidence)
+
+
+def _history(rng: np.random.Generator, config: SyntheticConfig, length: int) -> _History:
+    mine = rng.choice(config.topics, config.user_topics, replace=False)
+    evidence = len(mine) * config.evidence
+    # capped: chance events never crowd out the evidence
+    chance = min(int(rng.poisson(config.noise * config.topics)), int(length) - evidence)
+    popularity = np.cumsum(1.0 / np.arange(1, config.everyday_items + 1))
+    events = np.searchsorted(popularity, rng.random(length) * popularity[-1], side="right")
+    events = config.num_items - config.everyday_items + np.minimum(events, config.everyday_items - 1)
+    old = rng.permutation(length - config.distance)[:evidence]
+    others = np.delete(np.arange(length), old)
+    of_old = np.repeat(mine, config.evidence)
+    events[old] = _items(rng, config, of_old)
+    by_chance = rng.choice(others, chance, replace=False)
+    events[by_chance] = _items(rng, config, rng.integers(config.topics, size=chance))
+    pull = np.zeros(config.topics)
+    if not config.kinds:
+        pull[mine] = 1.0
+        return _History({"item": events}, mine, pull)
+    action = rng.choice([_BOUGHT, _CLICKED, _SKIPPED], length, p=[0.1, 0.6, 0.3])
+    action[by_chance] = rng.choice([_CLICKED, _SKIPPED], chance)
+    action[old] = np.where(np.arange(evidence) < evidence // 2, _BOUGHT, _SKIPPED)
+    amount = rng.uniform(0.5, 1.5, length)
+    amount[old] *= np.repeat(rng.uniform(0.1, 1.9, len(mine)), config.evidence)
+    bought = old[action[old] == _BOUGHT]
+    np.add.at(pull, of_old[: len(bought)], amount[bought] / config.evidence)
+    return _History({"item": events, "action": action, "amount": amount}, mine, pull)
+
+
 def _items(rng: np.random.Generator, config: SyntheticConfig, topics: np.ndarray) -> np.ndarray:
     return 1 + topics * config.items_per_topic + rng.integers(config.items_per_topic, size=topics.shape)
 
 
-def _requests(rng: np.random.Generator, config: SyntheticConfig, interests: np.ndarray) -> pd.DataFrame:
-    shape = (len(interests), config.candidates)
+def _requests(
+    rng: np.random.Generator, config: SyntheticConfig, histories: list[_History]
+) -> pd.DataFrame:
+    shape = (len(histories), config.candidates)
     topics = rng.integers(config.topics, size=shape)
-    wanted = rng.random(shape) < 0.25
-    which = rng.integers(config.interests, size=shape)
-    topics = np.where(wanted, np.take_along_axis(interests, which, axis=1), topics)
+    wanted = rng.random(shape) < (0.5 if config.kinds else 0.25)
+    which = rng.integers(config.user_topics, size=shape)
+    own = np.stack([history.topics for history in histories])
+    topics = np.where(wanted, np.take_along_axis(own, which, axis=1), topics)
     items = _items(rng, config, topics)
-    matches = (topics[:, :, None] == interests[:, None, :]).any(2)
-    probability = 1 / (1 + np.exp(-(config.bias + config.strength * matches)))
+    pull = np.stack([history.pull for history in histories])
+    probability = _probability(config, np.take_along_axis(pull, topics, axis=1))
     label = (rng.random(shape) < probability).astype(np.float32)
     exposed = rng.random(shape) < config.exposure
     label[: config.train] *= exposed[: config.train]
+    new = rng.random(shape) < config.new_items
+    new[: config.train] = False
+    items = np.where(new, items + config.num_items - 1, items)
     return pd.DataFrame(
         {
-            "user": np.arange(len(interests)),
+            "user": np.arange(len(histories)),
             "time": _START + pd.Timedelta(days=365, hours=1),
             "candidates": list(items),
             "exposed": list(exposed),

@@ -83,12 +83,19 @@ class Ids:
         text = f"{self.kind} {self.rows}"
         if self.ids is not None:
             column = cast(Any, hash_pandas_object)(pd.Series(self.ids.to_pandas()), index=False)
-            text = f"{text} {self.ids.type} {hashlib.sha256(column.to_numpy()).hexdigest()}"
+            kind = "integers" if self.integers else "strings"
+            text = f"{text} {kind} {hashlib.sha256(column.to_numpy()).hexdigest()}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    @property
+    def integers(self) -> bool:
+        """Whether listed ids are integers, not strings."""
+        return self.ids is not None and pa.types.is_integer(self.ids.type)
+
     @cached_property
-    def _index(self) -> pd.Index:
-        return pd.Index([] if self.ids is None else self.ids.to_pandas())
+    def _rows(self) -> dict[ExternalId | None, int]:
+        # looks strings up several times as fast as pandas and Arrow do
+        return {} if self.ids is None else {i: row for row, i in enumerate(self.ids.to_pylist(), 1)}
 
     def rows_of(self, ids: Sequence[ExternalId] | np.ndarray) -> np.ndarray:
         """Row of each id, [n] int64; 0 for those that are not known.
@@ -99,15 +106,15 @@ class Ids:
         if self.kind == "hashed":
             return np.array([hash_row(i, self.rows) for i in ids], np.int64)
         if self.kind == "numbered":
-            given = (_integer(i) for i in ids)
-            return np.array([i if i is not None and 0 <= i < self.rows else 0 for i in given], np.int64)
-        numbers = self.ids is not None and pa.types.is_integer(self.ids.type)
-        known = [_integer(i) if numbers else i if isinstance(i, str) else None for i in ids]
-        there = np.array([i is not None for i in known], bool)
-        rows = np.zeros(len(known), np.int64)
-        wanted = pd.Index([i for i in known if i is not None], dtype=self._index.dtype)
-        rows[there] = self._index.get_indexer(wanted) + 1
-        return rows
+            given = np.asarray(ids)
+            if given.dtype.kind != "i":  # some are strings, or none is there
+                numbers = (_integer(i) for i in ids)
+                given = np.array([0 if i is None else i for i in numbers], np.int64)
+            return np.where((given >= 0) & (given < self.rows), given, 0).astype(np.int64)
+        row_of = self._rows.get
+        if self.integers:
+            return np.array([row_of(_integer(i), 0) for i in ids], np.int64)
+        return np.array([row_of(i, 0) for i in ids], np.int64)
 
     def at(self, rows: Iterable[int]) -> list[ExternalId | None]:
         """The id of each row; None for row 0, and where ids are hashed."""
@@ -119,14 +126,18 @@ class Ids:
 
     def extended(self, ids: Iterable[ExternalId]) -> Ids:
         """With further ids behind those that there are, whose rows stay; what is there already, and all
-        where ids are not listed, changes nothing."""
+        where ids are not listed, changes nothing.
+
+        Raises:
+            LogError: a new id is of another type than those that there are, null or an empty string.
+        """
         if self.kind != "listed" or self.ids is None:
             return self
         ids = list(dict.fromkeys(ids))
         new = [i for i, row in zip(ids, self.rows_of(ids), strict=True) if not row]
         if not new:
             return self
-        joined = pa.concat_arrays([self.ids, pa.array(new, self.ids.type)])
+        joined = pa.concat_arrays([self.ids, _array(new, self.ids.type)])
         return Ids("listed", len(joined) + 1, joined)
 
 
@@ -157,7 +168,7 @@ class Vocabulary:
         Raises:
             LogError: ids of one name are of several types, null, not an int64 or empty strings.
         """
-        return Vocabulary({name: _listed(name, values) for name, values in ids.items()})
+        return Vocabulary({}).extended(ids)
 
     @staticmethod
     def numbered(schema: LogSchema, items: int | None = None) -> Vocabulary:
@@ -220,9 +231,18 @@ class Vocabulary:
         return hashlib.sha256(json.dumps(self.digests()).encode()).hexdigest()[:16]
 
     def extended(self, ids: Mapping[str, Iterable[ExternalId]]) -> Vocabulary:
-        """With further ids; rows stay. Names that it has not are added."""
-        new = {n: self._ids[n].extended(i) if n in self._ids else _listed(n, i) for n, i in ids.items()}
-        return Vocabulary({**self._ids, **new})
+        """With further ids; rows stay. Names that it has not are added.
+
+        Raises:
+            LogError: ids of one name are of several types, null, not an int64 or empty strings.
+        """
+        new = dict(self._ids)
+        for name, values in ids.items():
+            try:
+                new[name] = new[name].extended(values) if name in new else _listed(values)
+            except LogError as error:
+                raise LogError(f"vocabulary: ids of {name!r}: {error}") from error
+        return Vocabulary(new)
 
     def begins_with(self, other: Vocabulary) -> bool:
         """Whether it is ``other``, or an extension of it: tables of the one serve the other's rows."""
@@ -232,9 +252,9 @@ class Vocabulary:
             mine, theirs = self._ids[name], other[name]
             if mine.digest == theirs.digest:
                 continue
-            if mine.kind != "listed" or mine.ids is None or theirs.ids is None:
+            if mine.kind != theirs.kind or mine.rows < theirs.rows or mine.kind == "hashed":
                 return False
-            if not mine.ids[: len(theirs.ids)].equals(theirs.ids):
+            if mine.ids is not None and mine.ids[: theirs.rows - 1] != theirs.ids:
                 return False
         return True
 
@@ -269,15 +289,17 @@ class Vocabulary:
                 raise LogError(f"{file}: format {saved['format']!r}, this version reads {FORMAT!r}")
             ids: dict[str, Ids] = {}
             for name, described in saved["ids"].items():
-                if not isinstance(described["rows"], int) or not str(name).isidentifier():
+                kind, rows = described["kind"], described["rows"]
+                least = 2 if kind == "hashed" else 1
+                if not isinstance(rows, int) or rows < least or not str(name).isidentifier():
                     raise ValueError(f"{name!r} is described as {described!r}")
                 listed = None
-                if described["kind"] == "listed":
+                if kind == "listed":
                     table = pq.read_table(folder / "vocabulary" / f"{name}.parquet", columns=["id"])
                     listed = table["id"].combine_chunks()
-                elif described["kind"] not in ("hashed", "numbered"):
-                    raise ValueError(f"{name!r} is of the kind {described['kind']!r}")
-                ids[name] = Ids(described["kind"], described["rows"], listed)
+                elif kind not in ("hashed", "numbered"):
+                    raise ValueError(f"{name!r} is of the kind {kind!r}")
+                ids[name] = Ids(kind, rows, listed)
                 if ids[name].digest != described["digest"]:
                     raise ValueError(f"the ids of {name!r} are not those that were written")
         except LogError:
@@ -297,18 +319,26 @@ def _integer(identifier: Any) -> int | None:
         except ValueError:
             return None
         return number if str(number) == identifier and _LEAST <= number <= _MOST else None
-    return int(identifier) if _LEAST <= identifier <= _MOST else None
+    whole = isinstance(identifier, (int, np.integer)) and not isinstance(identifier, bool)
+    return int(identifier) if whole and _LEAST <= identifier <= _MOST else None
 
 
-def _listed(name: str, ids: Iterable[ExternalId]) -> Ids:
+def _listed(ids: Iterable[ExternalId]) -> Ids:
     values = list(dict.fromkeys(ids))
     kind = pa.large_string() if any(isinstance(value, str) for value in values) else pa.int64()
+    return Ids("listed", len(values) + 1, _array(values, kind))
+
+
+def _array(ids: list[Any], kind: pa.DataType) -> pa.Array:
+    """Ids of one type.
+
+    Raises:
+        LogError: one is of another type, null or an empty string.
+    """
+    for value in ids:
+        if isinstance(value, bool) or not isinstance(value, (str, int, np.integer)) or value == "":
+            raise LogError(f"{value!r} is none; leave it out, row 0 stands for what has no id")
     try:
-        array = pa.array(values, kind)
+        return pa.array(ids, kind)
     except (pa.ArrowException, OverflowError, TypeError) as error:
-        raise LogError(
-            f"vocabulary: ids of {name!r} must all be strings or all integers of 64 bits ({error})"
-        ) from error
-    if array.null_count:
-        raise LogError(f"vocabulary: ids of {name!r} hold a null; leave it out, row 0 stands for it")
-    return Ids("listed", len(array) + 1, array)
+        raise LogError(f"they must all be strings or all integers of 64 bits ({error})") from error

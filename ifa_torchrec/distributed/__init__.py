@@ -2,7 +2,7 @@
 
 from ifa_torchrec.distributed.errors import CheckpointError
 from ifa_torchrec.distributed.planning import BatchSize, ShardingConfig, ShardingError
-from ifa_torchrec.distributed.sharding import OptimizerConfig, init_process_group, shard
+from ifa_torchrec.distributed.sharding import OptimizerConfig, init_process_group, shard, zero_rows
 
 __all__ = [
     "BatchSize",
@@ -12,4 +12,5 @@ __all__ = [
     "ShardingError",
     "init_process_group",
     "shard",
+    "zero_rows",
 ]

@@ -35,9 +35,9 @@ from ifa_torchrec.distributed.checkpoint_reader import CheckpointPlanner, Checkp
 from ifa_torchrec.distributed.errors import CheckpointError, DamagedError
 from ifa_torchrec.errors import PlaceError, writing
 
-FORMAT = 3
+FORMAT = 4
 """Rises when this package could no longer read what it wrote before, or would build another model for
-it: 2 since DLRM_IFA crosses the context features."""
+it: 4 since the model standardises numbers and a checkpoint names its vocabulary."""
 KEEP = 2
 """Checkpoints kept; older ones are deleted once a newer one is whole."""
 

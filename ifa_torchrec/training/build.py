@@ -29,6 +29,8 @@ from ifa_torchrec.training.options import TrainConfig
 
 EVICTION_INTERVAL = 10
 """Steps after which managed collisions give rows to new ids."""
+MOST_GATE_VALUES = 64
+"""Values of an event feature that gates unless it is told otherwise."""
 
 
 def build_model(
@@ -38,8 +40,8 @@ def build_model(
 
     Args:
         schema: the log's.
-        config: TrainConfig.
-        scales: the log's; a column that is not there is taken as it is.
+        config: the training's options.
+        scales: how numbers are standardised, by column; EventLog.scales.
 
     Raises:
         ConfigError: an option names what the log has not.
@@ -121,7 +123,7 @@ def model_config(schema: LogSchema, config: TrainConfig, scales: Mapping[str, Sc
         item_vectors=schema.item_vectors,
         scales={name: tuple(scales.get(c, Scale()) for c in columns) for name, columns in dense.items()},
         interaction=config.interaction,
-        ifa=config.ifa,
+        ifa=dataclasses.replace(config.ifa, gates=gates_of(schema, config)),
         recent_length=config.recent_length,
         search_feature=config.search_feature,
         candidate_set=config.candidate_set,
@@ -129,6 +131,34 @@ def model_config(schema: LogSchema, config: TrainConfig, scales: Mapping[str, Sc
         num_tasks=len(schema.tasks),
         tasks=tasks_of(schema, config, scales),
     )
+
+
+def gates_of(schema: LogSchema, config: TrainConfig) -> dict[str, int]:
+    """The event features that gate the model's heads, with the numbers of their values.
+
+    Args:
+        schema: the log's.
+        config: with --gate.
+
+    Raises:
+        ConfigError: --gate names no event feature.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.data import LogSchema
+        >>> from ifa_torchrec.training.build import gates_of
+        >>> from ifa_torchrec.training.options import TrainConfig
+        >>> schema = LogSchema({"item": 100}, event_features={"action": 5, "shop": 1000})
+        >>> gates_of(schema, TrainConfig(Path("log"), Path("run")))
+        {'action': 5}
+    """
+    features, names = schema.event_features, config.gate
+    if names is None:
+        return {name: values for name, values in features.items() if values <= MOST_GATE_VALUES}
+    for name in names:
+        if name not in features:
+            raise ConfigError(f"--gate {name}: no such event feature; there are {list(features)}")
+    return {name: features[name] for name in names}
 
 
 def tasks_of(schema: LogSchema, config: TrainConfig, scales: Mapping[str, Scale]) -> tuple[Task, ...]:

@@ -29,6 +29,9 @@ class TrainConfig:
     """How candidates meet the history."""
     ifa: IFAConfig = field(default_factory=lambda: IFAConfig(embedding_dim=64, num_heads=2))
     """The sequence interaction; the other interactions use what applies to them."""
+    gate: tuple[str, ...] | None = None
+    """Event features by whose value each head learns what an event weighs; by default those of at
+    most 64 values."""
     recent_length: int = 50
     """Events that softmax_recent and din (the latest), sim, eta and twin (those found) attend to."""
     search_feature: str | None = None
@@ -49,8 +52,13 @@ class TrainConfig:
     managed_rows: dict[str, int] = field(default_factory=dict)
     """Item tables of fewer rows than ids, e.g. item_table 20000: TorchRec's managed collisions give
     rows of their own to the ids that are met often and lately; the others share the last row."""
+    unknown_items: float | None = None
+    """Share of the items that are made unknown to a request while training, so that new items have a
+    row that is trained; by default the share of new items among the candidates of the split `valid`, at
+    most 0.95."""
     table_init: float = 0.3
-    """Tables start uniform in plus or minus this."""
+    """Rows of tables that the training will use start uniform in plus or minus this; the others
+    start at 0."""
     optimizers: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimisers and learning rates."""
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
@@ -81,6 +89,10 @@ class TrainConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
         if not 0 <= self.table_init < math.inf:
             raise ConfigError(f"--table-init must be a number of at least 0, got {self.table_init}")
+        if self.unknown_items is not None and not 0 <= self.unknown_items < 1:
+            raise ConfigError(f"--unknown-items must be 0 or more and below 1, got {self.unknown_items}")
+        if self.ifa.gates:
+            raise ConfigError("--ifa.gates: name the event features by --gate; the log has their values")
         sizes = self.over_arch_layer_sizes
         if not sizes or min(sizes) < 1:
             raise ConfigError(f"--over-arch-layer-sizes: give sizes of at least 1, got {sizes}")

@@ -13,7 +13,10 @@ import torch
 from torch import nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
+from ifa_torchrec.batch import Scale
 from ifa_torchrec.data import EventLog, LogError, RankingDataset
+from ifa_torchrec.data.schema import USER
+from ifa_torchrec.data.vocabulary import Vocabulary
 from ifa_torchrec.distributed import checkpoint, init_process_group, shard
 from ifa_torchrec.models import DLRM_IFA, DLRM_IFATrain
 from ifa_torchrec.training.build import build_model
@@ -44,12 +47,19 @@ def inputs_of(log: EventLog) -> dict[str, Any]:
     """What a log must share with that of the training, for the model to mean something; as JSON."""
     schema = dataclasses.asdict(log.schema)
     del schema["candidate_tags"]  # the model does not see them
-    schema |= {name: [*schema[name].items()] for name in ("item_features", "context_features")}
-    return {"schema": json.loads(json.dumps(schema)), "codes": log.codes()}
+    # of features and tasks the order counts, which is lost where JSON's objects are compared
+    ordered = {name: [*v.items()] if isinstance(v, dict) else v for name, v in schema.items()}
+    return {"schema": json.loads(json.dumps(ordered)), "vocabulary": log.vocabulary.digests()}
 
 
-def check_log(checkpoints: Path, log: EventLog, belongs_to: Mapping[str, Any] | None = None) -> None:
+def check_log(
+    checkpoints: Path, log: EventLog, belongs_to: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
     """Refuse a log that a run's model cannot read. Called by all ranks.
+
+    A log that the run is not to be resumed on may know more ids than that of the training: its
+    vocabulary, then, begins with the run's; and its item's table may have more rows, since those that
+    the run has not are new items.
 
     Args:
         checkpoints: those of the run; where they are damaged, whoever loads them says so.
@@ -57,8 +67,11 @@ def check_log(checkpoints: Path, log: EventLog, belongs_to: Mapping[str, Any] | 
         belongs_to: what a checkpoint made now would belong to, where ``log`` must be the very log of the
             training, to go on with it.
 
+    Returns:
+        What the last checkpoint says of itself, as ``Trainer.state_dict``; None if none can be read.
+
     Raises:
-        LogError: its features, table sizes or codes are not those of the training or, with
+        LogError: its features, table sizes or vocabulary are not those of the training or, with
             ``belongs_to``, anything else is not.
     """
     now = belongs_to or inputs_of(log)
@@ -66,26 +79,39 @@ def check_log(checkpoints: Path, log: EventLog, belongs_to: Mapping[str, Any] | 
         try:
             progress = json.loads((path / "progress.json").read_text())
             was, data = progress["config"], progress["data"]
-            fields = [name for name in now["schema"] if now["schema"][name] != was["schema"][name]]
-            codes = {f for f, _ in now["codes"].items() ^ was["codes"].items()}
+            item, rows = was["schema"]["item_features"][0]
+            schema = json.loads(json.dumps(now["schema"]))
+            if not belongs_to and schema["item_features"][0][0] == item:
+                schema["item_features"][0][1] = min(schema["item_features"][0][1], rows)
+            fields = [name for name in schema if schema[name] != was["schema"][name]]
+            ids = {f for f, _ in now["vocabulary"].items() ^ was["vocabulary"].items()}
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue
         known = f"the log that {checkpoints.parent} was trained on ({data})"
         if fields:
-            told = "; ".join(f"{f} {now['schema'][f]}, there {was['schema'][f]}" for f in fields)
+            told = "; ".join(f"{f} {schema[f]}, there {was['schema'][f]}" for f in fields)
             raise LogError(f"{log.path} has another schema than {known}: {told}; prepare it alike")
-        if codes:
+        ids -= {USER} if not belongs_to else set()  # users have no table
+        if ids and (belongs_to or not _extends(log.vocabulary, Vocabulary.load(checkpoints.parent))):
             raise LogError(
-                f"{log.path} has other codes than {known}: rows of {sorted(codes)} stand for other ids, "
-                "or codes/ is missing from one of them. Prepare both from one and the same list of ids; "
-                "copy codes/ from there only if the numbers here were taken from it"
+                f"{log.path} has another vocabulary than {known}: rows of {sorted(ids)} stand for other "
+                "ids; prepare it by that vocabulary (ifa data prepare --vocabulary), which "
+                f"{checkpoints.parent} keeps"
             )
         if belongs_to and belongs_to["log"] != was["log"]:
             raise LogError(
                 f"{log.path} has other content than {known}, so that a position in it means nothing; "
                 "give that log as it was, or train anew with another --out"
             )
-        return
+        return progress
+    return None
+
+
+def _extends(vocabulary: Vocabulary, of_run: Vocabulary) -> bool:
+    """Whether the one has all that the run's has where that has it, users apart."""
+    return vocabulary.begins_with(
+        Vocabulary({name: of_run[name] for name in of_run.names if name != USER})
+    )
 
 
 def load_run(folder: Path, data: Path | None = None, sharded: bool = True) -> Run:
@@ -103,13 +129,16 @@ def load_run(folder: Path, data: Path | None = None, sharded: bool = True) -> Ru
         CheckpointError: there is no run or no checkpoint, or config.json is damaged or has other
             options than the checkpoint.
         LogError: the log is missing or bad, or the model cannot read it: it has other features or table
-            sizes, or other codes than the log of the training.
+            sizes than the log of the training, or a vocabulary that does not begin with its.
     """
     config = read_options(folder)
     device = init_process_group()
     log = EventLog(data or config.data)
-    check_log(folder / "checkpoints", log)
-    model: nn.Module = DLRM_IFATrain(build_model(log.schema, config), config.loss)
+    trained = check_log(folder / "checkpoints", log) or {}
+    _narrow(log, trained)
+    # by the figures of the log that it was trained on, whatever those of this one are
+    scales = {name: Scale(**figures) for name, figures in trained.get("scales", {}).items()}
+    model: nn.Module = DLRM_IFATrain(build_model(log.schema, config, scales), config.loss)
     if sharded:
         model, _ = shard(model, device, config.optimizers)
     else:
@@ -121,3 +150,10 @@ def load_run(folder: Path, data: Path | None = None, sharded: bool = True) -> Ru
     # config.json may be another training's, begun here before there was a checkpoint
     progress = checkpoint.load(checkpoints, model, config=to_json(config.fixed()))
     return Run(config, log, model, device, checkpoint.version(checkpoints, progress))
+
+
+def _narrow(log: EventLog, trained: Mapping[str, Any]) -> None:
+    """Let the items that the run's table has no row for be new ones."""
+    if trained:
+        rows = dict(trained["config"]["schema"]["item_features"])
+        log.schema = dataclasses.replace(log.schema, item_features=rows)

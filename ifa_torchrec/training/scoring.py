@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from tqdm import tqdm
 
 from ifa_torchrec.data import EventBudgetSampler, LogSchema, RankingDataset, make_loader
 from ifa_torchrec.data.sampler import EMPTY_REQUEST
@@ -27,6 +26,7 @@ from ifa_torchrec.training.metrics import (
     regression_metrics,
     why_unranked,
 )
+from ifa_torchrec.training.progress import progress_bar
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def predict(
     model.eval()
     start = time.perf_counter()
     parts = []
-    bar = tqdm(loader, desc="score", unit="batch", leave=False, disable=rank != 0)
+    bar = progress_bar(rank, loader, desc="score", unit="batch", leave=False)
     for indices, batch in zip(sampler, bar, strict=True):
         _, (_, logits, _) = model(batch.to(device, non_blocking=True))
         requests = [index for index in indices if index != EMPTY_REQUEST]

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
-from tqdm import tqdm
 
 from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make_loader
-from ifa_torchrec.distributed import BatchSize, checkpoint, init_process_group, shard
-from ifa_torchrec.errors import DivergedError
+from ifa_torchrec.data.schema import EXPOSED, OFFSETS
+from ifa_torchrec.distributed import BatchSize, checkpoint, init_process_group, shard, zero_rows
+from ifa_torchrec.errors import ConfigError, DivergedError, writing
 from ifa_torchrec.models import DLRM_IFATrain
+from ifa_torchrec.modules import CandidateSetLossConfig
 from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.curves import Curves
 from ifa_torchrec.training.options import TrainConfig, to_json, write_options
+from ifa_torchrec.training.progress import progress_bar
 from ifa_torchrec.training.run import check_log, inputs_of
 from ifa_torchrec.training.scoring import measure, predict
+from ifa_torchrec.training.touched import touched_rows
 
 _REPORT_EVERY = 10  # steps
+_MOST_UNKNOWN = 0.95  # of the items: the others are what their rows learn from
 
 
 def train(config: TrainConfig) -> dict[str, float]:
@@ -91,7 +99,11 @@ class Trainer:
         self.device = init_process_group()
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.log = EventLog(config.data)
-        self.dataset = RankingDataset(self.log, "train", config.history_length)
+        self._unknown = unknown_items(self.log, config)
+        self.dataset = RankingDataset(
+            self.log, "train", config.history_length, self._unknown, config.seed
+        )
+        check_loss(self.dataset, config.loss, self.rank)
         self.sampler = EventBudgetSampler(
             self.dataset.history_lengths,
             config.max_events,
@@ -100,8 +112,8 @@ class Trainer:
             shard=(self.rank, self.world),
         )
         checkpoint.seed_everything(config.seed)
-        model = build_model(self.log.schema, config)
-        self._tasks = model.config.tasks
+        model = build_model(self.log.schema, config, self.log.scales)
+        self._model_config = model.config
         self.model, self.optimizer = shard(
             DLRM_IFATrain(model, config.loss, across_ranks=True),
             self.device,
@@ -159,7 +171,7 @@ class Trainer:
             return {}
         dataset = RankingDataset(self.log, "valid", config.history_length)
         scores, _ = predict(self.model, dataset, self.device, config.max_events, config.max_requests)
-        metrics = measure(dataset, scores, self._tasks)
+        metrics = measure(dataset, scores, self._model_config.tasks)
         if len(self.log.schema.tasks) > 1:
             metrics = {f"{task}_{k}": v for task, of_task in metrics.items() for k, v in of_task.items()}
         if self._curves is not None:
@@ -174,6 +186,7 @@ class Trainer:
             "request": self.taken,
             "config": self._belongs_to,
             "data": str(self.log.path.resolve()),
+            "scales": {name: dataclasses.asdict(s) for name, s in self.log.scales.items()},
         }
 
     def _begin(self) -> None:
@@ -187,6 +200,8 @@ class Trainer:
             check_log(folder, self.log, self._belongs_to)
             progress = checkpoint.load(folder, self.model, self.optimizer, self._belongs_to)
             self.step, self.epoch, self.taken = (progress[k] for k in ("step", "epoch", "request"))
+        else:
+            self._start_anew()
         self._curves = None
         if self.rank == 0:
             if config.resume:
@@ -199,13 +214,27 @@ class Trainer:
         self._pipeline = TrainPipelineSparseDist(
             self.model, self.optimizer, self.device, custom_model_fwd=self._forward
         )
-        self._bar = tqdm(
+        self._bar = progress_bar(
+            self.rank,
             total=config.epochs * len(self.dataset),
             initial=self.epoch * len(self.dataset) + self.taken,
             desc=config.out.name,
             unit="request",
-            disable=self.rank != 0,
         )
+
+    def _start_anew(self) -> None:
+        """Keep the log's vocabulary with the run, and let rows that no step will touch be zeros."""
+        if self.rank == 0:
+            shutil.rmtree(self.config.out / "vocabulary", ignore_errors=True)  # of one that was killed
+            with writing(self.config.out):
+                self.log.vocabulary.save(self.config.out)
+        histories = bool(self._model_config.history_keys)
+        touched = touched_rows(self.dataset, histories, self._unknown > 0)
+        if self.config.managed_rows:  # ids get rows as they are met, whatever they are
+            schema = self.log.schema
+            pooled = (*schema.context_features, *schema.context_lists, *schema.item_lists)
+            touched = {name: touched[name] for name in pooled}
+        zero_rows(self.model, {f"{name}_table": ~rows for name, rows in touched.items()})
 
     def _forward(self, batch: Any) -> tuple[torch.Tensor, Any]:
         """The pipeline's call of the model by a RankingBatch; keeps what the curves show."""
@@ -218,6 +247,7 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         self.sampler.start_at(self.epoch, self.taken)
+        self.dataset.set_epoch(self.epoch)
         batches = iter(make_loader(self.dataset, self.sampler))
         self._start = time.perf_counter()
         for number in range(1, len(self.sampler) + 1):
@@ -253,6 +283,47 @@ def batch_size(dataset: RankingDataset, config: TrainConfig) -> BatchSize:
     requests = max(len(dataset), 1)
     candidates = len(dataset.requests["candidates"]) / requests
     return BatchSize(config.max_requests, config.max_events, math.ceil(candidates * config.max_requests))
+
+
+def unknown_items(log: EventLog, config: TrainConfig) -> float:
+    """The share of items that are made unknown while training; see TrainConfig, unknown_items.
+
+    Args:
+        log: the event log.
+        config: TrainConfig.
+    """
+    if config.unknown_items is not None:
+        return config.unknown_items
+    if "valid" not in log.splits:
+        return 0.0
+    return min(log.new_items("valid")["candidates"], _MOST_UNKNOWN)
+
+
+def check_loss(dataset: RankingDataset, loss: CandidateSetLossConfig, rank: int) -> None:
+    """Tell of terms of the loss that have nothing to do on a split.
+
+    Args:
+        dataset: the split.
+        loss: its terms.
+        rank: this process's; the first alone warns.
+
+    Raises:
+        ConfigError: there is a consistency term, which costs half of the time again, but all candidates
+            are exposed.
+    """
+    requests = dataset.requests
+    if loss.consistency and requests[EXPOSED].all():
+        raise ConfigError(
+            f"--loss.consistency {loss.consistency:g}: all candidates of the split `train` were "
+            "exposed, and the term compares sets with and without those that were not; give it the "
+            "weight 0, or a log with unexposed candidates"
+        )
+    if rank == 0 and loss.listwise and (np.diff(requests[OFFSETS]) < 2).all():
+        warnings.warn(
+            f"--loss.listwise {loss.listwise:g} has nothing to do: no request of the split `train` has "
+            "two candidates to compare",
+            stacklevel=2,
+        )
 
 
 def _finite(losses: list[torch.Tensor], step: int, folder: Path) -> list[float]:

@@ -15,13 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from toy import BUSY_USER, NEW_USER, NUM_EVENTS, NUM_ITEMS, SCHEMA, SPLITS, Toy, make_toy
 
 from ifa_torchrec.data import EventLog, LogError, LogSchema, RankingDataset, mapped_columns
-from ifa_torchrec.data.prepare import Events, Hashed, PrepareSchema, Requests, prepare
 from ifa_torchrec.data.writing import drafting
 
 
@@ -578,12 +576,6 @@ class TestHeader:
             EventLog(folder)
 
 
-def write_codes(folder: Path, feature: str, ids: list[str], codes: list[int]) -> None:
-    (folder / "codes").mkdir(exist_ok=True)
-    frame = pd.DataFrame({"id": ids, "code": codes})
-    frame.to_parquet(folder / "codes" / f"{feature}.parquet")
-
-
 class TestFingerprint:
     def test_the_same_content_written_again(self, toy: Toy, folder: Path, tmp_path: Path) -> None:
         toy.events = toy.events.sample(frac=1, random_state=5)
@@ -601,43 +593,6 @@ class TestFingerprint:
             toy.requests[table].loc[3, "store"] = (toy.requests[table].loc[3, "store"] + 1) % 3
         other = toy.write(tmp_path / "other")
         assert other.fingerprint() != EventLog(folder).fingerprint()
-
-    def test_codes(self, toy: Toy, folder: Path, tmp_path: Path) -> None:
-        log, other = EventLog(folder), toy.write(tmp_path / "other")
-        assert log.codes() == {}
-        write_codes(folder, "item", ["a", "b"], [0, 1])
-        assert list(log.codes()) == ["item"] and log.fingerprint() != other.fingerprint()
-        write_codes(other.path, "item", ["b", "a"], [0, 1])
-        assert log.codes() != other.codes() and log.fingerprint() != other.fingerprint()
-        write_codes(other.path, "item", ["ab", ""], [0, 1])
-        assert log.codes() != other.codes()
-        write_codes(other.path, "item", ["a", "b"], [1, 0])
-        assert log.codes() != other.codes()
-        table = pa.table({"code": pa.array([0, 1], pa.int32()), "id": ["a", "b"]})
-        pq.write_table(table, other.path / "codes/item.parquet", compression="gzip", row_group_size=1)
-        assert log.codes() == other.codes() and log.fingerprint() == other.fingerprint()
-
-    def test_codes_that_cannot_be_read(self, folder: Path) -> None:
-        write_codes(folder, "category", ["a"], [1])
-        cut(folder / "codes" / "category.parquet", 50)
-        with refused("category.parquet", "write the log again"):
-            EventLog(folder).codes()
-
-    def test_hashed_ids_need_no_list(self, tmp_path: Path) -> None:
-        """Logs of other ids of one hashed space are of the same codes; those of a list are not."""
-        codes = []
-        for name, items in {"one": "ab", "two": "bc"}.items():
-            rows = [f"u,{i},s,{t},1" for i in items for t in ("2024-05-01", "2024-05-02")]
-            (tmp_path / f"{name}.csv").write_text("\n".join(["user,item,shop,time,label", *rows]))
-            given = {"files": str(tmp_path / f"{name}.csv"), "user": "user", "time": "time"}
-            given["item"] = Hashed("item", 1000)
-            requests = Requests(**given, labels={"label": "label"}, context={"shop": "shop"})
-            schema = PrepareSchema(
-                events=Events(**given), requests=requests, splits={"test": "2024-05-02"}
-            )
-            codes.append(prepare(schema, tmp_path / name).codes())
-        assert codes[0] == codes[1] and codes[0]["item"] == "hashed to 1000 rows"
-        assert set(codes[0]) == {"item", "shop"}
 
 
 def test_a_log_without_events_and_nobodys_requests(toy: Toy, tmp_path: Path) -> None:

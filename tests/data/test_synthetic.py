@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -85,6 +86,91 @@ def test_unexposed_candidates_have_no_label_in_training_alone(tmp_path) -> None:
     assert np.asarray(test["label"])[~np.asarray(test["exposed"])].any()
 
 
+def pulls(dataset: RankingDataset, config: SyntheticConfig, actions: tuple[int, ...]) -> np.ndarray:
+    """[M]: the sum of the amounts of the events of the candidate's topic and of these actions."""
+    events = {name: np.asarray(values) for name, values in dataset.log.events.items()}
+    starts, ends = dataset.log.history_range(dataset.requests["user"], dataset.requests["time"])
+    result = []
+    for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        mine = np.isin(events["action"][start:end], actions)
+        topic = topic_of(config, events["item"][start:end])[mine]
+        rows, _ = dataset.candidate_rows([number])
+        asked = topic_of(config, np.asarray(dataset.requests["candidates"][rows]))
+        result.append((topic[None] == asked[:, None]) @ events["amount"][start:end][mine])
+    return np.concatenate(result)
+
+
+class TestKinds:
+    CONFIG = replace(CONFIG, kinds=True)
+
+    def test_what_was_bought_is_wanted_by_its_amounts(self, tmp_path) -> None:
+        config = self.CONFIG
+        dataset = RankingDataset(prepare(tmp_path / "log", config), "test")
+        label, best = np.asarray(dataset.requests["label"]), best_scores(dataset, config)
+        bought = pulls(dataset, config, (1,))
+        logit = config.bias + config.strength * bought / config.evidence
+        np.testing.assert_allclose(best, 1 / (1 + np.exp(-logit)), rtol=1e-4)
+        edges = np.quantile(best, [0, 0.5, 0.7, 0.8, 0.9, 1])
+        for low, high in pairwise(edges):
+            some = (best >= low) & (best <= high)
+            assert label[some].mean() == pytest.approx(best[some].mean(), abs=0.04)
+        assert dataset.log.scales["amount"].deviation > 0.2
+        # of as many topics the events were skipped: they are worth nothing
+        skipped = (pulls(dataset, config, (3,)) > config.evidence / 2) & (bought == 0)
+        assert skipped.mean() > 0.1
+        assert label[skipped].mean() == pytest.approx(label[bought == 0].mean(), abs=0.03)
+
+    def test_events_without_their_kinds_or_numbers_say_less(self, tmp_path) -> None:
+        config = self.CONFIG
+        log = prepare(tmp_path / "log", config)
+        dataset = RankingDataset(log, "test")
+        request = np.repeat(np.arange(len(dataset)), np.diff(dataset.requests["candidate_offsets"]))
+        label = np.asarray(dataset.requests["label"])
+
+        def reached(score: np.ndarray) -> float:
+            return gauc(request, score, label)
+
+        best = reached(best_scores(dataset, config))
+        assert best > 0.8
+        assert reached(pulls(dataset, config, (1, 2, 3))) < best - 0.1
+        log.events["amount"] = np.ones(len(log.events["item"]))
+        assert best - 0.1 < reached(pulls(dataset, config, (1,))) < best - 0.01
+
+    def test_evidence_lies_behind_the_distance(self, tmp_path) -> None:
+        log = prepare(tmp_path / "log", self.CONFIG)
+        rare = topic_of(self.CONFIG, np.asarray(log.events["item"])) >= 0
+        bought = rare & (np.asarray(log.events["action"]) == 1)
+        for end in log.user_offsets[1:]:
+            assert not bought[end - self.CONFIG.distance : end].any()
+        per_user = np.add.reduceat(bought, log.user_offsets[:-1])
+        assert set(per_user) == {self.CONFIG.interests * self.CONFIG.evidence}
+
+
+@pytest.mark.parametrize("kinds", [False, True])
+def test_new_items_are_no_candidates_of_the_training(tmp_path, kinds: bool) -> None:
+    config = replace(CONFIG, new_items=0.5, kinds=kinds)
+    log = prepare(tmp_path / "log", config)
+    assert log.num_items > log.schema.item_features["item"] == config.num_items
+    assert log.new_items("train") == {"candidates": 0.0, "events": 0.0}
+    assert log.splits == ["train", "valid", "test"]
+    assert len(log.requests("valid")["user"]) == config.test // 4
+    for split in ("valid", "test"):
+        share = log.new_items(split)
+        assert share["candidates"] == pytest.approx(0.5, abs=0.03) and share["events"] == 0
+    items = np.arange(log.num_items)
+    assert np.array_equal(log.items["topic"], topic_of(config, items) + 1)
+    rare = log.items["topic"] > 0
+    assert np.bincount(log.items["topic"][rare])[1:].tolist() == [2 * config.items_per_topic] * 40
+    category = np.asarray(log.items["category"])[rare]
+    assert np.array_equal(category, 1 + (np.asarray(log.items["topic"])[rare] - 1) // 10)
+    # what a candidate is wanted for is its topic, new or not
+    dataset = RankingDataset(log, "test")
+    best, label = best_scores(dataset, config), np.asarray(dataset.requests["label"])
+    new = log.item_rows(np.asarray(dataset.requests["candidates"])) == 0
+    for some in (new, ~new):
+        assert label[some].mean() == pytest.approx(best[some].mean(), abs=0.02)
+
+
 def test_the_same_seed_gives_the_same_log(tmp_path) -> None:
     logs = [
         prepare(tmp_path / name, replace(CONFIG, seed=s)) for name, s in (("a", 1), ("b", 1), ("c", 2))
@@ -94,7 +180,11 @@ def test_the_same_seed_gives_the_same_log(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"topics": 15}, {"interests": 0}, {"exposure": 0.0}, {"noise": -1.0}]
+    "change",
+    [
+        *({"topics": 15}, {"interests": 0}, {"exposure": 0.0}, {"noise": -1.0}),
+        *({"new_items": 1.5}, {"interests": 21, "kinds": True}),
+    ],
 )
 def test_bad_options_are_named(change: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):

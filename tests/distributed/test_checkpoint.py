@@ -165,12 +165,12 @@ def train_and_keep(config: TrainConfig, copy_to: Path | None = None) -> Kept:
             shutil.copytree(config.out, copy_to)
         return result
 
-    def forwards(self, context, history, candidates, batch, *rest):
+    def forwards(self, lookups, batch):
         if self.training:
             real = batch.context_features["store"].lengths() > 0
             seen = batch.dense_features[real, 1].numpy()
             kept.requests.append([number_of[season] for season in seen])
-        return forward(self, context, history, candidates, batch, *rest)
+        return forward(self, lookups, batch)
 
     with (
         mock.patch.object(checkpoint, "save", saves),
