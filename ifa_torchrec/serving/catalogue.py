@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -70,10 +69,8 @@ class Catalogue:
         self._num_items = log.num_items
         self._rows = self.schema.item_features[self.schema.item]
         self._hashed_from = max(self._rows, self._num_items)
-        self._integer_users = True
-        if "user" in self._vocabulary.names:
-            users = self._vocabulary["user"].ids
-            self._integer_users = users is not None and pa.types.is_integer(users.type)
+        names = self._vocabulary.names
+        self._integer_users = "user" not in names or self._vocabulary["user"].integers
 
     def user(self, user: Id) -> Id:
         """The one name of a user: of users that are integers, the integer of a string of digits."""
