@@ -175,7 +175,7 @@ class _Recipe:
             },
             dense_features=("season_sin", "season_cos"),
             candidate_dense=("log_popularity", "log_popularity_4_weeks"),
-            tasks=("bought",),
+            tasks={"bought": "binary"},
             candidate_tags={"source": SOURCES},
         )
         return EventLog.from_pandas(

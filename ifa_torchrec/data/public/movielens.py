@@ -3,9 +3,9 @@
 MovieLens has ratings and no requests, so the candidates are ours: a request is a page of films, which we
 take to be the ratings that a user gave with no more than a minute between one and the next. A film is
 liked with 4 stars or more. The events are all films that a user rated, each with its stars as the event
-feature `stars`, so that what was liked need not count as what was not. A film's features are its year
-and the list of its genres. 80 % of the requests are for training, 10 % each for validation and test, by
-time.
+feature `stars`, so that what was liked need not count as what was not, and as the number `rating`. A
+film's features are its year and the list of its genres. 80 % of the requests are for training, 10 % each
+for validation and test, by time.
 
 So the model ranks films among films that the user chose to rate: it tells what a user likes, not what a
 user would watch.
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ifa_torchrec.data.event_log import EventLog
-from ifa_torchrec.data.prepare import Items, Listed
+from ifa_torchrec.data.prepare import Items, Listed, PrepareSchema
 from ifa_torchrec.data.prepare import prepare as write_log
 from ifa_torchrec.data.public.common import rated_pages
 from ifa_torchrec.data.schema import LogError
@@ -71,6 +71,23 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
         >>> movielens.prepare(folder, folder / "log").requests("valid")["liked"].tolist()
         [0.0, 1.0]
     """
+    return write_log(schema_of(folder), out)
+
+
+def schema_of(folder: str | Path) -> PrepareSchema:
+    """What ``prepare`` writes, for who wants to change it first.
+
+    Args:
+        folder: as of ``prepare``.
+
+    Raises:
+        LogError: see ``prepare``.
+
+    Example:
+        >>> from ifa_torchrec.data.public import movielens
+        >>> movielens.schema_of("ml-25m").events.features  # doctest: +SKIP
+        {'stars': 'rating::FLOAT'}
+    """
     folder = Path(folder)
     ratings = next((file for file in _LAYOUTS if (folder / file).exists()), None)
     if ratings is None:
@@ -92,5 +109,5 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
         name="title",
         **movies_format,
     )
-    stars = {"features": {"stars": "rating::FLOAT"}}
-    return write_log(rated_pages(rows, "rating::FLOAT >= 4", stars, films), out)
+    stars = {"features": {"stars": "rating::FLOAT"}, "dense": {"rating": "rating::FLOAT"}}
+    return rated_pages(rows, "rating::FLOAT >= 4", stars, films)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from ifa_torchrec.data.event_log import EventLog
-from ifa_torchrec.data.prepare import Items, Listed, Users
+from ifa_torchrec.data.prepare import Items, Listed, PrepareSchema, Users
 from ifa_torchrec.data.prepare import prepare as write_log
 from ifa_torchrec.data.prepare.files import read_header
 from ifa_torchrec.data.prepare.schema import Table
@@ -59,6 +59,23 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
         >>> _ = (folder / "tiny.inter").write_text("\n".join(rows))
         >>> recbole.prepare(folder, folder / "log").requests("train")["liked"].tolist()
         [0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]
+    """
+    return write_log(schema_of(folder), out)
+
+
+def schema_of(folder: str | Path) -> PrepareSchema:
+    """What ``prepare`` writes, for who wants to change it first.
+
+    Args:
+        folder: as of ``prepare``.
+
+    Raises:
+        LogError: see ``prepare``.
+
+    Example:
+        >>> from ifa_torchrec.data.public import recbole
+        >>> recbole.schema_of("ml-100k").items.lists  # doctest: +SKIP
+        {'class': Listed(column='class:token_seq', delimiter=' ', hash=None)}
     """
     found = sorted(Path(folder).glob("*.inter"))
     if len(found) != 1:
@@ -109,7 +126,7 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
             **_TABS,
         )
         of_users.warn_of_others("users")
-    return write_log(rated_pages(rows, positive, of_events, items, users), out)
+    return rated_pages(rows, positive, of_events, items, users)
 
 
 class _Atomic:
