@@ -3,6 +3,7 @@
     python examples/kuairand/compare_tasks.py --folder KuaiRand-Pure/data  # Pure, 1K or 27K, unpacked
     python examples/kuairand/compare_tasks.py                              # made-up files
 
+The events are all videos that were shown; what the user did with each gates the history's heads.
 A request is what one sitting showed to a user; which videos are clicked, watched for long, liked? The
 reader's docstring (ifa_torchrec/data/public/kuairand.py) says what of this is ours.
 """

@@ -97,6 +97,7 @@ def make(folder: Path, users: int) -> Path:
         return rng.random(shape) < odds / (1 + odds)
 
     click = happens(-2.5, 1.5, quality[video])
+    long = click & happens(-1.0, 1.0)
     evening = DAYS.tz_convert("UTC").as_unit("ms").asi8 + 72_000_000  # eight o'clock
     start = evening + rng.integers(3_600_000, size=shape[:2])
     columns = {
@@ -104,7 +105,8 @@ def make(folder: Path, users: int) -> Path:
         "video_id": video,
         "time_ms": start[..., None] + 20_000 * np.arange(SHOWN),
         "is_click": click,
-        "long_view": click & happens(-1.0, 1.0),
+        "long_view": long,
+        "play_time_ms": np.where(long, 9000, np.where(click, 4000, 500)) + rng.integers(500, size=shape),
         "is_like": click & happens(-4.0, -1.0),
         "is_follow": click & happens(-6.0, -4.0),
         "is_rand": np.broadcast_to(random[..., None], shape),

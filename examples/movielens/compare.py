@@ -1,6 +1,6 @@
-"""MovieLens as an event log, and IFA beside softmax and no history on it.
+"""MovieLens as an event log: what a history is worth, and each thing that the log knows of it.
 
-    python examples/movielens/compare.py                           # ml-100k, fetched; 2 to 3 minutes
+    python examples/movielens/compare.py                           # ml-100k, fetched
     python examples/movielens/compare.py --folder ml-25m           # an unpacked archive of GroupLens
 
 A request is a page of films that a user rated; which of them are liked (4 stars or more)? The readers'
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -20,7 +21,7 @@ import tyro
 from ifa_torchrec import IFAConfig
 from ifa_torchrec.commands.command_line import as_command
 from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
-from ifa_torchrec.data import EventLog
+from ifa_torchrec.data.prepare import PrepareSchema, prepare
 from ifa_torchrec.data.public import movielens, recbole
 from ifa_torchrec.distributed import OptimizerConfig
 from ifa_torchrec.training.options import TrainConfig
@@ -46,37 +47,47 @@ class Options:
     """Passes over the training requests."""
 
 
+def steps(whole: PrepareSchema) -> Iterator[tuple[str, PrepareSchema]]:
+    """The log with ever more of what is known, up to all of it."""
+    assert whole.items is not None
+    label = whole.requests.labels["liked"]
+    assert isinstance(label, str)
+    features, lists = whole.items.features, whole.items.lists
+    sets = {name: column if isinstance(column, str) else column.column for name, column in lists.items()}
+    items = replace(whole.items, features={**features, **sets}, lists={})  # a set of genres is one id
+    events = replace(whole.events, features={}, dense={})
+    yield "liked films alone", replace(whole, items=items, events=replace(events, where=label))
+    yield "+ all films rated", replace(whole, items=items, events=events)
+    events = replace(events, features=whole.events.features)
+    yield "+ liked or not", replace(whole, items=items, events=events)
+    yield "+ the stars, a number", replace(whole, items=items)
+    yield "+ genres as a list", whole
+
+
 def main() -> None:
     """The command line."""
     options = tyro.cli(Options, description=__doc__)
     with as_command():
-        path = options.out / "log"
         if options.folder is None:
-            log: EventLog = recbole.prepare(fetch(options.out / "recbole"), path)
+            whole = recbole.schema_of(fetch(options.out / "recbole"))
         else:
-            log = movielens.prepare(options.folder, path)
-        print((log.path / "report.json").read_text())
-        genre = list(log.schema.item_features)[-1]
-        plain = IFAConfig(32, num_heads=2, half_lives=(math.inf, 30.0))
-        counted = IFAConfig(
-            32,
-            num_heads=2,
-            half_lives=(math.inf, 30.0),
-            identity_features=(genre,),
-            identity_buckets=log.schema.item_features[genre],
-            identity_half_lives=(math.inf, 30.0),
-        )
-        rows = {}
-        for name, interaction, ifa in (
-            ("no history", "none", plain),
-            ("softmax", "softmax", plain),
-            ("IFA", "ifa", plain),
-            (f"IFA, identity heads of {genre}", "ifa", counted),
-        ):
-            out = options.out / name.replace(" ", "_").replace(",", "")
-            train(TrainConfig(log.path, out, interaction, ifa, epochs=options.epochs, optimizers=STEPS))
+            whole = movielens.schema_of(options.folder)
+        ifa = IFAConfig(32, num_heads=2, half_lives=(math.inf, 30.0))
+        rows: dict[str, dict[str, float]] = {}
+
+        def measure(name: str, log: Path, interaction: str) -> None:
+            out = options.out / f"run {len(rows)}"
+            train(TrainConfig(log, out, interaction, ifa, epochs=options.epochs, optimizers=STEPS))
             measured = evaluate(EvaluateConfig(out))
             rows[name] = {metric: measured[metric] for metric in METRICS}
+
+        log = options.out
+        for number, (name, schema) in enumerate(steps(whole)):
+            log = prepare(schema, options.out / f"log {number}").path
+            measure(f"IFA, {name}", log, "ifa")
+        print((log / "report.json").read_text())
+        for interaction in ("softmax", "none"):
+            measure(f"{interaction}, all of it", log, interaction)
         print("\nTest requests:")
         print(pd.DataFrame(rows).T.to_string(float_format="{:.4f}".format))
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import tyro
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
+from ifa_torchrec.data.vocabulary import Ids
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules import predictions, ranking_score
 from ifa_torchrec.training.run import load_run
@@ -65,28 +66,35 @@ def explain(config: ExplainConfig) -> str:
 
     # attention_weights wants what the model hands to its interaction: catch it on the way
     ifa = model.candidate_arch.ifa
-    caught: list[tuple[Any, ...]] = []
-    hook = ifa.register_forward_pre_hook(lambda module, inputs: caught.append(inputs))
+    caught: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    hook = ifa.register_forward_pre_hook(
+        lambda module, given, named: caught.append((given, named)), with_kwargs=True
+    )
     logits = model(batch).cpu()
     hook.remove()
     tasks = model.config.tasks
     top = int(ranking_score(logits, tasks).argmax())
-    candidates, history, age, history_ids, candidate_ids, *gates = caught[0]
+    (candidates, history, age, history_ids, candidate_ids), named = caught[0]
     # of the one candidate: a million events by 10,000 candidates would be 40 GB a head
     one = JaggedTensor(candidates.values()[[top]], lengths=torch.ones_like(candidates.lengths()))
-    ids = None if candidate_ids is None else candidate_ids[[top]]
-    weight = ifa.attention_weights(one, history, age, history_ids, ids, *gates)[0][0].mean(-1).cpu()
+    compared = None if candidate_ids is None else candidate_ids[[top]]
+    weights = ifa.attention_weights(one, history, age, history_ids, compared, **named)
+    weight = weights[0][0].mean(-1).cpu()
 
-    names = run.log.item_names()
-    item = run.log.schema.item
-    bought = batch.sequence_features[f"history_{item}"].values().tolist()
-    chosen = batch.sequence_features[f"candidate_{item}"].values().tolist()[top]
-    order = weight.argsort(descending=True, stable=True)[: config.events].tolist()
+    names, item, ids = run.log.item_names(), run.log.schema.item, batch.sequence_features
+    bought, chosen = batch.history_item_ids, batch.candidate_item_ids  # of new items their numbers
+    bought = ids[f"history_{item}"].values() if bought is None else bought
+    chosen = ids[f"candidate_{item}"].values() if chosen is None else chosen
+    order = weight.argsort(descending=True, stable=True)[: config.events]
     rows = pd.DataFrame(
         {
-            "weight": [f"{weight[i]:.4f}" for i in order],
-            "days before": [f"{batch.history_age[i]:.1f}" for i in order],
-            "event": [names[bought[i]] for i in order],
+            "weight": [f"{share:.4f}" for share in weight[order].tolist()],
+            "days before": [f"{age:.1f}" for age in batch.history_age.cpu()[order].tolist()],
+            **{
+                name: _called(run.log.vocabulary[name], ids[f"history_{name}"].values().cpu()[order])
+                for name in run.log.schema.event_features
+            },
+            "event": [names[number] for number in bought.cpu()[order].tolist()],
         }
     )
     said = predictions(logits[[top]], tasks)[0].tolist()
@@ -95,9 +103,16 @@ def explain(config: ExplainConfig) -> str:
         for task, label, value in zip(tasks, batch.labels[top].tolist(), said, strict=True)
     )
     return (
-        f"top of {len(logits)} candidates: {names[chosen]} ({told}); "
+        f"top of {len(logits)} candidates: {names[int(chosen[top])]} ({told}); "
         f"{len(bought)} events in the history\n" + rows.to_string(index=False)
     )
+
+
+def _called(known: Ids, rows: torch.Tensor) -> list[str]:
+    """What to call the values of an id feature: their external ids; of hashed ones the rows."""
+    numbers = rows.tolist()
+    called = zip(numbers, known.at(numbers), strict=True)
+    return [str(row if i is None else i) if row else "unknown" for row, i in called]
 
 
 def main(config: Annotated[ExplainConfig, tyro.conf.arg(name="")]) -> None:

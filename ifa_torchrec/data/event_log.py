@@ -299,11 +299,14 @@ class EventLog:
         return [n.removeprefix("requests/") for n in self._header.rows if n.startswith("requests/")]
 
     def item_names(self) -> list[str]:
-        """What to call each item: the items' column `name`, or else the item's number."""
+        """What to call each item: the items' column `name`, or else its external id, or its number where
+        it has none."""
         file = pq.ParquetFile(self.path / "items.parquet")
         if NAME in file.schema_arrow.names:
             return file.read([NAME])[NAME].to_pylist()
-        return [f"{self.schema.item} {i}" for i in range(self.num_items)]
+        ids = self.vocabulary[self.schema.item].at(range(self.num_items))
+        called = (number if known is None else known for number, known in enumerate(ids))
+        return [f"{self.schema.item} {known}" for known in called]
 
     def requests(self, split: str) -> Columns:
         """The request columns of a split.

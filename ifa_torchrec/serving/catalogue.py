@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -69,10 +69,8 @@ class Catalogue:
         self._num_items = log.num_items
         self._rows = self.schema.item_features[self.schema.item]
         self._hashed_from = max(self._rows, self._num_items)
-        self._integer_users = True
-        if "user" in self._vocabulary.names:
-            users = self._vocabulary["user"].ids
-            self._integer_users = users is not None and pa.types.is_integer(users.type)
+        names = self._vocabulary.names
+        self._integer_users = "user" not in names or self._vocabulary["user"].integers
 
     def user(self, user: Id) -> Id:
         """The one name of a user: of users that are integers, the integer of a string of digits."""
@@ -176,8 +174,7 @@ class Catalogue:
         values: dict[str, np.ndarray] = {}
         lengths: dict[str, np.ndarray] = {}
         for name in (*self.schema.context_features, *self.schema.context_lists):
-            one = name in self.schema.context_features
-            given = [[r.context[name]] if one else r.context[name] for r in requests]
+            given = [_listed(request.context[name]) for request in requests]
             lengths[name] = np.array([len(ids) for ids in given], np.int64)
             of_request = np.repeat(np.arange(len(requests)), lengths[name])
             values[name] = self._rows_of(name, [i for ids in given for i in ids], of_request, unknown)
@@ -185,7 +182,7 @@ class Catalogue:
 
     def _sequences(
         self, prefix: str, items: np.ndarray, lengths: np.ndarray, own: Mapping[str, np.ndarray]
-    ) -> dict[str, object]:
+    ) -> dict[str, Any]:
         """The fields that say what events are of, or what the candidates are; the other side is empty.
 
         Args:
@@ -216,3 +213,8 @@ class Catalogue:
             "candidate_item_ids": candidates,
             **item_fields(self._items, schema, of_events, of_candidates),
         }
+
+
+def _listed(value: Id | Sequence[Id]) -> Sequence[Id]:
+    """The ids of a context feature, which has one, or of a context list."""
+    return [value] if isinstance(value, (int, str)) else value

@@ -266,9 +266,9 @@ def float32s(where: str, values: Any, log_scaled: bool = False) -> np.ndarray:
 
 
 def _check_names(where: str, given: Mapping[str, Any], wanted: Iterable[str]) -> None:
-    wanted = set(wanted)
-    if given.keys() != wanted:
-        missing, others = sorted(wanted - given.keys()), sorted(given.keys() - wanted)
+    wanted, names = set(wanted), set(given)
+    if names != wanted:
+        missing, others = sorted(wanted - names), sorted(names - wanted)
         what = [f"{missing} missing"] * bool(missing) + [f"{others} unknown"] * bool(others)
         raise RequestError(f"{where}: {', '.join(what)}; the model takes {sorted(wanted)}")
 

@@ -9,7 +9,10 @@ import numpy as np
 import torch
 
 from ifa_torchrec.data import RankingDataset
-from ifa_torchrec.data.schema import CANDIDATES, OFFSETS, TIME, USER
+from ifa_torchrec.data.schema import CANDIDATES, LIST_OFFSETS, OFFSETS, TIME, USER
+
+Told = Callable[[np.ndarray], np.ndarray]
+Shares = dict[str, float]
 
 _BLOCK = 1 << 22  # events looked at at once
 _GROUPS = 10
@@ -17,7 +20,7 @@ _GROUPS = 10
 
 def new_items(dataset: RankingDataset) -> np.ndarray:
     """Whether each candidate of a split is an item without a row of its own: [M] bool."""
-    return _is_new(dataset, np.asarray(dataset.requests[CANDIDATES]))
+    return dataset.log.item_rows(np.asarray(dataset.requests[CANDIDATES])) == 0
 
 
 def shares(dataset: RankingDataset) -> dict[str, Any]:
@@ -28,33 +31,46 @@ def shares(dataset: RankingDataset) -> dict[str, Any]:
     Returns:
         "new_items": the share of candidates and of events whose item has no row of its own;
         "requests_without_history": the share of requests; "unknown_values": of each other id feature
-        the share of row 0, "unknown", among what it describes: requests, candidates or events. NaN of
-        none.
+        the share of row 0, "unknown", among what it describes: requests, candidates or events; of a
+        list, among all that the lists hold. NaN of none.
     """
     schema, requests, log = dataset.log.schema, dataset.requests, dataset.log
-    item, items = schema.item, log.items
-    candidates = np.asarray(requests[CANDIDATES])
 
-    def of_item(feature: str) -> dict[str, float]:
-        unknown = np.asarray(items[feature]) == 0
+    def of_items(told: Told, counted: Told = np.ones_like) -> Shares:
+        numbers = np.asarray(requests[CANDIDATES])
+        events = [_sum_of_events(dataset, schema.item, each) for each in (told, counted)]
         return {
-            "candidates": _mean(unknown[candidates]),
-            "events": _share_of_events(dataset, item, lambda numbers: unknown[numbers]),
+            "candidates": _share(told(numbers).sum(), counted(numbers).sum()),
+            "events": _share(*events),
         }
 
-    def zero(values: np.ndarray) -> np.ndarray:
-        return values == 0
+    def of_rows(column: np.ndarray) -> float:
+        return _share((column == 0).sum(), len(column))
 
-    unknown = {f: of_item(f) for f in schema.item_features if f != item}
-    unknown |= {f: {"events": _share_of_events(dataset, f, zero)} for f in schema.event_features}
-    unknown |= {f: {"candidates": _mean(requests[f] == 0)} for f in schema.candidate_features}
-    unknown |= {f: {"requests": _mean(requests[f] == 0)} for f in schema.context_features}
+    def of_event(feature: str) -> float:
+        return _share(
+            _sum_of_events(dataset, feature, lambda ids: ids == 0), dataset.history_lengths.sum()
+        )
+
+    unknown: dict[str, Shares] = {}
+    for name in schema.item_features:
+        if name != schema.item:
+            rows = np.asarray(log.items[name])
+            unknown[name] = of_items(lambda items, rows=rows: rows[items] == 0)
+    for name in schema.item_lists:
+        offsets = log.items[f"{name}{LIST_OFFSETS}"]
+        before = np.concatenate([[0], np.cumsum(np.asarray(log.items[name]) == 0)])
+        zeros, lengths = np.diff(before[offsets]), np.diff(offsets)
+        unknown[name] = of_items(
+            lambda items, zeros=zeros: zeros[items], lambda items, lengths=lengths: lengths[items]
+        )
+    unknown |= {name: {"events": of_event(name)} for name in schema.event_features}
+    unknown |= {name: {"candidates": of_rows(requests[name])} for name in schema.candidate_features}
+    in_context = (*schema.context_features, *schema.context_lists)
+    unknown |= {name: {"requests": of_rows(requests[name])} for name in in_context}
     return {
-        "new_items": {
-            "candidates": _mean(new_items(dataset)),
-            "events": _share_of_events(dataset, item, lambda numbers: _is_new(dataset, numbers)),
-        },
-        "requests_without_history": _mean(dataset.history_lengths == 0),
+        "new_items": of_items(lambda items: log.item_rows(items) == 0),
+        "requests_without_history": of_rows(dataset.history_lengths),
         "unknown_values": unknown,
     }
 
@@ -67,9 +83,9 @@ def by_history(dataset: RankingDataset, logit: np.ndarray, label: np.ndarray) ->
         logit: [M]; label: [M] 0 or 1.
 
     Returns:
-        For each group, named "FEWEST-MOST" by its histories' events, "requests", "candidates" and
-        "calibration", mean prediction over mean label; NaN without a label 1. Lengths that are equal
-        are in one group, so there may be fewer than ten.
+        For each group, named "FEWEST-MOST" by its histories' events, or by their one number,
+        "requests", "candidates" and "calibration", mean prediction over mean label; NaN without a
+        label 1. Lengths that are equal are in one group, so there may be fewer than ten.
     """
     lengths, counts = dataset.history_lengths, np.diff(dataset.requests[OFFSETS])
     if not len(lengths):
@@ -82,7 +98,8 @@ def by_history(dataset: RankingDataset, logit: np.ndarray, label: np.ndarray) ->
         mine, rows = lengths[group == number], of_candidate == number
         positives = float(label[rows].sum())
         predicted = float(torch.from_numpy(logit[rows].astype(np.float64)).sigmoid().sum())
-        result[f"{mine.min()}-{mine.max()}"] = {
+        least, most = mine.min(), mine.max()
+        result[f"{least}-{most}" if least < most else f"{least}"] = {
             "requests": len(mine),
             "candidates": int(rows.sum()),
             "calibration": predicted / positives if positives else np.nan,
@@ -90,30 +107,18 @@ def by_history(dataset: RankingDataset, logit: np.ndarray, label: np.ndarray) ->
     return result
 
 
-def _is_new(dataset: RankingDataset, items: np.ndarray) -> np.ndarray:
-    schema = dataset.log.schema
-    return (items == 0) | (items >= schema.item_features[schema.item])
-
-
-def _share_of_events(
-    dataset: RankingDataset, column: str, told: Callable[[np.ndarray], np.ndarray]
-) -> float:
-    """Of the events of all histories, the share of which ``told`` is true of the column's value."""
+def _sum_of_events(dataset: RankingDataset, column: str, told: Told) -> int:
+    """The sum over the events of all histories of what ``told`` makes of the column's values."""
     requests, log = dataset.requests, dataset.log
     end = log.history_range(requests[USER], requests[TIME])[1]
-    start, values = end - dataset.history_lengths, log.events[column]
-    total = 0
+    start, values, total = end - dataset.history_lengths, log.events[column], 0
     for first in range(0, len(values), _BLOCK):
-        true = told(np.asarray(values[first : first + _BLOCK]))
-        before = np.concatenate([[0], np.cumsum(true)])
-        total += int((before[_within(end - first, true)] - before[_within(start - first, true)]).sum())
-    events = int(dataset.history_lengths.sum())
-    return total / events if events else np.nan
+        numbers = told(np.asarray(values[first : first + _BLOCK]))
+        before = np.concatenate([[0], np.cumsum(numbers)])
+        last, begin = (before[np.clip(rows - first, 0, len(numbers))] for rows in (end, start))
+        total += int((last - begin).sum())
+    return total
 
 
-def _within(rows: np.ndarray, block: np.ndarray) -> np.ndarray:
-    return np.clip(rows, 0, len(block))
-
-
-def _mean(true: np.ndarray) -> float:
-    return float(true.mean()) if len(true) else np.nan
+def _share(part: int, whole: int) -> float:
+    return float(part / whole) if whole else np.nan

@@ -100,5 +100,7 @@ def _number(value: float) -> str:
 
 
 def _text(columns: Mapping[str, Mapping[str, str]], transposed: bool = False) -> str:
-    frame = pd.DataFrame(columns, dtype=object).fillna("")
+    # reversed, as a part has a row that the whole has not: how many candidates it is of
+    backwards = dict(reversed(list(columns.items())))
+    frame = pd.DataFrame(backwards, dtype=object)[list(columns)].fillna("")
     return (frame.T if transposed else frame).to_string()

@@ -156,7 +156,9 @@ def test_versions_are_listed_and_dropped_on_the_command_line(run, tmp_path, monk
     command = ["ifa", "states", "--store", store]
     monkeypatch.setattr("sys.argv", command)
     main()
-    assert capsys.readouterr().out == f"{version}: whole, float32, of a log up to position 7\n"
+    digest = load_run(run, sharded=False).log.vocabulary.digest
+    wanted = f"{version}: whole, float32, of a log up to position 7, of the vocabulary {digest}\n"
+    assert capsys.readouterr().out == wanted
     monkeypatch.setattr("sys.argv", [*command, "--drop", "other"])
     with pytest.raises(SystemExit, match=rf"error: no states of weights 'other' here.*{version}"):
         main()

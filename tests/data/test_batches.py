@@ -231,6 +231,11 @@ class TestUnknownItems:
         alone = [dataset[[row]].sequence_features["candidate_item"].values() for row in range(48)]
         assert torch.cat(alone).tolist() == first
 
+    def test_nearly_all(self, log: EventLog) -> None:
+        batch = RankingDataset(log, "train", unknown_items=0.95)[REQUESTS]
+        assert (self.hidden(batch, "history") == 1).mean() > 0.5
+        assert batch.num_requests == len(REQUESTS)
+
     @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
     def test_no_share(self, log: EventLog, share: float) -> None:
         with pytest.raises(ValueError, match="unknown_items must be at least 0"):

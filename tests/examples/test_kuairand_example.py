@@ -49,7 +49,9 @@ def test_what_is_made_up(tmp_path: Path) -> None:
     often, clicked = [], []
     for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
         mine = slice(*offsets[row : row + 2])
-        counts = np.bincount(author[log.events["item"][start:end]], minlength=made_up.AUTHORS + 1)
+        was_clicked = log.vocabulary["was_click"].rows_of([1])[0] == log.events["was_click"][start:end]
+        items = log.events["item"][start:end][was_clicked]
+        counts = np.bincount(author[items], minlength=made_up.AUTHORS + 1)
         often += list(counts[author[requests["candidates"][mine]]] > 5)
         clicked += list(requests["is_click"][mine])
     often, clicked = np.array(often), np.array(clicked)

@@ -110,7 +110,7 @@ class TestModelConfig:
         ("options", "told"),
         [
             ({"tasks": (CLICK, WATCH)}, "num_tasks is 1.*give num_tasks=2"),
-            ({"num_tasks": 0}, "at least one"),
+            ({"num_tasks": 0}, "num_tasks must be 1 or more"),
             ({"num_tasks": 2, "tasks": (CLICK, CLICK)}, "one name"),
             ({"tasks": (Task("click", weight=0.0),)}, "weight 0 in the loss"),
         ],

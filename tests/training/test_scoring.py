@@ -7,8 +7,10 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from rich import KNOWN_ITEMS, RICH_SCHEMA, make_rich
+from toy import NEW_USER
 
-from ifa_torchrec.batch import Scale
+from ifa_torchrec.batch import RankingBatch, Scale
 from ifa_torchrec.data import EventLog, RankingDataset
 from ifa_torchrec.modules import Task
 from ifa_torchrec.training import groups
@@ -23,7 +25,6 @@ from ifa_torchrec.training.metrics import (
 )
 from ifa_torchrec.training.metrics_table import as_table
 from ifa_torchrec.training.scoring import TaskScores, measure
-from tests.toy import NEW_USER, make_toy
 
 WATCH = Task("watch", "regression", scale=Scale(2.0, 1.0, log=True))
 LABEL = Task("label")
@@ -31,20 +32,23 @@ LABEL = Task("label")
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory) -> EventLog:
-    return make_toy().write(tmp_path_factory.mktemp("log") / "log")
+    """Its lists have ids that are unknown."""
+    toy = make_rich()
+    toy.items["tag"] = [
+        ids if item % 3 else [0] * bool(item) for item, ids in enumerate(toy.items["tag"])
+    ]
+    for frame in toy.requests.values():
+        frame["interest"] = [[0, *ids] for ids in frame["interest"]]
+    return toy.write(tmp_path_factory.mktemp("log") / "log")
 
 
 @pytest.fixture
 def split(log: EventLog) -> RankingDataset:
-    """With a second task, a number that nobody knows of the unexposed."""
+    """Of two tasks, of which one is a number that nobody knows of the unexposed."""
     dataset = RankingDataset(log, "train")
     requests = dataset.requests
-    seconds = np.random.default_rng(0).gamma(2.0, 30.0, len(requests["label"])).astype(np.float32)
-    watch = np.where(requests["exposed"], seconds, np.float32(1e30))
+    watch = np.where(requests["exposed"], requests["watch"], np.float32(1e30))
     dataset.requests = {**requests, "watch": watch}
-    schema = dataclasses.replace(log.schema, tasks={"label": "binary", "watch": "regression"})
-    dataset.log = EventLog(log.path)
-    dataset.log.schema = schema
     return dataset
 
 
@@ -104,12 +108,9 @@ class TestTasks:
 
 class TestNewItems:
     def test_are_measured_apart(self, split: RankingDataset) -> None:
-        item = split.log.schema.item
-        rows = {**split.log.schema.item_features, item: 30}  # items 30 to 39 are new
-        split.log.schema = dataclasses.replace(split.log.schema, item_features=rows)
         scores, request = logits(split), requests_of(split)
         candidates = split.requests["candidates"]
-        new = (candidates == 0) | (candidates >= 30)
+        new = (candidates == 0) | (candidates >= KNOWN_ITEMS)
         assert (new_items(split) == new).all() and 0 < new.sum() < len(new)
         parts = measure(split, scores, (LABEL, WATCH), apart=True)
         for name, kept in (("new", new), ("known", ~new)):
@@ -135,22 +136,32 @@ class TestShares:
     ) -> None:
         monkeypatch.setattr(groups, "_BLOCK", block)
         dataset = RankingDataset(log, "test", history_length)
-        rows = {**log.schema.item_features, "item": 25}
-        dataset.log = EventLog(log.path)
-        dataset.log.schema = dataclasses.replace(log.schema, item_features=rows)
-        dataset.log.items = {**log.items, "category": log.items["category"] % 4}
-        batch = RankingDataset(log, "test", history_length)[np.arange(len(dataset))]
+        batch: RankingBatch = dataset[np.arange(len(dataset))]
         told = shares(dataset)
-        for of, prefix in (("candidates", "candidate_"), ("events", "history_")):
-            item = batch.sequence_features[f"{prefix}item"].values().numpy()
-            category = batch.sequence_features[f"{prefix}category"].values().numpy() % 4
-            new = (item == 0) | (item >= 25)
-            assert 0 < told["new_items"][of] == pytest.approx(new.mean())
-            assert told["unknown_values"]["category"][of] == pytest.approx((category == 0).mean())
-        store = batch.context_features["store"].values().numpy()
-        assert told["unknown_values"]["store"]["requests"] == pytest.approx((store == 0).mean())
-        lengths = batch.sequence_features["history_item"].lengths().numpy()
-        assert 0 < told["requests_without_history"] == pytest.approx((lengths == 0).mean())
+        unknown = told["unknown_values"]
+
+        def zeros(key: str) -> float:
+            return float((batch.sequence_features[key].values() == 0).float().mean())
+
+        wanted: dict[str, dict[str, float]] = {}
+        for name in ("item", *RICH_SCHEMA.event_features, "category"):
+            wanted[name] = {"events": zeros(f"history_{name}")}
+        for name in ("item", "category", *RICH_SCHEMA.candidate_features):
+            wanted.setdefault(name, {})["candidates"] = zeros(f"candidate_{name}")
+        for name in (*RICH_SCHEMA.context_features, *RICH_SCHEMA.context_lists):
+            ids = batch.context_features[name].values()
+            wanted[name] = {"requests": float((ids == 0).float().mean())}
+        for name in RICH_SCHEMA.item_lists:
+            lists = batch.item_lists[name].to_dense()
+            for of, items in (("events", batch.history_items), ("candidates", batch.candidate_items)):
+                ids = torch.cat([lists[item] for item in items.tolist()])
+                wanted.setdefault(name, {})[of] = float((ids == 0).float().mean())
+        assert told["new_items"] == pytest.approx(wanted.pop("item"))
+        assert unknown == {name: pytest.approx(values) for name, values in wanted.items()}
+        assert min(told["new_items"].values()) > 0 and unknown["action"]["events"] > 0
+        assert min(unknown["tag"].values()) > 0 and unknown["interest"]["requests"] > 0
+        lengths = batch.sequence_features["history_item"].lengths()
+        assert 0 < told["requests_without_history"] == pytest.approx((lengths == 0).float().mean())
 
     def test_of_no_events(self, log: EventLog) -> None:
         users, times = np.array([NEW_USER]), np.array([0])
@@ -168,7 +179,7 @@ class TestByHistory:
         assert 3 < len(parts) <= 10
         assert sum(part["requests"] for part in parts.values()) == len(split)
         for name, part in parts.items():
-            least, most = map(int, name.split("-"))
+            least, most = int(name.split("-")[0]), int(name.split("-")[-1])
             mine = (lengths >= least) & (lengths <= most)
             rows = mine[requests_of(split)]
             assert (part["requests"], part["candidates"]) == (mine.sum(), rows.sum())
@@ -179,7 +190,7 @@ class TestByHistory:
         dataset = RankingDataset(log, "train", 1)
         dataset.history_lengths = np.full(len(dataset), 7)
         parts = by_history(dataset, logits(dataset, 1)[:, 0], dataset.requests["label"])
-        assert list(parts) == ["7-7"]
+        assert list(parts) == ["7"]
 
     def test_a_group_without_a_positive_has_no_calibration(self, log: EventLog) -> None:
         dataset = RankingDataset(log, "train")

@@ -107,7 +107,7 @@ def _read(sql: DuckDBPyConnection, section: Section) -> dict[str, dict[str, Any]
     ours = ", ".join(f"{form.format(given(column))} AS {quoted(c)}" for c, (column, form) in columns)
     texts = {c: column for c, (column, _) in columns}
     texts |= {f"_each_{name}": column_of(column) for name, column in section.each.items()}
-    shown = [f"{name} := CAST({place} AS VARCHAR)" for name, place in source.places.items()]
+    shown = [f"{name} := CAST({name} AS VARCHAR)" for name in source.places]
     shown += [
         f"{quoted(c)} := left(CAST({given(column)} AS VARCHAR), {_SHOWN})" for c, column in texts.items()
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ifa_torchrec.data.prepare.columns import Npy
+from ifa_torchrec.data.prepare.columns import Npy, rows_of
 from ifa_torchrec.data.prepare.ids import with_codes, with_lists
 from ifa_torchrec.data.prepare.schema import PrepareSchema
 from ifa_torchrec.data.prepare.sql import first_row, more, quoted, write_parquet
@@ -30,7 +30,10 @@ def write_items(sql: DuckDBPyConnection, schema: PrepareSchema, file: Path) -> d
     items = schema.described_items
     columns = [*items.features, *items.lists, *items.dense, *items.vectors]
     described = "items_rows" if schema.items else "(SELECT id AS item, id AS name FROM codes_item)"
-    rows = first_row(sql, "SELECT 1 + coalesce(max(code), 0) FROM codes_item")[0]
+    rows = (
+        rows_of(schema.events.item)
+        or first_row(sql, "SELECT 1 + coalesce(max(code), 0) FROM codes_item")[0]
+    )
     sql.execute(
         f"""CREATE TABLE items AS
         SELECT _item AS item {more(columns, "max({})")},

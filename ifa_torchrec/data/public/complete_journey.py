@@ -18,6 +18,8 @@ The recipe, with everything random drawn from one seed:
 - Training requests are drawn from weeks 5 to 44, validation from 45 to 48, test from 49 to 53;
   half of each are basket requests, half buy-again requests.
 - Popularity as a feature counts purchases in earlier weeks only.
+- Products that nobody bought up to week 44 are new items: numbered and described, without a row of the
+  item table. Row 0 of each feature is "unknown".
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from ifa_torchrec.errors import ConfigError, require
 SOURCES = ("bought", "popular", "promoted", "buy_again")
 BOUGHT, POPULAR, PROMOTED, OWN_PAST = range(4)
 """Values of the candidate tag `source`: why a product is in the candidate set."""
-BASKET, BUY_AGAIN = range(2)
+BASKET, BUY_AGAIN = 1, 2
 """Values of the context feature `surface`: which kind of request it is."""
 
 WEEKS = {"train": (5, 44), "valid": (45, 48), "test": (49, 53)}
@@ -90,22 +92,22 @@ def prepare(path: str | Path, config: CompleteJourneyConfig | None = None) -> Ev
 
 
 def item_order(transactions: pd.DataFrame, products: pd.DataFrame) -> np.ndarray:
-    """Product id of item 0, 1, 2, ...: the most bought up to week 44 first.
+    """Product id of item 0, 1, 2, ...: the most bought up to week 44 first, then those not bought.
 
     Returns:
-        [I] int64.
+        [I] int64; 0 for item 0, which is "unknown".
 
     Example:
         >>> import pandas as pd
         >>> from ifa_torchrec.data.public.complete_journey import item_order
         >>> bought = pd.DataFrame({"product_id": [30, 10, 30], "week": [1, 1, 2]})
         >>> item_order(bought, pd.DataFrame({"product_id": [10, 20, 30]})).tolist()
-        [30, 10, 20]
+        [0, 30, 10, 20]
     """
     everything = np.union1d(products["product_id"], transactions["product_id"])
     seen = transactions.loc[transactions["week"] <= WEEKS["train"][1], "product_id"]
     counts = seen.value_counts().reindex(everything, fill_value=0).to_numpy()
-    return everything[np.argsort(-counts, kind="stable")]
+    return np.append(0, everything[np.argsort(-counts, kind="stable")])
 
 
 class _Recipe:
@@ -124,6 +126,7 @@ class _Recipe:
         name = described["product_type"].fillna(described["product_category"]).fillna("UNKNOWN")
         name = name + " " + described["package_size"].fillna("")
         self.items["name"] = name.str.strip().to_numpy()
+        self.items.loc[0, "name"] = "unknown"
 
         lines = pd.DataFrame(
             {
@@ -162,14 +165,17 @@ class _Recipe:
     def write(self, path: Path) -> EventLog:
         requests = {split: self.split(split) for split in WEEKS}
         context = ["surface", "store", "hour", "weekday", *_DEMOGRAPHICS]
+        rows = {f: int(self.items[f].max()) + 1 for f in _ITEM_FEATURES}
+        # products that nobody bought up to week 44 are new items
+        rows["item"] = 1 + int((self.earlier[WEEKS["train"][1] + 1] > 0).sum())
         schema = LogSchema(
-            item_features={f: int(self.items[f].max()) + 1 for f in _ITEM_FEATURES},
+            item_features=rows,
             context_features={
                 f: int(max(frame[f].max() for frame in requests.values())) + 1 for f in context
             },
             dense_features=("season_sin", "season_cos"),
             candidate_dense=("log_popularity", "log_popularity_4_weeks"),
-            tasks=("bought",),
+            tasks={"bought": "binary"},
             candidate_tags={"source": SOURCES},
         )
         return EventLog.from_pandas(
@@ -266,8 +272,8 @@ class _Recipe:
 
     def with_context(self, frame: pd.DataFrame) -> pd.DataFrame:
         stores = np.unique(self.lines["store"])
-        frame["store"] = np.searchsorted(stores, frame["store"])
-        frame["hour"], frame["weekday"] = frame["time"].dt.hour, frame["time"].dt.weekday
+        frame["store"] = np.searchsorted(stores, frame["store"]) + 1
+        frame["hour"], frame["weekday"] = frame["time"].dt.hour + 1, frame["time"].dt.weekday + 1
         for column in _DEMOGRAPHICS:
             known = self.demographics[column]
             levels = pd.Index(sorted(known.dropna().unique()))

@@ -1,13 +1,15 @@
 """KuaiRand (Kuaishou) as event logs: Pure, 1K and 27K, from the folder `data` of the unpacked archive.
 
 Every row of the logs is a video that was shown, so all candidates are exposed. A request is ours: the
-videos shown to a user in one tab with no more than a minute between one and the next. Events are the
-clicks. Both logs are read, the standard one and that of videos shown at random.
+videos shown to a user in one tab with no more than a minute between one and the next. Labels are seven
+kinds of feedback, and `play_seconds`, a regression. Events are all videos that were shown, skipped or
+not: each kind of feedback is an event feature, and `played` the seconds that it was played. Both logs
+are read, the standard one and that of videos shown at random.
 
 Context features are the tab and the user's features; a video's are its author, type, upload type, music
-type and tags (each set of tags is one id). The statistics of the videos are left out: they are averages
-over the whole month, so those of a training request would know its future. Validation is from 4 May
-2022, test from 6 to 8 May.
+type, tags (a list) and duration. The statistics of the videos are left out: they are averages over the
+whole month, so those of a training request would know its future. Validation is from 4 May 2022, test
+from 6 to 8 May.
 """
 
 from __future__ import annotations
@@ -16,14 +18,25 @@ from pathlib import Path
 from typing import Any
 
 from ifa_torchrec.data.event_log import EventLog
-from ifa_torchrec.data.prepare import Events, Items, PrepareSchema, Requests, Users
+from ifa_torchrec.data.prepare import (
+    Events,
+    Items,
+    Listed,
+    PrepareSchema,
+    Regression,
+    Requests,
+    Users,
+)
 from ifa_torchrec.data.prepare import prepare as write_log
 from ifa_torchrec.data.public.common import as_named, pattern_of
 
-TASKS = ("is_click", "long_view", "is_like", "is_follow", "is_comment", "is_forward", "is_hate")
+FEEDBACK = ("is_click", "long_view", "is_like", "is_follow", "is_comment", "is_forward", "is_hate")
+"""What a user did with a video: labels of 0 and 1, and features of an event."""
+TASKS = (*FEEDBACK, "play_seconds")
 """The labels."""
 
-_VIDEO = ("author_id", "video_type", "upload_type", "music_type", "tag")
+_VIDEO = ("author_id", "video_type", "upload_type", "music_type")
+_PLAYED = "play_time_ms::FLOAT / 1000"
 _USER = (
     "user_active_degree",
     "is_live_streamer",
@@ -60,12 +73,15 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
         "unit": "ms",
     }
     schema = PrepareSchema(
-        events=Events(**rows, where="is_click = 1"),
+        events=Events(
+            **rows,
+            features={f"was_{name.removeprefix('is_')}": name for name in FEEDBACK},
+            dense={"played": _PLAYED},
+        ),
         requests=Requests(
             **rows,
-            labels=as_named(TASKS),
+            labels={**as_named(FEEDBACK), "play_seconds": Regression(_PLAYED)},
             context=as_named(["tab"]),
-            candidate_dense={"log_duration": "ln(1 + duration_ms::FLOAT)"},
             request="tab",
             gap_seconds=60,
         ),
@@ -75,11 +91,14 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
             files=str(folder / "video_features_basic_*.csv"),
             item="video_id",
             features=as_named(_VIDEO),
+            lists={"tag": Listed("tag", delimiter=",")},
+            dense={"duration": "video_duration::FLOAT / 1000"},
         ),
         users=Users(
             files=str(folder / "user_features_*.csv"),
             user="user_id",
             features=as_named(_USER),
         ),
+        log_scaled=("played", "play_seconds", "duration"),
     )
     return write_log(schema, out)

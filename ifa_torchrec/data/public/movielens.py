@@ -2,9 +2,10 @@
 
 MovieLens has ratings and no requests, so the candidates are ours: a request is a page of films, which we
 take to be the ratings that a user gave with no more than a minute between one and the next. A film is
-liked with 4 stars or more. The events are the films that a user liked; a film's features are its genres
-(each set of genres is one id) and its year. 80 % of the requests are for training, 10 % each for
-validation and test, by time.
+liked with 4 stars or more. The events are all films that a user rated, each with its stars as the event
+feature `stars`, so that what was liked need not count as what was not, and as the number `rating`. A
+film's features are its year and the list of its genres. 80 % of the requests are for training, 10 % each
+for validation and test, by time.
 
 So the model ranks films among films that the user chose to rate: it tells what a user likes, not what a
 user would watch.
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ifa_torchrec.data.event_log import EventLog
-from ifa_torchrec.data.prepare import Items
+from ifa_torchrec.data.prepare import Items, Listed, PrepareSchema
 from ifa_torchrec.data.prepare import prepare as write_log
 from ifa_torchrec.data.public.common import rated_pages
 from ifa_torchrec.data.schema import LogError
@@ -25,7 +26,8 @@ _RATINGS = ("userId", "movieId", "rating", "timestamp")
 _MOVIES = ("movieId", "title", "genres")
 # u.item has a column of 0 or 1 for each genre.
 _FLAGS = tuple(f"genre{number}" for number in range(19))
-_LAYOUTS: dict[str, tuple[dict[str, Any], str, dict[str, Any], str]] = {
+_NAMED_FLAGS = ", ".join(f"CASE WHEN {flag} = '1' THEN '{flag}' END" for flag in _FLAGS)
+_LAYOUTS: dict[str, tuple[dict[str, Any], str, dict[str, Any], Listed]] = {
     "u.data": (
         {"delimiter": "\t", "columns": _RATINGS},
         "u.item",
@@ -35,15 +37,15 @@ _LAYOUTS: dict[str, tuple[dict[str, Any], str, dict[str, Any], str]] = {
             "encoding": "latin-1",
             "columns": ("movieId", "title", "released", "video_released", "url", *_FLAGS),
         },
-        " || ".join(_FLAGS),
+        Listed(f"concat_ws('|', {_NAMED_FLAGS})", delimiter="|"),
     ),
     "ratings.dat": (
         {"delimiter": "::", "columns": _RATINGS},
         "movies.dat",
         {"delimiter": "::", "quote": "", "encoding": "latin-1", "columns": _MOVIES},
-        "genres",
+        Listed("genres", delimiter="|"),
     ),
-    "ratings.csv": ({}, "movies.csv", {}, "genres"),
+    "ratings.csv": ({}, "movies.csv", {}, Listed("genres", delimiter="|")),
 }
 
 
@@ -69,6 +71,23 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
         >>> movielens.prepare(folder, folder / "log").requests("valid")["liked"].tolist()
         [0.0, 1.0]
     """
+    return write_log(schema_of(folder), out)
+
+
+def schema_of(folder: str | Path) -> PrepareSchema:
+    """What ``prepare`` writes, for who wants to change it first.
+
+    Args:
+        folder: as of ``prepare``.
+
+    Raises:
+        LogError: see ``prepare``.
+
+    Example:
+        >>> from ifa_torchrec.data.public import movielens
+        >>> movielens.schema_of("ml-25m").events.features  # doctest: +SKIP
+        {'stars': 'rating::FLOAT'}
+    """
     folder = Path(folder)
     ratings = next((file for file in _LAYOUTS if (folder / file).exists()), None)
     if ratings is None:
@@ -85,11 +104,10 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
     films = Items(
         files=str(folder / movies),
         item="movieId",
-        features={
-            "genres": genres,
-            "year": r"nullif(regexp_extract(title, '\((\d{4})\)\s*$', 1), '')",
-        },
+        features={"year": r"nullif(regexp_extract(title, '\((\d{4})\)\s*$', 1), '')"},
+        lists={"genres": genres},
         name="title",
         **movies_format,
     )
-    return write_log(rated_pages(rows, "rating::FLOAT >= 4", films), out)
+    stars = {"features": {"stars": "rating::FLOAT"}, "dense": {"rating": "rating::FLOAT"}}
+    return rated_pages(rows, "rating::FLOAT >= 4", stars, films)

@@ -1,22 +1,34 @@
 """Data sets in RecBole's atomic files, as event logs: NAME.inter, NAME.item and NAME.user.
 
 The files are separated by tabs, and a column's header has its type: `user_id:token`, `rating:float`,
-`class:token_seq`. An .inter file needs user_id, item_id and timestamp (seconds).
+`class:token_seq`, `text:float_seq`. An .inter file needs user_id, item_id and timestamp (seconds).
 
 RecBole's data sets have no requests, so the candidates are ours: what a user rated or clicked with no
 more than a minute between one and the next. With a column `rating`, those of at least 4 are the
-positives and alone are the events; with a column `label`, the ones. Every token of the .item file is an
-item feature and every token of the .user file a context feature; a token_seq counts as a whole, one
-id a set of tokens. 80 % of the requests are for training, 10 % each for validation and test, by time.
+positives; with a column `label`, the ones. Events are all rows, and whether a row was a positive is the
+event feature `action`. 80 % of the requests are for training, 10 % each for validation and test, by
+time.
+
+Every column goes where its type says; as the log has no place for some, these are left out with a
+warning:
+
+| | token | token_seq | float | float_seq |
+|---|---|---|---|---|
+| .inter | event feature | left out | number of an event | left out |
+| .item | item feature | list of an item | number of an item | vector of an item |
+| .user | context feature | context list | number of a request | left out |
+
+A column `..._title` or `title` of the .item file is what to call the items.
 """
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 from ifa_torchrec.data.event_log import EventLog
-from ifa_torchrec.data.prepare import Items, Users
+from ifa_torchrec.data.prepare import Items, Listed, PrepareSchema, Users
 from ifa_torchrec.data.prepare import prepare as write_log
 from ifa_torchrec.data.prepare.files import read_header
 from ifa_torchrec.data.prepare.schema import Table
@@ -24,6 +36,7 @@ from ifa_torchrec.data.public.common import rated_pages
 from ifa_torchrec.data.schema import LogError
 
 _TABS: dict[str, Any] = {"delimiter": "\t", "quote": ""}
+_TYPES = ("token", "token_seq", "float", "float_seq")
 
 
 def prepare(folder: str | Path, out: str | Path) -> EventLog:
@@ -34,7 +47,8 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
         out: folder of the log; it does not exist yet.
 
     Raises:
-        LogError: there is not one .inter file, or it has no column rating or label.
+        LogError: there is not one .inter file, it has no column rating or label, or a header has no type
+            that is known.
 
     Example:
         >>> import tempfile
@@ -46,61 +60,102 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
         >>> recbole.prepare(folder, folder / "log").requests("train")["liked"].tolist()
         [0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]
     """
+    return write_log(schema_of(folder), out)
+
+
+def schema_of(folder: str | Path) -> PrepareSchema:
+    """What ``prepare`` writes, for who wants to change it first.
+
+    Args:
+        folder: as of ``prepare``.
+
+    Raises:
+        LogError: see ``prepare``.
+
+    Example:
+        >>> from ifa_torchrec.data.public import recbole
+        >>> recbole.schema_of("ml-100k").items.lists  # doctest: +SKIP
+        {'class': Listed(column='class:token_seq', delimiter=' ', hash=None)}
+    """
     found = sorted(Path(folder).glob("*.inter"))
     if len(found) != 1:
         raise LogError(f"{folder}: there must be one .inter file, there are {[f.name for f in found]}")
-    columns = _columns(found[0])
-    if "rating" in columns:
-        positive = f'"{columns["rating"]}"::FLOAT >= 4'
-    elif "label" in columns:
-        positive = f'"{columns["label"]}"::FLOAT = 1'
+    inter = _Atomic(found[0])
+    if "rating" in inter.columns:
+        positive = f'"{inter.columns["rating"]}"::FLOAT >= 4'
+    elif "label" in inter.columns:
+        positive = f'"{inter.columns["label"]}"::FLOAT = 1'
     else:
-        raise LogError(f"{found[0]}: no column rating or label, there are {list(columns)}")
+        raise LogError(f"{found[0]}: no column rating or label, there are {list(inter.columns)}")
     rows: dict[str, Any] = {
         **_TABS,
         "files": str(found[0]),
-        "user": _column(found[0], "user_id"),
-        "item": _column(found[0], "item_id"),
-        "time": _column(found[0], "timestamp"),
+        "user": inter.taken("user_id"),
+        "item": inter.taken("item_id"),
+        "time": inter.taken("timestamp"),
         "unit": "s",
     }
-    item_file, user_file = found[0].with_suffix(".item"), found[0].with_suffix(".user")
-    items = users = None
-    if item_file.exists():
-        names = [column for column in _columns(item_file).values() if "title:" in column]
-        items = Items(
-            files=str(item_file),
-            item=_column(item_file, "item_id"),
-            features=_tokens(item_file, skip=("item_id:", *names)),
-            name=names[0] if names else None,
-            **_TABS,
-        )
-    if user_file.exists():
-        users = Users(
-            files=str(user_file),
-            user=_column(user_file, "user_id"),
-            features=_tokens(user_file, skip=("user_id:",)),
-            **_TABS,
-        )
-    return write_log(rated_pages(rows, positive, items, users), out)
-
-
-def _columns(file: Path) -> dict[str, str]:
-    """The columns of a file, without their types, and as they stand in it."""
-    header = read_header("atomic files", Table(files=str(file), **_TABS))
-    return {column.split(":")[0]: column for column in header}
-
-
-def _column(file: Path, name: str) -> str:
-    columns = _columns(file)
-    if name not in columns:
-        raise LogError(f"{file}: no column {name}, there are {list(columns)}")
-    return columns[name]
-
-
-def _tokens(file: Path, skip: tuple[str, ...]) -> dict[str, str]:
-    return {
-        name: column
-        for name, column in _columns(file).items()
-        if ":token" in column and not column.startswith(skip)
+    of_events = {
+        "features": {**inter.of("token"), "action": f"CASE WHEN {positive} THEN 'liked' ELSE 'not' END"},
+        "dense": inter.of("float"),
     }
+    inter.warn_of_others("events")
+    items = users = None
+    if (file := found[0].with_suffix(".item")).exists():
+        of_items = _Atomic(file)
+        item = of_items.taken("item_id")
+        titles = [name for name in of_items.columns if name == "title" or name.endswith("_title")]
+        items = Items(
+            files=str(file),
+            item=item,
+            name=of_items.taken(titles[0]) if titles else None,
+            features=of_items.of("token"),
+            lists={n: Listed(c, delimiter=" ") for n, c in of_items.of("token_seq").items()},
+            dense=of_items.of("float"),
+            vectors={n: f"string_split(\"{c}\", ' ')" for n, c in of_items.of("float_seq").items()},
+            **_TABS,
+        )
+    if (file := found[0].with_suffix(".user")).exists():
+        of_users = _Atomic(file)
+        users = Users(
+            files=str(file),
+            user=of_users.taken("user_id"),
+            features=of_users.of("token"),
+            lists={n: Listed(c, delimiter=" ") for n, c in of_users.of("token_seq").items()},
+            dense=of_users.of("float"),
+            **_TABS,
+        )
+        of_users.warn_of_others("users")
+    return rated_pages(rows, positive, of_events, items, users)
+
+
+class _Atomic:
+    """The columns of a file, by their names without the type; each is to be taken once."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        header = read_header("atomic files", Table(files=str(file), **_TABS))
+        self.columns: dict[str, str] = {}
+        self.left: dict[str, str] = {}
+        for column in header:
+            name, _, kind = column.partition(":")
+            if kind not in _TYPES:
+                raise LogError(f"{file}: the column {column!r} must end in one of {list(_TYPES)}")
+            self.columns[name], self.left[name] = column, kind
+
+    def taken(self, name: str) -> str:
+        """A column as it stands in the file, which counts as taken."""
+        if name not in self.columns:
+            raise LogError(f"{self.file}: no column {name}, there are {list(self.columns)}")
+        del self.left[name]
+        return self.columns[name]
+
+    def of(self, kind: str) -> dict[str, str]:
+        """The columns of a type that are left, which count as taken."""
+        names = [name for name, its in self.left.items() if its == kind]
+        return {name: self.taken(name) for name in names}
+
+    def warn_of_others(self, of: str) -> None:
+        if self.left:
+            others = [self.columns[name] for name in self.left]
+            warnings.warn(f"{self.file}: {others} are left out: {of} have no such field", stacklevel=3)

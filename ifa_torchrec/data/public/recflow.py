@@ -1,10 +1,12 @@
 """RecFlow (Kuaishou) as an event log: requests with the videos that each stage of ranking passed over.
 
 The requests are those of the data set. The candidates of a request are all that is recorded of it in
-`all_stage`, of which `realshow` tells who was exposed; only these have labels. Events are the effective
-views of `realshow`, dated as their request is, so that a request never sees its own. A video's features
-are its author, both categories and its upload type; the context is the user's device, age, gender and
-province. Validation is from 11 February 2024, test from 15 to 18 February.
+`all_stage`, of which `realshow` tells who was exposed; only these have labels: six of feedback, and
+`playing_time`, a regression. Events are what `realshow` has, viewed or not, dated as their request is,
+so that a request never sees its own; each feedback is an event feature, and `played` the time it was
+played. A video's features are its author, both categories, its upload type and its duration; the context
+is the user's device, age, gender and province. Validation is from 11 February 2024, test from 15 to 18
+February.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from ifa_torchrec.data.event_log import EventLog
-from ifa_torchrec.data.prepare import Events, Items, PrepareSchema, Requests
+from ifa_torchrec.data.prepare import Events, Items, PrepareSchema, Regression, Requests
 from ifa_torchrec.data.prepare import prepare as write_log
 from ifa_torchrec.data.public.common import as_named, pattern_of
 
-TASKS = ("effective_view", "long_view", "like", "follow", "forward", "comment")
+FEEDBACK = ("effective_view", "long_view", "like", "follow", "forward", "comment")
+"""What a user did with a video: labels of 0 and 1, and features of an event."""
+TASKS = (*FEEDBACK, "playing_time")
 """The labels."""
 
 _VIDEO = ("author_id", "category_level_one", "category_level_two", "upload_type")
@@ -47,17 +51,28 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
         "unit": "ms",
     }
     schema = PrepareSchema(
-        events=Events(**rows, files=str(folder / "realshow" / "*.feather"), where="effective_view = 1"),
+        events=Events(
+            **rows,
+            files=str(folder / "realshow" / "*.feather"),
+            features={f"was_{name}": name for name in FEEDBACK},
+            dense={"played": "playing_time"},
+        ),
         requests=Requests(
             **rows,
             files=all_stage,
             request="request_id",
             exposed="realshow",
-            labels=as_named(TASKS),
+            labels={**as_named(FEEDBACK), "playing_time": Regression("playing_time")},
             context=as_named(_CONTEXT),
         ),
         # in the time zone of the app, as the days of its files are
         splits={"valid": "2024-02-11 00:00:00+08", "test": "2024-02-15 00:00:00+08"},
-        items=Items(files=all_stage, item="video_id", features=as_named(_VIDEO)),
+        items=Items(
+            files=all_stage,
+            item="video_id",
+            features=as_named(_VIDEO),
+            dense={"duration": "duration"},
+        ),
+        log_scaled=("played", "playing_time", "duration"),
     )
     return write_log(schema, out)

@@ -3,12 +3,12 @@
 A row is something a user did: saw an item's page (pv), bought it, put it into the cart or among the
 favourites; not one says what was shown and left alone. So the requests are ours: what a user saw in one
 sitting, with no more than half an hour between one page and the next, from 1 December 2017 on. For each
-page seen four other items are drawn (``Requests.negatives``), and the label `viewed` tells them apart:
-a model of it ranks what a user sees above what is popular. An item seen twice in a sitting stands twice.
+page seen four other items are drawn (``Requests.negatives``), and the label `viewed` tells them apart: a
+model of it ranks what a user sees above what is popular. An item seen twice in a sitting stands twice.
 
-Events are all behaviours, of whatever kind, from 25 November on; an item's feature is its category. The
-days before December are history alone; training is 1 December, validation 2 December, test 3 December,
-all in China's time zone.
+Events are all behaviours from 25 November on, with their kind as the event feature `action` (pv, cart,
+fav, buy); an item's feature is its category. The days before December are history alone; training is 1
+December, validation 2 December, test 3 December, all in China's time zone.
 
 The file has some rows of other times. They are refused, so LOG/report.json counts and shows them.
 """
@@ -48,7 +48,7 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
         >>> _ = (folder / "UserBehavior.csv").write_text("\n".join(rows))
         >>> log = taobao.prepare(folder, folder / "log")
         >>> log.splits, log.requests("test")["candidates"].tolist(), len(log.events["item"])
-        (['train', 'valid', 'test'], [0, 1], 18)
+        (['train', 'valid', 'test'], [1, 2], 18)
     """
     file: dict[str, Any] = {"files": str(Path(folder) / "UserBehavior.csv"), "columns": _COLUMNS}
     seconds = 'TRY_CAST("timestamp" AS BIGINT)'
@@ -62,7 +62,7 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
         "unit": "s",
     }
     schema = PrepareSchema(
-        events=Events(**rows),
+        events=Events(**rows, features={"action": "behavior_type"}),
         requests=Requests(
             **rows,
             where=f"behavior_type = 'pv' AND {seconds} >= {_start('2017-12-01')}",

@@ -138,36 +138,35 @@ def encode_backward(
     history, offsets, key_weight, value_weight, weights, ages, decay, feature_map = given
     dtype = sum_dtype(history.dtype)
     backward = FEATURE_MAPS[feature_map].backward
-    flat_weight = key_weight.to(dtype).flatten(0, 1)
+    flat_weight = torch.cat([key_weight.flatten(0, 1), value_weight.flatten(0, 1)]).to(dtype)
     grad_token = torch.einsum("bhfd,hdD->bhfD", grad_key_value, value_weight.to(dtype)).flatten(1, 2)
     grad_sum = grad_key_sum.flatten(1, 2)
-    key_token = torch.zeros_like(grad_token)  # anew, for the gradient of value_weight
     grad_history = history.new_zeros(history.shape)
-    grad_key_weight = torch.zeros_like(flat_weight)
+    grad_projections = torch.zeros_like(flat_weight)
     grad_weights = grad_like(weights, history)
     for request, row, valid in _tiles(offsets, len(history)):
         tokens = history[row].to(dtype)
         projected, phi = _tile_features(tokens, key_weight.to(dtype), feature_map)
         weight = _tile_weights(weights, ages, decay, tokens, row, valid)
-        weighted = (phi * weight).flatten(1, 2)
-        key_token.index_add_(0, request, torch.bmm(weighted, tokens))
+        grad_values = torch.matmul(grad_key_value[request].mT, phi * weight).flatten(1, 2)
         grad_weighted = torch.bmm(grad_token[request], tokens.mT) + grad_sum[request][..., None]
         grad_weighted = grad_weighted.view_as(phi)
-        grad_projected = backward(grad_weighted * weight, projected, phi, -2).flatten(1, 2)
-        grad_tokens = torch.bmm(weighted.mT, grad_token[request])
-        grad_tokens += torch.matmul(grad_projected.mT, flat_weight)
-        grad_key_weight += torch.bmm(grad_projected, tokens).sum(0)
+        grad_keys = backward(grad_weighted * weight, projected, phi, -2).flatten(1, 2)
+        # of keys and values at once, and of all the tile's rows: a product of many requests' few rows
+        # each is mostly writing
+        grad_rows = torch.cat([x.transpose(0, 1) for x in (grad_keys, grad_values)]).flatten(1)
+        grad_projections += grad_rows @ tokens.flatten(0, 1)
+        grad_tokens = (grad_rows.T @ flat_weight).view_as(tokens)
         grad_history[row[valid]] = grad_tokens[valid].to(history.dtype)
         if weights is not None:
             decayed = _tile_weights(None, ages, decay, tokens, row, valid)
             grad_weight = ((grad_weighted * phi).sum(2) * decayed[:, :, 0]).mT[valid]
             grad_weights[row[valid]] = _as_given(grad_weight, weights)
-    key_token = key_token.view(*grad_key_value.shape[:-1], history.shape[1])
-    grad_value_weight = torch.einsum("bhfd,bhfD->hdD", grad_key_value, key_token).contiguous()
+    grad_key_weight, grad_value_weight = grad_projections.view(2, *key_weight.shape)
     return (
         grad_history,
-        grad_key_weight.view_as(key_weight).to(key_weight.dtype),
-        grad_value_weight.to(value_weight.dtype),
+        grad_key_weight.to(key_weight.dtype, copy=True),
+        grad_value_weight.to(value_weight.dtype, copy=True),
         grad_weights,
     )
 

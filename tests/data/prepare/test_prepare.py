@@ -493,7 +493,7 @@ class TestSchemaFile:
         ("change", "words"),
         [("{", ["schema.json", "not readable as JSON"]),
          ({"event": {}}, ["the schema must be an object with ['events', 'requests', 'splits']"]),
-         ({"events": {"files": "x"}}, ["events must be an object", "'user', 'item', 'time'"]),
+         ({"events": {"files": "x"}}, ["events must be", "['files', 'user', 'item']", "'time'"]),
          ({"users": {**SCHEMA["events"]}}, ["users must be", "features"])],
         ids=["no JSON", "key", "missing", "users"],
     )  # fmt: skip

@@ -24,6 +24,7 @@ BEHAVIORS = """1\tU1\t11/11/2019 9:05:58 AM\tN5 N6 N7\tN1-0 N2-1 N3-0
 3\tU1\t11/12/2019 6:00:00 PM\tN5 N6 N7\tN4-1
 4\tU2\t11/14/2019 1:00:00 PM\t\tN2-0 N8-1
 """
+NEWS = "".join(f"N{n}\t{'sports' if n % 2 else 'news'}\tTitle {n}\n" for n in range(1, 9))
 MIND: dict[str, Any] = {
     "files": "behaviors.tsv", "delimiter": "\t", "quote": "",
     "columns": ["impression", "user", "at", "history", "impressions"], "user": "user",
@@ -35,11 +36,16 @@ MIND_SCHEMA = {
         "time": "strptime(\"at\", '%m/%d/%Y %I:%M:%S %p')", "item": "split_part(shown, '-', 1)",
         "labels": {"click": "split_part(shown, '-', 2)"},
     },
+    "items": {
+        "files": "news.tsv", "delimiter": "\t", "quote": "", "columns": ["id", "category", "title"],
+        "item": "id", "features": {"category": "category"}, "name": "title",
+    },
     "splits": {"test": "2019-11-14"},
 }  # fmt: skip
 
 
 def written(folder: Path, schema: dict[str, Any]) -> Path:
+    (folder / "news.tsv").write_text(NEWS)
     (folder / "schema.json").write_text(json.dumps(schema))
     return folder / "schema.json"
 
@@ -80,7 +86,8 @@ class TestMind:
             ("U1", {"N4": 1}),
         ]
         assert requests_of(log, "test") == [("U2", {"N2": 0, "N8": 1})]
-        assert log.schema.item_features["item"] == 8  # N8 is new in the test
+        # N8 is new in the test
+        assert log.schema.item_features == {"item": 8, "category": 3} and log.num_items == 9
 
     def test_history(self, tmp_path: Path) -> None:
         """In its order, a second apart, before the user's first request; once, though twice there."""

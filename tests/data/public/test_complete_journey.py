@@ -204,7 +204,7 @@ def test_basket_negatives_are_half_promoted_half_popular(
     seen = 0
     for request in requests[requests["surface"] == BASKET].itertuples():
         of_promotion, popular = of_source(request, "promoted"), of_source(request, "popular")
-        assert of_promotion <= promoted.get((STORES[request.store], request.week), set())
+        assert of_promotion <= promoted.get((STORES[request.store - 1], request.week), set())
         assert popular <= sold
         missing = len(request.products) - len(of_source(request, "bought"))
         assert len(of_promotion) + len(popular) == missing
@@ -251,7 +251,7 @@ def test_bought_is_the_label(requests: pd.DataFrame) -> None:
 
 def test_exposed_is_what_was_bought_or_promoted_there_and_then(requests: pd.DataFrame, promoted) -> None:
     for request in requests.itertuples():
-        there = promoted.get((STORES[request.store], request.week), set())
+        there = promoted.get((STORES[request.store - 1], request.week), set())
         wanted = [b > 0 or p in there for b, p in zip(request.bought, request.products, strict=True)]
         assert request.exposed.tolist() == wanted
     assert not requests["exposed"].map(all).all()
@@ -267,9 +267,10 @@ def test_popularity_counts_earlier_weeks_only(requests: pd.DataFrame, tables) ->
 
 
 def test_context(requests: pd.DataFrame, tables) -> None:
-    assert (requests["hour"] == requests["time"].dt.hour).all()
-    assert (requests["weekday"] == requests["time"].dt.weekday).all()
-    assert (requests["store"] == requests["week"] % 2).all()
+    # row 0 is for the unknown
+    assert (requests["hour"] == requests["time"].dt.hour + 1).all()
+    assert (requests["weekday"] == requests["time"].dt.weekday + 1).all()
+    assert (requests["store"] == requests["week"] % 2 + 1).all()
     of_household = requests.groupby("user")["age"].unique().map(list).to_dict()
     # 3 and 31 are of one age, 7 of another; 0 is for those who told nothing
     assert of_household == {3: [1], 7: [2], 20: [0], 31: [1]}
@@ -287,10 +288,19 @@ def test_events_are_one_a_product_and_basket(tables, log: EventLog) -> None:
 
 def test_items_are_numbered_by_purchases_up_to_week_44(tables) -> None:
     order = item_order(tables["transactions"], tables["products"])
-    assert sorted(order) == ALL_PRODUCTS
+    assert order[0] == 0 and sorted(order[1:]) == ALL_PRODUCTS
+    order = order[1:]
     sold = tables["transactions"]
     counts = sold.loc[sold["week"] <= 44, "product_id"].value_counts().reindex(order, fill_value=0)
     assert counts.is_monotonic_decreasing
+
+
+def test_products_first_bought_after_week_44_are_new_items(tables, log: EventLog) -> None:
+    sold = tables["transactions"]
+    known = sold.loc[sold["week"] <= 44, "product_id"].nunique()
+    assert log.schema.item_features["item"] == known + 1
+    assert log.num_items == len(ALL_PRODUCTS) + 1
+    assert (log.events["item"] > known).any()
 
 
 def test_item_features_keep_row_0_for_the_unknown(tables, log: EventLog) -> None:
@@ -300,7 +310,7 @@ def test_item_features_keep_row_0_for_the_unknown(tables, log: EventLog) -> None
         assert log.items[feature][undescribed] == 0
     assert log.items["category"][no_category] == log.items["type"][no_category] == 0
     assert log.items["manufacturer"][no_category] > 0
-    assert (log.items["category"] == 0).sum() == 2
+    assert (log.items["category"] == 0).sum() == 3 and log.items["category"][0] == 0
     described = tables["products"].set_index("product_id").reindex(order)
     # the same number for the same category, another for another
     pairs = {
@@ -312,6 +322,7 @@ def test_item_features_keep_row_0_for_the_unknown(tables, log: EventLog) -> None
 def test_item_names(tables, log: EventLog) -> None:
     order = item_order(tables["transactions"], tables["products"]).tolist()
     names = log.item_names()
+    assert names[0] == "unknown"
     assert names[order.index(UNDESCRIBED)] == "UNKNOWN"
     assert names[order.index(FIRST_PRODUCT + 3)] == "TYPE 3 3 OZ"
     assert names[order.index(FIRST_PRODUCT + 4)] == "TYPE 4"

@@ -54,15 +54,24 @@ def write(folder: Path, layout: str) -> Path:
 @pytest.mark.parametrize("layout", ["ml-100k", "ml-1m", "ml-25m"])
 def test_layouts(tmp_path: Path, layout: str) -> None:
     log: EventLog = movielens.prepare(write(tmp_path / layout, layout), tmp_path / "log")
-    assert log.item_names() == ["Toy Story (1995)", "Café (1996)", "unknown"]
-    assert log.items["year"].tolist() == [1, 2, 0]
-    assert len(set(log.items["genres"].tolist())) == 3
-    assert log.users.tolist() == [0, 1]
-    liked = [(user, time) for user, _, stars, time in RATINGS if stars >= 4]
-    assert log.events["time"].tolist() == [time * 1_000_000 for _, time in sorted(liked)]
+    # the second film is rated by nobody, so it is a new item, and its year and genre are unknown
+    assert log.item_names() == ["unknown", "Toy Story (1995)", "unknown", "Café (1996)"]
+    assert log.schema.item_features == {"item": 3, "year": 2} and log.items["year"].tolist() == [
+        0,
+        1,
+        0,
+        0,
+    ]
+    lengths = np.diff(log.items["genres_offsets"])
+    assert lengths.tolist() == [0, 2, int(layout == "ml-100k"), 1]  # ml-100k has a genre "unknown"
+    assert log.items["genres"][-1] == 0 and log.users.tolist() == [1, 2]
+    rated = sorted((user, time, stars) for user, _, stars, time in RATINGS)
+    assert log.events["time"].tolist() == [time * 1_000_000 for _, time, _ in rated]
+    given = log.vocabulary["stars"].at(log.events["stars"])
+    assert [float(stars) for stars in given] == [stars for *_, stars in rated]
     assert [len(log.requests(split)["user"]) for split in log.splits] == [32, 4, 4]
     train = log.requests("train")
-    assert train["candidates"].tolist() == [0, 2] * 32
+    assert train["candidates"].tolist() == [1, 2] * 32
     assert (np.diff(train["candidate_offsets"]) == 2).all()
     stars = [(1 + (film + page) % 5) for page in range(16) for _ in range(2) for film in (1, 9)]
     assert train["liked"].tolist() == [float(s >= 4) for s in stars]

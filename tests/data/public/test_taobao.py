@@ -43,13 +43,13 @@ def write(folder: Path, strays: list[int]) -> Path:
 def test_taobao(tmp_path: Path) -> None:
     strays = [-2134949234, 1479721354, start("2017-11-25") - 1, start("2017-12-04"), 2122867355]
     log = taobao.prepare(write(tmp_path, strays), tmp_path / "log")
-    assert log.schema.tasks == taobao.TASKS
+    assert tuple(log.schema.tasks) == taobao.TASKS
     assert len(log.events["item"]) == 40 * 9 * 5
     assert log.events["time"].min() >= start("2017-11-25") * SECONDS
-    category = pd.read_parquet(log.path / "codes/category.parquet").set_index("code")["id"]
-    assert [int(category[code]) for code in log.items["category"]] == [
-        (int(name) - 1000) // 10 for name in log.item_names()
-    ]
+    category = log.vocabulary["category"].at(log.items["category"])
+    assert category[1:] == [(int(name) - 1000) // 10 for name in log.item_names()[1:]]
+    action = log.vocabulary["action"].at(log.events["action"])
+    assert action.count("pv") == 40 * 9 * 4 and set(action) == {"pv", "buy", "cart", "fav"}
 
     file = pd.read_csv(
         tmp_path / "UserBehavior.csv", names=["user", "item", "category", "kind", "time"]
@@ -66,7 +66,7 @@ def test_taobao(tmp_path: Path) -> None:
         for row in range(len(requests["user"])):
             mine = slice(*requests["candidate_offsets"][row : row + 2])
             items, viewed = names[requests["candidates"][mine]], requests["viewed"][mine] == 1
-            seen = file[(file["user"] == requests["user"][row] + 1) & (file["kind"] == "pv")]
+            seen = file[(file["user"] == requests["user"][row]) & (file["kind"] == "pv")]
             late = seen["time"] - requests["time"][row] // SECONDS
             assert sorted(items[viewed]) == sorted(seen["item"][(late >= 0) & (late <= HOUR)])
             assert len(set(items)) == len(items)
