@@ -113,6 +113,12 @@ class SyntheticConfig:
             raise ConfigError(f"SyntheticConfig: new_items must be 0 to 1, got {self.new_items}")
 
     @property
+    def names_topics(self) -> bool:
+        """Whether an item's topic is a feature of it, and not only to be learnt: where the log is about
+        something else, the kinds of events or new items."""
+        return self.kinds or self.new_items > 0
+
+    @property
     def num_items(self) -> int:
         """Rare and everyday items, and the unknown one: rows of the item's table. New items follow."""
         return 1 + self.topics * self.items_per_topic + self.everyday_items
@@ -166,7 +172,7 @@ def prepare(path: str | Path, config: SyntheticConfig | None = None) -> EventLog
             }
         ),
         schema=LogSchema(
-            item_features=rows | ({"topic": config.topics + 1} if config.new_items else {}),
+            item_features=rows | ({"topic": config.topics + 1} if config.names_topics else {}),
             event_features={"action": len(ACTIONS)} if config.kinds else {},
             event_dense=("amount",) if config.kinds else (),
         ),
@@ -292,7 +298,7 @@ def _item_table(config: SyntheticConfig) -> pd.DataFrame:
     everyday = (item - 1 - config.topics * config.items_per_topic) % config.categories
     category = 1 + np.where(topic >= 0, topic // _TOPICS_PER_CATEGORY, everyday)
     category[0] = 0
-    names = {"topic": topic + 1} if new else {}
+    names = {"topic": topic + 1} if config.names_topics else {}
     return pd.DataFrame({"item": item, "category": category, **names})
 
 

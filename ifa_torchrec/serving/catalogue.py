@@ -134,6 +134,9 @@ class Catalogue:
 
         Of an event that stands in the journal since another version took it, ids that it has not are
         unknown and numbers that it has not are missing.
+
+        Raises:
+            RequestError: the logarithm is taken of one of its numbers, which is negative.
         """
         schema, count = self.schema, len(events)
         items, values = self.item_numbers([event.item for event in events]), np.zeros(count, np.int64)
@@ -144,7 +147,10 @@ class Catalogue:
             event_ids[name] = np.zeros(count, np.int64)
             ids = [value for value in given if value is not None]
             event_ids[name][has] = self._rows_of(name, ids, has, values)
-        dense = [float32s(f, [event.numbers.get(f) for event in events]) for f in schema.event_dense]
+        dense = [
+            float32s(f"numbers.{f}", [event.numbers.get(f) for event in events], f in schema.log_scaled)
+            for f in schema.event_dense
+        ]
         weight = None
         if schema.event_weight is not None:
             weight = torch.tensor([1.0 if e.weight is None else e.weight for e in events])
