@@ -131,7 +131,7 @@ def work(log_path: str, options: Options) -> tuple[float, dict[str, float]]:
     )
     torch.manual_seed(rank)
     model, optimizer = shard(
-        DLRM_IFATrain(build_model(log.schema, config)),
+        DLRM_IFATrain(build_model(log.schema, config, log.scales)),
         device,
         OptimizerConfig(),
         batch=batch_size(dataset, config),

@@ -159,8 +159,11 @@ def test_what_the_schema_has_not_is_none(tmp_path: Path) -> None:
 
 def test_nothing_but_empty_requests(log: EventLog) -> None:
     batch = RankingDataset(log, "train")[[EMPTY_REQUEST] * 2]
-    assert batch.item_dense.shape == (0, 2) and batch.item_vectors.shape == (0, 5)
-    assert batch.history_dense.shape == (0, 2) and len(batch.item_lists.values()) == 0
+    # the unknown item stands for those that there are not: a KJT has a row
+    assert batch.item_dense.isnan().tolist() == [[True, True]]
+    assert batch.item_vectors.tolist() == [[0.0] * 5]
+    assert batch.item_lists.stride() == 1 and len(batch.item_lists.values()) == 0
+    assert len(batch.history_items) == 0 and batch.history_dense.shape == (0, 2)
     assert batch.context_features["interest"].lengths().tolist() == [0, 0]
 
 

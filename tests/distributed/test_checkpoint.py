@@ -429,7 +429,9 @@ class TestOtherRanksAndPlans:
             arrays = [n for n, value in states[END].items() if value.ndim and "_extra_state" not in n]
             for kind in ("weight", "bias", "exp_avg", "exp_avg_sq", "item_table.momentum1"):
                 assert [name for name in arrays if name.endswith(kind)], kind
-            assert [n for n in arrays if np.array_equal(states[MIDDLE][n], states[END][n])] == []
+            still = [n for n in arrays if np.array_equal(states[MIDDLE][n], states[END][n])]
+            # what stands for missing numbers, of which this log has none
+            assert [n for n in still if ".missing" not in n] == []
 
     @cases(LOADS)
     def test_generators_are_each_ranks_own(self, runs, on_ranks, world: int, number: int) -> None:
