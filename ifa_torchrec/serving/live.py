@@ -9,9 +9,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
+import numpy as np
+import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from ifa_torchrec.errors import ConfigError
+from ifa_torchrec.modules import predictions
 from ifa_torchrec.serving.batching import Batcher, Item, Result
 from ifa_torchrec.serving.requests import EventResult, Ranking, RankingRequest
 from ifa_torchrec.serving.scorer import Scorer
@@ -67,10 +70,13 @@ class LiveRanking(Ranking):
 
     Args:
         version: of the weights.
-        tasks: what the logits' columns are of.
+        predictions: what the logits say: of a binary task the probability, of a regression the number in
+            the log's unit; [len(items), T].
+        tasks: names of what the columns are of.
     """
 
     version: str
+    predictions: np.ndarray
     tasks: tuple[str, ...]
 
 
@@ -201,13 +207,22 @@ class LiveScorer:
 
     def _rank(self, requests: list[RankingRequest]) -> list[LiveRanking]:
         scorer = self._scorers[0]
-        version, tasks = scorer.store.version, tuple(scorer.schema.tasks)
+        version, names = scorer.store.version, tuple(scorer.schema.tasks)
         rankings = scorer.rank(requests)
         self.metrics.candidates.inc(sum(len(ranking.items) for ranking in rankings))
         self.metrics.late.inc(sum(ranking.as_of is not None for ranking in rankings))
         self.metrics.unknown.labels("candidate").inc(sum(r.unknown_candidates for r in rankings))
         self.metrics.unknown.labels("context").inc(sum(r.unknown_context for r in rankings))
-        return [LiveRanking(**vars(ranking), version=version, tasks=tasks) for ranking in rankings]
+        tasks = scorer.model.config.tasks
+        return [
+            LiveRanking(
+                **vars(ranking),
+                version=version,
+                predictions=predictions(torch.from_numpy(ranking.logits), tasks).numpy(),
+                tasks=names,
+            )
+            for ranking in rankings
+        ]
 
     def _append(self, calls: list[Sequence[Event]]) -> list[list[EventResult]]:
         events = [event for call in calls for event in call]

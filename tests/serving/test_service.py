@@ -184,6 +184,8 @@ def test_rank_answers_what_the_scorer_says_best_first(client, models, key_values
         assert ranking["items"] == want.items[:k]
         np.testing.assert_allclose(ranking["logits"]["label"], want.logits[:k, 0], rtol=1e-5)
         assert sorted(ranking["logits"]["label"], reverse=True) == ranking["logits"]["label"]
+        probability = 1 / (1 + np.exp(-np.array(ranking["logits"]["label"])))
+        np.testing.assert_allclose(ranking["predictions"]["label"], probability, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

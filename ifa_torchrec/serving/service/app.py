@@ -53,7 +53,7 @@ def create_app(
         >>> added
         {'results': [{'status': 'taken', 'reason': None}]}
         >>> sorted(ranked), len(ranked["items"])
-        (['as_of', 'items', 'logits', 'version'], 2)
+        (['as_of', 'items', 'logits', 'predictions', 'version'], 2)
     """
     app = FastAPI(
         title="ifa_torchrec.serve",

@@ -110,6 +110,10 @@ class Ranked(BaseModel):
     ] = None
     items: Annotated[list[int | str], Field(description="As the request gave them.")]
     logits: Annotated[dict[str, list[float]], Field(description="Of these items, for each task.")]
+    predictions: Annotated[
+        dict[str, list[float]],
+        Field(description="What they say: a probability, or the number in the unit of the log."),
+    ]
 
 
 class RankResponse(BaseModel):

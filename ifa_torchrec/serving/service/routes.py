@@ -91,6 +91,7 @@ def _ranked(ranking: LiveRanking, k: int | None) -> Ranked:
         as_of=None if ranking.as_of is None else utc(ranking.as_of),
         items=ranking.items[:k],
         logits=dict(zip(ranking.tasks, ranking.logits[:k].T.tolist(), strict=True)),
+        predictions=dict(zip(ranking.tasks, ranking.predictions[:k].T.tolist(), strict=True)),
     )
 
 
