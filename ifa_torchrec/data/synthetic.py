@@ -54,7 +54,8 @@ class SyntheticConfig:
     """Size and difficulty.
 
     Args:
-        train, test: requests of each split, each of another user.
+        train, test: requests of each split, each of another user; with new items a quarter of `test` is
+            `valid`.
         mean_events: of a history; log-normal, at least `distance` and all evidence.
         topics, items_per_topic, everyday_items: of the item table, in this order behind row 0, unknown:
             the rare items topic by topic, then the everyday items.
@@ -68,7 +69,7 @@ class SyntheticConfig:
         exposure: probability that a candidate is exposed.
         seed: of everything.
         kinds: whether events are of several kinds, and have numbers, on which the labels depend.
-        new_items: share of the candidates of `test` that are new items.
+        new_items: share of the candidates of `valid` and `test` that are new items.
 
     Raises:
         ValueError: a value is out of range.
@@ -170,7 +171,7 @@ def prepare(path: str | Path, config: SyntheticConfig | None = None) -> EventLog
             event_dense=("amount",) if config.kinds else (),
         ),
         items=_item_table(config),
-        requests={"train": requests.iloc[: config.train], "test": requests.iloc[config.train :]},
+        requests={name: requests.iloc[rows] for name, rows in _splits(config).items()},
     )
 
 
@@ -293,6 +294,14 @@ def _item_table(config: SyntheticConfig) -> pd.DataFrame:
     category[0] = 0
     names = {"topic": topic + 1} if new else {}
     return pd.DataFrame({"item": item, "category": category, **names})
+
+
+def _splits(config: SyntheticConfig) -> dict[str, slice]:
+    """The requests of each split; with new items a quarter of the test's is `valid`, which says how many
+    are to be expected."""
+    first = config.train + (config.test // 4 if config.new_items else 0)
+    valid = {"valid": slice(config.train, first)} if config.new_items else {}
+    return {"train": slice(config.train), **valid, "test": slice(first, None)}
 
 
 def _lengths(rng: np.random.Generator, config: SyntheticConfig) -> np.ndarray:

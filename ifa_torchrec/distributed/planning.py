@@ -27,6 +27,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingCollection
 
 from ifa_torchrec.errors import ConfigError, UserError
+from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.models.sparse import tables_of
 
 Collection = EmbeddingBagCollection | EmbeddingCollection | ManagedCollisionEmbeddingCollection
@@ -217,8 +218,9 @@ def make_planner(
 ) -> EmbeddingShardingPlanner:
     """TorchRec's planner for this model; it needs no process group, so that it plans for any cluster.
 
-    Features named ``history_*`` are reckoned with N/B values a request, ``candidate_*`` with M/B,
-    others with one.
+    A DLRM_IFA's features of histories are reckoned with N/B values a request, those of candidates with
+    M/B, those of items' lists with (N + M)/B, others with one. In another model those named
+    ``history_*`` and ``candidate_*`` are.
 
     Args:
         model: holds embedding (bag) collections, on any device.
@@ -252,7 +254,7 @@ def make_planner(
     kernels = [EmbeddingComputeKernel.FUSED.value]
     if device == "cuda":
         kernels.append(EmbeddingComputeKernel.FUSED_UVM_CACHING.value)
-    constraints = {}
+    constraints, values, items = {}, _values_a_request(model, batch), _item_collections(model)
     for module in _collections(model):
         # on a CPU fbgemm fails on a rank that has no row of any table of a width
         filled = {
@@ -263,6 +265,9 @@ def make_planner(
         for table in _configs(module):
             asked = sharding.tables.get(table.name)
             possible = _possible(module, device)
+            if device == "cpu" and id(module) in items:
+                # its collectives want equally many rows of each rank, and no two have as many items
+                possible = [kind for kind in possible if kind != "row_wise"]
             if device == "cpu" and not _fills(table.num_embeddings, ranks):
                 possible = [k for k in possible if k != "row_wise" or table.embedding_dim in filled]
             if asked is None:
@@ -286,7 +291,7 @@ def make_planner(
                 sharding_types=allowed,
                 compute_kernels=kernels,
                 min_partition=_narrowest(table.embedding_dim, ranks),
-                pooling_factors=[_values_a_request(name, batch) for name in table.feature_names],
+                pooling_factors=[values(name) for name in table.feature_names],
             )
     return EmbeddingShardingPlanner(
         topology=topology,
@@ -387,10 +392,32 @@ def _fills(rows: int, ranks: int) -> bool:
     return -(-rows // ranks) * (ranks - 1) < rows
 
 
-def _values_a_request(feature: str, batch: BatchSize) -> float:
-    if feature.startswith("history_"):
-        return batch.events / batch.requests
-    return batch.candidates / batch.requests if feature.startswith("candidate_") else 1.0
+def _item_collections(model: nn.Module) -> set[int]:
+    """The collections that pool lists of items: a row an item, not a request."""
+    archs = [m.item_sparse_arch for m in model.modules() if isinstance(m, DLRM_IFA)]
+    return {id(arch.embedding_bag_collection) for arch in archs if arch is not None}
+
+
+def _values_a_request(model: nn.Module, batch: BatchSize) -> Callable[[str], float]:
+    """How many values a request has of a feature, by its name."""
+    events, candidates = batch.events / batch.requests, batch.candidates / batch.requests
+    known: dict[str, float] = {}
+    for module in model.modules():
+        if isinstance(module, DLRM_IFA):
+            known |= dict.fromkeys(module.config.history_keys.values(), events)
+            known |= dict.fromkeys(module.config.candidate_keys.values(), candidates)
+            if module.item_sparse_arch is not None:
+                names = module.item_sparse_arch.sparse_feature_names
+                known |= dict.fromkeys(names, events + candidates)
+
+    def values(feature: str) -> float:
+        if feature in known:
+            return known[feature]
+        if feature.startswith("history_"):
+            return events
+        return candidates if feature.startswith("candidate_") else 1.0
+
+    return values
 
 
 def _narrowest(dim: int, world: int) -> int:

@@ -209,9 +209,10 @@ def zero_rows(model: nn.Module, zeroed: Mapping[str, torch.Tensor]) -> None:
         [False, True, False]
     """
     for name, value in model.state_dict().items():
-        rows = zeroed.get(name.rsplit(".", 2)[-2]) if name.endswith(".weight") else None
-        if rows is None:
+        place, _, table = name.removesuffix(".weight").rpartition(".")
+        if not place.endswith(("embeddings", "embedding_bags")) or table not in zeroed:
             continue
+        rows = zeroed[table]
         parts: list[tuple[int, torch.Tensor]] = [(0, value)]
         if isinstance(value, ShardedTensor):
             parts = [(s.metadata.shard_offsets[0], s.tensor) for s in value.local_shards()]

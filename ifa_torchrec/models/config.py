@@ -136,6 +136,36 @@ class DLRM_IFAConfig:
             return {name: keys[side] for name, keys in given.items()}
         return {name: ("history_", "candidate_")[side] + name for name in given}
 
+    def _check_names(self) -> None:
+        searched = () if self.search_feature is None else (self.search_feature,)
+        items, events = self.item_names, list(_keys("event_features", self.event_features))
+        for name, given, known, where in (
+            ("search_feature", searched, items, "item_features"),
+            ("identity_features", self.ifa.identity_features, items, "item_features"),
+            ("gates", self.gates, events, "event_features"),
+        ):
+            if unknown := set(given) - set(known):
+                raise ConfigError(
+                    f"DLRM_IFAConfig: {name} {sorted(unknown)} are no {where}; there are {list(known)}"
+                )
+
+    def _check_numbers(self) -> None:
+        numbers = {f"item_vectors[{name!r}]": width for name, width in self.item_vectors.items()}
+        numbers |= {"num_tasks": self.num_tasks}
+        least = dict.fromkeys(numbers, 1) | dict.fromkeys(_COLUMNS.values(), 0)
+        for name, bound in least.items():
+            value: Any = numbers[name] if name in numbers else getattr(self, name)
+            if not isinstance(value, int) or value < bound:
+                raise ConfigError(f"DLRM_IFAConfig: {name} must be {bound} or more, got {value!r}")
+        for name, scales in self.scales.items():
+            if name not in _COLUMNS:
+                raise ConfigError(f"DLRM_IFAConfig: scales of {name!r}; there are {list(_COLUMNS)}")
+            if len(scales) != self.columns(name):
+                raise ConfigError(
+                    f"DLRM_IFAConfig: {len(scales)} scales of {name}, but {_COLUMNS[name]} is "
+                    f"{self.columns(name)}; give one a column"
+                )
+
     def _check_keys(self) -> None:
         if isinstance(self.item_features, str) or not self.item_features:
             raise ConfigError(

@@ -30,8 +30,8 @@ class TrainConfig:
     ifa: IFAConfig = field(default_factory=lambda: IFAConfig(embedding_dim=64, num_heads=2))
     """The sequence interaction; the other interactions use what applies to them."""
     gate: tuple[str, ...] | None = None
-    """Event features by whose value each head learns what an event weighs; by default those of at most 64
-    values."""
+    """Event features by whose value each head learns what an event weighs; by default those of at
+    most 64 values."""
     recent_length: int = 50
     """Events that softmax_recent and din (the latest), sim, eta and twin (those found) attend to."""
     search_feature: str | None = None
@@ -57,7 +57,8 @@ class TrainConfig:
     row that is trained; by default the share of new items among the candidates of the split `valid`, at
     most 0.95."""
     table_init: float = 0.3
-    """Rows of tables that the training will use start uniform in plus or minus this; the others are 0."""
+    """Rows of tables that the training will use start uniform in plus or minus this; the others
+    start at 0."""
     optimizers: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimisers and learning rates."""
     sharding: ShardingConfig = field(default_factory=ShardingConfig)

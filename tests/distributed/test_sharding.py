@@ -7,6 +7,7 @@ largest value; logits and tables come to 5e-7, dense weights to 2e-6.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -23,17 +24,19 @@ import torch
 from helpers import assert_near
 from ranks import run_ranks
 from torch import Tensor
+from torchrec import EmbeddingBagCollection, EmbeddingCollection
 
-from ifa_torchrec import IFAConfig
-from ifa_torchrec.batch import RankingBatch
+from ifa_torchrec import DLRM_IFA, IFAConfig
+from ifa_torchrec.batch import RankingBatch, Scale
 from ifa_torchrec.data import EventBudgetSampler, EventLog, LogSchema, RankingDataset
 from ifa_torchrec.data.sampler import EMPTY_REQUEST
-from ifa_torchrec.distributed import OptimizerConfig, ShardingConfig, shard
+from ifa_torchrec.distributed import OptimizerConfig, ShardingConfig, shard, zero_rows
 from ifa_torchrec.models import DLRM_IFATrain
 from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig
 from ifa_torchrec.training import trainer as train_module
 from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.options import TrainConfig
+from ifa_torchrec.training.touched import touched_rows
 from ifa_torchrec.training.trainer import train
 
 STEP = 8
@@ -50,17 +53,43 @@ SCHEMA = LogSchema(
     context_features={"store": 3, "weekday": 7},
     dense_features=("hour",),
     candidate_dense=("price",),
+    item_lists={"genre": 9, "tag": 5},
+    item_dense=("cost",),
+    item_vectors={"text": 3},
+    event_features={"action": 4},
+    event_dense=("dwell",),
+    event_weight="importance",
+    context_lists={"interest": 8},
+    candidate_features={"place": 5},
+    log_scaled=("dwell",),
 )
-TABLES = ("item_table", "category_table", "store_table", "weekday_table")
+ITEMS, UNKNOWN = 41, 0.2
+"""Of them the last have no row; a fifth is made unknown besides."""
+WIDTHS = {"sequences": 24, "store": 8, "weekday": 16, "interest": 16, "genre": 8, "tag": 16}
+"""Of the tables, where D is 16."""
+OF_SEQUENCES = ("item_table", "category_table", "action_table", "place_table")
+OF_ITEMS = ("genre_table", "tag_table")
+TABLES = (*OF_SEQUENCES, "store_table", "weekday_table", "interest_table", *OF_ITEMS)
 
 SHARDINGS = {kind: dict.fromkeys(TABLES, kind) for kind in ("table_wise", "row_wise", "column_wise")}
-SHARDINGS["row_wise"]["store_table"] = "table_wise"  # of its rows four ranks could not have one each
+SHARDINGS["row_wise"] |= dict.fromkeys(
+    # a rank without a row of a width, and pooled rows of another number on each rank, cannot be
+    ("store_table", "action_table", "place_table", "interest_table", *OF_ITEMS),
+    "table_wise",
+)
 SHARDINGS["planner's choice"] = {}
 SHARDINGS["mix of whole rows"] = dict(
-    zip(TABLES, ("row_wise", "table_wise", "table_wise", "row_wise"), strict=True)
+    zip(TABLES, ("row_wise", *["table_wise"] * 4, "row_wise", *["table_wise"] * 3), strict=True)
 )
 SHARDINGS["mix"] = dict(
-    zip(TABLES, ("column_wise", "table_wise", "column_wise", "row_wise"), strict=True)
+    zip(
+        TABLES,
+        (
+            *("column_wise", "table_wise", "table_wise", "column_wise"),
+            *("column_wise", "row_wise", "table_wise", "column_wise", "table_wise"),
+        ),
+        strict=True,
+    )
 )
 CASES = {
     2: [
@@ -111,8 +140,21 @@ def log(tmp_path_factory) -> EventLog:
     start = pd.Timestamp(2024, 1, 1)
     users = np.repeat(list(NUM_EVENTS), list(NUM_EVENTS.values()))
     days = pd.to_timedelta(90 * rng.random(len(users)), unit="D")
-    count, items = len(USERS), SCHEMA.item_features["item"]
+    count, items = len(USERS), ITEMS
     candidates = [rng.permutation(items)[: rng.integers(1, 20)] for _ in USERS]
+
+    def numbers(size: int) -> np.ndarray:
+        """Some of them missing."""
+        return np.where(rng.random(size) < 0.2, np.nan, rng.gamma(2.0, 3.0, size))
+
+    def lists(size: int, rows: int) -> list[list[int]]:
+        """Some of them empty."""
+        return [rng.integers(1, rows, rng.integers(4)).tolist() for _ in range(size)]
+
+    described = pd.DataFrame({"item": range(items), "category": np.arange(items) % 7})
+    described["genre"], described["tag"] = [[], *lists(items - 1, 9)], [[], *lists(items - 1, 5)]
+    described["cost"] = [math.nan, *numbers(items - 1)]
+    described["text"] = [np.zeros(3), *rng.normal(size=(items - 1, 3))]
     requests = {
         "user": USERS,
         "time": start + pd.to_timedelta(90 + rng.random(count), unit="D"),
@@ -122,15 +164,24 @@ def log(tmp_path_factory) -> EventLog:
         "candidates": candidates,
         "exposed": [rng.random(len(c)) < 0.6 for c in candidates],
         "label": [rng.integers(2, size=len(c)) for c in candidates],
-        "price": [rng.normal(size=len(c)) for c in candidates],
+        "price": [numbers(len(c)) for c in candidates],
+        "place": [rng.integers(5, size=len(c)) for c in candidates],
+        "interest": lists(count, 8),
     }
     return EventLog.from_pandas(
         tmp_path_factory.mktemp("uneven") / "log",
         pd.DataFrame(
-            {"user": users, "time": start + days, "item": rng.integers(items, size=len(users))}
+            {
+                "user": users,
+                "time": start + days,
+                "item": rng.integers(items, size=len(users)),
+                "action": rng.integers(4, size=len(users)),
+                "dwell": numbers(len(users)),
+                "importance": rng.integers(3, size=len(users)) / 2,
+            }
         ),
         SCHEMA,
-        pd.DataFrame({"item": range(items), "category": np.arange(items) % 7}),
+        described,
         {"train": pd.DataFrame(requests)},
     )
 
@@ -150,21 +201,46 @@ def config_of(data: Path, out: Path, world: int, sharding: str, optimizer: str) 
         warmup_steps=2,
         max_events=48_000 // world,
         max_requests=STEP // world,
+        unknown_items=UNKNOWN,
         validate=False,
     )
 
 
+def model_of(schema: LogSchema, config: TrainConfig, scales: dict[str, Scale]) -> DLRM_IFA:
+    """``build_model``'s, with tables of other widths."""
+    model, meta = build_model(schema, config, scales), torch.device("meta")
+    context, lists = (
+        EmbeddingBagCollection(
+            device=meta,
+            tables=[
+                dataclasses.replace(table, embedding_dim=WIDTHS[table.name.removesuffix("_table")])
+                for table in arch.embedding_bag_collection.embedding_bag_configs()
+            ],
+        )
+        for arch in (model.sparse_arch, model.item_sparse_arch)
+    )
+    tables = [
+        dataclasses.replace(table, embedding_dim=WIDTHS["sequences"])
+        for table in model.sequence_arch.embedding_collection.embedding_configs()
+    ]
+    return DLRM_IFA((context, lists), EmbeddingCollection(tables, meta), model.config)
+
+
 def unsharded(config: TrainConfig) -> DLRM_IFATrain:
     """The model with the weights that all begin with."""
-    model = DLRM_IFATrain(build_model(SCHEMA, config), config.loss)
-    model.model.sparse_arch.to_empty(device="cpu")
-    model.model.sequence_arch.to_empty(device="cpu")
+    log = EventLog(config.data)
+    model = DLRM_IFATrain(model_of(SCHEMA, config, log.scales), config.loss)
+    for arch in (model.model.sparse_arch, model.model.item_sparse_arch, model.model.sequence_arch):
+        arch.to_empty(device="cpu")
     model.double()
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         # of float32, which the sharded model must hold exactly
         start = torch.randn(parameter.shape, generator=generator) * 0.3
         parameter.data.copy_(start)
+    touched = touched_rows(RankingDataset(log, "train"), histories=True, unknown_items=True)
+    assert not touched["genre"].all()
+    zero_rows(model, {f"{name}_table": ~rows for name, rows in touched.items()})
     return model
 
 
@@ -193,6 +269,7 @@ def train_on_this_rank(config: TrainConfig) -> Trained:
 
     with (
         mock.patch.object(train_module, "shard", shard_and_load),
+        mock.patch.object(train_module, "build_model", model_of),
         mock.patch.object(train_module, "RankingDataset", Dataset),
     ):
         train(config)
@@ -236,7 +313,7 @@ def train_unsharded(data: Path, world: int, optimizer: str) -> Trained:
     """A plain loop over the union of the ranks' batches, in float64."""
     config = config_of(data, data, world, "table_wise", optimizer)
     model, result, log = unsharded(config), Trained(), EventLog(data)
-    dataset = Dataset(log, "train")
+    dataset = Dataset(log, "train", None, UNKNOWN, config.seed)
     is_table = {name: ".embedding" in name for name, _ in model.named_parameters()}
     tables = [p for name, p in model.named_parameters() if is_table[name]]
     dense = [p for name, p in model.named_parameters() if not is_table[name]]
@@ -280,7 +357,7 @@ def table_update(optimizer: str, gradient: Tensor, squares: Tensor) -> Tensor:
 
 
 def in_float64(batch: RankingBatch) -> RankingBatch:
-    for name in ("dense_features", "candidate_dense", "history_age", "labels"):
+    for name in ("dense_features", "candidate_dense", "history_age", "history_weight", "labels"):
         setattr(batch, name, getattr(batch, name).double())
     return batch
 
@@ -370,6 +447,7 @@ def test_tables_are_sharded_as_asked(world, case, trained):
     for rank in trained:
         assert rank.kinds.keys() == set(TABLES)
         assert rank.kinds.items() >= SHARDINGS[sharding].items()
+        assert "row_wise" not in {rank.kinds[table] for table in OF_ITEMS}
         if optimizer == "rowwise_adagrad":
             assert "column_wise" not in rank.kinds.values()
 

@@ -154,7 +154,7 @@ def encode_backward(
         grad_keys = backward(grad_weighted * weight, projected, phi, -2).flatten(1, 2)
         # of keys and values at once, and of all the tile's rows: a product of many requests' few rows
         # each is mostly writing
-        grad_rows = torch.cat([grad_keys, grad_values], 1).transpose(0, 1).flatten(1)
+        grad_rows = torch.cat([x.transpose(0, 1) for x in (grad_keys, grad_values)]).flatten(1)
         grad_projections += grad_rows @ tokens.flatten(0, 1)
         grad_tokens = (grad_rows.T @ flat_weight).view_as(tokens)
         grad_history[row[valid]] = grad_tokens[valid].to(history.dtype)
