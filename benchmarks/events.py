@@ -36,11 +36,11 @@ IFA = IFAConfig(
     embedding_dim=64,
     num_heads=1,
     feature_map="hedgehog",
-    identity_features=("item", "category"),
+    identity_features=("item", "topic", "category"),
     identity_buckets=131072,
 )
-KINDS = synthetic.SyntheticConfig(train=6000, test=1500, mean_events=600, distance=200, kinds=True)
-NEW = synthetic.SyntheticConfig(train=6000, test=2000, mean_events=600, distance=200, new_items=0.5)
+KINDS = synthetic.SyntheticConfig(train=4000, test=1500, mean_events=400, distance=150, kinds=True)
+NEW = synthetic.SyntheticConfig(train=4000, test=2000, mean_events=400, distance=150, new_items=0.5)
 OLD = replace(NEW, new_items=0.0, test=1500)
 
 
@@ -114,6 +114,8 @@ def run(options: Options, row: Row, seed: int) -> dict[str, Any]:
     """Train and measure, where it was not done before; the metrics of the split `test`."""
     torch.set_num_threads(1)
     settings = dict(ifa=IFA, epochs=1 if options.smoke else options.epochs, seed=seed, validate=False)
+    if row.log == "old":  # its topics have no name
+        settings["ifa"] = replace(IFA, identity_features=("item", "category"))
     settings |= row.options
     name = "".join(c if c.isalnum() else "_" for c in f"{row.log} {row.name}")
     out = options.out / f"{name}_{seed}"

@@ -68,8 +68,8 @@ class RankingFeatures(Pipelineable):
             of the model's half-lives (the loader's is days).
         history_weight: [N] float >= 0, event weights a_i; None for 1.
         history_dense: [N, Fe] float, numbers that describe an event; None without any.
-        item_lists: KJT of stride U, several ids of an item a feature; pooled. None, as the fields that
-            follow, where the model's items have nothing of the kind.
+        item_lists: KJT of stride U >= 1, several ids of an item a feature; pooled. None, as the fields
+            that follow, where the model's items have nothing of the kind.
         item_dense: [U, Fi] float, numbers that describe an item.
         item_vectors: [U, V] float, frozen vectors of an item, one kind after the other.
         history_items: [N] int64, which of the U items each event is of.

@@ -150,7 +150,7 @@ def naive_event_weights(
             column = column * 0.5 ** (ages[events] / half_life)
         for g, table in enumerate(() if gates is None else gates.log_gates):
             kinds = inputs.history_gates[events, g].tolist()
-            logs = [table[kind, h] for kind in kinds]
+            logs = [table.flatten(1)[kind, h] for kind in kinds]
             column = column * torch.exp(torch.stack(logs) if logs else column)
         columns.append(column if weights is None else column * weights[events])
     return torch.stack(columns, dim=1)

@@ -97,7 +97,7 @@ def test_a_page_runs(page, folder, monkeypatch, capsys):
         dist.destroy_process_group()
     if page == "docs/index.md":
         printed = capsys.readouterr().out
-        assert "[True] [False]" in printed
+        assert "['taken', 'duplicate']" in printed
         gauc = re.search(r'"gauc": ([\d.]+)', printed)
         assert gauc is not None and float(gauc[1]) == pytest.approx(0.86, abs=0.03)
 

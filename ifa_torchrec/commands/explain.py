@@ -18,6 +18,7 @@ import torch.distributed as dist
 import tyro
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
+from ifa_torchrec.data.vocabulary import Ids
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules import predictions, ranking_score
 from ifa_torchrec.training.run import load_run
@@ -90,10 +91,8 @@ def explain(config: ExplainConfig) -> str:
             "weight": [f"{share:.4f}" for share in weight[order].tolist()],
             "days before": [f"{age:.1f}" for age in batch.history_age.cpu()[order].tolist()],
             **{
-                feature: run.log.vocabulary[feature].at(
-                    ids[f"history_{feature}"].values().cpu()[order].tolist()
-                )
-                for feature in run.log.schema.event_features
+                name: _called(run.log.vocabulary[name], ids[f"history_{name}"].values().cpu()[order])
+                for name in run.log.schema.event_features
             },
             "event": [names[number] for number in bought.cpu()[order].tolist()],
         }
@@ -107,6 +106,13 @@ def explain(config: ExplainConfig) -> str:
         f"top of {len(logits)} candidates: {names[int(chosen[top])]} ({told}); "
         f"{len(bought)} events in the history\n" + rows.to_string(index=False)
     )
+
+
+def _called(known: Ids, rows: torch.Tensor) -> list[str]:
+    """What to call the values of an id feature: their external ids; of hashed ones the rows."""
+    numbers = rows.tolist()
+    called = zip(numbers, known.at(numbers), strict=True)
+    return [str(row if i is None else i) if row else "unknown" for row, i in called]
 
 
 def main(config: Annotated[ExplainConfig, tyro.conf.arg(name="")]) -> None:

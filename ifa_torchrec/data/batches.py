@@ -38,7 +38,7 @@ def item_fields(
     if not (schema.item_lists or schema.item_dense or schema.item_vectors):
         return {}
     places, distinct = pd.factorize(np.concatenate([history, candidates]))
-    distinct = np.asarray(distinct)
+    distinct = np.asarray(distinct) if len(distinct) else np.zeros(1, np.int64)  # a KJT has a row
     fields: dict[str, Any] = {
         "history_items": tensor(places[: len(history)]),
         "candidate_items": tensor(places[len(history) :]),

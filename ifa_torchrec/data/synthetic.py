@@ -20,9 +20,9 @@ The recipe, with everything random drawn from one seed:
   its own. The label's probability is sigmoid(bias + strength * pull), the pull of a topic being the sum
   of the amounts of its events that were bought, over `evidence`. A quarter of the candidates are of
   interests, a quarter of skipped topics.
-- With `new_items`, that share of the candidates of `test` are items that no event and no request of
-  `train` has, of as many as there are rare ones, with topics like theirs; and an item feature `topic`
-  names the topic of every rare item.
+- With `new_items`, that share of the candidates of `valid` and `test` are items that no event and no
+  request of `train` has, of as many as there are rare ones, with topics like theirs; and an item feature
+  `topic` names the topic of every rare item.
 
 So a long history is worth as much as `strength`, `distance` and `noise` let it, and nothing but the
 history tells candidates apart. ``best_scores`` ranks as well as anyone can who knows this page but not
@@ -113,6 +113,12 @@ class SyntheticConfig:
             raise ConfigError(f"SyntheticConfig: new_items must be 0 to 1, got {self.new_items}")
 
     @property
+    def names_topics(self) -> bool:
+        """Whether an item's topic is a feature of it, and not only to be learnt: where the log is about
+        something else, the kinds of events or new items."""
+        return self.kinds or self.new_items > 0
+
+    @property
     def num_items(self) -> int:
         """Rare and everyday items, and the unknown one: rows of the item's table. New items follow."""
         return 1 + self.topics * self.items_per_topic + self.everyday_items
@@ -166,7 +172,7 @@ def prepare(path: str | Path, config: SyntheticConfig | None = None) -> EventLog
             }
         ),
         schema=LogSchema(
-            item_features=rows | ({"topic": config.topics + 1} if config.new_items else {}),
+            item_features=rows | ({"topic": config.topics + 1} if config.names_topics else {}),
             event_features={"action": len(ACTIONS)} if config.kinds else {},
             event_dense=("amount",) if config.kinds else (),
         ),
@@ -292,7 +298,7 @@ def _item_table(config: SyntheticConfig) -> pd.DataFrame:
     everyday = (item - 1 - config.topics * config.items_per_topic) % config.categories
     category = 1 + np.where(topic >= 0, topic // _TOPICS_PER_CATEGORY, everyday)
     category[0] = 0
-    names = {"topic": topic + 1} if new else {}
+    names = {"topic": topic + 1} if config.names_topics else {}
     return pd.DataFrame({"item": item, "category": category, **names})
 
 

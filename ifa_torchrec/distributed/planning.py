@@ -143,6 +143,7 @@ class DenseAndTokenReservation(FixedPercentageStorageReservation):
         tables = {id(p) for m in _collections(module) for p in m.parameters()}
         dense = sum(p.numel() * p.element_size() for p in module.parameters() if id(p) not in tables)
         dims = [c.embedding_dim for m in _collections(module) for c in _configs(m)]
+        dims += [m.config.ifa.embedding_dim for m in module.modules() if isinstance(m, DLRM_IFA)]
         vectors = EVENT_COPIES * self.batch.events + CANDIDATE_COPIES * self.batch.candidates
         dense, tokens = DENSE_COPIES * dense, vectors * 4 * max(dims, default=0)
         reserved = super().reserve(topology, batch_size, module, sharders, constraints)

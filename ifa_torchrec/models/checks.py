@@ -127,9 +127,6 @@ def _check_lengths(features: RankingFeatures, keys: Iterable[str], rows: int, of
     first, *others = keys
     if not _readable(sequences.values()):
         return
-    for name in (first, *others):
-        if name not in sequences.keys():  # noqa: SIM118 a KJT is no dict
-            raise ValueError(f"batch: sequence_features have no {name!r}; there are {sequences.keys()}")
     lengths = sequences[first].lengths()
     for name in others:
         if not torch.equal(sequences[name].lengths(), lengths):

@@ -81,6 +81,9 @@ class DLRM_IFAConfig:
             raise ConfigError(
                 f"DLRM_IFAConfig: interaction {self.interaction!r} is none of {list(INTERACTIONS)}"
             )
+        self._check_keys()
+        self._check_names()
+        self._check_numbers()
         object.__setattr__(self, "tasks", tuple(self.tasks) or binary_tasks(self.num_tasks))
         check_tasks(self.tasks)
         if len(self.tasks) != self.num_tasks:
@@ -89,9 +92,6 @@ class DLRM_IFAConfig:
                 f"DLRM_IFAConfig: num_tasks is {self.num_tasks}, but the tasks are {names}; give "
                 f"num_tasks={len(names)}"
             )
-        self._check_keys()
-        self._check_names()
-        self._check_numbers()
 
     @property
     def item_names(self) -> tuple[str, ...]:

@@ -10,8 +10,9 @@ from torch import nn
 
 from ifa_torchrec.modules.history import History
 
-SPREAD = 0.2
-"""Standard deviation of the log gates at the start: near 1, but alike in no two heads."""
+LEAN, SPREAD = 0.5, 0.2
+"""How log gates start: a head has LEAN for the values that are its own and -LEAN for the others, and a
+normal deviate of SPREAD, so that no two heads start alike, which would stay so."""
 
 
 class EventGates(nn.Module):
@@ -24,14 +25,14 @@ class EventGates(nn.Module):
 
     Args:
         gates: the number of values of each event feature that gates, by its name.
-        heads: H.
+        heads: their number, or numbers: (K, L) for K features that have L heads each.
         device: of the tables.
 
     Example:
         >>> import torch
         >>> from ifa_torchrec.modules import History
         >>> from ifa_torchrec.modules.gates import EventGates
-        >>> gates = EventGates({"action": 3}, heads=2)
+        >>> gates = EventGates({"action": 3}, heads=(2,))
         >>> _ = gates.log_gates[0].data.copy_(torch.tensor([[1.0, 1.0], [1.0, 0.0], [2.0, 0.5]]).log())
         >>> history = History(torch.zeros(2, 4), torch.tensor([0, 2]), gates=torch.tensor([[2], [1]]))
         >>> gates(history).weights.tolist()
@@ -39,32 +40,45 @@ class EventGates(nn.Module):
     """
 
     def __init__(
-        self, gates: Mapping[str, int], heads: int, device: torch.device | str | None = None
+        self,
+        gates: Mapping[str, int],
+        heads: tuple[int, ...],
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         for column, values in enumerate(gates.values()):
             # the module's own, not a ParameterList's, whose meta tensors DistributedModelParallel would
             # fill with memory as it is
-            table = nn.Parameter(torch.empty(values, heads, device=device))
+            table = nn.Parameter(torch.empty(values, *heads, device=device))
             self.register_parameter(f"log_gate_{column}", table)
         self.reset_parameters()
 
     @property
     def log_gates(self) -> list[nn.Parameter]:
-        """The tables [values, H], in the gates' order."""
+        """The tables [values, *heads], in the gates' order."""
         return list(self.parameters())
 
     def reset_parameters(self) -> None:
-        """Start anew; also after ``to_empty``."""
+        """Start anew; also after ``to_empty``. Values are dealt out to the heads, or the heads to the
+        values where these are fewer; a head that is alone has none of its own."""
         for table in self.log_gates:
             nn.init.normal_(table, std=SPREAD)
+            values, heads = table.shape[0], table.shape[-1]
+            groups = min(values, heads)
+            if groups > 1:
+                value, head = (torch.arange(n, device=table.device) for n in (values, heads))
+                own = (value[:, None] - head) % groups == 0
+                table.data.view(values, -1, heads).add_(torch.where(own, LEAN, -LEAN)[:, None])
 
     def forward(self, history: History) -> History:
-        """The history with weights a_i g_h(e_i) of each head, [N, H] float32 (or float64)."""
+        """The history with weights a_i g_h(e_i) of each head, [N, *heads] float32 (or float64)."""
         if history.gates is None:
             raise ValueError("history: it has no gates, which its events' weights are multiplied by")
-        weights = 1.0 if history.weights is None else history.weights[:, None]
-        for ids, table in zip(history.gates.T, self.log_gates, strict=True):
+        tables = self.log_gates
+        weights: float | torch.Tensor = 1.0
+        if history.weights is not None:
+            weights = history.weights.view(-1, *[1] * (tables[0].ndim - 1))
+        for ids, table in zip(history.gates.T, tables, strict=True):
             gate = table.to(torch.promote_types(table.dtype, torch.float32)).exp()
             weights = weights * gate.index_select(0, ids.to(torch.int64))
         return dataclasses.replace(history, weights=weights)

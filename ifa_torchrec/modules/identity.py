@@ -49,9 +49,8 @@ class IdentityHeads(nn.Module):
         self.config = config
         width = len(config.identity_features) * config.head_width
         self.value_proj = nn.Linear(config.embedding_dim, width, bias=False, device=device)
-        self.gates = (
-            EventGates(config.gates, config.num_identity_heads, device) if config.gates else None
-        )
+        heads = (len(config.identity_features), len(config.identity_half_lives))
+        self.gates = EventGates(config.gates, heads, device) if config.gates else None
 
     @property
     def decay(self) -> Tensor:
@@ -163,11 +162,10 @@ class IdentityHeads(nn.Module):
 
     def _gated(self, history: History) -> list[History]:
         """The history as each identity feature's heads weigh it: with gates, its weights are [N, L]."""
-        features, rates = len(self.config.identity_features), len(self.config.identity_half_lives)
         if self.gates is None:
-            return [history] * features
-        weights: Any = self.gates(history).weights
-        return [dataclasses.replace(history, weights=w) for w in weights.split(rates, dim=1)]
+            return [history] * len(self.config.identity_features)
+        weights: Any = self.gates(history).weights  # [N, K, L]
+        return [dataclasses.replace(history, weights=w) for w in weights.unbind(1)]
 
     def _value_weights(self) -> Tensor:
         return self.value_proj.weight.unflatten(0, (-1, self.config.head_width))

@@ -63,7 +63,7 @@ class InteractionFidelityAttention(SequenceInteraction):
         gain = _GAINS[config.feature_map]
         self.query_proj = self._projection(gain, device)
         self.key_proj = self._projection(gain, device)
-        self.gates = EventGates(config.gates, config.num_heads, device) if config.gates else None
+        self.gates = EventGates(config.gates, (config.num_heads,), device) if config.gates else None
 
     @overload
     def encode(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -70,10 +69,8 @@ class Catalogue:
         self._num_items = log.num_items
         self._rows = self.schema.item_features[self.schema.item]
         self._hashed_from = max(self._rows, self._num_items)
-        self._integer_users = True
-        if "user" in self._vocabulary.names:
-            users = self._vocabulary["user"].ids
-            self._integer_users = users is not None and pa.types.is_integer(users.type)
+        names = self._vocabulary.names
+        self._integer_users = "user" not in names or self._vocabulary["user"].integers
 
     def user(self, user: Id) -> Id:
         """The one name of a user: of users that are integers, the integer of a string of digits."""
@@ -137,6 +134,9 @@ class Catalogue:
 
         Of an event that stands in the journal since another version took it, ids that it has not are
         unknown and numbers that it has not are missing.
+
+        Raises:
+            RequestError: the logarithm is taken of one of its numbers, which is negative.
         """
         schema, count = self.schema, len(events)
         items, values = self.item_numbers([event.item for event in events]), np.zeros(count, np.int64)
@@ -147,7 +147,10 @@ class Catalogue:
             event_ids[name] = np.zeros(count, np.int64)
             ids = [value for value in given if value is not None]
             event_ids[name][has] = self._rows_of(name, ids, has, values)
-        dense = [float32s(f, [event.numbers.get(f) for event in events]) for f in schema.event_dense]
+        dense = [
+            float32s(f"numbers.{f}", [event.numbers.get(f) for event in events], f in schema.log_scaled)
+            for f in schema.event_dense
+        ]
         weight = None
         if schema.event_weight is not None:
             weight = torch.tensor([1.0 if e.weight is None else e.weight for e in events])

@@ -295,6 +295,9 @@ def describe(model: DLRM_IFA, schema: LogSchema, version: str, vocabulary: str) 
         "sizes": sizes,
         "inputs": [dataclasses.asdict(given) for given in inputs],
         "output": {"name": "logits", "shape": ["M", len(tasks)], "dtype": "float32", "columns": tasks},
+        "tasks": [dataclasses.asdict(task) for task in model.config.tasks],
+        "scores": "a binary task's logit is the log odds; a regression's number is scale.mean + "
+        "scale.deviation * logit, and expm1 of that where scale.log",
         "table_rows": {name: rows for table in tables for name, rows in table.items()},
         "missing": "a number that is missing is NaN; an id that is unknown, or new, is row 0",
         "identity": {

@@ -170,8 +170,7 @@ class Scorer:
         checked: dict[int, Event] = {}
         for n, event in enumerate(events):
             try:
-                event = checked_event(self.schema, event, max_ahead)
-                checked[n] = dataclasses.replace(event, user=self._catalogue.user(event.user))
+                checked[n] = checked_event(self.schema, event, max_ahead)
             except RequestError as error:
                 results[n] = EventResult("refused", str(error))
         results |= zip(checked, self.take_over(list(checked.values())), strict=True)
@@ -188,8 +187,10 @@ class Scorer:
         """
         if not events:
             return []
-        read = self._catalogue.read_events(events)
+        user = self._catalogue.user
+        events = [dataclasses.replace(event, user=user(event.user)) for event in events]
         try:
+            read = self._catalogue.read_events(events)
             new = self.store.append(events, lambda _: self._encode(read.features))
         except StoreError:
             raise

@@ -72,7 +72,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         >>> train(config)["steps"]
         1
         >>> sorted(evaluate(EvaluateConfig(folder / "run")))[:3]
-        ['auc', 'calibration', 'gauc']
+        ['auc', 'by_history', 'calibration']
     """
     return Trainer(config).train()
 

@@ -159,8 +159,11 @@ def test_what_the_schema_has_not_is_none(tmp_path: Path) -> None:
 
 def test_nothing_but_empty_requests(log: EventLog) -> None:
     batch = RankingDataset(log, "train")[[EMPTY_REQUEST] * 2]
-    assert batch.item_dense.shape == (0, 2) and batch.item_vectors.shape == (0, 5)
-    assert batch.history_dense.shape == (0, 2) and len(batch.item_lists.values()) == 0
+    # the unknown item stands for those that there are not: a KJT has a row
+    assert batch.item_dense.isnan().tolist() == [[True, True]]
+    assert batch.item_vectors.tolist() == [[0.0] * 5]
+    assert batch.item_lists.stride() == 1 and len(batch.item_lists.values()) == 0
+    assert len(batch.history_items) == 0 and batch.history_dense.shape == (0, 2)
     assert batch.context_features["interest"].lengths().tolist() == [0, 0]
 
 
@@ -230,6 +233,11 @@ class TestUnknownItems:
         dataset = RankingDataset(log, "train", unknown_items=self.SHARE)
         alone = [dataset[[row]].sequence_features["candidate_item"].values() for row in range(48)]
         assert torch.cat(alone).tolist() == first
+
+    def test_nearly_all(self, log: EventLog) -> None:
+        batch = RankingDataset(log, "train", unknown_items=0.95)[REQUESTS]
+        assert (self.hidden(batch, "history") == 1).mean() > 0.5
+        assert batch.num_requests == len(REQUESTS)
 
     @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
     def test_no_share(self, log: EventLog, share: float) -> None:

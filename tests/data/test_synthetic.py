@@ -147,13 +147,16 @@ class TestKinds:
 
 
 @pytest.mark.parametrize("kinds", [False, True])
-def test_new_items_are_candidates_of_the_test_alone(tmp_path, kinds: bool) -> None:
+def test_new_items_are_no_candidates_of_the_training(tmp_path, kinds: bool) -> None:
     config = replace(CONFIG, new_items=0.5, kinds=kinds)
     log = prepare(tmp_path / "log", config)
     assert log.num_items > log.schema.item_features["item"] == config.num_items
     assert log.new_items("train") == {"candidates": 0.0, "events": 0.0}
-    share = log.new_items("test")
-    assert share["candidates"] == pytest.approx(0.5, abs=0.02) and share["events"] == 0
+    assert log.splits == ["train", "valid", "test"]
+    assert len(log.requests("valid")["user"]) == config.test // 4
+    for split in ("valid", "test"):
+        share = log.new_items(split)
+        assert share["candidates"] == pytest.approx(0.5, abs=0.03) and share["events"] == 0
     items = np.arange(log.num_items)
     assert np.array_equal(log.items["topic"], topic_of(config, items) + 1)
     rare = log.items["topic"] > 0

@@ -318,6 +318,8 @@ class TestExternalIds:
             tmp_path / "log", events, LogSchema(item_features={"item": 4}), vocabulary=self.only_items()
         )
         assert log.num_items == 5 and sorted(log.events["item"]) == [0, 1, 4]
+        listed = self.only_items()["item"].at(range(1, 5))
+        assert log.item_names() == ["item 0", *(f"item {called}" for called in listed)]
 
     def only_items(self) -> Vocabulary:
         return Vocabulary({name: self.VOCABULARY[name] for name in ("user", "item")})

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from rich import make_rich
 from torch import nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -155,6 +156,40 @@ def test_both_collections_are_pipelined_and_losses_are_the_plain_loops(interacti
 def test_both_collections_are_pipelined_and_losses_are_the_plain_loops_on_two_ranks(log):
     for found in run_ranks(in_both_ways, 2, log.path, "ifa"):
         check(found)
+
+
+def of_all_fields(path: Path) -> dict:
+    """As ``in_both_ways``, with event features, lists, numbers and vectors."""
+    log = EventLog(path)
+
+    def made():
+        ifa = IFAConfig(8, num_heads=2, identity_features=("item",))
+        torch.manual_seed(0)
+        model = build_model(log.schema, TrainConfig(log.path, log.path, ifa=ifa), log.scales)
+        return shard(DLRM_IFATrain(model), init_process_group(), OptimizerConfig(dense_lr=0.01))
+
+    plain = plain_losses(*made(), batches_of(log))
+    model, optimizer = made()
+    pipeline = TrainPipelineSparseDist(model, optimizer, init_process_group())
+    with pipeline_log() as records:
+        losses = pipeline_losses(pipeline, batches_of(log))
+    return {
+        "plain": plain,
+        "pipeline": losses,
+        "complaints": complaints(records),
+        "pipelined": pipelined(records),
+        "modules": modules(model),
+    }
+
+
+def test_three_collections_are_pipelined_on_two_ranks(tmp_path):
+    """That of the lists of items too, whose rows are as many as the items of a rank's batch."""
+    log = make_rich().write(tmp_path / "log")
+    for found in run_ranks(of_all_fields, 2, log.path):
+        assert found["complaints"] == []
+        assert found["pipelined"] == 3
+        assert found["modules"] == [COLLECTIONS[0], *COLLECTIONS]
+        assert found["pipeline"] == pytest.approx(found["plain"], rel=1e-6)
 
 
 def test_ids_changed_before_the_lookup_would_be_noticed(log):

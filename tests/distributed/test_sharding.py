@@ -376,7 +376,7 @@ def train_cases(folder: Path, data: Path, world: int) -> list[Trained]:
 
 def train_on_ranks(world: int, log: EventLog, folder: Path) -> dict[tuple[str, str], list[Trained]]:
     """By case, what came of it on each rank."""
-    ranks = run_ranks(train_cases, world, folder, log.path, world)
+    ranks = run_ranks(train_cases, world, folder, log.path, world, timeout=300)
     return dict(zip(CASES[world], zip(*ranks, strict=True), strict=True))
 
 
@@ -399,7 +399,12 @@ def trained(request, world, case) -> list[Trained]:
 each_case = pytest.mark.parametrize(
     ("world", "case"),
     [
-        pytest.param(world, case, id=f"{world} ranks, {', '.join(case)}")
+        pytest.param(
+            world,
+            case,
+            id=f"{world} ranks, {', '.join(case)}",
+            marks=[pytest.mark.slow] if world == 4 else [],
+        )
         for world, cases in CASES.items()
         for case in cases
     ],

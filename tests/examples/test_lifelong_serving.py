@@ -24,5 +24,5 @@ def test_events_bring_the_service_to_the_trained_models_ranking(
     printed = capsys.readouterr().out
     before, after, whole = re.findall(r"GAUC .*: +(0\.\d{4})$", printed, re.MULTILINE)
     assert before != after == whole
-    assert re.search(r"\n0 new, [1-9]\d* duplicates", printed)
+    assert re.search(r"\n0 taken, [1-9]\d* duplicates", printed)
     assert "ended with status 0" in printed

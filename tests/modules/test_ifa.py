@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec import IFAConfig, InteractionFidelityAttention, UserState, ops
+from ifa_torchrec.modules.gates import EventGates
 from ifa_torchrec.ops.jagged import request_of_row
 
 EXACT = 1e-11  # in float64
@@ -484,7 +485,7 @@ def test_each_identity_head_has_a_gate_of_its_own():
     config = dataclasses.replace(CONFIG, gates={"action": 3}, identity_half_lives=(math.inf, math.inf))
     ifa, inputs = new_ifa(config), Inputs.random(config, [3], [1], weighted=False)
     gates = torch.tensor([[1.0, 2, 3, 4], [10, 20, 30, 40], [100, 200, 300, 400]]).double()
-    ifa.identity.gates.log_gates[0].data.copy_(gates.log())
+    ifa.identity.gates.log_gates[0].data.copy_(gates.log().view(3, 2, 2))
     inputs.history_ids = torch.tensor([[1, 1], [2, 1], [1, 2]])
     inputs.candidate_ids, inputs.history_gates = torch.tensor([[1, 1]]), torch.tensor([[0], [1], [2]])
     _, matched = ifa.identity(inputs.candidates, inputs.events, inputs.candidate_ids)
@@ -505,15 +506,25 @@ def test_an_event_of_weight_0_is_not_there(problem):
     assert_same(ifa(*inputs.with_events(rows).forward).values(), ifa(*inputs.forward).values())
 
 
-def test_gates_start_near_1_and_alike_in_no_two_heads():
+@pytest.mark.parametrize(
+    ("values", "heads", "own"),
+    [
+        (4, (2,), [[1, 0], [0, 1], [1, 0], [0, 1]]),
+        (2, (4,), [[1, 0, 1, 0], [0, 1, 0, 1]]),
+        (3, (2, 3), [[[1, 0, 0]] * 2, [[0, 1, 0]] * 2, [[0, 0, 1]] * 2]),
+        (3, (2, 1), None),  # a head alone prefers none
+        (1, (3,), None),
+    ],
+    ids=str,
+)
+def test_gates_start_near_1_with_values_dealt_out_to_the_heads(values, heads, own):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = dataclasses.replace(CONFIG, num_heads=4, half_lives=None, gates={"action": 50})
-        ifa = InteractionFidelityAttention(config)
-    for gates, heads in ((ifa.gates, 4), (ifa.identity.gates, 4)):
-        (table,) = gates.log_gates
-        assert table.shape == (50, heads)
-        assert table.abs().max() < 1.5 and (table.T.corrcoef() - torch.eye(heads)).abs().max() < 0.5
+        (table,) = EventGates({"action": values}, heads).log_gates
+    start = 0.0 if own is None else torch.tensor(own) - 0.5
+    assert table.shape == (values, *heads)
+    noise = (table - start).flatten().tolist()
+    assert max(map(abs, noise)) < 0.7 and len(set(noise)) == len(noise)  # no two are alike
 
 
 def test_gates_that_the_configuration_has_not_are_refused():

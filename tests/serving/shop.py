@@ -61,6 +61,7 @@ SHOP_IFA = IFAConfig(
     identity_features=("item", "category"),
     identity_buckets=64,
     identity_half_lives=(math.inf, 3.0),
+    gates={"action": 4},
 )
 START = pd.Timestamp(2024, 1, 1)
 

@@ -230,6 +230,9 @@ def test_the_command_describes_what_it_writes(monkeypatch, capsys, run: Run, tmp
     assert json.loads(capsys.readouterr().out) == about
     assert (about["version"], about["tables"]) == (run.version, "float32")
     assert about["vocabulary"] == run.log.vocabulary.digest
+    (task,) = about["tasks"]
+    assert task["name"] == about["output"]["columns"][0] and task["kind"] == "binary"
+    assert task["scale"] == {"mean": 0.0, "deviation": 1.0, "log": False}
     given = inputs(run.dlrm, run.log.schema, run.dataset("test")[[5]])
     sizes = {"M": len(given["candidate_ids"]), "U": len(given["identity_key"])}
     for (name, tensor), described in zip(given.items(), about["inputs"], strict=True):

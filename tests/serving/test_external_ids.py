@@ -10,9 +10,11 @@ import struct
 import numpy as np
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from shop import SHOP_IFA, VOCABULARY, shop_model
 
 from ifa_torchrec import InteractionFidelityAttention
+from ifa_torchrec.commands.build_states import BuildStatesConfig, build_states
 from ifa_torchrec.data import EventLog, RankingDataset
 from ifa_torchrec.serving import (
     Event,
@@ -26,8 +28,13 @@ from ifa_torchrec.serving import (
     StateStore,
     open_key_value_store,
 )
+from ifa_torchrec.serving.live import Limits, LiveScorer
+from ifa_torchrec.serving.service import create_app
 from ifa_torchrec.serving.states.journal import pack_event, unpack_event
 from ifa_torchrec.serving.states.layout import journal_key
+from ifa_torchrec.training.options import TrainConfig
+from ifa_torchrec.training.run import Run, load_run
+from ifa_torchrec.training.trainer import train
 
 LATER = 1_709_251_200_000_000  # 2024-03-01, after the shop's last event
 
@@ -236,6 +243,57 @@ def test_a_longer_vocabulary_picks_events_up_by_their_ids(shop, scorer, tmp_path
     assert [result.status for result in straight.append(told)] == ["taken"] * 2
     np.testing.assert_allclose(straight.score(asked)[0], caught, rtol=1e-5, atol=1e-6)
     assert newer.rank(asked)[0].unknown_candidates == 1
+
+
+@pytest.fixture(scope="module")
+def run(shop, tmp_path_factory) -> Run:
+    out = tmp_path_factory.mktemp("trained") / "run"
+    train(TrainConfig(shop.log.path, out, ifa=dataclasses.replace(SHOP_IFA, gates={}), validate=False))
+    return load_run(out, sharded=False)
+
+
+def test_states_built_of_a_log_are_those_of_its_events_over_http(shop, run, tmp_path):
+    """Users, items and what events have, by their external ids on both ways."""
+    build_states(BuildStatesConfig(run.config.out, str(tmp_path / "built"), 1000))
+    built = open_key_value_store(str(tmp_path / "built"))
+    store = StateStore(built, run.version)
+    assert store.known(["anna", "bob", "7", "eve", 1, 2]).tolist() == [True, True, *[False] * 4]
+    empty = open_key_value_store(str(tmp_path / "empty"))
+    layout = StateLayout.of(run.dlrm.candidate_arch.ifa)
+    assert layout.gates == {"action": 4, "device": 3}
+    StateStore.begin(empty, run.version, layout, 0, vocabulary=store.vocabulary).finish()
+    asked = [request(shop, "item 1", "item 12", "new", user=user) for user in ("anna", "bob")]
+    body = {
+        "requests": [
+            {**vars(r), "candidates": [*r.candidates], "time": "2024-03-01T00:00:00Z"} for r in asked
+        ]
+    }
+    events = [shop.event(n) for n in range(len(shop.events))]
+    sent = [{**vars(event), "time": str(np.datetime64(event.time, "us")) + "Z"} for event in events]
+
+    def load() -> Scorer:
+        return Scorer(run.dlrm, run.log, StateStore(empty, run.version))
+
+    with LiveScorer(load, Limits(timeout=60)) as live:
+        client = TestClient(create_app(live))
+        random.Random(0).shuffle(sent)
+        for part in (sent[:25], sent[20:]):
+            answer = client.post("/events", json={"events": part})
+            assert answer.status_code == 200, answer.text
+        assert [result["status"] for result in answer.json()["results"]] == [
+            *["duplicate"] * 5,
+            *["taken"] * (len(sent) - 25),
+        ]
+        rankings = client.post("/rank", json=body).json()["rankings"]
+    expected = Scorer(run.dlrm, run.log, store).rank(asked)
+    for ranking, wanted in zip(rankings, expected, strict=True):
+        assert ranking["items"] == wanted.items
+        np.testing.assert_allclose(ranking["logits"]["label"], wanted.logits[:, 0], rtol=1e-4, atol=1e-5)
+    # events in the log are counted as such by the built states
+    duplicates = Scorer(run.dlrm, run.log, store).append(events[:5])
+    assert {result.status for result in duplicates} == {"duplicate"}
+    for address in (built, empty):
+        address.close()
 
 
 def test_a_journal_of_another_format_is_refused(shop, scorer):

@@ -579,7 +579,9 @@ def test_a_reload_brings_weights_that_know_every_event(models, key_values, monke
         load.number = 1
         live.reload()
         catching.wait()
-        assert statuses(append(client, changed(EVENT, position=10_001))) == ["taken"]
+        # users are integers here, and their digits the same
+        again = changed(EVENT, position=10_001, user=str(BUSY_USER))
+        assert statuses(append(client, again)) == ["taken"]
         assert rank(client, REQUEST).json()["rankings"][0]["version"] == old
         go_on.set()
         until(lambda: live.version == new)

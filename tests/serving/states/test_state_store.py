@@ -29,7 +29,7 @@ from ifa_torchrec.serving import (
     open_key_value_store,
     versions,
 )
-from ifa_torchrec.serving.states.layout import Keys
+from ifa_torchrec.serving.states.layout import Keys, user_key
 
 DAY = 86_400_000_000
 CONFIG = IFAConfig(
@@ -143,6 +143,33 @@ def test_appended_states_are_those_of_all_events_in_any_order(key_values, config
     for first in range(0, len(shuffled), 17):
         assert all(store.append(shuffled[first : first + 17], model.encode_each))
     assert_holds(store, model, events)
+
+
+def test_users_that_are_strings_and_integers_never_meet(key_values):
+    users = [7, "7", -7, "seven", 2**63 - 1, -(2**63)]
+    model, events = Model(), random_events(120, users=users)
+    store = new_store(key_values, model)
+    assert all(store.append(events, model.encode_each))
+    for user in users:
+        assert_holds(store, model, [event for event in events if event.user == user])
+    assert store.known([*users, "anna", 8]).tolist() == [True] * 6 + [False] * 2
+    in_order = [user_key(user) for user in (-(2**63), -7, 0, 7, 2**63 - 1, "anything")]
+    assert in_order == sorted(in_order)
+
+
+def test_the_journal_gives_events_back_as_they_were(key_values):
+    """What was taken by one version is missed by the next, with all that it has."""
+    model = Model()
+    events = [
+        Event(0, "anna", 3, 5, {"action": "buy", "shop": -4}, {"amount": 2.5, "dwell": None}, 0.1),
+        Event(2**62, -7, 4, 6),
+        Event(9, 2**63 - 1, 5, 7, {"action": "\u00fcber"}, {}, 0.0),
+    ]
+    new_store(key_values, model).append(events, model.encode_each)
+    missed = [event for some in new_store(key_values, model, "v2").missed() for event in some]
+    assert sorted(missed, key=lambda event: event.position) == sorted(
+        events, key=lambda event: event.position
+    )
 
 
 def test_only_the_rows_asked_for_are_read(key_values):
