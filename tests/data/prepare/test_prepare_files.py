@@ -465,7 +465,7 @@ class TestReaders:
         rows = ["\ufeffuser_id:token\titem_id:token\trating:float\ttimestamp:float"]
         rows += [f"1\t{242 + n % 2}\t{3 + n % 2}\t{881250000 + 100 * n}" for n in range(10)]
         write(folder, "\n".join(rows), "tiny[1].inter")
-        assert len(recbole.prepare(folder, tmp_path / "log").events["item"]) == 5
+        assert len(recbole.prepare(folder, tmp_path / "log").events["item"]) == 10
 
     @pytest.mark.parametrize("reader", [kuairand, recflow])
     def test_of_patterns(self, tmp_path: Path, reader: Any) -> None:
