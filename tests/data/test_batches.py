@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from rich import KNOWN_ITEMS, RICH_SCHEMA, make_rich
+from every_field import KNOWN_ITEMS, RICH_SCHEMA, make_rich
 from toy import Toy, make_toy
 
 from ifa_torchrec.batch import RankingBatch

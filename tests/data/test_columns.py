@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from rich import KNOWN_ITEMS, RICH_SCHEMA, make_rich
+from every_field import KNOWN_ITEMS, RICH_SCHEMA, make_rich
 from toy import NUM_ITEMS, Toy, make_toy
 
 from ifa_torchrec.batch import Scale

@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from rich import RICH_SCHEMA, make_rich
+from every_field import RICH_SCHEMA, make_rich
 
 from ifa_torchrec.data import EventLog, LogError, LogSchema
 from ifa_torchrec.data.vocabulary import Ids, Vocabulary, hash_row

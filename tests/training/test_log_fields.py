@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from every_field import KNOWN_ITEMS, make_rich
 from ranks import run_ranks
-from rich import KNOWN_ITEMS, make_rich
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from toy import NUM_ITEMS, Toy, make_toy
 

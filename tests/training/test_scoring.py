@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from rich import KNOWN_ITEMS, RICH_SCHEMA, make_rich
+from every_field import KNOWN_ITEMS, RICH_SCHEMA, make_rich
 from toy import NEW_USER
 
 from ifa_torchrec.batch import RankingBatch, Scale

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rich import KNOWN_ITEMS, make_rich
+from every_field import KNOWN_ITEMS, make_rich
 from toy import BUSY_USER, Toy
 
 from ifa_torchrec import IFAConfig
