@@ -323,6 +323,11 @@ def test_an_exported_graph_takes_the_kernels_of_where_it_runs(here, monkeypatch)
         assert torch.equal(actual, wanted)
 
 
+def test_kernels_built_of_other_sources_are_not_called(monkeypatch):
+    monkeypatch.setattr(native, "_VERSION", native._VERSION + 1)
+    assert native.built() == (None, "not loaded: built of other sources; install the package again")
+
+
 def test_ifa_kernels_takes_a_lower_set_or_none_and_says_what_cannot_be(monkeypatch):
     for name in NATIVE:
         monkeypatch.setenv("IFA_KERNELS", name)

@@ -48,6 +48,9 @@ _SIGNATURES = {
     "match_backward": "ppnnpp pi pi pp ii pp i",
 }
 """The arguments of csrc/'s kernels: pointers, int64, int, float."""
+_VERSION = 2
+"""Of the signatures, as csrc/isa_plain.cpp has it: kernels of others would be called with arguments that
+they do not have. To be raised in both with every change."""
 
 
 INSTRUCTION_SETS = ("plain", "avx2", "avx512", "avx512_bf16")
@@ -92,6 +95,8 @@ def built() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(spec.origin)
     except OSError as error:
         return None, f"not loaded: {error}"
+    if not hasattr(library, "ifa_signatures") or library.ifa_signatures() != _VERSION:
+        return None, "not loaded: built of other sources; install the package again"
     library.ifa_instruction_set.restype = ctypes.c_char_p
     return library, library.ifa_instruction_set().decode()
 

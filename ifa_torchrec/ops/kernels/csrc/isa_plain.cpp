@@ -21,3 +21,6 @@ extern "C" __attribute__((visibility("default"))) const char* ifa_instruction_se
 #endif
   return "plain";
 }
+
+// Of the functions' arguments; see native.py.
+extern "C" __attribute__((visibility("default"))) int ifa_signatures() { return 2; }
