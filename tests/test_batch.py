@@ -8,9 +8,9 @@ from unittest.mock import Mock, sentinel
 
 import pytest
 import torch
+from every_field import make_rich
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
-from toy import make_toy
 
 from ifa_torchrec import RankingBatch
 from ifa_torchrec.data import RankingDataset
@@ -20,7 +20,7 @@ FIELDS = [f.name for f in dataclasses.fields(RankingBatch)]
 
 @pytest.fixture
 def batch(tmp_path: Path) -> RankingBatch:
-    return RankingDataset(make_toy().write(tmp_path / "log"), "valid")[[0, 5, 3]]
+    return RankingDataset(make_rich().write(tmp_path / "log"), "valid")[[0, 5, 3]]
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_to_moves_everything(batch: RankingBatch) -> None:
 def test_to_keeps_the_values(batch: RankingBatch) -> None:
     moved = tensors(batch.to(torch.device("cpu"), non_blocking=True))
     for name, tensor in tensors(batch).items():
-        assert torch.equal(moved[name], tensor), name
+        torch.testing.assert_close(moved[name], tensor, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
 def test_to_hands_non_blocking_on(mocks: RankingBatch) -> None:

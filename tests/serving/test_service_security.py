@@ -74,7 +74,8 @@ class Stub:
 
     async def rank(self, requests: list) -> list[LiveRanking]:
         logits = np.zeros((1, 1), np.float32)
-        return [LiveRanking([2], logits, None, 0, 0, "v", ("label",)) for _ in requests]
+        ranked = ([2], logits, None, 0, 0, "v", logits + 0.5, ("label",))
+        return [LiveRanking(*ranked) for _ in requests]
 
     async def append(self, events: list) -> list[EventResult]:
         return [EventResult("taken")] * len(events)
