@@ -72,7 +72,6 @@ class Row:
 ROWS = [
     Row("kinds", "IFA, gated by the action (the default)", {}),
     Row("kinds", "IFA, action and amount in the tokens alone", {"gate": ()}),
-    Row("kinds", "softmax over the whole history, the same tokens", {"interaction": "softmax"}),
     Row("plain", "IFA without event features", {}),
     Row("plain", "no history", {"interaction": "none"}),
     Row("new", "IFA, items made unknown as often as in `valid` (the default)", {}),
