@@ -33,8 +33,9 @@ $(STAMP): pyproject.toml setup.py $(wildcard ifa_torchrec/ops/kernels/csrc/*)
 demo: setup
 	$(BIN)/python examples/complete_journey/demo.py
 
+# two at a time, each on one thread; a file's tests share what they set up
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

@@ -19,6 +19,7 @@ import made_up
 pytest.importorskip("duckdb", reason="the extra `data` is not installed")
 
 
+@pytest.mark.slow
 def test_every_task_of_every_model_is_measured(tmp_path, monkeypatch, capsys) -> None:
     command = ["compare_tasks.py", "--out", str(tmp_path / "out"), "--users", "12", "--epochs", "1"]
     monkeypatch.setattr("sys.argv", command)
