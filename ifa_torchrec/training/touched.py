@@ -57,10 +57,8 @@ def touched_rows(
     ids |= {f: log.events[f][events] for f in schema.event_features}
     own = (*schema.context_features, *schema.context_lists, *schema.candidate_features)
     ids |= {f: requests[f] for f in own}
-    tables = (schema.item_features, schema.item_lists, schema.event_features)
-    tables += (schema.context_features, schema.context_lists, schema.candidate_features)
     result: dict[str, torch.Tensor] = {}
-    for name, rows in ((name, rows) for table in tables for name, rows in table.items()):
+    for name, rows in schema.tables.items():
         used = np.zeros(rows, bool)
         used[ids[name]] = True
         result[name] = torch.from_numpy(used)
