@@ -67,6 +67,12 @@ def export(config: ExportConfig) -> dict[str, Any]:
             raise ConfigError("--package: there is no C++ compiler; install g++, or set CXX") from error
     run = load_run(config.run, sharded=False)
     model = quantize_tables(run.dlrm) if config.int8 else run.dlrm
+    if config.package and model.config.ifa.identity_features:
+        # found by comparing logits: for some requests they are off by 0.02, for a cause not yet known
+        raise ConfigError(
+            "--package: AOTInductor compiles the look-up of identity heads wrongly; export without "
+            "--package (torch.export), or train without identity features"
+        )
     program = export_scorer(model, run.log.schema)
     draft = config.out.with_name(f".{config.out.name}")
     try:

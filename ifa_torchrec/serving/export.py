@@ -175,8 +175,7 @@ class ScoringGraph(nn.Module):
             return None
         one = dict(zip(self.schema.context_features, given["context_ids"].split(1), strict=True))
         lists = {name: given[f"context_list_{name}"] for name in self.schema.context_lists}
-        ids = {**one, **lists}
-        return self.context_arch(ids, {name: torch.zeros_like(ids[name]) for name in ids}, 1)
+        return self.context_arch({**one, **lists})
 
     def _lists(self, given: dict[str, Tensor], m: int) -> Tensor | None:
         """[M, Fl, D]."""
@@ -348,11 +347,13 @@ class _Pooled(nn.Module):
         """Of a model's, where it has one."""
         return None if arch is None else _Pooled(arch)
 
-    def forward(self, ids: dict[str, Tensor], row: dict[str, Tensor], rows: int) -> Tensor:
+    def forward(
+        self, ids: dict[str, Tensor], row: dict[str, Tensor] | None = None, rows: int = 1
+    ) -> Tensor:
         """
         Args:
             ids: of each feature, [L].
-            row: [L], in which of the ``rows`` each is pooled.
+            row: [L], in which of the ``rows`` each is pooled; None where there is one.
             rows: how many.
 
         Returns:
@@ -361,10 +362,14 @@ class _Pooled(nn.Module):
         pooled: list[Tensor] = []
         for name, table in zip(self.names, self.tables, strict=True):
             found = table(ids[name])
-            whole = found.new_zeros(rows, found.shape[1]).index_add(0, row[name], found)
+            ones = found.new_ones(found.shape[0], 1)
+            if row is None:
+                whole, count = found.sum(0, keepdim=True), ones.sum(0, keepdim=True)
+            else:
+                whole = found.new_zeros(rows, found.shape[1]).index_add(0, row[name], found)
+                count = found.new_zeros(rows, 1).index_add(0, row[name], ones)
             if name in self.means:
-                count = found.new_zeros(rows).index_add(0, row[name], found.new_ones(found.shape[0]))
-                whole = whole / count.clamp(min=1)[:, None]
+                whole = whole / count.clamp(min=1)
             pooled.append(self.projections(whole, name))
         return torch.stack(pooled, dim=1)
 
