@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,8 +126,13 @@ def modules(model: nn.Module) -> list[str]:
 def in_both_ways(path: Path, interaction: str) -> dict:
     """Losses of the plain loop and of the pipeline, and what the latter says of itself."""
     log = EventLog(path)
-    plain = plain_losses(*sharded(log, interaction), batches_of(log))
-    model, optimizer = sharded(log, interaction)
+    return both_ways(log, lambda: sharded(log, interaction))
+
+
+def both_ways(log: EventLog, made: Callable[[], tuple[nn.Module, Any]]) -> dict:
+    """Losses of the plain loop and of the pipeline, of models and optimizers made alike."""
+    plain = plain_losses(*made(), batches_of(log))
+    model, optimizer = made()
     pipeline = TrainPipelineSparseDist(model, optimizer, init_process_group())
     with pipeline_log() as records:
         losses = pipeline_losses(pipeline, batches_of(log))
@@ -168,18 +174,7 @@ def of_all_fields(path: Path) -> dict:
         model = build_model(log.schema, TrainConfig(log.path, log.path, ifa=ifa), log.scales)
         return shard(DLRM_IFATrain(model), init_process_group(), OptimizerConfig(dense_lr=0.01))
 
-    plain = plain_losses(*made(), batches_of(log))
-    model, optimizer = made()
-    pipeline = TrainPipelineSparseDist(model, optimizer, init_process_group())
-    with pipeline_log() as records:
-        losses = pipeline_losses(pipeline, batches_of(log))
-    return {
-        "plain": plain,
-        "pipeline": losses,
-        "complaints": complaints(records),
-        "pipelined": pipelined(records),
-        "modules": modules(model),
-    }
+    return both_ways(log, made)
 
 
 def test_three_collections_are_pipelined_on_two_ranks(tmp_path):
