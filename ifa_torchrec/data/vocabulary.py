@@ -108,12 +108,12 @@ class Ids:
         if self.kind == "numbered":
             given = np.asarray(ids)
             if given.dtype.kind != "i":  # some are strings, or none is there
-                numbers = (_integer(i) for i in ids)
+                numbers = (integer_of(i) for i in ids)
                 given = np.array([0 if i is None else i for i in numbers], np.int64)
             return np.where((given >= 0) & (given < self.rows), given, 0).astype(np.int64)
         row_of = self._rows.get
         if self.integers:
-            return np.array([row_of(_integer(i), 0) for i in ids], np.int64)
+            return np.array([row_of(integer_of(i), 0) for i in ids], np.int64)
         return np.array([row_of(i, 0) for i in ids], np.int64)
 
     def at(self, rows: Iterable[int]) -> list[ExternalId | None]:
@@ -311,8 +311,14 @@ class Vocabulary:
         return Vocabulary(ids)
 
 
-def _integer(identifier: Any) -> int | None:
-    """An id as an int64, where it is one or its decimal digits."""
+def integer_of(identifier: Any) -> int | None:
+    """An id as an int64, where it is one or its decimal digits; None elsewhere.
+
+    Example:
+        >>> from ifa_torchrec.data.vocabulary import integer_of
+        >>> integer_of("-7"), integer_of("07"), integer_of(2**63)
+        (-7, None, None)
+    """
     if isinstance(identifier, str):
         try:
             number = int(identifier)

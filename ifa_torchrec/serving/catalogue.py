@@ -14,6 +14,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from ifa_torchrec.batch import RankingFeatures
 from ifa_torchrec.data import EventLog
 from ifa_torchrec.data.batches import item_fields, jagged, stacked, tensor
+from ifa_torchrec.data.vocabulary import integer_of
 from ifa_torchrec.serving.requests import Id, RankingRequest, float32s
 from ifa_torchrec.serving.states.journal import Event
 
@@ -67,20 +68,15 @@ class Catalogue:
         self.schema, self._items, self._vocabulary = log.schema, log.items, log.vocabulary
         self.digest = self._vocabulary.digest
         self._num_items = log.num_items
-        self._rows = self.schema.item_features[self.schema.item]
-        self._hashed_from = max(self._rows, self._num_items)
+        self._item_rows = log.item_rows
+        self._hashed_from = max(self.schema.item_features[self.schema.item], self._num_items)
         names = self._vocabulary.names
         self._integer_users = "user" not in names or self._vocabulary["user"].integers
 
     def user(self, user: Id) -> Id:
         """The one name of a user: of users that are integers, the integer of a string of digits."""
-        if self._integer_users and isinstance(user, str):
-            try:
-                number = int(user)
-            except ValueError:
-                return user
-            return number if str(number) == user and -(2**63) <= number < 2**63 else user
-        return user
+        number = integer_of(user) if self._integer_users else None
+        return user if number is None else number
 
     def item_numbers(self, items: Sequence[Id]) -> np.ndarray:
         """The number of each item, [n] int64: that of the log, or one from a hash; 0 is "unknown"."""
@@ -200,7 +196,7 @@ class Catalogue:
         schema = self.schema
         described = np.where(items < self._num_items, items, 0)
         of_items = {f: self._items[f][described] for f in schema.item_features}
-        of_items[schema.item] = np.where(described < self._rows, described, 0)
+        of_items[schema.item] = self._item_rows(described)
         none = np.empty(0, np.int64)
         values: dict[str, np.ndarray] = {}
         for side, features in (
