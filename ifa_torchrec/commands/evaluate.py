@@ -22,6 +22,7 @@ import tyro
 
 from ifa_torchrec.commands.command_line import result_as_json
 from ifa_torchrec.data import RankingDataset
+from ifa_torchrec.data.schema import EXPOSED
 from ifa_torchrec.errors import ConfigError, writing
 from ifa_torchrec.models import DLRM_IFATrain
 from ifa_torchrec.modules import Task
@@ -29,7 +30,7 @@ from ifa_torchrec.serving import quantize_tables
 from ifa_torchrec.training.groups import shares
 from ifa_torchrec.training.metrics_table import as_table
 from ifa_torchrec.training.run import load_run
-from ifa_torchrec.training.scoring import TaskScores, measure, predict
+from ifa_torchrec.training.scoring import TaskScores, measure, predict, predict_alone
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,13 @@ def _evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], tuple[Task, ...]]
         if feature not in known:
             raise ConfigError(f"--by {feature}: no such context feature; there are {known}")
     dataset = run.dataset(config.split)
-    scores, milliseconds = predict(
-        run.model, dataset, run.device, run.config.max_events, run.config.max_requests
-    )
+    budget = run.config.max_events, run.config.max_requests
+    scores, milliseconds = predict(run.model, dataset, run.device, *budget)
     tasks = run.dlrm.config.tasks
-    metrics = measure(dataset, scores, tasks, config.by, apart=True)
+    alone = None
+    if run.dlrm.config.candidate_set.attention != "none" and not dataset.requests[EXPOSED].all():
+        alone = predict_alone(run.dlrm.eval(), dataset, run.device, *budget)
+    metrics = measure(dataset, scores, tasks, config.by, apart=True, alone=alone)
     metrics["shares"] = shares(dataset)
     metrics["notes"] = notes(dataset, scores, tasks)
     metrics["ms_per_request"] = milliseconds
