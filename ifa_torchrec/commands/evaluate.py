@@ -29,8 +29,9 @@ from ifa_torchrec.modules import Task
 from ifa_torchrec.serving import quantize_tables
 from ifa_torchrec.training.groups import shares
 from ifa_torchrec.training.metrics_table import as_table
-from ifa_torchrec.training.run import load_run
+from ifa_torchrec.training.run import Run, load_run
 from ifa_torchrec.training.scoring import TaskScores, measure, predict, predict_alone
+from ifa_torchrec.training.sets import best_by_score, chosen_one_by_one, measure_sets
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,16 @@ class EvaluateConfig:
     """Event log; by default the one the run was trained on."""
     by: tuple[str, ...] = ()
     """Context features: metrics are also given for the requests of each of their values."""
+    set_size: int | None = None
+    """Also measure the sets of so many candidates that the model would show: the best by their own
+    scores and, where it was trained for that (ifa train --candidate-set.generate), those chosen one
+    by one."""
     int8: bool = False
     """Round the tables to 8 bits, as ``ifa_torchrec.serve --int8`` does; each rank holds all of them."""
+
+    def __post_init__(self) -> None:
+        if self.set_size is not None and self.set_size < 1:
+            raise ConfigError(f"--set-size must be at least 1, got {self.set_size}")
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -55,6 +64,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     Returns:
         ``measure``'s numbers, new and known items apart; "shares" of what the model does not know;
+        with a set size "sets", what ``measure_sets`` says of those by "topk" and by "greedy";
         "notes", of each task whose ranking cannot be measured why; and "ms_per_request".
 
     Raises:
@@ -84,12 +94,24 @@ def _evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], tuple[Task, ...]]
     metrics = measure(dataset, scores, tasks, config.by, apart=True, alone=alone)
     metrics["shares"] = shares(dataset)
     metrics["notes"] = notes(dataset, scores, tasks)
+    if config.set_size is not None:
+        metrics["sets"] = sets(run, dataset, scores, config.set_size)
     metrics["ms_per_request"] = milliseconds
     if dist.get_rank() == 0:
         name = f"metrics-{config.split}{'-int8' if config.int8 else ''}.json"
         with writing(config.run / name):
             (config.run / name).write_text(result_as_json(metrics))
     return metrics, tasks
+
+
+def sets(run: Run, dataset: RankingDataset, scores: np.ndarray, k: int) -> dict[str, Any]:
+    """What the sets of k candidates are worth, by the ways that the model can choose them."""
+    model = run.dlrm.eval()
+    chosen = {"topk": best_by_score(dataset, scores, model.config.tasks, k)}
+    if model.config.candidate_set.generate:
+        budget = run.config.max_events, run.config.max_requests
+        chosen["greedy"] = chosen_one_by_one(model, dataset, run.device, budget, k)
+    return {strategy: measure_sets(dataset, place, k) for strategy, place in chosen.items()}
 
 
 def notes(dataset: RankingDataset, scores: np.ndarray, tasks: Sequence[Task]) -> dict[str, str]:

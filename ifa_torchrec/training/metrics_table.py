@@ -28,6 +28,8 @@ _RANKED, _AGAINST = "ranked_", "gauc_"
 _VIEWS = {"_exposed": "exposed", "_exposed_alone": "exposed, without the others"}
 """Ends of the numbers that are of the exposed candidates, and these columns' names."""
 
+_STRATEGIES = {"topk": "sets by top-k", "greedy": "chosen one by one"}
+
 
 def as_table(metrics: Mapping[str, Any], tasks: Sequence[Task]) -> str:
     """Each task by its kind, in words, and what the model does not know.
@@ -70,6 +72,8 @@ def as_table(metrics: Mapping[str, Any], tasks: Sequence[Task]) -> str:
             }
             lines.append(_text(groups, transposed=True))
         parts.append("\n".join(lines))
+    if "sets" in metrics:
+        parts.append(_text({_STRATEGIES[k]: _of_sets(v) for k, v in metrics["sets"].items()}))
     if "shares" in metrics:
         parts.append(_text(_shares(metrics["shares"]), transposed=True))
     return "\n\n".join(parts)
@@ -89,6 +93,17 @@ def _of_task(values: Mapping[str, Any]) -> dict[str, str]:
         if _RANKED + key in values
     }
     return {name: _number(values[key]) for key, name in named.items()}
+
+
+def _of_sets(values: Mapping[str, Any]) -> dict[str, str]:
+    """The numbers of sets; those by item feature have a row each."""
+    rows: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            rows |= {f"{name} of {feature}": _number(of) for feature, of in value.items()}
+        else:
+            rows[_NAMES.get(name, name)] = _number(value)
+    return rows
 
 
 def _shares(shared: Mapping[str, Any]) -> dict[str, dict[str, str]]:

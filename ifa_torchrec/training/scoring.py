@@ -52,7 +52,7 @@ def predict(
     training = model.training
     model.eval()
     tasks = len(dataset.log.schema.tasks)
-    result = _of_batches(
+    result = of_batches(
         dataset, device, max_events, max_requests, lambda batch: model(batch)[1][1], tasks
     )
     model.train(training)
@@ -80,10 +80,10 @@ def predict_alone(
         return logits
 
     width = model.config.num_tasks
-    return _of_batches(dataset, device, max_events, max_requests, score, width)[0]
+    return of_batches(dataset, device, max_events, max_requests, score, width)[0]
 
 
-def _of_batches(
+def of_batches(
     dataset: RankingDataset,
     device: torch.device,
     max_events: int,
@@ -91,8 +91,17 @@ def _of_batches(
     answer: Callable[[RankingBatch], Tensor],
     width: int,
 ) -> tuple[np.ndarray, float]:
-    """What ``answer`` says of each batch's candidates, [m, width], in the split's order; and
-    milliseconds a request."""
+    """What a function of a batch says of its candidates, for a whole split. Called by all ranks.
+
+    Args:
+        dataset, device, max_events, max_requests: as ``predict``.
+        answer: gives [m, width] for a batch of m candidates.
+        width: columns of it.
+
+    Returns:
+        [M, width] float32 on every rank, in the split's order, and this rank's milliseconds a request,
+        loading included.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
     sampler = EventBudgetSampler(dataset.history_lengths, max_events, max_requests, shard=(rank, world))
     loader = make_loader(dataset, sampler)
