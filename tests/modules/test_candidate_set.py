@@ -122,7 +122,7 @@ def naive_loss(config: CandidateSetLossConfig, logits, labels, exposed, offsets,
                 p = 1 / (1 + math.exp(-s[c]))
                 pointwise -= weight * math.log(p if y[c] else 1 - p)
                 weights += weight
-            positive = [c for c in rows if y[c]]
+            positive = [c for c in rows if y[c] and u[c]]
             negative = sum(u[c] * math.exp(s[c]) for c in rows if not y[c])
             if positive and negative > 0:
                 each = [-math.log(math.exp(s[c]) / (math.exp(s[c]) + negative)) for c in positive]
@@ -142,6 +142,7 @@ def naive_loss(config: CandidateSetLossConfig, logits, labels, exposed, offsets,
 
 CONFIGS = [
     CandidateSetLossConfig(),
+    CandidateSetLossConfig(unexposed=1.0),
     CandidateSetLossConfig(unexposed=0.3),
     CandidateSetLossConfig(pointwise_unexposed=False),
     CandidateSetLossConfig(pointwise=0.0, listwise=1.0),
@@ -183,7 +184,7 @@ class TestLoss:
         logits.requires_grad_()
         terms = {
             "pointwise": CandidateSetLossConfig(pointwise_unexposed=False),
-            "listwise": CandidateSetLossConfig(pointwise=0.0, listwise=1.0),
+            "listwise": CandidateSetLossConfig(pointwise=0.0, listwise=1.0, unexposed=1.0),
             "consistency": CandidateSetLossConfig(pointwise=0.0, consistency=1.0),
         }
         values = {}
