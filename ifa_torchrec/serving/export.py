@@ -68,7 +68,7 @@ class ScoringGraph(nn.Module):
 
     Raises:
         ValueError: the model has no user state.
-        StateError: candidates see each other, or its tables are of another type.
+        StateError: its tables are of another type, or of managed collisions.
 
     Attributes:
         inputs: a GraphInput for each argument of ``forward``, in order.
@@ -98,12 +98,6 @@ class ScoringGraph(nn.Module):
         ifa = model.candidate_arch.ifa.config
         if model.sequence_arch.managed:
             raise StateError("tables of managed collisions cannot be exported; serve them with Scorer")
-        if config.candidate_set.attention != "none":
-            raise StateError(
-                f"candidate_set {config.candidate_set.attention!r}: a model whose candidates see each "
-                "other cannot be exported, its attention among them takes sizes from tensors; serve it "
-                "with Scorer"
-            )
         self.config, self.schema = config, schema
         keys = list(config.candidate_keys.values())
         self.tables = plain_tables(model.sequence_arch.embedding_collection, keys)
@@ -114,7 +108,9 @@ class ScoringGraph(nn.Module):
         features = 0 if self.context_arch is None else len(self.context_arch.names)
         self.candidate_arch = CandidateArch(config, features, InteractionFidelityAttention(plain))
         self.set_arch = SetArch(
-            config, self.candidate_arch.num_vectors, self.candidate_arch.out_features
+            dataclasses.replace(config, ifa=plain),
+            self.candidate_arch.num_vectors,
+            self.candidate_arch.out_features,
         )
         self.candidate_arch.load_state_dict(model.candidate_arch.state_dict())
         self.set_arch.load_state_dict(model.set_arch.state_dict())

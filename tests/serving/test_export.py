@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -198,6 +199,40 @@ def test_a_model_of_items_alone_with_two_tasks() -> None:
         torch.testing.assert_close(found, logits, atol=1e-5, rtol=0)
 
 
+def model_of_sets(attention: Literal["softmax", "linear"]) -> DLRM_IFA:
+    """Candidates see each other; each finds what is not nothing."""
+    return model_of_one_feature(candidate_set=CandidateSetConfig(attention)).eval()
+
+
+@torch.no_grad()
+def assert_gives_the_logits_of_sets(score: Callable[..., Tensor], model: DLRM_IFA) -> None:
+    for candidates in (1, 2, 3, 40):
+        batch = items_alone(events=7, candidates=candidates, seed=candidates)
+        logits = model(batch)
+        given = inputs(model, ONE_FEATURE, batch)
+        torch.testing.assert_close(score(*given.values()), logits, atol=1e-5, rtol=1e-5)
+    first = first_candidate(given, ScoringGraph(model, ONE_FEATURE).inputs)
+    assert not torch.allclose(score(*first.values()), logits[:1], atol=1e-2)  # the others matter
+
+
+@pytest.mark.parametrize("attention", ["softmax", "linear"])
+def test_a_model_whose_candidates_see_each_other(attention: Literal["softmax", "linear"]) -> None:
+    model = model_of_sets(attention)
+    program = export_scorer(model, ONE_FEATURE)
+    assert_gives_the_logits_of_sets(program.module(), model)
+    assert_of_aten_alone(program)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["softmax", "linear"])
+def test_a_package_of_a_model_whose_candidates_see_each_other(
+    attention: Literal["softmax", "linear"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of_sets(attention)
+    package_scorer(export_scorer(model, ONE_FEATURE), tmp_path / "sets.pt2")
+    assert_gives_the_logits_of_sets(load_package(tmp_path / "sets.pt2", monkeypatch), model)
+
+
 def items_alone(events: int, candidates: int, seed: int) -> RankingBatch:
     generator = torch.Generator().manual_seed(seed)
     return RankingBatch(
@@ -219,7 +254,6 @@ def items_alone(events: int, candidates: int, seed: int) -> RankingBatch:
     ("model", "message"),
     [
         (lambda: model_of_one_feature(interaction="mean"), "'mean' has no user state"),
-        (lambda: model_of_one_feature(candidate_set=CandidateSetConfig("linear")), "see each other"),
         (lambda: quantize_tables(model_of_one_feature(), torch.float16), "FP16 cannot be exported"),
     ],
 )
