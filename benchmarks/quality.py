@@ -130,6 +130,10 @@ class Options:
     """Tiny logs, one seed, no page: do all runs work?"""
 
 
+LOSS = CandidateSetLossConfig(unexposed=1.0)
+"""Of whatever stands on a shop's shelf, promoted or not, it is known whether it was bought."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One training and its evaluation."""
@@ -193,7 +197,7 @@ def ablations(data: str) -> dict[str, dict[str, Any]]:
         "4,096 buckets": ifa(identity_buckets=4096),
         "candidates see each other, softmax": model(candidate_set=related),
         "candidates see each other, linear": model(candidate_set=CandidateSetConfig("linear")),
-        "loss: + 0.5 listwise": model(loss=CandidateSetLossConfig(listwise=0.5)),
+        "loss: + 0.5 listwise": model(loss=replace(LOSS, listwise=0.5)),
     }
     if data == JOURNEY:
         result |= {
@@ -210,7 +214,7 @@ def ablations(data: str) -> dict[str, dict[str, Any]]:
                 loss=CandidateSetLossConfig(pointwise_unexposed=False, consistency=0.3),
             ),
             "softmax set; loss: + 0.3 consistency": model(
-                candidate_set=related, loss=CandidateSetLossConfig(consistency=0.3)
+                candidate_set=related, loss=replace(LOSS, consistency=0.3)
             ),
         }
     return result
@@ -262,7 +266,7 @@ def run(options: Options, job: Job, deadline: float) -> dict[str, float] | None:
         validate=False,
         checkpoint_every=10**9,
         seed=job.seed,
-        **job.options,
+        **{"loss": LOSS, **job.options},
     )
     result_file = folder / "result.json"
     options_of_run = repr(dataclasses.asdict(config))

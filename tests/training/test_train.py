@@ -30,7 +30,7 @@ from ifa_torchrec.distributed.checkpoint import checkpoints
 from ifa_torchrec.errors import ConfigError, DivergedError
 from ifa_torchrec.models import DLRM_IFATrain
 from ifa_torchrec.models.archs import CandidateArch
-from ifa_torchrec.modules import INTERACTIONS
+from ifa_torchrec.modules import INTERACTIONS, CandidateSetConfig
 from ifa_torchrec.training import trainer as train_module
 from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.options import TrainConfig, from_json, to_json
@@ -612,6 +612,38 @@ class TestEvaluate:
         assert rounded["ne"] != metrics["ne"] == pytest.approx(rounded["ne"], abs=1e-3)
         assert (trained / "metrics-test.json").read_text() == result_as_json(metrics)
         assert (trained / "metrics-test-int8.json").read_text() == result_as_json(rounded)
+
+    def test_the_exposed_alone_are_scored_as_if_there_were_no_others(
+        self, config: TrainConfig, toy: Toy, tmp_path: Path
+    ) -> None:
+        """As in a log from which the unexposed are gone."""
+        related = dataclasses.replace(
+            config, out=tmp_path / "related", candidate_set=CandidateSetConfig("softmax"), epochs=1
+        )
+        train(related)
+        metrics = evaluate(EvaluateConfig(related.out))
+        shown = {
+            split: frame.assign(
+                **{
+                    name: [
+                        np.asarray(values)[np.asarray(exposed)]
+                        for values, exposed in zip(frame[name], frame["exposed"], strict=True)
+                    ]
+                    for name in toy.schema.candidate_lists
+                }
+            )
+            for split, frame in toy.requests.items()
+        }
+        log = dataclasses.replace(toy, requests=shown).write(tmp_path / "shown")
+        wanted = evaluate(EvaluateConfig(related.out, data=log.path))
+        for name in ("gauc", "ne", "calibration"):
+            assert metrics[f"{name}_exposed_alone"] == pytest.approx(wanted[name], abs=1e-5)
+            assert f"{name}_exposed" in metrics and f"{name}_exposed_alone" not in wanted
+        assert metrics["gap_exposed_alone"] > 0
+
+    def test_candidates_that_do_not_see_each_other_have_no_gap(self, trained: Path) -> None:
+        metrics = evaluate(EvaluateConfig(trained))
+        assert "gauc_exposed" in metrics and "gap_exposed_alone" not in metrics
 
     def test_by_context_feature(self, trained: Path, toy: Toy) -> None:
         metrics = evaluate(EvaluateConfig(trained, split="train", by=("store", "weekday")))
