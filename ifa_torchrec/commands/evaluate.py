@@ -49,12 +49,13 @@ class EvaluateConfig:
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Load a run's last checkpoint and measure a split; rank 0 writes RUN/metrics-SPLIT.json, or
-    metrics-SPLIT-int8.json.
+    """Load a run's best checkpoint, or its last, and measure a split; rank 0 writes
+    RUN/metrics-SPLIT.json, or metrics-SPLIT-int8.json.
 
     Returns:
         ``measure``'s numbers, new and known items apart; "shares" of what the model does not know;
-        "notes", of each task whose ranking cannot be measured why; and "ms_per_request".
+        "notes", of each task whose ranking cannot be measured why; "ms_per_request"; and "step", that of
+        the checkpoint.
 
     Raises:
         CheckpointError: the run has no checkpoint.
@@ -82,6 +83,7 @@ def _evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], tuple[Task, ...]]
     metrics["shares"] = shares(dataset)
     metrics["notes"] = notes(dataset, scores, tasks)
     metrics["ms_per_request"] = milliseconds
+    metrics["step"] = run.step
     if dist.get_rank() == 0:
         name = f"metrics-{config.split}{'-int8' if config.int8 else ''}.json"
         with writing(config.run / name):

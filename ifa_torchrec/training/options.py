@@ -73,6 +73,14 @@ class TrainConfig:
     """Most requests a batch and rank."""
     validate: bool = True
     """Measure the split `valid`, if there is one, after each epoch."""
+    validate_every: int | None = None
+    """Steps after which it is measured within an epoch too."""
+    keep_best: str | None = None
+    """Metric of the split `valid` by which the best checkpoint is kept and used, e.g. gauc, ne, or of
+    several tasks click_ne; last for the last checkpoint. By default the order within the requests
+    (gauc), or where none can be ranked ne; last without that split."""
+    patience: int | None = None
+    """End after so many validations in a row that were no better; by default none."""
     checkpoint_every: int = 500
     """Steps between checkpoints; there is one at the end in any case."""
     resume: bool = False
@@ -83,6 +91,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         at_least = dict.fromkeys(("epochs", "max_events", "max_requests", "checkpoint_every"), 1)
         at_least |= {"history_length": 1, "recent_length": 1, "warmup_steps": 0, "seed": 0}
+        at_least |= {"validate_every": 1, "patience": 1}
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -101,7 +110,7 @@ class TrainConfig:
 
     def fixed(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its resumption."""
-        free = {"data", "out", "resume", "checkpoint_every", "validate"}
+        free = {"data", "out", "resume", "checkpoint_every", "validate", "validate_every", "patience"}
         free |= {"max_events", "max_requests", "sharding", "rank_by"}
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
 

@@ -27,11 +27,13 @@ from ifa_torchrec.models import DLRM_IFATrain
 from ifa_torchrec.modules import CandidateSetLossConfig
 from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.curves import Curves
+from ifa_torchrec.training.decide import decided
 from ifa_torchrec.training.options import TrainConfig, to_json, write_options
 from ifa_torchrec.training.progress import progress_bar
 from ifa_torchrec.training.run import check_log, inputs_of
 from ifa_torchrec.training.scoring import measure, predict
 from ifa_torchrec.training.touched import touched_rows
+from ifa_torchrec.training.validations import FILE, LAST, Validations, flat
 
 _REPORT_EVERY = 10  # steps
 _MOST_UNKNOWN = 0.95  # of the items: the others are what their rows learn from
@@ -43,7 +45,8 @@ def train(config: TrainConfig) -> dict[str, float]:
     Returns:
         "steps", "seconds" (training alone); if there was a step to make, "events_per_second"
         (this rank's), "loss" (mean of the last tenth, all ranks'), and "imbalance" (see
-        EventBudgetSampler); if validated, "valid_gauc" and others.
+        EventBudgetSampler); if validated, "best_step", which is the one that counts from now on, and
+        its "valid_gauc" and others.
 
     Raises:
         LogError: the event log is missing or bad.
@@ -95,10 +98,10 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self.config = config
         self.device = init_process_group()
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.log = EventLog(config.data)
+        self.config = config = decided(config, self.log)
         self._unknown = unknown_items(self.log, config)
         self.dataset = RankingDataset(
             self.log, "train", config.history_length, self._unknown, config.seed
@@ -137,15 +140,13 @@ class Trainer:
         """Go on to the last epoch's end, from the last checkpoint where there is one. See ``train``."""
         with checkpoint.locked(self.config.out):
             self._begin()
-            result: dict[str, float] = {}
-            while self.epoch < self.config.epochs:
+            self._validate_if_due()  # a run may have been stopped when this was all that was left to do
+            while self.epoch < self.config.epochs and not self._is_enough():
                 self._train_epoch()
-                result = self.validate()
-            if not result:  # the checkpoint was of a run that had nothing left but this
-                result = self.validate()
             self._bar.close()
             if self._curves is not None:
                 self._curves.close()
+        result = self._best()
         if self.losses:
             tail = self.losses[-max(len(self.losses) // 10, 1) :]
             result["loss"] = sum(tail) / len(tail)
@@ -161,22 +162,46 @@ class Trainer:
         self.step += 1
 
     def validate(self) -> dict[str, float]:
-        """Measure the split `valid`, if there is one and the config wants it.
+        """Measure the split `valid`.
 
         Returns:
-            "valid_METRIC", or for several tasks "valid_TASK_METRIC"; empty if nothing was measured.
+            Its metrics, for several tasks as "TASK_METRIC"; the same on all ranks.
         """
         config = self.config
-        if not config.validate or "valid" not in self.log.splits:
-            return {}
         dataset = RankingDataset(self.log, "valid", config.history_length)
         scores, _ = predict(self.model, dataset, self.device, config.max_events, config.max_requests)
         metrics = measure(dataset, scores, self._model_config.tasks)
-        if len(self.log.schema.tasks) > 1:
-            metrics = {f"{task}_{k}": v for task, of_task in metrics.items() for k, v in of_task.items()}
+        found = [flat(metrics, len(self.log.schema.tasks))]
+        dist.broadcast_object_list(found)  # or another processor's last digit would part the ranks
         if self._curves is not None:
-            self._curves.show({f"valid/{name}": v for name, v in metrics.items()}, self.step)
-        return {f"valid_{name}": value for name, value in metrics.items()}
+            self._curves.show({f"valid/{name}": v for name, v in found[0].items()}, self.step)
+        return found[0]
+
+    def _validate_if_due(self) -> None:
+        """At the end of an epoch and every ``validate_every`` steps, if that was not done."""
+        config, every = self.config, self.config.validate_every
+        due = self.step and (not self.taken or (every and self.step % every == 0))
+        if not due or not config.validate or "valid" not in self.log.splits:
+            return
+        if self.step not in self._validations.by_step:
+            self._validations.by_step[self.step] = self.validate()
+            if self.rank == 0:
+                self._validations.write()
+
+    def _is_enough(self) -> bool:
+        """Whether it has been no better for as long as the config's patience lasts."""
+        patience = self.config.patience
+        return patience is not None and self._validations.without_gain >= patience
+
+    def _best(self) -> dict[str, float]:
+        """What was measured of the step that counts, as "valid_METRIC", and "best_step"; empty if
+        nothing was measured."""
+        if not self._validations.by_step:
+            return {}
+        best = self._validations.best
+        step = max(self._validations.by_step) if best is None else best
+        metrics = self._validations.by_step[step]
+        return {"best_step": step, **{f"valid_{name}": value for name, value in metrics.items()}}
 
     def state_dict(self) -> dict[str, Any]:
         """How far it is and what it belongs to; as JSON, beside the weights in a checkpoint."""
@@ -202,6 +227,7 @@ class Trainer:
             self.step, self.epoch, self.taken = (progress[k] for k in ("step", "epoch", "request"))
         else:
             self._start_anew()
+        self._validations = Validations.read(config.out, config.keep_best or LAST, self.step)
         self._curves = None
         if self.rank == 0:
             if config.resume:
@@ -227,6 +253,7 @@ class Trainer:
         if self.rank == 0:
             shutil.rmtree(self.config.out / "vocabulary", ignore_errors=True)  # of one that was killed
             with writing(self.config.out):
+                (self.config.out / FILE).unlink(missing_ok=True)
                 self.log.vocabulary.save(self.config.out)
         histories = bool(self._model_config.history_keys)
         touched = touched_rows(self.dataset, histories, self._unknown > 0)
@@ -258,14 +285,21 @@ class Trainer:
             last = number == len(self.sampler)
             if last:
                 self.epoch, self.taken = self.epoch + 1, 0
-            save = last or self.step % self.config.checkpoint_every == 0
+            every = self.config.validate_every
+            measured = last or (every is not None and self.step % every == 0)
+            save = measured or self.step % self.config.checkpoint_every == 0
             if save or self.step % _REPORT_EVERY == 0:
                 self._report()
             if save:
                 self._seconds += time.perf_counter() - self._start
-                checkpoint.save(self._checkpoints, self.model, self.optimizer, self.state_dict())
+                best = self._validations.best
+                checkpoint.save(self._checkpoints, self.model, self.optimizer, self.state_dict(), best)
+                if measured:
+                    self._pipeline.detach()  # the next step attaches it again
+                    self._validate_if_due()
                 self._start = time.perf_counter()
-        self._pipeline.detach()
+            if self._is_enough():
+                break
 
     def _report(self) -> None:
         self.losses += _finite(self._unread, self.step, self._checkpoints)
