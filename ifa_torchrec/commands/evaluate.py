@@ -76,7 +76,7 @@ def _evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], tuple[Task, ...]]
             raise ConfigError(f"--by {feature}: no such context feature; there are {known}")
     dataset = run.dataset(config.split)
     scores, milliseconds = predict(
-        run.model, dataset, run.device, run.config.max_events, run.config.max_requests
+        run.model, dataset, run.device, run.config.max_events, run.config.scored_requests
     )
     tasks = run.dlrm.config.tasks
     metrics = measure(dataset, scores, tasks, config.by, apart=True)

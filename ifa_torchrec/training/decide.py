@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from contextlib import suppress
 from typing import Any, get_type_hints
+
+import numpy as np
+import torch.distributed as dist
 
 from ifa_torchrec.data import EventLog, RankingDataset
 from ifa_torchrec.distributed import checkpoint
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.training.build import tasks_of
-from ifa_torchrec.training.options import TrainConfig, from_json
+from ifa_torchrec.training.options import MOST_REQUESTS, TrainConfig, from_json, to_json
 from ifa_torchrec.training.validations import LAST, check_metric
 
-_DECIDED = ("keep_best",)
+STEPS_A_PASS = 500
+"""Steps that a pass should have: with fewer, batches are smaller."""
+FEWEST_REQUESTS = 4
+"""Of a step's, on all ranks together, however few there are to train on."""
+WARM_UP = 0.08
+"""Share of the steps in which the dense learning rate rises."""
+TOO_FEW_STEPS = 200
+"""With fewer, a run says so."""
+_DECIDED = ("keep_best", "warmup_steps")
 """Options that a run must not change once it has begun."""
 
 
-def decided(config: TrainConfig, log: EventLog) -> TrainConfig:
+def decided(config: TrainConfig, dataset: RankingDataset) -> TrainConfig:
     """The options with a value for each that was None and means "as the log has it". Called by all
     ranks.
 
@@ -26,7 +38,7 @@ def decided(config: TrainConfig, log: EventLog) -> TrainConfig:
 
     Args:
         config: TrainConfig.
-        log: the event log that it trains on.
+        dataset: the requests that it trains on.
 
     Raises:
         ConfigError: an option asks for what the log has not.
@@ -34,21 +46,88 @@ def decided(config: TrainConfig, log: EventLog) -> TrainConfig:
     Example:
         >>> import tempfile
         >>> from pathlib import Path
+        >>> from ifa_torchrec.data import RankingDataset
         >>> from ifa_torchrec.data.synthetic import SyntheticConfig, prepare
         >>> from ifa_torchrec.distributed import init_process_group
         >>> from ifa_torchrec.training.decide import decided
         >>> from ifa_torchrec.training.options import TrainConfig
         >>> _, folder = init_process_group(), Path(tempfile.mkdtemp())
         >>> log = prepare(folder / "log", SyntheticConfig(train=20, test=5, mean_events=20))
-        >>> decided(TrainConfig(folder / "log", folder / "run"), log).keep_best
-        'last'
+        >>> config = TrainConfig(folder / "log", folder / "run", epochs=5)
+        >>> config = decided(config, RankingDataset(log, "train"))
+        >>> config.max_requests, config.warmup_steps, config.keep_best
+        (4, 2, 'last')
     """
     begun = _begun(config) if config.resume else {}
     begun = {name: value for name, value in begun.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **begun)
     if "keep_best" not in begun:
-        config = dataclasses.replace(config, keep_best=_keep_best(config, log))
+        config = dataclasses.replace(config, keep_best=_keep_best(config, dataset.log))
+    if config.max_requests is None:
+        config = dataclasses.replace(config, max_requests=_max_requests(len(dataset)))
+    if config.warmup_steps is None:
+        warm = round(WARM_UP * steps(config, dataset.history_lengths))
+        config = dataclasses.replace(config, warmup_steps=warm)
     return config
+
+
+def told(given: TrainConfig, config: TrainConfig) -> str:
+    """What was decided, as options of the command.
+
+    Args:
+        given: as the user gave them.
+        config: from ``decided``.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.training.decide import told
+        >>> from ifa_torchrec.training.options import TrainConfig
+        >>> given = TrainConfig(Path("log"), Path("run"), max_requests=8)
+        >>> told(given, replace(given, warmup_steps=40, keep_best="gauc"))
+        '--warmup-steps 40 --keep-best gauc'
+    """
+    return " ".join(_differing(to_json(dataclasses.asdict(given)), to_json(dataclasses.asdict(config))))
+
+
+def _differing(given: dict[str, Any], config: dict[str, Any], prefix: str = "--") -> list[str]:
+    result: list[str] = []
+    for name, value in config.items():
+        option = f"{prefix}{name.replace('_', '-')}"
+        if isinstance(value, dict) and isinstance(given[name], dict):
+            result += _differing(given[name], value, f"{option}.")
+        elif value != given[name]:
+            values = value if isinstance(value, list) else [value]
+            result.append(" ".join([option, *map(str, values)]))
+    return result
+
+
+def steps(config: TrainConfig, history_lengths: np.ndarray) -> int:
+    """About how many steps a training has, on as many ranks as there are.
+
+    Args:
+        config: with max_requests.
+        history_lengths: [R], of the requests that it trains on.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from ifa_torchrec.training.decide import steps
+        >>> from ifa_torchrec.training.options import TrainConfig
+        >>> config = TrainConfig(Path("log"), Path("run"), max_requests=8, max_events=100, epochs=2)
+        >>> steps(config, np.full(80, 5)), steps(config, np.full(80, 50))
+        (20, 80)
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    by_requests = len(history_lengths) / (config.max_requests or MOST_REQUESTS)
+    by_events = np.minimum(history_lengths, config.max_events).sum() / config.max_events
+    return config.epochs * math.ceil(max(by_requests, by_events) / world)
+
+
+def _max_requests(requests: int) -> int:
+    world = dist.get_world_size()
+    fewest = math.ceil(FEWEST_REQUESTS / world)
+    return min(max(requests // (STEPS_A_PASS * world), fewest), MOST_REQUESTS)
 
 
 def _begun(config: TrainConfig) -> dict[str, Any]:

@@ -16,6 +16,9 @@ from ifa_torchrec.errors import ConfigError, writing
 from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig, IFAConfig
 from ifa_torchrec.modules.interactions import InteractionName
 
+MOST_REQUESTS = 32
+"""Requests a batch and rank unless the options say more."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -63,14 +66,16 @@ class TrainConfig:
     """Optimisers and learning rates."""
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     """Where the tables may lie, e.g. --sharding.tables item_table row_wise."""
-    warmup_steps: int = 50
-    """Steps in which the dense learning rate rises to its value; it then falls to 5% of it."""
+    warmup_steps: int | None = None
+    """Steps in which the dense learning rate rises to its value; it then falls to 5% of it. By default
+    8% of all steps."""
     epochs: int = 1
     """Passes over the requests."""
     max_events: int = 32768
     """Budget of history events a batch and rank."""
-    max_requests: int = 32
-    """Most requests a batch and rank."""
+    max_requests: int | None = None
+    """Most requests a batch and rank; by default so many that a pass has at least 500 steps, but 4 to
+    32 in all."""
     validate: bool = True
     """Measure the split `valid`, if there is one, after each epoch."""
     validate_every: int | None = None
@@ -107,6 +112,12 @@ class TrainConfig:
             raise ConfigError(f"--over-arch-layer-sizes: give sizes of at least 1, got {sizes}")
         if self.seed >= 1 << 63:
             raise ConfigError(f"--seed must be below 2^63, got {self.seed}")
+
+    @property
+    def scored_requests(self) -> int:
+        """Most requests of a batch that is scored alone: where few are trained at a time, still as many
+        as are scored fast."""
+        return max(self.max_requests or 0, MOST_REQUESTS)
 
     def fixed(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its resumption."""

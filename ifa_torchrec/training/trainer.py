@@ -27,8 +27,8 @@ from ifa_torchrec.models import DLRM_IFATrain
 from ifa_torchrec.modules import CandidateSetLossConfig
 from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.curves import Curves
-from ifa_torchrec.training.decide import decided
-from ifa_torchrec.training.options import TrainConfig, to_json, write_options
+from ifa_torchrec.training.decide import TOO_FEW_STEPS, decided, steps, told
+from ifa_torchrec.training.options import MOST_REQUESTS, TrainConfig, to_json, write_options
 from ifa_torchrec.training.progress import progress_bar
 from ifa_torchrec.training.run import check_log, inputs_of
 from ifa_torchrec.training.scoring import measure, predict
@@ -101,16 +101,18 @@ class Trainer:
         self.device = init_process_group()
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.log = EventLog(config.data)
-        self.config = config = decided(config, self.log)
         self._unknown = unknown_items(self.log, config)
         self.dataset = RankingDataset(
             self.log, "train", config.history_length, self._unknown, config.seed
         )
+        self._given = config
+        self.config = config = decided(config, self.dataset)
         check_loss(self.dataset, config.loss, self.rank)
+        requests_a_batch = config.max_requests or MOST_REQUESTS
         self.sampler = EventBudgetSampler(
             self.dataset.history_lengths,
             config.max_events,
-            config.max_requests,
+            requests_a_batch,
             seed=config.seed,
             shard=(self.rank, self.world),
         )
@@ -122,7 +124,7 @@ class Trainer:
             self.device,
             config.optimizers,
             config.sharding,
-            batch_size(self.dataset, config),
+            batch_size(self.dataset, config.max_events, requests_a_batch),
         )
         self.step = self.epoch = self.taken = 0
         self.losses: list[float] = []
@@ -169,7 +171,7 @@ class Trainer:
         """
         config = self.config
         dataset = RankingDataset(self.log, "valid", config.history_length)
-        scores, _ = predict(self.model, dataset, self.device, config.max_events, config.max_requests)
+        scores, _ = predict(self.model, dataset, self.device, config.max_events, config.scored_requests)
         metrics = measure(dataset, scores, self._model_config.tasks)
         found = [flat(metrics, len(self.log.schema.tasks))]
         dist.broadcast_object_list(found)  # or another processor's last digit would part the ranks
@@ -235,6 +237,13 @@ class Trainer:
                     f"going on from step {self.step}" if self.step else "no checkpoint here; starting"
                 )
                 print(f"{folder}: {found}", file=sys.stderr)
+            if options := told(self._given, config):
+                print(f"decided from the log: {options}", file=sys.stderr)
+            if (count := steps(config, self.dataset.history_lengths)) < TOO_FEW_STEPS:
+                print(
+                    f"{count} steps in all, which is few to learn from: give more --epochs",
+                    file=sys.stderr,
+                )
             write_options(config)
             self._curves = Curves(config.out / "tensorboard", self.step)
         self._pipeline = TrainPipelineSparseDist(
@@ -312,11 +321,11 @@ class Trainer:
             self._curves.show({"train/loss": mean, "train/events_per_second": speed}, self.step)
 
 
-def batch_size(dataset: RankingDataset, config: TrainConfig) -> BatchSize:
+def batch_size(dataset: RankingDataset, max_events: int, max_requests: int) -> BatchSize:
     """A rank's largest batch, for the planner: the budget, and as many candidates as usual."""
     requests = max(len(dataset), 1)
     candidates = len(dataset.requests["candidates"]) / requests
-    return BatchSize(config.max_requests, config.max_events, math.ceil(candidates * config.max_requests))
+    return BatchSize(max_requests, max_events, math.ceil(candidates * max_requests))
 
 
 def unknown_items(log: EventLog, config: TrainConfig) -> float:
@@ -387,7 +396,7 @@ def set_learning_rate(
         step: steps made so far.
         progress: share of all epochs' requests taken so far, 0 to 1.
     """
-    warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    warm = min(1.0, (step + 1) / max(config.warmup_steps or 0, 1))
     rate = config.optimizers.dense_lr * warm * max(0.05, 1 - progress)
     parts: dict[str, torch.optim.Optimizer] = dict(optimizer.optimizers)
     for group in parts["dense"].param_groups:

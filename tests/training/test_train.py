@@ -32,8 +32,10 @@ from ifa_torchrec.errors import ConfigError, DivergedError
 from ifa_torchrec.models import DLRM_IFATrain
 from ifa_torchrec.models.archs import CandidateArch
 from ifa_torchrec.modules import INTERACTIONS
+from ifa_torchrec.training import decide
 from ifa_torchrec.training import trainer as train_module
 from ifa_torchrec.training.build import build_model
+from ifa_torchrec.training.decide import decided
 from ifa_torchrec.training.options import TrainConfig, from_json, to_json
 from ifa_torchrec.training.run import load_run
 from ifa_torchrec.training.scoring import measure
@@ -381,6 +383,39 @@ class TestResume:
         train(dataclasses.replace(config, checkpoint_every=1, epochs=1, validate=False))
         assert steps_of(config.out) == [5, 6]
         assert len(list((config.out / "checkpoints").iterdir())) == 2
+
+
+class TestDecided:
+    """What the options leave open follows from the log."""
+
+    @pytest.mark.parametrize(
+        ("requests", "batch", "warm"),
+        [(48, 4, 2), (2000, 4, 80), (8000, 16, 80), (20_000, 32, 100), (10**6, 32, 5000)],
+    )
+    def test_batch_and_warm_up(
+        self, config: TrainConfig, log: EventLog, monkeypatch, requests: int, batch: int, warm: int
+    ) -> None:
+        dataset = RankingDataset(log, "train")
+        dataset.history_lengths = np.full(requests, 10)
+        monkeypatch.setattr(RankingDataset, "__len__", lambda self: len(self.history_lengths))
+        config = dataclasses.replace(
+            config, max_requests=None, warmup_steps=None, keep_best="last", epochs=2
+        )
+        found = decided(config, dataset)
+        assert (found.max_requests, found.warmup_steps) == (batch, warm)
+
+    def test_it_is_told_and_kept(self, config: TrainConfig, monkeypatch, capsys) -> None:
+        """Also where another log, or another number of ranks, would have it otherwise."""
+        config = dataclasses.replace(config, warmup_steps=None, checkpoint_every=2, validate=False)
+        train_stopped(config, monkeypatch, 3)
+        told = capsys.readouterr().err
+        assert "decided from the log: --warmup-steps 1 --keep-best last" in told
+        assert "12 steps in all, which is few" in told
+        options = json.loads((config.out / "config.json").read_text())
+        assert (options["warmup_steps"], options["keep_best"]) == (1, "last")
+        monkeypatch.setattr(decide, "WARM_UP", 0.9)
+        train(dataclasses.replace(config, resume=True))
+        assert load_run(config.out).config.warmup_steps == 1
 
 
 def measured(monkeypatch, values: list[float]) -> list[int]:
