@@ -323,6 +323,7 @@ class SetArch(nn.Module):
         self.interaction_arch = PairInteractionArch(num_vectors) if num_vectors else None
         products = self.interaction_arch.num_products if self.interaction_arch else 0
         layers = [*config.over_arch_layer_sizes, config.num_tasks]
+        self.dropout = nn.Dropout(config.dropout)
         self.over_arch = OverArch(dim + products + in_features, layers)
 
     def forward(self, candidates: Candidates) -> Tensor:
@@ -337,11 +338,11 @@ class SetArch(nn.Module):
             relation = self.set_norm(found.values())
             vectors, beside = (*vectors, relation), (*beside, relation, member * relation)
         if self.interaction_arch is None:
-            return self.over_arch(torch.cat([tokens, *beside], dim=1))
+            return self.over_arch(self.dropout(torch.cat([tokens, *beside], dim=1)))
         # scaled so that the dot product of two normed vectors is of the size of their entries
         scale = tokens.shape[1] ** -0.25
         crossed = self.interaction_arch(tokens * scale, torch.stack(vectors, dim=1) * scale)
-        return self.over_arch(torch.cat([crossed, *beside], dim=1))
+        return self.over_arch(self.dropout(torch.cat([crossed, *beside], dim=1)))
 
 
 def _check_interaction(interaction: SequenceInteraction, config: DLRM_IFAConfig) -> None:

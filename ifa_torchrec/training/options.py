@@ -52,6 +52,8 @@ class TrainConfig:
     ranks. Of several, probabilities and standardised numbers are summed."""
     over_arch_layer_sizes: tuple[int, ...] = (64, 32)
     """Hidden layers over the interactions."""
+    dropout: float = 0.0
+    """Share of the inputs of those layers that are 0 in a step of the training."""
     managed_rows: dict[str, int] = field(default_factory=dict)
     """Item tables of fewer rows than ids, e.g. item_table 20000: TorchRec's managed collisions give
     rows of their own to the ids that are met often and lately; the others share the last row."""
@@ -105,6 +107,8 @@ class TrainConfig:
             raise ConfigError(f"--table-init must be a number of at least 0, got {self.table_init}")
         if self.unknown_items is not None and not 0 <= self.unknown_items < 1:
             raise ConfigError(f"--unknown-items must be 0 or more and below 1, got {self.unknown_items}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"--dropout must be 0 or more and below 1, got {self.dropout}")
         if self.ifa.gates:
             raise ConfigError("--ifa.gates: name the event features by --gate; the log has their values")
         sizes = self.over_arch_layer_sizes

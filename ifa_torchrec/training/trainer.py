@@ -144,7 +144,7 @@ class Trainer:
             self._begin()
             self._validate_if_due()  # a run may have been stopped when this was all that was left to do
             while self.epoch < self.config.epochs and not self._is_enough():
-                self._train_epoch()
+                self._train_to_validation()
             self._bar.close()
             if self._curves is not None:
                 self._curves.close()
@@ -246,9 +246,6 @@ class Trainer:
                 )
             write_options(config)
             self._curves = Curves(config.out / "tensorboard", self.step)
-        self._pipeline = TrainPipelineSparseDist(
-            self.model, self.optimizer, self.device, custom_model_fwd=self._forward
-        )
         self._bar = progress_bar(
             self.rank,
             total=config.epochs * len(self.dataset),
@@ -281,7 +278,13 @@ class Trainer:
         self._unread.append(mean)
         return loss, output
 
-    def _train_epoch(self) -> None:
+    def _train_to_validation(self) -> None:
+        """From where it is to the next validation, at the end of the epoch at the latest."""
+        every = self.config.validate_every
+        # a new one each time: TorchRec's does not go on with the batches that it has begun
+        self._pipeline = TrainPipelineSparseDist(
+            self.model, self.optimizer, self.device, custom_model_fwd=self._forward
+        )
         self.sampler.start_at(self.epoch, self.taken)
         self.dataset.set_epoch(self.epoch)
         batches = iter(make_loader(self.dataset, self.sampler))
@@ -294,7 +297,6 @@ class Trainer:
             last = number == len(self.sampler)
             if last:
                 self.epoch, self.taken = self.epoch + 1, 0
-            every = self.config.validate_every
             measured = last or (every is not None and self.step % every == 0)
             save = measured or self.step % self.config.checkpoint_every == 0
             if save or self.step % _REPORT_EVERY == 0:
@@ -303,12 +305,11 @@ class Trainer:
                 self._seconds += time.perf_counter() - self._start
                 best = self._validations.best
                 checkpoint.save(self._checkpoints, self.model, self.optimizer, self.state_dict(), best)
-                if measured:
-                    self._pipeline.detach()  # the next step attaches it again
-                    self._validate_if_due()
                 self._start = time.perf_counter()
-            if self._is_enough():
+            if measured:
                 break
+        self._pipeline.detach()
+        self._validate_if_due()
 
     def _report(self) -> None:
         self.losses += _finite(self._unread, self.step, self._checkpoints)

@@ -184,6 +184,7 @@ class TestTrain:
             *((name, 0) for name in ("history_length", "recent_length")),
             *((name, -1) for name in ("warmup_steps", "seed", "table_init")),
             *((name, math.inf) for name in ("table_init",)),
+            ("dropout", 1.0),
             *(("over_arch_layer_sizes", sizes) for sizes in ((), (8, 0))),
             ("seed", 1 << 63),
         ],
@@ -195,7 +196,7 @@ class TestTrain:
 
     @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
     def test_rates_and_memory_out_of_range(self, value: float) -> None:
-        for name in ("table_lr", "dense_lr", "weight_decay"):
+        for name in ("table_lr", "dense_lr", "weight_decay", "table_weight_decay"):
             with pytest.raises(ConfigError, match=f"OptimizerConfig: {name} must be a number of at"):
                 OptimizerConfig(**{name: value})
         with pytest.raises(ConfigError, match=r"table_optimizer 'adam' is none of .*'adagrad'"):
@@ -234,6 +235,18 @@ class TestResume:
         assert len(valid) > 4
         assert {name: resumed[name] for name in valid} == {name: whole[name] for name in valid}
         assert_same_weights(halves.out, config.out / "whole")
+
+    def test_dropout_and_decay_go_on_where_they_were(self, config: TrainConfig, monkeypatch) -> None:
+        """The masks are those of a run that never stopped, and validation draws none."""
+        optimizers = OptimizerConfig(dense_lr=0.01, table_weight_decay=0.1)
+        config = dataclasses.replace(
+            config, dropout=0.5, optimizers=optimizers, epochs=1, checkpoint_every=2, validate=False
+        )
+        whole = dataclasses.replace(config, out=config.out / "whole", validate=True, validate_every=3)
+        train(dataclasses.replace(whole, keep_best="last"))
+        train_stopped(dataclasses.replace(config, keep_best="last"), monkeypatch, 3)
+        train(dataclasses.replace(config, resume=True))
+        assert_same_weights(config.out, whole.out)
 
     def test_a_run_stopped_while_it_validates(self, config: TrainConfig, monkeypatch) -> None:
         """All its steps are done and saved; the numbers are not known yet."""
