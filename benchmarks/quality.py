@@ -193,7 +193,7 @@ def ablations(data: str) -> dict[str, dict[str, Any]]:
         "4,096 buckets": ifa(identity_buckets=4096),
         "candidates see each other, softmax": model(candidate_set=related),
         "candidates see each other, linear": model(candidate_set=CandidateSetConfig("linear")),
-        "loss: + 0.5 listwise": model(loss=CandidateSetLossConfig(listwise=0.5)),
+        "loss: no listwise term": model(loss=CandidateSetLossConfig(listwise=0.0)),
     }
     if data == JOURNEY:
         result |= {

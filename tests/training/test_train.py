@@ -31,7 +31,7 @@ from ifa_torchrec.distributed.checkpoint import checkpoints
 from ifa_torchrec.errors import ConfigError, DivergedError
 from ifa_torchrec.models import DLRM_IFATrain
 from ifa_torchrec.models.archs import CandidateArch
-from ifa_torchrec.modules import INTERACTIONS
+from ifa_torchrec.modules import INTERACTIONS, CandidateSetLossConfig
 from ifa_torchrec.training import decide
 from ifa_torchrec.training import trainer as train_module
 from ifa_torchrec.training.build import build_model
@@ -129,7 +129,8 @@ class TestTrain:
         """Which category is clicked; no more is to be learnt."""
         clicked = np.concatenate(list(toy.requests["train"]["label"])).mean()
         no_model = -(clicked * math.log(clicked) + (1 - clicked) * math.log(1 - clicked))
-        result = train(dataclasses.replace(config, interaction=interaction, epochs=8))
+        loss = CandidateSetLossConfig(listwise=0.0)
+        result = train(dataclasses.replace(config, interaction=interaction, epochs=8, loss=loss))
         assert result["steps"] == 8 * 6
         assert result["loss"] < 0.5 * no_model
         assert result["valid_gauc"] > 0.9
