@@ -259,6 +259,7 @@ def run(options: Options, job: Job, deadline: float) -> dict[str, float] | None:
         data=log_path(options, job.data),
         out=folder,
         epochs=EPOCHS[job.data],
+        identity=False,  # those that a variant names, and no others
         validate=False,
         checkpoint_every=10**9,
         seed=job.seed,

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from ifa_torchrec.data import EventLog, RankingDataset
 from ifa_torchrec.distributed import checkpoint
 from ifa_torchrec.errors import ConfigError
+from ifa_torchrec.modules import IFAConfig
+from ifa_torchrec.modules.config import MOST_IDENTITY_KEYS
 from ifa_torchrec.training.build import tasks_of
 from ifa_torchrec.training.options import MOST_REQUESTS, TrainConfig, from_json, to_json
 from ifa_torchrec.training.validations import LAST, check_metric
@@ -24,6 +26,8 @@ FEWEST_REQUESTS = 4
 """Of a step's, on all ranks together, however few there are to train on."""
 WARM_UP = 0.08
 """Share of the steps in which the dense learning rate rises."""
+IDENTITY_HALF_LIVES = (math.inf, 30.0, 7.0)
+"""Days."""
 TOO_FEW_STEPS = 200
 """With fewer, a run says so."""
 _DECIDED = ("keep_best", "warmup_steps")
@@ -63,6 +67,7 @@ def decided(config: TrainConfig, dataset: RankingDataset) -> TrainConfig:
     config = dataclasses.replace(config, **begun)
     if "keep_best" not in begun:
         config = dataclasses.replace(config, keep_best=_keep_best(config, dataset.log))
+    config = dataclasses.replace(config, ifa=_with_identity(config, dataset.log))
     if config.max_requests is None:
         config = dataclasses.replace(config, max_requests=_max_requests(len(dataset)))
     if config.warmup_steps is None:
@@ -122,6 +127,23 @@ def steps(config: TrainConfig, history_lengths: np.ndarray) -> int:
     by_requests = len(history_lengths) / (config.max_requests or MOST_REQUESTS)
     by_events = np.minimum(history_lengths, config.max_events).sum() / config.max_events
     return config.epochs * math.ceil(max(by_requests, by_events) / world)
+
+
+def _with_identity(config: TrainConfig, log: EventLog) -> IFAConfig:
+    """The interaction's configuration, with identity heads where they are wanted and none are named."""
+    ifa, features = config.ifa, log.schema.item_features
+    if not config.identity or ifa.identity_features or config.interaction == "none":
+        return ifa
+    # the item's own ids go on where its table has no more rows: those are new items
+    ids = max(log.num_items, *features.values())
+    buckets = min(1 << (ids - 1).bit_length(), MOST_IDENTITY_KEYS // len(features))
+    given = ifa.identity_half_lives != IFAConfig(1, 1).identity_half_lives
+    return dataclasses.replace(
+        ifa,
+        identity_features=tuple(features),
+        identity_buckets=buckets,
+        identity_half_lives=ifa.identity_half_lives if given else IDENTITY_HALF_LIVES,
+    )
 
 
 def _max_requests(requests: int) -> int:

@@ -32,6 +32,10 @@ class TrainConfig:
     """How candidates meet the history."""
     ifa: IFAConfig = field(default_factory=lambda: IFAConfig(embedding_dim=64, num_heads=2))
     """The sequence interaction; the other interactions use what applies to them."""
+    identity: bool = True
+    """Identity heads on every id feature of the item, where --ifa.identity-features names none: as many
+    buckets as the largest of their tables has rows, and, unless --ifa.identity-half-lives are given,
+    half-lives of infinity, 30 and 7 days."""
     gate: tuple[str, ...] | None = None
     """Event features by whose value each head learns what an event weighs; by default those of at
     most 64 values."""

@@ -418,6 +418,20 @@ class TestDecided:
         found = decided(config, dataset)
         assert (found.max_requests, found.warmup_steps) == (batch, warm)
 
+    def test_identity_heads_on_all_that_describes_an_item(
+        self, config: TrainConfig, log: EventLog
+    ) -> None:
+        dataset = RankingDataset(log, "train")
+        config = dataclasses.replace(config, ifa=IFAConfig(8, num_heads=2))
+        ifa = decided(config, dataset).ifa
+        assert (ifa.identity_features, ifa.identity_buckets) == (("item", "category"), 64)
+        assert ifa.identity_half_lives == (math.inf, 30.0, 7.0)
+        given = dataclasses.replace(config, ifa=IFAConfig(8, num_heads=2, identity_half_lives=(5.0,)))
+        assert decided(given, dataset).ifa.identity_half_lives == (5.0,)
+        for change in ({"identity": False}, {"interaction": "none"}, {"ifa": IFA}):
+            changed = dataclasses.replace(config, **change)
+            assert decided(changed, dataset).ifa == changed.ifa
+
     def test_it_is_told_and_kept(self, config: TrainConfig, monkeypatch, capsys) -> None:
         """Also where another log, or another number of ranks, would have it otherwise."""
         config = dataclasses.replace(config, warmup_steps=None, checkpoint_every=2, validate=False)
