@@ -22,10 +22,9 @@ from ifa_torchrec.__main__ import main
 from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.commands.export import ExportConfig, export
 from ifa_torchrec.data import EventLog, LogSchema, RankingDataset
-from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules import CandidateSetConfig
 from ifa_torchrec.serving import ScoringGraph, StateError, export_scorer, quantize_tables
-from ifa_torchrec.serving.export import GraphInput
+from ifa_torchrec.serving.export import GraphInput, package_scorer
 from ifa_torchrec.training.options import TrainConfig
 from ifa_torchrec.training.run import Run, load_run
 from ifa_torchrec.training.trainer import train
@@ -65,7 +64,7 @@ def inputs(model: DLRM_IFA, schema: LogSchema, batch: RankingBatch) -> dict[str,
         **state.state_dict(),
     }
     if known["candidate_item_ids"] is None:
-        known["candidate_item_ids"] = known["candidate_ids"][:, 0]
+        known["candidate_item_ids"] = ids[columns[0]].values()
     for name in schema.item_lists:
         lists = batch.item_lists[name].to_dense()
         of_candidate = [(m, i) for m, item in enumerate(items.tolist()) for i in lists[item].tolist()]
@@ -122,11 +121,30 @@ def assert_of_aten_alone(program: ExportedProgram) -> None:
     assert not [operator for operator in operators if "item" in operator.name()]
 
 
-def test_a_package_of_identity_heads_is_refused(run: Run, tmp_path: Path) -> None:
-    """Its logits would be others than the model's."""
-    with pytest.raises(ConfigError, match="without --package"):
-        export(ExportConfig(run.config.out, tmp_path / "scorer.pt2", package=True, int8=True))
-    assert not (tmp_path / "scorer.pt2").exists()
+def load_package(path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
+    """A package that refuses what it is not compiled for."""
+    monkeypatch.setenv("AOTI_RUNTIME_CHECK_INPUTS", "1")
+    return torch._inductor.aoti_load_package(str(path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_package(run: Run, int8: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "scorer.pt2"
+    about = export(ExportConfig(run.config.out, out, package=True, int8=int8))
+    tables = "int8" if int8 else "float32"
+    assert (about["runtime"], about["tables"]) == ("AOTInductor", tables)
+    assert "contiguous" in about["layout"]
+    score, model = load_package(out, monkeypatch), quantize_tables(run.dlrm) if int8 else run.dlrm
+    assert_gives_the_models_logits(score, model, run.log, ("test", "train"))
+    # without its check the package would read the columns' memory as if they stood by themselves
+    given = inputs(model, run.log.schema, run.dataset("test")[[4]])
+    columns = {**given, "candidate_item_ids": given["candidate_ids"][:, 0]}
+    with pytest.raises(RuntimeError, match="unmatched stride"):
+        score(*columns.values())
+    torch.testing.assert_close(
+        score(*(t.contiguous() for t in columns.values())), score(*given.values())
+    )
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -138,10 +156,11 @@ def test_a_model_of_lists_numbers_vectors_and_event_features(shop: Shop, int8: b
 
 
 @pytest.mark.slow
-def test_a_package_of_lists_numbers_vectors_and_event_features(shop: Shop, tmp_path: Path) -> None:
-    program = export_scorer(shop.model, shop.log.schema)
-    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "shop.pt2"))
-    score = torch._inductor.aoti_load_package(path)
+def test_a_package_of_lists_numbers_vectors_and_event_features(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package_scorer(export_scorer(shop.model, shop.log.schema), tmp_path / "shop.pt2")
+    score = load_package(tmp_path / "shop.pt2", monkeypatch)
     assert_gives_the_models_logits(score, shop.model, shop.log, ["train"])
 
 
