@@ -197,7 +197,7 @@ def ablations(data: str) -> dict[str, dict[str, Any]]:
         "4,096 buckets": ifa(identity_buckets=4096),
         "candidates see each other, softmax": model(candidate_set=related),
         "candidates see each other, linear": model(candidate_set=CandidateSetConfig("linear")),
-        "loss: + 0.5 listwise": model(loss=replace(LOSS, listwise=0.5)),
+        "loss: no listwise term": model(loss=replace(LOSS, listwise=0.0)),
     }
     if data == JOURNEY:
         result |= {
@@ -263,6 +263,7 @@ def run(options: Options, job: Job, deadline: float) -> dict[str, float] | None:
         data=log_path(options, job.data),
         out=folder,
         epochs=EPOCHS[job.data],
+        identity=False,  # those that a variant names, and no others
         validate=False,
         checkpoint_every=10**9,
         seed=job.seed,

@@ -312,7 +312,7 @@ class DLRM_IFATrain(nn.Module):
     Args:
         dlrm_module: DLRM_IFA.
         loss: CandidateSetLossConfig; None for its default, the mean binary cross entropy of all
-            candidates, and of regression tasks the Huber error of the exposed.
+            candidates and half a listwise term, and of regression tasks the Huber error of the exposed.
         across_ranks: see CandidateSetLoss.
 
     Raises:
