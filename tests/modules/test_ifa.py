@@ -69,7 +69,7 @@ def new_ifa(config: IFAConfig, seed: int = 0) -> InteractionFidelityAttention:
 
 
 def naive_ifa(ifa: InteractionFidelityAttention, inputs: Inputs) -> Tensor:
-    """IFA in the quadratic form, every candidate against every event; the softmax read-out by its words."""
+    """IFA, every candidate against every event; the softmax read-out in its own words."""
     config = ifa.config
     phi = {
         "elu": lambda x: F.elu(x) + 1,

@@ -1,4 +1,4 @@
-"""encode, attend and match of anything: every backend refuses it, or all give the same.
+"""Every operator, of anything: every backend refuses it, or all give the same.
 
 ``FUZZ_EXAMPLES=1500 python -m pytest tests/ops/test_fuzz.py`` runs for some ten minutes.
 """

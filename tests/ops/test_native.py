@@ -86,7 +86,7 @@ def run(inputs, asking, feature_map, backend):
 def softmax_inputs(candidates, sizes, summaries: int, dtype=torch.float32) -> dict:
     """Of attend_softmax, some of the summaries not there."""
     _, asking = wide_inputs([1] * len(candidates), candidates, sizes, dtype)
-    dim, heads, width = sizes
+    _, heads, width = sizes
     generator = torch.Generator().manual_seed(1)
     shape = (len(candidates), heads, summaries)
     log_weight = torch.randn(shape, generator=generator)
