@@ -44,6 +44,7 @@ def configs(draw) -> IFAConfig:
         gates=draw(st.sampled_from([{}, {"action": 3}, {"action": 1, "device": 4}])),
         # a relu head may match next to nothing: its answer is then as large as 1 / eps
         eps=1e-3,
+        readout=draw(st.sampled_from(["linear", "softmax"])),
     )
 
 
@@ -68,22 +69,28 @@ def new_ifa(config: IFAConfig, seed: int = 0) -> InteractionFidelityAttention:
 
 
 def naive_ifa(ifa: InteractionFidelityAttention, inputs: Inputs) -> Tensor:
-    """IFA in the quadratic form, every candidate against every event."""
+    """IFA, every candidate against every event; the softmax read-out in its own words."""
+    config = ifa.config
     phi = {
         "elu": lambda x: F.elu(x) + 1,
         "relu": F.relu,
         "hedgehog": lambda x: torch.cat([torch.softmax(x, 1), torch.softmax(-x, 1)], dim=1),
-    }[ifa.config.feature_map]
+    }[config.feature_map]
 
     def head(candidates, events, weights, h):
-        q, k = (
-            phi(head_of(candidates, ifa.query_proj, h, ifa.config)),
-            phi(head_of(events, ifa.key_proj, h, ifa.config)),
-        )
-        score = q @ k.T * weights
+        q = head_of(candidates, ifa.query_proj, h, config)
+        k = phi(head_of(events, ifa.key_proj, h, config))
+        value = head_of(events, ifa.value_proj, h, config)
+        if config.readout == "softmax":
+            each = k.T * weights  # what an event adds to a summary
+            there = each.sum(1) > 0
+            share = each[there] / each[there].sum(1, keepdim=True)
+            likeness = (q @ (share @ value).T / config.head_width**0.5).exp() * each[there].sum(1)
+            matched = likeness.sum(1)
+            return (likeness / matched[:, None].clamp(min=1e-300)) @ (share @ value), matched
+        score = phi(q) @ k.T * weights
         matched, everything = score.sum(1), (k * weights[:, None]).sum()
-        value = head_of(events, ifa.value_proj, h, ifa.config)
-        added = ifa.config.eps * torch.where(everything > 0, everything, 1.0)
+        added = config.eps * torch.where(everything > 0, everything, 1.0)
         return score @ value / (matched[:, None] + added), matched
 
     return naive_forward(ifa, inputs, head)
@@ -277,9 +284,10 @@ def test_attention_weights_reproduce_the_heads(problem):
         events, candidates = inputs.event_rows(b), inputs.candidate_rows(b)
         assert weights.shape == (len(candidates), len(events), heads.shape[1])
         assert (weights >= 0).all()
-        # 1, but for the dense heads' eps, where anything matched, and 0 where nothing did
+        # 1, but for a linear head's eps, where anything matched, and 0 where nothing did
         total, added = matched[candidates], torch.zeros_like(matched[candidates])
-        added[:, : config.num_heads] = config.eps * ifa.encode(*inputs.encode).key_sum[b].sum(1)
+        if config.readout == "linear":
+            added[:, : config.num_heads] = config.eps * ifa.encode(*inputs.encode).key_sum[b].sum(1)
         assert_same(weights.sum(1), total / torch.where(total > 0, total + added, 1.0))
         for h, value in enumerate(values):
             assert_same(weights[..., h] @ value[events], heads[candidates, h])
@@ -699,6 +707,7 @@ def test_encode_of_parts_of_different_requests_is_refused():
         ("num_heads", {"num_heads": 3}),  # 8 is no multiple of it
         ("head_dim", {"head_dim": 0}),
         ("feature_map", {"feature_map": "softmax"}),
+        ("readout", {"readout": "quadratic"}),
         ("half_lives", {"half_lives": (1.0,)}),
         ("half_lives", {"half_lives": (1.0, 0.0)}),
         ("half_lives", {"half_lives": (1.0, math.nan)}),
