@@ -16,9 +16,9 @@ from helpers import randomised
 from shop import Shop
 from torch import Tensor
 from torch.export import ExportedProgram
-from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
+from torchrec import EmbeddingCollection, EmbeddingConfig, JaggedTensor, KeyedJaggedTensor
 
-from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, IFAConfig
+from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, IFAConfig, generate_set
 from ifa_torchrec.__main__ import main
 from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.commands.export import ExportConfig, export
@@ -62,6 +62,7 @@ def inputs(model: DLRM_IFA, schema: LogSchema, batch: RankingBatch) -> dict[str,
         "item_vectors": None if batch.item_vectors is None else batch.item_vectors[items],
         "candidate_item_ids": batch.candidate_item_ids,
         **{f"context_list_{f}": batch.context_features[f].values() for f in schema.context_lists},
+        "taken": torch.zeros_like(ids[columns[0]].values(), dtype=torch.bool),
         **state.state_dict(),
     }
     if known["candidate_item_ids"] is None:
@@ -200,8 +201,8 @@ def test_a_model_of_items_alone_with_two_tasks() -> None:
 
 
 def model_of_sets(attention: Literal["softmax", "linear"]) -> DLRM_IFA:
-    """Candidates see each other; each finds what is not nothing."""
-    return model_of_one_feature(candidate_set=CandidateSetConfig(attention)).eval()
+    """Candidates see each other and what is taken."""
+    return model_of_one_feature(candidate_set=CandidateSetConfig(attention, generate=True)).eval()
 
 
 @torch.no_grad()
@@ -211,8 +212,29 @@ def assert_gives_the_logits_of_sets(score: Callable[..., Tensor], model: DLRM_IF
         logits = model(batch)
         given = inputs(model, ONE_FEATURE, batch)
         torch.testing.assert_close(score(*given.values()), logits, atol=1e-5, rtol=1e-5)
+        assert_takes_the_models_set(score, model, batch, given)
     first = first_candidate(given, ScoringGraph(model, ONE_FEATURE).inputs)
     assert not torch.allclose(score(*first.values()), logits[:1], atol=1e-2)  # the others matter
+
+
+def assert_takes_the_models_set(
+    score: Callable[..., Tensor], model: DLRM_IFA, batch: RankingBatch, given: dict[str, Tensor]
+) -> None:
+    described = model.describe(batch)
+
+    def by_model(taken: Tensor) -> Tensor:
+        logits = model.logits_given(described, taken)
+        by_graph = score(*{**given, "taken": taken}.values())
+        torch.testing.assert_close(by_graph, logits, atol=1e-5, rtol=1e-5)
+        return logits[:, 0]
+
+    rows = JaggedTensor(described.tokens, offsets=described.offsets)
+    chosen = generate_set(by_model, rows, 5, "greedy").values()
+    taken = given["taken"].clone()  # as a server does it, by the graph alone
+    for row in chosen:
+        logits = score(*{**given, "taken": taken}.values())[:, 0]
+        assert logits.masked_fill(taken, -torch.inf).argmax() == row
+        taken[row] = True
 
 
 @pytest.mark.parametrize("attention", ["softmax", "linear"])
