@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -272,16 +272,11 @@ class LiveScorer:
 
 
 def _rankings(scorer: Scorer, wanted: list[tuple[RankingRequest, int | None]]) -> list[Ranking]:
-    """What ``scorer`` says to each request, the sets of all that want one chosen at once."""
-    whole = [request for request, size in wanted if size is None]
-    ranked = iter(scorer.rank(whole) if whole else [])
-    sizes = [size for _, size in wanted if size is not None]
-    if not sizes:
-        return list(ranked)
-    sets = iter(scorer.rank([r for r, size in wanted if size is not None], max(sizes), "greedy"))
-    # the first of a set that was chosen one by one are the smaller set
-    return [next(ranked) if size is None else _first(next(sets), size) for _, size in wanted]
-
-
-def _first(ranking: Ranking, size: int) -> Ranking:
-    return replace(ranking, items=ranking.items[:size], logits=ranking.logits[:size])
+    """What ``scorer`` says to each request: the rankings at once, and the sets of each size."""
+    found: dict[int, Ranking] = {}
+    for size in dict.fromkeys(size for _, size in wanted):
+        places = [n for n, (_, other) in enumerate(wanted) if other == size]
+        alike = [wanted[n][0] for n in places]
+        rankings = scorer.rank(alike) if size is None else scorer.rank(alike, size, "greedy")
+        found |= zip(places, rankings, strict=True)
+    return [found[n] for n in range(len(wanted))]

@@ -66,7 +66,7 @@ class Ranking:
     Args:
         items: ids, as the request gave them.
         logits: [len(items), T] float32, one column a task; of a set that was chosen one by one, those
-            that each item had when it was chosen, given the ones before it.
+            that each item has beside the others of the set.
         as_of: None, or the time it is of where that is not the request's, since the state could not
             go back to it: microseconds. ``StateStore.read`` says how far it can.
         unknown_candidates: how many candidates the vocabulary does not know.

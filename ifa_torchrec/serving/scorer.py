@@ -149,7 +149,8 @@ class Scorer:
             requests: B of them.
             k: how many; a request with fewer candidates gives all it has.
             strategy: as ``generate_set``'s; "greedy" for a model that was trained to score candidates
-                given what is taken. Each of its k steps costs a SetArch, and no more of the model.
+                given what is taken, and takes what adds most to the set. The logits are then those
+                that each has beside the others of its set.
 
         Raises:
             RequestError, UnknownUserError, StateError: as ``score``; or the model was not trained for
@@ -197,25 +198,23 @@ class Scorer:
             raise RequestError("the logits overflow; give smaller numbers in dense, candidate_dense")
         return logits
 
+    @torch.no_grad()
     def _chosen(
         self, candidates: Candidates, k: int | None, strategy: Strategy
     ) -> tuple[JaggedTensor, np.ndarray]:
-        """The rows that are chosen, and the logits [n, T] that each had then."""
-        steps: list[Tensor] = []
-
-        def score(taken: Tensor) -> Tensor:
-            steps.append(self._logits(candidates, taken if steps else None))
-            return ranking_score(steps[-1], self.model.config.tasks)
-
-        offsets = candidates.offsets
+        """The rows that are chosen, and their logits [n, T]: by themselves, or beside their set."""
+        offsets, logits = candidates.offsets, self._logits(candidates, None)
         whole = JaggedTensor(candidates.tokens, lengths=offsets.diff(), offsets=offsets)
-        chosen = generate_set(score, whole, len(candidates.tokens) if k is None else k, strategy)
-        rows, first = chosen.values(), chosen.offsets()[:-1]
-        place = torch.arange(len(rows)) - torch.repeat_interleave(first, chosen.lengths())
-        if not len(rows):
-            return chosen, np.empty((0, self.model.config.num_tasks), np.float32)
-        # all at once, or one by one
-        return chosen, torch.stack(steps)[place.clamp(max=len(steps) - 1), rows].numpy()
+        best = ranking_score(logits, self.model.config.tasks)
+        if strategy != "greedy":
+            chosen = generate_set(best, whole, len(best) if k is None else k, strategy)
+            return chosen, logits[chosen.values()].numpy()
+        chosen = generate_set(
+            lambda taken: self.model.gain_given(candidates, taken), whole, k or 0, strategy
+        )
+        rows = chosen.values()
+        taken = torch.zeros(len(best), dtype=torch.bool).index_fill(0, rows, True)
+        return chosen, self._logits(candidates, taken)[rows].numpy()
 
     def append(self, events: Sequence[Event], max_ahead: float = 60) -> list[EventResult]:
         """Add events to their users' states, each once however often it is given.

@@ -56,13 +56,10 @@ def chosen_one_by_one(
 
     def choose(batch: RankingBatch) -> Tensor:
         candidates = model.scored(model.describe(batch))
-
-        def score(taken: Tensor) -> Tensor:
-            return ranking_score(model.logits_given(candidates, taken), model.config.tasks)
-
         offsets = candidates.offsets
         whole = JaggedTensor(candidates.tokens, lengths=offsets.diff(), offsets=offsets)
-        return places(generate_set(score, whole, k, "greedy"), len(candidates.tokens))[:, None]
+        chosen = generate_set(lambda taken: model.gain_given(candidates, taken), whole, k, "greedy")
+        return places(chosen, len(candidates.tokens))[:, None]
 
     return of_batches(dataset, device, *budget, choose, 1)[0][:, 0].astype(np.int64)
 

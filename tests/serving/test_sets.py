@@ -14,7 +14,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec import DLRM_IFA, InteractionFidelityAttention, generate_set
 from ifa_torchrec.data import RankingDataset
-from ifa_torchrec.modules import CandidateSetConfig, ranking_score
+from ifa_torchrec.modules import CandidateSetConfig
 from ifa_torchrec.serving import (
     RankingRequest,
     RequestError,
@@ -53,12 +53,8 @@ def chosen_from_history(model: DLRM_IFA, dataset: RankingDataset, n: int, k: int
     """Which of the request's candidates, one by one."""
     candidates = model.describe(dataset[[n]])
     rows = JaggedTensor(candidates.tokens, offsets=candidates.offsets)
-    tasks = model.config.tasks
-
-    def score(taken: torch.Tensor) -> torch.Tensor:
-        return ranking_score(model.logits_given(candidates, taken), tasks)
-
-    return generate_set(score, rows, k, "greedy").values().tolist()
+    chosen = generate_set(lambda taken: model.gain_given(candidates, taken), rows, k, "greedy")
+    return chosen.values().tolist()
 
 
 @torch.no_grad()
@@ -73,14 +69,13 @@ def test_sets_are_those_of_the_histories(shop: Shop, model: DLRM_IFA, scorer: Sc
         wanted = [request.candidates[row] for row in chosen_from_history(model, dataset, n, 3)]
         assert ranking.items == wanted
         differ += wanted != scorer.rank([request], 3)[0].items
-        # the logits are those that each had when it was its turn
-        candidates, taken = model.describe(dataset[[n]]), torch.zeros(len(request.candidates)).bool()
-        for item, logits in zip(ranking.items, ranking.logits, strict=True):
-            row = request.candidates.index(item)
-            given = model.logits_given(candidates, taken)[row]
-            np.testing.assert_allclose(logits, given.numpy(), rtol=1e-4, atol=1e-5)
-            taken[row] = True
-    assert differ > 2 and len(seen) > 40
+        # the logits are those that each has beside the others
+        rows = [request.candidates.index(item) for item in ranking.items]
+        taken = torch.zeros(len(request.candidates), dtype=torch.bool)
+        taken[rows] = True
+        given = model.logits_given(model.describe(dataset[[n]]), taken)[rows]
+        np.testing.assert_allclose(ranking.logits, given.numpy(), rtol=1e-4, atol=1e-5)
+    assert differ and len(seen) > 40
 
 
 def test_requests_together_and_apart(shop: Shop, scorer: Scorer) -> None:

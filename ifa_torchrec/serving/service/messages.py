@@ -118,7 +118,7 @@ class Ranked(BaseModel):
     items: Annotated[list[int | str], Field(description="As the request gave them.")]
     logits: Annotated[
         dict[str, list[float]],
-        Field(description="Of these items, for each task; of a set what each had when it was chosen."),
+        Field(description="Of these items, for each task; of a greedy set, of each beside the others."),
     ]
     predictions: Annotated[
         dict[str, list[float]],
