@@ -15,12 +15,14 @@ from ifa_torchrec.modules.base import SequenceInteraction
 from ifa_torchrec.modules.config import FORGOTTEN, IFAConfig
 from ifa_torchrec.modules.gates import EventGates
 from ifa_torchrec.modules.history import History, decay_rates
+from ifa_torchrec.modules.projections import FeatureProjection
+from ifa_torchrec.modules.softmax import softmax_gain
 from ifa_torchrec.modules.user_state import UserState
 from ifa_torchrec.ops.jagged import request_of_row
 
 _GAINS = {"elu": 1.5, "relu": 1.5, "hedgehog": 3.0}
-"""Queries and keys start as this times the (normed) tokens; larger is more selective, and learns more
-slowly where it is too large."""
+"""Queries and keys of the linear read-out start as this times the (normed) tokens; larger is more
+selective, and learns more slowly where it is too large."""
 
 
 class InteractionFidelityAttention(SequenceInteraction):
@@ -68,9 +70,14 @@ class InteractionFidelityAttention(SequenceInteraction):
 
     def __init__(self, config: IFAConfig, device: torch.device | str | None = None) -> None:
         super().__init__(config, device)
-        gain = _GAINS[config.feature_map]
-        self.query_proj = self._projection(gain, device)
-        self.key_proj = self._projection(gain, device)
+        if config.readout == "softmax":
+            width = config.num_heads * config.head_width
+            self.query_proj = self._projection(softmax_gain(config), device)
+            self.key_proj = FeatureProjection(config.embedding_dim, width, device)
+        else:
+            gain = _GAINS[config.feature_map]
+            self.query_proj = self._projection(gain, device)
+            self.key_proj = self._projection(gain, device)
         self.gates = EventGates(config.gates, (config.num_heads,), device) if config.gates else None
 
     @overload

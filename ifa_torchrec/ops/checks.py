@@ -1,4 +1,4 @@
-"""What the arguments of encode, attend, attend_softmax and match must be: one look, ahead of every backend."""
+"""What the arguments of the operators must be: one look, ahead of every backend."""
 
 from __future__ import annotations
 

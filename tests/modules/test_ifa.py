@@ -306,16 +306,20 @@ CONFIG = IFAConfig(
 )
 
 
-def test_attention_weights_sum_to_one_where_matched():
-    ifa, inputs = new_ifa(CONFIG), Inputs.random(CONFIG, [30, 0], [4, 2], weighted=False)
+@pytest.mark.parametrize("readout", ["linear", "softmax"])
+def test_attention_weights_sum_to_one_where_matched(readout):
+    ifa = new_ifa(dataclasses.replace(CONFIG, readout=readout))
+    inputs = Inputs.random(CONFIG, [30, 0], [4, 2], weighted=False)
     full, empty = ifa.attention_weights(*inputs.forward)
     dense = full[..., : CONFIG.num_heads].sum(1)
     torch.testing.assert_close(dense, torch.ones_like(dense), rtol=0, atol=1e-5)
     assert empty.shape == (2, 0, 6)
 
 
-def test_float32_is_near_the_float64_quadratic_form():
-    ifa, inputs = new_ifa(CONFIG), Inputs.random(CONFIG, [500, 0, 33], [4, 2, 7], dtype=torch.float32)
+@pytest.mark.parametrize("readout", ["linear", "softmax"])
+def test_float32_is_near_the_float64_quadratic_form(readout):
+    ifa = new_ifa(dataclasses.replace(CONFIG, readout=readout))
+    inputs = Inputs.random(CONFIG, [500, 0, 33], [4, 2, 7], dtype=torch.float32)
     actual = ifa.float()(*inputs.forward).values()
     assert actual.dtype == torch.float32
     exact = Inputs.random(CONFIG, [500, 0, 33], [4, 2, 7])
@@ -434,11 +438,13 @@ class OfTensors(torch.nn.Module):
 
 
 by_state_or_not = pytest.mark.parametrize("by_state", [False, True], ids=["forward", "attend(encode)"])
+either_readout = pytest.mark.parametrize("readout", ["linear", "softmax"])
 
 
 @by_state_or_not
-def test_compiles_into_one_graph_for_any_size(by_state):
-    module = OfTensors(new_ifa(CONFIG), by_state)
+@either_readout
+def test_compiles_into_one_graph_for_any_size(by_state, readout):
+    module = OfTensors(new_ifa(dataclasses.replace(CONFIG, readout=readout)), by_state)
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for lengths in ([6, 0, 3], [2, 1, 4]), ([9, 5], [3, 3]), ([4, 0, 50, 8], [2, 2, 0, 7]):
@@ -447,13 +453,15 @@ def test_compiles_into_one_graph_for_any_size(by_state):
 
 
 @by_state_or_not
+@either_readout
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)  # torch, native
-def test_exports_for_any_number_of_events_and_candidates(by_state, dtype):
+def test_exports_for_any_number_of_events_and_candidates(by_state, readout, dtype):
     def arguments(*lengths, **seed):
         given = module.arguments(Inputs.random(CONFIG, *lengths, **seed))
         return tuple(x.to(dtype) if x.is_floating_point() else x for x in given)
 
-    module = OfTensors(new_ifa(CONFIG), by_state).to(dtype)
+    config = dataclasses.replace(CONFIG, readout=readout)
+    module = OfTensors(new_ifa(config), by_state).to(dtype)
     m, n = {0: torch.export.Dim("M")}, {0: torch.export.Dim("N")}
     shapes = (m, None, n, None, n, n, n, m, n)
     program = torch.export.export(module, arguments([6, 0, 3], [2, 1, 4]), dynamic_shapes=shapes)
@@ -728,3 +736,39 @@ def test_encode_of_parts_of_different_requests_is_refused():
 def test_bad_config_is_named(name, changes):
     with pytest.raises(ValueError, match=name):
         IFAConfig(**({"embedding_dim": 8, "num_heads": 2} | changes))
+
+
+# -------------------------------------------------------------------------------- the softmax read-out
+
+
+def test_a_softmax_reads_the_summary_that_is_like_the_candidate():
+    """Events of two kinds, a feature each: a candidate gets the value of its own kind, though the other
+    is a hundred times as frequent, and its mass says how often it was there."""
+    config = IFAConfig(2, num_heads=1, feature_map="relu", readout="softmax")
+    ifa = InteractionFidelityAttention(config).double()
+    for projection, factor in ((ifa.query_proj, 20.0), (ifa.key_proj, 1.0), (ifa.value_proj, 1.0)):
+        projection.weight.data.copy_(factor * torch.eye(2))
+    kinds = torch.tensor([0] * 100 + [1])
+    history = jagged(torch.eye(2).double()[kinds], [101])
+    candidates = jagged(torch.eye(2).double(), [2])
+    heads, mass = ifa.dense_heads(candidates, Inputs(candidates, history, None, None, None).events, None)
+    torch.testing.assert_close(heads[:, 0], torch.eye(2).double(), rtol=0, atol=1e-3)
+    alike = math.exp(20 / math.sqrt(2))  # E of a candidate's own kind; of the other it is 1
+    expected = torch.tensor([100 * alike + 1, alike + 100]).double().log1p()
+    torch.testing.assert_close(mass[:, 0], expected)
+
+
+def test_the_state_is_the_same_for_either_readout():
+    ifa, inputs = new_ifa(CONFIG), Inputs.random(CONFIG, [5, 0, 3], [2, 1, 3])
+    other = new_ifa(dataclasses.replace(CONFIG, readout="softmax"))
+    other.load_state_dict(
+        {k: v for k, v in ifa.state_dict().items() if k != "_extra_state"}, strict=False
+    )
+    assert_same_state(other.encode(*inputs.encode), ifa.encode(*inputs.encode))
+
+
+def test_the_softmax_readout_starts_by_features_that_differ():
+    torch.manual_seed(0)
+    ifa = InteractionFidelityAttention(IFAConfig(64, num_heads=1, readout="softmax"))
+    assert 0.14 < ifa.key_proj.weight.std() < 0.16
+    assert torch.equal(ifa.query_proj.weight, ifa.query_proj.weight[0, 0] * torch.eye(64))
