@@ -92,6 +92,9 @@ class TrainConfig:
     (gauc), or where none can be ranked ne; last without that split."""
     patience: int | None = None
     """End after so many validations in a row that were no better; by default none."""
+    calibrate: bool = True
+    """Fit a temperature and a bias of each binary task on the split `valid`, if there is one, by which
+    all that uses the run predicts."""
     checkpoint_every: int = 500
     """Steps between checkpoints; there is one at the end in any case."""
     resume: bool = False
@@ -130,7 +133,7 @@ class TrainConfig:
     def fixed(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its resumption."""
         free = {"data", "out", "resume", "checkpoint_every", "validate", "validate_every", "patience"}
-        free |= {"max_events", "max_requests", "sharding", "rank_by"}
+        free |= {"calibrate", "max_events", "max_requests", "sharding", "rank_by"}
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
 
 

@@ -26,6 +26,7 @@ from ifa_torchrec.errors import ConfigError, DivergedError, writing
 from ifa_torchrec.models import DLRM_IFATrain
 from ifa_torchrec.modules import CandidateSetLossConfig
 from ifa_torchrec.training.build import build_model
+from ifa_torchrec.training.calibrate import fit_tasks
 from ifa_torchrec.training.curves import Curves
 from ifa_torchrec.training.decide import TOO_FEW_STEPS, decided, steps, told
 from ifa_torchrec.training.options import MOST_REQUESTS, TrainConfig, to_json, write_options
@@ -33,7 +34,7 @@ from ifa_torchrec.training.progress import progress_bar
 from ifa_torchrec.training.run import check_log, inputs_of
 from ifa_torchrec.training.scoring import measure, predict
 from ifa_torchrec.training.touched import touched_rows
-from ifa_torchrec.training.validations import FILE, LAST, Validations, flat
+from ifa_torchrec.training.validations import FILE, LAST, Fitted, Validations, flat
 
 _REPORT_EVERY = 10  # steps
 _MOST_UNKNOWN = 0.95  # of the items: the others are what their rows learn from
@@ -163,20 +164,22 @@ class Trainer:
         self._pipeline.progress(batches)
         self.step += 1
 
-    def validate(self) -> dict[str, float]:
+    def validate(self) -> tuple[dict[str, float], Fitted]:
         """Measure the split `valid`.
 
         Returns:
-            Its metrics, for several tasks as "TASK_METRIC"; the same on all ranks.
+            Its metrics, for several tasks as "TASK_METRIC", and the calibration that is fitted on it;
+            the same on all ranks.
         """
         config = self.config
         dataset = RankingDataset(self.log, "valid", config.history_length)
         scores, _ = predict(self.model, dataset, self.device, config.max_events, config.scored_requests)
-        metrics = measure(dataset, scores, self._model_config.tasks)
-        found = [flat(metrics, len(self.log.schema.tasks))]
+        tasks = self._model_config.tasks
+        metrics = flat(measure(dataset, scores, tasks), len(tasks))
+        found = [(metrics, fit_tasks(dataset, scores, tasks, config.loss) if config.calibrate else {})]
         dist.broadcast_object_list(found)  # or another processor's last digit would part the ranks
         if self._curves is not None:
-            self._curves.show({f"valid/{name}": v for name, v in found[0].items()}, self.step)
+            self._curves.show({f"valid/{name}": v for name, v in found[0][0].items()}, self.step)
         return found[0]
 
     def _validate_if_due(self) -> None:
@@ -186,7 +189,9 @@ class Trainer:
         if not due or not config.validate or "valid" not in self.log.splits:
             return
         if self.step not in self._validations.by_step:
-            self._validations.by_step[self.step] = self.validate()
+            metrics, fitted = self.validate()
+            self._validations.by_step[self.step] = metrics
+            self._validations.fitted[self.step] = fitted
             if self.rank == 0:
                 self._validations.write()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ from ifa_torchrec.training.scoring import measure
 LAST = "last"
 """In place of a metric's name: the last checkpoint counts, whatever was measured."""
 FILE = "validations.json"
+Fitted = Mapping[str, Sequence[float]]
+"""Scale and shift of the logits, by the name of the task."""
 _SMALLER_IS_BETTER = ("ne", "mae", "rmse")
 _PREFERRED = ("ranked_gauc", "ranked_correlation", "gauc", "correlation", "ne", "mae")
 
@@ -32,6 +35,7 @@ class Validations:
         folder: the run's, in which they are kept.
         metric: name of the metric that decides, as in ``flat``; LAST if the last step counts.
         by_step: what was measured.
+        fitted: the calibration that was fitted, see ``fit_tasks``, where one was.
 
     Example:
         >>> import tempfile
@@ -51,13 +55,15 @@ class Validations:
     folder: Path
     metric: str
     by_step: dict[int, dict[str, float]] = field(default_factory=dict[int, dict[str, float]])
+    fitted: dict[int, Fitted] = field(default_factory=dict[int, Fitted])
 
     @classmethod
     def read(cls, folder: Path, metric: str, last: int) -> Validations:
         """Those that were kept, up to the step ``last``: a run that goes on makes the others again.
         Called by all ranks."""
-        kept = _read(folder)["validations"]
-        return cls(folder, metric, {v["step"]: v["metrics"] for v in kept if v["step"] <= last})
+        kept = [v for v in _read(folder)["validations"] if v["step"] <= last]
+        metrics, fitted = ({v["step"]: v[part] for v in kept} for part in ("metrics", "calibration"))
+        return cls(folder, metric, metrics, fitted)
 
     def write(self) -> None:
         """Keep them, whole also where this is killed; of one rank.
@@ -65,7 +71,10 @@ class Validations:
         Raises:
             PlaceError: the folder cannot be written.
         """
-        kept = [{"step": step, "metrics": metrics} for step, metrics in self.by_step.items()]
+        kept = [
+            {"step": step, "metrics": metrics, "calibration": self.fitted.get(step, {})}
+            for step, metrics in self.by_step.items()
+        ]
         text = json.dumps({"metric": self.metric, "best": self.best, "validations": kept}, indent=2)
         draft, file = self.folder / f".{FILE}", self.folder / FILE
         with writing(file):
@@ -99,8 +108,9 @@ class Validations:
         return -math.inf if math.isnan(value) else value
 
 
-def best_step(folder: Path) -> int | None:
-    """The step of a run that counts; None if it is the last. Called by all ranks.
+def in_use(folder: Path) -> tuple[int | None, dict[int, Fitted]]:
+    """The step of a run that counts, None if it is the last, and the calibrations by step. Called by all
+    ranks.
 
     Args:
         folder: the run's.
@@ -109,12 +119,13 @@ def best_step(folder: Path) -> int | None:
         >>> import tempfile
         >>> from pathlib import Path
         >>> from ifa_torchrec.distributed import init_process_group
-        >>> from ifa_torchrec.training.validations import best_step
+        >>> from ifa_torchrec.training.validations import in_use
         >>> _ = init_process_group()
-        >>> best_step(Path(tempfile.mkdtemp())) is None
-        True
+        >>> in_use(Path(tempfile.mkdtemp()))
+        (None, {})
     """
-    return _read(folder)["best"]
+    kept = _read(folder)
+    return kept["best"], {v["step"]: v["calibration"] for v in kept["validations"]}
 
 
 def _read(folder: Path) -> dict[str, Any]:
