@@ -27,7 +27,6 @@ from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.commands.explain import ExplainConfig, explain
 from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make_loader
 from ifa_torchrec.data.public.complete_journey import BASKET, BUY_AGAIN, CompleteJourneyConfig, prepare
-from ifa_torchrec.modules import CandidateSetLossConfig
 from ifa_torchrec.training.options import TrainConfig
 from ifa_torchrec.training.run import load_run
 from ifa_torchrec.training.scoring import measure, time_per_request
@@ -61,9 +60,6 @@ MODELS: dict[str, tuple[str, IFAConfig]] = {
     "softmax_identity": ("softmax", replace(PLAIN, **IDENTITY)),
 }
 """Each trained model: its sequence interaction and that interaction's configuration."""
-
-LOSS = CandidateSetLossConfig(unexposed=1.0)
-"""Of whatever stands on the shelf, promoted or not, it is known whether it was bought."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +128,7 @@ def trained(config: DemoConfig, name: str) -> dict:
     interaction, ifa = MODELS[name]
     run = config.out / name
     shutil.rmtree(run, ignore_errors=True)
-    training = train(TrainConfig(config.data, run, interaction, ifa, loss=LOSS, seed=config.seed))
+    training = train(TrainConfig(config.data, run, interaction, ifa, seed=config.seed))
     metrics = evaluate(EvaluateConfig(run=run, by=("surface",)))
     print(f"  {name}: trained {training['seconds']:.0f} s, test GAUC {metrics['gauc']:.4f}", flush=True)
     return metrics | {

@@ -59,13 +59,14 @@ class EvaluateConfig:
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Load a run's last checkpoint and measure a split; rank 0 writes RUN/metrics-SPLIT.json, or
-    metrics-SPLIT-int8.json.
+    """Load a run's best checkpoint, or its last, and measure a split; rank 0 writes
+    RUN/metrics-SPLIT.json, or metrics-SPLIT-int8.json.
 
     Returns:
         ``measure``'s numbers, new and known items apart; "shares" of what the model does not know;
         with a set size "sets", what ``measure_sets`` says of those by "topk" and by "greedy";
-        "notes", of each task whose ranking cannot be measured why; and "ms_per_request".
+        "notes", of each task whose ranking cannot be measured why; "ms_per_request"; and "step", that of
+        the checkpoint.
 
     Raises:
         CheckpointError: the run has no checkpoint.
@@ -85,7 +86,7 @@ def _evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], tuple[Task, ...]]
         if feature not in known:
             raise ConfigError(f"--by {feature}: no such context feature; there are {known}")
     dataset = run.dataset(config.split)
-    budget = run.config.max_events, run.config.max_requests
+    budget = run.config.max_events, run.config.scored_requests
     scores, milliseconds = predict(run.model, dataset, run.device, *budget)
     tasks = run.dlrm.config.tasks
     alone = None
@@ -97,6 +98,7 @@ def _evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], tuple[Task, ...]]
     if config.set_size is not None:
         metrics["sets"] = sets(run, dataset, scores, config.set_size)
     metrics["ms_per_request"] = milliseconds
+    metrics["step"] = run.step
     if dist.get_rank() == 0:
         name = f"metrics-{config.split}{'-int8' if config.int8 else ''}.json"
         with writing(config.run / name):
@@ -109,7 +111,7 @@ def sets(run: Run, dataset: RankingDataset, scores: np.ndarray, k: int) -> dict[
     model = run.dlrm.eval()
     chosen = {"topk": best_by_score(dataset, scores, model.config.tasks, k)}
     if model.config.candidate_set.generate:
-        budget = run.config.max_events, run.config.max_requests
+        budget = run.config.max_events, run.config.scored_requests
         chosen["greedy"] = chosen_one_by_one(model, dataset, run.device, budget, k)
     return {strategy: measure_sets(dataset, place, k) for strategy, place in chosen.items()}
 

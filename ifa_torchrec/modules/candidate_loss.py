@@ -20,6 +20,9 @@ from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules.tasks import Task, binary_tasks, check_tasks
 from ifa_torchrec.ops.jagged import request_of_row
 
+LISTWISE = 0.5
+"""Weight of the listwise term over that of the pointwise one, by default."""
+
 
 @dataclass(frozen=True)
 class CandidateSetLossConfig:
@@ -27,7 +30,7 @@ class CandidateSetLossConfig:
 
     Args:
         pointwise: of the binary cross entropy, and of the error of regression tasks.
-        listwise: of the softmax within a request, of binary tasks.
+        listwise: of the softmax within a request, of binary tasks; None for half of ``pointwise``.
         consistency: of the divergence between the scores with and without the unexposed.
         unexposed: how much an unexposed candidate counts, 0 to 1, where its missing label is taken
             for a 0: in the softmax's denominator and, with ``pointwise_unexposed``, in the cross
@@ -44,12 +47,12 @@ class CandidateSetLossConfig:
 
     Example:
         >>> from ifa_torchrec.modules import CandidateSetLossConfig
-        >>> CandidateSetLossConfig(listwise=0.5).pointwise
-        1.0
+        >>> CandidateSetLossConfig().listwise_weight, CandidateSetLossConfig(listwise=0.2).pointwise
+        (0.5, 1.0)
     """
 
     pointwise: float = 1.0
-    listwise: float = 0.0
+    listwise: float | None = None
     consistency: float = 0.0
     unexposed: float = 0.0
     pointwise_unexposed: bool = True
@@ -63,7 +66,7 @@ class CandidateSetLossConfig:
             )
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "regression" and not value >= 0:
+            if field.name != "regression" and value is not None and not value >= 0:
                 raise ConfigError(
                     f"CandidateSetLossConfig: {field.name} must be at least 0, got {value}"
                 )
@@ -71,8 +74,14 @@ class CandidateSetLossConfig:
             raise ConfigError(
                 f"CandidateSetLossConfig: unexposed must be at most 1, got {self.unexposed}"
             )
-        if self.pointwise == self.listwise == self.consistency == 0:
+        if self.pointwise == self.listwise_weight == self.consistency == 0:
             raise ConfigError("CandidateSetLossConfig: pointwise, listwise and consistency are all 0")
+
+    @property
+    def listwise_weight(self) -> float:
+        """``listwise``, or what it is by default. It has nothing to do where no request has both a 0 and
+        a 1 of a binary task."""
+        return LISTWISE * self.pointwise if self.listwise is None else self.listwise
 
 
 class CandidateSetLoss(nn.Module):
@@ -188,11 +197,11 @@ class CandidateSetLoss(nn.Module):
         total = logits.sum() * 0.0
         if config.pointwise:
             total = total + config.pointwise * self._pointwise(logits, labels, exposed, tasks)
-        if config.listwise:
+        if config.listwise_weight:
             counts = torch.where(exposed, 1.0, config.unexposed).to(dtype)[:, None]
             each, weight = _listwise(logits, labels, counts, request, requests)
             listed = [task.weight if task.kind == "binary" else 0.0 for task in tasks]
-            total = total + config.listwise * self._mean(each, _times(weight, listed))
+            total = total + config.listwise_weight * self._mean(each, _times(weight, listed))
         if config.consistency:
             if exposed_logits is None or exposed_logits.shape != (int(exposed.sum()), logits.shape[1]):
                 got = None if exposed_logits is None else list(exposed_logits.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -78,7 +79,8 @@ def plain(config: CandidateSetLossConfig, tasks, logits, labels, exposed, offset
                 p = torch.tensor([s[c] for c in shown]).softmax(0)
                 q = torch.stack([alone[place[c], t] for c in shown]).softmax(0)
                 add("consistency", float(((p - q) * (p / q).log()).sum() / 2), task.weight)
-    return sum(getattr(config, term) * total / max(n, 1e-9) for term, (total, n) in sums.items())
+    weights = dataclasses.asdict(config) | {"listwise": config.listwise_weight}
+    return sum(weights[term] * total / max(n, 1e-9) for term, (total, n) in sums.items())
 
 
 CONFIGS = [
@@ -137,7 +139,9 @@ class TestKindsAndWeights:
         numbers = [t for t, task in enumerate(TASKS) if task.kind == "regression"]
         assert not gradient[:, numbers].any()
         assert (value.item() == 0) == (
-            rows == "no candidates" or config.unexposed == 0 or config.pointwise == config.listwise == 0
+            rows == "no candidates"
+            or config.unexposed == 0
+            or config.pointwise == config.listwise_weight == 0
         )
 
 

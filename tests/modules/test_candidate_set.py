@@ -180,7 +180,7 @@ def naive_loss(config: CandidateSetLossConfig, logits, labels, exposed, offsets,
     mean = lambda values: sum(values) / len(values) if values else 0.0  # noqa: E731
     return (
         config.pointwise * pointwise / max(weights, 1e-9)
-        + config.listwise * mean(listwise)
+        + config.listwise_weight * mean(listwise)
         + config.consistency * mean(divergences)
     )
 
@@ -228,7 +228,7 @@ class TestLoss:
             offsets = torch.zeros_like(offsets)
         logits.requires_grad_()
         terms = {
-            "pointwise": CandidateSetLossConfig(pointwise_unexposed=False),
+            "pointwise": CandidateSetLossConfig(listwise=0.0, pointwise_unexposed=False),
             "listwise": CandidateSetLossConfig(pointwise=0.0, listwise=1.0, unexposed=1.0),
             "consistency": CandidateSetLossConfig(pointwise=0.0, consistency=1.0),
         }
