@@ -22,7 +22,7 @@ import tyro
 from ifa_torchrec import IFAConfig
 from ifa_torchrec.data import RankingDataset
 from ifa_torchrec.data.public.complete_journey import CompleteJourneyConfig, prepare
-from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig
+from ifa_torchrec.modules import CandidateSetConfig
 from ifa_torchrec.training.options import TrainConfig
 from ifa_torchrec.training.run import load_run
 from ifa_torchrec.training.scoring import predict
@@ -65,7 +65,7 @@ def chosen(options: Options) -> tuple[RankingDataset, dict[str, np.ndarray]]:
     """The test requests, and each candidate's place in both kinds of sets."""
     run = load_run(options.run)
     dataset, model = run.dataset("test"), run.dlrm.eval()
-    budget = run.config.max_events, run.config.max_requests
+    budget = run.config.max_events, run.config.scored_requests
     logits, _ = predict(run.model, dataset, run.device, *budget)
     return dataset, {
         "the best by their own scores": best_by_score(dataset, logits, model.config.tasks, options.size),
@@ -132,9 +132,6 @@ def main(options: Options) -> dict[str, Any]:
                 options.run,
                 ifa=IFA,
                 candidate_set=CandidateSetConfig(generate=True),
-                # of whatever stands on the shelf, promoted or not, it is known whether it was bought
-                loss=CandidateSetLossConfig(unexposed=1.0),
-                validate=False,
             )
         )
     dataset, places = chosen(options)
