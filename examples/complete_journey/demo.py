@@ -128,9 +128,7 @@ def trained(config: DemoConfig, name: str) -> dict:
     interaction, ifa = MODELS[name]
     run = config.out / name
     shutil.rmtree(run, ignore_errors=True)
-    training = train(
-        TrainConfig(data=config.data, out=run, interaction=interaction, ifa=ifa, seed=config.seed)
-    )
+    training = train(TrainConfig(config.data, run, interaction, ifa, seed=config.seed))
     metrics = evaluate(EvaluateConfig(run=run, by=("surface",)))
     print(f"  {name}: trained {training['seconds']:.0f} s, test GAUC {metrics['gauc']:.4f}", flush=True)
     return metrics | {
