@@ -27,7 +27,6 @@ from ifa_torchrec.modules import (
     CandidateSetEncoder,
     InteractionFidelityAttention,
     SequenceInteraction,
-    TakenRelation,
     UserState,
 )
 from ifa_torchrec.modules.history import counted
@@ -83,6 +82,11 @@ class Candidates:
     vectors: tuple[Tensor, ...]
     beside: tuple[Tensor, ...]
     logits: Tensor | None = None
+
+    def members(self, norm: nn.LayerNorm) -> JaggedTensor:
+        """As members of a set, [M, D]: with the request and what the history answered to them."""
+        member = norm(torch.stack([self.tokens, *self.vectors]).sum(0))
+        return JaggedTensor(member, lengths=self.offsets.diff(), offsets=self.offsets)
 
     def only(self, kept: Tensor) -> Candidates:
         """Those that are kept, [M] bool, as if there were no others."""
@@ -370,48 +374,12 @@ class RelationArch(nn.Module):
 
     def forward(self, candidates: Candidates) -> Tensor:
         """What is added to the logits, [M, T]."""
-        members = _members(candidates, self.member_norm)
+        members = candidates.members(self.member_norm)
         member, found = members.values(), self.candidate_set_encoder(members)
         relation = self.relation_norm(found.values())
         return self.output_proj(
             self.hidden_arch(torch.cat([member, relation, member * relation], dim=1))
         )
-
-
-class TakenArch(nn.Module):
-    """What those that are taken already do to the logits of the candidates.
-
-    A module beside SetArch, which it does not touch: of a set that grows it is all that changes.
-
-    Args:
-        config: DLRM_IFAConfig.
-
-    Example:
-        >>> import torch
-        >>> from ifa_torchrec import DLRM_IFAConfig, IFAConfig
-        >>> from ifa_torchrec.models.archs import Candidates, TakenArch
-        >>> arch = TakenArch(DLRM_IFAConfig(("item",), ifa=IFAConfig(8)))
-        >>> candidates = Candidates(torch.randn(3, 8), torch.tensor([0, 2, 3]), (), ())
-        >>> arch(candidates, torch.tensor([True, False, False])).shape
-        torch.Size([3, 1])
-    """
-
-    def __init__(self, config: DLRM_IFAConfig) -> None:
-        super().__init__()
-        dim = config.ifa.embedding_dim
-        self.member_norm = nn.LayerNorm(dim)
-        self.relation = TakenRelation(dim, config.num_tasks)
-
-    def forward(self, candidates: Candidates, taken: Tensor) -> Tensor:
-        """What is added to the logits, [M, T], of ``taken`` [M] bool; 0 where nothing is taken."""
-        return self.relation(_members(candidates, self.member_norm), taken)
-
-
-def _members(candidates: Candidates, norm: nn.LayerNorm) -> JaggedTensor:
-    """The candidates as members of a set: with the request and what the history answered to them."""
-    offsets = candidates.offsets
-    member = norm(torch.stack([candidates.tokens, *candidates.vectors]).sum(0))
-    return JaggedTensor(member, lengths=offsets.diff(), offsets=offsets)
 
 
 def _check_interaction(interaction: SequenceInteraction, config: DLRM_IFAConfig) -> None:

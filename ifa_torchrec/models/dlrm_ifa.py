@@ -37,9 +37,10 @@ from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingColle
 
 from ifa_torchrec.batch import RankingBatch, RankingFeatures
 from ifa_torchrec.errors import ConfigError
-from ifa_torchrec.models.archs import CandidateArch, Candidates, Lookups, SetArch, TakenArch
+from ifa_torchrec.models.archs import CandidateArch, Candidates, Lookups, SetArch
 from ifa_torchrec.models.config import DLRM_IFAConfig
 from ifa_torchrec.models.sparse import PooledArch, SequenceArch, tables_of
+from ifa_torchrec.models.taken import TakenArch
 from ifa_torchrec.modules import (
     CandidateSetLoss,
     CandidateSetLossConfig,
@@ -171,6 +172,29 @@ class DLRM_IFA(nn.Module):
         Raises:
             ConfigError: something is taken, and the model knows no relation to it.
             ValueError: ``taken`` is not one bool a candidate.
+        """
+        logits = self.set_arch(candidates) if candidates.logits is None else candidates.logits
+        if taken is None:
+            return logits
+        return logits + self._taken_arch()(candidates, taken)
+
+    def gain_given(self, candidates: Candidates, taken: Tensor) -> Tensor:
+        """What the set that will be shown is worth more with each candidate: what to add greedily.
+
+        Its worth is the sum over what it holds of the predictions that rank (``set_worth``: of one
+        binary task the expected number of positives). A candidate adds its own, given those taken
+        already, and changes theirs: the second of two near-duplicates takes from the first. With
+        nothing taken the order is that of ``ranking_score``.
+
+        Args:
+            candidates: what ``scored`` gave; or ``describe``, and the logits are reckoned anew.
+            taken: [M] bool.
+
+        Returns:
+            [M], float32 at least; the numbers of those that are taken mean nothing.
+
+        Raises:
+            ConfigError, ValueError: as ``logits_given``.
 
         Example:
             >>> import torch
@@ -192,19 +216,21 @@ class DLRM_IFA(nn.Module):
             >>> candidates = model.scored(model.describe(features))
             >>> rows = JaggedTensor(candidates.tokens, offsets=candidates.offsets)
             >>> chosen = generate_set(
-            ...     lambda taken: model.logits_given(candidates, taken)[:, 0], rows, 2, "greedy")
+            ...     lambda taken: model.gain_given(candidates, taken), rows, 2, "greedy")
             >>> chosen.lengths().tolist()
             [2, 2]
         """
-        logits = self.set_arch(candidates) if candidates.logits is None else candidates.logits
-        if taken is None:
-            return logits
+        if candidates.logits is None:
+            candidates = self.scored(candidates)
+        return self._taken_arch().gain(candidates, taken, self.config.tasks)
+
+    def _taken_arch(self) -> TakenArch:
         if self.taken_arch is None:
             raise ConfigError(
                 "DLRM_IFA: the model knows no relation to what is taken, so no set can be generated "
                 "greedily; train it with CandidateSetConfig(generate=True), --candidate-set.generate"
             )
-        return logits + self.taken_arch(candidates, taken)
+        return self.taken_arch
 
     def look_up(self, features: RankingFeatures) -> Lookups:
         """What the tables have of the features' ids."""
@@ -285,8 +311,8 @@ class DLRM_IFATrain(nn.Module):
 
     Args:
         dlrm_module: DLRM_IFA.
-        loss: CandidateSetLossConfig; None for its default, the mean binary cross entropy of all
-            candidates and half a listwise term, and of regression tasks the Huber error of the exposed.
+        loss: CandidateSetLossConfig; None for its default, the mean binary cross entropy of the exposed
+            candidates and half a listwise term among them, and of regression tasks their Huber error.
         across_ranks: see CandidateSetLoss.
 
     Raises:

@@ -34,7 +34,10 @@ class CandidateSetLossConfig:
         consistency: of the divergence between the scores with and without the unexposed.
         unexposed: how much an unexposed candidate counts, 0 to 1, where its missing label is taken
             for a 0: in the softmax's denominator and, with ``pointwise_unexposed``, in the cross
-            entropy.
+            entropy. 0: labels of the exposed alone, which ranked and promised best wherever what was
+            shown was biased (docs/exposure.md). 1 for a log whose unexposed candidates have true labels,
+            as in a shop, where what was not promoted may be bought. Of a log of exposed candidates
+            alone it says nothing.
         pointwise_unexposed: whether the cross entropy takes in the unexposed at all.
         regression: error of a regression task whose standardised label is missed by d: "huber", d^2 / 2
             up to 1 and |d| - 1 / 2 beyond, which labels far out do not rule; "squared", d^2 / 2.
@@ -51,7 +54,7 @@ class CandidateSetLossConfig:
     pointwise: float = 1.0
     listwise: float | None = None
     consistency: float = 0.0
-    unexposed: float = 1.0
+    unexposed: float = 0.0
     pointwise_unexposed: bool = True
     regression: Literal["huber", "squared"] = "huber"
 
@@ -84,14 +87,14 @@ class CandidateSetLossConfig:
 class CandidateSetLoss(nn.Module):
     """A loss over whole candidate sets: calibrated, ranking, and the same as at inference.
 
-    With s the logits of a request and task, P its positives, N its negatives, u_c = 1 for an
-    exposed candidate and ``unexposed`` for another:
+    With s the logits of a request and task, u_c = 1 for an exposed candidate and ``unexposed`` for
+    another, P its positives and N its negatives with u_c > 0:
 
     - pointwise, for calibration: binary cross entropy, the mean over candidates weighted by u_c
-      (over the exposed alone with pointwise_unexposed=False).
+      (over the exposed alone by default, and with pointwise_unexposed=False).
     - listwise, for the order: the mean over p in P of -log(e^s_p / (e^s_p + sum_{c in N} u_c e^s_c)).
-      At inference every candidate competes, so the unexposed stand in the denominator; as their
-      labels are missing, not 0, they may count less. One positive does not compete with
+      The labels of the unexposed are missing, not 0: by default they do not stand in the
+      denominator. One positive does not compete with
       another. Mean over the requests that have both; a request without a positive, or of
       positives alone, has no order to learn and is left out.
     - consistency, against a train-inference gap: with p and p' the softmax over a request's exposed
@@ -242,8 +245,8 @@ def _listwise(
     logits: Tensor, labels: Tensor, counts: Tensor, request: Tensor, requests: int
 ) -> tuple[Tensor, Tensor]:
     """The listwise term of each candidate, and what it counts; [M, T] both."""
-    positive = labels > 0
-    negative = ~positive & (counts > 0)
+    counted = counts > 0
+    positive, negative = counted & (labels > 0), counted & (labels <= 0)
     # a request without negatives has no finite sum: its rows are left out below
     shifted = torch.where(negative, logits + counts.clamp(min=1e-30).log(), -math.inf)
     against = segment_logsumexp(shifted, request, requests)

@@ -160,17 +160,40 @@ class TakenRelation(nn.Module):
         Raises:
             ValueError: ``taken`` is not one bool a candidate.
         """
-        tokens, offsets = candidates.values(), candidates.offsets()
+        request, query, key = self._projected(candidates, taken)
+        given = key * taken[:, None]
+        total = key.new_zeros(len(candidates.offsets()) - 1, key.shape[1]).index_add(0, request, given)
+        return torch.einsum("mtd,md->mt", query, total[request] - given)
+
+    def between(self, candidates: JaggedTensor, taken: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What each candidate would add to the terms of those that are taken.
+
+        Args:
+            candidates, taken: as ``forward``'s.
+
+        Returns:
+            For each pair of one that is taken and a candidate of its request, P of them: the term
+            [P, T], the number of the one among all that are taken [P], and the candidate's row [P].
+        """
+        request, query, key = self._projected(candidates, taken)
+        rows = taken.nonzero()[:, 0]
+        offsets = candidates.offsets()
+        first, sizes = offsets[:-1][request[rows]], offsets.diff()[request[rows]]
+        number = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), sizes)
+        place = torch.arange(len(number), device=rows.device) - (sizes.cumsum(0) - sizes)[number]
+        other = first[number] + place
+        return torch.einsum("ptd,pd->pt", query[rows][number], key[other]), number, other
+
+    def _projected(self, candidates: JaggedTensor, taken: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each candidate's request [M], query [M, T, D] and key [M, D]."""
+        tokens = candidates.values()
         if taken.shape != tokens.shape[:1] or taken.dtype != torch.bool:
             raise ValueError(
                 f"taken must be [{tokens.shape[0]}] bool, one a candidate; got {list(taken.shape)} "
                 f"{taken.dtype}"
             )
-        request = request_of_row(offsets, tokens.shape[0])
-        key = self.key_proj(tokens) * taken[:, None]
-        total = key.new_zeros(offsets.shape[0] - 1, key.shape[1]).index_add(0, request, key)
-        query = self.query_proj(tokens).unflatten(1, (self.num_outputs, key.shape[1]))
-        return torch.einsum("mtd,md->mt", query, total[request] - key)
+        query = self.query_proj(tokens).unflatten(1, (self.num_outputs, tokens.shape[1]))
+        return request_of_row(candidates.offsets(), len(tokens)), query, self.key_proj(tokens)
 
 
 class TakenSample(nn.Module):

@@ -77,6 +77,32 @@ class TokenProjection(nn.Linear):
                 self.weight.copy_(self.gain * start.repeat(copies, 1))
 
 
+class FeatureProjection(nn.Linear):
+    """Tokens to features, each a random direction at the start: summaries of a history by soft features
+    that differ, as the latents of low-rank attention are.
+
+    Of a normed token a feature is normal, of standard deviation 1.2: the start of
+    ``LowRankAttention``'s scores of latents and events, for heads of width 64.
+
+    Args:
+        dim: D, of the tokens.
+        width: H d, of the heads together.
+        device: of the weight.
+
+    Example:
+        >>> from ifa_torchrec.modules.projections import FeatureProjection
+        >>> round(FeatureProjection(64, 4096).weight.std().item(), 2)
+        0.15
+    """
+
+    def __init__(self, dim: int, width: int, device: torch.device | str | None = None) -> None:
+        super().__init__(dim, width, bias=False, device=device)
+
+    def reset_parameters(self) -> None:
+        """Start anew; also after ``to_empty``."""
+        nn.init.normal_(self.weight, std=1.2 * self.in_features**-0.5)
+
+
 class OutputProjection(nn.Linear):
     """Heads and masses to D; starts as the mean of the dense heads' outputs, the first ``width``
     columns, where that is D or a multiple of it.

@@ -1,8 +1,8 @@
 """The scoring of one request from a user's state, as a graph of plain tensors for other runtimes.
 
-Behind the lookups the graph is CandidateArch and SetArch themselves, traced; no formula is written a
-second time. What it contains are PyTorch's own operators (aten), so that nothing of this package, of
-TorchRec or of fbgemm is needed to run it.
+Behind the lookups the graph is CandidateArch, SetArch and TakenArch themselves, traced; no formula is
+written a second time. What it contains are PyTorch's own operators (aten), so that nothing of this
+package, of TorchRec or of fbgemm is needed to run it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from ifa_torchrec.batch import RankingFeatures
 from ifa_torchrec.data import LogSchema
 from ifa_torchrec.models import DLRM_IFA
-from ifa_torchrec.models.archs import CandidateArch, Lookups, SetArch
+from ifa_torchrec.models.archs import CandidateArch, Lookups, SetArch, TakenArch
 from ifa_torchrec.models.config import DLRM_IFAConfig
 from ifa_torchrec.modules import InteractionFidelityAttention, UserState
 from ifa_torchrec.serving.errors import StateError
@@ -40,7 +40,7 @@ class GraphInput:
         name: of ``ScoringGraph.forward``'s argument.
         shape: numbers; "M" where it is the number of candidates, "U" that of identity rows, and
             "L_NAME" that of the ids in a list.
-        dtype: "int64" or "float32".
+        dtype: "int64", "float32" or "bool".
         columns: names of the last dimension's entries, where they have names.
 
     Example:
@@ -68,7 +68,7 @@ class ScoringGraph(nn.Module):
 
     Raises:
         ValueError: the model has no user state.
-        StateError: candidates see each other, or its tables are of another type.
+        StateError: its tables are of another type, or of managed collisions.
 
     Attributes:
         inputs: a GraphInput for each argument of ``forward``, in order.
@@ -98,12 +98,6 @@ class ScoringGraph(nn.Module):
         ifa = model.candidate_arch.ifa.config
         if model.sequence_arch.managed:
             raise StateError("tables of managed collisions cannot be exported; serve them with Scorer")
-        if config.candidate_set.attention != "none":
-            raise StateError(
-                f"candidate_set {config.candidate_set.attention!r}: a model whose candidates see each "
-                "other cannot be exported, its attention among them takes sizes from tensors; serve it "
-                "with Scorer"
-            )
         self.config, self.schema = config, schema
         keys = list(config.candidate_keys.values())
         self.tables = plain_tables(model.sequence_arch.embedding_collection, keys)
@@ -114,10 +108,15 @@ class ScoringGraph(nn.Module):
         features = 0 if self.context_arch is None else len(self.context_arch.names)
         self.candidate_arch = CandidateArch(config, features, InteractionFidelityAttention(plain))
         self.set_arch = SetArch(
-            config, self.candidate_arch.num_vectors, self.candidate_arch.out_features
+            dataclasses.replace(config, ifa=plain),
+            self.candidate_arch.num_vectors,
+            self.candidate_arch.out_features,
         )
-        self.candidate_arch.load_state_dict(model.candidate_arch.state_dict())
-        self.set_arch.load_state_dict(model.set_arch.state_dict())
+        self.taken_arch = None if model.taken_arch is None else TakenArch(config)
+        for name in ("candidate_arch", "set_arch", "taken_arch"):
+            arch: nn.Module | None = getattr(self, name)
+            if arch is not None:
+                arch.load_state_dict(getattr(model, name).state_dict())
         self.inputs = _inputs(config, schema)
         self.eval()
 
@@ -140,6 +139,8 @@ class ScoringGraph(nn.Module):
                 - identity_key: [U] int64, ascending, U >= 0; identity_value: [U, L, d] and
                   identity_sum: [U, L], the state's tables, where there are identity features. Rows that
                   no candidate asks for may be left out.
+                - taken: [M] bool, which candidates are in the set already, where the model generates
+                  sets; those of a candidate that is taken itself are its logits beside the other ones.
 
         Returns:
             Logits [M, T].
@@ -167,7 +168,9 @@ class ScoringGraph(nn.Module):
         )
         candidates = JaggedTensor(rows, offsets=_offsets(m))
         lookups = Lookups(self._context(given), self._lists(given, m), None, candidates)
-        return self.set_arch(self.candidate_arch.attend(lookups, features, self._state(given)))
+        described = self.candidate_arch.attend(lookups, features, self._state(given))
+        logits = self.set_arch(described)
+        return logits if self.taken_arch is None else logits + self.taken_arch(described, given["taken"])
 
     def _context(self, given: dict[str, Tensor]) -> Tensor | None:
         """[1, Fs, D]."""
@@ -324,6 +327,13 @@ def describe(model: DLRM_IFA, schema: LogSchema, version: str, vocabulary: str) 
         "scores": "a binary task's logit is the log odds; a regression's number is scale.mean + "
         "scale.deviation * logit, and expm1 of that where scale.log",
         "table_rows": {name: rows for table in tables for name, rows in table.items()},
+        "candidate_set": {
+            "attention": model.config.candidate_set.attention,
+            "generate": model.config.candidate_set.generate,
+            "taken": "with none taken the logits are the ranking's. A set of k, where the model "
+            "generates sets: take the best; then, as often as wanted, the best of the others by the "
+            "logits given those that are taken",
+        },
         "missing": "a number that is missing is NaN; an id that is unknown, or new, is row 0",
         "identity": {
             "features": list(config.identity_features),
@@ -367,6 +377,8 @@ def _inputs(config: DLRM_IFAConfig, schema: LogSchema) -> tuple[GraphInput, ...]
             GraphInput("identity_value", ("U", half_lives, d), "float32"),
             GraphInput("identity_sum", ("U", half_lives), "float32"),
         ]
+    if config.candidate_set.generate:
+        given.append(GraphInput("taken", ("M",), "bool"))
     return tuple(given)
 
 

@@ -358,9 +358,11 @@ def check_loss(dataset: RankingDataset, loss: CandidateSetLossConfig, rank: int)
 
     Raises:
         ConfigError: there is a consistency term, which costs half of the time again, but all candidates
-            are exposed.
+            are exposed. Or the unexposed are left out, and of the exposed all have the label 1.
     """
     requests = dataset.requests
+    if not loss.unexposed or not loss.pointwise_unexposed:
+        _check_negatives(dataset)
     if loss.consistency and requests[EXPOSED].all():
         raise ConfigError(
             f"--loss.consistency {loss.consistency:g}: all candidates of the split `train` were "
@@ -373,6 +375,20 @@ def check_loss(dataset: RankingDataset, loss: CandidateSetLossConfig, rank: int)
             "two candidates to compare",
             stacklevel=2,
         )
+
+
+def _check_negatives(dataset: RankingDataset) -> None:
+    """Refuse a log that has the negatives among the unexposed, where these are left out of the loss."""
+    exposed = np.asarray(dataset.requests[EXPOSED])
+    if exposed.all():
+        return
+    for task, kind in dataset.log.schema.tasks.items():
+        label = np.asarray(dataset.requests[task])
+        if kind == "binary" and label[exposed].all() and not label.all():
+            raise ConfigError(
+                f"--loss.unexposed 0: in the split `train` all exposed candidates have {task} 1; where "
+                "a 0 is true of the others give --loss.unexposed 1, or prepare them as exposed"
+            )
 
 
 def _finite(losses: list[torch.Tensor], step: int, folder: Path) -> list[float]:

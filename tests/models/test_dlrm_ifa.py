@@ -21,6 +21,7 @@ from ifa_torchrec.distributed import OptimizerConfig, init_process_group, shard
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.models.archs import Lookups
 from ifa_torchrec.models.sparse import SequenceArch
+from ifa_torchrec.models.taken import set_worth
 from ifa_torchrec.modules import (
     INTERACTIONS,
     CandidateSetConfig,
@@ -460,6 +461,21 @@ class TestWhatIsTaken:
         from_states = model.logits_given(model.describe(batch, model.encode(batch)), taken)
         torch.testing.assert_close(from_states, from_histories, rtol=0, atol=1e-5)
 
+    def test_what_a_candidate_is_worth_is_what_the_set_is_worth_with_it(self, attention: str) -> None:
+        model, batch = self.make(attention), make_batch()
+        candidates, tasks = model.scored(model.describe(batch)), model.config.tasks
+
+        def worth(taken: Tensor) -> Tensor:
+            return set_worth(model.logits_given(candidates, taken), tasks)[taken].sum()
+
+        for taken in (torch.arange(sum(CANDIDATES)) % 3 == 1, torch.zeros(sum(CANDIDATES)).bool()):
+            gain = model.gain_given(candidates, taken)
+            torch.testing.assert_close(model.gain_given(model.describe(batch), taken), gain)
+            for row in (~taken).nonzero().flatten():
+                more = taken.clone()
+                more[row] = True
+                torch.testing.assert_close(gain[row], worth(more) - worth(taken), rtol=1e-4, atol=1e-5)
+
     def test_both_losses_are_trained_in_one_pass_and_one_is_measured(self, attention: str) -> None:
         model, batch = (
             make_model(candidate_set=CandidateSetConfig(attention, generate=True)),
@@ -477,8 +493,9 @@ def test_a_model_that_was_not_trained_for_it_refuses_what_is_taken() -> None:
     model = make_model(candidate_set=CandidateSetConfig("softmax"))
     candidates = model.describe(make_batch())
     assert torch.equal(model.logits_given(candidates), model(make_batch()))
-    with pytest.raises(ConfigError, match=r"greedily; train it with .*generate"):
-        model.logits_given(candidates, torch.zeros(sum(CANDIDATES)).bool())
+    for scored in (model.logits_given, model.gain_given):
+        with pytest.raises(ConfigError, match=r"greedily; train it with .*generate"):
+            scored(candidates, torch.zeros(sum(CANDIDATES)).bool())
     given = make_model(candidate_set=CandidateSetConfig(generate=True))
     with pytest.raises(ValueError, match=r"taken must be \[15\] bool"):
         given.logits_given(given.describe(make_batch()), torch.zeros(3).bool())

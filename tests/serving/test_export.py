@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ from helpers import randomised
 from shop import Shop
 from torch import Tensor
 from torch.export import ExportedProgram
-from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
+from torchrec import EmbeddingCollection, EmbeddingConfig, JaggedTensor, KeyedJaggedTensor
 
-from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, IFAConfig
+from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, IFAConfig, generate_set
 from ifa_torchrec.__main__ import main
 from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.commands.export import ExportConfig, export
@@ -61,6 +62,7 @@ def inputs(model: DLRM_IFA, schema: LogSchema, batch: RankingBatch) -> dict[str,
         "item_vectors": None if batch.item_vectors is None else batch.item_vectors[items],
         "candidate_item_ids": batch.candidate_item_ids,
         **{f"context_list_{f}": batch.context_features[f].values() for f in schema.context_lists},
+        "taken": torch.zeros_like(ids[columns[0]].values(), dtype=torch.bool),
         **state.state_dict(),
     }
     if known["candidate_item_ids"] is None:
@@ -198,6 +200,61 @@ def test_a_model_of_items_alone_with_two_tasks() -> None:
         torch.testing.assert_close(found, logits, atol=1e-5, rtol=0)
 
 
+def model_of_sets(attention: Literal["softmax", "linear"]) -> DLRM_IFA:
+    """Candidates see each other and what is taken."""
+    return model_of_one_feature(candidate_set=CandidateSetConfig(attention, generate=True)).eval()
+
+
+@torch.no_grad()
+def assert_gives_the_logits_of_sets(score: Callable[..., Tensor], model: DLRM_IFA) -> None:
+    for candidates in (1, 2, 3, 40):
+        batch = items_alone(events=7, candidates=candidates, seed=candidates)
+        logits = model(batch)
+        given = inputs(model, ONE_FEATURE, batch)
+        torch.testing.assert_close(score(*given.values()), logits, atol=1e-5, rtol=1e-5)
+        assert_takes_the_models_set(score, model, batch, given)
+    first = first_candidate(given, ScoringGraph(model, ONE_FEATURE).inputs)
+    assert not torch.allclose(score(*first.values()), logits[:1], atol=1e-2)  # the others matter
+
+
+def assert_takes_the_models_set(
+    score: Callable[..., Tensor], model: DLRM_IFA, batch: RankingBatch, given: dict[str, Tensor]
+) -> None:
+    described = model.describe(batch)
+
+    def by_model(taken: Tensor) -> Tensor:
+        logits = model.logits_given(described, taken)
+        by_graph = score(*{**given, "taken": taken}.values())
+        torch.testing.assert_close(by_graph, logits, atol=1e-5, rtol=1e-5)
+        return logits[:, 0]
+
+    rows = JaggedTensor(described.tokens, offsets=described.offsets)
+    chosen = generate_set(by_model, rows, 5, "greedy").values()
+    taken = given["taken"].clone()  # as a server does it, by the graph alone
+    for row in chosen:
+        logits = score(*{**given, "taken": taken}.values())[:, 0]
+        assert logits.masked_fill(taken, -torch.inf).argmax() == row
+        taken[row] = True
+
+
+@pytest.mark.parametrize("attention", ["softmax", "linear"])
+def test_a_model_whose_candidates_see_each_other(attention: Literal["softmax", "linear"]) -> None:
+    model = model_of_sets(attention)
+    program = export_scorer(model, ONE_FEATURE)
+    assert_gives_the_logits_of_sets(program.module(), model)
+    assert_of_aten_alone(program)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["softmax", "linear"])
+def test_a_package_of_a_model_whose_candidates_see_each_other(
+    attention: Literal["softmax", "linear"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of_sets(attention)
+    package_scorer(export_scorer(model, ONE_FEATURE), tmp_path / "sets.pt2")
+    assert_gives_the_logits_of_sets(load_package(tmp_path / "sets.pt2", monkeypatch), model)
+
+
 def items_alone(events: int, candidates: int, seed: int) -> RankingBatch:
     generator = torch.Generator().manual_seed(seed)
     return RankingBatch(
@@ -219,7 +276,6 @@ def items_alone(events: int, candidates: int, seed: int) -> RankingBatch:
     ("model", "message"),
     [
         (lambda: model_of_one_feature(interaction="mean"), "'mean' has no user state"),
-        (lambda: model_of_one_feature(candidate_set=CandidateSetConfig("linear")), "see each other"),
         (lambda: quantize_tables(model_of_one_feature(), torch.float16), "FP16 cannot be exported"),
     ],
 )

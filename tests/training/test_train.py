@@ -17,9 +17,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
+from torchrec.sparse.jagged_tensor import JaggedTensor
 from toy import BUSY_USER, NEW_USER, SCHEMA, SPLITS, Toy, make_toy
 
-from ifa_torchrec import IFAConfig, InteractionFidelityAttention
+from ifa_torchrec import IFAConfig, InteractionFidelityAttention, generate_set
 from ifa_torchrec.__main__ import main
 from ifa_torchrec.commands import evaluate as evaluate_module
 from ifa_torchrec.commands.command_line import result_as_json
@@ -31,14 +32,16 @@ from ifa_torchrec.distributed.checkpoint import checkpoints
 from ifa_torchrec.errors import ConfigError, DivergedError
 from ifa_torchrec.models import DLRM_IFATrain
 from ifa_torchrec.models.archs import CandidateArch
-from ifa_torchrec.modules import INTERACTIONS, CandidateSetLossConfig
+from ifa_torchrec.modules import INTERACTIONS, CandidateSetConfig, CandidateSetLossConfig
 from ifa_torchrec.training import decide
 from ifa_torchrec.training import trainer as train_module
 from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.decide import decided
+from ifa_torchrec.training.metrics_table import as_table
 from ifa_torchrec.training.options import TrainConfig, from_json, to_json
 from ifa_torchrec.training.run import load_run
 from ifa_torchrec.training.scoring import measure
+from ifa_torchrec.training.sets import measure_sets, places
 from ifa_torchrec.training.trainer import train
 from ifa_torchrec.training.validations import Validations
 
@@ -779,6 +782,64 @@ class TestEvaluate:
         assert rounded["ne"] != metrics["ne"] == pytest.approx(rounded["ne"], abs=1e-3)
         assert (trained / "metrics-test.json").read_text() == result_as_json(metrics)
         assert (trained / "metrics-test-int8.json").read_text() == result_as_json(rounded)
+
+    def test_the_exposed_alone_are_scored_as_if_there_were_no_others(
+        self, config: TrainConfig, toy: Toy, tmp_path: Path
+    ) -> None:
+        """As in a log from which the unexposed are gone."""
+        related = dataclasses.replace(
+            config, out=tmp_path / "related", candidate_set=CandidateSetConfig("softmax"), epochs=1
+        )
+        train(related)
+        metrics = evaluate(EvaluateConfig(related.out))
+        shown = {
+            split: frame.assign(
+                **{
+                    name: [
+                        np.asarray(values)[np.asarray(exposed)]
+                        for values, exposed in zip(frame[name], frame["exposed"], strict=True)
+                    ]
+                    for name in toy.schema.candidate_lists
+                }
+            )
+            for split, frame in toy.requests.items()
+        }
+        log = dataclasses.replace(toy, requests=shown).write(tmp_path / "shown")
+        wanted = evaluate(EvaluateConfig(related.out, data=log.path))
+        for name in ("gauc", "ne", "calibration"):
+            assert metrics[f"{name}_exposed_alone"] == pytest.approx(wanted[name], abs=1e-5)
+            assert f"{name}_exposed" in metrics and f"{name}_exposed_alone" not in wanted
+        assert metrics["gap_exposed_alone"] > 0
+
+    def test_candidates_that_do_not_see_each_other_have_no_gap(self, trained: Path) -> None:
+        metrics = evaluate(EvaluateConfig(trained))
+        assert "gauc_exposed" in metrics and "gap_exposed_alone" not in metrics
+
+    def test_sets_of_a_model_that_chooses_one_by_one(
+        self, config: TrainConfig, tmp_path: Path, capsys
+    ) -> None:
+        out = tmp_path / "generates"
+        train(dataclasses.replace(config, out=out, candidate_set=CandidateSetConfig(generate=True)))
+        metrics, tasks = evaluate_module._evaluate(EvaluateConfig(out, set_size=3))
+        run = load_run(out)
+        dataset, model = run.dataset("test"), run.dlrm.eval()
+        with torch.no_grad():
+            candidates = model.describe(dataset[np.arange(len(dataset))])
+            rows = JaggedTensor(candidates.tokens, offsets=candidates.offsets)
+            greedy = generate_set(lambda taken: model.gain_given(candidates, taken), rows, 3, "greedy")
+            best = generate_set(model.logits_given(candidates)[:, 0], rows, 3)
+        assert greedy.values().tolist() != best.values().tolist()
+        for strategy, chosen in (("greedy", greedy), ("topk", best)):
+            place = places(chosen, len(candidates.tokens)).numpy()
+            assert metrics["sets"][strategy] == measure_sets(dataset, place, 3)
+        assert json.loads((out / "metrics-test.json").read_text())["sets"].keys() == {"topk", "greedy"}
+        table = as_table(metrics, tasks)
+        assert "chosen one by one" in table and "duplicates of category" in table
+
+    def test_sets_of_other_models_are_the_best_by_their_scores(self, trained: Path) -> None:
+        assert evaluate(EvaluateConfig(trained, set_size=2))["sets"].keys() == {"topk"}
+        with pytest.raises(ConfigError, match="--set-size must be at least 1, got 0"):
+            EvaluateConfig(trained, set_size=0)
 
     def test_by_context_feature(self, trained: Path, toy: Toy) -> None:
         metrics = evaluate(EvaluateConfig(trained, split="train", by=("store", "weekday")))
