@@ -43,21 +43,23 @@ def counts(dataset: RankingDataset, feature: str, half_lives: tuple[float, ...])
         half_lives: L, in days.
 
     Returns:
-        [M, L] float64.
+        [M, L] float32.
     """
-    return _matched(dataset, feature, [math.log(2) / half_life for half_life in half_lives])
+    decay = [math.log(2) / half_life for half_life in half_lives]
+    return _matched(dataset, feature, torch.tensor(decay))
 
 
 def days_since(dataset: RankingDataset, feature: str) -> np.ndarray:
     """Days since the user's last event with the candidate's value of an item feature, [M] float64; NaN
     where there is none, or it is more than a year ago."""
-    matched = _matched(dataset, feature, [_LAST])[:, 0]
+    # float64 holds the sum of events as old as that
+    matched = _matched(dataset, feature, torch.tensor([_LAST], dtype=torch.float64))[:, 0]
     with np.errstate(divide="ignore"):
         return np.where(matched > 0, np.maximum(-np.log(matched) / _LAST, 0), np.nan)
 
 
-def _matched(dataset: RankingDataset, feature: str, decay: list[float]) -> np.ndarray:
-    """The sums over the events with a candidate's value of exp(-decay age), [M, L] float64."""
+def _matched(dataset: RankingDataset, feature: str, decay: torch.Tensor) -> np.ndarray:
+    """The sums over the events with a candidate's value of exp(-decay age), [M, L] of decay's dtype."""
     sums = []
     sampler = EventBudgetSampler(dataset.history_lengths, max_events=65536, max_requests=64)
     for batch in make_loader(dataset, sampler):
@@ -66,13 +68,12 @@ def _matched(dataset: RankingDataset, feature: str, decay: list[float]) -> np.nd
         _, weight = ops.match(
             candidates.values(),
             candidates.offsets(),
-            torch.zeros(len(history.values()), 1, dtype=torch.float64),
+            torch.zeros(len(history.values()), 1, dtype=decay.dtype),
             history.values(),
             history.offsets(),
             None,
-            batch.history_age.double(),
-            torch.tensor(decay, dtype=torch.float64),
-            backend="torch",
+            batch.history_age.to(decay.dtype),
+            decay,
         )
         sums.append(weight)
     return torch.cat(sums).numpy()
