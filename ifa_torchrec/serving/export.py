@@ -23,8 +23,9 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from ifa_torchrec.batch import RankingFeatures
 from ifa_torchrec.data import LogSchema
 from ifa_torchrec.models import DLRM_IFA
-from ifa_torchrec.models.archs import CandidateArch, Lookups, SetArch, TakenArch
+from ifa_torchrec.models.archs import CandidateArch, Lookups, SetArch
 from ifa_torchrec.models.config import DLRM_IFAConfig
+from ifa_torchrec.models.taken import TakenArch
 from ifa_torchrec.modules import InteractionFidelityAttention, UserState
 from ifa_torchrec.serving.errors import StateError
 from ifa_torchrec.serving.plain_tables import PlainPooledArch, plain_tables
