@@ -30,6 +30,7 @@ COUNTED = (math.inf, 90.0, 30.0, 7.0)
 """Half-lives of LightGBM's counts, in days."""
 _LAST = 2.0  # a day; the sum of exp(-_LAST age) is all but that of the latest event
 _ROUNDS, _PATIENCE = 1000, 30
+_MOST_CATEGORIES = 1000
 _HELD_OUT = 0.1  # of the training requests, the latest, where a log has no split `valid`
 
 
@@ -102,7 +103,15 @@ def features(dataset: RankingDataset) -> tuple[np.ndarray, list[str]]:
     columns |= {name: np.asarray(requests[name]) for name in schema.candidate_dense}
     own = (*schema.dense_features, *schema.context_features)
     columns |= {name: np.repeat(np.asarray(requests[name]), sizes) for name in own}
+    numbers = np.asarray(requests[CANDIDATES])
+    columns |= {name: np.asarray(dataset.log.items[name])[numbers] for name in _categories(dataset.log)}
     return np.column_stack([c.astype(np.float64) for c in columns.values()]), list(columns)
+
+
+def _categories(log: EventLog) -> list[str]:
+    """What describes an item by an id of few values, which LightGBM takes as a category."""
+    schema = log.schema
+    return [f for f, n in schema.item_features.items() if f != schema.item and n <= _MOST_CATEGORIES]
 
 
 @dataclass
@@ -152,7 +161,9 @@ def boosted(log: EventLog, seed: int = 0) -> Boosted:
         late = times >= np.quantile(np.asarray(train.requests[TIME]), 1 - _HELD_OUT)
         held_out = x[late], y[late]
         x, y = x[~late], y[~late]
-    data = lightgbm.Dataset(x, y, feature_name=[name.replace(",", "") for name in names])
+    categories = [*_categories(log), *log.schema.context_features]
+    given = {"categorical_feature": [names.index(name) for name in categories]}
+    data = lightgbm.Dataset(x, y, feature_name=[name.replace(",", "") for name in names], **given)
     booster = lightgbm.train(
         {
             "objective": "binary",
