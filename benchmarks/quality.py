@@ -36,6 +36,9 @@ import tyro
 from report import ROOT, commit, markdown, measured_by
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
+sys.path.insert(0, str(ROOT / "examples"))
+from baselines import measured
+
 from ifa_torchrec import IFAConfig
 from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.data import EventLog, RankingDataset, synthetic
@@ -82,7 +85,14 @@ EPOCHS = {JOURNEY: 1, SYNTHETIC: 3}
 LENGTHS = (50, 200, 1000)
 BESIDE = "+ identity"
 PEERS = [name for name in INTERACTIONS if name not in ("none", "ifa")]
+BASELINES = {
+    "popularity": "most popular",
+    "recency_count": "the user's own, recency",
+    "lightgbm": "LightGBM, features by hand",
+}
+"""Without a neural net (examples/baselines.py): one run each, beside the interactions as published."""
 LABELS = {
+    **BASELINES,
     "none": "no history",
     "mean": "mean pooling",
     "softmax": "softmax, whole history",
@@ -136,7 +146,7 @@ class Job:
     variant: str
     seed: int
     options: dict[str, Any] = field(hash=False)
-    """Of TrainConfig."""
+    """Of TrainConfig; of a baseline there are none."""
 
 
 def variants(data: str) -> dict[str, dict[str, Any]]:
@@ -207,6 +217,7 @@ def jobs(options: Options) -> list[Job]:
     result = []
     for seed in range(main):
         for data in (JOURNEY, SYNTHETIC):
+            result += [Job(data, name, seed, {}) for name in (BASELINES if seed == 0 else ())]
             result += [Job(data, name, seed, given) for name, given in variants(data).items()]
     for seed in range(others):
         for data in (JOURNEY, SYNTHETIC):
@@ -259,9 +270,13 @@ def run(options: Options, job: Job, deadline: float) -> dict[str, float] | None:
     if time.time() > deadline:
         return None
     shutil.rmtree(folder, ignore_errors=True)
-    training = train(config)
-    metrics = evaluate(EvaluateConfig(run=folder))
-    metrics["train_seconds"] = training["seconds"]
+    if job.variant in BASELINES:
+        folder.mkdir(parents=True)
+        metrics = {"train_seconds": 0.0, **measured(EventLog(config.data), job.variant, job.seed)}
+    else:
+        training = train(config)
+        metrics = evaluate(EvaluateConfig(run=folder))
+        metrics["train_seconds"] = training["seconds"]
     kept = {"options": options_of_run, "commit": commit(), "metrics": metrics}
     result_file.write_text(json.dumps(kept))
     return metrics

@@ -29,6 +29,7 @@ from ifa_torchrec.modules import Task
 from ifa_torchrec.serving import quantize_tables
 from ifa_torchrec.training.groups import shares
 from ifa_torchrec.training.metrics_table import as_table
+from ifa_torchrec.training.reliability import draw, reliability
 from ifa_torchrec.training.run import Run, load_run
 from ifa_torchrec.training.scoring import TaskScores, measure, predict, predict_alone
 from ifa_torchrec.training.sets import best_by_score, chosen_one_by_one, measure_sets
@@ -50,6 +51,9 @@ class EvaluateConfig:
     """Also measure the sets of so many candidates that the model would show: the best by their own
     scores and, where it was trained for that (ifa train --candidate-set.generate), those chosen one
     by one."""
+    picture: bool = False
+    """Draw the reliability of binary tasks, what is predicted against what comes true:
+    RUN/reliability-SPLIT.png. Needs the extra `demo`."""
     int8: bool = False
     """Round the tables to 8 bits, as ``ifa_torchrec.serve --int8`` does; each rank holds all of them."""
 
@@ -65,8 +69,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Returns:
         ``measure``'s numbers, new and known items apart; "shares" of what the model does not know;
         with a set size "sets", what ``measure_sets`` says of those by "topk" and by "greedy";
-        "notes", of each task whose ranking cannot be measured why; "ms_per_request"; and "step", that of
-        the checkpoint.
+        "reliability" of each binary task; "notes", of each task whose ranking cannot be measured why;
+        "ms_per_request"; and "step", that of the checkpoint.
 
     Raises:
         CheckpointError: the run has no checkpoint.
@@ -94,6 +98,11 @@ def _evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], tuple[Task, ...]]
         alone = predict_alone(run.dlrm.eval(), dataset, run.device, *budget)
     metrics = measure(dataset, scores, tasks, config.by, apart=True, alone=alone)
     metrics["shares"] = shares(dataset)
+    metrics["reliability"] = {
+        task.name: reliability(logits, np.asarray(dataset.requests[task.name]))
+        for task, logits in zip(tasks, scores.T, strict=True)
+        if task.kind == "binary"
+    }
     metrics["notes"] = notes(dataset, scores, tasks)
     if config.set_size is not None:
         metrics["sets"] = sets(run, dataset, scores, config.set_size)
@@ -103,6 +112,8 @@ def _evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], tuple[Task, ...]]
         name = f"metrics-{config.split}{'-int8' if config.int8 else ''}.json"
         with writing(config.run / name):
             (config.run / name).write_text(result_as_json(metrics))
+        if config.picture:
+            draw(metrics["reliability"], config.run / f"reliability-{config.split}.png")
     return metrics, tasks
 
 

@@ -103,7 +103,7 @@ class Validations:
         name = base_name(self.metric)
         if name == "calibration":  # 1 is best, and half is as bad as twice
             value = -abs(math.log(value)) if value > 0 else math.nan
-        elif name in _SMALLER_IS_BETTER:
+        elif smaller_is_better(name):
             value = -value
         return -math.inf if math.isnan(value) else value
 
@@ -155,6 +155,17 @@ def flat(metrics: dict[str, Any], tasks: int) -> dict[str, float]:
     if tasks == 1:
         return metrics
     return {f"{task}_{name}": v for task, of_task in metrics.items() for name, v in of_task.items()}
+
+
+def smaller_is_better(name: str) -> bool:
+    """Whether a metric is an error.
+
+    Example:
+        >>> from ifa_torchrec.training.validations import smaller_is_better
+        >>> smaller_is_better("watch_mae"), smaller_is_better("gauc")
+        (True, False)
+    """
+    return base_name(name) in _SMALLER_IS_BETTER
 
 
 def base_name(name: str) -> str:

@@ -103,7 +103,13 @@ def test_a_run_predicts_by_what_was_fitted(toy: Toy, log: EventLog, tmp_path: Pa
     fitted = dataclasses.replace(plain, out=tmp_path / "fitted", calibrate=True)
     for config in (plain, fitted):
         train(config)
-    raw, moved = (evaluate(EvaluateConfig(c.out, split="valid")) for c in (plain, fitted))
+    raw, moved = (evaluate(EvaluateConfig(c.out, split="valid", picture=True)) for c in (plain, fitted))
+    assert (fitted.out / "reliability-valid.png").stat().st_size > 1000
+    groups = moved["reliability"]["label"]
+    said, count = (np.array([g[part] for g in groups]) for part in ("prediction", "candidates"))
+    assert (np.diff(said) > 0).all() and len(said) == 10
+    true = np.array([g["label"] for g in groups])
+    assert (said * count).sum() / (true * count).sum() == pytest.approx(moved["calibration"])
     assert moved["gauc"] == raw["gauc"]
     assert abs(np.log(raw["calibration"])) > 0.05
     assert moved["calibration"] == pytest.approx(1, abs=1e-3)
