@@ -344,6 +344,7 @@ class SetArch(nn.Module):
         self.interaction_arch = PairInteractionArch(num_vectors) if num_vectors else None
         products = self.interaction_arch.num_products if self.interaction_arch else 0
         layers = [*config.over_arch_layer_sizes, config.num_tasks]
+        self.dropout = nn.Dropout(config.dropout)
         self.over_arch = OverArch(dim + products + in_features, layers)
         # made last: what is by itself starts the same with and without it
         related = config.candidate_set.attention != "none"
@@ -353,12 +354,13 @@ class SetArch(nn.Module):
         """Logits [M, T]."""
         tokens, vectors, beside = candidates.tokens, candidates.vectors, candidates.beside
         if self.interaction_arch is None:
-            logits = self.over_arch(torch.cat([tokens, *beside], dim=1))
+            inputs = torch.cat([tokens, *beside], dim=1)
         else:
             # scaled so that the dot product of two normed vectors is of the size of their entries
             scale = tokens.shape[1] ** -0.25
             crossed = self.interaction_arch(tokens * scale, torch.stack(vectors, dim=1) * scale)
-            logits = self.over_arch(torch.cat([crossed, *beside], dim=1))
+            inputs = torch.cat([crossed, *beside], dim=1)
+        logits = self.over_arch(self.dropout(inputs))
         return logits if self.relation_arch is None else logits + self.relation_arch(candidates)
 
 

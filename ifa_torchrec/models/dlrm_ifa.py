@@ -311,8 +311,8 @@ class DLRM_IFATrain(nn.Module):
 
     Args:
         dlrm_module: DLRM_IFA.
-        loss: CandidateSetLossConfig; None for its default, the mean binary cross entropy of all
-            candidates, and of regression tasks the Huber error of the exposed.
+        loss: CandidateSetLossConfig; None for its default, the mean binary cross entropy of the exposed
+            candidates and half a listwise term among them, and of regression tasks their Huber error.
         across_ranks: see CandidateSetLoss.
 
     Raises:

@@ -14,7 +14,6 @@ from torch import nn
 from ifa_torchrec import CandidateSetEncoder, CandidateSetLoss, generate_set
 from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig, TakenRelation
 from ifa_torchrec.modules.candidate_set import TakenSample
-from ifa_torchrec.training.metrics import set_metrics
 
 DIM = 8
 SIZES = [4, 0, 1, 7]
@@ -172,7 +171,7 @@ def naive_loss(config: CandidateSetLossConfig, logits, labels, exposed, offsets,
                 p = 1 / (1 + math.exp(-s[c]))
                 pointwise -= weight * math.log(p if y[c] else 1 - p)
                 weights += weight
-            positive = [c for c in rows if y[c]]
+            positive = [c for c in rows if y[c] and u[c]]
             negative = sum(u[c] * math.exp(s[c]) for c in rows if not y[c])
             if positive and negative > 0:
                 each = [-math.log(math.exp(s[c]) / (math.exp(s[c]) + negative)) for c in positive]
@@ -185,13 +184,14 @@ def naive_loss(config: CandidateSetLossConfig, logits, labels, exposed, offsets,
     mean = lambda values: sum(values) / len(values) if values else 0.0  # noqa: E731
     return (
         config.pointwise * pointwise / max(weights, 1e-9)
-        + config.listwise * mean(listwise)
+        + config.listwise_weight * mean(listwise)
         + config.consistency * mean(divergences)
     )
 
 
 CONFIGS = [
     CandidateSetLossConfig(),
+    CandidateSetLossConfig(unexposed=1.0),
     CandidateSetLossConfig(unexposed=0.3),
     CandidateSetLossConfig(pointwise_unexposed=False),
     CandidateSetLossConfig(pointwise=0.0, listwise=1.0),
@@ -232,8 +232,8 @@ class TestLoss:
             offsets = torch.zeros_like(offsets)
         logits.requires_grad_()
         terms = {
-            "pointwise": CandidateSetLossConfig(pointwise_unexposed=False),
-            "listwise": CandidateSetLossConfig(pointwise=0.0, listwise=1.0),
+            "pointwise": CandidateSetLossConfig(listwise=0.0, pointwise_unexposed=False),
+            "listwise": CandidateSetLossConfig(pointwise=0.0, listwise=1.0, unexposed=1.0),
             "consistency": CandidateSetLossConfig(pointwise=0.0, consistency=1.0),
         }
         values = {}
@@ -442,18 +442,3 @@ def test_an_encoder_that_learnt_from_accepted_items_generates_better_sets(attent
         }
     best = simulated.reward(generate_set(simulated.log_wish, simulated.tokens, 4, "greedy"))
     assert rewards["greedy"] > rewards["topk"] + 0.5 * (best - rewards["topk"])
-
-
-def test_set_metrics() -> None:
-    candidates = jagged(torch.zeros(9, 1), [4, 2, 0, 3])
-    chosen = jagged(torch.tensor([3, 0, 5, 4, 8, 6]), [2, 2, 0, 2])
-    label = np.array([1, 1, 0, 1, 0, 0, 0, 0, 1])  # the second request has no positive
-    category = np.array([1, 1, 1, 2, 3, 3, 0, 0, 0])
-    metrics = set_metrics(chosen, candidates, label, category)
-    assert metrics["recall@k"] == pytest.approx((2 / 2 + 1 / 1) / 2)
-    assert metrics["ndcg@k"] == pytest.approx(1.0)
-    assert metrics["diversity"] == pytest.approx((1 + 0 + 0) / 3)
-    late = set_metrics(jagged(torch.tensor([6, 8]), [0, 0, 0, 2]), candidates, label, category)
-    assert late["ndcg@k"] == pytest.approx(1 / math.log2(3))
-    empty = jagged(torch.zeros(0, dtype=torch.int64), [0])
-    assert all(math.isnan(v) for v in set_metrics(empty, empty, label[:0], category[:0]).values())

@@ -9,18 +9,18 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_near, offsets_of
-from kernels import NATIVE
+from helpers import assert_near
+from kernels import NATIVE, run, wide_inputs
 from test_ops import (
     EPS,
     FEATURE_MAPS,
     SHAPES,
     attend_inputs,
+    attend_softmax_inputs,
     encode_inputs,
     match_inputs,
     outputs_and_gradients,
@@ -42,44 +42,18 @@ def instruction_set(request, monkeypatch):
     return request.param
 
 
-def wide_inputs(history, candidates, sizes, dtype=torch.float32, weighted: bool | str = True):
-    """Of encode and attend, with D, H and d from ``sizes``."""
-    dim, heads, width = sizes
-    generator = torch.Generator().manual_seed(0)
-    random = partial(torch.randn, generator=generator)
-    n, m = sum(history), sum(candidates)
-    inputs = {
-        "history": random(n, dim).to(dtype),
-        "offsets": offsets_of(history),
-        "key_weight": random(heads, width, dim) / dim**0.5,
-        "value_weight": random(heads, width, dim) / dim**0.5,
-        "weights": random(*((n, heads) if weighted == "by head" else (n,))).abs(),
-        "ages": random(n).abs(),
-        "decay": torch.arange(heads) / 2.0,
+def softmax_inputs(candidates, sizes, summaries: int, dtype=torch.float32) -> dict:
+    """Of attend_softmax, some of the summaries not there."""
+    _, asking = wide_inputs([1] * len(candidates), candidates, sizes, dtype)
+    _, heads, width = sizes
+    generator = torch.Generator().manual_seed(1)
+    shape = (len(candidates), heads, summaries)
+    log_weight = torch.randn(shape, generator=generator)
+    log_weight[..., 1:] = log_weight[..., 1:].masked_fill(log_weight[..., 1:] > 1, -torch.inf)
+    return asking | {
+        "summaries": torch.randn(*shape, width, generator=generator),
+        "log_weight": log_weight,
     }
-    asking = {
-        "candidates": random(m, dim).to(dtype),
-        "offsets": offsets_of(candidates),
-        "query_weight": random(heads, width, dim) / dim**0.5,
-    }
-    return inputs, asking
-
-
-def run(inputs, asking, feature_map, backend):
-    """State and answers, and the gradients of a sum of squares of the answers, by name."""
-    inputs = {name: x if x is None else x.clone() for name, x in inputs.items()}
-    asking = {name: x.clone() for name, x in asking.items()}
-    leaves = {
-        **{name: inputs[name] for name in ("history", "key_weight", "value_weight", "weights")},
-        **{name: asking[name] for name in ("candidates", "query_weight")},
-    }
-    leaves = {name: x.requires_grad_() for name, x in leaves.items() if x is not None}
-    state = ops.encode(*inputs.values(), feature_map, backend)
-    out, matched = ops.attend(*asking.values(), *state, feature_map, EPS, backend)
-    loss = out.square().mean() + (1 + matched).log().mean()
-    gradients = torch.autograd.grad(loss, [*leaves.values()])
-    values = {"key_value": state[0], "key_sum": state[1], "out": out, "matched": matched}
-    return {name: x.detach() for name, x in values.items()} | dict(zip(leaves, gradients, strict=True))
 
 
 weighted_by_event_or_head = pytest.mark.parametrize(
@@ -100,6 +74,20 @@ def test_every_instruction_set_and_width_gives_the_references_results(
     truth = run(to_float64(inputs), to_float64(asking), feature_map, "reference")
     for name, value in run(inputs, asking, feature_map, "native").items():
         assert_near(value, truth[name], 2e-5, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "summaries"),
+    [((64, 4, 16), 32), ((64, 1, 64), 128), ((7, 3, 5), 11), ((33, 1, 129), 1), ((16, 8, 2), 17)],
+    ids=str,
+)
+def test_every_instruction_set_attends_to_summaries(instruction_set, sizes, summaries, dtype):
+    inputs = softmax_inputs(CANDIDATES, sizes, summaries, dtype)
+    truth = outputs_and_gradients("attend_softmax", to_float64(inputs), backend="reference")
+    for name, value in outputs_and_gradients("attend_softmax", inputs, backend="native").items():
+        half = value.dtype == torch.bfloat16
+        assert_near(value, truth[name], 2e-2 if half else 2e-5, name)
 
 
 @weighted_by_event_or_head
@@ -167,10 +155,12 @@ def results(threads: int) -> list[torch.Tensor]:
     try:
         inputs = wide_inputs(lengths, sets, (32, 2, 16), weighted="by head")
         values = run(*inputs, "hedgehog", "native")
+        asked = softmax_inputs(sets, (32, 2, 16), 32)
+        attended = outputs_and_gradients("attend_softmax", asked, backend="native")
         matches = ops.match(*match_inputs(lengths, sets, torch.float32).values(), backend="native")
     finally:
         torch.set_num_threads(before)
-    return [*values.values(), *matches]
+    return [*values.values(), *attended.values(), *matches]
 
 
 def test_results_are_the_same_to_the_bit_with_any_number_of_threads_and_at_every_run():
@@ -206,6 +196,7 @@ def test_opcheck(weighted):
         (torch.ops.ifa.encode, inputs, ("hedgehog", "native"), ("ages", "decay")),
         (torch.ops.ifa.encode, inputs | {"weights": None, "ages": None}, ("elu", "native"), ("decay",)),
         (torch.ops.ifa.attend, asking, ("elu", EPS, "native"), ()),
+        (torch.ops.ifa.attend_softmax, attend_softmax_inputs([2, 0, 3], torch.float32), ("native",), ()),
         (
             torch.ops.ifa.match,
             match_inputs([4, 0, 6], [3, 1, 5], torch.float32, weighted),
@@ -233,6 +224,11 @@ def test_opcheck_of_the_backward_operators(weighted):
     upstream = ops.attend(*asking.values(), "elu", EPS, "native")
     torch.library.opcheck(
         torch.ops.ifa.attend_backward.default, (*upstream, *asking.values(), "elu", EPS, "native")
+    )
+    asking = attend_softmax_inputs([2, 3, 0], torch.float32)
+    upstream = ops.attend_softmax(*asking.values(), "native")
+    torch.library.opcheck(
+        torch.ops.ifa.attend_softmax_backward.default, (*upstream, *asking.values(), "native")
     )
     inputs = match_inputs([4, 0, 6], [3, 1, 5], torch.float32, weighted)
     upstream = torch.ops.ifa.match(*inputs.values(), "native")
@@ -361,6 +357,8 @@ def under_sanitizers(path: str) -> None:
         ):
             for feature_map, sizes in itertools.product(FEATURE_MAPS, [(32, 2, 16), (7, 3, 5)]):
                 run(*wide_inputs(history, candidates, sizes, dtype, weighted), feature_map, "native")
+                asked = softmax_inputs(candidates, sizes, 11, dtype)
+                outputs_and_gradients("attend_softmax", asked, backend="native")
             inputs = match_inputs(history, candidates, dtype, weighted)
             leaves = [inputs[name].requires_grad_() for name in ("history", "weights")]
             outputs = ops.match(*inputs.values(), backend="native")
