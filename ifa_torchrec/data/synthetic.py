@@ -13,6 +13,10 @@ The recipe, with everything random drawn from one seed:
   [of an interest]). Which items of a topic the user had does not matter.
 - A candidate is exposed with the probability `exposure`, whatever it is. In the split `train` the
   label of an unexposed one is 0, as a real log would have it; in `test` all labels are true.
+- With `promotion` or `policy` the log of what was shown is biased: the probability is sigmoid(logit of
+  `exposure` + promotion * z + policy * [of an interest]), z of the item, standard normal, the same for
+  every user. Which label an exposed candidate has depends on neither. An item feature `topic` names the
+  topic of every rare item.
 
 - With `kinds`, each event has an `action` (bought, clicked or skipped) and an `amount`. A user has as
   many topics whose events were skipped as interests, whose events were bought; everyday events are of
@@ -70,6 +74,8 @@ class SyntheticConfig:
         seed: of everything.
         kinds: whether events are of several kinds, and have numbers, on which the labels depend.
         new_items: share of the candidates of `valid` and `test` that are new items.
+        promotion: deviation of what an item adds to the logit of its exposure.
+        policy: what an interest adds to it.
 
     Raises:
         ValueError: a value is out of range.
@@ -97,6 +103,8 @@ class SyntheticConfig:
     seed: int = 0
     kinds: bool = False
     new_items: float = 0.0
+    promotion: float = 0.0
+    policy: float = 0.0
 
     def __post_init__(self) -> None:
         if (
@@ -109,6 +117,8 @@ class SyntheticConfig:
             )
         if not 0 < self.exposure <= 1 or self.noise < 0 or self.distance < 0:
             raise ConfigError("SyntheticConfig: exposure is in (0, 1], noise and distance at least 0")
+        if self.biased and self.exposure == 1:
+            raise ConfigError("SyntheticConfig: where all are exposed, promotion and policy must be 0")
         if not 0 <= self.new_items <= 1:
             raise ConfigError(f"SyntheticConfig: new_items must be 0 to 1, got {self.new_items}")
 
@@ -116,7 +126,12 @@ class SyntheticConfig:
     def names_topics(self) -> bool:
         """Whether an item's topic is a feature of it, and not only to be learnt: where the log is about
         something else, the kinds of events or new items."""
-        return self.kinds or self.new_items > 0
+        return self.kinds or self.new_items > 0 or self.biased
+
+    @property
+    def biased(self) -> bool:
+        """Whether exposure depends on the candidate."""
+        return self.promotion != 0 or self.policy != 0
 
     @property
     def num_items(self) -> int:
@@ -255,6 +270,35 @@ def _probability(config: SyntheticConfig, pull: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-(config.bias + config.strength * pull)))
 
 
+def exposure_probability(
+    config: SyntheticConfig, item: np.ndarray, pull: np.ndarray
+) -> np.ndarray | float:
+    """With which probability each candidate was exposed.
+
+    Args:
+        config: of the log.
+        item: rows of the item's table, below ``config.num_items``; any shape.
+        pull: of the candidates' topics, of that shape.
+
+    Returns:
+        Of that shape; ``config.exposure`` where it does not depend on the candidate.
+
+    Example:
+        >>> import numpy as np
+        >>> from ifa_torchrec.data.synthetic import SyntheticConfig, exposure_probability
+        >>> config = SyntheticConfig(exposure=0.2, policy=2.0)
+        >>> exposure_probability(config, np.array([1, 2]), np.array([0.0, 1.0])).round(2).tolist()
+        [0.2, 0.65]
+    """
+    if not config.biased:
+        return config.exposure
+    # drawn apart, so that a log without a bias stays what it was
+    promoted = np.random.default_rng([config.seed, 1]).normal(size=config.num_items)
+    odds = config.exposure / (1 - config.exposure)
+    logit = np.log(odds) + config.promotion * promoted[item] + config.policy * pull
+    return 1 / (1 + np.exp(-logit))
+
+
 def set_reward(probability: np.ndarray, topic: np.ndarray, rows: np.ndarray, fade: float) -> float:
     """What a set is worth to a user whose wish for a topic fades with each item of it.
 
@@ -358,9 +402,10 @@ def _requests(
     topics = np.where(wanted, np.take_along_axis(own, which, axis=1), topics)
     items = _items(rng, config, topics)
     pull = np.stack([history.pull for history in histories])
-    probability = _probability(config, np.take_along_axis(pull, topics, axis=1))
+    pull_of_candidate = np.take_along_axis(pull, topics, axis=1)
+    probability = _probability(config, pull_of_candidate)
     label = (rng.random(shape) < probability).astype(np.float32)
-    exposed = rng.random(shape) < config.exposure
+    exposed = rng.random(shape) < exposure_probability(config, items, pull_of_candidate)
     label[: config.train] *= exposed[: config.train]
     new = rng.random(shape) < config.new_items
     new[: config.train] = False

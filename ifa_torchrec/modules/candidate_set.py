@@ -17,9 +17,11 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 from ifa_torchrec import ops
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules.config import IFAConfig
+from ifa_torchrec.modules.history import counted
 from ifa_torchrec.modules.ifa import InteractionFidelityAttention
-from ifa_torchrec.modules.projections import reset_all
+from ifa_torchrec.modules.projections import ZeroLinear, reset_all
 from ifa_torchrec.modules.softmax import SoftmaxAttention
+from ifa_torchrec.ops.jagged import request_of_row
 
 ATTENTIONS = {"softmax": SoftmaxAttention, "linear": InteractionFidelityAttention}
 
@@ -29,12 +31,14 @@ class CandidateSetConfig:
     """How the candidates of a request see each other.
 
     Args:
-        attention: "softmax", O(m^2), for sets of some hundreds; "linear", O(m), for larger ones,
-            the same op that meets the history; "none": they do not.
-        num_heads: heads of width D / num_heads.
+        attention: how each is seen beside all others: "softmax", O(m^2), for sets of some hundreds;
+            "linear", O(m), for larger ones, the same op that meets the history; "none": not.
+        num_heads: heads of width D / num_heads of this attention.
+        generate: whether each is also seen beside those that are taken already, so that a set can be
+            generated greedily; with any attention, "none" too.
 
     Raises:
-        ValueError: attention is none of these.
+        ConfigError: attention is none of these.
 
     Example:
         >>> from ifa_torchrec.modules import CandidateSetConfig
@@ -44,6 +48,7 @@ class CandidateSetConfig:
 
     attention: Literal["none", "softmax", "linear"] = "none"
     num_heads: int = 2
+    generate: bool = False
 
     def __post_init__(self) -> None:
         known = ["none", *ATTENTIONS]
@@ -108,6 +113,123 @@ class CandidateSetEncoder(nn.Module):
             context; to be put beside the tokens, not in their place.
         """
         return self.attention(candidates, candidates if context is None else context)
+
+
+class TakenRelation(nn.Module):
+    """What those already taken into the set do to the logits of a request's candidates.
+
+    A term for each pair, summed over what is taken, so that two near-duplicates count twice:
+
+        term_it = sum_{j taken, j != i} q_it . k_j,    q_it = W_t x_i,    k_j = V x_j + b
+
+    A candidate that is taken itself is seen beside the other ones. Linear in candidates and in what is
+    taken, and exactly 0 where nothing is. Our own; it starts at 0 (``ZeroLinear``).
+
+    Args:
+        embedding_dim: D.
+        num_outputs: T, terms of a candidate.
+        device: of the parameters.
+
+    Example:
+        >>> import torch
+        >>> from torchrec.sparse.jagged_tensor import JaggedTensor
+        >>> from ifa_torchrec.modules import TakenRelation
+        >>> relation = TakenRelation(8, num_outputs=2)
+        >>> candidates = JaggedTensor(torch.randn(5, 8), lengths=torch.tensor([3, 2]))
+        >>> relation(candidates, torch.tensor([True, False, False, True, False])).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self, embedding_dim: int, num_outputs: int, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.num_outputs = num_outputs
+        self.query_proj = ZeroLinear(embedding_dim, num_outputs * embedding_dim, device)
+        self.key_proj = nn.Linear(embedding_dim, embedding_dim, device=device)
+
+    def forward(self, candidates: JaggedTensor, taken: Tensor) -> Tensor:
+        """
+        Args:
+            candidates: tokens [M, D] of B requests.
+            taken: [M] bool.
+
+        Returns:
+            [M, T].
+
+        Raises:
+            ValueError: ``taken`` is not one bool a candidate.
+        """
+        request, query, key = self._projected(candidates, taken)
+        given = key * taken[:, None]
+        total = key.new_zeros(len(candidates.offsets()) - 1, key.shape[1]).index_add(0, request, given)
+        return torch.einsum("mtd,md->mt", query, total[request] - given)
+
+    def between(self, candidates: JaggedTensor, taken: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What each candidate would add to the terms of those that are taken.
+
+        Args:
+            candidates, taken: as ``forward``'s.
+
+        Returns:
+            For each pair of one that is taken and a candidate of its request, P of them: the term
+            [P, T], the number of the one among all that are taken [P], and the candidate's row [P].
+        """
+        request, query, key = self._projected(candidates, taken)
+        rows = taken.nonzero()[:, 0]
+        offsets = candidates.offsets()
+        first, sizes = offsets[:-1][request[rows]], offsets.diff()[request[rows]]
+        number = torch.repeat_interleave(torch.arange(rows.shape[0], device=rows.device), sizes)
+        place = torch.arange(number.shape[0], device=rows.device) - (sizes.cumsum(0) - sizes)[number]
+        other = first[number] + place
+        return torch.einsum("ptd,pd->pt", query[rows][number], key[other]), number, other
+
+    def _projected(self, candidates: JaggedTensor, taken: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each candidate's request [M], query [M, T, D] and key [M, D]."""
+        tokens = candidates.values()
+        if taken.shape != tokens.shape[:1] or taken.dtype != torch.bool:
+            raise ValueError(
+                f"taken must be [{tokens.shape[0]}] bool, one a candidate; got {list(taken.shape)} "
+                f"{taken.dtype}"
+            )
+        query = self.query_proj(tokens).unflatten(1, (self.num_outputs, tokens.shape[1]))
+        # no len(), which would fix a size in an exported graph
+        request = request_of_row(candidates.offsets(), tokens.shape[0])
+        return request, query, self.key_proj(tokens)
+
+
+class TakenSample(nn.Module):
+    """Draws which of the exposed candidates are taken while training: of a request with E of them a
+    number between 0 and E - 1, each as likely, and any of them.
+
+    A module, so that tracing a model for a pipeline meets it as a leaf.
+
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec.modules.candidate_set import TakenSample
+        >>> exposed, offsets = torch.tensor([True, True, False, True]), torch.tensor([0, 3, 4])
+        >>> taken = TakenSample()(exposed, offsets)
+        >>> bool(taken[2]), bool(taken[3]), int(taken.sum()) < 2
+        (False, False, True)
+    """
+
+    def forward(self, exposed: Tensor, offsets: Tensor) -> Tensor:
+        """
+        Args:
+            exposed: [M] bool.
+            offsets: [B + 1], the requests' candidates.
+
+        Returns:
+            [M] bool.
+        """
+        request = request_of_row(offsets, exposed.shape[0])
+        shown = counted(exposed, offsets).diff()
+        wanted = (torch.rand(shown.shape[0], device=offsets.device) * shown).to(torch.int64)
+        # the exposed of each request in an order of their own, the others behind them
+        lot = torch.where(exposed, torch.rand(exposed.shape[0], device=offsets.device), 1.0)
+        order = _ranked(-lot, offsets)
+        place = torch.arange(exposed.shape[0], device=offsets.device) - offsets[:-1][request]
+        return torch.zeros_like(exposed).index_copy(0, order, place < wanted[request])
 
 
 Scorer = Callable[[Tensor], Tensor]

@@ -14,7 +14,7 @@ FORGOTTEN = 2.0**-80
 above what float32 can hold, so that a mean's gradient, 1 / sum of it, is finite."""
 _SMALLEST, _LARGEST = 1e-12, 1e12
 """Of eps and mass_scale; beyond, float32 has infinities where there should be numbers."""
-_KEYS = 2**36
+MOST_IDENTITY_KEYS = 2**36
 """Most identity keys K R; times 2^26 requests they still are int64."""
 
 
@@ -102,7 +102,7 @@ class InteractionConfig:
             self.identity_buckets > 0, f"identity_buckets must be positive, got {self.identity_buckets}"
         )
         check(
-            self.identity_key_range <= _KEYS,
+            self.identity_key_range <= MOST_IDENTITY_KEYS,
             f"identity_buckets {self.identity_buckets} of {len(self.identity_features)} features are "
             f"{self.identity_key_range} keys; there can be 2^36",
         )

@@ -10,6 +10,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 from ifa_torchrec.modules.base import SequenceInteraction
 from ifa_torchrec.modules.config import InteractionConfig, at_least_one
 from ifa_torchrec.modules.history import History
+from ifa_torchrec.ops.jagged import rows_of_requests
 
 
 def softmax_gain(config: InteractionConfig) -> float:
@@ -69,7 +70,8 @@ class SoftmaxAttention(SequenceInteraction):
         history = history.present()
         if self.recent_length is not None:
             history = history.latest(self.recent_length)
-        tokens, lengths = history.tokens, history.lengths.tolist()
+        tokens = history.tokens
+        lengths = rows_of_requests(history.offsets, tokens.shape[0])
         shape = (-1, self.config.num_heads, self.config.head_width)
         keys = self.key_proj(tokens).view(shape).transpose(0, 1)
         values = self.value_proj(tokens).view(shape).transpose(0, 1)
@@ -77,7 +79,7 @@ class SoftmaxAttention(SequenceInteraction):
         bias = self._log_weights(history)
         biases = [None] * len(lengths) if bias is None else bias.split(lengths, dim=1)
         outputs, log_sums = [query[:, :0]], [query[:, :0, 0]]
-        sets = query.split(candidates.offsets().diff().tolist(), dim=1)
+        sets = query.split(rows_of_requests(candidates.offsets(), query.shape[1]), dim=1)
         parts = (keys.split(lengths, dim=1), values.split(lengths, dim=1), biases)
         for q, k, v, log_weight in zip(sets, *parts, strict=True):
             if k.shape[1] == 0 or q.shape[1] == 0:

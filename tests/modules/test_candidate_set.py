@@ -13,8 +13,8 @@ from torch import nn
 
 from ifa_torchrec import CandidateSetEncoder, CandidateSetLoss, generate_set
 from ifa_torchrec.data.synthetic import set_reward
-from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig
-from ifa_torchrec.training.metrics import set_metrics
+from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig, TakenRelation
+from ifa_torchrec.modules.candidate_set import TakenSample
 
 DIM = 8
 SIZES = [4, 0, 1, 7]
@@ -91,6 +91,50 @@ def test_no_attention_needs_no_encoder() -> None:
         CandidateSetConfig("cubic")  # type: ignore[arg-type]
 
 
+class TestTakenRelation:
+    @staticmethod
+    def make() -> TakenRelation:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return randomised(TakenRelation(DIM, num_outputs=3).double())
+
+    @pytest.mark.parametrize("sizes", [SIZES, [], [0, 0], [1], [0, 1, 0]], ids=str)
+    def test_is_the_sum_over_the_other_taken(self, sizes: list[int]) -> None:
+        relation, tokens = self.make(), make_tokens(sizes)
+        taken = torch.arange(sum(sizes)) % 3 != 1
+        x, offsets = tokens.values(), tokens.offsets().tolist()
+        expected = torch.zeros(sum(sizes), 3).double()
+        for first, last in itertools.pairwise(offsets):
+            for i, j in itertools.product(range(first, last), repeat=2):
+                if i != j and taken[j]:
+                    query = relation.query_proj(x[i]).view(3, DIM)
+                    expected[i] += query @ relation.key_proj(x[j])
+        torch.testing.assert_close(relation(tokens, taken), expected)
+
+    def test_starts_at_nothing(self) -> None:
+        assert not TakenRelation(DIM, 1)(jagged(torch.randn(3, DIM), [3]), torch.ones(3).bool()).any()
+
+    def test_bad_input_is_named(self) -> None:
+        for taken in (torch.ones(3).bool(), torch.ones(12)):
+            with pytest.raises(ValueError, match=r"taken must be \[12\] bool"):
+                self.make()(make_tokens(), taken)
+
+
+def test_what_is_taken_in_training_is_any_number_of_the_exposed_but_all() -> None:
+    torch.manual_seed(0)
+    exposed = torch.tensor([1, 1, 0, 1, 0, 1, 0, 0, 1, 1, 1, 1]).bool()  # 3 of 4, 0, 0 of 1, 5 of 7
+    offsets = torch.tensor([0, 4, 4, 5, 12])
+    draws = torch.stack([TakenSample()(exposed, offsets) for _ in range(3000)])
+    assert not draws[:, ~exposed].any()
+    for first, last, shown in ((0, 4, 3), (5, 12, 5)):
+        share = torch.bincount(draws[:, first:last].sum(1), minlength=shown + 1) / len(draws)
+        np.testing.assert_allclose(share, [1 / shown] * shown + [0], atol=0.03)
+        each = draws[:, first:last][:, exposed[first:last]].float().mean(0)
+        np.testing.assert_allclose(each, (shown - 1) / 2 / shown, atol=0.03)
+    nothing = TakenSample()(torch.zeros(0).bool(), torch.tensor([0, 0]))
+    assert nothing.shape == (0,)
+
+
 # two tasks; a usual request, none exposed, no positive, all positive, one candidate, none
 REQUESTS = [5, 3, 4, 3, 1, 0]
 LABELS = [1, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1]
@@ -123,7 +167,7 @@ def naive_loss(config: CandidateSetLossConfig, logits, labels, exposed, offsets,
                 p = 1 / (1 + math.exp(-s[c]))
                 pointwise -= weight * math.log(p if y[c] else 1 - p)
                 weights += weight
-            positive = [c for c in rows if y[c]]
+            positive = [c for c in rows if y[c] and u[c]]
             negative = sum(u[c] * math.exp(s[c]) for c in rows if not y[c])
             if positive and negative > 0:
                 each = [-math.log(math.exp(s[c]) / (math.exp(s[c]) + negative)) for c in positive]
@@ -136,13 +180,14 @@ def naive_loss(config: CandidateSetLossConfig, logits, labels, exposed, offsets,
     mean = lambda values: sum(values) / len(values) if values else 0.0  # noqa: E731
     return (
         config.pointwise * pointwise / max(weights, 1e-9)
-        + config.listwise * mean(listwise)
+        + config.listwise_weight * mean(listwise)
         + config.consistency * mean(divergences)
     )
 
 
 CONFIGS = [
     CandidateSetLossConfig(),
+    CandidateSetLossConfig(unexposed=1.0),
     CandidateSetLossConfig(unexposed=0.3),
     CandidateSetLossConfig(pointwise_unexposed=False),
     CandidateSetLossConfig(pointwise=0.0, listwise=1.0),
@@ -183,8 +228,8 @@ class TestLoss:
             offsets = torch.zeros_like(offsets)
         logits.requires_grad_()
         terms = {
-            "pointwise": CandidateSetLossConfig(pointwise_unexposed=False),
-            "listwise": CandidateSetLossConfig(pointwise=0.0, listwise=1.0),
+            "pointwise": CandidateSetLossConfig(listwise=0.0, pointwise_unexposed=False),
+            "listwise": CandidateSetLossConfig(pointwise=0.0, listwise=1.0, unexposed=1.0),
             "consistency": CandidateSetLossConfig(pointwise=0.0, consistency=1.0),
         }
         values = {}
@@ -386,18 +431,3 @@ def test_an_encoder_that_learnt_from_accepted_items_generates_better_sets(attent
         }
     best = simulated.reward(generate_set(simulated.log_wish, simulated.tokens, 4, "greedy"))
     assert rewards["greedy"] > rewards["topk"] + 0.5 * (best - rewards["topk"])
-
-
-def test_set_metrics() -> None:
-    candidates = jagged(torch.zeros(9, 1), [4, 2, 0, 3])
-    chosen = jagged(torch.tensor([3, 0, 5, 4, 8, 6]), [2, 2, 0, 2])
-    label = np.array([1, 1, 0, 1, 0, 0, 0, 0, 1])  # the second request has no positive
-    category = np.array([1, 1, 1, 2, 3, 3, 0, 0, 0])
-    metrics = set_metrics(chosen, candidates, label, category)
-    assert metrics["recall@k"] == pytest.approx((2 / 2 + 1 / 1) / 2)
-    assert metrics["ndcg@k"] == pytest.approx(1.0)
-    assert metrics["diversity"] == pytest.approx((1 + 0 + 0) / 3)
-    late = set_metrics(jagged(torch.tensor([6, 8]), [0, 0, 0, 2]), candidates, label, category)
-    assert late["ndcg@k"] == pytest.approx(1 / math.log2(3))
-    empty = jagged(torch.zeros(0, dtype=torch.int64), [0])
-    assert all(math.isnan(v) for v in set_metrics(empty, empty, label[:0], category[:0]).values())

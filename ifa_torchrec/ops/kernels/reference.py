@@ -5,7 +5,6 @@ Every backend is tested against this file, outputs and gradients. Nothing here i
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from ifa_torchrec.ops.arguments import (
     MatchArguments,
 )
 from ifa_torchrec.ops.feature_maps import FEATURE_MAPS
-from ifa_torchrec.ops.jagged import request_of_row
+from ifa_torchrec.ops.jagged import request_of_row, rows_of_requests
 
 
 def features(tokens: torch.Tensor, weight: torch.Tensor, feature_map: str) -> torch.Tensor:
@@ -90,13 +89,14 @@ def encode(given: EncodeArguments) -> tuple[torch.Tensor, torch.Tensor]:
     key = features(history, key_weight, feature_map)
     key = key * event_weights(weights, ages, decay, history)[..., None]
     value = torch.einsum("nD,hdD->nhd", history, value_weight)
-    bounds = offsets.tolist()
-    spans = [slice(a, b) for a, b in pairwise(bounds)]
-    key_value = [torch.einsum("nhf,nhd->hfd", key[s], value[s]) for s in spans]
+    rows = rows_of_requests(offsets, key.shape[0])
     shape = (0, *key.shape[1:])
-    if not spans:
+    if not rows:
         return value.new_zeros(*shape, value.shape[-1]), key.new_zeros(shape)
-    return torch.stack(key_value), torch.stack([key[s].sum(0) for s in spans])
+    keys = key.split(rows)
+    pairs = zip(keys, value.split(rows), strict=True)
+    key_value = [torch.einsum("nhf,nhd->hfd", mine, values) for mine, values in pairs]
+    return torch.stack(key_value), torch.stack([mine.sum(0) for mine in keys])
 
 
 def attend(given: AttendArguments) -> tuple[torch.Tensor, torch.Tensor]:
