@@ -111,6 +111,7 @@ def run(options: Options, data: str, name: str, seed: int) -> dict[str, float]:
             out=folder,
             interaction=interaction,
             ifa=ifa,
+            identity=bool(ifa.identity_features),
             epochs=EPOCHS[data],
             validate=False,
             checkpoint_every=10**9,
