@@ -233,7 +233,10 @@ def main(options: Options) -> None:
     text = (Path(__file__).parent / "exposure_page.md").read_text()
     for name, found in tables.items():
         text = text.replace(f"TABLE_{name.upper()}", found)
-    text = text.replace("MEASURED", measured_by("python benchmarks/exposure.py"))
+    spread = "means over the seeds, with half the distance between the extremes"
+    text = text.replace("SEEDS", "Of one seed." if options.seeds == 1 else f"Figures are {spread}.")
+    command = f"python benchmarks/exposure.py --seeds {options.seeds}"
+    text = text.replace("MEASURED", measured_by(command))
     (ROOT / "docs" / "exposure.md").write_text(text)
 
 

@@ -4,8 +4,8 @@
     python examples/complete_journey/sets.py --run RUN      # of a run that is there already
 
 Trains a model that scores products given those that are taken, on a few thousand requests of The
-Complete Journey, measures both kinds of sets and draws those of one test request: the request whose two
-sets have least in common, unless --request names another.
+Complete Journey, measures both kinds of sets and draws those of one test request: the request whose ten
+best by their own scores repeat a type of product most often, unless --request names another.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ import pandas as pd
 import tyro
 
 from ifa_torchrec import IFAConfig
-from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.data import RankingDataset
 from ifa_torchrec.data.public.complete_journey import CompleteJourneyConfig, prepare
-from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig
+from ifa_torchrec.modules import CandidateSetConfig
 from ifa_torchrec.training.options import TrainConfig
 from ifa_torchrec.training.run import load_run
 from ifa_torchrec.training.scoring import predict
-from ifa_torchrec.training.sets import best_by_score, chosen_one_by_one
+from ifa_torchrec.training.sets import best_by_score, chosen_one_by_one, measure_sets
 from ifa_torchrec.training.trainer import train
 
 matplotlib.use("Agg")
@@ -66,7 +65,7 @@ def chosen(options: Options) -> tuple[RankingDataset, dict[str, np.ndarray]]:
     """The test requests, and each candidate's place in both kinds of sets."""
     run = load_run(options.run)
     dataset, model = run.dataset("test"), run.dlrm.eval()
-    budget = run.config.max_events, run.config.max_requests
+    budget = run.config.max_events, run.config.scored_requests
     logits, _ = predict(run.model, dataset, run.device, *budget)
     return dataset, {
         "the best by their own scores": best_by_score(dataset, logits, model.config.tasks, options.size),
@@ -74,11 +73,10 @@ def chosen(options: Options) -> tuple[RankingDataset, dict[str, np.ndarray]]:
     }
 
 
-def least_in_common(dataset: RankingDataset, places: dict[str, np.ndarray]) -> int:
-    """The request whose sets share the fewest products; the first of several."""
-    one, other = places.values()
-    shared = np.add.reduceat((one > 0) & (other > 0), dataset.requests["candidate_offsets"][:-1])
-    return int(np.argmin(shared))
+def most_alike(dataset: RankingDataset, place: np.ndarray) -> int:
+    """The request whose set repeats a type of product most often; the first of several."""
+    again = [table(dataset, place, number)["again"].sum() for number in range(len(dataset))]
+    return int(np.argmax(again))
 
 
 def table(dataset: RankingDataset, place: np.ndarray, number: int) -> pd.DataFrame:
@@ -91,6 +89,7 @@ def table(dataset: RankingDataset, place: np.ndarray, number: int) -> pd.DataFra
     types = np.asarray(log.items["type"])[items]
     return pd.DataFrame(
         {
+            "item": items,
             "name": [names[item] for item in items.tolist()],
             "type": types,
             "again": pd.Series(types).duplicated().to_numpy() & (types > 0),
@@ -104,11 +103,11 @@ def draw(tables: dict[str, pd.DataFrame], number: int, file: Path) -> None:
     figure, panels = plt.subplots(1, len(tables), figsize=(12, 0.42 * 10 + 1.4), layout="constrained")
     colours = plt.get_cmap("tab20").colors
     types = list(dict.fromkeys(t for one in tables.values() for t in one["type"]))
-    shared = set.intersection(*(set(one["name"]) for one in tables.values()))
+    shared = set.intersection(*(set(one["item"]) for one in tables.values()))
     for axes, (title, one) in zip(panels, tables.items(), strict=True):
         for place, row in enumerate(one.itertuples()):
             axes.barh(place, 0.03, color=colours[types.index(row.type) % len(colours)])
-            weight = "normal" if row.name in shared else "bold"
+            weight = "normal" if row.item in shared else "bold"
             text = f"{place + 1}  {row.name[:44]}" + "  (bought)" * row.bought + "  again" * row.again
             axes.text(0.05, place, text, va="center", fontsize=10, weight=weight)
         axes.set(xlim=(0, 1), ylim=(len(one) - 0.5, -0.5), title=f"{title}: {one['again'].sum()} again")
@@ -133,14 +132,12 @@ def main(options: Options) -> dict[str, Any]:
                 options.run,
                 ifa=IFA,
                 candidate_set=CandidateSetConfig(generate=True),
-                # of whatever stands on the shelf, promoted or not, it is known whether it was bought
-                loss=CandidateSetLossConfig(unexposed=1.0),
-                validate=False,
             )
         )
-    sets = evaluate(EvaluateConfig(options.run, set_size=options.size))["sets"]
     dataset, places = chosen(options)
-    number = least_in_common(dataset, places) if options.request is None else options.request
+    sets = {title: measure_sets(dataset, place, options.size) for title, place in places.items()}
+    first = next(iter(places.values()))
+    number = most_alike(dataset, first) if options.request is None else options.request
     tables = {title: table(dataset, place, number) for title, place in places.items()}
     for title, one in tables.items():
         print(f"\n{title}\n{one.to_string()}")
@@ -150,4 +147,4 @@ def main(options: Options) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(pd.DataFrame(main(tyro.cli(Options, description=__doc__))).to_string())
+    print(pd.json_normalize(list(main(tyro.cli(Options, description=__doc__)).values())).T.to_string())

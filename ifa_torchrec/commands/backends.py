@@ -6,6 +6,7 @@ ifa backends
 import torch
 
 from ifa_torchrec.ops import BACKENDS
+from ifa_torchrec.ops.backends import TRITON_IS_INSTALLED
 from ifa_torchrec.ops.kernels import native
 
 
@@ -15,11 +16,17 @@ def main() -> None:
         auto = f"native for float32 and bfloat16 on CPU ({native.STATUS}); torch for the rest"
     else:
         auto = "torch"
+    if TRITON_IS_INSTALLED and torch.cuda.is_available():
+        auto += "; triton for float32, bfloat16 and float16 on GPUs"
+    installed = "installed" if TRITON_IS_INSTALLED else "not installed"
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    here = TRITON_IS_INSTALLED and gpus
     about = {
         "auto": auto,
         "native": f"{'available' if native.LIBRARY else 'not available'}: {native.STATUS}",
         "reference": "available: the plain truth, slow",
         "torch": f"available: torch {torch.__version__}, any device and dtype",
+        "triton": f"{'available' if here else 'not available'}: Triton is {installed}, {gpus} GPUs",
     }
     for name in BACKENDS:
         print(f"{name:10}{about[name]}")

@@ -179,8 +179,8 @@ class TakenRelation(nn.Module):
         rows = taken.nonzero()[:, 0]
         offsets = candidates.offsets()
         first, sizes = offsets[:-1][request[rows]], offsets.diff()[request[rows]]
-        number = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), sizes)
-        place = torch.arange(len(number), device=rows.device) - (sizes.cumsum(0) - sizes)[number]
+        number = torch.repeat_interleave(torch.arange(rows.shape[0], device=rows.device), sizes)
+        place = torch.arange(number.shape[0], device=rows.device) - (sizes.cumsum(0) - sizes)[number]
         other = first[number] + place
         return torch.einsum("ptd,pd->pt", query[rows][number], key[other]), number, other
 
@@ -193,7 +193,9 @@ class TakenRelation(nn.Module):
                 f"{taken.dtype}"
             )
         query = self.query_proj(tokens).unflatten(1, (self.num_outputs, tokens.shape[1]))
-        return request_of_row(candidates.offsets(), len(tokens)), query, self.key_proj(tokens)
+        # no len(), which would fix a size in an exported graph
+        request = request_of_row(candidates.offsets(), tokens.shape[0])
+        return request, query, self.key_proj(tokens)
 
 
 class TakenSample(nn.Module):

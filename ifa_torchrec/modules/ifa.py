@@ -15,14 +15,14 @@ from ifa_torchrec.modules.base import SequenceInteraction
 from ifa_torchrec.modules.config import FORGOTTEN, IFAConfig
 from ifa_torchrec.modules.gates import EventGates
 from ifa_torchrec.modules.history import History, decay_rates
-from ifa_torchrec.modules.projections import FeatureProjection
-from ifa_torchrec.modules.softmax import softmax_gain
 from ifa_torchrec.modules.user_state import UserState
 from ifa_torchrec.ops.jagged import request_of_row
 
 _GAINS = {"elu": 1.5, "relu": 1.5, "hedgehog": 3.0}
-"""Queries and keys of the linear read-out start as this times the (normed) tokens; larger is more
-selective, and learns more slowly where it is too large."""
+"""Queries and keys start as this times the (normed) tokens; larger is more selective, and learns more
+slowly where it is too large."""
+_SOFT = 1.2
+"""The same of keys whose features are soft, so that every summary holds something of all events."""
 
 
 class InteractionFidelityAttention(SequenceInteraction):
@@ -70,14 +70,10 @@ class InteractionFidelityAttention(SequenceInteraction):
 
     def __init__(self, config: IFAConfig, device: torch.device | str | None = None) -> None:
         super().__init__(config, device)
-        if config.readout == "softmax":
-            width = config.num_heads * config.head_width
-            self.query_proj = self._projection(softmax_gain(config), device)
-            self.key_proj = FeatureProjection(config.embedding_dim, width, device)
-        else:
-            gain = _GAINS[config.feature_map]
-            self.query_proj = self._projection(gain, device)
-            self.key_proj = self._projection(gain, device)
+        gain = _GAINS[config.feature_map]
+        self.query_proj = self._projection(gain, device)
+        key_gain = gain if config.readout == "linear" else _from_soft_to(gain, config.num_heads)
+        self.key_proj = self._projection(key_gain, device)
         self.gates = EventGates(config.gates, (config.num_heads,), device) if config.gates else None
 
     @overload
@@ -369,6 +365,15 @@ class InteractionFidelityAttention(SequenceInteraction):
             tensors["identity_sum"] = weight * identity
             tensors["identity_value"] = value * identity[..., None]
         return UserState(**tensors)
+
+
+def _from_soft_to(gain: float, heads: int) -> tuple[float, ...]:
+    """The gain of each head's keys under the softmax read-out: the first soft, the last ``gain``.
+
+    Which is better depends on the log: soft features find what goes together, sharp ones tell items
+    apart.
+    """
+    return tuple(_SOFT * (gain / _SOFT) ** (h / max(heads - 1, 1)) for h in range(heads))
 
 
 def summaries(key_value: Tensor, key_sum: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,7 @@ class TokenProjection(nn.Linear):
     Args:
         dim: D, of the tokens.
         width: H d, of the heads together.
-        gain: what the identity is scaled by.
+        gain: what the identity is scaled by; or one for each head, of which ``width`` is made up.
         device: of the weight.
 
     Example:
@@ -62,9 +62,13 @@ class TokenProjection(nn.Linear):
     """
 
     def __init__(
-        self, dim: int, width: int, gain: float = 1.0, device: torch.device | str | None = None
+        self,
+        dim: int,
+        width: int,
+        gain: float | tuple[float, ...] = 1.0,
+        device: torch.device | str | None = None,
     ) -> None:
-        self.gain = gain  # nn.Linear resets as it is built
+        self.gain = gain if isinstance(gain, tuple) else (gain,)  # nn.Linear resets as it is built
         super().__init__(dim, width, bias=False, device=device)
 
     def reset_parameters(self) -> None:
@@ -74,33 +78,9 @@ class TokenProjection(nn.Linear):
         if rest == 0:
             with torch.no_grad():
                 start = torch.eye(self.in_features, device=self.weight.device)
-                self.weight.copy_(self.gain * start.repeat(copies, 1))
-
-
-class FeatureProjection(nn.Linear):
-    """Tokens to features, each a random direction at the start: summaries of a history by soft features
-    that differ, as the latents of low-rank attention are.
-
-    Of a normed token a feature is normal, of standard deviation 1.2: the start of
-    ``LowRankAttention``'s scores of latents and events, for heads of width 64.
-
-    Args:
-        dim: D, of the tokens.
-        width: H d, of the heads together.
-        device: of the weight.
-
-    Example:
-        >>> from ifa_torchrec.modules.projections import FeatureProjection
-        >>> round(FeatureProjection(64, 4096).weight.std().item(), 2)
-        0.15
-    """
-
-    def __init__(self, dim: int, width: int, device: torch.device | str | None = None) -> None:
-        super().__init__(dim, width, bias=False, device=device)
-
-    def reset_parameters(self) -> None:
-        """Start anew; also after ``to_empty``."""
-        nn.init.normal_(self.weight, std=1.2 * self.in_features**-0.5)
+                gain = torch.tensor(self.gain, device=self.weight.device)
+                of_row = gain.repeat_interleave(self.out_features // len(self.gain))
+                self.weight.copy_(of_row[:, None] * start.repeat(copies, 1))
 
 
 class OutputProjection(nn.Linear):

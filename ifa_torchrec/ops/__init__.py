@@ -4,11 +4,11 @@ Letters, here and everywhere: B requests, M candidates and N events in all of th
 a token, H dense heads of width d, d_phi features a head, L half-lives of an identity feature.
 
 Four functions, each with the backends "reference" (plain, the truth), "torch" (tiled, with its
-own backward), "native" (C++, on CPU) and "auto" (the fastest that serves). ``ifa backends`` prints
-which there are. An exported graph holds the backend's name and chooses anew where it runs: what "auto"
-exported beside the C++ kernels runs without them. The environment variable IFA_KERNELS (plain, avx2,
-avx512, avx512_bf16 or none) takes a lower instruction set of theirs than the processor's best, or none
-of them; it is read when the package is imported.
+own backward), "native" (C++, on CPU), "triton" (on GPUs) and "auto" (the fastest that serves).
+``ifa backends`` prints which there are. An exported graph holds the backend's name and chooses anew
+where it runs: what "auto" exported beside the C++ kernels runs without them. The environment variable
+IFA_KERNELS (plain, avx2, avx512, avx512_bf16 or none) takes a lower instruction set of theirs than the
+processor's best, or none of them; it is read when the package is imported.
 
 What all of them take and give, whichever the backend:
 
@@ -16,7 +16,8 @@ What all of them take and give, whichever the backend:
   offsets and buckets are integers of any width. Sizes that do not agree are a ValueError that names
   the argument, and so are offsets that do not rise from 0 to the number of rows. ``encode`` and
   ``match`` look at offsets on the CPU alone; on a GPU, where a look would wait for the device, the
-  torch backend looks when it needs them.
+  torch backend looks when it needs them, and the triton backend never: it stays within the tensors
+  whatever they are, and of wrong ones gives something wrong.
 - Sums are float32 (float64 where the first argument of ``encode``, ``match``'s history, ``attend``'s
   key_value or ``attend_softmax``'s summaries are), under autocast and any default dtype or device, too.
 - No gradient flows to ages and decay.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
 import warnings
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,8 +18,28 @@ from torch import Tensor
 from ifa_torchrec.ops.kernels import native, reference
 from ifa_torchrec.ops.kernels import torch as torch_kernels
 
-Backend = Literal["auto", "native", "reference", "torch"]
+Backend = Literal["auto", "native", "reference", "torch", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
+TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def triton_serves(tokens: Tensor, state: Tensor | None = None) -> bool:
+    """Is Triton there, and its kernels for tokens and a state of this device and dtype?
+
+    On CPU it is its interpreter, for tests. Triton itself is imported when the first kernel is called.
+    """
+    device = tokens.device.type
+    if not TRITON_IS_INSTALLED or (state is not None and state.dtype == torch.float64):
+        return False
+    if (
+        device == "cuda"
+        and not torch.version.hip
+        and torch.cuda.get_device_capability(tokens.device) < (8, 0)
+    ):
+        return False  # no tensor cores for TF32 and bfloat16
+    interpreted = device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return tokens.dtype in _TRITON_DTYPES and (device == "cuda" or interpreted)
 
 
 def check_backend(backend: str, tokens: Tensor, state: Tensor | None = None) -> None:
@@ -40,6 +63,13 @@ def check_backend(backend: str, tokens: Tensor, state: Tensor | None = None) -> 
             f'backend "native" does not serve {dtypes} on {tokens.device.type}: it is for '
             f"float32 and bfloat16 on CPU; the kernels: {native.STATUS}"
         )
+    if backend == "triton" and not triton_serves(tokens, state):
+        dtypes = tokens.dtype if state is None else f"{tokens.dtype} and a state of {state.dtype}"
+        installed = "installed" if TRITON_IS_INSTALLED else "not installed"
+        raise ValueError(
+            f'backend "triton" does not serve {dtypes} on {tokens.device.type}: it is for float32, '
+            f"bfloat16 and float16 on CUDA, on CPU with TRITON_INTERPRET=1; Triton is {installed}"
+        )
 
 
 @contextmanager
@@ -59,12 +89,23 @@ def kernels_for(backend: str, tokens: Tensor, state: Tensor | None = None) -> Ge
     """
     check_backend(backend, tokens, state)
     if backend == "auto":
-        if tokens.device.type == "cpu" and native.LIBRARY is None:
-            warn_once(f"ifa_torchrec.ops: the native kernels are {native.STATUS}; torch serves, slower")
-        backend = "native" if native.serves(tokens, state) else "torch"
-    modules = {"native": native, "reference": reference, "torch": torch_kernels}
+        backend = fastest(tokens, state)
     with _without_autocast(tokens):
-        yield modules[backend]
+        if backend == "triton":
+            yield importlib.import_module("ifa_torchrec.ops.kernels.triton")
+        else:
+            yield {"native": native, "reference": reference, "torch": torch_kernels}[backend]
+
+
+def fastest(tokens: Tensor, state: Tensor | None = None) -> str:
+    """The backend that "auto" stands for, for tokens and a state of this device and dtype."""
+    if tokens.device.type == "cpu":
+        if native.LIBRARY is None:
+            warn_once(f"ifa_torchrec.ops: the native kernels are {native.STATUS}; torch serves, slower")
+        return "native" if native.serves(tokens, state) else "torch"
+    if tokens.device.type == "cuda" and not TRITON_IS_INSTALLED:
+        warn_once("ifa_torchrec.ops: Triton is not installed; torch serves, slower")
+    return "triton" if triton_serves(tokens, state) else "torch"
 
 
 def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:

@@ -30,23 +30,23 @@ from ifa_torchrec.modules import InteractionFidelityAttention, UserState
 from ifa_torchrec.serving.errors import StateError
 from ifa_torchrec.serving.plain_tables import PlainPooledArch, plain_tables
 
-FORMAT = "ifa-scoring-graph/2"
+FORMAT = "ifa-scoring-graph/3"
 
 
 @dataclass(frozen=True)
-class GraphInput:
-    """A tensor that a scoring graph takes.
+class GraphTensor:
+    """A tensor that a scoring graph takes or gives.
 
     Args:
-        name: of ``ScoringGraph.forward``'s argument.
+        name: what ``ScoringGraph.forward`` calls it.
         shape: numbers; "M" where it is the number of candidates, "U" that of identity rows, and
             "L_NAME" that of the ids in a list.
         dtype: "int64", "float32" or "bool".
         columns: names of the last dimension's entries, where they have names.
 
     Example:
-        >>> from ifa_torchrec.serving.export import GraphInput
-        >>> GraphInput("candidate_ids", ("M", 2), "int64", ("item", "category")).shape
+        >>> from ifa_torchrec.serving.export import GraphTensor
+        >>> GraphTensor("candidate_ids", ("M", 2), "int64", ("item", "category")).shape
         ('M', 2)
     """
 
@@ -72,7 +72,7 @@ class ScoringGraph(nn.Module):
         StateError: its tables are of another type, or of managed collisions.
 
     Attributes:
-        inputs: a GraphInput for each argument of ``forward``, in order.
+        inputs: a GraphTensor for each argument of ``forward``, in order.
 
     Example:
         >>> import torch
@@ -121,7 +121,7 @@ class ScoringGraph(nn.Module):
         self.inputs = _inputs(config, schema)
         self.eval()
 
-    def forward(self, *tensors: Tensor) -> Tensor:
+    def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """
         Args:
             tensors: those that ``inputs`` describes, in its order; what a model has nothing of is left
@@ -141,10 +141,11 @@ class ScoringGraph(nn.Module):
                   identity_sum: [U, L], the state's tables, where there are identity features. Rows that
                   no candidate asks for may be left out.
                 - taken: [M] bool, which candidates are in the set already, where the model generates
-                  sets; those of a candidate that is taken itself are its logits beside the other ones.
+                  sets.
 
         Returns:
-            Logits [M, T].
+            Logits [M, T]. Where the model generates sets: DLRM_IFA.logits_given [M, T], and what it
+            takes greedily, gain_given [M].
 
         Raises:
             ValueError: there are more or fewer tensors.
@@ -170,8 +171,12 @@ class ScoringGraph(nn.Module):
         candidates = JaggedTensor(rows, offsets=_offsets(m))
         lookups = Lookups(self._context(given), self._lists(given, m), None, candidates)
         described = self.candidate_arch.attend(lookups, features, self._state(given))
-        logits = self.set_arch(described)
-        return logits if self.taken_arch is None else logits + self.taken_arch(described, given["taken"])
+        logits, taken = self.set_arch(described), given.get("taken")
+        if self.taken_arch is None or taken is None:
+            return logits
+        scored = dataclasses.replace(described, logits=logits)
+        gain = self.taken_arch.gain(scored, taken, self.config.tasks)
+        return logits + self.taken_arch(described, taken), gain
 
     def _context(self, given: dict[str, Tensor]) -> Tensor | None:
         """[1, Fs, D]."""
@@ -310,7 +315,9 @@ def describe(model: DLRM_IFA, schema: LogSchema, version: str, vocabulary: str) 
     """
     config = model.config.ifa
     tasks = list(schema.tasks)
-    inputs = _inputs(model.config, schema)
+    inputs, outputs = _inputs(model.config, schema), [_columns("logits", tasks, "float32", "M")]
+    if model.config.candidate_set.generate:
+        outputs.append(GraphTensor("gain", ("M",), "float32"))
     lists = {n: "ids in a list, 0 or more" for i in inputs for n in i.shape if str(n).startswith("L_")}
     sizes = {"M": "candidates, 1 or more", "U": "rows of the identity tables, 0 or more", **lists}
     tables = (schema.item_features, schema.candidate_features, schema.context_features)
@@ -323,7 +330,7 @@ def describe(model: DLRM_IFA, schema: LogSchema, version: str, vocabulary: str) 
         "inputs": [dataclasses.asdict(given) for given in inputs],
         "layout": "each input contiguous, the last dimension's entries beside each other, on the CPU; a "
         "part of a larger tensor must be copied",
-        "output": {"name": "logits", "shape": ["M", len(tasks)], "dtype": "float32", "columns": tasks},
+        "outputs": [dataclasses.asdict(given) for given in outputs],
         "tasks": [dataclasses.asdict(task) for task in model.config.tasks],
         "scores": "a binary task's logit is the log odds; a regression's number is scale.mean + "
         "scale.deviation * logit, and expm1 of that where scale.log",
@@ -331,9 +338,8 @@ def describe(model: DLRM_IFA, schema: LogSchema, version: str, vocabulary: str) 
         "candidate_set": {
             "attention": model.config.candidate_set.attention,
             "generate": model.config.candidate_set.generate,
-            "taken": "with none taken the logits are the ranking's. A set of k, where the model "
-            "generates sets: take the best; then, as often as wanted, the best of the others by the "
-            "logits given those that are taken",
+            "taken": "with none taken the logits are the ranking's; a set of k is generated by taking "
+            "k times that candidate of the others whose gain, given those taken, is largest",
         },
         "missing": "a number that is missing is NaN; an id that is unknown, or new, is row 0",
         "identity": {
@@ -345,7 +351,7 @@ def describe(model: DLRM_IFA, schema: LogSchema, version: str, vocabulary: str) 
     }
 
 
-def _inputs(config: DLRM_IFAConfig, schema: LogSchema) -> tuple[GraphInput, ...]:
+def _inputs(config: DLRM_IFAConfig, schema: LogSchema) -> tuple[GraphTensor, ...]:
     ifa = config.ifa
     of_candidate = (*schema.item_features, *schema.candidate_features)
     vectors = tuple(f"{name}_{i}" for name, n in schema.item_vectors.items() for i in range(n))
@@ -360,32 +366,32 @@ def _inputs(config: DLRM_IFAConfig, schema: LogSchema) -> tuple[GraphInput, ...]
     if vectors:
         given.append(_columns("item_vectors", vectors, "float32", "M"))
     for name in schema.context_lists:
-        given.append(GraphInput(f"context_list_{name}", (f"L_{name}",), "int64"))
+        given.append(GraphTensor(f"context_list_{name}", (f"L_{name}",), "int64"))
     for name in schema.item_lists:
         for end in ("", "_candidate"):
-            given.append(GraphInput(f"item_list_{name}{end}", (f"L_{name}",), "int64"))
+            given.append(GraphTensor(f"item_list_{name}{end}", (f"L_{name}",), "int64"))
     if config.item_names[0] in ifa.identity_features:
-        given.append(GraphInput("candidate_item_ids", ("M",), "int64"))
+        given.append(GraphTensor("candidate_item_ids", ("M",), "int64"))
     d, heads, half_lives = ifa.head_width, ifa.num_heads, len(ifa.identity_half_lives)
     given += [
-        GraphInput("key_value", (1, heads, ifa.feature_width, d), "float32"),
-        GraphInput("key_sum", (1, heads, ifa.feature_width), "float32"),
-        GraphInput("count", (1,), "int64"),
+        GraphTensor("key_value", (1, heads, ifa.feature_width, d), "float32"),
+        GraphTensor("key_sum", (1, heads, ifa.feature_width), "float32"),
+        GraphTensor("count", (1,), "int64"),
     ]
     if ifa.identity_features:
         given += [
-            GraphInput("identity_key", ("U",), "int64"),
-            GraphInput("identity_value", ("U", half_lives, d), "float32"),
-            GraphInput("identity_sum", ("U", half_lives), "float32"),
+            GraphTensor("identity_key", ("U",), "int64"),
+            GraphTensor("identity_value", ("U", half_lives, d), "float32"),
+            GraphTensor("identity_sum", ("U", half_lives), "float32"),
         ]
     if config.candidate_set.generate:
-        given.append(GraphInput("taken", ("M",), "bool"))
+        given.append(GraphTensor("taken", ("M",), "bool"))
     return tuple(given)
 
 
-def _columns(name: str, columns: Iterable[str], dtype: str, *rows: str) -> GraphInput:
+def _columns(name: str, columns: Iterable[str], dtype: str, *rows: str) -> GraphTensor:
     columns = tuple(columns)
-    return GraphInput(name, (*rows, len(columns)), dtype, columns)
+    return GraphTensor(name, (*rows, len(columns)), dtype, columns)
 
 
 def _offsets(rows: int) -> Tensor:

@@ -76,8 +76,10 @@ class Int8Table(nn.Module):
 
     def __init__(self, packed: Tensor, dim: int) -> None:
         super().__init__()
+        # copied: contiguous() leaves the one row of a table as it is, whose stride may be odd
+        scale_bias = packed[:, :4].clone(memory_format=torch.contiguous_format)
         self.register_buffer("values", packed[:, 4 : 4 + dim].contiguous())
-        self.register_buffer("scale_bias", packed[:, :4].contiguous().view(torch.float16))
+        self.register_buffer("scale_bias", scale_bias.view(torch.float16))
 
     def forward(self, ids: Tensor) -> Tensor:
         """Rows [*ids.shape, D] float32."""

@@ -375,13 +375,14 @@ class TestEveryInteraction:
         events = 0 if interaction == "none" else sum(HISTORIES)
         assert sum(looked_up) == len(ITEM_FEATURES) * (events + 4 * set_size)
 
-    def test_loss_is_the_mean_binary_cross_entropy(self, interaction: str) -> None:
+    def test_loss_is_the_mean_binary_cross_entropy_of_the_exposed(self, interaction: str) -> None:
         model, batch = make_model(interaction), make_batch()
         loss, (detached, logits, labels) = DLRM_IFATrain(model)(batch)
         assert torch.equal(logits, model(batch)) and torch.equal(labels, batch.labels)
-        torch.testing.assert_close(loss, torch.nn.BCEWithLogitsLoss()(logits, batch.labels))
-        probability = logits.double().sigmoid()
-        by_hand = -torch.where(batch.labels > 0, probability.log(), (1 - probability).log()).mean()
+        shown, label = batch.exposed, batch.labels[batch.exposed]
+        torch.testing.assert_close(loss, torch.nn.BCEWithLogitsLoss()(logits[shown], label))
+        probability = logits[shown].double().sigmoid()
+        by_hand = -torch.where(label > 0, probability.log(), (1 - probability).log()).mean()
         torch.testing.assert_close(loss.double(), by_hand)
         assert torch.equal(detached, loss) and loss.requires_grad
         assert not (detached.requires_grad or logits.requires_grad)
@@ -613,10 +614,12 @@ def test_a_consistency_term_needs_candidates_that_see_each_other() -> None:
 def test_unexposed_candidates_count_as_the_loss_says() -> None:
     batch = make_batch()
     model = make_model()
-    loss, _ = DLRM_IFATrain(model, CandidateSetLossConfig(pointwise_unexposed=False))(batch)
-    kept = batch.exposed
-    by_hand = torch.nn.BCEWithLogitsLoss()(model(batch)[kept], batch.labels[kept])
-    torch.testing.assert_close(loss, by_hand)
+    loss, _ = DLRM_IFATrain(model, CandidateSetLossConfig(unexposed=1.0))(batch)
+    torch.testing.assert_close(loss, torch.nn.BCEWithLogitsLoss()(model(batch), batch.labels))
+    alone, _ = DLRM_IFATrain(model, CandidateSetLossConfig(unexposed=1.0, pointwise_unexposed=False))(
+        batch
+    )
+    torch.testing.assert_close(alone, DLRM_IFATrain(model)(batch)[0])
 
 
 def test_sim_searches_by_the_feature_it_is_told() -> None:

@@ -767,8 +767,10 @@ def test_the_state_is_the_same_for_either_readout():
     assert_same_state(other.encode(*inputs.encode), ifa.encode(*inputs.encode))
 
 
-def test_the_softmax_readout_starts_by_features_that_differ():
-    torch.manual_seed(0)
-    ifa = InteractionFidelityAttention(IFAConfig(64, num_heads=1, readout="softmax"))
-    assert 0.14 < ifa.key_proj.weight.std() < 0.16
-    assert torch.equal(ifa.query_proj.weight, ifa.query_proj.weight[0, 0] * torch.eye(64))
+@pytest.mark.parametrize(("heads", "gains"), [(1, [1.2]), (2, [1.2, 3.0]), (3, [1.2, 1.897, 3.0])])
+def test_the_softmax_readout_starts_with_keys_from_soft_to_sharp(heads, gains):
+    config = IFAConfig(4, num_heads=heads, head_dim=4, feature_map="hedgehog", readout="softmax")
+    ifa = InteractionFidelityAttention(config)
+    for head, gain in zip(ifa.heads(ifa.key_proj), gains, strict=True):
+        torch.testing.assert_close(head, gain * torch.eye(4), rtol=0, atol=1e-3)
+    assert torch.equal(ifa.query_proj.weight, 3 * torch.eye(4).repeat(heads, 1))

@@ -9,13 +9,12 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_near, offsets_of
-from kernels import NATIVE
+from helpers import assert_near
+from kernels import NATIVE, run, wide_inputs
 from test_ops import (
     EPS,
     FEATURE_MAPS,
@@ -41,46 +40,6 @@ if native.LIBRARY is None:
 def instruction_set(request, monkeypatch):
     monkeypatch.setattr(native, "STATUS", request.param)
     return request.param
-
-
-def wide_inputs(history, candidates, sizes, dtype=torch.float32, weighted: bool | str = True):
-    """Of encode and attend, with D, H and d from ``sizes``."""
-    dim, heads, width = sizes
-    generator = torch.Generator().manual_seed(0)
-    random = partial(torch.randn, generator=generator)
-    n, m = sum(history), sum(candidates)
-    inputs = {
-        "history": random(n, dim).to(dtype),
-        "offsets": offsets_of(history),
-        "key_weight": random(heads, width, dim) / dim**0.5,
-        "value_weight": random(heads, width, dim) / dim**0.5,
-        "weights": random(*((n, heads) if weighted == "by head" else (n,))).abs(),
-        "ages": random(n).abs(),
-        "decay": torch.arange(heads) / 2.0,
-    }
-    asking = {
-        "candidates": random(m, dim).to(dtype),
-        "offsets": offsets_of(candidates),
-        "query_weight": random(heads, width, dim) / dim**0.5,
-    }
-    return inputs, asking
-
-
-def run(inputs, asking, feature_map, backend):
-    """State and answers, and the gradients of a sum of squares of the answers, by name."""
-    inputs = {name: x if x is None else x.clone() for name, x in inputs.items()}
-    asking = {name: x.clone() for name, x in asking.items()}
-    leaves = {
-        **{name: inputs[name] for name in ("history", "key_weight", "value_weight", "weights")},
-        **{name: asking[name] for name in ("candidates", "query_weight")},
-    }
-    leaves = {name: x.requires_grad_() for name, x in leaves.items() if x is not None}
-    state = ops.encode(*inputs.values(), feature_map, backend)
-    out, matched = ops.attend(*asking.values(), *state, feature_map, EPS, backend)
-    loss = out.square().mean() + (1 + matched).log().mean()
-    gradients = torch.autograd.grad(loss, [*leaves.values()])
-    values = {"key_value": state[0], "key_sum": state[1], "out": out, "matched": matched}
-    return {name: x.detach() for name, x in values.items()} | dict(zip(leaves, gradients, strict=True))
 
 
 def softmax_inputs(candidates, sizes, summaries: int, dtype=torch.float32) -> dict:

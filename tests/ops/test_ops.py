@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from helpers import assert_near, offsets_of
+from interpreter import DEVICE, INTERPRETED, TRITON
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -116,20 +117,23 @@ def to_float64(inputs: dict) -> dict:
 
 
 def outputs_and_gradients(op: str, inputs: dict, *extra, backend: str) -> dict[str, Tensor]:
-    """The op's two outputs, and the gradients of a random sum of both."""
-    inputs = {name: None if x is None else x.clone() for name, x in inputs.items()}
+    """The op's two outputs, and the gradients of a random sum of both, on the CPU."""
+    device = DEVICE if backend == "triton" else "cpu"
+    inputs = {name: None if x is None else x.clone().to(device) for name, x in inputs.items()}
     leaves = [name for name in DIFFERENTIABLE[op] if inputs[name] is not None]
     for name in leaves:
         inputs[name].requires_grad_()
     outputs = getattr(ops, op)(*inputs.values(), *extra, backend=backend)
-    upstream = [random(*out.shape, seed=20 + i, dtype=out.dtype) for i, out in enumerate(outputs)]
+    upstream = [
+        random(*out.shape, seed=20 + i, dtype=out.dtype).to(device) for i, out in enumerate(outputs)
+    ]
     loss = sum((out * up).sum() for out, up in zip(outputs, upstream, strict=True))
     # the reference's outputs for no request come from no input: their gradients are zeros
     loss = loss + sum(0 * inputs[name].sum() for name in leaves)
     gradients = torch.autograd.grad(loss, [inputs[name] for name in leaves])
     result = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
     result |= {f"gradient of {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
-    return result
+    return {name: x.cpu() for name, x in result.items()}
 
 
 def assert_backend_is_true(op: str, inputs: dict, *extra, tolerance: float, backend: str) -> None:
@@ -142,9 +146,13 @@ def assert_backend_is_true(op: str, inputs: dict, *extra, tolerance: float, back
 
 
 native_is_built = pytest.mark.skipif(native.LIBRARY is None, reason=native.STATUS)
+# all of them in Triton's interpreter take minutes: tests/ops/test_triton.py has a selection
+triton_is_there = [pytest.mark.skipif(not TRITON, reason="Triton is not installed")]
+triton_is_there += [pytest.mark.slow] if INTERPRETED else []
 FLOAT32 = [
     pytest.param("torch", torch.float32, 2e-5, id="torch-float32"),
     pytest.param("native", torch.float32, 2e-5, id="native-float32", marks=native_is_built),
+    pytest.param("triton", torch.float32, 2e-5, id="triton-float32", marks=triton_is_there),
 ]
 BACKENDS = pytest.mark.parametrize(
     ("backend", "dtype", "tolerance"),

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +26,7 @@ from ifa_torchrec.commands.export import ExportConfig, export
 from ifa_torchrec.data import EventLog, LogSchema, RankingDataset
 from ifa_torchrec.modules import CandidateSetConfig
 from ifa_torchrec.serving import ScoringGraph, StateError, export_scorer, quantize_tables
-from ifa_torchrec.serving.export import GraphInput, package_scorer
+from ifa_torchrec.serving.export import GraphTensor, package_scorer
 from ifa_torchrec.training.options import TrainConfig
 from ifa_torchrec.training.run import Run, load_run
 from ifa_torchrec.training.trainer import train
@@ -77,7 +78,7 @@ def inputs(model: DLRM_IFA, schema: LogSchema, batch: RankingBatch) -> dict[str,
     return {given.name: known[given.name] for given in ScoringGraph(model, schema).inputs}
 
 
-def first_candidate(given: dict[str, Tensor], graph_inputs: Sequence[GraphInput]) -> dict[str, Tensor]:
+def first_candidate(given: dict[str, Tensor], graph_inputs: Sequence[GraphTensor]) -> dict[str, Tensor]:
     first = {g.name: given[g.name][:1] if g.shape[0] == "M" else given[g.name] for g in graph_inputs}
     for name in given:
         if name.endswith("_candidate"):
@@ -202,46 +203,40 @@ def test_a_model_of_items_alone_with_two_tasks() -> None:
 
 def model_of_sets(attention: Literal["softmax", "linear"]) -> DLRM_IFA:
     """Candidates see each other and what is taken."""
+    torch.manual_seed(0)
     return model_of_one_feature(candidate_set=CandidateSetConfig(attention, generate=True)).eval()
 
 
 @torch.no_grad()
-def assert_gives_the_logits_of_sets(score: Callable[..., Tensor], model: DLRM_IFA) -> None:
+def assert_generates_the_models_sets(
+    score: Callable[..., tuple[Tensor, Tensor]], model: DLRM_IFA
+) -> None:
     for candidates in (1, 2, 3, 40):
         batch = items_alone(events=7, candidates=candidates, seed=candidates)
-        logits = model(batch)
-        given = inputs(model, ONE_FEATURE, batch)
-        torch.testing.assert_close(score(*given.values()), logits, atol=1e-5, rtol=1e-5)
-        assert_takes_the_models_set(score, model, batch, given)
-    first = first_candidate(given, ScoringGraph(model, ONE_FEATURE).inputs)
-    assert not torch.allclose(score(*first.values()), logits[:1], atol=1e-2)  # the others matter
-
-
-def assert_takes_the_models_set(
-    score: Callable[..., Tensor], model: DLRM_IFA, batch: RankingBatch, given: dict[str, Tensor]
-) -> None:
-    described = model.describe(batch)
-
-    def by_model(taken: Tensor) -> Tensor:
-        logits = model.logits_given(described, taken)
-        by_graph = score(*{**given, "taken": taken}.values())
-        torch.testing.assert_close(by_graph, logits, atol=1e-5, rtol=1e-5)
-        return logits[:, 0]
-
-    rows = JaggedTensor(described.tokens, offsets=described.offsets)
-    chosen = generate_set(by_model, rows, 5, "greedy").values()
-    taken = given["taken"].clone()  # as a server does it, by the graph alone
-    for row in chosen:
-        logits = score(*{**given, "taken": taken}.values())[:, 0]
-        assert logits.masked_fill(taken, -torch.inf).argmax() == row
-        taken[row] = True
+        given, described = inputs(model, ONE_FEATURE, batch), model.describe(batch)
+        taken = given["taken"].clone()
+        rows = JaggedTensor(described.tokens, offsets=described.offsets)
+        for row in generate_set(partial(model.gain_given, described), rows, 5, "greedy").values():
+            logits, gain = score(*{**given, "taken": taken}.values())
+            wanted = model.logits_given(described, taken), model.gain_given(described, taken)
+            torch.testing.assert_close((logits, gain), wanted, atol=1e-5, rtol=1e-5)
+            assert gain.masked_fill(taken, -torch.inf).argmax() == row
+            if not taken.any():
+                torch.testing.assert_close(logits, model(batch), atol=1e-5, rtol=1e-5)
+            taken[row] = True
+        torch.testing.assert_close(
+            score(*{**given, "taken": ~taken}.values())[0],
+            model.logits_given(described, ~taken),
+            atol=1e-5,
+            rtol=1e-5,
+        )
 
 
 @pytest.mark.parametrize("attention", ["softmax", "linear"])
 def test_a_model_whose_candidates_see_each_other(attention: Literal["softmax", "linear"]) -> None:
     model = model_of_sets(attention)
     program = export_scorer(model, ONE_FEATURE)
-    assert_gives_the_logits_of_sets(program.module(), model)
+    assert_generates_the_models_sets(program.module(), model)
     assert_of_aten_alone(program)
 
 
@@ -252,7 +247,7 @@ def test_a_package_of_a_model_whose_candidates_see_each_other(
 ) -> None:
     model = model_of_sets(attention)
     package_scorer(export_scorer(model, ONE_FEATURE), tmp_path / "sets.pt2")
-    assert_gives_the_logits_of_sets(load_package(tmp_path / "sets.pt2", monkeypatch), model)
+    assert_generates_the_models_sets(load_package(tmp_path / "sets.pt2", monkeypatch), model)
 
 
 def items_alone(events: int, candidates: int, seed: int) -> RankingBatch:
@@ -305,7 +300,8 @@ def test_the_command_describes_what_it_writes(monkeypatch, capsys, run: Run, tmp
     assert (about["version"], about["tables"]) == (run.version, "float32")
     assert about["vocabulary"] == run.log.vocabulary.digest
     (task,) = about["tasks"]
-    assert task["name"] == about["output"]["columns"][0] and task["kind"] == "binary"
+    (output,) = about["outputs"]
+    assert (output["name"], output["columns"]) == ("logits", [task["name"]]) and task["kind"] == "binary"
     assert task["scale"] == {"mean": 0.0, "deviation": 1.0, "log": False}
     given = inputs(run.dlrm, run.log.schema, run.dataset("test")[[5]])
     sizes = {"M": len(given["candidate_ids"]), "U": len(given["identity_key"])}
@@ -315,4 +311,4 @@ def test_the_command_describes_what_it_writes(monkeypatch, capsys, run: Run, tmp
         assert str(tensor.dtype) == f"torch.{described['dtype']}"
         assert len(described["columns"]) in (0, tensor.shape[-1])
     logits = torch.export.load(out).module()(*given.values())
-    assert list(logits.shape) == [sizes["M"], *about["output"]["shape"][1:]]
+    assert list(logits.shape) == [sizes["M"], *output["shape"][1:]]

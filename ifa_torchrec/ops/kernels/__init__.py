@@ -1,5 +1,5 @@
-"""The kernels, one backend a file: plain functions beneath the operators of ``ifa_torchrec.ops``.
+"""The kernels, one backend a file or folder: plain functions beneath the operators of ``ops``.
 
-Each file has ``encode``, ``attend`` and ``match``; ``native`` and ``torch``, which run beneath autograd,
-have their backwards too. Arguments have passed ``ops/checks.py``.
+Each has ``encode``, ``attend`` and ``match``; ``native``, ``torch`` and ``triton``, which run beneath
+autograd, have their backwards too. Arguments have passed ``ops/checks.py``.
 """

@@ -1,7 +1,7 @@
 """attend: a block of candidates against its request's state, all heads of a group in one product.
 
-S of a group of heads is one matrix with zeros between heads: products of single heads of 16 are below what
-tensor cores want. The backward reads the state as the forward does and recomputes phi.
+S of a group of heads is one matrix with zeros between heads: products of single heads of 16 are below
+what tensor cores want. The backward reads the state as the forward does and recomputes phi.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from torch import Tensor
 
 from ifa_torchrec.ops.arguments import AttendArguments
 from ifa_torchrec.ops.feature_maps import FEATURE_MAPS
+from ifa_torchrec.ops.kernels import torch as torch_kernels
 from ifa_torchrec.ops.kernels.triton.common import (
     MAPS,
+    WIDEST_HEAD,
     Chunks,
     Products,
     Tile,
@@ -51,7 +53,7 @@ def _finite(phi):
 
 @triton.jit
 def _read(
-    candidates, row, valid, query_weight, key_value, key_sum, request, group,
+    candidates, row, valid, query_weight, key_value, key_sum, group,
     D: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr, MAP: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, STATE: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr,
     TILE: tl.constexpr,
@@ -66,7 +68,7 @@ def _read(
         candidates, row, valid, query_weight, head * WIDTH + nth, real, D, TILE, DOT, PRECISION
     )
     phi, other = features(query, inside, MAP, HEADS, PADDED)
-    feature = (request * H + head) * MAP_COUNT * WIDTH + nth
+    feature = head * MAP_COUNT * WIDTH + nth
     state, total = load_state(key_value, key_sum, head, nth, real, feature, WIDTH)
     clean, fault = _finite(phi)
     numerator = tl.dot(clean, state, input_precision=STATE)
@@ -93,27 +95,30 @@ def _attend_kernel(
     request, first, end = chunk_rows(offsets, firsts, chunk, requests, rows, CHUNK)
     head, nth, real, _ = columns(group, H, WIDTH, HEADS, PADDED)
     heads = group * HEADS + tl.arange(0, HEADS)
+    FEATURES: tl.constexpr = H * (2 if MAP == _HEDGEHOG else 1) * WIDTH
     for start in range(first, end, ROWS):
-        row = start + tl.arange(0, ROWS)
-        valid = row < end
-        _, _, _, numerator, normalizer, _ = _read(
-            candidates, row, valid, query_weight, key_value, key_sum, request, group,
+        row = tl.arange(0, ROWS)
+        valid = row < end - start
+        _query, _phi, _other, numerator, normalizer, _x = _read(
+            candidates + start * D, row, valid, query_weight, key_value + request * (FEATURES * WIDTH),
+            key_sum + request * FEATURES, group,
             D, H, WIDTH, MAP, DOT, PRECISION, STATE, HEADS, PADDED, TILE,
         )  # fmt: skip
         value = numerator / to_columns(normalizer + eps, HEADS, PADDED)
         column = row[:, None] * (H * WIDTH) + (head * WIDTH + nth)[None, :]
-        tl.store(out + column, value, mask=valid[:, None] & real[None, :])
+        tl.store(out + start * (H * WIDTH) + column, value, mask=valid[:, None] & real[None, :])
         mask = valid[:, None] & (heads < H)[None, :]
-        tl.store(normalizers + row[:, None] * H + heads[None, :], normalizer, mask=mask)
+        to = normalizers + start * H + row[:, None] * H + heads[None, :]
+        tl.store(to, normalizer, mask=mask)
 
 
 @triton.jit
 def _grad_query(
     grad_out, grad_normalizer, row, valid, eps, query, phi, other, numerator, normalizer,
-    key_value, key_sum, request, group, H: tl.constexpr, WIDTH: tl.constexpr, MAP: tl.constexpr,
+    key_value, key_sum, group, H: tl.constexpr, WIDTH: tl.constexpr, MAP: tl.constexpr,
     STATE: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of projections, of the numerator, both [R, COLUMNS], and of the normalizer so too."""
+    """The gradients of projections, of the numerator and of the normalizer, all [R, COLUMNS]."""
     head, nth, real, _ = columns(group, H, WIDTH, HEADS, PADDED)
     heads = group * HEADS + tl.arange(0, HEADS)
     MAP_COUNT: tl.constexpr = 2 if MAP == _HEDGEHOG else 1
@@ -124,7 +129,7 @@ def _grad_query(
     upstream = tl.load(grad_normalizer + row[:, None] * H + heads[None, :], mask=mask, other=0.0)
     grad_divisor = upstream - head_sums(grad * (numerator / divisor), HEADS, PADDED)
     grad_divisor = to_columns(grad_divisor, HEADS, PADDED)
-    feature = (request * H + head) * MAP_COUNT * WIDTH + nth
+    feature = head * MAP_COUNT * WIDTH + nth
     state, total = load_state(key_value, key_sum, head, nth, real, feature, WIDTH)
     grad_phi = tl.dot(grad, tl.trans(state), input_precision=STATE) + total[None, :] * grad_divisor
     other_grad = grad_phi
@@ -137,15 +142,15 @@ def _grad_query(
 
 @triton.jit
 def _attend_backward_kernel(
-    grad_out, grad_normalizer, candidates, query_weight, key_value, key_sum, grad_candidates, sums, states,
-    offsets, firsts, requests, rows, eps, count, each, groups,
+    grad_out, grad_normalizer, candidates, query_weight, key_value, key_sum, grad_candidates, sums,
+    states, offsets, firsts, requests, rows, eps, count, each, groups,
     D: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr, MAP: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, STATE: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr,
     PADDED: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, OF_ROWS: tl.constexpr,
     OF_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Of ``each`` chunks: OF_ROWS the gradients of their candidates, OF_SUMS those of the projection and,
-    by chunk, of the state; as encode's backward."""
+    """Of ``each`` chunks: OF_ROWS the gradients of their candidates, OF_SUMS those of the projection
+    and, by chunk, of the state; as encode's backward."""
     program, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
     dim = part * TILE + tl.arange(0, TILE)
     MAP_COUNT: tl.constexpr = 2 if MAP == _HEDGEHOG else 1
@@ -162,19 +167,23 @@ def _attend_backward_kernel(
                 other_state = tl.zeros([COLUMNS, COLUMNS], dtype=tl.float32)
                 other_total = tl.zeros([COLUMNS], dtype=tl.float32)
         for start in range(first, end, ROWS):
-            row = start + tl.arange(0, ROWS)
-            valid = row < end
+            row = tl.arange(0, ROWS)
+            valid = row < end - start
+            at = candidates + start * D
+            of_state = key_value + request * (FEATURES * WIDTH)
+            of_sum = key_sum + request * FEATURES
+            of_out, of_normalizer = grad_out + start * (H * WIDTH), grad_normalizer + start * H
             if OF_ROWS:
                 grad_x = tl.zeros([ROWS, TILE], dtype=tl.float32)
             for nth_group in range(groups):
                 group = tl.program_id(1) + nth_group
                 query, phi, other, numerator, normalizer, x = _read(
-                    candidates, row, valid, query_weight, key_value, key_sum, request, group,
+                    at, row, valid, query_weight, of_state, of_sum, group,
                     D, H, WIDTH, MAP, DOT, PRECISION, STATE, HEADS, PADDED, TILE,
                 )  # fmt: skip
                 grad_query, grad, grad_divisor = _grad_query(
-                    grad_out, grad_normalizer, row, valid, eps, query, phi, other, numerator, normalizer,
-                    key_value, key_sum, request, group, H, WIDTH, MAP, STATE, HEADS, PADDED,
+                    of_out, of_normalizer, row, valid, eps, query, phi, other, numerator, normalizer,
+                    of_state, of_sum, group, H, WIDTH, MAP, STATE, HEADS, PADDED,
                 )  # fmt: skip
                 grad_query = grad_query.to(DOT)
                 if OF_ROWS:
@@ -183,7 +192,7 @@ def _attend_backward_kernel(
                     grad_x = tl.dot(grad_query, w, grad_x, input_precision=PRECISION)
                 if OF_SUMS:
                     if TILE < D:
-                        x = load_rows(candidates, row, valid, dim, D, DOT)
+                        x = load_rows(at, row, valid, dim, D, DOT)
                     queries = tl.dot(tl.trans(grad_query), x, queries, input_precision=PRECISION)
                     state = tl.dot(tl.trans(phi), grad, state, input_precision=STATE)
                     total += tl.sum(phi * grad_divisor, 0)
@@ -192,7 +201,8 @@ def _attend_backward_kernel(
                         other_total += tl.sum(other * grad_divisor, 0)
             if OF_ROWS:
                 mask = valid[:, None] & (dim < D)[None, :]
-                tl.store(grad_candidates + row[:, None] * D + dim[None, :], grad_x, mask=mask)
+                to = grad_candidates + start * D + row[:, None] * D + dim[None, :]
+                tl.store(to, grad_x, mask=mask)
         if OF_SUMS and part == 0:
             head, nth, real, _ = columns(tl.program_id(1), H, WIDTH, HEADS, PADDED)
             to = states + chunk * (FEATURES * (WIDTH + 1))
@@ -200,7 +210,9 @@ def _attend_backward_kernel(
             store_state(to, state, total, head, nth, real, feature, True, FEATURES, WIDTH)
             if MAP == _HEDGEHOG:
                 feature += WIDTH
-                store_state(to, other_state, other_total, head, nth, real, feature, True, FEATURES, WIDTH)
+                store_state(
+                    to, other_state, other_total, head, nth, real, feature, True, FEATURES, WIDTH
+                )
     if OF_SUMS:
         head, nth, real, _ = columns(tl.program_id(1), H, WIDTH, HEADS, PADDED)
         to = sums + program * (H * WIDTH * D) + (head * WIDTH + nth)[:, None] * D + dim[None, :]
@@ -210,13 +222,14 @@ def _attend_backward_kernel(
 # ------------------------------------------------------------------------------------ on the host
 
 
-def _prepared(given: AttendArguments) -> tuple[dict[str, Any], dict[str, Any], Chunks, Tile]:
-    """What both kernels read, what they are compiled for, and how the work is cut."""
+def _prepared(given: AttendArguments, block: int) -> tuple[dict[str, Any], dict[str, Any], Chunks, Tile]:
+    """What both kernels read, what they are compiled for, and how the work is cut, in blocks of
+    ``block`` candidates."""
     heads, width, dim = given.query_weight.shape
     features = width * FEATURE_MAPS[given.feature_map].expansion
     chunks = Chunks.of(given.offsets, len(given.candidates))
     # the state is multiplied in float32 or TF32, whatever the candidates are
-    tile = Tile.of(heads, width, dim, 2, torch.float32)
+    tile = Tile.of((heads, width, dim), 2, block, torch.float32)
     products = Products.of(given.candidates.dtype)
     arguments = chunks.arguments | {
         "candidates": tokens(given.candidates, dim),
@@ -232,8 +245,10 @@ def _prepared(given: AttendArguments) -> tuple[dict[str, Any], dict[str, Any], C
 
 def attend(given: AttendArguments) -> tuple[Tensor, Tensor]:
     """See ``ifa_torchrec.ops.attend``."""
+    if given.query_weight.shape[1] > WIDEST_HEAD:
+        return torch_kernels.attend(given)
     heads, width, _ = given.query_weight.shape
-    arguments, constants, chunks, tile = _prepared(given)
+    arguments, constants, chunks, tile = _prepared(given, 64)
     out = given.key_value.new_empty(chunks.rows, heads, width, dtype=torch.float32)
     normalizer = given.key_value.new_empty(chunks.rows, heads, dtype=torch.float32)
     launch(
@@ -250,10 +265,12 @@ def attend_backward(
     grad_out: Tensor, grad_normalizer: Tensor, given: AttendArguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of candidates, query_weight, key_value and key_sum."""
+    if given.query_weight.shape[1] > WIDEST_HEAD:
+        return torch_kernels.attend_backward(grad_out, grad_normalizer, given)
     candidates, key_value = given.candidates, given.key_value
     heads, width, dim = given.query_weight.shape
     features = heads * width * FEATURE_MAPS[given.feature_map].expansion
-    arguments, constants, chunks, tile = _prepared(given)
+    arguments, constants, chunks, tile = _prepared(given, 32)
     groups, parts = tile.groups(heads), triton.cdiv(dim, tile.TILE)
     programs, _ = backward_programs(chunks.count)
     grad_candidates = candidates.new_empty(candidates.shape)
@@ -264,9 +281,7 @@ def attend_backward(
         "grad_normalizer": floats(grad_normalizer, chunks.rows, heads),
         **{"grad_candidates": grad_candidates, "sums": sums, "states": states},
     }
-    launch_backward(
-        _attend_backward_kernel, arguments, constants, (chunks.count, groups, parts), tile.warps
-    )
+    launch_backward(_attend_backward_kernel, arguments, constants, (chunks.count, groups, parts))
     grad_key_value, grad_key_sum = split_state(sum_segments(states, chunks.firsts), heads, width)
     return (
         grad_candidates,

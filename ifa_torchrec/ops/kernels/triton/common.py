@@ -1,4 +1,4 @@
-"""What the kernels share: rows cut into chunks, sums of chunks, the feature maps, how a kernel is started.
+"""What the kernels share: rows cut into chunks, sums of chunks, feature maps, how a kernel is started.
 
 Names in capitals are known when a kernel is compiled. A tile has COLUMNS = HEADS * PADDED columns: the
 features of HEADS heads, each padded from WIDTH to a power of two. The tokens' D entries are read TILE at
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ifa_torchrec.ops.checks import check_offsets
 
+WIDEST_HEAD = 128
+"""All of a head's features are in one program's registers; wider heads are the torch backend's."""
 MAPS = {"elu": 0, "relu": 1, "hedgehog": 2}
 _HEDGEHOG = tl.constexpr(MAPS["hedgehog"])
 _ELU = tl.constexpr(MAPS["elu"])
@@ -31,7 +33,7 @@ def chunk_rows(offsets, firsts, chunk, requests, rows, CHUNK: tl.constexpr):
     Rows are cut off at the number of rows: offsets that are wrong read no foreign memory.
     """
     low = chunk * 0
-    high = requests
+    high = low + requests
     while high - low > 1:
         middle = (low + high) // 2
         below = tl.load(firsts + middle) <= chunk
@@ -74,7 +76,7 @@ def _softmax(x, inside, HEADS: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit
 def features(x, inside, MAP: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr):
-    """phi of projections [R, COLUMNS]: hedgehog's softmax of x and that of -x, of others the first twice.
+    """phi of projections [R, COLUMNS]: hedgehog's softmax of x and that of -x; others' twice.
 
     ``inside`` [1, COLUMNS] is false where a head is padded. A NaN stays one.
     """
@@ -105,16 +107,16 @@ def features_backward(
 
 @triton.jit
 def event_weights(
-    weights, ages, decay, row, valid, head, H, WEIGHTS: tl.constexpr, AGES: tl.constexpr
+    weights, ages, decay, start, row, valid, head, H, WEIGHTS: tl.constexpr, AGES: tl.constexpr
 ):
-    """exp(-lambda_h t_i) and w_hi of rows [R] and heads [K], zero outside; both [R, K].
+    """exp(-lambda_h t_i) and w_hi of rows start + row [R] and heads [K], zero outside; both [R, K].
 
     WEIGHTS is 0 without weights, 1 for [N], 2 for [N, H].
     """
     inside = valid[:, None] & (head < H)[None, :]
     decayed = tl.where(inside, 1.0, 0.0)
     if AGES:
-        age = tl.load(ages + row, mask=valid, other=0.0)
+        age = tl.load(ages + start + row, mask=valid, other=0.0)
         rate = tl.load(decay + head, mask=head < H, other=0.0)
         # no decay is no decay at any age, an infinite one included
         exponent = tl.where((rate > 0)[None, :], rate[None, :] * age[:, None], 0.0)
@@ -122,9 +124,10 @@ def event_weights(
     if WEIGHTS == 0:
         return decayed, decayed
     if WEIGHTS == 1:
-        weight = tl.load(weights + row, mask=valid, other=0.0)[:, None]
+        weight = tl.load(weights + start + row, mask=valid, other=0.0)[:, None]
     else:
-        weight = tl.load(weights + row[:, None] * H + head[None, :], mask=inside, other=0.0)
+        at = weights + start * H + row[:, None] * H + head[None, :]
+        weight = tl.load(at, mask=inside, other=0.0)
     return decayed, decayed * weight
 
 
@@ -133,9 +136,9 @@ def project(
     tokens, row, valid, weight, weight_row, inside,
     D: tl.constexpr, TILE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """tokens [R, D] times the rows [COLUMNS] of weight, [R, COLUMNS] float32; the last tile of tokens too.
+    """tokens [R, D] times the rows [COLUMNS] of weight, [R, COLUMNS] float32; and the last tile of D.
 
-    Where D is one tile, that is all of the tokens, and they need not be read again.
+    Where D is one tile, that is all of the tokens, which need not be read again.
     """
     for part in tl.static_range((D + TILE - 1) // TILE):
         dim = part * TILE + tl.arange(0, TILE)
@@ -198,7 +201,12 @@ def _sum_segments_kernel(
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], constants: dict[str, Any], warps: int = 4
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: dict[str, Any],
+    constants: dict[str, Any],
+    warps: int = 4,
+    stages: int = 1,
 ) -> None:
     """Start a kernel on the device of its tensors; of nothing to do, none.
 
@@ -208,16 +216,18 @@ def launch(
         arguments: by name; the first tensor of them says the device.
         constants: by name, what it is compiled for.
         warps: how many a program has.
+        stages: of loops, how many blocks of rows are in work at once, the next ones being loaded.
     """
     if 0 in grid:
         return
     device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](**arguments, **constants, num_warps=warps)
+        kernel[grid](**arguments, **constants, **options)
 
 
 BACKWARD_PROGRAMS = 512
-"""Of a backward that sums over all requests: the most partial sums of projections' gradients there are."""
+"""Of a backward that sums over all requests: the most partial sums of a projection's gradient."""
 
 
 def backward_programs(chunks: int) -> tuple[int, int]:
@@ -231,7 +241,6 @@ def launch_backward(
     arguments: dict[str, Any],
     constants: dict[str, Any],
     work: tuple[int, int, int],
-    warps: int,
 ) -> None:
     """Start a backward's kernel, of rows and of sums at once where that is possible.
 
@@ -240,16 +249,17 @@ def launch_backward(
         arguments: without count, each and groups.
         constants: without OF_ROWS and OF_SUMS.
         work: the numbers of chunks, of groups of heads and of tiles of D.
-        warps: how many a program has.
     """
     chunks, groups, parts = work
     programs, each = backward_programs(chunks)
     of_sums = arguments | {"count": chunks, "each": each, "groups": 1}
     fused = groups == parts == 1  # a program has all heads and entries: one look at the rows is enough
-    launch(kernel, (programs, groups, parts), of_sums, constants | {"OF_ROWS": fused, "OF_SUMS": True}, warps)
+    sums = constants | {"OF_ROWS": fused, "OF_SUMS": True}
+    launch(kernel, (programs, groups, parts), of_sums, sums, warps=8)
     if not fused:
         of_rows = arguments | {"count": chunks, "each": 1, "groups": groups}
-        launch(kernel, (chunks, 1, parts), of_rows, constants | {"OF_ROWS": True, "OF_SUMS": False}, warps)
+        constants = constants | {"OF_ROWS": True, "OF_SUMS": False}
+        launch(kernel, (chunks, 1, parts), of_rows, constants, warps=8)
 
 
 class Chunks(NamedTuple):
@@ -279,7 +289,7 @@ class Chunks(NamedTuple):
 
     @staticmethod
     def of_some(offsets: Tensor, rows: int) -> Chunks:
-        """Of offsets that come from the device: they end at ``rows`` or before, and make fewer chunks."""
+        """Of offsets that end at ``rows`` or before, where only the device knows."""
         size = chunk_size(rows)
         numbers = torch.arange(len(offsets), device=offsets.device, dtype=torch.int64)
         firsts = offsets.div(size, rounding_mode="floor") + numbers
@@ -331,18 +341,18 @@ class Products(NamedTuple):
 
     @staticmethod
     def of(dtype: torch.dtype) -> Products:
-        """bfloat16 as it is; float16 in TF32, which holds it and does not overflow; float32 in TF32 where
-        torch allows it."""
+        """bfloat16 as it is; float16 in TF32, which holds it and does not overflow; float32 in TF32
+        where torch allows it, else as three products of TF32, which are off by 1e-6 at most."""
         if dtype == torch.bfloat16:
             return Products(tl.bfloat16, "ieee")
         allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-        return Products(tl.float32, "tf32" if dtype == torch.float16 or allowed else "ieee")
-
+        exact = "ieee" if torch.version.hip else "tf32x3"
+        return Products(tl.float32, "tf32" if dtype == torch.float16 or allowed else exact)
 
     @property
     def of_sums(self) -> str:
         """How exactly float32 sums and states are multiplied: in TF32, where tokens are no better."""
-        return "tf32" if self.DOT == tl.bfloat16 else self.PRECISION
+        return "tf32" if tl.bfloat16 == self.DOT else self.PRECISION
 
 
 class Tile(NamedTuple):
@@ -354,14 +364,14 @@ class Tile(NamedTuple):
     ROWS: int
 
     @staticmethod
-    def of(heads: int, width: int, dim: int, sums: int, dtype: torch.dtype) -> Tile:
-        """For ``sums`` accumulators [COLUMNS, TILE] in a program's registers."""
+    def of(sizes: tuple[int, int, int], sums: int, rows: int, dtype: torch.dtype) -> Tile:
+        """For a projection [H, d, D] and ``sums`` accumulators [COLUMNS, TILE] in registers."""
+        heads, width, dim = sizes
         padded = triton.next_power_of_2(width)
+        columns = max(16, padded, min(64, triton.next_power_of_2(heads * padded)))
         most = 128 if dtype == torch.bfloat16 else 64
-        columns = max(16, padded, min(most, triton.next_power_of_2(heads * padded)))
-        most = 128 if dtype == torch.bfloat16 else 64
-        tile = min(triton.next_power_of_2(dim), most, 16384 // (columns * max(sums, 1)))
-        return Tile(columns // padded, padded, max(tile, 16), 32 if columns > 64 else 64)
+        tile = min(triton.next_power_of_2(dim), most, 8192 // (columns * sums))
+        return Tile(columns // padded, padded, max(tile, 16), rows)
 
     @property
     def warps(self) -> int:
@@ -389,11 +399,14 @@ def tokens(x: Tensor, dim: int) -> Tensor:
 
 
 def split_state(state: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor]:
-    """S [B, H, d_phi, d] and z [B, H, d_phi] of rows that ``store_state`` wrote and that were added up."""
+    """S [B, H, d_phi, d] and z [B, H, d_phi] of sums of rows that ``store_state`` wrote."""
     requests, features = len(state), state.shape[1] // (width + 1)
     shape = (requests, heads, features // heads)
     key_value, key_sum = state.split([features * width, features], 1)
-    return key_value.reshape(*shape, width).contiguous(), key_sum.reshape(shape).contiguous()
+    # clones: of one request the parts are contiguous as they are, and outputs must not share memory
+    dense = torch.contiguous_format
+    key_value = key_value.reshape(*shape, width).clone(memory_format=dense)
+    return key_value, key_sum.reshape(shape).clone(memory_format=dense)
 
 
 def weighting(

@@ -1,8 +1,9 @@
 """encode: one pass over the history, its sums in registers.
 
-Forward, as in the torch backend, values are not projected by event: S_h = (sum_i w_hi phi(k_hi) x_i^T) Wv_h.
-A program sums a chunk of one request's rows, and the chunks of a request are added up afterwards. The
-backward projects keys and values again; each of its programs sums the weights' gradients of several chunks.
+Forward, as in the torch backend, no value is projected: S_h = (sum_i w_hi phi(k_hi) x_i^T) Wv_h. A
+program sums a chunk of one request's rows, and the chunks of a request are added up afterwards. The
+backward projects keys and values again; each of its programs sums the weights' gradients of several
+chunks.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from ifa_torchrec.ops.arguments import EncodeArguments, grad_like
 from ifa_torchrec.ops.feature_maps import FEATURE_MAPS
+from ifa_torchrec.ops.kernels import torch as torch_kernels
 from ifa_torchrec.ops.kernels.triton.common import (
     MAPS,
+    WIDEST_HEAD,
     Chunks,
     Products,
     Tile,
@@ -53,9 +56,9 @@ def _encode_kernel(
     CHUNK: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """S and z of a chunk and a group of heads; where D is several tiles, S is the sum of what each gives."""
+    """S and z of a chunk and a group of heads; where D is several tiles, S is the sum over them."""
     chunk, group, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    _, first, end = chunk_rows(offsets, firsts, chunk, requests, rows, CHUNK)
+    _request, first, end = chunk_rows(offsets, firsts, chunk, requests, rows, CHUNK)
     head, nth, real, inside = columns(group, H, WIDTH, HEADS, PADDED)
     dim = part * TILE + tl.arange(0, TILE)
     tokens = tl.zeros([HEADS * PADDED, TILE], dtype=tl.float32)
@@ -64,16 +67,17 @@ def _encode_kernel(
         other_tokens = tl.zeros([HEADS * PADDED, TILE], dtype=tl.float32)
         other_total = tl.zeros([HEADS * PADDED], dtype=tl.float32)
     for start in range(first, end, ROWS):
-        row = start + tl.arange(0, ROWS)
-        valid = row < end
-        key, x = project(
-            history, row, valid, key_weight, head * WIDTH + nth, real, D, TILE, DOT, PRECISION
-        )
+        row = tl.arange(0, ROWS)
+        valid = row < end - start
+        at = history + start * D
+        key, x = project(at, row, valid, key_weight, head * WIDTH + nth, real, D, TILE, DOT, PRECISION)
         if TILE < D:
-            x = load_rows(history, row, valid, dim, D, DOT)
+            x = load_rows(at, row, valid, dim, D, DOT)
         phi, other = features(key, inside, MAP, HEADS, PADDED)
         heads = group * HEADS + tl.arange(0, HEADS)
-        _, weight = event_weights(weights, ages, decay, row, valid, heads, H, WEIGHTS, AGES)
+        _decayed, weight = event_weights(
+            weights, ages, decay, start, row, valid, heads, H, WEIGHTS, AGES
+        )
         weight = to_columns(weight, HEADS, PADDED)
         phi = phi * weight
         tokens = tl.dot(tl.trans(phi.to(DOT)), x, tokens, input_precision=PRECISION)
@@ -91,7 +95,8 @@ def _encode_kernel(
     store_state(out, state, total, head, nth, real, feature, part == 0, FEATURES, WIDTH)
     if MAP == _HEDGEHOG:
         state = tl.dot(other_tokens, value, input_precision=STATE)
-        store_state(out, state, other_total, head, nth, real, feature + WIDTH, part == 0, FEATURES, WIDTH)
+        feature += WIDTH
+        store_state(out, state, other_total, head, nth, real, feature, part == 0, FEATURES, WIDTH)
 
 
 @triton.jit
@@ -108,6 +113,7 @@ def _encode_backward_kernel(
     ``groups`` of heads are gone through; the gradient of a projection is of one of them.
     """
     program, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    FEATURES: tl.constexpr = H * (2 if MAP == _HEDGEHOG else 1) * WIDTH
     dim = part * TILE + tl.arange(0, TILE)
     if OF_SUMS:
         keys = tl.zeros([HEADS * PADDED, TILE], dtype=tl.float32)
@@ -115,18 +121,21 @@ def _encode_backward_kernel(
     for chunk in range(program * each, tl.minimum(program * each + each, count)):
         request, first, end = chunk_rows(offsets, firsts, chunk, requests, rows, CHUNK)
         for start in range(first, end, ROWS):
-            row = start + tl.arange(0, ROWS)
-            valid = row < end
+            row = tl.arange(0, ROWS)
+            valid = row < end - start
+            at = history + start * D
+            of_state = grad_key_value + request * (FEATURES * WIDTH)
+            of_sum = grad_key_sum + request * FEATURES
             if OF_ROWS:
                 grad_x = tl.zeros([ROWS, TILE], dtype=tl.float32)
                 grad_event = tl.zeros([ROWS], dtype=tl.float32)
             for nth_group in range(groups):
                 group = tl.program_id(1) + nth_group
-                head, nth, real, inside = columns(group, H, WIDTH, HEADS, PADDED)
+                head, nth, real, _ = columns(group, H, WIDTH, HEADS, PADDED)
                 weight_row = head * WIDTH + nth
                 grad_key, grad_value, grad_weight, x = _grad_projections(
-                    history, row, valid, key_weight, value_weight, grad_key_value, grad_key_sum, request,
-                    group, weights, ages, decay, D, H, WIDTH, MAP, WEIGHTS, AGES, DOT, PRECISION,
+                    at, start, row, valid, key_weight, value_weight, of_state, of_sum, group,
+                    weights, ages, decay, D, H, WIDTH, MAP, WEIGHTS, AGES, DOT, PRECISION,
                     HEADS, PADDED, TILE,
                 )  # fmt: skip
                 if OF_ROWS:
@@ -138,18 +147,19 @@ def _encode_backward_kernel(
                     if WEIGHTS == 2 and part == 0:
                         heads = group * HEADS + tl.arange(0, HEADS)
                         mask = valid[:, None] & (heads < H)[None, :]
-                        to = grad_weights + row[:, None] * H + heads[None, :]
+                        to = grad_weights + start * H + row[:, None] * H + heads[None, :]
                         tl.store(to, grad_weight, mask=mask)
                 if OF_SUMS:
                     if TILE < D:
-                        x = load_rows(history, row, valid, dim, D, DOT)
+                        x = load_rows(at, row, valid, dim, D, DOT)
                     keys = tl.dot(tl.trans(grad_key), x, keys, input_precision=PRECISION)
                     values = tl.dot(tl.trans(grad_value), x, values, input_precision=PRECISION)
             if OF_ROWS:
                 mask = valid[:, None] & (dim < D)[None, :]
-                tl.store(grad_history + row[:, None] * D + dim[None, :], grad_x, mask=mask)
+                to = grad_history + start * D + row[:, None] * D + dim[None, :]
+                tl.store(to, grad_x, mask=mask)
                 if WEIGHTS == 1 and part == 0:
-                    tl.store(grad_weights + row, grad_event, mask=valid)
+                    tl.store(grad_weights + start + row, grad_event, mask=valid)
     if OF_SUMS:
         head, nth, real, _ = columns(tl.program_id(1), H, WIDTH, HEADS, PADDED)
         to = sums + program * (2 * H * WIDTH * D) + (head * WIDTH + nth)[:, None] * D + dim[None, :]
@@ -160,12 +170,15 @@ def _encode_backward_kernel(
 
 @triton.jit
 def _grad_projections(
-    history, row, valid, key_weight, value_weight, grad_key_value, grad_key_sum, request,
+    history, start, row, valid, key_weight, value_weight, grad_key_value, grad_key_sum,
     group, weights, ages, decay, D: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr,
     MAP: tl.constexpr, WEIGHTS: tl.constexpr, AGES: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Of a group of heads the gradients of keys and of values [R, COLUMNS], and of w [R, HEADS]; x."""
+    """Of a group of heads the gradients of keys and of values [R, COLUMNS], and of w [R, HEADS]; x.
+
+    ``history`` is at row ``start`` of it, the gradients of S and z at the request's.
+    """
     head, nth, real, inside = columns(group, H, WIDTH, HEADS, PADDED)
     weight_row = head * WIDTH + nth
     key, x = project(history, row, valid, key_weight, weight_row, real, D, TILE, DOT, PRECISION)
@@ -173,10 +186,10 @@ def _grad_projections(
     value = value.to(DOT)
     phi, other = features(key, inside, MAP, HEADS, PADDED)
     heads = group * HEADS + tl.arange(0, HEADS)
-    decayed, weight = event_weights(weights, ages, decay, row, valid, heads, H, WEIGHTS, AGES)
+    decayed, weight = event_weights(weights, ages, decay, start, row, valid, heads, H, WEIGHTS, AGES)
     weight = to_columns(weight, HEADS, PADDED)
     MAP_COUNT: tl.constexpr = 2 if MAP == _HEDGEHOG else 1
-    feature = (request * H + head) * MAP_COUNT * WIDTH + nth
+    feature = head * MAP_COUNT * WIDTH + nth
     state, total = load_state(grad_key_value, grad_key_sum, head, nth, real, feature, WIDTH)
     state = state.to(DOT)
     grad = tl.dot(value, tl.trans(state), input_precision=PRECISION) + total[None, :]
@@ -216,10 +229,12 @@ def _arguments(given: EncodeArguments) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def encode(given: EncodeArguments) -> tuple[Tensor, Tensor]:
     """See ``ifa_torchrec.ops.encode``."""
+    if given.key_weight.shape[1] > WIDEST_HEAD:
+        return torch_kernels.encode(given)
     heads, width, dim = given.key_weight.shape
     maps = FEATURE_MAPS[given.feature_map].expansion
     chunks = Chunks.of(given.offsets, len(given.history))
-    tile = Tile.of(heads, width, dim, maps, given.history.dtype)
+    tile = Tile.of((heads, width, dim), maps, 64, given.history.dtype)
     parts, features = triton.cdiv(dim, tile.TILE), heads * width * maps
     sums = given.history.new_empty(chunks.count * parts, features * (width + 1), dtype=torch.float32)
     arguments, constants = _arguments(given)
@@ -227,8 +242,11 @@ def encode(given: EncodeArguments) -> tuple[Tensor, Tensor]:
         _encode_kernel,
         (chunks.count, tile.groups(heads), parts),
         arguments | chunks.arguments | {"sums": sums},
-        constants | _constants(given, tile, chunks) | {"STATE": Products.of(given.history.dtype).of_sums},
+        constants
+        | _constants(given, tile, chunks)
+        | {"STATE": Products.of(given.history.dtype).of_sums},
         tile.warps,
+        stages=2,
     )
     return split_state(sum_segments(sums, chunks.firsts * parts), heads, width)
 
@@ -237,11 +255,13 @@ def encode_backward(
     grad_key_value: Tensor, grad_key_sum: Tensor, given: EncodeArguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of history, key_weight, value_weight and weights."""
+    if given.key_weight.shape[1] > WIDEST_HEAD:
+        return torch_kernels.encode_backward(grad_key_value, grad_key_sum, given)
     history, weights = given.history, given.weights
     heads, width, dim = given.key_weight.shape
     features = width * FEATURE_MAPS[given.feature_map].expansion
     chunks = Chunks.of(given.offsets, len(history))
-    tile = Tile.of(heads, width, dim, 2, history.dtype)
+    tile = Tile.of((heads, width, dim), 2, 32, history.dtype)
     groups, parts = tile.groups(heads), triton.cdiv(dim, tile.TILE)
     programs, _ = backward_programs(chunks.count)
     grad_history = history.new_empty(history.shape)
@@ -254,9 +274,7 @@ def encode_backward(
         **{"grad_history": grad_history, "grad_weights": grad_weights, "sums": sums},
     }
     constants |= _constants(given, tile, chunks)
-    launch_backward(
-        _encode_backward_kernel, arguments, constants, (chunks.count, groups, parts), tile.warps
-    )
+    launch_backward(_encode_backward_kernel, arguments, constants, (chunks.count, groups, parts))
     grad_key, grad_value = sums.sum(0)
     return (
         grad_history,

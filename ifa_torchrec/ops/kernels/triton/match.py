@@ -28,8 +28,8 @@ from ifa_torchrec.ops.kernels.triton.common import (
 
 @triton.jit
 def _join_kernel(
-    buckets, sorted_buckets, order, candidate_offsets, joined, offsets, firsts, requests, rows, candidates,
-    steps, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    buckets, sorted_buckets, order, candidate_offsets, joined, offsets, firsts, requests, rows,
+    candidates, steps, CHUNK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Of each event of a chunk the first candidate of its request that has its bucket, -1 without."""
     chunk = tl.program_id(0).to(tl.int64)
@@ -42,7 +42,7 @@ def _join_kernel(
         bucket = tl.load(buckets + row, mask=valid, other=0)
         low = tl.zeros([ROWS], dtype=tl.int64) + first
         high = tl.zeros([ROWS], dtype=tl.int64) + last
-        for _ in range(steps):
+        for _step in range(steps):
             middle = (low + high) // 2
             here = tl.load(sorted_buckets + middle, mask=low < high, other=0)
             high, low = (
@@ -63,7 +63,7 @@ def _match_kernel(
 ):  # fmt: skip
     """A chunk's sums of w x, and behind them those of w, of one rate."""
     chunk, rate = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    _, first, end = chunk_rows(offsets, firsts, chunk, requests, rows, CHUNK)
+    _request, first, end = chunk_rows(offsets, firsts, chunk, requests, rows, CHUNK)
     dim = tl.program_id(2) * TILE + tl.arange(0, TILE)
     token = tl.zeros([TILE], dtype=tl.float32)
     total = tl.zeros([1], dtype=tl.float32)
@@ -72,7 +72,7 @@ def _match_kernel(
         valid = place < end
         row = tl.load(order + place, mask=valid, other=0)
         rates = rate + tl.arange(0, 1)
-        _, weight = event_weights(weights, ages, decay, row, valid, rates, L, WEIGHTS, AGES)
+        _decayed, weight = event_weights(weights, ages, decay, 0, row, valid, rates, L, WEIGHTS, AGES)
         mask = valid[:, None] & (dim < D)[None, :]
         x = tl.load(history + row[:, None] * D + dim[None, :], mask=mask, other=0.0).to(tl.float32)
         token += tl.sum(x * weight, 0)
@@ -97,7 +97,7 @@ def _match_backward_kernel(
     grad_event = tl.zeros([ROWS], dtype=tl.float32)
     for rate in range(L):
         rates = rate + tl.arange(0, 1)
-        decayed, _ = event_weights(weights, ages, decay, row, hit, rates, L, WEIGHTS, AGES)
+        decayed, _ = event_weights(weights, ages, decay, 0, row, hit, rates, L, WEIGHTS, AGES)
         at = grads + (candidate * L + rate) * (D + 1)
         grad = tl.load(at + D, mask=hit, other=0.0)
         for part in range((D + TILE - 1) // TILE):
@@ -117,7 +117,7 @@ def _match_backward_kernel(
         grad_x = tl.zeros([ROWS, TILE], dtype=tl.float32)
         for rate in range(L):
             rates = rate + tl.arange(0, 1)
-            _, weight = event_weights(weights, ages, decay, row, hit, rates, L, WEIGHTS, AGES)
+            _, weight = event_weights(weights, ages, decay, 0, row, hit, rates, L, WEIGHTS, AGES)
             at = grads + (candidate * L + rate) * (D + 1)
             grad_x += weight * tl.load(at[:, None] + dim[None, :], mask=mask, other=0.0)
         to = grad_history + row[:, None] * D + dim[None, :]
@@ -144,8 +144,8 @@ def _sorted_candidates(buckets: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor
 
 
 def _segments(key: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The places of equal keys: an order [n] by key, then place, and the bounds [count + 1] of keys from 0 to
-    count - 1 in it. Keys of ``count`` are behind all of them."""
+    """Of keys [n] from 0 to ``count`` the order [n] by key, then place, and the bounds [count + 1] in it
+    of those below ``count``."""
     ordered = key.sort(stable=True)
     numbers = torch.arange(count + 1, device=key.device, dtype=key.dtype)
     return ordered.indices, torch.searchsorted(ordered.values, numbers)
@@ -187,7 +187,9 @@ def match(given: MatchArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         constants | tile | {"D": dim, "L": rates, "CHUNK": chunks.size},
     )
     sums = sum_segments(sums, chunks.firsts)[first].view(count, rates, dim + 1)
-    return sums[..., :dim].contiguous(), sums[..., dim].contiguous(), first, event_candidate
+    dense = torch.contiguous_format
+    token_sum, weight_sum = (x.clone(memory_format=dense) for x in (sums[..., :dim], sums[..., dim]))
+    return token_sum, weight_sum, first, event_candidate
 
 
 def match_backward(
@@ -196,6 +198,13 @@ def match_backward(
     """The gradients of history and weights."""
     first, event_candidate, history, weights, ages, decay = given
     count, rates, (rows, dim) = len(first), len(decay), history.shape
+    for name, x, shape in (
+        ("grad_token", grad_token, (count, rates, dim)),
+        ("grad_weight", grad_weight, (count, rates)),
+        ("event_candidate", event_candidate, (rows,)),
+    ):
+        if x.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}, got {list(x.shape)}")
     # the gradient of a sum is that of all candidates that read it
     grads = torch.cat([grad_token, grad_weight[..., None]], -1).to(torch.float32).flatten(1)
     order, bounds = _segments(first.to(torch.int32), count)

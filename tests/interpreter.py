@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 TRITON = importlib.util.find_spec("triton") is not None
-INTERPRETED = TRITON and not torch.cuda.is_available()
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where the kernels run."""
+INTERPRETED = TRITON and DEVICE == "cpu"
 
 if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"

@@ -1,0 +1,304 @@
+"""What is the Triton backend's own, on a GPU where there is one and else in Triton's interpreter.
+
+The interpreter is slow: here is a selection that covers the kernels. The tests of every backend run over
+this one as well, those that the interpreter takes long for among the slow ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_near
+from interpreter import DEVICE, TRITON
+from kernels import run, wide_inputs
+from test_ops import (
+    EPS,
+    FEATURE_MAPS,
+    assert_backend_is_true,
+    attend_inputs,
+    encode_inputs,
+    match_inputs,
+    to_float64,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ifa_torchrec import IFAConfig, InteractionFidelityAttention, ops
+from ifa_torchrec.ops import backends
+
+if not TRITON:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+MAP_AND_WEIGHTS = pytest.mark.parametrize(
+    ("feature_map", "weighted"),
+    [("elu", True), ("elu", "by head"), ("relu", False), ("hedgehog", True), ("hedgehog", "by head")],
+)
+TRUE = dict(tolerance=2e-5, backend="triton")
+
+
+def on_device(inputs: dict) -> dict:
+    return {name: x if x is None else x.to(DEVICE) for name, x in inputs.items()}
+
+
+# ------------------------------------------------------------------------------ against the reference
+
+
+@MAP_AND_WEIGHTS
+def test_encode_is_the_references(feature_map, weighted):
+    inputs = encode_inputs([0, 1, 317, 0, 65], torch.float32, weighted)
+    assert_backend_is_true("encode", inputs, feature_map, **TRUE)
+
+
+def test_encode_of_some_thousand_events_among_users_with_none():
+    inputs = encode_inputs([0, 2011, 0, 0], torch.float32)
+    assert_backend_is_true("encode", inputs, "elu", **TRUE)
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_attend_is_the_references(feature_map):
+    inputs = attend_inputs([0, 1, 150, 0, 9], feature_map, torch.float32)
+    assert_backend_is_true("attend", inputs, feature_map, EPS, **TRUE)
+
+
+@pytest.mark.parametrize("weighted", [True, "by head", False])
+def test_match_is_the_references(weighted):
+    inputs = match_inputs([0, 1, 317, 0, 65], [3, 1, 20, 0, 2], torch.float32, weighted)
+    assert_backend_is_true("match", inputs, **TRUE)
+
+
+@pytest.mark.parametrize("lengths", [[], [0, 0], [1]], ids=str)
+def test_nothing_and_one(lengths):
+    assert_backend_is_true("encode", encode_inputs(lengths, torch.float32), "elu", **TRUE)
+    assert_backend_is_true("attend", attend_inputs(lengths, "elu", torch.float32), "elu", EPS, **TRUE)
+    assert_backend_is_true("match", match_inputs(lengths, lengths, torch.float32), **TRUE)
+
+
+@pytest.mark.parametrize("bucket", [-1, 2**62, -(2**63)], ids=str)
+def test_match_tells_requests_and_buckets_apart(bucket):
+    inputs = match_inputs([5, 3], [4, 4], torch.float32)
+    inputs["candidate_buckets"] = torch.tensor([bucket, 3, bucket, 2**63 - 1] * 2)
+    inputs["history_buckets"] = torch.tensor([bucket, 3, 7, 2**63 - 1, bucket, 4, 4, bucket])
+    assert_backend_is_true("match", inputs, **TRUE)
+
+
+SIZES = [
+    pytest.param((80, 2, 40), "hedgehog", id="several groups of heads"),
+    pytest.param((300, 3, 20), "elu", id="several tiles of D, and groups"),
+    pytest.param((7, 3, 5), "hedgehog", id="nothing a power of two"),
+    pytest.param((16, 1, 128), "relu", id="the widest head"),
+]
+
+
+@pytest.mark.parametrize(("sizes", "feature_map"), SIZES)
+def test_any_width(sizes, feature_map):
+    inputs, asking = wide_inputs([70, 0, 1], [3, 2, 0], sizes, weighted="by head")
+    truth = run(to_float64(inputs), to_float64(asking), feature_map, "reference")
+    for name, value in run(on_device(inputs), on_device(asking), feature_map, "triton").items():
+        assert_near(value.cpu(), truth[name], 2e-5, name)
+
+
+def test_wider_heads_are_the_torch_backends():
+    inputs, asking = wide_inputs([7, 2], [3, 2], (8, 1, 129))
+    expected = run(on_device(inputs), on_device(asking), "elu", "torch")
+    for name, value in run(on_device(inputs), on_device(asking), "elu", "triton").items():
+        assert torch.equal(value, expected[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("feature_map", ["elu", "hedgehog"])
+def test_tokens_of_16_bits(dtype, feature_map):
+    """float32 states and answers; what is multiplied as bfloat16 is rounded to it."""
+    inputs, asking = wide_inputs([130, 0, 3], [3, 2, 1], (32, 2, 16), dtype)
+    truth = run(to_float64(inputs), to_float64(asking), feature_map, "reference")
+    for name, value in run(on_device(inputs), on_device(asking), feature_map, "triton").items():
+        given = name in ("history", "candidates")
+        assert value.dtype == (dtype if given else torch.float32)
+        rounded = dtype == torch.bfloat16 or given
+        assert_near(value.cpu(), truth[name], 3e-2 if rounded else 2e-5, name)
+
+
+def test_float16_does_not_overflow_where_float32_does_not():
+    inputs = on_device(encode_inputs([100], torch.float16))
+    inputs["weights"] = torch.full((100,), 1e6, device=DEVICE)
+    assert all(x.isfinite().all() for x in ops.encode(*inputs.values(), "elu", "triton"))
+
+
+def test_a_spoilt_row_spoils_its_own_request_alone():
+    clean = on_device(encode_inputs([70, 0, 5, 3], torch.float32))
+    for value in (torch.nan, -torch.inf):
+        spoilt = clean | {"history": clean["history"].clone()}
+        spoilt["history"][72, 1] = value
+        for actual, expected in zip(
+            ops.encode(*spoilt.values(), "hedgehog", "triton"),
+            ops.encode(*clean.values(), "hedgehog", "triton"),
+            strict=True,
+        ):
+            assert torch.equal(actual[[0, 1, 3]], expected[[0, 1, 3]])
+            assert not actual[2].isfinite().any()
+
+
+# ------------------------------------------------------------------------------------ the operators
+
+
+@pytest.mark.parametrize("op", ["encode", "attend", "match"])
+def test_opcheck(op):
+    inputs, extra = {
+        "encode": (encode_inputs([5, 0, 3], torch.float32, "by head"), ("hedgehog",)),
+        "attend": (attend_inputs([2, 3, 0], "elu", torch.float32), ("elu", EPS)),
+        "match": (match_inputs([4, 0, 6], [3, 1, 5], torch.float32), ()),
+    }[op]
+    fixed = ("ages", "decay")
+    inputs = {
+        name: x.requires_grad_() if x.is_floating_point() and name not in fixed else x
+        for name, x in on_device(inputs).items()
+    }
+    torch.library.opcheck(getattr(torch.ops.ifa, op).default, (*inputs.values(), *extra, "triton"))
+
+
+def test_a_module_takes_it():
+    config = IFAConfig(16, num_heads=2, head_dim=8, identity_features=("item",))
+    modules = [
+        InteractionFidelityAttention(config.__class__(**(vars(config) | {"backend": name}))).to(DEVICE)
+        for name in ("triton", "torch")
+    ]
+    modules[1].load_state_dict(modules[0].state_dict())
+    from helpers import Inputs
+
+    inputs = Inputs.random(config, [9, 0, 4], [3, 2, 1], dtype=torch.float32)
+    given = [x if x is None else x.to(DEVICE) for x in inputs.forward]
+    found = [module(*given).values() for module in modules]
+    assert_near(found[0], found[1], 1e-5)
+    gradients = [
+        torch.autograd.grad(out.square().sum(), [*module.parameters()])
+        for out, module in zip(found, modules, strict=True)
+    ]
+    for actual, expected in zip(*gradients, strict=True):
+        assert_near(actual, expected, 1e-4)
+
+
+def test_what_it_does_not_serve_is_refused(monkeypatch):
+    inputs = on_device(encode_inputs([5, 3]))
+    with pytest.raises(ValueError, match=r'"triton" does not serve torch\.float64 on'):
+        ops.encode(*inputs.values(), "elu", "triton")
+    asking = on_device(attend_inputs([5, 3], "elu", torch.float32, torch.float64))
+    with pytest.raises(ValueError, match=r"torch\.float32 and a state of torch\.float64"):
+        ops.attend(*asking.values(), "elu", EPS, "triton")
+    monkeypatch.setattr(backends, "TRITON_IS_INSTALLED", False)
+    with pytest.raises(ValueError, match="Triton is not installed"):
+        ops.encode(*on_device(encode_inputs([5, 3], torch.float32)).values(), "elu", "triton")
+
+
+def test_auto_takes_it_on_gpus_alone():
+    inputs = on_device(encode_inputs([5, 3], torch.float32))
+    chosen = backends.fastest(inputs["history"])
+    assert chosen == "triton" if DEVICE == "cuda" else chosen in ("native", "torch")
+
+
+def test_the_operators_themselves_refuse_sizes_that_do_not_agree():
+    """Called past ops.encode and its like, as an exported graph calls them."""
+    for operator, inputs, extra in (
+        (torch.ops.ifa.encode, encode_inputs([5, 3], torch.float32, "by head"), ("elu", "triton")),
+        (torch.ops.ifa.attend, attend_inputs([5, 3], "elu", torch.float32), ("elu", EPS, "triton")),
+        (torch.ops.ifa.match, match_inputs([5, 3], [2, 1], torch.float32), ("triton",)),
+    ):
+        for name, x in on_device(inputs).items():
+            if DEVICE == "cuda" and name.endswith("offsets"):
+                continue  # a look at them would wait for the device
+            if (operator, name) == (torch.ops.ifa.match, "candidate_buckets") and DEVICE == "cuda":
+                continue
+            wrong = inputs | {name: x.narrow(0, 0, x.shape[0] - 1)}
+            if operator == torch.ops.ifa.match and name == "decay":
+                continue  # L is its alone to say
+            with pytest.raises(ValueError, match=r"must"):
+                operator(*wrong.values(), *extra)
+
+
+# ----------------------------------------------------------------- no wait for the device, and graphs
+
+WAITS = {
+    *("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "item"),
+    *("unique_consecutive", "is_nonzero", "equal", "bincount"),
+}
+"""Operators whose results' sizes, or Python numbers, depend on values: on a GPU they wait for it."""
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operators that would wait; an index by a boolean tensor is a nonzero."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        indices = args[1] if name.startswith("index") and len(args) > 1 else ()
+        by_mask = any(
+            isinstance(x, torch.Tensor) and x.dtype == torch.bool
+            for x in (indices if isinstance(indices, (list, tuple)) else ())
+        )
+        unsized = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
+        if name in WAITS or by_mask or unsized:
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_on_the_host_looks_at_a_value(monkeypatch):
+    import compiled
+
+    for case in (compiled.CASES[0], compiled.CASES[-1]):
+        monkeypatch.setattr("ifa_torchrec.ops.checks.check_offsets", lambda *_: None)
+        with Waits() as waits:
+            compiled.launches(case)
+        assert waits.seen == []
+        with waits:
+            torch.ones(3)[torch.ones(3) > 0]
+        assert waits.seen != []  # the measurement itself
+
+
+@needs_gpu
+def test_a_step_waits_for_nothing_and_a_graph_holds_it():
+    inputs, asking = wide_inputs([300, 0, 37], [3, 2, 9], (64, 4, 16))
+    inputs, asking = on_device(inputs), on_device(asking)
+    expected = run(inputs, asking, "elu", "triton")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(inputs, asking, "elu", "triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run(inputs, asking, "elu", "triton")
+    for _ in range(3):
+        graph.replay()
+        for name, value in found.items():
+            assert torch.equal(value, expected[name]), name
+
+
+@needs_gpu
+def test_results_are_the_same_to_the_bit_at_every_run():
+    inputs, asking = wide_inputs([100_000, 0, 37], [3000, 2, 9], (64, 4, 16))
+    expected = run(on_device(inputs), on_device(asking), "elu", "triton")
+    for _ in range(5):
+        for name, value in run(on_device(inputs), on_device(asking), "elu", "triton").items():
+            assert torch.equal(value, expected[name]), name
+
+
+# --------------------------------------------------------------------------------- ahead of time
+
+
+def compiled_for(*arguments: str, cache: Path) -> list[dict]:
+    """What tests/ops/compiled.py prints, in a process without the interpreter."""
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(cache)}
+    program = Path(__file__).parent / "compiled.py"
+    done = subprocess.run(
+        [sys.executable, str(program), *arguments], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
