@@ -3,7 +3,7 @@
     python benchmarks/readout.py             # some 40 minutes on 2 cores
     python benchmarks/readout.py --smoke     # every run once, tiny
 
-Small logs and one seed: what to expect of a read-out before the study (benchmarks/quality.py) has it.
+Small logs: what to expect of a read-out before the study (benchmarks/quality.py) has it.
 Prints the table of docs/howto/options.md; what was trained is kept under --out and is not trained again.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ class Options:
 
     out: Path = Path("runs/readout")
     """Where logs and results are kept."""
+    seeds: int = 1
+    """Seeds of each run; the table has their mean."""
     smoke: bool = False
     """Tiny logs: do all runs work?"""
     only: tuple[str, ...] = ()
@@ -94,9 +97,9 @@ def prepare(options: Options) -> None:
     print(f"The synthetic log's own truth: GAUC {truth:.4f}", flush=True)
 
 
-def run(options: Options, data: str, name: str) -> dict[str, float]:
+def run(options: Options, data: str, name: str, seed: int) -> dict[str, float]:
     """Train and measure, or read what was measured."""
-    folder = options.out / data / "".join(c if c.isalnum() else "-" for c in name)
+    folder = options.out / data / "".join(c if c.isalnum() else "-" for c in name) / f"seed-{seed}"
     kept = folder / "result.json"
     if kept.exists():
         return json.loads(kept.read_text())
@@ -108,9 +111,11 @@ def run(options: Options, data: str, name: str) -> dict[str, float]:
             out=folder,
             interaction=interaction,
             ifa=ifa,
+            identity=bool(ifa.identity_features),
             epochs=EPOCHS[data],
             validate=False,
             checkpoint_every=10**9,
+            seed=seed,
         )
     )
     metrics = evaluate(EvaluateConfig(run=folder)) | {"train_seconds": training["seconds"]}
@@ -126,9 +131,10 @@ def main() -> None:
     for name in options.only or variants():
         row = {"dense heads": name}
         for data in options.logs:
-            metrics = run(options, data, name)
-            row |= {f"{data}, {metric}": f"{metrics[metric]:.4f}" for metric in ("gauc", "ndcg@10")}
-            print(f"{name}, {data}: GAUC {metrics['gauc']:.4f}", flush=True)
+            runs = [run(options, data, name, seed) for seed in range(options.seeds)]
+            print(f"{name}, {data}: GAUC {[round(m['gauc'], 4) for m in runs]}", flush=True)
+            for metric in ("gauc", "ndcg@10"):
+                row[f"{data}, {metric}"] = f"{statistics.mean(m[metric] for m in runs):.4f}"
         table.append(row)
     print(measured_by("python benchmarks/readout.py"))
     print(markdown(pd.DataFrame(table)))

@@ -110,10 +110,8 @@ class SequenceInteraction(nn.Module):
                 f"{'; '.join(differing)}; build the module with the configuration it was trained with"
             )
 
-    def _projection(
-        self, gain: float | tuple[float, ...] = 1.0, device: torch.device | str | None = None
-    ) -> nn.Linear:
-        """Of tokens to the dense heads; ``gain`` as TokenProjection takes it."""
+    def _projection(self, gain: float = 1.0, device: torch.device | str | None = None) -> nn.Linear:
+        """Of tokens to the dense heads."""
         width = self.config.num_heads * self.config.head_width
         return TokenProjection(self.config.embedding_dim, width, gain, device)
 

@@ -22,7 +22,7 @@ _GAINS = {"elu": 1.5, "relu": 1.5, "hedgehog": 3.0}
 """Queries and keys start as this times the (normed) tokens; larger is more selective, and learns more
 slowly where it is too large."""
 _SOFT = 1.2
-"""The same of keys whose features are soft, so that every summary holds something of all events."""
+"""The same of keys under the softmax read-out, whose sharpness is the softmax's: soft features."""
 
 
 class InteractionFidelityAttention(SequenceInteraction):
@@ -72,8 +72,7 @@ class InteractionFidelityAttention(SequenceInteraction):
         super().__init__(config, device)
         gain = _GAINS[config.feature_map]
         self.query_proj = self._projection(gain, device)
-        key_gain = gain if config.readout == "linear" else _from_soft_to(gain, config.num_heads)
-        self.key_proj = self._projection(key_gain, device)
+        self.key_proj = self._projection(gain if config.readout == "linear" else _SOFT, device)
         self.gates = EventGates(config.gates, (config.num_heads,), device) if config.gates else None
 
     @overload
@@ -365,15 +364,6 @@ class InteractionFidelityAttention(SequenceInteraction):
             tensors["identity_sum"] = weight * identity
             tensors["identity_value"] = value * identity[..., None]
         return UserState(**tensors)
-
-
-def _from_soft_to(gain: float, heads: int) -> tuple[float, ...]:
-    """The gain of each head's keys under the softmax read-out: the first soft, the last ``gain``.
-
-    Which is better depends on the log: soft features find what goes together, sharp ones tell items
-    apart.
-    """
-    return tuple(_SOFT * (gain / _SOFT) ** (h / max(heads - 1, 1)) for h in range(heads))
 
 
 def summaries(key_value: Tensor, key_sum: Tensor) -> tuple[Tensor, Tensor]:

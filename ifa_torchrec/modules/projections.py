@@ -52,7 +52,7 @@ class TokenProjection(nn.Linear):
     Args:
         dim: D, of the tokens.
         width: H d, of the heads together.
-        gain: what the identity is scaled by; or one for each head, of which ``width`` is made up.
+        gain: what the identity is scaled by.
         device: of the weight.
 
     Example:
@@ -62,13 +62,9 @@ class TokenProjection(nn.Linear):
     """
 
     def __init__(
-        self,
-        dim: int,
-        width: int,
-        gain: float | tuple[float, ...] = 1.0,
-        device: torch.device | str | None = None,
+        self, dim: int, width: int, gain: float = 1.0, device: torch.device | str | None = None
     ) -> None:
-        self.gain = gain if isinstance(gain, tuple) else (gain,)  # nn.Linear resets as it is built
+        self.gain = gain  # nn.Linear resets as it is built
         super().__init__(dim, width, bias=False, device=device)
 
     def reset_parameters(self) -> None:
@@ -78,9 +74,7 @@ class TokenProjection(nn.Linear):
         if rest == 0:
             with torch.no_grad():
                 start = torch.eye(self.in_features, device=self.weight.device)
-                gain = torch.tensor(self.gain, device=self.weight.device)
-                of_row = gain.repeat_interleave(self.out_features // len(self.gain))
-                self.weight.copy_(of_row[:, None] * start.repeat(copies, 1))
+                self.weight.copy_(self.gain * start.repeat(copies, 1))
 
 
 class OutputProjection(nn.Linear):
