@@ -36,9 +36,8 @@ import tyro
 from report import ROOT, commit, markdown, measured_by
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-sys.path.insert(0, str(ROOT / "examples"))
-from baselines import measured
-
+sys.path.insert(0, str(ROOT))  # the examples are no package
+from examples.baselines import measured
 from ifa_torchrec import IFAConfig
 from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.data import EventLog, RankingDataset, synthetic

@@ -81,11 +81,19 @@ def _matched(dataset: RankingDataset, feature: str, decay: torch.Tensor) -> np.n
 
 
 def popularity(dataset: RankingDataset) -> np.ndarray:
-    """How many events of everybody each candidate had before the first request of the split, [M]."""
-    log = dataset.log
-    before = np.asarray(log.events[TIME]) < np.min(dataset.requests[TIME])
-    items = np.asarray(log.events[log.schema.item])[before]
-    return np.bincount(items, minlength=log.num_items)[np.asarray(dataset.requests[CANDIDATES])]
+    """Of all events before each request, the share that was of the candidate, [M] float64: one event is
+    added to the item's, and to all, so that none is 0."""
+    log, requests = dataset.log, dataset.requests
+    start = min(np.min(log.events[TIME]), np.min(requests[TIME]))
+    seconds = (np.asarray(log.events[TIME]) - start) // 1_000_000
+    asked = (np.asarray(requests[TIME]) - start) // 1_000_000
+    span = int(max(seconds.max(), asked.max())) + 1
+    keys = np.sort(np.asarray(log.events[log.schema.item]) * span + seconds)  # by item, then time
+    item = np.asarray(requests[CANDIDATES])
+    when = np.repeat(asked, np.diff(requests[OFFSETS]))
+    before = np.searchsorted(keys, item * span + when) - np.searchsorted(keys, item * span)
+    every = np.searchsorted(np.sort(seconds), when)
+    return (before + 1) / (every + 1)
 
 
 def features(dataset: RankingDataset) -> tuple[np.ndarray, list[str]]:
@@ -97,7 +105,7 @@ def features(dataset: RankingDataset) -> tuple[np.ndarray, list[str]]:
         columns |= {f"{name}, half-life {h:g}": found[:, i] for i, h in enumerate(COUNTED)}
         columns[f"{name}, days since"] = days_since(dataset, name)
     sizes = np.diff(requests[OFFSETS])
-    columns["popularity"] = np.log1p(popularity(dataset))
+    columns["popularity"] = np.log(popularity(dataset))
     columns["events of the user"] = np.repeat(dataset.history_lengths, sizes)
     columns["candidates"] = np.repeat(sizes, sizes)
     columns |= {name: np.asarray(requests[name]) for name in schema.candidate_dense}

@@ -1,7 +1,6 @@
 """Puts this folder on sys.path, so that every test file can import helpers; the toy log; stores of
 states, an LMDB folder and a real Redis server."""
 
-import interpreter  # ahead of what imports Triton  # isort: skip
 import os
 import shutil
 import subprocess

@@ -73,26 +73,36 @@ def chosen(options: Options) -> tuple[RankingDataset, dict[str, np.ndarray]]:
     }
 
 
+def members(dataset: RankingDataset, place: np.ndarray, number: int) -> np.ndarray:
+    """The rows of a request's set, best first."""
+    rows = dataset.candidate_rows([number])[0]
+    rows = rows[place[rows] > 0]
+    return rows[np.argsort(place[rows])]
+
+
+def types_again(dataset: RankingDataset, rows: np.ndarray) -> np.ndarray:
+    """Whether each product is of a type that stands before it in the set."""
+    types = np.asarray(dataset.log.items["type"])[np.asarray(dataset.requests["candidates"])[rows]]
+    return pd.Series(types).duplicated().to_numpy() & (types > 0)
+
+
 def most_alike(dataset: RankingDataset, place: np.ndarray) -> int:
     """The request whose set repeats a type of product most often; the first of several."""
-    again = [table(dataset, place, number)["again"].sum() for number in range(len(dataset))]
-    return int(np.argmax(again))
+    sets = (members(dataset, place, number) for number in range(len(dataset)))
+    return int(np.argmax([types_again(dataset, rows).sum() for rows in sets]))
 
 
 def table(dataset: RankingDataset, place: np.ndarray, number: int) -> pd.DataFrame:
     """The products of one set, in its order, with their types and whether they were bought."""
-    rows = dataset.candidate_rows([number])[0]
-    rows = rows[place[rows] > 0]
-    rows = rows[np.argsort(place[rows])]
-    log, items = dataset.log, np.asarray(dataset.requests["candidates"])[rows]
-    names = log.item_names()
-    types = np.asarray(log.items["type"])[items]
+    rows = members(dataset, place, number)
+    items = np.asarray(dataset.requests["candidates"])[rows]
+    names = dataset.log.item_names()
     return pd.DataFrame(
         {
             "item": items,
             "name": [names[item] for item in items.tolist()],
-            "type": types,
-            "again": pd.Series(types).duplicated().to_numpy() & (types > 0),
+            "type": np.asarray(dataset.log.items["type"])[items],
+            "again": types_again(dataset, rows),
             "bought": np.asarray(dataset.requests["bought"])[rows] > 0,
         }
     )

@@ -23,6 +23,7 @@ import tyro
 from ifa_torchrec.commands.command_line import result_as_json
 from ifa_torchrec.data import RankingDataset
 from ifa_torchrec.data.schema import EXPOSED
+from ifa_torchrec.data.synthetic_truth import truth_of
 from ifa_torchrec.errors import ConfigError, writing
 from ifa_torchrec.models import DLRM_IFATrain
 from ifa_torchrec.modules import Task
@@ -32,7 +33,7 @@ from ifa_torchrec.training.metrics_table import as_table
 from ifa_torchrec.training.reliability import draw, reliability
 from ifa_torchrec.training.run import Run, load_run
 from ifa_torchrec.training.scoring import TaskScores, measure, predict, predict_alone
-from ifa_torchrec.training.sets import best_by_score, chosen_one_by_one, measure_sets
+from ifa_torchrec.training.sets import best_by_score, chosen_one_by_one, measure_sets, rewards
 
 
 @dataclass(frozen=True)
@@ -98,14 +99,15 @@ def _evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], tuple[Task, ...]]
         alone = predict_alone(run.dlrm.eval(), dataset, run.device, *budget)
     metrics = measure(dataset, scores, tasks, config.by, apart=True, alone=alone)
     metrics["shares"] = shares(dataset)
+    shown = np.asarray(dataset.requests[EXPOSED])
     metrics["reliability"] = {
-        task.name: reliability(logits, np.asarray(dataset.requests[task.name]))
+        task.name: reliability(logits[shown], np.asarray(dataset.requests[task.name])[shown])
         for task, logits in zip(tasks, scores.T, strict=True)
         if task.kind == "binary"
     }
     metrics["notes"] = notes(dataset, scores, tasks)
     if config.set_size is not None:
-        metrics["sets"] = sets(run, dataset, scores, config.set_size)
+        metrics["sets"] = sets(run, config.split, scores, config.set_size)
     metrics["ms_per_request"] = milliseconds
     metrics["step"] = run.step
     if dist.get_rank() == 0:
@@ -117,14 +119,20 @@ def _evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], tuple[Task, ...]]
     return metrics, tasks
 
 
-def sets(run: Run, dataset: RankingDataset, scores: np.ndarray, k: int) -> dict[str, Any]:
+def sets(run: Run, split: str, scores: np.ndarray, k: int) -> dict[str, Any]:
     """What the sets of k candidates are worth, by the ways that the model can choose them."""
+    dataset = run.dataset(split)
     model = run.dlrm.eval()
     chosen = {"topk": best_by_score(dataset, scores, model.config.tasks, k)}
     if model.config.candidate_set.generate:
         budget = run.config.max_events, run.config.scored_requests
         chosen["greedy"] = chosen_one_by_one(model, dataset, run.device, budget, k)
-    return {strategy: measure_sets(dataset, place, k) for strategy, place in chosen.items()}
+    measured = {strategy: measure_sets(dataset, place, k) for strategy, place in chosen.items()}
+    truth = truth_of(run.log, split)
+    if truth is not None:
+        known = rewards(dataset, chosen, k, truth)
+        measured = {strategy: of | known[strategy] for strategy, of in measured.items()}
+    return measured
 
 
 def notes(dataset: RankingDataset, scores: np.ndarray, tasks: Sequence[Task]) -> dict[str, str]:

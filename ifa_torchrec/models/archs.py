@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -67,6 +68,7 @@ class Candidates:
         tokens: [M, D].
         offsets: [B + 1]; request b has the candidates offsets[b] up to offsets[b + 1].
         vectors, beside: as a Part's.
+        ids: [M, item features] int64, of their items; None where nobody compares them.
         logits: [M, T], what SetArch says of them; None where it was not asked yet.
 
     Example:
@@ -81,6 +83,7 @@ class Candidates:
     offsets: Tensor
     vectors: tuple[Tensor, ...]
     beside: tuple[Tensor, ...]
+    ids: Tensor | None = None
     logits: Tensor | None = None
 
     def members(self, norm: nn.LayerNorm) -> JaggedTensor:
@@ -95,6 +98,7 @@ class Candidates:
             counted(kept, self.offsets),
             tuple(rows[kept] for rows in self.vectors),
             tuple(rows[kept] for rows in self.beside),
+            None if self.ids is None else self.ids[kept],
         )
 
 
@@ -228,8 +232,18 @@ class CandidateArch(nn.Module):
         interaction = self.sequence_interaction
         if interaction is None or not interaction.id_features:
             return None
+        return self._columns(features, keys, items, interaction.id_features)
+
+    def _columns(
+        self,
+        features: RankingFeatures,
+        keys: dict[str, str],
+        items: Tensor | None,
+        names: Sequence[str],
+    ) -> Tensor:
+        """The ids of some item features, [rows, names] int64."""
         columns: list[Tensor] = []
-        for name in interaction.id_features:
+        for name in names:
             if items is not None and name == self.config.item_names[0]:
                 columns.append(items)
             else:
@@ -297,7 +311,11 @@ class CandidateArch(nn.Module):
             interest, events = found
             part = self.interest_arch(tokens, interest, events.to(tokens.dtype), request)
             vectors, beside = vectors + part.vectors, beside + part.beside
-        return Candidates(tokens, offsets, vectors, beside)
+        ids = None
+        if self.config.candidate_set.generate:
+            keys, items = self.config.candidate_keys, features.candidate_item_ids
+            ids = self._columns(features, keys, items, self.config.item_names)
+        return Candidates(tokens, offsets, vectors, beside, ids)
 
 
 class SetArch(nn.Module):

@@ -27,7 +27,8 @@ class TakenArch(nn.Module):
         >>> from ifa_torchrec.models.archs import Candidates
         >>> from ifa_torchrec.models.taken import TakenArch
         >>> arch = TakenArch(DLRM_IFAConfig(("item",), ifa=IFAConfig(8)))
-        >>> candidates = Candidates(torch.randn(3, 8), torch.tensor([0, 2, 3]), (), ())
+        >>> ids = torch.tensor([[5], [6], [5]])
+        >>> candidates = Candidates(torch.randn(3, 8), torch.tensor([0, 2, 3]), (), (), ids)
         >>> arch(candidates, torch.tensor([True, False, False])).shape
         torch.Size([3, 1])
     """
@@ -36,11 +37,11 @@ class TakenArch(nn.Module):
         super().__init__()
         dim = config.ifa.embedding_dim
         self.member_norm = nn.LayerNorm(dim)
-        self.relation = TakenRelation(dim, config.num_tasks)
+        self.relation = TakenRelation(dim, config.num_tasks, len(config.item_names))
 
     def forward(self, candidates: Candidates, taken: Tensor) -> Tensor:
         """What is added to the logits, [M, T], of ``taken`` [M] bool; 0 where nothing is taken."""
-        return self.relation(candidates.members(self.member_norm), taken)
+        return self.relation(candidates.members(self.member_norm), taken, candidates.ids)
 
     def gain(self, candidates: Candidates, taken: Tensor, tasks: Sequence[Task]) -> Tensor:
         """What a set is worth more with each candidate: what that one is worth given the taken, and
@@ -57,12 +58,13 @@ class TakenArch(nn.Module):
         if candidates.logits is None:
             raise ValueError("TakenArch.gain: the candidates have no logits; give scored ones")
         members = candidates.members(self.member_norm)
-        given = candidates.logits + self.relation(members, taken)
+        given = candidates.logits + self.relation(members, taken, candidates.ids)
         worth = set_worth(given, tasks)
-        of_pair, number, other = self.relation.between(members, taken)
-        rows = taken.nonzero()[:, 0][number]
-        change = set_worth(given[rows] + of_pair, tasks) - worth[rows]
-        return worth.index_add(0, other, change)
+        changes: list[Tensor] = []
+        for rows, _, terms in self.relation.between(members, taken, candidates.ids):
+            changed = set_worth((given[rows][:, None] + terms).flatten(0, 1), tasks)
+            changes.append(changed.unflatten(0, terms.shape[:2]).sum(0) - worth[rows].sum())
+        return worth + torch.cat([worth[:0], *changes])
 
 
 def set_worth(logits: Tensor, tasks: Sequence[Task]) -> Tensor:

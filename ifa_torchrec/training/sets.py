@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data import RankingDataset
 from ifa_torchrec.data.schema import CANDIDATES, OFFSETS
+from ifa_torchrec.data.synthetic_truth import SetTruth
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.modules import Task, generate_set, ranking_score
 from ifa_torchrec.training.scoring import of_batches
@@ -121,6 +123,35 @@ def measure_sets(dataset: RankingDataset, place: np.ndarray, k: int) -> dict[str
             if name == "coverage" or feature != schema.item
         }
     return result
+
+
+def rewards(
+    dataset: RankingDataset, places: Mapping[str, np.ndarray], k: int, truth: SetTruth
+) -> dict[str, dict[str, float]]:
+    """What users are expected to pick of the sets of a synthetic log, whose truth is known.
+
+    Args:
+        dataset: the split.
+        places: by name, as ``measure_sets``'.
+        k: how many a set was to have.
+        truth: of this split.
+
+    Returns:
+        For each name "reward", the mean number of items picked of a set in its order, and
+        "reward_share", its share of the best sets'.
+    """
+
+    def mean(sets: Iterable[np.ndarray]) -> float:
+        return float(np.mean([truth.reward(rows) for rows in sets]))
+
+    def of_requests(place: np.ndarray) -> Iterator[np.ndarray]:
+        for first, last in itertools.pairwise(np.asarray(dataset.requests[OFFSETS]).tolist()):
+            rows = first + np.flatnonzero(place[first:last])
+            yield rows[np.argsort(place[rows])]
+
+    best = mean(truth.best_sets(k))
+    found = {name: mean(of_requests(place)) for name, place in places.items()}
+    return {name: {"reward": value, "reward_share": value / best} for name, value in found.items()}
 
 
 def set_metrics(request: np.ndarray, place: np.ndarray, label: np.ndarray) -> dict[str, float]:

@@ -24,7 +24,7 @@ FILE = "validations.json"
 Fitted = Mapping[str, Sequence[float]]
 """Scale and shift of the logits, by the name of the task."""
 _SMALLER_IS_BETTER = ("ne", "mae", "rmse")
-_PREFERRED = ("ranked_gauc", "ranked_correlation", "gauc", "correlation", "ne", "mae")
+_PREFERRED = ("ranked_gauc", "ranked_correlation", "gauc_exposed", "gauc", "correlation", "ne", "mae")
 
 
 @dataclass
@@ -184,8 +184,9 @@ def check_metric(name: str | None, dataset: RankingDataset, tasks: tuple[Task, .
     """A metric that the split can be judged by.
 
     Args:
-        name: the one that is wanted; None for the order within the requests by the score that ranks, or
-            where no request can be ranked for the error of the first task that ranks.
+        name: the one that is wanted; None for the order within the requests by the score that ranks, of
+            the exposed where some are not, or where no request can be ranked for the error of the first
+            task that ranks.
         dataset: the split.
         tasks: the model's.
 

@@ -12,7 +12,6 @@ from helpers import jagged, randomised
 from torch import nn
 
 from ifa_torchrec import CandidateSetEncoder, CandidateSetLoss, generate_set
-from ifa_torchrec.data.synthetic import set_reward
 from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig, TakenRelation
 from ifa_torchrec.modules.candidate_set import TakenSample
 
@@ -96,20 +95,23 @@ class TestTakenRelation:
     def make() -> TakenRelation:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return randomised(TakenRelation(DIM, num_outputs=3).double())
+            return randomised(TakenRelation(DIM, num_outputs=3, num_ids=2).double())
 
     @pytest.mark.parametrize("sizes", [SIZES, [], [0, 0], [1], [0, 1, 0]], ids=str)
     def test_is_the_sum_over_the_other_taken(self, sizes: list[int]) -> None:
         relation, tokens = self.make(), make_tokens(sizes)
         taken = torch.arange(sum(sizes)) % 3 != 1
         x, offsets = tokens.values(), tokens.offsets().tolist()
+        ids = torch.randint(3, (sum(sizes), 2), generator=torch.Generator().manual_seed(1))
         expected = torch.zeros(sum(sizes), 3).double()
         for first, last in itertools.pairwise(offsets):
             for i, j in itertools.product(range(first, last), repeat=2):
                 if i != j and taken[j]:
                     query = relation.query_proj(x[i]).view(3, DIM)
                     expected[i] += query @ relation.key_proj(x[j])
-        torch.testing.assert_close(relation(tokens, taken), expected)
+                    same = (ids[i] == ids[j]) & (ids[i] != 0)
+                    expected[i] += relation.same_proj.weight @ same.double()
+        torch.testing.assert_close(relation(tokens, taken, ids), expected)
 
     def test_starts_at_nothing(self) -> None:
         assert not TakenRelation(DIM, 1)(jagged(torch.randn(3, DIM), [3]), torch.ones(3).bool()).any()
@@ -117,10 +119,12 @@ class TestTakenRelation:
     def test_bad_input_is_named(self) -> None:
         for taken in (torch.ones(3).bool(), torch.ones(12)):
             with pytest.raises(ValueError, match=r"taken must be \[12\] bool"):
-                self.make()(make_tokens(), taken)
+                TakenRelation(DIM, 1)(make_tokens(), taken)
+        with pytest.raises(ValueError, match="ids must be of 2 features, got 0"):
+            self.make()(make_tokens(), torch.ones(12).bool())
 
 
-def test_what_is_taken_in_training_is_any_number_of_the_exposed_but_all() -> None:
+def test_what_is_taken_in_training_is_all_of_the_exposed_or_any_number_of_them() -> None:
     torch.manual_seed(0)
     exposed = torch.tensor([1, 1, 0, 1, 0, 1, 0, 0, 1, 1, 1, 1]).bool()  # 3 of 4, 0, 0 of 1, 5 of 7
     offsets = torch.tensor([0, 4, 4, 5, 12])
@@ -128,9 +132,9 @@ def test_what_is_taken_in_training_is_any_number_of_the_exposed_but_all() -> Non
     assert not draws[:, ~exposed].any()
     for first, last, shown in ((0, 4, 3), (5, 12, 5)):
         share = torch.bincount(draws[:, first:last].sum(1), minlength=shown + 1) / len(draws)
-        np.testing.assert_allclose(share, [1 / shown] * shown + [0], atol=0.03)
+        np.testing.assert_allclose(share, [0.5 / shown] * shown + [0.5], atol=0.03)
         each = draws[:, first:last][:, exposed[first:last]].float().mean(0)
-        np.testing.assert_allclose(each, (shown - 1) / 2 / shown, atol=0.03)
+        np.testing.assert_allclose(each, 0.5 + (shown - 1) / 4 / shown, atol=0.03)
     nothing = TakenSample()(torch.zeros(0).bool(), torch.tensor([0, 0]))
     assert nothing.shape == (0,)
 
@@ -345,6 +349,13 @@ class TestGenerateSet:
 
 
 TOPICS, FADE, SET_SIZE, REQUESTS_SIMULATED = 5, 0.3, 12, 40
+
+
+def set_reward(probability: np.ndarray, topic: np.ndarray, rows: np.ndarray, fade: float) -> float:
+    """The expected number of items that are taken: that in place i with its probability times fade to
+    the power of how many of its topic stand before it."""
+    before = np.array([(topic[rows[:i]] == topic[row]).sum() for i, row in enumerate(rows)])
+    return float((probability[rows] * fade**before).sum())
 
 
 class Simulated:

@@ -21,7 +21,7 @@ CONFIG = IFAConfig(
     identity_features=("item", "category"),
     identity_half_lives=(7.0, math.inf),
 )
-BACKENDS = [b for b in ops.BACKENDS if b != "auto" and (b != "native" or ops.native.LIBRARY is not None)]
+BACKENDS = ["reference", "torch", *(["native"] if ops.native.LIBRARY is not None else [])]  # on the CPU
 NATIVE_SETS = ops.native.INSTRUCTION_SETS  # those that can be had here
 if ops.native.LIBRARY is None:
     NATIVE_SETS = ()

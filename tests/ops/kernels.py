@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import pytest
 import torch
 from helpers import offsets_of
-from test_ops import EPS
+from test_ops import EPS, triton_is_there
 
 from ifa_torchrec import ops
 from ifa_torchrec.ops.kernels import native
@@ -16,6 +17,7 @@ from ifa_torchrec.ops.kernels import native
 SETS = native.INSTRUCTION_SETS
 NATIVE = [] if native.LIBRARY is None else list(SETS[: SETS.index(native.STATUS) + 1])
 KERNELS = ["reference", "torch", *NATIVE]
+EVERY_KERNEL = [*KERNELS, pytest.param("triton", marks=triton_is_there)]
 
 
 @contextmanager

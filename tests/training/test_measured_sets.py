@@ -11,8 +11,17 @@ from every_field import make_rich
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec.data import RankingDataset
+from ifa_torchrec.data.synthetic import SyntheticConfig, prepare
+from ifa_torchrec.data.synthetic_truth import truth_of
 from ifa_torchrec.modules import Task
-from ifa_torchrec.training.sets import best_by_score, measure_sets, places, set_metrics, variety
+from ifa_torchrec.training.sets import (
+    best_by_score,
+    measure_sets,
+    places,
+    rewards,
+    set_metrics,
+    variety,
+)
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +108,28 @@ def test_the_best_by_their_own_scores(split: RankingDataset) -> None:
     shown = np.unique(requests["candidates"][place > 0])
     every = np.unique(requests["candidates"])
     assert found["coverage"]["item"] == pytest.approx((shown > 0).sum() / (every > 0).sum())
+
+
+def test_what_is_picked_of_sets_whose_truth_is_known(tmp_path) -> None:
+    config = SyntheticConfig(
+        train=20, test=30, mean_events=60, topics=20, relations=True, interests=4, noise=0.0, distance=0
+    )
+    log = prepare(tmp_path / "log", config)
+    dataset, truth = RankingDataset(log, "test"), truth_of(log, "test")
+    assert truth is not None
+    rows = len(dataset.requests["candidates"])
+    best = np.zeros(rows, np.int64)
+    for members in truth.best_sets(4):
+        best[members] = np.arange(1, 5)
+    alone = best_by_score(dataset, truth.logit[:, None].astype(np.float32), (Task("label"),), 4)
+    found = rewards(dataset, {"best": best, "topk": alone}, 4, truth)
+    assert found["best"]["reward_share"] == pytest.approx(1.0)
+    by_hand = [
+        truth.reward(mine[np.argsort(alone[mine])])
+        for n in range(len(dataset))
+        for mine in [dataset.candidate_rows([n])[0]]
+        for mine in [mine[alone[mine] > 0]]
+    ]
+    assert found["topk"]["reward"] == pytest.approx(np.mean(by_hand))
+    share = found["topk"]["reward"] / found["best"]["reward"]
+    assert found["topk"]["reward_share"] == pytest.approx(share) and 0.3 < share < 1

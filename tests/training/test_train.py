@@ -456,7 +456,8 @@ def measured(monkeypatch, values: list[float]) -> list[int]:
 
     def finds(dataset, scores, tasks):
         made.append(len(made))
-        return {"gauc": values[made[-1]], "ne": 1.0}
+        value = values[made[-1]]
+        return {"gauc": value, "gauc_exposed": value, "ne": 1.0}
 
     monkeypatch.setattr(train_module, "measure", finds)
     return made
@@ -474,7 +475,7 @@ class TestKeepBest:
         assert (result["best_step"], result["valid_gauc"], result["steps"]) == (4, 0.8, 12)
         assert steps_of(config.out) == [4, 10, 12]
         assert load_run(config.out).step == 4
-        assert json.loads((config.out / "config.json").read_text())["keep_best"] == "gauc"
+        assert json.loads((config.out / "config.json").read_text())["keep_best"] == "gauc_exposed"
         kept = json.loads((config.out / "validations.json").read_text())
         assert [v["step"] for v in kept["validations"]] == [2, 4, 6, 8, 10, 12]
 

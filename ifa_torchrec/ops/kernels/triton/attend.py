@@ -96,7 +96,7 @@ def _attend_kernel(
     head, nth, real, _ = columns(group, H, WIDTH, HEADS, PADDED)
     heads = group * HEADS + tl.arange(0, HEADS)
     FEATURES: tl.constexpr = H * (2 if MAP == _HEDGEHOG else 1) * WIDTH
-    for start in range(first, end, ROWS):
+    for start in tl.range(first, end, ROWS, disable_licm=True):
         row = tl.arange(0, ROWS)
         valid = row < end - start
         _query, _phi, _other, numerator, normalizer, _x = _read(
@@ -166,7 +166,8 @@ def _attend_backward_kernel(
             if MAP == _HEDGEHOG:
                 other_state = tl.zeros([COLUMNS, COLUMNS], dtype=tl.float32)
                 other_total = tl.zeros([COLUMNS], dtype=tl.float32)
-        for start in range(first, end, ROWS):
+        # what is loaded once for all rows stays in too many registers
+        for start in tl.range(first, end, ROWS, disable_licm=True):
             row = tl.arange(0, ROWS)
             valid = row < end - start
             at = candidates + start * D
@@ -222,33 +223,31 @@ def _attend_backward_kernel(
 # ------------------------------------------------------------------------------------ on the host
 
 
-def _prepared(given: AttendArguments, block: int) -> tuple[dict[str, Any], dict[str, Any], Chunks, Tile]:
-    """What both kernels read, what they are compiled for, and how the work is cut, in blocks of
-    ``block`` candidates."""
+def _prepared(given: AttendArguments, tile: Tile) -> tuple[dict[str, Any], dict[str, Any], Chunks]:
+    """What both kernels read, what they are compiled for, and how the candidates are cut."""
     heads, width, dim = given.query_weight.shape
     features = width * FEATURE_MAPS[given.feature_map].expansion
     chunks = Chunks.of(given.offsets, len(given.candidates))
-    # the state is multiplied in float32 or TF32, whatever the candidates are
-    tile = Tile.of((heads, width, dim), 2, block, torch.float32)
     products = Products.of(given.candidates.dtype)
     arguments = chunks.arguments | {
         "candidates": tokens(given.candidates, dim),
-        "query_weight": floats(given.query_weight, heads, width, dim),
+        "query_weight": floats(given.query_weight, heads, width, dim, dtype=products.dtype),
         "key_value": floats(given.key_value, chunks.requests, heads, features, width),
         "key_sum": floats(given.key_sum, chunks.requests, heads, features),
         "eps": given.eps,
     }
     sizes = {"D": dim, "H": heads, "WIDTH": width, "MAP": MAPS[given.feature_map]}
     constants = sizes | products._asdict() | tile._asdict()
-    return arguments, constants | {"STATE": products.of_sums, "CHUNK": chunks.size}, chunks, tile
+    return arguments, constants | {"STATE": products.of_sums, "CHUNK": chunks.size}, chunks
 
 
 def attend(given: AttendArguments) -> tuple[Tensor, Tensor]:
     """See ``ifa_torchrec.ops.attend``."""
     if given.query_weight.shape[1] > WIDEST_HEAD:
         return torch_kernels.attend(given)
-    heads, width, _ = given.query_weight.shape
-    arguments, constants, chunks, tile = _prepared(given, 64)
+    heads, width, dim = given.query_weight.shape
+    tile = Tile.of((heads, width, dim), 64, 64)
+    arguments, constants, chunks = _prepared(given, tile)
     out = given.key_value.new_empty(chunks.rows, heads, width, dtype=torch.float32)
     normalizer = given.key_value.new_empty(chunks.rows, heads, dtype=torch.float32)
     launch(
@@ -256,7 +255,6 @@ def attend(given: AttendArguments) -> tuple[Tensor, Tensor]:
         (chunks.count, tile.groups(heads)),
         arguments | {"out": out, "normalizers": normalizer},
         constants,
-        tile.warps,
     )
     return out, normalizer
 
@@ -270,7 +268,8 @@ def attend_backward(
     candidates, key_value = given.candidates, given.key_value
     heads, width, dim = given.query_weight.shape
     features = heads * width * FEATURE_MAPS[given.feature_map].expansion
-    arguments, constants, chunks, tile = _prepared(given, 32)
+    tile = Tile.of((heads, width, dim), 32, 32)  # a state of more columns takes too many registers
+    arguments, constants, chunks = _prepared(given, tile)
     groups, parts = tile.groups(heads), triton.cdiv(dim, tile.TILE)
     programs, _ = backward_programs(chunks.count)
     grad_candidates = candidates.new_empty(candidates.shape)

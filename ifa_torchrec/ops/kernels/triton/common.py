@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ifa_torchrec.ops.checks import check_offsets
 
-WIDEST_HEAD = 128
+WIDEST_HEAD = 64
 """All of a head's features are in one program's registers; wider heads are the torch backend's."""
 MAPS = {"elu": 0, "relu": 1, "hedgehog": 2}
 _HEDGEHOG = tl.constexpr(MAPS["hedgehog"])
@@ -350,6 +350,11 @@ class Products(NamedTuple):
         return Products(tl.float32, "tf32" if dtype == torch.float16 or allowed else exact)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The same as ``DOT``."""
+        return torch.bfloat16 if tl.bfloat16 == self.DOT else torch.float32
+
+    @property
     def of_sums(self) -> str:
         """How exactly float32 sums and states are multiplied: in TF32, where tokens are no better."""
         return "tf32" if tl.bfloat16 == self.DOT else self.PRECISION
@@ -364,31 +369,24 @@ class Tile(NamedTuple):
     ROWS: int
 
     @staticmethod
-    def of(sizes: tuple[int, int, int], sums: int, rows: int, dtype: torch.dtype) -> Tile:
-        """For a projection [H, d, D] and ``sums`` accumulators [COLUMNS, TILE] in registers."""
+    def of(sizes: tuple[int, int, int], columns: int, rows: int) -> Tile:
+        """For a projection [H, d, D]: about as many columns, rows at a time."""
         heads, width, dim = sizes
         padded = triton.next_power_of_2(width)
-        columns = max(16, padded, min(64, triton.next_power_of_2(heads * padded)))
-        most = 128 if dtype == torch.bfloat16 else 64
-        tile = min(triton.next_power_of_2(dim), most, 8192 // (columns * sums))
+        columns = max(16, padded, min(columns, triton.next_power_of_2(heads * padded)))
+        tile = min(triton.next_power_of_2(dim), 64)
         return Tile(columns // padded, padded, max(tile, 16), rows)
-
-    @property
-    def warps(self) -> int:
-        return 8 if self.HEADS * self.PADDED * self.TILE > 4096 else 4
 
     def groups(self, heads: int) -> int:
         """Of heads that work together."""
         return triton.cdiv(heads, self.HEADS)
 
 
-def floats(x: Tensor | None, *shape: int) -> Tensor | None:
-    """As a kernel reads it: contiguous float32 of this shape."""
-    if x is None:
-        return None
+def floats(x: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """As a kernel reads it: contiguous, of this shape and dtype."""
     if x.shape != shape:
         raise ValueError(f"a tensor must be {list(shape)}, got {list(x.shape)}")
-    return x.to(torch.float32).contiguous()
+    return x.to(dtype).contiguous()
 
 
 def tokens(x: Tensor, dim: int) -> Tensor:
@@ -416,7 +414,9 @@ def weighting(
     heads = len(decay)
     kind = 0 if weights is None else weights.ndim
     decay = floats(decay, heads)
-    given = floats(weights, *(rows, heads)[: max(kind, 1)])
-    arguments = {"weights": decay if given is None else given, "decay": decay}
-    arguments["ages"] = decay if ages is None else floats(ages, rows)
+    arguments = {
+        "weights": decay if weights is None else floats(weights, *(rows, heads)[:kind]),
+        "ages": decay if ages is None else floats(ages, rows),
+        "decay": decay,
+    }
     return arguments, {"WEIGHTS": kind, "AGES": ages is not None}

@@ -66,7 +66,7 @@ def _encode_kernel(
     if MAP == _HEDGEHOG:
         other_tokens = tl.zeros([HEADS * PADDED, TILE], dtype=tl.float32)
         other_total = tl.zeros([HEADS * PADDED], dtype=tl.float32)
-    for start in range(first, end, ROWS):
+    for start in tl.range(first, end, ROWS, disable_licm=MAP == _HEDGEHOG or tl.float32 == DOT):
         row = tl.arange(0, ROWS)
         valid = row < end - start
         at = history + start * D
@@ -120,7 +120,8 @@ def _encode_backward_kernel(
         values = tl.zeros([HEADS * PADDED, TILE], dtype=tl.float32)
     for chunk in range(program * each, tl.minimum(program * each + each, count)):
         request, first, end = chunk_rows(offsets, firsts, chunk, requests, rows, CHUNK)
-        for start in range(first, end, ROWS):
+        # what is loaded once for all rows stays in too many registers
+        for start in tl.range(first, end, ROWS, disable_licm=True):
             row = tl.arange(0, ROWS)
             valid = row < end - start
             at = history + start * D
@@ -217,13 +218,16 @@ def _constants(given: EncodeArguments, tile: Tile, chunks: Chunks) -> dict[str, 
     return sizes | products._asdict() | tile._asdict() | {"CHUNK": chunks.size}
 
 
-def _arguments(given: EncodeArguments) -> tuple[dict[str, Any], dict[str, Any]]:
+def _arguments(
+    given: EncodeArguments, value_dtype: torch.dtype | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """What both kernels read, and what of it they are compiled for."""
     heads, width, dim = given.key_weight.shape
     arguments, constants = weighting(given.weights, given.ages, given.decay, len(given.history))
     arguments["history"] = tokens(given.history, dim)
-    arguments["key_weight"] = floats(given.key_weight, heads, width, dim)
-    arguments["value_weight"] = floats(given.value_weight, heads, width, dim)
+    dtype = Products.of(given.history.dtype).dtype
+    arguments["key_weight"] = floats(given.key_weight, heads, width, dim, dtype=dtype)
+    arguments["value_weight"] = floats(given.value_weight, heads, width, dim, dtype=value_dtype or dtype)
     return arguments, constants
 
 
@@ -234,10 +238,10 @@ def encode(given: EncodeArguments) -> tuple[Tensor, Tensor]:
     heads, width, dim = given.key_weight.shape
     maps = FEATURE_MAPS[given.feature_map].expansion
     chunks = Chunks.of(given.offsets, len(given.history))
-    tile = Tile.of((heads, width, dim), maps, 64, given.history.dtype)
+    tile = Tile.of((heads, width, dim), 64, 64)
     parts, features = triton.cdiv(dim, tile.TILE), heads * width * maps
     sums = given.history.new_empty(chunks.count * parts, features * (width + 1), dtype=torch.float32)
-    arguments, constants = _arguments(given)
+    arguments, constants = _arguments(given, torch.float32)
     launch(
         _encode_kernel,
         (chunks.count, tile.groups(heads), parts),
@@ -245,7 +249,6 @@ def encode(given: EncodeArguments) -> tuple[Tensor, Tensor]:
         constants
         | _constants(given, tile, chunks)
         | {"STATE": Products.of(given.history.dtype).of_sums},
-        tile.warps,
         stages=2,
     )
     return split_state(sum_segments(sums, chunks.firsts * parts), heads, width)
@@ -261,7 +264,7 @@ def encode_backward(
     heads, width, dim = given.key_weight.shape
     features = width * FEATURE_MAPS[given.feature_map].expansion
     chunks = Chunks.of(given.offsets, len(history))
-    tile = Tile.of((heads, width, dim), 2, 32, history.dtype)
+    tile = Tile.of((heads, width, dim), 64, 32)
     groups, parts = tile.groups(heads), triton.cdiv(dim, tile.TILE)
     programs, _ = backward_programs(chunks.count)
     grad_history = history.new_empty(history.shape)
