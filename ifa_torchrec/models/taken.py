@@ -60,9 +60,11 @@ class TakenArch(nn.Module):
         members = candidates.members(self.member_norm)
         given = candidates.logits + self.relation(members, taken, candidates.ids)
         worth = set_worth(given, tasks)
-        of_pair, row, other = self.relation.between(members, taken, candidates.ids)
-        change = set_worth(given[row] + of_pair, tasks) - worth[row]
-        return worth.index_add(0, other, change)
+        changes: list[Tensor] = []
+        for rows, _, terms in self.relation.between(members, taken, candidates.ids):
+            changed = set_worth((given[rows][:, None] + terms).flatten(0, 1), tasks)
+            changes.append(changed.unflatten(0, terms.shape[:2]).sum(0) - worth[rows].sum())
+        return worth + torch.cat([worth[:0], *changes])
 
 
 def set_worth(logits: Tensor, tasks: Sequence[Task]) -> Tensor:

@@ -6,7 +6,7 @@ hand (only the abstract and the introduction), so this one is ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +21,7 @@ from ifa_torchrec.modules.history import counted
 from ifa_torchrec.modules.ifa import InteractionFidelityAttention
 from ifa_torchrec.modules.projections import ZeroLinear, reset_all
 from ifa_torchrec.modules.softmax import SoftmaxAttention
-from ifa_torchrec.ops.jagged import request_of_row
+from ifa_torchrec.ops.jagged import request_of_row, rows_of_requests
 
 ATTENTIONS = {"softmax": SoftmaxAttention, "linear": InteractionFidelityAttention}
 
@@ -93,8 +93,11 @@ class CandidateSetEncoder(nn.Module):
         super().__init__()
         if config.attention == "none":
             raise ValueError("CandidateSetEncoder: attention 'none' needs no encoder")
+        # by softmax without masses, for which a matrix of scores would have to be kept
+        masses = config.attention == "linear"
         self.attention = ATTENTIONS[config.attention](
-            IFAConfig(embedding_dim, num_heads=config.num_heads, backend=backend), device=device
+            IFAConfig(embedding_dim, num_heads=config.num_heads, backend=backend, interest_mass=masses),
+            device=device,
         )
 
     def reset_parameters(self) -> None:
@@ -178,31 +181,30 @@ class TakenRelation(nn.Module):
         term = torch.einsum("mtd,md->mt", query, total[request] - given)
         if self.same_proj is None or ids is None:
             return term
-        row, _, other = _pairs(offsets, request, taken)
-        same = self.same_proj(_same(ids, row, other).to(key.dtype)) * (row != other)[:, None]
-        return term.index_add(0, other, same)
+        itself = (taken[:, None] & (ids != 0)).to(key.dtype)
+        same = [
+            _same(ids[rows], ids[span], key.dtype).sum(0) for rows, span in _by_request(offsets, taken)
+        ]
+        return term + self.same_proj(torch.cat([itself[:0], *same]) - itself)
 
     def between(
         self, candidates: JaggedTensor, taken: Tensor, ids: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Iterator[tuple[Tensor, slice, Tensor]]:
         """What each candidate would add to the terms of those that are taken.
 
         Args:
             candidates, taken, ids: as ``forward``'s.
 
-        Returns:
-            For each pair of one that is taken and a candidate of its request, P of them: the term
-            [P, T], the row of the one [P], and the candidate's row [P].
+        Yields:
+            For each request the t rows that are taken, the rows of its m candidates, and the terms
+            [t, m, T].
         """
         query, key = self._projected(candidates, taken, ids)
-        offsets = candidates.offsets()
-        request = request_of_row(offsets, taken.shape[0])
-        row, number, other = _pairs(offsets, request, taken)
-        queries = query[taken.nonzero()[:, 0]]
-        term = torch.einsum("ptd,pd->pt", queries[number], key[other])
-        if self.same_proj is not None and ids is not None:
-            term = term + self.same_proj(_same(ids, row, other).to(key.dtype))
-        return term, row, other
+        for rows, span in _by_request(candidates.offsets(), taken):
+            term = torch.einsum("rtd,md->rmt", query[rows], key[span])
+            if self.same_proj is not None and ids is not None:
+                term = term + self.same_proj(_same(ids[rows], ids[span], key.dtype))
+            yield rows, span, term
 
     def _projected(
         self, candidates: JaggedTensor, taken: Tensor, ids: Tensor | None
@@ -222,20 +224,22 @@ class TakenRelation(nn.Module):
         return query, self.key_proj(tokens)
 
 
-def _same(ids: Tensor, row: Tensor, other: Tensor) -> Tensor:
-    """Which ids the two of each pair share, [P, F] bool; the unknown with none."""
-    return (ids[row] == ids[other]) & (ids[row] != 0)
+def _same(ids: Tensor, others: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 where an id of one, [t, F], is that of another, [m, F], and known; [t, m, F]."""
+    return ((ids[:, None] == others) & (ids != 0)[:, None]).to(dtype)
 
 
-def _pairs(offsets: Tensor, request: Tensor, taken: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All pairs of one that is taken and a candidate of its request: the row of the one, its number
-    among all that are taken, and the candidate's row; [P] each. No size is read from a tensor but that
-    of what is taken, so that a graph of it can be exported."""
+def _by_request(offsets: Tensor, taken: Tensor) -> Iterator[tuple[Tensor, slice]]:
+    """The rows that are taken of each request, and those of its candidates. Of one request no size is
+    read from a tensor but that of what is taken, so that a graph of it can be exported."""
     rows = taken.nonzero()[:, 0]
-    first, sizes = offsets[:-1][request[rows]], offsets.diff()[request[rows]]
-    number = torch.repeat_interleave(torch.arange(rows.shape[0], device=rows.device), sizes)
-    place = torch.arange(number.shape[0], device=rows.device) - (sizes.cumsum(0) - sizes)[number]
-    return rows[number], number, first[number] + place
+    sizes = rows_of_requests(offsets, taken.shape[0])
+    first = 0
+    for mine, size in zip(
+        rows.split(rows_of_requests(counted(taken, offsets), rows.shape[0])), sizes, strict=True
+    ):
+        yield mine, slice(first, first + size)
+        first += size
 
 
 class TakenSample(nn.Module):
