@@ -27,7 +27,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml setup.py $(wildcard ifa_torchrec/ops/kernels/csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade uv
-	$(UV_ENV) $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -e ".[$(EXTRA),serve,launch,demo,dev,docs]" $(VERSIONS)
+	$(UV_ENV) $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -e ".[$(EXTRA),serve,tune,launch,demo,dev,docs]" $(VERSIONS)
 	touch $@
 
 demo: setup

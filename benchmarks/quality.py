@@ -30,16 +30,17 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import torch
 import tyro
 from report import ROOT, commit, markdown, measured_by
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from ifa_torchrec import CandidateSetLoss, IFAConfig
+sys.path.insert(0, str(ROOT))  # the examples are no package
+from examples.baselines import measured
+from ifa_torchrec import IFAConfig
 from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
-from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, synthetic
+from ifa_torchrec.data import EventLog, RankingDataset, synthetic
 from ifa_torchrec.data.public import complete_journey
 from ifa_torchrec.modules import (
     INTERACTIONS,
@@ -53,9 +54,8 @@ from ifa_torchrec.modules import (
     SoftmaxAttention,
     TWINAttention,
 )
-from ifa_torchrec.training.metrics import gauc
 from ifa_torchrec.training.options import TrainConfig
-from ifa_torchrec.training.run import Run, load_run
+from ifa_torchrec.training.run import load_run
 from ifa_torchrec.training.scoring import measure, time_per_request
 from ifa_torchrec.training.trainer import train
 
@@ -84,7 +84,14 @@ EPOCHS = {JOURNEY: 1, SYNTHETIC: 3}
 LENGTHS = (50, 200, 1000)
 BESIDE = "+ identity"
 PEERS = [name for name in INTERACTIONS if name not in ("none", "ifa")]
+BASELINES = {
+    "popularity": "most popular",
+    "recency_count": "the user's own, recency",
+    "lightgbm": "LightGBM, features by hand",
+}
+"""Without a neural net (examples/baselines.py): one run each, beside the interactions as published."""
 LABELS = {
+    **BASELINES,
     "none": "no history",
     "mean": "mean pooling",
     "softmax": "softmax, whole history",
@@ -138,7 +145,7 @@ class Job:
     variant: str
     seed: int
     options: dict[str, Any] = field(hash=False)
-    """Of TrainConfig."""
+    """Of TrainConfig; of a baseline there are none."""
 
 
 def variants(data: str) -> dict[str, dict[str, Any]]:
@@ -193,25 +200,12 @@ def ablations(data: str) -> dict[str, dict[str, Any]]:
         "4,096 buckets": ifa(identity_buckets=4096),
         "candidates see each other, softmax": model(candidate_set=related),
         "candidates see each other, linear": model(candidate_set=CandidateSetConfig("linear")),
-        "loss: + 0.5 listwise": model(loss=CandidateSetLossConfig(listwise=0.5)),
+        "loss: no listwise term": model(loss=CandidateSetLossConfig(listwise=0.0)),
     }
     if data == JOURNEY:
         result |= {
             "dense half-lives (inf, 30), 2 heads": ifa(num_heads=2, half_lives=(math.inf, 30.0)),
             "identity heads without decay": ifa(identity_half_lives=(math.inf,)),
-            "loss: exposed candidates alone": model(
-                loss=CandidateSetLossConfig(pointwise_unexposed=False)
-            ),
-            "softmax set; loss: exposed alone": model(
-                candidate_set=related, loss=CandidateSetLossConfig(pointwise_unexposed=False)
-            ),
-            "softmax set; loss: exposed alone + 0.3 consistency": model(
-                candidate_set=related,
-                loss=CandidateSetLossConfig(pointwise_unexposed=False, consistency=0.3),
-            ),
-            "softmax set; loss: + 0.3 consistency": model(
-                candidate_set=related, loss=CandidateSetLossConfig(consistency=0.3)
-            ),
         }
     return result
 
@@ -222,6 +216,7 @@ def jobs(options: Options) -> list[Job]:
     result = []
     for seed in range(main):
         for data in (JOURNEY, SYNTHETIC):
+            result += [Job(data, name, seed, {}) for name in (BASELINES if seed == 0 else ())]
             result += [Job(data, name, seed, given) for name, given in variants(data).items()]
     for seed in range(others):
         for data in (JOURNEY, SYNTHETIC):
@@ -259,6 +254,7 @@ def run(options: Options, job: Job, deadline: float) -> dict[str, float] | None:
         data=log_path(options, job.data),
         out=folder,
         epochs=EPOCHS[job.data],
+        identity=False,  # those that a variant names, and no others
         validate=False,
         checkpoint_every=10**9,
         seed=job.seed,
@@ -273,48 +269,16 @@ def run(options: Options, job: Job, deadline: float) -> dict[str, float] | None:
     if time.time() > deadline:
         return None
     shutil.rmtree(folder, ignore_errors=True)
-    training = train(config)
-    metrics = evaluate(EvaluateConfig(run=folder))
-    metrics["train_seconds"] = training["seconds"]
-    if job.data == JOURNEY:
-        metrics |= gap(load_run(folder))
+    if job.variant in BASELINES:
+        folder.mkdir(parents=True)
+        metrics = {"train_seconds": 0.0, **measured(EventLog(config.data), job.variant, job.seed)}
+    else:
+        training = train(config)
+        metrics = evaluate(EvaluateConfig(run=folder))
+        metrics["train_seconds"] = training["seconds"]
     kept = {"options": options_of_run, "commit": commit(), "metrics": metrics}
     result_file.write_text(json.dumps(kept))
     return metrics
-
-
-@torch.no_grad()
-def gap(trained: Run, requests: int = 1000) -> dict[str, float]:
-    """What the exposed candidates' ranking owes to the unexposed beside them, on the test requests.
-
-    Returns:
-        "divergence", see CandidateSetLoss; "gauc_exposed" and "gauc_exposed_alone", of the exposed
-        candidates where they are scored in the whole set, and where they stand alone.
-    """
-    dataset = trained.dataset("test")
-    model = trained.dlrm.eval()
-    loss = CandidateSetLoss(CandidateSetLossConfig(pointwise=0, consistency=1))
-    divergences, request, beside, alone, labels = [], [], [], [], []
-    sampler = EventBudgetSampler(dataset.history_lengths[:requests], 32768, 32)
-    for indices in sampler:
-        batch = dataset[indices]
-        described = model.describe(batch)
-        logits, of_exposed = model.set_arch(described), model.set_arch(described.only(batch.exposed))
-        candidates = batch.sequence_features["candidate_item"]
-        offsets, kept = candidates.offsets(), batch.exposed
-        divergences.append((loss(logits, batch.labels, kept, offsets, of_exposed).item(), len(indices)))
-        owner = np.repeat(indices, candidates.lengths().numpy())
-        request.append(owner[kept.numpy()])
-        beside.append(logits[kept, 0].numpy())
-        alone.append(of_exposed[:, 0].numpy())
-        labels.append(batch.labels[kept, 0].numpy())
-    owner, label = np.concatenate(request), np.concatenate(labels)
-    values, weights = zip(*divergences, strict=True)
-    return {
-        "divergence": float(np.average(values, weights=weights)),
-        "gauc_exposed": gauc(owner, np.concatenate(beside), label),
-        "gauc_exposed_alone": gauc(owner, np.concatenate(alone), label),
-    }
 
 
 Results = dict[str, dict[str, list[dict[str, float]]]]
@@ -413,12 +377,6 @@ def ablation_table(data: str, of_data: dict[str, list[dict[str, float]]]) -> pd.
             "NE": mean_and_deviation(runs, "ne"),
             "calibration": mean_and_deviation(runs, "calibration", 3),
         }
-        if data == JOURNEY:
-            row |= {
-                "exposed, in the set": mean_and_deviation(runs, "gauc_exposed"),
-                "exposed, alone": mean_and_deviation(runs, "gauc_exposed_alone"),
-                "divergence": mean_and_deviation(runs, "divergence", 5),
-            }
         rows.append(row)
     return pd.DataFrame(rows)
 

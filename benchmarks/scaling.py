@@ -134,7 +134,7 @@ def work(log_path: str, options: Options) -> tuple[float, dict[str, float]]:
         DLRM_IFATrain(build_model(log.schema, config, log.scales)),
         device,
         OptimizerConfig(),
-        batch=batch_size(dataset, config),
+        batch=batch_size(dataset, config.max_events, config.max_requests),
     )
     sampler = EventBudgetSampler(
         dataset.history_lengths, config.max_events, config.max_requests, seed=0, shard=(rank, world)

@@ -13,6 +13,7 @@ import sys
 COMMANDS = {
     "data": "write an event log: of your files by a schema, or of a public data set",
     "train": "train a DLRM_IFA on an event log, on one rank or many",
+    "tune": "search the options of a training by what they reach on the split valid",
     "evaluate": "score a split with a trained run and measure the ranking",
     "explain": "show which events a request's scores come from",
     "build-states": "sum every user's history into a store of states",

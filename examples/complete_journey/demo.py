@@ -1,8 +1,8 @@
 """Train, evaluate and compare on a year of real grocery purchases; what `make demo` runs.
 
 Prepares The Complete Journey once (ifa_torchrec/data/public/complete_journey.py has the recipe), scores
-the test requests with three scorers that learn nothing, trains a DLRM with each way for the
-candidates to meet the history, and leaves under runs/demo/: metrics.json, quality_cost.png,
+the test requests with three scorers that learn nothing and with LightGBM, trains a DLRM with each way
+for the candidates to meet the history, and leaves under runs/demo/: metrics.json, quality_cost.png,
 loss.png, and one folder a model (checkpoint, TensorBoard curves).
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,21 +23,24 @@ import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ifa_torchrec import IFAConfig, ops
+from ifa_torchrec import IFAConfig
 from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.commands.explain import ExplainConfig, explain
-from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make_loader
+from ifa_torchrec.data import EventLog, RankingDataset
 from ifa_torchrec.data.public.complete_journey import BASKET, BUY_AGAIN, CompleteJourneyConfig, prepare
 from ifa_torchrec.training.options import TrainConfig
 from ifa_torchrec.training.run import load_run
-from ifa_torchrec.training.scoring import measure, time_per_request
+from ifa_torchrec.training.scoring import time_per_request
 from ifa_torchrec.training.trainer import train
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from baselines import measured
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-HALF_LIVES = (7.0, 15.0, 30.0, 60.0, 90.0, 180.0, 365.0)
-"""Days; recency_count takes the one that ranks the validation requests best."""
+BASELINES = ("popularity", "purchase_count", "recency_count", "lightgbm")
+"""Scorers of examples/baselines.py: the first three learn nothing."""
 
 PLAIN = IFAConfig(
     embedding_dim=64, num_heads=2, feature_map="elu", half_lives=(math.inf, 30.0), interest_mass=False
@@ -78,49 +82,13 @@ class DemoConfig:
     """Seed of the training runs."""
 
 
-def count_scores(dataset: RankingDataset, half_life: float) -> np.ndarray:
-    """How often the household bought each candidate before, each purchase halved every
-    ``half_life`` days; [M]."""
-    item = dataset.log.schema.item
-    counts = []
-    sampler = EventBudgetSampler(dataset.history_lengths, max_events=65536, max_requests=64)
-    for batch in make_loader(dataset, sampler):
-        candidates = batch.sequence_features[f"candidate_{item}"]
-        history = batch.sequence_features[f"history_{item}"]
-        _, count = ops.match(
-            candidates.values(),
-            candidates.offsets(),
-            torch.zeros(len(history.values()), 1),
-            history.values(),
-            history.offsets(),
-            None,
-            batch.history_age,
-            torch.tensor([math.log(2) / half_life]),
-        )
-        counts.append(count[:, 0])
-    return torch.cat(counts).numpy()
-
-
 def baselines(log: EventLog) -> dict[str, dict]:
-    """The scorers that learn nothing, on the test requests."""
-    valid, test = RankingDataset(log, "valid"), RankingDataset(log, "test")
-    gauc = {h: measure_counts(valid, count_scores(valid, h))["gauc"] for h in HALF_LIVES}
-    best = max(gauc, key=gauc.__getitem__)
-    start = time.perf_counter()
-    recency = count_scores(test, best)
-    milliseconds = 1000 * (time.perf_counter() - start) / len(test)
-    results = {
-        "popularity": measure_counts(test, np.asarray(test.requests["log_popularity"])),
-        "purchase_count": measure_counts(test, count_scores(test, math.inf)),
-        "recency_count": measure_counts(test, recency) | {"half_life_days": best},
-    }
-    for name in ("purchase_count", "recency_count"):
-        results[name]["ms_per_request"] = milliseconds
+    """The scorers without a neural net, on the test requests."""
+    results = {}
+    for name in BASELINES:
+        results[name] = measured(log, name, by=("surface",))
+        print(f"  {name}: test GAUC {results[name]['gauc']:.4f}", flush=True)
     return results
-
-
-def measure_counts(dataset: RankingDataset, score: np.ndarray) -> dict:
-    return measure(dataset, score[:, None], by=("surface",))
 
 
 def trained(config: DemoConfig, name: str) -> dict:
@@ -129,7 +97,14 @@ def trained(config: DemoConfig, name: str) -> dict:
     run = config.out / name
     shutil.rmtree(run, ignore_errors=True)
     training = train(
-        TrainConfig(data=config.data, out=run, interaction=interaction, ifa=ifa, seed=config.seed)
+        TrainConfig(
+            data=config.data,
+            out=run,
+            interaction=interaction,
+            ifa=ifa,
+            identity=False,  # but those that MODELS names
+            seed=config.seed,
+        )
     )
     metrics = evaluate(EvaluateConfig(run=run, by=("surface",)))
     print(f"  {name}: trained {training['seconds']:.0f} s, test GAUC {metrics['gauc']:.4f}", flush=True)
@@ -235,7 +210,7 @@ def main() -> None:
         f"history mean {test.history_lengths.mean():.0f}, longest {test.history_lengths.max():,}",
         flush=True,
     )
-    print("Scorers without learning", flush=True)
+    print("Scorers without a neural net", flush=True)
     models = baselines(log)
     print(f"Training {len(config.models)} models", flush=True)
     for name in config.models:

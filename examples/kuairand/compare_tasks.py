@@ -69,7 +69,8 @@ def main() -> None:
             ("IFA, identity heads", "ifa", counted),
         ):
             out = options.out / name.replace(" ", "_").replace(",", "")
-            train(TrainConfig(log.path, out, interaction, ifa, epochs=options.epochs, max_requests=16))
+            settings = {"epochs": options.epochs, "max_requests": 16, "identity": False}
+            train(TrainConfig(log.path, out, interaction, ifa, **settings))
             measured = evaluate(EvaluateConfig(out))
             rows |= {(task, name): {m: measured[task][m] for m in METRICS} for task in TASKS}
         print("\nTest requests:")

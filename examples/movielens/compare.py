@@ -77,7 +77,8 @@ def main() -> None:
 
         def measure(name: str, log: Path, interaction: str) -> None:
             out = options.out / f"run {len(rows)}"
-            train(TrainConfig(log, out, interaction, ifa, epochs=options.epochs, optimizers=STEPS))
+            options_of_run = {"epochs": options.epochs, "optimizers": STEPS, "identity": False}
+            train(TrainConfig(log, out, interaction, ifa, **options_of_run))
             measured = evaluate(EvaluateConfig(out))
             rows[name] = {metric: measured[metric] for metric in METRICS}
 

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
-from tqdm import tqdm
 
 from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset
 from ifa_torchrec.data.dataset import MICROSECONDS_PER_DAY
@@ -35,6 +34,7 @@ from ifa_torchrec.serving import (
     open_key_value_store,
 )
 from ifa_torchrec.serving.times import utc
+from ifa_torchrec.training.progress import progress_bar
 from ifa_torchrec.training.run import Run, load_run
 
 _NEVER = np.iinfo(np.int64).min + 1  # the least one is numpy's NaT
@@ -153,7 +153,7 @@ def _write(
     written = torch.zeros(3, dtype=torch.float64)  # users, bytes, events
     model = run.dlrm.eval()
     done = len(users) - len(left)
-    with tqdm(total=len(users), initial=done, desc="states", unit="user", disable=rank > 0) as bar:
+    with progress_bar(rank, total=len(users), initial=done, desc="states", unit="user") as bar:
         for step, indices in enumerate(sampler, 1):
             users_of_batch = [EMPTY_REQUEST if i == EMPTY_REQUEST else left[i] for i in indices]
             states: list[UserState] = []

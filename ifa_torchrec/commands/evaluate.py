@@ -22,14 +22,18 @@ import tyro
 
 from ifa_torchrec.commands.command_line import result_as_json
 from ifa_torchrec.data import RankingDataset
+from ifa_torchrec.data.schema import EXPOSED
+from ifa_torchrec.data.synthetic_truth import truth_of
 from ifa_torchrec.errors import ConfigError, writing
 from ifa_torchrec.models import DLRM_IFATrain
 from ifa_torchrec.modules import Task
 from ifa_torchrec.serving import quantize_tables
 from ifa_torchrec.training.groups import shares
 from ifa_torchrec.training.metrics_table import as_table
-from ifa_torchrec.training.run import load_run
-from ifa_torchrec.training.scoring import TaskScores, measure, predict
+from ifa_torchrec.training.reliability import draw, reliability
+from ifa_torchrec.training.run import Run, load_run
+from ifa_torchrec.training.scoring import TaskScores, measure, predict, predict_alone
+from ifa_torchrec.training.sets import best_by_score, chosen_one_by_one, measure_sets, rewards
 
 
 @dataclass(frozen=True)
@@ -44,17 +48,30 @@ class EvaluateConfig:
     """Event log; by default the one the run was trained on."""
     by: tuple[str, ...] = ()
     """Context features: metrics are also given for the requests of each of their values."""
+    set_size: int | None = None
+    """Also measure the sets of so many candidates that the model would show: the best by their own
+    scores and, where it was trained for that (ifa train --candidate-set.generate), those chosen one
+    by one."""
+    picture: bool = False
+    """Draw the reliability of binary tasks, what is predicted against what comes true:
+    RUN/reliability-SPLIT.png. Needs the extra `demo`."""
     int8: bool = False
     """Round the tables to 8 bits, as ``ifa_torchrec.serve --int8`` does; each rank holds all of them."""
 
+    def __post_init__(self) -> None:
+        if self.set_size is not None and self.set_size < 1:
+            raise ConfigError(f"--set-size must be at least 1, got {self.set_size}")
+
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Load a run's last checkpoint and measure a split; rank 0 writes RUN/metrics-SPLIT.json, or
-    metrics-SPLIT-int8.json.
+    """Load a run's best checkpoint, or its last, and measure a split; rank 0 writes
+    RUN/metrics-SPLIT.json, or metrics-SPLIT-int8.json.
 
     Returns:
         ``measure``'s numbers, new and known items apart; "shares" of what the model does not know;
-        "notes", of each task whose ranking cannot be measured why; and "ms_per_request".
+        with a set size "sets", what ``measure_sets`` says of those by "topk" and by "greedy";
+        "reliability" of each binary task; "notes", of each task whose ranking cannot be measured why;
+        "ms_per_request"; and "step", that of the checkpoint.
 
     Raises:
         CheckpointError: the run has no checkpoint.
@@ -74,19 +91,48 @@ def _evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], tuple[Task, ...]]
         if feature not in known:
             raise ConfigError(f"--by {feature}: no such context feature; there are {known}")
     dataset = run.dataset(config.split)
-    scores, milliseconds = predict(
-        run.model, dataset, run.device, run.config.max_events, run.config.max_requests
-    )
+    budget = run.config.max_events, run.config.scored_requests
+    scores, milliseconds = predict(run.model, dataset, run.device, *budget)
     tasks = run.dlrm.config.tasks
-    metrics = measure(dataset, scores, tasks, config.by, apart=True)
+    alone = None
+    if run.dlrm.config.candidate_set.attention != "none" and not dataset.requests[EXPOSED].all():
+        alone = predict_alone(run.dlrm.eval(), dataset, run.device, *budget)
+    metrics = measure(dataset, scores, tasks, config.by, apart=True, alone=alone)
     metrics["shares"] = shares(dataset)
+    shown = np.asarray(dataset.requests[EXPOSED])
+    metrics["reliability"] = {
+        task.name: reliability(logits[shown], np.asarray(dataset.requests[task.name])[shown])
+        for task, logits in zip(tasks, scores.T, strict=True)
+        if task.kind == "binary"
+    }
     metrics["notes"] = notes(dataset, scores, tasks)
+    if config.set_size is not None:
+        metrics["sets"] = sets(run, config.split, scores, config.set_size)
     metrics["ms_per_request"] = milliseconds
+    metrics["step"] = run.step
     if dist.get_rank() == 0:
         name = f"metrics-{config.split}{'-int8' if config.int8 else ''}.json"
         with writing(config.run / name):
             (config.run / name).write_text(result_as_json(metrics))
+        if config.picture:
+            draw(metrics["reliability"], config.run / f"reliability-{config.split}.png")
     return metrics, tasks
+
+
+def sets(run: Run, split: str, scores: np.ndarray, k: int) -> dict[str, Any]:
+    """What the sets of k candidates are worth, by the ways that the model can choose them."""
+    dataset = run.dataset(split)
+    model = run.dlrm.eval()
+    chosen = {"topk": best_by_score(dataset, scores, model.config.tasks, k)}
+    if model.config.candidate_set.generate:
+        budget = run.config.max_events, run.config.scored_requests
+        chosen["greedy"] = chosen_one_by_one(model, dataset, run.device, budget, k)
+    measured = {strategy: measure_sets(dataset, place, k) for strategy, place in chosen.items()}
+    truth = truth_of(run.log, split)
+    if truth is not None:
+        known = rewards(dataset, chosen, k, truth)
+        measured = {strategy: of | known[strategy] for strategy, of in measured.items()}
+    return measured
 
 
 def notes(dataset: RankingDataset, scores: np.ndarray, tasks: Sequence[Task]) -> dict[str, str]:

@@ -7,7 +7,8 @@ It scores one request from a user's state. The file has the tables in it. Withou
 program for torch.export.load; with it, it is compiled for this machine's processor, and
 torch::inductor::AOTIModelPackageLoader loads it in C++, torch._inductor.aoti_load_package in Python.
 What either is to be fed says scorer.json beside it. A package refuses ids beyond their tables, but
-takes shapes and dtypes on trust: check them before it.
+takes shapes, dtypes and strides on trust: give it contiguous tensors, and let it check them by
+AOTI_RUNTIME_CHECK_INPUTS=1 in its environment while you try it.
 """
 
 from __future__ import annotations
@@ -20,13 +21,12 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import tyro
-from torch._inductor import aoti_compile_and_package
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
 from ifa_torchrec.errors import ConfigError, writing
 from ifa_torchrec.serving import export_scorer, quantize_tables
-from ifa_torchrec.serving.export import describe
+from ifa_torchrec.serving.export import describe, package_scorer
 from ifa_torchrec.training.run import load_run
 
 
@@ -67,19 +67,13 @@ def export(config: ExportConfig) -> dict[str, Any]:
             raise ConfigError("--package: there is no C++ compiler; install g++, or set CXX") from error
     run = load_run(config.run, sharded=False)
     model = quantize_tables(run.dlrm) if config.int8 else run.dlrm
-    if config.package and model.config.ifa.identity_features:
-        # found by comparing logits: for some requests they are off by 0.02, for a cause not yet known
-        raise ConfigError(
-            "--package: AOTInductor compiles the look-up of identity heads wrongly; export without "
-            "--package (torch.export), or train without identity features"
-        )
     program = export_scorer(model, run.log.schema)
     draft = config.out.with_name(f".{config.out.name}")
     try:
         with writing(config.out):
             config.out.parent.mkdir(parents=True, exist_ok=True)
             if config.package:
-                aoti_compile_and_package(program, package_path=str(draft))
+                package_scorer(program, draft)
             else:
                 torch.export.save(program, draft)
             draft.rename(config.out)

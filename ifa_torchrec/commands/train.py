@@ -3,10 +3,11 @@
     ifa train --data LOG --out runs/mine
     torchrun --nproc-per-node 2 -m ifa_torchrec train --data LOG --out runs/mine
 
-Writes OUT/config.json, OUT/checkpoints/ and OUT/tensorboard/. With --resume it goes on from the
-last checkpoint, if there is one, at the request where that was written; so the same line starts a
-run and restarts it. The number of ranks, the batches' size and the sharding may then be others. While
-it runs, no other training can write to OUT.
+Writes OUT/config.json, OUT/checkpoints/, OUT/tensorboard/ and, where the log has a split `valid`,
+OUT/validations.json, by which the best checkpoint is kept and used (--keep-best). With --resume it goes
+on from the last checkpoint, if there is one, at the request where that was written; so the same line
+starts a run and restarts it. The number of ranks, the batches' size and the sharding may then be
+others. While it runs, no other training can write to OUT.
 """
 
 from __future__ import annotations

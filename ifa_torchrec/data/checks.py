@@ -18,6 +18,7 @@ from ifa_torchrec.data.schema import (
     OFFSETS,
     TIME,
     USER,
+    USER_OFFSETS,
     Columns,
     LogError,
     LogSchema,
@@ -87,8 +88,9 @@ def check_events(table: pa.Table, schema: LogSchema, num_items: int) -> Columns:
     """The columns of events.parquet.
 
     Returns:
-        user, time (microseconds), the item and each event feature [E] int64; each number [E] float32,
-        NaN where it is missing; and the weight [E] float32.
+        user [U] int64, those that have events, ascending, and user_offsets [U + 1] int64, where each
+        one's events begin; time (microseconds), the item and each event feature [E] int64; each number
+        [E] float32, NaN where it is missing; and the weight [E] float32.
 
     Raises:
         LogError: a column is missing, null, of another type or outside its table; a weight is negative;
@@ -102,9 +104,10 @@ def check_events(table: pa.Table, schema: LogSchema, num_items: int) -> Columns:
         >>> check_events(events, LogSchema(item_features={"item": 2}), 2)["time"].tolist()
         [1000000]
     """
+    user = Column.of(table, USER, "events").ids()
+    time = Column.of(table, TIME, "events").times()
     columns = {
-        USER: Column.of(table, USER, "events").ids(),
-        TIME: Column.of(table, TIME, "events").times(),
+        TIME: time,
         schema.item: Column.of(table, schema.item, "events").ids(num_items),
     }
     for feature, rows in schema.event_features.items():
@@ -115,7 +118,6 @@ def check_events(table: pa.Table, schema: LogSchema, num_items: int) -> Columns:
         column = Column.of(table, schema.event_weight, "events")
         weight = columns[schema.event_weight] = column.numbers()
         column.refuse(weight < 0, lambda i: f"the weight {weight[i]} is negative; 0 is the least")
-    user, time = columns[USER], columns[TIME]
     # compared, not subtracted: ids may lie further apart than an int64 counts
     earlier, later = user[:-1], user[1:]
     late = np.flatnonzero((later < earlier) | ((later == earlier) & (time[1:] < time[:-1])))
@@ -124,7 +126,9 @@ def check_events(table: pa.Table, schema: LogSchema, num_items: int) -> Columns:
             f"events: column 'time' is out of order at row {late[0] + 1} (user "
             f"{user[late[0] + 1]}); sort by user, then time, or use EventLog.from_pandas"
         )
-    return columns
+    changes = np.flatnonzero(earlier != later) + 1
+    first = np.concatenate([np.zeros(min(len(user), 1), np.int64), changes])
+    return {USER: user[first], USER_OFFSETS: np.append(first, len(user)), **columns}
 
 
 def check_requests(table: pa.Table, schema: LogSchema, num_items: int, where: str) -> Columns:

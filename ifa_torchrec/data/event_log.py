@@ -39,6 +39,7 @@ from ifa_torchrec.data.schema import (
     NAME,
     TIME,
     USER,
+    USER_OFFSETS,
     Columns,
     Header,
     LogError,
@@ -49,6 +50,8 @@ from ifa_torchrec.data.schema import (
 )
 from ifa_torchrec.data.vocabulary import Vocabulary
 from ifa_torchrec.data.writing import drafting, write_tables
+
+_AT_ONCE = 1 << 20  # requests whose histories are looked for together: bounds the memory for it
 
 
 class EventLog:
@@ -96,9 +99,8 @@ class EventLog:
         self.events = self._columns.open(
             "events", lambda table: check_events(table, self.schema, self.num_items)
         )
-        user = self.events.pop(USER)
-        self.users, starts = np.unique(user, return_index=True)
-        self.user_offsets = np.append(starts, len(user)).astype(np.int64)
+        self.users = self.events.pop(USER)
+        self.user_offsets = self.events.pop(USER_OFFSETS)
 
     @classmethod
     def from_pandas(
@@ -351,14 +353,25 @@ class EventLog:
         """
         start = np.zeros(len(user), dtype=np.int64)
         end = np.zeros(len(user), dtype=np.int64)
-        order = np.argsort(user, kind="stable")
-        distinct, first = np.unique(user[order], return_index=True)
-        # the part before the first user is empty; where there are no users, it is the only one
-        for who, rows in zip(distinct, np.split(order, first)[1:], strict=True):
-            u = np.searchsorted(self.users, who)
-            if u == len(self.users) or self.users[u] != who:
-                continue
-            lo, hi = self.user_offsets[u], self.user_offsets[u + 1]
-            start[rows] = lo
-            end[rows] = lo + np.searchsorted(self.events[TIME][lo:hi], time[rows], side="left")
+        if not len(self.users):
+            return start, end
+        for first in range(0, len(user), _AT_ONCE):
+            rows = slice(first, first + _AT_ONCE)
+            found = np.minimum(np.searchsorted(self.users, user[rows]), len(self.users) - 1)
+            known = self.users[found] == user[rows]
+            start[rows] = np.where(known, self.user_offsets[found], 0)
+            end[rows] = np.where(known, self.user_offsets[found + 1], 0)
+            end[rows] = _first_at(np.asarray(self.events[TIME]), start[rows], end[rows], time[rows])
         return start, end
+
+
+def _first_at(times: np.ndarray, start: np.ndarray, end: np.ndarray, time: np.ndarray) -> np.ndarray:
+    """The first row of each range of ascending times that is not before a time; the range's end where
+    there is none."""
+    low, high = start.copy(), end.copy()
+    while len(open_ := np.flatnonzero(low < high)):
+        middle = (low[open_] + high[open_]) // 2
+        before = times[middle] < time[open_]
+        low[open_[before]] = middle[before] + 1
+        high[open_[~before]] = middle[~before]
+    return low

@@ -24,4 +24,10 @@ def make_loader(dataset: RankingDataset, sampler: EventBudgetSampler) -> DataLoa
         >>> list(make_loader(Dataset(), EventBudgetSampler([5, 5, 9], max_events=10, max_requests=8)))
         [2, 1]
     """
-    return DataLoader(dataset, sampler=sampler, batch_size=None, pin_memory=torch.cuda.is_available())
+    return DataLoader(
+        dataset,
+        sampler=sampler,
+        batch_size=None,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else it draws from that of the model, once more in a resumed run
+    )

@@ -30,6 +30,7 @@ from ifa_torchrec.data.schema import Columns, LogError, LogSchema
 from ifa_torchrec.data.writing import new_folder
 
 _DIGEST = 16  # characters of the digest in a folder's name
+_LAYOUT = 2  # of the columns: made anew where another version made them
 
 _Seen = list[Any]
 """A file as it was: bytes, time of its last change (ns), SHA-256."""
@@ -62,7 +63,7 @@ class MappedColumns:
     def __init__(self, path: Path, schema: LogSchema, rows: Mapping[str, int]) -> None:
         self.path, self.root, self.rows = path, path / ".columns", rows
         self.digests: dict[str, str] = {}
-        self._schema = hashlib.sha256(repr(schema).encode()).hexdigest()[:_DIGEST]
+        self._schema = hashlib.sha256(f"{_LAYOUT} {schema!r}".encode()).hexdigest()[:_DIGEST]
         self._clear_drafts()
 
     def open(self, name: str, check: Callable[[pa.Table], Columns]) -> Columns:

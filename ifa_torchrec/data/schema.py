@@ -23,6 +23,8 @@ OFFSETS = "candidate_offsets"
 """Where each request's candidates begin in the candidate columns of a split."""
 LIST_OFFSETS = "_offsets"
 """Behind a list column's name: where each row's ids begin in it."""
+USER_OFFSETS = f"{USER}{LIST_OFFSETS}"
+"""Where each user's events begin in the events' columns."""
 NAME = "name"
 """Column of the items that no model sees: what to call them."""
 
@@ -112,7 +114,7 @@ class LogSchema:
             raise LogError("schema: tasks is empty; name at least one column of labels")
         names = [name for fields in _TABLES for name in getattr(self, fields)]
         names += [*self.dense, *self.tasks, *self.candidate_tags]
-        names += [USER, TIME, OFFSETS, CANDIDATES, EXPOSED]
+        names += [USER, USER_OFFSETS, TIME, OFFSETS, CANDIDATES, EXPOSED]
         names += [] if self.event_weight is None else [self.event_weight]
         taken = [
             *names,

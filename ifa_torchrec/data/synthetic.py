@@ -13,6 +13,10 @@ The recipe, with everything random drawn from one seed:
   [of an interest]). Which items of a topic the user had does not matter.
 - A candidate is exposed with the probability `exposure`, whatever it is. In the split `train` the
   label of an unexposed one is 0, as a real log would have it; in `test` all labels are true.
+- With `promotion` or `policy` the log of what was shown is biased: the probability is sigmoid(logit of
+  `exposure` + promotion * z + policy * [of an interest]), z of the item, standard normal, the same for
+  every user. Which label an exposed candidate has depends on neither. An item feature `topic` names the
+  topic of every rare item.
 
 - With `kinds`, each event has an `action` (bought, clicked or skipped) and an `amount`. A user has as
   many topics whose events were skipped as interests, whose events were bought; everyday events are of
@@ -23,6 +27,8 @@ The recipe, with everything random drawn from one seed:
 - With `new_items`, that share of the candidates of `valid` and `test` are items that no event and no
   request of `train` has, of as many as there are rare ones, with topics like theirs; and an item feature
   `topic` names the topic of every rare item.
+- With `relations` the user picks from the set that is shown, see ``synthetic_sets``; the item feature
+  `topic` is there too.
 
 So a long history is worth as much as `strength`, `distance` and `noise` let it, and nothing but the
 history tells candidates apart. ``best_scores`` ranks as well as anyone can who knows this page but not
@@ -31,19 +37,24 @@ the users' interests.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from ifa_torchrec.data import synthetic_sets
 from ifa_torchrec.data.dataset import RankingDataset
 from ifa_torchrec.data.event_log import EventLog
 from ifa_torchrec.data.schema import LogSchema
+from ifa_torchrec.data.synthetic_sets import SHOWN
 from ifa_torchrec.errors import ConfigError
 
 _TOPICS_PER_CATEGORY = 10
 _START = pd.Timestamp("2024-01-01")
+CONFIG_FILE = "synthetic.json"
+"""In the log's folder, the SyntheticConfig that it was made with."""
 ACTIONS = ("unknown", "bought", "clicked", "skipped")
 """What the values of the event feature `action` are."""
 _BOUGHT, _CLICKED, _SKIPPED = 1, 2, 3
@@ -70,6 +81,10 @@ class SyntheticConfig:
         seed: of everything.
         kinds: whether events are of several kinds, and have numbers, on which the labels depend.
         new_items: share of the candidates of `valid` and `test` that are new items.
+        relations: whether the user picks from the set that is shown; noise, kinds and new items must
+            then be 0, and `exposure` means nothing.
+        promotion: deviation of what an item adds to the logit of its exposure.
+        policy: what an interest adds to it.
 
     Raises:
         ValueError: a value is out of range.
@@ -97,6 +112,9 @@ class SyntheticConfig:
     seed: int = 0
     kinds: bool = False
     new_items: float = 0.0
+    relations: bool = False
+    promotion: float = 0.0
+    policy: float = 0.0
 
     def __post_init__(self) -> None:
         if (
@@ -109,14 +127,26 @@ class SyntheticConfig:
             )
         if not 0 < self.exposure <= 1 or self.noise < 0 or self.distance < 0:
             raise ConfigError("SyntheticConfig: exposure is in (0, 1], noise and distance at least 0")
+        if self.biased and self.exposure == 1:
+            raise ConfigError("SyntheticConfig: where all are exposed, promotion and policy must be 0")
         if not 0 <= self.new_items <= 1:
             raise ConfigError(f"SyntheticConfig: new_items must be 0 to 1, got {self.new_items}")
+        if self.relations and (self.noise or self.kinds or self.new_items or self.candidates < SHOWN):
+            raise ConfigError(
+                "SyntheticConfig: relations are of a log with noise=0, without kinds and new_items, and "
+                f"of {SHOWN} candidates or more"
+            )
 
     @property
     def names_topics(self) -> bool:
         """Whether an item's topic is a feature of it, and not only to be learnt: where the log is about
-        something else, the kinds of events or new items."""
-        return self.kinds or self.new_items > 0
+        something else, the kinds of events, new items or relations."""
+        return self.kinds or self.new_items > 0 or self.biased or self.relations
+
+    @property
+    def biased(self) -> bool:
+        """Whether exposure depends on the candidate."""
+        return self.promotion != 0 or self.policy != 0
 
     @property
     def num_items(self) -> int:
@@ -162,7 +192,7 @@ def prepare(path: str | Path, config: SyntheticConfig | None = None) -> EventLog
     columns = {name: np.concatenate([history.columns[name] for history in histories]) for name in names}
     requests = _requests(rng, config, histories)
     rows = {"item": config.num_items, "category": config.categories + 1}
-    return EventLog.from_pandas(
+    log = EventLog.from_pandas(
         path,
         events=pd.DataFrame(
             {
@@ -179,6 +209,8 @@ def prepare(path: str | Path, config: SyntheticConfig | None = None) -> EventLog
         items=_item_table(config),
         requests={name: requests.iloc[rows] for name, rows in _splits(config).items()},
     )
+    (path / CONFIG_FILE).write_text(json.dumps(asdict(config)))
+    return log
 
 
 def topic_of(config: SyntheticConfig, item: np.ndarray) -> np.ndarray:
@@ -255,30 +287,33 @@ def _probability(config: SyntheticConfig, pull: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-(config.bias + config.strength * pull)))
 
 
-def set_reward(probability: np.ndarray, topic: np.ndarray, rows: np.ndarray, fade: float) -> float:
-    """What a set is worth to a user whose wish for a topic fades with each item of it.
-
-    The simulator of set generation, with an interaction between items that is known: the item in
-    place i is taken with its probability times fade to the power of how many items of its topic
-    stand before it.
+def exposure_probability(
+    config: SyntheticConfig, item: np.ndarray, pull: np.ndarray
+) -> np.ndarray | float:
+    """With which probability each candidate was exposed.
 
     Args:
-        probability, topic: [M], of the candidates when they stand alone.
-        rows: the set, rows of the candidates, best first.
-        fade: 1 for items that do not touch each other, 0 for a user who wants one of each topic.
+        config: of the log.
+        item: rows of the item's table, below ``config.num_items``; any shape.
+        pull: of the candidates' topics, of that shape.
 
     Returns:
-        The expected number of items taken.
+        Of that shape; ``config.exposure`` where it does not depend on the candidate.
 
     Example:
         >>> import numpy as np
-        >>> from ifa_torchrec.data.synthetic import set_reward
-        >>> p, topic = np.array([0.8, 0.6, 0.4]), np.array([1, 1, 2])
-        >>> [round(set_reward(p, topic, np.array(rows), fade=0.5), 2) for rows in ([0, 1], [0, 2])]
-        [1.1, 1.2]
+        >>> from ifa_torchrec.data.synthetic import SyntheticConfig, exposure_probability
+        >>> config = SyntheticConfig(exposure=0.2, policy=2.0)
+        >>> exposure_probability(config, np.array([1, 2]), np.array([0.0, 1.0])).round(2).tolist()
+        [0.2, 0.65]
     """
-    before = np.array([(topic[rows[:i]] == topic[row]).sum() for i, row in enumerate(rows)])
-    return float((probability[rows] * fade**before).sum())
+    if not config.biased:
+        return config.exposure
+    # drawn apart, so that a log without a bias stays what it was
+    promoted = np.random.default_rng([config.seed, 1]).normal(size=config.num_items)
+    odds = config.exposure / (1 - config.exposure)
+    logit = np.log(odds) + config.promotion * promoted[item] + config.policy * pull
+    return 1 / (1 + np.exp(-logit))
 
 
 @dataclass(frozen=True)
@@ -347,21 +382,59 @@ def _items(rng: np.random.Generator, config: SyntheticConfig, topics: np.ndarray
     return 1 + topics * config.items_per_topic + rng.integers(config.items_per_topic, size=topics.shape)
 
 
+def candidate_topics(rng: np.random.Generator, config: SyntheticConfig, own: np.ndarray) -> np.ndarray:
+    """The topics of the candidates of n requests.
+
+    Args:
+        rng: what is random.
+        config: SyntheticConfig.
+        own: [n, topics of a user].
+
+    Returns:
+        [n, candidates].
+
+    Example:
+        >>> import numpy as np
+        >>> from ifa_torchrec.data.synthetic import SyntheticConfig, candidate_topics
+        >>> own = np.tile(np.arange(5), (3, 1))
+        >>> candidate_topics(np.random.default_rng(0), SyntheticConfig(), own).shape
+        (3, 32)
+    """
+    shape = (len(own), config.candidates)
+    topics = rng.integers(config.topics, size=shape)
+    share = 0.5 if config.kinds else 0.35 if config.relations else 0.25
+    wanted = rng.random(shape) < share
+    which = rng.integers(config.user_topics, size=shape)
+    return np.where(wanted, np.take_along_axis(own, which, axis=1), topics)
+
+
+def _picked(
+    rng: np.random.Generator, config: SyntheticConfig, pull: np.ndarray, topics: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """What was picked and what was shown, [n, candidates] both."""
+    rows = synthetic_sets.show(rng, pull, topics, SHOWN)
+    logit = config.bias + config.strength * np.take_along_axis(pull, rows, axis=1)
+    picks = synthetic_sets.picked(rng, logit, np.take_along_axis(topics, rows, axis=1))
+    label, exposed = np.zeros(pull.shape, np.float32), np.zeros(pull.shape, bool)
+    np.put_along_axis(label, rows, picks.astype(np.float32), axis=1)
+    np.put_along_axis(exposed, rows, True, axis=1)
+    return label, exposed
+
+
 def _requests(
     rng: np.random.Generator, config: SyntheticConfig, histories: list[_History]
 ) -> pd.DataFrame:
     shape = (len(histories), config.candidates)
-    topics = rng.integers(config.topics, size=shape)
-    wanted = rng.random(shape) < (0.5 if config.kinds else 0.25)
-    which = rng.integers(config.user_topics, size=shape)
-    own = np.stack([history.topics for history in histories])
-    topics = np.where(wanted, np.take_along_axis(own, which, axis=1), topics)
+    topics = candidate_topics(rng, config, np.stack([history.topics for history in histories]))
     items = _items(rng, config, topics)
     pull = np.stack([history.pull for history in histories])
-    probability = _probability(config, np.take_along_axis(pull, topics, axis=1))
-    label = (rng.random(shape) < probability).astype(np.float32)
-    exposed = rng.random(shape) < config.exposure
-    label[: config.train] *= exposed[: config.train]
+    pull = np.take_along_axis(pull, topics, axis=1)
+    if config.relations:
+        label, exposed = _picked(rng, config, pull, topics)
+    else:
+        label = (rng.random(shape) < _probability(config, pull)).astype(np.float32)
+        exposed = rng.random(shape) < exposure_probability(config, items, pull)
+        label[: config.train] *= exposed[: config.train]
     new = rng.random(shape) < config.new_items
     new[: config.train] = False
     items = np.where(new, items + config.num_items - 1, items)

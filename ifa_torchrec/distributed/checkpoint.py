@@ -47,6 +47,7 @@ def save(
     model: DistributedModelParallel,
     optimizer: CombinedOptimizer,
     progress: dict[str, Any],
+    best: int | None = None,
 ) -> Path:
     """Write a checkpoint beside the others and publish it by a rename. Called by all ranks.
 
@@ -54,6 +55,7 @@ def save(
         folder: where checkpoints lie.
         model, optimizer: from ``shard``.
         progress: JSON; holds "step", and whatever resuming needs.
+        best: the step of a checkpoint that is kept beside the last ones, however old it is.
 
     Returns:
         The checkpoint's folder.
@@ -82,10 +84,15 @@ def save(
     try:
         with writing(draft):
             _write(draft, final, model, optimizer, progress)
+            if dist.get_rank() == 0:
+                for old in checkpoints(folder)[:-KEEP]:
+                    if step_of(old) != best:
+                        _delete(old)
     except PlaceError:
         if dist.get_rank() == 0:
             shutil.rmtree(draft, ignore_errors=True)  # a disk may be full of it
         raise
+    dist.barrier()
     return final
 
 
@@ -115,15 +122,24 @@ def _write(
         if final.exists():
             _delete(final)
         draft.rename(final)
-        for old in checkpoints(folder)[:-KEEP]:
-            _delete(old)
-    dist.barrier()
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in ``folder``, oldest first; other folders, such as step-best, are none."""
     found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-[0-9]{9,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.distributed.checkpoint import step_of
+        >>> step_of(Path("run/checkpoints/step-000000012"))
+        12
+    """
+    return int(path.name.removeprefix("step-"))
 
 
 def checkpoints_of_rank_0(folder: Path) -> list[Path]:
@@ -151,10 +167,11 @@ def load(
     model: nn.Module,
     optimizer: CombinedOptimizer | None = None,
     config: dict[str, Any] | None = None,
+    step: int | None = None,
 ) -> dict[str, Any]:
-    """Load the latest whole checkpoint into the model and, to go on training, the optimiser and
-    the random number generators. Called by all ranks; there may be more or fewer of them than
-    saved it, and the sharding plan may be another.
+    """Load the latest whole checkpoint, or that of a step, into the model and, to go on training, the
+    optimiser and the random number generators. Called by all ranks; there may be more or fewer of them
+    than saved it, and the sharding plan may be another.
 
     A damaged checkpoint, one that misses a file or has another than was written, is passed over for
     the one before, with a warning; to go on training, it is renamed as well, to damaged-STEP. All else
@@ -165,6 +182,7 @@ def load(
         model, optimizer: from ``shard``; or a model that is not sharded.
         config: what the caller is configured as, in JSON's types; each entry must equal that of the
             "config" that was saved.
+        step: of the checkpoint that is wanted; the latest where it is damaged or not there.
 
     Returns:
         The progress that was saved.
@@ -174,7 +192,7 @@ def load(
             format, configuration or model; the message names what differs. Or its metadata names what
             DCP does not write. Or it has managed collisions, and the ranks are too many.
     """
-    found = checkpoints_of_rank_0(folder)
+    found = sorted(checkpoints_of_rank_0(folder), key=lambda path: step_of(path) == step)
     damaged: list[Path] = []
     for path in reversed(found):
         try:
@@ -187,7 +205,7 @@ def load(
                     f"{damage}, and there is none before it; start anew in another folder"
                 ) from error
             if dist.get_rank() == 0:
-                warnings.warn(f"{damage}; trying the one before", stacklevel=2)
+                warnings.warn(f"{damage}; trying another", stacklevel=2)
         else:
             _load(path, progress, model, optimizer, config)
             if optimizer is not None and dist.get_rank() == 0:

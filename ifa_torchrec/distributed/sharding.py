@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -43,6 +44,8 @@ class OptimizerConfig:
         table_lr: learning rate of the tables.
         dense_lr: learning rate of everything else.
         weight_decay: of the dense matrices; biases and norms have none.
+        table_weight_decay: of the rows of tables that a step touches, by table_lr table_weight_decay of
+            what they are; of "rowwise_adagrad" alone, the only optimiser for which fbgemm has it.
 
     Example:
         >>> from ifa_torchrec.distributed import OptimizerConfig
@@ -54,6 +57,7 @@ class OptimizerConfig:
     table_lr: float = 0.03
     dense_lr: float = 3e-3
     weight_decay: float = 0.0
+    table_weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
         if self.table_optimizer not in _TABLE_OPTIMIZERS:
@@ -61,7 +65,12 @@ class OptimizerConfig:
                 f"OptimizerConfig: table_optimizer {self.table_optimizer!r} is none of "
                 f"{list(_TABLE_OPTIMIZERS)}"
             )
-        for name in ("table_lr", "dense_lr", "weight_decay"):
+        if self.table_weight_decay and self.table_optimizer != "rowwise_adagrad":
+            raise ConfigError(
+                f"OptimizerConfig: table_weight_decay {self.table_weight_decay:g}: "
+                f"{self.table_optimizer!r} has none; take 'rowwise_adagrad'"
+            )
+        for name in ("table_lr", "dense_lr", "weight_decay", "table_weight_decay"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ConfigError(f"OptimizerConfig: {name} must be a number of at least 0, got {value}")
@@ -147,6 +156,9 @@ def shard(
             "managed collisions: where a row gets another id, fbgemm can clear its state of row-wise "
             "Adagrad on GPUs alone; on a CPU use table optimizer 'adagrad' or 'sgd'"
         )
+    if decay := optimizers.table_weight_decay:
+        # not as a part of the gradient, which Adagrad would scale to the same step whatever its size
+        options = {**options, "weight_decay": decay, "weight_decay_mode": WeightDecayMode.DECOUPLE}
     for module in model.modules():
         if isinstance(module, (EmbeddingBagCollection, EmbeddingCollection)):
             apply_optimizer_in_backward(

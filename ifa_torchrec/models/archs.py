@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
 import torch
 from torch import Tensor, nn
-from torchrec.models.dlrm import OverArch
+from torchrec.models.dlrm import DenseArch, OverArch
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from ifa_torchrec.batch import RankingFeatures
@@ -30,6 +31,7 @@ from ifa_torchrec.modules import (
     UserState,
 )
 from ifa_torchrec.modules.history import counted
+from ifa_torchrec.modules.projections import ZeroLinear
 from ifa_torchrec.ops.jagged import request_of_row
 
 
@@ -66,6 +68,8 @@ class Candidates:
         tokens: [M, D].
         offsets: [B + 1]; request b has the candidates offsets[b] up to offsets[b + 1].
         vectors, beside: as a Part's.
+        ids: [M, item features] int64, of their items; None where nobody compares them.
+        logits: [M, T], what SetArch says of them; None where it was not asked yet.
 
     Example:
         >>> import torch
@@ -79,6 +83,13 @@ class Candidates:
     offsets: Tensor
     vectors: tuple[Tensor, ...]
     beside: tuple[Tensor, ...]
+    ids: Tensor | None = None
+    logits: Tensor | None = None
+
+    def members(self, norm: nn.LayerNorm) -> JaggedTensor:
+        """As members of a set, [M, D]: with the request and what the history answered to them."""
+        member = norm(torch.stack([self.tokens, *self.vectors]).sum(0))
+        return JaggedTensor(member, lengths=self.offsets.diff(), offsets=self.offsets)
 
     def only(self, kept: Tensor) -> Candidates:
         """Those that are kept, [M] bool, as if there were no others."""
@@ -87,6 +98,7 @@ class Candidates:
             counted(kept, self.offsets),
             tuple(rows[kept] for rows in self.vectors),
             tuple(rows[kept] for rows in self.beside),
+            None if self.ids is None else self.ids[kept],
         )
 
 
@@ -220,8 +232,18 @@ class CandidateArch(nn.Module):
         interaction = self.sequence_interaction
         if interaction is None or not interaction.id_features:
             return None
+        return self._columns(features, keys, items, interaction.id_features)
+
+    def _columns(
+        self,
+        features: RankingFeatures,
+        keys: dict[str, str],
+        items: Tensor | None,
+        names: Sequence[str],
+    ) -> Tensor:
+        """The ids of some item features, [rows, names] int64."""
         columns: list[Tensor] = []
-        for name in interaction.id_features:
+        for name in names:
             if items is not None and name == self.config.item_names[0]:
                 columns.append(items)
             else:
@@ -289,11 +311,18 @@ class CandidateArch(nn.Module):
             interest, events = found
             part = self.interest_arch(tokens, interest, events.to(tokens.dtype), request)
             vectors, beside = vectors + part.vectors, beside + part.beside
-        return Candidates(tokens, offsets, vectors, beside)
+        ids = None
+        if self.config.candidate_set.generate:
+            keys, items = self.config.candidate_keys, features.candidate_item_ids
+            ids = self._columns(features, keys, items, self.config.item_names)
+        return Candidates(tokens, offsets, vectors, beside, ids)
 
 
 class SetArch(nn.Module):
     """From candidates, each described by itself, to logits; they see each other here, if at all.
+
+    What a candidate finds among the others is a term beside the logits that it has by itself, and starts
+    at 0.
 
     Args:
         config: DLRM_IFAConfig.
@@ -312,36 +341,63 @@ class SetArch(nn.Module):
     def __init__(self, config: DLRM_IFAConfig, num_vectors: int, in_features: int) -> None:
         super().__init__()
         dim = config.ifa.embedding_dim
-        related = config.candidate_set.attention != "none"
-        self.candidate_set_encoder = (
-            CandidateSetEncoder(dim, config.candidate_set, config.ifa.backend) if related else None
-        )
-        self.member_norm = nn.LayerNorm(dim) if related else nn.Identity()
-        self.set_norm = nn.LayerNorm(dim) if related else nn.Identity()
-        if related:  # the relation is a vector; it and its product with the member stand beside
-            num_vectors, in_features = num_vectors + 1, in_features + 2 * dim
         self.interaction_arch = PairInteractionArch(num_vectors) if num_vectors else None
         products = self.interaction_arch.num_products if self.interaction_arch else 0
         layers = [*config.over_arch_layer_sizes, config.num_tasks]
+        self.dropout = nn.Dropout(config.dropout)
         self.over_arch = OverArch(dim + products + in_features, layers)
+        # made last: what is by itself starts the same with and without it
+        related = config.candidate_set.attention != "none"
+        self.relation_arch = RelationArch(config) if related else None
 
     def forward(self, candidates: Candidates) -> Tensor:
         """Logits [M, T]."""
-        tokens, offsets = candidates.tokens, candidates.offsets
-        vectors, beside = candidates.vectors, candidates.beside
-        if self.candidate_set_encoder is not None:
-            member = self.member_norm(torch.stack([tokens, *vectors]).sum(0))
-            found = self.candidate_set_encoder(
-                JaggedTensor(member, lengths=offsets.diff(), offsets=offsets)
-            )
-            relation = self.set_norm(found.values())
-            vectors, beside = (*vectors, relation), (*beside, relation, member * relation)
+        tokens, vectors, beside = candidates.tokens, candidates.vectors, candidates.beside
         if self.interaction_arch is None:
-            return self.over_arch(torch.cat([tokens, *beside], dim=1))
-        # scaled so that the dot product of two normed vectors is of the size of their entries
-        scale = tokens.shape[1] ** -0.25
-        crossed = self.interaction_arch(tokens * scale, torch.stack(vectors, dim=1) * scale)
-        return self.over_arch(torch.cat([crossed, *beside], dim=1))
+            inputs = torch.cat([tokens, *beside], dim=1)
+        else:
+            # scaled so that the dot product of two normed vectors is of the size of their entries
+            scale = tokens.shape[1] ** -0.25
+            crossed = self.interaction_arch(tokens * scale, torch.stack(vectors, dim=1) * scale)
+            inputs = torch.cat([crossed, *beside], dim=1)
+        logits = self.over_arch(self.dropout(inputs))
+        return logits if self.relation_arch is None else logits + self.relation_arch(candidates)
+
+
+class RelationArch(nn.Module):
+    """What the candidates of a request do to each other's logits, by a CandidateSetEncoder.
+
+    Args:
+        config: DLRM_IFAConfig, with a candidate_set attention.
+
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec import DLRM_IFAConfig, IFAConfig
+        >>> from ifa_torchrec.models.archs import Candidates, RelationArch
+        >>> from ifa_torchrec.modules import CandidateSetConfig
+        >>> config = DLRM_IFAConfig(("item",), ifa=IFAConfig(8),
+        ...     candidate_set=CandidateSetConfig("linear"))
+        >>> RelationArch(config)(Candidates(torch.randn(3, 8), torch.tensor([0, 2, 3]), (), ())).tolist()
+        [[0.0], [0.0], [0.0]]
+    """
+
+    def __init__(self, config: DLRM_IFAConfig) -> None:
+        super().__init__()
+        dim = config.ifa.embedding_dim
+        self.member_norm = nn.LayerNorm(dim)
+        self.candidate_set_encoder = CandidateSetEncoder(dim, config.candidate_set, config.ifa.backend)
+        self.relation_norm = nn.LayerNorm(dim)
+        self.hidden_arch = DenseArch(3 * dim, [dim])
+        self.output_proj = ZeroLinear(dim, config.num_tasks)
+
+    def forward(self, candidates: Candidates) -> Tensor:
+        """What is added to the logits, [M, T]."""
+        members = candidates.members(self.member_norm)
+        member, found = members.values(), self.candidate_set_encoder(members)
+        relation = self.relation_norm(found.values())
+        return self.output_proj(
+            self.hidden_arch(torch.cat([member, relation, member * relation], dim=1))
+        )
 
 
 def _check_interaction(interaction: SequenceInteraction, config: DLRM_IFAConfig) -> None:

@@ -44,6 +44,7 @@ class DLRM_IFAConfig:
         num_tasks: T.
         tasks: the T Tasks; () for binary ones called "label", or "label_0" and so on, of which the first
             ranks.
+        dropout: share of the over arch's inputs that are 0 in a step of the training, 0 to 1.
 
     Raises:
         ConfigError: a name is unknown or used twice, a number is out of range, scales are not one a
@@ -75,6 +76,7 @@ class DLRM_IFAConfig:
     item_vectors: dict[str, int] = field(default_factory=dict, kw_only=True)
     scales: dict[str, tuple[Scale, ...]] = field(default_factory=dict, kw_only=True)
     tasks: tuple[Task, ...] = field(default=(), kw_only=True)
+    dropout: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.interaction not in INTERACTIONS:
@@ -150,6 +152,8 @@ class DLRM_IFAConfig:
                 )
 
     def _check_numbers(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"DLRM_IFAConfig: dropout must be 0 to below 1, got {self.dropout}")
         numbers = {f"item_vectors[{name!r}]": width for name, width in self.item_vectors.items()}
         numbers |= {"num_tasks": self.num_tasks}
         least = dict.fromkeys(numbers, 1) | dict.fromkeys(_COLUMNS.values(), 0)

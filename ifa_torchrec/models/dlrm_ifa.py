@@ -25,6 +25,7 @@ CandidateArch; it and what follows are SetArch.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -39,12 +40,15 @@ from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.models.archs import CandidateArch, Candidates, Lookups, SetArch
 from ifa_torchrec.models.config import DLRM_IFAConfig
 from ifa_torchrec.models.sparse import PooledArch, SequenceArch, tables_of
+from ifa_torchrec.models.taken import TakenArch
 from ifa_torchrec.modules import (
     CandidateSetLoss,
     CandidateSetLossConfig,
     SequenceInteraction,
     UserState,
 )
+from ifa_torchrec.modules.candidate_set import TakenSample
+from ifa_torchrec.modules.history import counted
 from ifa_torchrec.modules.projections import reset_all
 
 
@@ -112,6 +116,7 @@ class DLRM_IFA(nn.Module):
             self.candidate_arch = CandidateArch(config, features, interaction)
             widths = self.candidate_arch.num_vectors, self.candidate_arch.out_features
             self.set_arch = SetArch(config, *widths)
+            self.taken_arch = TakenArch(config) if config.candidate_set.generate else None
         pooled = {"context_features": self.sparse_arch, "item_lists": self.item_sparse_arch}
         self.candidate_arch.weighted = tuple(n for n, arch in pooled.items() if arch and arch.weighted)
 
@@ -132,10 +137,100 @@ class DLRM_IFA(nn.Module):
         """
         return self.set_arch(self.describe(features))
 
-    def describe(self, features: RankingFeatures) -> Candidates:
+    def describe(self, features: RankingFeatures, state: UserState | None = None) -> Candidates:
         """Each candidate by itself; ``set_arch`` scores them, or some of them as if there were no
-        others."""
-        return self.candidate_arch(self.look_up(features), features)
+        others.
+
+        Args:
+            features: as ``forward``'s; with a state, as ``attend``'s.
+            state: what ``encode`` gave for the B histories, in their place; None to read these.
+
+        Raises:
+            ValueError: as ``forward``; or there is a state, and the interaction is not "ifa".
+        """
+        lookups = self.look_up(features)
+        if state is None:
+            return self.candidate_arch(lookups, features)
+        return self.candidate_arch.attend(lookups, features, state)
+
+    def scored(self, candidates: Candidates) -> Candidates:
+        """Candidates that keep their logits with nothing taken: ``logits_given`` of them costs what the
+        taken change, and no more. For a set that is built step by step."""
+        return dataclasses.replace(candidates, logits=self.set_arch(candidates))
+
+    def logits_given(self, candidates: Candidates, taken: Tensor | None = None) -> Tensor:
+        """The logits of every candidate beside its set, given those that are taken already: placed in
+        the set that will be shown.
+
+        Args:
+            candidates: what ``describe`` gave; of ``scored`` ones the logits are not reckoned again.
+            taken: [M] bool; None for nothing. A candidate that is taken is scored given the other ones.
+
+        Returns:
+            Logits [M, T]; with nothing taken, those of ``forward``.
+
+        Raises:
+            ConfigError: something is taken, and the model knows no relation to it.
+            ValueError: ``taken`` is not one bool a candidate.
+        """
+        logits = self.set_arch(candidates) if candidates.logits is None else candidates.logits
+        if taken is None:
+            return logits
+        return logits + self._taken_arch()(candidates, taken)
+
+    def gain_given(self, candidates: Candidates, taken: Tensor) -> Tensor:
+        """What the set that will be shown is worth more with each candidate: what to add greedily.
+
+        Its worth is the sum over what it holds of the predictions that rank (``set_worth``: of one
+        binary task the expected number of positives). A candidate adds its own, given those taken
+        already, and changes theirs: the second of two near-duplicates takes from the first. With
+        nothing taken the order is that of ``ranking_score``.
+
+        Args:
+            candidates: what ``scored`` gave; or ``describe``, and the logits are reckoned anew.
+            taken: [M] bool.
+
+        Returns:
+            [M], float32 at least; the numbers of those that are taken mean nothing.
+
+        Raises:
+            ConfigError, ValueError: as ``logits_given``.
+
+        Example:
+            >>> import torch
+            >>> from torchrec import EmbeddingCollection, EmbeddingConfig
+            >>> from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+            >>> from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, IFAConfig, generate_set
+            >>> from ifa_torchrec.batch import RankingFeatures
+            >>> from ifa_torchrec.modules import CandidateSetConfig
+            >>> tables = EmbeddingCollection(tables=[EmbeddingConfig(
+            ...     name="item", embedding_dim=8, num_embeddings=100,
+            ...     feature_names=["history_item", "candidate_item"])])
+            >>> model = DLRM_IFA(None, tables, DLRM_IFAConfig(("item",), ifa=IFAConfig(8, num_heads=2),
+            ...     candidate_set=CandidateSetConfig(generate=True)))
+            >>> sequence = KeyedJaggedTensor.from_lengths_sync(
+            ...     keys=["history_item", "candidate_item"],
+            ...     values=torch.arange(9), lengths=torch.tensor([4, 0, 3, 2]))
+            >>> features = RankingFeatures(torch.zeros(2, 0), KeyedJaggedTensor.empty(), sequence,
+            ...     torch.zeros(5, 0), history_age=torch.rand(4))
+            >>> candidates = model.scored(model.describe(features))
+            >>> rows = JaggedTensor(candidates.tokens, offsets=candidates.offsets)
+            >>> chosen = generate_set(
+            ...     lambda taken: model.gain_given(candidates, taken), rows, 2, "greedy")
+            >>> chosen.lengths().tolist()
+            [2, 2]
+        """
+        if candidates.logits is None:
+            candidates = self.scored(candidates)
+        return self._taken_arch().gain(candidates, taken, self.config.tasks)
+
+    def _taken_arch(self) -> TakenArch:
+        if self.taken_arch is None:
+            raise ConfigError(
+                "DLRM_IFA: the model knows no relation to what is taken, so no set can be generated "
+                "greedily; train it with CandidateSetConfig(generate=True), --candidate-set.generate"
+            )
+        return self.taken_arch
 
     def look_up(self, features: RankingFeatures) -> Lookups:
         """What the tables have of the features' ids."""
@@ -157,7 +252,7 @@ class DLRM_IFA(nn.Module):
         Raises:
             ValueError: as ``forward``; or the interaction is not "ifa".
         """
-        return self.set_arch(self.candidate_arch.attend(self.look_up(features), features, state))
+        return self.set_arch(self.describe(features, state))
 
     def encode(self, features: RankingFeatures) -> UserState:
         """Sum B histories into what ``attend`` takes in their place.
@@ -207,14 +302,22 @@ def _check_tables(tables: Sequence[EmbeddingConfig], config: DLRM_IFAConfig) -> 
 class DLRM_IFATrain(nn.Module):
     """DLRM_IFA with its loss, CandidateSetLoss, for TorchRec's train pipelines.
 
+    A model that generates sets learns in the same pass what the taken do to the others: of each request
+    some of the exposed are taken, drawn anew each time (TakenSample), and the logits of the exposed
+    given these have the pointwise and listwise terms too, as much as those with nothing taken. So models
+    that re-rank are trained on what was shown together (DLCM, arXiv 1804.05936; PRM, arXiv 1904.06813),
+    and Seq2Slate (arXiv 1810.02019) on what was placed already; the drawing is our own. The unexposed
+    take no part: whatever their labels may be, they say nothing of what was beside them.
+
     Args:
         dlrm_module: DLRM_IFA.
-        loss: CandidateSetLossConfig; None for its default, the mean binary cross entropy of all
-            candidates, and of regression tasks the Huber error of the exposed.
+        loss: CandidateSetLossConfig; None for its default, the mean binary cross entropy of the exposed
+            candidates and half a listwise term among them, and of regression tasks their Huber error.
         across_ranks: see CandidateSetLoss.
 
     Raises:
-        ValueError: the loss has a consistency term but candidates do not see each other.
+        ConfigError: the loss has a consistency term but candidates do not see each other; or nothing
+            else, and the model generates sets.
 
     Example:
         >>> import torch
@@ -254,6 +357,11 @@ class DLRM_IFATrain(nn.Module):
                 "DLRM_IFATrain: without a candidate_set attention no candidate sees another, and a "
                 "consistency term has nothing to do; give the model one, or the term the weight 0"
             )
+        self.taken_sample = self.taken_loss = None
+        if dlrm_module.taken_arch is not None:
+            alone = dataclasses.replace(self.loss.config, consistency=0.0)
+            self.taken_sample = TakenSample()
+            self.taken_loss = CandidateSetLoss(alone, across_ranks, dlrm_module.config.tasks)
 
     def forward(self, batch: RankingBatch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """
@@ -266,4 +374,10 @@ class DLRM_IFATrain(nn.Module):
         if self.loss.config.consistency:  # the exposed, scored where the others do not stand beside them
             alone = self.model.set_arch(candidates.only(batch.exposed))
         loss = self.loss(logits, batch.labels, batch.exposed, candidates.offsets, alone)
+        taken_arch = self.model.taken_arch
+        if taken_arch and self.taken_sample and self.taken_loss and self.training:
+            shown = batch.exposed
+            taken = self.taken_sample(shown, candidates.offsets)
+            given, offsets = logits + taken_arch(candidates, taken), counted(shown, candidates.offsets)
+            loss = loss + self.taken_loss(given[shown], batch.labels[shown], shown[shown], offsets)
         return loss, (loss.detach(), logits.detach(), batch.labels.detach())

@@ -5,6 +5,7 @@ from ifa_torchrec.modules.candidate_loss import CandidateSetLoss, CandidateSetLo
 from ifa_torchrec.modules.candidate_set import (
     CandidateSetConfig,
     CandidateSetEncoder,
+    TakenRelation,
     generate_set,
 )
 from ifa_torchrec.modules.config import IFAConfig, InteractionConfig
@@ -43,6 +44,7 @@ __all__ = [
     "SequenceInteraction",
     "SoftmaxAttention",
     "TWINAttention",
+    "TakenRelation",
     "Task",
     "UserState",
     "generate_set",

@@ -98,6 +98,7 @@ class SequenceInteraction(nn.Module):
             ConfigError: they differ; the message names the fields with both values.
         """
         saved = json.loads(bytes(state.to("cpu", torch.uint8).tolist()))
+        saved = {"readout": "linear"} | saved  # all were, before there was a choice
         mine = _meaning(self.config)
         if len(saved["identity_features"]) != len(mine["identity_features"]):
             # of other shapes: without them the rest may be loaded (strict=False)

@@ -20,6 +20,9 @@ from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules.tasks import Task, binary_tasks, check_tasks
 from ifa_torchrec.ops.jagged import request_of_row
 
+LISTWISE = 0.5
+"""Weight of the listwise term over that of the pointwise one, by default."""
+
 
 @dataclass(frozen=True)
 class CandidateSetLossConfig:
@@ -27,11 +30,13 @@ class CandidateSetLossConfig:
 
     Args:
         pointwise: of the binary cross entropy, and of the error of regression tasks.
-        listwise: of the softmax within a request, of binary tasks.
+        listwise: of the softmax within a request, of binary tasks; None for half of ``pointwise``.
         consistency: of the divergence between the scores with and without the unexposed.
         unexposed: how much an unexposed candidate counts, 0 to 1, where its missing label is taken
             for a 0: in the softmax's denominator and, with ``pointwise_unexposed``, in the cross
-            entropy.
+            entropy. 0: labels of the exposed alone, which teach no model what is shown
+            (docs/exposure.md). 1 for a log whose unexposed candidates have true labels. Of a log of
+            exposed candidates alone it says nothing.
         pointwise_unexposed: whether the cross entropy takes in the unexposed at all.
         regression: error of a regression task whose standardised label is missed by d: "huber", d^2 / 2
             up to 1 and |d| - 1 / 2 beyond, which labels far out do not rule; "squared", d^2 / 2.
@@ -41,14 +46,14 @@ class CandidateSetLossConfig:
 
     Example:
         >>> from ifa_torchrec.modules import CandidateSetLossConfig
-        >>> CandidateSetLossConfig(listwise=0.5).pointwise
-        1.0
+        >>> CandidateSetLossConfig().listwise_weight, CandidateSetLossConfig(listwise=0.2).pointwise
+        (0.5, 1.0)
     """
 
     pointwise: float = 1.0
-    listwise: float = 0.0
+    listwise: float | None = None
     consistency: float = 0.0
-    unexposed: float = 1.0
+    unexposed: float = 0.0
     pointwise_unexposed: bool = True
     regression: Literal["huber", "squared"] = "huber"
 
@@ -60,7 +65,7 @@ class CandidateSetLossConfig:
             )
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "regression" and not value >= 0:
+            if field.name != "regression" and value is not None and not value >= 0:
                 raise ConfigError(
                     f"CandidateSetLossConfig: {field.name} must be at least 0, got {value}"
                 )
@@ -68,21 +73,27 @@ class CandidateSetLossConfig:
             raise ConfigError(
                 f"CandidateSetLossConfig: unexposed must be at most 1, got {self.unexposed}"
             )
-        if self.pointwise == self.listwise == self.consistency == 0:
+        if self.pointwise == self.listwise_weight == self.consistency == 0:
             raise ConfigError("CandidateSetLossConfig: pointwise, listwise and consistency are all 0")
+
+    @property
+    def listwise_weight(self) -> float:
+        """``listwise``, or what it is by default. It has nothing to do where no request has both a 0 and
+        a 1 of a binary task."""
+        return LISTWISE * self.pointwise if self.listwise is None else self.listwise
 
 
 class CandidateSetLoss(nn.Module):
     """A loss over whole candidate sets: calibrated, ranking, and the same as at inference.
 
-    With s the logits of a request and task, P its positives, N its negatives, u_c = 1 for an
-    exposed candidate and ``unexposed`` for another:
+    With s the logits of a request and task, u_c = 1 for an exposed candidate and ``unexposed`` for
+    another, P its positives and N its negatives with u_c > 0:
 
     - pointwise, for calibration: binary cross entropy, the mean over candidates weighted by u_c
-      (over the exposed alone with pointwise_unexposed=False).
+      (over the exposed alone by default, and with pointwise_unexposed=False).
     - listwise, for the order: the mean over p in P of -log(e^s_p / (e^s_p + sum_{c in N} u_c e^s_c)).
-      At inference every candidate competes, so the unexposed stand in the denominator; as their
-      labels are missing, not 0, they may count less. One positive does not compete with
+      The labels of the unexposed are missing, not 0: by default they do not stand in the
+      denominator. One positive does not compete with
       another. Mean over the requests that have both; a request without a positive, or of
       positives alone, has no order to learn and is left out.
     - consistency, against a train-inference gap: with p and p' the softmax over a request's exposed
@@ -185,11 +196,11 @@ class CandidateSetLoss(nn.Module):
         total = logits.sum() * 0.0
         if config.pointwise:
             total = total + config.pointwise * self._pointwise(logits, labels, exposed, tasks)
-        if config.listwise:
+        if config.listwise_weight:
             counts = torch.where(exposed, 1.0, config.unexposed).to(dtype)[:, None]
             each, weight = _listwise(logits, labels, counts, request, requests)
             listed = [task.weight if task.kind == "binary" else 0.0 for task in tasks]
-            total = total + config.listwise * self._mean(each, _times(weight, listed))
+            total = total + config.listwise_weight * self._mean(each, _times(weight, listed))
         if config.consistency:
             if exposed_logits is None or exposed_logits.shape != (int(exposed.sum()), logits.shape[1]):
                 got = None if exposed_logits is None else list(exposed_logits.shape)
@@ -233,8 +244,8 @@ def _listwise(
     logits: Tensor, labels: Tensor, counts: Tensor, request: Tensor, requests: int
 ) -> tuple[Tensor, Tensor]:
     """The listwise term of each candidate, and what it counts; [M, T] both."""
-    positive = labels > 0
-    negative = ~positive & (counts > 0)
+    counted = counts > 0
+    positive, negative = counted & (labels > 0), counted & (labels <= 0)
     # a request without negatives has no finite sum: its rows are left out below
     shifted = torch.where(negative, logits + counts.clamp(min=1e-30).log(), -math.inf)
     against = segment_logsumexp(shifted, request, requests)

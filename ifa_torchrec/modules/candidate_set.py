@@ -6,7 +6,7 @@ hand (only the abstract and the introduction), so this one is ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,9 +17,11 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 from ifa_torchrec import ops
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules.config import IFAConfig
+from ifa_torchrec.modules.history import counted
 from ifa_torchrec.modules.ifa import InteractionFidelityAttention
-from ifa_torchrec.modules.projections import reset_all
+from ifa_torchrec.modules.projections import ZeroLinear, reset_all
 from ifa_torchrec.modules.softmax import SoftmaxAttention
+from ifa_torchrec.ops.jagged import request_of_row, rows_of_requests
 
 ATTENTIONS = {"softmax": SoftmaxAttention, "linear": InteractionFidelityAttention}
 
@@ -29,12 +31,14 @@ class CandidateSetConfig:
     """How the candidates of a request see each other.
 
     Args:
-        attention: "softmax", O(m^2), for sets of some hundreds; "linear", O(m), for larger ones,
-            the same op that meets the history; "none": they do not.
-        num_heads: heads of width D / num_heads.
+        attention: how each is seen beside all others: "softmax", O(m^2), for sets of some hundreds;
+            "linear", O(m), for larger ones, the same op that meets the history; "none": not.
+        num_heads: heads of width D / num_heads of this attention.
+        generate: whether each is also seen beside those that are taken already, so that a set can be
+            generated greedily; with any attention, "none" too.
 
     Raises:
-        ValueError: attention is none of these.
+        ConfigError: attention is none of these.
 
     Example:
         >>> from ifa_torchrec.modules import CandidateSetConfig
@@ -44,6 +48,7 @@ class CandidateSetConfig:
 
     attention: Literal["none", "softmax", "linear"] = "none"
     num_heads: int = 2
+    generate: bool = False
 
     def __post_init__(self) -> None:
         known = ["none", *ATTENTIONS]
@@ -88,8 +93,11 @@ class CandidateSetEncoder(nn.Module):
         super().__init__()
         if config.attention == "none":
             raise ValueError("CandidateSetEncoder: attention 'none' needs no encoder")
+        # by softmax without masses, for which a matrix of scores would have to be kept
+        masses = config.attention == "linear"
         self.attention = ATTENTIONS[config.attention](
-            IFAConfig(embedding_dim, num_heads=config.num_heads, backend=backend), device=device
+            IFAConfig(embedding_dim, num_heads=config.num_heads, backend=backend, interest_mass=masses),
+            device=device,
         )
 
     def reset_parameters(self) -> None:
@@ -108,6 +116,166 @@ class CandidateSetEncoder(nn.Module):
             context; to be put beside the tokens, not in their place.
         """
         return self.attention(candidates, candidates if context is None else context)
+
+
+class TakenRelation(nn.Module):
+    """What those already taken into the set do to the logits of a request's candidates.
+
+    A term for each pair, summed over what is taken, so that two near-duplicates count twice:
+
+        term_it = sum_{j taken, j != i} q_it . k_j + sum_f u_tf [id_f of i = id_f of j]
+        with q_it = W_t x_i and k_j = V x_j + b
+
+    A candidate that is taken itself is seen beside the other ones. Linear in candidates and in what is
+    taken, and exactly 0 where nothing is. Id 0 is "unknown", and is like no other. Our own; W and u
+    start at 0 (``ZeroLinear``).
+
+    Args:
+        embedding_dim: D.
+        num_outputs: T, terms of a candidate.
+        num_ids: F, id features that are compared.
+        device: of the parameters.
+
+    Example:
+        >>> import torch
+        >>> from torchrec.sparse.jagged_tensor import JaggedTensor
+        >>> from ifa_torchrec.modules import TakenRelation
+        >>> relation = TakenRelation(8, num_outputs=2, num_ids=1)
+        >>> candidates = JaggedTensor(torch.randn(5, 8), lengths=torch.tensor([3, 2]))
+        >>> category = torch.tensor([[7], [8], [7], [7], [9]])
+        >>> relation(candidates, torch.tensor([True, False, False, True, False]), category).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_outputs: int,
+        num_ids: int = 0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_outputs = num_outputs
+        self.query_proj = ZeroLinear(embedding_dim, num_outputs * embedding_dim, device)
+        self.key_proj = nn.Linear(embedding_dim, embedding_dim, device=device)
+        self.same_proj = ZeroLinear(num_ids, num_outputs, device) if num_ids else None
+
+    def forward(self, candidates: JaggedTensor, taken: Tensor, ids: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            candidates: tokens [M, D] of B requests.
+            taken: [M] bool.
+            ids: [M, F] integers; needed where there are id features.
+
+        Returns:
+            [M, T].
+
+        Raises:
+            ValueError: ``taken`` is not one bool a candidate, or the ids are not F.
+        """
+        query, key = self._projected(candidates, taken, ids)
+        offsets = candidates.offsets()
+        request = request_of_row(offsets, taken.shape[0])
+        given = key * taken[:, None]
+        total = key.new_zeros(offsets.shape[0] - 1, key.shape[1]).index_add(0, request, given)
+        term = torch.einsum("mtd,md->mt", query, total[request] - given)
+        if self.same_proj is None or ids is None:
+            return term
+        itself = (taken[:, None] & (ids != 0)).to(key.dtype)
+        same = [
+            _same(ids[rows], ids[span], key.dtype).sum(0) for rows, span in _by_request(offsets, taken)
+        ]
+        return term + self.same_proj(torch.cat([itself[:0], *same]) - itself)
+
+    def between(
+        self, candidates: JaggedTensor, taken: Tensor, ids: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, slice, Tensor]]:
+        """What each candidate would add to the terms of those that are taken.
+
+        Args:
+            candidates, taken, ids: as ``forward``'s.
+
+        Yields:
+            For each request the t rows that are taken, the rows of its m candidates, and the terms
+            [t, m, T].
+        """
+        query, key = self._projected(candidates, taken, ids)
+        for rows, span in _by_request(candidates.offsets(), taken):
+            term = torch.einsum("rtd,md->rmt", query[rows], key[span])
+            if self.same_proj is not None and ids is not None:
+                term = term + self.same_proj(_same(ids[rows], ids[span], key.dtype))
+            yield rows, span, term
+
+    def _projected(
+        self, candidates: JaggedTensor, taken: Tensor, ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Query [M, T, D] and key [M, D] of each candidate."""
+        tokens = candidates.values()
+        if taken.shape != tokens.shape[:1] or taken.dtype != torch.bool:
+            raise ValueError(
+                f"taken must be [{tokens.shape[0]}] bool, one a candidate; got {list(taken.shape)} "
+                f"{taken.dtype}"
+            )
+        wanted = 0 if self.same_proj is None else self.same_proj.in_features
+        found = 0 if ids is None else ids.shape[1]
+        if found != wanted:
+            raise ValueError(f"ids must be of {wanted} features, got {found}")
+        query = self.query_proj(tokens).unflatten(1, (self.num_outputs, tokens.shape[1]))
+        return query, self.key_proj(tokens)
+
+
+def _same(ids: Tensor, others: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 where an id of one, [t, F], is that of another, [m, F], and known; [t, m, F]."""
+    return ((ids[:, None] == others) & (ids != 0)[:, None]).to(dtype)
+
+
+def _by_request(offsets: Tensor, taken: Tensor) -> Iterator[tuple[Tensor, slice]]:
+    """The rows that are taken of each request, and those of its candidates. Of one request no size is
+    read from a tensor but that of what is taken, so that a graph of it can be exported."""
+    rows = taken.nonzero()[:, 0]
+    sizes = rows_of_requests(offsets, taken.shape[0])
+    first = 0
+    for mine, size in zip(
+        rows.split(rows_of_requests(counted(taken, offsets), rows.shape[0])), sizes, strict=True
+    ):
+        yield mine, slice(first, first + size)
+        first += size
+
+
+class TakenSample(nn.Module):
+    """Draws which of the exposed candidates are taken while training: of every other request all E of
+    them, so that each is seen beside what it was shown with, and of the rest a number between 0 and
+    E - 1, each as likely, and any of them, as in a set that grows.
+
+    A module, so that tracing a model for a pipeline meets it as a leaf.
+
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec.modules.candidate_set import TakenSample
+        >>> exposed, offsets = torch.tensor([True, True, False, True]), torch.tensor([0, 3, 4])
+        >>> taken = TakenSample()(exposed, offsets)
+        >>> bool(taken[2]), int(taken.sum()) <= 3
+        (False, True)
+    """
+
+    def forward(self, exposed: Tensor, offsets: Tensor) -> Tensor:
+        """
+        Args:
+            exposed: [M] bool.
+            offsets: [B + 1], the requests' candidates.
+
+        Returns:
+            [M] bool.
+        """
+        request = request_of_row(offsets, exposed.shape[0])
+        shown = counted(exposed, offsets).diff()
+        share, whole = torch.rand(2, shown.shape[0], device=offsets.device)
+        wanted = torch.where(whole < 0.5, shown, (share * shown).to(shown.dtype))
+        # the exposed of each request in an order of their own, the others behind them
+        lot = torch.where(exposed, torch.rand(exposed.shape[0], device=offsets.device), 1.0)
+        order = _ranked(-lot, offsets)
+        place = torch.arange(exposed.shape[0], device=offsets.device) - offsets[:-1][request]
+        return torch.zeros_like(exposed).index_copy(0, order, place < wanted[request])
 
 
 Scorer = Callable[[Tensor], Tensor]

@@ -14,7 +14,7 @@ FORGOTTEN = 2.0**-80
 above what float32 can hold, so that a mean's gradient, 1 / sum of it, is finite."""
 _SMALLEST, _LARGEST = 1e-12, 1e12
 """Of eps and mass_scale; beyond, float32 has infinities where there should be numbers."""
-_KEYS = 2**36
+MOST_IDENTITY_KEYS = 2**36
 """Most identity keys K R; times 2^26 requests they still are int64."""
 
 
@@ -102,7 +102,7 @@ class InteractionConfig:
             self.identity_buckets > 0, f"identity_buckets must be positive, got {self.identity_buckets}"
         )
         check(
-            self.identity_key_range <= _KEYS,
+            self.identity_key_range <= MOST_IDENTITY_KEYS,
             f"identity_buckets {self.identity_buckets} of {len(self.identity_features)} features are "
             f"{self.identity_key_range} keys; there can be 2^36",
         )
@@ -147,7 +147,11 @@ class IFAConfig(InteractionConfig):
         feature_map: phi of the dense heads: "elu", "relu" or "hedgehog"; the fourth positional.
         eps: keeps the division of the dense heads defined where nothing matched: it is added to
             what matched, in units of the features that the history holds in all, sum_f z_hf. So an
-            old history answers as a young one does; 1e-12 to 1e12.
+            old history answers as a young one does; 1e-12 to 1e12. Of the linear read-out alone.
+        readout: how candidates read the user state, which is the same either way. "linear": by
+            phi(q), the paper's linear attention. "softmax": they attend by softmax to its d_phi
+            summaries, the means S_r / z_r, by likeness and by how much of the history each stands for.
+            Our own addition.
 
     Raises:
         ConfigError: a value is out of range; the message names it.
@@ -160,6 +164,7 @@ class IFAConfig(InteractionConfig):
 
     feature_map: Literal["elu", "relu", "hedgehog"] = "elu"
     eps: float = field(default=1e-6, kw_only=True)
+    readout: Literal["linear", "softmax"] = field(default="linear", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -168,6 +173,10 @@ class IFAConfig(InteractionConfig):
             f"feature_map {self.feature_map!r} is none of {sorted(ops.FEATURE_MAPS)}",
         )
         self._check_scale("eps")
+        self._check(
+            self.readout in ("linear", "softmax"),
+            f'readout {self.readout!r} is neither "linear" nor "softmax"',
+        )
 
     @property
     def feature_width(self) -> int:

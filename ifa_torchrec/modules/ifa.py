@@ -21,6 +21,8 @@ from ifa_torchrec.ops.jagged import request_of_row
 _GAINS = {"elu": 1.5, "relu": 1.5, "hedgehog": 3.0}
 """Queries and keys start as this times the (normed) tokens; larger is more selective, and learns more
 slowly where it is too large."""
+_SOFT = 1.2
+"""The same of keys under the softmax read-out, whose sharpness is the softmax's: soft features."""
 
 
 class InteractionFidelityAttention(SequenceInteraction):
@@ -33,6 +35,14 @@ class InteractionFidelityAttention(SequenceInteraction):
     event's kind is 1 where the config has no gates. The result is that of the quadratic form; no event
     is dropped. ``forward(candidates, history)`` equals ``attend(candidates, encode(history))``. Interest
     masses, identity heads and gates are our own additions.
+
+    With ``readout="softmax"`` the same state is read otherwise: a candidate attends by softmax to the
+    d_phi summaries mu_hr = S_hr / z_hr of a head, each the mean value of the events that have feature r,
+
+        out_hc = sum_r E_hcr S_hr / sum_r E_hcr z_hr        E_hcr = exp(q_hc^T mu_hr / sqrt(d))
+
+    which is the linear read-out with features of the candidate that the history has made. The mass is
+    the denominator's either way.
 
     As numerator and denominator decay together, a history answers the same however old it is, and only
     its mass says that it is old: for 80 half-lives, after which a head answers as if there were none.
@@ -62,7 +72,7 @@ class InteractionFidelityAttention(SequenceInteraction):
         super().__init__(config, device)
         gain = _GAINS[config.feature_map]
         self.query_proj = self._projection(gain, device)
-        self.key_proj = self._projection(gain, device)
+        self.key_proj = self._projection(gain if config.readout == "linear" else _SOFT, device)
         self.gates = EventGates(config.gates, (config.num_heads,), device) if config.gates else None
 
     @overload
@@ -217,24 +227,11 @@ class InteractionFidelityAttention(SequenceInteraction):
         """
         events = self._history(history, history_age, history_ids, history_gates)
         self._check_candidates(candidates, candidate_ids, len(events))
-        config = self.config
         ends = candidates.offsets().tolist()
         result = []
         for b, asking in enumerate(slice(*span) for span in pairwise(ends)):
             event = events.request(b)
-            weight = self._gated(event).event_weights(self.half_lives)
-            key = ops.reference.features(event.tokens, self.heads(self.key_proj), config.feature_map)
-            *_, attention = ops.reference.quadratic(
-                candidates.values()[asking],
-                event.tokens,
-                self.heads(self.query_proj),
-                self.heads(self.key_proj),
-                self.heads(self.value_proj),
-                weight / _scale(torch.einsum("nhf,nh->hf", key, weight)),
-                config.feature_map,
-                config.eps,
-            )
-            parts = [attention]
+            parts = [self._dense_weights(candidates.values()[asking], event)]
             if self.identity is not None and candidate_ids is not None:
                 parts += self.identity.attention_weights(event, candidate_ids[asking])
             result.append(torch.cat(parts, dim=2))
@@ -243,7 +240,7 @@ class InteractionFidelityAttention(SequenceInteraction):
     def dense_heads(
         self, candidates: JaggedTensor, history: History, candidate_ids: Tensor | None, /
     ) -> tuple[Tensor, Tensor]:
-        """Outputs [M, H, d] and masses [M, H] of the linear attention."""
+        """Outputs [M, H, d] and masses [M, H] of the dense heads."""
         return self._attend_dense(candidates, *self._encode_dense(history))
 
     def _gated(self, history: History) -> History:
@@ -266,6 +263,15 @@ class InteractionFidelityAttention(SequenceInteraction):
     def _attend_dense(
         self, candidates: JaggedTensor, key_value: Tensor, key_sum: Tensor
     ) -> tuple[Tensor, Tensor]:
+        if self.config.readout == "softmax":
+            heads, log_matched = ops.attend_softmax(
+                candidates.values(),
+                candidates.offsets(),
+                self.heads(self.query_proj),
+                *summaries(key_value, key_sum),
+                self.config.backend,
+            )
+            return heads, self._mass_of_log(log_matched)
         # the op's eps is absolute: scaled to 1, a state of any age is read out as one of today
         scale = _scale(key_sum)
         heads, matched = ops.attend(
@@ -280,6 +286,24 @@ class InteractionFidelityAttention(SequenceInteraction):
         )
         request = request_of_row(candidates.offsets(), candidates.values().shape[0])
         return heads, self._mass(matched * scale[request])
+
+    def _dense_weights(self, asking: Tensor, event: History) -> Tensor:
+        """What each event of one request weighs for the candidates asking [m, D]: [m, n, H]."""
+        config, reference = self.config, ops.reference
+        weight = self._gated(event).event_weights(self.half_lives)
+        projections = [self.heads(p) for p in (self.query_proj, self.key_proj, self.value_proj)]
+        key = reference.features(event.tokens, projections[1], config.feature_map)
+        key_sum = torch.einsum("nhf,nh->hf", key, weight)
+        if config.readout == "linear":
+            given = (weight / _scale(key_sum), config.feature_map, config.eps)
+            return reference.quadratic(asking, event.tokens, *projections, *given)[2]
+        value = torch.einsum("nD,hdD->nhd", event.tokens, projections[2])
+        key_value = torch.einsum("nhf,nhd,nh->hfd", key, value, weight)
+        query = torch.einsum("mD,hdD->mhd", asking, projections[0])
+        mean, log_weight = summaries(key_value, key_sum)
+        share = reference.shares(query, mean[None], log_weight[None])[0]
+        of_event = key * weight[..., None] * (-log_weight).masked_fill(log_weight.isinf(), 0.0).exp()
+        return torch.einsum("mhf,nhf->mnh", share, of_event)
 
     def _encode_parts(
         self, history: Iterable[JaggedTensor], **given: Iterable[Tensor] | None
@@ -340,6 +364,31 @@ class InteractionFidelityAttention(SequenceInteraction):
             tensors["identity_sum"] = weight * identity
             tensors["identity_value"] = value * identity[..., None]
         return UserState(**tensors)
+
+
+def summaries(key_value: Tensor, key_sum: Tensor) -> tuple[Tensor, Tensor]:
+    """A state's features as summaries of the history, which the softmax read-out attends to.
+
+    Args:
+        key_value: S [..., H, d_phi, d]; key_sum: z [..., H, d_phi].
+
+    Returns:
+        The means S / z [..., H, d_phi, d], and log z [..., H, d_phi]; zeros and -inf of a feature that
+        no event has, or next to none of a head's: 2^-80 of it.
+
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec.modules.ifa import summaries
+        >>> mean, log_weight = summaries(torch.tensor([[[6.0], [0.0]]]), torch.tensor([[2.0, 0.0]]))
+        >>> mean.flatten().tolist(), log_weight.exp().flatten().tolist()
+        ([3.0, 0.0], [2.0, 0.0])
+    """
+    total = key_sum.sum(-1, keepdim=True)
+    # said so that a NaN is not "none"
+    none = (total <= FORGOTTEN) | (key_sum / _scale(key_sum)[..., None] <= FORGOTTEN)
+    weight = key_sum.masked_fill(none, 1.0)
+    mean = key_value.masked_fill(none[..., None], 0.0) / weight[..., None]
+    return mean, weight.log().masked_fill(none, -torch.inf)
 
 
 def _scale(key_sum: Tensor) -> Tensor:

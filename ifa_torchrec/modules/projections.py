@@ -108,3 +108,28 @@ class OutputProjection(nn.Linear):
                 start = torch.eye(self.out_features, device=self.weight.device)
                 self.weight[:, : self.width] = start.repeat(1, copies) / copies
                 self.bias.zero_()
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at 0: what it adds is nothing until training finds something.
+
+    The start of ReZero (Bachlechner et al. 2020, arXiv 2003.04887), of a matrix. Without a bias.
+
+    Args:
+        features: width of what comes in.
+        outputs: width of what goes out.
+        device: of the weight.
+
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec.modules.projections import ZeroLinear
+        >>> ZeroLinear(3, 1)(torch.ones(1, 3)).tolist()
+        [[0.0]]
+    """
+
+    def __init__(self, features: int, outputs: int, device: torch.device | str | None = None) -> None:
+        super().__init__(features, outputs, bias=False, device=device)
+
+    def reset_parameters(self) -> None:
+        """Start anew; also after ``to_empty``."""
+        nn.init.zeros_(self.weight)

@@ -3,7 +3,7 @@
 Letters, here and everywhere: B requests, M candidates and N events in all of them, D the width of
 a token, H dense heads of width d, d_phi features a head, L half-lives of an identity feature.
 
-Three functions, each with the backends "reference" (plain, the truth), "torch" (tiled, with its
+Four functions, each with the backends "reference" (plain, the truth), "torch" (tiled, with its
 own backward), "native" (C++, on CPU), "triton" (on GPUs) and "auto" (the fastest that serves).
 ``ifa backends`` prints which there are. An exported graph holds the backend's name and chooses anew
 where it runs: what "auto" exported beside the C++ kernels runs without them. The environment variable
@@ -18,8 +18,8 @@ What all of them take and give, whichever the backend:
   ``match`` look at offsets on the CPU alone; on a GPU, where a look would wait for the device, the
   torch backend looks when it needs them, and the triton backend never: it stays within the tensors
   whatever they are, and of wrong ones gives something wrong.
-- Sums are float32 (float64 where the first argument of ``encode``, ``match``'s history or ``attend``'s
-  key_value is), under autocast and any default dtype or device, too.
+- Sums are float32 (float64 where the first argument of ``encode``, ``match``'s history, ``attend``'s
+  key_value or ``attend_softmax``'s summaries are), under autocast and any default dtype or device, too.
 - No gradient flows to ages and decay.
 - A token that is NaN or infinite spoils the results of its own request (a candidate's: its own row)
   and no other's.
@@ -35,6 +35,7 @@ from functools import partial
 import torch
 
 from ifa_torchrec.ops.attend import attend
+from ifa_torchrec.ops.attend_softmax import attend_softmax
 from ifa_torchrec.ops.backends import BACKENDS, Backend
 from ifa_torchrec.ops.encode import encode
 from ifa_torchrec.ops.feature_maps import FEATURE_MAPS
@@ -46,6 +47,7 @@ __all__ = [
     "FEATURE_MAPS",
     "Backend",
     "attend",
+    "attend_softmax",
     "encode",
     "match",
     "native",

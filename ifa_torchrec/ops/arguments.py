@@ -59,6 +59,16 @@ class AttendArguments(NamedTuple):
     eps: float
 
 
+class AttendSoftmaxArguments(NamedTuple):
+    """Of ``attend_softmax``."""
+
+    candidates: Tensor
+    offsets: Tensor
+    query_weight: Tensor
+    summaries: Tensor
+    log_weight: Tensor
+
+
 class MatchArguments(NamedTuple):
     """Of ``match``."""
 

@@ -1,4 +1,4 @@
-"""What the arguments of encode, attend and match must be: one look, ahead of every backend."""
+"""What the arguments of the operators must be: one look, ahead of every backend."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def checked(
             if letter == "d_phi" and feature_map is not None:
                 width = sizes["d"][0] * FEATURE_MAPS[feature_map].expansion
                 sizes.setdefault(letter, (width, f"feature_map {feature_map!r}"))
-            if letter in ("H", "d", "D") and guard_or_false(size < 1):
+            if letter in ("H", "d", "D", "R") and guard_or_false(size < 1):
                 raise ValueError(f"{must_be}, {letter} > 0, got {list(x.shape)}")
             wanted, by = sizes.setdefault(letter, (size, name))
             # sizes that a trace does not know pass here; the operators look again when they run

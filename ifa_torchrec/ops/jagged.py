@@ -25,3 +25,25 @@ def request_of_row(offsets: Tensor, rows: int | None = None) -> Tensor:
     """
     requests = torch.arange(offsets.shape[0] - 1, device=offsets.device)
     return torch.repeat_interleave(requests, offsets.diff(), output_size=rows)
+
+
+def rows_of_requests(offsets: Tensor, rows: int) -> list[int]:
+    """How many rows each request has.
+
+    Of one request these are all rows, for which no tensor is looked at: in an exported graph of one
+    request no size becomes one of its own.
+
+    Args:
+        offsets: [B + 1] int64, request b's rows are offsets[b]:offsets[b + 1].
+        rows: offsets[-1].
+
+    Returns:
+        B numbers.
+
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec.ops.jagged import rows_of_requests
+        >>> rows_of_requests(torch.tensor([0, 2, 2, 3]), 3)
+        [2, 0, 1]
+    """
+    return [rows] if offsets.shape[0] == 2 else offsets.diff().tolist()

@@ -1,8 +1,8 @@
 """The scoring of one request from a user's state, as a graph of plain tensors for other runtimes.
 
-Behind the lookups the graph is CandidateArch and SetArch themselves, traced; no formula is written a
-second time. What it contains are PyTorch's own operators (aten), so that nothing of this package, of
-TorchRec or of fbgemm is needed to run it.
+Behind the lookups the graph is CandidateArch, SetArch and TakenArch themselves, traced; no formula is
+written a second time. What it contains are PyTorch's own operators (aten), so that nothing of this
+package, of TorchRec or of fbgemm is needed to run it.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._inductor import aoti_compile_and_package
 from torch.export import Dim, ExportedProgram
-from torchrec.modules.embedding_configs import DataType, PoolingType
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from ifa_torchrec.batch import RankingFeatures
@@ -25,27 +25,28 @@ from ifa_torchrec.data import LogSchema
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.models.archs import CandidateArch, Lookups, SetArch
 from ifa_torchrec.models.config import DLRM_IFAConfig
-from ifa_torchrec.models.sparse import PooledArch
+from ifa_torchrec.models.taken import TakenArch
 from ifa_torchrec.modules import InteractionFidelityAttention, UserState
 from ifa_torchrec.serving.errors import StateError
+from ifa_torchrec.serving.plain_tables import PlainPooledArch, plain_tables
 
-FORMAT = "ifa-scoring-graph/2"
+FORMAT = "ifa-scoring-graph/3"
 
 
 @dataclass(frozen=True)
-class GraphInput:
-    """A tensor that a scoring graph takes.
+class GraphTensor:
+    """A tensor that a scoring graph takes or gives.
 
     Args:
-        name: of ``ScoringGraph.forward``'s argument.
+        name: what ``ScoringGraph.forward`` calls it.
         shape: numbers; "M" where it is the number of candidates, "U" that of identity rows, and
             "L_NAME" that of the ids in a list.
-        dtype: "int64" or "float32".
+        dtype: "int64", "float32" or "bool".
         columns: names of the last dimension's entries, where they have names.
 
     Example:
-        >>> from ifa_torchrec.serving.export import GraphInput
-        >>> GraphInput("candidate_ids", ("M", 2), "int64", ("item", "category")).shape
+        >>> from ifa_torchrec.serving.export import GraphTensor
+        >>> GraphTensor("candidate_ids", ("M", 2), "int64", ("item", "category")).shape
         ('M', 2)
     """
 
@@ -68,10 +69,10 @@ class ScoringGraph(nn.Module):
 
     Raises:
         ValueError: the model has no user state.
-        StateError: candidates see each other, or its tables are of another type.
+        StateError: its tables are of another type, or of managed collisions.
 
     Attributes:
-        inputs: a GraphInput for each argument of ``forward``, in order.
+        inputs: a GraphTensor for each argument of ``forward``, in order.
 
     Example:
         >>> import torch
@@ -86,9 +87,9 @@ class ScoringGraph(nn.Module):
         >>> graph = ScoringGraph(model, LogSchema(item_features={"item": 100}))
         >>> [given.name for given in graph.inputs]
         ['candidate_ids', 'context_ids', 'dense', 'candidate_dense', 'key_value', 'key_sum', 'count']
-        >>> none, no_history = torch.empty(0), torch.zeros(1, 2, 4, 5)
+        >>> none, no_history = torch.empty(0), (torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4))
         >>> graph(torch.tensor([[7], [9]]), none.long(), none, torch.empty(2, 0),
-        ...     no_history[..., 1:], no_history[..., 0], torch.tensor([0])).shape
+        ...     *no_history, torch.tensor([0])).shape
         torch.Size([2, 1])
     """
 
@@ -98,30 +99,29 @@ class ScoringGraph(nn.Module):
         ifa = model.candidate_arch.ifa.config
         if model.sequence_arch.managed:
             raise StateError("tables of managed collisions cannot be exported; serve them with Scorer")
-        if config.candidate_set.attention != "none":
-            raise StateError(
-                f"candidate_set {config.candidate_set.attention!r}: a model whose candidates see each "
-                "other cannot be exported, its attention among them takes sizes from tensors; serve it "
-                "with Scorer"
-            )
         self.config, self.schema = config, schema
         keys = list(config.candidate_keys.values())
-        self.tables = _tables(model.sequence_arch.embedding_collection, keys)
+        self.tables = plain_tables(model.sequence_arch.embedding_collection, keys)
         self.projections = model.sequence_arch.projections
-        self.context_arch = _Pooled.of(model.sparse_arch)
-        self.list_arch = _Pooled.of(model.item_sparse_arch)
+        self.context_arch = PlainPooledArch.of(model.sparse_arch)
+        self.list_arch = PlainPooledArch.of(model.item_sparse_arch)
         plain = dataclasses.replace(ifa, backend="reference")
         features = 0 if self.context_arch is None else len(self.context_arch.names)
         self.candidate_arch = CandidateArch(config, features, InteractionFidelityAttention(plain))
         self.set_arch = SetArch(
-            config, self.candidate_arch.num_vectors, self.candidate_arch.out_features
+            dataclasses.replace(config, ifa=plain),
+            self.candidate_arch.num_vectors,
+            self.candidate_arch.out_features,
         )
-        self.candidate_arch.load_state_dict(model.candidate_arch.state_dict())
-        self.set_arch.load_state_dict(model.set_arch.state_dict())
+        self.taken_arch = None if model.taken_arch is None else TakenArch(config)
+        for name in ("candidate_arch", "set_arch", "taken_arch"):
+            arch: nn.Module | None = getattr(self, name)
+            if arch is not None:
+                arch.load_state_dict(getattr(model, name).state_dict())
         self.inputs = _inputs(config, schema)
         self.eval()
 
-    def forward(self, *tensors: Tensor) -> Tensor:
+    def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """
         Args:
             tensors: those that ``inputs`` describes, in its order; what a model has nothing of is left
@@ -140,9 +140,12 @@ class ScoringGraph(nn.Module):
                 - identity_key: [U] int64, ascending, U >= 0; identity_value: [U, L, d] and
                   identity_sum: [U, L], the state's tables, where there are identity features. Rows that
                   no candidate asks for may be left out.
+                - taken: [M] bool, which candidates are in the set already, where the model generates
+                  sets.
 
         Returns:
-            Logits [M, T].
+            Logits [M, T]. Where the model generates sets: DLRM_IFA.logits_given [M, T], and what it
+            takes greedily, gain_given [M].
 
         Raises:
             ValueError: there are more or fewer tensors.
@@ -167,7 +170,13 @@ class ScoringGraph(nn.Module):
         )
         candidates = JaggedTensor(rows, offsets=_offsets(m))
         lookups = Lookups(self._context(given), self._lists(given, m), None, candidates)
-        return self.set_arch(self.candidate_arch.attend(lookups, features, self._state(given)))
+        described = self.candidate_arch.attend(lookups, features, self._state(given))
+        logits, taken = self.set_arch(described), given.get("taken")
+        if self.taken_arch is None or taken is None:
+            return logits
+        scored = dataclasses.replace(described, logits=logits)
+        gain = self.taken_arch.gain(scored, taken, self.config.tasks)
+        return logits + self.taken_arch(described, taken), gain
 
     def _context(self, given: dict[str, Tensor]) -> Tensor | None:
         """[1, Fs, D]."""
@@ -215,7 +224,7 @@ class ScoringGraph(nn.Module):
 def export_scorer(model: DLRM_IFA, schema: LogSchema) -> ExportedProgram:
     """Export the scoring of one request, for any number of candidates and of identity rows.
 
-    ``torch.export.save`` writes it, ``torch._inductor.aoti_compile_and_package`` compiles it.
+    ``torch.export.save`` writes it, ``package_scorer`` compiles it.
 
     Args:
         model, schema: as ScoringGraph's.
@@ -237,9 +246,9 @@ def export_scorer(model: DLRM_IFA, schema: LogSchema) -> ExportedProgram:
         ...     feature_names=["history_item", "candidate_item"])])
         >>> model = DLRM_IFA(None, tables, DLRM_IFAConfig(("item",), ifa=IFAConfig(8, num_heads=2)))
         >>> score = export_scorer(model, LogSchema(item_features={"item": 100})).module()
-        >>> none, no_history = torch.empty(0), torch.zeros(1, 2, 4, 5)
+        >>> none, no_history = torch.empty(0), (torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4))
         >>> score(torch.tensor([[7], [9], [11]]), none.long(), none, torch.empty(3, 0),
-        ...     no_history[..., 1:], no_history[..., 0], torch.tensor([0])).shape
+        ...     *no_history, torch.tensor([0])).shape
         torch.Size([3, 1])
     """
     graph = ScoringGraph(model, schema)
@@ -256,6 +265,30 @@ def export_scorer(model: DLRM_IFA, schema: LogSchema) -> ExportedProgram:
         return torch.export.export(
             graph, tuple(example), dynamic_shapes={"tensors": tuple(dynamic)}, strict=False
         )
+
+
+def package_scorer(program: ExportedProgram, path: Path) -> None:
+    """Compile an exported program for this machine's processor, by AOTInductor.
+
+    A package takes the memory of its inputs for contiguous and looks at no stride: a tensor that is a
+    column of another is read wrongly and in silence. Where the environment has
+    AOTI_RUNTIME_CHECK_INPUTS=1 when a package first runs, it checks dtypes, shapes and strides and
+    throws.
+
+    Args:
+        program: from export_scorer.
+        path: to write, a name that ends in .pt2; ``torch._inductor.aoti_load_package`` loads it.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.serving import export_scorer
+        >>> from ifa_torchrec.serving.export import package_scorer
+        >>> def package(model, schema):  # takes most of a minute
+        ...     package_scorer(export_scorer(model, schema), Path("scorer.pt2"))
+    """
+    # Inductor never assumes a size below 2, and its check of the inputs would refuse what runs well
+    options = {"aot_inductor.check_lowerbound": False}
+    aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
 
 
 def describe(model: DLRM_IFA, schema: LogSchema, version: str, vocabulary: str) -> dict[str, Any]:
@@ -282,7 +315,9 @@ def describe(model: DLRM_IFA, schema: LogSchema, version: str, vocabulary: str) 
     """
     config = model.config.ifa
     tasks = list(schema.tasks)
-    inputs = _inputs(model.config, schema)
+    inputs, outputs = _inputs(model.config, schema), [_columns("logits", tasks, "float32", "M")]
+    if model.config.candidate_set.generate:
+        outputs.append(GraphTensor("gain", ("M",), "float32"))
     lists = {n: "ids in a list, 0 or more" for i in inputs for n in i.shape if str(n).startswith("L_")}
     sizes = {"M": "candidates, 1 or more", "U": "rows of the identity tables, 0 or more", **lists}
     tables = (schema.item_features, schema.candidate_features, schema.context_features)
@@ -293,11 +328,19 @@ def describe(model: DLRM_IFA, schema: LogSchema, version: str, vocabulary: str) 
         "vocabulary": vocabulary,
         "sizes": sizes,
         "inputs": [dataclasses.asdict(given) for given in inputs],
-        "output": {"name": "logits", "shape": ["M", len(tasks)], "dtype": "float32", "columns": tasks},
+        "layout": "each input contiguous, the last dimension's entries beside each other, on the CPU; a "
+        "part of a larger tensor must be copied",
+        "outputs": [dataclasses.asdict(given) for given in outputs],
         "tasks": [dataclasses.asdict(task) for task in model.config.tasks],
         "scores": "a binary task's logit is the log odds; a regression's number is scale.mean + "
         "scale.deviation * logit, and expm1 of that where scale.log",
         "table_rows": {name: rows for table in tables for name, rows in table.items()},
+        "candidate_set": {
+            "attention": model.config.candidate_set.attention,
+            "generate": model.config.candidate_set.generate,
+            "taken": "with none taken the logits are the ranking's; a set of k is generated by taking "
+            "k times that candidate of the others whose gain, given those taken, is largest",
+        },
         "missing": "a number that is missing is NaN; an id that is unknown, or new, is row 0",
         "identity": {
             "features": list(config.identity_features),
@@ -308,95 +351,7 @@ def describe(model: DLRM_IFA, schema: LogSchema, version: str, vocabulary: str) 
     }
 
 
-class _Int8Table(nn.Module):
-    """A quantised table, read without fbgemm: its rows are 4 bytes, scale and bias in float16, then
-    the D values, then what aligns them."""
-
-    values: Tensor
-    scale_bias: Tensor
-
-    def __init__(self, packed: Tensor, dim: int) -> None:
-        super().__init__()
-        self.register_buffer("values", packed[:, 4 : 4 + dim].contiguous())
-        self.register_buffer("scale_bias", packed[:, :4].contiguous().view(torch.float16))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Rows [*ids.shape, D] float32."""
-        scale, bias = F.embedding(ids, self.scale_bias).float().split(1, dim=-1)
-        return F.embedding(ids, self.values).float() * scale + bias
-
-
-class _Pooled(nn.Module):
-    """A PooledArch without TorchRec's lookups."""
-
-    def __init__(self, arch: PooledArch) -> None:
-        super().__init__()
-        collection: Any = arch.embedding_bag_collection
-        self.names = list(arch.sparse_feature_names)
-        self.tables = _tables(collection, self.names)
-        self.projections = arch.projections
-        self.means = {
-            name
-            for config in collection.embedding_bag_configs()
-            for name in config.feature_names
-            if config.pooling == PoolingType.MEAN
-        }
-
-    @staticmethod
-    def of(arch: PooledArch | None) -> _Pooled | None:
-        """Of a model's, where it has one."""
-        return None if arch is None else _Pooled(arch)
-
-    def forward(
-        self, ids: dict[str, Tensor], row: dict[str, Tensor] | None = None, rows: int = 1
-    ) -> Tensor:
-        """
-        Args:
-            ids: of each feature, [L].
-            row: [L], in which of the ``rows`` each is pooled; None where there is one.
-            rows: how many.
-
-        Returns:
-            [rows, features, D].
-        """
-        pooled: list[Tensor] = []
-        for name, table in zip(self.names, self.tables, strict=True):
-            found = table(ids[name])
-            ones = found.new_ones(found.shape[0], 1)
-            if row is None:
-                whole, count = found.sum(0, keepdim=True), ones.sum(0, keepdim=True)
-            else:
-                whole = found.new_zeros(rows, found.shape[1]).index_add(0, row[name], found)
-                count = found.new_zeros(rows, 1).index_add(0, row[name], ones)
-            if name in self.means:
-                whole = whole / count.clamp(min=1)
-            pooled.append(self.projections(whole, name))
-        return torch.stack(pooled, dim=1)
-
-
-def _tables(collection: Any, features: Iterable[str]) -> nn.ModuleList:
-    """The table of each feature, from a collection of float or int8 tables."""
-    if hasattr(collection, "embedding_bags"):
-        configs, tables = collection.embedding_bag_configs(), collection.embedding_bags
-    else:
-        configs, tables = collection.embedding_configs(), collection.embeddings
-    result = {}
-    for config in configs:
-        weight = tables[config.name].weight
-        if config.data_type == DataType.FP32:
-            table = nn.Embedding.from_pretrained(weight)
-        elif config.data_type == DataType.INT8:
-            table = _Int8Table(weight, config.embedding_dim)
-        else:
-            raise StateError(
-                f"table {config.name!r} of {config.data_type.value} cannot be exported; "
-                "float32 and int8 can"
-            )
-        result |= dict.fromkeys(config.feature_names, table)
-    return nn.ModuleList(result[feature] for feature in features)
-
-
-def _inputs(config: DLRM_IFAConfig, schema: LogSchema) -> tuple[GraphInput, ...]:
+def _inputs(config: DLRM_IFAConfig, schema: LogSchema) -> tuple[GraphTensor, ...]:
     ifa = config.ifa
     of_candidate = (*schema.item_features, *schema.candidate_features)
     vectors = tuple(f"{name}_{i}" for name, n in schema.item_vectors.items() for i in range(n))
@@ -411,30 +366,32 @@ def _inputs(config: DLRM_IFAConfig, schema: LogSchema) -> tuple[GraphInput, ...]
     if vectors:
         given.append(_columns("item_vectors", vectors, "float32", "M"))
     for name in schema.context_lists:
-        given.append(GraphInput(f"context_list_{name}", (f"L_{name}",), "int64"))
+        given.append(GraphTensor(f"context_list_{name}", (f"L_{name}",), "int64"))
     for name in schema.item_lists:
         for end in ("", "_candidate"):
-            given.append(GraphInput(f"item_list_{name}{end}", (f"L_{name}",), "int64"))
+            given.append(GraphTensor(f"item_list_{name}{end}", (f"L_{name}",), "int64"))
     if config.item_names[0] in ifa.identity_features:
-        given.append(GraphInput("candidate_item_ids", ("M",), "int64"))
+        given.append(GraphTensor("candidate_item_ids", ("M",), "int64"))
     d, heads, half_lives = ifa.head_width, ifa.num_heads, len(ifa.identity_half_lives)
     given += [
-        GraphInput("key_value", (1, heads, ifa.feature_width, d), "float32"),
-        GraphInput("key_sum", (1, heads, ifa.feature_width), "float32"),
-        GraphInput("count", (1,), "int64"),
+        GraphTensor("key_value", (1, heads, ifa.feature_width, d), "float32"),
+        GraphTensor("key_sum", (1, heads, ifa.feature_width), "float32"),
+        GraphTensor("count", (1,), "int64"),
     ]
     if ifa.identity_features:
         given += [
-            GraphInput("identity_key", ("U",), "int64"),
-            GraphInput("identity_value", ("U", half_lives, d), "float32"),
-            GraphInput("identity_sum", ("U", half_lives), "float32"),
+            GraphTensor("identity_key", ("U",), "int64"),
+            GraphTensor("identity_value", ("U", half_lives, d), "float32"),
+            GraphTensor("identity_sum", ("U", half_lives), "float32"),
         ]
+    if config.candidate_set.generate:
+        given.append(GraphTensor("taken", ("M",), "bool"))
     return tuple(given)
 
 
-def _columns(name: str, columns: Iterable[str], dtype: str, *rows: str) -> GraphInput:
+def _columns(name: str, columns: Iterable[str], dtype: str, *rows: str) -> GraphTensor:
     columns = tuple(columns)
-    return GraphInput(name, (*rows, len(columns)), dtype, columns)
+    return GraphTensor(name, (*rows, len(columns)), dtype, columns)
 
 
 def _offsets(rows: int) -> Tensor:

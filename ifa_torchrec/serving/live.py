@@ -40,6 +40,8 @@ class Limits:
     """Most ranking requests a call."""
     max_candidates: int = 5000
     """Most candidates a ranking request, and of requests that are scored together."""
+    max_set: int = 100
+    """Most items that a ranking request may have chosen one by one ("strategy": "greedy")."""
     max_events: int = 1000
     """Most events a call, and of calls whose events are written together."""
     max_ahead: float = 60
@@ -66,7 +68,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class LiveRanking(Ranking):
-    """A ranking of all candidates, and what made it.
+    """A ranking of all candidates, or a set of them, and what made it.
 
     Args:
         version: of the weights.
@@ -168,15 +170,23 @@ class LiveScorer:
             self._checking = self._checker.submit(store.check)
         await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._checking)), 1)
 
-    async def rank(self, requests: Sequence[RankingRequest]) -> list[LiveRanking | BaseException]:
+    async def rank(
+        self, requests: Sequence[RankingRequest], sizes: Sequence[int | None] = ()
+    ) -> list[LiveRanking | BaseException]:
         """The ranking of each request, or else what is wrong with it.
+
+        Args:
+            requests: the requests.
+            sizes: of each, how many candidates are to be chosen one by one, None for a ranking of all;
+                () where all are to be ranked.
 
         Raises:
             QueueFullError: too much waits already.
             asyncio.TimeoutError: it takes too long.
         """
         shares = [len(request.candidates) / self.limits.max_candidates for request in requests]
-        return await self._results(self._rank, requests, shares)
+        wanted = list(zip(requests, sizes or [None] * len(requests), strict=True))
+        return await self._results(self._rank, wanted, shares)
 
     async def append(self, events: Sequence[Event]) -> list[EventResult] | BaseException:
         """What became of each event, once those that were taken are in the store; or else what is wrong.
@@ -205,11 +215,11 @@ class LiveScorer:
         together = asyncio.gather(*futures, return_exceptions=True)
         return await asyncio.wait_for(together, self.limits.timeout)
 
-    def _rank(self, requests: list[RankingRequest]) -> list[LiveRanking]:
+    def _rank(self, wanted: list[tuple[RankingRequest, int | None]]) -> list[LiveRanking]:
         scorer = self._scorers[0]
         version, names = scorer.store.version, tuple(scorer.schema.tasks)
-        rankings = scorer.rank(requests)
-        self.metrics.candidates.inc(sum(len(ranking.items) for ranking in rankings))
+        rankings = _rankings(scorer, wanted)
+        self.metrics.candidates.inc(sum(len(request.candidates) for request, _ in wanted))
         self.metrics.late.inc(sum(ranking.as_of is not None for ranking in rankings))
         self.metrics.unknown.labels("candidate").inc(sum(r.unknown_candidates for r in rankings))
         self.metrics.unknown.labels("context").inc(sum(r.unknown_context for r in rankings))
@@ -259,3 +269,14 @@ class LiveScorer:
             _log.info("weights %s serve now", self.version)
             self.metrics.model.info({"version": self.version})
             self.metrics.reloads.labels("ok").inc()
+
+
+def _rankings(scorer: Scorer, wanted: list[tuple[RankingRequest, int | None]]) -> list[Ranking]:
+    """What ``scorer`` says to each request: the rankings at once, and the sets of each size."""
+    found: dict[int, Ranking] = {}
+    for size in dict.fromkeys(size for _, size in wanted):
+        places = [n for n, (_, other) in enumerate(wanted) if other == size]
+        alike = [wanted[n][0] for n in places]
+        rankings = scorer.rank(alike) if size is None else scorer.rank(alike, size, "greedy")
+        found |= zip(places, rankings, strict=True)
+    return [found[n] for n in range(len(wanted))]

@@ -66,7 +66,8 @@ def quantize_tables(model: DLRM_IFA, dtype: torch.dtype = torch.qint8) -> DLRM_I
     context, lists = (quantised[name] if name in floats else None for name in pooled)
     bags = context if lists is None else (context, lists)
     result = DLRM_IFA(bags, quantised["sequences"], model.config)
-    result.candidate_arch, result.set_arch = model.candidate_arch, model.set_arch
+    for name in ("candidate_arch", "set_arch", "taken_arch"):
+        setattr(result, name, getattr(model, name))
     result.sequence_arch.projections = model.sequence_arch.projections
     for mine, theirs in zip((result.sparse_arch, result.item_sparse_arch), pooled.values(), strict=True):
         if mine is not None and theirs is not None:

@@ -21,6 +21,8 @@ from ifa_torchrec.serving.times import utc
 
 Id = int | str
 """An external id: an integer of 64 bits, or a string."""
+Strategy = Literal["topk", "greedy"]
+"""How the k best are chosen: all at once, or one by one, each beside those chosen before it."""
 _LARGEST = 2**63 - 1
 _YEAR = 365 * 86400.0  # seconds
 
@@ -63,7 +65,8 @@ class Ranking:
 
     Args:
         items: ids, as the request gave them.
-        logits: [len(items), T] float32, one column a task.
+        logits: [len(items), T] float32, one column a task; of a set that was chosen one by one, those
+            that each item has beside the others of the set.
         as_of: None, or the time it is of where that is not the request's, since the state could not
             go back to it: microseconds. ``StateStore.read`` says how far it can.
         unknown_candidates: how many candidates the vocabulary does not know.

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec.batch import RankingFeatures
 from ifa_torchrec.data import EventLog
 from ifa_torchrec.models import DLRM_IFA
+from ifa_torchrec.models.archs import Candidates
 from ifa_torchrec.modules import UserState, generate_set, ranking_score
 from ifa_torchrec.serving.catalogue import Catalogue
 from ifa_torchrec.serving.errors import BUILD_COMMAND, DROP_COMMAND, RequestError, StateError, StoreError
@@ -19,12 +22,29 @@ from ifa_torchrec.serving.requests import (
     EventResult,
     Ranking,
     RankingRequest,
+    Strategy,
     checked_event,
     checked_request,
 )
 from ifa_torchrec.serving.states.journal import Event
 from ifa_torchrec.serving.states.layout import StateLayout
 from ifa_torchrec.serving.states.store import StateStore
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Requests as the model sees them.
+
+    Args:
+        candidates: of B requests, each candidate by itself.
+        as_of: [B] the times that they are as of.
+        items, values: [B] how many candidates, and values of the context, are unknown.
+    """
+
+    candidates: Candidates
+    as_of: list[int]
+    items: list[int]
+    values: list[int]
 
 
 class Scorer:
@@ -113,42 +133,88 @@ class Scorer:
             StateError: ``strict``, and the state cannot go back to the request's time.
             StoreError: states are lost or damaged, or the store fails.
         """
-        return self._score([checked_request(self.schema, request) for request in requests])[0]
-
-    @torch.no_grad()
-    def _score(
-        self, requests: Sequence[RankingRequest]
-    ) -> tuple[list[np.ndarray], list[int], list[int], list[int]]:
-        """Of checked requests the logits of every candidate, the times that they are as of, and how many
-        candidates and values of the context are unknown."""
+        requests = [checked_request(self.schema, request) for request in requests]
         if not requests:
-            return [], [], [], []
-        read = self._catalogue.read_requests(requests)
-        state, as_of = self._state(requests, read.features)
-        logits = self.model.attend(read.features, state).float().numpy()
-        if not np.isfinite(logits).all():
-            raise RequestError("the logits overflow; give smaller numbers in dense, candidate_dense")
-        ends = np.cumsum([len(request.candidates) for request in requests])
-        return np.split(logits, ends[:-1]), as_of.tolist(), read.items.tolist(), read.values.tolist()
+            return []
+        logits = self._logits(self._read(requests).candidates, None).numpy()
+        return np.split(logits, np.cumsum([len(request.candidates) for request in requests])[:-1])
 
-    def rank(self, requests: Sequence[RankingRequest], k: int | None = None) -> list[Ranking]:
-        """The k best candidates of each request by ``ranking_score``; None for all.
+    def rank(
+        self, requests: Sequence[RankingRequest], k: int | None = None, strategy: Strategy = "topk"
+    ) -> list[Ranking]:
+        """The k best candidates of each request by ``ranking_score``, None for all; or k that are best
+        together.
+
+        Args:
+            requests: B of them.
+            k: how many; a request with fewer candidates gives all it has.
+            strategy: as ``generate_set``'s; "greedy" for a model that was trained to score candidates
+                given what is taken, and takes what adds most to the set. The logits are then those
+                that each has beside the others of its set.
 
         Raises:
-            RequestError, UnknownUserError, StateError: as ``score``.
-            ValueError: k is negative.
+            RequestError, UnknownUserError, StateError: as ``score``; or the model was not trained for
+                "greedy", or that has no k.
+            ValueError: k is negative, or the strategy unknown.
         """
-        rankings: list[Ranking] = []
+        if not requests:
+            return []
+        if strategy == "greedy":
+            self._check_greedy(k)
         requests = [checked_request(self.schema, request) for request in requests]
-        for request, logits, as_of, *unknown in zip(requests, *self._score(requests), strict=True):
-            m = len(request.candidates)
-            whole = JaggedTensor(torch.empty(m), lengths=torch.tensor([m]))
-            score = ranking_score(torch.from_numpy(logits), self.model.config.tasks)
-            chosen = generate_set(score, whole, m if k is None else k).values().numpy()
-            moved = None if request.time in (None, as_of) else as_of
-            items = [request.candidates[row] for row in chosen]
-            rankings.append(Ranking(items, logits[chosen], moved, *unknown))
+        read = self._read(requests)
+        chosen, logits = self._chosen(read.candidates, k, strategy)
+        rows, ends = chosen.values().numpy(), chosen.offsets().tolist()
+        starts = read.candidates.offsets.tolist()
+        rankings: list[Ranking] = []
+        for b, request in enumerate(requests):
+            mine = slice(ends[b], ends[b + 1])
+            moved = None if request.time in (None, read.as_of[b]) else read.as_of[b]
+            items = [request.candidates[row] for row in (rows[mine] - starts[b]).tolist()]
+            rankings.append(Ranking(items, logits[mine], moved, read.items[b], read.values[b]))
         return rankings
+
+    def _check_greedy(self, k: int | None) -> None:
+        if not self.model.config.candidate_set.generate:
+            raise RequestError(
+                "strategy 'greedy': this model was not trained to score candidates given those that are "
+                "taken (ifa train --candidate-set.generate); ask for 'topk'"
+            )
+        if k is None:
+            raise RequestError("strategy 'greedy' chooses the k best one by one; give k")
+
+    @torch.no_grad()
+    def _read(self, requests: Sequence[RankingRequest]) -> _Read:
+        """What is known of the candidates of checked requests, each by itself."""
+        read = self._catalogue.read_requests(requests)
+        state, as_of = self._state(requests, read.features)
+        candidates = self.model.scored(self.model.describe(read.features, state))
+        return _Read(candidates, as_of.tolist(), read.items.tolist(), read.values.tolist())
+
+    @torch.no_grad()
+    def _logits(self, candidates: Candidates, taken: Tensor | None) -> Tensor:
+        logits = self.model.logits_given(candidates, taken).float()
+        if not torch.isfinite(logits).all():
+            raise RequestError("the logits overflow; give smaller numbers in dense, candidate_dense")
+        return logits
+
+    @torch.no_grad()
+    def _chosen(
+        self, candidates: Candidates, k: int | None, strategy: Strategy
+    ) -> tuple[JaggedTensor, np.ndarray]:
+        """The rows that are chosen, and their logits [n, T]: by themselves, or beside their set."""
+        offsets, logits = candidates.offsets, self._logits(candidates, None)
+        whole = JaggedTensor(candidates.tokens, lengths=offsets.diff(), offsets=offsets)
+        best = ranking_score(logits, self.model.config.tasks)
+        if strategy != "greedy":
+            chosen = generate_set(best, whole, len(best) if k is None else k, strategy)
+            return chosen, logits[chosen.values()].numpy()
+        chosen = generate_set(
+            lambda taken: self.model.gain_given(candidates, taken), whole, k or 0, strategy
+        )
+        rows = chosen.values()
+        taken = torch.zeros(len(best), dtype=torch.bool).index_fill(0, rows, True)
+        return chosen, self._logits(candidates, taken)[rows].numpy()
 
     def append(self, events: Sequence[Event], max_ahead: float = 60) -> list[EventResult]:
         """Add events to their users' states, each once however often it is given.

@@ -128,6 +128,7 @@ def model_config(schema: LogSchema, config: TrainConfig, scales: Mapping[str, Sc
         search_feature=config.search_feature,
         candidate_set=config.candidate_set,
         over_arch_layer_sizes=config.over_arch_layer_sizes,
+        dropout=config.dropout,
         num_tasks=len(schema.tasks),
         tasks=tasks_of(schema, config, scales),
     )

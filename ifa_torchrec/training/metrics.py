@@ -17,7 +17,6 @@ import torch
 from torchmetrics.functional import mean_absolute_error, mean_squared_error
 from torchmetrics.functional.classification import binary_auroc
 from torchrec.metrics.ne import compute_ne
-from torchrec.sparse.jagged_tensor import JaggedTensor
 
 
 def gauc(request: np.ndarray, score: np.ndarray, label: np.ndarray) -> float:
@@ -246,56 +245,6 @@ def why_unranked(request: np.ndarray, label: np.ndarray) -> str | None:
     if count.max() == 1:
         return "each request has one candidate alone, so there is no order within it"
     return "in every request all labels are equal, so no order is better than another"
-
-
-def set_metrics(
-    chosen: JaggedTensor, candidates: JaggedTensor, label: np.ndarray, category: np.ndarray
-) -> dict[str, float]:
-    """How good the sets are that ``generate_set`` gave.
-
-    Args:
-        chosen: of B requests; its values are rows of the candidates, best first, k of each request
-            or all it has.
-        candidates: of the same B requests; its lengths say which rows belong together.
-        label: [M] 0 or 1.
-        category: [M], an id.
-
-    Returns:
-        "ndcg@k" and "recall@k" (of the positives that k places can hold), means over the requests
-        whose labels are not all equal; "diversity", the share of a set's pairs that are of
-        different categories, the mean over the sets of two or more. NaN where there is none.
-
-    Example:
-        >>> import numpy as np, torch
-        >>> from torchrec.sparse.jagged_tensor import JaggedTensor
-        >>> from ifa_torchrec import generate_set
-        >>> from ifa_torchrec.training.metrics import set_metrics
-        >>> candidates = JaggedTensor(torch.zeros(3, 8), lengths=torch.tensor([3]))
-        >>> chosen = generate_set(torch.tensor([2.0, 1.0, 0.0]), candidates, k=2)
-        >>> metrics = set_metrics(chosen, candidates, np.array([1, 0, 1]), np.array([5, 5, 6]))
-        >>> metrics["recall@k"], metrics["diversity"]
-        (0.5, 0.0)
-    """
-    gains, recalls, diversities = [], [], []
-    ends = candidates.offsets().tolist()
-    sets = chosen.values().cpu().numpy()
-    bounds = chosen.offsets().tolist()
-    for b in range(len(bounds) - 1):
-        rows = sets[bounds[b] : bounds[b + 1]]
-        every = label[ends[b] : ends[b + 1]]
-        discount = 1 / np.log2(np.arange(len(rows)) + 2)
-        best = int(min(every.sum(), len(rows)))
-        if 0 < every.sum() < len(every) and len(rows):
-            gains.append((label[rows] * discount).sum() / discount[:best].sum())
-            recalls.append(label[rows].sum() / best)
-        if len(rows) > 1:
-            pair = np.triu_indices(len(rows), 1)
-            diversities.append((category[rows][pair[0]] != category[rows][pair[1]]).mean())
-
-    def mean(values: list[float]) -> float:
-        return float(np.mean(values)) if values else np.nan
-
-    return {"ndcg@k": mean(gains), "recall@k": mean(recalls), "diversity": mean(diversities)}
 
 
 def _numbered(request: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -22,8 +22,13 @@ _NAMES = {
     "mae": "mean absolute error, in the label's unit",
     "rmse": "root mean squared error, in the label's unit",
     "correlation": "correlation within a request",
+    "gap": "mean change of the prediction",
 }
 _RANKED, _AGAINST = "ranked_", "gauc_"
+_VIEWS = {"_exposed": "exposed", "_exposed_alone": "exposed, without the others"}
+"""Ends of the numbers that are of the exposed candidates, and these columns' names."""
+
+_STRATEGIES = {"topk": "sets by top-k", "greedy": "chosen one by one"}
 
 
 def as_table(metrics: Mapping[str, Any], tasks: Sequence[Task]) -> str:
@@ -48,7 +53,12 @@ def as_table(metrics: Mapping[str, Any], tasks: Sequence[Task]) -> str:
     parts: list[str] = []
     for task in tasks:
         of_task = metrics if len(tasks) == 1 else metrics[task.name]
-        columns = {"all": of_task, **{f"{k} items": v for k, v in of_task.get("items", {}).items()}}
+        columns = {"all": of_task} | {
+            name: {k.removesuffix(end): v for k, v in of_task.items() if k.endswith(end)}
+            for end, name in _VIEWS.items()
+            if any(k.endswith(end) for k in of_task)
+        }
+        columns |= {f"{k} items": v for k, v in of_task.get("items", {}).items()}
         lines = [f"{task.name} ({'0 or 1' if task.kind == 'binary' else 'a number'})"]
         lines.append(_text({name: _of_task(values) for name, values in columns.items()}))
         if task.name in metrics.get("notes", {}):
@@ -62,6 +72,8 @@ def as_table(metrics: Mapping[str, Any], tasks: Sequence[Task]) -> str:
             }
             lines.append(_text(groups, transposed=True))
         parts.append("\n".join(lines))
+    if "sets" in metrics:
+        parts.append(_text({_STRATEGIES[k]: _of_sets(v) for k, v in metrics["sets"].items()}))
     if "shares" in metrics:
         parts.append(_text(_shares(metrics["shares"]), transposed=True))
     return "\n\n".join(parts)
@@ -71,7 +83,9 @@ def _of_task(values: Mapping[str, Any]) -> dict[str, str]:
     """The numbers of a task under readable names; those of groups are left out."""
     named = {key: name for key, name in _NAMES.items() if key in values}
     named |= {
-        key: f"GAUC against {key.removeprefix(_AGAINST)}" for key in values if key.startswith(_AGAINST)
+        key: f"GAUC against {key.removeprefix(_AGAINST)}"
+        for key in values
+        if key.startswith(_AGAINST) and not key.endswith(tuple(_VIEWS))
     }
     named |= {
         _RANKED + key: f"{name}, by the score that ranks"
@@ -79,6 +93,17 @@ def _of_task(values: Mapping[str, Any]) -> dict[str, str]:
         if _RANKED + key in values
     }
     return {name: _number(values[key]) for key, name in named.items()}
+
+
+def _of_sets(values: Mapping[str, Any]) -> dict[str, str]:
+    """The numbers of sets; those by item feature have a row each."""
+    rows: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            rows |= {f"{name} of {feature}": _number(of) for feature, of in value.items()}
+        else:
+            rows[_NAMES.get(name, name)] = _number(value)
+    return rows
 
 
 def _shares(shared: Mapping[str, Any]) -> dict[str, dict[str, str]]:

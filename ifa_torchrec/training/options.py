@@ -16,6 +16,9 @@ from ifa_torchrec.errors import ConfigError, writing
 from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig, IFAConfig
 from ifa_torchrec.modules.interactions import InteractionName
 
+MOST_REQUESTS = 32
+"""Requests a batch and rank unless the options say more."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -29,6 +32,10 @@ class TrainConfig:
     """How candidates meet the history."""
     ifa: IFAConfig = field(default_factory=lambda: IFAConfig(embedding_dim=64, num_heads=2))
     """The sequence interaction; the other interactions use what applies to them."""
+    identity: bool = True
+    """Identity heads on every id feature of the item, where --ifa.identity-features names none: as many
+    buckets as the largest of their tables has rows, and, unless --ifa.identity-half-lives are given,
+    half-lives of infinity, 30 and 7 days."""
     gate: tuple[str, ...] | None = None
     """Event features by whose value each head learns what an event weighs; by default those of at
     most 64 values."""
@@ -49,6 +56,8 @@ class TrainConfig:
     ranks. Of several, probabilities and standardised numbers are summed."""
     over_arch_layer_sizes: tuple[int, ...] = (64, 32)
     """Hidden layers over the interactions."""
+    dropout: float = 0.0
+    """Share of the inputs of those layers that are 0 in a step of the training."""
     managed_rows: dict[str, int] = field(default_factory=dict)
     """Item tables of fewer rows than ids, e.g. item_table 20000: TorchRec's managed collisions give
     rows of their own to the ids that are met often and lately; the others share the last row."""
@@ -63,16 +72,29 @@ class TrainConfig:
     """Optimisers and learning rates."""
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     """Where the tables may lie, e.g. --sharding.tables item_table row_wise."""
-    warmup_steps: int = 50
-    """Steps in which the dense learning rate rises to its value; it then falls to 5% of it."""
+    warmup_steps: int | None = None
+    """Steps in which the dense learning rate rises to its value; it then falls to 5% of it. By default
+    8% of all steps."""
     epochs: int = 1
     """Passes over the requests."""
     max_events: int = 32768
     """Budget of history events a batch and rank."""
-    max_requests: int = 32
-    """Most requests a batch and rank."""
+    max_requests: int | None = None
+    """Most requests a batch and rank; by default so many that a pass has at least 500 steps, but 4 to
+    32 in all."""
     validate: bool = True
     """Measure the split `valid`, if there is one, after each epoch."""
+    validate_every: int | None = None
+    """Steps after which it is measured within an epoch too."""
+    keep_best: str | None = None
+    """Metric of the split `valid` by which the best checkpoint is kept and used, e.g. gauc, ne, or of
+    several tasks click_ne; last for the last checkpoint. By default the order within the requests
+    (gauc), or where none can be ranked ne; last without that split."""
+    patience: int | None = None
+    """End after so many validations in a row that were no better; by default none."""
+    calibrate: bool = True
+    """Fit a temperature and a bias of each binary task on the split `valid`, if there is one, by which
+    all that uses the run predicts."""
     checkpoint_every: int = 500
     """Steps between checkpoints; there is one at the end in any case."""
     resume: bool = False
@@ -83,6 +105,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         at_least = dict.fromkeys(("epochs", "max_events", "max_requests", "checkpoint_every"), 1)
         at_least |= {"history_length": 1, "recent_length": 1, "warmup_steps": 0, "seed": 0}
+        at_least |= {"validate_every": 1, "patience": 1}
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -91,6 +114,8 @@ class TrainConfig:
             raise ConfigError(f"--table-init must be a number of at least 0, got {self.table_init}")
         if self.unknown_items is not None and not 0 <= self.unknown_items < 1:
             raise ConfigError(f"--unknown-items must be 0 or more and below 1, got {self.unknown_items}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"--dropout must be 0 or more and below 1, got {self.dropout}")
         if self.ifa.gates:
             raise ConfigError("--ifa.gates: name the event features by --gate; the log has their values")
         sizes = self.over_arch_layer_sizes
@@ -99,10 +124,16 @@ class TrainConfig:
         if self.seed >= 1 << 63:
             raise ConfigError(f"--seed must be below 2^63, got {self.seed}")
 
+    @property
+    def scored_requests(self) -> int:
+        """Most requests of a batch that is scored alone: where few are trained at a time, still as many
+        as are scored fast."""
+        return max(self.max_requests or 0, MOST_REQUESTS)
+
     def fixed(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its resumption."""
-        free = {"data", "out", "resume", "checkpoint_every", "validate"}
-        free |= {"max_events", "max_requests", "sharding", "rank_by"}
+        free = {"data", "out", "resume", "checkpoint_every", "validate", "validate_every", "patience"}
+        free |= {"calibrate", "max_events", "max_requests", "sharding", "rank_by"}
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
 
 

@@ -20,17 +20,20 @@ from ifa_torchrec.data.vocabulary import Vocabulary
 from ifa_torchrec.distributed import checkpoint, init_process_group, shard
 from ifa_torchrec.models import DLRM_IFA, DLRM_IFATrain
 from ifa_torchrec.training.build import build_model
+from ifa_torchrec.training.calibrate import apply
 from ifa_torchrec.training.options import TrainConfig, read_options, to_json
+from ifa_torchrec.training.validations import in_use
 
 
 @dataclass
 class Run:
-    """A trained model and what it belongs to; ``version`` names its weights."""
+    """A trained model and what it belongs to; ``version`` names its weights, of the step ``step``."""
 
     config: TrainConfig
     log: EventLog
     model: nn.Module
     device: torch.device
+    step: int
     version: str
 
     @property
@@ -115,7 +118,8 @@ def _extends(vocabulary: Vocabulary, of_run: Vocabulary) -> bool:
 
 
 def load_run(folder: Path, data: Path | None = None, sharded: bool = True) -> Run:
-    """Build a run's model and load its last checkpoint. Called by all ranks.
+    """Build a run's model, load its best checkpoint, or where none was measured its last, and calibrate
+    it, if that was fitted. Called by all ranks.
 
     There may be more or fewer ranks than trained it; where the tables lie, the planner decides.
 
@@ -148,8 +152,12 @@ def load_run(folder: Path, data: Path | None = None, sharded: bool = True) -> Ru
                 module.to_empty(device=device)  # from the meta device; its rows are loaded below
     checkpoints = folder / "checkpoints"
     # config.json may be another training's, begun here before there was a checkpoint
-    progress = checkpoint.load(checkpoints, model, config=to_json(config.fixed()))
-    return Run(config, log, model, device, checkpoint.version(checkpoints, progress))
+    best, fitted = in_use(folder)
+    progress = checkpoint.load(checkpoints, model, config=to_json(config.fixed()), step=best)
+    step, version = progress["step"], checkpoint.version(checkpoints, progress)
+    run = Run(config, log, model, device, step, version)
+    apply(run.dlrm, fitted.get(step, {}))
+    return run
 
 
 def _narrow(log: EventLog, trained: Mapping[str, Any]) -> None:

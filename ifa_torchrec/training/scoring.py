@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
+from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data import EventBudgetSampler, LogSchema, RankingDataset, make_loader
 from ifa_torchrec.data.sampler import EMPTY_REQUEST
 from ifa_torchrec.data.schema import EXPOSED, OFFSETS
+from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.modules import Task, predictions, ranking_score
 from ifa_torchrec.modules.tasks import ranking_weights
 from ifa_torchrec.training.groups import by_history, new_items
@@ -27,6 +29,9 @@ from ifa_torchrec.training.metrics import (
     why_unranked,
 )
 from ifa_torchrec.training.progress import progress_bar
+
+_OF_EXPOSED = ("gauc", "ne", "calibration", "mae", "correlation")
+"""What is told of the exposed apart."""
 
 
 @torch.no_grad()
@@ -44,27 +49,76 @@ def predict(
     Returns:
         [M, T] float32 on every rank, and this rank's milliseconds a request, loading included.
     """
+    training = model.training
+    model.eval()
+    tasks = len(dataset.log.schema.tasks)
+    result = of_batches(
+        dataset, device, max_events, max_requests, lambda batch: model(batch)[1][1], tasks
+    )
+    model.train(training)
+    return result
+
+
+@torch.no_grad()
+def predict_alone(
+    model: DLRM_IFA, dataset: RankingDataset, device: torch.device, max_events: int, max_requests: int
+) -> np.ndarray:
+    """Logits of the exposed candidates where the unexposed do not stand beside them; by all ranks.
+
+    Args:
+        model: in evaluation mode, sharded or whole.
+        dataset, device, max_events, max_requests: as ``predict``.
+
+    Returns:
+        [M, T] float32 on every rank; 0 for the unexposed.
+    """
+
+    def score(batch: RankingBatch) -> Tensor:
+        exposed = batch.exposed
+        logits = batch.labels.new_zeros(len(exposed), model.config.num_tasks)
+        logits[exposed] = model.set_arch(model.describe(batch).only(exposed)).to(logits.dtype)
+        return logits
+
+    width = model.config.num_tasks
+    return of_batches(dataset, device, max_events, max_requests, score, width)[0]
+
+
+def of_batches(
+    dataset: RankingDataset,
+    device: torch.device,
+    max_events: int,
+    max_requests: int,
+    answer: Callable[[RankingBatch], Tensor],
+    width: int,
+) -> tuple[np.ndarray, float]:
+    """What a function of a batch says of its candidates, for a whole split. Called by all ranks.
+
+    Args:
+        dataset, device, max_events, max_requests: as ``predict``.
+        answer: gives [m, width] for a batch of m candidates.
+        width: columns of it.
+
+    Returns:
+        [M, width] float32 on every rank, in the split's order, and this rank's milliseconds a request,
+        loading included.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
     sampler = EventBudgetSampler(dataset.history_lengths, max_events, max_requests, shard=(rank, world))
     loader = make_loader(dataset, sampler)
-    training = model.training
-    model.eval()
     start = time.perf_counter()
     parts = []
     bar = progress_bar(rank, loader, desc="score", unit="batch", leave=False)
     for indices, batch in zip(sampler, bar, strict=True):
-        _, (_, logits, _) = model(batch.to(device, non_blocking=True))
+        told = answer(batch.to(device, non_blocking=True))
         requests = [index for index in indices if index != EMPTY_REQUEST]
-        parts.append((requests, logits.float().cpu().numpy()))
+        parts.append((requests, told.float().cpu().numpy()))
     elapsed = time.perf_counter() - start
-    model.train(training)
     gathered = [parts] * world
     if world > 1:
         dist.all_gather_object(gathered, parts)
-    tasks = dataset.log.schema.tasks
-    result = np.empty((len(dataset.requests["candidates"]), len(tasks)), np.float32)
-    for requests, logits in (pair for rank_parts in gathered for pair in rank_parts):
-        result[dataset.candidate_rows(requests)[0]] = logits
+    result = np.empty((len(dataset.requests["candidates"]), width), np.float32)
+    for requests, told in (pair for rank_parts in gathered for pair in rank_parts):
+        result[dataset.candidate_rows(requests)[0]] = told
     return result, 1000 * elapsed / max(sum(len(requests) for requests, _ in parts), 1)
 
 
@@ -112,6 +166,7 @@ def measure(
     tasks: Sequence[Task] | None = None,
     by: tuple[str, ...] = (),
     apart: bool = False,
+    alone: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """The metrics of one split.
 
@@ -121,6 +176,7 @@ def measure(
         tasks: the model's; None where the scores are none of a model's and only their order counts.
         by: context features; "by" then holds the metrics of each value's requests.
         apart: whether to measure new and known items apart, and requests by their histories' lengths.
+        alone: [M, T], the logits of exposed candidates where the unexposed do not stand beside them.
 
     Returns:
         For a log of one task its numbers; for more, a dict of them by task. Of a binary task
@@ -128,7 +184,11 @@ def measure(
         since nobody knows the numbers of the others. Where a task does not rank alone, "ranked_gauc" and
         so on say how the score that ranks orders that task's labels.
         For each candidate tag's value V of a binary task: "gauc_V", of the positives against V's
-        negatives.
+        negatives. Of a binary task, where not all candidates are exposed: "gauc_exposed",
+        "ne_exposed" and "calibration_exposed", of the exposed alone.
+        With ``alone``, what training and inference differ by: the numbers of the exposed, scored
+        without the others, as "gauc_exposed_alone" and so on; and "gap_exposed_alone", the mean
+        absolute difference between the two predictions of an exposed candidate.
         With ``apart`` "items", the numbers of "new" and of "known" candidates, and of a binary task
         "by_history" (see ``by_history``).
     """
@@ -137,12 +197,15 @@ def measure(
     # of no model: each column is of its own task alone
     ranking = ranking_score(torch.from_numpy(scores), tasks).numpy() if tasks else None
     result: dict[str, dict[str, Any]] = {}
-    for task, score in zip(known, scores.T, strict=True):
+    columns = scores.T if alone is None else alone.T
+    for task, score, by_itself in zip(known, scores.T, columns, strict=True):
         of_task = TaskScores(dataset, task, score, logits=tasks is not None)
         metrics: dict[str, Any] = of_task.metrics()
         if ranking is not None and ranking_weights(known).keys() != {task.name}:
             metrics |= {f"ranked_{name}": value for name, value in of_task.order(ranking).items()}
-        metrics |= of_task.against_tags()
+        metrics |= of_task.against_tags() | of_task.exposed()
+        if alone is not None:
+            metrics |= of_task.exposed_alone(by_itself)
         for feature in by:
             of_candidate = np.asarray(dataset.requests[feature])[of_task.request]
             metrics.setdefault("by", {})[feature] = {
@@ -170,7 +233,7 @@ class TaskScores:
         logits: whether the scores are the task's logits.
 
     Attributes:
-        request: [M] request number of each candidate; label: [M].
+        request: [M] request number of each candidate; label: [M]; shown: [M] bool, whether exposed.
     """
 
     def __init__(self, dataset: RankingDataset, task: Task, score: np.ndarray, logits: bool) -> None:
@@ -182,10 +245,8 @@ class TaskScores:
             for tag, values in dataset.log.schema.candidate_tags.items()
             for value, name in enumerate(values)
         }
-        regression = task.kind == "regression"
-        self._counted = (
-            np.asarray(dataset.requests[EXPOSED]) if regression else np.ones_like(score, bool)
-        )
+        self.shown = np.asarray(dataset.requests[EXPOSED])
+        self._counted = self.shown if task.kind == "regression" else np.ones_like(score, bool)
 
     def metrics(self, kept: np.ndarray | None = None) -> dict[str, Any]:
         """Of all candidates, or of those that are kept, [M] bool."""
@@ -197,6 +258,29 @@ class TaskScores:
             return {"correlation": correlation(request, score, label)}
         said = predictions(torch.from_numpy(score[:, None].copy()), (self.task,))
         return {**regression_metrics(request, said[:, 0].numpy(), label)}
+
+    def exposed(self) -> dict[str, float]:
+        """The numbers of a binary task that say whether the exposed are ranked and promised well; empty
+        where all candidates are exposed. A regression's numbers are of the exposed in any case."""
+        if self.task.kind == "regression" or self.shown.all():
+            return {}
+        found = self.metrics(self.shown)
+        return {f"{name}_exposed": found[name] for name in _OF_EXPOSED if name in found}
+
+    def exposed_alone(self, score: np.ndarray) -> dict[str, float]:
+        """What the exposed get, and how far they are off, by logits [M] that know of no others."""
+        shown = self.shown
+        told = [
+            predictions(torch.from_numpy(s[shown, None].copy()), (self.task,)).numpy()
+            for s in (self.score, score)
+        ]
+        gap = float(np.abs(told[0] - told[1]).mean()) if shown.any() else np.nan
+        if self.task.kind == "regression":
+            found = regression_metrics(self.request[shown], told[1][:, 0], self.label[shown])
+        else:
+            found = ranking_metrics(self.request[shown], score[shown], self.label[shown])
+        names = [name for name in _OF_EXPOSED if name in found]
+        return {**{f"{name}_exposed_alone": found[name] for name in names}, "gap_exposed_alone": gap}
 
     def order(self, ranking: np.ndarray) -> dict[str, float]:
         """How another score, [M], orders the task's labels."""

@@ -26,12 +26,15 @@ from ifa_torchrec.errors import ConfigError, DivergedError, writing
 from ifa_torchrec.models import DLRM_IFATrain
 from ifa_torchrec.modules import CandidateSetLossConfig
 from ifa_torchrec.training.build import build_model
+from ifa_torchrec.training.calibrate import fit_tasks
 from ifa_torchrec.training.curves import Curves
-from ifa_torchrec.training.options import TrainConfig, to_json, write_options
+from ifa_torchrec.training.decide import TOO_FEW_STEPS, decided, steps, told
+from ifa_torchrec.training.options import MOST_REQUESTS, TrainConfig, to_json, write_options
 from ifa_torchrec.training.progress import progress_bar
 from ifa_torchrec.training.run import check_log, inputs_of
 from ifa_torchrec.training.scoring import measure, predict
 from ifa_torchrec.training.touched import touched_rows
+from ifa_torchrec.training.validations import FILE, LAST, Fitted, Validations, flat
 
 _REPORT_EVERY = 10  # steps
 _MOST_UNKNOWN = 0.95  # of the items: the others are what their rows learn from
@@ -43,7 +46,8 @@ def train(config: TrainConfig) -> dict[str, float]:
     Returns:
         "steps", "seconds" (training alone); if there was a step to make, "events_per_second"
         (this rank's), "loss" (mean of the last tenth, all ranks'), and "imbalance" (see
-        EventBudgetSampler); if validated, "valid_gauc" and others.
+        EventBudgetSampler); if validated, "best_step", which is the one that counts from now on, and
+        its "valid_gauc" and others.
 
     Raises:
         LogError: the event log is missing or bad.
@@ -95,7 +99,6 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self.config = config
         self.device = init_process_group()
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.log = EventLog(config.data)
@@ -103,11 +106,14 @@ class Trainer:
         self.dataset = RankingDataset(
             self.log, "train", config.history_length, self._unknown, config.seed
         )
+        self._given = config
+        self.config = config = decided(config, self.dataset)
         check_loss(self.dataset, config.loss, self.rank)
+        requests_a_batch = config.max_requests or MOST_REQUESTS
         self.sampler = EventBudgetSampler(
             self.dataset.history_lengths,
             config.max_events,
-            config.max_requests,
+            requests_a_batch,
             seed=config.seed,
             shard=(self.rank, self.world),
         )
@@ -119,7 +125,7 @@ class Trainer:
             self.device,
             config.optimizers,
             config.sharding,
-            batch_size(self.dataset, config),
+            batch_size(self.dataset, config.max_events, requests_a_batch),
         )
         self.step = self.epoch = self.taken = 0
         self.losses: list[float] = []
@@ -137,15 +143,13 @@ class Trainer:
         """Go on to the last epoch's end, from the last checkpoint where there is one. See ``train``."""
         with checkpoint.locked(self.config.out):
             self._begin()
-            result: dict[str, float] = {}
-            while self.epoch < self.config.epochs:
-                self._train_epoch()
-                result = self.validate()
-            if not result:  # the checkpoint was of a run that had nothing left but this
-                result = self.validate()
+            self._validate_if_due()  # a run may have been stopped when this was all that was left to do
+            while self.epoch < self.config.epochs and not self._is_enough():
+                self._train_to_validation()
             self._bar.close()
             if self._curves is not None:
                 self._curves.close()
+        result = self._best()
         if self.losses:
             tail = self.losses[-max(len(self.losses) // 10, 1) :]
             result["loss"] = sum(tail) / len(tail)
@@ -160,23 +164,51 @@ class Trainer:
         self._pipeline.progress(batches)
         self.step += 1
 
-    def validate(self) -> dict[str, float]:
-        """Measure the split `valid`, if there is one and the config wants it.
+    def validate(self) -> tuple[dict[str, float], Fitted]:
+        """Measure the split `valid`.
 
         Returns:
-            "valid_METRIC", or for several tasks "valid_TASK_METRIC"; empty if nothing was measured.
+            Its metrics, for several tasks as "TASK_METRIC", and the calibration that is fitted on it;
+            the same on all ranks.
         """
         config = self.config
-        if not config.validate or "valid" not in self.log.splits:
-            return {}
         dataset = RankingDataset(self.log, "valid", config.history_length)
-        scores, _ = predict(self.model, dataset, self.device, config.max_events, config.max_requests)
-        metrics = measure(dataset, scores, self._model_config.tasks)
-        if len(self.log.schema.tasks) > 1:
-            metrics = {f"{task}_{k}": v for task, of_task in metrics.items() for k, v in of_task.items()}
+        scores, _ = predict(self.model, dataset, self.device, config.max_events, config.scored_requests)
+        tasks = self._model_config.tasks
+        metrics = flat(measure(dataset, scores, tasks), len(tasks))
+        found = [(metrics, fit_tasks(dataset, scores, tasks, config.loss) if config.calibrate else {})]
+        dist.broadcast_object_list(found)  # or another processor's last digit would part the ranks
         if self._curves is not None:
-            self._curves.show({f"valid/{name}": v for name, v in metrics.items()}, self.step)
-        return {f"valid_{name}": value for name, value in metrics.items()}
+            self._curves.show({f"valid/{name}": v for name, v in found[0][0].items()}, self.step)
+        return found[0]
+
+    def _validate_if_due(self) -> None:
+        """At the end of an epoch and every ``validate_every`` steps, if that was not done."""
+        config, every = self.config, self.config.validate_every
+        due = self.step and (not self.taken or (every and self.step % every == 0))
+        if not due or not config.validate or "valid" not in self.log.splits:
+            return
+        if self.step not in self._validations.by_step:
+            metrics, fitted = self.validate()
+            self._validations.by_step[self.step] = metrics
+            self._validations.fitted[self.step] = fitted
+            if self.rank == 0:
+                self._validations.write()
+
+    def _is_enough(self) -> bool:
+        """Whether it has been no better for as long as the config's patience lasts."""
+        patience = self.config.patience
+        return patience is not None and self._validations.without_gain >= patience
+
+    def _best(self) -> dict[str, float]:
+        """What was measured of the step that counts, as "valid_METRIC", and "best_step"; empty if
+        nothing was measured."""
+        if not self._validations.by_step:
+            return {}
+        best = self._validations.best
+        step = max(self._validations.by_step) if best is None else best
+        metrics = self._validations.by_step[step]
+        return {"best_step": step, **{f"valid_{name}": value for name, value in metrics.items()}}
 
     def state_dict(self) -> dict[str, Any]:
         """How far it is and what it belongs to; as JSON, beside the weights in a checkpoint."""
@@ -202,6 +234,7 @@ class Trainer:
             self.step, self.epoch, self.taken = (progress[k] for k in ("step", "epoch", "request"))
         else:
             self._start_anew()
+        self._validations = Validations.read(config.out, config.keep_best or LAST, self.step)
         self._curves = None
         if self.rank == 0:
             if config.resume:
@@ -209,11 +242,15 @@ class Trainer:
                     f"going on from step {self.step}" if self.step else "no checkpoint here; starting"
                 )
                 print(f"{folder}: {found}", file=sys.stderr)
+            if options := told(self._given, config):
+                print(f"decided from the log: {options}", file=sys.stderr)
+            if (count := steps(config, self.dataset.history_lengths)) < TOO_FEW_STEPS:
+                print(
+                    f"{count} steps in all, which is few to learn from: give more --epochs",
+                    file=sys.stderr,
+                )
             write_options(config)
             self._curves = Curves(config.out / "tensorboard", self.step)
-        self._pipeline = TrainPipelineSparseDist(
-            self.model, self.optimizer, self.device, custom_model_fwd=self._forward
-        )
         self._bar = progress_bar(
             self.rank,
             total=config.epochs * len(self.dataset),
@@ -227,6 +264,7 @@ class Trainer:
         if self.rank == 0:
             shutil.rmtree(self.config.out / "vocabulary", ignore_errors=True)  # of one that was killed
             with writing(self.config.out):
+                (self.config.out / FILE).unlink(missing_ok=True)
                 self.log.vocabulary.save(self.config.out)
         histories = bool(self._model_config.history_keys)
         touched = touched_rows(self.dataset, histories, self._unknown > 0)
@@ -245,7 +283,13 @@ class Trainer:
         self._unread.append(mean)
         return loss, output
 
-    def _train_epoch(self) -> None:
+    def _train_to_validation(self) -> None:
+        """From where it is to the next validation, at the end of the epoch at the latest."""
+        every = self.config.validate_every
+        # a new one each time: TorchRec's does not go on with the batches that it has begun
+        self._pipeline = TrainPipelineSparseDist(
+            self.model, self.optimizer, self.device, custom_model_fwd=self._forward
+        )
         self.sampler.start_at(self.epoch, self.taken)
         self.dataset.set_epoch(self.epoch)
         batches = iter(make_loader(self.dataset, self.sampler))
@@ -258,14 +302,19 @@ class Trainer:
             last = number == len(self.sampler)
             if last:
                 self.epoch, self.taken = self.epoch + 1, 0
-            save = last or self.step % self.config.checkpoint_every == 0
+            measured = last or (every is not None and self.step % every == 0)
+            save = measured or self.step % self.config.checkpoint_every == 0
             if save or self.step % _REPORT_EVERY == 0:
                 self._report()
             if save:
                 self._seconds += time.perf_counter() - self._start
-                checkpoint.save(self._checkpoints, self.model, self.optimizer, self.state_dict())
+                best = self._validations.best
+                checkpoint.save(self._checkpoints, self.model, self.optimizer, self.state_dict(), best)
                 self._start = time.perf_counter()
+            if measured:
+                break
         self._pipeline.detach()
+        self._validate_if_due()
 
     def _report(self) -> None:
         self.losses += _finite(self._unread, self.step, self._checkpoints)
@@ -278,11 +327,11 @@ class Trainer:
             self._curves.show({"train/loss": mean, "train/events_per_second": speed}, self.step)
 
 
-def batch_size(dataset: RankingDataset, config: TrainConfig) -> BatchSize:
+def batch_size(dataset: RankingDataset, max_events: int, max_requests: int) -> BatchSize:
     """A rank's largest batch, for the planner: the budget, and as many candidates as usual."""
     requests = max(len(dataset), 1)
     candidates = len(dataset.requests["candidates"]) / requests
-    return BatchSize(config.max_requests, config.max_events, math.ceil(candidates * config.max_requests))
+    return BatchSize(max_requests, max_events, math.ceil(candidates * max_requests))
 
 
 def unknown_items(log: EventLog, config: TrainConfig) -> float:
@@ -309,9 +358,11 @@ def check_loss(dataset: RankingDataset, loss: CandidateSetLossConfig, rank: int)
 
     Raises:
         ConfigError: there is a consistency term, which costs half of the time again, but all candidates
-            are exposed.
+            are exposed. Or the unexposed are left out, and of the exposed all have the label 1.
     """
     requests = dataset.requests
+    if not loss.unexposed or not loss.pointwise_unexposed:
+        _check_negatives(dataset)
     if loss.consistency and requests[EXPOSED].all():
         raise ConfigError(
             f"--loss.consistency {loss.consistency:g}: all candidates of the split `train` were "
@@ -324,6 +375,20 @@ def check_loss(dataset: RankingDataset, loss: CandidateSetLossConfig, rank: int)
             "two candidates to compare",
             stacklevel=2,
         )
+
+
+def _check_negatives(dataset: RankingDataset) -> None:
+    """Refuse a log that has the negatives among the unexposed, where these are left out of the loss."""
+    exposed = np.asarray(dataset.requests[EXPOSED])
+    if exposed.all():
+        return
+    for task, kind in dataset.log.schema.tasks.items():
+        label = np.asarray(dataset.requests[task])
+        if kind == "binary" and label[exposed].all() and not label.all():
+            raise ConfigError(
+                f"--loss.unexposed 0: in the split `train` all exposed candidates have {task} 1; where "
+                "a 0 is true of the others give --loss.unexposed 1, or prepare them as exposed"
+            )
 
 
 def _finite(losses: list[torch.Tensor], step: int, folder: Path) -> list[float]:
@@ -353,7 +418,7 @@ def set_learning_rate(
         step: steps made so far.
         progress: share of all epochs' requests taken so far, 0 to 1.
     """
-    warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    warm = min(1.0, (step + 1) / max(config.warmup_steps or 0, 1))
     rate = config.optimizers.dense_lr * warm * max(0.05, 1 - progress)
     parts: dict[str, torch.optim.Optimizer] = dict(optimizer.optimizers)
     for group in parts["dense"].param_groups:

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from ifa_torchrec.data import RankingDataset
-from ifa_torchrec.data.synthetic import SyntheticConfig, best_scores, prepare, topic_of
+from ifa_torchrec.data.synthetic import (
+    SyntheticConfig,
+    best_scores,
+    exposure_probability,
+    prepare,
+    topic_of,
+)
 from ifa_torchrec.training.metrics import gauc
 
 CONFIG = SyntheticConfig(train=400, test=400, mean_events=500, distance=200, topics=40)
@@ -84,6 +90,24 @@ def test_unexposed_candidates_have_no_label_in_training_alone(tmp_path) -> None:
     assert not np.asarray(train["label"])[hidden].any()
     assert np.asarray(train["label"])[~hidden].any()
     assert np.asarray(test["label"])[~np.asarray(test["exposed"])].any()
+
+
+def test_exposure_may_depend_on_the_item_and_the_interest_but_not_on_the_label(tmp_path) -> None:
+    config = replace(CONFIG, noise=0.0, exposure=0.2, promotion=1.5, policy=2.0)
+    dataset = RankingDataset(prepare(tmp_path / "log", config), "test")
+    requests = {name: np.asarray(values) for name, values in dataset.requests.items()}
+    pull = (best_scores(dataset, config) > 0.5).astype(float)
+    expected = exposure_probability(config, requests["candidates"], pull)
+    exposed, label = requests["exposed"], requests["label"]
+    edges = np.quantile(expected, [0, 0.3, 0.6, 0.8, 1])
+    for low, high in pairwise(edges):
+        some = (expected >= low) & (expected <= high)
+        assert exposed[some].mean() == pytest.approx(expected[some].mean(), abs=0.04)
+    for interest, rate in ((0.0, 0.119), (1.0, 0.881)):
+        for shown in (True, False):
+            assert label[(pull == interest) & (exposed == shown)].mean() == pytest.approx(rate, abs=0.04)
+    with pytest.raises(ValueError, match="where all are exposed, promotion and policy must be 0"):
+        replace(config, exposure=1.0)
 
 
 def pulls(dataset: RankingDataset, config: SyntheticConfig, actions: tuple[int, ...]) -> np.ndarray:

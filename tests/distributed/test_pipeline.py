@@ -24,7 +24,7 @@ from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make
 from ifa_torchrec.distributed import OptimizerConfig, init_process_group, shard
 from ifa_torchrec.models import DLRM_IFA, DLRM_IFATrain
 from ifa_torchrec.models.archs import Lookups
-from ifa_torchrec.modules import INTERACTIONS
+from ifa_torchrec.modules import INTERACTIONS, CandidateSetConfig
 from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.options import TrainConfig
 
@@ -157,6 +157,23 @@ def check(found: dict) -> None:
 def test_both_collections_are_pipelined_and_losses_are_the_plain_loops(interaction, log):
     init_process_group()
     check(in_both_ways(log.path, interaction))
+
+
+def test_a_model_that_generates_sets_is_pipelined_too(log):
+    def made():
+        torch.manual_seed(0)
+        relations = CandidateSetConfig("softmax", generate=True)
+        ifa = IFAConfig(8, num_heads=2)
+        model = build_model(
+            log.schema, TrainConfig(log.path, log.path, ifa=ifa, candidate_set=relations)
+        )
+        train = DLRM_IFATrain(model)
+        # the same are taken: the loaders of both ways draw numbers too, and not at the same time
+        train.taken_sample.register_forward_pre_hook(lambda *_: torch.manual_seed(0) and None)
+        return shard(train, init_process_group(), OptimizerConfig(dense_lr=0.01))
+
+    init_process_group()
+    check(both_ways(log, made))
 
 
 def test_both_collections_are_pipelined_and_losses_are_the_plain_loops_on_two_ranks(log):

@@ -25,12 +25,21 @@ from helpers import assert_near
 from ranks import run_ranks
 from torch import Tensor
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.modules.embedding_configs import EmbeddingConfig
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ifa_torchrec import DLRM_IFA, IFAConfig
 from ifa_torchrec.batch import RankingBatch, Scale
 from ifa_torchrec.data import EventBudgetSampler, EventLog, LogSchema, RankingDataset
 from ifa_torchrec.data.sampler import EMPTY_REQUEST
-from ifa_torchrec.distributed import OptimizerConfig, ShardingConfig, shard, zero_rows
+from ifa_torchrec.distributed import (
+    OptimizerConfig,
+    ShardingConfig,
+    init_process_group,
+    shard,
+    zero_rows,
+)
+from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.models import DLRM_IFATrain
 from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig
 from ifa_torchrec.training import trainer as train_module
@@ -519,3 +528,27 @@ def test_batches_of_all_ranks_hold_each_request_once_an_epoch(world, max_request
         for batch in map(dataset.__getitem__, step)
     )
     assert requests == len(dataset)
+
+
+def test_the_decay_of_tables_is_of_touched_rows_alone() -> None:
+    """And the same whatever the gradient: here none."""
+    tables = EmbeddingCollection(
+        device=torch.device("meta"),
+        tables=[
+            EmbeddingConfig(
+                name="item",
+                embedding_dim=8,
+                num_embeddings=3,
+                feature_names=["item"],
+                init_fn=torch.nn.init.ones_,
+            )
+        ],
+    )
+    optimizers = OptimizerConfig(table_lr=0.1, table_weight_decay=0.5)
+    model, _ = shard(tables, init_process_group(), optimizers)
+    ids = KeyedJaggedTensor.from_lengths_sync(["item"], torch.tensor([1, 1]), torch.tensor([2]))
+    (0 * model(ids)["item"].values()).sum().backward()
+    (rows,) = model.state_dict()["embeddings.item.weight"].local_shards()
+    assert rows.tensor[:, 0].tolist() == pytest.approx([1, 0.95, 1])
+    with pytest.raises(ConfigError, match=r"table_weight_decay 0\.5: 'sgd' has none"):
+        OptimizerConfig("sgd", table_weight_decay=0.5)

@@ -21,6 +21,7 @@ from ifa_torchrec.distributed import OptimizerConfig, init_process_group, shard
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.models.archs import Lookups
 from ifa_torchrec.models.sparse import SequenceArch
+from ifa_torchrec.models.taken import set_worth
 from ifa_torchrec.modules import (
     INTERACTIONS,
     CandidateSetConfig,
@@ -30,6 +31,7 @@ from ifa_torchrec.modules import (
     InteractionConfig,
     MeanPooling,
 )
+from ifa_torchrec.modules.projections import ZeroLinear
 
 DIM = 8
 ITEM_FEATURES = {"item": 50, "category": 6}
@@ -373,13 +375,14 @@ class TestEveryInteraction:
         events = 0 if interaction == "none" else sum(HISTORIES)
         assert sum(looked_up) == len(ITEM_FEATURES) * (events + 4 * set_size)
 
-    def test_loss_is_the_mean_binary_cross_entropy(self, interaction: str) -> None:
+    def test_loss_is_the_mean_binary_cross_entropy_of_the_exposed(self, interaction: str) -> None:
         model, batch = make_model(interaction), make_batch()
         loss, (detached, logits, labels) = DLRM_IFATrain(model)(batch)
         assert torch.equal(logits, model(batch)) and torch.equal(labels, batch.labels)
-        torch.testing.assert_close(loss, torch.nn.BCEWithLogitsLoss()(logits, batch.labels))
-        probability = logits.double().sigmoid()
-        by_hand = -torch.where(batch.labels > 0, probability.log(), (1 - probability).log()).mean()
+        shown, label = batch.exposed, batch.labels[batch.exposed]
+        torch.testing.assert_close(loss, torch.nn.BCEWithLogitsLoss()(logits[shown], label))
+        probability = logits[shown].double().sigmoid()
+        by_hand = -torch.where(label > 0, probability.log(), (1 - probability).log()).mean()
         torch.testing.assert_close(loss.double(), by_hand)
         assert torch.equal(detached, loss) and loss.requires_grad
         assert not (detached.requires_grad or logits.requires_grad)
@@ -401,18 +404,125 @@ class TestEveryInteraction:
         assert losses[-1] < 0.6 * losses[0]
 
 
+def with_relations(model: DLRM_IFA) -> DLRM_IFA:
+    """As if training had found relations, which start at 0."""
+    generator = torch.Generator().manual_seed(3)
+    for module in model.modules():
+        if isinstance(module, ZeroLinear):
+            with torch.no_grad():
+                module.weight.copy_(torch.randn(module.weight.shape, generator=generator))
+    return model
+
+
+def test_relations_start_at_nothing() -> None:
+    """So that a model with them begins as the one without."""
+    batch, plain = make_batch(), make_model()
+    for attention in ("none", "softmax", "linear"):
+        model = make_model(candidate_set=CandidateSetConfig(attention, generate=True))
+        assert torch.equal(model(batch), plain(batch))
+        taken = torch.ones(sum(CANDIDATES)).bool()
+        assert torch.equal(model.logits_given(model.describe(batch), taken), plain(batch))
+
+
+@pytest.mark.parametrize("attention", ["none", "softmax", "linear"])
+class TestWhatIsTaken:
+    @staticmethod
+    def make(attention: str) -> DLRM_IFA:
+        config = CandidateSetConfig(attention, generate=True)
+        return with_relations(make_model(candidate_set=config))
+
+    def test_with_nothing_taken_the_logits_are_those_of_forward(self, attention: str) -> None:
+        model, batch = self.make(attention), make_batch()
+        candidates = model.describe(batch)
+        nothing = torch.zeros(sum(CANDIDATES)).bool()
+        for given in (candidates, model.scored(candidates)):
+            assert torch.equal(model.logits_given(given), model(batch))
+            assert torch.equal(model.logits_given(given, nothing), model(batch))
+
+    def test_what_is_taken_moves_the_others_of_its_request(self, attention: str) -> None:
+        model, batch = self.make(attention), make_batch()
+        candidates = model.scored(model.describe(batch))
+        taken = torch.zeros(sum(CANDIDATES)).bool()
+        taken[4] = True  # of the second request's 3 to 6
+        moved = (model.logits_given(candidates, taken) - model(batch)).abs().amax(dim=1) > 1e-6
+        assert moved.nonzero().flatten().tolist() == [3, 5, 6]
+
+    def test_the_terms_of_the_taken_add_up(self, attention: str) -> None:
+        model, batch = self.make(attention), make_batch()
+        candidates = model.scored(model.describe(batch))
+        rows = torch.eye(sum(CANDIDATES)).bool()
+        each = [model.logits_given(candidates, rows[r]) - model(batch) for r in (3, 4, 8)]
+        both = model.logits_given(candidates, rows[3] | rows[4] | rows[8])
+        torch.testing.assert_close(both - model(batch), sum(each), rtol=1e-4, atol=1e-5)
+
+    def test_from_the_states_they_are_the_same(self, attention: str) -> None:
+        model, batch = self.make(attention), make_batch()
+        taken = torch.arange(sum(CANDIDATES)) % 3 == 0
+        from_histories = model.logits_given(model.describe(batch), taken)
+        from_states = model.logits_given(model.describe(batch, model.encode(batch)), taken)
+        torch.testing.assert_close(from_states, from_histories, rtol=0, atol=1e-5)
+
+    def test_what_a_candidate_is_worth_is_what_the_set_is_worth_with_it(self, attention: str) -> None:
+        model, batch = self.make(attention), make_batch()
+        candidates, tasks = model.scored(model.describe(batch)), model.config.tasks
+
+        def worth(taken: Tensor) -> Tensor:
+            return set_worth(model.logits_given(candidates, taken), tasks)[taken].sum()
+
+        for taken in (torch.arange(sum(CANDIDATES)) % 3 == 1, torch.zeros(sum(CANDIDATES)).bool()):
+            gain = model.gain_given(candidates, taken)
+            torch.testing.assert_close(model.gain_given(model.describe(batch), taken), gain)
+            for row in (~taken).nonzero().flatten():
+                more = taken.clone()
+                more[row] = True
+                torch.testing.assert_close(gain[row], worth(more) - worth(taken), rtol=1e-4, atol=1e-5)
+
+    def test_both_losses_are_trained_in_one_pass_and_one_is_measured(self, attention: str) -> None:
+        model, batch = (
+            make_model(candidate_set=CandidateSetConfig(attention, generate=True)),
+            make_batch(),
+        )
+        train = DLRM_IFATrain(model, CandidateSetLossConfig(listwise=0.5))
+        loss, _ = train(batch)
+        loss.backward()
+        assert model.taken_arch.relation.query_proj.weight.grad.any()
+        first, second = (train.eval()(batch)[0].item() for _ in range(2))
+        assert first == second < loss.item()
+
+
+def test_a_model_that_was_not_trained_for_it_refuses_what_is_taken() -> None:
+    model = make_model(candidate_set=CandidateSetConfig("softmax"))
+    candidates = model.describe(make_batch())
+    assert torch.equal(model.logits_given(candidates), model(make_batch()))
+    for scored in (model.logits_given, model.gain_given):
+        with pytest.raises(ConfigError, match=r"greedily; train it with .*generate"):
+            scored(candidates, torch.zeros(sum(CANDIDATES)).bool())
+    given = make_model(candidate_set=CandidateSetConfig(generate=True))
+    with pytest.raises(ValueError, match=r"taken must be \[15\] bool"):
+        given.logits_given(given.describe(make_batch()), torch.zeros(3).bool())
+    with pytest.raises(ConfigError, match="are all 0"):
+        DLRM_IFATrain(self_seeing(), CandidateSetLossConfig(pointwise=0.0, consistency=1.0))
+
+
+def self_seeing() -> DLRM_IFA:
+    return make_model(candidate_set=CandidateSetConfig("softmax", generate=True))
+
+
 @pytest.mark.parametrize("attention", ["softmax", "linear"])
 class TestCandidateSet:
     """The candidates see each other."""
 
     @staticmethod
     def make(attention: str, interaction: str = "ifa") -> DLRM_IFA:
-        return make_model(interaction, candidate_set=CandidateSetConfig(attention))
+        """After some training: what starts at 0 does something."""
+        model = make_model(interaction, candidate_set=CandidateSetConfig(attention, generate=True))
+        return with_relations(model)
 
     @pytest.mark.parametrize("interaction", ["ifa", "none"])
     def test_every_parameter_has_a_gradient(self, attention: str, interaction: str) -> None:
         model = self.make(attention, interaction)
-        logits = model(with_gaps(make_batch()))
+        candidates = model.describe(with_gaps(make_batch()))
+        logits = model.logits_given(candidates, torch.arange(sum(CANDIDATES)) % 2 == 0)
         assert logits.shape == (sum(CANDIDATES), 2)
         logits.square().sum().backward()
         without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
@@ -441,7 +551,7 @@ class TestCandidateSet:
         """User-aware: what the encoder is given differs with the history."""
         model, batch = self.make(attention), make_batch()
         caught = []
-        encoder = model.set_arch.candidate_set_encoder
+        encoder = model.set_arch.relation_arch.candidate_set_encoder
         encoder.register_forward_pre_hook(lambda _, given: caught.append(given[0].values()))
         model(batch)
         model(take(batch, [[], EVENT_ROWS[1], [], []], CANDIDATE_ROWS, [0, 1, 2, 3]))
@@ -504,10 +614,12 @@ def test_a_consistency_term_needs_candidates_that_see_each_other() -> None:
 def test_unexposed_candidates_count_as_the_loss_says() -> None:
     batch = make_batch()
     model = make_model()
-    loss, _ = DLRM_IFATrain(model, CandidateSetLossConfig(pointwise_unexposed=False))(batch)
-    kept = batch.exposed
-    by_hand = torch.nn.BCEWithLogitsLoss()(model(batch)[kept], batch.labels[kept])
-    torch.testing.assert_close(loss, by_hand)
+    loss, _ = DLRM_IFATrain(model, CandidateSetLossConfig(unexposed=1.0))(batch)
+    torch.testing.assert_close(loss, torch.nn.BCEWithLogitsLoss()(model(batch), batch.labels))
+    alone, _ = DLRM_IFATrain(model, CandidateSetLossConfig(unexposed=1.0, pointwise_unexposed=False))(
+        batch
+    )
+    torch.testing.assert_close(alone, DLRM_IFATrain(model)(batch)[0])
 
 
 def test_sim_searches_by_the_feature_it_is_told() -> None:

@@ -243,6 +243,7 @@ def another(**changes) -> InteractionFidelityAttention:
         ({"mass_scale": 0.5}, "mass_scale was 1.0, is 0.5"),
         ({"num_heads": 4, "head_dim": 2, "half_lives": None}, "num_heads was 2, is 4"),
         ({"eps": 1e-3}, "eps was 1e-06, is 0.001"),
+        ({"readout": "softmax"}, "readout was linear, is softmax"),
         ({"gates": {"device": 4, "action": 6}}, "gates was .*action.*, is .*device.*action"),
         ({"gates": {"action": 6, "device": 5}}, r"gates was .*4\]\], is .*5\]\]"),
         ({"gates": {}}, r"gates was .*, is \[\]"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -70,7 +71,7 @@ def plain(config: CandidateSetLossConfig, tasks, logits, labels, exposed, offset
                 counted = u[c] if config.pointwise_unexposed else float(exposed[c])
                 add("pointwise", -math.log(p if y[c] else 1 - p), task.weight * counted)
             negative = sum(u[c] * math.exp(s[c]) for c in rows if not y[c])
-            positive = [c for c in rows if y[c]]
+            positive = [c for c in rows if y[c] and u[c]]
             if positive and negative > 0:
                 each = [math.log(1 + negative / math.exp(s[c])) for c in positive]
                 add("listwise", sum(each) / len(each), task.weight)
@@ -78,11 +79,13 @@ def plain(config: CandidateSetLossConfig, tasks, logits, labels, exposed, offset
                 p = torch.tensor([s[c] for c in shown]).softmax(0)
                 q = torch.stack([alone[place[c], t] for c in shown]).softmax(0)
                 add("consistency", float(((p - q) * (p / q).log()).sum() / 2), task.weight)
-    return sum(getattr(config, term) * total / max(n, 1e-9) for term, (total, n) in sums.items())
+    weights = dataclasses.asdict(config) | {"listwise": config.listwise_weight}
+    return sum(weights[term] * total / max(n, 1e-9) for term, (total, n) in sums.items())
 
 
 CONFIGS = [
     CandidateSetLossConfig(),
+    CandidateSetLossConfig(unexposed=1.0),
     CandidateSetLossConfig(regression="squared", unexposed=0.3),
     CandidateSetLossConfig(pointwise_unexposed=False),
     CandidateSetLossConfig(pointwise=0.0, listwise=1.0, unexposed=0.5),
@@ -137,9 +140,24 @@ class TestKindsAndWeights:
         assert not gradient[:, numbers].any()
         assert (value.item() == 0) == (
             rows == "no candidates"
-            or config.pointwise_unexposed is False
-            or config.pointwise == config.listwise == 0
+            or config.unexposed == 0
+            or config.pointwise == config.listwise_weight == 0
         )
+
+
+@pytest.mark.parametrize("terms", [{}, {"listwise": 0.5}, {"pointwise": 0.0, "listwise": 1.0}])
+def test_by_default_the_unexposed_teach_nothing(terms: dict[str, float]) -> None:
+    logits, labels, exposed, offsets, _ = inputs()
+    loss = CandidateSetLoss(CandidateSetLossConfig(**terms), tasks=TASKS)
+    wanted = loss(logits, labels, exposed, offsets)
+    logits, labels = logits.clone(), labels.clone()
+    logits[~exposed], labels[~exposed] = 7.0, 1.0
+    assert loss(logits, labels, exposed, offsets).item() == wanted.item()
+    counted = CandidateSetLoss(CandidateSetLossConfig(**terms, unexposed=1.0), tasks=TASKS)
+    assert counted(logits, labels, exposed, offsets).item() != wanted.item()
+    # where all are exposed there is nothing to decide
+    every = torch.ones_like(exposed)
+    assert loss(logits, labels, every, offsets) == counted(logits, labels, every, offsets)
 
 
 def test_what_stands_for_a_number_that_nobody_saw_counts_nothing() -> None:

@@ -10,11 +10,17 @@ import pytest
 import torch
 from helpers import jagged, randomised
 from torch import nn
+from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec import CandidateSetEncoder, CandidateSetLoss, generate_set
-from ifa_torchrec.data.synthetic import set_reward
-from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig
-from ifa_torchrec.training.metrics import set_metrics
+from ifa_torchrec.modules import (
+    CandidateSetConfig,
+    CandidateSetLossConfig,
+    InteractionConfig,
+    SoftmaxAttention,
+    TakenRelation,
+)
+from ifa_torchrec.modules.candidate_set import TakenSample
 
 DIM = 8
 SIZES = [4, 0, 1, 7]
@@ -84,11 +90,107 @@ class TestEncoder:
         torch.testing.assert_close(nothing, nothing[:1].expand_as(nothing))
 
 
+@pytest.mark.parametrize("masses", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        ([4, 0, 1, 7, 4, 4], [3, 2, 0, 9, 3, 40]),
+        ([0, 0], [2, 0]),
+        ([], []),
+        ([5], [0]),
+        ([0, 3], [1, 9]),
+    ],
+    ids=str,
+)
+def test_softmax_of_many_requests_is_that_of_each(sizes, weighted: bool, masses: bool) -> None:
+    """In outputs and gradients, whatever is padded; without masses too."""
+    asked, found = sizes
+    config = InteractionConfig(DIM, num_heads=2, interest_mass=masses)
+    attention = randomised(SoftmaxAttention(config).double())
+    queries, events = make_tokens(asked, 1).values(), make_tokens(found, 2).values()
+    weight = torch.rand(len(events), generator=torch.Generator().manual_seed(3)).double()
+    inputs = [queries, events, weight] if weighted else [queries, events]
+    for tensor in inputs:
+        tensor.requires_grad_()
+
+    def attend(rows: slice, of: slice, m: list[int], n: list[int]) -> torch.Tensor:
+        history = JaggedTensor(
+            events[of], lengths=torch.tensor(n).long(), weights=weight[of] if weighted else None
+        )
+        return attention(jagged(queries[rows], m), history).values()
+
+    together = attend(slice(None), slice(None), asked, found)
+    first, each = [0, 0], [queries[:0] @ torch.eye(DIM).double()]
+    for m, n in zip(asked, found, strict=True):
+        spans = slice(first[0], first[0] + m), slice(first[1], first[1] + n)
+        each.append(attend(*spans, [m], [n]))
+        first = [first[0] + m, first[1] + n]
+    apart = torch.cat(each)
+    torch.testing.assert_close(together, apart)
+    wish = torch.randn(apart.shape, generator=torch.Generator().manual_seed(4)).double()
+    wanted = [*inputs, *attention.parameters()]
+    both = [
+        torch.autograd.grad((out * wish).sum(), wanted, allow_unused=True, materialize_grads=True)
+        for out in (together, apart)
+    ]
+    torch.testing.assert_close(*both)
+
+
 def test_no_attention_needs_no_encoder() -> None:
     with pytest.raises(ValueError, match="needs no encoder"):
         CandidateSetEncoder(DIM, CandidateSetConfig("none"))
     with pytest.raises(ValueError, match="none of"):
         CandidateSetConfig("cubic")  # type: ignore[arg-type]
+
+
+class TestTakenRelation:
+    @staticmethod
+    def make() -> TakenRelation:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return randomised(TakenRelation(DIM, num_outputs=3, num_ids=2).double())
+
+    @pytest.mark.parametrize("sizes", [SIZES, [], [0, 0], [1], [0, 1, 0]], ids=str)
+    def test_is_the_sum_over_the_other_taken(self, sizes: list[int]) -> None:
+        relation, tokens = self.make(), make_tokens(sizes)
+        taken = torch.arange(sum(sizes)) % 3 != 1
+        x, offsets = tokens.values(), tokens.offsets().tolist()
+        ids = torch.randint(3, (sum(sizes), 2), generator=torch.Generator().manual_seed(1))
+        expected = torch.zeros(sum(sizes), 3).double()
+        for first, last in itertools.pairwise(offsets):
+            for i, j in itertools.product(range(first, last), repeat=2):
+                if i != j and taken[j]:
+                    query = relation.query_proj(x[i]).view(3, DIM)
+                    expected[i] += query @ relation.key_proj(x[j])
+                    same = (ids[i] == ids[j]) & (ids[i] != 0)
+                    expected[i] += relation.same_proj.weight @ same.double()
+        torch.testing.assert_close(relation(tokens, taken, ids), expected)
+
+    def test_starts_at_nothing(self) -> None:
+        assert not TakenRelation(DIM, 1)(jagged(torch.randn(3, DIM), [3]), torch.ones(3).bool()).any()
+
+    def test_bad_input_is_named(self) -> None:
+        for taken in (torch.ones(3).bool(), torch.ones(12)):
+            with pytest.raises(ValueError, match=r"taken must be \[12\] bool"):
+                TakenRelation(DIM, 1)(make_tokens(), taken)
+        with pytest.raises(ValueError, match="ids must be of 2 features, got 0"):
+            self.make()(make_tokens(), torch.ones(12).bool())
+
+
+def test_what_is_taken_in_training_is_all_of_the_exposed_or_any_number_of_them() -> None:
+    torch.manual_seed(0)
+    exposed = torch.tensor([1, 1, 0, 1, 0, 1, 0, 0, 1, 1, 1, 1]).bool()  # 3 of 4, 0, 0 of 1, 5 of 7
+    offsets = torch.tensor([0, 4, 4, 5, 12])
+    draws = torch.stack([TakenSample()(exposed, offsets) for _ in range(3000)])
+    assert not draws[:, ~exposed].any()
+    for first, last, shown in ((0, 4, 3), (5, 12, 5)):
+        share = torch.bincount(draws[:, first:last].sum(1), minlength=shown + 1) / len(draws)
+        np.testing.assert_allclose(share, [0.5 / shown] * shown + [0.5], atol=0.03)
+        each = draws[:, first:last][:, exposed[first:last]].float().mean(0)
+        np.testing.assert_allclose(each, 0.5 + (shown - 1) / 4 / shown, atol=0.03)
+    nothing = TakenSample()(torch.zeros(0).bool(), torch.tensor([0, 0]))
+    assert nothing.shape == (0,)
 
 
 # two tasks; a usual request, none exposed, no positive, all positive, one candidate, none
@@ -123,7 +225,7 @@ def naive_loss(config: CandidateSetLossConfig, logits, labels, exposed, offsets,
                 p = 1 / (1 + math.exp(-s[c]))
                 pointwise -= weight * math.log(p if y[c] else 1 - p)
                 weights += weight
-            positive = [c for c in rows if y[c]]
+            positive = [c for c in rows if y[c] and u[c]]
             negative = sum(u[c] * math.exp(s[c]) for c in rows if not y[c])
             if positive and negative > 0:
                 each = [-math.log(math.exp(s[c]) / (math.exp(s[c]) + negative)) for c in positive]
@@ -136,13 +238,14 @@ def naive_loss(config: CandidateSetLossConfig, logits, labels, exposed, offsets,
     mean = lambda values: sum(values) / len(values) if values else 0.0  # noqa: E731
     return (
         config.pointwise * pointwise / max(weights, 1e-9)
-        + config.listwise * mean(listwise)
+        + config.listwise_weight * mean(listwise)
         + config.consistency * mean(divergences)
     )
 
 
 CONFIGS = [
     CandidateSetLossConfig(),
+    CandidateSetLossConfig(unexposed=1.0),
     CandidateSetLossConfig(unexposed=0.3),
     CandidateSetLossConfig(pointwise_unexposed=False),
     CandidateSetLossConfig(pointwise=0.0, listwise=1.0),
@@ -183,8 +286,8 @@ class TestLoss:
             offsets = torch.zeros_like(offsets)
         logits.requires_grad_()
         terms = {
-            "pointwise": CandidateSetLossConfig(pointwise_unexposed=False),
-            "listwise": CandidateSetLossConfig(pointwise=0.0, listwise=1.0),
+            "pointwise": CandidateSetLossConfig(listwise=0.0, pointwise_unexposed=False),
+            "listwise": CandidateSetLossConfig(pointwise=0.0, listwise=1.0, unexposed=1.0),
             "consistency": CandidateSetLossConfig(pointwise=0.0, consistency=1.0),
         }
         values = {}
@@ -302,6 +405,13 @@ class TestGenerateSet:
 TOPICS, FADE, SET_SIZE, REQUESTS_SIMULATED = 5, 0.3, 12, 40
 
 
+def set_reward(probability: np.ndarray, topic: np.ndarray, rows: np.ndarray, fade: float) -> float:
+    """The expected number of items that are taken: that in place i with its probability times fade to
+    the power of how many of its topic stand before it."""
+    before = np.array([(topic[rows[:i]] == topic[row]).sum() for i, row in enumerate(rows)])
+    return float((probability[rows] * fade**before).sum())
+
+
 class Simulated:
     """Requests of the simulator: each candidate's probability alone and its topic."""
 
@@ -386,18 +496,3 @@ def test_an_encoder_that_learnt_from_accepted_items_generates_better_sets(attent
         }
     best = simulated.reward(generate_set(simulated.log_wish, simulated.tokens, 4, "greedy"))
     assert rewards["greedy"] > rewards["topk"] + 0.5 * (best - rewards["topk"])
-
-
-def test_set_metrics() -> None:
-    candidates = jagged(torch.zeros(9, 1), [4, 2, 0, 3])
-    chosen = jagged(torch.tensor([3, 0, 5, 4, 8, 6]), [2, 2, 0, 2])
-    label = np.array([1, 1, 0, 1, 0, 0, 0, 0, 1])  # the second request has no positive
-    category = np.array([1, 1, 1, 2, 3, 3, 0, 0, 0])
-    metrics = set_metrics(chosen, candidates, label, category)
-    assert metrics["recall@k"] == pytest.approx((2 / 2 + 1 / 1) / 2)
-    assert metrics["ndcg@k"] == pytest.approx(1.0)
-    assert metrics["diversity"] == pytest.approx((1 + 0 + 0) / 3)
-    late = set_metrics(jagged(torch.tensor([6, 8]), [0, 0, 0, 2]), candidates, label, category)
-    assert late["ndcg@k"] == pytest.approx(1 / math.log2(3))
-    empty = jagged(torch.zeros(0, dtype=torch.int64), [0])
-    assert all(math.isnan(v) for v in set_metrics(empty, empty, label[:0], category[:0]).values())

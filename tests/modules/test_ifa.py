@@ -44,6 +44,7 @@ def configs(draw) -> IFAConfig:
         gates=draw(st.sampled_from([{}, {"action": 3}, {"action": 1, "device": 4}])),
         # a relu head may match next to nothing: its answer is then as large as 1 / eps
         eps=1e-3,
+        readout=draw(st.sampled_from(["linear", "softmax"])),
     )
 
 
@@ -68,22 +69,28 @@ def new_ifa(config: IFAConfig, seed: int = 0) -> InteractionFidelityAttention:
 
 
 def naive_ifa(ifa: InteractionFidelityAttention, inputs: Inputs) -> Tensor:
-    """IFA in the quadratic form, every candidate against every event."""
+    """IFA, every candidate against every event; the softmax read-out in its own words."""
+    config = ifa.config
     phi = {
         "elu": lambda x: F.elu(x) + 1,
         "relu": F.relu,
         "hedgehog": lambda x: torch.cat([torch.softmax(x, 1), torch.softmax(-x, 1)], dim=1),
-    }[ifa.config.feature_map]
+    }[config.feature_map]
 
     def head(candidates, events, weights, h):
-        q, k = (
-            phi(head_of(candidates, ifa.query_proj, h, ifa.config)),
-            phi(head_of(events, ifa.key_proj, h, ifa.config)),
-        )
-        score = q @ k.T * weights
+        q = head_of(candidates, ifa.query_proj, h, config)
+        k = phi(head_of(events, ifa.key_proj, h, config))
+        value = head_of(events, ifa.value_proj, h, config)
+        if config.readout == "softmax":
+            each = k.T * weights  # what an event adds to a summary
+            there = each.sum(1) > 0
+            share = each[there] / each[there].sum(1, keepdim=True)
+            likeness = (q @ (share @ value).T / config.head_width**0.5).exp() * each[there].sum(1)
+            matched = likeness.sum(1)
+            return (likeness / matched[:, None].clamp(min=1e-300)) @ (share @ value), matched
+        score = phi(q) @ k.T * weights
         matched, everything = score.sum(1), (k * weights[:, None]).sum()
-        value = head_of(events, ifa.value_proj, h, ifa.config)
-        added = ifa.config.eps * torch.where(everything > 0, everything, 1.0)
+        added = config.eps * torch.where(everything > 0, everything, 1.0)
         return score @ value / (matched[:, None] + added), matched
 
     return naive_forward(ifa, inputs, head)
@@ -277,9 +284,10 @@ def test_attention_weights_reproduce_the_heads(problem):
         events, candidates = inputs.event_rows(b), inputs.candidate_rows(b)
         assert weights.shape == (len(candidates), len(events), heads.shape[1])
         assert (weights >= 0).all()
-        # 1, but for the dense heads' eps, where anything matched, and 0 where nothing did
+        # 1, but for a linear head's eps, where anything matched, and 0 where nothing did
         total, added = matched[candidates], torch.zeros_like(matched[candidates])
-        added[:, : config.num_heads] = config.eps * ifa.encode(*inputs.encode).key_sum[b].sum(1)
+        if config.readout == "linear":
+            added[:, : config.num_heads] = config.eps * ifa.encode(*inputs.encode).key_sum[b].sum(1)
         assert_same(weights.sum(1), total / torch.where(total > 0, total + added, 1.0))
         for h, value in enumerate(values):
             assert_same(weights[..., h] @ value[events], heads[candidates, h])
@@ -298,16 +306,20 @@ CONFIG = IFAConfig(
 )
 
 
-def test_attention_weights_sum_to_one_where_matched():
-    ifa, inputs = new_ifa(CONFIG), Inputs.random(CONFIG, [30, 0], [4, 2], weighted=False)
+@pytest.mark.parametrize("readout", ["linear", "softmax"])
+def test_attention_weights_sum_to_one_where_matched(readout):
+    ifa = new_ifa(dataclasses.replace(CONFIG, readout=readout))
+    inputs = Inputs.random(CONFIG, [30, 0], [4, 2], weighted=False)
     full, empty = ifa.attention_weights(*inputs.forward)
     dense = full[..., : CONFIG.num_heads].sum(1)
     torch.testing.assert_close(dense, torch.ones_like(dense), rtol=0, atol=1e-5)
     assert empty.shape == (2, 0, 6)
 
 
-def test_float32_is_near_the_float64_quadratic_form():
-    ifa, inputs = new_ifa(CONFIG), Inputs.random(CONFIG, [500, 0, 33], [4, 2, 7], dtype=torch.float32)
+@pytest.mark.parametrize("readout", ["linear", "softmax"])
+def test_float32_is_near_the_float64_quadratic_form(readout):
+    ifa = new_ifa(dataclasses.replace(CONFIG, readout=readout))
+    inputs = Inputs.random(CONFIG, [500, 0, 33], [4, 2, 7], dtype=torch.float32)
     actual = ifa.float()(*inputs.forward).values()
     assert actual.dtype == torch.float32
     exact = Inputs.random(CONFIG, [500, 0, 33], [4, 2, 7])
@@ -426,11 +438,13 @@ class OfTensors(torch.nn.Module):
 
 
 by_state_or_not = pytest.mark.parametrize("by_state", [False, True], ids=["forward", "attend(encode)"])
+either_readout = pytest.mark.parametrize("readout", ["linear", "softmax"])
 
 
 @by_state_or_not
-def test_compiles_into_one_graph_for_any_size(by_state):
-    module = OfTensors(new_ifa(CONFIG), by_state)
+@either_readout
+def test_compiles_into_one_graph_for_any_size(by_state, readout):
+    module = OfTensors(new_ifa(dataclasses.replace(CONFIG, readout=readout)), by_state)
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for lengths in ([6, 0, 3], [2, 1, 4]), ([9, 5], [3, 3]), ([4, 0, 50, 8], [2, 2, 0, 7]):
@@ -439,13 +453,15 @@ def test_compiles_into_one_graph_for_any_size(by_state):
 
 
 @by_state_or_not
+@either_readout
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)  # torch, native
-def test_exports_for_any_number_of_events_and_candidates(by_state, dtype):
+def test_exports_for_any_number_of_events_and_candidates(by_state, readout, dtype):
     def arguments(*lengths, **seed):
         given = module.arguments(Inputs.random(CONFIG, *lengths, **seed))
         return tuple(x.to(dtype) if x.is_floating_point() else x for x in given)
 
-    module = OfTensors(new_ifa(CONFIG), by_state).to(dtype)
+    config = dataclasses.replace(CONFIG, readout=readout)
+    module = OfTensors(new_ifa(config), by_state).to(dtype)
     m, n = {0: torch.export.Dim("M")}, {0: torch.export.Dim("N")}
     shapes = (m, None, n, None, n, n, n, m, n)
     program = torch.export.export(module, arguments([6, 0, 3], [2, 1, 4]), dynamic_shapes=shapes)
@@ -699,6 +715,7 @@ def test_encode_of_parts_of_different_requests_is_refused():
         ("num_heads", {"num_heads": 3}),  # 8 is no multiple of it
         ("head_dim", {"head_dim": 0}),
         ("feature_map", {"feature_map": "softmax"}),
+        ("readout", {"readout": "quadratic"}),
         ("half_lives", {"half_lives": (1.0,)}),
         ("half_lives", {"half_lives": (1.0, 0.0)}),
         ("half_lives", {"half_lives": (1.0, math.nan)}),
@@ -719,3 +736,39 @@ def test_encode_of_parts_of_different_requests_is_refused():
 def test_bad_config_is_named(name, changes):
     with pytest.raises(ValueError, match=name):
         IFAConfig(**({"embedding_dim": 8, "num_heads": 2} | changes))
+
+
+# -------------------------------------------------------------------------------- the softmax read-out
+
+
+def test_a_softmax_reads_the_summary_that_is_like_the_candidate():
+    """Events of two kinds, a feature each: a candidate gets the value of its own kind, though the other
+    is a hundred times as frequent, and its mass says how often it was there."""
+    config = IFAConfig(2, num_heads=1, feature_map="relu", readout="softmax")
+    ifa = InteractionFidelityAttention(config).double()
+    for projection, factor in ((ifa.query_proj, 20.0), (ifa.key_proj, 1.0), (ifa.value_proj, 1.0)):
+        projection.weight.data.copy_(factor * torch.eye(2))
+    kinds = torch.tensor([0] * 100 + [1])
+    history = jagged(torch.eye(2).double()[kinds], [101])
+    candidates = jagged(torch.eye(2).double(), [2])
+    heads, mass = ifa.dense_heads(candidates, Inputs(candidates, history, None, None, None).events, None)
+    torch.testing.assert_close(heads[:, 0], torch.eye(2).double(), rtol=0, atol=1e-3)
+    alike = math.exp(20 / math.sqrt(2))  # E of a candidate's own kind; of the other it is 1
+    expected = torch.tensor([100 * alike + 1, alike + 100]).double().log1p()
+    torch.testing.assert_close(mass[:, 0], expected)
+
+
+def test_the_state_is_the_same_for_either_readout():
+    ifa, inputs = new_ifa(CONFIG), Inputs.random(CONFIG, [5, 0, 3], [2, 1, 3])
+    other = new_ifa(dataclasses.replace(CONFIG, readout="softmax"))
+    other.load_state_dict(
+        {k: v for k, v in ifa.state_dict().items() if k != "_extra_state"}, strict=False
+    )
+    assert_same_state(other.encode(*inputs.encode), ifa.encode(*inputs.encode))
+
+
+def test_the_softmax_readout_starts_with_soft_keys():
+    config = IFAConfig(4, num_heads=2, head_dim=4, feature_map="hedgehog", readout="softmax")
+    ifa = InteractionFidelityAttention(config)
+    torch.testing.assert_close(ifa.key_proj.weight, 1.2 * torch.eye(4).repeat(2, 1))
+    assert torch.equal(ifa.query_proj.weight, 3 * torch.eye(4).repeat(2, 1))

@@ -209,10 +209,12 @@ def aged(days: float, weighted: bool = True) -> Inputs:
 
 @every_backend
 @pytest.mark.parametrize("feature_map", ["elu", "relu", "hedgehog"])
+@pytest.mark.parametrize("readout", ["linear", "softmax"])
 @pytest.mark.parametrize("days", [365.0, 500.0])
-def test_an_old_history_answers_as_a_young_one(backend, feature_map, days):
+def test_an_old_history_answers_as_a_young_one(backend, feature_map, readout, days):
     """Masses aside, all weights are the same times a constant, which is 2e-16 after a year."""
-    ifa = new(backend=backend, feature_map=feature_map, interest_mass=False, eps=1e-3)
+    given = dict(feature_map=feature_map, readout=readout, interest_mass=False, eps=1e-3)
+    ifa = new(backend=backend, **given)
     young, old = aged(0.0), aged(days)
     expected = ifa(*young.forward).values()
     leaves = [

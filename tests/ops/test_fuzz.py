@@ -1,4 +1,4 @@
-"""encode, attend and match of anything: every backend refuses it, or all give the same.
+"""Every operator, of anything: every backend refuses it, or all give the same.
 
 ``FUZZ_EXAMPLES=1500 python -m pytest tests/ops/test_fuzz.py`` runs for some ten minutes.
 """
@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import KERNELS, NATIVE, backend_of
 from test_ops import DIFFERENTIABLE, EPS, FEATURE_MAPS, to_float64
-from test_ops_boundary import layouts, results
+from test_ops_boundary import RULING, layouts, results
 from torch import Tensor
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
@@ -46,6 +46,16 @@ def arguments(draw, op: str) -> tuple[dict, tuple]:
             "key_sum": random(requests, heads, features).abs(),
         }
         return inputs, (feature_map, EPS)
+    if op == "attend_softmax":
+        summaries = draw(SIZES)
+        inputs = {
+            "candidates": random(m, dim),
+            "offsets": offsets_of(candidates),
+            "query_weight": random(heads, width, dim) / max(dim, 1) ** 0.5,
+            "summaries": random(requests, heads, summaries, width),
+            "log_weight": random(requests, heads, summaries),
+        }
+        return inputs, ()
     events = {
         "weights": draw(st.sampled_from([None, random(n).abs(), random(n, heads).abs()])),
         "ages": random(n).abs() if draw(st.booleans()) else None,
@@ -105,7 +115,7 @@ def calls(draw, op: str) -> tuple[dict, tuple]:
         plain = dtype if x.is_floating_point() else torch.int64
         x = x.to(draw(st.sampled_from(types)) if mixed else plain)
         inputs[name] = draw(st.sampled_from([x, *layouts(x)]))
-    token = inputs["candidates" if op == "attend" else "history"]
+    token = inputs["candidates" if op in RULING else "history"]
     if token.numel() and draw(st.integers(0, 4)) == 0:
         token[draw(st.integers(0, len(token) - 1)), 0] = torch.nan
     if draw(st.booleans()):
@@ -138,7 +148,7 @@ def test_backends_agree_or_refuse(op, data):
     default = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
     device, threads = data.draw(st.sampled_from([None, "meta"])), data.draw(st.sampled_from([1, 2]))
     rounded = any(x is not None and x.dtype in FLOATS[1:3] for x in inputs.values())
-    ruling = inputs["key_value" if op == "attend" else "history"].dtype
+    ruling = inputs[RULING.get(op, "history")].dtype
     before = torch.get_num_threads()
     for kernels in KERNELS:
         with backend_of(kernels) as backend:

@@ -20,6 +20,7 @@ from test_ops import (
     FEATURE_MAPS,
     SHAPES,
     attend_inputs,
+    attend_softmax_inputs,
     encode_inputs,
     match_inputs,
     outputs_and_gradients,
@@ -41,6 +42,20 @@ def instruction_set(request, monkeypatch):
     return request.param
 
 
+def softmax_inputs(candidates, sizes, summaries: int, dtype=torch.float32) -> dict:
+    """Of attend_softmax, some of the summaries not there."""
+    _, asking = wide_inputs([1] * len(candidates), candidates, sizes, dtype)
+    _, heads, width = sizes
+    generator = torch.Generator().manual_seed(1)
+    shape = (len(candidates), heads, summaries)
+    log_weight = torch.randn(shape, generator=generator)
+    log_weight[..., 1:] = log_weight[..., 1:].masked_fill(log_weight[..., 1:] > 1, -torch.inf)
+    return asking | {
+        "summaries": torch.randn(*shape, width, generator=generator),
+        "log_weight": log_weight,
+    }
+
+
 weighted_by_event_or_head = pytest.mark.parametrize(
     "weighted", [True, "by head"], ids=["weighted", "by head"]
 )
@@ -59,6 +74,20 @@ def test_every_instruction_set_and_width_gives_the_references_results(
     truth = run(to_float64(inputs), to_float64(asking), feature_map, "reference")
     for name, value in run(inputs, asking, feature_map, "native").items():
         assert_near(value, truth[name], 2e-5, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "summaries"),
+    [((64, 4, 16), 32), ((64, 1, 64), 128), ((7, 3, 5), 11), ((33, 1, 129), 1), ((16, 8, 2), 17)],
+    ids=str,
+)
+def test_every_instruction_set_attends_to_summaries(instruction_set, sizes, summaries, dtype):
+    inputs = softmax_inputs(CANDIDATES, sizes, summaries, dtype)
+    truth = outputs_and_gradients("attend_softmax", to_float64(inputs), backend="reference")
+    for name, value in outputs_and_gradients("attend_softmax", inputs, backend="native").items():
+        half = value.dtype == torch.bfloat16
+        assert_near(value, truth[name], 2e-2 if half else 2e-5, name)
 
 
 @weighted_by_event_or_head
@@ -126,10 +155,12 @@ def results(threads: int) -> list[torch.Tensor]:
     try:
         inputs = wide_inputs(lengths, sets, (32, 2, 16), weighted="by head")
         values = run(*inputs, "hedgehog", "native")
+        asked = softmax_inputs(sets, (32, 2, 16), 32)
+        attended = outputs_and_gradients("attend_softmax", asked, backend="native")
         matches = ops.match(*match_inputs(lengths, sets, torch.float32).values(), backend="native")
     finally:
         torch.set_num_threads(before)
-    return [*values.values(), *matches]
+    return [*values.values(), *attended.values(), *matches]
 
 
 def test_results_are_the_same_to_the_bit_with_any_number_of_threads_and_at_every_run():
@@ -165,6 +196,7 @@ def test_opcheck(weighted):
         (torch.ops.ifa.encode, inputs, ("hedgehog", "native"), ("ages", "decay")),
         (torch.ops.ifa.encode, inputs | {"weights": None, "ages": None}, ("elu", "native"), ("decay",)),
         (torch.ops.ifa.attend, asking, ("elu", EPS, "native"), ()),
+        (torch.ops.ifa.attend_softmax, attend_softmax_inputs([2, 0, 3], torch.float32), ("native",), ()),
         (
             torch.ops.ifa.match,
             match_inputs([4, 0, 6], [3, 1, 5], torch.float32, weighted),
@@ -192,6 +224,11 @@ def test_opcheck_of_the_backward_operators(weighted):
     upstream = ops.attend(*asking.values(), "elu", EPS, "native")
     torch.library.opcheck(
         torch.ops.ifa.attend_backward.default, (*upstream, *asking.values(), "elu", EPS, "native")
+    )
+    asking = attend_softmax_inputs([2, 3, 0], torch.float32)
+    upstream = ops.attend_softmax(*asking.values(), "native")
+    torch.library.opcheck(
+        torch.ops.ifa.attend_softmax_backward.default, (*upstream, *asking.values(), "native")
     )
     inputs = match_inputs([4, 0, 6], [3, 1, 5], torch.float32, weighted)
     upstream = torch.ops.ifa.match(*inputs.values(), "native")
@@ -320,6 +357,8 @@ def under_sanitizers(path: str) -> None:
         ):
             for feature_map, sizes in itertools.product(FEATURE_MAPS, [(32, 2, 16), (7, 3, 5)]):
                 run(*wide_inputs(history, candidates, sizes, dtype, weighted), feature_map, "native")
+                asked = softmax_inputs(candidates, sizes, 11, dtype)
+                outputs_and_gradients("attend_softmax", asked, backend="native")
             inputs = match_inputs(history, candidates, dtype, weighted)
             leaves = [inputs[name].requires_grad_() for name in ("history", "weights")]
             outputs = ops.match(*inputs.values(), backend="native")

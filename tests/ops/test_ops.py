@@ -74,6 +74,16 @@ def attend_inputs(lengths, feature_map, dtype=torch.float64, state_dtype=None) -
     }
 
 
+def attend_softmax_inputs(lengths, dtype=torch.float64, summaries: int = 7) -> dict:
+    return {
+        "candidates": random(sum(lengths), D, seed=6, dtype=dtype),
+        "offsets": offsets_of(lengths),
+        "query_weight": random(H, WIDTH, D, seed=7, dtype=dtype),
+        "summaries": random(len(lengths), H, summaries, WIDTH, seed=8, dtype=dtype),
+        "log_weight": random(len(lengths), H, summaries, seed=9, dtype=dtype),
+    }
+
+
 def match_inputs(
     history_lengths, candidate_lengths, dtype=torch.float64, weighted: bool | str = True
 ) -> dict:
@@ -95,6 +105,7 @@ def match_inputs(
 DIFFERENTIABLE = {
     "encode": ["history", "key_weight", "value_weight", "weights"],
     "attend": ["candidates", "query_weight", "key_value", "key_sum"],
+    "attend_softmax": ["candidates", "query_weight", "summaries", "log_weight"],
     "match": ["history", "weights"],
 }
 
@@ -181,6 +192,13 @@ def test_attend_is_the_references(feature_map, shape, backend, dtype, tolerance)
     assert_backend_is_true("attend", inputs, feature_map, EPS, tolerance=tolerance, backend=backend)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@BACKENDS
+def test_attend_softmax_is_the_references(shape, backend, dtype, tolerance):
+    inputs = attend_softmax_inputs(SHAPES[shape][1], dtype)
+    assert_backend_is_true("attend_softmax", inputs, tolerance=tolerance, backend=backend)
+
+
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s != "around a chunk and a tile"])
 @WEIGHTED
 @BACKENDS
@@ -213,6 +231,7 @@ def test_many_requests_of_a_few_rows(feature_map, backend, dtype, tolerance):
     assert_backend_is_true(
         "attend", attend_inputs(lengths, feature_map, dtype), feature_map, EPS, **given
     )
+    assert_backend_is_true("attend_softmax", attend_softmax_inputs(lengths, dtype), **given)
 
 
 @BACKENDS
@@ -238,6 +257,13 @@ def test_gradients_of_attend_are_the_finite_differences(feature_map):
     assert torch.autograd.gradcheck(
         lambda *x: ops.attend(*x, feature_map, EPS, "torch"), (*inputs.values(),)
     )
+
+
+def test_gradients_of_attend_softmax_are_the_finite_differences():
+    inputs = attend_softmax_inputs([2, 0, 3])
+    for name in DIFFERENTIABLE["attend_softmax"]:
+        inputs[name].requires_grad_()
+    assert torch.autograd.gradcheck(lambda *x: ops.attend_softmax(*x, "torch"), (*inputs.values(),))
 
 
 @pytest.mark.parametrize("weighted", [True, "by head"], ids=["weighted", "by head"])
@@ -286,6 +312,58 @@ def test_linear_form_is_the_quadratic_form_of_each_request(feature_map):
         torch.testing.assert_close(matched[c], expected_matched, rtol=0, atol=1e-12)
         total = attention.sum(1)
         torch.testing.assert_close(total, matched[c] / (matched[c] + EPS), rtol=0, atol=1e-12)
+
+
+def with_gaps(lengths, dtype=torch.float64) -> dict:
+    """Of the first request no summary is there, of the second's head 1 some are not."""
+    inputs = attend_softmax_inputs(lengths, dtype)
+    inputs["log_weight"][0], inputs["log_weight"][1, 1, ::2] = -torch.inf, -torch.inf
+    return inputs
+
+
+@EVERY_BACKEND
+def test_attend_softmax_is_softmax_attention_over_the_summaries_that_are_there(backend):
+    inputs = with_gaps([2, 5, 3], torch.float32)
+    out, log_sum = ops.attend_softmax(*inputs.values(), backend)
+    assert not out[:2].any() and (log_sum[:2] == -torch.inf).all()
+    query = torch.einsum("mD,hdD->hmd", inputs["candidates"], inputs["query_weight"])
+    for request, rows in ((1, slice(2, 7)), (2, slice(7, 10))):
+        for h in range(H):
+            log_weight = inputs["log_weight"][request, h]
+            there = log_weight > -torch.inf
+            summaries, mask = inputs["summaries"][request, h, there][None], log_weight[None, there]
+            asked = query[h, rows][None]
+            expected = torch.nn.functional.scaled_dot_product_attention(
+                asked, summaries, summaries, mask.expand(1, asked.shape[1], -1)
+            )
+            assert_near(out[rows, h], expected[0], 1e-5)
+            score = asked[0] @ summaries[0].T / WIDTH**0.5 + mask
+            assert_near(log_sum[rows, h], score.logsumexp(1), 1e-5)
+
+
+@EVERY_BACKEND
+def test_summaries_that_are_not_there_have_no_gradient_and_give_none(backend):
+    inputs = with_gaps([2, 5, 3], torch.float32)
+    leaves = [inputs[name].requires_grad_() for name in DIFFERENTIABLE["attend_softmax"]]
+    out, log_sum = ops.attend_softmax(*inputs.values(), backend)
+    loss = out.square().sum() + torch.logaddexp(log_sum, torch.zeros_like(log_sum)).sum()
+    candidates, _, summaries, log_weight = torch.autograd.grad(loss, leaves)
+    assert all(x.isfinite().all() for x in (candidates, summaries, log_weight))
+    assert not candidates[:2].any() and candidates[2:].all()
+    absent = inputs["log_weight"].isinf()
+    assert not summaries[absent].any() and not log_weight[absent].any()
+    assert summaries[~absent].any(1).all() and log_weight[~absent].all()
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("size", [1e3, 1e5])
+def test_attend_softmax_of_large_scores_takes_the_best_summary(backend, size):
+    inputs = attend_softmax_inputs([4, 2], torch.float32)
+    inputs["query_weight"] *= size
+    out, log_sum = ops.attend_softmax(*inputs.values(), backend)
+    truth = ops.attend_softmax(*to_float64(inputs).values(), "reference")
+    assert_near(out, truth[0], 1e-2)
+    assert_near(log_sum, truth[1], 1e-5)
 
 
 @EVERY_BACKEND
@@ -487,6 +565,15 @@ def opcheck(op, inputs: dict, *extra) -> None:
 def test_opcheck_attend(feature_map):
     asking = attend_inputs([2, 3, 0], feature_map)
     opcheck(torch.ops.ifa.attend.default, asking, feature_map, EPS, "torch")
+
+
+def test_opcheck_attend_softmax():
+    inputs = attend_softmax_inputs([2, 3, 0])
+    opcheck(torch.ops.ifa.attend_softmax.default, inputs, "torch")
+    upstream = [torch.randn_like(x) for x in torch.ops.ifa.attend_softmax(*inputs.values(), "torch")]
+    torch.library.opcheck(
+        torch.ops.ifa.attend_softmax_backward.default, (*upstream, *inputs.values(), "torch")
+    )
 
 
 @WEIGHTED

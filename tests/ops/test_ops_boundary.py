@@ -16,6 +16,7 @@ from test_ops import (
     FEATURE_MAPS,
     H,
     attend_inputs,
+    attend_softmax_inputs,
     called,
     encode_inputs,
     match_inputs,
@@ -27,13 +28,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ifa_torchrec import ops
 
 LENGTHS, SETS = [70, 0, 5, 3], [3, 2, 0, 9]
-EXTRA = {"encode": ("hedgehog",), "attend": ("hedgehog", EPS), "match": ()}
+EXTRA = {"encode": ("hedgehog",), "attend": ("hedgehog", EPS)}
+EXTRA |= {"attend_softmax": (), "match": ()}
+RULING = {"attend": "key_value", "attend_softmax": "summaries"}
+"""The argument whose dtype the sums take; else the history."""
 
 
 def inputs_of(op: str, weighted: bool | str = True, feature_map: str = "hedgehog") -> dict:
     """Of float32; weighted as ``weights_of`` takes it."""
     if op == "attend":
         return attend_inputs(SETS, feature_map, torch.float32)
+    if op == "attend_softmax":
+        return attend_softmax_inputs(SETS, torch.float32)
     if op == "encode":
         return encode_inputs(LENGTHS, torch.float32, weighted)
     return match_inputs(LENGTHS, SETS, torch.float32, weighted)
@@ -86,6 +92,9 @@ SIZES = [
     *[("attend", name, 0) for name in ("offsets", "query_weight", "key_value", "key_sum")],
     *[("attend", "key_value", 2), ("attend", "key_value", 3), ("attend", "key_sum", 2)],
     *[("attend", "candidates", 1), ("attend", "candidates", 0), ("attend", "query_weight", 1)],
+    *[("attend_softmax", name, 0) for name in ("offsets", "query_weight", "summaries", "log_weight")],
+    *[("attend_softmax", "summaries", 2), ("attend_softmax", "summaries", 3)],
+    *[("attend_softmax", "candidates", 1), ("attend_softmax", "candidates", 0)],
     *[("match", name, 0) for name in ("candidate_buckets", "candidate_offsets", "history_buckets")],
     *[("match", name, 0) for name in ("history", "history_offsets", "weights", "ages")],
 ]
@@ -166,6 +175,7 @@ def test_the_native_operators_themselves_read_no_foreign_memory(weighted):
     for op, operator, backward in (
         ("encode", ifa.encode, ifa.encode_backward),
         ("attend", ifa.attend, ifa.attend_backward),
+        ("attend_softmax", ifa.attend_softmax, ifa.attend_softmax_backward),
     ):
         inputs, extra = inputs_of(op, weighted), (*EXTRA[op], "native")
         upstream = dict(enumerate(operator(*inputs.values(), *extra)))
@@ -285,8 +295,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mixed_dtypes(op, weighted, dtype, backend):
     """Sums are as wide as the ruling argument, float32 at least; gradients as what they are of."""
-    ruling = "key_value" if op == "attend" else "history"
-    tokens = "candidates" if op == "attend" else "history"
+    ruling = RULING.get(op, "history")
+    tokens = "candidates" if op in RULING else "history"
     for name in [name for name, x in inputs_of(op, weighted).items() if x.is_floating_point()]:
         inputs = inputs_of(op, weighted)
         inputs[name] = inputs[name].to(dtype)
@@ -323,7 +333,7 @@ def test_meta_tensors_have_the_results_shapes(op, weighted):
 
 @every_op_and_weighting
 def test_no_gradient_flows_to_ages_and_decay(op, weighted, backend):
-    if op == "attend":
+    if op in RULING:
         return
     inputs = inputs_of(op, weighted)
     leaves = [inputs[name].requires_grad_() for name in ("ages", "decay")]
@@ -375,6 +385,30 @@ def test_a_spoilt_candidate_spoils_its_own_answer_alone(value, feature_map, back
             assert torch.equal(found[i][row].isfinite(), truth[i][row].isfinite())
         if value != value:
             assert all(x[row].isnan().all() for x in found[:3])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_a_spoilt_candidate_spoils_its_own_softmax_alone(value, backend):
+    inputs = inputs_of("attend_softmax")
+    clean = results("attend_softmax", inputs, backend)
+    for row in (0, 4, 13):
+        spoilt = inputs | {"candidates": inputs["candidates"].clone()}
+        spoilt["candidates"][row, 1] = value
+        found = results("attend_softmax", spoilt, backend)
+        for i in (0, 1, 2):  # out, log_sum, gradient of the candidates
+            assert_equal_where(torch.arange(14) != row, found[i], clean[i])
+        assert found[0][row].isnan().all() and not found[1][row].isfinite().any()
+
+
+def test_a_spoilt_summary_spoils_its_own_requests_answers_alone(backend):
+    inputs = inputs_of("attend_softmax")
+    clean = results("attend_softmax", inputs, backend)
+    inputs["summaries"][1, :, 2], inputs["log_weight"][3] = torch.nan, torch.nan
+    found = results("attend_softmax", inputs, backend)
+    others = torch.repeat_interleave(torch.tensor([True, False, True, False]), torch.tensor(SETS))
+    for i in (0, 1, 2):
+        assert_equal_where(others, found[i], clean[i])
+    assert found[0][~others].isnan().all() and found[1][~others].isnan().all()
 
 
 def test_a_spoilt_state_spoils_its_own_requests_answers_alone(backend):
@@ -498,6 +532,7 @@ def several(backend: str) -> list[Tensor]:
     return [
         *results("encode", encode_inputs([3000, 5], torch.float32), backend),
         *results("attend", attend_inputs([900, 5], "hedgehog", torch.float32), backend),
+        *results("attend_softmax", attend_softmax_inputs([900, 5], torch.float32), backend),
         *results("match", match_inputs([3000, 5], [20, 5], torch.float32), backend),
     ]
 

@@ -22,6 +22,7 @@ from torchrec.modules.embedding_configs import PoolingType
 from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, IFAConfig
 from ifa_torchrec.data import EventLog, LogSchema
 from ifa_torchrec.data.vocabulary import Vocabulary
+from ifa_torchrec.modules import CandidateSetConfig
 from ifa_torchrec.serving import Event, RankingRequest
 
 DIM, TABLE_ITEMS, ITEMS = 8, 11, 14
@@ -159,7 +160,9 @@ def make_shop(folder: Path) -> Shop:
     return Shop(log, events, items, requests, shop_model(log))
 
 
-def shop_model(log: EventLog, seed: int = 0) -> DLRM_IFA:
+def shop_model(
+    log: EventLog, seed: int = 0, candidate_set: CandidateSetConfig | None = None
+) -> DLRM_IFA:
     """A model of the shop whose weights are no one's start."""
     schema = log.schema
 
@@ -182,6 +185,7 @@ def shop_model(log: EventLog, seed: int = 0) -> DLRM_IFA:
             "history_dense": scales(schema.event_dense),
         },
         ifa=SHOP_IFA,
+        candidate_set=candidate_set or CandidateSetConfig(),
     )
     sequences = [
         EmbeddingConfig(

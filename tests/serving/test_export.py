@@ -7,7 +7,9 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -15,17 +17,16 @@ from helpers import randomised
 from shop import Shop
 from torch import Tensor
 from torch.export import ExportedProgram
-from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
+from torchrec import EmbeddingCollection, EmbeddingConfig, JaggedTensor, KeyedJaggedTensor
 
-from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, IFAConfig
+from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, IFAConfig, generate_set
 from ifa_torchrec.__main__ import main
 from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.commands.export import ExportConfig, export
 from ifa_torchrec.data import EventLog, LogSchema, RankingDataset
-from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules import CandidateSetConfig
 from ifa_torchrec.serving import ScoringGraph, StateError, export_scorer, quantize_tables
-from ifa_torchrec.serving.export import GraphInput
+from ifa_torchrec.serving.export import GraphTensor, package_scorer
 from ifa_torchrec.training.options import TrainConfig
 from ifa_torchrec.training.run import Run, load_run
 from ifa_torchrec.training.trainer import train
@@ -62,10 +63,11 @@ def inputs(model: DLRM_IFA, schema: LogSchema, batch: RankingBatch) -> dict[str,
         "item_vectors": None if batch.item_vectors is None else batch.item_vectors[items],
         "candidate_item_ids": batch.candidate_item_ids,
         **{f"context_list_{f}": batch.context_features[f].values() for f in schema.context_lists},
+        "taken": torch.zeros_like(ids[columns[0]].values(), dtype=torch.bool),
         **state.state_dict(),
     }
     if known["candidate_item_ids"] is None:
-        known["candidate_item_ids"] = known["candidate_ids"][:, 0]
+        known["candidate_item_ids"] = ids[columns[0]].values()
     for name in schema.item_lists:
         lists = batch.item_lists[name].to_dense()
         of_candidate = [(m, i) for m, item in enumerate(items.tolist()) for i in lists[item].tolist()]
@@ -76,7 +78,7 @@ def inputs(model: DLRM_IFA, schema: LogSchema, batch: RankingBatch) -> dict[str,
     return {given.name: known[given.name] for given in ScoringGraph(model, schema).inputs}
 
 
-def first_candidate(given: dict[str, Tensor], graph_inputs: Sequence[GraphInput]) -> dict[str, Tensor]:
+def first_candidate(given: dict[str, Tensor], graph_inputs: Sequence[GraphTensor]) -> dict[str, Tensor]:
     first = {g.name: given[g.name][:1] if g.shape[0] == "M" else given[g.name] for g in graph_inputs}
     for name in given:
         if name.endswith("_candidate"):
@@ -122,11 +124,30 @@ def assert_of_aten_alone(program: ExportedProgram) -> None:
     assert not [operator for operator in operators if "item" in operator.name()]
 
 
-def test_a_package_of_identity_heads_is_refused(run: Run, tmp_path: Path) -> None:
-    """Its logits would be others than the model's."""
-    with pytest.raises(ConfigError, match="without --package"):
-        export(ExportConfig(run.config.out, tmp_path / "scorer.pt2", package=True, int8=True))
-    assert not (tmp_path / "scorer.pt2").exists()
+def load_package(path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
+    """A package that refuses what it is not compiled for."""
+    monkeypatch.setenv("AOTI_RUNTIME_CHECK_INPUTS", "1")
+    return torch._inductor.aoti_load_package(str(path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_package(run: Run, int8: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "scorer.pt2"
+    about = export(ExportConfig(run.config.out, out, package=True, int8=int8))
+    tables = "int8" if int8 else "float32"
+    assert (about["runtime"], about["tables"]) == ("AOTInductor", tables)
+    assert "contiguous" in about["layout"]
+    score, model = load_package(out, monkeypatch), quantize_tables(run.dlrm) if int8 else run.dlrm
+    assert_gives_the_models_logits(score, model, run.log, ("test", "train"))
+    # without its check the package would read the columns' memory as if they stood by themselves
+    given = inputs(model, run.log.schema, run.dataset("test")[[4]])
+    columns = {**given, "candidate_item_ids": given["candidate_ids"][:, 0]}
+    with pytest.raises(RuntimeError, match="unmatched stride"):
+        score(*columns.values())
+    torch.testing.assert_close(
+        score(*(t.contiguous() for t in columns.values())), score(*given.values())
+    )
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -138,10 +159,11 @@ def test_a_model_of_lists_numbers_vectors_and_event_features(shop: Shop, int8: b
 
 
 @pytest.mark.slow
-def test_a_package_of_lists_numbers_vectors_and_event_features(shop: Shop, tmp_path: Path) -> None:
-    program = export_scorer(shop.model, shop.log.schema)
-    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "shop.pt2"))
-    score = torch._inductor.aoti_load_package(path)
+def test_a_package_of_lists_numbers_vectors_and_event_features(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package_scorer(export_scorer(shop.model, shop.log.schema), tmp_path / "shop.pt2")
+    score = load_package(tmp_path / "shop.pt2", monkeypatch)
     assert_gives_the_models_logits(score, shop.model, shop.log, ["train"])
 
 
@@ -179,6 +201,55 @@ def test_a_model_of_items_alone_with_two_tasks() -> None:
         torch.testing.assert_close(found, logits, atol=1e-5, rtol=0)
 
 
+def model_of_sets(attention: Literal["softmax", "linear"]) -> DLRM_IFA:
+    """Candidates see each other and what is taken."""
+    torch.manual_seed(0)
+    return model_of_one_feature(candidate_set=CandidateSetConfig(attention, generate=True)).eval()
+
+
+@torch.no_grad()
+def assert_generates_the_models_sets(
+    score: Callable[..., tuple[Tensor, Tensor]], model: DLRM_IFA
+) -> None:
+    for candidates in (1, 2, 3, 40):
+        batch = items_alone(events=7, candidates=candidates, seed=candidates)
+        given, described = inputs(model, ONE_FEATURE, batch), model.describe(batch)
+        taken = given["taken"].clone()
+        rows = JaggedTensor(described.tokens, offsets=described.offsets)
+        for row in generate_set(partial(model.gain_given, described), rows, 5, "greedy").values():
+            logits, gain = score(*{**given, "taken": taken}.values())
+            wanted = model.logits_given(described, taken), model.gain_given(described, taken)
+            torch.testing.assert_close((logits, gain), wanted, atol=1e-5, rtol=1e-5)
+            assert gain.masked_fill(taken, -torch.inf).argmax() == row
+            if not taken.any():
+                torch.testing.assert_close(logits, model(batch), atol=1e-5, rtol=1e-5)
+            taken[row] = True
+        torch.testing.assert_close(
+            score(*{**given, "taken": ~taken}.values())[0],
+            model.logits_given(described, ~taken),
+            atol=1e-5,
+            rtol=1e-5,
+        )
+
+
+@pytest.mark.parametrize("attention", ["softmax", "linear"])
+def test_a_model_whose_candidates_see_each_other(attention: Literal["softmax", "linear"]) -> None:
+    model = model_of_sets(attention)
+    program = export_scorer(model, ONE_FEATURE)
+    assert_generates_the_models_sets(program.module(), model)
+    assert_of_aten_alone(program)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["softmax", "linear"])
+def test_a_package_of_a_model_whose_candidates_see_each_other(
+    attention: Literal["softmax", "linear"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of_sets(attention)
+    package_scorer(export_scorer(model, ONE_FEATURE), tmp_path / "sets.pt2")
+    assert_generates_the_models_sets(load_package(tmp_path / "sets.pt2", monkeypatch), model)
+
+
 def items_alone(events: int, candidates: int, seed: int) -> RankingBatch:
     generator = torch.Generator().manual_seed(seed)
     return RankingBatch(
@@ -200,7 +271,6 @@ def items_alone(events: int, candidates: int, seed: int) -> RankingBatch:
     ("model", "message"),
     [
         (lambda: model_of_one_feature(interaction="mean"), "'mean' has no user state"),
-        (lambda: model_of_one_feature(candidate_set=CandidateSetConfig("linear")), "see each other"),
         (lambda: quantize_tables(model_of_one_feature(), torch.float16), "FP16 cannot be exported"),
     ],
 )
@@ -230,7 +300,8 @@ def test_the_command_describes_what_it_writes(monkeypatch, capsys, run: Run, tmp
     assert (about["version"], about["tables"]) == (run.version, "float32")
     assert about["vocabulary"] == run.log.vocabulary.digest
     (task,) = about["tasks"]
-    assert task["name"] == about["output"]["columns"][0] and task["kind"] == "binary"
+    (output,) = about["outputs"]
+    assert (output["name"], output["columns"]) == ("logits", [task["name"]]) and task["kind"] == "binary"
     assert task["scale"] == {"mean": 0.0, "deviation": 1.0, "log": False}
     given = inputs(run.dlrm, run.log.schema, run.dataset("test")[[5]])
     sizes = {"M": len(given["candidate_ids"]), "U": len(given["identity_key"])}
@@ -240,4 +311,4 @@ def test_the_command_describes_what_it_writes(monkeypatch, capsys, run: Run, tmp
         assert str(tensor.dtype) == f"torch.{described['dtype']}"
         assert len(described["columns"]) in (0, tensor.shape[-1])
     logits = torch.export.load(out).module()(*given.values())
-    assert list(logits.shape) == [sizes["M"], *about["output"]["shape"][1:]]
+    assert list(logits.shape) == [sizes["M"], *output["shape"][1:]]

@@ -10,6 +10,7 @@ import torch
 
 from ifa_torchrec import IFAConfig
 from ifa_torchrec.commands.build_states import BuildStatesConfig, build_states
+from ifa_torchrec.modules import CandidateSetConfig
 from ifa_torchrec.serving import (
     Event,
     RankingRequest,
@@ -28,7 +29,10 @@ IFA = IFAConfig(embedding_dim=8, num_heads=2, half_lives=(math.inf, 30.0), ident
 @pytest.fixture(scope="module")
 def run(log, tmp_path_factory) -> Run:
     out = tmp_path_factory.mktemp("quantize") / "run"
-    train(TrainConfig(data=log.path, out=out, ifa=IFA, max_requests=8, validate=False))
+    sets = CandidateSetConfig(generate=True)
+    train(
+        TrainConfig(data=log.path, out=out, ifa=IFA, candidate_set=sets, max_requests=8, validate=False)
+    )
     return load_run(out, sharded=False)
 
 
@@ -47,6 +51,12 @@ def test_logits_are_the_same_up_to_rounding(run: Run, dtype: torch.dtype, error:
     assert 0 < (rounded - exact).abs().max() < error
     state = quantised.encode(batch)
     torch.testing.assert_close(quantised.attend(batch, state), rounded, atol=1e-5, rtol=0)
+
+
+def test_the_dense_part_is_the_models_own(run: Run) -> None:
+    quantised = quantize_tables(run.dlrm)
+    for name in ("candidate_arch", "set_arch", "taken_arch"):
+        assert getattr(quantised, name) is getattr(run.dlrm, name) is not None
 
 
 def test_a_row_of_int8_is_within_half_a_step(run: Run) -> None:

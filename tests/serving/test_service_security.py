@@ -72,7 +72,7 @@ class Stub:
     async def check(self) -> None:
         pass
 
-    async def rank(self, requests: list) -> list[LiveRanking]:
+    async def rank(self, requests: list, sizes: list) -> list[LiveRanking]:
         logits = np.zeros((1, 1), np.float32)
         ranked = ([2], logits, None, 0, 0, "v", logits + 0.5, ("label",))
         return [LiveRanking(*ranked) for _ in requests]

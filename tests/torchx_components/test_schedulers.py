@@ -27,8 +27,7 @@ TRAIN_ENV = {
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
 }
 TRAIN_SCRIPT = (
-    "ifa_torchrec train --data /shared/log --out /shared/run --max-events 32768 --max-requests 32"
-    " --resume --epochs 2"
+    "ifa_torchrec train --data /shared/log --out /shared/run --max-events 32768 --resume --epochs 2"
 )
 EVALUATE_SCRIPT = "ifa_torchrec evaluate -- --run /shared/run --split test --by store"
 

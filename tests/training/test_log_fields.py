@@ -138,6 +138,18 @@ class TestTermsWithNothingToDo:
         with pytest.raises(ConfigError, match=r"--loss.consistency 0.2: all candidates .* were exposed"):
             Trainer(config)
 
+    def test_exposed_candidates_of_one_label_are_refused(self, tmp_path: Path) -> None:
+        """All that was not taken is unexposed."""
+        toy = make_toy()
+        for frame in toy.requests.values():
+            frame["exposed"] = [np.asarray(label) > 0 for label in frame["label"]]
+        log = toy.write(tmp_path / "log")
+        with pytest.raises(
+            ConfigError, match=r"all exposed candidates have label 1; .*--loss.unexposed 1"
+        ):
+            Trainer(config_of(log, tmp_path / "run"))
+        Trainer(config_of(log, tmp_path / "run", loss=CandidateSetLossConfig(unexposed=1.0)))
+
     def test_listwise_with_one_candidate_a_request_is_told(self, tmp_path: Path) -> None:
         toy = make_toy()
         lists = ("candidates", "exposed", "label", "price", "source")

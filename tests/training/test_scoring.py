@@ -106,6 +106,44 @@ class TestTasks:
         assert mean == pytest.approx(metrics["mae"])
 
 
+class TestExposed:
+    def test_the_exposed_are_measured_apart(self, split: RankingDataset) -> None:
+        scores, request, shown = logits(split), requests_of(split), split.requests["exposed"]
+        metrics = measure(split, scores, (LABEL, WATCH))
+        assert 0 < shown.sum() < len(shown)
+        wanted = ranking_metrics(request[shown], scores[shown, 0], split.requests["label"][shown])
+        for name in ("gauc", "ne", "calibration"):
+            assert metrics["label"][f"{name}_exposed"] == wanted[name] != metrics["label"][name]
+        assert not [name for name in metrics["watch"] if "exposed" in name]
+        assert "gauc_exposed" in measure(split, scores)["label"]  # of no model: the order alone
+        assert "ne_exposed" not in measure(split, scores)["label"]
+
+    def test_where_all_are_exposed_there_is_one_view(self, split: RankingDataset) -> None:
+        split.requests["exposed"] = np.ones_like(split.requests["exposed"])
+        metrics = measure(split, logits(split), (LABEL, WATCH))
+        assert not [name for name in metrics["label"] if "exposed" in name]
+
+    def test_what_the_others_beside_them_change(self, split: RankingDataset) -> None:
+        scores, request, shown = logits(split), requests_of(split), split.requests["exposed"]
+        alone = scores + shown[:, None] * np.float32(0.5)
+        metrics = measure(split, scores, (LABEL, WATCH), alone=alone)
+        label = ranking_metrics(request[shown], alone[shown, 0], split.requests["label"][shown])
+        watch = np.expm1(2 + alone[shown, 1].astype(float))
+        number = regression_metrics(request[shown], watch, split.requests["watch"][shown])
+        assert metrics["label"]["ne_exposed_alone"] == label["ne"]
+        assert metrics["watch"]["mae_exposed_alone"] == pytest.approx(number["mae"], rel=1e-5)
+
+        def chance(logit: np.ndarray) -> np.ndarray:
+            return 1 / (1 + np.exp(-logit.astype(float)))
+
+        gap = chance(alone[shown, 0]) - chance(scores[shown, 0])
+        assert metrics["label"]["gap_exposed_alone"] == pytest.approx(gap.mean(), rel=1e-5)
+        lines = as_table(metrics, (LABEL, WATCH)).splitlines()
+        assert lines[1].split()[:2] == ["all", "exposed"]
+        assert lines[1].endswith("exposed, without the others")
+        assert f"{gap.mean():.4f}" in next(line for line in lines if line.startswith("mean change"))
+
+
 class TestNewItems:
     def test_are_measured_apart(self, split: RankingDataset) -> None:
         scores, request = logits(split), requests_of(split)
@@ -181,7 +219,7 @@ class TestByHistory:
         for name, part in parts.items():
             least, most = int(name.split("-")[0]), int(name.split("-")[-1])
             mine = (lengths >= least) & (lengths <= most)
-            rows = mine[requests_of(split)]
+            rows = mine[requests_of(split)] & split.requests["exposed"]
             assert (part["requests"], part["candidates"]) == (mine.sum(), rows.sum())
             wanted = (1 / (1 + np.exp(-logit[rows].astype(float)))).sum() / label[rows].sum()
             assert part["calibration"] == pytest.approx(wanted)

@@ -16,9 +16,11 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from ranks import run_ranks
+from torchrec.sparse.jagged_tensor import JaggedTensor
 from toy import BUSY_USER, NEW_USER, SCHEMA, SPLITS, Toy, make_toy
 
-from ifa_torchrec import IFAConfig, InteractionFidelityAttention
+from ifa_torchrec import IFAConfig, InteractionFidelityAttention, generate_set
 from ifa_torchrec.__main__ import main
 from ifa_torchrec.commands import evaluate as evaluate_module
 from ifa_torchrec.commands.command_line import result_as_json
@@ -30,13 +32,18 @@ from ifa_torchrec.distributed.checkpoint import checkpoints
 from ifa_torchrec.errors import ConfigError, DivergedError
 from ifa_torchrec.models import DLRM_IFATrain
 from ifa_torchrec.models.archs import CandidateArch
-from ifa_torchrec.modules import INTERACTIONS
+from ifa_torchrec.modules import INTERACTIONS, CandidateSetConfig, CandidateSetLossConfig
+from ifa_torchrec.training import decide
 from ifa_torchrec.training import trainer as train_module
 from ifa_torchrec.training.build import build_model
+from ifa_torchrec.training.decide import decided
+from ifa_torchrec.training.metrics_table import as_table
 from ifa_torchrec.training.options import TrainConfig, from_json, to_json
 from ifa_torchrec.training.run import load_run
 from ifa_torchrec.training.scoring import measure
+from ifa_torchrec.training.sets import measure_sets, places
 from ifa_torchrec.training.trainer import train
+from ifa_torchrec.training.validations import Validations
 
 IFA = IFAConfig(embedding_dim=8, num_heads=2, half_lives=(math.inf, 30.0), identity_features=("item",))
 
@@ -54,6 +61,7 @@ def config(log: EventLog, tmp_path: Path) -> TrainConfig:
         max_requests=8,
         max_events=10_000,
         epochs=2,
+        calibrate=False,  # the weights are compared
     )
 
 
@@ -125,7 +133,8 @@ class TestTrain:
         """Which category is clicked; no more is to be learnt."""
         clicked = np.concatenate(list(toy.requests["train"]["label"])).mean()
         no_model = -(clicked * math.log(clicked) + (1 - clicked) * math.log(1 - clicked))
-        result = train(dataclasses.replace(config, interaction=interaction, epochs=8))
+        loss = CandidateSetLossConfig(listwise=0.0)
+        result = train(dataclasses.replace(config, interaction=interaction, epochs=8, loss=loss))
         assert result["steps"] == 8 * 6
         assert result["loss"] < 0.5 * no_model
         assert result["valid_gauc"] > 0.9
@@ -180,6 +189,7 @@ class TestTrain:
             *((name, 0) for name in ("history_length", "recent_length")),
             *((name, -1) for name in ("warmup_steps", "seed", "table_init")),
             *((name, math.inf) for name in ("table_init",)),
+            ("dropout", 1.0),
             *(("over_arch_layer_sizes", sizes) for sizes in ((), (8, 0))),
             ("seed", 1 << 63),
         ],
@@ -191,7 +201,7 @@ class TestTrain:
 
     @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
     def test_rates_and_memory_out_of_range(self, value: float) -> None:
-        for name in ("table_lr", "dense_lr", "weight_decay"):
+        for name in ("table_lr", "dense_lr", "weight_decay", "table_weight_decay"):
             with pytest.raises(ConfigError, match=f"OptimizerConfig: {name} must be a number of at"):
                 OptimizerConfig(**{name: value})
         with pytest.raises(ConfigError, match=r"table_optimizer 'adam' is none of .*'adagrad'"):
@@ -230,6 +240,18 @@ class TestResume:
         assert len(valid) > 4
         assert {name: resumed[name] for name in valid} == {name: whole[name] for name in valid}
         assert_same_weights(halves.out, config.out / "whole")
+
+    def test_dropout_and_decay_go_on_where_they_were(self, config: TrainConfig, monkeypatch) -> None:
+        """The masks are those of a run that never stopped, and validation draws none."""
+        optimizers = OptimizerConfig(dense_lr=0.01, table_weight_decay=0.1)
+        config = dataclasses.replace(
+            config, dropout=0.5, optimizers=optimizers, epochs=1, checkpoint_every=2, validate=False
+        )
+        whole = dataclasses.replace(config, out=config.out / "whole", validate=True, validate_every=3)
+        train(dataclasses.replace(whole, keep_best="last"))
+        train_stopped(dataclasses.replace(config, keep_best="last"), monkeypatch, 3)
+        train(dataclasses.replace(config, resume=True))
+        assert_same_weights(config.out, whole.out)
 
     def test_a_run_stopped_while_it_validates(self, config: TrainConfig, monkeypatch) -> None:
         """All its steps are done and saved; the numbers are not known yet."""
@@ -381,6 +403,155 @@ class TestResume:
         assert len(list((config.out / "checkpoints").iterdir())) == 2
 
 
+class TestDecided:
+    """What the options leave open follows from the log."""
+
+    @pytest.mark.parametrize(
+        ("requests", "batch", "warm"),
+        [(48, 4, 2), (2000, 4, 80), (8000, 16, 80), (20_000, 32, 100), (10**6, 32, 5000)],
+    )
+    def test_batch_and_warm_up(
+        self, config: TrainConfig, log: EventLog, monkeypatch, requests: int, batch: int, warm: int
+    ) -> None:
+        dataset = RankingDataset(log, "train")
+        dataset.history_lengths = np.full(requests, 10)
+        monkeypatch.setattr(RankingDataset, "__len__", lambda self: len(self.history_lengths))
+        config = dataclasses.replace(
+            config, max_requests=None, warmup_steps=None, keep_best="last", epochs=2
+        )
+        found = decided(config, dataset)
+        assert (found.max_requests, found.warmup_steps) == (batch, warm)
+
+    def test_identity_heads_on_all_that_describes_an_item(
+        self, config: TrainConfig, log: EventLog
+    ) -> None:
+        dataset = RankingDataset(log, "train")
+        config = dataclasses.replace(config, ifa=IFAConfig(8, num_heads=2))
+        ifa = decided(config, dataset).ifa
+        assert (ifa.identity_features, ifa.identity_buckets) == (("item", "category"), 64)
+        assert ifa.identity_half_lives == (math.inf, 30.0, 7.0)
+        given = dataclasses.replace(config, ifa=IFAConfig(8, num_heads=2, identity_half_lives=(5.0,)))
+        assert decided(given, dataset).ifa.identity_half_lives == (5.0,)
+        for change in ({"identity": False}, {"interaction": "none"}, {"ifa": IFA}):
+            changed = dataclasses.replace(config, **change)
+            assert decided(changed, dataset).ifa == changed.ifa
+
+    def test_it_is_told_and_kept(self, config: TrainConfig, monkeypatch, capsys) -> None:
+        """Also where another log, or another number of ranks, would have it otherwise."""
+        config = dataclasses.replace(config, warmup_steps=None, checkpoint_every=2, validate=False)
+        train_stopped(config, monkeypatch, 3)
+        told = capsys.readouterr().err
+        assert "decided from the log: --warmup-steps 1 --keep-best last" in told
+        assert "12 steps in all, which is few" in told
+        options = json.loads((config.out / "config.json").read_text())
+        assert (options["warmup_steps"], options["keep_best"]) == (1, "last")
+        monkeypatch.setattr(decide, "WARM_UP", 0.9)
+        train(dataclasses.replace(config, resume=True))
+        assert load_run(config.out).config.warmup_steps == 1
+
+
+def measured(monkeypatch, values: list[float]) -> list[int]:
+    """Let the validations find these GAUCs, and keep how many there were."""
+    made: list[int] = []
+
+    def finds(dataset, scores, tasks):
+        made.append(len(made))
+        value = values[made[-1]]
+        return {"gauc": value, "gauc_exposed": value, "ne": 1.0}
+
+    monkeypatch.setattr(train_module, "measure", finds)
+    return made
+
+
+def trained_step(config: TrainConfig) -> tuple[float, int]:
+    """The step that a training says is best, and the one that is loaded."""
+    return train(config)["best_step"], load_run(config.out).step
+
+
+class TestKeepBest:
+    def test_the_best_is_kept_and_used(self, config: TrainConfig, monkeypatch) -> None:
+        measured(monkeypatch, [0.6, 0.8, 0.7, 0.75, 0.5, 0.65])
+        result = train(dataclasses.replace(config, validate_every=2))
+        assert (result["best_step"], result["valid_gauc"], result["steps"]) == (4, 0.8, 12)
+        assert steps_of(config.out) == [4, 10, 12]
+        assert load_run(config.out).step == 4
+        assert json.loads((config.out / "config.json").read_text())["keep_best"] == "gauc_exposed"
+        kept = json.loads((config.out / "validations.json").read_text())
+        assert [v["step"] for v in kept["validations"]] == [2, 4, 6, 8, 10, 12]
+
+    @pytest.mark.parametrize(
+        ("metric", "values", "best"),
+        [
+            ("gauc", [0.5, 0.7, 0.7, 0.6], 3),
+            ("ne", [0.9, 0.7, 0.8], 2),
+            ("watch_mae", [math.nan, 3.0, 4.0], 2),
+            ("calibration", [2.5, 0.5, 1.9], 3),
+            ("last", [0.5, 0.4], None),
+        ],
+    )
+    def test_which_value_is_best(self, metric: str, values: list[float], best: int | None) -> None:
+        found = {step: {metric: value} for step, value in enumerate(values, start=1)}
+        assert Validations(Path("run"), metric, found).best == best
+
+    def test_patience(self, config: TrainConfig, monkeypatch) -> None:
+        """It ends, and stays ended where it is resumed."""
+        config = dataclasses.replace(config, validate_every=1, patience=2)
+        made = measured(monkeypatch, [0.6, 0.8, 0.7, 0.75, 0.9])
+        assert train(config)["steps"] == 4
+        again = train(dataclasses.replace(config, resume=True))
+        assert (again["steps"], again["best_step"], len(made)) == (4, 2, 4)
+
+    def test_validation_within_an_epoch_changes_no_weight(self, config: TrainConfig) -> None:
+        plain = dataclasses.replace(config, out=config.out / "plain", validate=False)
+        train(plain)
+        train(dataclasses.replace(config, validate_every=4, keep_best="last"))
+        assert_same_weights(plain.out, config.out)
+
+    @pytest.mark.parametrize("stop", [3, 5])
+    def test_a_resumed_run_keeps_the_same(self, config: TrainConfig, monkeypatch, stop: int) -> None:
+        config = dataclasses.replace(config, validate_every=2, keep_best="ne", epochs=1)
+        whole = dataclasses.replace(config, out=config.out / "whole")
+        result = train(whole)
+        train_stopped(config, monkeypatch, stop)
+        resumed = train(dataclasses.replace(config, resume=True, keep_best=None))
+        assert resumed["best_step"] == result["best_step"]
+        assert (config.out / "validations.json").read_text() == (
+            whole.out / "validations.json"
+        ).read_text()
+        assert_same_weights(config.out, whole.out)
+
+    def test_on_two_ranks(self, config: TrainConfig) -> None:
+        """They find the same, and whoever reads the run takes it."""
+        config = dataclasses.replace(config, validate_every=2, keep_best="ne", epochs=1, max_requests=4)
+        first, second = run_ranks(trained_step, 2, config)
+        assert first == second
+        assert first[0] == first[1] == load_run(config.out).step
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"keep_best": "click"}, r"--keep-best click: not measured.*'gauc'.*'ne'"),
+            ({"keep_best": "gauc", "validate": False}, "--keep-best gauc: --no-validate"),
+            ({"patience": 3, "keep_best": "last"}, "--patience 3 goes by the metric"),
+        ],
+    )
+    def test_what_cannot_be(self, config: TrainConfig, change: dict, message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            train(dataclasses.replace(config, **change))
+        assert not config.out.exists()
+
+    def test_a_log_without_valid_keeps_the_last(
+        self, toy: Toy, config: TrainConfig, tmp_path: Path
+    ) -> None:
+        requests = {name: frame for name, frame in toy.requests.items() if name != "valid"}
+        log = Toy(toy.events, toy.items, requests, toy.schema).write(tmp_path / "no-valid")
+        config = dataclasses.replace(config, data=log.path, epochs=1)
+        assert "best_step" not in train(config)
+        assert load_run(config.out).step == 6
+        with pytest.raises(ConfigError, match="no split `valid`"):
+            train(dataclasses.replace(config, out=config.out / "other", keep_best="ne"))
+
+
 class TestWhatMayNotChange:
     def test_another_log(self, config: TrainConfig, toy: Toy, tmp_path: Path) -> None:
         """A position in one log means nothing in another."""
@@ -419,7 +590,7 @@ class TestDamage:
         whole = dataclasses.replace(damaged, out=config.out / "whole", checkpoint_every=100)
         valid = train(whole)["valid_ne"]
         capsys.readouterr()
-        with pytest.warns(UserWarning, match=r"step-000000006 is damaged.*trying the one before"):
+        with pytest.warns(UserWarning, match=r"step-000000006 is damaged.*trying another"):
             resumed = train(dataclasses.replace(damaged, resume=True))
         assert "going on from step 4" in capsys.readouterr().err
         assert resumed["steps"] == 6 and resumed["valid_ne"] == valid
@@ -612,6 +783,64 @@ class TestEvaluate:
         assert rounded["ne"] != metrics["ne"] == pytest.approx(rounded["ne"], abs=1e-3)
         assert (trained / "metrics-test.json").read_text() == result_as_json(metrics)
         assert (trained / "metrics-test-int8.json").read_text() == result_as_json(rounded)
+
+    def test_the_exposed_alone_are_scored_as_if_there_were_no_others(
+        self, config: TrainConfig, toy: Toy, tmp_path: Path
+    ) -> None:
+        """As in a log from which the unexposed are gone."""
+        related = dataclasses.replace(
+            config, out=tmp_path / "related", candidate_set=CandidateSetConfig("softmax"), epochs=1
+        )
+        train(related)
+        metrics = evaluate(EvaluateConfig(related.out))
+        shown = {
+            split: frame.assign(
+                **{
+                    name: [
+                        np.asarray(values)[np.asarray(exposed)]
+                        for values, exposed in zip(frame[name], frame["exposed"], strict=True)
+                    ]
+                    for name in toy.schema.candidate_lists
+                }
+            )
+            for split, frame in toy.requests.items()
+        }
+        log = dataclasses.replace(toy, requests=shown).write(tmp_path / "shown")
+        wanted = evaluate(EvaluateConfig(related.out, data=log.path))
+        for name in ("gauc", "ne", "calibration"):
+            assert metrics[f"{name}_exposed_alone"] == pytest.approx(wanted[name], abs=1e-5)
+            assert f"{name}_exposed" in metrics and f"{name}_exposed_alone" not in wanted
+        assert metrics["gap_exposed_alone"] > 0
+
+    def test_candidates_that_do_not_see_each_other_have_no_gap(self, trained: Path) -> None:
+        metrics = evaluate(EvaluateConfig(trained))
+        assert "gauc_exposed" in metrics and "gap_exposed_alone" not in metrics
+
+    def test_sets_of_a_model_that_chooses_one_by_one(
+        self, config: TrainConfig, tmp_path: Path, capsys
+    ) -> None:
+        out = tmp_path / "generates"
+        train(dataclasses.replace(config, out=out, candidate_set=CandidateSetConfig(generate=True)))
+        metrics, tasks = evaluate_module._evaluate(EvaluateConfig(out, set_size=3))
+        run = load_run(out)
+        dataset, model = run.dataset("test"), run.dlrm.eval()
+        with torch.no_grad():
+            candidates = model.describe(dataset[np.arange(len(dataset))])
+            rows = JaggedTensor(candidates.tokens, offsets=candidates.offsets)
+            greedy = generate_set(lambda taken: model.gain_given(candidates, taken), rows, 3, "greedy")
+            best = generate_set(model.logits_given(candidates)[:, 0], rows, 3)
+        assert greedy.values().tolist() != best.values().tolist()
+        for strategy, chosen in (("greedy", greedy), ("topk", best)):
+            place = places(chosen, len(candidates.tokens)).numpy()
+            assert metrics["sets"][strategy] == measure_sets(dataset, place, 3)
+        assert json.loads((out / "metrics-test.json").read_text())["sets"].keys() == {"topk", "greedy"}
+        table = as_table(metrics, tasks)
+        assert "chosen one by one" in table and "duplicates of category" in table
+
+    def test_sets_of_other_models_are_the_best_by_their_scores(self, trained: Path) -> None:
+        assert evaluate(EvaluateConfig(trained, set_size=2))["sets"].keys() == {"topk"}
+        with pytest.raises(ConfigError, match="--set-size must be at least 1, got 0"):
+            EvaluateConfig(trained, set_size=0)
 
     def test_by_context_feature(self, trained: Path, toy: Toy) -> None:
         metrics = evaluate(EvaluateConfig(trained, split="train", by=("store", "weekday")))

@@ -14,7 +14,7 @@ The recipe, with everything random drawn from one seed:
 - `buy again` requests: every candidate, bought or not, was bought by the household before.
   Requests with nothing bought again, or with fewer than 60 such candidates, are left out.
 - The kind of request is a context feature, `surface`: a page knows which shelf it fills.
-- exposed: the products that were bought, and those promoted in that store and week.
+- exposed: all candidates. Of whatever stands on a shop's shelf it is known whether it was bought.
 - Training requests are drawn from weeks 5 to 44, validation from 45 to 48, test from 49 to 53;
   half of each are basket requests, half buy-again requests.
 - Popularity as a feature counts purchases in earlier weeks only.
@@ -230,7 +230,7 @@ class _Recipe:
             popular = np.concatenate([popular, self.rng.permutation(fresh)])
         popular = popular[: missing - len(of_promotion)]
         return self.request(
-            BASKET, start, promoted, [(BOUGHT, positives), (POPULAR, popular), (PROMOTED, of_promotion)]
+            BASKET, start, [(BOUGHT, positives), (POPULAR, popular), (PROMOTED, of_promotion)]
         )
 
     def buy_again(self, start: int, end: int) -> dict[str, Any] | None:
@@ -247,11 +247,9 @@ class _Recipe:
         if len(positives) + len(others) < _MIN_CANDIDATES:
             return None
         parts = [(BOUGHT, positives), (OWN_PAST, others)]
-        return self.request(BUY_AGAIN, start, self.promoted(start), parts)
+        return self.request(BUY_AGAIN, start, parts)
 
-    def request(
-        self, surface: int, start: int, promoted: np.ndarray, parts: list[tuple[int, np.ndarray]]
-    ) -> dict[str, Any]:
+    def request(self, surface: int, start: int, parts: list[tuple[int, np.ndarray]]) -> dict[str, Any]:
         candidates = np.concatenate([items for _, items in parts])
         source = np.concatenate([np.full(len(items), kind) for kind, items in parts])
         shuffled = self.rng.permutation(len(candidates))
@@ -265,7 +263,7 @@ class _Recipe:
             "candidates": candidates,
             "source": source,
             "bought": (source == BOUGHT).astype(np.float32),
-            "exposed": (source == BOUGHT) | self.among(candidates, promoted),
+            "exposed": np.ones(len(candidates), bool),
             "log_popularity": np.log1p(self.earlier[week, candidates]),
             "log_popularity_4_weeks": np.log1p(self.recent[week, candidates]),
         }

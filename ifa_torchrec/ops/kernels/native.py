@@ -29,6 +29,7 @@ from torch import Tensor
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.ops.arguments import (
     AttendArguments,
+    AttendSoftmaxArguments,
     EncodeArguments,
     JoinedArguments,
     MatchArguments,
@@ -44,11 +45,13 @@ _SIGNATURES = {
     "encode_backward": "pp pipn pppi pp iiii pppp i",
     "attend": "pipn ppp iiiif pp i",
     "attend_backward": "pp pipn ppp iiiif pppp i",
+    "attend_softmax": "pipn ppp iiii pp i",
+    "attend_softmax_backward": "pp pipn ppp iiii pppp i",
     "match": "pppippn pi pp ii pppp i",
     "match_backward": "ppnnpp pi pi pp ii pp i",
 }
 """The arguments of csrc/'s kernels: pointers, int64, int, float."""
-_VERSION = 2
+_VERSION = 3
 """Of the signatures, as csrc/isa_plain.cpp has it: kernels of others would be called with arguments that
 they do not have. To be raised in both with every change."""
 
@@ -279,6 +282,54 @@ def attend_backward(
         grad_query.to(query_weight.dtype),
         grad_key_value.to(key_value.dtype),
         grad_key_sum.to(key_sum.dtype),
+    )
+
+
+# ----------------------------------------------------------------------------- attend_softmax
+
+
+def _summaries(given: AttendSoftmaxArguments) -> tuple[Any, ...]:
+    """The kernels' arguments from the candidates to the number of summaries R."""
+    candidates, offsets, query_weight, mean, log_weight = given
+    heads, width, dim = query_weight.shape
+    bounds, requests = _offsets(offsets, len(candidates))
+    summaries = mean.shape[2]
+    return (
+        *(*_tokens(candidates), bounds, requests, _given(query_weight, heads, width, dim)),
+        _given(mean, requests, heads, summaries, width),
+        _given(log_weight, requests, heads, summaries),
+        *_sizes(candidates, query_weight, "relu")[:3],
+        summaries,
+    )
+
+
+def attend_softmax(given: AttendSoftmaxArguments) -> tuple[Tensor, Tensor]:
+    """See ``ifa_torchrec.ops.attend_softmax``."""
+    rows, (heads, width, _) = len(given.candidates), given.query_weight.shape
+    out, log_sum = _empty(rows, heads, width), _empty(rows, heads)
+    _call("attend_softmax", *_summaries(given), out, log_sum)
+    return out, log_sum
+
+
+def attend_softmax_backward(
+    grad_out: Tensor, grad_log_sum: Tensor, given: AttendSoftmaxArguments
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of candidates, query_weight, summaries and log_weight."""
+    candidates, _, query_weight, mean, log_weight = given
+    rows, (heads, width, dim) = len(candidates), query_weight.shape
+    grad_candidates = _empty(*candidates.shape, dtype=candidates.dtype)
+    grad_query = _empty(heads, width, dim)
+    grad_mean, grad_log_weight = _empty(*mean.shape), _empty(*log_weight.shape)
+    _call(
+        "attend_softmax_backward",
+        *(_given(grad_out, rows, heads, width), _given(grad_log_sum, rows, heads)),
+        *(*_summaries(given), grad_candidates, grad_query, grad_mean, grad_log_weight),
+    )
+    return (
+        grad_candidates,
+        grad_query.to(query_weight.dtype),
+        grad_mean.to(mean.dtype),
+        grad_log_weight.to(log_weight.dtype),
     )
 
 

@@ -5,14 +5,18 @@ Every backend is tested against this file, outputs and gradients. Nothing here i
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
 
-from ifa_torchrec.ops.arguments import AttendArguments, EncodeArguments, MatchArguments
+from ifa_torchrec.ops.arguments import (
+    AttendArguments,
+    AttendSoftmaxArguments,
+    EncodeArguments,
+    MatchArguments,
+)
 from ifa_torchrec.ops.feature_maps import FEATURE_MAPS
-from ifa_torchrec.ops.jagged import request_of_row
+from ifa_torchrec.ops.jagged import request_of_row, rows_of_requests
 
 
 def features(tokens: torch.Tensor, weight: torch.Tensor, feature_map: str) -> torch.Tensor:
@@ -85,13 +89,14 @@ def encode(given: EncodeArguments) -> tuple[torch.Tensor, torch.Tensor]:
     key = features(history, key_weight, feature_map)
     key = key * event_weights(weights, ages, decay, history)[..., None]
     value = torch.einsum("nD,hdD->nhd", history, value_weight)
-    bounds = offsets.tolist()
-    spans = [slice(a, b) for a, b in pairwise(bounds)]
-    key_value = [torch.einsum("nhf,nhd->hfd", key[s], value[s]) for s in spans]
+    rows = rows_of_requests(offsets, key.shape[0])
     shape = (0, *key.shape[1:])
-    if not spans:
+    if not rows:
         return value.new_zeros(*shape, value.shape[-1]), key.new_zeros(shape)
-    return torch.stack(key_value), torch.stack([key[s].sum(0) for s in spans])
+    keys = key.split(rows)
+    pairs = zip(keys, value.split(rows), strict=True)
+    key_value = [torch.einsum("nhf,nhd->hfd", mine, values) for mine, values in pairs]
+    return torch.stack(key_value), torch.stack([mine.sum(0) for mine in keys])
 
 
 def attend(given: AttendArguments) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,6 +108,36 @@ def attend(given: AttendArguments) -> tuple[torch.Tensor, torch.Tensor]:
     normalizer = torch.einsum("mhf,mhf->mh", query, key_sum[request])
     numerator = torch.einsum("mhf,mhfd->mhd", query, key_value[request])
     return numerator / (normalizer[..., None] + eps), normalizer
+
+
+def shares(
+    query: torch.Tensor, mean: torch.Tensor, log_weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each query takes of each summary: the softmax of their scores.
+
+    Args:
+        query: [m, H, d]; mean: [m or 1, H, R, d], the summaries; log_weight: [m or 1, H, R].
+
+    Returns:
+        [m, H, R], zeros where no summary is there; and the logarithm [m, H] of the sum of the
+        exponentials.
+    """
+    score = torch.einsum("mhd,mhrd->mhr", query, mean.expand(len(query), -1, -1, -1))
+    # where no summary is there logsumexp has no gradient
+    nothing = (log_weight == -torch.inf).all(-1, keepdim=True)
+    score = (score / query.shape[-1] ** 0.5 + log_weight).masked_fill(nothing, 0.0)
+    log_sum = score.logsumexp(-1, keepdim=True).masked_fill(nothing, -torch.inf)
+    return score.softmax(-1).masked_fill(nothing, 0.0), log_sum[..., 0]
+
+
+def attend_softmax(given: AttendSoftmaxArguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """The softmax read-out: out [M, H, d] and log_sum [M, H]."""
+    candidates, offsets, *others = given
+    candidates, query_weight, mean, log_weight = _floats(given.summaries.dtype, candidates, *others)
+    query = torch.einsum("mD,hdD->mhd", candidates, query_weight)
+    mean, log_weight = (x[request_of_row(offsets, candidates.shape[0])] for x in (mean, log_weight))
+    share, log_sum = shares(query, mean, log_weight)
+    return torch.einsum("mhr,mhrd->mhd", share, mean), log_sum
 
 
 def match(given: MatchArguments) -> tuple[torch.Tensor, torch.Tensor]:

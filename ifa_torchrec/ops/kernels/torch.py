@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ifa_torchrec.ops.arguments import (
     AttendArguments,
+    AttendSoftmaxArguments,
     EncodeArguments,
     JoinedArguments,
     MatchArguments,
@@ -245,6 +246,77 @@ def attend_backward(
         grad_query_weight.view_as(weight).to(dtypes[0]),
         grad_key_value.to(dtypes[1]),
         grad_key_sum.to(dtypes[2]),
+    )
+
+
+# ----------------------------------------------------------------------------- attend_softmax
+
+
+def _shares(query: Tensor, mean: Tensor, log_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What each query [n, L, d] takes of each summary [n, R, d], [n, L, R]; and log_sum [n, L, 1]."""
+    score = torch.baddbmm(log_weight[:, None], query, mean.mT, alpha=query.shape[-1] ** -0.5)
+    log_sum = score.logsumexp(-1, keepdim=True)
+    return (score - log_sum.masked_fill(log_sum == -torch.inf, 0.0)).exp(), log_sum
+
+
+def _tile_queries(tokens: Tensor, weight: Tensor) -> Tensor:
+    """Projections of a tile's tokens [b, L, D], [b * H, L, d]."""
+    return torch.matmul(weight.flatten(0, 1), tokens.mT).unflatten(1, weight.shape[:2]).flatten(0, 1).mT
+
+
+def attend_softmax(given: AttendSoftmaxArguments) -> tuple[Tensor, Tensor]:
+    """See ``ifa_torchrec.ops.attend_softmax``."""
+    candidates, offsets, query_weight, mean, log_weight = given
+    heads, width = query_weight.shape[0], mean.shape[-1]
+    dtype = sum_dtype(mean.dtype)
+    query_weight, mean, log_weight = (x.to(dtype) for x in (query_weight, mean, log_weight))
+    out = mean.new_zeros(len(candidates), heads, width)
+    log_sum = mean.new_zeros(len(candidates), heads)
+    for request, row, valid in _tiles(offsets, len(candidates)):
+        query = _tile_queries(candidates[row].to(dtype), query_weight)
+        summaries = mean[request].flatten(0, 1)
+        share, total = _shares(query, summaries, log_weight[request].flatten(0, 1))
+        out[row[valid]] = _heads_last(torch.bmm(share, summaries), heads)[valid]
+        log_sum[row[valid]] = _heads_last(total, heads)[valid][..., 0]
+    return out, log_sum
+
+
+def attend_softmax_backward(
+    grad_out: Tensor, grad_log_sum: Tensor, given: AttendSoftmaxArguments
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of candidates, query_weight, summaries and log_weight."""
+    candidates, offsets, query_weight, mean, log_weight = given
+    heads, width = query_weight.shape[:2]
+    dtypes = [x.dtype for x in (query_weight, mean, log_weight)]
+    dtype = sum_dtype(mean.dtype)
+    weight, mean, log_weight = (x.to(dtype) for x in (query_weight, mean, log_weight))
+    flat_weight = weight.flatten(0, 1)
+    grad_candidates, grad_query_weight, grad_mean, grad_log_weight = (
+        x.new_zeros(x.shape) for x in (candidates, flat_weight, mean, log_weight)
+    )
+    for request, row, valid in _tiles(offsets, len(candidates)):
+        tokens = candidates[row].to(dtype)
+        query, summaries = _tile_queries(tokens, weight), mean[request].flatten(0, 1)
+        share, _ = _shares(query, summaries, log_weight[request].flatten(0, 1))
+        # a padded row repeats another, so its gradient is taken out here
+        upstream = _heads_first(grad_out[row] * valid[..., None, None])
+        upstream_log_sum = _heads_first((grad_log_sum[row] * valid[..., None])[..., None])
+        grad_share = torch.bmm(upstream, summaries.mT)
+        grad_share += upstream_log_sum - (share * grad_share).sum(-1, keepdim=True)
+        grad_score = share * grad_share
+        grad_product = grad_score * width**-0.5
+        grad_summaries = torch.bmm(share.mT, upstream) + torch.bmm(grad_product.mT, query)
+        grad_mean.index_add_(0, request, grad_summaries.unflatten(0, (-1, heads)))
+        grad_log_weight.index_add_(0, request, grad_score.sum(1).unflatten(0, (-1, heads)))
+        grad_query = torch.bmm(grad_product, summaries)
+        grad_rows = _heads_last(grad_query, heads).flatten(2)  # [b, L, H * d]
+        grad_query_weight += grad_rows.flatten(0, 1).T @ tokens.flatten(0, 1)
+        grad_candidates[row[valid]] = (grad_rows @ flat_weight)[valid].to(candidates.dtype)
+    return (
+        grad_candidates,
+        grad_query_weight.view_as(weight).to(dtypes[0]),
+        grad_mean.to(dtypes[1]),
+        grad_log_weight.to(dtypes[2]),
     )
 
 

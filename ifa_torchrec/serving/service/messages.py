@@ -92,6 +92,13 @@ class RankRequest(StrictModel):
         Features[Ids], Field(description="For each candidate feature, an id for each candidate.")
     ] = {}
     k: Annotated[Positive | None, Field(description="Only the k best; all, if left out.")] = None
+    strategy: Annotated[
+        Literal["topk", "greedy"],
+        Field(
+            description="How the k are chosen: by their own scores, or one by one, each beside those "
+            "chosen before it, by a model that was trained for that."
+        ),
+    ] = "topk"
     new_user: Annotated[bool, Field(description="The user may have had no event yet.")] = False
 
 
@@ -109,7 +116,10 @@ class Ranked(BaseModel):
         str | None, Field(description="A later time that it is of, if not the request's.")
     ] = None
     items: Annotated[list[int | str], Field(description="As the request gave them.")]
-    logits: Annotated[dict[str, list[float]], Field(description="Of these items, for each task.")]
+    logits: Annotated[
+        dict[str, list[float]],
+        Field(description="Of these items, for each task; of a greedy set, of each beside the others."),
+    ]
     predictions: Annotated[
         dict[str, list[float]],
         Field(description="What they say: a probability, or the number in the unit of the log."),

@@ -56,8 +56,10 @@ def _add_ranking(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) -
         check_count(limits.max_requests, requests, "requests")
         for n, request in enumerate(requests):
             check_count(limits.max_candidates, request.candidates, f"requests.{n}.candidates")
+            _check_set(limits.max_set, request, f"requests.{n}.k")
+        sizes = [request.k if request.strategy == "greedy" else None for request in requests]
         with in_time("send them again"):
-            results = await live.rank([_ranking_request(request) for request in requests])
+            results = await live.rank([_ranking_request(request) for request in requests], sizes)
         response = RankResponse(rankings=[])
         for n, (request, result) in enumerate(zip(requests, results, strict=True)):
             if isinstance(result, BaseException):
@@ -69,6 +71,16 @@ def _add_ranking(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) -
 def _refused(bearer: list[params.Depends]) -> dict[int | str, dict[str, Any]]:
     """What a call with a body may be refused by."""
     return problems(400, 408, 409, 413, 422, 429, 500, 503, 504, *[401] * bool(bearer))
+
+
+def _check_set(most: int, request: RankRequest, where: str) -> None:
+    if request.strategy != "greedy":
+        return
+    if request.k is None:
+        raise HTTPException(422, f"{where}: strategy 'greedy' chooses the k best one by one; give k")
+    if min(request.k, len(request.candidates)) > most:
+        text = f"{where}: {request.k}; at most {most} are chosen one by one (strategy 'greedy')"
+        raise HTTPException(422, text)
 
 
 def _ranking_request(request: RankRequest) -> RankingRequest:

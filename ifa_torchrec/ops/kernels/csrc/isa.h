@@ -17,5 +17,6 @@ namespace IFA_JOIN(ifa, IFA_ISA) {
 #include "partition.h"
 #include "encode.h"
 #include "attend.h"
+#include "attend_softmax.h"
 #include "match.h"
 }  // namespace

@@ -23,4 +23,4 @@ extern "C" __attribute__((visibility("default"))) const char* ifa_instruction_se
 }
 
 // Of the functions' arguments; see native.py.
-extern "C" __attribute__((visibility("default"))) int ifa_signatures() { return 2; }
+extern "C" __attribute__((visibility("default"))) int ifa_signatures() { return 3; }

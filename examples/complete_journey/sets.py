@@ -1,0 +1,160 @@
+"""A set of products by their own scores beside one that is chosen one by one, drawn with their names.
+
+    python examples/complete_journey/sets.py                # about 10 minutes on 2 cores
+    python examples/complete_journey/sets.py --run RUN      # of a run that is there already
+
+Trains a model that scores products given those that are taken, on a few thousand requests of The
+Complete Journey, measures both kinds of sets and draws those of one test request: the request whose ten
+best by their own scores repeat a type of product most often, unless --request names another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import tyro
+
+from ifa_torchrec import IFAConfig
+from ifa_torchrec.data import RankingDataset
+from ifa_torchrec.data.public.complete_journey import CompleteJourneyConfig, prepare
+from ifa_torchrec.modules import CandidateSetConfig
+from ifa_torchrec.training.options import TrainConfig
+from ifa_torchrec.training.run import load_run
+from ifa_torchrec.training.scoring import predict
+from ifa_torchrec.training.sets import best_by_score, chosen_one_by_one, measure_sets
+from ifa_torchrec.training.trainer import train
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+IFA = IFAConfig(
+    embedding_dim=32,
+    num_heads=2,
+    identity_features=("item", "type"),
+    identity_half_lives=(float("inf"), 30.0),
+    identity_buckets=131072,
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to train and to draw."""
+
+    data: Path = Path("runs/data/complete_journey_sets")
+    """Where the prepared event log lies, or will lie."""
+    run: Path = Path("runs/complete_journey_sets")
+    """The run; trained if it is not there."""
+    requests: CompleteJourneyConfig = field(
+        default_factory=lambda: CompleteJourneyConfig(train=4000, valid=200, test=1000)
+    )
+    """How many requests to draw when the log is prepared."""
+    size: int = 10
+    """Products of a set."""
+    request: int | None = None
+    """Number of the test request to draw."""
+    picture: Path = Path("runs/sets.png")
+    """Where the picture goes."""
+
+
+def chosen(options: Options) -> tuple[RankingDataset, dict[str, np.ndarray]]:
+    """The test requests, and each candidate's place in both kinds of sets."""
+    run = load_run(options.run)
+    dataset, model = run.dataset("test"), run.dlrm.eval()
+    budget = run.config.max_events, run.config.scored_requests
+    logits, _ = predict(run.model, dataset, run.device, *budget)
+    return dataset, {
+        "the best by their own scores": best_by_score(dataset, logits, model.config.tasks, options.size),
+        "chosen one by one": chosen_one_by_one(model, dataset, run.device, budget, options.size),
+    }
+
+
+def members(dataset: RankingDataset, place: np.ndarray, number: int) -> np.ndarray:
+    """The rows of a request's set, best first."""
+    rows = dataset.candidate_rows([number])[0]
+    rows = rows[place[rows] > 0]
+    return rows[np.argsort(place[rows])]
+
+
+def types_again(dataset: RankingDataset, rows: np.ndarray) -> np.ndarray:
+    """Whether each product is of a type that stands before it in the set."""
+    types = np.asarray(dataset.log.items["type"])[np.asarray(dataset.requests["candidates"])[rows]]
+    return pd.Series(types).duplicated().to_numpy() & (types > 0)
+
+
+def most_alike(dataset: RankingDataset, place: np.ndarray) -> int:
+    """The request whose set repeats a type of product most often; the first of several."""
+    sets = (members(dataset, place, number) for number in range(len(dataset)))
+    return int(np.argmax([types_again(dataset, rows).sum() for rows in sets]))
+
+
+def table(dataset: RankingDataset, place: np.ndarray, number: int) -> pd.DataFrame:
+    """The products of one set, in its order, with their types and whether they were bought."""
+    rows = members(dataset, place, number)
+    items = np.asarray(dataset.requests["candidates"])[rows]
+    names = dataset.log.item_names()
+    return pd.DataFrame(
+        {
+            "item": items,
+            "name": [names[item] for item in items.tolist()],
+            "type": np.asarray(dataset.log.items["type"])[items],
+            "again": types_again(dataset, rows),
+            "bought": np.asarray(dataset.requests["bought"])[rows] > 0,
+        }
+    )
+
+
+def draw(tables: dict[str, pd.DataFrame], number: int, file: Path) -> None:
+    """The sets side by side; products in one of them alone are bold."""
+    figure, panels = plt.subplots(1, len(tables), figsize=(12, 0.42 * 10 + 1.4), layout="constrained")
+    colours = plt.get_cmap("tab20").colors
+    types = list(dict.fromkeys(t for one in tables.values() for t in one["type"]))
+    shared = set.intersection(*(set(one["item"]) for one in tables.values()))
+    for axes, (title, one) in zip(panels, tables.items(), strict=True):
+        for place, row in enumerate(one.itertuples()):
+            axes.barh(place, 0.03, color=colours[types.index(row.type) % len(colours)])
+            weight = "normal" if row.item in shared else "bold"
+            text = f"{place + 1}  {row.name[:44]}" + "  (bought)" * row.bought + "  again" * row.again
+            axes.text(0.05, place, text, va="center", fontsize=10, weight=weight)
+        axes.set(xlim=(0, 1), ylim=(len(one) - 0.5, -0.5), title=f"{title}: {one['again'].sum()} again")
+        axes.axis("off")
+    figure.suptitle(
+        f"Test request {number} of The Complete Journey. Colour: type of product; again: of a type "
+        "that stands before it; bold: in this set alone",
+        fontsize=9,
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def main(options: Options) -> dict[str, Any]:
+    """Train, measure and draw; the sets' numbers."""
+    prepare(options.data, options.requests)
+    if not options.run.exists():
+        train(
+            TrainConfig(
+                options.data,
+                options.run,
+                ifa=IFA,
+                candidate_set=CandidateSetConfig(generate=True),
+            )
+        )
+    dataset, places = chosen(options)
+    sets = {title: measure_sets(dataset, place, options.size) for title, place in places.items()}
+    first = next(iter(places.values()))
+    number = most_alike(dataset, first) if options.request is None else options.request
+    tables = {title: table(dataset, place, number) for title, place in places.items()}
+    for title, one in tables.items():
+        print(f"\n{title}\n{one.to_string()}")
+    draw(tables, number, options.picture)
+    print(f"\nwrote {options.picture}")
+    return sets
+
+
+if __name__ == "__main__":
+    print(pd.json_normalize(list(main(tyro.cli(Options, description=__doc__)).values())).T.to_string())

@@ -1,0 +1,203 @@
+"""Search the options of a training by what they reach on the split `valid`.
+
+    ifa tune --train.data LOG --train.out runs/tuned --trials 30
+    ifa tune --train.data LOG --train.out runs/tuned --search ifa.num-heads=1,2,4 dropout=0..0.3
+
+Each trial is a run of its own, OUT/trial-NUMBER; OUT/study.log is Optuna's journal, so that the same
+line goes on where it was stopped, and OUT/best.json names the best trial and its options. What is not
+searched stays as ``--train`` has it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+import typing
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch.distributed as dist
+import tyro
+
+from ifa_torchrec.commands.command_line import result_as_json
+from ifa_torchrec.errors import ConfigError, DivergedError, require, writing
+from ifa_torchrec.training.options import TrainConfig, from_json
+from ifa_torchrec.training.trainer import train
+from ifa_torchrec.training.validations import smaller_is_better
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """Options of ``ifa tune``."""
+
+    train: TrainConfig
+    """Where and what to train; options that are searched are replaced."""
+    trials: int = 20
+    """Trials in all, those of an earlier start among them."""
+    search: tuple[str, ...] = (
+        "optimizers.dense-lr=0.001..0.01",
+        "optimizers.table-lr=0.01..0.1",
+        "optimizers.weight-decay=0.001..0.1",
+        "dropout=0,0.1,0.2",
+    )
+    """Options of a training, as the command line has them, each with what to try: NAME=LOW..HIGH,
+    by their logarithm where both are positive, or NAME=A,B,C."""
+
+    def __post_init__(self) -> None:
+        if self.trials < 1:
+            raise ConfigError(f"--trials must be at least 1, got {self.trials}")
+        if not self.search:
+            raise ConfigError("--search: name an option to search, e.g. dropout=0,0.1")
+        for text in self.search:
+            space_of(text)
+
+
+def space_of(text: str) -> tuple[str, list[str] | tuple[float, float]]:
+    """An option's name and what to try: a list of values, or the bounds of a range.
+
+    Raises:
+        ConfigError: it is not NAME=LOW..HIGH or NAME=A,B,C, or there is no such option.
+
+    Example:
+        >>> from ifa_torchrec.commands.tune import space_of
+        >>> space_of("optimizers.dense-lr=0.001..0.01"), space_of("ifa.num-heads=1,2")
+        (('optimizers.dense_lr', (0.001, 0.01)), ('ifa.num_heads', ['1', '2']))
+    """
+    name, _, values = text.partition("=")
+    name = name.strip().removeprefix("--").replace("-", "_")
+    kind_of(name)
+    low, dots, high = values.partition("..")
+    with suppress(ValueError):
+        if dots and float(low) < float(high):
+            return name, (float(low), float(high))
+    if dots or not all(values.split(",")):
+        raise ConfigError(f"--search {text}: give NAME=LOW..HIGH, with LOW below HIGH, or NAME=A,B,C")
+    return name, values.split(",")
+
+
+def kind_of(name: str) -> Any:
+    """The type of an option of a training, e.g. of "ifa.num_heads".
+
+    Raises:
+        ConfigError: there is no such option.
+    """
+    kind: Any = TrainConfig
+    for part in name.split("."):
+        hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        if part not in hints:
+            raise ConfigError(f"--search {name.replace('_', '-')}: no such option of ifa train")
+        kind = hints[part]
+    return kind
+
+
+def with_option(config: Any, name: str, value: Any) -> Any:
+    """A configuration with one option changed.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.commands.tune import with_option
+        >>> from ifa_torchrec.training.options import TrainConfig
+        >>> config = with_option(TrainConfig(Path("log"), Path("run")), "ifa.num_heads", "4")
+        >>> config.ifa.num_heads
+        4
+    """
+    first, _, rest = name.partition(".")
+    if rest:
+        return dataclasses.replace(config, **{first: with_option(getattr(config, first), rest, value)})
+    kind = typing.get_type_hints(type(config))[first]
+    if isinstance(value, str):
+        with suppress(ValueError):  # of text
+            value = json.loads(value)
+    return dataclasses.replace(config, **{first: from_json(kind, value, first)})
+
+
+def tune(config: TuneConfig) -> dict[str, Any]:
+    """Go on with a search until it has as many trials as are wanted. On one rank.
+
+    Returns:
+        "trial", the number of the best; "out", its run; "metric" and "value", what it was judged by and
+        reached; "options", those that were searched. Also in OUT/best.json.
+
+    Raises:
+        ConfigError: the log has not what the trials are judged by, or an option cannot have a value.
+        DivergedError: no trial came to an end.
+        PlaceError: OUT cannot be written.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.commands.tune import TuneConfig, tune
+        >>> from ifa_torchrec.training.options import TrainConfig
+        >>> base = TrainConfig(Path("runs/data/mine"), Path("runs/tuned"))
+        >>> tune(TuneConfig(base, trials=30))["options"]  # doctest: +SKIP
+        {'optimizers.dense_lr': 0.0041, 'dropout': '0.1'}
+    """
+    require("tune", "optuna")
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+    from optuna.trial import TrialState
+
+    out, metric = config.train.out, config.train.keep_best or "gauc"
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        study_name="ifa",
+        storage=JournalStorage(JournalFileBackend(str(out / "study.log"))),
+        sampler=optuna.samplers.TPESampler(seed=config.train.seed),
+        direction="minimize" if smaller_is_better(metric) else "maximize",
+        load_if_exists=True,
+    )
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):  # stopped amid it: it comes again
+        study.tell(trial.number, state=TrialState.FAIL)
+        study.enqueue_trial(trial.params)
+    while len(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))) < config.trials:
+        trial = study.ask()
+        value = _reached(config, trial, metric)
+        study.tell(trial, value, state=TrialState.PRUNED if value is None else TrialState.COMPLETE)
+        said = "diverged" if value is None else f"{metric} {value:.4f}"
+        print(f"trial {trial.number}: {said}, {trial.params}", file=sys.stderr)
+    if not study.get_trials(states=(TrialState.COMPLETE,)):
+        raise DivergedError(f"{out}: all trials diverged; search lower learning rates")
+    best = study.best_trial
+    result = {"trial": best.number, "out": str(_folder(config, best.number)), "metric": metric}
+    result |= {"value": best.value, "options": best.params}
+    with writing(out):
+        (out / "best.json").write_text(result_as_json(result))
+    return result
+
+
+def _reached(config: TuneConfig, trial: Any, metric: str) -> float | None:
+    """What a trial's best step reaches; None if its loss was not finite."""
+    folder = _folder(config, trial.number)
+    shutil.rmtree(folder, ignore_errors=True)
+    base = dataclasses.replace(config.train, out=folder, keep_best=metric, resume=False)
+    for name, values in map(space_of, config.search):
+        if isinstance(values, list):
+            value = trial.suggest_categorical(name, values)
+        elif kind_of(name) in (int, int | None):
+            value = trial.suggest_int(name, *map(round, values), log=values[0] > 0)
+        else:
+            value = trial.suggest_float(name, *values, log=values[0] > 0)
+        base = with_option(base, name, value)
+    try:
+        return train(base)[f"valid_{metric}"]
+    except DivergedError:
+        return None
+
+
+def _folder(config: TuneConfig, number: int) -> Path:
+    return config.train.out / f"trial-{number}"
+
+
+def main(config: Annotated[TuneConfig, tyro.conf.arg(name="")]) -> None:
+    """The command; its help is the top of this file."""
+    print(result_as_json(tune(config)))
+    dist.destroy_process_group()
+
+
+main.__doc__ = __doc__

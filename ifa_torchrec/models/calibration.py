@@ -1,0 +1,50 @@
+"""Logits moved by two numbers a task, in the layers that make them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ifa_torchrec.models.dlrm_ifa import DLRM_IFA
+
+
+@torch.no_grad()
+def calibrate(model: DLRM_IFA, scale: Tensor, shift: Tensor) -> None:
+    """Let a model's logits z be scale z + shift, from histories as from states, beside a set and given
+    what is taken; in place.
+
+    The last layers are linear, so they hold it: nothing is added to what a score costs, nor to an
+    exported graph. With one task, and a positive scale, no order changes.
+
+    Args:
+        model: its dense part on one device.
+        scale: [T] floating point, positive; shift: [T].
+
+    Example:
+        >>> import torch
+        >>> from torchrec import EmbeddingCollection, EmbeddingConfig
+        >>> from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, IFAConfig
+        >>> from ifa_torchrec.models.archs import Candidates
+        >>> from ifa_torchrec.models.calibration import calibrate
+        >>> tables = EmbeddingCollection(tables=[EmbeddingConfig(
+        ...     name="item", embedding_dim=8, num_embeddings=100,
+        ...     feature_names=["history_item", "candidate_item"])])
+        >>> model = DLRM_IFA(None, tables, DLRM_IFAConfig(("item",), ifa=IFAConfig(8, num_heads=2)))
+        >>> last = model.set_arch.over_arch.model[-1]
+        >>> before = last(torch.ones(1, 32))
+        >>> calibrate(model, torch.tensor([2.0]), torch.tensor([-1.0]))
+        >>> torch.allclose(last(torch.ones(1, 32)), 2 * before - 1)
+        True
+    """
+    set_arch, taken_arch = model.set_arch, model.taken_arch
+    last: Any = next(reversed(list(set_arch.over_arch.modules())))  # a linear layer
+    scale, shift = scale.to(last.bias), shift.to(last.bias)
+    last.weight.mul_(scale[:, None])
+    last.bias.mul_(scale).add_(shift)
+    if set_arch.relation_arch is not None:
+        set_arch.relation_arch.output_proj.weight.mul_(scale[:, None])
+    if taken_arch is not None:
+        query = taken_arch.relation.query_proj.weight  # of each task D rows
+        query.mul_(scale.repeat_interleave(len(query) // len(scale))[:, None])

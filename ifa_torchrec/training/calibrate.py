@@ -1,0 +1,95 @@
+"""Calibration: a temperature and a bias of each binary task, fitted on the split `valid`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ifa_torchrec.data import RankingDataset
+from ifa_torchrec.data.schema import EXPOSED
+from ifa_torchrec.models import DLRM_IFA
+from ifa_torchrec.models.calibration import calibrate
+from ifa_torchrec.modules import CandidateSetLossConfig, Task
+
+_STEPS = 100  # of LBFGS, which needs about ten
+
+
+def fit(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[float, float]:
+    """The scale and the shift with which logits predict best: Platt's scaling.
+
+    By the log loss, with one candidate's weight on the scale 1, so that labels which can be told apart
+    give no infinite scale. The shift is free, so that the mean prediction is the mean label.
+
+    Args:
+        logits: [M].
+        labels: [M] 0 or 1.
+        weights: [M], how much each counts.
+
+    Returns:
+        The scale, positive, and the shift; 1 and 0 of labels that are all equal.
+
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec.training.calibrate import fit
+        >>> logits = torch.linspace(-2, 2, 1000)
+        >>> labels = (torch.rand(1000, generator=torch.manual_seed(0)) < (logits / 2).sigmoid()).float()
+        >>> scale, shift = fit(logits, labels, torch.ones(1000))
+        >>> round(scale, 1), abs(shift) < 0.2
+        (0.5, True)
+    """
+    kept = weights > 0
+    z, y, w = (values[kept].double() for values in (logits, labels, weights))
+    if not 0 < y.sum() < len(y):
+        return 1.0, 0.0
+    moved = torch.zeros(2, dtype=torch.float64, requires_grad=True)  # the scale's logarithm, the shift
+    optimizer = torch.optim.LBFGS([moved], max_iter=_STEPS, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        each = F.binary_cross_entropy_with_logits(moved[0].exp() * z + moved[1], y, reduction="none")
+        value = ((w * each).sum() + moved[0].square()) / w.sum()
+        value.backward()
+        return value.detach()
+
+    optimizer.step(loss)
+    log_scale, shift = moved.tolist()
+    return float(np.exp(log_scale)), shift
+
+
+def fit_tasks(
+    dataset: RankingDataset, scores: np.ndarray, tasks: Sequence[Task], loss: CandidateSetLossConfig
+) -> dict[str, tuple[float, float]]:
+    """``fit`` of each binary task on a split; a candidate counts as in the pointwise term of the loss.
+
+    Args:
+        dataset: the split.
+        scores: [M, T], the logits of ``tasks``.
+        tasks: the model's.
+        loss: what it was trained by, which says what an unexposed candidate counts.
+    """
+    exposed = torch.from_numpy(np.array(dataset.requests[EXPOSED]))
+    weights = torch.where(exposed, 1.0, loss.unexposed if loss.pointwise_unexposed else 0.0)
+    return {
+        task.name: fit(
+            torch.from_numpy(logits.copy()),
+            torch.from_numpy(np.array(dataset.requests[task.name])),
+            weights,
+        )
+        for task, logits in zip(tasks, scores.T, strict=True)
+        if task.kind == "binary"
+    }
+
+
+def apply(model: DLRM_IFA, fitted: Mapping[str, Sequence[float]]) -> None:
+    """Calibrate a model by what ``fit_tasks`` gave; tasks that are not there stay as they are.
+
+    Args:
+        model: not calibrated yet.
+        fitted: scale and shift by the name of the task.
+    """
+    pairs = torch.tensor([list(fitted.get(task.name, (1.0, 0.0))) for task in model.config.tasks])
+    calibrate(model, pairs[:, 0], pairs[:, 1])

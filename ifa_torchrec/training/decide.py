@@ -1,0 +1,180 @@
+"""What a training's options leave open, decided from the log."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from contextlib import suppress
+from typing import Any, get_type_hints
+
+import numpy as np
+import torch.distributed as dist
+
+from ifa_torchrec.data import EventLog, RankingDataset
+from ifa_torchrec.distributed import checkpoint
+from ifa_torchrec.errors import ConfigError
+from ifa_torchrec.modules import IFAConfig
+from ifa_torchrec.modules.config import MOST_IDENTITY_KEYS
+from ifa_torchrec.training.build import tasks_of
+from ifa_torchrec.training.options import MOST_REQUESTS, TrainConfig, from_json, to_json
+from ifa_torchrec.training.validations import LAST, check_metric
+
+STEPS_A_PASS = 500
+"""Steps that a pass should have: with fewer, batches are smaller."""
+FEWEST_REQUESTS = 4
+"""Of a step's, on all ranks together, however few there are to train on."""
+WARM_UP = 0.08
+"""Share of the steps in which the dense learning rate rises."""
+IDENTITY_HALF_LIVES = (math.inf, 30.0, 7.0)
+"""Days."""
+TOO_FEW_STEPS = 200
+"""With fewer, a run says so."""
+_DECIDED = ("keep_best", "warmup_steps")
+"""Options that a run must not change once it has begun."""
+
+
+def decided(config: TrainConfig, dataset: RankingDataset) -> TrainConfig:
+    """The options with a value for each that was None and means "as the log has it". Called by all
+    ranks.
+
+    A run that goes on takes what was decided when it began.
+
+    Args:
+        config: TrainConfig.
+        dataset: the requests that it trains on.
+
+    Raises:
+        ConfigError: an option asks for what the log has not.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.data import RankingDataset
+        >>> from ifa_torchrec.data.synthetic import SyntheticConfig, prepare
+        >>> from ifa_torchrec.distributed import init_process_group
+        >>> from ifa_torchrec.training.decide import decided
+        >>> from ifa_torchrec.training.options import TrainConfig
+        >>> _, folder = init_process_group(), Path(tempfile.mkdtemp())
+        >>> log = prepare(folder / "log", SyntheticConfig(train=20, test=5, mean_events=20))
+        >>> config = TrainConfig(folder / "log", folder / "run", epochs=5)
+        >>> config = decided(config, RankingDataset(log, "train"))
+        >>> config.max_requests, config.warmup_steps, config.keep_best
+        (4, 2, 'last')
+    """
+    begun = _begun(config) if config.resume else {}
+    begun = {name: value for name, value in begun.items() if getattr(config, name) is None}
+    config = dataclasses.replace(config, **begun)
+    if "keep_best" not in begun:
+        config = dataclasses.replace(config, keep_best=_keep_best(config, dataset.log))
+    config = dataclasses.replace(config, ifa=_with_identity(config, dataset.log))
+    if config.max_requests is None:
+        config = dataclasses.replace(config, max_requests=_max_requests(len(dataset)))
+    if config.warmup_steps is None:
+        warm = round(WARM_UP * steps(config, dataset.history_lengths))
+        config = dataclasses.replace(config, warmup_steps=warm)
+    return config
+
+
+def told(given: TrainConfig, config: TrainConfig) -> str:
+    """What was decided, as options of the command.
+
+    Args:
+        given: as the user gave them.
+        config: from ``decided``.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.training.decide import told
+        >>> from ifa_torchrec.training.options import TrainConfig
+        >>> given = TrainConfig(Path("log"), Path("run"), max_requests=8)
+        >>> told(given, replace(given, warmup_steps=40, keep_best="gauc"))
+        '--warmup-steps 40 --keep-best gauc'
+    """
+    return " ".join(_differing(to_json(dataclasses.asdict(given)), to_json(dataclasses.asdict(config))))
+
+
+def _differing(given: dict[str, Any], config: dict[str, Any], prefix: str = "--") -> list[str]:
+    result: list[str] = []
+    for name, value in config.items():
+        option = f"{prefix}{name.replace('_', '-')}"
+        if isinstance(value, dict) and isinstance(given[name], dict):
+            result += _differing(given[name], value, f"{option}.")
+        elif value != given[name]:
+            values = value if isinstance(value, list) else [value]
+            result.append(" ".join([option, *map(str, values)]))
+    return result
+
+
+def steps(config: TrainConfig, history_lengths: np.ndarray) -> int:
+    """About how many steps a training has, on as many ranks as there are.
+
+    Args:
+        config: with max_requests.
+        history_lengths: [R], of the requests that it trains on.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from ifa_torchrec.training.decide import steps
+        >>> from ifa_torchrec.training.options import TrainConfig
+        >>> config = TrainConfig(Path("log"), Path("run"), max_requests=8, max_events=100, epochs=2)
+        >>> steps(config, np.full(80, 5)), steps(config, np.full(80, 50))
+        (20, 80)
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    by_requests = len(history_lengths) / (config.max_requests or MOST_REQUESTS)
+    by_events = np.minimum(history_lengths, config.max_events).sum() / config.max_events
+    return config.epochs * math.ceil(max(by_requests, by_events) / world)
+
+
+def _with_identity(config: TrainConfig, log: EventLog) -> IFAConfig:
+    """The interaction's configuration, with identity heads where they are wanted and none are named."""
+    ifa, features = config.ifa, log.schema.item_features
+    if not config.identity or ifa.identity_features or config.interaction == "none":
+        return ifa
+    # the item's own ids go on where its table has no more rows: those are new items
+    ids = max(log.num_items, *features.values())
+    buckets = min(1 << (ids - 1).bit_length(), MOST_IDENTITY_KEYS // len(features))
+    given = ifa.identity_half_lives != IFAConfig(1, 1).identity_half_lives
+    return dataclasses.replace(
+        ifa,
+        identity_features=tuple(features),
+        identity_buckets=buckets,
+        identity_half_lives=ifa.identity_half_lives if given else IDENTITY_HALF_LIVES,
+    )
+
+
+def _max_requests(requests: int) -> int:
+    world = dist.get_world_size()
+    fewest = math.ceil(FEWEST_REQUESTS / world)
+    return min(max(requests // (STEPS_A_PASS * world), fewest), MOST_REQUESTS)
+
+
+def _begun(config: TrainConfig) -> dict[str, Any]:
+    """What was decided for the run that is to go on; empty if no checkpoint says it."""
+    hints = get_type_hints(TrainConfig)
+    for path in reversed(checkpoint.checkpoints_of_rank_0(config.out / "checkpoints")):
+        with suppress(OSError, ValueError, LookupError, TypeError):  # of one that is damaged
+            options = json.loads((path / "progress.json").read_text())["config"]
+            return {name: from_json(hints[name], options[name], name) for name in _DECIDED}
+    return {}
+
+
+def _keep_best(config: TrainConfig, log: EventLog) -> str:
+    if not config.validate or "valid" not in log.splits:
+        why = f"{log.path} has no split `valid`" if config.validate else "--no-validate measures nothing"
+        for option in ("keep_best", "patience"):
+            value = getattr(config, option)
+            if value not in (None, LAST):
+                raise ConfigError(f"--{option.replace('_', '-')} {value}: {why}")
+        return LAST
+    if config.keep_best == LAST:
+        if config.patience is not None:
+            raise ConfigError(
+                f"--patience {config.patience} goes by the metric of --keep-best; name one, not {LAST}"
+            )
+        return LAST
+    dataset = RankingDataset(log, "valid", config.history_length)
+    return check_metric(config.keep_best, dataset, tasks_of(log.schema, config, log.scales))

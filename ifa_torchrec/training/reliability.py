@@ -1,0 +1,87 @@
+"""Whether predicted probabilities come true: the reliability of binary tasks, as numbers and picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ifa_torchrec.errors import require, writing
+
+_GROUPS = 10
+
+
+def reliability(logit: np.ndarray, label: np.ndarray) -> list[dict[str, float]]:
+    """Candidates in up to ten groups of equal size, by what was predicted of them.
+
+    Args:
+        logit: [M]; label: [M] 0 or 1.
+
+    Returns:
+        For each group, the least likely first, how many "candidates" it has, and the means of their
+        "prediction" and "label". Equal predictions are in one group, so there may be fewer than ten.
+
+    Example:
+        >>> import numpy as np
+        >>> from ifa_torchrec.training.reliability import reliability
+        >>> groups = reliability(np.repeat([-2.0, 0.0], 50), np.tile([0, 1], 50))
+        >>> [(g["candidates"], round(g["prediction"], 2), g["label"]) for g in groups]
+        [(50, 0.12, 0.5), (50, 0.5, 0.5)]
+    """
+    if not len(logit):
+        return []
+    cuts = np.unique(np.quantile(logit, np.arange(1, _GROUPS) / _GROUPS, method="higher"))
+    group = np.searchsorted(cuts, logit, side="right")
+    said = torch.from_numpy(logit.astype(np.float64)).sigmoid().numpy()
+    count, predicted, true = (
+        np.bincount(group, weights, len(cuts) + 1) for weights in (None, said, label.astype(np.float64))
+    )
+    return [
+        {"candidates": int(n), "prediction": float(p / n), "label": float(y / n)}
+        for n, p, y in zip(count, predicted, true, strict=True)
+        if n
+    ]
+
+
+def draw(tasks: Mapping[str, Sequence[Mapping[str, float]]], file: Path) -> None:
+    """Mean labels against mean predictions, of each task's groups.
+
+    Args:
+        tasks: what ``reliability`` gave, by the name of the task.
+        file: the picture, a PNG.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed (extra `demo`).
+        PlaceError: the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.training.reliability import draw
+        >>> file = Path(tempfile.mkdtemp()) / "reliability.png"
+        >>> draw({"click": [{"candidates": 9, "prediction": 0.2, "label": 0.25}]}, file)
+        >>> file.exists()
+        True
+    """
+    require("demo", "matplotlib")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, groups in tasks.items():
+        predicted, true = ([g[part] for g in groups] for part in ("prediction", "label"))
+        axes.plot(predicted, true, marker="o", label=name)
+    every = [g for groups in tasks.values() for g in groups]
+    most = max((max(g["prediction"], g["label"]) for g in every), default=1)
+    axes.plot([0, most], [0, most], linestyle=":", color="gray", label="what is predicted comes true")
+    axes.set(
+        xlabel="mean prediction of a tenth of the candidates",
+        ylabel="mean label",
+        title="Reliability",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with writing(file):
+        figure.savefig(file, dpi=110)

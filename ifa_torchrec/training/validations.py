@@ -1,0 +1,211 @@
+"""What a run measured on the split `valid`, and which of its steps was best; RUN/validations.json."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from ifa_torchrec.data import RankingDataset
+from ifa_torchrec.errors import ConfigError, writing
+from ifa_torchrec.modules import Task
+from ifa_torchrec.training.scoring import measure
+
+LAST = "last"
+"""In place of a metric's name: the last checkpoint counts, whatever was measured."""
+FILE = "validations.json"
+Fitted = Mapping[str, Sequence[float]]
+"""Scale and shift of the logits, by the name of the task."""
+_SMALLER_IS_BETTER = ("ne", "mae", "rmse")
+_PREFERRED = ("ranked_gauc", "ranked_correlation", "gauc_exposed", "gauc", "correlation", "ne", "mae")
+
+
+@dataclass
+class Validations:
+    """The numbers of each validation of a run, by step, and the best of them by one metric.
+
+    Args:
+        folder: the run's, in which they are kept.
+        metric: name of the metric that decides, as in ``flat``; LAST if the last step counts.
+        by_step: what was measured.
+        fitted: the calibration that was fitted, see ``fit_tasks``, where one was.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.distributed import init_process_group
+        >>> from ifa_torchrec.training.validations import Validations
+        >>> _ = init_process_group()
+        >>> measured = {10: {"ne": 0.9}, 20: {"ne": 0.7}, 30: {"ne": 0.8}}
+        >>> validations = Validations(Path(tempfile.mkdtemp()), "ne", measured)
+        >>> validations.best, validations.without_gain
+        (20, 1)
+        >>> validations.write()
+        >>> Validations.read(validations.folder, "ne", last=10).by_step
+        {10: {'ne': 0.9}}
+    """
+
+    folder: Path
+    metric: str
+    by_step: dict[int, dict[str, float]] = field(default_factory=dict[int, dict[str, float]])
+    fitted: dict[int, Fitted] = field(default_factory=dict[int, Fitted])
+
+    @classmethod
+    def read(cls, folder: Path, metric: str, last: int) -> Validations:
+        """Those that were kept, up to the step ``last``: a run that goes on makes the others again.
+        Called by all ranks."""
+        kept = [v for v in _read(folder)["validations"] if v["step"] <= last]
+        metrics, fitted = ({v["step"]: v[part] for v in kept} for part in ("metrics", "calibration"))
+        return cls(folder, metric, metrics, fitted)
+
+    def write(self) -> None:
+        """Keep them, whole also where this is killed; of one rank.
+
+        Raises:
+            PlaceError: the folder cannot be written.
+        """
+        kept = [
+            {"step": step, "metrics": metrics, "calibration": self.fitted.get(step, {})}
+            for step, metrics in self.by_step.items()
+        ]
+        text = json.dumps({"metric": self.metric, "best": self.best, "validations": kept}, indent=2)
+        draft, file = self.folder / f".{FILE}", self.folder / FILE
+        with writing(file):
+            draft.write_text(text)
+            draft.rename(file)
+
+    @property
+    def best(self) -> int | None:
+        """The step that counts: the last of those with the best value, which was trained longest; None
+        if nothing was measured or the last step counts."""
+        if self.metric == LAST or not self.by_step:
+            return None
+        return max(self.by_step, key=lambda step: (self._gain(step), step))
+
+    @property
+    def without_gain(self) -> int:
+        """Validations since the first with the best value."""
+        if self.metric == LAST or not self.by_step:
+            return 0
+        first = max(self.by_step, key=lambda step: (self._gain(step), -step))
+        return sum(step > first for step in self.by_step)
+
+    def _gain(self, step: int) -> float:
+        """The metric, so that more is better; what cannot be measured is worst."""
+        value = self.by_step[step].get(self.metric, math.nan)
+        name = base_name(self.metric)
+        if name == "calibration":  # 1 is best, and half is as bad as twice
+            value = -abs(math.log(value)) if value > 0 else math.nan
+        elif smaller_is_better(name):
+            value = -value
+        return -math.inf if math.isnan(value) else value
+
+
+def in_use(folder: Path) -> tuple[int | None, dict[int, Fitted]]:
+    """The step of a run that counts, None if it is the last, and the calibrations by step. Called by all
+    ranks.
+
+    Args:
+        folder: the run's.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.distributed import init_process_group
+        >>> from ifa_torchrec.training.validations import in_use
+        >>> _ = init_process_group()
+        >>> in_use(Path(tempfile.mkdtemp()))
+        (None, {})
+    """
+    kept = _read(folder)
+    return kept["best"], {v["step"]: v["calibration"] for v in kept["validations"]}
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """The file's content as rank 0 sees it; of one that is missing or damaged, none, so that the last
+    step counts."""
+    kept: list[dict[str, Any]] = [{"best": None, "validations": []}]
+    if dist.get_rank() == 0:
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            content = json.loads((folder / FILE).read_text())
+            kept = [{"best": content["best"], "validations": list(content["validations"])}]
+    dist.broadcast_object_list(kept)
+    return kept[0]
+
+
+def flat(metrics: dict[str, Any], tasks: int) -> dict[str, float]:
+    """``measure``'s numbers by one name each: of several tasks, with the task's before the metric's.
+
+    Args:
+        metrics: from ``measure``, of all candidates together.
+        tasks: how many tasks the log has.
+
+    Example:
+        >>> from ifa_torchrec.training.validations import flat
+        >>> flat({"click": {"gauc": 0.7}, "watch": {"mae": 3.0}}, tasks=2)
+        {'click_gauc': 0.7, 'watch_mae': 3.0}
+    """
+    if tasks == 1:
+        return metrics
+    return {f"{task}_{name}": v for task, of_task in metrics.items() for name, v in of_task.items()}
+
+
+def smaller_is_better(name: str) -> bool:
+    """Whether a metric is an error.
+
+    Example:
+        >>> from ifa_torchrec.training.validations import smaller_is_better
+        >>> smaller_is_better("watch_mae"), smaller_is_better("gauc")
+        (True, False)
+    """
+    return base_name(name) in _SMALLER_IS_BETTER
+
+
+def base_name(name: str) -> str:
+    """The metric of a name: without a task's before it and a tag's behind it.
+
+    Example:
+        >>> from ifa_torchrec.training.validations import base_name
+        >>> [base_name(name) for name in ("gauc", "watch_mae", "gauc_popular", "click_ne")]
+        ['gauc', 'mae', 'gauc', 'ne']
+    """
+    known = ("gauc", "auc", "ndcg@10", "recall@10", "correlation", "calibration", *_SMALLER_IS_BETTER)
+    return next((part for part in reversed(name.split("_")) if part in known), name)
+
+
+def check_metric(name: str | None, dataset: RankingDataset, tasks: tuple[Task, ...]) -> str:
+    """A metric that the split can be judged by.
+
+    Args:
+        name: the one that is wanted; None for the order within the requests by the score that ranks, of
+            the exposed where some are not, or where no request can be ranked for the error of the first
+            task that ranks.
+        dataset: the split.
+        tasks: the model's.
+
+    Returns:
+        The metric's name, as in ``flat``.
+
+    Raises:
+        ConfigError: there is no such metric, or the split has not what it is measured by.
+    """
+    candidates = len(dataset.requests["candidates"])
+    # of a model that says 0 of everything: NaN where the labels leave nothing to measure
+    metrics = flat(measure(dataset, np.zeros((candidates, len(tasks)), np.float32), tasks), len(tasks))
+    there = [n for n, v in metrics.items() if n != "requests_ranked" and not math.isnan(v)]
+    there = [n for n in there if not n.endswith("_requests_ranked")]
+    if name is None:
+        first = next((task.name for task in tasks if task.rank), tasks[0].name)
+        prefix = f"{first}_" if len(tasks) > 1 else ""
+        wanted = [f"{prefix}{metric}" for metric in _PREFERRED]
+        return next((metric for metric in wanted if metric in there), LAST)
+    if name not in there:
+        raise ConfigError(f"--keep-best {name}: not measured on the split `valid`; there are {there}")
+    return name

@@ -1,0 +1,110 @@
+"""The search: what is tried, that it goes on where it was stopped, and one real trial."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from ifa_torchrec import IFAConfig
+from ifa_torchrec.commands import tune as tune_module
+from ifa_torchrec.commands.tune import TuneConfig, space_of, tune, with_option
+from ifa_torchrec.data import EventLog
+from ifa_torchrec.errors import ConfigError, DivergedError
+from ifa_torchrec.training.options import TrainConfig
+
+SEARCH = ("optimizers.dense-lr=0.001..0.01", "ifa.num-heads=1,2,4", "recent-length=10..50")
+
+
+@pytest.fixture
+def config(log: EventLog, tmp_path: Path) -> TuneConfig:
+    pytest.importorskip("optuna")
+    base = TrainConfig(log.path, tmp_path / "tuned", ifa=IFAConfig(8, num_heads=2), epochs=1)
+    return TuneConfig(base, trials=4, search=SEARCH)
+
+
+@pytest.fixture
+def tried(monkeypatch) -> list[TrainConfig]:
+    """Filled with the trials' options, in place of a training; more heads are better."""
+    trials: list[TrainConfig] = []
+
+    def trains(config: TrainConfig) -> dict[str, float]:
+        trials.append(config)
+        heads, rate = config.ifa.num_heads, config.optimizers.dense_lr
+        if len(trials) == 2 and config.seed == 1:
+            raise KeyboardInterrupt
+        if config.seed == 2 and len(trials) < 4:
+            raise DivergedError("step 1: the loss is nan")
+        return {f"valid_{config.keep_best}": heads - rate}
+
+    monkeypatch.setattr(tune_module, "train", trains)
+    return trials
+
+
+def test_the_best_of_the_trials(config: TuneConfig, tried: list[TrainConfig]) -> None:
+    result = tune(config)
+    assert len(tried) == 4
+    best = max(tried, key=lambda c: c.ifa.num_heads - c.optimizers.dense_lr)
+    assert result["out"] == str(best.out)
+    assert result["options"]["optimizers.dense_lr"] == best.optimizers.dense_lr
+    assert json.loads((config.train.out / "best.json").read_text()) == result
+    assert len({trial.out for trial in tried}) == 4
+    for trial in tried:
+        assert 0.001 <= trial.optimizers.dense_lr <= 0.01 and 10 <= trial.recent_length <= 50
+        assert trial.optimizers.table_lr == config.train.optimizers.table_lr
+
+
+def test_the_least_error_is_best(config: TuneConfig, tried: list[TrainConfig]) -> None:
+    result = tune(dataclasses.replace(config, train=dataclasses.replace(config.train, keep_best="ne")))
+    assert result["value"] == min(c.ifa.num_heads - c.optimizers.dense_lr for c in tried)
+
+
+def test_it_goes_on_where_it_was_stopped(config: TuneConfig, tried: list[TrainConfig]) -> None:
+    """The trial that was stopped comes again; those that are done do not."""
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1))
+    with pytest.raises(KeyboardInterrupt):
+        tune(config)
+    tune(config)
+    assert len(tried) == 5
+    assert tried[2] == dataclasses.replace(tried[1], out=tried[2].out)
+    assert tune(config)["metric"] == "gauc" and len(tried) == 5
+
+
+def test_a_trial_that_diverges_is_none(config: TuneConfig, tried: list[TrainConfig]) -> None:
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=2))
+    with pytest.raises(DivergedError, match="lower learning rates"):
+        tune(dataclasses.replace(config, trials=2))
+    assert tune(config)["out"] == str(tried[3].out)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dropot=0,0.1", "--search dropot: no such option of ifa train"),
+        ("ifa.num-heads.x=1", "no such option"),
+        ("dropout", "give NAME=LOW..HIGH"),
+        ("dropout=0.3..0.1", "LOW below HIGH"),
+        ("dropout=a..b", "give NAME=LOW..HIGH"),
+    ],
+)
+def test_what_cannot_be_searched(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        space_of(text)
+    with pytest.raises(ConfigError, match="--trials must be at least 1"):
+        TuneConfig(TrainConfig(Path("log"), Path("run")), trials=0)
+
+
+def test_a_value_that_an_option_cannot_have() -> None:
+    config = TrainConfig(Path("log"), Path("run"))
+    assert with_option(config, "ifa.feature_map", "relu").ifa.feature_map == "relu"
+    assert with_option(config, "interaction", "sdim").interaction == "sdim"
+    for name, value in (("ifa.feature_map", "gelu"), ("ifa.num_heads", "two"), ("dropout", "1.5")):
+        with pytest.raises(ConfigError, match=name.rpartition(".")[2]):
+            with_option(config, name, value)
+
+
+def test_a_real_trial(config: TuneConfig) -> None:
+    result = tune(dataclasses.replace(config, trials=1, search=("dropout=0.1",)))
+    assert 0 < result["value"] <= 1 and (Path(result["out"]) / "config.json").exists()
