@@ -28,7 +28,6 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 from ifa_torchrec import IFAConfig, generate_set
 from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make_loader, synthetic
 from ifa_torchrec.data.schema import EXPOSED, OFFSETS
-from ifa_torchrec.data.synthetic_sets import set_logits, sigmoid
 from ifa_torchrec.data.synthetic_truth import SetTruth, truth_of
 from ifa_torchrec.models import DLRM_IFA, DLRM_IFATrain
 from ifa_torchrec.modules import CandidateSetConfig

@@ -93,8 +93,11 @@ class CandidateSetEncoder(nn.Module):
         super().__init__()
         if config.attention == "none":
             raise ValueError("CandidateSetEncoder: attention 'none' needs no encoder")
+        # by softmax without masses, for which a matrix of scores would have to be kept
+        masses = config.attention == "linear"
         self.attention = ATTENTIONS[config.attention](
-            IFAConfig(embedding_dim, num_heads=config.num_heads, backend=backend), device=device
+            IFAConfig(embedding_dim, num_heads=config.num_heads, backend=backend, interest_mass=masses),
+            device=device,
         )
 
     def reset_parameters(self) -> None:

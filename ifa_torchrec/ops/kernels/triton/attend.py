@@ -29,6 +29,7 @@ from ifa_torchrec.ops.kernels.triton.common import (
     features_backward,
     floats,
     head_sums,
+    is_light,
     launch,
     launch_backward,
     load_rows,
@@ -246,7 +247,8 @@ def attend(given: AttendArguments) -> tuple[Tensor, Tensor]:
     if given.query_weight.shape[1] > WIDEST_HEAD:
         return torch_kernels.attend(given)
     heads, width, dim = given.query_weight.shape
-    tile = Tile.of((heads, width, dim), 64, 64)
+    light = is_light(given.feature_map, given.candidates.dtype)
+    tile = Tile.of((heads, width, dim), 64, 64, light)
     arguments, constants, chunks = _prepared(given, tile)
     out = given.key_value.new_empty(chunks.rows, heads, width, dtype=torch.float32)
     normalizer = given.key_value.new_empty(chunks.rows, heads, dtype=torch.float32)
@@ -255,6 +257,7 @@ def attend(given: AttendArguments) -> tuple[Tensor, Tensor]:
         (chunks.count, tile.groups(heads)),
         arguments | {"out": out, "normalizers": normalizer},
         constants,
+        warps=4 if light else 8,
     )
     return out, normalizer
 
@@ -268,7 +271,9 @@ def attend_backward(
     candidates, key_value = given.candidates, given.key_value
     heads, width, dim = given.query_weight.shape
     features = heads * width * FEATURE_MAPS[given.feature_map].expansion
-    tile = Tile.of((heads, width, dim), 32, 32)  # a state of more columns takes too many registers
+    # a state of more columns takes too many registers
+    light = is_light(given.feature_map, given.candidates.dtype)
+    tile = Tile.of((heads, width, dim), 32 if light else 16, 32, light)
     arguments, constants, chunks = _prepared(given, tile)
     groups, parts = tile.groups(heads), triton.cdiv(dim, tile.TILE)
     programs, _ = backward_programs(chunks.count)

@@ -32,6 +32,7 @@ from ifa_torchrec.ops.kernels.triton.common import (
     features_backward,
     floats,
     head_sums,
+    is_light,
     launch,
     launch_backward,
     load_rows,
@@ -238,7 +239,8 @@ def encode(given: EncodeArguments) -> tuple[Tensor, Tensor]:
     heads, width, dim = given.key_weight.shape
     maps = FEATURE_MAPS[given.feature_map].expansion
     chunks = Chunks.of(given.offsets, len(given.history))
-    tile = Tile.of((heads, width, dim), 64, 64)
+    light = is_light(given.feature_map, given.history.dtype)
+    tile = Tile.of((heads, width, dim), 64, 64, light)
     parts, features = triton.cdiv(dim, tile.TILE), heads * width * maps
     sums = given.history.new_empty(chunks.count * parts, features * (width + 1), dtype=torch.float32)
     arguments, constants = _arguments(given, torch.float32)
@@ -249,6 +251,7 @@ def encode(given: EncodeArguments) -> tuple[Tensor, Tensor]:
         constants
         | _constants(given, tile, chunks)
         | {"STATE": Products.of(given.history.dtype).of_sums},
+        warps=4 if light else 8,
         stages=2,
     )
     return split_state(sum_segments(sums, chunks.firsts * parts), heads, width)
@@ -264,7 +267,7 @@ def encode_backward(
     heads, width, dim = given.key_weight.shape
     features = width * FEATURE_MAPS[given.feature_map].expansion
     chunks = Chunks.of(given.offsets, len(history))
-    tile = Tile.of((heads, width, dim), 64, 32)
+    tile = Tile.of((heads, width, dim), 64, 32, is_light(given.feature_map, history.dtype))
     groups, parts = tile.groups(heads), triton.cdiv(dim, tile.TILE)
     programs, _ = backward_programs(chunks.count)
     grad_history = history.new_empty(history.shape)
