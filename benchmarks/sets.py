@@ -146,9 +146,7 @@ class Split:
                 left = np.setdiff1d(np.arange(first, last), chosen)
                 grown = np.column_stack([np.tile(chosen, (len(left), 1)), left])
                 logit, topic = self.truth.logit[grown], self.truth.topic[grown]
-                picked = synthetic.synthetic_sets.sigmoid(
-                    synthetic.synthetic_sets.set_logits(logit, topic)
-                )
+                picked = sigmoid(set_logits(logit, topic))
                 chosen = grown[picked.sum(1).argmax()]
             sets.append(chosen)
         return sets

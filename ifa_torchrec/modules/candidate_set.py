@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +118,22 @@ class CandidateSetEncoder(nn.Module):
         return self.attention(candidates, candidates if context is None else context)
 
 
+class Related(NamedTuple):
+    """What TakenRelation makes of M candidates of B requests before it knows which are taken.
+
+    Attributes:
+        query: [M, T, D]; key: [M, D].
+        offsets: [B + 1]; request: [M].
+        ids: [M, F]; None without any.
+    """
+
+    query: Tensor
+    key: Tensor
+    offsets: Tensor
+    request: Tensor
+    ids: Tensor | None
+
+
 class TakenRelation(nn.Module):
     """What those already taken into the set do to the logits of a request's candidates.
 
@@ -173,55 +189,51 @@ class TakenRelation(nn.Module):
         Raises:
             ValueError: ``taken`` is not one bool a candidate, or the ids are not F.
         """
-        query, key = self._projected(candidates, taken, ids)
-        offsets = candidates.offsets()
-        request = request_of_row(offsets, taken.shape[0])
+        return self.terms(self.related(candidates, ids), taken)
+
+    def related(self, candidates: JaggedTensor, ids: Tensor | None = None) -> Related:
+        """What ``terms`` and ``between`` need of the candidates, whatever is taken; as ``forward``'s."""
+        tokens, offsets = candidates.values(), candidates.offsets()
+        wanted = 0 if self.same_proj is None else self.same_proj.in_features
+        found = 0 if ids is None else ids.shape[1]
+        if found != wanted:
+            raise ValueError(f"ids must be of {wanted} features, got {found}")
+        query = self.query_proj(tokens).unflatten(1, (self.num_outputs, tokens.shape[1]))
+        # no len(), which would fix a size in an exported graph
+        request = request_of_row(offsets, tokens.shape[0])
+        return Related(query, self.key_proj(tokens), offsets, request, ids)
+
+    def terms(self, related: Related, taken: Tensor) -> Tensor:
+        """What ``forward`` gives, [M, T], of ``taken`` [M] bool."""
+        query, key, offsets, request, ids = related
+        if taken.shape != key.shape[:1] or taken.dtype != torch.bool:
+            raise ValueError(
+                f"taken must be [{key.shape[0]}] bool, one a candidate; got {list(taken.shape)} "
+                f"{taken.dtype}"
+            )
         given = key * taken[:, None]
         total = key.new_zeros(offsets.shape[0] - 1, key.shape[1]).index_add(0, request, given)
         term = torch.einsum("mtd,md->mt", query, total[request] - given)
         if self.same_proj is None or ids is None:
             return term
         itself = (taken[:, None] & (ids != 0)).to(key.dtype)
-        same = [
-            _same(ids[rows], ids[span], key.dtype).sum(0) for rows, span in _by_request(offsets, taken)
-        ]
+        pairs = _by_request(offsets, taken)
+        same = [_same(ids[rows], ids[span], key.dtype).sum(0) for rows, span in pairs]
         return term + self.same_proj(torch.cat([itself[:0], *same]) - itself)
 
-    def between(
-        self, candidates: JaggedTensor, taken: Tensor, ids: Tensor | None = None
-    ) -> Iterator[tuple[Tensor, slice, Tensor]]:
-        """What each candidate would add to the terms of those that are taken.
-
-        Args:
-            candidates, taken, ids: as ``forward``'s.
+    def between(self, related: Related, taken: Tensor) -> Iterator[tuple[Tensor, slice, Tensor]]:
+        """What each candidate would add to the terms of those that are taken, [M] bool.
 
         Yields:
             For each request the t rows that are taken, the rows of its m candidates, and the terms
             [t, m, T].
         """
-        query, key = self._projected(candidates, taken, ids)
-        for rows, span in _by_request(candidates.offsets(), taken):
+        query, key, offsets, _, ids = related
+        for rows, span in _by_request(offsets, taken):
             term = torch.einsum("rtd,md->rmt", query[rows], key[span])
             if self.same_proj is not None and ids is not None:
                 term = term + self.same_proj(_same(ids[rows], ids[span], key.dtype))
             yield rows, span, term
-
-    def _projected(
-        self, candidates: JaggedTensor, taken: Tensor, ids: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Query [M, T, D] and key [M, D] of each candidate."""
-        tokens = candidates.values()
-        if taken.shape != tokens.shape[:1] or taken.dtype != torch.bool:
-            raise ValueError(
-                f"taken must be [{tokens.shape[0]}] bool, one a candidate; got {list(taken.shape)} "
-                f"{taken.dtype}"
-            )
-        wanted = 0 if self.same_proj is None else self.same_proj.in_features
-        found = 0 if ids is None else ids.shape[1]
-        if found != wanted:
-            raise ValueError(f"ids must be of {wanted} features, got {found}")
-        query = self.query_proj(tokens).unflatten(1, (self.num_outputs, tokens.shape[1]))
-        return query, self.key_proj(tokens)
 
 
 def _same(ids: Tensor, others: Tensor, dtype: torch.dtype) -> Tensor:

@@ -173,7 +173,7 @@ class TestTakenRelation:
     def test_bad_input_is_named(self) -> None:
         for taken in (torch.ones(3).bool(), torch.ones(12)):
             with pytest.raises(ValueError, match=r"taken must be \[12\] bool"):
-                TakenRelation(DIM, 1)(make_tokens(), taken)
+                TakenRelation(DIM, 1).double()(make_tokens(), taken)
         with pytest.raises(ValueError, match="ids must be of 2 features, got 0"):
             self.make()(make_tokens(), torch.ones(12).bool())
 

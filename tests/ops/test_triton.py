@@ -33,7 +33,7 @@ from benchmarks import gpu_kernels
 from ifa_torchrec import IFAConfig, InteractionFidelityAttention, ops
 from ifa_torchrec.ops import backends
 
-MOST_SPILLED = 0  # bytes of a thread
+MOST_SPILLED = 128  # bytes of a thread, in float32
 needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 MAP_AND_WEIGHTS = pytest.mark.parametrize(
     ("feature_map", "weighted"),
@@ -305,7 +305,7 @@ def compiled(cases: str, capabilities: str, cache: Path) -> list[dict]:
 @pytest.mark.parametrize("case", range(len(gpu_kernels.CASES)), ids=lambda i: str(gpu_kernels.CASES[i]))
 @pytest.mark.parametrize("capability", gpu_kernels.CAPABILITIES)
 def test_every_kernel_compiles_and_fits_a_gpu(case, capability, tmp_path):
-    """Products are tensor cores', shared memory is what there is, and little is spilled if anything."""
+    """Products are tensor cores', shared memory is what there is, and nothing or little is spilled."""
     kernels = compiled(str(case), str(capability), tmp_path)
     assert {x["kernel"].split("_")[0] for x in kernels} == {"encode", "attend", "join", "match", "sum"}
     for kernel in kernels:

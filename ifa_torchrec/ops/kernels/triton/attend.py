@@ -1,3 +1,6 @@
+# Device code is Triton's language, not Python: its types are none that pyright knows.
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportMissingImports=false, reportOperatorIssue=false
 """attend: a block of candidates against its request's state, all heads of a group in one product.
 
 S of a group of heads is one matrix with zeros between heads: products of single heads of 16 are below

@@ -1,3 +1,6 @@
+# Device code is Triton's language, not Python: its types are none that pyright knows.
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportMissingImports=false, reportOperatorIssue=false
 """What the kernels share: rows cut into chunks, sums of chunks, feature maps, how a kernel is started.
 
 Names in capitals are known when a kernel is compiled. A tile has COLUMNS = HEADS * PADDED columns: the

@@ -1,3 +1,6 @@
+# Device code is Triton's language, not Python: its types are none that pyright knows.
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportMissingImports=false, reportOperatorIssue=false
 """encode: one pass over the history, its sums in registers.
 
 Forward, as in the torch backend, no value is projected: S_h = (sum_i w_hi phi(k_hi) x_i^T) Wv_h. A
