@@ -39,6 +39,7 @@ from ifa_torchrec.ops.kernels.triton.common import (
     load_state,
     project,
     split_state,
+    store_rows,
     store_state,
     sum_segments,
     to_columns,
@@ -205,9 +206,7 @@ def _attend_backward_kernel(
                         other_state = tl.dot(tl.trans(other), grad, other_state, input_precision=STATE)
                         other_total += tl.sum(other * grad_divisor, 0)
             if OF_ROWS:
-                mask = valid[:, None] & (dim < D)[None, :]
-                to = grad_candidates + start * D + row[:, None] * D + dim[None, :]
-                tl.store(to, grad_x, mask=mask)
+                store_rows(grad_candidates + start * D, grad_x, row, valid, dim, D)
         if OF_SUMS and part == 0:
             head, nth, real, _ = columns(tl.program_id(1), H, WIDTH, HEADS, PADDED)
             to = states + chunk * (FEATURES * (WIDTH + 1))
@@ -220,8 +219,7 @@ def _attend_backward_kernel(
                 )
     if OF_SUMS:
         head, nth, real, _ = columns(tl.program_id(1), H, WIDTH, HEADS, PADDED)
-        to = sums + program * (H * WIDTH * D) + (head * WIDTH + nth)[:, None] * D + dim[None, :]
-        tl.store(to, queries, mask=real[:, None] & (dim < D)[None, :])
+        store_rows(sums + program * (H * WIDTH * D), queries, head * WIDTH + nth, real, dim, D)
 
 
 # ------------------------------------------------------------------------------------ on the host
