@@ -169,15 +169,11 @@ def _attend_backward_kernel(
             state = tl.zeros([COLUMNS, COLUMNS], dtype=tl.float32)
             total = tl.zeros([COLUMNS], dtype=tl.float32)
             if MAP == _HEDGEHOG:
-                other_state = tl.zeros([COLUMNS, COLUMNS], dtype=tl.float32)
-                other_total = tl.zeros([COLUMNS], dtype=tl.float32)
-        # what is loaded once for all rows stays in too many registers
+                other_state, other_total = state, total
         for start in tl.range(first, end, ROWS, disable_licm=True):
-            row = tl.arange(0, ROWS)
+            row, at = tl.arange(0, ROWS), candidates + start * D
             valid = row < end - start
-            at = candidates + start * D
-            of_state = key_value + request * (FEATURES * WIDTH)
-            of_sum = key_sum + request * FEATURES
+            of_state, of_sum = key_value + request * (FEATURES * WIDTH), key_sum + request * FEATURES
             of_out, of_normalizer = grad_out + start * (H * WIDTH), grad_normalizer + start * H
             if OF_ROWS:
                 grad_x = tl.zeros([ROWS, TILE], dtype=tl.float32)
