@@ -39,6 +39,7 @@ from ifa_torchrec.ops.kernels.triton.common import (
     load_state,
     project,
     split_state,
+    store_rows,
     store_state,
     sum_segments,
     to_columns,
@@ -168,15 +169,11 @@ def _attend_backward_kernel(
             state = tl.zeros([COLUMNS, COLUMNS], dtype=tl.float32)
             total = tl.zeros([COLUMNS], dtype=tl.float32)
             if MAP == _HEDGEHOG:
-                other_state = tl.zeros([COLUMNS, COLUMNS], dtype=tl.float32)
-                other_total = tl.zeros([COLUMNS], dtype=tl.float32)
-        # what is loaded once for all rows stays in too many registers
+                other_state, other_total = state, total
         for start in tl.range(first, end, ROWS, disable_licm=True):
-            row = tl.arange(0, ROWS)
+            row, at = tl.arange(0, ROWS), candidates + start * D
             valid = row < end - start
-            at = candidates + start * D
-            of_state = key_value + request * (FEATURES * WIDTH)
-            of_sum = key_sum + request * FEATURES
+            of_state, of_sum = key_value + request * (FEATURES * WIDTH), key_sum + request * FEATURES
             of_out, of_normalizer = grad_out + start * (H * WIDTH), grad_normalizer + start * H
             if OF_ROWS:
                 grad_x = tl.zeros([ROWS, TILE], dtype=tl.float32)
@@ -205,9 +202,7 @@ def _attend_backward_kernel(
                         other_state = tl.dot(tl.trans(other), grad, other_state, input_precision=STATE)
                         other_total += tl.sum(other * grad_divisor, 0)
             if OF_ROWS:
-                mask = valid[:, None] & (dim < D)[None, :]
-                to = grad_candidates + start * D + row[:, None] * D + dim[None, :]
-                tl.store(to, grad_x, mask=mask)
+                store_rows(grad_candidates + start * D, grad_x, row, valid, dim, D)
         if OF_SUMS and part == 0:
             head, nth, real, _ = columns(tl.program_id(1), H, WIDTH, HEADS, PADDED)
             to = states + chunk * (FEATURES * (WIDTH + 1))
@@ -220,8 +215,7 @@ def _attend_backward_kernel(
                 )
     if OF_SUMS:
         head, nth, real, _ = columns(tl.program_id(1), H, WIDTH, HEADS, PADDED)
-        to = sums + program * (H * WIDTH * D) + (head * WIDTH + nth)[:, None] * D + dim[None, :]
-        tl.store(to, queries, mask=real[:, None] & (dim < D)[None, :])
+        store_rows(sums + program * (H * WIDTH * D), queries, head * WIDTH + nth, real, dim, D)
 
 
 # ------------------------------------------------------------------------------------ on the host

@@ -162,6 +162,13 @@ def load_rows(tokens, row, valid, dim, D: tl.constexpr, DOT: tl.constexpr):
 
 
 @triton.jit
+def store_rows(out, values, row, valid, dim, D: tl.constexpr):
+    """[R, TILE] into rows of D entries."""
+    mask = valid[:, None] & (dim < D)[None, :]
+    tl.store(out + row[:, None] * D + dim[None, :], values, mask=mask)
+
+
+@triton.jit
 def load_state(key_value, key_sum, head, nth, real, feature, WIDTH: tl.constexpr):
     """S of a group of heads as one matrix [COLUMNS, COLUMNS], zeros between heads, and z [COLUMNS]."""
     mask = (head[:, None] == head[None, :]) & real[:, None] & real[None, :]

@@ -42,6 +42,7 @@ from ifa_torchrec.ops.kernels.triton.common import (
     load_state,
     project,
     split_state,
+    store_rows,
     store_state,
     sum_segments,
     to_columns,
@@ -160,17 +161,14 @@ def _encode_backward_kernel(
                     keys = tl.dot(tl.trans(grad_key), x, keys, input_precision=PRECISION)
                     values = tl.dot(tl.trans(grad_value), x, values, input_precision=PRECISION)
             if OF_ROWS:
-                mask = valid[:, None] & (dim < D)[None, :]
-                to = grad_history + start * D + row[:, None] * D + dim[None, :]
-                tl.store(to, grad_x, mask=mask)
+                store_rows(grad_history + start * D, grad_x, row, valid, dim, D)
                 if WEIGHTS == 1 and part == 0:
                     tl.store(grad_weights + start + row, grad_event, mask=valid)
     if OF_SUMS:
         head, nth, real, _ = columns(tl.program_id(1), H, WIDTH, HEADS, PADDED)
-        to = sums + program * (2 * H * WIDTH * D) + (head * WIDTH + nth)[:, None] * D + dim[None, :]
-        mask = real[:, None] & (dim < D)[None, :]
-        tl.store(to, keys, mask=mask)
-        tl.store(to + H * WIDTH * D, values, mask=mask)
+        to, weight_row = sums + program * (2 * H * WIDTH * D), head * WIDTH + nth
+        store_rows(to, keys, weight_row, real, dim, D)
+        store_rows(to + H * WIDTH * D, values, weight_row, real, dim, D)
 
 
 @triton.jit
