@@ -23,11 +23,12 @@ import pandas as pd
 import torch
 import tyro
 from report import ROOT, markdown, measured_by
-from torchrec.sparse.jagged_tensor import JaggedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from ifa_torchrec import IFAConfig, generate_set
 from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make_loader, synthetic
 from ifa_torchrec.data.schema import EXPOSED, OFFSETS
+from ifa_torchrec.data.synthetic_sets import set_logits, sigmoid
 from ifa_torchrec.data.synthetic_truth import SetTruth, truth_of
 from ifa_torchrec.models import DLRM_IFA, DLRM_IFATrain
 from ifa_torchrec.modules import CandidateSetConfig
@@ -323,8 +324,6 @@ def greedy_table(options: Options) -> pd.DataFrame:
 
 def replace_requests(batch: Any, sequence: Any, m: int) -> Any:
     """The first request of a batch, with the candidates of all."""
-    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-
     keys, values, lengths = sequence.keys(), [], []
     for key in keys:
         part = sequence[key]
