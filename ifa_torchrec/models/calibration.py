@@ -48,3 +48,5 @@ def calibrate(model: DLRM_IFA, scale: Tensor, shift: Tensor) -> None:
     if taken_arch is not None:
         query = taken_arch.relation.query_proj.weight  # of each task D rows
         query.mul_(scale.repeat_interleave(len(query) // len(scale))[:, None])
+        if taken_arch.relation.same_proj is not None:
+            taken_arch.relation.same_proj.weight.mul_(scale[:, None])
