@@ -109,7 +109,7 @@ def test_a_run_predicts_by_what_was_fitted(toy: Toy, log: EventLog, tmp_path: Pa
     said, count = (np.array([g[part] for g in groups]) for part in ("prediction", "candidates"))
     assert (np.diff(said) > 0).all() and len(said) == 10
     true = np.array([g["label"] for g in groups])
-    assert (said * count).sum() / (true * count).sum() == pytest.approx(moved["calibration"])
+    assert (said * count).sum() / (true * count).sum() == pytest.approx(moved["calibration_exposed"])
     assert moved["gauc"] == raw["gauc"]
     assert abs(np.log(raw["calibration_exposed"])) > 0.05  # the others have no part in the loss
     assert moved["calibration_exposed"] == pytest.approx(1, abs=1e-3)
