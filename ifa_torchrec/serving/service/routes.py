@@ -137,7 +137,10 @@ def _event(event: UserEvent) -> Event:
 
 
 def _add_users(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) -> None:
-    @app.delete("/users/{user:path}", responses=_refused(bearer), dependencies=bearer)
+    # a path with a line's end leads nowhere (404)
+    refused = _refused(bearer) | problems(404)
+
+    @app.delete("/users/{user:path}", responses=refused, dependencies=bearer)
     async def forget(
         user: Annotated[
             str,
