@@ -73,6 +73,8 @@ def variants() -> dict[str, tuple[str, IFAConfig]]:
         "LREA-style, rank 32": ("low_rank", DENSE),
         "linear, with masses": ("ifa", replace(DENSE, interest_mass=True)),
         "softmax, with masses": ("ifa", replace(softmax, interest_mass=True)),
+        "linear, elu, 2 heads of 32": ("ifa", replace(DENSE, feature_map="elu", num_heads=2)),
+        "softmax, elu, 2 heads of 32": ("ifa", replace(softmax, feature_map="elu", num_heads=2)),
         "softmax, elu": ("ifa", replace(softmax, feature_map="elu")),
         "softmax, relu": ("ifa", replace(softmax, feature_map="relu")),
         "linear, with identity heads": ("ifa", replace(DENSE, **IDENTITY)),

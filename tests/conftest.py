@@ -1,6 +1,8 @@
 """Puts this folder on sys.path, so that every test file can import helpers; the toy log; stores of
 states, an LMDB folder and a real Redis server."""
 
+import interpreter  # isort: skip  # noqa: F401  ahead of all that imports Triton
+
 import os
 import shutil
 import subprocess

@@ -4,8 +4,8 @@
     python examples/complete_journey/sets.py --run RUN      # of a run that is there already
 
 Trains a model that scores products given those that are taken, on a few thousand requests of The
-Complete Journey, measures both kinds of sets and draws those of one test request: the request whose ten
-best by their own scores repeat a type of product most often, unless --request names another.
+Complete Journey, measures both kinds of sets and draws those of one test request: the request whose two
+sets have least in common, unless --request names another.
 """
 
 from __future__ import annotations
@@ -73,10 +73,11 @@ def chosen(options: Options) -> tuple[RankingDataset, dict[str, np.ndarray]]:
     }
 
 
-def most_alike(dataset: RankingDataset, place: np.ndarray) -> int:
-    """The request whose set repeats a type of product most often; the first of several."""
-    again = [table(dataset, place, number)["again"].sum() for number in range(len(dataset))]
-    return int(np.argmax(again))
+def least_in_common(dataset: RankingDataset, places: dict[str, np.ndarray]) -> int:
+    """The request whose sets share the fewest products; the first of several."""
+    one, other = places.values()
+    shared = np.add.reduceat((one > 0) & (other > 0), dataset.requests["candidate_offsets"][:-1])
+    return int(np.argmin(shared))
 
 
 def table(dataset: RankingDataset, place: np.ndarray, number: int) -> pd.DataFrame:
@@ -84,9 +85,8 @@ def table(dataset: RankingDataset, place: np.ndarray, number: int) -> pd.DataFra
     rows = dataset.candidate_rows([number])[0]
     rows = rows[place[rows] > 0]
     rows = rows[np.argsort(place[rows])]
-    log, items = dataset.log, np.asarray(dataset.requests["candidates"])[rows]
-    names = log.item_names()
-    types = np.asarray(log.items["type"])[items]
+    items = np.asarray(dataset.requests["candidates"])[rows]
+    names, types = dataset.log.item_names(), np.asarray(dataset.log.items["type"])[items]
     return pd.DataFrame(
         {
             "item": items,
@@ -136,8 +136,7 @@ def main(options: Options) -> dict[str, Any]:
         )
     dataset, places = chosen(options)
     sets = {title: measure_sets(dataset, place, options.size) for title, place in places.items()}
-    first = next(iter(places.values()))
-    number = most_alike(dataset, first) if options.request is None else options.request
+    number = least_in_common(dataset, places) if options.request is None else options.request
     tables = {title: table(dataset, place, number) for title, place in places.items()}
     for title, one in tables.items():
         print(f"\n{title}\n{one.to_string()}")

@@ -7,8 +7,9 @@ Data flow, for B requests, M candidates and N events in all:
     candidate_dense [M, Fc] -> candidate_dense_arch -------------------------> [M, D] --+
     sequence_features -> SequenceArch -+- candidate tokens ------------------> [M, D] --+
                          items, events +- history tokens [N, D] -> interaction [M, D] --+
-                           the sum of these four -> CandidateSetEncoder -> [M, D] ------+
                                                    InteractionArch -> OverArch [M, T] <-+---+
+        the sum of these four -> CandidateSetEncoder -> RelationArch [M, T], added to it
+        and, given what is taken into a set already -> TakenArch [M, T], added too
 
 What describes an item beyond its ids (item_lists -> PooledArch, item_dense, item_vectors: ItemArch) is
 reckoned once for each of the U distinct items of the batch, [U, D], and added to the tokens of its
@@ -18,9 +19,9 @@ As in a DLRM every two features meet by a dot product: those of the request with
 request; and with the candidate's token.
 
 Everything on the left of a [B, D] or [N, D] happens once a request, not once a candidate. Only the
-CandidateSetEncoder lets candidates of a request see each other. SparseArch, which PooledArch is,
-DenseArch, InteractionArch and OverArch are TorchRec's. What stands above the CandidateSetEncoder is
-CandidateArch; it and what follows are SetArch.
+RelationArch and the TakenArch let candidates of a request see each other, and both start at 0.
+SparseArch, which PooledArch is, DenseArch, InteractionArch and OverArch are TorchRec's. What stands
+above the InteractionArch at the end is CandidateArch; it, OverArch and RelationArch are SetArch.
 """
 
 from __future__ import annotations
@@ -156,7 +157,8 @@ class DLRM_IFA(nn.Module):
     def scored(self, candidates: Candidates) -> Candidates:
         """Candidates that keep their logits with nothing taken: ``logits_given`` of them costs what the
         taken change, and no more. For a set that is built step by step."""
-        return dataclasses.replace(candidates, logits=self.set_arch(candidates))
+        related = None if self.taken_arch is None else self.taken_arch.related(candidates)
+        return dataclasses.replace(candidates, logits=self.set_arch(candidates), related=related)
 
     def logits_given(self, candidates: Candidates, taken: Tensor | None = None) -> Tensor:
         """The logits of every candidate beside its set, given those that are taken already: placed in

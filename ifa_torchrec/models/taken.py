@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ifa_torchrec.models.archs import Candidates
 from ifa_torchrec.models.config import DLRM_IFAConfig
 from ifa_torchrec.modules import TakenRelation, Task
+from ifa_torchrec.modules.candidate_set import Related
 from ifa_torchrec.modules.tasks import ranking_weights
 
 
@@ -41,7 +42,11 @@ class TakenArch(nn.Module):
 
     def forward(self, candidates: Candidates, taken: Tensor) -> Tensor:
         """What is added to the logits, [M, T], of ``taken`` [M] bool; 0 where nothing is taken."""
-        return self.relation(candidates.members(self.member_norm), taken, candidates.ids)
+        return self.relation.terms(candidates.related or self.related(candidates), taken)
+
+    def related(self, candidates: Candidates) -> Related:
+        """What does not depend on what is taken."""
+        return self.relation.related(candidates.members(self.member_norm), candidates.ids)
 
     def gain(self, candidates: Candidates, taken: Tensor, tasks: Sequence[Task]) -> Tensor:
         """What a set is worth more with each candidate: what that one is worth given the taken, and
@@ -57,12 +62,14 @@ class TakenArch(nn.Module):
         """
         if candidates.logits is None:
             raise ValueError("TakenArch.gain: the candidates have no logits; give scored ones")
-        members = candidates.members(self.member_norm)
-        given = candidates.logits + self.relation(members, taken, candidates.ids)
+        related = candidates.related or self.related(candidates)
+        given = candidates.logits + self.relation.terms(related, taken)
         worth = set_worth(given, tasks)
-        of_pair, row, other = self.relation.between(members, taken, candidates.ids)
-        change = set_worth(given[row] + of_pair, tasks) - worth[row]
-        return worth.index_add(0, other, change)
+        changes: list[Tensor] = []
+        for rows, _, terms in self.relation.between(related, taken):
+            changed = set_worth((given[rows][:, None] + terms).flatten(0, 1), tasks)
+            changes.append(changed.unflatten(0, terms.shape[:2]).sum(0) - worth[rows].sum())
+        return worth + torch.cat([worth[:0], *changes])
 
 
 def set_worth(logits: Tensor, tasks: Sequence[Task]) -> Tensor:

@@ -34,10 +34,9 @@ class CandidateSetLossConfig:
         consistency: of the divergence between the scores with and without the unexposed.
         unexposed: how much an unexposed candidate counts, 0 to 1, where its missing label is taken
             for a 0: in the softmax's denominator and, with ``pointwise_unexposed``, in the cross
-            entropy. 0: labels of the exposed alone, which ranked and promised best wherever what was
-            shown was biased (docs/exposure.md). 1 for a log whose unexposed candidates have true labels,
-            as in a shop, where what was not promoted may be bought. Of a log of exposed candidates
-            alone it says nothing.
+            entropy. 0: labels of the exposed alone, which teach no model what is shown
+            (docs/exposure.md). 1 for a log whose unexposed candidates have true labels. Of a log of
+            exposed candidates alone it says nothing.
         pointwise_unexposed: whether the cross entropy takes in the unexposed at all.
         regression: error of a regression task whose standardised label is missed by d: "huber", d^2 / 2
             up to 1 and |d| - 1 / 2 beyond, which labels far out do not rule; "squared", d^2 / 2.

@@ -6,9 +6,9 @@ hand (only the abstract and the introduction), so this one is ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from ifa_torchrec.modules.history import counted
 from ifa_torchrec.modules.ifa import InteractionFidelityAttention
 from ifa_torchrec.modules.projections import ZeroLinear, reset_all
 from ifa_torchrec.modules.softmax import SoftmaxAttention
-from ifa_torchrec.ops.jagged import request_of_row
+from ifa_torchrec.ops.jagged import request_of_row, rows_of_requests
 
 ATTENTIONS = {"softmax": SoftmaxAttention, "linear": InteractionFidelityAttention}
 
@@ -93,8 +93,11 @@ class CandidateSetEncoder(nn.Module):
         super().__init__()
         if config.attention == "none":
             raise ValueError("CandidateSetEncoder: attention 'none' needs no encoder")
+        # by softmax without masses, for which a matrix of scores would have to be kept
+        masses = config.attention == "linear"
         self.attention = ATTENTIONS[config.attention](
-            IFAConfig(embedding_dim, num_heads=config.num_heads, backend=backend), device=device
+            IFAConfig(embedding_dim, num_heads=config.num_heads, backend=backend, interest_mass=masses),
+            device=device,
         )
 
     def reset_parameters(self) -> None:
@@ -113,6 +116,22 @@ class CandidateSetEncoder(nn.Module):
             context; to be put beside the tokens, not in their place.
         """
         return self.attention(candidates, candidates if context is None else context)
+
+
+class Related(NamedTuple):
+    """What TakenRelation makes of M candidates of B requests before it knows which are taken.
+
+    Attributes:
+        query: [M, T, D]; key: [M, D].
+        offsets: [B + 1]; request: [M].
+        ids: [M, F]; None without any.
+    """
+
+    query: Tensor
+    key: Tensor
+    offsets: Tensor
+    request: Tensor
+    ids: Tensor | None
 
 
 class TakenRelation(nn.Module):
@@ -170,72 +189,69 @@ class TakenRelation(nn.Module):
         Raises:
             ValueError: ``taken`` is not one bool a candidate, or the ids are not F.
         """
-        query, key = self._projected(candidates, taken, ids)
-        offsets = candidates.offsets()
-        request = request_of_row(offsets, taken.shape[0])
-        given = key * taken[:, None]
-        total = key.new_zeros(offsets.shape[0] - 1, key.shape[1]).index_add(0, request, given)
-        term = torch.einsum("mtd,md->mt", query, total[request] - given)
-        if self.same_proj is None or ids is None:
-            return term
-        row, _, other = _pairs(offsets, request, taken)
-        same = self.same_proj(_same(ids, row, other).to(key.dtype)) * (row != other)[:, None]
-        return term.index_add(0, other, same)
+        return self.terms(self.related(candidates, ids), taken)
 
-    def between(
-        self, candidates: JaggedTensor, taken: Tensor, ids: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What each candidate would add to the terms of those that are taken.
-
-        Args:
-            candidates, taken, ids: as ``forward``'s.
-
-        Returns:
-            For each pair of one that is taken and a candidate of its request, P of them: the term
-            [P, T], the row of the one [P], and the candidate's row [P].
-        """
-        query, key = self._projected(candidates, taken, ids)
-        offsets = candidates.offsets()
-        request = request_of_row(offsets, taken.shape[0])
-        row, number, other = _pairs(offsets, request, taken)
-        queries = query[taken.nonzero()[:, 0]]
-        term = torch.einsum("ptd,pd->pt", queries[number], key[other])
-        if self.same_proj is not None and ids is not None:
-            term = term + self.same_proj(_same(ids, row, other).to(key.dtype))
-        return term, row, other
-
-    def _projected(
-        self, candidates: JaggedTensor, taken: Tensor, ids: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Query [M, T, D] and key [M, D] of each candidate."""
-        tokens = candidates.values()
-        if taken.shape != tokens.shape[:1] or taken.dtype != torch.bool:
-            raise ValueError(
-                f"taken must be [{tokens.shape[0]}] bool, one a candidate; got {list(taken.shape)} "
-                f"{taken.dtype}"
-            )
+    def related(self, candidates: JaggedTensor, ids: Tensor | None = None) -> Related:
+        """What ``terms`` and ``between`` need of the candidates, whatever is taken; as ``forward``'s."""
+        tokens, offsets = candidates.values(), candidates.offsets()
         wanted = 0 if self.same_proj is None else self.same_proj.in_features
         found = 0 if ids is None else ids.shape[1]
         if found != wanted:
             raise ValueError(f"ids must be of {wanted} features, got {found}")
         query = self.query_proj(tokens).unflatten(1, (self.num_outputs, tokens.shape[1]))
-        return query, self.key_proj(tokens)
+        # no len(), which would fix a size in an exported graph
+        request = request_of_row(offsets, tokens.shape[0])
+        return Related(query, self.key_proj(tokens), offsets, request, ids)
+
+    def terms(self, related: Related, taken: Tensor) -> Tensor:
+        """What ``forward`` gives, [M, T], of ``taken`` [M] bool."""
+        query, key, offsets, request, ids = related
+        if taken.shape != key.shape[:1] or taken.dtype != torch.bool:
+            raise ValueError(
+                f"taken must be [{key.shape[0]}] bool, one a candidate; got {list(taken.shape)} "
+                f"{taken.dtype}"
+            )
+        given = key * taken[:, None]
+        total = key.new_zeros(offsets.shape[0] - 1, key.shape[1]).index_add(0, request, given)
+        term = torch.einsum("mtd,md->mt", query, total[request] - given)
+        if self.same_proj is None or ids is None:
+            return term
+        itself = (taken[:, None] & (ids != 0)).to(key.dtype)
+        pairs = _by_request(offsets, taken)
+        same = [_same(ids[rows], ids[span], key.dtype).sum(0) for rows, span in pairs]
+        return term + self.same_proj(torch.cat([itself[:0], *same]) - itself)
+
+    def between(self, related: Related, taken: Tensor) -> Iterator[tuple[Tensor, slice, Tensor]]:
+        """What each candidate would add to the terms of those that are taken, [M] bool.
+
+        Yields:
+            For each request the t rows that are taken, the rows of its m candidates, and the terms
+            [t, m, T].
+        """
+        query, key, offsets, _, ids = related
+        for rows, span in _by_request(offsets, taken):
+            term = torch.einsum("rtd,md->rmt", query[rows], key[span])
+            if self.same_proj is not None and ids is not None:
+                term = term + self.same_proj(_same(ids[rows], ids[span], key.dtype))
+            yield rows, span, term
 
 
-def _same(ids: Tensor, row: Tensor, other: Tensor) -> Tensor:
-    """Which ids the two of each pair share, [P, F] bool; the unknown with none."""
-    return (ids[row] == ids[other]) & (ids[row] != 0)
+def _same(ids: Tensor, others: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 where an id of one, [t, F], is that of another, [m, F], and known; [t, m, F]."""
+    return ((ids[:, None] == others) & (ids != 0)[:, None]).to(dtype)
 
 
-def _pairs(offsets: Tensor, request: Tensor, taken: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All pairs of one that is taken and a candidate of its request: the row of the one, its number
-    among all that are taken, and the candidate's row; [P] each. No size is read from a tensor but that
-    of what is taken, so that a graph of it can be exported."""
+def _by_request(offsets: Tensor, taken: Tensor) -> Iterator[tuple[Tensor, slice]]:
+    """The rows that are taken of each request, and those of its candidates. Of one request no size is
+    read from a tensor but that of what is taken, so that a graph of it can be exported."""
     rows = taken.nonzero()[:, 0]
-    first, sizes = offsets[:-1][request[rows]], offsets.diff()[request[rows]]
-    number = torch.repeat_interleave(torch.arange(rows.shape[0], device=rows.device), sizes)
-    place = torch.arange(number.shape[0], device=rows.device) - (sizes.cumsum(0) - sizes)[number]
-    return rows[number], number, first[number] + place
+    sizes = rows_of_requests(offsets, taken.shape[0])
+    first = 0
+    for mine, size in zip(
+        rows.split(rows_of_requests(counted(taken, offsets), rows.shape[0])), sizes, strict=True
+    ):
+        yield mine, slice(first, first + size)
+        first += size
 
 
 class TakenSample(nn.Module):

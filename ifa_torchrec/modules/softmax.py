@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,6 +13,9 @@ from ifa_torchrec.modules.base import SequenceInteraction
 from ifa_torchrec.modules.config import InteractionConfig, at_least_one
 from ifa_torchrec.modules.history import History
 from ifa_torchrec.ops.jagged import rows_of_requests
+
+_MOST_SCORES = 1 << 22
+"""Scores of a head that a group of several requests may have."""
 
 
 def softmax_gain(config: InteractionConfig) -> float:
@@ -29,9 +34,10 @@ def softmax_gain(config: InteractionConfig) -> float:
 class SoftmaxAttention(SequenceInteraction):
     """Multi-head softmax target attention over the history (Vaswani et al. 2017), O(n m d).
 
-    Each request is attended by itself, so that nothing is padded. Half-lives and event weights
+    Requests of about the same sizes are attended together, padded to the largest of them, in groups of a
+    bounded size; one of 10^4 candidates and events is a group of its own. Half-lives and event weights
     enter as log w_i beside the scores, the softmax form of the same weighting; an event of weight 0 is
-    not there.
+    not there. Without interest masses no matrix of scores is kept.
 
     Args:
         config: InteractionConfig.
@@ -48,6 +54,9 @@ class SoftmaxAttention(SequenceInteraction):
         >>> softmax(tokens, tokens).values().shape
         torch.Size([5, 8])
     """
+
+    _together = True
+    """Whether ``_attend`` takes several requests as heads of one; not where heads differ from it."""
 
     def __init__(
         self,
@@ -71,33 +80,48 @@ class SoftmaxAttention(SequenceInteraction):
         if self.recent_length is not None:
             history = history.latest(self.recent_length)
         tokens = history.tokens
-        lengths = rows_of_requests(history.offsets, tokens.shape[0])
         shape = (-1, self.config.num_heads, self.config.head_width)
         keys = self.key_proj(tokens).view(shape).transpose(0, 1)
         values = self.value_proj(tokens).view(shape).transpose(0, 1)
         query = self.query_proj(candidates.values()).view(shape).transpose(0, 1)
         bias = self._log_weights(history)
-        biases = [None] * len(lengths) if bias is None else bias.split(lengths, dim=1)
-        outputs, log_sums = [query[:, :0]], [query[:, :0, 0]]
-        sets = query.split(rows_of_requests(candidates.offsets(), query.shape[1]), dim=1)
-        parts = (keys.split(lengths, dim=1), values.split(lengths, dim=1), biases)
-        for q, k, v, log_weight in zip(sets, *parts, strict=True):
-            if k.shape[1] == 0 or q.shape[1] == 0:
-                outputs.append(torch.zeros_like(q))
-                log_sums.append(torch.full_like(q[..., 0], -torch.inf))
-                continue
-            output, log_sum = self._attend(q, k, v, log_weight)
-            outputs.append(output)
-            log_sums.append(log_sum)
-        heads = torch.cat(outputs, dim=1).transpose(0, 1)
-        if not self.config.interest_mass:
-            return heads, None
-        return heads, self._mass_of_log(torch.cat(log_sums, dim=1).T)
+        asked = rows_of_requests(candidates.offsets(), query.shape[1])
+        found = rows_of_requests(history.offsets, tokens.shape[0])
+        if len(asked) == 1 and asked[0] > 0 and found[0] > 0:
+            output, log_sum = self._attend(query, keys, values, bias)  # as in an exported graph
+            return self._with_masses(output, log_sum)
+        outputs, log_sums = torch.zeros_like(query), torch.full_like(query[..., 0], -torch.inf)
+        for group in _groups(asked, found, self._together):
+            rows, row_there = _padded(asked, group, query.device)
+            events, event_there = _padded(found, group, query.device)
+            weight = None if bias is None else bias[:, events]
+            if not event_there.all():
+                weight = torch.zeros_like(keys[..., 0][:, events]) if weight is None else weight
+                weight = weight.masked_fill(~event_there, -torch.inf)
+            # requests beside heads: what each of them does, it does by itself
+            output, log_sum = self._attend(
+                query[:, rows].flatten(0, 1),
+                keys[:, events].flatten(0, 1),
+                values[:, events].flatten(0, 1),
+                None if weight is None else weight.flatten(0, 1),
+            )
+            found_of, rows = output.unflatten(0, (len(query), -1))[:, row_there], rows[row_there]
+            outputs = outputs.index_copy(1, rows, found_of.to(outputs.dtype))
+            if self.config.interest_mass:
+                log_sum = log_sum.unflatten(0, (len(query), -1))[:, row_there]
+                log_sums = log_sums.index_copy(1, rows, log_sum.to(log_sums.dtype))
+        return self._with_masses(outputs, log_sums)
+
+    def _with_masses(self, outputs: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor | None]:
+        """From [H, M, d] and [H, M] to what ``dense_heads`` gives."""
+        masses = self._mass_of_log(log_sums.T) if self.config.interest_mass else None
+        return outputs.transpose(0, 1), masses
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, log_weight: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """One request, from q [H, m, d], k and v [H, n, d] and log_weight [H, n].
+        """One request, or several beside each other as further heads, from q [H, m, d], k and v
+        [H, n, d] and log_weight [H, n], -inf where padding is.
 
         Returns:
             Outputs [H, m, d], and the logarithms of the sums of the weights [H, m] (not to be read
@@ -117,3 +141,33 @@ class SoftmaxAttention(SequenceInteraction):
         """[H, m, n]"""
         score = q @ k.mT / self.config.head_width**0.5
         return score if log_weight is None else score + log_weight[:, None]
+
+
+def _groups(asked: list[int], found: list[int], together: bool) -> Iterator[list[int]]:
+    """Numbers of the requests to attend together: of those that have both candidates and events, alike
+    in size, so that at most half as many scores again are padding."""
+    order = [b for b in range(len(asked)) if asked[b] and found[b]]
+    order.sort(key=lambda b: (asked[b], found[b]))
+    group: list[int] = []
+    scores = longest = 0
+    for b in order:
+        longest = max(longest, found[b])
+        padded = (len(group) + 1) * asked[b] * longest  # the last has the most candidates
+        scores += asked[b] * found[b]
+        if group and (not together or padded > min(1.5 * scores, _MOST_SCORES)):
+            yield group
+            group, scores, longest = [], asked[b] * found[b], found[b]
+        group.append(b)
+    if group:
+        yield group
+
+
+def _padded(sizes: list[int], group: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The rows of a group's requests, [g, longest], and which of them are there; the others repeat a
+    request's last."""
+    ends = torch.tensor(sizes, device=device).cumsum(0)
+    mine = torch.tensor(group, device=device)
+    size = torch.tensor([sizes[b] for b in group], device=device)
+    place = torch.arange(max(sizes[b] for b in group), device=device)
+    first = ends[mine] - size
+    return first[:, None] + torch.minimum(place, size[:, None] - 1), place < size[:, None]

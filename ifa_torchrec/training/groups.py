@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ifa_torchrec.data import RankingDataset
-from ifa_torchrec.data.schema import CANDIDATES, LIST_OFFSETS, OFFSETS, TIME, USER
+from ifa_torchrec.data.schema import CANDIDATES, EXPOSED, LIST_OFFSETS, OFFSETS, TIME, USER
 
 Told = Callable[[np.ndarray], np.ndarray]
 Shares = dict[str, float]
@@ -76,7 +76,8 @@ def shares(dataset: RankingDataset) -> dict[str, Any]:
 
 
 def by_history(dataset: RankingDataset, logit: np.ndarray, label: np.ndarray) -> dict[str, Any]:
-    """The calibration of a binary task, by the deciles of the requests' histories' lengths.
+    """The calibration of a binary task among the exposed, by the deciles of the requests' histories'
+    lengths.
 
     Args:
         dataset: the split.
@@ -84,18 +85,18 @@ def by_history(dataset: RankingDataset, logit: np.ndarray, label: np.ndarray) ->
 
     Returns:
         For each group, named "FEWEST-MOST" by its histories' events, or by their one number,
-        "requests", "candidates" and "calibration", mean prediction over mean label; NaN without a
-        label 1. Lengths that are equal are in one group, so there may be fewer than ten.
+        "requests", "candidates", those exposed, and "calibration", mean prediction over mean label; NaN
+        without a label 1. Lengths that are equal are in one group, so there may be fewer than ten.
     """
     lengths, counts = dataset.history_lengths, np.diff(dataset.requests[OFFSETS])
     if not len(lengths):
         return {}
     cuts = np.unique(np.quantile(lengths, np.arange(1, _GROUPS) / _GROUPS, method="higher"))
     group = np.searchsorted(cuts, lengths)
-    of_candidate = np.repeat(group, counts)
+    of_candidate, shown = np.repeat(group, counts), np.asarray(dataset.requests[EXPOSED])
     result: dict[str, Any] = {}
     for number in np.unique(group):
-        mine, rows = lengths[group == number], of_candidate == number
+        mine, rows = lengths[group == number], (of_candidate == number) & shown
         positives = float(label[rows].sum())
         predicted = float(torch.from_numpy(logit[rows].astype(np.float64)).sigmoid().sum())
         least, most = mine.min(), mine.max()

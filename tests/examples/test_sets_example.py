@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "complete_journey" / "sets.py"
@@ -29,9 +30,12 @@ def test_draws_both_sets(real_log, tmp_path: Path, capsys) -> None:
     assert "the best by their own scores" in printed and "chosen one by one" in printed
     dataset, places = sets.chosen(options)
     assert {int(place.max()) for place in places.values()} == {5}
-    best = places["the best by their own scores"]
-    number = sets.most_alike(dataset, best)
-    again = [sets.table(dataset, best, n)["again"].sum() for n in range(20)]
-    assert sets.table(dataset, best, number)["again"].sum() >= max(again)
+    number = sets.least_in_common(dataset, places)
+
+    def shared(n: int) -> int:
+        rows = dataset.candidate_rows([n])[0]
+        return int(np.logical_and(*(place[rows] > 0 for place in places.values())).sum())
+
+    assert shared(number) == min(shared(n) for n in range(len(dataset)))
     table = sets.table(dataset, places["chosen one by one"], number)
     assert len(table) == 5 and table["name"].map(len).min() > 3

@@ -10,9 +10,16 @@ import pytest
 import torch
 from helpers import jagged, randomised
 from torch import nn
+from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec import CandidateSetEncoder, CandidateSetLoss, generate_set
-from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig, TakenRelation
+from ifa_torchrec.modules import (
+    CandidateSetConfig,
+    CandidateSetLossConfig,
+    InteractionConfig,
+    SoftmaxAttention,
+    TakenRelation,
+)
 from ifa_torchrec.modules.candidate_set import TakenSample
 
 DIM = 8
@@ -83,6 +90,53 @@ class TestEncoder:
         torch.testing.assert_close(nothing, nothing[:1].expand_as(nothing))
 
 
+@pytest.mark.parametrize("masses", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        ([4, 0, 1, 7, 4, 4], [3, 2, 0, 9, 3, 40]),
+        ([0, 0], [2, 0]),
+        ([], []),
+        ([5], [0]),
+        ([0, 3], [1, 9]),
+    ],
+    ids=str,
+)
+def test_softmax_of_many_requests_is_that_of_each(sizes, weighted: bool, masses: bool) -> None:
+    """In outputs and gradients, whatever is padded; without masses too."""
+    asked, found = sizes
+    config = InteractionConfig(DIM, num_heads=2, interest_mass=masses)
+    attention = randomised(SoftmaxAttention(config).double())
+    queries, events = make_tokens(asked, 1).values(), make_tokens(found, 2).values()
+    weight = torch.rand(len(events), generator=torch.Generator().manual_seed(3)).double()
+    inputs = [queries, events, weight] if weighted else [queries, events]
+    for tensor in inputs:
+        tensor.requires_grad_()
+
+    def attend(rows: slice, of: slice, m: list[int], n: list[int]) -> torch.Tensor:
+        history = JaggedTensor(
+            events[of], lengths=torch.tensor(n).long(), weights=weight[of] if weighted else None
+        )
+        return attention(jagged(queries[rows], m), history).values()
+
+    together = attend(slice(None), slice(None), asked, found)
+    first, each = [0, 0], [queries[:0] @ torch.eye(DIM).double()]
+    for m, n in zip(asked, found, strict=True):
+        spans = slice(first[0], first[0] + m), slice(first[1], first[1] + n)
+        each.append(attend(*spans, [m], [n]))
+        first = [first[0] + m, first[1] + n]
+    apart = torch.cat(each)
+    torch.testing.assert_close(together, apart)
+    wish = torch.randn(apart.shape, generator=torch.Generator().manual_seed(4)).double()
+    wanted = [*inputs, *attention.parameters()]
+    both = [
+        torch.autograd.grad((out * wish).sum(), wanted, allow_unused=True, materialize_grads=True)
+        for out in (together, apart)
+    ]
+    torch.testing.assert_close(*both)
+
+
 def test_no_attention_needs_no_encoder() -> None:
     with pytest.raises(ValueError, match="needs no encoder"):
         CandidateSetEncoder(DIM, CandidateSetConfig("none"))
@@ -119,7 +173,7 @@ class TestTakenRelation:
     def test_bad_input_is_named(self) -> None:
         for taken in (torch.ones(3).bool(), torch.ones(12)):
             with pytest.raises(ValueError, match=r"taken must be \[12\] bool"):
-                TakenRelation(DIM, 1)(make_tokens(), taken)
+                TakenRelation(DIM, 1).double()(make_tokens(), taken)
         with pytest.raises(ValueError, match="ids must be of 2 features, got 0"):
             self.make()(make_tokens(), torch.ones(12).bool())
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_near
-from interpreter import DEVICE, TRITON
+from helpers import Inputs, assert_near
+from interpreter import DEVICE
 from kernels import run, wide_inputs
 from test_ops import (
     EPS,
@@ -28,12 +28,12 @@ from test_ops import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+pytest.importorskip("triton")
+from benchmarks import gpu_kernels
 from ifa_torchrec import IFAConfig, InteractionFidelityAttention, ops
 from ifa_torchrec.ops import backends
 
-if not TRITON:
-    pytest.skip("Triton is not installed", allow_module_level=True)
-
+MOST_SPILLED = 128  # bytes of a thread
 needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 MAP_AND_WEIGHTS = pytest.mark.parametrize(
     ("feature_map", "weighted"),
@@ -168,8 +168,6 @@ def test_a_module_takes_it():
         for name in ("triton", "torch")
     ]
     modules[1].load_state_dict(modules[0].state_dict())
-    from helpers import Inputs
-
     inputs = Inputs.random(config, [9, 0, 4], [3, 2, 1], dtype=torch.float32)
     given = [x if x is None else x.to(DEVICE) for x in inputs.forward]
     found = [module(*given).values() for module in modules]
@@ -248,13 +246,10 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_nothing_on_the_host_looks_at_a_value(monkeypatch):
-    import compiled
-
-    for case in (compiled.CASES[0], compiled.CASES[-1]):
-        monkeypatch.setattr("ifa_torchrec.ops.checks.check_offsets", lambda *_: None)
+def test_nothing_on_the_host_looks_at_a_value():
+    for case in (gpu_kernels.CASES[0], gpu_kernels.CASES[-1]):
         with Waits() as waits:
-            compiled.launches(case)
+            gpu_kernels.launches(case)
         assert waits.seen == []
         with waits:
             torch.ones(3)[torch.ones(3) > 0]
@@ -292,13 +287,29 @@ def test_results_are_the_same_to_the_bit_at_every_run():
 # --------------------------------------------------------------------------------- ahead of time
 
 
-def compiled_for(*arguments: str, cache: Path) -> list[dict]:
-    """What tests/ops/compiled.py prints, in a process without the interpreter."""
+def compiled(cases: str, capabilities: str, cache: Path) -> list[dict]:
+    """What benchmarks/gpu_kernels.py prints, in a process without the interpreter."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(cache)}
-    program = Path(__file__).parent / "compiled.py"
     done = subprocess.run(
-        [sys.executable, str(program), *arguments], env=environment, capture_output=True, text=True
+        [sys.executable, gpu_kernels.__file__, cases, capabilities],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", range(len(gpu_kernels.CASES)), ids=lambda i: str(gpu_kernels.CASES[i]))
+@pytest.mark.parametrize("capability", gpu_kernels.CAPABILITIES)
+def test_every_kernel_compiles_and_fits_a_gpu(case, capability, tmp_path):
+    """Products are tensor cores', shared memory is what there is, and nothing or little is spilled."""
+    kernels = compiled(str(case), str(capability), tmp_path)
+    assert {x["kernel"].split("_")[0] for x in kernels} == {"encode", "attend", "join", "match", "sum"}
+    for kernel in kernels:
+        if kernel["kernel"].startswith(("encode", "attend")):
+            assert kernel["tensor_cores"] > 0, kernel
+        assert kernel["shared"] <= gpu_kernels.SHARED_MEMORY[capability], kernel
+        assert kernel["local"] <= MOST_SPILLED, kernel

@@ -220,7 +220,8 @@ def assert_generates_the_models_sets(
             logits, gain = score(*{**given, "taken": taken}.values())
             wanted = model.logits_given(described, taken), model.gain_given(described, taken)
             torch.testing.assert_close((logits, gain), wanted, atol=1e-5, rtol=1e-5)
-            assert gain.masked_fill(taken, -torch.inf).argmax() == row
+            # an item may stand there twice, and its gains differ by rounding
+            assert gain[row] >= gain.masked_fill(taken, -torch.inf).max() - 1e-5
             if not taken.any():
                 torch.testing.assert_close(logits, model(batch), atol=1e-5, rtol=1e-5)
             taken[row] = True

@@ -219,7 +219,7 @@ class TestByHistory:
         for name, part in parts.items():
             least, most = int(name.split("-")[0]), int(name.split("-")[-1])
             mine = (lengths >= least) & (lengths <= most)
-            rows = mine[requests_of(split)]
+            rows = mine[requests_of(split)] & split.requests["exposed"]
             assert (part["requests"], part["candidates"]) == (mine.sum(), rows.sum())
             wanted = (1 / (1 + np.exp(-logit[rows].astype(float)))).sum() / label[rows].sum()
             assert part["calibration"] == pytest.approx(wanted)

@@ -92,7 +92,8 @@ def test_the_table_is_for_people_and_the_json_for_programs(run: Path, monkeypatc
     main()
     printed = capsys.readouterr()
     metrics = json.loads(printed.out)
-    assert metrics.keys() == {"label", "watch", "shares", "notes", "ms_per_request"}
+    beside = {"shares", "notes", "reliability", "ms_per_request", "step"}
+    assert metrics.keys() == {"label", "watch", *beside}
     for line in ("label (0 or 1)", "watch (a number)", "new items", "unknown action"):
         assert line in printed.err
     assert metrics["shares"]["new_items"]["candidates"] > 0

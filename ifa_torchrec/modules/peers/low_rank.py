@@ -33,6 +33,8 @@ class LowRankAttention(SoftmaxAttention):
         torch.Size([5, 8])
     """
 
+    _together = False
+
     def __init__(
         self, config: InteractionConfig, rank: int = 32, device: torch.device | str | None = None
     ) -> None:

@@ -37,6 +37,8 @@ class TWINAttention(SoftmaxAttention):
         torch.Size([5, 8])
     """
 
+    _together = False
+
     def __init__(
         self,
         config: InteractionConfig,
@@ -76,6 +78,8 @@ class ETAAttention(SoftmaxAttention):
         >>> peer(tokens, tokens).values().shape
         torch.Size([5, 8])
     """
+
+    _together = False
 
     hyperplanes: Tensor
 

@@ -1,3 +1,6 @@
+# Device code is Triton's language, not Python: its types are none that pyright knows.
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportMissingImports=false, reportOperatorIssue=false
 """attend: a block of candidates against its request's state, all heads of a group in one product.
 
 S of a group of heads is one matrix with zeros between heads: products of single heads of 16 are below
@@ -29,12 +32,14 @@ from ifa_torchrec.ops.kernels.triton.common import (
     features_backward,
     floats,
     head_sums,
+    is_light,
     launch,
     launch_backward,
     load_rows,
     load_state,
     project,
     split_state,
+    store_rows,
     store_state,
     sum_segments,
     to_columns,
@@ -164,15 +169,11 @@ def _attend_backward_kernel(
             state = tl.zeros([COLUMNS, COLUMNS], dtype=tl.float32)
             total = tl.zeros([COLUMNS], dtype=tl.float32)
             if MAP == _HEDGEHOG:
-                other_state = tl.zeros([COLUMNS, COLUMNS], dtype=tl.float32)
-                other_total = tl.zeros([COLUMNS], dtype=tl.float32)
-        # what is loaded once for all rows stays in too many registers
+                other_state, other_total = state, total
         for start in tl.range(first, end, ROWS, disable_licm=True):
-            row = tl.arange(0, ROWS)
+            row, at = tl.arange(0, ROWS), candidates + start * D
             valid = row < end - start
-            at = candidates + start * D
-            of_state = key_value + request * (FEATURES * WIDTH)
-            of_sum = key_sum + request * FEATURES
+            of_state, of_sum = key_value + request * (FEATURES * WIDTH), key_sum + request * FEATURES
             of_out, of_normalizer = grad_out + start * (H * WIDTH), grad_normalizer + start * H
             if OF_ROWS:
                 grad_x = tl.zeros([ROWS, TILE], dtype=tl.float32)
@@ -201,9 +202,7 @@ def _attend_backward_kernel(
                         other_state = tl.dot(tl.trans(other), grad, other_state, input_precision=STATE)
                         other_total += tl.sum(other * grad_divisor, 0)
             if OF_ROWS:
-                mask = valid[:, None] & (dim < D)[None, :]
-                to = grad_candidates + start * D + row[:, None] * D + dim[None, :]
-                tl.store(to, grad_x, mask=mask)
+                store_rows(grad_candidates + start * D, grad_x, row, valid, dim, D)
         if OF_SUMS and part == 0:
             head, nth, real, _ = columns(tl.program_id(1), H, WIDTH, HEADS, PADDED)
             to = states + chunk * (FEATURES * (WIDTH + 1))
@@ -216,8 +215,7 @@ def _attend_backward_kernel(
                 )
     if OF_SUMS:
         head, nth, real, _ = columns(tl.program_id(1), H, WIDTH, HEADS, PADDED)
-        to = sums + program * (H * WIDTH * D) + (head * WIDTH + nth)[:, None] * D + dim[None, :]
-        tl.store(to, queries, mask=real[:, None] & (dim < D)[None, :])
+        store_rows(sums + program * (H * WIDTH * D), queries, head * WIDTH + nth, real, dim, D)
 
 
 # ------------------------------------------------------------------------------------ on the host
@@ -246,7 +244,8 @@ def attend(given: AttendArguments) -> tuple[Tensor, Tensor]:
     if given.query_weight.shape[1] > WIDEST_HEAD:
         return torch_kernels.attend(given)
     heads, width, dim = given.query_weight.shape
-    tile = Tile.of((heads, width, dim), 64, 64)
+    light = is_light(given.feature_map, given.candidates.dtype)
+    tile = Tile.of((heads, width, dim), 64, 64, light)
     arguments, constants, chunks = _prepared(given, tile)
     out = given.key_value.new_empty(chunks.rows, heads, width, dtype=torch.float32)
     normalizer = given.key_value.new_empty(chunks.rows, heads, dtype=torch.float32)
@@ -255,6 +254,7 @@ def attend(given: AttendArguments) -> tuple[Tensor, Tensor]:
         (chunks.count, tile.groups(heads)),
         arguments | {"out": out, "normalizers": normalizer},
         constants,
+        warps=4 if light else 8,
     )
     return out, normalizer
 
@@ -268,7 +268,9 @@ def attend_backward(
     candidates, key_value = given.candidates, given.key_value
     heads, width, dim = given.query_weight.shape
     features = heads * width * FEATURE_MAPS[given.feature_map].expansion
-    tile = Tile.of((heads, width, dim), 32, 32)  # a state of more columns takes too many registers
+    # a state of more columns takes too many registers
+    light = is_light(given.feature_map, given.candidates.dtype)
+    tile = Tile.of((heads, width, dim), 32 if light else 16, 32, light)
     arguments, constants, chunks = _prepared(given, tile)
     groups, parts = tile.groups(heads), triton.cdiv(dim, tile.TILE)
     programs, _ = backward_programs(chunks.count)

@@ -1,3 +1,6 @@
+# Device code is Triton's language, not Python: its types are none that pyright knows.
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportMissingImports=false, reportOperatorIssue=false
 """What the kernels share: rows cut into chunks, sums of chunks, feature maps, how a kernel is started.
 
 Names in capitals are known when a kernel is compiled. A tile has COLUMNS = HEADS * PADDED columns: the
@@ -156,6 +159,13 @@ def load_rows(tokens, row, valid, dim, D: tl.constexpr, DOT: tl.constexpr):
     """[R, TILE] of rows of D entries, zeros outside, in the dtype of the products."""
     mask = valid[:, None] & (dim < D)[None, :]
     return tl.load(tokens + row[:, None] * D + dim[None, :], mask=mask, other=0.0).to(DOT)
+
+
+@triton.jit
+def store_rows(out, values, row, valid, dim, D: tl.constexpr):
+    """[R, TILE] into rows of D entries."""
+    mask = valid[:, None] & (dim < D)[None, :]
+    tl.store(out + row[:, None] * D + dim[None, :], values, mask=mask)
 
 
 @triton.jit
@@ -360,6 +370,11 @@ class Products(NamedTuple):
         return "tf32" if tl.bfloat16 == self.DOT else self.PRECISION
 
 
+def is_light(feature_map: str, dtype: torch.dtype) -> bool:
+    """Is there little in a program's registers: one map, in products of 16 bits?"""
+    return feature_map != "hedgehog" and dtype == torch.bfloat16
+
+
 class Tile(NamedTuple):
     """The shape of a program's work: HEADS heads of PADDED columns, TILE of D, ROWS rows."""
 
@@ -369,13 +384,13 @@ class Tile(NamedTuple):
     ROWS: int
 
     @staticmethod
-    def of(sizes: tuple[int, int, int], columns: int, rows: int) -> Tile:
-        """For a projection [H, d, D]: about as many columns, rows at a time."""
+    def of(sizes: tuple[int, int, int], columns: int, rows: int, light: bool) -> Tile:
+        """For a projection [H, d, D]: about as many columns; rows at a time, half if not light."""
         heads, width, dim = sizes
         padded = triton.next_power_of_2(width)
         columns = max(16, padded, min(columns, triton.next_power_of_2(heads * padded)))
         tile = min(triton.next_power_of_2(dim), 64)
-        return Tile(columns // padded, padded, max(tile, 16), rows)
+        return Tile(columns // padded, padded, max(tile, 16), rows if light else rows // 2)
 
     def groups(self, heads: int) -> int:
         """Of heads that work together."""

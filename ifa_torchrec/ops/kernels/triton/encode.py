@@ -1,3 +1,6 @@
+# Device code is Triton's language, not Python: its types are none that pyright knows.
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportMissingImports=false, reportOperatorIssue=false
 """encode: one pass over the history, its sums in registers.
 
 Forward, as in the torch backend, no value is projected: S_h = (sum_i w_hi phi(k_hi) x_i^T) Wv_h. A
@@ -32,12 +35,14 @@ from ifa_torchrec.ops.kernels.triton.common import (
     features_backward,
     floats,
     head_sums,
+    is_light,
     launch,
     launch_backward,
     load_rows,
     load_state,
     project,
     split_state,
+    store_rows,
     store_state,
     sum_segments,
     to_columns,
@@ -156,17 +161,14 @@ def _encode_backward_kernel(
                     keys = tl.dot(tl.trans(grad_key), x, keys, input_precision=PRECISION)
                     values = tl.dot(tl.trans(grad_value), x, values, input_precision=PRECISION)
             if OF_ROWS:
-                mask = valid[:, None] & (dim < D)[None, :]
-                to = grad_history + start * D + row[:, None] * D + dim[None, :]
-                tl.store(to, grad_x, mask=mask)
+                store_rows(grad_history + start * D, grad_x, row, valid, dim, D)
                 if WEIGHTS == 1 and part == 0:
                     tl.store(grad_weights + start + row, grad_event, mask=valid)
     if OF_SUMS:
         head, nth, real, _ = columns(tl.program_id(1), H, WIDTH, HEADS, PADDED)
-        to = sums + program * (2 * H * WIDTH * D) + (head * WIDTH + nth)[:, None] * D + dim[None, :]
-        mask = real[:, None] & (dim < D)[None, :]
-        tl.store(to, keys, mask=mask)
-        tl.store(to + H * WIDTH * D, values, mask=mask)
+        to, weight_row = sums + program * (2 * H * WIDTH * D), head * WIDTH + nth
+        store_rows(to, keys, weight_row, real, dim, D)
+        store_rows(to + H * WIDTH * D, values, weight_row, real, dim, D)
 
 
 @triton.jit
@@ -238,7 +240,8 @@ def encode(given: EncodeArguments) -> tuple[Tensor, Tensor]:
     heads, width, dim = given.key_weight.shape
     maps = FEATURE_MAPS[given.feature_map].expansion
     chunks = Chunks.of(given.offsets, len(given.history))
-    tile = Tile.of((heads, width, dim), 64, 64)
+    light = is_light(given.feature_map, given.history.dtype)
+    tile = Tile.of((heads, width, dim), 64, 64, light)
     parts, features = triton.cdiv(dim, tile.TILE), heads * width * maps
     sums = given.history.new_empty(chunks.count * parts, features * (width + 1), dtype=torch.float32)
     arguments, constants = _arguments(given, torch.float32)
@@ -249,6 +252,7 @@ def encode(given: EncodeArguments) -> tuple[Tensor, Tensor]:
         constants
         | _constants(given, tile, chunks)
         | {"STATE": Products.of(given.history.dtype).of_sums},
+        warps=4 if light else 8,
         stages=2,
     )
     return split_state(sum_segments(sums, chunks.firsts * parts), heads, width)
@@ -264,7 +268,7 @@ def encode_backward(
     heads, width, dim = given.key_weight.shape
     features = width * FEATURE_MAPS[given.feature_map].expansion
     chunks = Chunks.of(given.offsets, len(history))
-    tile = Tile.of((heads, width, dim), 64, 32)
+    tile = Tile.of((heads, width, dim), 64, 32, is_light(given.feature_map, history.dtype))
     groups, parts = tile.groups(heads), triton.cdiv(dim, tile.TILE)
     programs, _ = backward_programs(chunks.count)
     grad_history = history.new_empty(history.shape)

@@ -1,3 +1,6 @@
+# Device code is Triton's language, not Python: its types are none that pyright knows.
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportMissingImports=false, reportOperatorIssue=false
 """match: each event looks for its bucket among its request's sorted candidates, then hits are summed.
 
 The candidates are sorted once by request and bucket, the hits once by candidate. Each candidate's hits

@@ -1,7 +1,11 @@
 """The Triton kernels compiled ahead of time, for GPUs that are not there.
 
+    python benchmarks/gpu_kernels.py 0,1 80,90   a line of JSON for each kernel, of two cases
+    python benchmarks/gpu_kernels.py estimate    of the first case on an H200: what kernels need, and the
+                                                 time that they take at least
+
 ``launches`` calls the backend as training would, with nothing run: what it would start is noted, and
-``compiled`` makes a cubin of it. Run as a program, it prints a line of JSON for each kernel.
+``compiled`` makes a cubin of it. tests/ops/test_triton.py looks at what it says.
 """
 
 from __future__ import annotations
@@ -12,7 +16,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,46 +128,19 @@ def compiled(launch: Launch, capability: int) -> Any:
 
 
 CASES = [
-    Case(dim, heads, width, feature_map, weighted, dtype)
-    for (dim, heads, width), (feature_map, weighted), dtype in itertools.product(
-        [(64, 4, 16), (128, 8, 16), (256, 8, 32), (256, 4, 64), (48, 3, 12)],
-        [("elu", 1), ("relu", 0), ("hedgehog", 2)],
-        [torch.bfloat16, torch.float32, torch.float16],
-    )
+    Case(64, 4, 16, "elu", 1, torch.bfloat16),
+    Case(64, 4, 16, "hedgehog", 2, torch.float32),
+    Case(64, 4, 16, "elu", 2, torch.float16),
+    Case(48, 3, 12, "relu", 0, torch.bfloat16),
+    Case(128, 8, 16, "elu", 2, torch.float32),
+    Case(256, 4, 64, "hedgehog", 1, torch.bfloat16),
+    Case(256, 8, 32, "elu", 1, torch.bfloat16),
 ]
+"""The first is that of the benchmarks; together they have every map, weighting and dtype."""
 
 
-def reports(cases: list[Case], capabilities: tuple[int, ...] = CAPABILITIES) -> Iterator[dict[str, Any]]:
-    """Of each different kernel of the cases: what its cubin needs, and its tensor core instructions."""
-    seen = set()
-    for case, capability in itertools.product(cases, capabilities):
-        for launch in launches(case):
-            types = tuple(x.dtype if isinstance(x, Tensor) else None for x in launch.arguments.values())
-            key = (
-                launch.name,
-                *map(str, launch.constants.items()),
-                types,
-                launch.warps,
-                launch.stages,
-                capability,
-            )
-            if key in seen:
-                continue
-            seen.add(key)
-            kernel = compiled(launch, capability)
-            ptx = kernel.asm["ptx"]
-            yield {
-                "kernel": launch.name,
-                "case": "{} {}x{} {} weighted={} {}".format(*case),
-                "capability": capability,
-                "tensor_cores": sum(ptx.count(x) for x in ("mma.sync", "wgmma.mma", "tcgen05.mma")),
-                "shared": kernel.metadata.shared,
-                "spills": local_memory(kernel),
-            }
-
-
-def local_memory(kernel: Any) -> int:
-    """Bytes a thread keeps outside its registers: none, where none are spilled; and registers."""
+def resources(kernel: Any) -> tuple[int, int]:
+    """Bytes that a thread keeps outside its registers, none where none are spilled; and registers."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
@@ -173,6 +149,86 @@ def local_memory(kernel: Any) -> int:
     return int(used["STACK"]) + int(used["LOCAL"]), int(used["REG"])
 
 
+def report(launch: Launch, capability: int) -> dict[str, Any]:
+    """What a program of a kernel needs, and how many of its instructions are tensor cores'."""
+    kernel = compiled(launch, capability)
+    ptx, (local, registers) = kernel.asm["ptx"], resources(kernel)
+    return {
+        "kernel": launch.name,
+        "capability": f"{capability // 10}.{capability % 10}",
+        "warps": launch.warps,
+        "tensor_cores": sum(ptx.count(x) for x in ("mma.sync", "wgmma.mma", "tcgen05.mma")),
+        "shared": kernel.metadata.shared,
+        "registers": registers,
+        "local": local,
+    }
+
+
+def different(case: Case) -> list[Launch]:
+    """The launches of a case, one of each kernel that is compiled."""
+    kernels: dict[str, Launch] = {}
+    for launch in launches(case):
+        kernels.setdefault(f"{launch.name} {launch.constants}", launch)
+    return list(kernels.values())
+
+
+# ------------------------------------------------------------------------------------ the estimate
+
+# Of an H200's data sheet: bytes and operations of bfloat16 a second; and what a multiprocessor has.
+_BYTES, _OPERATIONS = 4.8e12, 989e12
+_REGISTERS, _SHARED = 65536, 228 * 1024
+
+
+def programs_at_once(told: dict[str, Any]) -> int:
+    """How many programs of a kernel a multiprocessor has room for at a time."""
+    by_registers = _REGISTERS // (max(told["registers"], 32) * told["warps"] * 32)
+    return min(by_registers, _SHARED // (told["shared"] + 1024), 64 // told["warps"])
+
+
+def work(launch: Launch) -> tuple[float, float]:
+    """Bytes that a launch must move, each tensor once, and the operations of its products."""
+    moved = sum(x.nbytes for x in launch.arguments.values() if isinstance(x, Tensor))
+    sizes = launch.constants
+    if "HEADS" not in sizes:
+        return moved, 0.0
+    columns, dim = sizes["HEADS"] * sizes["PADDED"], sizes["D"]
+    maps = 2 if sizes["MAP"] == 2 else 1
+    groups, parts = -(-sizes["H"] // sizes["HEADS"]), -(-dim // sizes["TILE"])
+    project, square = columns * dim, columns * columns
+    once = columns * min(sizes["TILE"], dim)
+    of_row = {
+        "encode_kernel": groups * parts * (project + maps * once),
+        "encode_backward_kernel": groups * parts * (2 * project + 2 * maps * square + 4 * once),
+        "attend_kernel": groups * (project + maps * square),
+        "attend_backward_kernel": groups * parts * (project + 3 * maps * square + 2 * once),
+    }[launch.name]
+    rows = launch.arguments["rows"]
+    return moved, 2.0 * rows * of_row
+
+
+def estimate(events: int, candidates: int) -> None:
+    """Print, for the first case on 9.0, a row of each kernel."""
+    print("| kernel | programs | registers | shared KB | at once | MB | GFLOP | at least, us |")
+    print("|---|---|---|---|---|---|---|---|")
+    for launch in launches(CASES[0], events, candidates):
+        told = report(launch, 90)
+        moved, operations = work(launch)
+        least = max(moved / _BYTES, operations / _OPERATIONS) * 1e6
+        programs = 1
+        for size in launch.grid:
+            programs *= size
+        print(
+            f"| {launch.name} | {programs:,} | {told['registers']} | {told['shared'] / 1024:.0f} "
+            f"| {programs_at_once(told)} | {moved / 1e6:.1f} | {operations / 1e9:.1f} | {least:.0f} |",
+            flush=True,
+        )
+
+
 if __name__ == "__main__":
-    for report in reports(CASES[slice(*map(int, sys.argv[1:3]))] if len(sys.argv) > 1 else CASES):
-        print(json.dumps(report), flush=True)
+    if sys.argv[1:2] == ["estimate"]:
+        estimate(1_000_000, 1000)
+    else:
+        numbers, capabilities = ([int(x) for x in sys.argv[i].split(",")] for i in (1, 2))
+        for number, capability in itertools.product(numbers, capabilities):
+            for launch in different(CASES[number]):
+                print(json.dumps(report(launch, capability)), flush=True)

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# What can only be checked beside a GPU, kernels first; made to take less than ten minutes.
+#
+#     bash benchmarks/gpu_check.sh            in an environment with the package, its extra dev and a CUDA torch
+#
+# Results go to $OUT, runs/gpu_check by default. Every step is tried, whatever became of the one before it;
+# the last line says which failed. No such run has been made yet: no card was at hand when this was written.
+set -u
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python}
+OUT=${OUT:-runs/gpu_check}
+export PYTHONPATH=$PWD
+mkdir -p "$OUT"
+failed=()
+
+step() { # NAME SECONDS COMMAND...
+    local name=$1 seconds=$2 begun=$SECONDS
+    shift 2
+    echo "== $name"
+    timeout "$seconds" "$@" > "$OUT/$name.log" 2>&1 || failed+=("$name")
+    tail -n 3 "$OUT/$name.log"
+    echo "   $((SECONDS - begun)) s"
+}
+
+step device 30 "$PYTHON" -c "
+import torch, triton
+assert torch.cuda.is_available(), 'no GPU'
+print(torch.__version__, triton.__version__, torch.cuda.get_device_name(), torch.cuda.get_device_capability())"
+step backends 60 "$PYTHON" -m ifa_torchrec backends
+# the kernels against the reference; no wait for the device; a CUDA graph; the same to the bit
+step kernels 180 "$PYTHON" -m pytest -q tests/ops/test_triton.py -m "not slow"
+step every_backend 120 "$PYTHON" -m pytest -q tests/ops/test_ops.py tests/ops/test_ops_boundary.py -k triton
+# writes docs/attention_gpu.md anew, whose words are of the operators of before
+step attention 180 "$PYTHON" benchmarks/attention_gpu.py --rounds 3
+cp docs/attention_gpu.md "$OUT/"
+
+echo "failed: ${failed[*]:-none}"
+[ ${#failed[@]} -eq 0 ]

@@ -1,0 +1,366 @@
+"""What relations between candidates are worth, what they cost, and where they do no harm.
+
+    python benchmarks/sets.py              # about an hour and a half on 2 cores
+    python benchmarks/sets.py --smoke      # every run once, tiny, no page
+
+A synthetic log whose users pick from the set that is shown (data/synthetic_sets.py), and one whose
+labels know no relations. Writes docs/sets.md. Runs are kept under --out, and are not trained again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import tyro
+from report import ROOT, markdown, measured_by
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+
+from ifa_torchrec import IFAConfig, generate_set
+from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make_loader, synthetic
+from ifa_torchrec.data.schema import EXPOSED, OFFSETS
+from ifa_torchrec.data.synthetic_sets import set_logits, sigmoid
+from ifa_torchrec.data.synthetic_truth import SetTruth, truth_of
+from ifa_torchrec.models import DLRM_IFA, DLRM_IFATrain
+from ifa_torchrec.modules import CandidateSetConfig
+from ifa_torchrec.training.build import build_model
+from ifa_torchrec.training.metrics import gauc
+from ifa_torchrec.training.options import TrainConfig
+from ifa_torchrec.training.run import load_run
+from ifa_torchrec.training.trainer import train
+
+SET_SIZE = 10
+IFA = IFAConfig(
+    embedding_dim=32,
+    num_heads=1,
+    feature_map="hedgehog",
+    identity_features=("item", "category"),
+    identity_buckets=131072,
+)
+WITH_TOPICS = replace(IFA, identity_features=("item", "topic", "category"))
+RELATIONS = synthetic.SyntheticConfig(
+    train=12000,
+    test=1000,
+    mean_events=40,
+    topics=20,
+    interests=4,
+    everyday_items=200,
+    noise=0.0,
+    distance=0,
+    bias=-1.5,
+    strength=3.0,
+    relations=True,
+)
+PLAIN = synthetic.SyntheticConfig(train=4000, test=2000, mean_events=300, distance=100)
+SETS = {
+    "by itself": CandidateSetConfig(),
+    "softmax": CandidateSetConfig("softmax"),
+    "linear": CandidateSetConfig("linear"),
+    "generate": CandidateSetConfig(generate=True),
+    "softmax, generate": CandidateSetConfig("softmax", generate=True),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run."""
+
+    out: Path = Path("runs/sets")
+    """Where logs and runs are kept."""
+    seeds: int = 3
+    """Seeds of each run where labels know no relations."""
+    relation_seeds: int = 1
+    """Seeds of each run where they do."""
+    smoke: bool = False
+    """Tiny logs, one seed, no page."""
+
+
+def run(options: Options, log: str, name: str, seed: int, epochs: int) -> Path:
+    """Train where it was not done before; the run's folder."""
+    folder = options.out / "".join(c if c.isalnum() else "_" for c in f"{log} {name} {seed}")
+    done = folder / "done.json"
+    if not done.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        ifa = WITH_TOPICS if log == "relations" else IFA
+        config = TrainConfig(
+            data=options.out / f"log_{log}",
+            out=folder,
+            ifa=ifa,
+            epochs=epochs,
+            max_requests=16,
+            seed=seed,
+            validate=False,
+            candidate_set=SETS[name],
+        )
+        done.write_text(json.dumps(train(config)))
+    return folder
+
+
+@dataclass(frozen=True)
+class Split:
+    """The split `test` of the log with relations, and what is best there."""
+
+    dataset: RankingDataset
+    truth: SetTruth
+    alone: np.ndarray
+    given: np.ndarray
+    best: float
+
+    @staticmethod
+    def of(log: EventLog) -> Split:
+        dataset, truth = RankingDataset(log, "test"), truth_of(log, "test")
+        assert truth is not None
+        exposed = np.asarray(dataset.requests[EXPOSED])
+        best = float(np.mean([truth.reward(rows) for rows in truth.best_sets(SET_SIZE)]))
+        return Split(dataset, truth, truth.scores_alone(), truth.scores_given(exposed), best)
+
+    def gauc(self, score: np.ndarray) -> float:
+        """Of the exposed, by what was picked."""
+        exposed = np.asarray(self.dataset.requests[EXPOSED])
+        request = np.repeat(np.arange(len(self.dataset)), np.diff(self.dataset.requests[OFFSETS]))
+        label = np.asarray(self.dataset.requests["label"])
+        return gauc(request[exposed], score[exposed], label[exposed])
+
+    def share(self, sets: list[np.ndarray]) -> float:
+        """Of the best sets' expected reward."""
+        return float(np.mean([self.truth.reward(rows) for rows in sets])) / self.best
+
+    def by_topk(self, score: np.ndarray) -> list[np.ndarray]:
+        spans = zip(self.truth.offsets[:-1], self.truth.offsets[1:], strict=True)
+        return [a + np.argsort(-score[a:b], kind="stable")[:SET_SIZE] for a, b in spans]
+
+    def by_greedy(self) -> list[np.ndarray]:
+        """What the truth itself would take one by one."""
+        sets = []
+        for first, last in zip(self.truth.offsets[:-1], self.truth.offsets[1:], strict=True):
+            chosen = np.empty(0, np.int64)
+            for _ in range(SET_SIZE):
+                left = np.setdiff1d(np.arange(first, last), chosen)
+                grown = np.column_stack([np.tile(chosen, (len(left), 1)), left])
+                logit, topic = self.truth.logit[grown], self.truth.topic[grown]
+                picked = sigmoid(set_logits(logit, topic))
+                chosen = grown[picked.sum(1).argmax()]
+            sets.append(chosen)
+        return sets
+
+
+@torch.no_grad()
+def measured(split: Split, folder: Path) -> dict[str, float]:
+    """A run's GAUC of the exposed, with nothing and with the others of what was shown taken, and the
+    shares of the best sets' reward."""
+    model = load_run(folder).dlrm.eval()
+    requests = split.dataset
+    alone, given = np.zeros(len(split.alone)), np.zeros(len(split.alone))
+    sets: dict[str, list[np.ndarray]] = {"topk": [], "greedy": []}
+    sampler = EventBudgetSampler(requests.history_lengths, 32768, 64)
+    for numbers, batch in zip(sampler, make_loader(requests, sampler), strict=True):
+        rows, candidates = requests.candidate_rows(numbers)[0], model.scored(model.describe(batch))
+        whole = JaggedTensor(candidates.tokens, offsets=candidates.offsets)
+        logits = model.logits_given(candidates)
+        alone[rows] = given[rows] = logits[:, 0].numpy()
+        chosen = {"topk": generate_set(logits[:, 0], whole, SET_SIZE)}
+        if model.taken_arch is not None:
+            given[rows] = model.logits_given(candidates, batch.exposed)[:, 0].numpy()
+            chosen["greedy"] = generate_set(
+                lambda taken, c=candidates: model.gain_given(c, taken), whole, SET_SIZE, "greedy"
+            )
+        for name, found in chosen.items():
+            sets[name] += [rows[r] for r in found.values().view(-1, SET_SIZE).numpy()]
+    result = {"alone": split.gauc(alone), "given": split.gauc(given), "topk": split.share(sets["topk"])}
+    return result | ({"greedy": split.share(sets["greedy"])} if sets["greedy"] else {})
+
+
+def relations_table(options: Options, split: Split) -> pd.DataFrame:
+    """What each model makes of the log with relations, between the two truths."""
+    low, high = split.gauc(split.alone), split.gauc(split.given)
+    rows = [
+        {
+            "": "the truth, of who does not know what is shown",
+            "GAUC": f"{low:.4f}",
+            "of the gap": "0.00",
+            "top-k": f"{split.share(split.by_topk(split.alone)):.3f}",
+            "greedy": "",
+        },
+        {
+            "": "the truth, of who knows it",
+            "GAUC": f"{high:.4f}",
+            "of the gap": "1.00",
+            "top-k": "",
+            "greedy": f"{split.share(split.by_greedy()):.3f}",
+        },
+    ]
+    for name in ("by itself", "softmax", "generate", "softmax, generate"):
+        seeds = range(options.relation_seeds)
+        found = [measured(split, run(options, "relations", name, seed, 1)) for seed in seeds]
+        mean = {key: statistics.mean(f[key] for f in found) for key in found[0]}
+        rows.append(
+            {
+                "": name,
+                "GAUC": f"{mean['given']:.4f}",
+                "of the gap": f"{(mean['given'] - low) / (high - low):.2f}",
+                "top-k": f"{mean['topk']:.3f}",
+                "greedy": f"{mean['greedy']:.3f}" if "greedy" in mean else "",
+            }
+        )
+        print(rows[-1], flush=True)
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def plain_gauc(folder: Path) -> float:
+    """GAUC of the split `test` with nothing taken."""
+    model, dataset = (loaded := load_run(folder)).dlrm.eval(), loaded.dataset("test")
+    score = np.zeros(len(dataset.requests["candidates"]))
+    sampler = EventBudgetSampler(dataset.history_lengths, 32768, 32)
+    for numbers, batch in zip(sampler, make_loader(dataset, sampler), strict=True):
+        score[dataset.candidate_rows(numbers)[0]] = model(batch)[:, 0].numpy()
+    request = np.repeat(np.arange(len(dataset)), np.diff(dataset.requests[OFFSETS]))
+    return gauc(request, score, np.asarray(dataset.requests["label"]))
+
+
+def harm_table(options: Options) -> pd.DataFrame:
+    """GAUC where labels know no relations, by seed, and what the relations cost."""
+    found: dict[str, list[float]] = {name: [] for name in SETS if name != "softmax, generate"}
+    for seed in range(1 if options.smoke else options.seeds):
+        for name, scores in found.items():
+            scores.append(plain_gauc(run(options, "plain", name, seed, 2)))
+            print("plain", name, seed, round(scores[-1], 4), flush=True)
+    base = found["by itself"]
+    return pd.DataFrame(
+        {
+            "": name,
+            "GAUC, by seed": ", ".join(f"{score:.4f}" for score in scores),
+            "against by itself": f"{np.mean(scores) - np.mean(base):+.4f}",
+        }
+        for name, scores in found.items()
+    )
+
+
+def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds of each call, the calls taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
+
+
+def made(log: EventLog, relations: CandidateSetConfig) -> DLRM_IFA:
+    """A model of random weights on the CPU."""
+    torch.manual_seed(0)
+    config = TrainConfig(log.path, log.path, ifa=IFA, candidate_set=relations)
+    model = build_model(log.schema, config, log.scales)
+    model.to_empty(device="cpu")
+    model.reset_parameters()
+    return model
+
+
+def step_table(options: Options) -> pd.DataFrame:
+    """What a training step costs, against that of the model whose candidates do not see each other."""
+    log = EventLog(options.out / "log_plain")
+    batch = RankingDataset(log, "train")[np.arange(16)]
+    models = {name: DLRM_IFATrain(made(log, relations)) for name, relations in SETS.items()}
+
+    def step(model: DLRM_IFATrain) -> None:
+        model.zero_grad(set_to_none=True)
+        model(batch)[0].backward()
+
+    calls = {name: (lambda m=model: step(m)) for name, model in models.items()}
+    seconds = interleaved(calls, 3 if options.smoke else 40)
+    base = seconds["by itself"]
+    return pd.DataFrame(
+        {"": name, "ms a step": f"{1000 * s:.0f}", "ratio": f"{s / base:.2f}"}
+        for name, s in seconds.items()
+    )
+
+
+@torch.no_grad()
+def greedy_table(options: Options) -> pd.DataFrame:
+    """What ten of a thousand candidates cost, against ranking the thousand, histories included."""
+    log = EventLog(options.out / "log_plain")
+    dataset = RankingDataset(log, "test")
+    batch = dataset[np.arange(32)]  # 1,024 candidates, now of one request
+    sequence = batch.sequence_features
+    m = len(batch.labels)
+    one = replace_requests(batch, sequence, m)
+    model = made(log, CandidateSetConfig(generate=True)).eval()
+    state = model.encode(one)
+
+    def rank(state: Any = None) -> None:
+        generate_set(model.logits_given(model.describe(one, state))[:, 0], whole, SET_SIZE)
+
+    def greedy(state: Any = None) -> None:
+        candidates = model.scored(model.describe(one, state))
+        generate_set(lambda taken: model.gain_given(candidates, taken), whole, SET_SIZE, "greedy")
+
+    whole = JaggedTensor(torch.empty(m), lengths=torch.tensor([m]))
+    calls = {
+        "rank": rank,
+        "greedy": greedy,
+        "rank, from the state": lambda: rank(state),
+        "greedy, from the state": lambda: greedy(state),
+    }
+    seconds = interleaved(calls, 3 if options.smoke else 40)
+    return pd.DataFrame(
+        {
+            "": name,
+            "ms": f"{1000 * s:.1f}",
+            "ratio": f"{s / seconds[name.replace('greedy', 'rank')]:.2f}",
+        }
+        for name, s in seconds.items()
+    )
+
+
+def replace_requests(batch: Any, sequence: Any, m: int) -> Any:
+    """The first request of a batch, with the candidates of all."""
+    keys, values, lengths = sequence.keys(), [], []
+    for key in keys:
+        part = sequence[key]
+        count = m if key.startswith("candidate_") else int(part.lengths()[0])
+        values.append(part.values()[:count])
+        lengths.append(count)
+    batch.sequence_features = KeyedJaggedTensor.from_lengths_sync(
+        keys, torch.cat(values), torch.tensor(lengths)
+    )
+    batch.dense_features = batch.dense_features[:1]
+    batch.history_age = batch.history_age[: lengths[keys.index("history_item")]]
+    return batch
+
+
+def main(options: Options) -> None:
+    """Train everything, and write the page."""
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    configs = {"relations": RELATIONS, "plain": PLAIN}
+    if options.smoke:
+        configs = {name: replace(c, train=64, test=40) for name, c in configs.items()}
+    logs = {name: synthetic.prepare(options.out / f"log_{name}", c) for name, c in configs.items()}
+    tables = {
+        "STEP": step_table(options),
+        "GREEDY": greedy_table(options),
+        "RELATIONS": relations_table(options, Split.of(logs["relations"])),
+        "HARM": harm_table(options),
+    }
+    text = (Path(__file__).parent / "sets_page.md").read_text()
+    for name, table in tables.items():
+        print(found := markdown(table), flush=True)
+        text = text.replace(f"TABLE_{name}", found)
+    if not options.smoke:
+        command = f"python benchmarks/sets.py --seeds {options.seeds}"
+        text = text.replace("MEASURED", measured_by(command))
+        (ROOT / "docs" / "sets.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
