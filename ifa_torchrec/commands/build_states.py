@@ -13,10 +13,11 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -31,11 +32,14 @@ from ifa_torchrec.serving import (
     StateError,
     StateLayout,
     StateStore,
+    forgotten_until,
     open_key_value_store,
 )
 from ifa_torchrec.serving.times import utc
 from ifa_torchrec.training.progress import progress_bar
 from ifa_torchrec.training.run import Run, load_run
+
+Answer = TypeVar("Answer")
 
 _NEVER = np.iinfo(np.int64).min + 1  # the least one is numpy's NaT
 
@@ -82,8 +86,12 @@ def build_states(config: BuildStatesConfig) -> dict[str, float | str]:
     rank = dist.get_rank()
     histories = _histories(run.log, config.until)
     store = _begin(config, run, histories)
+    users = _external_users(run.log)
+    forgotten = _by_parts(lambda some: forgotten_until(store.key_values, some), users)
+    if any(until is not None for until in forgotten):
+        histories = _histories(run.log, config.until, forgotten)
     start = time.perf_counter()
-    users, size, events = _write(config, run, histories, store)
+    written, size, events = _write(config, run, histories, store, _Users(users, forgotten))
     seconds = time.perf_counter() - start
     if rank == 0:
         store.finish()
@@ -91,10 +99,10 @@ def build_states(config: BuildStatesConfig) -> dict[str, float | str]:
     store.key_values.close()
     return {
         "version": run.version,
-        "users": int(users),
-        "users_per_second": users / seconds,
-        "bytes_per_user": size / max(users, 1),
-        "events_per_user": events / max(users, 1),
+        "users": int(written),
+        "users_per_second": written / seconds,
+        "bytes_per_user": size / max(written, 1),
+        "events_per_user": events / max(written, 1),
     }
 
 
@@ -111,6 +119,21 @@ class _Histories(NamedTuple):
     def lengths(self) -> np.ndarray:
         """Events of each user."""
         return self.earlier.history_lengths + self.last.history_lengths
+
+
+class _Users(NamedTuple):
+    """The log's users by their external ids, and until when each one's events do not count."""
+
+    ids: list[int | str]
+    forgotten: list[int | None]
+
+
+def _by_parts(
+    ask: Callable[[Sequence[int | str]], Sequence[Answer]], users: Sequence[int | str]
+) -> list[Answer]:
+    """What ``ask`` says of each user, asked of some thousands at a time."""
+    parts = [ask(users[n : n + 10_000]) for n in range(0, len(users), 10_000)]
+    return [answer for part in parts for answer in part]
 
 
 def _begin(config: BuildStatesConfig, run: Run, histories: _Histories) -> StateStore:
@@ -137,14 +160,12 @@ def _begin(config: BuildStatesConfig, run: Run, histories: _Histories) -> StateS
 
 
 def _write(
-    config: BuildStatesConfig, run: Run, histories: _Histories, store: StateStore
+    config: BuildStatesConfig, run: Run, histories: _Histories, store: StateStore, who: _Users
 ) -> tuple[float, float, float]:
     """Encode the users that the store has not; how many, their bytes and events, of all ranks."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    users, lengths = _external_users(run.log), histories.lengths
-    known = np.concatenate(
-        [store.known(users[n : n + 10_000]) for n in range(0, len(users), 10_000)] or [np.empty(0, bool)]
-    )
+    lengths = histories.lengths
+    known = np.array(_by_parts(lambda some: store.known(some).tolist(), who.ids), bool)
     left = np.flatnonzero(~known & (lengths > 0))
     dist.barrier()  # before anyone writes, so that all ranks share the same users
     sampler = EventBudgetSampler(
@@ -152,8 +173,8 @@ def _write(
     )
     written = torch.zeros(3, dtype=torch.float64)  # users, bytes, events
     model = run.dlrm.eval()
-    done = len(users) - len(left)
-    with progress_bar(rank, total=len(users), initial=done, desc="states", unit="user") as bar:
+    done = len(who.ids) - len(left)
+    with progress_bar(rank, total=len(who.ids), initial=done, desc="states", unit="user") as bar:
         for step, indices in enumerate(sampler, 1):
             users_of_batch = [EMPTY_REQUEST if i == EMPTY_REQUEST else left[i] for i in indices]
             states: list[UserState] = []
@@ -161,16 +182,17 @@ def _write(
                 batch = part[users_of_batch].to(run.device)
                 states.append(model.encode(batch).to("cpu"))
             mine = [place for place, i in enumerate(indices) if i != EMPTY_REQUEST]
-            who = left[[indices[place] for place in mine]]
+            rows = left[[indices[place] for place in mine]]
             if mine:
                 size = store.write(
-                    [users[user] for user in who],
+                    [who.ids[row] for row in rows],
                     states[0][mine],
-                    histories.earlier_times[who].tolist(),
+                    histories.earlier_times[rows].tolist(),
                     states[1][mine],
-                    histories.last_times[who].tolist(),
+                    histories.last_times[rows].tolist(),
+                    [who.forgotten[row] for row in rows],
                 )
-                written += torch.tensor([len(who), size, lengths[who].sum()])
+                written += torch.tensor([len(rows), size, lengths[rows].sum()])
             bar.update(done + sampler.requests_taken(step) - bar.n)
     dist.all_reduce(written)
     users_written, size, events = written.tolist()
@@ -192,23 +214,31 @@ def _external_users(log: EventLog) -> list[int | str]:
     return users
 
 
-def _histories(log: EventLog, until: datetime | None) -> _Histories:
-    end = log.user_offsets[1:]
+def _histories(
+    log: EventLog, until: datetime | None, forgotten: Sequence[int | None] | None = None
+) -> _Histories:
+    """Of the events before a time, and after that until when their users were forgotten."""
+    begin, end = log.user_offsets[:-1], log.user_offsets[1:]
+    since = np.full(len(log.users), _NEVER)
+    if forgotten is not None:
+        since = np.array([_NEVER if time is None else time + 1 for time in forgotten])
+        begin = np.maximum(begin, log.history_range(log.users, since)[1])
     time_of = log.events["time"]
     if until is not None:
         if until.tzinfo is not None:
             until = until.astimezone(timezone.utc).replace(tzinfo=None)
         bound = np.full(len(log.users), np.datetime64(until, "us").astype(np.int64))
         end = log.history_range(log.users, bound)[1]
-        end = np.maximum(end, log.user_offsets[:-1])  # where there is no event before it
+    end = np.maximum(end, begin)  # where there is no event before it
 
     def last_before(end: np.ndarray) -> np.ndarray:
-        return np.where(end > log.user_offsets[:-1], time_of[np.maximum(end, 1) - 1], _NEVER)
+        return np.where(end > begin, time_of[np.maximum(end, 1) - 1], _NEVER)
 
     last = last_before(end)
-    earlier = last_before(np.maximum(log.history_range(log.users, last)[1], log.user_offsets[:-1]))
+    earlier = last_before(np.maximum(log.history_range(log.users, last)[1], begin))
+    before_last = np.minimum(earlier + 1, last)
     return _Histories(
-        RankingDataset.of_users(log, log.users, np.minimum(earlier + 1, last)),
+        RankingDataset.of_users(log, log.users, before_last, since=np.minimum(since, before_last)),
         earlier,
         RankingDataset.of_users(log, log.users, last + 1, since=last),
         last,

@@ -1,18 +1,34 @@
-"""List the versions whose states a store holds, or drop one.
+"""List the versions whose states a store holds; drop one, forget a user, or leave out what is old.
 
 ifa states --store runs/states
 ifa states --store runs/states --drop VERSION
+ifa states --store runs/states --forget USER
+ifa states --store runs/states --trim-journal 90
+ifa states --store runs/states --compact
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Annotated
 
 import tyro
 
-from ifa_torchrec.serving import drop, open_key_value_store, versions
+from ifa_torchrec.data.dataset import MICROSECONDS_PER_DAY
+from ifa_torchrec.errors import ConfigError
+from ifa_torchrec.serving import (
+    KeyValueStore,
+    StateError,
+    drop,
+    forget,
+    open_key_value_store,
+    trim_journal,
+    versions,
+)
+from ifa_torchrec.serving.states.forgetting import id_of
 from ifa_torchrec.serving.states.versions import FORMAT
+from ifa_torchrec.serving.times import utc
 
 
 @dataclass(frozen=True)
@@ -22,7 +38,23 @@ class StatesConfig:
     store: str = field(repr=False)
     """A folder, or redis://HOST:PORT/NUMBER."""
     drop: str | None = None
-    """Delete this version's states, and the events of the journal that no other version can want."""
+    """Delete this version's states, and the events of the journal that no other version can want: with
+    the last version all of them."""
+    forget: str | None = None
+    """Remove all that is here of this user, of all versions, and count no event of theirs up to now any
+    more; then compact the store, if it is a folder. Digits are an integer; a string of digits stands in
+    double quotes."""
+    trim_journal: float | None = None
+    """Delete the journal's events that are older than so many days and that every version here has."""
+    compact: bool = False
+    """Write a folder's file anew, without a byte of what was deleted. No other process may have the
+    folder open."""
+
+    def __post_init__(self) -> None:
+        if self.forget == "":
+            raise ConfigError("--forget: give the id of a user")
+        if self.trim_journal is not None and not 0 <= self.trim_journal < float("inf"):
+            raise ConfigError(f"--trim-journal: give days, 0 or more, not {self.trim_journal}")
 
 
 def main(config: Annotated[StatesConfig, tyro.conf.arg(name="")]) -> None:
@@ -30,6 +62,42 @@ def main(config: Annotated[StatesConfig, tyro.conf.arg(name="")]) -> None:
     key_values = open_key_value_store(config.store, create=False)
     if config.drop is not None:
         drop(key_values, config.drop)
+    if config.forget is not None:
+        _forget(key_values, config.forget)
+    if config.trim_journal is not None:
+        _trim(key_values, config.trim_journal)
+    if config.compact:
+        key_values.compact()
+    _list(key_values)
+    key_values.close()
+
+
+def _forget(key_values: KeyValueStore, text: str) -> None:
+    user = id_of(text)
+    gone = forget(key_values, user)
+    print(
+        f"user {user!r}: {gone.records} records of states and {gone.events} events of the journal "
+        f"removed; no event up to {utc(gone.until)} counts any more"
+    )
+    if not gone.anything and isinstance(user, int):
+        print(f"nothing was here of the integer {user}; the string of these digits is '\"{user}\"'")
+    try:
+        key_values.compact()
+    except StateError as error:
+        print(f"bytes of what was removed may still be on disk: {error}")
+
+
+def _trim(key_values: KeyValueStore, days: float) -> None:
+    trimmed = trim_journal(key_values, time.time_ns() // 1000 - round(days * MICROSECONDS_PER_DAY))
+    print(f"{trimmed.deleted} events older than {days:g} days removed from the journal")
+    if trimmed.kept:
+        print(
+            f"{trimmed.kept} more of them stay: a version here has not had them; serve from it once, or "
+            "drop it"
+        )
+
+
+def _list(key_values: KeyValueStore) -> None:
     for version, header in versions(key_values).items():
         if header.get("format") != FORMAT:
             print(
@@ -41,7 +109,6 @@ def main(config: Annotated[StatesConfig, tyro.conf.arg(name="")]) -> None:
             f"{version}: {built}, {header['layout']['dtype']}, of a log up to position "
             f"{header['position']}, of the vocabulary {header['vocabulary']}"
         )
-    key_values.close()
 
 
 main.__doc__ = __doc__

@@ -10,15 +10,19 @@ from ifa_torchrec.serving.export import ScoringGraph, export_scorer
 from ifa_torchrec.serving.quantize import quantize_tables
 from ifa_torchrec.serving.requests import EventResult, Ranking, RankingRequest
 from ifa_torchrec.serving.scorer import Scorer
+from ifa_torchrec.serving.states.forgetting import Forgotten, forget
 from ifa_torchrec.serving.states.journal import Event
 from ifa_torchrec.serving.states.key_value import KeyValueStore, open_key_value_store
 from ifa_torchrec.serving.states.layout import StateLayout
+from ifa_torchrec.serving.states.retention import Trimmed, drop, trim_journal
+from ifa_torchrec.serving.states.shared import forgotten_until
 from ifa_torchrec.serving.states.store import StateStore
-from ifa_torchrec.serving.states.versions import drop, versions
+from ifa_torchrec.serving.states.versions import versions
 
 __all__ = [
     "Event",
     "EventResult",
+    "Forgotten",
     "KeyValueStore",
     "Ranking",
     "RankingRequest",
@@ -29,10 +33,14 @@ __all__ = [
     "StateLayout",
     "StateStore",
     "StoreError",
+    "Trimmed",
     "UnknownUserError",
     "drop",
     "export_scorer",
+    "forget",
+    "forgotten_until",
     "open_key_value_store",
     "quantize_tables",
+    "trim_journal",
     "versions",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,9 +16,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules import predictions
-from ifa_torchrec.serving.batching import Batcher, Item, Result
+from ifa_torchrec.serving.batching import Batcher, Item, QueueFullError, Result
 from ifa_torchrec.serving.requests import EventResult, Ranking, RankingRequest
 from ifa_torchrec.serving.scorer import Scorer
+from ifa_torchrec.serving.states.forgetting import Forgotten
 from ifa_torchrec.serving.states.journal import Event
 
 _log = logging.getLogger(__name__)
@@ -94,7 +96,7 @@ class Metrics:
             "ifa_late_requests", "Ranked as of a time after the request's.", registry=registry
         )
         self.events = Counter(
-            "ifa_events", "Events taken, duplicate or refused.", ["status"], registry=registry
+            "ifa_events", "Events taken, duplicate, forgotten or refused.", ["status"], registry=registry
         )
         self.unknown = Counter(
             "ifa_unknown",
@@ -104,6 +106,9 @@ class Metrics:
         )
         self.candidates = Counter("ifa_candidates", "Candidates scored.", registry=registry)
         self.reloads = Counter("ifa_reloads", "Reloads, ok or failed.", ["result"], registry=registry)
+        self.forgotten = Counter(
+            "ifa_forgotten", "Users forgotten, ok or failed.", ["result"], registry=registry
+        )
         self.model = Info("ifa_model", "The weights that serve.", registry=registry)
 
 
@@ -134,6 +139,8 @@ class LiveScorer:
         self._scorers: tuple[Scorer, ...] = (scorer,)
         self._batcher = Batcher(limits.max_waiting)
         self._reloader = ThreadPoolExecutor(1, "reload")
+        self._forgetter = ThreadPoolExecutor(1, "forget")
+        self._may_forget = threading.BoundedSemaphore(limits.max_waiting)
         self._checker = ThreadPoolExecutor(1, "check")
         self._checking: Future[None] | None = None
         self._checked = 0.0
@@ -152,9 +159,10 @@ class LiveScorer:
         return self._scorers[0].store.version
 
     def close(self) -> None:
-        """Finish what was taken, and a reload that is under way."""
+        """Finish what was taken, users that are to be forgotten, and a reload that is under way."""
         self._batcher.close()
         self._reloader.shutdown(cancel_futures=True)
+        self._forgetter.shutdown()
         self._checker.shutdown(wait=False)
 
     async def check(self) -> None:
@@ -198,6 +206,28 @@ class LiveScorer:
         shares = [len(events) / self.limits.max_events]
         (result,) = await self._results(self._append, [events], shares)
         return result
+
+    async def forget(self, user: int | str) -> Forgotten:
+        """Remove all that the store has of a user; rankings go on meanwhile.
+
+        Raises:
+            StateError, StoreError: as ``ifa_torchrec.serving.forget``.
+            QueueFullError: as many wait for it as may.
+            asyncio.TimeoutError: it takes too long; it still goes on.
+        """
+        if not self._may_forget.acquire(blocking=False):
+            raise QueueFullError(f"{self.limits.max_waiting} users wait to be forgotten")
+        forgetting = self._forgetter.submit(self._scorers[0].forget, user)
+        forgetting.add_done_callback(self._forgot)
+        return await asyncio.wait_for(
+            asyncio.shield(asyncio.wrap_future(forgetting)), self.limits.timeout
+        )
+
+    def _forgot(self, forgetting: Future[Forgotten]) -> None:
+        self._may_forget.release()
+        if not forgetting.cancelled():
+            failed = forgetting.exception() is not None
+            self.metrics.forgotten.labels("failed" if failed else "ok").inc()
 
     def reload(self) -> None:
         """Load the newest weights beside those that serve, and rank by them once their states have

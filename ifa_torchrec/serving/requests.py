@@ -86,7 +86,8 @@ class EventResult:
     """What became of an event.
 
     Args:
-        status: "taken": it is in the states now; "duplicate": it was there before; "refused": it is not.
+        status: "taken": it is in the states now; "duplicate": it was there before; "forgotten": its user
+            was forgotten after it, so it does not count; "refused": it is not.
         reason: why it was refused, and what would be right; else None.
         unknown: how many of its ids, the user's apart, the vocabulary does not know.
 
@@ -96,7 +97,7 @@ class EventResult:
         True
     """
 
-    status: Literal["taken", "duplicate", "refused"]
+    status: Literal["taken", "duplicate", "forgotten", "refused"]
     reason: str | None = None
     unknown: int = 0
 

@@ -26,6 +26,7 @@ from ifa_torchrec.serving.requests import (
     checked_event,
     checked_request,
 )
+from ifa_torchrec.serving.states.forgetting import Forgotten, forget
 from ifa_torchrec.serving.states.journal import Event
 from ifa_torchrec.serving.states.layout import StateLayout
 from ifa_torchrec.serving.states.store import StateStore
@@ -267,9 +268,19 @@ class Scorer:
             return self.take_over(events[:middle]) + self.take_over(events[middle:])
         unknown = (read.items + read.values).tolist()
         return [
-            EventResult("taken" if is_new else "duplicate", unknown=of_event)
+            EventResult(
+                "forgotten" if is_new is None else ("duplicate", "taken")[is_new], unknown=of_event
+            )
             for is_new, of_event in zip(new, unknown, strict=True)
         ]
+
+    def forget(self, user: int | str) -> Forgotten:
+        """Remove all that the store has of a user, of all versions; see ``ifa_torchrec.serving.forget``.
+
+        Raises:
+            StateError, StoreError: as ``ifa_torchrec.serving.forget``.
+        """
+        return forget(self.store.key_values, self._catalogue.user(user))
 
     def catch_up(self) -> int:
         """Add what the store's journal has and these states have not; how many events it was.

@@ -19,7 +19,8 @@ from ifa_torchrec import IFAConfig, UserState
 from ifa_torchrec.__main__ import main
 from ifa_torchrec.commands.build_states import BuildStatesConfig, build_states
 from ifa_torchrec.data import RankingDataset
-from ifa_torchrec.serving import StateError, StateStore, open_key_value_store, versions
+from ifa_torchrec.serving import StateError, StateStore, forget, open_key_value_store, versions
+from ifa_torchrec.serving.states.shared import pack_number, tombstone_key
 from ifa_torchrec.training.options import TrainConfig
 from ifa_torchrec.training.run import Run, load_run
 from ifa_torchrec.training.trainer import train
@@ -98,6 +99,36 @@ def test_a_log_with_events_of_the_future_is_refused(run, tmp_path, monkeypatch):
     build_states(BuildStatesConfig(run, str(tmp_path / "states"), 0, until=day))
 
 
+def test_a_user_who_was_forgotten_is_not_built_but_for_later_events(run, tmp_path):
+    store = str(tmp_path / "states")
+    key_values = open_key_value_store(store)
+    forget(key_values, BUSY_USER)
+    log = load_run(run, sharded=False).log
+    other = next(user for user in USERS if NUM_EVENTS[user] > 5 and user != BUSY_USER)
+    mine = slice(*log.user_offsets[np.searchsorted(log.users, other) + np.arange(2)])
+    middle = int(np.sort(log.events["time"][mine])[2])
+    key = tombstone_key(other)
+    key_values.update([], lambda _: {key: pack_number(key, middle)})
+    key_values.close()
+    result = build_states(BuildStatesConfig(run, store, position=5))
+    assert result["users"] == len(USERS) - 1
+    states = StateStore(open_key_value_store(store), result["version"])
+    assert states.known([BUSY_USER, other]).tolist() == [False, True]
+    loaded = load_run(run, sharded=False)
+    after = np.array([middle + 1])
+    histories = RankingDataset.of_users(loaded.log, np.array([other]), np.array([END]), since=after)
+    with torch.no_grad():
+        wanted = loaded.dlrm.encode(histories[[0]])
+    every_key = np.arange(loaded.dlrm.config.ifa.identity_key_range)
+    found, _ = states.read([other], [END], [every_key])
+    assert 0 < found.count.item() == (log.events["time"][mine] > middle).sum()
+    for name, value in wanted.state_dict().items():
+        torch.testing.assert_close(
+            found.state_dict()[name], value, rtol=1e-5, atol=1e-5, msg=name, check_dtype=False
+        )
+    states.key_values.close()
+
+
 class Stopped(Exception):
     """Stands for whatever ends a process."""
 
@@ -165,3 +196,28 @@ def test_versions_are_listed_and_dropped_on_the_command_line(run, tmp_path, monk
     monkeypatch.setattr("sys.argv", [*command, "--drop", version])
     main()
     assert versions(open_key_value_store(store)) == {}
+
+
+def test_a_user_is_forgotten_and_the_journal_trimmed_on_the_command_line(
+    run, tmp_path, monkeypatch, capsys
+):
+    store = str(tmp_path / "states")
+    build_states(BuildStatesConfig(run, store, 7))
+    command = ["ifa", "states", "--store", store]
+
+    def said(*options: str) -> str:
+        monkeypatch.setattr("sys.argv", [*command, *options])
+        main()
+        return capsys.readouterr().out
+
+    assert f"user {BUSY_USER}: " in (out := said("--forget", str(BUSY_USER)))
+    assert "0 events of the journal removed; no event up to 20" in out and "on disk" not in out
+    assert "nothing was here of the integer 123456; the string of these digits is" in said(
+        "--forget", "123456"
+    )
+    assert "user '7': 0 records" in said("--forget", '"7"')
+    assert said("--trim-journal", "30").startswith("0 events older than 30 days removed")
+    assert said("--compact") == said()
+    for bad in (["--forget", ""], ["--trim-journal", "-1"]):
+        with pytest.raises(SystemExit, match=bad[0]):
+            said(*bad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import shutil
@@ -238,6 +239,58 @@ def test_events_are_in_the_store_when_answered_and_count_once(client, models, ke
     events = [Event(position, BUSY_USER, 3, time) for position in (10_000, 10_001, 10_002)]
     assert scorer(models, key_values).append(events) == [EventResult("duplicate")] * 3
     assert rank(client, REQUEST).json() != before
+
+
+def test_a_user_is_forgotten_in_all_versions_and_is_then_new(client, models, key_values):
+    before = {**EVENT, "time": "2024-07-18T12:00:00Z"}
+    assert statuses(append(client, before)) == ["taken"]
+    answer = client.delete(f"/users/{BUSY_USER}")
+    assert answer.status_code == 200, answer.text
+    gone = answer.json()
+    assert gone["user"] == BUSY_USER and gone["events"] == 1 and gone["records"] > 50
+    assert sorted(gone["versions"]) == sorted(run.version for run in models)
+    assert rank(client, REQUEST).status_code == 404
+    assert rank(client, changed(REQUEST, new_user=True)).status_code == 200
+    again = {**before, "position": 10_001}
+    assert statuses(append(client, before, again)) == ["forgotten", "forgotten"]
+    assert client.delete(f"/users/{BUSY_USER}").json()["records"] == 0
+    now = datetime.now(timezone.utc).isoformat()
+    assert gone["until"] < now
+    assert statuses(append(client, {**EVENT, "position": 10_002, "time": now})) == ["taken"]
+    assert scorer(models, key_values).store.read([BUSY_USER], [None])[0].count.tolist() == [1]
+    shown = client.get("/metrics").text
+    assert 'ifa_forgotten_total{result="ok"} 2.0' in shown
+    assert 'ifa_events_total{status="forgotten"} 2.0' in shown
+    assert 'ifa_calls_total{path="/users/{user:path}",status="200"} 2.0' in shown
+
+
+def test_a_user_is_forgotten_by_bearers_of_the_token_only_and_named_as_it_is(client, live):
+    anyone = TestClient(client.app)
+    assert anyone.delete(f"/users/{BUSY_USER}").status_code == 401
+    assert rank(client, REQUEST).status_code == 200
+    for name, user in (("a/b c", "a/b c"), ("%22a%22", "a"), ("9" * 20, "9" * 20), ('"\\ud800"', None)):
+        answer = client.delete(f"/users/{name}")
+        assert answer.status_code == 200, answer.text
+        assert user is None or answer.json()["user"] == user
+    assert client.delete("/users/").status_code == 422
+
+
+def test_a_store_that_fails_forgets_nobody_and_says_so(client, live, monkeypatch):
+    def failing(_: int | str) -> None:
+        raise StoreError("no room")
+
+    monkeypatch.setattr(live._scorers[0], "forget", failing)
+    answer = client.delete("/users/1")
+    assert answer.status_code == 503 and "no room" in answer.text
+    assert 'ifa_forgotten_total{result="failed"} 1.0' in client.get("/metrics").text
+    held = threading.Event()
+    monkeypatch.setattr(live._scorers[0], "forget", lambda _: held.wait(60))
+    live.limits = dataclasses.replace(live.limits, timeout=0.05)
+    assert client.delete("/users/1").status_code == 504
+    for _ in range(5):
+        answer = client.delete("/users/1")
+    assert answer.status_code == 429 and "5 users wait to be forgotten" in answer.text
+    held.set()
 
 
 def test_the_process_is_alive_ready_measured_and_described(client, live, models):

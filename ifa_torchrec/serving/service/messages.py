@@ -157,8 +157,11 @@ class Taken(BaseModel):
     """What became of an event."""
 
     status: Annotated[
-        Literal["taken", "duplicate", "refused"],
-        Field(description="In the states now, there before, or not there."),
+        Literal["taken", "duplicate", "forgotten", "refused"],
+        Field(
+            description="In the states now, there before, of a user who was forgotten after it, or not "
+            "there."
+        ),
     ]
     reason: Annotated[str | None, Field(description="Why it was refused.")] = None
 
@@ -167,6 +170,16 @@ class EventsResponse(BaseModel):
     """What became of each event, in their order."""
 
     results: list[Taken]
+
+
+class ForgottenUser(BaseModel):
+    """What was removed of a user, of all versions."""
+
+    user: Annotated[int | str, Field(description="As the states go by it.")]
+    until: Annotated[str, Field(description="The user's events up to this time count no more.")]
+    versions: Annotated[list[str], Field(description="Weights that had a state of the user.")]
+    records: Annotated[int, Field(description="Records of states that were removed.")]
+    events: Annotated[int, Field(description="Events that were removed from the journal.")]
 
 
 class Alive(BaseModel):

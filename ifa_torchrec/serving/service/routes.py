@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, HTTPException, Response, params
+from fastapi import Depends, FastAPI, HTTPException, Path, Response, params
 from fastapi.responses import PlainTextResponse
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -17,6 +17,7 @@ from ifa_torchrec.serving.service.messages import (
     Alive,
     EventsRequest,
     EventsResponse,
+    ForgottenUser,
     Ranked,
     RankRequest,
     RankRequests,
@@ -26,6 +27,7 @@ from ifa_torchrec.serving.service.messages import (
     UserEvent,
 )
 from ifa_torchrec.serving.service.refusals import check_count, in_time, problems, refusal, shown
+from ifa_torchrec.serving.states.forgetting import id_of
 from ifa_torchrec.serving.states.journal import Event
 from ifa_torchrec.serving.times import utc
 
@@ -42,6 +44,7 @@ def add_routes(app: FastAPI, live: LiveScorer, with_token: bool) -> None:
     bearer = [Depends(HTTPBearer(auto_error=False))] if with_token else []
     _add_ranking(app, live, bearer)
     _add_events(app, live, bearer)
+    _add_users(app, live, bearer)
     _add_health(app, live)
     _add_metrics(app, live, bearer)
 
@@ -131,6 +134,33 @@ def _event(event: UserEvent) -> Event:
         event.numbers,
         event.weight,
     )
+
+
+def _add_users(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) -> None:
+    # a path with a line's end leads nowhere (404)
+    refused = _refused(bearer) | problems(404)
+
+    @app.delete("/users/{user:path}", responses=refused, dependencies=bearer)
+    async def forget(
+        user: Annotated[
+            str,
+            Path(min_length=1, description="An id: an integer, or a string, which may stand in quotes."),
+        ],
+    ) -> ForgottenUser:
+        """Forget a user: state, rows and journal entries of all versions. No event of theirs up to now
+        counts any more; those after it do."""
+        with in_time("the user is still going to be forgotten; send it again to see it done"):
+            try:
+                gone = await live.forget(id_of(user))
+            except StateError as error:
+                raise refusal(error) from error
+        return ForgottenUser(
+            user=gone.user,
+            until=utc(gone.until),
+            versions=list(gone.versions),
+            records=gone.records,
+            events=gone.events,
+        )
 
 
 def _add_health(app: FastAPI, live: LiveScorer) -> None:

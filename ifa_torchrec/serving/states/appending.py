@@ -12,6 +12,7 @@ from ifa_torchrec.ops.jagged import request_of_row
 from ifa_torchrec.serving.states.journal import Event, Journal
 from ifa_torchrec.serving.states.layout import BLOCK, has_bit, set_bit
 from ifa_torchrec.serving.states.records import RecordCodec, Sums, weight_and_mean
+from ifa_torchrec.serving.states.shared import tombstone_key, unpack_number
 
 Place = TypeVar("Place")
 
@@ -26,7 +27,8 @@ class Addition:
 
     Attributes:
         keys: of all records that it reads.
-        new: whether each event was new, once ``apply`` was called.
+        new: whether each event was new, once ``apply`` was called; None of an event whose user was
+            forgotten after it.
     """
 
     def __init__(self, codec: RecordCodec, events: Sequence[Event], state: UserState) -> None:
@@ -40,12 +42,13 @@ class Addition:
             places = zip(request_of_row(offsets).tolist(), key.tolist(), strict=True)
             for row, (e, k) in enumerate(places):
                 self._rows[e][k] = Sums(events[e].time, weight[row], mean[row])
+        self._tombstones = {event.user: tombstone_key(event.user) for event in events}
         keys: dict[bytes, None] = {}  # in order, each once
         for event, rows in zip(events, self._rows, strict=True):
             keys |= dict.fromkeys(Journal.keys_of(codec, event))
             keys |= dict.fromkeys(StateDraft.keys_of(codec, event.user, rows))
-        self.keys = list(keys)
-        self.new: list[bool] = []
+        self.keys = [*self._tombstones.values(), *keys]
+        self.new: list[bool | None] = []
 
     def apply(self, values: Sequence[bytes | None]) -> dict[bytes, bytes]:
         """The records that are new or changed, by their keys.
@@ -56,16 +59,16 @@ class Addition:
         Raises:
             StateError, StoreError: as ``StateStore.append``.
         """
-        codec = self._codec
-        found = {
-            key: codec.open(key, value)
-            for key, value in zip(self.keys, values, strict=True)
-            if value is not None
+        codec, read = self._codec, dict(zip(self.keys, values, strict=True))
+        forgotten = {
+            user: unpack_number(codec.store, key, read.pop(key))
+            for user, key in self._tombstones.items()
         }
+        found = {key: codec.open(key, value) for key, value in read.items() if value is not None}
         journal, drafts = Journal(codec, found), dict[int | str, StateDraft]()
         self.new = []
         for event, head, rows in zip(self._events, self._heads, self._rows, strict=True):
-            self.new.append(journal.take(event))
+            self.new.append(journal.take(event, forgotten[event.user]))
             if self.new[-1]:
                 if event.user not in drafts:
                     drafts[event.user] = StateDraft(codec, event.user, found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ import torch
 from ifa_torchrec.data.dataset import MICROSECONDS_PER_DAY
 from ifa_torchrec.modules import UserState
 from ifa_torchrec.ops.jagged import request_of_row
-from ifa_torchrec.serving.states.layout import BLOCK, user_keys
+from ifa_torchrec.serving.states.layout import BLOCK, key_user, user_key, user_keys
 from ifa_torchrec.serving.states.records import Head, RecordCodec, Sums, weight_and_mean
 
 
@@ -41,6 +41,12 @@ def whole_records(
     for b, head in enumerate(_heads(earlier, early)):
         bodies[codec.keys.before(users[b])] = codec.pack_head(head) + before[b]
     return {key: codec.seal(key, body) for key, body in bodies.items()}
+
+
+def records_of(records: Mapping[bytes, bytes], user: int | str) -> list[bytes]:
+    """Of records by their keys, the keys of a user's."""
+    mine = user_key(user)
+    return [key for key in records if key_user(key) == mine]
 
 
 def _aged(codec: RecordCodec, state: UserState, days: torch.Tensor) -> UserState:

@@ -69,6 +69,11 @@ def pack_event(event: Event) -> bytes:
     return _FORMAT + json.dumps(fields, separators=(",", ":"), allow_nan=False).encode()
 
 
+def user_prefix(user: int | str) -> bytes:
+    """What the records of a user's events, and of no other's, begin with."""
+    return _FORMAT + b"[" + json.dumps(user).encode() + b","
+
+
 def unpack_event(position: int, body: bytes) -> Event:
     """The event of a record of the journal.
 
@@ -115,13 +120,20 @@ class Journal:
         """The keys of the records that say whether an event was taken."""
         return codec.keys.positions(event.position), journal_key(event.position)
 
-    def take(self, event: Event) -> bool:
+    def take(self, event: Event, forgotten: int | None = None) -> bool | None:
         """Whether an event is new; its position is then taken.
+
+        Args:
+            event: the event.
+            forgotten: until when its user's events do not count. Of such an event nothing is kept, and
+                the answer is None.
 
         Raises:
             StateError: its position is another event's.
         """
         codec, position = self._codec, event.position
+        if forgotten is not None and event.time <= forgotten:
+            return None
         first = self._events.get(position)
         if first is None and (body := self._found.get(journal_key(position))) is not None:
             first = unpack_event(position, body)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import resource
@@ -10,6 +11,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +57,12 @@ class KeyValueStore(ABC):
     def update(
         self,
         keys: Sequence[bytes],
-        change: Callable[[list[bytes | None]], Mapping[bytes, bytes]],
+        change: Callable[[list[bytes | None]], Mapping[bytes, bytes | None]],
     ) -> None:
         """Read the keys, and write what ``change`` makes of their values, with nothing between.
 
-        ``change`` may be called again with newer values where another writer came first.
+        A key whose new value is None is deleted. ``change`` may be called again with newer values where
+        another writer came first.
         """
 
     @abstractmethod
@@ -69,6 +72,15 @@ class KeyValueStore(ABC):
     @abstractmethod
     def delete(self, keys: Sequence[bytes]) -> None:
         """Delete these keys, where they are there."""
+
+    @abstractmethod
+    def compact(self) -> None:
+        """Leave no byte of what was deleted in the store's file. No one else may have the store open.
+
+        Raises:
+            StateError: it has no file of its own to write anew.
+            StoreError: another process has it open, or the file cannot be written.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -136,26 +148,46 @@ class LMDBStore(KeyValueStore):
             self._map = min(_LARGEST_MAP, limit // 2 // resource.getpagesize() * resource.getpagesize())
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._environment = lmdb.open(str(path), map_size=self._map, max_readers=1024)
-        except lmdb.MemoryError as error:
-            raise StoreError(
-                f"{path}: its file wants {self._map:,} bytes of address space or more, and the limit of "
-                f"this process (ulimit -v) has no room for them ({error}); raise the limit"
-            ) from error
-        except (OSError, lmdb.Error) as error:
+            # held by all who have the store open, and by one alone that replaces its file
+            self._lock = os.open(path / "open.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
             raise StoreError(f"{path}: no LMDB store can be opened here ({error})") from error
         try:
-            self._check_size()
+            self._share()
+            self._environment = self._open()
         except StoreError:
-            self._environment.close()
+            os.close(self._lock)
             raise
-        self._environment.reader_check()  # forget readers that were killed
 
-    def _check_size(self) -> None:
+    def _share(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError(f"{self.path} is being compacted; try again when it is") from None
+
+    def _open(self) -> lmdb.Environment:
+        try:
+            environment = lmdb.open(str(self.path), map_size=self._map, max_readers=1024)
+        except lmdb.MemoryError as error:
+            raise StoreError(
+                f"{self.path}: its file wants {self._map:,} bytes of address space or more, and the "
+                f"limit of this process (ulimit -v) has no room for them ({error}); raise the limit"
+            ) from error
+        except (OSError, lmdb.Error) as error:
+            raise StoreError(f"{self.path}: no LMDB store can be opened here ({error})") from error
+        try:
+            self._check_size(environment)
+        except StoreError:
+            environment.close()
+            raise
+        environment.reader_check()  # forget readers that were killed
+        return environment
+
+    def _check_size(self, environment: lmdb.Environment) -> None:
         """A page that the file has lost would end this process by SIGBUS when it is read."""
         # the pages first: the file of another process that writes can only have grown since
-        pages = self._environment.info()["last_pgno"] + 1
-        wanted = pages * self._environment.stat()["psize"]
+        pages = environment.info()["last_pgno"] + 1
+        wanted = pages * environment.stat()["psize"]
         size = (self.path / "data.mdb").stat().st_size
         if size >= wanted:
             return
@@ -186,13 +218,16 @@ class LMDBStore(KeyValueStore):
     def update(
         self,
         keys: Sequence[bytes],
-        change: Callable[[list[bytes | None]], Mapping[bytes, bytes]],
+        change: Callable[[list[bytes | None]], Mapping[bytes, bytes | None]],
     ) -> None:
         """See KeyValueStore."""
         with self._reported(), self._environment.begin(write=True) as transaction:
             changes = change([transaction.get(key) for key in keys])
             with transaction.cursor() as cursor:
-                cursor.putmulti(changes.items())
+                cursor.putmulti((key, value) for key, value in changes.items() if value is not None)
+            for key, value in changes.items():
+                if value is None:
+                    transaction.delete(key)
 
     def scan(self, prefix: bytes, first: bytes = b"") -> Iterator[bytes]:
         """See KeyValueStore."""
@@ -212,9 +247,56 @@ class LMDBStore(KeyValueStore):
             for key in keys:
                 transaction.delete(key)
 
+    def compact(self) -> None:
+        """See KeyValueStore. It wants room for the file once more, and no other thread that uses it."""
+        self._environment.close()  # first: of two that compact, none may have the file open
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with self._reported():
+                self._write_anew()
+        except BlockingIOError:
+            raise StoreError(
+                f"{self.path}: another process has it open; stop all that serve from it or build into "
+                "it, and then compact it (ifa states --compact)"
+            ) from None
+        except OSError as error:
+            raise StoreError(f"{self.path}: its file cannot be written anew ({error})") from error
+        finally:
+            fcntl.flock(self._lock, fcntl.LOCK_SH)
+            self._environment = self._open()
+
+    def _write_anew(self) -> None:
+        """Put the records that there are into a new file, one after the other.
+
+        LMDB's own compacting copy takes pages as they are, and with them some bytes of deleted records.
+        """
+        file, new = self.path / "data.mdb", self.path / "compact.mdb"
+        new.unlink(missing_ok=True)  # of one that was killed
+        size = file.stat().st_size + (1 << 20)
+        with (
+            lmdb.open(str(self.path), map_size=size, readonly=True, lock=False) as old,
+            lmdb.open(str(new), map_size=2 * size, subdir=False, lock=False) as environment,
+            old.begin() as transaction,
+            transaction.cursor() as cursor,
+        ):
+            records = iter(cursor)
+            while some := list(islice(records, 10_000)):
+                with environment.begin(write=True) as writing, writing.cursor() as target:
+                    target.putmulti(some, append=True)
+            environment.sync(True)
+        os.replace(new, file)
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
     def close(self) -> None:
         """See KeyValueStore."""
         self._environment.close()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     @contextmanager
     def _reported(self) -> Generator[None]:
@@ -279,7 +361,7 @@ class RedisStore(KeyValueStore):
     def update(
         self,
         keys: Sequence[bytes],
-        change: Callable[[list[bytes | None]], Mapping[bytes, bytes]],
+        change: Callable[[list[bytes | None]], Mapping[bytes, bytes | None]],
     ) -> None:
         """See KeyValueStore."""
         with self._reported(), self._client.pipeline() as pipeline:
@@ -289,8 +371,11 @@ class RedisStore(KeyValueStore):
                         pipeline.watch(*keys)
                     changes = change(pipeline.mget(keys) if keys else [])
                     pipeline.multi()
-                    if changes:
-                        pipeline.mset(changes)
+                    kept = {key: value for key, value in changes.items() if value is not None}
+                    if kept:
+                        pipeline.mset(kept)
+                    if len(kept) < len(changes):
+                        pipeline.delete(*(key for key in changes if key not in kept))
                     pipeline.execute()
                     return
                 except redis.WatchError:  # another writer came first, and got on
@@ -308,6 +393,13 @@ class RedisStore(KeyValueStore):
         if keys:
             with self._reported():
                 self._client.delete(*keys)
+
+    def compact(self) -> None:
+        """See KeyValueStore."""
+        raise StateError(
+            f"{self.name}: Redis frees what is deleted by itself. Its own files have it until they are "
+            "written anew: BGREWRITEAOF for the append-only file, BGSAVE for the snapshot"
+        )
 
     def close(self) -> None:
         """See KeyValueStore."""

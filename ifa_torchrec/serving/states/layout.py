@@ -9,11 +9,16 @@ Of one version of the weights (VVVVVVVV, the first 8 bytes of the version's hash
     i VVVVVVVV user key       one row of the identity tables, with its own time
     k VVVVVVVV user block     which of a block of identity keys have a row, a bit each
     a VVVVVVVV block          which positions of the event stream are in the states, a bit each
+Of all versions there are:
+
     j position                the event itself, for versions that are built later
+    t DIGEST                  until when a forgotten user's events do not count (``shared``)
+    w                         the position before which events may be gone from the journal
 
 An event touches its user's records but the other rows, one block and one journal entry, in one
-transaction. So the cost does not depend on the history, and an event is in the states exactly if its bit
-is set. Numbers are big endian, so that keys sort by them. A user is 16 bytes: see ``user_key``.
+transaction, which reads its user's tombstone, too. So the cost does not depend on the history, and an
+event is in the states exactly if its bit is set. Numbers are big endian, so that keys sort by them. A
+user is 16 bytes: see ``user_key``.
 """
 
 from __future__ import annotations
@@ -34,6 +39,8 @@ BLOCK = 4096
 STATE_KINDS = (b"s", b"u", b"i", b"k", b"a")
 """First bytes of the keys of a version's records, but the header's."""
 USER_BYTES = 16
+CHECKSUM_BYTES = 4
+"""At the end of each record."""
 _NUMBER = struct.Struct(">q")
 _INTEGER_USER = struct.Struct(">QQ")
 _SIGN = 2**63  # of an int64; with it flipped, the bytes of negative numbers come before those of others
@@ -175,6 +182,11 @@ def journal_key(position: int) -> bytes:
 def position_of(journal_key: bytes) -> int:
     """The position whose event lies under a key of the journal."""
     return _NUMBER.unpack_from(journal_key, 1)[0]
+
+
+def key_user(key: bytes) -> bytes:
+    """The 16 bytes that stand for the user whose record of a state lies under a key."""
+    return key[9 : 9 + USER_BYTES]
 
 
 def user_of(key: bytes) -> int | None:

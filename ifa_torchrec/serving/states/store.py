@@ -24,7 +24,7 @@ from ifa_torchrec.serving.errors import (
     UnknownUserError,
 )
 from ifa_torchrec.serving.states.appending import Addition
-from ifa_torchrec.serving.states.building import whole_records
+from ifa_torchrec.serving.states.building import records_of, whole_records
 from ifa_torchrec.serving.states.journal import Event, unpack_event
 from ifa_torchrec.serving.states.key_value import KeyValueStore
 from ifa_torchrec.serving.states.layout import (
@@ -37,6 +37,8 @@ from ifa_torchrec.serving.states.layout import (
 )
 from ifa_torchrec.serving.states.reading import Lookup, UserRecords, state_of
 from ifa_torchrec.serving.states.records import RecordCodec
+from ifa_torchrec.serving.states.retention import check_journal
+from ifa_torchrec.serving.states.shared import JOURNAL_START, tombstone_key, unpack_number
 from ifa_torchrec.serving.states.versions import (
     FORMAT,
     pack_header,
@@ -127,7 +129,7 @@ class StateStore:
 
         Raises:
             StateError: they are finished, or were begun with another layout, position, source or
-                vocabulary.
+                vocabulary; or the journal may lack events from ``position`` on.
             StoreError: the store may lose keys.
         """
         key_values.check()
@@ -145,7 +147,14 @@ class StateStore:
         header = json.loads(json.dumps(header))  # tuples become lists
         key = Keys(version).header
         # of several ranks the first one's mark stays
-        key_values.update([key], lambda found: {} if found[0] else {key: pack_header(header)})
+
+        def begun(found: list[bytes | None]) -> Mapping[bytes, bytes]:
+            if found[0] is not None:
+                return {}
+            check_journal(key_values, found[1], position)
+            return {key: pack_header(header)}
+
+        key_values.update([key, JOURNAL_START], begun)
         found = read_header(key_values, version)
         if found is None:
             raise StoreError(f"{key_values.name}: what is written here is not kept")
@@ -182,8 +191,9 @@ class StateStore:
         earlier_times: Sequence[int],
         last: UserState,
         last_times: Sequence[int],
+        forgotten: Sequence[int | None] | None = None,
     ) -> int:
-        """Write whole states, in one transaction.
+        """Write whole states, in one transaction, but of users who were forgotten meanwhile.
 
         Args:
             users: B external ids.
@@ -191,6 +201,8 @@ class StateStore:
             earlier_times: B, microseconds, of the last event in these; of any value where there is none.
             last: their states of the events of the last event's time.
             last_times: B, microseconds, of these.
+            forgotten: B, until when each user's events are left out, as ``forgotten_until`` had it; by
+                default none is. A user of whom the store has a later time by now is not written.
 
         Returns:
             The bytes written, keys included.
@@ -199,7 +211,20 @@ class StateStore:
             StoreError: what was begun is no longer there, or the store fails.
         """
         written = whole_records(self._codec, users, earlier, earlier_times, last, last_times)
-        self._update([], lambda _: written)
+        left_out = [None] * len(users) if forgotten is None else forgotten
+        tombstones = [tombstone_key(user) for user in users]
+
+        def but_forgotten(found: list[bytes | None]) -> Mapping[bytes, bytes]:
+            until = [
+                unpack_number(self.key_values.name, *of) for of in zip(tombstones, found, strict=True)
+            ]
+            looked_up = zip(users, until, left_out, strict=True)
+            gone = [user for user, now, then in looked_up if now is not None and now != then]
+            for key in [key for user in gone for key in records_of(written, user)]:
+                del written[key]
+            return written
+
+        self._update(tombstones, but_forgotten)
         return sum(len(key) + len(value) for key, value in written.items())
 
     def known(self, users: Sequence[int | str]) -> np.ndarray:
@@ -278,7 +303,7 @@ class StateStore:
 
     def append(
         self, events: Sequence[Event], encode: Callable[[Sequence[Event]], UserState]
-    ) -> list[bool]:
+    ) -> list[bool | None]:
         """Add events to their users' states, each once however often it is given.
 
         All of them in one transaction. They may come in any order: what is added does not depend
@@ -290,7 +315,8 @@ class StateStore:
                 requests.
 
         Returns:
-            Whether each event was new.
+            Whether each event was new; None of an event that does not count, since its user was
+            forgotten after it.
 
         Raises:
             StateError: an event's position was another event's, or is one of the log's, which cannot
@@ -304,22 +330,48 @@ class StateStore:
         return addition.new
 
     def missed(self) -> Iterator[list[Event]]:
-        """Events that this store's journal has and these states have not, some at a time."""
-        keys = self.key_values.scan(b"j", journal_key(self.position)[1:])
+        """Events that this store's journal has and these states have not, some at a time.
+
+        Blocks of positions that these states have whole, from the journal's first event on, are passed
+        over; beyond them each key is looked at, and only the events that are missed are read.
+        """
+        first = next(self.key_values.scan(b"j", journal_key(self.position)[1:]), None)
+        if first is None:
+            return
+        keys = self.key_values.scan(b"j", journal_key(self._low_water(position_of(first)))[1:])
         while some := list(islice(keys, 1024)):
-            yield self._not_taken(some)
+            if missed := self._not_taken(some):
+                yield missed
+
+    def _low_water(self, first: int) -> int:
+        """The first position, not before ``first``, of a block that these states have not whole."""
+        codec, block = self._codec, first // BLOCK
+        whole = (1 << BLOCK) - 1
+        taken = (1 << first % BLOCK) - 1  # what is before the first one is not asked for
+        while True:
+            keys = [codec.keys.positions(n * BLOCK) for n in range(block, block + 256)]
+            for key, value in zip(keys, self._read(keys), strict=True):
+                bits = codec.no_bits if value is None else codec.open(key, value)
+                if int.from_bytes(bits, "little") | taken != whole:
+                    return max(first, block * BLOCK)
+                block, taken = block + 1, 0
 
     def _not_taken(self, journal_keys: Sequence[bytes]) -> list[Event]:
         """Of the journal's events under these keys, those whose position is not taken."""
-        codec, positions = self._codec, [position_of(key) for key in journal_keys]
-        block_keys = [codec.keys.positions(position) for position in positions]
-        blocks, events = self._read(block_keys), self._read(journal_keys)
-        result: list[Event] = []
-        for n, (position, block, event) in enumerate(zip(positions, blocks, events, strict=True)):
-            bits = codec.no_bits if block is None else codec.open(block_keys[n], block)
-            if event is not None and not has_bit(bits, position % BLOCK):
-                result.append(unpack_event(position, codec.open(journal_keys[n], event)))
-        return result
+        codec = self._codec
+        block_of = {key: codec.keys.positions(position_of(key)) for key in journal_keys}
+        blocks = list(dict.fromkeys(block_of.values()))
+        bits = {
+            key: codec.no_bits if value is None else codec.open(key, value)
+            for key, value in zip(blocks, self._read(blocks), strict=True)
+        }
+        keys = [k for k in journal_keys if not has_bit(bits[block_of[k]], position_of(k) % BLOCK)]
+        events = zip(keys, self._read(keys), strict=True)
+        return [
+            unpack_event(position_of(key), codec.open(key, event))
+            for key, event in events
+            if event is not None
+        ]
 
     # --------------------------------------------------------------------------------- records
 

@@ -1,4 +1,4 @@
-"""Which versions' states a store holds: their headers; and how one is dropped.
+"""Which versions' states a store holds: their headers.
 
 A header says by its mark which building of a version it is of, and whether that is whole. A store that
 was emptied, or whose states were dropped and built anew, is so no longer the one that was opened.
@@ -13,9 +13,9 @@ from typing import Any
 
 from ifa_torchrec.serving.errors import BUILD_COMMAND, DROP_COMMAND, StateError, StoreError
 from ifa_torchrec.serving.states.key_value import KeyValueStore
-from ifa_torchrec.serving.states.layout import STATE_KINDS, Keys, journal_key
+from ifa_torchrec.serving.states.layout import Keys
 
-FORMAT = "ifa-states/3"
+FORMAT = "ifa-states/4"
 
 
 def versions(key_values: KeyValueStore) -> dict[str, dict[str, Any]]:
@@ -32,36 +32,28 @@ def versions(key_values: KeyValueStore) -> dict[str, dict[str, Any]]:
     return {header["version"]: header for header in headers}
 
 
-def drop(key_values: KeyValueStore, version: str) -> None:
-    """Delete a version's states, and what of the journal no other version can want.
+def marks_of(headers: Mapping[str, Mapping[str, Any]]) -> dict[str, str | None]:
+    """The mark of each version's building; that of old formats is None."""
+    return {version: header.get("mark") for version, header in headers.items()}
+
+
+def check_formats(key_values: KeyValueStore, headers: Mapping[str, Mapping[str, Any]]) -> None:
+    """See that all versions are of this format.
 
     Raises:
-        StateError: there are none of this version.
+        StateError: one is not.
     """
-    there = versions(key_values)
-    if version not in there:
-        raise StateError(f"no states of weights {version!r} here; there are {sorted(there)}")
-    # the header first says so, since half a version must not look whole, and is deleted last, since what
-    # it leaves must not be built upon
-    keys = Keys(version)
-    dropped = pack_header({**there[version], "complete": False, "dropped": True})
-    key_values.update([], lambda _: {keys.header: dropped})
-    for kind in STATE_KINDS:
-        _delete_all(key_values, kind + keys.id)
-    key_values.delete([keys.header])
-    rest = [header["position"] for name, header in there.items() if name != version]
-    if rest:
-        _delete_all(key_values, b"j", until=journal_key(min(rest)))
+    for version, header in headers.items():
+        _check_format(key_values, version, header)
 
 
-def _delete_all(key_values: KeyValueStore, prefix: bytes, until: bytes | None = None) -> None:
-    keys = []
-    for key in key_values.scan(prefix):
-        if until is not None and key >= until:
-            break
-        keys.append(key)
-    for first in range(0, len(keys), 10_000):
-        key_values.delete(keys[first : first + 10_000])
+def _check_format(key_values: KeyValueStore, version: str, header: Mapping[str, Any]) -> None:
+    if header.get("format") != FORMAT:
+        raise StateError(
+            f"{key_values.name}: states of weights {version!r} are of format {header.get('format')!r}, "
+            f"this version of the package reads {FORMAT!r}; drop them ({DROP_COMMAND} {version}) and "
+            f"build them anew ({BUILD_COMMAND})"
+        )
 
 
 def read_header(key_values: KeyValueStore, version: str) -> dict[str, Any] | None:
@@ -75,12 +67,7 @@ def read_header(key_values: KeyValueStore, version: str) -> dict[str, Any] | Non
     if value is None:
         return None
     header = unpack_header(key_values, value)
-    if header.get("format") != FORMAT:
-        raise StateError(
-            f"{key_values.name}: states of weights {version!r} are of format {header.get('format')!r}, "
-            f"this version of the package reads {FORMAT!r}; drop them ({DROP_COMMAND} {version}) and "
-            f"build them anew ({BUILD_COMMAND})"
-        )
+    _check_format(key_values, version, header)
     if header.get("dropped"):
         raise StateError(
             f"{key_values.name}: states of weights {version!r} are half dropped; drop them to the end "

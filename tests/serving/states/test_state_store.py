@@ -576,9 +576,10 @@ def test_a_store_that_lost_its_keys_is_refused_and_takes_no_event(key_values):
 
 
 def test_states_that_were_built_anew_are_refused_until_they_are_opened_anew(key_values):
-    """And lack no event then, since the journal has them."""
+    """And lack no event then, since the journal has them, while there is another version."""
     model, events = Model(), random_events(20, users=[1, 2])
     store = new_store(key_values, model)
+    new_store(key_values, model, "v2")
     store.append(events, model.encode_each)
     drop(key_values, "v1")
     refuses(store, model, "are gone")

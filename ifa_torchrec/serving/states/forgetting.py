@@ -1,0 +1,189 @@
+"""A user forgotten: state, rows and journal entries of all versions, in one transaction.
+
+The transaction that deletes them leaves a tombstone, which every later append and build reads in its
+own: so no moment has a part of them, and an event that is under way is either deleted or not taken.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from ifa_torchrec.serving.errors import StateError, StoreError
+from ifa_torchrec.serving.states.journal import unpack_event, user_prefix
+from ifa_torchrec.serving.states.key_value import KeyValueStore
+from ifa_torchrec.serving.states.layout import CHECKSUM_BYTES, Keys, position_of, user_key
+from ifa_torchrec.serving.states.records import RecordCodec
+from ifa_torchrec.serving.states.shared import pack_number, tombstone_key, unpack_number
+from ifa_torchrec.serving.states.versions import check_formats, marks_of, versions
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """What was removed of a user.
+
+    Args:
+        user: external id.
+        until: microseconds; the user's events up to then count no more.
+        versions: those that had a state of the user.
+        records: how many records of states were removed, of all versions.
+        events: how many of the journal.
+
+    Example:
+        >>> from ifa_torchrec.serving import Forgotten
+        >>> Forgotten("anna", 0, (), 0, 0).anything
+        False
+    """
+
+    user: int | str
+    until: int
+    versions: tuple[str, ...]
+    records: int
+    events: int
+
+    @property
+    def anything(self) -> bool:
+        """Whether there was anything to remove."""
+        return bool(self.records or self.events)
+
+
+def id_of(text: str) -> int | str:
+    """The external id that a text names: an integer of 64 bits, or a string, in JSON's quotes or not.
+
+    Example:
+        >>> from ifa_torchrec.serving.states.forgetting import id_of
+        >>> [id_of(text) for text in ("7", '"7"', "anna", "007")]
+        [7, '7', 'anna', '007']
+    """
+    if re.fullmatch(r"-?(0|[1-9]\d{0,18})", text, re.ASCII) and -(2**63) <= int(text) < 2**63:
+        return int(text)
+    if text.startswith('"'):
+        try:
+            named = json.loads(text)
+            named.encode()
+            return named
+        except ValueError:  # as it stands, then
+            pass
+    return text
+
+
+def forget(key_values: KeyValueStore, user: int | str) -> Forgotten:
+    """Remove all that a store has of a user, and count no event of theirs up to now, whenever it comes.
+
+    The user is then like one that was never seen; later events begin a new state. "Now" is not before
+    the user's last event here, whose clock may be ahead. In the file of a folder the bytes are free,
+    not gone, until ``KeyValueStore.compact``.
+
+    It reads the whole journal once, and in Redis walks through all keys; no ranking waits for that.
+
+    Args:
+        key_values: the store.
+        user: external id, as the states go by it.
+
+    Raises:
+        StateError: there are states of another format.
+        StoreError: the store fails.
+
+    Example:
+        >>> import tempfile
+        >>> from ifa_torchrec.serving import forget, open_key_value_store
+        >>> forget(open_key_value_store(tempfile.mkdtemp()), "anna").records
+        0
+    """
+    removed: set[bytes] = set()
+    had_state: dict[str, None] = {}
+    until, done = time.time_ns() // 1000, None
+    # once more where a version was begun meanwhile: it may have written before there was a tombstone
+    while (marks := marks_of(there := versions(key_values))) != done:
+        removal = _Removal(key_values, there, user, until)
+        key_values.update(removal.watched, removal.apply)
+        if removal.applied:
+            done, until = marks, removal.until
+            removed |= removal.found
+            had_state |= dict.fromkeys(removal.had_state)
+    events = sum(key[:1] == b"j" for key in removed)
+    return Forgotten(user, until, tuple(had_state), len(removed) - events, events)
+
+
+class _Removal:
+    """What is to be deleted, and the transaction that does.
+
+    Args:
+        key_values, user: as ``forget``.
+        there: the versions, with their headers.
+        until: the least time of the tombstone.
+
+    Attributes:
+        watched: the records that the transaction reads.
+        found: keys of what is there of the user.
+        had_state: versions with a state of the user.
+        until: the tombstone's time.
+        applied: whether the transaction found the user as it was looked at, and removed it.
+    """
+
+    def __init__(
+        self, key_values: KeyValueStore, there: Mapping[str, dict[str, Any]], user: int | str, until: int
+    ) -> None:
+        check_formats(key_values, there)
+        self._name, self._tombstone = key_values.name, tombstone_key(user)
+        self.applied, self.until = False, until
+        codecs = {v: RecordCodec(key_values.name, header) for v, header in there.items()}
+        heads = [codec.keys.head(user) for codec in codecs.values()]
+        self.watched = [self._tombstone, *heads]
+        # the heads first: whatever is added to the user later changes one of them
+        self._heads = key_values.read(heads)
+        self.had_state = [v for v, head in zip(codecs, self._heads, strict=True) if head is not None]
+        self.found: set[bytes] = set()
+        for codec, key, head in zip(codecs.values(), heads, self._heads, strict=True):
+            self.found |= _records_of(key_values, codec.keys, user)
+            if head is not None:
+                self.until = max(self.until, _time_of(codec, key, head))
+        for key, value in _journal_of(key_values, user):
+            self.found.add(key)
+            self.until = max(self.until, _time_of_event(key, value))
+
+    def apply(self, values: list[bytes | None]) -> Mapping[bytes, bytes | None]:
+        """The tombstone, and None for each key that is to go; nothing if the user changed meanwhile."""
+        self.applied = values[1:] == self._heads
+        if not self.applied:
+            return {}
+        self.until = max(self.until, unpack_number(self._name, self._tombstone, values[0]) or self.until)
+        return {self._tombstone: pack_number(self._tombstone, self.until)} | dict.fromkeys(self.found)
+
+
+def _records_of(key_values: KeyValueStore, keys: Keys, user: int | str) -> set[bytes]:
+    """The keys of all of a version's records of a user, also of such as no other record names."""
+    found = [key for kind in (b"i", b"k") for key in key_values.scan(kind + keys.id + user_key(user))]
+    single = [keys.head(user), keys.before(user)]
+    values = zip(single, key_values.read(single), strict=True)
+    return {*found, *(key for key, value in values if value is not None)}
+
+
+def _journal_of(key_values: KeyValueStore, user: int | str) -> Iterator[tuple[bytes, bytes]]:
+    """The journal's records of a user's events, with their keys."""
+    prefix, keys = user_prefix(user), key_values.scan(b"j")
+    while some := list(islice(keys, 1024)):
+        for key, value in zip(some, key_values.read(some), strict=True):
+            if value is not None and value.startswith(prefix):
+                yield key, value
+
+
+def _time_of(codec: RecordCodec, key: bytes, head: bytes) -> int:
+    """The time of a user's last event; 0 of a damaged head, which goes all the same."""
+    try:
+        return codec.unpack_head(codec.open(key, head))[0].sums.time
+    except StoreError:
+        return 0
+
+
+def _time_of_event(key: bytes, value: bytes) -> int:
+    """The time of an event of the journal; 0 of a damaged one."""
+    try:
+        return unpack_event(position_of(key), value[:-CHECKSUM_BYTES]).time
+    except StateError:
+        return 0
