@@ -49,7 +49,7 @@ lie outside the fused optimiser, and on a CPU they pool sequences."""
 DENSE_COPIES = 5
 """A dense parameter's weight, gradient, AdamW's two moments and DDP's bucket."""
 
-EVENT_COPIES, CANDIDATE_COPIES = 10, 24
+EVENT_COPIES, CANDIDATE_COPIES = 11, 32
 """Vectors of width D, in float32, that a training step holds at its peak for an event and for a
 candidate; measured on models of the default configuration (tests/distributed/test_planning.py). A
 softmax's matrices, of events times candidates, come on top where the sets are large."""

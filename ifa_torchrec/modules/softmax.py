@@ -14,7 +14,7 @@ from ifa_torchrec.modules.config import InteractionConfig, at_least_one
 from ifa_torchrec.modules.history import History
 from ifa_torchrec.ops.jagged import rows_of_requests
 
-_MOST_SCORES = 1 << 22
+_MOST_SCORES = 1 << 16
 """Scores of a head that a group of several requests may have."""
 
 
@@ -90,7 +90,7 @@ class SoftmaxAttention(SequenceInteraction):
         if len(asked) == 1 and asked[0] > 0 and found[0] > 0:
             output, log_sum = self._attend(query, keys, values, bias)  # as in an exported graph
             return self._with_masses(output, log_sum)
-        outputs, log_sums = torch.zeros_like(query), torch.full_like(query[..., 0], -torch.inf)
+        places, outputs, log_sums = [], [], []
         for group in _groups(asked, found, self._together):
             rows, row_there = _padded(asked, group, query.device)
             events, event_there = _padded(found, group, query.device)
@@ -100,17 +100,20 @@ class SoftmaxAttention(SequenceInteraction):
                 weight = weight.masked_fill(~event_there, -torch.inf)
             # requests beside heads: what each of them does, it does by itself
             output, log_sum = self._attend(
-                query[:, rows].flatten(0, 1),
-                keys[:, events].flatten(0, 1),
-                values[:, events].flatten(0, 1),
+                _of_group(query, rows),
+                _of_group(keys, events),
+                _of_group(values, events),
                 None if weight is None else weight.flatten(0, 1),
             )
-            found_of, rows = output.unflatten(0, (len(query), -1))[:, row_there], rows[row_there]
-            outputs = outputs.index_copy(1, rows, found_of.to(outputs.dtype))
-            if self.config.interest_mass:
-                log_sum = log_sum.unflatten(0, (len(query), -1))[:, row_there]
-                log_sums = log_sums.index_copy(1, rows, log_sum.to(log_sums.dtype))
-        return self._with_masses(outputs, log_sums)
+            places.append(rows[row_there])
+            outputs.append(output.unflatten(0, (len(query), -1))[:, row_there])
+            log_sums.append(log_sum.unflatten(0, (len(query), -1))[:, row_there])
+        output, log_sum = torch.zeros_like(query), torch.full_like(query[..., 0], -torch.inf)
+        if places:  # those that found nothing stay as they are
+            place = torch.cat(places)
+            output = output.index_copy(1, place, torch.cat(outputs, 1).to(output.dtype))
+            log_sum = log_sum.index_copy(1, place, torch.cat(log_sums, 1).to(log_sum.dtype))
+        return self._with_masses(output, log_sum)
 
     def _with_masses(self, outputs: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor | None]:
         """From [H, M, d] and [H, M] to what ``dense_heads`` gives."""
@@ -141,6 +144,15 @@ class SoftmaxAttention(SequenceInteraction):
         """[H, m, n]"""
         score = q @ k.mT / self.config.head_width**0.5
         return score if log_weight is None else score + log_weight[:, None]
+
+
+def _of_group(tokens: Tensor, rows: Tensor) -> Tensor:
+    """The rows [g, longest] of heads [H, n, d], as [H g, longest, d]; of one request, whose rows follow
+    each other, no copy."""
+    if len(rows) == 1:
+        first = int(rows[0, 0])
+        return tokens[:, first : first + rows.shape[1]]
+    return tokens[:, rows].flatten(0, 1)
 
 
 def _groups(asked: list[int], found: list[int], together: bool) -> Iterator[list[int]]:

@@ -33,8 +33,8 @@ class TrainConfig:
     ifa: IFAConfig = field(
         default_factory=lambda: IFAConfig(64, num_heads=1, feature_map="hedgehog", readout="softmax")
     )
-    """The sequence interaction, by default what measured best; the other interactions use what applies to
-    them."""
+    """The sequence interaction, by default what measured best; the other interactions use what applies
+    to them."""
     identity: bool = True
     """Identity heads on every id feature of the item, where --ifa.identity-features names none: as many
     buckets as the largest of their tables has rows, and, unless --ifa.identity-half-lives are given,

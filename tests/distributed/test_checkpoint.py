@@ -156,10 +156,10 @@ def train_and_keep(config: TrainConfig, copy_to: Path | None = None) -> Kept:
     number_of = {season: number for number, season in enumerate(np.asarray(seasons))}
     assert len(number_of) == SPLITS["train"]
 
-    def saves(folder, model, optimizer, progress):
+    def saves(folder, model, optimizer, progress, *best):
         torch.rand(1 + dist.get_rank())  # no rank's generator is where it started
         kept.generators[progress["step"]] = torch.get_rng_state().numpy()
-        result = save(folder, model, optimizer, progress)
+        result = save(folder, model, optimizer, progress, *best)
         kept.states[progress["step"]] = full_state(model, optimizer)
         if copy_to is not None and progress["step"] == MIDDLE and dist.get_rank() == 0:
             shutil.copytree(config.out, copy_to)

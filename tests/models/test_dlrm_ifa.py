@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from itertools import chain, pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -377,7 +378,8 @@ class TestEveryInteraction:
 
     def test_loss_is_the_mean_binary_cross_entropy_of_the_exposed(self, interaction: str) -> None:
         model, batch = make_model(interaction), make_batch()
-        loss, (detached, logits, labels) = DLRM_IFATrain(model)(batch)
+        train = DLRM_IFATrain(model, CandidateSetLossConfig(listwise=0.0))
+        loss, (detached, logits, labels) = train(batch)
         assert torch.equal(logits, model(batch)) and torch.equal(labels, batch.labels)
         shown, label = batch.exposed, batch.labels[batch.exposed]
         torch.testing.assert_close(loss, torch.nn.BCEWithLogitsLoss()(logits[shown], label))
@@ -614,12 +616,14 @@ def test_a_consistency_term_needs_candidates_that_see_each_other() -> None:
 def test_unexposed_candidates_count_as_the_loss_says() -> None:
     batch = make_batch()
     model = make_model()
-    loss, _ = DLRM_IFATrain(model, CandidateSetLossConfig(unexposed=1.0))(batch)
-    torch.testing.assert_close(loss, torch.nn.BCEWithLogitsLoss()(model(batch), batch.labels))
-    alone, _ = DLRM_IFATrain(model, CandidateSetLossConfig(unexposed=1.0, pointwise_unexposed=False))(
-        batch
-    )
-    torch.testing.assert_close(alone, DLRM_IFATrain(model)(batch)[0])
+
+    def loss(**options: Any) -> torch.Tensor:
+        config = CandidateSetLossConfig(listwise=0.0, **options)
+        return DLRM_IFATrain(model, config)(batch)[0]
+
+    whole = torch.nn.BCEWithLogitsLoss()(model(batch), batch.labels)
+    torch.testing.assert_close(loss(unexposed=1.0), whole)
+    torch.testing.assert_close(loss(unexposed=1.0, pointwise_unexposed=False), loss())
 
 
 def test_sim_searches_by_the_feature_it_is_told() -> None:

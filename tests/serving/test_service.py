@@ -34,10 +34,10 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from starlette.types import Receive, Scope, Send
 from toy import BUSY_USER, NEW_USER, NUM_EVENTS, ONE_EVENT_USER, make_toy
 
-from ifa_torchrec import IFAConfig, UserState
-from ifa_torchrec.batch import RankingFeatures
+from ifa_torchrec import IFAConfig
 from ifa_torchrec.commands.build_states import BuildStatesConfig, build_states
 from ifa_torchrec.commands.serve import ServeConfig, serve
+from ifa_torchrec.models.archs import Candidates
 from ifa_torchrec.serving import (
     Event,
     EventResult,
@@ -512,10 +512,10 @@ def test_a_full_disk_is_not_the_clients_fault(client, live, monkeypatch):
 
 
 def test_logits_that_are_no_json_are_the_requests_fault(client, live, monkeypatch):
-    def overflowing(features: RankingFeatures, state: UserState) -> torch.Tensor:
-        return torch.full((len(features.candidate_dense), 1), torch.nan)
+    def overflowing(candidates: Candidates) -> torch.Tensor:
+        return torch.full((len(candidates.tokens), 1), torch.nan)
 
-    monkeypatch.setattr(live._scorers[0].model, "attend", overflowing)
+    monkeypatch.setattr(live._scorers[0].model.set_arch, "forward", overflowing)
     answer = rank(client, REQUEST)
     assert answer.status_code == 422
     assert answer.json()["error"].startswith("requests.0: the logits overflow; give smaller numbers")

@@ -34,6 +34,7 @@ def configured(log: EventLog, out: Path) -> TrainConfig:
         data=log.path,
         out=out,
         ifa=IFAConfig(embedding_dim=8, num_heads=2),
+        identity=False,
         managed_rows={"item_table": ROWS},
         optimizers=OptimizerConfig("adagrad"),
         max_requests=8,
