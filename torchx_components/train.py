@@ -14,7 +14,7 @@ def ddp(
     data: str,
     out: str,
     max_events: int = 32768,
-    max_requests: Optional[int] = None,
+    max_requests: int = 0,
     j: str = "1x2",
     h: Optional[str] = None,
     cpu: int = 2,
@@ -40,7 +40,7 @@ def ddp(
         data: event log to train on; every node must see it
         out: folder of the run; every node must see it
         max_events: budget of history events a batch and rank
-        max_requests: most requests a batch and rank; None to decide it from the log
+        max_requests: most requests a batch and rank; 0 to decide it from the log
         j: [MIN_NODES:]NODESxRANKS, e.g. 2x4 for two nodes with four ranks each
         h: a named resource, e.g. gpu.large, instead of cpu, gpu and memMB
         cpu: CPUs a node
@@ -72,8 +72,8 @@ def ddp(
     for option, path in (("data", data), ("out", out)):
         if not path.strip():
             raise ValueError(f"{option} is empty; name a folder that every node can see")
-    check_least(1, max_events=max_events, max_requests=1 if max_requests is None else max_requests)
-    check_least(0, max_restarts=max_restarts)
+    check_least(1, max_events=max_events)
+    check_least(0, max_requests=max_requests, max_restarts=max_restarts)
     env = dict(env or {})
     torchrun_may_restart = max_restarts > 0 or ":" in j
     if torchrun_may_restart:
@@ -82,7 +82,7 @@ def ddp(
         env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     arguments = ["--data", data, "--out", out]
     arguments += ["--max-events", str(max_events)]
-    arguments += [] if max_requests is None else ["--max-requests", str(max_requests)]
+    arguments += ["--max-requests", str(max_requests)] if max_requests else []
     arguments += ["--resume"] if torchrun_may_restart or max_retries else []
     return torchrun_job(
         "train",

@@ -80,6 +80,7 @@ def config_of(log: Path, out: Path, optimizer: str = "rowwise_adagrad", kind: st
         epochs=2,
         checkpoint_every=3,
         keep_best="last",
+        calibrate=False,
     )
 
 
@@ -92,7 +93,7 @@ def command_line_of(config: TrainConfig) -> list[str]:
     options = (
         f"--data {config.data} --out {config.out} --ifa.embedding-dim 8 --ifa.num-heads 2 "
         "--ifa.feature-map elu --ifa.readout linear --ifa.half-lives inf 30 "
-        "--ifa.identity-features item --over-arch-layer-sizes 16 --keep-best last "
+        "--ifa.identity-features item --over-arch-layer-sizes 16 --keep-best last --no-calibrate "
         "--optimizers.dense-lr 0.01 --warmup-steps 3 --max-requests 4 --epochs 2 --checkpoint-every 3 "
         "--resume --sharding.tables"
     )

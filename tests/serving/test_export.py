@@ -313,3 +313,27 @@ def test_the_command_describes_what_it_writes(monkeypatch, capsys, run: Run, tmp
         assert len(described["columns"]) in (0, tensor.shape[-1])
     logits = torch.export.load(out).module()(*given.values())
     assert list(logits.shape) == [sizes["M"], *output["shape"][1:]]
+
+
+@pytest.mark.parametrize("identity", [(), ("item",)], ids=["dense heads alone", "identity heads"])
+def test_the_softmax_read_out_is_of_any_number_of_candidates(identity: tuple[str, ...]) -> None:
+    """What `ifa train` trains unless told otherwise."""
+    tables = EmbeddingCollection(
+        tables=[EmbeddingConfig(100, 8, "item", feature_names=["history_item", "candidate_item"])]
+    )
+    ifa = TrainConfig(Path("log"), Path("run")).ifa
+    ifa = dataclasses.replace(ifa, embedding_dim=8, identity_features=identity)
+    schema = LogSchema(item_features={"item": 100})
+    model = DLRM_IFA(None, tables, DLRM_IFAConfig(("item",), ifa=ifa)).eval()
+    graph, exported = ScoringGraph(model, schema), export_scorer(model, schema).module()
+    for m in (1, 2, 40):
+        sizes = {"M": m, "U": 5}
+        inputs = []
+        for given in graph.inputs:
+            shape = [sizes[n] if isinstance(n, str) else n for n in given.shape]
+            inputs.append(
+                torch.arange(math.prod(shape)).view(shape) % 90
+                if given.dtype == "int64"
+                else torch.rand(shape)
+            )
+        torch.testing.assert_close(exported(*inputs), graph(*inputs))

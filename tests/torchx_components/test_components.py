@@ -151,7 +151,7 @@ def test_serve_is_one_process_that_others_can_reach():
 @pytest.mark.parametrize(
     "script, component, options",
     [
-        (TrainConfig, train.ddp, ("max_events", "max_requests")),
+        (TrainConfig, train.ddp, ("max_events",)),
         (EvaluateConfig, evaluate.ddp, ("split",)),
         (BuildStatesConfig, build_states.ddp, ("dtype",)),
         (ServeConfig, serve.server, ("port",)),
@@ -278,7 +278,7 @@ def test_max_restarts_is_torchruns(monkeypatch):
         (train.ddp, TRAIN, {"data": ""}, "data is empty; name a folder"),
         (train.ddp, TRAIN, {"out": " "}, "out is empty; name a folder"),
         (train.ddp, TRAIN, {"max_events": 0}, "max_events must be at least 1, not 0"),
-        (train.ddp, TRAIN, {"max_requests": -1}, "max_requests must be at least 1, not -1"),
+        (train.ddp, TRAIN, {"max_requests": -1}, "max_requests must be at least 0, not -1"),
         (train.ddp, TRAIN, {"max_restarts": -1}, "max_restarts must be at least 0, not -1"),
         (evaluate.ddp, EVALUATE, {"run": ""}, "run is empty; name the out of a training run"),
         (evaluate.ddp, EVALUATE, {"split": ""}, "split is empty; name a split"),

@@ -122,7 +122,7 @@ def shares(
         [m, H, R], zeros where no summary is there; and the logarithm [m, H] of the sum of the
         exponentials.
     """
-    score = torch.einsum("mhd,mhrd->mhr", query, mean.expand(len(query), -1, -1, -1))
+    score = torch.einsum("mhd,mhrd->mhr", query, mean.expand(query.shape[0], -1, -1, -1))
     # where no summary is there logsumexp has no gradient
     nothing = (log_weight == -torch.inf).all(-1, keepdim=True)
     score = (score / query.shape[-1] ** 0.5 + log_weight).masked_fill(nothing, 0.0)
