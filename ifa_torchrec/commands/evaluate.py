@@ -23,7 +23,7 @@ import tyro
 from ifa_torchrec.commands.command_line import result_as_json
 from ifa_torchrec.data import RankingDataset
 from ifa_torchrec.data.schema import EXPOSED
-from ifa_torchrec.data.synthetic_truth import truth_of
+from ifa_torchrec.data.synthetic_truth import SetTruth, truth_of
 from ifa_torchrec.errors import ConfigError, writing
 from ifa_torchrec.models import DLRM_IFATrain
 from ifa_torchrec.modules import Task
@@ -94,12 +94,11 @@ def _evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], tuple[Task, ...]]
     budget = run.config.max_events, run.config.scored_requests
     scores, milliseconds = predict(run.model, dataset, run.device, *budget)
     tasks = run.dlrm.config.tasks
-    alone = None
-    if run.dlrm.config.candidate_set.attention != "none" and not dataset.requests[EXPOSED].all():
+    alone, shown = None, np.asarray(dataset.requests[EXPOSED])
+    if run.dlrm.config.candidate_set.attention != "none" and not shown.all():
         alone = predict_alone(run.dlrm.eval(), dataset, run.device, *budget)
     metrics = measure(dataset, scores, tasks, config.by, apart=True, alone=alone)
     metrics["shares"] = shares(dataset)
-    shown = np.asarray(dataset.requests[EXPOSED])
     metrics["reliability"] = {
         task.name: reliability(logits[shown], np.asarray(dataset.requests[task.name])[shown])
         for task, logits in zip(tasks, scores.T, strict=True)
@@ -107,7 +106,7 @@ def _evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], tuple[Task, ...]]
     }
     metrics["notes"] = notes(dataset, scores, tasks)
     if config.set_size is not None:
-        metrics["sets"] = sets(run, config.split, scores, config.set_size)
+        metrics["sets"] = sets(run, dataset, truth_of(run.log, config.split), scores, config.set_size)
     metrics["ms_per_request"] = milliseconds
     metrics["step"] = run.step
     if dist.get_rank() == 0:
@@ -119,16 +118,16 @@ def _evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], tuple[Task, ...]]
     return metrics, tasks
 
 
-def sets(run: Run, split: str, scores: np.ndarray, k: int) -> dict[str, Any]:
+def sets(
+    run: Run, dataset: RankingDataset, truth: SetTruth | None, scores: np.ndarray, k: int
+) -> dict[str, Any]:
     """What the sets of k candidates are worth, by the ways that the model can choose them."""
-    dataset = run.dataset(split)
     model = run.dlrm.eval()
     chosen = {"topk": best_by_score(dataset, scores, model.config.tasks, k)}
     if model.config.candidate_set.generate:
         budget = run.config.max_events, run.config.scored_requests
         chosen["greedy"] = chosen_one_by_one(model, dataset, run.device, budget, k)
     measured = {strategy: measure_sets(dataset, place, k) for strategy, place in chosen.items()}
-    truth = truth_of(run.log, split)
     if truth is not None:
         known = rewards(dataset, chosen, k, truth)
         measured = {strategy: of | known[strategy] for strategy, of in measured.items()}

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ifa_torchrec.data.dataset import RankingDataset
 from ifa_torchrec.data.event_log import EventLog
 from ifa_torchrec.data.schema import OFFSETS
 from ifa_torchrec.data.synthetic import CONFIG_FILE, SyntheticConfig, candidate_topics, topic_of
@@ -136,13 +135,13 @@ def truth_of(log: EventLog, split: str) -> SetTruth | None:
     config = SyntheticConfig(**json.loads(file.read_text()))
     if not config.relations:
         return None
-    dataset = RankingDataset(log, split)
-    starts, ends = log.history_range(dataset.requests["user"], dataset.requests["time"])
+    requests = log.requests(split)
+    starts, ends = log.history_range(requests["user"], requests["time"])
     interests = np.zeros((len(starts), config.topics))
     for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
         topic = topic_of(config, np.asarray(log.events["item"][start:end]))
         interests[number, topic[topic >= 0]] = 1.0
-    offsets = np.asarray(dataset.requests[OFFSETS])
-    topic = topic_of(config, np.asarray(dataset.requests["candidates"]))
+    offsets = np.asarray(requests[OFFSETS])
+    topic = topic_of(config, np.asarray(requests["candidates"]))
     pull = interests[np.repeat(np.arange(len(starts)), np.diff(offsets)), topic]
     return SetTruth(topic, pull, offsets, interests, config)

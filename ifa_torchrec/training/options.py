@@ -158,7 +158,25 @@ def write_options(config: TrainConfig) -> None:
     """
     saved = dataclasses.replace(config, data=config.data.resolve())
     text = json.dumps(to_json(dataclasses.asdict(saved)), indent=2, allow_nan=False)
-    draft, file = config.out / ".config.json", config.out / "config.json"
+    write_whole(config.out / "config.json", text)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text into a file that has all of it or what it had before, also where this is killed.
+
+    Raises:
+        PlaceError: the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.training.options import write_whole
+        >>> file = Path(tempfile.mkdtemp()) / "config.json"
+        >>> write_whole(file, "{}")
+        >>> file.read_text()
+        '{}'
+    """
+    draft = file.with_name(f".{file.name}")
     with writing(file):
         draft.write_text(text)
         draft.rename(file)

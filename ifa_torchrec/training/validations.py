@@ -14,8 +14,9 @@ import numpy as np
 import torch.distributed as dist
 
 from ifa_torchrec.data import RankingDataset
-from ifa_torchrec.errors import ConfigError, writing
+from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules import Task
+from ifa_torchrec.training.options import write_whole
 from ifa_torchrec.training.scoring import measure
 
 LAST = "last"
@@ -76,10 +77,7 @@ class Validations:
             for step, metrics in self.by_step.items()
         ]
         text = json.dumps({"metric": self.metric, "best": self.best, "validations": kept}, indent=2)
-        draft, file = self.folder / f".{FILE}", self.folder / FILE
-        with writing(file):
-            draft.write_text(text)
-            draft.rename(file)
+        write_whole(self.folder / FILE, text)
 
     @property
     def best(self) -> int | None:

@@ -11,11 +11,10 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from ifa_torchrec.serving.errors import StateError, StoreError
-from ifa_torchrec.serving.states.journal import unpack_event, user_prefix
+from ifa_torchrec.serving.states.journal import journal_records, unpack_event, user_prefix
 from ifa_torchrec.serving.states.key_value import KeyValueStore
 from ifa_torchrec.serving.states.layout import CHECKSUM_BYTES, Keys, position_of, user_key
 from ifa_torchrec.serving.states.records import RecordCodec
@@ -166,11 +165,8 @@ def _records_of(key_values: KeyValueStore, keys: Keys, user: int | str) -> set[b
 
 def _journal_of(key_values: KeyValueStore, user: int | str) -> Iterator[tuple[bytes, bytes]]:
     """The journal's records of a user's events, with their keys."""
-    prefix, keys = user_prefix(user), key_values.scan(b"j")
-    while some := list(islice(keys, 1024)):
-        for key, value in zip(some, key_values.read(some), strict=True):
-            if value is not None and value.startswith(prefix):
-                yield key, value
+    prefix = user_prefix(user)
+    return ((key, value) for key, value in journal_records(key_values) if value.startswith(prefix))
 
 
 def _time_of(codec: RecordCodec, key: bytes, head: bytes) -> int:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from ifa_torchrec.serving.errors import BUILD_COMMAND, StateError
+from ifa_torchrec.serving.states.key_value import KeyValueStore
 from ifa_torchrec.serving.states.layout import BLOCK, has_bit, journal_key, set_bit
 from ifa_torchrec.serving.states.records import RecordCodec
 from ifa_torchrec.serving.times import utc
@@ -67,6 +69,23 @@ def pack_event(event: Event) -> bytes:
     weight = None if event.weight is None else float(event.weight)
     fields = [event.user, event.item, event.time, dict(event.features), numbers, weight]
     return _FORMAT + json.dumps(fields, separators=(",", ":"), allow_nan=False).encode()
+
+
+def journal_records(key_values: KeyValueStore) -> Iterator[tuple[bytes, bytes]]:
+    """The keys and values of all events of a store's journal, by position, read some at a time.
+
+    Example:
+        >>> import tempfile
+        >>> from ifa_torchrec.serving import open_key_value_store
+        >>> from ifa_torchrec.serving.states.journal import journal_records
+        >>> list(journal_records(open_key_value_store(tempfile.mkdtemp())))
+        []
+    """
+    keys = key_values.scan(b"j")
+    while some := list(islice(keys, 1024)):
+        for key, value in zip(some, key_values.read(some), strict=True):
+            if value is not None:
+                yield key, value
 
 
 def user_prefix(user: int | str) -> bytes:

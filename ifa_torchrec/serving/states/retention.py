@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from ifa_torchrec.serving.errors import StateError
-from ifa_torchrec.serving.states.journal import unpack_event
+from ifa_torchrec.serving.states.journal import journal_records, unpack_event
 from ifa_torchrec.serving.states.key_value import KeyValueStore
 from ifa_torchrec.serving.states.layout import (
     BLOCK,
@@ -121,11 +120,9 @@ def trim_journal(key_values: KeyValueStore, before: int) -> Trimmed:
 
 def _before(key_values: KeyValueStore, codec: RecordCodec, time: int) -> Iterator[bytes]:
     """The keys of the journal's events before a time."""
-    keys = key_values.scan(b"j")
-    while some := list(islice(keys, 1024)):
-        for key, value in zip(some, key_values.read(some), strict=True):
-            if value is not None and unpack_event(position_of(key), codec.open(key, value)).time < time:
-                yield key
+    for key, value in journal_records(key_values):
+        if unpack_event(position_of(key), codec.open(key, value)).time < time:
+            yield key
 
 
 def _had_by_all(
