@@ -294,8 +294,8 @@ class TakenSample(nn.Module):
         share, whole = torch.rand(2, shown.shape[0], device=offsets.device)
         wanted = torch.where(whole < 0.5, shown, (share * shown).to(shown.dtype))
         # the exposed of each request in an order of their own, the others behind them
-        lot = torch.where(exposed, torch.rand(exposed.shape[0], device=offsets.device), 1.0)
-        order = _ranked(-lot, offsets)
+        lot = torch.rand(exposed.shape[0], device=offsets.device, dtype=torch.float64)
+        order = (request + torch.where(exposed, lot / 2, 0.5)).argsort(stable=True)
         place = torch.arange(exposed.shape[0], device=offsets.device) - offsets[:-1][request]
         return torch.zeros_like(exposed).index_copy(0, order, place < wanted[request])
 
