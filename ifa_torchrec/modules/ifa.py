@@ -69,6 +69,7 @@ class InteractionFidelityAttention(SequenceInteraction):
     """
 
     config: IFAConfig
+    reaches_every_parameter = True  # the operators' gradients of no rows are zeros
 
     def __init__(self, config: IFAConfig, device: torch.device | str | None = None) -> None:
         super().__init__(config, device)

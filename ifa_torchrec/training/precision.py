@@ -12,6 +12,8 @@ from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.models import DLRM_IFA
 
 Precision = Literal["fp32", "tf32", "bf16"]
+_GROUPED = ("softmax", "softmax_recent", "low_rank", "eta", "twin")
+"""Interactions that read sizes from the batch."""
 
 
 def check_precision(precision: Precision, device: torch.device) -> None:
@@ -87,6 +89,9 @@ def compile_dense(model: torch.nn.Module, backend: str = "inductor") -> None:
         model: a DLRM_IFA, or what holds some.
         backend: torch.compile's.
 
+    Raises:
+        ConfigError: its interaction, or the candidate set's attention, reads sizes from the batch.
+
     Example:
         >>> from torchrec import EmbeddingCollection, EmbeddingConfig
         >>> from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, IFAConfig
@@ -98,5 +103,12 @@ def compile_dense(model: torch.nn.Module, backend: str = "inductor") -> None:
     """
     for module in model.modules():
         if isinstance(module, DLRM_IFA):
+            config = module.config
+            if config.interaction in _GROUPED or config.candidate_set.attention == "softmax":
+                raise ConfigError(
+                    f"--compile: interaction {config.interaction!r} and candidate_set attention "
+                    f"{config.candidate_set.attention!r}: softmax, low_rank, eta and twin read sizes from "
+                    "the batch, which breaks a graph; train without --compile, or with another"
+                )
             for dense in (module.candidate_arch, module.set_arch):
                 dense.compile(fullgraph=True, dynamic=True, backend=backend)

@@ -7,6 +7,7 @@ import torch
 from test_dlrm_ifa import every_interaction, make_batch, make_ifa, make_model
 
 from ifa_torchrec import DLRM_IFATrain
+from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig
 from ifa_torchrec.training.precision import autocast, compile_dense
 
@@ -47,6 +48,12 @@ def test_bfloat16_of_the_softmax_read_out_and_of_sets():
     assert_about_the_same(DLRM_IFATrain(make_model(**DEFAULT)))
     loss = CandidateSetLossConfig(consistency=0.1, unexposed=0.5)
     assert_about_the_same(DLRM_IFATrain(make_model(**SETS), loss))
+
+
+def test_what_breaks_a_graph_is_refused():
+    for model in (make_model("twin"), make_model(candidate_set=CandidateSetConfig("softmax"))):
+        with pytest.raises(ConfigError, match="--compile: interaction .* train without --compile"):
+            compile_dense(model)
 
 
 @pytest.mark.slow
