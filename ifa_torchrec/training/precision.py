@@ -106,9 +106,9 @@ def compile_dense(model: torch.nn.Module, backend: str = "inductor") -> None:
             config = module.config
             if config.interaction in _GROUPED or config.candidate_set.attention == "softmax":
                 raise ConfigError(
-                    f"--compile: interaction {config.interaction!r} and candidate_set attention "
-                    f"{config.candidate_set.attention!r}: softmax, low_rank, eta and twin read sizes from "
-                    "the batch, which breaks a graph; train without --compile, or with another"
+                    f"--compile: interaction {config.interaction!r}, candidate_set attention "
+                    f"{config.candidate_set.attention!r}: softmax, low_rank, eta and twin read sizes "
+                    "from the batch, which breaks a graph; train without --compile, or with another"
                 )
             for dense in (module.candidate_arch, module.set_arch):
                 dense.compile(fullgraph=True, dynamic=True, backend=backend)
