@@ -27,7 +27,13 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ifa_torchrec.ops.arguments import AttendArguments, EncodeArguments, JoinedArguments, MatchArguments
+from ifa_torchrec.ops.arguments import (
+    AttendArguments,
+    AttendSoftmaxArguments,
+    EncodeArguments,
+    JoinedArguments,
+    MatchArguments,
+)
 from ifa_torchrec.ops.kernels import triton as kernels
 
 CAPABILITIES = (80, 90, 100)
@@ -69,13 +75,13 @@ class Case(NamedTuple):
 
 
 def launches(case: Case, capability: int, events: int = 5000, candidates: int = 500) -> list[Launch]:
-    """All that forward and backward of the three operators would start on a GPU."""
+    """All that forward and backward of the operators would start on a GPU."""
     noted: list[Launch] = []
 
     def note(kernel, grid, arguments, constants, warps=4, stages=1):
         noted.append(Launch(kernel, grid, arguments, constants, warps, stages))
 
-    names = ("common", "encode", "attend", "match")
+    names = ("common", "encode", "attend", "attend_softmax", "match")
     modules = [sys.modules[f"{kernels.__name__}.{name}"] for name in names]
     with ExitStack() as patches:
         for module in modules:
@@ -100,7 +106,11 @@ def _call(case: Case, events: int, candidates: int) -> None:
     kernels.encode_backward(*state, given)
     asked = AttendArguments(asking, ends_of_candidates, weight, *state, feature_map, 1e-6)
     kernels.attend(asked)
-    kernels.attend_backward(torch.zeros(candidates, heads, width), torch.zeros(candidates, heads), asked)
+    answers = torch.zeros(candidates, heads, width), torch.zeros(candidates, heads)
+    kernels.attend_backward(*answers, asked)
+    asked = AttendSoftmaxArguments(asking, ends_of_candidates, weight, *state)
+    kernels.attend_softmax(asked)
+    kernels.attend_softmax_backward(*answers, asked)
     buckets, numbers = torch.zeros(events, dtype=torch.int64), torch.arange(candidates)
     matching = MatchArguments(numbers, ends_of_candidates, history, buckets, ends, *of_events)
     kernels.match(matching)

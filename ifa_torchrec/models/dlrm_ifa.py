@@ -374,12 +374,14 @@ class DLRM_IFATrain(nn.Module):
         candidates = self.model.describe(batch)
         logits, alone = self.model.set_arch(candidates), None
         if self.loss.config.consistency:  # the exposed, scored where the others do not stand beside them
-            alone = self.model.set_arch(candidates.only(batch.exposed))
+            alone = self.model.set_arch(candidates.only(batch.exposed, batch.exposed_rows))
         loss = self.loss(logits, batch.labels, batch.exposed, candidates.offsets, alone)
         taken_arch = self.model.taken_arch
         if taken_arch and self.taken_sample and self.taken_loss and self.training:
             shown = batch.exposed
             taken = self.taken_sample(shown, candidates.offsets)
             given, offsets = logits + taken_arch(candidates, taken), counted(shown, candidates.offsets)
-            loss = loss + self.taken_loss(given[shown], batch.labels[shown], shown[shown], offsets)
+            rows = batch.exposed_rows
+            rows = shown.nonzero()[:, 0] if rows is None else rows
+            loss = loss + self.taken_loss(given[rows], batch.labels[rows], shown[rows], offsets)
         return loss, (loss.detach(), logits.detach(), batch.labels.detach())
