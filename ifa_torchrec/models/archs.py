@@ -30,7 +30,6 @@ from ifa_torchrec.modules import (
     SequenceInteraction,
     UserState,
 )
-from ifa_torchrec.modules.candidate_set import Related
 from ifa_torchrec.modules.history import counted
 from ifa_torchrec.modules.projections import ZeroLinear
 from ifa_torchrec.ops.jagged import request_of_row
@@ -71,7 +70,6 @@ class Candidates:
         vectors, beside: as a Part's.
         ids: [M, item features] int64, of their items; None where nobody compares them.
         logits: [M, T], what SetArch says of them; None where it was not asked yet.
-        related: what TakenArch makes of them before it knows what is taken; None likewise.
 
     Example:
         >>> import torch
@@ -87,7 +85,6 @@ class Candidates:
     beside: tuple[Tensor, ...]
     ids: Tensor | None = None
     logits: Tensor | None = None
-    related: Related | None = None
 
     def members(self, norm: nn.LayerNorm) -> JaggedTensor:
         """As members of a set, [M, D]: with the request and what the history answered to them."""
