@@ -90,14 +90,20 @@ class Candidates:
         """As members of a set, [M, D]: with the request and what the history answered to them."""
         return JaggedTensor(norm(reduce(torch.add, (self.tokens, *self.vectors))), offsets=self.offsets)
 
-    def only(self, kept: Tensor) -> Candidates:
-        """Those that are kept, [M] bool, as if there were no others."""
+    def only(self, kept: Tensor, rows: Tensor | None = None) -> Candidates:
+        """Some of them, as if there were no others.
+
+        Args:
+            kept: [M] bool, which.
+            rows: [E] int64, the numbers of those; None to find them, which on a GPU waits for it.
+        """
+        rows = kept.nonzero()[:, 0] if rows is None else rows
         return Candidates(
-            self.tokens[kept],
+            self.tokens[rows],
             counted(kept, self.offsets),
-            tuple(rows[kept] for rows in self.vectors),
-            tuple(rows[kept] for rows in self.beside),
-            None if self.ids is None else self.ids[kept],
+            tuple(columns[rows] for columns in self.vectors),
+            tuple(columns[rows] for columns in self.beside),
+            None if self.ids is None else self.ids[rows],
         )
 
 

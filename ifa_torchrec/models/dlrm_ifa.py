@@ -370,27 +370,13 @@ class DLRM_IFATrain(nn.Module):
             candidates has loss 0.
         """
         candidates = self.model.describe(batch)
-        logits, given = self.model.set_arch(candidates), None
+        logits, alone = self.model.set_arch(candidates), None
+        if self.loss.config.consistency:  # the exposed, scored where the others do not stand beside them
+            alone = self.model.set_arch(candidates.only(batch.exposed, batch.exposed_rows))
+        loss = self.loss(logits, batch.labels, batch.exposed, candidates.offsets, alone)
         taken_arch = self.model.taken_arch
-        if taken_arch and self.taken_sample and self.training:
+        if taken_arch and self.taken_sample and self.taken_loss and self.training:
             taken = self.taken_sample(batch.exposed, candidates.offsets)
             given = logits + taken_arch(candidates, taken)
-        loss = self._loss(candidates, logits, given, batch)
+            loss = loss + self.taken_loss(given, batch.labels, batch.exposed, candidates.offsets)
         return loss, (loss.detach(), logits.detach(), batch.labels.detach())
-
-    def _loss(
-        self, candidates: Candidates, logits: Tensor, given: Tensor | None, batch: RankingBatch
-    ) -> Tensor:
-        """Of the logits with nothing taken, and of those given what is, both [M, T]."""
-        labels, exposed, offsets, alone = batch.labels, batch.exposed, candidates.offsets, None
-        if given is not None and self.taken_loss and self.taken_loss.config == self.loss.config:
-            # the same of both: the mean over twice the requests, in one pass
-            ends = torch.cat([offsets, offsets[1:] + logits.shape[0]])
-            both = torch.cat([logits, given]), labels.repeat(2, 1), exposed.repeat(2)
-            return 2 * self.loss(*both, ends)
-        if self.loss.config.consistency:  # the exposed, scored where the others do not stand beside them
-            alone = self.model.set_arch(candidates.only(exposed))
-        loss = self.loss(logits, labels, exposed, offsets, alone)
-        if given is not None and self.taken_loss:
-            loss = loss + self.taken_loss(given, labels, exposed, offsets)
-        return loss

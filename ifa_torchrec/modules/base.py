@@ -60,6 +60,11 @@ class SequenceInteraction(nn.Module):
         torch.Size([5, 8])
     """
 
+    reaches_every_parameter = False
+    """Whether a batch without events gives every parameter a gradient by itself. As
+    DistributedDataParallel waits for all of them, each is else given one of 0, which costs a small
+    kernel a parameter."""
+
     def __init__(self, config: InteractionConfig, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.config = config
@@ -188,7 +193,7 @@ class SequenceInteraction(nn.Module):
                 parts.append(self._mass(identity[1]))
         dtype = self.output_proj.weight.dtype
         values = self.output_proj(torch.cat([part.to(dtype) for part in parts], dim=1))
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not self.reaches_every_parameter:
             values = _Reached.apply(values, *self.parameters())
         lengths, offsets = candidates.lengths_or_none(), candidates.offsets()
         return JaggedTensor(values, lengths=lengths, offsets=offsets)

@@ -407,7 +407,5 @@ def first_rows(wanted: Tensor, request: Tensor, requests: int) -> Tensor:
 def _ranked(values: Tensor, offsets: Tensor) -> Tensor:
     """Row numbers, request by request, the highest value first and of equal ones the lower row."""
     order = torch.sort(values, descending=True, stable=True).indices
-    request = torch.repeat_interleave(
-        torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff()
-    )
+    request = request_of_row(offsets, values.shape[0])
     return order[torch.sort(request[order], stable=True).indices]
