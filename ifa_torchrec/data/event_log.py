@@ -23,6 +23,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -32,6 +33,7 @@ from ifa_torchrec.batch import Scale
 from ifa_torchrec.data.checks import check_events, check_items, check_requests
 from ifa_torchrec.data.columns import require_column
 from ifa_torchrec.data.external import ExternalIds, check_columns, columns_of
+from ifa_torchrec.data.histories import AT_ONCE
 from ifa_torchrec.data.mapped_columns import MappedColumns
 from ifa_torchrec.data.scales import scales_of
 from ifa_torchrec.data.schema import (
@@ -50,8 +52,6 @@ from ifa_torchrec.data.schema import (
 )
 from ifa_torchrec.data.vocabulary import Vocabulary
 from ifa_torchrec.data.writing import drafting, write_tables
-
-_AT_ONCE = 1 << 20  # requests whose histories are looked for together: bounds the memory for it
 
 
 class EventLog:
@@ -167,34 +167,35 @@ class EventLog:
     ) -> EventLog:
         """Make a log of a folder of Parquet files: write its schema.json, run every check, rename it.
 
-        For programs that write the Parquet files themselves, in a folder of ``drafting``.
+                For programs that write the Parquet files themselves, in a folder of ``drafting``.
 
-        Args:
-            draft: a folder with events.parquet, items.parquet, requests/SPLIT.parquet for each split
-                and, unless all ids are rows, a vocabulary (``Vocabulary.save``), as the module
-                describes them; on the file system of ``path``.
-            path: what the folder will be called.
-            schema: names and table sizes.
-            splits: the splits, in the order in which they are to be listed.
+                Args:
+                    draft: a folder with events.parquet, items.parquet, requests/SPLIT.parquet for each split
+                        and, unless all ids are rows, a vocabulary (``Vocabulary.save``), as the module
+                        describes them; on the file system of ``path``.
+                    path: what the folder will be called.
+                    schema: names and table sizes.
+                    splits: the splits, in the order in which they are to be listed.
 
-        Raises:
-            LogError: a file is missing, a split's name is no file name, a column is not what the
-                schema says, or the vocabulary is another log's.
+                Raises:
+                    LogError: a file is missing, a split's name is no file name, a column is not what the
+                        schema says, or the vocabulary is another log's.
 
-        Example:
-            >>> import pandas as pd, tempfile
-            >>> from pathlib import Path
-            >>> from ifa_torchrec.data import EventLog, LogSchema
-            >>> from ifa_torchrec.data.writing import drafting
-            >>> path = Path(tempfile.mkdtemp()) / "log"
-            >>> day = pd.Timestamp(2024, 1, 1)
-            >>> with drafting(path) as draft:
-            ...     pd.DataFrame({"item": [0, 1]}).to_parquet(draft / "items.parquet")
-            ...     events = pd.DataFrame({"user": [7], "time": [day], "item": [1]})
-            ...     events.to_parquet(draft / "events.parquet")
-            ...     log = EventLog.publish(draft, path, LogSchema(item_features={"item": 2}), splits=[])
-            >>> log.events["item"].tolist()
-            [1]
+                Example:
+                    >>> import pandas as pd, tempfile
+                    >>> from pathlib import Path
+        from typing import Any
+                    >>> from ifa_torchrec.data import EventLog, LogSchema
+                    >>> from ifa_torchrec.data.writing import drafting
+                    >>> path = Path(tempfile.mkdtemp()) / "log"
+                    >>> day = pd.Timestamp(2024, 1, 1)
+                    >>> with drafting(path) as draft:
+                    ...     pd.DataFrame({"item": [0, 1]}).to_parquet(draft / "items.parquet")
+                    ...     events = pd.DataFrame({"user": [7], "time": [day], "item": [1]})
+                    ...     events.to_parquet(draft / "events.parquet")
+                    ...     log = EventLog.publish(draft, path, LogSchema(item_features={"item": 2}), splits=[])
+                    >>> log.events["item"].tolist()
+                    [1]
         """
         check_splits(splits)
         draft = Path(draft)
@@ -219,6 +220,10 @@ class EventLog:
         write_header(draft / "schema.json", header)
         draft.rename(path)
         return cls(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the log itself: what is mapped to memory is not sent there."""
+        return _opened, (self.path, self.schema)
 
     def fingerprint(self) -> str:
         """A digest of the schema, all columns of all tables and the vocabulary, to tell logs apart."""
@@ -355,14 +360,20 @@ class EventLog:
         end = np.zeros(len(user), dtype=np.int64)
         if not len(self.users):
             return start, end
-        for first in range(0, len(user), _AT_ONCE):
-            rows = slice(first, first + _AT_ONCE)
+        for first in range(0, len(user), AT_ONCE):
+            rows = slice(first, first + AT_ONCE)
             found = np.minimum(np.searchsorted(self.users, user[rows]), len(self.users) - 1)
             known = self.users[found] == user[rows]
             start[rows] = np.where(known, self.user_offsets[found], 0)
             end[rows] = np.where(known, self.user_offsets[found + 1], 0)
             end[rows] = _first_at(np.asarray(self.events[TIME]), start[rows], end[rows], time[rows])
         return start, end
+
+
+def _opened(path: Path, schema: LogSchema) -> EventLog:
+    log = EventLog(path)
+    log.schema = schema
+    return log
 
 
 def _first_at(times: np.ndarray, start: np.ndarray, end: np.ndarray, time: np.ndarray) -> np.ndarray:
