@@ -167,35 +167,34 @@ class EventLog:
     ) -> EventLog:
         """Make a log of a folder of Parquet files: write its schema.json, run every check, rename it.
 
-                For programs that write the Parquet files themselves, in a folder of ``drafting``.
+        For programs that write the Parquet files themselves, in a folder of ``drafting``.
 
-                Args:
-                    draft: a folder with events.parquet, items.parquet, requests/SPLIT.parquet for each split
-                        and, unless all ids are rows, a vocabulary (``Vocabulary.save``), as the module
-                        describes them; on the file system of ``path``.
-                    path: what the folder will be called.
-                    schema: names and table sizes.
-                    splits: the splits, in the order in which they are to be listed.
+        Args:
+            draft: a folder with events.parquet, items.parquet, requests/SPLIT.parquet for each split
+                and, unless all ids are rows, a vocabulary (``Vocabulary.save``), as the module
+                describes them; on the file system of ``path``.
+            path: what the folder will be called.
+            schema: names and table sizes.
+            splits: the splits, in the order in which they are to be listed.
 
-                Raises:
-                    LogError: a file is missing, a split's name is no file name, a column is not what the
-                        schema says, or the vocabulary is another log's.
+        Raises:
+            LogError: a file is missing, a split's name is no file name, a column is not what the
+                schema says, or the vocabulary is another log's.
 
-                Example:
-                    >>> import pandas as pd, tempfile
-                    >>> from pathlib import Path
-        from typing import Any
-                    >>> from ifa_torchrec.data import EventLog, LogSchema
-                    >>> from ifa_torchrec.data.writing import drafting
-                    >>> path = Path(tempfile.mkdtemp()) / "log"
-                    >>> day = pd.Timestamp(2024, 1, 1)
-                    >>> with drafting(path) as draft:
-                    ...     pd.DataFrame({"item": [0, 1]}).to_parquet(draft / "items.parquet")
-                    ...     events = pd.DataFrame({"user": [7], "time": [day], "item": [1]})
-                    ...     events.to_parquet(draft / "events.parquet")
-                    ...     log = EventLog.publish(draft, path, LogSchema(item_features={"item": 2}), splits=[])
-                    >>> log.events["item"].tolist()
-                    [1]
+        Example:
+            >>> import pandas as pd, tempfile
+            >>> from pathlib import Path
+            >>> from ifa_torchrec.data import EventLog, LogSchema
+            >>> from ifa_torchrec.data.writing import drafting
+            >>> path = Path(tempfile.mkdtemp()) / "log"
+            >>> day = pd.Timestamp(2024, 1, 1)
+            >>> with drafting(path) as draft:
+            ...     pd.DataFrame({"item": [0, 1]}).to_parquet(draft / "items.parquet")
+            ...     events = pd.DataFrame({"user": [7], "time": [day], "item": [1]})
+            ...     events.to_parquet(draft / "events.parquet")
+            ...     log = EventLog.publish(draft, path, LogSchema(item_features={"item": 2}), splits=[])
+            >>> log.events["item"].tolist()
+            [1]
         """
         check_splits(splits)
         draft = Path(draft)

@@ -91,6 +91,12 @@ class Candidates:
         member = norm(torch.stack([self.tokens, *self.vectors]).sum(0))
         return JaggedTensor(member, lengths=self.offsets.diff(), offsets=self.offsets)
 
+    def detach(self) -> Candidates:
+        """The same, as what is known of them: what is learnt of these numbers does not change them."""
+        vectors, beside = ([rows.detach() for rows in part] for part in (self.vectors, self.beside))
+        tokens = self.tokens.detach()
+        return Candidates(tokens, self.offsets, tuple(vectors), tuple(beside), self.ids)
+
     def only(self, kept: Tensor, rows: Tensor | None = None) -> Candidates:
         """Some of them, as if there were no others.
 
