@@ -32,7 +32,12 @@ from ifa_torchrec.distributed.checkpoint import checkpoints
 from ifa_torchrec.errors import ConfigError, DivergedError
 from ifa_torchrec.models import DLRM_IFATrain
 from ifa_torchrec.models.archs import CandidateArch
-from ifa_torchrec.modules import INTERACTIONS, CandidateSetConfig, CandidateSetLossConfig
+from ifa_torchrec.modules import (
+    INTERACTIONS,
+    CandidateSetConfig,
+    CandidateSetLossConfig,
+    SoftmaxAttention,
+)
 from ifa_torchrec.training import decide
 from ifa_torchrec.training import trainer as train_module
 from ifa_torchrec.training.build import build_model
@@ -139,6 +144,15 @@ class TestTrain:
         assert result["loss"] < 0.5 * no_model
         assert result["valid_gauc"] > 0.9
         assert result["valid_ne"] < 0.8
+
+    def test_an_interaction_added_to_the_registry_is_trained_and_read_again(
+        self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with pytest.raises(ConfigError, match="--interaction 'latest one' is none of"):
+            dataclasses.replace(config, interaction="latest one")
+        monkeypatch.setitem(INTERACTIONS, "latest one", lambda c, *_: SoftmaxAttention(c, 1))
+        train(dataclasses.replace(config, interaction="latest one"))
+        assert load_run(config.out).config.interaction == "latest one"
 
     def test_reports_its_speed_and_writes_its_run(self, config: TrainConfig) -> None:
         result = train(config)
@@ -719,7 +733,7 @@ def test_a_single_value_that_json_has_not(kind: type, value: Any) -> None:
         (lambda options: options["loss"].update(margin=1), r"loss\.margin is no option of this"),
         (lambda options: options.update(epochs="two"), "epochs is 'two', not of type int"),
         (lambda options: options.update(validate=1), "validate is 1, not of type bool"),
-        (lambda options: options.update(interaction="telepathy"), "interaction is 'telepathy'"),
+        (lambda options: options.update(interaction="telepathy"), "interaction 'telepathy' is none of"),
         (lambda options: options["ifa"].update(half_lives=[7.0, "x"]), r"ifa\.half_lives\[1\] is 'x'"),
         (lambda options: options.update(ifa=None), "ifa is None"),
         (lambda options: options["ifa"].update(num_heads=3), "is no multiple of num_heads 3"),
