@@ -36,14 +36,17 @@ class TrainConfig:
     interaction: Annotated[str, _ONE_OF_THEM] = "ifa"
     """How candidates meet the history."""
     ifa: IFAConfig = field(
-        default_factory=lambda: IFAConfig(64, num_heads=1, feature_map="hedgehog", readout="softmax")
+        default_factory=lambda: IFAConfig(
+            64, num_heads=1, feature_map="hedgehog", readout="softmax", identity_head_dim=0
+        )
     )
     """The sequence interaction, by default what measured best; the other interactions use what applies
     to them."""
     identity: bool = True
     """Identity heads on every id feature of the item, where --ifa.identity-features names none: as many
     buckets as the largest of their tables has rows, and, unless --ifa.identity-half-lives are given,
-    half-lives of infinity, 30 and 7 days."""
+    half-lives of infinity, 30 and 7 days. By default they say how often, without mean values
+    (--ifa.identity-head-dim)."""
     gate: tuple[str, ...] | None = None
     """Event features by whose value each head learns what an event weighs; by default those of at
     most 64 values."""
