@@ -74,8 +74,8 @@ class Case(NamedTuple):
     dtype: torch.dtype
 
 
-def launches(case: Case, events: int = 5000, candidates: int = 500) -> list[Launch]:
-    """All that forward and backward of the operators would start."""
+def launches(case: Case, capability: int, events: int = 5000, candidates: int = 500) -> list[Launch]:
+    """All that forward and backward of the operators would start on a GPU."""
     noted: list[Launch] = []
 
     def note(kernel, grid, arguments, constants, warps=4, stages=1):
@@ -86,6 +86,8 @@ def launches(case: Case, events: int = 5000, candidates: int = 500) -> list[Laun
     with ExitStack() as patches:
         for module in modules:
             patches.enter_context(mock.patch.object(module, "launch", note))
+        in_registers = mock.Mock(return_value=capability < 90)
+        patches.enter_context(mock.patch.object(modules[0], "multiplies_in_registers", in_registers))
         _call(case, events, candidates)
     return noted
 
@@ -174,10 +176,10 @@ def report(launch: Launch, capability: int) -> dict[str, Any]:
     }
 
 
-def different(case: Case) -> list[Launch]:
+def different(case: Case, capability: int) -> list[Launch]:
     """The launches of a case, one of each kernel that is compiled."""
     kernels: dict[str, Launch] = {}
-    for launch in launches(case):
+    for launch in launches(case, capability):
         kernels.setdefault(f"{launch.name} {launch.constants}", launch)
     return list(kernels.values())
 
@@ -220,7 +222,7 @@ def estimate(events: int, candidates: int) -> None:
     """Print, for the first case on 9.0, a row of each kernel."""
     print("| kernel | programs | registers | shared KB | at once | MB | GFLOP | at least, us |")
     print("|---|---|---|---|---|---|---|---|")
-    for launch in launches(CASES[0], events, candidates):
+    for launch in launches(CASES[0], 90, events, candidates):
         told = report(launch, 90)
         moved, operations = work(launch)
         least = max(moved / _BYTES, operations / _OPERATIONS) * 1e6
@@ -240,5 +242,5 @@ if __name__ == "__main__":
     else:
         numbers, capabilities = ([int(x) for x in sys.argv[i].split(",")] for i in (1, 2))
         for number, capability in itertools.product(numbers, capabilities):
-            for launch in different(CASES[number]):
+            for launch in different(CASES[number], capability):
                 print(json.dumps(report(launch, capability)), flush=True)

@@ -63,8 +63,8 @@ class SequenceInteraction(nn.Module):
 
     reaches_every_parameter = False
     """Whether a batch without events gives every parameter a gradient by itself. As
-    DistributedDataParallel waits for all of them, each is else given one of 0, by a sum that costs some
-    small kernels a parameter."""
+    DistributedDataParallel waits for all of them, each is else given one of 0, which costs a small
+    kernel a parameter."""
 
     def __init__(self, config: InteractionConfig, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -195,8 +195,8 @@ class SequenceInteraction(nn.Module):
         dtype = self.output_proj.weight.dtype
         with without_autocast(heads):  # an answer's error is every candidate's, at no gain: they are few
             values = self.output_proj(torch.cat([part.to(dtype) for part in parts], dim=1))
-        if not self.reaches_every_parameter:
-            values = values + sum(parameter.flatten()[:0].sum() for parameter in self.parameters())
+        if torch.is_grad_enabled() and not self.reaches_every_parameter:
+            values = _Reached.apply(values, *self.parameters())
         return JaggedTensor(values, lengths=candidates.lengths(), offsets=candidates.offsets())
 
     def _mass(self, matched: Tensor) -> Tensor:
@@ -239,6 +239,21 @@ class SequenceInteraction(nn.Module):
         found = len(candidates.offsets()) - 1
         if found != requests:
             raise ValueError(f"candidates are of {found} requests, the histories of {requests}")
+
+
+class _Reached(torch.autograd.Function):
+    """The values, with a gradient for every parameter, 0 where they have no other: a batch without
+    events gives most of them none, and DDP waits for all."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        zeros = (torch.zeros(shape, dtype=dtype, device=to) for shape, dtype, to in ctx.like)
+        return gradients[0], *zeros
 
 
 def _meaning(config: InteractionConfig) -> dict[str, Any]:

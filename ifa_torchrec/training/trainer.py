@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import shutil
 import sys
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +52,10 @@ def train(config: TrainConfig) -> dict[str, float]:
     """Train, checkpoint and validate. Called by all ranks.
 
     Returns:
-        "steps", "seconds" (training alone); if there was a step to make, "events_per_second"
-        (this rank's), "loss" (mean of the last tenth, all ranks'), and "imbalance" (see
-        EventBudgetSampler); if validated, "best_step", which is the one that counts from now on, and
-        its "valid_gauc" and others.
+        "steps", "seconds" (training alone); if there was a step to make, "events_per_second" and
+        "waited" (this rank's; the latter are the seconds in which steps waited for batches), "loss"
+        (mean of the last tenth, all ranks'), and "imbalance" (see EventBudgetSampler); if validated,
+        "best_step", which is the one that counts from now on, and its "valid_gauc" and others.
 
     Raises:
         LogError: the event log is missing or bad.
@@ -119,7 +121,7 @@ class Trainer:
         check_loss(self.dataset, config.loss, self.rank)
         requests_a_batch = config.max_requests or MOST_REQUESTS
         self.sampler = EventBudgetSampler(
-            self.dataset.history_lengths,
+            self.dataset.histories,
             config.max_events,
             requests_a_batch,
             seed=config.seed,
@@ -140,7 +142,7 @@ class Trainer:
         self.step = self.epoch = self.taken = 0
         self.losses: list[float] = []
         self._unread: list[torch.Tensor] = []  # reading a loss waits for the device
-        self._events, self._seconds, self._start = 0, 0.0, 0.0
+        self._events, self._seconds, self._start, self._waited = 0, 0.0, 0.0, 0.0
         self._checkpoints = config.out / "checkpoints"
         # a position in the data means nothing for other data
         self._belongs_to = {
@@ -164,6 +166,7 @@ class Trainer:
             tail = self.losses[-max(len(self.losses) // 10, 1) :]
             result["loss"] = sum(tail) / len(tail)
             result["events_per_second"] = self._events / self._seconds
+            result["waited"] = self._waited
             result["imbalance"] = self.sampler.imbalance()
         return {"steps": self.step, "seconds": self._seconds, **result}
 
@@ -227,6 +230,7 @@ class Trainer:
             "step": self.step,
             "epoch": self.epoch,
             "request": self.taken,
+            "order": self.sampler.order.state_dict(),
             "config": self._belongs_to,
             "data": str(self.log.path.resolve()),
             "scales": {name: dataclasses.asdict(s) for name, s in self.log.scales.items()},
@@ -242,6 +246,7 @@ class Trainer:
                 )
             check_log(folder, self.log, self._belongs_to)
             progress = checkpoint.load(folder, self.model, self.optimizer, self._belongs_to)
+            self.sampler.load_state_dict(progress)
             self.step, self.epoch, self.taken = (progress[k] for k in ("step", "epoch", "request"))
         else:
             self._start_anew()
@@ -304,29 +309,33 @@ class Trainer:
         )
         self.sampler.start_at(self.epoch, self.taken)
         self.dataset.set_epoch(self.epoch)
-        batches = iter(make_loader(self.dataset, self.sampler))
-        self._start = time.perf_counter()
-        for number in range(1, len(self.sampler) + 1):
-            self.train_step(batches)
-            taken = self.sampler.requests_taken(number)
-            self._bar.update(taken - self.taken)
-            self.taken = taken
-            last = number == len(self.sampler)
-            if last:
-                self.epoch, self.taken = self.epoch + 1, 0
-            measured = last or (every is not None and self.step % every == 0)
-            save = measured or self.step % self.config.checkpoint_every == 0
-            if save or self.step % _REPORT_EVERY == 0:
-                self._report()
-            if save:
-                self._seconds += time.perf_counter() - self._start
-                best = self._validations.best
-                checkpoint.save(self._checkpoints, self.model, self.optimizer, self.state_dict(), best)
-                self._start = time.perf_counter()
-            if measured:
-                break
+        loader = make_loader(self.dataset, self.sampler)
+        with closing(iter(loader)) as batches:
+            self._start = time.perf_counter()
+            for number in itertools.count(1):
+                self.train_step(batches)
+                position = self.sampler.state_dict(number)
+                last = position["epoch"] > self.epoch
+                taken = len(self.dataset) if last else position["request"]
+                self._bar.update(taken - self.taken)
+                self.epoch, self.taken = position["epoch"], position["request"]
+                measured = last or (every is not None and self.step % every == 0)
+                save = measured or self.step % self.config.checkpoint_every == 0
+                if save or self.step % _REPORT_EVERY == 0:
+                    self._report()
+                if save:
+                    self._save()
+                if measured:
+                    break
+        self._waited += loader.waited
         self._pipeline.detach()
         self._validate_if_due()
+
+    def _save(self) -> None:
+        self._seconds += time.perf_counter() - self._start
+        best = self._validations.best
+        checkpoint.save(self._checkpoints, self.model, self.optimizer, self.state_dict(), best)
+        self._start = time.perf_counter()
 
     def _report(self) -> None:
         self.losses += _finite(self._unread, self.step, self._checkpoints)

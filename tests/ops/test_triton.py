@@ -263,7 +263,7 @@ def test_the_operators_themselves_refuse_sizes_that_do_not_agree():
 def test_nothing_on_the_host_looks_at_a_value():
     for case in (gpu_kernels.CASES[0], gpu_kernels.CASES[-1]):
         with Waits() as waits:
-            gpu_kernels.launches(case)
+            gpu_kernels.launches(case, 90)
         assert waits.seen == []
         with waits:
             torch.ones(3)[torch.ones(3) > 0]
@@ -316,14 +316,16 @@ def compiled(cases: str, capabilities: str, cache: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", range(len(gpu_kernels.CASES)), ids=lambda i: str(gpu_kernels.CASES[i]))
 @pytest.mark.parametrize("capability", gpu_kernels.CAPABILITIES)
-def test_every_kernel_compiles_and_fits_a_gpu(case, capability, tmp_path):
+def test_every_kernel_compiles_and_fits_a_gpu(capability, tmp_path):
     """Products are tensor cores', shared memory is what there is, and nothing or little is spilled."""
-    kernels = compiled(str(case), str(capability), tmp_path)
+    every_case = ",".join(map(str, range(len(gpu_kernels.CASES))))
+    kernels = compiled(every_case, str(capability), tmp_path)
     assert {x["kernel"].split("_")[0] for x in kernels} == {"encode", "attend", "join", "match", "sum"}
     for kernel in kernels:
         if kernel["kernel"].startswith(("encode", "attend")):
             assert kernel["tensor_cores"] > 0, kernel
         assert kernel["shared"] <= gpu_kernels.SHARED_MEMORY[capability], kernel
-        assert kernel["local"] <= MOST_SPILLED, kernel
+    spilled = [x for x in kernels if x["local"] > MOST_SPILLED]
+    # docs/howto/gpus.md tells of the one: hedgehog's heads of 64 before 9.0
+    assert [x["kernel"] for x in spilled] == ["attend_backward_kernel"] * (capability < 90), spilled
