@@ -89,8 +89,7 @@ class Candidates:
 
     def members(self, norm: nn.LayerNorm) -> JaggedTensor:
         """As members of a set, [M, D]: with the request and what the history answered to them."""
-        member = norm(torch.stack([self.tokens, *self.vectors]).sum(0))
-        return JaggedTensor(member, lengths=self.offsets.diff(), offsets=self.offsets)
+        return JaggedTensor(norm(reduce(torch.add, (self.tokens, *self.vectors))), offsets=self.offsets)
 
     def detach(self) -> Candidates:
         """The same, as what is known of them: what is learnt of these numbers does not change them."""

@@ -198,7 +198,8 @@ class SequenceInteraction(nn.Module):
             values = self.output_proj(torch.cat([part.to(dtype) for part in parts], dim=1))
         if torch.is_grad_enabled() and not self.reaches_every_parameter:
             values = _Reached.apply(values, *self.parameters())
-        return JaggedTensor(values, lengths=candidates.lengths(), offsets=candidates.offsets())
+        lengths, offsets = candidates.lengths_or_none(), candidates.offsets()
+        return JaggedTensor(values, lengths=lengths, offsets=offsets)
 
     def _mass(self, matched: Tensor) -> Tensor:
         return torch.log1p(matched / self.config.mass_scale)
