@@ -184,7 +184,6 @@ class EventLog:
         Example:
             >>> import pandas as pd, tempfile
             >>> from pathlib import Path
-from typing import Any
             >>> from ifa_torchrec.data import EventLog, LogSchema
             >>> from ifa_torchrec.data.writing import drafting
             >>> path = Path(tempfile.mkdtemp()) / "log"

@@ -24,6 +24,7 @@ from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make_loader
 from ifa_torchrec.data.schema import EXPOSED, OFFSETS
 from ifa_torchrec.distributed import BatchSize, checkpoint, init_process_group, shard, zero_rows
+from ifa_torchrec.distributed.saver import CheckpointSaver
 from ifa_torchrec.errors import ConfigError, DivergedError, writing
 from ifa_torchrec.models import DLRM_IFATrain
 from ifa_torchrec.modules import CandidateSetLossConfig
@@ -34,7 +35,7 @@ from ifa_torchrec.training.decide import TOO_FEW_STEPS, decided, steps, told
 from ifa_torchrec.training.options import MOST_REQUESTS, TrainConfig, to_json, write_options
 from ifa_torchrec.training.progress import progress_bar
 from ifa_torchrec.training.run import check_log, inputs_of
-from ifa_torchrec.training.scoring import measure, predict
+from ifa_torchrec.training.scoring import measure, predict_own
 from ifa_torchrec.training.touched import touched_rows
 from ifa_torchrec.training.validations import FILE, LAST, Fitted, Validations, flat
 
@@ -143,7 +144,7 @@ class Trainer:
 
     def train(self) -> dict[str, float]:
         """Go on to the last epoch's end, from the last checkpoint where there is one. See ``train``."""
-        with checkpoint.locked(self.config.out):
+        with checkpoint.locked(self.config.out), CheckpointSaver(self._checkpoints) as self._saver:
             self._begin()
             self._validate_if_due()  # a run may have been stopped when this was all that was left to do
             while self.epoch < self.config.epochs and not self._is_enough():
@@ -176,10 +177,11 @@ class Trainer:
         """
         config = self.config
         dataset = RankingDataset(self.log, "valid", config.history_length)
-        scores, _ = predict(self.model, dataset, self.device, config.max_events, config.scored_requests)
+        budget = (config.max_events, config.scored_requests)
+        own, scores = predict_own(self.model, dataset, self.device, *budget)
         tasks = self._model_config.tasks
-        metrics = flat(measure(dataset, scores, tasks), len(tasks))
-        found = [(metrics, fit_tasks(dataset, scores, tasks, config.loss) if config.calibrate else {})]
+        metrics = flat(measure(own, scores, tasks), len(tasks))
+        found = [(metrics, fit_tasks(own, scores, tasks, config.loss) if config.calibrate else {})]
         dist.broadcast_object_list(found)  # or another processor's last digit would part the ranks
         if self._curves is not None:
             self._curves.show({f"valid/{name}": v for name, v in found[0][0].items()}, self.step)
@@ -193,6 +195,7 @@ class Trainer:
             return
         if self.step not in self._validations.by_step:
             metrics, fitted = self.validate()
+            self._saver.wait()  # a step that is measured has its checkpoint
             self._validations.by_step[self.step] = metrics
             self._validations.fitted[self.step] = fitted
             if self.rank == 0:
@@ -322,7 +325,7 @@ class Trainer:
     def _save(self) -> None:
         self._seconds += time.perf_counter() - self._start
         best = self._validations.best
-        checkpoint.save(self._checkpoints, self.model, self.optimizer, self.state_dict(), best)
+        self._saver.save(self.model, self.optimizer, self.state_dict(), best)
         self._start = time.perf_counter()
 
     def _report(self) -> None:
