@@ -175,6 +175,7 @@ class RankingDataset(Dataset[RankingBatch]):
         days = age.astype(np.float32)
         days /= MICROSECONDS_PER_DAY
         dense = [_spread(requests[f][index], real) for f in schema.dense_features]
+        exposed = candidates.of(requests[EXPOSED])
         return RankingBatch(
             dense_features=stacked(dense, rows),
             context_features=self._context_features(index, real),
@@ -184,7 +185,8 @@ class RankingDataset(Dataset[RankingBatch]):
             ),
             history_age=tensor(days),
             labels=stacked([candidates.of(requests[task]) for task in schema.tasks], candidates.total),
-            exposed=tensor(candidates.of(requests[EXPOSED])),
+            exposed=tensor(exposed),
+            exposed_rows=tensor(np.flatnonzero(exposed)),
             history_weight=tensor(events.of(logged[schema.event_weight]))
             if schema.event_weight
             else None,
