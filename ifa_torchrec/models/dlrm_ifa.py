@@ -116,7 +116,8 @@ class DLRM_IFA(nn.Module):
             self.candidate_arch = CandidateArch(config, features, interaction)
             widths = self.candidate_arch.num_vectors, self.candidate_arch.out_features
             self.set_arch = SetArch(config, *widths)
-            self.taken_arch = TakenArch(config) if config.candidate_set.generate else None
+            with torch.random.fork_rng(devices=[]):  # all else starts the same with and without it
+                self.taken_arch = TakenArch(config) if config.candidate_set.generate else None
         pooled = {"context_features": self.sparse_arch, "item_lists": self.item_sparse_arch}
         self.candidate_arch.weighted = tuple(n for n, arch in pooled.items() if arch and arch.weighted)
 
@@ -359,9 +360,11 @@ class DLRM_IFATrain(nn.Module):
             )
         self.taken_sample = self.taken_loss = None
         if dlrm_module.taken_arch is not None:
-            alone = dataclasses.replace(self.loss.config, consistency=0.0, unexposed=0.0)
+            given = dataclasses.replace(self.loss.config, consistency=0.0, unexposed=0.0)
+            if given.pointwise:  # a set is worth the sum of its probabilities, which orders spoil
+                given = dataclasses.replace(given, listwise=0.0)
             self.taken_sample = TakenSample()
-            self.taken_loss = CandidateSetLoss(alone, across_ranks, dlrm_module.config.tasks)
+            self.taken_loss = CandidateSetLoss(given, across_ranks, dlrm_module.config.tasks)
 
     def forward(self, batch: RankingBatch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """
@@ -377,6 +380,8 @@ class DLRM_IFATrain(nn.Module):
         taken_arch = self.model.taken_arch
         if taken_arch and self.taken_sample and self.taken_loss and self.training:
             taken = self.taken_sample(batch.exposed, candidates.offsets)
-            given = logits + taken_arch(candidates, taken)
+            # what the relation learns changes nothing of what it stands on: a model that can generate
+            # sets ranks as the one that cannot
+            given = logits.detach() + taken_arch(candidates.detach(), taken)
             loss = loss + self.taken_loss(given, batch.labels, batch.exposed, candidates.offsets)
         return loss, (loss.detach(), logits.detach(), batch.labels.detach())

@@ -19,9 +19,14 @@ from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules.config import IFAConfig
 from ifa_torchrec.modules.history import counted
 from ifa_torchrec.modules.ifa import InteractionFidelityAttention
-from ifa_torchrec.modules.projections import ZeroLinear, reset_all
+from ifa_torchrec.modules.projections import ZeroEmbedding, ZeroLinear, reset_all
 from ifa_torchrec.modules.softmax import SoftmaxAttention
 from ifa_torchrec.ops.jagged import request_of_row
+
+BUCKETS = 64
+"""Of the ids of a feature whose pairs are told apart; of a feature of fewer values each has its own."""
+_KEY_LENGTH = 3.0
+"""Of the key of an id, about that of a token's, so that both parts of a term are learnt as fast."""
 
 ATTENTIONS = {"softmax": SoftmaxAttention, "linear": InteractionFidelityAttention}
 
@@ -122,7 +127,7 @@ class Related(NamedTuple):
     """What TakenRelation makes of M candidates of B requests before it knows which are taken.
 
     Attributes:
-        query: [M, T, D]; key: [M, D].
+        query: [M, T, W]; key: [M, W]; W is D, and ``BUCKETS`` for each id feature but the first.
         offsets: [B + 1]; request: [M].
         ids: [M, F]; None without any.
     """
@@ -140,16 +145,23 @@ class TakenRelation(nn.Module):
     A term for each pair, summed over what is taken, so that two near-duplicates count twice:
 
         term_it = sum_{j taken, j != i} q_it . k_j + sum_f u_tf [id_f of i = id_f of j]
+                                        + sum_{f > 0} p_tf [id_f of i, id_f of j]
         with q_it = W_t x_i and k_j = V x_j + b
 
+    p is a number for each pair of ids, by their remainders of ``BUCKETS``: the cross-product
+    transformation of Wide & Deep learning (Cheng et al. 2016, arXiv 1606.07792), of one feature with
+    itself. What tokens say of a pair, a mixture of all that they hold, does not tell one complement from
+    another; p does as soon as a pair of categories was shown some hundred times. Not of the first
+    feature, the item itself, whose pairs are too rare to be anything but noise.
+
     A candidate that is taken itself is seen beside the other ones. Linear in candidates and in what is
-    taken, and exactly 0 where nothing is. Id 0 is "unknown", and is like no other. Our own; W and u
-    start at 0 (``ZeroLinear``).
+    taken, and exactly 0 where nothing is. Id 0 is "unknown", is like no other, and has no pairs. The
+    whole is our own; W, u and p start at 0.
 
     Args:
         embedding_dim: D.
         num_outputs: T, terms of a candidate.
-        num_ids: F, id features that are compared.
+        num_ids: F, id features that are compared; the first is the item itself.
         device: of the parameters.
 
     Example:
@@ -175,6 +187,9 @@ class TakenRelation(nn.Module):
         self.query_proj = ZeroLinear(embedding_dim, num_outputs * embedding_dim, device)
         self.key_proj = nn.Linear(embedding_dim, embedding_dim, device=device)
         self.same_proj = ZeroLinear(num_ids, num_outputs, device) if num_ids else None
+        self.pair_queries = None
+        if num_ids > 1:
+            self.pair_queries = ZeroEmbedding((num_ids - 1) * BUCKETS, num_outputs * BUCKETS, device)
 
     def forward(self, candidates: JaggedTensor, taken: Tensor, ids: Tensor | None = None) -> Tensor:
         """
@@ -199,9 +214,23 @@ class TakenRelation(nn.Module):
         if found != wanted:
             raise ValueError(f"ids must be of {wanted} features, got {found}")
         query = self.query_proj(tokens).unflatten(1, (self.num_outputs, tokens.shape[1]))
+        key = self.key_proj(tokens)
+        if self.pair_queries is not None and ids is not None:
+            pair_query, pair_key = self._of_ids(self.pair_queries, ids[:, 1:], key.dtype)
+            query, key = torch.cat([query, pair_query], dim=2), torch.cat([key, pair_key], dim=1)
         # no len(), which would fix a size in an exported graph
         request = request_of_row(offsets, tokens.shape[0])
-        return Related(query, self.key_proj(tokens), offsets, request, ids)
+        return Related(query, key, offsets, request, ids)
+
+    def _of_ids(self, queries: ZeroEmbedding, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The parts of query and key, [M, T, F BUCKETS] and [M, F BUCKETS], whose product is a pair's
+        number of each feature of ids [M, F]."""
+        bucket, known = ids % BUCKETS, (ids != 0)[..., None].to(dtype)
+        row = bucket + BUCKETS * torch.arange(ids.shape[1], device=ids.device)
+        query = (queries(row) * known).unflatten(2, (self.num_outputs, BUCKETS))
+        slots = torch.arange(BUCKETS, device=ids.device)
+        key = (bucket[..., None] == slots).to(dtype) * (_KEY_LENGTH * known)
+        return query.transpose(1, 2).flatten(2), key.flatten(1)
 
     def terms(self, related: Related, taken: Tensor) -> Tensor:
         """What ``forward`` gives, [M, T], of ``taken`` [M] bool."""
@@ -276,10 +305,14 @@ def _alike(ids: Tensor, taken: Tensor, request: Tensor, dtype: torch.dtype) -> T
     return (found - weight).masked_fill(ids == 0, 0.0)
 
 
+_WHOLE = 0.75
+"""Share of the requests of which TakenSample takes all that were exposed."""
+
+
 class TakenSample(nn.Module):
-    """Draws which of the exposed candidates are taken while training: of every other request all E of
-    them, so that each is seen beside what it was shown with, and of the rest a number between 0 and
-    E - 1, each as likely, and any of them, as in a set that grows.
+    """Draws which of the exposed candidates are taken while training: of three requests of four all E of
+    them, so that each is seen beside what it was shown with, which says most; and of the rest a number
+    between 0 and E - 1, each as likely, and any of them, as in a set that grows.
 
     A module, so that tracing a model for a pipeline meets it as a leaf.
 
@@ -304,7 +337,7 @@ class TakenSample(nn.Module):
         request = request_of_row(offsets, exposed.shape[0])
         shown = counted(exposed, offsets).diff()
         share, whole = torch.rand(2, shown.shape[0], device=offsets.device)
-        wanted = torch.where(whole < 0.5, shown, (share * shown).to(shown.dtype))
+        wanted = torch.where(whole < _WHOLE, shown, (share * shown).to(shown.dtype))
         # the exposed of each request in an order of their own, the others behind them
         lot = torch.rand(exposed.shape[0], device=offsets.device, dtype=torch.float64)
         order = (request + torch.where(exposed, lot / 2, 0.5)).argsort(stable=True)

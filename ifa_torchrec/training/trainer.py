@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
@@ -20,13 +20,13 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make_loader
-from ifa_torchrec.data.schema import EXPOSED, OFFSETS
 from ifa_torchrec.distributed import BatchSize, checkpoint, init_process_group, shard, zero_rows
-from ifa_torchrec.errors import ConfigError, DivergedError, writing
+from ifa_torchrec.distributed.saver import CheckpointSaver
+from ifa_torchrec.errors import DivergedError, writing
 from ifa_torchrec.models import DLRM_IFATrain
-from ifa_torchrec.modules import CandidateSetLossConfig
 from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.calibrate import fit_tasks
+from ifa_torchrec.training.check_loss import check_loss
 from ifa_torchrec.training.curves import Curves
 from ifa_torchrec.training.decide import TOO_FEW_STEPS, decided, steps, told
 from ifa_torchrec.training.options import MOST_REQUESTS, TrainConfig, to_json, write_options
@@ -38,7 +38,7 @@ from ifa_torchrec.training.precision import (
 )
 from ifa_torchrec.training.progress import progress_bar
 from ifa_torchrec.training.run import check_log, inputs_of
-from ifa_torchrec.training.scoring import measure, predict
+from ifa_torchrec.training.scoring import measure, predict_own
 from ifa_torchrec.training.touched import touched_rows
 from ifa_torchrec.training.validations import FILE, LAST, Fitted, Validations, flat
 
@@ -50,10 +50,10 @@ def train(config: TrainConfig) -> dict[str, float]:
     """Train, checkpoint and validate. Called by all ranks.
 
     Returns:
-        "steps", "seconds" (training alone); if there was a step to make, "events_per_second"
-        (this rank's), "loss" (mean of the last tenth, all ranks'), and "imbalance" (see
-        EventBudgetSampler); if validated, "best_step", which is the one that counts from now on, and
-        its "valid_gauc" and others.
+        "steps", "seconds" (training alone); if there was a step to make, "events_per_second" and
+        "waited" (this rank's; the latter are the seconds in which steps waited for batches), "loss"
+        (mean of the last tenth, all ranks'), and "imbalance" (see EventBudgetSampler); if validated,
+        "best_step", which is the one that counts from now on, and its "valid_gauc" and others.
 
     Raises:
         LogError: the event log is missing or bad.
@@ -119,7 +119,7 @@ class Trainer:
         check_loss(self.dataset, config.loss, self.rank)
         requests_a_batch = config.max_requests or MOST_REQUESTS
         self.sampler = EventBudgetSampler(
-            self.dataset.history_lengths,
+            self.dataset.histories,
             config.max_events,
             requests_a_batch,
             seed=config.seed,
@@ -140,7 +140,7 @@ class Trainer:
         self.step = self.epoch = self.taken = 0
         self.losses: list[float] = []
         self._unread: list[torch.Tensor] = []  # reading a loss waits for the device
-        self._events, self._seconds, self._start = 0, 0.0, 0.0
+        self._events, self._seconds, self._start, self._waited = 0, 0.0, 0.0, 0.0
         self._checkpoints = config.out / "checkpoints"
         # a position in the data means nothing for other data
         self._belongs_to = {
@@ -151,7 +151,7 @@ class Trainer:
 
     def train(self) -> dict[str, float]:
         """Go on to the last epoch's end, from the last checkpoint where there is one. See ``train``."""
-        with checkpoint.locked(self.config.out):
+        with checkpoint.locked(self.config.out), CheckpointSaver(self._checkpoints) as self._saver:
             self._begin()
             self._validate_if_due()  # a run may have been stopped when this was all that was left to do
             while self.epoch < self.config.epochs and not self._is_enough():
@@ -164,6 +164,7 @@ class Trainer:
             tail = self.losses[-max(len(self.losses) // 10, 1) :]
             result["loss"] = sum(tail) / len(tail)
             result["events_per_second"] = self._events / self._seconds
+            result["waited"] = self._waited
             result["imbalance"] = self.sampler.imbalance()
         return {"steps": self.step, "seconds": self._seconds, **result}
 
@@ -184,10 +185,11 @@ class Trainer:
         """
         config = self.config
         dataset = RankingDataset(self.log, "valid", config.history_length)
-        scores, _ = predict(self.model, dataset, self.device, config.max_events, config.scored_requests)
+        budget = (config.max_events, config.scored_requests)
+        own, scores = predict_own(self.model, dataset, self.device, *budget)
         tasks = self._model_config.tasks
-        metrics = flat(measure(dataset, scores, tasks), len(tasks))
-        found = [(metrics, fit_tasks(dataset, scores, tasks, config.loss) if config.calibrate else {})]
+        metrics = flat(measure(own, scores, tasks), len(tasks))
+        found = [(metrics, fit_tasks(own, scores, tasks, config.loss) if config.calibrate else {})]
         dist.broadcast_object_list(found)  # or another processor's last digit would part the ranks
         if self._curves is not None:
             self._curves.show({f"valid/{name}": v for name, v in found[0][0].items()}, self.step)
@@ -201,6 +203,7 @@ class Trainer:
             return
         if self.step not in self._validations.by_step:
             metrics, fitted = self.validate()
+            self._saver.wait()  # a step that is measured has its checkpoint
             self._validations.by_step[self.step] = metrics
             self._validations.fitted[self.step] = fitted
             if self.rank == 0:
@@ -227,6 +230,7 @@ class Trainer:
             "step": self.step,
             "epoch": self.epoch,
             "request": self.taken,
+            "order": self.sampler.order.state_dict(),
             "config": self._belongs_to,
             "data": str(self.log.path.resolve()),
             "scales": {name: dataclasses.asdict(s) for name, s in self.log.scales.items()},
@@ -242,6 +246,7 @@ class Trainer:
                 )
             check_log(folder, self.log, self._belongs_to)
             progress = checkpoint.load(folder, self.model, self.optimizer, self._belongs_to)
+            self.sampler.load_state_dict(progress)
             self.step, self.epoch, self.taken = (progress[k] for k in ("step", "epoch", "request"))
         else:
             self._start_anew()
@@ -304,29 +309,33 @@ class Trainer:
         )
         self.sampler.start_at(self.epoch, self.taken)
         self.dataset.set_epoch(self.epoch)
-        batches = iter(make_loader(self.dataset, self.sampler))
-        self._start = time.perf_counter()
-        for number in range(1, len(self.sampler) + 1):
-            self.train_step(batches)
-            taken = self.sampler.requests_taken(number)
-            self._bar.update(taken - self.taken)
-            self.taken = taken
-            last = number == len(self.sampler)
-            if last:
-                self.epoch, self.taken = self.epoch + 1, 0
-            measured = last or (every is not None and self.step % every == 0)
-            save = measured or self.step % self.config.checkpoint_every == 0
-            if save or self.step % _REPORT_EVERY == 0:
-                self._report()
-            if save:
-                self._seconds += time.perf_counter() - self._start
-                best = self._validations.best
-                checkpoint.save(self._checkpoints, self.model, self.optimizer, self.state_dict(), best)
-                self._start = time.perf_counter()
-            if measured:
-                break
+        loader = make_loader(self.dataset, self.sampler)
+        with closing(iter(loader)) as batches:
+            self._start = time.perf_counter()
+            for number in itertools.count(1):
+                self.train_step(batches)
+                position = self.sampler.state_dict(number)
+                last = position["epoch"] > self.epoch
+                taken = len(self.dataset) if last else position["request"]
+                self._bar.update(taken - self.taken)
+                self.epoch, self.taken = position["epoch"], position["request"]
+                measured = last or (every is not None and self.step % every == 0)
+                save = measured or self.step % self.config.checkpoint_every == 0
+                if save or self.step % _REPORT_EVERY == 0:
+                    self._report()
+                if save:
+                    self._save()
+                if measured:
+                    break
+        self._waited += loader.waited
         self._pipeline.detach()
         self._validate_if_due()
+
+    def _save(self) -> None:
+        self._seconds += time.perf_counter() - self._start
+        best = self._validations.best
+        self._saver.save(self.model, self.optimizer, self.state_dict(), best)
+        self._start = time.perf_counter()
 
     def _report(self) -> None:
         self.losses += _finite(self._unread, self.step, self._checkpoints)
@@ -360,49 +369,6 @@ def unknown_items(log: EventLog, config: TrainConfig) -> float:
     return min(log.new_items("valid")["candidates"], _MOST_UNKNOWN)
 
 
-def check_loss(dataset: RankingDataset, loss: CandidateSetLossConfig, rank: int) -> None:
-    """Tell of terms of the loss that have nothing to do on a split.
-
-    Args:
-        dataset: the split.
-        loss: its terms.
-        rank: this process's; the first alone warns.
-
-    Raises:
-        ConfigError: there is a consistency term, which costs half of the time again, but all candidates
-            are exposed. Or the unexposed are left out, and of the exposed all have the label 1.
-    """
-    requests = dataset.requests
-    if not loss.unexposed or not loss.pointwise_unexposed:
-        _check_negatives(dataset)
-    if loss.consistency and requests[EXPOSED].all():
-        raise ConfigError(
-            f"--loss.consistency {loss.consistency:g}: all candidates of the split `train` were "
-            "exposed, and the term compares sets with and without those that were not; give it the "
-            "weight 0, or a log with unexposed candidates"
-        )
-    if rank == 0 and loss.listwise and (np.diff(requests[OFFSETS]) < 2).all():
-        warnings.warn(
-            f"--loss.listwise {loss.listwise:g} has nothing to do: no request of the split `train` has "
-            "two candidates to compare",
-            stacklevel=2,
-        )
-
-
-def _check_negatives(dataset: RankingDataset) -> None:
-    """Refuse a log that has the negatives among the unexposed, where these are left out of the loss."""
-    exposed = np.asarray(dataset.requests[EXPOSED])
-    if exposed.all():
-        return
-    for task, kind in dataset.log.schema.tasks.items():
-        label = np.asarray(dataset.requests[task])
-        if kind == "binary" and label[exposed].all() and not label.all():
-            raise ConfigError(
-                f"--loss.unexposed 0: in the split `train` all exposed candidates have {task} 1; where "
-                "a 0 is true of the others give --loss.unexposed 1, or prepare them as exposed"
-            )
-
-
 def _finite(losses: list[torch.Tensor], step: int, folder: Path) -> list[float]:
     """The latest losses, up to that of ``step``.
 
@@ -426,12 +392,12 @@ def set_learning_rate(
 
     Args:
         optimizer: from ``shard``.
-        config: TrainConfig.
+        config: TrainConfig, of decided ones.
         step: steps made so far.
         progress: share of all epochs' requests taken so far, 0 to 1.
     """
     warm = min(1.0, (step + 1) / max(config.warmup_steps or 0, 1))
-    rate = config.optimizers.dense_lr * warm * max(0.05, 1 - progress)
+    rate = (config.optimizers.dense_lr or 0.0) * warm * max(0.05, 1 - progress)
     parts: dict[str, torch.optim.Optimizer] = dict(optimizer.optimizers)
     for group in parts["dense"].param_groups:
         group["lr"] = rate

@@ -34,7 +34,7 @@ from ifa_torchrec.modules import (
 )
 from ifa_torchrec.modules.candidate_set import TakenSample
 from ifa_torchrec.modules.history import counted
-from ifa_torchrec.modules.projections import ZeroLinear
+from ifa_torchrec.modules.projections import ZeroEmbedding, ZeroLinear
 
 DIM = 8
 ITEM_FEATURES = {"item": 50, "category": 6}
@@ -412,7 +412,7 @@ def with_relations(model: DLRM_IFA) -> DLRM_IFA:
     """As if training had found relations, which start at 0."""
     generator = torch.Generator().manual_seed(3)
     for module in model.modules():
-        if isinstance(module, ZeroLinear):
+        if isinstance(module, (ZeroEmbedding, ZeroLinear)):
             with torch.no_grad():
                 module.weight.copy_(torch.randn(module.weight.shape, generator=generator))
     return model
@@ -494,6 +494,26 @@ class TestWhatIsTaken:
         first, second = (train.eval()(batch)[0].item() for _ in range(2))
         assert first == second < loss.item()
 
+    def test_nothing_else_is_trained_otherwise(self, attention: str) -> None:
+        """A model that can generate sets ranks, bit by bit, as the one that cannot."""
+        weights, drawn = [], []
+        for generate in (True, False):
+            config = make_config("ifa", candidate_set=CandidateSetConfig(attention, generate=generate))
+            torch.manual_seed(0)
+            model = DLRM_IFA(make_bags(), make_tables(), config)
+            drawn.append(torch.rand(1))  # as the start of what is made after it, the tables of a run
+            train = DLRM_IFATrain(model)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+            for _ in range(3):
+                optimizer.zero_grad()
+                train(make_batch())[0].backward()
+                optimizer.step()
+            weights.append({n: w for n, w in model.named_parameters() if "taken_arch" not in n})
+        one, other = weights
+        assert one.keys() == other.keys() and drawn[0] == drawn[1]
+        for name, weight in one.items():
+            assert torch.equal(weight, other[name]), name
+
 
 @pytest.mark.parametrize("unexposed", [0.0, 0.3])
 def test_the_loss_is_the_sum_of_that_with_nothing_and_that_with_something_taken(unexposed) -> None:
@@ -512,7 +532,8 @@ def test_the_loss_is_the_sum_of_that_with_nothing_and_that_with_something_taken(
     plain = CandidateSetLoss(config)
     offsets = counted(shown, candidates.offsets)
     wanted = plain(logits, batch.labels, shown, candidates.offsets)
-    wanted = wanted + plain(given[shown], batch.labels[shown], shown[shown], offsets)
+    no_order = CandidateSetLoss(dataclasses.replace(config, listwise=0.0))
+    wanted = wanted + no_order(given[shown], batch.labels[shown], shown[shown], offsets)
     torch.testing.assert_close(loss, wanted)
 
 

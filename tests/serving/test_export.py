@@ -341,14 +341,19 @@ def test_the_command_describes_what_it_writes(monkeypatch, capsys, run: Run, tmp
     assert list(logits.shape) == [sizes["M"], *output["shape"][1:]]
 
 
-@pytest.mark.parametrize("identity", [(), ("item",)], ids=["dense heads alone", "identity heads"])
-def test_the_softmax_read_out_is_of_any_number_of_candidates(identity: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("identity", "width"), [((), 0), (("item",), 0), (("item",), 8)], ids=["dense", "masses", "values"]
+)
+def test_the_softmax_read_out_is_of_any_number_of_candidates(
+    identity: tuple[str, ...], width: int
+) -> None:
     """What `ifa train` trains unless told otherwise."""
     tables = EmbeddingCollection(
         tables=[EmbeddingConfig(100, 8, "item", feature_names=["history_item", "candidate_item"])]
     )
     ifa = TrainConfig(Path("log"), Path("run")).ifa
-    ifa = dataclasses.replace(ifa, embedding_dim=8, identity_features=identity)
+    given = {"identity_features": identity, "identity_head_dim": width}
+    ifa = dataclasses.replace(ifa, embedding_dim=8, **given)
     schema = LogSchema(item_features={"item": 100})
     model = DLRM_IFA(None, tables, DLRM_IFAConfig(("item",), ifa=ifa)).eval()
     graph, exported = ScoringGraph(model, schema), export_scorer(model, schema).module()
