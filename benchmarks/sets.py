@@ -202,9 +202,7 @@ def measured(split: Split, folder: Path) -> dict[str, float]:
         chosen = {"topk": generate_set(logits[:, 0], whole, SET_SIZE)}
         if model.taken_arch is not None:
             given[rows] = model.logits_given(candidates, batch.exposed)[:, 0].numpy()
-            chosen["greedy"] = generate_set(
-                lambda taken, c=candidates: model.gain_given(c, taken), whole, SET_SIZE, "greedy"
-            )
+            chosen["greedy"] = generate_set(model.set_gain(candidates), whole, SET_SIZE, "greedy")
         for name, found in chosen.items():
             sets[name] += [rows[r] for r in found.values().view(-1, SET_SIZE).numpy()]
     result = {"alone": split.gauc(alone), "given": split.gauc(given), "topk": split.share(sets["topk"])}
@@ -336,8 +334,7 @@ def greedy_table(options: Options) -> pd.DataFrame:
         generate_set(model.logits_given(model.describe(one, state))[:, 0], whole, SET_SIZE)
 
     def greedy(state: Any = None) -> None:
-        candidates = model.scored(model.describe(one, state))
-        generate_set(lambda taken: model.gain_given(candidates, taken), whole, SET_SIZE, "greedy")
+        generate_set(model.set_gain(model.describe(one, state)), whole, SET_SIZE, "greedy")
 
     whole = JaggedTensor(torch.empty(m), lengths=torch.tensor([m]))
     calls = {

@@ -160,6 +160,7 @@ class RankingDataset(Dataset[RankingBatch]):
         ids[CANDIDATE] |= {f: requests[f][candidates] for f in schema.candidate_features}
         age = np.repeat(requests[TIME][index], history_lengths) - logged[TIME][events]
         dense = [_spread(requests[f][index], real) for f in schema.dense_features]
+        exposed = requests[EXPOSED][candidates]
         return RankingBatch(
             dense_features=stacked(dense, rows),
             context_features=self._context_features(index, real),
@@ -172,7 +173,8 @@ class RankingDataset(Dataset[RankingBatch]):
             ),
             history_age=tensor((age / MICROSECONDS_PER_DAY).astype(np.float32)),
             labels=stacked([requests[task][candidates] for task in schema.tasks], len(candidates)),
-            exposed=tensor(requests[EXPOSED][candidates]),
+            exposed=tensor(exposed),
+            exposed_rows=tensor(np.flatnonzero(exposed)),
             history_weight=tensor(logged[schema.event_weight][events]) if schema.event_weight else None,
             history_dense=stacked([logged[f][events] for f in schema.event_dense], len(events))
             if schema.event_dense

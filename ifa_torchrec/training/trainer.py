@@ -30,6 +30,12 @@ from ifa_torchrec.training.calibrate import fit_tasks
 from ifa_torchrec.training.curves import Curves
 from ifa_torchrec.training.decide import TOO_FEW_STEPS, decided, steps, told
 from ifa_torchrec.training.options import MOST_REQUESTS, TrainConfig, to_json, write_options
+from ifa_torchrec.training.precision import (
+    autocast,
+    check_precision,
+    compile_dense,
+    tf32_where_asked,
+)
 from ifa_torchrec.training.progress import progress_bar
 from ifa_torchrec.training.run import check_log, inputs_of
 from ifa_torchrec.training.scoring import measure, predict
@@ -52,6 +58,7 @@ def train(config: TrainConfig) -> dict[str, float]:
     Raises:
         LogError: the event log is missing or bad.
         ShardingError: the tables cannot be sharded as asked, or do not fit.
+        ConfigError: the options do not fit the log, or the precision the device.
         CheckpointError: OUT holds checkpoints and --resume was not given, or none of them is whole,
             or they are of another configuration. Or another training writes to OUT.
         PlaceError: OUT cannot be written; the last checkpoint is left as it was.
@@ -90,7 +97,7 @@ class Trainer:
         config: TrainConfig.
 
     Raises:
-        LogError, ShardingError: see ``train``.
+        LogError, ShardingError, ConfigError: see ``train``.
 
     Attributes:
         model, optimizer: what ``shard`` gave.
@@ -101,6 +108,7 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         self.device = init_process_group()
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        check_precision(config.precision, self.device)
         self.log = EventLog(config.data)
         self._unknown = unknown_items(self.log, config)
         self.dataset = RankingDataset(
@@ -127,6 +135,8 @@ class Trainer:
             config.sharding,
             batch_size(self.dataset, config.max_events, requests_a_batch),
         )
+        if config.compile:
+            compile_dense(self.model)
         self.step = self.epoch = self.taken = 0
         self.losses: list[float] = []
         self._unread: list[torch.Tensor] = []  # reading a loss waits for the device
@@ -161,7 +171,8 @@ class Trainer:
         """Make a step by the next of the rank's batches."""
         progress = (self.epoch + self.taken / len(self.dataset)) / self.config.epochs
         set_learning_rate(self.optimizer, self.config, self.step, progress)
-        self._pipeline.progress(batches)
+        with tf32_where_asked(self.config.precision):
+            self._pipeline.progress(batches)
         self.step += 1
 
     def validate(self) -> tuple[dict[str, float], Fitted]:
@@ -277,7 +288,8 @@ class Trainer:
     def _forward(self, batch: Any) -> tuple[torch.Tensor, Any]:
         """The pipeline's call of the model by a RankingBatch; keeps what the curves show."""
         self._events += len(batch.history_age)
-        loss, output = self.model(batch)
+        with autocast(self.config.precision, self.device):
+            loss, output = self.model(batch)
         mean = loss.detach() / self.world  # see DLRM_IFATrain, across_ranks
         dist.all_reduce(mean)
         self._unread.append(mean)

@@ -472,8 +472,8 @@ class TestWhatIsTaken:
             return set_worth(model.logits_given(candidates, taken), tasks)[taken].sum()
 
         for taken in (torch.arange(sum(CANDIDATES)) % 3 == 1, torch.zeros(sum(CANDIDATES)).bool()):
-            gain = model.gain_given(candidates, taken)
-            torch.testing.assert_close(model.gain_given(model.describe(batch), taken), gain)
+            gain = model.set_gain(candidates)(taken)
+            torch.testing.assert_close(model.set_gain(model.describe(batch))(taken), gain)
             for row in (~taken).nonzero().flatten():
                 more = taken.clone()
                 more[row] = True
@@ -516,7 +516,7 @@ def test_a_model_that_was_not_trained_for_it_refuses_what_is_taken() -> None:
     model = make_model(candidate_set=CandidateSetConfig("softmax"))
     candidates = model.describe(make_batch())
     assert torch.equal(model.logits_given(candidates), model(make_batch()))
-    for scored in (model.logits_given, model.gain_given):
+    for scored in (model.logits_given, lambda candidates, _: model.set_gain(candidates)):
         with pytest.raises(ConfigError, match=r"greedily; train it with .*generate"):
             scored(candidates, torch.zeros(sum(CANDIDATES)).bool())
     given = make_model(candidate_set=CandidateSetConfig(generate=True))

@@ -350,7 +350,7 @@ class TestLoss:
             loss(logits, labels[:, :1], exposed, offsets, alone)
         with pytest.raises(ValueError, match="exposed must be"):
             loss(logits, labels, exposed[1:], offsets, alone)
-        with pytest.raises(ValueError, match="offsets end at"):
+        with pytest.raises(ValueError, match="offsets must rise from 0 to"):
             loss(logits, labels, exposed, offsets[:-3], alone)
         with pytest.raises(ValueError, match=r"exposed_logits must be .* got None"):
             loss(logits, labels, exposed, offsets)
