@@ -38,7 +38,7 @@ test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 # The floor is two points below what it was when it was set. Folders, not packages: coverage would import
 # a package to find it, and torch cannot be imported twice.

@@ -27,7 +27,13 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ifa_torchrec.ops.arguments import AttendArguments, EncodeArguments, JoinedArguments, MatchArguments
+from ifa_torchrec.ops.arguments import (
+    AttendArguments,
+    AttendSoftmaxArguments,
+    EncodeArguments,
+    JoinedArguments,
+    MatchArguments,
+)
 from ifa_torchrec.ops.kernels import triton as kernels
 
 CAPABILITIES = (80, 90, 100)
@@ -68,18 +74,20 @@ class Case(NamedTuple):
     dtype: torch.dtype
 
 
-def launches(case: Case, events: int = 5000, candidates: int = 500) -> list[Launch]:
-    """All that forward and backward of the three operators would start."""
+def launches(case: Case, capability: int, events: int = 5000, candidates: int = 500) -> list[Launch]:
+    """All that forward and backward of the operators would start on a GPU."""
     noted: list[Launch] = []
 
     def note(kernel, grid, arguments, constants, warps=4, stages=1):
         noted.append(Launch(kernel, grid, arguments, constants, warps, stages))
 
-    names = ("common", "encode", "attend", "match")
+    names = ("common", "encode", "attend", "attend_softmax", "match")
     modules = [sys.modules[f"{kernels.__name__}.{name}"] for name in names]
     with ExitStack() as patches:
         for module in modules:
             patches.enter_context(mock.patch.object(module, "launch", note))
+        in_registers = mock.Mock(return_value=capability < 90)
+        patches.enter_context(mock.patch.object(modules[0], "multiplies_in_registers", in_registers))
         _call(case, events, candidates)
     return noted
 
@@ -98,7 +106,11 @@ def _call(case: Case, events: int, candidates: int) -> None:
     kernels.encode_backward(*state, given)
     asked = AttendArguments(asking, ends_of_candidates, weight, *state, feature_map, 1e-6)
     kernels.attend(asked)
-    kernels.attend_backward(torch.zeros(candidates, heads, width), torch.zeros(candidates, heads), asked)
+    answers = torch.zeros(candidates, heads, width), torch.zeros(candidates, heads)
+    kernels.attend_backward(*answers, asked)
+    asked = AttendSoftmaxArguments(asking, ends_of_candidates, weight, *state)
+    kernels.attend_softmax(asked)
+    kernels.attend_softmax_backward(*answers, asked)
     buckets, numbers = torch.zeros(events, dtype=torch.int64), torch.arange(candidates)
     matching = MatchArguments(numbers, ends_of_candidates, history, buckets, ends, *of_events)
     kernels.match(matching)
@@ -164,10 +176,10 @@ def report(launch: Launch, capability: int) -> dict[str, Any]:
     }
 
 
-def different(case: Case) -> list[Launch]:
+def different(case: Case, capability: int) -> list[Launch]:
     """The launches of a case, one of each kernel that is compiled."""
     kernels: dict[str, Launch] = {}
-    for launch in launches(case):
+    for launch in launches(case, capability):
         kernels.setdefault(f"{launch.name} {launch.constants}", launch)
     return list(kernels.values())
 
@@ -210,7 +222,7 @@ def estimate(events: int, candidates: int) -> None:
     """Print, for the first case on 9.0, a row of each kernel."""
     print("| kernel | programs | registers | shared KB | at once | MB | GFLOP | at least, us |")
     print("|---|---|---|---|---|---|---|---|")
-    for launch in launches(CASES[0], events, candidates):
+    for launch in launches(CASES[0], 90, events, candidates):
         told = report(launch, 90)
         moved, operations = work(launch)
         least = max(moved / _BYTES, operations / _OPERATIONS) * 1e6
@@ -230,5 +242,5 @@ if __name__ == "__main__":
     else:
         numbers, capabilities = ([int(x) for x in sys.argv[i].split(",")] for i in (1, 2))
         for number, capability in itertools.product(numbers, capabilities):
-            for launch in different(CASES[number]):
+            for launch in different(CASES[number], capability):
                 print(json.dumps(report(launch, capability)), flush=True)

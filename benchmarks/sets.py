@@ -2,9 +2,12 @@
 
     python benchmarks/sets.py              # about an hour and a half on 2 cores
     python benchmarks/sets.py --smoke      # every run once, tiny, no page
+    python benchmarks/sets.py --journey LOG  # on real requests too, of which all is exposed
 
-A synthetic log whose users pick from the set that is shown (data/synthetic_sets.py), and one whose
-labels know no relations. Writes docs/sets.md. Runs are kept under --out, and are not trained again.
+A synthetic log whose users pick from the set that is shown (data/synthetic_sets.py), and logs whose
+labels know no relations: a synthetic one and, with --journey, one that `ifa data complete-journey`
+wrote, of whose requests a part is used. Writes docs/sets.md. Runs are kept under --out, and are not
+trained again.
 """
 
 from __future__ import annotations
@@ -28,8 +31,9 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from ifa_torchrec import IFAConfig, generate_set
 from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make_loader, synthetic
 from ifa_torchrec.data.schema import EXPOSED, OFFSETS
-from ifa_torchrec.data.synthetic_sets import set_logits, sigmoid
+from ifa_torchrec.data.synthetic_sets import SHOWN, set_logits, sigmoid
 from ifa_torchrec.data.synthetic_truth import SetTruth, truth_of
+from ifa_torchrec.data.writing import drafting
 from ifa_torchrec.models import DLRM_IFA, DLRM_IFATrain
 from ifa_torchrec.modules import CandidateSetConfig
 from ifa_torchrec.training.build import build_model
@@ -60,6 +64,15 @@ RELATIONS = synthetic.SyntheticConfig(
     strength=3.0,
     relations=True,
 )
+JOURNEY = {"train": 4000, "test": 2000}
+"""Requests of each split that are used, evenly spread over all."""
+JOURNEY_PART = f"""
+Requests of the Complete Journey, real baskets ({JOURNEY["train"]:,} of the split `train`, one pass, and
+{JOURNEY["test"]:,} of `test`; 60 to 100 candidates each, all exposed):
+
+TABLE_JOURNEY
+"""
+EPOCHS = {"relations": 1, "plain": 2, "journey": 1}
 PLAIN = synthetic.SyntheticConfig(train=4000, test=2000, mean_events=300, distance=100)
 SETS = {
     "by itself": CandidateSetConfig(),
@@ -77,14 +90,30 @@ class Options:
     out: Path = Path("runs/sets")
     """Where logs and runs are kept."""
     seeds: int = 3
-    """Seeds of each run where labels know no relations."""
-    relation_seeds: int = 1
-    """Seeds of each run where they do."""
+    """Seeds of each run where labels know no relations, and of "generate" where they do."""
+    journey: Path | None = None
+    """Log of the Complete Journey, all candidates exposed; without it the page has no such table."""
     smoke: bool = False
     """Tiny logs, one seed, no page."""
 
 
-def run(options: Options, log: str, name: str, seed: int, epochs: int) -> Path:
+def part_of(whole: Path, path: Path, requests: dict[str, int]) -> EventLog:
+    """A log with so many of another one's requests, or that log if it is there."""
+    if path.exists():
+        return EventLog(path)
+    with drafting(path) as draft:
+        for file in ("events.parquet", "items.parquet", "vocabulary.json"):
+            shutil.copy(whole / file, draft)
+        shutil.copytree(whole / "vocabulary", draft / "vocabulary")
+        (draft / "requests").mkdir(exist_ok=True)
+        for split, count in requests.items():
+            frame = pd.read_parquet(whole / "requests" / f"{split}.parquet")
+            rows = np.linspace(0, len(frame) - 1, min(count, len(frame))).astype(int)
+            frame.iloc[rows].to_parquet(draft / "requests" / f"{split}.parquet", index=False)
+        return EventLog.publish(draft, path, EventLog(whole).schema, list(requests))
+
+
+def run(options: Options, log: str, name: str, seed: int) -> Path:
     """Train where it was not done before; the run's folder."""
     folder = options.out / "".join(c if c.isalnum() else "_" for c in f"{log} {name} {seed}")
     done = folder / "done.json"
@@ -95,7 +124,7 @@ def run(options: Options, log: str, name: str, seed: int, epochs: int) -> Path:
             data=options.out / f"log_{log}",
             out=folder,
             ifa=ifa,
-            epochs=epochs,
+            epochs=EPOCHS[log],
             max_requests=16,
             seed=seed,
             validate=False,
@@ -124,11 +153,14 @@ class Split:
         return Split(dataset, truth, truth.scores_alone(), truth.scores_given(exposed), best)
 
     def gauc(self, score: np.ndarray) -> float:
-        """Of the exposed, by what was picked."""
+        """Of the exposed, by the true probabilities that they are picked in place of labels, which were
+        drawn by these and would add their noise: of two candidates one picked and the other not, how
+        often the first has the higher score; the mean over the requests."""
         exposed = np.asarray(self.dataset.requests[EXPOSED])
-        request = np.repeat(np.arange(len(self.dataset)), np.diff(self.dataset.requests[OFFSETS]))
-        label = np.asarray(self.dataset.requests["label"])
-        return gauc(request[exposed], score[exposed], label[exposed])
+        picked, score = (rows[exposed].reshape(-1, SHOWN) for rows in (self.given, score))
+        weight = picked[:, :, None] * (1 - picked[:, None, :]) * (1 - np.eye(SHOWN))
+        before = np.sign(score[:, :, None] - score[:, None, :]) / 2 + 0.5
+        return float(((weight * before).sum((1, 2)) / weight.sum((1, 2))).mean())
 
     def share(self, sets: list[np.ndarray]) -> float:
         """Of the best sets' expected reward."""
@@ -170,9 +202,7 @@ def measured(split: Split, folder: Path) -> dict[str, float]:
         chosen = {"topk": generate_set(logits[:, 0], whole, SET_SIZE)}
         if model.taken_arch is not None:
             given[rows] = model.logits_given(candidates, batch.exposed)[:, 0].numpy()
-            chosen["greedy"] = generate_set(
-                lambda taken, c=candidates: model.gain_given(c, taken), whole, SET_SIZE, "greedy"
-            )
+            chosen["greedy"] = generate_set(model.set_gain(candidates), whole, SET_SIZE, "greedy")
         for name, found in chosen.items():
             sets[name] += [rows[r] for r in found.values().view(-1, SET_SIZE).numpy()]
     result = {"alone": split.gauc(alone), "given": split.gauc(given), "topk": split.share(sets["topk"])}
@@ -199,19 +229,18 @@ def relations_table(options: Options, split: Split) -> pd.DataFrame:
         },
     ]
     for name in ("by itself", "softmax", "generate", "softmax, generate"):
-        seeds = range(options.relation_seeds)
-        found = [measured(split, run(options, "relations", name, seed, 1)) for seed in seeds]
-        mean = {key: statistics.mean(f[key] for f in found) for key in found[0]}
-        rows.append(
-            {
-                "": name,
-                "GAUC": f"{mean['given']:.4f}",
-                "of the gap": f"{(mean['given'] - low) / (high - low):.2f}",
-                "top-k": f"{mean['topk']:.3f}",
-                "greedy": f"{mean['greedy']:.3f}" if "greedy" in mean else "",
-            }
-        )
-        print(rows[-1], flush=True)
+        for seed in range(options.seeds if name == "generate" else 1):
+            found = measured(split, run(options, "relations", name, seed))
+            rows.append(
+                {
+                    "": f"{name}, seed {seed}",
+                    "GAUC": f"{found['given']:.4f}",
+                    "of the gap": f"{(found['given'] - low) / (high - low):.2f}",
+                    "top-k": f"{found['topk']:.3f}",
+                    "greedy": f"{found['greedy']:.3f}" if "greedy" in found else "",
+                }
+            )
+            print(rows[-1], flush=True)
     return pd.DataFrame(rows)
 
 
@@ -224,22 +253,26 @@ def plain_gauc(folder: Path) -> float:
     for numbers, batch in zip(sampler, make_loader(dataset, sampler), strict=True):
         score[dataset.candidate_rows(numbers)[0]] = model(batch)[:, 0].numpy()
     request = np.repeat(np.arange(len(dataset)), np.diff(dataset.requests[OFFSETS]))
-    return gauc(request, score, np.asarray(dataset.requests["label"]))
+    return gauc(request, score, np.asarray(dataset.requests[model.config.tasks[0].name]))
 
 
-def harm_table(options: Options) -> pd.DataFrame:
+def harm_table(options: Options, log: str) -> pd.DataFrame:
     """GAUC where labels know no relations, by seed, and what the relations cost."""
     found: dict[str, list[float]] = {name: [] for name in SETS if name != "softmax, generate"}
-    for seed in range(1 if options.smoke else options.seeds):
+    for seed in range(options.seeds):
         for name, scores in found.items():
-            scores.append(plain_gauc(run(options, "plain", name, seed, 2)))
-            print("plain", name, seed, round(scores[-1], 4), flush=True)
+            scores.append(plain_gauc(run(options, log, name, seed)))
+            print(log, name, seed, round(scores[-1], 4), flush=True)
     base = found["by itself"]
     return pd.DataFrame(
         {
             "": name,
             "GAUC, by seed": ", ".join(f"{score:.4f}" for score in scores),
-            "against by itself": f"{np.mean(scores) - np.mean(base):+.4f}",
+            "mean": f"{np.mean(scores):.4f}",
+            "against by itself, by seed": ", ".join(
+                f"{score - alone:+.4f}" for score, alone in zip(scores, base, strict=True)
+            ),
+            "mean difference": f"{np.mean(scores) - np.mean(base):+.4f}",
         }
         for name, scores in found.items()
     )
@@ -301,8 +334,7 @@ def greedy_table(options: Options) -> pd.DataFrame:
         generate_set(model.logits_given(model.describe(one, state))[:, 0], whole, SET_SIZE)
 
     def greedy(state: Any = None) -> None:
-        candidates = model.scored(model.describe(one, state))
-        generate_set(lambda taken: model.gain_given(candidates, taken), whole, SET_SIZE, "greedy")
+        generate_set(model.set_gain(model.describe(one, state)), whole, SET_SIZE, "greedy")
 
     whole = JaggedTensor(torch.empty(m), lengths=torch.tensor([m]))
     calls = {
@@ -344,20 +376,28 @@ def main(options: Options) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     configs = {"relations": RELATIONS, "plain": PLAIN}
     if options.smoke:
+        options = replace(options, seeds=1)
         configs = {name: replace(c, train=64, test=40) for name, c in configs.items()}
     logs = {name: synthetic.prepare(options.out / f"log_{name}", c) for name, c in configs.items()}
     tables = {
         "STEP": step_table(options),
         "GREEDY": greedy_table(options),
         "RELATIONS": relations_table(options, Split.of(logs["relations"])),
-        "HARM": harm_table(options),
+        "HARM": harm_table(options, "plain"),
     }
+    if options.journey is not None:
+        count = dict.fromkeys(JOURNEY, 40) if options.smoke else JOURNEY
+        part_of(options.journey, options.out / "log_journey", count)
+        tables["JOURNEY"] = harm_table(options, "journey")
     text = (Path(__file__).parent / "sets_page.md").read_text()
+    text = text.replace("\nJOURNEY\n", f"\n{JOURNEY_PART}" if options.journey else "")
     for name, table in tables.items():
         print(found := markdown(table), flush=True)
         text = text.replace(f"TABLE_{name}", found)
     if not options.smoke:
         command = f"python benchmarks/sets.py --seeds {options.seeds}"
+        if options.journey is not None:
+            command += " --journey runs/data/complete_journey"
         text = text.replace("MEASURED", measured_by(command))
         (ROOT / "docs" / "sets.md").write_text(text)
 

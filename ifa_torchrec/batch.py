@@ -148,6 +148,9 @@ class RankingBatch(RankingFeatures):
             found.
         exposed: [M] bool, whether the user was shown the candidate; CandidateSetLoss can tell the
             two apart.
+        exposed_rows: [E] int64, the rows of those that were, in order, which the loader gives: so their
+            number is known without a look at ``exposed``, which on a GPU waits for the device. None,
+            and they are found where they are needed.
 
     Example:
         >>> import torch
@@ -172,3 +175,4 @@ class RankingBatch(RankingFeatures):
 
     labels: torch.Tensor
     exposed: torch.Tensor
+    exposed_rows: torch.Tensor | None = field(default=None, kw_only=True)

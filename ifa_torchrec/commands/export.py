@@ -3,8 +3,10 @@
     ifa export --run runs/mine --out scorer.pt2
     ifa export --run runs/mine --out scorer.pt2 --package --int8
 
-It scores one request from a user's state. The file has the tables in it. Without --package it is a
-program for torch.export.load; with it, it is compiled for this machine's processor, and
+It scores one request from a user's state. The file has the tables in it. Of a model that generates sets
+(--candidate-set.generate) there is a second file, scorer.set.pt2, a step of a set that grows: given what
+the first one gave, and which candidates are taken, what each of the others is worth. Without --package
+it is a program for torch.export.load; with it, it is compiled for this machine's processor, and
 torch::inductor::AOTIModelPackageLoader loads it in C++, torch._inductor.aoti_load_package in Python.
 What either is to be fed says scorer.json beside it. A package refuses ids beyond their tables, but
 takes shapes, dtypes and strides on trust: give it contiguous tensors, and let it check them by
@@ -23,10 +25,12 @@ import torch.distributed as dist
 import tyro
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
+from torch.export import ExportedProgram
 
 from ifa_torchrec.errors import ConfigError, writing
 from ifa_torchrec.serving import export_scorer, quantize_tables
 from ifa_torchrec.serving.export import describe, package_scorer
+from ifa_torchrec.serving.set_graph import export_set_graph
 from ifa_torchrec.training.run import load_run
 
 
@@ -37,7 +41,7 @@ class ExportConfig:
     run: Path
     """Folder of a training run (its --out)."""
     out: Path
-    """File to write, NAME.pt2; NAME.json is written beside it."""
+    """File to write, NAME.pt2; NAME.json is written beside it, and NAME.set.pt2 where there are sets."""
     package: bool = False
     """Compile it with AOTInductor; needs a C++ compiler, here and not where it is loaded."""
     int8: bool = False
@@ -52,7 +56,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     """Export a run's last checkpoint.
 
     Returns:
-        ``describe``'s entries, and which "tables" and "runtime" it is for; what NAME.json has.
+        ``describe``'s entries, and which "files", "tables" and "runtime" it is for; what NAME.json has.
 
     Raises:
         CheckpointError: the run has no checkpoint.
@@ -67,20 +71,14 @@ def export(config: ExportConfig) -> dict[str, Any]:
             raise ConfigError("--package: there is no C++ compiler; install g++, or set CXX") from error
     run = load_run(config.run, sharded=False)
     model = quantize_tables(run.dlrm) if config.int8 else run.dlrm
-    program = export_scorer(model, run.log.schema)
-    draft = config.out.with_name(f".{config.out.name}")
-    try:
-        with writing(config.out):
-            config.out.parent.mkdir(parents=True, exist_ok=True)
-            if config.package:
-                package_scorer(program, draft)
-            else:
-                torch.export.save(program, draft)
-            draft.rename(config.out)
-    finally:
-        draft.unlink(missing_ok=True)
+    programs = {config.out: export_scorer(model, run.log.schema)}
+    if model.config.candidate_set.generate:
+        programs[config.out.with_suffix(".set.pt2")] = export_set_graph(model)
+    for out, program in programs.items():
+        _write(program, out, config.package)
     description = {
         **describe(model, run.log.schema, run.version, run.log.vocabulary.digest),
+        "files": [out.name for out in programs],
         "tables": "int8" if config.int8 else "float32",
         "runtime": "AOTInductor" if config.package else "torch.export",
         "torch": torch.__version__,
@@ -89,6 +87,21 @@ def export(config: ExportConfig) -> dict[str, Any]:
     with writing(about):
         about.write_text(json.dumps(description, indent=2))
     return description
+
+
+def _write(program: ExportedProgram, out: Path, package: bool) -> None:
+    """As a whole, or not."""
+    draft = out.with_name(f".{out.name}")
+    try:
+        with writing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            if package:
+                package_scorer(program, draft)
+            else:
+                torch.export.save(program, draft)
+            draft.rename(out)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def main(config: Annotated[ExportConfig, tyro.conf.arg(name="")]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -55,18 +57,45 @@ def item_fields(
     return fields
 
 
-def ranges(start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All integers of the ranges start[i]:end[i], one after the other, and each range's length.
+class Ranges:
+    """The rows start[i]:end[i] of columns, one range after the other.
+
+    Args:
+        start, end: [R] int64.
+
+    Attributes:
+        lengths: [R] int64, rows of each range.
+        total: rows of all.
 
     Example:
         >>> import numpy as np
-        >>> from ifa_torchrec.data.batches import ranges
-        >>> [values.tolist() for values in ranges(np.array([5, 0]), np.array([7, 1]))]
-        [[5, 6, 0], [2, 1]]
+        >>> from ifa_torchrec.data.batches import Ranges
+        >>> ranges = Ranges(np.array([5, 0]), np.array([7, 1]))
+        >>> ranges.lengths.tolist(), ranges.of(np.arange(10) * 10).tolist()
+        ([2, 1], [50, 60, 0])
     """
-    lengths = end - start
-    first = np.cumsum(lengths) - lengths
-    return np.repeat(start - first, lengths) + np.arange(lengths.sum()), lengths
+
+    def __init__(self, start: np.ndarray, end: np.ndarray) -> None:
+        self.lengths = end - start
+        self.total = int(self.lengths.sum())
+        self._start = start
+
+    def of(self, column: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """The rows of a column.
+
+        Args:
+            column: [n].
+            out: [total] of the column's dtype, which they are written to; None for new memory.
+        """
+        return column.take(self.rows, out=out, mode="clip")  # "raise" would write to a buffer first
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """[total] int64, the rows' numbers."""
+        first = np.cumsum(self.lengths) - self.lengths
+        rows = np.repeat(self._start - first, self.lengths)
+        rows += np.arange(self.total)
+        return rows
 
 
 def lists_of(columns: Columns, name: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -80,8 +109,8 @@ def lists_of(columns: Columns, name: str, rows: np.ndarray) -> tuple[np.ndarray,
         [[6, 4, 5], [1, 2]]
     """
     offsets = columns[f"{name}{LIST_OFFSETS}"]
-    places, lengths = ranges(offsets[rows], offsets[rows + 1])
-    return columns[name][places], lengths
+    lists = Ranges(offsets[rows], offsets[rows + 1])
+    return lists.of(columns[name]), lists.lengths
 
 
 def jagged(ids: Mapping[str, np.ndarray], lengths: Sequence[np.ndarray]) -> KeyedJaggedTensor:
@@ -93,11 +122,55 @@ def jagged(ids: Mapping[str, np.ndarray], lengths: Sequence[np.ndarray]) -> Keye
         >>> jagged({"store": np.array([4, 7])}, [np.array([1, 1])]).stride()
         2
     """
-    return KeyedJaggedTensor.from_lengths_sync(
-        keys=list(ids),
-        values=tensor(np.concatenate([np.empty(0, np.int64), *ids.values()])),
+    return jagged_of(list(ids), np.concatenate([np.empty(0, np.int64), *ids.values()]), lengths)
+
+
+def jagged_of(keys: list[str], values: np.ndarray, lengths: Sequence[np.ndarray]) -> KeyedJaggedTensor:
+    """Of the ids of all keys, one key's after another's, and of the lengths of each key.
+
+    Args:
+        keys: the keys.
+        values: int64.
+        lengths: [B] int64 a key.
+
+    Example:
+        >>> import numpy as np
+        >>> from ifa_torchrec.data.batches import jagged_of
+        >>> jagged_of(["a", "b"], np.array([4, 7, 9]), [np.array([1]), np.array([2])])["b"].values()
+        tensor([7, 9])
+    """
+    ids = [int(of_key.sum()) for of_key in lengths]
+    return KeyedJaggedTensor(
+        keys=keys,
+        values=tensor(values),
         lengths=tensor(np.concatenate([np.empty(0, np.int64), *lengths])),
+        stride=len(lengths[0]) if lengths else 0,
+        length_per_key=ids,  # else TorchRec computes them when they are asked for
+        offset_per_key=[0, *accumulate(ids)],
     )
+
+
+def parts_of(sizes: Mapping[str, int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Memory for the ids of all keys, and the part of it that each key has: what is written there once
+    need not be moved again to stand beside the others.
+
+    Args:
+        sizes: ids of each key.
+
+    Returns:
+        int64, not initialised.
+
+    Example:
+        >>> from ifa_torchrec.data.batches import parts_of
+        >>> values, parts = parts_of({"a": 1, "b": 2})
+        >>> parts["a"][:], parts["b"][:] = 4, (7, 9)
+        >>> values.tolist()
+        [4, 7, 9]
+    """
+    bounds = np.cumsum([0, *sizes.values()]).tolist()
+    values = np.empty(bounds[-1], np.int64)
+    places = zip(sizes, pairwise(bounds), strict=True)
+    return values, {name: values[start:end] for name, (start, end) in places}
 
 
 def stacked(columns: Sequence[np.ndarray], rows: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,18 @@ from torch.utils.data import Dataset
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ifa_torchrec.batch import RankingBatch
-from ifa_torchrec.data.batches import item_fields, jagged, lists_of, ranges, stacked, tensor
+from ifa_torchrec.data.batches import (
+    Ranges,
+    item_fields,
+    jagged,
+    jagged_of,
+    lists_of,
+    parts_of,
+    stacked,
+    tensor,
+)
 from ifa_torchrec.data.event_log import EventLog
+from ifa_torchrec.data.histories import Histories
 from ifa_torchrec.data.sampler import EMPTY_REQUEST
 from ifa_torchrec.data.schema import (
     CANDIDATES,
@@ -53,7 +64,7 @@ class RankingDataset(Dataset[RankingBatch]):
         ValueError: history_length is less than 1, or unknown_items is not in [0, 1).
 
     Attributes:
-        history_lengths: [R] int64, events in each request's history.
+        histories: where the requests' histories lie.
 
     Example:
         >>> import pandas as pd, tempfile
@@ -123,22 +134,27 @@ class RankingDataset(Dataset[RankingBatch]):
         lists = [OFFSETS, *(f"{name}{LIST_OFFSETS}" for name in schema.context_lists)]
         none |= {name: np.zeros(len(users) + 1, np.int64) for name in lists}
         dataset = cls.__new__(cls)
-        dataset._open(log, {USER: users, TIME: times, **none}, None)
-        if since is not None:
-            dataset._start = log.history_range(users, since)[1]
-            dataset.history_lengths = dataset._end - dataset._start
+        dataset._open(log, {USER: users, TIME: times, **none}, since=since)
         return dataset
 
-    def _open(self, log: EventLog, requests: Columns, history_length: int | None) -> None:
+    def _open(
+        self,
+        log: EventLog,
+        requests: Columns,
+        history_length: int | None = None,
+        since: np.ndarray | None = None,
+    ) -> None:
         self.log, self.requests = log, requests
-        self._start, self._end = log.history_range(requests[USER], requests[TIME])
-        if history_length is not None:
-            self._start = np.maximum(self._start, self._end - history_length)
-        self.history_lengths = self._end - self._start
+        self.histories = Histories(log, requests[USER], requests[TIME], history_length, since)
         self._unknown_items, self._seed, self._epoch = 0.0, 0, 0
 
+    @cached_property
+    def history_lengths(self) -> np.ndarray:
+        """[R] int64, events in each request's history; takes time and memory for all requests."""
+        return self.histories.lengths(np.arange(len(self)))
+
     def __len__(self) -> int:
-        return len(self.history_lengths)
+        return len(self.histories)
 
     def __getitem__(self, indices: Sequence[int] | np.ndarray) -> RankingBatch:
         requests, schema = self.requests, self.log.schema
@@ -150,46 +166,73 @@ class RankingDataset(Dataset[RankingBatch]):
             )
         real = index != EMPTY_REQUEST
         rows, index = len(index), index[real]
-        events, history_lengths = ranges(self._start[index], self._end[index])
-        candidates, candidate_lengths = self.candidate_rows(index)
-        logged = self.log.events
-        items = {HISTORY: logged[schema.item][events], CANDIDATE: requests[CANDIDATES][candidates]}
-        lengths = {HISTORY: history_lengths, CANDIDATE: candidate_lengths}
-        ids = {prefix: self._item_ids(index, items[prefix], lengths[prefix]) for prefix in items}
-        ids[HISTORY] |= {f: logged[f][events] for f in schema.event_features}
-        ids[CANDIDATE] |= {f: requests[f][candidates] for f in schema.candidate_features}
-        age = np.repeat(requests[TIME][index], history_lengths) - logged[TIME][events]
+        events = Ranges(*self.histories.ranges(index))
+        candidates = self._candidates(index)
+        logged, of = self.log.events, {HISTORY: events, CANDIDATE: candidates}
+        items = {HISTORY: events.of(logged[schema.item]), CANDIDATE: candidates.of(requests[CANDIDATES])}
+        age = np.repeat(requests[TIME][index], events.lengths)
+        age -= events.of(logged[TIME])
+        days = age.astype(np.float32)
+        days /= MICROSECONDS_PER_DAY
         dense = [_spread(requests[f][index], real) for f in schema.dense_features]
+        exposed = candidates.of(requests[EXPOSED])
         return RankingBatch(
             dense_features=stacked(dense, rows),
             context_features=self._context_features(index, real),
-            sequence_features=jagged(
-                {prefix + f: values for prefix in ids for f, values in ids[prefix].items()},
-                [_spread(lengths[prefix], real) for prefix in ids for _ in ids[prefix]],
-            ),
+            sequence_features=self._sequence_features(index, real, of, items),
             candidate_dense=stacked(
-                [requests[f][candidates] for f in schema.candidate_dense], len(candidates)
+                [candidates.of(requests[f]) for f in schema.candidate_dense], candidates.total
             ),
-            history_age=tensor((age / MICROSECONDS_PER_DAY).astype(np.float32)),
-            labels=stacked([requests[task][candidates] for task in schema.tasks], len(candidates)),
-            exposed=tensor(requests[EXPOSED][candidates]),
-            history_weight=tensor(logged[schema.event_weight][events]) if schema.event_weight else None,
-            history_dense=stacked([logged[f][events] for f in schema.event_dense], len(events))
+            history_age=tensor(days),
+            labels=stacked([candidates.of(requests[task]) for task in schema.tasks], candidates.total),
+            exposed=tensor(exposed),
+            exposed_rows=tensor(np.flatnonzero(exposed)),
+            history_weight=tensor(events.of(logged[schema.event_weight]))
+            if schema.event_weight
+            else None,
+            history_dense=stacked([events.of(logged[f]) for f in schema.event_dense], events.total)
             if schema.event_dense
             else None,
             **self._items(items[HISTORY], items[CANDIDATE]),
         )
 
-    def _item_ids(self, index: np.ndarray, items: np.ndarray, lengths: np.ndarray) -> Columns:
-        """The item features of the items of requests, one request after the other."""
-        item, *others = self.log.schema.item_features
-        rows = self.log.item_rows(items)
+    def _sequence_features(
+        self,
+        index: np.ndarray,
+        real: np.ndarray,
+        of: dict[str, Ranges],
+        items: dict[str, np.ndarray],
+    ) -> KeyedJaggedTensor:
+        """The ids of the requests' events and candidates, each written to where it stays."""
+        schema = self.log.schema
+        own = {HISTORY: schema.event_features, CANDIDATE: schema.candidate_features}
+        columns = {HISTORY: self.log.events, CANDIDATE: self.requests}
+        sizes = {
+            prefix + f: of[prefix].total for prefix in of for f in (*schema.item_features, *own[prefix])
+        }
+        values, parts = parts_of(sizes)
+        for prefix, ranges in of.items():
+            item, *others = schema.item_features
+            self._item_rows(index, items[prefix], ranges.lengths, parts[prefix + item])
+            for f in others:
+                self.log.items[f].take(items[prefix], out=parts[prefix + f], mode="clip")
+            for f in own[prefix]:
+                ranges.of(columns[prefix][f], out=parts[prefix + f])
+        lengths = {prefix: _spread(ranges.lengths, real) for prefix, ranges in of.items()}
+        per_key = [lengths[HISTORY if key.startswith(HISTORY) else CANDIDATE] for key in sizes]
+        return jagged_of(list(sizes), values, per_key)
+
+    def _item_rows(
+        self, index: np.ndarray, items: np.ndarray, lengths: np.ndarray, out: np.ndarray
+    ) -> None:
+        """Write the rows in the item's table of the items of requests, one request after the other."""
+        known = self.log.schema.item_features[self.log.schema.item]
+        np.multiply(items, items < known, out=out)
         if self._unknown_items:
             key = np.random.SeedSequence([self._seed, self._epoch]).generate_state(1, np.uint64)[0]
             request = np.repeat(_mixed(index.astype(np.uint64) + key), lengths)
             drawn = _mixed(request + items.astype(np.uint64) * _ODD)
-            rows = np.where(drawn < int(self._unknown_items * 2**64), 0, rows)
-        return {item: rows, **{f: self.log.items[f][items] for f in others}}
+            out[drawn < int(self._unknown_items * 2**64)] = 0
 
     def _items(self, history: np.ndarray, candidates: np.ndarray) -> dict[str, Any]:
         """What describes the distinct items of the batch, and tells items apart."""
@@ -212,9 +255,12 @@ class RankingDataset(Dataset[RankingBatch]):
     def candidate_rows(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the requests' candidates in the split's flat candidate columns, and how many
         each request has."""
+        candidates = self._candidates(np.asarray(indices, dtype=np.int64))
+        return candidates.rows, candidates.lengths
+
+    def _candidates(self, index: np.ndarray) -> Ranges:
         offsets = self.requests[OFFSETS]
-        index = np.asarray(indices, dtype=np.int64)
-        return ranges(offsets[index], offsets[index + 1])
+        return Ranges(offsets[index], offsets[index + 1])
 
 
 def _spread(values: np.ndarray, real: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -32,6 +33,7 @@ from ifa_torchrec.batch import Scale
 from ifa_torchrec.data.checks import check_events, check_items, check_requests
 from ifa_torchrec.data.columns import require_column
 from ifa_torchrec.data.external import ExternalIds, check_columns, columns_of
+from ifa_torchrec.data.histories import AT_ONCE
 from ifa_torchrec.data.mapped_columns import MappedColumns
 from ifa_torchrec.data.scales import scales_of
 from ifa_torchrec.data.schema import (
@@ -50,8 +52,6 @@ from ifa_torchrec.data.schema import (
 )
 from ifa_torchrec.data.vocabulary import Vocabulary
 from ifa_torchrec.data.writing import drafting, write_tables
-
-_AT_ONCE = 1 << 20  # requests whose histories are looked for together: bounds the memory for it
 
 
 class EventLog:
@@ -220,6 +220,10 @@ class EventLog:
         draft.rename(path)
         return cls(path)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the log itself: what is mapped to memory is not sent there."""
+        return _opened, (self.path, self.schema)
+
     def fingerprint(self) -> str:
         """A digest of the schema, all columns of all tables and the vocabulary, to tell logs apart."""
         for split in self.splits:
@@ -355,14 +359,20 @@ class EventLog:
         end = np.zeros(len(user), dtype=np.int64)
         if not len(self.users):
             return start, end
-        for first in range(0, len(user), _AT_ONCE):
-            rows = slice(first, first + _AT_ONCE)
+        for first in range(0, len(user), AT_ONCE):
+            rows = slice(first, first + AT_ONCE)
             found = np.minimum(np.searchsorted(self.users, user[rows]), len(self.users) - 1)
             known = self.users[found] == user[rows]
             start[rows] = np.where(known, self.user_offsets[found], 0)
             end[rows] = np.where(known, self.user_offsets[found + 1], 0)
             end[rows] = _first_at(np.asarray(self.events[TIME]), start[rows], end[rows], time[rows])
         return start, end
+
+
+def _opened(path: Path, schema: LogSchema) -> EventLog:
+    log = EventLog(path)
+    log.schema = schema
+    return log
 
 
 def _first_at(times: np.ndarray, start: np.ndarray, end: np.ndarray, time: np.ndarray) -> np.ndarray:

@@ -1,20 +1,29 @@
-"""A torch DataLoader of a dataset and a sampler."""
+"""Batches made ahead of the step that takes them."""
 
 from __future__ import annotations
 
+import time
+from collections import deque
+from collections.abc import Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import torch
-from torch.utils.data import DataLoader
 
 from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data.dataset import RankingDataset
-from ifa_torchrec.data.sampler import EventBudgetSampler
+
+AHEAD = 4
+"""Batches that are made, or being made, before they are asked for."""
+THREADS = 2
+"""Threads that make them, a batch each. Numpy and torch let others run while they copy."""
 
 
-def make_loader(dataset: RankingDataset, sampler: EventBudgetSampler) -> DataLoader[RankingBatch]:
-    """A DataLoader over ``dataset`` in the sampler's batches.
+def make_loader(dataset: RankingDataset, sampler: Iterable[list[int]]) -> BatchLoader:
+    """The batches of ``dataset`` in the sampler's lists, made ahead of whoever takes them.
 
-    Batches are made by slicing memory-mapped columns, which is cheap enough to need no worker
-    processes.
+    Args:
+        dataset: gives the batch of a list of requests.
+        sampler: an EventBudgetSampler, or lists that it gave.
 
     Example:
         >>> from ifa_torchrec.data import EventBudgetSampler, make_loader
@@ -24,10 +33,75 @@ def make_loader(dataset: RankingDataset, sampler: EventBudgetSampler) -> DataLoa
         >>> list(make_loader(Dataset(), EventBudgetSampler([5, 5, 9], max_events=10, max_requests=8)))
         [2, 1]
     """
-    return DataLoader(
-        dataset,
-        sampler=sampler,
-        batch_size=None,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else it draws from that of the model, once more in a resumed run
-    )
+    return BatchLoader(dataset, sampler)
+
+
+class BatchLoader:
+    """The batches of a dataset, in the order of a sampler's lists, made ahead by threads.
+
+    What goes wrong in making a batch is raised where that batch is taken. Up to AHEAD batches more than
+    were taken are made, so a position in the data is counted by what was taken:
+    ``EventBudgetSampler.state_dict(step)``. Threads end when the iterator is exhausted, closed or
+    forgotten. Where there is a card, batches come in page-locked memory.
+
+    Nothing is forked, and making a batch runs no parallel region of OpenMP, so that a program may fork
+    before and after, and use the dataset in the workers of a torch DataLoader.
+
+    Args:
+        dataset: gives the batch of a list of requests.
+        sampler: lists of requests; iterated anew each time, in a thread.
+
+    Attributes:
+        waited: seconds for which batches were asked for before they were made, of all iterations.
+
+    Example:
+        >>> from ifa_torchrec.data.loader import BatchLoader
+        >>> class Dataset:  # stands for a RankingDataset
+        ...     def __getitem__(self, indices):
+        ...         return len(indices)
+        >>> list(BatchLoader(Dataset(), [[0, 1], [2]]))
+        [2, 1]
+    """
+
+    def __init__(self, dataset: RankingDataset, sampler: Iterable[list[int]]) -> None:
+        self._dataset, self._sampler = dataset, sampler
+        self.waited = 0.0
+
+    def __iter__(self) -> Generator[RankingBatch]:
+        lists = ThreadPoolExecutor(1, "lists-of-requests")
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        makers = ThreadPoolExecutor(THREADS, "batches", _use, (device,))
+        steps = iter(self._sampler)
+
+        def begin() -> Future[RankingBatch | None]:
+            return makers.submit(self._make, lists.submit(next, steps, None))
+
+        try:
+            ahead = deque(begin() for _ in range(AHEAD))
+            while (batch := self._taken(ahead.popleft())) is not None:
+                ahead.append(begin())
+                yield batch
+        finally:
+            for pool in (lists, makers):
+                pool.shutdown(cancel_futures=True)
+
+    def _make(self, requests: Future[list[int] | None]) -> RankingBatch | None:
+        """The batch of the requests; None behind the last."""
+        numbers = requests.result()
+        if numbers is None:
+            return None
+        batch = self._dataset[numbers]
+        return batch.pin_memory() if torch.cuda.is_available() else batch
+
+    def _taken(self, made: Future[RankingBatch | None]) -> RankingBatch | None:
+        start = time.perf_counter()
+        try:
+            return made.result()
+        finally:
+            self.waited += time.perf_counter() - start
+
+
+def _use(device: int | None) -> None:
+    """Let a thread page-lock memory for this process's card; a new thread has the first."""
+    if device is not None:
+        torch.cuda.set_device(device)

@@ -112,7 +112,7 @@ class MappedColumns:
                 seen = {c: _check(file, made["columns"][c]) for c, file in files.items()}
                 columns: Columns = {
                     # refuses what np.load would unpickle
-                    c: np.lib.format.open_memmap(file, mode="r")
+                    c: np.asarray(np.lib.format.open_memmap(file, mode="r"))
                     for c, file in files.items()
                 }
             except Exception:  # whatever a damaged folder leads to: the columns are made anew

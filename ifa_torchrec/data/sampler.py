@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import heapq
+from array import array
 from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import Sampler
 
+from ifa_torchrec.data.order import Order
 from ifa_torchrec.errors import ConfigError
 
 EMPTY_REQUEST = -1
@@ -15,18 +19,37 @@ EMPTY_REQUEST = -1
 has fewer requests than another, since some of TorchRec's collectives want equal batches."""
 
 
+_IMBALANCE_STEPS = 1000
+
+
+class FindsLengths(Protocol):
+    """Histories, or what stands for them: how many events the history of a request has."""
+
+    def __len__(self) -> int:
+        """R, the number of requests."""
+        ...
+
+    def lengths(self, requests: np.ndarray, /) -> np.ndarray:
+        """[n] int64, events in the history of each of [n] requests."""
+        ...
+
+
 class EventBudgetSampler(Sampler[list[int]]):
     """Lists of requests whose histories hold at most ``max_events`` events together.
 
-    Requests are taken in order (shuffled anew each epoch if asked). A step takes as many as fit all
-    ranks' budgets and shares them so that each rank has about the same number of events: the
+    Requests are taken in order (shuffled anew each epoch if asked; see ``Order``). A step takes as many
+    as fit all ranks' budgets and shares them so that each rank has about the same number of events: the
     longest history first, each to the rank that has the fewest events so far. A single history
     above the budget is a list of its own, but for requests without any event. So nothing is
     dropped, cut or seen twice, and all ranks take the same number of steps; a rank that has fewer
     requests in a step than another has EMPTY_REQUEST in their place.
 
+    Steps are cut as they are taken, from a window of requests at a time, so that the first comes at once
+    and memory does not grow with the requests. Their number is known when the last was taken.
+
     Args:
-        history_lengths: [R], events in each request's history.
+        history_lengths: [R], events in each request's history; or ``RankingDataset.histories``, which
+            finds them a window at a time.
         max_events: budget of events a rank's batch.
         max_requests: most requests a rank's batch.
         seed: shuffles with this seed; None keeps the order.
@@ -43,7 +66,7 @@ class EventBudgetSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        history_lengths: Sequence[int] | np.ndarray,
+        history_lengths: Sequence[int] | np.ndarray | FindsLengths,
         max_events: int,
         max_requests: int,
         seed: int | None = None,
@@ -53,9 +76,12 @@ class EventBudgetSampler(Sampler[list[int]]):
             raise ConfigError(
                 f"max_events and max_requests must be at least 1, got {max_events}, {max_requests}"
             )
-        self.history_lengths = np.asarray(history_lengths, dtype=np.int64)
+        if isinstance(history_lengths, (Sequence, np.ndarray)):
+            self._lengths = np.asarray(history_lengths, dtype=np.int64).__getitem__
+        else:
+            self._lengths = history_lengths.lengths
         self.max_events, self.max_requests = max_events, max_requests
-        self.seed, self.shard = seed, shard
+        self.order, self.shard = Order(len(history_lengths), seed), shard
         self.start_at(0)
 
     def start_at(self, epoch: int, request: int = 0) -> None:
@@ -64,58 +90,114 @@ class EventBudgetSampler(Sampler[list[int]]):
         The ranks together have taken that many, whatever their number was.
         """
         self._start = (epoch, request)
-        self._cut: list[list[np.ndarray]] | None = None
-        self._taken: list[int] = [request]
+        self._taken = array("q", [request])
 
     def __iter__(self) -> Iterator[list[int]]:
         rank, _ = self.shard
-        for shares in self._steps():
+        self._taken = taken = array("q", [self._start[1]])
+        for last, shares in self._steps():
+            taken.append(last)
             width = max(len(share) for share in shares)
             mine = shares[rank].tolist()
             yield mine + [EMPTY_REQUEST] * (width - len(mine))
 
-    def __len__(self) -> int:
-        return len(self._steps())
-
     def requests_taken(self, step: int) -> int:
-        """Requests of the epoch that all ranks have taken after ``step`` steps of this pass."""
-        self._steps()
+        """Requests of the epoch that all ranks have taken after ``step`` steps of this pass.
+
+        Args:
+            step: at most as many as the pass has given lists.
+        """
         return self._taken[step]
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """The position after ``step`` steps of this pass: of what was trained, however many lists were
+        taken ahead of it. As JSON; the same on all ranks.
+
+        Example:
+            >>> from ifa_torchrec.data import EventBudgetSampler
+            >>> sampler = EventBudgetSampler([5, 5, 5, 5], max_events=10, max_requests=2)
+            >>> lists = list(sampler)
+            >>> state = sampler.state_dict(step=1)
+            >>> state["epoch"], state["request"]
+            (0, 2)
+            >>> others = [EventBudgetSampler([5] * 4, 10, 1, shard=(rank, 2)) for rank in (0, 1)]
+            >>> for other in others:
+            ...     other.load_state_dict(state)
+            >>> [list(other) for other in others]
+            [[[2]], [[3]]]
+        """
+        epoch, request = self._start[0], self.requests_taken(step)
+        if request == self.order.requests:
+            epoch, request = epoch + 1, 0
+        return {"epoch": epoch, "request": request, "order": self.order.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Begin the next pass at a position that ``state_dict`` gave: every request that was not taken
+        then is taken once. The number of ranks and the budgets may be others.
+
+        Args:
+            state: from ``state_dict``. Without "order", it is of a split that is shuffled whole.
+
+        Raises:
+            ConfigError: the position is in another order.
+        """
+        now = self.order.state_dict()
+        saved = state.get("order", {**now, "cut": None})
+        if saved != now:
+            raise ConfigError(
+                f"request {state['request']} is a position in another order of the requests, of "
+                f"{saved}, and this one is of {now}; go on with the split, the seed and the version of "
+                "ifa_torchrec that it is of, or begin anew"
+            )
+        self.start_at(state["epoch"], state["request"])
 
     def imbalance(self) -> float:
         """The most events of a rank over the mean of the ranks, averaged over the steps: how much
-        longer the ranks work than they would if their events were equal.
+        longer the ranks work than they would if their events were equal. Of a pass of more than 1,000
+        steps, over the first of these.
 
         Example:
             >>> from ifa_torchrec.data import EventBudgetSampler
             >>> EventBudgetSampler([30, 10], max_events=50, max_requests=1, shard=(0, 2)).imbalance()
             1.5
         """
-        steps = [[self.history_lengths[share].sum() for share in shares] for shares in self._steps()]
-        ratios = [max(events) / np.mean(events) for events in steps if sum(events)]
+        steps = (shares for _, shares in islice(self._steps(), _IMBALANCE_STEPS))
+        events = [[int(self._lengths(share).sum()) for share in shares] for shares in steps]
+        ratios = [max(of_ranks) / np.mean(of_ranks) for of_ranks in events if sum(of_ranks)]
         return float(np.mean(ratios)) if ratios else 1.0
 
-    def _steps(self) -> list[list[np.ndarray]]:
-        """For each step of the pass, the requests of each rank."""
-        if self._cut is None:
-            epoch, first = self._start
-            order = np.arange(len(self.history_lengths))
-            if self.seed is not None:
-                np.random.default_rng([self.seed, epoch]).shuffle(order)
-            lengths = self.history_lengths[order]
-            _, world = self.shard
+    def _steps(self) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """For each step of the pass, how many requests were taken after it, and those of each rank."""
+        (epoch, taken), most = self._start, self.shard[1] * self.max_requests
+        windows = self.order.windows(epoch, taken)
+        order = lengths = np.empty(0, np.int64)
+        while True:
+            window = next(windows, None)
+            if window is not None:
+                order, lengths = (
+                    np.concatenate(pair) for pair in ((order, window), (lengths, self._lengths(window)))
+                )
             # a history above the budget takes one rank's whole budget
             total = np.concatenate([[0], np.cumsum(np.minimum(lengths, self.max_events))])
-            self._cut = []
-            while first < len(order):
-                last = np.searchsorted(total, total[first] + world * self.max_events, side="right") - 1
-                last = min(int(last), first + world * self.max_requests)
-                while (shares := self._share(lengths[first:last])) is None:
-                    last -= max((last - first) // 16, 1)
-                self._cut.append([order[first:last][share] for share in shares])
-                self._taken.append(last)
+            first, end = 0, len(order) - (0 if window is None else most)
+            while first < end:
+                last, shares = self._cut(lengths, total, first)
+                yield taken + last, [order[first:last][share] for share in shares]
                 first = last
-        return self._cut
+            order, lengths, taken = order[first:], lengths[first:], taken + first
+            if window is None:
+                return
+
+    def _cut(self, lengths: np.ndarray, total: np.ndarray, first: int) -> tuple[int, list[np.ndarray]]:
+        """Where the step ends that begins at a request, and the requests of each rank from there."""
+        _, world = self.shard
+        last = np.searchsorted(total, total[first] + world * self.max_events, side="right") - 1
+        last = min(int(last), first + world * self.max_requests)
+        if world == 1:
+            return last, [np.arange(last - first)]
+        while (shares := self._share(lengths[first:last])) is None:
+            last -= max((last - first) // 16, 1)
+        return last, shares
 
     def _share(self, lengths: np.ndarray) -> list[np.ndarray] | None:
         """Which of these requests each rank gets; None if they do not fit the ranks' budgets."""

@@ -19,6 +19,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingCollection
 from torchrec.optim import SGD, Adagrad, RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
@@ -50,6 +51,9 @@ class OptimizerConfig:
         weight_decay: of the dense matrices; biases and norms have none.
         table_weight_decay: of the rows of tables that a step touches, by table_lr table_weight_decay of
             what they are; of "rowwise_adagrad" alone, the only optimiser for which fbgemm has it.
+        clip_norm: most that the norm of the gradient of the dense part, over all its parameters, may be:
+            a longer one is scaled down to it. Tables are updated as the backward reaches them, before
+            any norm is known, and are not clipped. None for any.
 
     Example:
         >>> from ifa_torchrec.distributed import OptimizerConfig
@@ -62,6 +66,7 @@ class OptimizerConfig:
     dense_lr: float | None = None
     weight_decay: float = 0.0
     table_weight_decay: float = 0.0
+    clip_norm: float | None = None
 
     def __post_init__(self) -> None:
         if self.table_optimizer not in _TABLE_OPTIMIZERS:
@@ -78,6 +83,8 @@ class OptimizerConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ConfigError(f"OptimizerConfig: {name} must be a number of at least 0, got {value}")
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise ConfigError(f"OptimizerConfig: clip_norm must be above 0, got {self.clip_norm}")
 
 
 def init_process_group() -> torch.device:
@@ -203,6 +210,10 @@ def shard(
         group["lr"] = DENSE_LR if optimizers.dense_lr is None else optimizers.dense_lr
     for state in adamw.state.values():
         state["step"].zero_()
+    if optimizers.clip_norm is not None:
+        dense_optimizer = GradientClippingOptimizer(
+            dense_optimizer, GradientClipping.NORM, optimizers.clip_norm
+        )
     return sharded, CombinedOptimizer([sharded.fused_optimizer, ("dense", dense_optimizer)])
 
 

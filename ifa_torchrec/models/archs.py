@@ -30,7 +30,6 @@ from ifa_torchrec.modules import (
     SequenceInteraction,
     UserState,
 )
-from ifa_torchrec.modules.candidate_set import Related
 from ifa_torchrec.modules.history import counted
 from ifa_torchrec.modules.projections import ZeroLinear
 from ifa_torchrec.ops.jagged import request_of_row
@@ -71,7 +70,6 @@ class Candidates:
         vectors, beside: as a Part's.
         ids: [M, item features] int64, of their items; None where nobody compares them.
         logits: [M, T], what SetArch says of them; None where it was not asked yet.
-        related: what TakenArch makes of them before it knows what is taken; None likewise.
 
     Example:
         >>> import torch
@@ -87,21 +85,32 @@ class Candidates:
     beside: tuple[Tensor, ...]
     ids: Tensor | None = None
     logits: Tensor | None = None
-    related: Related | None = None
 
     def members(self, norm: nn.LayerNorm) -> JaggedTensor:
         """As members of a set, [M, D]: with the request and what the history answered to them."""
         member = norm(torch.stack([self.tokens, *self.vectors]).sum(0))
         return JaggedTensor(member, lengths=self.offsets.diff(), offsets=self.offsets)
 
-    def only(self, kept: Tensor) -> Candidates:
-        """Those that are kept, [M] bool, as if there were no others."""
+    def detach(self) -> Candidates:
+        """The same, as what is known of them: what is learnt of these numbers does not change them."""
+        vectors, beside = ([rows.detach() for rows in part] for part in (self.vectors, self.beside))
+        tokens = self.tokens.detach()
+        return Candidates(tokens, self.offsets, tuple(vectors), tuple(beside), self.ids)
+
+    def only(self, kept: Tensor, rows: Tensor | None = None) -> Candidates:
+        """Some of them, as if there were no others.
+
+        Args:
+            kept: [M] bool, which.
+            rows: [E] int64, the numbers of those; None to find them, which on a GPU waits for it.
+        """
+        rows = kept.nonzero()[:, 0] if rows is None else rows
         return Candidates(
-            self.tokens[kept],
+            self.tokens[rows],
             counted(kept, self.offsets),
-            tuple(rows[kept] for rows in self.vectors),
-            tuple(rows[kept] for rows in self.beside),
-            None if self.ids is None else self.ids[kept],
+            tuple(columns[rows] for columns in self.vectors),
+            tuple(columns[rows] for columns in self.beside),
+            None if self.ids is None else self.ids[rows],
         )
 
 

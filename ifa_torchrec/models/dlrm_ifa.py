@@ -41,7 +41,7 @@ from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.models.archs import CandidateArch, Candidates, Lookups, SetArch
 from ifa_torchrec.models.config import DLRM_IFAConfig
 from ifa_torchrec.models.sparse import PooledArch, SequenceArch, tables_of
-from ifa_torchrec.models.taken import TakenArch
+from ifa_torchrec.models.taken import SetGain, TakenArch
 from ifa_torchrec.modules import (
     CandidateSetLoss,
     CandidateSetLossConfig,
@@ -117,7 +117,8 @@ class DLRM_IFA(nn.Module):
             self.candidate_arch = CandidateArch(config, features, interaction)
             widths = self.candidate_arch.num_vectors, self.candidate_arch.out_features
             self.set_arch = SetArch(config, *widths)
-            self.taken_arch = TakenArch(config) if config.candidate_set.generate else None
+            with torch.random.fork_rng(devices=[]):  # all else starts the same with and without it
+                self.taken_arch = TakenArch(config) if config.candidate_set.generate else None
         pooled = {"context_features": self.sparse_arch, "item_lists": self.item_sparse_arch}
         self.candidate_arch.weighted = tuple(n for n, arch in pooled.items() if arch and arch.weighted)
 
@@ -155,10 +156,9 @@ class DLRM_IFA(nn.Module):
         return self.candidate_arch.attend(lookups, features, state)
 
     def scored(self, candidates: Candidates) -> Candidates:
-        """Candidates that keep their logits with nothing taken: ``logits_given`` of them costs what the
-        taken change, and no more. For a set that is built step by step."""
-        related = None if self.taken_arch is None else self.taken_arch.related(candidates)
-        return dataclasses.replace(candidates, logits=self.set_arch(candidates), related=related)
+        """Candidates that keep their logits with nothing taken, which ``logits_given`` and ``set_gain``
+        then do not reckon again."""
+        return dataclasses.replace(candidates, logits=self.set_arch(candidates))
 
     def logits_given(self, candidates: Candidates, taken: Tensor | None = None) -> Tensor:
         """The logits of every candidate beside its set, given those that are taken already: placed in
@@ -180,8 +180,9 @@ class DLRM_IFA(nn.Module):
             return logits
         return logits + self._taken_arch()(candidates, taken)
 
-    def gain_given(self, candidates: Candidates, taken: Tensor) -> Tensor:
-        """What the set that will be shown is worth more with each candidate: what to add greedily.
+    def set_gain(self, candidates: Candidates) -> SetGain:
+        """What the set that will be shown is worth more with each candidate, given those that are taken
+        already: what to add greedily.
 
         Its worth is the sum over what it holds of the predictions that rank (``set_worth``: of one
         binary task the expected number of positives). A candidate adds its own, given those taken
@@ -189,14 +190,14 @@ class DLRM_IFA(nn.Module):
         nothing taken the order is that of ``ranking_score``.
 
         Args:
-            candidates: what ``scored`` gave; or ``describe``, and the logits are reckoned anew.
-            taken: [M] bool.
+            candidates: what ``describe`` or ``scored`` gave.
 
         Returns:
-            [M], float32 at least; the numbers of those that are taken mean nothing.
+            A function of ``taken``, [M] bool, for ``generate_set``. A step of it costs what the one that
+            it takes changes, and not what the model costs.
 
         Raises:
-            ConfigError, ValueError: as ``logits_given``.
+            ConfigError: the model knows no relation to what is taken.
 
         Example:
             >>> import torch
@@ -217,14 +218,13 @@ class DLRM_IFA(nn.Module):
             ...     torch.zeros(5, 0), history_age=torch.rand(4))
             >>> candidates = model.scored(model.describe(features))
             >>> rows = JaggedTensor(candidates.tokens, offsets=candidates.offsets)
-            >>> chosen = generate_set(
-            ...     lambda taken: model.gain_given(candidates, taken), rows, 2, "greedy")
+            >>> chosen = generate_set(model.set_gain(candidates), rows, 2, "greedy")
             >>> chosen.lengths().tolist()
             [2, 2]
         """
-        if candidates.logits is None:
-            candidates = self.scored(candidates)
-        return self._taken_arch().gain(candidates, taken, self.config.tasks)
+        arch = self._taken_arch()
+        scored = self.scored(candidates) if candidates.logits is None else candidates
+        return SetGain(arch, scored, self.config.tasks)
 
     def _taken_arch(self) -> TakenArch:
         if self.taken_arch is None:
@@ -361,9 +361,11 @@ class DLRM_IFATrain(nn.Module):
             )
         self.taken_sample = self.taken_loss = None
         if dlrm_module.taken_arch is not None:
-            alone = dataclasses.replace(self.loss.config, consistency=0.0)
+            given = dataclasses.replace(self.loss.config, consistency=0.0)
+            if given.pointwise:  # a set is worth the sum of its probabilities, which orders spoil
+                given = dataclasses.replace(given, listwise=0.0)
             self.taken_sample = TakenSample()
-            self.taken_loss = CandidateSetLoss(alone, across_ranks, dlrm_module.config.tasks)
+            self.taken_loss = CandidateSetLoss(given, across_ranks, dlrm_module.config.tasks)
 
     def forward(self, batch: RankingBatch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """
@@ -374,12 +376,17 @@ class DLRM_IFATrain(nn.Module):
         candidates = self.model.describe(batch)
         logits, alone = self.model.set_arch(candidates), None
         if self.loss.config.consistency:  # the exposed, scored where the others do not stand beside them
-            alone = self.model.set_arch(candidates.only(batch.exposed))
+            alone = self.model.set_arch(candidates.only(batch.exposed, batch.exposed_rows))
         loss = self.loss(logits, batch.labels, batch.exposed, candidates.offsets, alone)
         taken_arch = self.model.taken_arch
         if taken_arch and self.taken_sample and self.taken_loss and self.training:
             shown = batch.exposed
             taken = self.taken_sample(shown, candidates.offsets)
-            given, offsets = logits + taken_arch(candidates, taken), counted(shown, candidates.offsets)
-            loss = loss + self.taken_loss(given[shown], batch.labels[shown], shown[shown], offsets)
+            rows = batch.exposed_rows
+            rows = shown.nonzero()[:, 0] if rows is None else rows
+            # what the relation learns changes nothing of what it stands on: a model that can generate
+            # sets ranks as the one that cannot
+            given = logits.detach() + taken_arch(candidates.detach(), taken)
+            offsets = counted(shown, candidates.offsets)
+            loss = loss + self.taken_loss(given[rows], batch.labels[rows], shown[rows], offsets)
         return loss, (loss.detach(), logits.detach(), batch.labels.detach())

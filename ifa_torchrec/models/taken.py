@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ifa_torchrec.models.archs import Candidates
 from ifa_torchrec.models.config import DLRM_IFAConfig
 from ifa_torchrec.modules import TakenRelation, Task
-from ifa_torchrec.modules.candidate_set import Related
+from ifa_torchrec.modules.candidate_set import Related, check_taken, first_rows
 from ifa_torchrec.modules.tasks import ranking_weights
 
 
@@ -42,34 +42,120 @@ class TakenArch(nn.Module):
 
     def forward(self, candidates: Candidates, taken: Tensor) -> Tensor:
         """What is added to the logits, [M, T], of ``taken`` [M] bool; 0 where nothing is taken."""
-        return self.relation.terms(candidates.related or self.related(candidates), taken)
+        return self.relation.terms(self.related(candidates), taken)
 
     def related(self, candidates: Candidates) -> Related:
         """What does not depend on what is taken."""
         return self.relation.related(candidates.members(self.member_norm), candidates.ids)
 
-    def gain(self, candidates: Candidates, taken: Tensor, tasks: Sequence[Task]) -> Tensor:
-        """What a set is worth more with each candidate: what that one is worth given the taken, and
-        what it does to these.
+    def step(
+        self, logits: Tensor, related: Related, rows: Tensor, tasks: Sequence[Task]
+    ) -> tuple[Tensor, Tensor]:
+        """A step of one request's set that grows; what SetGain does, without a memory.
 
         Args:
-            candidates: with their logits.
+            logits: [M, T] with nothing taken.
+            related: what ``related`` gave.
+            rows: [K] int64, those that are taken, each once.
+            tasks: T of them.
+
+        Returns:
+            Logits [M, T] given these, and what the set is worth more with each candidate, [M], float32
+            at least; of those that are taken it means nothing.
+        """
+        other = rows[:, None]
+        to, back = self.relation.pairs(related, other)
+        itself = other == torch.arange(logits.shape[0], device=rows.device)
+        given = logits + to.masked_fill(itself[..., None], 0.0).sum(0)
+        return given, _gain(given, other, back, tasks)
+
+
+class SetGain:
+    """What a set is worth more with each candidate: what that one is worth given the taken, and what it
+    does to these. For ``generate_set``.
+
+    It remembers what was taken when it was last called: one more costs what that one changes, whatever
+    the model costs, and however many are taken already.
+
+    Args:
+        arch: TakenArch.
+        candidates: M of B requests, with their logits [M, T].
+        tasks: T of them; worth are the tasks that rank, see ``set_worth``.
+
+    Raises:
+        ValueError: the candidates have no logits.
+
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec import DLRM_IFAConfig, IFAConfig
+        >>> from ifa_torchrec.models.archs import Candidates
+        >>> from ifa_torchrec.models.taken import SetGain, TakenArch
+        >>> from ifa_torchrec.modules import Task
+        >>> arch = TakenArch(DLRM_IFAConfig(("item",), ifa=IFAConfig(8)))
+        >>> ids, logits = torch.tensor([[5], [6], [5]]), torch.zeros(3, 1)
+        >>> offsets = torch.tensor([0, 2, 3])
+        >>> candidates = Candidates(torch.randn(3, 8), offsets, (), (), ids, logits)
+        >>> gain = SetGain(arch, candidates, (Task("label"),))
+        >>> gain(torch.tensor([False, True, False])).tolist()  # relations start at 0
+        [0.5, 0.5, 0.5]
+    """
+
+    def __init__(self, arch: TakenArch, candidates: Candidates, tasks: Sequence[Task]) -> None:
+        if candidates.logits is None:
+            raise ValueError("SetGain: the candidates have no logits; give scored ones")
+        self._relation, self._tasks = arch.relation, tasks
+        self._related = arch.related(candidates)
+        self._start(candidates.logits)
+
+    def _start(self, logits: Tensor) -> None:
+        rows = logits.shape[0]
+        self._alone = self._logits = logits  # with nothing taken, and given what is
+        self._taken = torch.zeros(rows, dtype=torch.bool, device=logits.device)
+        self._row = torch.arange(rows, device=logits.device)
+        # of each step which candidate each has beside it, and what it does to the terms of that one
+        self._members: list[Tensor] = []
+        self._back = logits.new_empty(0, *logits.shape)
+
+    @torch.no_grad()
+    def __call__(self, taken: Tensor) -> Tensor:
+        """
+        Args:
             taken: [M] bool.
-            tasks: T of them; worth are the tasks that rank, see ``set_worth``.
 
         Returns:
             [M], float32 at least; of a candidate that is taken, nothing that means anything.
+
+        Raises:
+            ValueError: ``taken`` is not one bool a candidate.
         """
-        if candidates.logits is None:
-            raise ValueError("TakenArch.gain: the candidates have no logits; give scored ones")
-        related = candidates.related or self.related(candidates)
-        given = candidates.logits + self.relation.terms(related, taken)
-        worth = set_worth(given, tasks)
-        changes: list[Tensor] = []
-        for rows, _, terms in self.relation.between(related, taken):
-            changed = set_worth((given[rows][:, None] + terms).flatten(0, 1), tasks)
-            changes.append(changed.unflatten(0, terms.shape[:2]).sum(0) - worth[rows].sum())
-        return worth + torch.cat([worth[:0], *changes])
+        check_taken(taken, self._row)
+        if bool((self._taken & ~taken).any()):
+            self._start(self._alone)
+        request, requests = self._related.request, self._related.offsets.shape[0] - 1
+        new = taken & ~self._taken
+        while bool(new.any()):
+            first = first_rows(new, request, requests)
+            new = new & (self._row != (other := first if requests == 1 else first[request]))
+            self._take(other)
+        self._taken = taken
+        members = self._row.new_empty(0, 1) if not self._members else torch.stack(self._members)
+        return _gain(self._logits, members, self._back, self._tasks)
+
+    def _take(self, other: Tensor) -> None:
+        """Take the candidate ``other[i]`` beside i, [M] or [1]; M for none."""
+        none = (other == self._row.shape[0]) | (other == self._row)
+        other = other.clamp(max=self._row.shape[0] - 1)
+        to, back = self._relation.pairs(self._related, other)
+        self._logits = self._logits + to.masked_fill(none[:, None], 0.0)
+        self._members.append(other)
+        self._back = torch.cat([self._back, back.masked_fill(none[:, None], 0.0)[None]])
+
+
+def _gain(logits: Tensor, members: Tensor, back: Tensor, tasks: Sequence[Task]) -> Tensor:
+    """Of logits [M, T] given the members of the set, S rows [S, M] or [S, 1], and what each candidate
+    adds to the terms of these, back [S, M, T]."""
+    worth = set_worth(logits, tasks)
+    return worth + (set_worth(logits[members] + back, tasks) - worth[members]).sum(0)
 
 
 def set_worth(logits: Tensor, tasks: Sequence[Task]) -> Tensor:
@@ -79,11 +165,11 @@ def set_worth(logits: Tensor, tasks: Sequence[Task]) -> Tensor:
     Unlike ``ranking_score``, which of one task is its logit, this can be added up over a set.
 
     Args:
-        logits: [M, T] floating point.
+        logits: [..., T] floating point.
         tasks: T of them.
 
     Returns:
-        [M], float32 at least.
+        [...], float32 at least.
 
     Example:
         >>> import torch
@@ -96,7 +182,7 @@ def set_worth(logits: Tensor, tasks: Sequence[Task]) -> Tensor:
     ranking = ranking_weights(tasks)
     parts = [
         ranking[task.name] * (logit.sigmoid() if task.kind == "binary" else logit)
-        for task, logit in zip(tasks, logits.unbind(1), strict=True)
+        for task, logit in zip(tasks, logits.unbind(-1), strict=True)
         if task.name in ranking
     ]
     return torch.stack(parts).sum(0)

@@ -60,6 +60,11 @@ class SequenceInteraction(nn.Module):
         torch.Size([5, 8])
     """
 
+    reaches_every_parameter = False
+    """Whether a batch without events gives every parameter a gradient by itself. As
+    DistributedDataParallel waits for all of them, each is else given one of 0, which costs a small
+    kernel a parameter."""
+
     def __init__(self, config: InteractionConfig, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.config = config
@@ -189,8 +194,8 @@ class SequenceInteraction(nn.Module):
                 parts.append(self._mass(identity[1]))
         dtype = self.output_proj.weight.dtype
         values = self.output_proj(torch.cat([part.to(dtype) for part in parts], dim=1))
-        # A batch without events still gives every parameter a gradient: DDP waits for all of them.
-        values = values + sum(parameter.flatten()[:0].sum() for parameter in self.parameters())
+        if torch.is_grad_enabled() and not self.reaches_every_parameter:
+            values = _Reached.apply(values, *self.parameters())
         return JaggedTensor(values, lengths=candidates.lengths(), offsets=candidates.offsets())
 
     def _mass(self, matched: Tensor) -> Tensor:
@@ -233,6 +238,21 @@ class SequenceInteraction(nn.Module):
         found = len(candidates.offsets()) - 1
         if found != requests:
             raise ValueError(f"candidates are of {found} requests, the histories of {requests}")
+
+
+class _Reached(torch.autograd.Function):
+    """The values, with a gradient for every parameter, 0 where they have no other: a batch without
+    events gives most of them none, and DDP waits for all."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        zeros = (torch.zeros(shape, dtype=dtype, device=to) for shape, dtype, to in ctx.like)
+        return gradients[0], *zeros
 
 
 def _meaning(config: InteractionConfig) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules.tasks import Task, binary_tasks, check_tasks
+from ifa_torchrec.ops.checks import check_offsets
 from ifa_torchrec.ops.jagged import request_of_row
 
 LISTWISE = 0.5
@@ -184,9 +185,9 @@ class CandidateSetLoss(nn.Module):
                 raise ValueError(f"{name} must be {list(wanted)}, got {list(value.shape)}")
         dtype = torch.promote_types(logits.dtype, torch.float32)
         logits, labels = logits.to(dtype), labels.to(dtype)
-        config, request, requests = self.config, request_of_row(offsets), len(offsets) - 1
-        if len(request) != len(logits):
-            raise ValueError(f"offsets end at {len(request)}, but there are {len(logits)} candidates")
+        check_offsets("offsets", offsets, len(logits))
+        request = request_of_row(offsets, len(logits))
+        config, requests = self.config, len(offsets) - 1
         tasks = self.tasks or binary_tasks(logits.shape[1])
         if len(tasks) != logits.shape[1]:
             names = [task.name for task in tasks]
@@ -202,12 +203,10 @@ class CandidateSetLoss(nn.Module):
             listed = [task.weight if task.kind == "binary" else 0.0 for task in tasks]
             total = total + config.listwise_weight * self._mean(each, _times(weight, listed))
         if config.consistency:
-            if exposed_logits is None or exposed_logits.shape != (int(exposed.sum()), logits.shape[1]):
-                got = None if exposed_logits is None else list(exposed_logits.shape)
-                wanted = [int(exposed.sum()), logits.shape[1]]
-                raise ValueError(f"exposed_logits must be {wanted} for the consistency term, got {got}")
-            alone, beside, segment = exposed_logits.to(dtype), logits[exposed], request[exposed]
-            each, weight = _consistency(beside, alone, segment, requests, tasks)
+            alone = _exposed_logits(exposed_logits, exposed, len(tasks)).to(dtype)
+            # as many as there are logits: on a GPU a look at how many are exposed would wait for it
+            rows = exposed.nonzero_static(size=len(alone))[:, 0]
+            each, weight = _consistency(logits[rows], alone, request[rows], requests, tasks)
             weight = _times(weight, [task.weight for task in tasks])
             total = total + config.consistency * self._mean(each, weight)
         return total
@@ -240,6 +239,17 @@ class CandidateSetLoss(nn.Module):
         return (values * weight).sum() / torch.where(total > 0, total, 1.0)
 
 
+def _exposed_logits(given: Tensor | None, exposed: Tensor, tasks: int) -> Tensor:
+    """Refuse logits that are not of the exposed candidates, whose number is looked at on a CPU alone."""
+    shown = int(exposed.sum()) if exposed.device.type == "cpu" else "E"
+    found = None if given is None else list(given.shape)
+    if given is None or [shown, *given.shape[1:]] != [shown, tasks] or shown not in ("E", len(given)):
+        raise ValueError(
+            f"exposed_logits must be [{shown}, {tasks}] for the consistency term, got {found}"
+        )
+    return given
+
+
 def _listwise(
     logits: Tensor, labels: Tensor, counts: Tensor, request: Tensor, requests: int
 ) -> tuple[Tensor, Tensor]:
@@ -260,7 +270,7 @@ def _consistency(
     beside: Tensor, alone: Tensor, segment: Tensor, segments: int, tasks: Sequence[Task]
 ) -> tuple[Tensor, Tensor]:
     """How far the scores of each request's candidates are apart, and what it counts; [segments, T]."""
-    shown = torch.bincount(segment, minlength=segments).to(beside.dtype)[:, None]
+    shown = _sum(torch.ones_like(beside[:, :1]), segment, segments)
     divergence = _divergence(beside, alone, segment, segments)
     squared = _sum((beside - alone).square() / 2, segment, segments) / shown.clamp(min=1)
     regression = [task.kind == "regression" for task in tasks]

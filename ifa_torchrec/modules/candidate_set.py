@@ -6,7 +6,7 @@ hand (only the abstract and the introduction), so this one is ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -19,9 +19,14 @@ from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules.config import IFAConfig
 from ifa_torchrec.modules.history import counted
 from ifa_torchrec.modules.ifa import InteractionFidelityAttention
-from ifa_torchrec.modules.projections import ZeroLinear, reset_all
+from ifa_torchrec.modules.projections import ZeroEmbedding, ZeroLinear, reset_all
 from ifa_torchrec.modules.softmax import SoftmaxAttention
-from ifa_torchrec.ops.jagged import request_of_row, rows_of_requests
+from ifa_torchrec.ops.jagged import request_of_row
+
+BUCKETS = 64
+"""Of the ids of a feature whose pairs are told apart; of a feature of fewer values each has its own."""
+_KEY_LENGTH = 3.0
+"""Of the key of an id, about that of a token's, so that both parts of a term are learnt as fast."""
 
 ATTENTIONS = {"softmax": SoftmaxAttention, "linear": InteractionFidelityAttention}
 
@@ -122,7 +127,7 @@ class Related(NamedTuple):
     """What TakenRelation makes of M candidates of B requests before it knows which are taken.
 
     Attributes:
-        query: [M, T, D]; key: [M, D].
+        query: [M, T, W]; key: [M, W]; W is D, and ``BUCKETS`` for each id feature but the first.
         offsets: [B + 1]; request: [M].
         ids: [M, F]; None without any.
     """
@@ -140,16 +145,23 @@ class TakenRelation(nn.Module):
     A term for each pair, summed over what is taken, so that two near-duplicates count twice:
 
         term_it = sum_{j taken, j != i} q_it . k_j + sum_f u_tf [id_f of i = id_f of j]
+                                        + sum_{f > 0} p_tf [id_f of i, id_f of j]
         with q_it = W_t x_i and k_j = V x_j + b
 
+    p is a number for each pair of ids, by their remainders of ``BUCKETS``: the cross-product
+    transformation of Wide & Deep learning (Cheng et al. 2016, arXiv 1606.07792), of one feature with
+    itself. What tokens say of a pair, a mixture of all that they hold, does not tell one complement from
+    another; p does as soon as a pair of categories was shown some hundred times. Not of the first
+    feature, the item itself, whose pairs are too rare to be anything but noise.
+
     A candidate that is taken itself is seen beside the other ones. Linear in candidates and in what is
-    taken, and exactly 0 where nothing is. Id 0 is "unknown", and is like no other. Our own; W and u
-    start at 0 (``ZeroLinear``).
+    taken, and exactly 0 where nothing is. Id 0 is "unknown", is like no other, and has no pairs. The
+    whole is our own; W, u and p start at 0.
 
     Args:
         embedding_dim: D.
         num_outputs: T, terms of a candidate.
-        num_ids: F, id features that are compared.
+        num_ids: F, id features that are compared; the first is the item itself.
         device: of the parameters.
 
     Example:
@@ -175,6 +187,9 @@ class TakenRelation(nn.Module):
         self.query_proj = ZeroLinear(embedding_dim, num_outputs * embedding_dim, device)
         self.key_proj = nn.Linear(embedding_dim, embedding_dim, device=device)
         self.same_proj = ZeroLinear(num_ids, num_outputs, device) if num_ids else None
+        self.pair_queries = None
+        if num_ids > 1:
+            self.pair_queries = ZeroEmbedding((num_ids - 1) * BUCKETS, num_outputs * BUCKETS, device)
 
     def forward(self, candidates: JaggedTensor, taken: Tensor, ids: Tensor | None = None) -> Tensor:
         """
@@ -192,72 +207,100 @@ class TakenRelation(nn.Module):
         return self.terms(self.related(candidates, ids), taken)
 
     def related(self, candidates: JaggedTensor, ids: Tensor | None = None) -> Related:
-        """What ``terms`` and ``between`` need of the candidates, whatever is taken; as ``forward``'s."""
+        """What ``terms`` and ``pairs`` need of the candidates, whatever is taken; as ``forward``'s."""
         tokens, offsets = candidates.values(), candidates.offsets()
         wanted = 0 if self.same_proj is None else self.same_proj.in_features
         found = 0 if ids is None else ids.shape[1]
         if found != wanted:
             raise ValueError(f"ids must be of {wanted} features, got {found}")
         query = self.query_proj(tokens).unflatten(1, (self.num_outputs, tokens.shape[1]))
+        key = self.key_proj(tokens)
+        if self.pair_queries is not None and ids is not None:
+            pair_query, pair_key = self._of_ids(self.pair_queries, ids[:, 1:], key.dtype)
+            query, key = torch.cat([query, pair_query], dim=2), torch.cat([key, pair_key], dim=1)
         # no len(), which would fix a size in an exported graph
         request = request_of_row(offsets, tokens.shape[0])
-        return Related(query, self.key_proj(tokens), offsets, request, ids)
+        return Related(query, key, offsets, request, ids)
+
+    def _of_ids(self, queries: ZeroEmbedding, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The parts of query and key, [M, T, F BUCKETS] and [M, F BUCKETS], whose product is a pair's
+        number of each feature of ids [M, F]."""
+        bucket, known = ids % BUCKETS, (ids != 0)[..., None].to(dtype)
+        row = bucket + BUCKETS * torch.arange(ids.shape[1], device=ids.device)
+        query = (queries(row) * known).unflatten(2, (self.num_outputs, BUCKETS))
+        slots = torch.arange(BUCKETS, device=ids.device)
+        key = (bucket[..., None] == slots).to(dtype) * (_KEY_LENGTH * known)
+        return query.transpose(1, 2).flatten(2), key.flatten(1)
 
     def terms(self, related: Related, taken: Tensor) -> Tensor:
         """What ``forward`` gives, [M, T], of ``taken`` [M] bool."""
         query, key, offsets, request, ids = related
-        if taken.shape != key.shape[:1] or taken.dtype != torch.bool:
-            raise ValueError(
-                f"taken must be [{key.shape[0]}] bool, one a candidate; got {list(taken.shape)} "
-                f"{taken.dtype}"
-            )
+        check_taken(taken, request)
         given = key * taken[:, None]
         total = key.new_zeros(offsets.shape[0] - 1, key.shape[1]).index_add(0, request, given)
-        term = torch.einsum("mtd,md->mt", query, total[request] - given)
+        others = total.index_select(0, request) - given
+        term = (query * others[:, None]).sum(-1)
         if self.same_proj is None or ids is None:
             return term
-        itself = (taken[:, None] & (ids != 0)).to(key.dtype)
-        pairs = _by_request(offsets, taken)
-        same = [_same(ids[rows], ids[span], key.dtype).sum(0) for rows, span in pairs]
-        return term + self.same_proj(torch.cat([itself[:0], *same]) - itself)
+        return term + self.same_proj(_alike(ids, taken, request, key.dtype))
 
-    def between(self, related: Related, taken: Tensor) -> Iterator[tuple[Tensor, slice, Tensor]]:
-        """What each candidate would add to the terms of those that are taken, [M] bool.
+    def pairs(self, related: Related, other: Tensor) -> tuple[Tensor, Tensor]:
+        """What two candidates do to each other.
 
-        Yields:
-            For each request the t rows that are taken, the rows of its m candidates, and the terms
-            [t, m, T].
+        Args:
+            related: of M candidates.
+            other: rows of them, of a shape [..., M] or one that fits it: which stands beside each.
+
+        Returns:
+            What the other one adds to the terms of each, and each to those of the other; [..., M, T]
+            both, and what a candidate would add to its own.
         """
-        query, key, offsets, _, ids = related
-        for rows, span in _by_request(offsets, taken):
-            term = torch.einsum("rtd,md->rmt", query[rows], key[span])
-            if self.same_proj is not None and ids is not None:
-                term = term + self.same_proj(_same(ids[rows], ids[span], key.dtype))
-            yield rows, span, term
+        query, key, _, _, ids = related
+        to = (query * key[other].unsqueeze(-2)).sum(-1)
+        back = (query[other] * key[:, None]).sum(-1)
+        if self.same_proj is None or ids is None:
+            return to, back
+        same = self.same_proj(_same(ids, ids[other], key.dtype))
+        return to + same, back + same
+
+
+def check_taken(taken: Tensor, rows: Tensor) -> None:
+    """Raise a ValueError unless ``taken`` is one bool for each of the rows [M]."""
+    if taken.shape != rows.shape or taken.dtype != torch.bool:
+        raise ValueError(
+            f"taken must be [{rows.shape[0]}] bool, one a candidate; got {list(taken.shape)} "
+            f"{taken.dtype}"
+        )
 
 
 def _same(ids: Tensor, others: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 where an id of one, [t, F], is that of another, [m, F], and known; [t, m, F]."""
-    return ((ids[:, None] == others) & (ids != 0)[:, None]).to(dtype)
+    """1 where an id, [M, F], is another, [..., M, F], and known; of shapes that fit each other."""
+    return ((ids == others) & (ids != 0)).to(dtype)
 
 
-def _by_request(offsets: Tensor, taken: Tensor) -> Iterator[tuple[Tensor, slice]]:
-    """The rows that are taken of each request, and those of its candidates. Of one request no size is
-    read from a tensor but that of what is taken, so that a graph of it can be exported."""
-    rows = taken.nonzero()[:, 0]
-    sizes = rows_of_requests(offsets, taken.shape[0])
-    first = 0
-    for mine, size in zip(
-        rows.split(rows_of_requests(counted(taken, offsets), rows.shape[0])), sizes, strict=True
-    ):
-        yield mine, slice(first, first + size)
-        first += size
+def _alike(ids: Tensor, taken: Tensor, request: Tensor, dtype: torch.dtype) -> Tensor:
+    """How many of those of a candidate's request that are taken, other than itself, have its id, of
+    ids [M, F]; [M, F]. No size depends on what is in a tensor."""
+    order = ids.argsort(dim=0, stable=True)
+    order = order.gather(0, request[order].argsort(dim=0, stable=True))  # by request, then by id
+    ranked, of = ids.gather(0, order), request[order]
+    first = torch.zeros_like(ranked[:1], dtype=torch.bool)
+    group = torch.cat([first, (ranked[1:] != ranked[:-1]) | (of[1:] != of[:-1])]).cumsum(0)
+    counted = taken[:, None] & (ids != 0)
+    weight = counted.to(dtype)
+    total = torch.zeros_like(weight).scatter_add(0, group, weight.gather(0, order)).gather(0, group)
+    found = torch.empty_like(total).scatter(0, order, total)
+    return (found - weight).masked_fill(ids == 0, 0.0)
+
+
+_WHOLE = 0.75
+"""Share of the requests of which TakenSample takes all that were exposed."""
 
 
 class TakenSample(nn.Module):
-    """Draws which of the exposed candidates are taken while training: of every other request all E of
-    them, so that each is seen beside what it was shown with, and of the rest a number between 0 and
-    E - 1, each as likely, and any of them, as in a set that grows.
+    """Draws which of the exposed candidates are taken while training: of three requests of four all E of
+    them, so that each is seen beside what it was shown with, which says most; and of the rest a number
+    between 0 and E - 1, each as likely, and any of them, as in a set that grows.
 
     A module, so that tracing a model for a pipeline meets it as a leaf.
 
@@ -282,7 +325,7 @@ class TakenSample(nn.Module):
         request = request_of_row(offsets, exposed.shape[0])
         shown = counted(exposed, offsets).diff()
         share, whole = torch.rand(2, shown.shape[0], device=offsets.device)
-        wanted = torch.where(whole < 0.5, shown, (share * shown).to(shown.dtype))
+        wanted = torch.where(whole < _WHOLE, shown, (share * shown).to(shown.dtype))
         # the exposed of each request in an order of their own, the others behind them
         lot = torch.where(exposed, torch.rand(exposed.shape[0], device=offsets.device), 1.0)
         order = _ranked(-lot, offsets)
@@ -351,26 +394,51 @@ def generate_set(
             offsets[:-1], offsets.diff()
         )
         return JaggedTensor(chosen[place < k], lengths=lengths)
+    request = request_of_row(offsets, rows)
     picks = []
-    for step in range(int(lengths.max()) if len(lengths) else 0):
-        order = _ranked(score(), offsets)
-        order = order[~taken[order]]
-        left = (offsets.diff() - step).clamp(min=0)
-        unfinished = lengths > step
-        first = order[(left.cumsum(0) - left)[unfinished]]
-        taken = taken.clone()  # the function may have kept it
-        taken[first] = True
-        pick = torch.full_like(lengths, -1)
-        pick[unfinished] = first
+    for _ in range(int(lengths.max()) if len(lengths) else 0):
+        pick = first_rows(_best(score(), taken, request, len(lengths)), request, len(lengths))
+        taken = taken.index_fill(0, pick[pick < rows], True)  # anew: the function may have kept it
         picks.append(pick)
     chosen = torch.stack(picks, dim=1).flatten() if picks else offsets.new_empty(0)
-    return JaggedTensor(chosen[chosen >= 0], lengths=lengths)
+    return JaggedTensor(chosen[chosen < rows], lengths=lengths)
+
+
+def _best(values: Tensor, taken: Tensor, request: Tensor, requests: int) -> Tensor:
+    """Which candidates have the highest value of those of their request that are not taken, [M] bool."""
+    left = values.masked_fill(taken, -torch.inf)
+    if requests == 1:  # a tenth of what scatter_reduce costs
+        return (left == left.amax()) & ~taken
+    top = left.new_full((requests,), -torch.inf).scatter_reduce(0, request, left, "amax")
+    return (left == top[request]) & ~taken
+
+
+def first_rows(wanted: Tensor, request: Tensor, requests: int) -> Tensor:
+    """The first row of each request that is wanted.
+
+    Args:
+        wanted: [M] bool.
+        request: [M] int64, which of the requests a row is of.
+        requests: B.
+
+    Returns:
+        [B] int64; M of a request without any.
+
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec.modules.candidate_set import first_rows
+        >>> first_rows(torch.tensor([False, True, True, False]), torch.tensor([0, 0, 0, 1]), 2).tolist()
+        [1, 4]
+    """
+    rows = wanted.shape[0]
+    row = torch.where(wanted, torch.arange(rows, device=wanted.device), rows)
+    if requests == 1 and rows:
+        return row.amin(0, keepdim=True)
+    return row.new_full((requests,), rows).scatter_reduce(0, request, row, "amin")
 
 
 def _ranked(values: Tensor, offsets: Tensor) -> Tensor:
     """Row numbers, request by request, the highest value first and of equal ones the lower row."""
     order = torch.sort(values, descending=True, stable=True).indices
-    request = torch.repeat_interleave(
-        torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff()
-    )
+    request = request_of_row(offsets, values.shape[0])
     return order[torch.sort(request[order], stable=True).indices]

@@ -102,7 +102,7 @@ class IdentityHeads(nn.Module):
         keys = self.keys(_given(history))
         keys = torch.where(keys < 0, key_range, keys)  # the unknown, whose row is left out below
         offsets, key, row = distinct_keys(
-            request_of_row(history.offsets)[:, None].expand_as(keys).flatten(),
+            request_of_row(history.offsets, tokens.shape[0])[:, None].expand_as(keys).flatten(),
             keys.flatten(),
             len(history),
             key_range + 1,

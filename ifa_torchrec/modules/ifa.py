@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any, overload
@@ -16,6 +17,7 @@ from ifa_torchrec.modules.config import FORGOTTEN, IFAConfig
 from ifa_torchrec.modules.gates import EventGates
 from ifa_torchrec.modules.history import History, decay_rates
 from ifa_torchrec.modules.user_state import UserState
+from ifa_torchrec.ops.arguments import as_autocast
 from ifa_torchrec.ops.jagged import request_of_row
 
 _GAINS = {"elu": 1.5, "relu": 1.5, "hedgehog": 3.0}
@@ -67,6 +69,7 @@ class InteractionFidelityAttention(SequenceInteraction):
     """
 
     config: IFAConfig
+    reaches_every_parameter = True  # the operators' gradients of no rows are zeros
 
     def __init__(self, config: IFAConfig, device: torch.device | str | None = None) -> None:
         super().__init__(config, device)
@@ -242,6 +245,13 @@ class InteractionFidelityAttention(SequenceInteraction):
     ) -> tuple[Tensor, Tensor]:
         """Outputs [M, H, d] and masses [M, H] of the dense heads."""
         return self._attend_dense(candidates, *self._encode_dense(history))
+
+    def _history(
+        self, tokens: JaggedTensor, ages: Tensor | None, ids: Tensor | None, gates: Tensor | None
+    ) -> History:
+        # cast here once, not by each operator that takes them
+        events = super()._history(tokens, ages, ids, gates)
+        return dataclasses.replace(events, tokens=as_autocast(events.tokens))
 
     def _gated(self, history: History) -> History:
         """The history as the dense heads weigh it, with weights [N, H] where there are gates."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -80,13 +81,14 @@ class SoftmaxAttention(SequenceInteraction):
         if self.recent_length is not None:
             history = history.latest(self.recent_length)
         tokens = history.tokens
-        shape = (-1, self.config.num_heads, self.config.head_width)
-        keys = self.key_proj(tokens).view(shape).transpose(0, 1)
-        values = self.value_proj(tokens).view(shape).transpose(0, 1)
-        query = self.query_proj(candidates.values()).view(shape).transpose(0, 1)
-        bias = self._log_weights(history)
-        asked = rows_of_requests(candidates.offsets(), query.shape[1])
+        query, bias = self.query_proj(candidates.values()), self._log_weights(history)
+        keys, values = self.key_proj(tokens), self.value_proj(tokens)
+        asked = rows_of_requests(candidates.offsets(), query.shape[0])
         found = rows_of_requests(history.offsets, tokens.shape[0])
+        if self._together and not self.config.interest_mass:
+            return self._fused(query, keys, values, bias, asked, found), None
+        shape = (-1, self.config.num_heads, self.config.head_width)
+        query, keys, values = (rows.view(shape).transpose(0, 1) for rows in (query, keys, values))
         if len(asked) == 1 and asked[0] > 0 and found[0] > 0:
             output, log_sum = self._attend(query, keys, values, bias)  # as in an exported graph
             return self._with_masses(output, log_sum)
@@ -115,6 +117,43 @@ class SoftmaxAttention(SequenceInteraction):
             log_sum = log_sum.index_copy(1, place, torch.cat(log_sums, 1).to(log_sum.dtype))
         return self._with_masses(output, log_sum)
 
+    def _fused(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        asked: list[int],
+        found: list[int],
+    ) -> Tensor:
+        """Outputs [M, H, d] of query [M, H d], keys and values [N, H d] and bias [H, N], without masses:
+        a group's requests beside each other, with no matrix of scores."""
+        heads = (self.config.num_heads, self.config.head_width)
+        parts: list[Tensor] = []
+        places: list[Tensor] = []
+        for group in _groups(asked, found, True):
+            rows = _Block.of(asked, group, query.device)
+            # candidates among themselves
+            events = rows if asked == found else _Block.of(found, group, query.device)
+            q = rows.take(query).unflatten(-1, heads).transpose(1, 2)
+            k, v = (events.take(x).unflatten(-1, heads).transpose(1, 2) for x in (keys, values))
+            mask = None if bias is None else events.take(bias.T).transpose(1, 2)
+            if events.there is not None:
+                mask = k.new_zeros(()) if mask is None else mask
+                mask = torch.where(events.there[:, None], mask, -torch.inf)
+            if mask is not None:
+                mask = mask[:, :, None].expand(-1, -1, q.shape[2], -1)
+            part = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(0, 1)
+            if part.shape[0] == query.shape[0] and rows.there is None:
+                return part
+            place, kept = rows.places(query.device)
+            places.append(place)
+            parts.append(part if kept is None else part.index_select(0, kept))
+        output = query.new_zeros(query.shape[0], *heads)
+        if not parts:  # nobody found anything
+            return output
+        return output.index_copy(0, torch.cat(places), torch.cat(parts).to(output.dtype))
+
     def _with_masses(self, outputs: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor | None]:
         """From [H, M, d] and [H, M] to what ``dense_heads`` gives."""
         masses = self._mass_of_log(log_sums.T) if self.config.interest_mass else None
@@ -130,11 +169,6 @@ class SoftmaxAttention(SequenceInteraction):
             Outputs [H, m, d], and the logarithms of the sums of the weights [H, m] (not to be read
             where the config asks for no masses).
         """
-        if not self.config.interest_mass:
-            mask = (
-                None if log_weight is None else log_weight[None, :, None].expand(-1, -1, len(q[0]), -1)
-            )
-            return F.scaled_dot_product_attention(q[None], k[None], v[None], mask)[0], q[..., 0]
         # the fused kernel does not give the sum of the exponentials, which the mass needs
         score = self._scores(q, k, log_weight)
         log_sum = score.logsumexp(-1)
@@ -144,6 +178,55 @@ class SoftmaxAttention(SequenceInteraction):
         """[H, m, n]"""
         score = q @ k.mT / self.config.head_width**0.5
         return score if log_weight is None else score + log_weight[:, None]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The rows of a group's requests beside each other, filled up to the largest of them.
+
+    Args:
+        first: row; where all are as large and follow each other.
+        size: requests, and rows of the largest.
+        rows: [requests * largest], what to gather where they are not; what fills up repeats a row.
+        there: [requests, largest] bool, what is no filling; None where nothing is.
+    """
+
+    first: int
+    size: tuple[int, int]
+    rows: Tensor | None = None
+    there: Tensor | None = None
+
+    @staticmethod
+    def of(sizes: list[int], group: list[int], device: torch.device) -> _Block:
+        largest = sizes[group[0]]
+        if len(group) == 1 or (
+            group == list(range(group[0], group[0] + len(group)))
+            and all(sizes[b] == largest for b in group)
+        ):
+            # the sum of none is a number, which in an exported graph of one request fixes no size
+            return _Block(sum(sizes[: group[0]]), (len(group), largest))
+        rows, there = _padded(sizes, group, device)
+        filled = any(sizes[b] != rows.shape[1] for b in group)
+        size = (len(group), rows.shape[1])
+        return _Block(0, size, rows.flatten(), there if filled else None)
+
+    def take(self, x: Tensor) -> Tensor:
+        """[requests, largest, W] of x [rows, W]."""
+        if self.rows is not None:
+            return x.index_select(0, self.rows).unflatten(0, self.size)
+        number = self.size[0] * self.size[1]
+        mine = x if x.shape[0] == number else x[self.first : self.first + number]
+        return mine.unflatten(0, self.size)
+
+    def places(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Which rows the block's are, and which of these are no filling; None for all."""
+        if self.rows is None:
+            number = self.size[0] * self.size[1]
+            return torch.arange(self.first, self.first + number, device=device), None
+        if self.there is None:
+            return self.rows, None
+        kept = self.there.flatten().nonzero()[:, 0]
+        return self.rows[kept], kept
 
 
 def _of_group(tokens: Tensor, rows: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ What all of them take and give, whichever the backend:
   whatever they are, and of wrong ones gives something wrong.
 - Sums are float32 (float64 where the first argument of ``encode``, ``match``'s history, ``attend``'s
   key_value or ``attend_softmax``'s summaries are), under autocast and any default dtype or device, too.
+- Under autocast the tokens, history and candidates, are taken in its dtype; the rest is as given.
 - No gradient flows to ages and decay.
 - A token that is NaN or infinite spoils the results of its own request (a candidate's: its own row)
   and no other's.

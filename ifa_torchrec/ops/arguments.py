@@ -16,6 +16,26 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def as_autocast(tokens: Tensor) -> Tensor:
+    """Tokens in the dtype that autocast multiplies in, where it is on: the operators' rule of it.
+
+    Of an operator's arguments it is the tokens alone, which are many and what is multiplied.
+    Projections, event weights and states stay as they are, and sums are float32 whatever tokens are.
+    float64 stays float64, as everywhere under autocast.
+
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec.ops.arguments import as_autocast
+        >>> with torch.autocast("cpu", torch.bfloat16):
+        ...     as_autocast(torch.zeros(2, 8)).dtype
+        torch.bfloat16
+    """
+    device = tokens.device.type
+    if tokens.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return tokens
+    return tokens.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tokens
+
+
 def like(*tensors: Tensor) -> tuple[Tensor, ...]:
     """For an operator's fake: outputs of the tensors' shapes and dtypes, contiguous."""
     return tuple(x.new_empty(x.shape) for x in tensors)

@@ -66,9 +66,9 @@ def attend(
     given = checked(_SHAPES, (candidates, offsets, query_weight, key_value, key_sum), feature_map)
     check_offsets("offsets", given[1], candidates.shape[0])
     check_eps(eps)
-    check_backend(backend, candidates, key_value)
+    check_backend(backend, given[0], key_value)
     if backend == "reference":  # plain autograd, no operator
-        with kernels_for(backend, candidates) as kernels:
+        with kernels_for(backend, given[0]) as kernels:
             return kernels.attend(AttendArguments(*given, feature_map=feature_map, eps=eps))
     return torch.ops.ifa.attend(*given, feature_map, eps, backend)
 

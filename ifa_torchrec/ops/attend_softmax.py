@@ -68,9 +68,9 @@ def attend_softmax(
     """
     given = checked(_SHAPES, (candidates, offsets, query_weight, summaries, log_weight))
     check_offsets("offsets", given[1], candidates.shape[0])
-    check_backend(backend, candidates, summaries)
+    check_backend(backend, given[0], summaries)
     if backend == "reference":  # plain autograd, no operator
-        with kernels_for(backend, candidates) as kernels:
+        with kernels_for(backend, given[0]) as kernels:
             return kernels.attend_softmax(AttendSoftmaxArguments(*given))
     return torch.ops.ifa.attend_softmax(*given, backend)
 

@@ -109,8 +109,8 @@ def fastest(tokens: Tensor, state: Tensor | None = None) -> str:
 
 
 def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    # Not torch.library's register_autocast: that casts the arguments to one dtype, while here any are
-    # served, and sums are float32 whatever they are.
+    # Not torch.library's register_autocast: that casts all arguments to one dtype, while here it is the
+    # tokens alone (``as_autocast``), and sums are float32 whatever they are.
     device = tensor.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return nullcontext()

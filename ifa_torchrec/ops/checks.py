@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
+from ifa_torchrec.ops.arguments import as_autocast
 from ifa_torchrec.ops.feature_maps import FEATURE_MAPS
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
@@ -15,6 +16,7 @@ _INTEGERS = (
 )
 _OPTIONAL = ("weights", "ages")
 _WITHOUT_GRADIENT = ("ages", "decay")
+_TOKENS = ("history", "candidates")
 
 
 def checked(
@@ -30,7 +32,7 @@ def checked(
 
     Returns:
         The tensors, None where None may be given. Ages and decay are cut off from autograd, since no
-        backend has a gradient for them.
+        backend has a gradient for them. Tokens are as ``as_autocast`` gives them.
 
     Raises:
         ValueError: an argument does not fit; it says which, and what would.
@@ -79,6 +81,8 @@ def checked(
                 )
         if integer:
             x = x.to(torch.int64)
+        if name in _TOKENS:
+            x = as_autocast(x)
         result.append(x.detach() if name in _WITHOUT_GRADIENT else x)
     return result
 

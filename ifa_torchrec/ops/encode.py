@@ -72,9 +72,9 @@ def encode(
         _SHAPES, (history, offsets, key_weight, value_weight, weights, ages, decay), feature_map
     )
     check_offsets("offsets", given[1], history.shape[0])
-    check_backend(backend, history)
+    check_backend(backend, given[0])
     if backend == "reference":  # plain autograd, no operator
-        with kernels_for(backend, history) as kernels:
+        with kernels_for(backend, given[0]) as kernels:
             return kernels.encode(EncodeArguments(*given, feature_map=feature_map))
     return torch.ops.ifa.encode(*given, feature_map, backend)
 

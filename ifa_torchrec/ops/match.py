@@ -72,9 +72,9 @@ def match(
     )
     check_offsets("candidate_offsets", given[1], candidate_buckets.shape[0])
     check_offsets("history_offsets", given[4], history.shape[0])
-    check_backend(backend, history)
+    check_backend(backend, given[2])
     if backend == "reference":  # plain autograd, no operator
-        with kernels_for(backend, history) as kernels:
+        with kernels_for(backend, given[2]) as kernels:
             return kernels.match(MatchArguments(*given))
     return torch.ops.ifa.match(*given, backend)[:2]
 

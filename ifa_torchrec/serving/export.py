@@ -1,15 +1,14 @@
 """The scoring of one request from a user's state, as a graph of plain tensors for other runtimes.
 
-Behind the lookups the graph is CandidateArch, SetArch and TakenArch themselves, traced; no formula is
-written a second time. What it contains are PyTorch's own operators (aten), so that nothing of this
-package, of TorchRec or of fbgemm is needed to run it.
+Behind the lookups the graph is CandidateArch and SetArch themselves, traced; no formula is written a
+second time. Of a model that generates sets it gives beside the logits what SetGraph takes. What it
+contains are PyTorch's own operators (aten), so that nothing of this package, of TorchRec or of fbgemm is
+needed to run it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -29,31 +28,9 @@ from ifa_torchrec.models.taken import TakenArch
 from ifa_torchrec.modules import InteractionFidelityAttention, UserState
 from ifa_torchrec.serving.errors import StateError
 from ifa_torchrec.serving.plain_tables import PlainPooledArch, plain_tables
+from ifa_torchrec.serving.set_graph import GraphTensor, SetGraph, columns_of, related_tensors
 
-FORMAT = "ifa-scoring-graph/3"
-
-
-@dataclass(frozen=True)
-class GraphTensor:
-    """A tensor that a scoring graph takes or gives.
-
-    Args:
-        name: what ``ScoringGraph.forward`` calls it.
-        shape: numbers; "M" where it is the number of candidates, "U" that of identity rows, and
-            "L_NAME" that of the ids in a list.
-        dtype: "int64", "float32" or "bool".
-        columns: names of the last dimension's entries, where they have names.
-
-    Example:
-        >>> from ifa_torchrec.serving.export import GraphTensor
-        >>> GraphTensor("candidate_ids", ("M", 2), "int64", ("item", "category")).shape
-        ('M', 2)
-    """
-
-    name: str
-    shape: tuple[int | str, ...]
-    dtype: str
-    columns: tuple[str, ...] = ()
+FORMAT = "ifa-scoring-graph/4"
 
 
 class ScoringGraph(nn.Module):
@@ -121,7 +98,7 @@ class ScoringGraph(nn.Module):
         self.inputs = _inputs(config, schema)
         self.eval()
 
-    def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
         """
         Args:
             tensors: those that ``inputs`` describes, in its order; what a model has nothing of is left
@@ -140,12 +117,10 @@ class ScoringGraph(nn.Module):
                 - identity_key: [U] int64, ascending, U >= 0; identity_sum: [U, L] and, where identity
                   heads have values, identity_value: [U, L, d]: the state's tables, where there are
                   identity features. Rows that no candidate asks for may be left out.
-                - taken: [M] bool, which candidates are in the set already, where the model generates
-                  sets.
 
         Returns:
-            Logits [M, T]. Where the model generates sets: DLRM_IFA.logits_given [M, T], and what it
-            takes greedily, gain_given [M].
+            Logits [M, T]. Where the model generates sets also what SetGraph takes beside them: query
+            [M, T, D], key [M, D] and ids [M, F] int64.
 
         Raises:
             ValueError: there are more or fewer tensors.
@@ -171,12 +146,11 @@ class ScoringGraph(nn.Module):
         candidates = JaggedTensor(rows, offsets=_offsets(m))
         lookups = Lookups(self._context(given), self._lists(given, m), None, candidates)
         described = self.candidate_arch.attend(lookups, features, self._state(given))
-        logits, taken = self.set_arch(described), given.get("taken")
-        if self.taken_arch is None or taken is None:
+        logits, compared = self.set_arch(described), described.ids
+        if self.taken_arch is None or compared is None:
             return logits
-        scored = dataclasses.replace(described, logits=logits)
-        gain = self.taken_arch.gain(scored, taken, self.config.tasks)
-        return logits + self.taken_arch(described, taken), gain
+        related = self.taken_arch.related(described)
+        return logits, related.query, related.key, compared
 
     def _context(self, given: dict[str, Tensor]) -> Tensor | None:
         """[1, Fs, D]."""
@@ -315,9 +289,9 @@ def describe(model: DLRM_IFA, schema: LogSchema, version: str, vocabulary: str) 
     """
     config = model.config.ifa
     tasks = list(schema.tasks)
-    inputs, outputs = _inputs(model.config, schema), [_columns("logits", tasks, "float32", "M")]
+    inputs, outputs = _inputs(model.config, schema), [columns_of("logits", tasks, "float32", "M")]
     if model.config.candidate_set.generate:
-        outputs.append(GraphTensor("gain", ("M",), "float32"))
+        outputs += related_tensors(model.config)
     lists = {n: "ids in a list, 0 or more" for i in inputs for n in i.shape if str(n).startswith("L_")}
     sizes = {"M": "candidates, 1 or more", "U": "rows of the identity tables, 0 or more", **lists}
     tables = (schema.item_features, schema.candidate_features, schema.context_features)
@@ -335,12 +309,7 @@ def describe(model: DLRM_IFA, schema: LogSchema, version: str, vocabulary: str) 
         "scores": "a binary task's logit is the log odds; a regression's number is scale.mean + "
         "scale.deviation * logit, and expm1 of that where scale.log",
         "table_rows": {name: rows for table in tables for name, rows in table.items()},
-        "candidate_set": {
-            "attention": model.config.candidate_set.attention,
-            "generate": model.config.candidate_set.generate,
-            "taken": "with none taken the logits are the ranking's; a set of k is generated by taking "
-            "k times that candidate of the others whose gain, given those taken, is largest",
-        },
+        "candidate_set": _candidate_set(model),
         "missing": "a number that is missing is NaN; an id that is unknown, or new, is row 0",
         "identity": {
             "features": list(config.identity_features),
@@ -356,15 +325,15 @@ def _inputs(config: DLRM_IFAConfig, schema: LogSchema) -> tuple[GraphTensor, ...
     of_candidate = (*schema.item_features, *schema.candidate_features)
     vectors = tuple(f"{name}_{i}" for name, n in schema.item_vectors.items() for i in range(n))
     given = [
-        _columns("candidate_ids", of_candidate, "int64", "M"),
-        _columns("context_ids", schema.context_features, "int64"),
-        _columns("dense", schema.dense_features, "float32"),
-        _columns("candidate_dense", schema.candidate_dense, "float32", "M"),
+        columns_of("candidate_ids", of_candidate, "int64", "M"),
+        columns_of("context_ids", schema.context_features, "int64"),
+        columns_of("dense", schema.dense_features, "float32"),
+        columns_of("candidate_dense", schema.candidate_dense, "float32", "M"),
     ]
     if schema.item_dense:
-        given.append(_columns("item_dense", schema.item_dense, "float32", "M"))
+        given.append(columns_of("item_dense", schema.item_dense, "float32", "M"))
     if vectors:
-        given.append(_columns("item_vectors", vectors, "float32", "M"))
+        given.append(columns_of("item_vectors", vectors, "float32", "M"))
     for name in schema.context_lists:
         given.append(GraphTensor(f"context_list_{name}", (f"L_{name}",), "int64"))
     for name in schema.item_lists:
@@ -386,14 +355,24 @@ def _inputs(config: DLRM_IFAConfig, schema: LogSchema) -> tuple[GraphTensor, ...
         if ifa.identity_width:  # else there is nothing to give
             shape = ("U", half_lives, ifa.identity_width)
             given.append(GraphTensor("identity_value", shape, "float32"))
-    if config.candidate_set.generate:
-        given.append(GraphTensor("taken", ("M",), "bool"))
     return tuple(given)
 
 
-def _columns(name: str, columns: Iterable[str], dtype: str, *rows: str) -> GraphTensor:
-    columns = tuple(columns)
-    return GraphTensor(name, (*rows, len(columns)), dtype, columns)
+def _candidate_set(model: DLRM_IFA) -> dict[str, Any]:
+    config = model.config.candidate_set
+    about: dict[str, Any] = {"attention": config.attention, "generate": config.generate}
+    if config.generate:
+        graph = SetGraph(model)
+        about |= {
+            "inputs": [dataclasses.asdict(given) for given in graph.inputs],
+            "outputs": [dataclasses.asdict(given) for given in graph.outputs],
+            "sizes": {"M": "candidates, 1 or more", "K": "candidates that are taken, 0 or more"},
+            "taken": "numbers of the candidates in the set, 0 to M - 1, each once; the other inputs are "
+            "what the scoring graph gave. A set of k is generated by taking k times that candidate of "
+            "the others whose gain, given those taken, is largest; the first has the largest gain with "
+            "none taken",
+        }
+    return about
 
 
 def _offsets(rows: int) -> Tensor:

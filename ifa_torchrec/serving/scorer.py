@@ -210,9 +210,7 @@ class Scorer:
         if strategy != "greedy":
             chosen = generate_set(best, whole, len(best) if k is None else k, strategy)
             return chosen, logits[chosen.values()].numpy()
-        chosen = generate_set(
-            lambda taken: self.model.gain_given(candidates, taken), whole, k or 0, strategy
-        )
+        chosen = generate_set(self.model.set_gain(candidates), whole, k or 0, strategy)
         rows = chosen.values()
         taken = torch.zeros(len(best), dtype=torch.bool).index_fill(0, rows, True)
         return chosen, self._logits(candidates, taken)[rows].numpy()

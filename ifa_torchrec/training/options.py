@@ -17,6 +17,7 @@ from ifa_torchrec.distributed import OptimizerConfig, ShardingConfig, checkpoint
 from ifa_torchrec.errors import ConfigError, writing
 from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig, IFAConfig
 from ifa_torchrec.modules.interactions import INTERACTIONS, InteractionName
+from ifa_torchrec.training.precision import Precision
 
 MOST_REQUESTS = 32
 """Requests a batch and rank unless the options say more."""
@@ -83,6 +84,12 @@ class TrainConfig:
     """Optimisers and learning rates."""
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     """Where the tables may lie, e.g. --sharding.tables item_table row_wise."""
+    precision: Precision = "fp32"
+    """In what the dense part multiplies while training: fp32; tf32, on NVIDIA GPUs; or bf16, by
+    autocast. Weights, sums, the loss, tables, and all that is measured are float32 in any case."""
+    compile: bool = False
+    """Let torch.compile make one graph each of what describes and of what scores a candidate. The first
+    step then waits for it, some minutes on a CPU."""
     warmup_steps: int | None = None
     """Steps in which the dense learning rate rises to its value; it then falls to 5% of it. By default
     8% of all steps."""
@@ -148,6 +155,7 @@ class TrainConfig:
         """What must not change between a checkpoint and its resumption."""
         free = {"data", "out", "resume", "checkpoint_every", "validate", "validate_every", "patience"}
         free |= {"calibrate", "max_events", "max_requests", "sharding", "rank_by"}
+        free |= {"precision", "compile"}
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
 
 

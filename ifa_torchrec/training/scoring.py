@@ -103,12 +103,11 @@ def of_batches(
         loading included.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    sampler = EventBudgetSampler(dataset.history_lengths, max_events, max_requests, shard=(rank, world))
-    loader = make_loader(dataset, sampler)
+    lists = list(EventBudgetSampler(dataset.histories, max_events, max_requests, shard=(rank, world)))
     start = time.perf_counter()
     parts = []
-    bar = progress_bar(rank, loader, desc="score", unit="batch", leave=False)
-    for indices, batch in zip(sampler, bar, strict=True):
+    bar = progress_bar(rank, lists, desc="score", unit="batch", leave=False)
+    for indices, batch in zip(bar, make_loader(dataset, lists), strict=True):
         told = answer(batch.to(device, non_blocking=True))
         requests = [index for index in indices if index != EMPTY_REQUEST]
         parts.append((requests, told.float().cpu().numpy()))

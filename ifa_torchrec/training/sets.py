@@ -57,10 +57,10 @@ def chosen_one_by_one(
     """
 
     def choose(batch: RankingBatch) -> Tensor:
-        candidates = model.scored(model.describe(batch))
+        candidates = model.describe(batch)
         offsets = candidates.offsets
         whole = JaggedTensor(candidates.tokens, lengths=offsets.diff(), offsets=offsets)
-        chosen = generate_set(lambda taken: model.gain_given(candidates, taken), whole, k, "greedy")
+        chosen = generate_set(model.set_gain(candidates), whole, k, "greedy")
         return places(chosen, len(candidates.tokens))[:, None]
 
     return of_batches(dataset, device, *budget, choose, 1)[0][:, 0].astype(np.int64)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import shutil
 import sys
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,12 @@ from ifa_torchrec.training.calibrate import fit_tasks
 from ifa_torchrec.training.curves import Curves
 from ifa_torchrec.training.decide import TOO_FEW_STEPS, decided, steps, told
 from ifa_torchrec.training.options import MOST_REQUESTS, TrainConfig, to_json, write_options
+from ifa_torchrec.training.precision import (
+    autocast,
+    check_precision,
+    compile_dense,
+    tf32_where_asked,
+)
 from ifa_torchrec.training.progress import progress_bar
 from ifa_torchrec.training.run import check_log, inputs_of
 from ifa_torchrec.training.scoring import measure, predict
@@ -44,14 +52,15 @@ def train(config: TrainConfig) -> dict[str, float]:
     """Train, checkpoint and validate. Called by all ranks.
 
     Returns:
-        "steps", "seconds" (training alone); if there was a step to make, "events_per_second"
-        (this rank's), "loss" (mean of the last tenth, all ranks'), and "imbalance" (see
-        EventBudgetSampler); if validated, "best_step", which is the one that counts from now on, and
-        its "valid_gauc" and others.
+        "steps", "seconds" (training alone); if there was a step to make, "events_per_second" and
+        "waited" (this rank's; the latter are the seconds in which steps waited for batches), "loss"
+        (mean of the last tenth, all ranks'), and "imbalance" (see EventBudgetSampler); if validated,
+        "best_step", which is the one that counts from now on, and its "valid_gauc" and others.
 
     Raises:
         LogError: the event log is missing or bad.
         ShardingError: the tables cannot be sharded as asked, or do not fit.
+        ConfigError: the options do not fit the log, or the precision the device.
         CheckpointError: OUT holds checkpoints and --resume was not given, or none of them is whole,
             or they are of another configuration. Or another training writes to OUT.
         PlaceError: OUT cannot be written; the last checkpoint is left as it was.
@@ -90,7 +99,7 @@ class Trainer:
         config: TrainConfig.
 
     Raises:
-        LogError, ShardingError: see ``train``.
+        LogError, ShardingError, ConfigError: see ``train``.
 
     Attributes:
         model, optimizer: what ``shard`` gave.
@@ -101,6 +110,7 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         self.device = init_process_group()
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        check_precision(config.precision, self.device)
         self.log = EventLog(config.data)
         self._unknown = unknown_items(self.log, config)
         self.dataset = RankingDataset(
@@ -111,7 +121,7 @@ class Trainer:
         check_loss(self.dataset, config.loss, self.rank)
         requests_a_batch = config.max_requests or MOST_REQUESTS
         self.sampler = EventBudgetSampler(
-            self.dataset.history_lengths,
+            self.dataset.histories,
             config.max_events,
             requests_a_batch,
             seed=config.seed,
@@ -127,10 +137,12 @@ class Trainer:
             config.sharding,
             batch_size(self.dataset, config.max_events, requests_a_batch),
         )
+        if config.compile:
+            compile_dense(self.model)
         self.step = self.epoch = self.taken = 0
         self.losses: list[float] = []
         self._unread: list[torch.Tensor] = []  # reading a loss waits for the device
-        self._events, self._seconds, self._start = 0, 0.0, 0.0
+        self._events, self._seconds, self._start, self._waited = 0, 0.0, 0.0, 0.0
         self._checkpoints = config.out / "checkpoints"
         # a position in the data means nothing for other data
         self._belongs_to = {
@@ -154,6 +166,7 @@ class Trainer:
             tail = self.losses[-max(len(self.losses) // 10, 1) :]
             result["loss"] = sum(tail) / len(tail)
             result["events_per_second"] = self._events / self._seconds
+            result["waited"] = self._waited
             result["imbalance"] = self.sampler.imbalance()
         return {"steps": self.step, "seconds": self._seconds, **result}
 
@@ -161,7 +174,8 @@ class Trainer:
         """Make a step by the next of the rank's batches."""
         progress = (self.epoch + self.taken / len(self.dataset)) / self.config.epochs
         set_learning_rate(self.optimizer, self.config, self.step, progress)
-        self._pipeline.progress(batches)
+        with tf32_where_asked(self.config.precision):
+            self._pipeline.progress(batches)
         self.step += 1
 
     def validate(self) -> tuple[dict[str, float], Fitted]:
@@ -216,6 +230,7 @@ class Trainer:
             "step": self.step,
             "epoch": self.epoch,
             "request": self.taken,
+            "order": self.sampler.order.state_dict(),
             "config": self._belongs_to,
             "data": str(self.log.path.resolve()),
             "scales": {name: dataclasses.asdict(s) for name, s in self.log.scales.items()},
@@ -231,6 +246,7 @@ class Trainer:
                 )
             check_log(folder, self.log, self._belongs_to)
             progress = checkpoint.load(folder, self.model, self.optimizer, self._belongs_to)
+            self.sampler.load_state_dict(progress)
             self.step, self.epoch, self.taken = (progress[k] for k in ("step", "epoch", "request"))
         else:
             self._start_anew()
@@ -277,7 +293,8 @@ class Trainer:
     def _forward(self, batch: Any) -> tuple[torch.Tensor, Any]:
         """The pipeline's call of the model by a RankingBatch; keeps what the curves show."""
         self._events += len(batch.history_age)
-        loss, output = self.model(batch)
+        with autocast(self.config.precision, self.device):
+            loss, output = self.model(batch)
         mean = loss.detach() / self.world  # see DLRM_IFATrain, across_ranks
         dist.all_reduce(mean)
         self._unread.append(mean)
@@ -292,29 +309,33 @@ class Trainer:
         )
         self.sampler.start_at(self.epoch, self.taken)
         self.dataset.set_epoch(self.epoch)
-        batches = iter(make_loader(self.dataset, self.sampler))
-        self._start = time.perf_counter()
-        for number in range(1, len(self.sampler) + 1):
-            self.train_step(batches)
-            taken = self.sampler.requests_taken(number)
-            self._bar.update(taken - self.taken)
-            self.taken = taken
-            last = number == len(self.sampler)
-            if last:
-                self.epoch, self.taken = self.epoch + 1, 0
-            measured = last or (every is not None and self.step % every == 0)
-            save = measured or self.step % self.config.checkpoint_every == 0
-            if save or self.step % _REPORT_EVERY == 0:
-                self._report()
-            if save:
-                self._seconds += time.perf_counter() - self._start
-                best = self._validations.best
-                checkpoint.save(self._checkpoints, self.model, self.optimizer, self.state_dict(), best)
-                self._start = time.perf_counter()
-            if measured:
-                break
+        loader = make_loader(self.dataset, self.sampler)
+        with closing(iter(loader)) as batches:
+            self._start = time.perf_counter()
+            for number in itertools.count(1):
+                self.train_step(batches)
+                position = self.sampler.state_dict(number)
+                last = position["epoch"] > self.epoch
+                taken = len(self.dataset) if last else position["request"]
+                self._bar.update(taken - self.taken)
+                self.epoch, self.taken = position["epoch"], position["request"]
+                measured = last or (every is not None and self.step % every == 0)
+                save = measured or self.step % self.config.checkpoint_every == 0
+                if save or self.step % _REPORT_EVERY == 0:
+                    self._report()
+                if save:
+                    self._save()
+                if measured:
+                    break
+        self._waited += loader.waited
         self._pipeline.detach()
         self._validate_if_due()
+
+    def _save(self) -> None:
+        self._seconds += time.perf_counter() - self._start
+        best = self._validations.best
+        checkpoint.save(self._checkpoints, self.model, self.optimizer, self.state_dict(), best)
+        self._start = time.perf_counter()
 
     def _report(self) -> None:
         self.losses += _finite(self._unread, self.step, self._checkpoints)

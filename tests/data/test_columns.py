@@ -58,7 +58,7 @@ class TestRoundTrip:
     def test_all_is_memory_mapped(self, log: EventLog) -> None:
         columns = log.events | log.items | log.requests("train")
         assert len(columns) > 30
-        assert [name for name, c in columns.items() if not isinstance(c, np.memmap)] == []
+        assert [name for name, c in columns.items() if not isinstance(c.base, np.memmap)] == []
 
     def test_schema_and_header(self, log: EventLog) -> None:
         assert EventLog(log.path).schema == RICH_SCHEMA

@@ -360,7 +360,7 @@ class TestEventBudgetSamplerOnAnyLengths:
     def test_all_ranks_make_the_same_steps_within_their_budgets(self, case: Case) -> None:
         samplers = case.samplers()
         ranks = lists_of(samplers)
-        assert {len(sampler) for sampler in samplers} == {len(ranks[0])} == set(map(len, ranks))
+        assert set(map(len, ranks)) == {len(ranks[0])}
         for step in zip(*ranks, strict=True):
             assert len(set(map(len, step))) == 1  # padded to the same width
             assert 1 <= len(step[0]) <= case.max_requests
@@ -394,7 +394,6 @@ class TestEventBudgetSamplerOnAnyLengths:
         bounds = [samplers[0].requests_taken(step) for step in range(len(ranks[0]) + 1)]
         step = data.draw(st.integers(0, len(ranks[0])))
         assert lists_of(samplers, 2, bounds[step]) == [batches[step:] for batches in ranks]
-        assert len(samplers[0]) == len(ranks[0]) - step
         rest = range(len(ranks[0]) - step + 1)
         assert [samplers[0].requests_taken(later) for later in rest] == bounds[step:]
 
@@ -516,7 +515,7 @@ class TestEventBudgetSampler:
 
     def test_no_requests(self) -> None:
         sampler = EventBudgetSampler([], max_events=1, max_requests=1, shard=(1, 2))
-        assert list(sampler) == [] and len(sampler) == 0
+        assert list(sampler) == []
         assert sampler.requests_taken(0) == 0 and sampler.imbalance() == 1
 
     @pytest.mark.parametrize("bad", [{"max_events": 0}, {"max_requests": 0}, {"max_events": -1}])
@@ -537,7 +536,7 @@ def test_loader_end_to_end(toy: Toy, dataset: RankingDataset, shard: tuple[int, 
     )
     loader = make_loader(dataset, sampler)
     wanted = list(sampler)
-    assert len(loader) == len(wanted) >= 3
+    assert len(wanted) >= 3
     for batch, requests in zip(loader, wanted, strict=True):
         assert isinstance(batch, RankingBatch)
         assert batch.num_requests == len(requests)

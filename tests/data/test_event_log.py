@@ -103,7 +103,7 @@ class TestRoundTrip:
     def test_columns_are_memory_mapped(self, folder: Path) -> None:
         log = EventLog(folder)
         columns = {**log.events, **log.items, **log.requests("train")}
-        assert [name for name, c in columns.items() if not isinstance(c, np.memmap)] == []
+        assert [name for name, c in columns.items() if not isinstance(c.base, np.memmap)] == []
 
     def test_time_in_utc_and_time_without_a_zone_are_the_same(self, toy: Toy, tmp_path: Path) -> None:
         plain = toy.write(tmp_path / "plain").events["time"]

@@ -32,7 +32,7 @@ from ifa_torchrec.modules import (
     InteractionConfig,
     MeanPooling,
 )
-from ifa_torchrec.modules.projections import ZeroLinear
+from ifa_torchrec.modules.projections import ZeroEmbedding, ZeroLinear
 
 DIM = 8
 ITEM_FEATURES = {"item": 50, "category": 6}
@@ -410,7 +410,7 @@ def with_relations(model: DLRM_IFA) -> DLRM_IFA:
     """As if training had found relations, which start at 0."""
     generator = torch.Generator().manual_seed(3)
     for module in model.modules():
-        if isinstance(module, ZeroLinear):
+        if isinstance(module, (ZeroEmbedding, ZeroLinear)):
             with torch.no_grad():
                 module.weight.copy_(torch.randn(module.weight.shape, generator=generator))
     return model
@@ -472,8 +472,8 @@ class TestWhatIsTaken:
             return set_worth(model.logits_given(candidates, taken), tasks)[taken].sum()
 
         for taken in (torch.arange(sum(CANDIDATES)) % 3 == 1, torch.zeros(sum(CANDIDATES)).bool()):
-            gain = model.gain_given(candidates, taken)
-            torch.testing.assert_close(model.gain_given(model.describe(batch), taken), gain)
+            gain = model.set_gain(candidates)(taken)
+            torch.testing.assert_close(model.set_gain(model.describe(batch))(taken), gain)
             for row in (~taken).nonzero().flatten():
                 more = taken.clone()
                 more[row] = True
@@ -491,12 +491,32 @@ class TestWhatIsTaken:
         first, second = (train.eval()(batch)[0].item() for _ in range(2))
         assert first == second < loss.item()
 
+    def test_nothing_else_is_trained_otherwise(self, attention: str) -> None:
+        """A model that can generate sets ranks, bit by bit, as the one that cannot."""
+        weights, drawn = [], []
+        for generate in (True, False):
+            config = make_config("ifa", candidate_set=CandidateSetConfig(attention, generate=generate))
+            torch.manual_seed(0)
+            model = DLRM_IFA(make_bags(), make_tables(), config)
+            drawn.append(torch.rand(1))  # as the start of what is made after it, the tables of a run
+            train = DLRM_IFATrain(model)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+            for _ in range(3):
+                optimizer.zero_grad()
+                train(make_batch())[0].backward()
+                optimizer.step()
+            weights.append({n: w for n, w in model.named_parameters() if "taken_arch" not in n})
+        one, other = weights
+        assert one.keys() == other.keys() and drawn[0] == drawn[1]
+        for name, weight in one.items():
+            assert torch.equal(weight, other[name]), name
+
 
 def test_a_model_that_was_not_trained_for_it_refuses_what_is_taken() -> None:
     model = make_model(candidate_set=CandidateSetConfig("softmax"))
     candidates = model.describe(make_batch())
     assert torch.equal(model.logits_given(candidates), model(make_batch()))
-    for scored in (model.logits_given, model.gain_given):
+    for scored in (model.logits_given, lambda candidates, _: model.set_gain(candidates)):
         with pytest.raises(ConfigError, match=r"greedily; train it with .*generate"):
             scored(candidates, torch.zeros(sum(CANDIDATES)).bool())
     given = make_model(candidate_set=CandidateSetConfig(generate=True))

@@ -20,7 +20,7 @@ from ifa_torchrec.modules import (
     SoftmaxAttention,
     TakenRelation,
 )
-from ifa_torchrec.modules.candidate_set import TakenSample
+from ifa_torchrec.modules.candidate_set import BUCKETS, TakenSample
 
 DIM = 8
 SIZES = [4, 0, 1, 7]
@@ -157,6 +157,9 @@ class TestTakenRelation:
         taken = torch.arange(sum(sizes)) % 3 != 1
         x, offsets = tokens.values(), tokens.offsets().tolist()
         ids = torch.randint(3, (sum(sizes), 2), generator=torch.Generator().manual_seed(1))
+        ids *= torch.tensor([1, 65])  # the second's in buckets 0, unknown, 1 and 2
+        assert relation.pair_queries is not None
+        pairs = relation.pair_queries.weight.view(BUCKETS, 3, BUCKETS)
         expected = torch.zeros(sum(sizes), 3).double()
         for first, last in itertools.pairwise(offsets):
             for i, j in itertools.product(range(first, last), repeat=2):
@@ -165,6 +168,8 @@ class TestTakenRelation:
                     expected[i] += query @ relation.key_proj(x[j])
                     same = (ids[i] == ids[j]) & (ids[i] != 0)
                     expected[i] += relation.same_proj.weight @ same.double()
+                    if ids[i, 1] and ids[j, 1]:
+                        expected[i] += 3.0 * pairs[ids[i, 1] % BUCKETS, :, ids[j, 1] % BUCKETS]
         torch.testing.assert_close(relation(tokens, taken, ids), expected)
 
     def test_starts_at_nothing(self) -> None:
@@ -186,9 +191,9 @@ def test_what_is_taken_in_training_is_all_of_the_exposed_or_any_number_of_them()
     assert not draws[:, ~exposed].any()
     for first, last, shown in ((0, 4, 3), (5, 12, 5)):
         share = torch.bincount(draws[:, first:last].sum(1), minlength=shown + 1) / len(draws)
-        np.testing.assert_allclose(share, [0.5 / shown] * shown + [0.5], atol=0.03)
+        np.testing.assert_allclose(share, [0.25 / shown] * shown + [0.75], atol=0.03)
         each = draws[:, first:last][:, exposed[first:last]].float().mean(0)
-        np.testing.assert_allclose(each, 0.5 + (shown - 1) / 4 / shown, atol=0.03)
+        np.testing.assert_allclose(each, 0.75 + (shown - 1) / 8 / shown, atol=0.03)
     nothing = TakenSample()(torch.zeros(0).bool(), torch.tensor([0, 0]))
     assert nothing.shape == (0,)
 
@@ -345,7 +350,7 @@ class TestLoss:
             loss(logits, labels[:, :1], exposed, offsets, alone)
         with pytest.raises(ValueError, match="exposed must be"):
             loss(logits, labels, exposed[1:], offsets, alone)
-        with pytest.raises(ValueError, match="offsets end at"):
+        with pytest.raises(ValueError, match="offsets must rise from 0 to"):
             loss(logits, labels, exposed, offsets[:-3], alone)
         with pytest.raises(ValueError, match=r"exposed_logits must be .* got None"):
             loss(logits, labels, exposed, offsets)

@@ -236,13 +236,17 @@ def test_no_default_changes_a_result(op, backend):
 
 
 @every_op_and_weighting
-def test_autocast_changes_no_sum(op, weighted, backend):
+def test_autocast_changes_the_tokens_and_no_sum(op, weighted, backend):
     inputs = inputs_of(op, weighted)
-    expected = results(op, inputs, backend)
+    tokens = "candidates" if op.startswith("attend") else "history"
+    expected = results(op, inputs | {tokens: inputs[tokens].bfloat16()}, backend)
     with torch.autocast("cpu", torch.bfloat16):
         actual = results(op, inputs, backend)
+        double = called(op, inputs | {tokens: inputs[tokens].double()}, *EXTRA[op], backend="torch")
+    assert double[0].dtype == (torch.float32 if op.startswith("attend") else torch.float64)
     for i, (one, other) in enumerate(zip(actual, expected, strict=True)):
-        assert one.dtype == other.dtype
+        assert one.dtype == torch.float32
+        other = other.float()
         # autocast reaches what PyTorch's own backward multiplies
         own = i > 1 and backend == "reference"
         assert_near(one, other, 2e-2 if own else 0)

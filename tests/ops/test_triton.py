@@ -10,11 +10,12 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import Inputs, assert_near
+from helpers import Inputs, assert_near, offsets_of
 from interpreter import DEVICE
 from kernels import run, wide_inputs
 from test_ops import (
@@ -22,6 +23,7 @@ from test_ops import (
     FEATURE_MAPS,
     assert_backend_is_true,
     attend_inputs,
+    attend_softmax_inputs,
     encode_inputs,
     match_inputs,
     to_float64,
@@ -46,6 +48,19 @@ def on_device(inputs: dict) -> dict:
     return {name: x if x is None else x.to(DEVICE) for name, x in inputs.items()}
 
 
+def softmax_inputs(lengths, summaries: int, dim: int, heads: int, width: int) -> dict:
+    """Of attend_softmax."""
+    generator = torch.Generator().manual_seed(0)
+    random = partial(torch.randn, generator=generator)
+    return {
+        "candidates": random(sum(lengths), dim),
+        "offsets": offsets_of(lengths),
+        "query_weight": random(heads, width, dim) / dim**0.5,
+        "summaries": random(len(lengths), heads, summaries, width),
+        "log_weight": random(len(lengths), heads, summaries),
+    }
+
+
 # ------------------------------------------------------------------------------ against the reference
 
 
@@ -64,6 +79,29 @@ def test_encode_of_some_thousand_events_among_users_with_none():
 def test_attend_is_the_references(feature_map):
     inputs = attend_inputs([0, 1, 150, 0, 9], feature_map, torch.float32)
     assert_backend_is_true("attend", inputs, feature_map, EPS, **TRUE)
+
+
+@pytest.mark.parametrize("sizes", [(1, 150, 0, 9), (33,)], ids=str)
+def test_attend_softmax_is_the_references(sizes):
+    inputs = attend_softmax_inputs(list(sizes), torch.float32)
+    assert_backend_is_true("attend_softmax", inputs, **TRUE)
+
+
+@pytest.mark.parametrize(
+    ("summaries", "dims"),
+    [(128, (40, 1, 64)), (7, (80, 3, 5)), (90, (20, 1, 200))],
+    ids=["several ranges", "several heads and tiles of D", "a wide head"],
+)
+def test_attend_softmax_of_any_width(summaries, dims):
+    inputs = softmax_inputs([20, 0, 3], summaries, *dims)
+    assert_backend_is_true("attend_softmax", inputs, **TRUE)
+
+
+def test_attend_softmax_where_no_summary_is_there():
+    inputs = on_device(softmax_inputs([3, 2], 5, 8, 2, 4))
+    inputs["log_weight"][0] = -torch.inf
+    out, log_sum = ops.attend_softmax(*inputs.values(), "triton")
+    assert not out[:3].any() and (log_sum[:3] == -torch.inf).all() and log_sum[3:].isfinite().all()
 
 
 @pytest.mark.parametrize("weighted", [True, "by head", False])
@@ -146,11 +184,12 @@ def test_a_spoilt_row_spoils_its_own_request_alone():
 # ------------------------------------------------------------------------------------ the operators
 
 
-@pytest.mark.parametrize("op", ["encode", "attend", "match"])
+@pytest.mark.parametrize("op", ["encode", "attend", "attend_softmax", "match"])
 def test_opcheck(op):
     inputs, extra = {
         "encode": (encode_inputs([5, 0, 3], torch.float32, "by head"), ("hedgehog",)),
         "attend": (attend_inputs([2, 3, 0], "elu", torch.float32), ("elu", EPS)),
+        "attend_softmax": (attend_softmax_inputs([2, 3, 0], torch.float32), ()),
         "match": (match_inputs([4, 0, 6], [3, 1, 5], torch.float32), ()),
     }[op]
     fixed = ("ages", "decay")
@@ -203,6 +242,7 @@ def test_the_operators_themselves_refuse_sizes_that_do_not_agree():
     for operator, inputs, extra in (
         (torch.ops.ifa.encode, encode_inputs([5, 3], torch.float32, "by head"), ("elu", "triton")),
         (torch.ops.ifa.attend, attend_inputs([5, 3], "elu", torch.float32), ("elu", EPS, "triton")),
+        (torch.ops.ifa.attend_softmax, attend_softmax_inputs([5, 3], torch.float32), ("triton",)),
         (torch.ops.ifa.match, match_inputs([5, 3], [2, 1], torch.float32), ("triton",)),
     ):
         for name, x in on_device(inputs).items():
@@ -249,7 +289,7 @@ class Waits(TorchDispatchMode):
 def test_nothing_on_the_host_looks_at_a_value():
     for case in (gpu_kernels.CASES[0], gpu_kernels.CASES[-1]):
         with Waits() as waits:
-            gpu_kernels.launches(case)
+            gpu_kernels.launches(case, 90)
         assert waits.seen == []
         with waits:
             torch.ones(3)[torch.ones(3) > 0]
@@ -302,14 +342,16 @@ def compiled(cases: str, capabilities: str, cache: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", range(len(gpu_kernels.CASES)), ids=lambda i: str(gpu_kernels.CASES[i]))
 @pytest.mark.parametrize("capability", gpu_kernels.CAPABILITIES)
-def test_every_kernel_compiles_and_fits_a_gpu(case, capability, tmp_path):
+def test_every_kernel_compiles_and_fits_a_gpu(capability, tmp_path):
     """Products are tensor cores', shared memory is what there is, and nothing or little is spilled."""
-    kernels = compiled(str(case), str(capability), tmp_path)
+    every_case = ",".join(map(str, range(len(gpu_kernels.CASES))))
+    kernels = compiled(every_case, str(capability), tmp_path)
     assert {x["kernel"].split("_")[0] for x in kernels} == {"encode", "attend", "join", "match", "sum"}
     for kernel in kernels:
         if kernel["kernel"].startswith(("encode", "attend")):
             assert kernel["tensor_cores"] > 0, kernel
         assert kernel["shared"] <= gpu_kernels.SHARED_MEMORY[capability], kernel
-        assert kernel["local"] <= MOST_SPILLED, kernel
+    spilled = [x for x in kernels if x["local"] > MOST_SPILLED]
+    # docs/howto/gpus.md tells of the one: hedgehog's heads of 64 before 9.0
+    assert [x["kernel"] for x in spilled] == ["attend_backward_kernel"] * (capability < 90), spilled

@@ -7,8 +7,8 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -26,7 +26,8 @@ from ifa_torchrec.commands.export import ExportConfig, export
 from ifa_torchrec.data import EventLog, LogSchema, RankingDataset
 from ifa_torchrec.modules import CandidateSetConfig
 from ifa_torchrec.serving import ScoringGraph, StateError, export_scorer, quantize_tables
-from ifa_torchrec.serving.export import GraphTensor, package_scorer
+from ifa_torchrec.serving.export import package_scorer
+from ifa_torchrec.serving.set_graph import GraphTensor, export_set_graph
 from ifa_torchrec.training.options import TrainConfig
 from ifa_torchrec.training.run import Run, load_run
 from ifa_torchrec.training.trainer import train
@@ -63,7 +64,6 @@ def inputs(model: DLRM_IFA, schema: LogSchema, batch: RankingBatch) -> dict[str,
         "item_vectors": None if batch.item_vectors is None else batch.item_vectors[items],
         "candidate_item_ids": batch.candidate_item_ids,
         **{f"context_list_{f}": batch.context_features[f].values() for f in schema.context_lists},
-        "taken": torch.zeros_like(ids[columns[0]].values(), dtype=torch.bool),
         **state.state_dict(),
     }
     if known["candidate_item_ids"] is None:
@@ -209,36 +209,57 @@ def model_of_sets(attention: Literal["softmax", "linear"]) -> DLRM_IFA:
 
 @torch.no_grad()
 def assert_generates_the_models_sets(
-    score: Callable[..., tuple[Tensor, Tensor]], model: DLRM_IFA
+    score: Callable[..., tuple[Tensor, ...]],
+    step: Callable[..., tuple[Tensor, Tensor]],
+    model: DLRM_IFA,
 ) -> None:
+    def same(found: Tensor, wanted: Tensor) -> None:
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
     for candidates in (1, 2, 3, 40):
         batch = items_alone(events=7, candidates=candidates, seed=candidates)
-        given, described = inputs(model, ONE_FEATURE, batch), model.describe(batch)
-        taken = given["taken"].clone()
+        described, related = model.describe(batch), score(*inputs(model, ONE_FEATURE, batch).values())
+        same(related[0], model(batch))
+        taken = torch.zeros(candidates, dtype=torch.bool)
         rows = JaggedTensor(described.tokens, offsets=described.offsets)
-        for row in generate_set(partial(model.gain_given, described), rows, 5, "greedy").values():
-            logits, gain = score(*{**given, "taken": taken}.values())
-            wanted = model.logits_given(described, taken), model.gain_given(described, taken)
-            torch.testing.assert_close((logits, gain), wanted, atol=1e-5, rtol=1e-5)
+        for row in generate_set(model.set_gain(described), rows, 5, "greedy").values():
+            logits, gain = step(*related, taken.nonzero().flatten())
+            same(logits, model.logits_given(described, taken))
+            same(gain[~taken], model.set_gain(described)(taken)[~taken])
             # an item may stand there twice, and its gains differ by rounding
             assert gain[row] >= gain.masked_fill(taken, -torch.inf).max() - 1e-5
-            if not taken.any():
-                torch.testing.assert_close(logits, model(batch), atol=1e-5, rtol=1e-5)
             taken[row] = True
-        torch.testing.assert_close(
-            score(*{**given, "taken": ~taken}.values())[0],
-            model.logits_given(described, ~taken),
-            atol=1e-5,
-            rtol=1e-5,
-        )
+        others = step(*related, (~taken).nonzero().flatten())[0]
+        same(others, model.logits_given(described, ~taken))
 
 
 @pytest.mark.parametrize("attention", ["softmax", "linear"])
 def test_a_model_whose_candidates_see_each_other(attention: Literal["softmax", "linear"]) -> None:
     model = model_of_sets(attention)
-    program = export_scorer(model, ONE_FEATURE)
-    assert_generates_the_models_sets(program.module(), model)
+    program, step = export_scorer(model, ONE_FEATURE), export_set_graph(model)
+    assert_generates_the_models_sets(program.module(), step.module(), model)
     assert_of_aten_alone(program)
+    assert_of_aten_alone(step)
+
+
+def test_the_command_writes_a_step_of_a_set_too(tmp_path: Path, monkeypatch) -> None:
+    model, out = model_of_sets("softmax"), tmp_path / "scorer.pt2"
+    log = SimpleNamespace(schema=ONE_FEATURE, vocabulary=SimpleNamespace(digest="0a1b"))
+    run = SimpleNamespace(dlrm=model, log=log, version="weights-1")
+    monkeypatch.setattr("ifa_torchrec.commands.export.load_run", lambda *_, **__: run)
+    export(ExportConfig(tmp_path, out))
+    about = json.loads(out.with_suffix(".json").read_text())
+    assert about["files"] == ["scorer.pt2", "scorer.set.pt2"]
+    score, step = (torch.export.load(tmp_path / name).module() for name in about["files"])
+    about_step = about["candidate_set"]
+    assert about["outputs"] == about_step["inputs"][:-1]
+    given = score(*inputs(model, ONE_FEATURE, items_alone(3, candidates=4, seed=0)).values())
+    found = step(*given, torch.tensor([2, 0]))
+    sizes = {"M": 4}
+    for tensors, described in ((given, about["outputs"]), (found, about_step["outputs"])):
+        for tensor, one in zip(tensors, described, strict=True):
+            assert list(tensor.shape) == [sizes.get(size, size) for size in one["shape"]]
+            assert str(tensor.dtype) == f"torch.{one['dtype']}"
 
 
 @pytest.mark.slow
@@ -248,7 +269,9 @@ def test_a_package_of_a_model_whose_candidates_see_each_other(
 ) -> None:
     model = model_of_sets(attention)
     package_scorer(export_scorer(model, ONE_FEATURE), tmp_path / "sets.pt2")
-    assert_generates_the_models_sets(load_package(tmp_path / "sets.pt2", monkeypatch), model)
+    package_scorer(export_set_graph(model), tmp_path / "sets.set.pt2")
+    packages = [load_package(tmp_path / f"sets{end}", monkeypatch) for end in (".pt2", ".set.pt2")]
+    assert_generates_the_models_sets(*packages, model)
 
 
 def items_alone(events: int, candidates: int, seed: int) -> RankingBatch:

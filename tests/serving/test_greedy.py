@@ -53,7 +53,7 @@ def chosen_from_history(model: DLRM_IFA, dataset: RankingDataset, n: int, k: int
     """Which of the request's candidates, one by one."""
     candidates = model.describe(dataset[[n]])
     rows = JaggedTensor(candidates.tokens, offsets=candidates.offsets)
-    chosen = generate_set(lambda taken: model.gain_given(candidates, taken), rows, k, "greedy")
+    chosen = generate_set(model.set_gain(candidates), rows, k, "greedy")
     return chosen.values().tolist()
 
 

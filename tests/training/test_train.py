@@ -871,7 +871,7 @@ class TestEvaluate:
         with torch.no_grad():
             candidates = model.describe(dataset[np.arange(len(dataset))])
             rows = JaggedTensor(candidates.tokens, offsets=candidates.offsets)
-            greedy = generate_set(lambda taken: model.gain_given(candidates, taken), rows, 3, "greedy")
+            greedy = generate_set(model.set_gain(candidates), rows, 3, "greedy")
             best = generate_set(model.logits_given(candidates)[:, 0], rows, 3)
         assert greedy.values().tolist() != best.values().tolist()
         for strategy, chosen in (("greedy", greedy), ("topk", best)):

@@ -245,7 +245,7 @@ def attend(given: AttendArguments) -> tuple[Tensor, Tensor]:
         return torch_kernels.attend(given)
     heads, width, dim = given.query_weight.shape
     light = is_light(given.feature_map, given.candidates.dtype)
-    tile = Tile.of((heads, width, dim), 64, 64, light)
+    tile = Tile.of((heads, width, dim), 64, 64, light, given.candidates.device)
     arguments, constants, chunks = _prepared(given, tile)
     out = given.key_value.new_empty(chunks.rows, heads, width, dtype=torch.float32)
     normalizer = given.key_value.new_empty(chunks.rows, heads, dtype=torch.float32)
@@ -270,7 +270,7 @@ def attend_backward(
     features = heads * width * FEATURE_MAPS[given.feature_map].expansion
     # a state of more columns takes too many registers
     light = is_light(given.feature_map, given.candidates.dtype)
-    tile = Tile.of((heads, width, dim), 32 if light else 16, 32, light)
+    tile = Tile.of((heads, width, dim), 32 if light else 16, 32, light, candidates.device)
     arguments, constants, chunks = _prepared(given, tile)
     groups, parts = tile.groups(heads), triton.cdiv(dim, tile.TILE)
     programs, _ = backward_programs(chunks.count)

@@ -375,6 +375,12 @@ def is_light(feature_map: str, dtype: torch.dtype) -> bool:
     return feature_map != "hedgehog" and dtype == torch.bfloat16
 
 
+def multiplies_in_registers(device: torch.device) -> bool:
+    """Do tensor cores read both factors from registers, of which a tile must leave more? Those of 9.0
+    and later read them from shared memory."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
+
+
 class Tile(NamedTuple):
     """The shape of a program's work: HEADS heads of PADDED columns, TILE of D, ROWS rows."""
 
@@ -384,12 +390,18 @@ class Tile(NamedTuple):
     ROWS: int
 
     @staticmethod
-    def of(sizes: tuple[int, int, int], columns: int, rows: int, light: bool) -> Tile:
+    def of(
+        sizes: tuple[int, int, int], columns: int, rows: int, light: bool, device: torch.device
+    ) -> Tile:
         """For a projection [H, d, D]: about as many columns; rows at a time, half if not light."""
         heads, width, dim = sizes
         padded = triton.next_power_of_2(width)
+        widest = 64
+        if multiplies_in_registers(device):
+            columns = min(columns, 32)
+            widest = min(2048 // max(columns, padded), 64)
         columns = max(16, padded, min(columns, triton.next_power_of_2(heads * padded)))
-        tile = min(triton.next_power_of_2(dim), 64)
+        tile = min(triton.next_power_of_2(dim), widest)
         return Tile(columns // padded, padded, max(tile, 16), rows if light else rows // 2)
 
     def groups(self, heads: int) -> int:

@@ -241,7 +241,7 @@ def encode(given: EncodeArguments) -> tuple[Tensor, Tensor]:
     maps = FEATURE_MAPS[given.feature_map].expansion
     chunks = Chunks.of(given.offsets, len(given.history))
     light = is_light(given.feature_map, given.history.dtype)
-    tile = Tile.of((heads, width, dim), 64, 64, light)
+    tile = Tile.of((heads, width, dim), 64, 64, light, given.history.device)
     parts, features = triton.cdiv(dim, tile.TILE), heads * width * maps
     sums = given.history.new_empty(chunks.count * parts, features * (width + 1), dtype=torch.float32)
     arguments, constants = _arguments(given, torch.float32)
@@ -268,7 +268,8 @@ def encode_backward(
     heads, width, dim = given.key_weight.shape
     features = width * FEATURE_MAPS[given.feature_map].expansion
     chunks = Chunks.of(given.offsets, len(history))
-    tile = Tile.of((heads, width, dim), 64, 32, is_light(given.feature_map, history.dtype))
+    light = is_light(given.feature_map, history.dtype)
+    tile = Tile.of((heads, width, dim), 64, 32, light, history.device)
     groups, parts = tile.groups(heads), triton.cdiv(dim, tile.TILE)
     programs, _ = backward_programs(chunks.count)
     grad_history = history.new_empty(history.shape)

@@ -1,0 +1,88 @@
+"""Where the histories of requests lie among the events of a log."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+AT_ONCE = 1 << 20
+"""Requests whose histories are looked for together, which bounds the memory for it. Those of a split of
+no more are looked for once."""
+
+
+class FindsHistories(Protocol):
+    """What an EventLog can do: say which rows are a user's events before a time."""
+
+    def history_range(self, user: np.ndarray, time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See ``EventLog.history_range``."""
+        ...
+
+
+class Histories:
+    """The rows of each request's history, in memory that does not grow with the requests.
+
+    Args:
+        log: the event log.
+        users: [R] int64; times: [R] int64, microseconds.
+        most: events of a history, the latest; None for all.
+        since: [R] int64, microseconds: only events from this time on; None for all.
+
+    Example:
+        >>> import numpy as np, pandas as pd, tempfile
+        >>> from ifa_torchrec.data import EventLog, LogSchema
+        >>> from ifa_torchrec.data.histories import Histories
+        >>> log = EventLog.from_pandas(
+        ...     tempfile.mkdtemp() + "/log",
+        ...     events=pd.DataFrame({"user": [7, 7], "item": [1, 2], "time": pd.Timestamp(2024, 1, 1)}),
+        ...     schema=LogSchema(item_features={"item": 3}))
+        >>> histories = Histories(log, np.array([7, 8]), log.events["time"] + 1, most=1)
+        >>> len(histories), histories.lengths(np.array([0, 1])).tolist()
+        (2, [1, 0])
+    """
+
+    def __init__(
+        self,
+        log: FindsHistories,
+        users: np.ndarray,
+        times: np.ndarray,
+        most: int | None = None,
+        since: np.ndarray | None = None,
+    ) -> None:
+        self._log, self._users, self._times, self._most, self._since = log, users, times, most, since
+        self._found = self._find(np.arange(len(users))) if len(users) <= AT_ONCE else None
+
+    def __len__(self) -> int:
+        return len(self._users)
+
+    def ranges(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The rows start:end of the events of each request's history.
+
+        Args:
+            requests: [n] int64, numbers of requests.
+
+        Returns:
+            start and end, [n] int64.
+        """
+        if self._found is None:
+            return self._find(requests)
+        start, end = self._found
+        return start[requests], end[requests]
+
+    def lengths(self, requests: np.ndarray) -> np.ndarray:
+        """[n] int64, the events in each request's history.
+
+        Args:
+            requests: [n] int64, numbers of requests.
+        """
+        start, end = self.ranges(requests)
+        return end - start
+
+    def _find(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        users = self._users[requests]
+        start, end = self._log.history_range(users, self._times[requests])
+        if self._most is not None:
+            start = np.maximum(start, end - self._most)
+        if self._since is not None:
+            start = self._log.history_range(users, self._since[requests])[1]
+        return start, end

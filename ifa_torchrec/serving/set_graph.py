@@ -1,0 +1,176 @@
+"""What a set is worth more with each candidate, given the taken, as a graph of plain tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from ifa_torchrec.errors import ConfigError
+from ifa_torchrec.models import DLRM_IFA
+from ifa_torchrec.models.config import DLRM_IFAConfig
+from ifa_torchrec.models.taken import TakenArch
+from ifa_torchrec.modules.candidate_set import Related
+
+
+@dataclass(frozen=True)
+class GraphTensor:
+    """A tensor that a graph takes or gives.
+
+    Args:
+        name: what its documentation calls it.
+        shape: numbers; "M" where it is the number of candidates, "U" that of identity rows, "K" that of
+            taken candidates, and "L_NAME" that of the ids in a list.
+        dtype: "int64", "float32" or "bool".
+        columns: names of the last dimension's entries, where they have names.
+
+    Example:
+        >>> from ifa_torchrec.serving.set_graph import GraphTensor
+        >>> GraphTensor("candidate_ids", ("M", 2), "int64", ("item", "category")).shape
+        ('M', 2)
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    columns: tuple[str, ...] = ()
+
+
+def columns_of(name: str, columns: Iterable[str], dtype: str, *rows: str) -> GraphTensor:
+    """A GraphTensor whose last dimension has a name for each entry.
+
+    Example:
+        >>> from ifa_torchrec.serving.set_graph import columns_of
+        >>> columns_of("dense", ["age", "price"], "float32").shape
+        (2,)
+    """
+    columns = tuple(columns)
+    return GraphTensor(name, (*rows, len(columns)), dtype, columns)
+
+
+def related_tensors(config: DLRM_IFAConfig) -> tuple[GraphTensor, ...]:
+    """What a ScoringGraph gives beside the logits of a model that generates sets, and SetGraph takes.
+
+    Example:
+        >>> from ifa_torchrec import DLRM_IFAConfig, IFAConfig
+        >>> from ifa_torchrec.serving.set_graph import related_tensors
+        >>> [given.shape for given in related_tensors(DLRM_IFAConfig(("item",), ifa=IFAConfig(8)))]
+        [('M', 1, 8), ('M', 8), ('M', 1)]
+    """
+    dim, tasks = config.ifa.embedding_dim, config.num_tasks
+    return (
+        GraphTensor("query", ("M", tasks, dim), "float32"),
+        GraphTensor("key", ("M", dim), "float32"),
+        columns_of("ids", config.item_names, "int64", "M"),
+    )
+
+
+class SetGraph(nn.Module):
+    """One step of a set of one request that grows: what each candidate is worth, given the taken.
+
+    What it takes a ScoringGraph has given once for the request; so a set of k costs one ranking, and k
+    times this.
+
+    Args:
+        model: DLRM_IFA that was trained to generate sets.
+
+    Attributes:
+        inputs, outputs: a GraphTensor for each argument of ``forward``, and for each of its results.
+
+    Raises:
+        ConfigError: the model knows no relation to what is taken.
+
+    Example:
+        >>> import torch
+        >>> from torchrec import EmbeddingCollection, EmbeddingConfig
+        >>> from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, IFAConfig
+        >>> from ifa_torchrec.modules import CandidateSetConfig
+        >>> from ifa_torchrec.serving.set_graph import SetGraph
+        >>> tables = EmbeddingCollection(tables=[EmbeddingConfig(
+        ...     name="item", embedding_dim=8, num_embeddings=100,
+        ...     feature_names=["history_item", "candidate_item"])])
+        >>> model = DLRM_IFA(None, tables, DLRM_IFAConfig(("item",), ifa=IFAConfig(8, num_heads=2),
+        ...     candidate_set=CandidateSetConfig(generate=True)))
+        >>> step = SetGraph(model)
+        >>> [given.name for given in step.inputs]
+        ['logits', 'query', 'key', 'ids', 'taken']
+        >>> logits, gain = step(torch.zeros(3, 1), torch.randn(3, 1, 8), torch.randn(3, 8),
+        ...     torch.tensor([[5], [6], [7]]), torch.tensor([2]))
+        >>> logits.shape, gain.shape
+        (torch.Size([3, 1]), torch.Size([3]))
+    """
+
+    def __init__(self, model: DLRM_IFA) -> None:
+        super().__init__()
+        if model.taken_arch is None:
+            raise ConfigError(
+                "SetGraph: the model was not trained to score candidates given those that are taken "
+                "(ifa train --candidate-set.generate)"
+            )
+        self.tasks = model.config.tasks
+        self.taken_arch = TakenArch(model.config)
+        self.taken_arch.load_state_dict(model.taken_arch.state_dict())
+        logits = columns_of("logits", (task.name for task in self.tasks), "float32", "M")
+        taken = GraphTensor("taken", ("K",), "int64")
+        self.inputs = (logits, *related_tensors(model.config), taken)
+        self.outputs = (logits, GraphTensor("gain", ("M",), "float32"))
+        self.eval()
+
+    def forward(
+        self, logits: Tensor, query: Tensor, key: Tensor, ids: Tensor, taken: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            logits: [M, T], query: [M, T, D], key: [M, D] and ids: [M, F], as a ScoringGraph gave them.
+            taken: [K] int64, numbers 0 to M - 1 of the candidates that are taken, each once, K >= 0.
+
+        Returns:
+            Logits [M, T] given these (DLRM_IFA.logits_given), and what the set is worth more with each
+            candidate, [M] (DLRM_IFA.set_gain); of those that are taken that means nothing.
+        """
+        nothing = torch.zeros_like(ids[:, 0])
+        related = Related(query, key, nothing[:2], nothing, ids)
+        return self.taken_arch.step(logits, related, taken, self.tasks)
+
+
+def export_set_graph(model: DLRM_IFA) -> ExportedProgram:
+    """Export SetGraph, for any number of candidates and of those that are taken.
+
+    Args:
+        model: as SetGraph's.
+
+    Returns:
+        ExportedProgram with SetGraph.forward's arguments, of aten operators.
+
+    Raises:
+        ConfigError: as SetGraph.
+
+    Example:
+        >>> import torch
+        >>> from torchrec import EmbeddingCollection, EmbeddingConfig
+        >>> from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, IFAConfig
+        >>> from ifa_torchrec.modules import CandidateSetConfig
+        >>> from ifa_torchrec.serving.set_graph import export_set_graph
+        >>> tables = EmbeddingCollection(tables=[EmbeddingConfig(
+        ...     name="item", embedding_dim=8, num_embeddings=100,
+        ...     feature_names=["history_item", "candidate_item"])])
+        >>> model = DLRM_IFA(None, tables, DLRM_IFAConfig(("item",), ifa=IFAConfig(8, num_heads=2),
+        ...     candidate_set=CandidateSetConfig(generate=True)))
+        >>> step = export_set_graph(model).module()
+        >>> none, ids = torch.empty(0).long(), torch.tensor([[5], [6]])
+        >>> step(torch.zeros(2, 1), torch.zeros(2, 1, 8), torch.zeros(2, 8), ids, none)[1].tolist()
+        [0.5, 0.5]
+    """
+    graph = SetGraph(model)
+    sizes, example = {"M": 5, "K": 3}, []  # neither 0 nor 1, which would be taken for constants
+    named = {"M": Dim("M", min=1), "K": Dim("K", min=0)}
+    dynamic: list[dict[int, Dim]] = []
+    for given in graph.inputs:
+        shape = [sizes[n] if isinstance(n, str) else n for n in given.shape]
+        example.append(torch.zeros(shape, dtype=getattr(torch, given.dtype)))
+        dynamic.append({i: named[n] for i, n in enumerate(given.shape) if isinstance(n, str)})
+    with torch.no_grad():
+        return torch.export.export(graph, tuple(example), dynamic_shapes=tuple(dynamic), strict=False)
