@@ -516,7 +516,9 @@ class TestWhatIsTaken:
 
 
 @pytest.mark.parametrize("unexposed", [0.0, 0.3])
-def test_the_loss_is_the_sum_of_each_alone_of_all_beside_each_other_and_of_something_taken(unexposed) -> None:
+def test_the_loss_is_the_sum_of_each_alone_of_all_beside_each_other_and_of_something_taken(
+    unexposed,
+) -> None:
     config = CandidateSetConfig("softmax", generate=True)
     model, batch = with_relations(make_model(candidate_set=config)), make_batch()
     batch = dataclasses.replace(batch, exposed=torch.arange(sum(CANDIDATES)) % 3 != 1)
