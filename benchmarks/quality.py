@@ -197,6 +197,7 @@ def ablations(data: str) -> dict[str, dict[str, Any]]:
         "feature map relu": ifa(feature_map="relu"),
         "2 heads of width 32": ifa(num_heads=2),
         "2 heads of width 64": ifa(num_heads=2, head_dim=64),
+        "identity heads: masses alone": ifa(identity_head_dim=0),
         "4,096 buckets": ifa(identity_buckets=4096),
         "candidates see each other, softmax": model(candidate_set=related),
         "candidates see each other, linear": model(candidate_set=CandidateSetConfig("linear")),

@@ -14,6 +14,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec import IFAConfig
 from ifa_torchrec.modules import History
+from ifa_torchrec.modules.identity import IdentityHeads
 
 LN2 = math.log(2.0)
 """A half-life of LN2 * 2**k is a decay rate of 2**-k, which float32 holds exactly."""
@@ -185,7 +186,7 @@ def naive_forward(
             known = (asked != 0)[:, None] & (bought != 0)[None, :]
             same = (asked[:, None] - bought[None, :]) % config.identity_buckets == 0
             same = (same & known).to(tokens.dtype)
-            value = head_of(tokens, module.identity.value_proj, k, config)
+            value = identity_values(module.identity, tokens, k)
             for rate in range(len(config.identity_half_lives)):
                 total = same @ weight[:, rate]
                 mean = same @ (weight[:, rate, None] * value)
@@ -201,6 +202,13 @@ def head_of(tokens: Tensor, projection: torch.nn.Linear, h: int, config: IFAConf
     """[rows, d]: head h of the tokens' projection."""
     d = config.head_dim or config.embedding_dim // config.num_heads
     return tokens @ projection.weight[h * d : (h + 1) * d].T
+
+
+def identity_values(identity: IdentityHeads, tokens: Tensor, k: int) -> Tensor:
+    """[rows, d]: what the identity heads of feature k average; d is 0 where they have masses alone."""
+    if identity.value_proj is None:
+        return tokens[:, :0]
+    return tokens @ identity.value_proj.weight.chunk(len(identity.config.identity_features))[k].T
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float, what: str = "result") -> None:

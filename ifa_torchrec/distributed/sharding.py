@@ -34,6 +34,9 @@ from ifa_torchrec.distributed.planning import (
 )
 from ifa_torchrec.errors import ConfigError
 
+DENSE_LR = 3e-3
+"""Learning rate of all but the tables, unless the options say more."""
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -43,7 +46,8 @@ class OptimizerConfig:
         table_optimizer: "rowwise_adagrad" has one state a row, so rows are not split among ranks;
             "adagrad" has one a number; "sgd" none.
         table_lr: learning rate of the tables.
-        dense_lr: learning rate of everything else.
+        dense_lr: learning rate of everything else; None for 3e-3, though ``ifa train`` then takes less
+            where its steps have few requests.
         weight_decay: of the dense matrices; biases and norms have none.
         table_weight_decay: of the rows of tables that a step touches, by table_lr table_weight_decay of
             what they are; of "rowwise_adagrad" alone, the only optimiser for which fbgemm has it.
@@ -53,13 +57,13 @@ class OptimizerConfig:
 
     Example:
         >>> from ifa_torchrec.distributed import OptimizerConfig
-        >>> OptimizerConfig(table_lr=0.01).dense_lr
-        0.003
+        >>> OptimizerConfig(dense_lr=0.001).table_lr
+        0.03
     """
 
     table_optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
     table_lr: float = 0.03
-    dense_lr: float = 3e-3
+    dense_lr: float | None = None
     weight_decay: float = 0.0
     table_weight_decay: float = 0.0
     clip_norm: float | None = None
@@ -77,7 +81,7 @@ class OptimizerConfig:
             )
         for name in ("table_lr", "dense_lr", "weight_decay", "table_weight_decay"):
             value = getattr(self, name)
-            if not 0 <= value < math.inf:
+            if value is not None and not 0 <= value < math.inf:
                 raise ConfigError(f"OptimizerConfig: {name} must be a number of at least 0, got {value}")
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise ConfigError(f"OptimizerConfig: clip_norm must be above 0, got {self.clip_norm}")
@@ -203,7 +207,7 @@ def shard(
     # torchrec makes it by a step with zero gradients, which must not count nor decay a weight.
     dense_optimizer.init_state()
     for group in adamw.param_groups:
-        group["lr"] = optimizers.dense_lr
+        group["lr"] = DENSE_LR if optimizers.dense_lr is None else optimizers.dense_lr
     for state in adamw.state.values():
         state["step"].zero_()
     if optimizers.clip_norm is not None:

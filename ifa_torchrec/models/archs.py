@@ -32,6 +32,7 @@ from ifa_torchrec.modules import (
 )
 from ifa_torchrec.modules.history import counted
 from ifa_torchrec.modules.projections import ZeroLinear
+from ifa_torchrec.ops.arguments import without_autocast
 from ifa_torchrec.ops.jagged import request_of_row
 
 
@@ -88,8 +89,7 @@ class Candidates:
 
     def members(self, norm: nn.LayerNorm) -> JaggedTensor:
         """As members of a set, [M, D]: with the request and what the history answered to them."""
-        member = norm(torch.stack([self.tokens, *self.vectors]).sum(0))
-        return JaggedTensor(member, lengths=self.offsets.diff(), offsets=self.offsets)
+        return JaggedTensor(norm(reduce(torch.add, (self.tokens, *self.vectors))), offsets=self.offsets)
 
     def detach(self) -> Candidates:
         """The same, as what is known of them: what is learnt of these numbers does not change them."""
@@ -316,13 +316,14 @@ class CandidateArch(nn.Module):
         have, [B]."""
         tokens, offsets = candidates.values(), candidates.offsets()
         request = request_of_row(offsets, tokens.shape[0])
-        vectors, beside = self.request_arch(features.dense_features, context, tokens, request)
-        if self.candidate_dense_arch is not None:
-            vectors += (self.candidate_dense_arch(features.candidate_dense),)
-        if self.interest_arch is not None and found is not None:
-            interest, events = found
-            part = self.interest_arch(tokens, interest, events.to(tokens.dtype), request)
-            vectors, beside = vectors + part.vectors, beside + part.beside
+        with without_autocast(tokens):  # of candidates, not of events: see SetArch
+            vectors, beside = self.request_arch(features.dense_features, context, tokens, request)
+            if self.candidate_dense_arch is not None:
+                vectors += (self.candidate_dense_arch(features.candidate_dense),)
+            if self.interest_arch is not None and found is not None:
+                interest, events = found
+                part = self.interest_arch(tokens, interest, events.to(tokens.dtype), request)
+                vectors, beside = vectors + part.vectors, beside + part.beside
         ids = None
         if self.config.candidate_set.generate:
             keys, items = self.config.candidate_keys, features.candidate_item_ids
@@ -334,7 +335,8 @@ class SetArch(nn.Module):
     """From candidates, each described by itself, to logits; they see each other here, if at all.
 
     What a candidate finds among the others is a term beside the logits that it has by itself, and starts
-    at 0.
+    at 0. Autocast does not reach it, nor whatever else is made of candidates alone: they are few beside
+    the events, and what bfloat16 saves there it costs in the gradients.
 
     Args:
         config: DLRM_IFAConfig.
@@ -364,6 +366,10 @@ class SetArch(nn.Module):
 
     def forward(self, candidates: Candidates) -> Tensor:
         """Logits [M, T]."""
+        with without_autocast(candidates.tokens):
+            return self._logits(candidates)
+
+    def _logits(self, candidates: Candidates) -> Tensor:
         tokens, vectors, beside = candidates.tokens, candidates.vectors, candidates.beside
         if self.interaction_arch is None:
             inputs = torch.cat([tokens, *beside], dim=1)

@@ -49,7 +49,6 @@ from ifa_torchrec.modules import (
     UserState,
 )
 from ifa_torchrec.modules.candidate_set import TakenSample
-from ifa_torchrec.modules.history import counted
 from ifa_torchrec.modules.projections import reset_all
 
 
@@ -361,7 +360,7 @@ class DLRM_IFATrain(nn.Module):
             )
         self.taken_sample = self.taken_loss = None
         if dlrm_module.taken_arch is not None:
-            given = dataclasses.replace(self.loss.config, consistency=0.0)
+            given = dataclasses.replace(self.loss.config, consistency=0.0, unexposed=0.0)
             if given.pointwise:  # a set is worth the sum of its probabilities, which orders spoil
                 given = dataclasses.replace(given, listwise=0.0)
             self.taken_sample = TakenSample()
@@ -380,13 +379,9 @@ class DLRM_IFATrain(nn.Module):
         loss = self.loss(logits, batch.labels, batch.exposed, candidates.offsets, alone)
         taken_arch = self.model.taken_arch
         if taken_arch and self.taken_sample and self.taken_loss and self.training:
-            shown = batch.exposed
-            taken = self.taken_sample(shown, candidates.offsets)
-            rows = batch.exposed_rows
-            rows = shown.nonzero()[:, 0] if rows is None else rows
+            taken = self.taken_sample(batch.exposed, candidates.offsets)
             # what the relation learns changes nothing of what it stands on: a model that can generate
             # sets ranks as the one that cannot
             given = logits.detach() + taken_arch(candidates.detach(), taken)
-            offsets = counted(shown, candidates.offsets)
-            loss = loss + self.taken_loss(given[rows], batch.labels[rows], shown[rows], offsets)
+            loss = loss + self.taken_loss(given, batch.labels, batch.exposed, candidates.offsets)
         return loss, (loss.detach(), logits.detach(), batch.labels.detach())

@@ -27,6 +27,7 @@ from ifa_torchrec.modules.config import InteractionConfig
 from ifa_torchrec.modules.history import History, decay_rates
 from ifa_torchrec.modules.identity import IdentityHeads
 from ifa_torchrec.modules.projections import OutputProjection, TokenProjection, reset_all
+from ifa_torchrec.ops.arguments import without_autocast
 
 
 class SequenceInteraction(nn.Module):
@@ -71,7 +72,7 @@ class SequenceInteraction(nn.Module):
         width = config.num_heads * config.head_width
         self.value_proj = self._projection(device=device)
         self.identity = IdentityHeads(config, device) if config.identity_features else None
-        features = width + config.num_identity_heads * config.head_width
+        features = width + config.num_identity_heads * config.identity_width
         if config.interest_mass:
             features += config.num_heads + config.num_identity_heads
         self.output_proj = OutputProjection(features, config.embedding_dim, width, device)
@@ -103,7 +104,8 @@ class SequenceInteraction(nn.Module):
             ConfigError: they differ; the message names the fields with both values.
         """
         saved = json.loads(bytes(state.to("cpu", torch.uint8).tolist()))
-        saved = {"readout": "linear"} | saved  # all were, before there was a choice
+        # all were so, before there was a choice
+        saved = {"readout": "linear", "identity_head_dim": saved["head_dim"]} | saved
         mine = _meaning(self.config)
         if len(saved["identity_features"]) != len(mine["identity_features"]):
             # of other shapes: without them the rest may be loaded (strict=False)
@@ -192,10 +194,12 @@ class SequenceInteraction(nn.Module):
             if identity is not None:
                 parts.append(self._mass(identity[1]))
         dtype = self.output_proj.weight.dtype
-        values = self.output_proj(torch.cat([part.to(dtype) for part in parts], dim=1))
+        with without_autocast(heads):  # an answer's error is every candidate's, at no gain: they are few
+            values = self.output_proj(torch.cat([part.to(dtype) for part in parts], dim=1))
         if torch.is_grad_enabled() and not self.reaches_every_parameter:
             values = _Reached.apply(values, *self.parameters())
-        return JaggedTensor(values, lengths=candidates.lengths(), offsets=candidates.offsets())
+        lengths, offsets = candidates.lengths_or_none(), candidates.offsets()
+        return JaggedTensor(values, lengths=lengths, offsets=offsets)
 
     def _mass(self, matched: Tensor) -> Tensor:
         return torch.log1p(matched / self.config.mass_scale)
@@ -259,6 +263,7 @@ def _meaning(config: InteractionConfig) -> dict[str, Any]:
     are one."""
     fields = asdict(config) | {
         "head_dim": config.head_width,
+        "identity_head_dim": config.identity_width,
         "half_lives": config.half_lives or (math.inf,) * config.num_heads,
         "gates": list(config.gates.items()),  # in order, as the columns of their values are
     }

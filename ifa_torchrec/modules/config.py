@@ -37,8 +37,10 @@ class InteractionConfig:
         identity_buckets: R, buckets of an identity feature: an id falls into bucket id mod R,
             in training as in a cached state. A feature with at most R ids never collides.
             Nothing of that size is built: a state holds L (d + 1) floats for each bucket that an
-            event of the user fell into. K R is at most 2^36.
+            event of the user fell into (d: identity_head_dim). K R is at most 2^36.
         identity_half_lives: L half-lives; each identity feature has a head for each.
+        identity_head_dim: width of the mean values that an identity head has beside its mass; 0 for the
+            mass alone, "how often?", which needs interest_mass; None for head_dim.
         gates: names of the event features (the kind of event: shown, clicked, bought) by whose value
             every head, the identity heads too, learns what an event weighs; each with the number of
             its values, of which 0 is "unknown". One column of history_gates each, in this order. Of
@@ -64,6 +66,7 @@ class InteractionConfig:
     identity_features: tuple[str, ...] = ()
     identity_buckets: int = 4096
     identity_half_lives: tuple[float, ...] = (math.inf,)
+    identity_head_dim: int | None = None
     gates: dict[str, int] = field(default_factory=dict[str, int], hash=False)
     backend: ops.Backend = "auto"
 
@@ -97,6 +100,15 @@ class InteractionConfig:
             len(self.identity_half_lives) > 0 or not self.identity_features,
             "identity_half_lives is empty; (math.inf,) means no decay",
         )
+        check(
+            self.identity_width >= 0,
+            f"identity_head_dim must be 0 or more, got {self.identity_head_dim}",
+        )
+        check(
+            self.interest_mass or self.identity_width > 0 or not self.identity_features,
+            "identity heads of identity_head_dim 0 have their masses alone; set interest_mass, or give "
+            "them a width",
+        )
         self._check_scale("mass_scale")
         check(
             self.identity_buckets > 0, f"identity_buckets must be positive, got {self.identity_buckets}"
@@ -118,6 +130,11 @@ class InteractionConfig:
     def head_width(self) -> int:
         """d, the width of a head."""
         return self.head_dim or self.embedding_dim // self.num_heads
+
+    @property
+    def identity_width(self) -> int:
+        """Width of an identity head's values; 0 for none."""
+        return self.head_width if self.identity_head_dim is None else self.identity_head_dim
 
     @property
     def num_identity_heads(self) -> int:

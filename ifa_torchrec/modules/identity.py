@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,16 +16,17 @@ from ifa_torchrec.modules.config import InteractionConfig
 from ifa_torchrec.modules.gates import EventGates
 from ifa_torchrec.modules.history import History, counted, decay_rates, normalised
 from ifa_torchrec.modules.user_state import UserState, distinct_keys
+from ifa_torchrec.ops.arguments import without_autocast
 from ifa_torchrec.ops.jagged import request_of_row
 
 
 class IdentityHeads(nn.Module):
     """Linear attention whose phi is the one-hot of an id's bucket: "the same item?".
 
-    For each identity feature and half-life: how much of the history has the candidate's id, and
-    the mean value of those events. Id 0 is "unknown": two unknown ids are not the same, and a state has
-    no row for them. Bucket 0 is a bucket as the others, of the ids R, 2 R, ... Our own addition to the
-    paper's algebra.
+    For each identity feature and half-life: how much of the history has the candidate's id and, but
+    where identity_head_dim is 0, the mean value of those events. Id 0 is "unknown": two unknown ids are
+    not the same, and a state has no row for them. Bucket 0 is a bucket as the others, of the ids R,
+    2 R, ... Our own addition to the paper's algebra.
 
     Args:
         config: InteractionConfig with identity_features.
@@ -47,8 +49,9 @@ class IdentityHeads(nn.Module):
     def __init__(self, config: InteractionConfig, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.config = config
-        width = len(config.identity_features) * config.head_width
-        self.value_proj = nn.Linear(config.embedding_dim, width, bias=False, device=device)
+        width = len(config.identity_features) * config.identity_width
+        values = nn.Linear(config.embedding_dim, width, bias=False, device=device) if width else None
+        self.value_proj = values
         heads = (len(config.identity_features), len(config.identity_half_lives))
         self.gates = EventGates(config.gates, heads, device) if config.gates else None
 
@@ -60,13 +63,15 @@ class IdentityHeads(nn.Module):
     def forward(
         self, candidates: JaggedTensor, history: History, candidate_ids: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Outputs [M, K * L, d] and matched weights [M, K * L], by joining ids.
+        """Outputs [M, K * L, d] and matched weights [M, K * L], by joining ids; d: identity_width.
 
         Nothing of the size of the buckets is built.
         """
         outputs, matched, buckets = [], [], self.config.identity_buckets
         rates = decay_rates(self.config.identity_half_lives, history.tokens)
-        ids = _given(history)
+        ids, tokens = _given(history), history.tokens
+        if self.value_proj is None:  # what the join sums is not asked for
+            tokens = tokens.new_zeros(len(tokens), 1)
         for k, (weight, events) in enumerate(
             zip(self._value_weights(), self._gated(history), strict=True)
         ):
@@ -74,7 +79,7 @@ class IdentityHeads(nn.Module):
                 # the unknown of either side fall into buckets of their own, beyond all others
                 self.bucket(candidate_ids[:, k], unknown=buckets),
                 candidates.offsets(),
-                history.tokens,
+                tokens,
                 self.bucket(ids[:, k], unknown=buckets + 1),
                 history.offsets,
                 events.weights,
@@ -82,8 +87,12 @@ class IdentityHeads(nn.Module):
                 rates,
                 self.config.backend,
             )
-            mean = normalised(token_sum, weight_sum)
-            outputs.append(mean @ weight.to(mean.dtype).T)
+            if weight is None:
+                outputs.append(token_sum[..., :0])
+            else:
+                mean = normalised(token_sum, weight_sum)
+                with without_autocast(mean):
+                    outputs.append(mean @ weight.to(mean.dtype).T)
             matched.append(weight_sum)
         return torch.cat(outputs, dim=1), torch.cat(matched, dim=1)
 
@@ -100,15 +109,16 @@ class IdentityHeads(nn.Module):
             len(history),
             key_range + 1,
         )
-        value_sum = tokens.new_zeros(key.shape[0], len(half_lives), self.config.head_width)
+        value_sum = tokens.new_zeros(key.shape[0], len(half_lives), self.config.identity_width)
         weight_sum = tokens.new_zeros(key.shape[0], len(half_lives))
         for k, (projection, events) in enumerate(
             zip(self._value_weights(), self._gated(history), strict=True)
         ):
-            value = tokens @ projection.to(tokens.dtype).T
             weight = events.event_weights(half_lives)
             mine = row.view_as(keys)[:, k]
-            value_sum = value_sum.index_add(0, mine, weight[..., None] * value[:, None])
+            if projection is not None:
+                value = tokens @ projection.to(tokens.dtype).T
+                value_sum = value_sum.index_add(0, mine, weight[..., None] * value[:, None])
             weight_sum = weight_sum.index_add(0, mine, weight)
         known = key < key_range
         rows = known.nonzero()[:, 0]
@@ -167,8 +177,11 @@ class IdentityHeads(nn.Module):
         weights: Any = self.gates(history).weights  # [N, K, L]
         return [dataclasses.replace(history, weights=w) for w in weights.unbind(1)]
 
-    def _value_weights(self) -> Tensor:
-        return self.value_proj.weight.unflatten(0, (-1, self.config.head_width))
+    def _value_weights(self) -> Sequence[Tensor | None]:
+        """Of each identity feature, [d, D]; None where it has no values."""
+        if self.value_proj is None:
+            return [None] * len(self.config.identity_features)
+        return self.value_proj.weight.unflatten(0, (-1, self.config.identity_width)).unbind()
 
 
 def _given(history: History) -> Tensor:

@@ -345,7 +345,7 @@ class InteractionFidelityAttention(SequenceInteraction):
                 f"is [B, *{list(wanted)}]; encode the histories with this module"
             )
         if self.identity is not None:
-            tables = (len(config.identity_half_lives), config.head_width)
+            tables = (len(config.identity_half_lives), config.identity_width)
             found = None if state.identity_value is None else tuple(state.identity_value.shape[1:])
             if (found, state.identity_key_range) != (tables, config.identity_key_range):
                 raise ValueError(

@@ -28,7 +28,8 @@ class UserState:
         identity_offsets: [B + 1] int64, request b has the rows identity_offsets[b] up to
             identity_offsets[b + 1]; None, as all that follows, without identity features.
         identity_key: [U] int64, feature number times R plus bucket; ascending within a request.
-        identity_value: [U, L, d], the sums of values of a bucket for each half-life.
+        identity_value: [U, L, d], the sums of values of a bucket for each half-life; d is 0 where
+            identity heads have masses alone.
         identity_sum: [U, L], the sums of weights.
         identity_key_range: K R, which every identity_key is below.
 

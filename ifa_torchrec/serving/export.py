@@ -114,9 +114,9 @@ class ScoringGraph(nn.Module):
                   row is 0 since they are new; where identity features compare items.
                 - key_value: [1, H, d_phi, d], key_sum: [1, H, d_phi] and count: [1] int64, one user's
                   state at the time of the request; zeros for a user without events.
-                - identity_key: [U] int64, ascending, U >= 0; identity_value: [U, L, d] and
-                  identity_sum: [U, L], the state's tables, where there are identity features. Rows that
-                  no candidate asks for may be left out.
+                - identity_key: [U] int64, ascending, U >= 0; identity_sum: [U, L] and, where identity
+                  heads have values, identity_value: [U, L, d]: the state's tables, where there are
+                  identity features. Rows that no candidate asks for may be left out.
 
         Returns:
             Logits [M, T]. Where the model generates sets also what SetGraph takes beside them: query
@@ -172,13 +172,13 @@ class ScoringGraph(nn.Module):
         dense = given["key_value"], given["key_sum"], given["count"]
         if "identity_key" not in given:
             return UserState(*dense)
-        key = given["identity_key"]
+        key, total = given["identity_key"], given["identity_sum"]
         return UserState(
             *dense,
             _offsets(key.shape[0]),
             key,
-            given["identity_value"],
-            given["identity_sum"],
+            given.get("identity_value", total[..., None][..., :0]),
+            total,
             self.candidate_arch.ifa.config.identity_key_range,
         )
 
@@ -350,9 +350,11 @@ def _inputs(config: DLRM_IFAConfig, schema: LogSchema) -> tuple[GraphTensor, ...
     if ifa.identity_features:
         given += [
             GraphTensor("identity_key", ("U",), "int64"),
-            GraphTensor("identity_value", ("U", half_lives, d), "float32"),
             GraphTensor("identity_sum", ("U", half_lives), "float32"),
         ]
+        if ifa.identity_width:  # else there is nothing to give
+            shape = ("U", half_lives, ifa.identity_width)
+            given.append(GraphTensor("identity_value", shape, "float32"))
     return tuple(given)
 
 

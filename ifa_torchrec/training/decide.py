@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from ifa_torchrec.data import EventLog, RankingDataset
 from ifa_torchrec.distributed import checkpoint
+from ifa_torchrec.distributed.sharding import DENSE_LR
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules import IFAConfig
 from ifa_torchrec.modules.config import MOST_IDENTITY_KEYS
@@ -30,7 +31,7 @@ IDENTITY_HALF_LIVES = (math.inf, 30.0, 7.0)
 """Days."""
 TOO_FEW_STEPS = 200
 """With fewer, a run says so."""
-_DECIDED = ("keep_best", "warmup_steps")
+_DECIDED = ("keep_best", "warmup_steps", "optimizers")
 """Options that a run must not change once it has begun."""
 
 
@@ -61,8 +62,11 @@ def decided(config: TrainConfig, dataset: RankingDataset) -> TrainConfig:
         >>> config = decided(config, RankingDataset(log, "train"))
         >>> config.max_requests, config.warmup_steps, config.keep_best
         (4, 2, 'last')
+        >>> config.optimizers.dense_lr
+        0.0011
     """
     begun = _begun(config) if config.resume else {}
+    rate = begun.pop("optimizers", config.optimizers).dense_lr
     begun = {name: value for name, value in begun.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **begun)
     if "keep_best" not in begun:
@@ -73,6 +77,11 @@ def decided(config: TrainConfig, dataset: RankingDataset) -> TrainConfig:
     if config.warmup_steps is None:
         warm = round(WARM_UP * steps(config, dataset.history_lengths))
         config = dataclasses.replace(config, warmup_steps=warm)
+    if config.optimizers.dense_lr is None:
+        rate = _dense_lr(config, dataset.history_lengths) if rate is None else rate
+        config = dataclasses.replace(
+            config, optimizers=dataclasses.replace(config.optimizers, dense_lr=rate)
+        )
     return config
 
 
@@ -150,6 +159,13 @@ def _max_requests(requests: int) -> int:
     world = dist.get_world_size()
     fewest = math.ceil(FEWEST_REQUESTS / world)
     return min(max(requests // (STEPS_A_PASS * world), fewest), MOST_REQUESTS)
+
+
+def _dense_lr(config: TrainConfig, history_lengths: np.ndarray) -> float:
+    """Of steps of fewer than MOST_REQUESTS requests it falls with the square root of their number: the
+    fewer they are, the more of a step is noise."""
+    requests = config.epochs * len(history_lengths) / max(steps(config, history_lengths), 1)
+    return float(f"{DENSE_LR * min(math.sqrt(requests / MOST_REQUESTS), 1):.2g}")
 
 
 def _begun(config: TrainConfig) -> dict[str, Any]:

@@ -9,16 +9,21 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from ifa_torchrec.distributed import OptimizerConfig, ShardingConfig, checkpoint
 from ifa_torchrec.errors import ConfigError, writing
 from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig, IFAConfig
-from ifa_torchrec.modules.interactions import InteractionName
+from ifa_torchrec.modules.interactions import INTERACTIONS, InteractionName
 from ifa_torchrec.training.precision import Precision
 
 MOST_REQUESTS = 32
 """Requests a batch and rank unless the options say more."""
+
+# a command line lists the choices; a name that a program adds to INTERACTIONS is read from a run as well
+_ONE_OF_THEM = tyro.conf.arg(constructor=InteractionName, help_behavior_hint="(default: ifa)")
 
 
 @dataclass(frozen=True)
@@ -29,17 +34,20 @@ class TrainConfig:
     """Event log to train on (its split `train`)."""
     out: Path
     """Folder of this run."""
-    interaction: InteractionName = "ifa"
+    interaction: Annotated[str, _ONE_OF_THEM] = "ifa"
     """How candidates meet the history."""
     ifa: IFAConfig = field(
-        default_factory=lambda: IFAConfig(64, num_heads=1, feature_map="hedgehog", readout="softmax")
+        default_factory=lambda: IFAConfig(
+            64, num_heads=1, feature_map="hedgehog", readout="softmax", identity_head_dim=0
+        )
     )
     """The sequence interaction, by default what measured best; the other interactions use what applies
     to them."""
     identity: bool = True
     """Identity heads on every id feature of the item, where --ifa.identity-features names none: as many
     buckets as the largest of their tables has rows, and, unless --ifa.identity-half-lives are given,
-    half-lives of infinity, 30 and 7 days."""
+    half-lives of infinity, 30 and 7 days. By default they say how often, without mean values
+    (--ifa.identity-head-dim)."""
     gate: tuple[str, ...] | None = None
     """Event features by whose value each head learns what an event weighs; by default those of at
     most 64 values."""
@@ -116,6 +124,9 @@ class TrainConfig:
         at_least = dict.fromkeys(("epochs", "max_events", "max_requests", "checkpoint_every"), 1)
         at_least |= {"history_length": 1, "recent_length": 1, "warmup_steps": 0, "seed": 0}
         at_least |= {"validate_every": 1, "patience": 1}
+        if self.interaction not in INTERACTIONS:
+            names = list(INTERACTIONS)
+            raise ConfigError(f"--interaction {self.interaction!r} is none of {names}")
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and value < least:

@@ -239,6 +239,7 @@ def another(**changes) -> InteractionFidelityAttention:
         ({"feature_map": "relu"}, "feature_map was elu, is relu"),
         ({"identity_buckets": 100}, "identity_buckets was 4096, is 100"),
         ({"identity_half_lives": (90.0, 30.0)}, "identity_half_lives was"),
+        ({"identity_head_dim": 0}, "identity_head_dim was 4, is 0"),
         ({"identity_features": ("category",)}, "identity_features was"),
         ({"mass_scale": 0.5}, "mass_scale was 1.0, is 0.5"),
         ({"num_heads": 4, "head_dim": 2, "half_lives": None}, "num_heads was 2, is 4"),

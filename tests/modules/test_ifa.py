@@ -8,7 +8,16 @@ import math
 
 import pytest
 import torch
-from helpers import LN2, Inputs, assert_near, head_of, jagged, naive_forward, randomised
+from helpers import (
+    LN2,
+    Inputs,
+    assert_near,
+    head_of,
+    identity_values,
+    jagged,
+    naive_forward,
+    randomised,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -29,18 +38,20 @@ def configs(draw) -> IFAConfig:
     heads = draw(st.integers(1, 3))
     features = draw(st.sampled_from([(), ("item",), ("item", "brand")]))
     half_lives = st.lists(HALF_LIVES, min_size=heads, max_size=heads).map(tuple)
+    mass = draw(st.booleans())
     return IFAConfig(
         embedding_dim=6,
         num_heads=heads,
         head_dim=draw(st.sampled_from([None, 4])),
         feature_map=draw(st.sampled_from(["elu", "relu", "hedgehog"])),
         half_lives=draw(st.none() | half_lives),
-        interest_mass=draw(st.booleans()),
+        interest_mass=mass,
         mass_scale=draw(st.sampled_from([1.0, 0.3])),
         identity_features=features,
         # ids are -3..8: all collide, some collide, none collides
         identity_buckets=draw(st.sampled_from([1, 4, 12])),
         identity_half_lives=draw(st.lists(HALF_LIVES, min_size=1, max_size=2).map(tuple)),
+        identity_head_dim=draw(st.sampled_from([None, 3, 0] if mass else [None, 3])),
         gates=draw(st.sampled_from([{}, {"action": 3}, {"action": 1, "device": 4}])),
         # a relu head may match next to nothing: its answer is then as large as 1 / eps
         eps=1e-3,
@@ -274,23 +285,24 @@ def test_attention_weights_reproduce_the_heads(problem):
     ]
     if config.identity_features:
         more = ifa.identity(inputs.candidates, inputs.events, inputs.candidate_ids)
-        heads, matched = torch.cat([heads, more[0]], dim=1), torch.cat([matched, more[1]], dim=1)
+        matched = torch.cat([matched, more[1]], dim=1)
         for k in range(len(config.identity_features)):
-            value = head_of(inputs.history.values(), ifa.identity.value_proj, k, config)
+            value = identity_values(ifa.identity, inputs.history.values(), k)
             values += [value] * len(config.identity_half_lives)
     attention = ifa.attention_weights(*inputs.forward)
     assert len(attention) == len(inputs)
     for b, weights in enumerate(attention):
         events, candidates = inputs.event_rows(b), inputs.candidate_rows(b)
-        assert weights.shape == (len(candidates), len(events), heads.shape[1])
+        assert weights.shape == (len(candidates), len(events), len(values))
         assert (weights >= 0).all()
         # 1, but for a linear head's eps, where anything matched, and 0 where nothing did
         total, added = matched[candidates], torch.zeros_like(matched[candidates])
         if config.readout == "linear":
             added[:, : config.num_heads] = config.eps * ifa.encode(*inputs.encode).key_sum[b].sum(1)
         assert_same(weights.sum(1), total / torch.where(total > 0, total + added, 1.0))
+        found = [*heads.unbind(1), *(more[0].unbind(1) if config.identity_features else ())]
         for h, value in enumerate(values):
-            assert_same(weights[..., h] @ value[events], heads[candidates, h])
+            assert_same(weights[..., h] @ value[events], found[h][candidates])
 
 
 # ------------------------------------------------------------------------------------- examples
@@ -722,6 +734,11 @@ def test_encode_of_parts_of_different_requests_is_refused():
         ("identity_half_lives", {"identity_half_lives": (-1.0,)}),
         ("identity_half_lives", {"identity_features": ("item",), "identity_half_lives": ()}),
         ("identity_buckets", {"identity_buckets": 0}),
+        ("identity_head_dim must be 0 or more", {"identity_head_dim": -1}),
+        (
+            "identity_head_dim 0 have their masses alone",
+            {"identity_features": ("item",), "identity_head_dim": 0, "interest_mass": False},
+        ),
         ("mass_scale", {"mass_scale": 0.0}),
         ("eps", {"eps": 0.0}),
         ("gates: 'action' must have", {"gates": {"action": 0}}),

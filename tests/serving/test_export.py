@@ -269,9 +269,12 @@ def test_a_package_of_a_model_whose_candidates_see_each_other(
 ) -> None:
     model = model_of_sets(attention)
     package_scorer(export_scorer(model, ONE_FEATURE), tmp_path / "sets.pt2")
-    package_scorer(export_set_graph(model), tmp_path / "sets.set.pt2")
-    packages = [load_package(tmp_path / f"sets{end}", monkeypatch) for end in (".pt2", ".set.pt2")]
-    assert_generates_the_models_sets(*packages, model)
+    score, step = load_package(tmp_path / "sets.pt2", monkeypatch), export_set_graph(model)
+    if attention == "linear":  # the step is the same of both
+        return assert_generates_the_models_sets(score, step.module(), model)
+    package_scorer(step, tmp_path / "sets.set.pt2")
+    step = load_package(tmp_path / "sets.set.pt2", monkeypatch)
+    return assert_generates_the_models_sets(score, step, model)
 
 
 def items_alone(events: int, candidates: int, seed: int) -> RankingBatch:
@@ -338,14 +341,19 @@ def test_the_command_describes_what_it_writes(monkeypatch, capsys, run: Run, tmp
     assert list(logits.shape) == [sizes["M"], *output["shape"][1:]]
 
 
-@pytest.mark.parametrize("identity", [(), ("item",)], ids=["dense heads alone", "identity heads"])
-def test_the_softmax_read_out_is_of_any_number_of_candidates(identity: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("identity", "width"), [((), 0), (("item",), 0), (("item",), 8)], ids=["dense", "masses", "values"]
+)
+def test_the_softmax_read_out_is_of_any_number_of_candidates(
+    identity: tuple[str, ...], width: int
+) -> None:
     """What `ifa train` trains unless told otherwise."""
     tables = EmbeddingCollection(
         tables=[EmbeddingConfig(100, 8, "item", feature_names=["history_item", "candidate_item"])]
     )
     ifa = TrainConfig(Path("log"), Path("run")).ifa
-    ifa = dataclasses.replace(ifa, embedding_dim=8, identity_features=identity)
+    given = {"identity_features": identity, "identity_head_dim": width}
+    ifa = dataclasses.replace(ifa, embedding_dim=8, **given)
     schema = LogSchema(item_features={"item": 100})
     model = DLRM_IFA(None, tables, DLRM_IFAConfig(("item",), ifa=ifa)).eval()
     graph, exported = ScoringGraph(model, schema), export_scorer(model, schema).module()

@@ -27,12 +27,23 @@ from ifa_torchrec.commands.command_line import result_as_json
 from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.commands.explain import ExplainConfig, explain
 from ifa_torchrec.data import EventLog, LogError, RankingDataset
-from ifa_torchrec.distributed import CheckpointError, OptimizerConfig, ShardingConfig, shard
+from ifa_torchrec.distributed import (
+    CheckpointError,
+    OptimizerConfig,
+    ShardingConfig,
+    init_process_group,
+    shard,
+)
 from ifa_torchrec.distributed.checkpoint import checkpoints
 from ifa_torchrec.errors import ConfigError, DivergedError
 from ifa_torchrec.models import DLRM_IFATrain
 from ifa_torchrec.models.archs import CandidateArch
-from ifa_torchrec.modules import INTERACTIONS, CandidateSetConfig, CandidateSetLossConfig
+from ifa_torchrec.modules import (
+    INTERACTIONS,
+    CandidateSetConfig,
+    CandidateSetLossConfig,
+    SoftmaxAttention,
+)
 from ifa_torchrec.training import decide
 from ifa_torchrec.training import trainer as train_module
 from ifa_torchrec.training.build import build_model
@@ -139,6 +150,15 @@ class TestTrain:
         assert result["loss"] < 0.5 * no_model
         assert result["valid_gauc"] > 0.9
         assert result["valid_ne"] < 0.8
+
+    def test_an_interaction_added_to_the_registry_is_trained_and_read_again(
+        self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with pytest.raises(ConfigError, match="--interaction 'latest one' is none of"):
+            dataclasses.replace(config, interaction="latest one")
+        monkeypatch.setitem(INTERACTIONS, "latest one", lambda c, *_: SoftmaxAttention(c, 1))
+        train(dataclasses.replace(config, interaction="latest one"))
+        assert load_run(config.out).config.interaction == "latest one"
 
     def test_reports_its_speed_and_writes_its_run(self, config: TrainConfig) -> None:
         result = train(config)
@@ -407,12 +427,26 @@ class TestDecided:
     """What the options leave open follows from the log."""
 
     @pytest.mark.parametrize(
-        ("requests", "batch", "warm"),
-        [(48, 4, 2), (2000, 4, 80), (8000, 16, 80), (20_000, 32, 100), (10**6, 32, 5000)],
+        ("requests", "batch", "warm", "rate"),
+        [
+            (48, 4, 2, 0.0011),
+            (2000, 4, 80, 0.0011),
+            (8000, 16, 80, 0.0021),
+            (20_000, 32, 100, 0.003),
+            (10**6, 32, 5000, 0.003),
+        ],
     )
-    def test_batch_and_warm_up(
-        self, config: TrainConfig, log: EventLog, monkeypatch, requests: int, batch: int, warm: int
+    def test_batch_warm_up_and_rate(
+        self,
+        config: TrainConfig,
+        log: EventLog,
+        monkeypatch,
+        requests: int,
+        batch: int,
+        warm: int,
+        rate: float,
     ) -> None:
+        init_process_group()
         dataset = RankingDataset(log, "train")
         dataset.history_lengths = np.full(requests, 10)
         monkeypatch.setattr(RankingDataset, "__len__", lambda self: len(self.history_lengths))
@@ -421,6 +455,9 @@ class TestDecided:
         )
         found = decided(config, dataset)
         assert (found.max_requests, found.warmup_steps) == (batch, warm)
+        assert found.optimizers == config.optimizers  # which were given
+        config = dataclasses.replace(config, optimizers=OptimizerConfig())
+        assert decided(config, dataset).optimizers == OptimizerConfig(dense_lr=rate)
 
     def test_identity_heads_on_all_that_describes_an_item(
         self, config: TrainConfig, log: EventLog
@@ -438,16 +475,23 @@ class TestDecided:
 
     def test_it_is_told_and_kept(self, config: TrainConfig, monkeypatch, capsys) -> None:
         """Also where another log, or another number of ranks, would have it otherwise."""
-        config = dataclasses.replace(config, warmup_steps=None, checkpoint_every=2, validate=False)
+        config = dataclasses.replace(
+            config, warmup_steps=None, optimizers=OptimizerConfig(), checkpoint_every=2, validate=False
+        )
         train_stopped(config, monkeypatch, 3)
         told = capsys.readouterr().err
-        assert "decided from the log: --warmup-steps 1 --keep-best last" in told
+        assert (
+            "decided from the log: --optimizers.dense-lr 0.0015 --warmup-steps 1 --keep-best last"
+            in told
+        )
         assert "12 steps in all, which is few" in told
         options = json.loads((config.out / "config.json").read_text())
         assert (options["warmup_steps"], options["keep_best"]) == (1, "last")
         monkeypatch.setattr(decide, "WARM_UP", 0.9)
+        monkeypatch.setattr(decide, "DENSE_LR", 0.1)
         train(dataclasses.replace(config, resume=True))
-        assert load_run(config.out).config.warmup_steps == 1
+        resumed = load_run(config.out).config
+        assert (resumed.warmup_steps, resumed.optimizers.dense_lr) == (1, 0.0015)
 
 
 def measured(monkeypatch, values: list[float]) -> list[int]:
@@ -719,7 +763,7 @@ def test_a_single_value_that_json_has_not(kind: type, value: Any) -> None:
         (lambda options: options["loss"].update(margin=1), r"loss\.margin is no option of this"),
         (lambda options: options.update(epochs="two"), "epochs is 'two', not of type int"),
         (lambda options: options.update(validate=1), "validate is 1, not of type bool"),
-        (lambda options: options.update(interaction="telepathy"), "interaction is 'telepathy'"),
+        (lambda options: options.update(interaction="telepathy"), "interaction 'telepathy' is none of"),
         (lambda options: options["ifa"].update(half_lives=[7.0, "x"]), r"ifa\.half_lives\[1\] is 'x'"),
         (lambda options: options.update(ifa=None), "ifa is None"),
         (lambda options: options["ifa"].update(num_heads=3), "is no multiple of num_heads 3"),

@@ -60,6 +60,7 @@ class StateLayout:
             rounded to the nearest when built, and at random, without bias, when events are added.
         gates: those that the events were weighed by, the number of values by name; none for states that
             are older than gates.
+        identity_head_dim: width of the identity tables' means; None for head_dim.
 
     Example:
         >>> from ifa_torchrec import IFAConfig, InteractionFidelityAttention
@@ -77,6 +78,7 @@ class StateLayout:
     identity_decay: tuple[float, ...]
     dtype: Literal["float32", "float16"] = "float32"
     gates: dict[str, int] = field(default_factory=dict[str, int])
+    identity_head_dim: int | None = None
 
     @staticmethod
     def of(
@@ -85,16 +87,23 @@ class StateLayout:
         """The layout of a module's states; its ages are in days."""
         if dtype not in ("float32", "float16"):
             raise StateError(f"states are stored as float32 or float16, not {dtype!r}")
+        width, identity = ifa.config.head_width, ifa.config.identity_width
         return StateLayout(
             num_heads=ifa.config.num_heads,
             feature_dim=ifa.config.feature_width,
-            head_dim=ifa.config.head_width,
+            head_dim=width,
             identity_key_range=ifa.config.identity_key_range,
             decay=tuple(ifa.decay.tolist()),
             identity_decay=() if ifa.identity is None else tuple(ifa.identity.decay.tolist()),
             dtype=dtype,
             gates=dict(ifa.config.gates),
+            identity_head_dim=None if identity == width else identity,
         )
+
+    @property
+    def identity_width(self) -> int:
+        """Width of the identity tables' means."""
+        return self.head_dim if self.identity_head_dim is None else self.identity_head_dim
 
 
 def user_key(user: int | str) -> bytes:

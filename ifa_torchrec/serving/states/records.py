@@ -118,7 +118,7 @@ class RecordCodec:
                 [
                     ("time", "<i8"),
                     ("weight", "<f4", len(self.identity_decay)),
-                    ("mean", self._dtype, (means, self.layout.head_dim)),
+                    ("mean", self._dtype, (means, self.layout.identity_width)),
                 ]
             )
             for means in {1, len(self.identity_decay)}
@@ -237,8 +237,8 @@ class RecordCodec:
             seed: round means to float16 at random, without bias; else to the nearest.
         """
         heaviest = mean[np.arange(len(mean)), weight.argmax(1)]  # [n, d]
-        differs = (np.abs(mean - heaviest[:, None]).max(2) * (weight > 0)).max(1)
-        one = differs <= _SAME * np.abs(heaviest).max(1)
+        differs = (np.abs(mean - heaviest[:, None]).max(2, initial=0.0) * (weight > 0)).max(1)
+        one = differs <= _SAME * np.abs(heaviest).max(1, initial=0.0)
         mean = self._rounded(mean, seed)
         packed: list[bytes] = [b""] * len(time)
         for means, chosen in (1, np.flatnonzero(one)), (weight.shape[1], np.flatnonzero(~one)):
@@ -255,7 +255,7 @@ class RecordCodec:
         """time [n] int64, weight [n, L] float64 and mean [n, L, d], as it is stored, of rows."""
         half_lives = len(self.identity_decay)
         size = self._row_record[1].itemsize
-        one_mean = size - self._dtype.itemsize * self.layout.head_dim
+        one_mean = size - self._dtype.itemsize * self.layout.identity_width
         # the one mean is repeated, so that all are of one size and decoded at once
         whole = [r + r[one_mean:] * (half_lives - 1) if len(r) == size else r for r in rows]
         found = np.frombuffer(b"".join(whole), self._row_record[half_lives])

@@ -41,6 +41,7 @@ CONFIG = IFAConfig(
     identity_buckets=7,  # so that some items collide
     identity_half_lives=(math.inf, 30.0, 7.0),
 )
+COUNTS = dataclasses.replace(CONFIG, identity_head_dim=0)
 DENSE = dataclasses.replace(CONFIG, identity_features=())
 NUM_ITEMS, NUM_CATEGORIES = 20, 3
 fork = multiprocessing.get_context("fork")
@@ -121,7 +122,9 @@ def assert_holds(
             )
 
 
-both_configs = pytest.mark.parametrize("config", [CONFIG, DENSE], ids=["identity", "dense"])
+both_configs = pytest.mark.parametrize(
+    "config", [CONFIG, COUNTS, DENSE], ids=["identity", "counts", "dense"]
+)
 
 
 @both_configs
