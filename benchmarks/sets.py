@@ -1,6 +1,7 @@
 """What relations between candidates are worth, what they cost, and where they do no harm.
 
     python benchmarks/sets.py              # about an hour and a half on 2 cores
+    python benchmarks/sets.py --costs      # what they cost alone, into the page as it stands
     python benchmarks/sets.py --smoke      # every run once, tiny, no page
     python benchmarks/sets.py --journey LOG  # on real requests too, of which all is exposed
 
@@ -43,6 +44,8 @@ from ifa_torchrec.training.run import load_run
 from ifa_torchrec.training.trainer import train
 
 SET_SIZE = 10
+COSTS = "## What they cost to train\n"
+"""Where the page's part of costs begins."""
 IFA = IFAConfig(
     embedding_dim=32,
     num_heads=1,
@@ -93,6 +96,8 @@ class Options:
     """Seeds of each run where labels know no relations, and of "generate" where they do."""
     journey: Path | None = None
     """Log of the Complete Journey, all candidates exposed; without it the page has no such table."""
+    costs: bool = False
+    """Train nothing: the last two tables alone, into the page as it stands."""
     smoke: bool = False
     """Tiny logs, one seed, no page."""
 
@@ -279,13 +284,13 @@ def harm_table(options: Options, log: str) -> pd.DataFrame:
 
 
 def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call, the calls taking turns."""
+    """Median seconds of each call on its one core, the calls taking turns; other work is not counted."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = time.process_time()
             call()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(time.process_time() - start)
     return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
 
 
@@ -370,10 +375,24 @@ def replace_requests(batch: Any, sequence: Any, m: int) -> Any:
     return batch
 
 
+def write_costs(options: Options) -> None:
+    """The page's last sections anew."""
+    page, template = ROOT / "docs" / "sets.md", (Path(__file__).parent / "sets_page.md").read_text()
+    synthetic.prepare(options.out / "log_plain", PLAIN)
+    text = COSTS + template.split(COSTS)[1]
+    text = text.replace("COSTED", measured_by("python benchmarks/sets.py --costs"))
+    for name, table in (("STEP", step_table(options)), ("GREEDY", greedy_table(options))):
+        text = text.replace(f"TABLE_{name}", markdown(table))
+    page.write_text(page.read_text().split(COSTS)[0] + text)
+    print(text)
+
+
 def main(options: Options) -> None:
     """Train everything, and write the page."""
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.costs:
+        return write_costs(options)
     configs = {"relations": RELATIONS, "plain": PLAIN}
     if options.smoke:
         options = replace(options, seeds=1)
@@ -398,7 +417,7 @@ def main(options: Options) -> None:
         command = f"python benchmarks/sets.py --seeds {options.seeds}"
         if options.journey is not None:
             command += " --journey runs/data/complete_journey"
-        text = text.replace("MEASURED", measured_by(command))
+        text = text.replace("MEASURED", measured_by(command)).replace("COSTED", "the same")
         (ROOT / "docs" / "sets.md").write_text(text)
 
 

@@ -58,7 +58,11 @@ def work(backend: str, data: str, profiled: bool) -> dict[str, float]:
         validate=False,
     )
     if not profiled:
-        return {"events_per_second": train(config)["events_per_second"]}
+        result = train(config)
+        return {
+            "events_per_second": result["events_per_second"],
+            "waited": result["waited"] / result["seconds"],
+        }
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         steps = train(config)["steps"]
     kinds: Counter[str] = Counter()
@@ -90,12 +94,15 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     source = measured_by("python benchmarks/training.py")
     speeds: dict[str, list[float]] = {case: [] for case in CASES}
+    waited: dict[str, list[float]] = {case: [] for case in CASES}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "log"
         log = prepare(data, CompleteJourneyConfig(train=options.requests, valid=10, test=10))
         for _ in range(options.rounds):
             for case, done in speeds.items():
-                done.append(run(case, data)["events_per_second"])
+                result = run(case, data)
+                done.append(result["events_per_second"])
+                waited[case].append(result["waited"])
         profiles = {case: run(case, log.path, profiled=True) for case in CASES}
     before = statistics.median(speeds["torch"])
     rows = [
@@ -103,6 +110,7 @@ def main() -> None:
             "case": case,
             "events a second": f"{statistics.median(done):,.0f}",
             "to torch": f"{statistics.median(done) / before:.2f}",
+            "waiting for batches": f"{statistics.median(waited[case]):.1%}",
             **{f"{kind}, ms": f"{profiles[case].get(kind, 0):.0f}" for kind in COLOURS},
         }
         for case, done in speeds.items()
@@ -114,7 +122,8 @@ def main() -> None:
 {options.requests:,} requests of The Complete Journey, IFA as the demo has it; medians of
 {options.rounds} runs, the cases by turns. *Huge pages*: `THP_MEM_ALLOC_ENABLE=1`, by which PyTorch asks
 the kernel for pages of 2 MB. A single call of the op gains by them, as large results are new memory at
-every call; a whole step does not, so nothing here sets it.
+every call; a whole step does not, so nothing here sets it. *Waiting for batches*: the share of the
+training's time in which a step waited for its batch to be made.
 
 Milliseconds a step by kind are of one profiled run of each case, which is slower than the others.
 

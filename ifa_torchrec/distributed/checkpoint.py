@@ -18,7 +18,7 @@ import re
 import shutil
 import warnings
 import zlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
 from ifa_torchrec.distributed.checkpoint_reader import CheckpointPlanner, CheckpointReader
+from ifa_torchrec.distributed.checkpoint_writer import Aside, CheckpointWriter
 from ifa_torchrec.distributed.errors import CheckpointError, DamagedError
 from ifa_torchrec.errors import PlaceError, writing
 
@@ -79,42 +80,42 @@ def save(
         >>> checkpoint.load(folder, sharded, optimizer)
         {'step': 5}
     """
+    return write(folder, state_of(model, optimizer), progress, best)
+
+
+def state_of(model: DistributedModelParallel, optimizer: CombinedOptimizer) -> dict[str, Any]:
+    """What a checkpoint holds beside the progress, as DCP takes it.
+
+    Args:
+        model, optimizer: from ``shard``.
+    """
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **_rng_states()}
+
+
+def write(
+    folder: Path,
+    state: dict[str, Any],
+    progress: dict[str, Any],
+    best: int | None = None,
+    aside: Aside | None = None,
+) -> Path:
+    """``save`` of a state.
+
+    Args:
+        folder, progress, best: as of ``save``.
+        state: from ``state_of``.
+        aside: where training goes on meanwhile.
+    """
+    group, planner = (aside.group, aside.planner) if aside else (None, None)
     final = folder / f"step-{progress['step']:09d}"
     draft = folder / f".{final.name}"
-    try:
-        with writing(draft):
-            _write(draft, final, model, optimizer, progress)
-            if dist.get_rank() == 0:
-                for old in checkpoints(folder)[:-KEEP]:
-                    if step_of(old) != best:
-                        _delete(old)
-    except PlaceError:
-        if dist.get_rank() == 0:
-            shutil.rmtree(draft, ignore_errors=True)  # a disk may be full of it
-        raise
-    dist.barrier()
-    return final
 
-
-def _write(
-    draft: Path,
-    final: Path,
-    model: DistributedModelParallel,
-    optimizer: CombinedOptimizer,
-    progress: dict[str, Any],
-) -> None:
-    folder, rank = final.parent, dist.get_rank()
-    if rank == 0:
+    def prepare() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".step-*"):  # of a save that was killed
             shutil.rmtree(left)
-    dist.barrier()
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **_rng_states()}
-    with _dcp():
-        dcp.save(state, checkpoint_id=draft)
-    sums: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(sums, {f.name: _checksum(f) for f in draft.glob(f"__{rank}_*")})
-    if rank == 0:
+
+    def publish() -> None:
         (draft / "progress.json").write_text(json.dumps({"format": FORMAT, **progress}))
         files = {name: value for of_rank in sums for name, value in of_rank.items()}
         files |= {name: _checksum(draft / name) for name in _SMALL}
@@ -122,6 +123,37 @@ def _write(
         if final.exists():
             _delete(final)
         draft.rename(final)
+        for old in checkpoints(folder)[:-KEEP]:
+            if step_of(old) != best:
+                _delete(old)
+
+    sums: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
+    try:
+        with writing(draft):
+            _on_rank_0(prepare, group)
+            writer = CheckpointWriter(draft)
+            with _dcp():
+                dcp.save(state, storage_writer=writer, planner=planner, process_group=group)
+            dist.all_gather_object(sums, writer.checksums, group=group)
+            _on_rank_0(publish, group)
+    except PlaceError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(draft, ignore_errors=True)  # a disk may be full of it
+        raise
+    return final
+
+
+def _on_rank_0(work: Callable[[], None], group: dist.ProcessGroup | None) -> None:
+    """Do it on rank 0, while the others wait; what it raises there, all raise."""
+    error: list[Exception | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            work()
+        except Exception as raised:
+            error = [raised]
+    dist.broadcast_object_list(error, group=group)
+    if error[0] is not None:
+        raise error[0]
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -32,6 +32,7 @@ from ifa_torchrec.modules import (
 )
 from ifa_torchrec.modules.history import counted
 from ifa_torchrec.modules.projections import ZeroLinear
+from ifa_torchrec.ops.arguments import without_autocast
 from ifa_torchrec.ops.jagged import request_of_row
 
 
@@ -88,8 +89,7 @@ class Candidates:
 
     def members(self, norm: nn.LayerNorm) -> JaggedTensor:
         """As members of a set, [M, D]: with the request and what the history answered to them."""
-        member = norm(torch.stack([self.tokens, *self.vectors]).sum(0))
-        return JaggedTensor(member, lengths=self.offsets.diff(), offsets=self.offsets)
+        return JaggedTensor(norm(reduce(torch.add, (self.tokens, *self.vectors))), offsets=self.offsets)
 
     def detach(self) -> Candidates:
         """The same, as what is known of them: what is learnt of these numbers does not change them."""
@@ -316,13 +316,14 @@ class CandidateArch(nn.Module):
         have, [B]."""
         tokens, offsets = candidates.values(), candidates.offsets()
         request = request_of_row(offsets, tokens.shape[0])
-        vectors, beside = self.request_arch(features.dense_features, context, tokens, request)
-        if self.candidate_dense_arch is not None:
-            vectors += (self.candidate_dense_arch(features.candidate_dense),)
-        if self.interest_arch is not None and found is not None:
-            interest, events = found
-            part = self.interest_arch(tokens, interest, events.to(tokens.dtype), request)
-            vectors, beside = vectors + part.vectors, beside + part.beside
+        with without_autocast(tokens):  # of candidates, not of events: see SetArch
+            vectors, beside = self.request_arch(features.dense_features, context, tokens, request)
+            if self.candidate_dense_arch is not None:
+                vectors += (self.candidate_dense_arch(features.candidate_dense),)
+            if self.interest_arch is not None and found is not None:
+                interest, events = found
+                part = self.interest_arch(tokens, interest, events.to(tokens.dtype), request)
+                vectors, beside = vectors + part.vectors, beside + part.beside
         ids = None
         if self.config.candidate_set.generate:
             keys, items = self.config.candidate_keys, features.candidate_item_ids
@@ -334,7 +335,9 @@ class SetArch(nn.Module):
     """From candidates, each described by itself, to logits; they see each other here, if at all.
 
     What a candidate finds among the others is a term beside the logits that it has by itself, and starts
-    at 0.
+    at 0. It is learnt of what these leave, and changes nothing of them: see ``DLRM_IFATrain``. Autocast
+    does not reach it, nor whatever else is made of candidates alone: they are few beside the events, and
+    what bfloat16 saves there it costs in the gradients.
 
     Args:
         config: DLRM_IFAConfig.
@@ -358,12 +361,29 @@ class SetArch(nn.Module):
         layers = [*config.over_arch_layer_sizes, config.num_tasks]
         self.dropout = nn.Dropout(config.dropout)
         self.over_arch = OverArch(dim + products + in_features, layers)
-        # made last: what is by itself starts the same with and without it
         related = config.candidate_set.attention != "none"
-        self.relation_arch = RelationArch(config) if related else None
+        with torch.random.fork_rng(devices=[]):  # all else starts the same with and without it
+            self.relation_arch = RelationArch(config) if related else None
 
-    def forward(self, candidates: Candidates) -> Tensor:
-        """Logits [M, T]."""
+    def forward(
+        self, candidates: Candidates, related: bool = True, alone: Tensor | None = None
+    ) -> Tensor:
+        """
+        Args:
+            candidates: M of B requests.
+            related: with what the candidates do to each other, or without.
+            alone: [M, T], logits without, which are then not computed again.
+
+        Returns:
+            Logits [M, T].
+        """
+        with without_autocast(candidates.tokens):
+            logits = self._alone(candidates) if alone is None else alone
+            if self.relation_arch is None or not related:
+                return logits
+            return logits + self.relation_arch(candidates)
+
+    def _alone(self, candidates: Candidates) -> Tensor:
         tokens, vectors, beside = candidates.tokens, candidates.vectors, candidates.beside
         if self.interaction_arch is None:
             inputs = torch.cat([tokens, *beside], dim=1)
@@ -372,8 +392,7 @@ class SetArch(nn.Module):
             scale = tokens.shape[1] ** -0.25
             crossed = self.interaction_arch(tokens * scale, torch.stack(vectors, dim=1) * scale)
             inputs = torch.cat([crossed, *beside], dim=1)
-        logits = self.over_arch(self.dropout(inputs))
-        return logits if self.relation_arch is None else logits + self.relation_arch(candidates)
+        return self.over_arch(self.dropout(inputs))
 
 
 class RelationArch(nn.Module):

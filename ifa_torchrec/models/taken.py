@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ifa_torchrec.models.archs import Candidates
 from ifa_torchrec.models.config import DLRM_IFAConfig
 from ifa_torchrec.modules import TakenRelation, Task
-from ifa_torchrec.modules.candidate_set import Related, check_taken, first_rows
+from ifa_torchrec.modules.candidate_set import BUCKETS, Related, check_taken, first_rows
 from ifa_torchrec.modules.tasks import ranking_weights
 
 
@@ -64,7 +64,7 @@ class TakenArch(nn.Module):
             at least; of those that are taken it means nothing.
         """
         other = rows[:, None]
-        to, back = self.relation.pairs(related, other)
+        to, back = self.relation.all_pairs(related, rows)
         itself = other == torch.arange(logits.shape[0], device=rows.device)
         given = logits + to.masked_fill(itself[..., None], 0.0).sum(0)
         return given, _gain(given, other, back, tasks)
@@ -144,8 +144,11 @@ class SetGain:
     def _take(self, other: Tensor) -> None:
         """Take the candidate ``other[i]`` beside i, [M] or [1]; M for none."""
         none = (other == self._row.shape[0]) | (other == self._row)
-        other = other.clamp(max=self._row.shape[0] - 1)
-        to, back = self._relation.pairs(self._related, other)
+        if self._related.offsets.shape[0] == 2:
+            to, back = (terms[0] for terms in self._relation.all_pairs(self._related, other))
+        else:
+            other = other.clamp(max=self._row.shape[0] - 1)
+            to, back = self._relation.pairs(self._related, other)
         self._logits = self._logits + to.masked_fill(none[:, None], 0.0)
         self._members.append(other)
         self._back = torch.cat([self._back, back.masked_fill(none[:, None], 0.0)[None]])
@@ -156,6 +159,21 @@ def _gain(logits: Tensor, members: Tensor, back: Tensor, tasks: Sequence[Task]) 
     adds to the terms of these, back [S, M, T]."""
     worth = set_worth(logits, tasks)
     return worth + (set_worth(logits[members] + back, tasks) - worth[members]).sum(0)
+
+
+def related_width(config: DLRM_IFAConfig) -> int:
+    """W, of the queries and keys of what TakenArch makes of candidates.
+
+    Args:
+        config: DLRM_IFAConfig.
+
+    Example:
+        >>> from ifa_torchrec import DLRM_IFAConfig, IFAConfig
+        >>> from ifa_torchrec.models.taken import related_width
+        >>> related_width(DLRM_IFAConfig(("item", "category"), ifa=IFAConfig(8)))
+        72
+    """
+    return config.ifa.embedding_dim + BUCKETS * (len(config.item_names) - 1)
 
 
 def set_worth(logits: Tensor, tasks: Sequence[Task]) -> Tensor:

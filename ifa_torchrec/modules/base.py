@@ -27,6 +27,7 @@ from ifa_torchrec.modules.config import InteractionConfig
 from ifa_torchrec.modules.history import History, decay_rates
 from ifa_torchrec.modules.identity import IdentityHeads
 from ifa_torchrec.modules.projections import OutputProjection, TokenProjection, reset_all
+from ifa_torchrec.ops.arguments import without_autocast
 
 
 class SequenceInteraction(nn.Module):
@@ -193,10 +194,12 @@ class SequenceInteraction(nn.Module):
             if identity is not None:
                 parts.append(self._mass(identity[1]))
         dtype = self.output_proj.weight.dtype
-        values = self.output_proj(torch.cat([part.to(dtype) for part in parts], dim=1))
+        with without_autocast(heads):  # an answer's error is every candidate's, at no gain: they are few
+            values = self.output_proj(torch.cat([part.to(dtype) for part in parts], dim=1))
         if torch.is_grad_enabled() and not self.reaches_every_parameter:
             values = _Reached.apply(values, *self.parameters())
-        return JaggedTensor(values, lengths=candidates.lengths(), offsets=candidates.offsets())
+        lengths, offsets = candidates.lengths_or_none(), candidates.offsets()
+        return JaggedTensor(values, lengths=lengths, offsets=offsets)
 
     def _mass(self, matched: Tensor) -> Tensor:
         return torch.log1p(matched / self.config.mass_scale)

@@ -245,22 +245,34 @@ class TakenRelation(nn.Module):
         return term + self.same_proj(_alike(ids, taken, request, key.dtype))
 
     def pairs(self, related: Related, other: Tensor) -> tuple[Tensor, Tensor]:
-        """What two candidates do to each other.
+        """What each of M candidates and one other do to each other.
 
         Args:
             related: of M candidates.
-            other: rows of them, of a shape [..., M] or one that fits it: which stands beside each.
+            other: [M] rows of them, which one stands beside each.
 
         Returns:
-            What the other one adds to the terms of each, and each to those of the other; [..., M, T]
-            both, and what a candidate would add to its own.
+            What the other one adds to the terms of each, and each to those of the other; [M, T] both. Of
+            a candidate beside itself that means nothing.
         """
         query, key, _, _, ids = related
-        to = (query * key[other].unsqueeze(-2)).sum(-1)
-        back = (query[other] * key[:, None]).sum(-1)
+        to = (query * key[other].unsqueeze(1)).sum(-1)
+        back = (query[other] * key.unsqueeze(1)).sum(-1)
         if self.same_proj is None or ids is None:
             return to, back
         same = self.same_proj(_same(ids, ids[other], key.dtype))
+        return to + same, back + same
+
+    def all_pairs(self, related: Related, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``pairs`` gives with each of ``rows`` [K] beside all M, by products of matrices;
+        [K, M, T] both."""
+        query, key, _, _, ids = related
+        tasks = self.num_outputs
+        to = (key[rows] @ query.flatten(0, 1).T).unflatten(1, (-1, tasks))
+        back = (query[rows].flatten(0, 1) @ key.T).unflatten(0, (-1, tasks)).transpose(1, 2)
+        if self.same_proj is None or ids is None:
+            return to, back
+        same = self.same_proj(_same(ids, ids[rows][:, None], key.dtype))
         return to + same, back + same
 
 
@@ -327,8 +339,8 @@ class TakenSample(nn.Module):
         share, whole = torch.rand(2, shown.shape[0], device=offsets.device)
         wanted = torch.where(whole < _WHOLE, shown, (share * shown).to(shown.dtype))
         # the exposed of each request in an order of their own, the others behind them
-        lot = torch.where(exposed, torch.rand(exposed.shape[0], device=offsets.device), 1.0)
-        order = _ranked(-lot, offsets)
+        lot = torch.rand(exposed.shape[0], device=offsets.device, dtype=torch.float64)
+        order = (request + torch.where(exposed, lot / 2, 0.5)).argsort(stable=True)
         place = torch.arange(exposed.shape[0], device=offsets.device) - offsets[:-1][request]
         return torch.zeros_like(exposed).index_copy(0, order, place < wanted[request])
 

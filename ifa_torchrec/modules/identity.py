@@ -16,6 +16,7 @@ from ifa_torchrec.modules.config import InteractionConfig
 from ifa_torchrec.modules.gates import EventGates
 from ifa_torchrec.modules.history import History, counted, decay_rates, normalised
 from ifa_torchrec.modules.user_state import UserState, distinct_keys
+from ifa_torchrec.ops.arguments import without_autocast
 from ifa_torchrec.ops.jagged import request_of_row
 
 
@@ -90,7 +91,8 @@ class IdentityHeads(nn.Module):
                 outputs.append(token_sum[..., :0])
             else:
                 mean = normalised(token_sum, weight_sum)
-                outputs.append(mean @ weight.to(mean.dtype).T)
+                with without_autocast(mean):
+                    outputs.append(mean @ weight.to(mean.dtype).T)
             matched.append(weight_sum)
         return torch.cat(outputs, dim=1), torch.cat(matched, dim=1)
 

@@ -81,8 +81,8 @@ class SoftmaxAttention(SequenceInteraction):
         if self.recent_length is not None:
             history = history.latest(self.recent_length)
         tokens = history.tokens
-        query, bias = self.query_proj(candidates.values()), self._log_weights(history)
-        keys, values = self.key_proj(tokens), self.value_proj(tokens)
+        query, keys, values = self._projected(candidates.values(), tokens)
+        bias = self._log_weights(history)
         asked = rows_of_requests(candidates.offsets(), query.shape[0])
         found = rows_of_requests(history.offsets, tokens.shape[0])
         if self._together and not self.config.interest_mass:
@@ -116,6 +116,13 @@ class SoftmaxAttention(SequenceInteraction):
             output = output.index_copy(1, place, torch.cat(outputs, 1).to(output.dtype))
             log_sum = log_sum.index_copy(1, place, torch.cat(log_sums, 1).to(log_sum.dtype))
         return self._with_masses(output, log_sum)
+
+    def _projected(self, candidates: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Queries [M, H d], keys and values [N, H d]."""
+        if candidates is tokens:  # rows among themselves, in one pass
+            maps = (self.query_proj, self.key_proj, self.value_proj)
+            return F.linear(tokens, torch.cat([p.weight for p in maps])).chunk(3, dim=1)
+        return self.query_proj(candidates), self.key_proj(tokens), self.value_proj(tokens)
 
     def _fused(
         self,

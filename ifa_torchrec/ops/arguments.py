@@ -5,6 +5,7 @@ The functions of ``ifa_torchrec.ops`` document each argument.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,26 @@ def as_autocast(tokens: Tensor) -> Tensor:
     if tokens.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
         return tokens
     return tokens.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tokens
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Within it autocast is off on the tensor's device.
+
+    Not torch.library's register_autocast for the operators: that casts all arguments to one dtype, while
+    here it is the tokens alone (``as_autocast``), and sums are float32 whatever they are.
+
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec.ops.arguments import without_autocast
+        >>> x = torch.zeros(2, 2)
+        >>> with torch.autocast("cpu", torch.bfloat16), without_autocast(x):
+        ...     (x @ x).dtype
+        torch.float32
+    """
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def like(*tensors: Tensor) -> tuple[Tensor, ...]:

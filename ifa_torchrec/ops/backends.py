@@ -7,7 +7,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 from typing import Literal, get_args
@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ifa_torchrec.ops.arguments import without_autocast
 from ifa_torchrec.ops.kernels import native, reference
 from ifa_torchrec.ops.kernels import torch as torch_kernels
 
@@ -90,7 +91,7 @@ def kernels_for(backend: str, tokens: Tensor, state: Tensor | None = None) -> Ge
     check_backend(backend, tokens, state)
     if backend == "auto":
         backend = fastest(tokens, state)
-    with _without_autocast(tokens):
+    with without_autocast(tokens):
         if backend == "triton":
             yield importlib.import_module("ifa_torchrec.ops.kernels.triton")
         else:
@@ -106,15 +107,6 @@ def fastest(tokens: Tensor, state: Tensor | None = None) -> str:
     if tokens.device.type == "cuda" and not TRITON_IS_INSTALLED:
         warn_once("ifa_torchrec.ops: Triton is not installed; torch serves, slower")
     return "triton" if triton_serves(tokens, state) else "torch"
-
-
-def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    # Not torch.library's register_autocast: that casts all arguments to one dtype, while here it is the
-    # tokens alone (``as_autocast``), and sums are float32 whatever they are.
-    device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
 
 
 @cache

@@ -14,11 +14,13 @@ from ifa_torchrec.data.schema import EXPOSED
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.models.calibration import calibrate
 from ifa_torchrec.modules import CandidateSetLossConfig, Task
+from ifa_torchrec.training.metrics import Total, alone
+from ifa_torchrec.training.own import OwnRequests, own_requests
 
 _STEPS = 100  # of LBFGS, which needs about ten
 
 
-def fit(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[float, float]:
+def fit(logits: Tensor, labels: Tensor, weights: Tensor, total: Total = alone) -> tuple[float, float]:
     """The scale and the shift with which logits predict best: Platt's scaling.
 
     By the log loss, with one candidate's weight on the scale 1, so that labels which can be told apart
@@ -28,6 +30,7 @@ def fit(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[float, float]:
         logits: [M].
         labels: [M] 0 or 1.
         weights: [M], how much each counts.
+        total: sums over ranks, where each has candidates of its own.
 
     Returns:
         The scale, positive, and the shift; 1 and 0 of labels that are all equal.
@@ -43,17 +46,21 @@ def fit(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[float, float]:
     """
     kept = weights > 0
     z, y, w = (values[kept].double() for values in (logits, labels, weights))
-    if not 0 < y.sum() < len(y):
+    figures = np.array([float(y.sum()), len(y), float(w.sum())])
+    positives, count, weight = total(figures).tolist()
+    if not 0 < positives < count:
         return 1.0, 0.0
     moved = torch.zeros(2, dtype=torch.float64, requires_grad=True)  # the scale's logarithm, the shift
     optimizer = torch.optim.LBFGS([moved], max_iter=_STEPS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
-        optimizer.zero_grad()
         each = F.binary_cross_entropy_with_logits(moved[0].exp() * z + moved[1], y, reduction="none")
-        value = ((w * each).sum() + moved[0].square()) / w.sum()
-        value.backward()
-        return value.detach()
+        mine = (w * each).sum()
+        (slope,) = torch.autograd.grad(mine, moved)
+        value, *slopes = torch.from_numpy(total(np.array([float(mine.detach()), *slope.tolist()])))
+        log_scale = moved.detach()[0]
+        moved.grad = (torch.stack(slopes) + torch.stack([2 * log_scale, log_scale * 0])) / weight
+        return (value + log_scale.square()) / weight
 
     optimizer.step(loss)
     log_scale, shift = moved.tolist()
@@ -61,23 +68,28 @@ def fit(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[float, float]:
 
 
 def fit_tasks(
-    dataset: RankingDataset, scores: np.ndarray, tasks: Sequence[Task], loss: CandidateSetLossConfig
+    split: RankingDataset | OwnRequests,
+    scores: np.ndarray,
+    tasks: Sequence[Task],
+    loss: CandidateSetLossConfig,
 ) -> dict[str, tuple[float, float]]:
     """``fit`` of each binary task on a split; a candidate counts as in the pointwise term of the loss.
 
     Args:
-        dataset: the split.
+        split: the split, or this rank's requests of it.
         scores: [M, T], the logits of ``tasks``.
         tasks: the model's.
         loss: what it was trained by, which says what an unexposed candidate counts.
     """
-    exposed = torch.from_numpy(np.array(dataset.requests[EXPOSED]))
+    own = own_requests(split)
+    exposed = torch.from_numpy(own.column(EXPOSED))
     weights = torch.where(exposed, 1.0, loss.unexposed if loss.pointwise_unexposed else 0.0)
     return {
         task.name: fit(
             torch.from_numpy(logits.copy()),
-            torch.from_numpy(np.array(dataset.requests[task.name])),
+            torch.from_numpy(own.column(task.name)),
             weights,
+            own.total,
         )
         for task, logits in zip(tasks, scores.T, strict=True)
         if task.kind == "binary"

@@ -1,9 +1,11 @@
 """Metrics over predictions grouped by request: of rankings, and of numbers.
 
-AUC and the errors of numbers are torchmetrics', normalised entropy is torchrec's. GAUC and NDCG@k are
-computed here by pandas' ranks, since scores that count tie often: torchrec's GAUC and torchmetrics' NDCG
-order ties by their position, so that a scorer which cannot tell two candidates apart is paid by chance.
-Here ties share.
+Normalised entropy is torchrec's. AUC, GAUC and NDCG@k are computed here, since scores that count tie
+often: torchrec's GAUC and torchmetrics' NDCG order ties by their position, so that a scorer which cannot
+tell two candidates apart is paid by chance. Here ties share.
+
+All of them are made of sums over requests or candidates. Where each rank has whole requests of its own,
+``total`` adds the ranks' sums up, and no rank needs another's scores.
 
 Requests whose labels are all equal have no ranking to judge: GAUC, NDCG and the correlation leave them
 out, and `requests_ranked` says how many are left.
@@ -11,20 +13,64 @@ out, and `requests_ranked` says how many are left.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 import torch
-from torchmetrics.functional import mean_absolute_error, mean_squared_error
-from torchmetrics.functional.classification import binary_auroc
 from torchrec.metrics.ne import compute_ne
 
+Total = Callable[[np.ndarray], np.ndarray]
+"""Gives the sum over all ranks of an array of float64. Called by all ranks."""
+_BITS = 20  # of a score's float32, by which ranks count it: its sign, its exponent, 11 of its digits
 
-def gauc(request: np.ndarray, score: np.ndarray, label: np.ndarray) -> float:
+
+def alone(figures: np.ndarray) -> np.ndarray:
+    """The Total of a rank that has all requests: what it is given."""
+    return figures
+
+
+def auc(score: np.ndarray, label: np.ndarray, total: Total = alone) -> float:
+    """Area under the ROC curve over all candidates; ties share; NaN where all labels are equal.
+
+    Over several ranks scores tie whose float32 begin with the same 20 bits, which tells two apart that
+    differ by a two thousandth.
+
+    Args:
+        score: [M] float, higher is better; label: [M] 0 or 1.
+        total: sums over ranks.
+
+    Example:
+        >>> import numpy as np
+        >>> from ifa_torchrec.training.metrics import auc
+        >>> auc(np.array([1.0, 3.0, 3.0]), np.array([0, 0, 1]))
+        0.75
+    """
+    if total is alone:
+        places, bins = np.unique(score, return_inverse=True)
+        count = len(places)
+    else:
+        bits = (score.astype(np.float32) + np.float32(0)).view(np.uint32)  # -0 is 0
+        bins = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31)) >> (32 - _BITS)
+        count = 1 << _BITS
+    # of each score, in ascending order
+    positives, all_ = total(
+        np.stack([np.bincount(bins, label, count), np.bincount(bins, minlength=count)])
+    )
+    negatives = all_ - positives
+    below = np.cumsum(negatives) - negatives
+    pairs = positives.sum() * negatives.sum()
+    return float((positives * (below + negatives / 2)).sum() / pairs) if pairs else np.nan
+
+
+def gauc(request: np.ndarray, score: np.ndarray, label: np.ndarray, total: Total = alone) -> float:
     """Mean over requests of the area under the ROC curve; NaN when no request can be ranked.
 
     Args:
         request: [M] request number of each candidate.
         score: [M] float, higher is better; label: [M] 0 or 1.
+        total: sums over ranks.
 
     Example:
         >>> import numpy as np
@@ -45,10 +91,16 @@ def gauc(request: np.ndarray, score: np.ndarray, label: np.ndarray) -> float:
     ranked = (p > 0) & (p < n)
     # Mann-Whitney: the rank sum of the positives, less the least it can be
     area = (sums["ranks"] - p * (p + 1) / 2)[ranked] / (p * (n - p))[ranked]
-    return float(area.mean())
+    return _mean(area, total)
 
 
-def ndcg(request: np.ndarray, score: np.ndarray, label: np.ndarray, k: int = 10) -> float:
+def ndcg(
+    request: np.ndarray,
+    score: np.ndarray,
+    label: np.ndarray,
+    k: int = 10,
+    total: Total = alone,
+) -> float:
     """Mean over requests of NDCG@k; ties share their positions; NaN when none can be ranked.
 
     Args:
@@ -74,10 +126,16 @@ def ndcg(request: np.ndarray, score: np.ndarray, label: np.ndarray, k: int = 10)
     frame["ideal"] = discount("label") * frame["label"]
     sums = groups[["gain", "ideal", "label"]].agg("sum")
     ranked = (sums["label"] > 0) & (sums["label"] < groups.size())
-    return float((sums["gain"] / sums["ideal"])[ranked].mean())
+    return _mean((sums["gain"] / sums["ideal"])[ranked], total)
 
 
-def recall(request: np.ndarray, score: np.ndarray, label: np.ndarray, k: int = 10) -> float:
+def recall(
+    request: np.ndarray,
+    score: np.ndarray,
+    label: np.ndarray,
+    k: int = 10,
+    total: Total = alone,
+) -> float:
     """Mean over requests of the share of positives among the k best; ties share their positions.
 
     Of min(k, positives), so that 1.0 can be reached. Requests whose labels are all equal are left
@@ -100,11 +158,15 @@ def recall(request: np.ndarray, score: np.ndarray, label: np.ndarray, k: int = 1
     frame["found"] = shared * frame["label"]
     sums = groups[["found", "label"]].agg("sum")
     ranked = (sums["label"] > 0) & (sums["label"] < groups.size())
-    return float((sums["found"] / np.minimum(sums["label"], k))[ranked].mean())
+    return _mean((sums["found"] / np.minimum(sums["label"], k))[ranked], total)
 
 
 def ranking_metrics(
-    request: np.ndarray, logit: np.ndarray, label: np.ndarray, probabilities: bool = True
+    request: np.ndarray,
+    logit: np.ndarray,
+    label: np.ndarray,
+    probabilities: bool = True,
+    total: Total = alone,
 ) -> dict[str, float]:
     """AUC, GAUC, NDCG@10, recall@10, NE and calibration of one task.
 
@@ -114,6 +176,7 @@ def ranking_metrics(
         label: [M] 0 or 1.
         probabilities: whether the logits claim to be log odds; counts and the like do not, and
             get no NE and no calibration.
+        total: sums over ranks.
 
     Returns:
         "auc" (1.0 is best), "gauc", "ndcg@10", "recall@10", "requests_ranked"; and "ne", the log
@@ -131,35 +194,31 @@ def ranking_metrics(
         >>> m["auc"], round(m["calibration"], 3)
         (1.0, 1.0)
     """
-    _check_finite(request, logit)
-    labels = torch.from_numpy(label.astype(np.int64))
-    both = 0 < label.sum() < len(label)  # else there is nothing to rank or to predict
-    totals = np.bincount(request, weights=label, minlength=1)
-    sizes = np.bincount(request, minlength=1)
+    _check_finite(request, logit, total)
+    of_request, sizes = (np.bincount(request, weights, 1) for weights in (label, np.ones(len(label))))
+    ranked = ((of_request > 0) & (of_request < sizes)).sum()
+    positives, count, ranked = total(np.array([label.sum(), len(label), ranked], np.float64)).tolist()
     result = {
-        # torchmetrics squashes scores outside [0, 1] by a sigmoid, which makes ties of large
-        # counts; ranks keep the order
-        "auc": float(binary_auroc(torch.from_numpy(_ranks01(logit)), labels)) if both else np.nan,
-        "gauc": gauc(request, logit, label),
-        "ndcg@10": ndcg(request, logit, label),
-        "recall@10": recall(request, logit, label),
-        "requests_ranked": int(((totals > 0) & (totals < sizes)).sum()),
+        "auc": auc(logit, label, total),
+        "gauc": gauc(request, logit, label, total),
+        "ndcg@10": ndcg(request, logit, label, total=total),
+        "recall@10": recall(request, logit, label, total=total),
+        "requests_ranked": int(ranked),
     }
-    if probabilities and both:
-        prediction = torch.from_numpy(logit.astype(np.float64)).sigmoid()
-        target = labels.double()
-        entropy = torch.nn.functional.binary_cross_entropy_with_logits(
-            torch.from_numpy(logit.astype(np.float64)), target, reduction="sum"
-        )
-        count = torch.tensor(float(len(label)), dtype=torch.float64)
+    if probabilities and 0 < positives < count:  # else there is nothing to rank or to predict
+        logits, target = (torch.from_numpy(x.astype(np.float64)) for x in (logit, label))
+        entropy = torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="sum")
+        sums = total(np.array([float(entropy), float(logits.sigmoid().sum())]))
         # compute_ne takes the entropy in bits
-        bits = entropy / np.log(2)
-        result["ne"] = float(compute_ne(bits, count, target.sum(), count - target.sum(), eta=1e-12))
-        result["calibration"] = float(prediction.mean() / target.mean())
+        figures = (sums[0] / np.log(2), count, positives, count - positives)
+        result["ne"] = float(compute_ne(*map(_double, figures), eta=1e-12))
+        result["calibration"] = float(sums[1] / positives)
     return result
 
 
-def correlation(request: np.ndarray, score: np.ndarray, label: np.ndarray) -> float:
+def correlation(
+    request: np.ndarray, score: np.ndarray, label: np.ndarray, total: Total = alone
+) -> float:
     """Mean over requests of Pearson's correlation of score and label; NaN when no request can be ranked.
 
     Requests whose labels are all equal are left out. Of equal scores it is 0.
@@ -167,6 +226,7 @@ def correlation(request: np.ndarray, score: np.ndarray, label: np.ndarray) -> fl
     Args:
         request: [M] request number of each candidate.
         score: [M] float; label: [M] float.
+        total: sums over ranks.
 
     Example:
         >>> import numpy as np
@@ -183,13 +243,11 @@ def correlation(request: np.ndarray, score: np.ndarray, label: np.ndarray) -> fl
     apart, ranked = _differ(index, count, score), _differ(index, count, label)
     # what differs may still be too close for the squares of float64
     norm = np.where(apart, np.sqrt(xx) * np.sqrt(yy), np.inf)[ranked]
-    return (
-        float((xy[ranked] / np.maximum(norm, np.finfo(float).tiny)).mean()) if ranked.any() else np.nan
-    )
+    return _mean(xy[ranked] / np.maximum(norm, np.finfo(float).tiny), total)
 
 
 def regression_metrics(
-    request: np.ndarray, prediction: np.ndarray, label: np.ndarray
+    request: np.ndarray, prediction: np.ndarray, label: np.ndarray, total: Total = alone
 ) -> dict[str, float]:
     """Errors of predicted numbers, and how they order each request's candidates.
 
@@ -197,6 +255,7 @@ def regression_metrics(
         request: [M] request number of each candidate.
         prediction: [M] float, in the labels' unit.
         label: [M] float.
+        total: sums over ranks.
 
     Returns:
         "mae", the mean absolute error, and "rmse", the root of the mean squared one, both in the labels'
@@ -214,13 +273,16 @@ def regression_metrics(
         >>> m["mae"], m["requests_ranked"]
         (2.0, 1)
     """
-    _check_finite(request, prediction)
-    given, wanted = (torch.from_numpy(x.astype(np.float64)) for x in (prediction, label))
+    _check_finite(request, prediction, total)
+    error = prediction.astype(np.float64) - label
+    ranked = _differ(*_numbered(request), label).sum()
+    figures = (np.abs(error).sum(), (error**2).sum(), len(error), ranked)
+    off, squared, count, ranked = total(np.array(figures, np.float64)).tolist()
     return {
-        "mae": float(mean_absolute_error(given, wanted)) if len(label) else np.nan,
-        "rmse": float(mean_squared_error(given, wanted, squared=False)) if len(label) else np.nan,
-        "correlation": correlation(request, prediction, label),
-        "requests_ranked": int(_differ(*_numbered(request), label).sum()),
+        "mae": off / count if count else np.nan,
+        "rmse": math.sqrt(squared / count) if count else np.nan,
+        "correlation": correlation(request, prediction, label, total),
+        "requests_ranked": int(ranked),
     }
 
 
@@ -265,11 +327,20 @@ def _differ(index: np.ndarray, count: np.ndarray, values: np.ndarray) -> np.ndar
     return np.bincount(index, values != first[index], len(count)) > 0
 
 
-def _check_finite(request: np.ndarray, score: np.ndarray) -> None:
+def _mean(values: np.ndarray | pd.Series, total: Total) -> float:
+    """Over all ranks; NaN of none."""
+    value, count = total(np.array([values.sum(), len(values)], np.float64))
+    return float(value / count) if count else np.nan
+
+
+def _double(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def _check_finite(request: np.ndarray, score: np.ndarray, total: Total) -> None:
+    """Raised by all ranks, lest the others wait for the one that has it."""
     bad = np.flatnonzero(~np.isfinite(score))
-    if len(bad):
+    if total(np.array([len(bad)], np.float64))[0]:
+        if not len(bad):
+            raise ValueError("a score of another rank is not a finite number")
         raise ValueError(f"request {request[bad[0]]}: a score is {score[bad[0]]}, not a finite number")
-
-
-def _ranks01(score: np.ndarray) -> np.ndarray:
-    return (pd.Series(score).rank(method="dense") / (len(score) + 1)).to_numpy(copy=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ifa_torchrec.batch import RankingBatch
-from ifa_torchrec.data import EventBudgetSampler, LogSchema, RankingDataset, make_loader
+from ifa_torchrec.data import EventBudgetSampler, RankingDataset, make_loader
 from ifa_torchrec.data.sampler import EMPTY_REQUEST
-from ifa_torchrec.data.schema import EXPOSED, OFFSETS
+from ifa_torchrec.data.schema import EXPOSED
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.modules import Task, predictions, ranking_score
 from ifa_torchrec.modules.tasks import ranking_weights
 from ifa_torchrec.training.groups import by_history, new_items
 from ifa_torchrec.training.metrics import (
+    alone,
     correlation,
     gauc,
     ndcg,
@@ -28,6 +30,7 @@ from ifa_torchrec.training.metrics import (
     regression_metrics,
     why_unranked,
 )
+from ifa_torchrec.training.own import OwnRequests, over_ranks, own_requests
 from ifa_torchrec.training.progress import progress_bar
 
 _OF_EXPOSED = ("gauc", "ne", "calibration", "mae", "correlation")
@@ -49,14 +52,41 @@ def predict(
     Returns:
         [M, T] float32 on every rank, and this rank's milliseconds a request, loading included.
     """
+    tasks = len(dataset.log.schema.tasks)
+    with _evaluating(model):
+        return of_batches(
+            dataset, device, max_events, max_requests, lambda batch: model(batch)[1][1], tasks
+        )
+
+
+@torch.no_grad()
+def predict_own(
+    model: nn.Module, dataset: RankingDataset, device: torch.device, max_events: int, max_requests: int
+) -> tuple[OwnRequests, np.ndarray]:
+    """Logits of the candidates of those requests of a split that are this rank's share. Called by all
+    ranks.
+
+    Args:
+        model, dataset, device, max_events, max_requests: as ``predict``.
+
+    Returns:
+        The requests, and [m, T] float32 of their candidates.
+    """
+    with _evaluating(model):
+        parts = _by_batch(dataset, device, max_events, max_requests, lambda batch: model(batch)[1][1])
+    requests = np.concatenate([np.empty(0, np.int64), *(np.array(own, np.int64) for own, _ in parts)])
+    none = np.empty((0, len(dataset.log.schema.tasks)), np.float32)
+    total = over_ranks(device) if dist.get_world_size() > 1 else alone
+    own = OwnRequests(dataset, requests, total)
+    return own, np.concatenate([none, *(logits for _, logits in parts)])
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Generator[None]:
     training = model.training
     model.eval()
-    tasks = len(dataset.log.schema.tasks)
-    result = of_batches(
-        dataset, device, max_events, max_requests, lambda batch: model(batch)[1][1], tasks
-    )
+    yield
     model.train(training)
-    return result
 
 
 @torch.no_grad()
@@ -102,15 +132,9 @@ def of_batches(
         [M, width] float32 on every rank, in the split's order, and this rank's milliseconds a request,
         loading included.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    lists = list(EventBudgetSampler(dataset.histories, max_events, max_requests, shard=(rank, world)))
+    world = dist.get_world_size()
     start = time.perf_counter()
-    parts = []
-    bar = progress_bar(rank, lists, desc="score", unit="batch", leave=False)
-    for indices, batch in zip(bar, make_loader(dataset, lists), strict=True):
-        told = answer(batch.to(device, non_blocking=True))
-        requests = [index for index in indices if index != EMPTY_REQUEST]
-        parts.append((requests, told.float().cpu().numpy()))
+    parts = _by_batch(dataset, device, max_events, max_requests, answer)
     elapsed = time.perf_counter() - start
     gathered = [parts] * world
     if world > 1:
@@ -119,6 +143,25 @@ def of_batches(
     for requests, told in (pair for rank_parts in gathered for pair in rank_parts):
         result[dataset.candidate_rows(requests)[0]] = told
     return result, 1000 * elapsed / max(sum(len(requests) for requests, _ in parts), 1)
+
+
+def _by_batch(
+    dataset: RankingDataset,
+    device: torch.device,
+    max_events: int,
+    max_requests: int,
+    answer: Callable[[RankingBatch], Tensor],
+) -> list[tuple[list[int], np.ndarray]]:
+    """The requests of each of this rank's batches of a split, and what is said of their candidates."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    lists = list(EventBudgetSampler(dataset.histories, max_events, max_requests, shard=(rank, world)))
+    parts: list[tuple[list[int], np.ndarray]] = []
+    bar = progress_bar(rank, lists, desc="score", unit="batch", leave=False)
+    for indices, batch in zip(bar, make_loader(dataset, lists), strict=True):
+        told = answer(batch.to(device, non_blocking=True))
+        requests = [index for index in indices if index != EMPTY_REQUEST]
+        parts.append((requests, told.float().cpu().numpy()))
+    return parts
 
 
 @torch.no_grad()
@@ -160,7 +203,7 @@ def time_per_request(
 
 
 def measure(
-    dataset: RankingDataset,
+    split: RankingDataset | OwnRequests,
     scores: np.ndarray,
     tasks: Sequence[Task] | None = None,
     by: tuple[str, ...] = (),
@@ -170,8 +213,9 @@ def measure(
     """The metrics of one split.
 
     Args:
-        dataset: the split.
-        scores: [M, T], the logits of ``tasks``, or any scores.
+        split: the split; or this rank's requests of it, with those of the other ranks then, by sums;
+            called by all ranks, which get the same numbers, without ``by``, ``apart`` and ``alone``.
+        scores: [M, T], the logits of ``tasks``, or any scores, of all its candidates.
         tasks: the model's; None where the scores are none of a model's and only their order counts.
         by: context features; "by" then holds the metrics of each value's requests.
         apart: whether to measure new and known items apart, and requests by their histories' lengths.
@@ -191,14 +235,15 @@ def measure(
         With ``apart`` "items", the numbers of "new" and of "known" candidates, and of a binary task
         "by_history" (see ``by_history``).
     """
-    schema: LogSchema = dataset.log.schema
+    own = own_requests(split)
+    dataset, schema = own.dataset, own.dataset.log.schema
     known = tasks or tuple(Task(name, kind) for name, kind in schema.tasks.items())
     # of no model: each column is of its own task alone
     ranking = ranking_score(torch.from_numpy(scores), tasks).numpy() if tasks else None
     result: dict[str, dict[str, Any]] = {}
     columns = scores.T if alone is None else alone.T
     for task, score, by_itself in zip(known, scores.T, columns, strict=True):
-        of_task = TaskScores(dataset, task, score, logits=tasks is not None)
+        of_task = TaskScores(own, task, score, logits=tasks is not None)
         metrics: dict[str, Any] = of_task.metrics()
         if ranking is not None and ranking_weights(known).keys() != {task.name}:
             metrics |= {f"ranked_{name}": value for name, value in of_task.order(ranking).items()}
@@ -226,7 +271,7 @@ class TaskScores:
     """The scores and labels of one task of a split, and what they are worth.
 
     Args:
-        dataset: the split.
+        split: the split, or this rank's requests of it.
         task: Task, of the log.
         score: [M].
         logits: whether the scores are the task's logits.
@@ -235,16 +280,19 @@ class TaskScores:
         request: [M] request number of each candidate; label: [M]; shown: [M] bool, whether exposed.
     """
 
-    def __init__(self, dataset: RankingDataset, task: Task, score: np.ndarray, logits: bool) -> None:
+    def __init__(
+        self, split: RankingDataset | OwnRequests, task: Task, score: np.ndarray, logits: bool
+    ) -> None:
         self.task, self.score, self._logits = task, score, logits
-        self.request = np.repeat(np.arange(len(dataset)), np.diff(dataset.requests[OFFSETS]))
-        self.label = np.asarray(dataset.requests[task.name])
+        self._own = own = own_requests(split)
+        self.request, self._total = own.request, own.total
+        self.label = own.column(task.name)
         self._tags = {
-            name: (np.asarray(dataset.requests[tag]) == value)
-            for tag, values in dataset.log.schema.candidate_tags.items()
+            name: own.column(tag) == value
+            for tag, values in own.dataset.log.schema.candidate_tags.items()
             for value, name in enumerate(values)
         }
-        self.shown = np.asarray(dataset.requests[EXPOSED])
+        self.shown = own.column(EXPOSED)
         self._counted = self.shown if task.kind == "regression" else np.ones_like(score, bool)
 
     def metrics(self, kept: np.ndarray | None = None) -> dict[str, Any]:
@@ -252,16 +300,16 @@ class TaskScores:
         kept = self._counted if kept is None else self._counted & kept
         request, score, label = self.request[kept], self.score[kept], self.label[kept]
         if self.task.kind == "binary":
-            return {**ranking_metrics(request, score, label, self._logits)}
+            return {**ranking_metrics(request, score, label, self._logits, self._total)}
         if not self._logits:
-            return {"correlation": correlation(request, score, label)}
+            return {"correlation": correlation(request, score, label, self._total)}
         said = predictions(torch.from_numpy(score[:, None].copy()), (self.task,))
-        return {**regression_metrics(request, said[:, 0].numpy(), label)}
+        return {**regression_metrics(request, said[:, 0].numpy(), label, self._total)}
 
     def exposed(self) -> dict[str, float]:
         """The numbers of a binary task that say whether the exposed are ranked and promised well; empty
         where all candidates are exposed. A regression's numbers are of the exposed in any case."""
-        if self.task.kind == "regression" or self.shown.all():
+        if self.task.kind == "regression" or not self._own.any(~self.shown):
             return {}
         found = self.metrics(self.shown)
         return {f"{name}_exposed": found[name] for name in _OF_EXPOSED if name in found}
@@ -285,9 +333,13 @@ class TaskScores:
         """How another score, [M], orders the task's labels."""
         if self.task.kind == "regression":
             rows = self._counted
-            return {"correlation": correlation(self.request[rows], ranking[rows], self.label[rows])}
+            given = (self.request[rows], ranking[rows], self.label[rows])
+            return {"correlation": correlation(*given, self._total)}
         measures = {"gauc": gauc, "ndcg@10": ndcg, "recall@10": recall}
-        return {k: measured(self.request, ranking, self.label) for k, measured in measures.items()}
+        return {
+            name: measured(self.request, ranking, self.label, total=self._total)
+            for name, measured in measures.items()
+        }
 
     def against_tags(self) -> dict[str, float]:
         """GAUC of a binary task's positives against the negatives of each tag's value."""
@@ -296,8 +348,9 @@ class TaskScores:
         result: dict[str, float] = {}
         for name, tagged in self._tags.items():
             kept = (self.label > 0) | tagged
-            if (self.label[kept] == 0).any():
-                result[f"gauc_{name}"] = gauc(self.request[kept], self.score[kept], self.label[kept])
+            if self._own.any(self.label[kept] == 0):
+                given = (self.request[kept], self.score[kept], self.label[kept])
+                result[f"gauc_{name}"] = gauc(*given, self._total)
         return result
 
     def why_unranked(self) -> str | None:

@@ -8,13 +8,11 @@ import math
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
@@ -22,13 +20,13 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make_loader
-from ifa_torchrec.data.schema import EXPOSED, OFFSETS
 from ifa_torchrec.distributed import BatchSize, checkpoint, init_process_group, shard, zero_rows
-from ifa_torchrec.errors import ConfigError, DivergedError, writing
+from ifa_torchrec.distributed.saver import CheckpointSaver
+from ifa_torchrec.errors import DivergedError, writing
 from ifa_torchrec.models import DLRM_IFATrain
-from ifa_torchrec.modules import CandidateSetLossConfig
 from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.calibrate import fit_tasks
+from ifa_torchrec.training.check_loss import check_loss
 from ifa_torchrec.training.curves import Curves
 from ifa_torchrec.training.decide import TOO_FEW_STEPS, decided, steps, told
 from ifa_torchrec.training.options import MOST_REQUESTS, TrainConfig, to_json, write_options
@@ -40,7 +38,7 @@ from ifa_torchrec.training.precision import (
 )
 from ifa_torchrec.training.progress import progress_bar
 from ifa_torchrec.training.run import check_log, inputs_of
-from ifa_torchrec.training.scoring import measure, predict
+from ifa_torchrec.training.scoring import measure, predict_own
 from ifa_torchrec.training.touched import touched_rows
 from ifa_torchrec.training.validations import FILE, LAST, Fitted, Validations, flat
 
@@ -153,7 +151,7 @@ class Trainer:
 
     def train(self) -> dict[str, float]:
         """Go on to the last epoch's end, from the last checkpoint where there is one. See ``train``."""
-        with checkpoint.locked(self.config.out):
+        with checkpoint.locked(self.config.out), CheckpointSaver(self._checkpoints) as self._saver:
             self._begin()
             self._validate_if_due()  # a run may have been stopped when this was all that was left to do
             while self.epoch < self.config.epochs and not self._is_enough():
@@ -187,10 +185,11 @@ class Trainer:
         """
         config = self.config
         dataset = RankingDataset(self.log, "valid", config.history_length)
-        scores, _ = predict(self.model, dataset, self.device, config.max_events, config.scored_requests)
+        budget = (config.max_events, config.scored_requests)
+        own, scores = predict_own(self.model, dataset, self.device, *budget)
         tasks = self._model_config.tasks
-        metrics = flat(measure(dataset, scores, tasks), len(tasks))
-        found = [(metrics, fit_tasks(dataset, scores, tasks, config.loss) if config.calibrate else {})]
+        metrics = flat(measure(own, scores, tasks), len(tasks))
+        found = [(metrics, fit_tasks(own, scores, tasks, config.loss) if config.calibrate else {})]
         dist.broadcast_object_list(found)  # or another processor's last digit would part the ranks
         if self._curves is not None:
             self._curves.show({f"valid/{name}": v for name, v in found[0][0].items()}, self.step)
@@ -204,6 +203,7 @@ class Trainer:
             return
         if self.step not in self._validations.by_step:
             metrics, fitted = self.validate()
+            self._saver.wait()  # a step that is measured has its checkpoint
             self._validations.by_step[self.step] = metrics
             self._validations.fitted[self.step] = fitted
             if self.rank == 0:
@@ -334,7 +334,7 @@ class Trainer:
     def _save(self) -> None:
         self._seconds += time.perf_counter() - self._start
         best = self._validations.best
-        checkpoint.save(self._checkpoints, self.model, self.optimizer, self.state_dict(), best)
+        self._saver.save(self.model, self.optimizer, self.state_dict(), best)
         self._start = time.perf_counter()
 
     def _report(self) -> None:
@@ -367,49 +367,6 @@ def unknown_items(log: EventLog, config: TrainConfig) -> float:
     if "valid" not in log.splits:
         return 0.0
     return min(log.new_items("valid")["candidates"], _MOST_UNKNOWN)
-
-
-def check_loss(dataset: RankingDataset, loss: CandidateSetLossConfig, rank: int) -> None:
-    """Tell of terms of the loss that have nothing to do on a split.
-
-    Args:
-        dataset: the split.
-        loss: its terms.
-        rank: this process's; the first alone warns.
-
-    Raises:
-        ConfigError: there is a consistency term, which costs half of the time again, but all candidates
-            are exposed. Or the unexposed are left out, and of the exposed all have the label 1.
-    """
-    requests = dataset.requests
-    if not loss.unexposed or not loss.pointwise_unexposed:
-        _check_negatives(dataset)
-    if loss.consistency and requests[EXPOSED].all():
-        raise ConfigError(
-            f"--loss.consistency {loss.consistency:g}: all candidates of the split `train` were "
-            "exposed, and the term compares sets with and without those that were not; give it the "
-            "weight 0, or a log with unexposed candidates"
-        )
-    if rank == 0 and loss.listwise and (np.diff(requests[OFFSETS]) < 2).all():
-        warnings.warn(
-            f"--loss.listwise {loss.listwise:g} has nothing to do: no request of the split `train` has "
-            "two candidates to compare",
-            stacklevel=2,
-        )
-
-
-def _check_negatives(dataset: RankingDataset) -> None:
-    """Refuse a log that has the negatives among the unexposed, where these are left out of the loss."""
-    exposed = np.asarray(dataset.requests[EXPOSED])
-    if exposed.all():
-        return
-    for task, kind in dataset.log.schema.tasks.items():
-        label = np.asarray(dataset.requests[task])
-        if kind == "binary" and label[exposed].all() and not label.all():
-            raise ConfigError(
-                f"--loss.unexposed 0: in the split `train` all exposed candidates have {task} 1; where "
-                "a 0 is true of the others give --loss.unexposed 1, or prepare them as exposed"
-            )
 
 
 def _finite(losses: list[torch.Tensor], step: int, folder: Path) -> list[float]:

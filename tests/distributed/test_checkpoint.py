@@ -45,6 +45,7 @@ from ifa_torchrec.distributed import (
     init_process_group,
     shard,
 )
+from ifa_torchrec.distributed.saver import CheckpointSaver
 from ifa_torchrec.models import DLRM_IFATrain
 from ifa_torchrec.models.archs import CandidateArch
 from ifa_torchrec.training.build import build_model
@@ -154,19 +155,19 @@ def full_state(model: torch.nn.Module, optimizer: Any = None) -> State:
 def train_and_keep(config: TrainConfig, copy_to: Path | None = None) -> Kept:
     """Train, and keep what happens; a copy of OUT as it is at step MIDDLE goes to ``copy_to``."""
     kept = Kept({}, {}, {}, [])
-    save, forward = checkpoint.save, CandidateArch.forward
+    save, forward = CheckpointSaver.save, CandidateArch.forward
     seasons = EventLog(config.data).requests("train")["season"]
     number_of = {season: number for number, season in enumerate(np.asarray(seasons))}
     assert len(number_of) == SPLITS["train"]
 
-    def saves(folder, model, optimizer, progress, *best):
+    def saves(self, model, optimizer, progress, *best):
         torch.rand(1 + dist.get_rank())  # no rank's generator is where it started
         kept.generators[progress["step"]] = torch.get_rng_state().numpy()
-        result = save(folder, model, optimizer, progress, *best)
+        save(self, model, optimizer, progress, *best)
+        self.wait()
         kept.states[progress["step"]] = full_state(model, optimizer)
         if copy_to is not None and progress["step"] == MIDDLE and dist.get_rank() == 0:
             shutil.copytree(config.out, copy_to)
-        return result
 
     def forwards(self, lookups, batch):
         if self.training:
@@ -176,7 +177,7 @@ def train_and_keep(config: TrainConfig, copy_to: Path | None = None) -> Kept:
         return forward(self, lookups, batch)
 
     with (
-        mock.patch.object(checkpoint, "save", saves),
+        mock.patch.object(CheckpointSaver, "save", saves),
         mock.patch.object(CandidateArch, "forward", forwards),
     ):
         kept.result = train(config)

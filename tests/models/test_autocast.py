@@ -32,7 +32,8 @@ def assert_about_the_same(model: DLRM_IFATrain) -> None:
     loss, gradients = step(model, "bf16")
     expected, in_float32 = step(model)
     assert loss.dtype == torch.float32
-    assert 0 < abs(loss - expected) < 0.02 * expected
+    assert abs(loss - expected) < 0.02 * expected
+    assert (loss == expected) == (model.model.candidate_arch.sequence_interaction is None)
     assert gradients.keys() == in_float32.keys()
     for name, gradient in gradients.items():
         assert gradient.dtype == torch.float32

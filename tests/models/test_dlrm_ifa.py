@@ -32,6 +32,8 @@ from ifa_torchrec.modules import (
     InteractionConfig,
     MeanPooling,
 )
+from ifa_torchrec.modules.candidate_set import TakenSample
+from ifa_torchrec.modules.history import counted
 from ifa_torchrec.modules.projections import ZeroEmbedding, ZeroLinear
 
 DIM = 8
@@ -485,6 +487,7 @@ class TestWhatIsTaken:
             make_batch(),
         )
         train = DLRM_IFATrain(model, CandidateSetLossConfig(listwise=0.5))
+        torch.manual_seed(0)  # of what is taken
         loss, _ = train(batch)
         loss.backward()
         assert model.taken_arch.relation.query_proj.weight.grad.any()
@@ -510,6 +513,32 @@ class TestWhatIsTaken:
         assert one.keys() == other.keys() and drawn[0] == drawn[1]
         for name, weight in one.items():
             assert torch.equal(weight, other[name]), name
+
+
+@pytest.mark.parametrize("unexposed", [0.0, 0.3])
+def test_the_loss_is_the_sum_of_each_alone_of_all_beside_each_other_and_of_something_taken(
+    unexposed,
+) -> None:
+    config = CandidateSetConfig("softmax", generate=True)
+    model, batch = with_relations(make_model(candidate_set=config)), make_batch()
+    batch = dataclasses.replace(batch, exposed=torch.arange(sum(CANDIDATES)) % 3 != 1)
+    config = CandidateSetLossConfig(unexposed=unexposed)
+    train = DLRM_IFATrain(model, config)
+    torch.manual_seed(3)
+    loss, _ = train(batch)
+    torch.manual_seed(3)
+    candidates, shown = model.describe(batch), batch.exposed
+    taken = TakenSample()(shown, candidates.offsets)
+    assert taken.any()
+    logits, given = model.logits_given(candidates), model.logits_given(candidates, taken)
+    plain = CandidateSetLoss(config)
+    offsets = counted(shown, candidates.offsets)
+    wanted = plain(logits, batch.labels, shown, candidates.offsets)
+    alone = model.set_arch(candidates, related=False)
+    wanted = wanted + plain(alone, batch.labels, shown, candidates.offsets)
+    no_order = CandidateSetLoss(dataclasses.replace(config, listwise=0.0))
+    wanted = wanted + no_order(given[shown], batch.labels[shown], shown[shown], offsets)
+    torch.testing.assert_close(loss, wanted)
 
 
 def test_a_model_that_was_not_trained_for_it_refuses_what_is_taken() -> None:

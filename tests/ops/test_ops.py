@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ifa_torchrec import ops
 from ifa_torchrec.ops.kernels import native, reference
-from ifa_torchrec.ops.kernels.torch import LONGEST_CHUNK, TILE
+from ifa_torchrec.ops.kernels.tiling import LONGEST_CHUNK, TILE
 
 D, H, WIDTH = 6, 3, 4
 DECAY = [0.0, 0.5, 3.0]

@@ -28,7 +28,7 @@ from test_ops import (
     match_inputs,
     to_float64,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
+from waits import Waits
 
 pytest.importorskip("triton")
 from benchmarks import gpu_kernels
@@ -258,32 +258,6 @@ def test_the_operators_themselves_refuse_sizes_that_do_not_agree():
 
 
 # ----------------------------------------------------------------- no wait for the device, and graphs
-
-WAITS = {
-    *("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "item"),
-    *("unique_consecutive", "is_nonzero", "equal", "bincount"),
-}
-"""Operators whose results' sizes, or Python numbers, depend on values: on a GPU they wait for it."""
-
-
-class Waits(TorchDispatchMode):
-    """Notes the operators that would wait; an index by a boolean tensor is a nonzero."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        indices = args[1] if name.startswith("index") and len(args) > 1 else ()
-        by_mask = any(
-            isinstance(x, torch.Tensor) and x.dtype == torch.bool
-            for x in (indices if isinstance(indices, (list, tuple)) else ())
-        )
-        unsized = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
-        if name in WAITS or by_mask or unsized:
-            self.seen.append(name)
-        return function(*args, **(kwargs or {}))
 
 
 def test_nothing_on_the_host_looks_at_a_value():

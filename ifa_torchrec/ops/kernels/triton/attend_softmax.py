@@ -255,9 +255,9 @@ class _Tile(NamedTuple):
         width, dim = given.query_weight.shape[1:]
         padded = max(triton.next_power_of_2(width), 16)
         wide, light = padded > 64, given.candidates.dtype == torch.bfloat16
-        most = 16 if wide else 64 if light else 32
-        summaries = min(max(triton.next_power_of_2(given.summaries.shape[2]), 16), most)
-        tile = min(max(triton.next_power_of_2(dim), 16), 32 if wide else 64)
+        # what is multiplied with rows is held by every warp: of float32 half as much at once
+        summaries = min(max(triton.next_power_of_2(given.summaries.shape[2]), 16), 16 if wide else 32)
+        tile = min(max(triton.next_power_of_2(dim), 16), 64 if light and not wide else 32)
         return _Tile(padded, summaries, tile, 32 if light and not wide else 16)
 
 
@@ -294,6 +294,7 @@ def attend_softmax(given: AttendSoftmaxArguments) -> tuple[Tensor, Tensor]:
         (chunks.count, heads),
         arguments | {"out": out, "log_sums": log_sum},
         constants,
+        warps=8 if constants["PADDED"] > 64 else 4,
     )
     return out, log_sum
 
@@ -330,6 +331,7 @@ def attend_softmax_backward(
         (chunks.count, heads, triton.cdiv(summaries, tile.RANGE)),
         arguments | {"states": states},
         constants,
+        warps=8 if tile.PADDED > 64 else 4,
     )
     grad_means, grad_log_weight = split_state(sum_segments(states, chunks.firsts), heads, width)
     return (

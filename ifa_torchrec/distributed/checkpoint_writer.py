@@ -1,0 +1,155 @@
+"""Writing a checkpoint: checksums as it is written, and from copies while training goes on."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import zlib
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed import checkpoint as dcp
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.tensor import DTensor
+
+
+class CheckpointWriter(dcp.FileSystemWriter):
+    """Writes files and sums them up as it does, so that none is read again.
+
+    Args:
+        path: the checkpoint's folder.
+
+    Attributes:
+        checksums: CRC-32 of each file of tensors that this rank wrote, by name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.fs = _Summing()
+
+    @property
+    def checksums(self) -> dict[str, int]:
+        """Of the files of tensors that this rank wrote, by name."""
+        return {name: value for name, value in self.fs.checksums.items() if name.endswith(".distcp")}
+
+
+class _Summing(FileSystem):
+    def __init__(self) -> None:
+        self.checksums: dict[str, int] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase]:
+        with super().create_stream(path, mode) as stream:
+            if "w" not in mode:
+                yield stream
+                return
+            summed = _Summed(cast(io.BufferedWriter, stream))
+            yield summed
+            self.checksums[Path(path).name] = summed.checksum
+
+
+class _Summed(io.IOBase):
+    """A file that is written from its beginning to its end."""
+
+    def __init__(self, stream: io.BufferedWriter) -> None:
+        self._stream, self.checksum = stream, 0
+
+    def write(self, data: Any) -> int:
+        self.checksum = zlib.crc32(data, self.checksum)
+        return self._stream.write(data)
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def flush(self) -> None:
+        if not self._stream.closed:
+            self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class Copies:
+    """Copies of a state on the CPU, in memory that is kept: new memory would take longer than the copy.
+
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec.distributed.checkpoint_writer import Copies
+        >>> copies, weight = Copies(), torch.zeros(2)
+        >>> copies.take({"model": {"weight": weight}})
+        >>> _ = weight.fill_(1)
+        >>> copies.of["model.weight", ()]
+        tensor([0., 0.])
+    """
+
+    def __init__(self) -> None:
+        self.of: dict[tuple[str, tuple[int, ...]], Any] = {}
+
+    def take(self, state: dict[str, Any]) -> None:
+        """Copy a state, in place of the one before.
+
+        Args:
+            state: as DCP takes it. Of a table that lies on several ranks, this rank's shards are copied.
+        """
+        before, self.of = self.of, {}
+        for name, value in flatten_state_dict(state)[0].items():
+            for offset, part in _parts(value).items():
+                key = (name, offset)
+                self.of[key] = _copied(part, before.get(key))
+
+
+def _parts(value: Any) -> dict[tuple[int, ...], Any]:
+    """The parts of a value that this rank has, by their offsets in it; one without any for a whole."""
+    if isinstance(value, ShardedTensor):
+        return {tuple(s.metadata.shard_offsets): s.tensor for s in value.local_shards()}
+    return {(): value.to_local() if isinstance(value, DTensor) else value}
+
+
+def _copied(value: Any, into: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return copy.deepcopy(value)
+    if not isinstance(into, torch.Tensor) or (into.shape, into.dtype) != (value.shape, value.dtype):
+        into = torch.empty(value.shape, dtype=value.dtype)
+    return into.copy_(value.detach())
+
+
+class StagedPlanner(dcp.DefaultSavePlanner):
+    """Saves a state from copies, however it changes meanwhile. Its tensors keep their shapes.
+
+    Args:
+        copies: of the state that is saved.
+    """
+
+    def __init__(self, copies: Copies) -> None:
+        super().__init__()
+        self._copies = copies
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        """The copy of what DCP looks up."""
+        whole = self._copies.of.get((index.fqn, ()))
+        return self._copies.of[index.fqn, tuple(index.offset or ())] if whole is None else whole
+
+
+@dataclass(frozen=True)
+class Aside:
+    """What a checkpoint needs that is written while training goes on.
+
+    Args:
+        group: a process group of all ranks that nothing else uses.
+        planner: has copies of the state.
+    """
+
+    group: dist.ProcessGroup
+    planner: StagedPlanner

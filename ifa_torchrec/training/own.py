@@ -1,0 +1,77 @@
+"""Requests of a split that a rank has scored, and sums over what all ranks have."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ifa_torchrec.data import RankingDataset
+from ifa_torchrec.training.metrics import Total, alone
+
+
+class OwnRequests:
+    """Whole requests of a split, and how figures of them are summed with those of other ranks.
+
+    Args:
+        dataset: the split.
+        requests: [n] int64, their numbers.
+        total: sums over ranks; ``alone`` where these are all requests.
+
+    Attributes:
+        request: [m] int64, the number of each candidate's request.
+    """
+
+    def __init__(self, dataset: RankingDataset, requests: np.ndarray, total: Total) -> None:
+        self.dataset, self.total = dataset, total
+        self._rows, counts = dataset.candidate_rows(requests)
+        self.request = np.repeat(requests, counts)
+
+    def column(self, name: str) -> np.ndarray:
+        """[m], the candidates' values in a column of the split.
+
+        Args:
+            name: of the column, which has a value a candidate.
+        """
+        return self.dataset.requests[name][self._rows]
+
+    def any(self, of_candidate: np.ndarray) -> bool:
+        """Whether it is so of a candidate of any rank.
+
+        Args:
+            of_candidate: [k] bool.
+        """
+        return bool(self.total(np.array([of_candidate.sum()], np.float64))[0])
+
+
+def own_requests(split: RankingDataset | OwnRequests) -> OwnRequests:
+    """A rank's requests as they are; of a split, all of them.
+
+    Args:
+        split: the one or the other.
+    """
+    if isinstance(split, OwnRequests):
+        return split
+    return OwnRequests(split, np.arange(len(split)), alone)
+
+
+def over_ranks(device: torch.device) -> Total:
+    """Sums over the ranks of the process group.
+
+    Args:
+        device: this rank's.
+
+    Example:
+        >>> import numpy as np
+        >>> from ifa_torchrec.distributed import init_process_group
+        >>> from ifa_torchrec.training.own import over_ranks
+        >>> over_ranks(init_process_group())(np.array([2.0, 3.0])).tolist()
+        [2.0, 3.0]
+    """
+
+    def total(figures: np.ndarray) -> np.ndarray:
+        sums = torch.from_numpy(np.asarray(figures, np.float64).copy()).to(device)
+        dist.all_reduce(sums)
+        return sums.cpu().numpy()
+
+    return total
