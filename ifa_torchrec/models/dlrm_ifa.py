@@ -381,33 +381,33 @@ class DLRM_IFATrain(nn.Module):
         candidates, set_arch = self.model.describe(batch), self.model.set_arch
         labels, shown, offsets = batch.labels, batch.exposed, candidates.offsets
         logits = set_arch(candidates, related=False)
-        # what relations learn changes nothing of what they stand on: each candidate by itself is
-        # scored as by a model without them
-        known = candidates.detach()
         if set_arch.relation_arch is None:
             loss = self.loss(logits, labels, shown, offsets)
         else:
-            loss, logits = self._beside_others(logits, known, batch)
+            loss, logits = self._beside_others(logits, candidates, batch)
         taken_arch = self.model.taken_arch
         if taken_arch and self.taken_sample and self.taken_loss and self.training:
             taken = self.taken_sample(shown, offsets)
-            given = logits.detach() + taken_arch(known, taken)
+            # changes nothing of what it stands on: a model that can generate sets ranks as the one
+            # that cannot
+            given = logits.detach() + taken_arch(candidates.detach(), taken)
             loss = loss + self.taken_loss(given, labels, shown, offsets)
         return loss, (loss.detach(), logits.detach(), labels.detach())
 
     def _beside_others(
-        self, learnt: Tensor, known: Candidates, batch: RankingBatch
+        self, learnt: Tensor, candidates: Candidates, batch: RankingBatch
     ) -> tuple[Tensor, Tensor]:
         """The loss of logits [M, T] of each by itself and of those beside all others; and the latter."""
+        # the relation learns what these leave, and does not move them
         set_arch, alone = self.model.set_arch, learnt.detach()
-        labels, shown, offsets = batch.labels, batch.exposed, known.offsets
-        logits = set_arch(known, alone=alone)
+        labels, shown, offsets = batch.labels, batch.exposed, candidates.offsets
+        logits = set_arch(candidates, alone=alone)
         if not self.alone_loss or not self.training or self.loss.config.consistency:
             exposed_logits = None
             if self.loss.config.consistency:  # the exposed, where the others do not stand beside them
                 rows = batch.exposed_rows
                 exposed_logits = set_arch(
-                    known.only(shown, rows), alone=alone[shown if rows is None else rows]
+                    candidates.only(shown, rows), alone=alone[shown if rows is None else rows]
                 )
             loss = self.loss(logits, labels, shown, offsets, exposed_logits)
             if self.alone_loss and self.training:
