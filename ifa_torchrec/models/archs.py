@@ -335,8 +335,9 @@ class SetArch(nn.Module):
     """From candidates, each described by itself, to logits; they see each other here, if at all.
 
     What a candidate finds among the others is a term beside the logits that it has by itself, and starts
-    at 0. Autocast does not reach it, nor whatever else is made of candidates alone: they are few beside
-    the events, and what bfloat16 saves there it costs in the gradients.
+    at 0. It learns what these leave, see ``DLRM_IFATrain``. Autocast
+    does not reach it, nor whatever else is made of candidates alone: they are few beside the events, and
+    what bfloat16 saves there it costs in the gradients.
 
     Args:
         config: DLRM_IFAConfig.
@@ -360,16 +361,29 @@ class SetArch(nn.Module):
         layers = [*config.over_arch_layer_sizes, config.num_tasks]
         self.dropout = nn.Dropout(config.dropout)
         self.over_arch = OverArch(dim + products + in_features, layers)
-        # made last: what is by itself starts the same with and without it
         related = config.candidate_set.attention != "none"
-        self.relation_arch = RelationArch(config) if related else None
+        with torch.random.fork_rng(devices=[]):  # all else starts the same with and without it
+            self.relation_arch = RelationArch(config) if related else None
 
-    def forward(self, candidates: Candidates) -> Tensor:
-        """Logits [M, T]."""
+    def forward(
+        self, candidates: Candidates, related: bool = True, alone: Tensor | None = None
+    ) -> Tensor:
+        """
+        Args:
+            candidates: M of B requests.
+            related: with what the candidates do to each other, or without.
+            alone: [M, T], logits without, which are then not computed again.
+
+        Returns:
+            Logits [M, T].
+        """
         with without_autocast(candidates.tokens):
-            return self._logits(candidates)
+            logits = self._alone(candidates) if alone is None else alone
+            if self.relation_arch is None or not related:
+                return logits
+            return logits + self.relation_arch(candidates)
 
-    def _logits(self, candidates: Candidates) -> Tensor:
+    def _alone(self, candidates: Candidates) -> Tensor:
         tokens, vectors, beside = candidates.tokens, candidates.vectors, candidates.beside
         if self.interaction_arch is None:
             inputs = torch.cat([tokens, *beside], dim=1)
@@ -378,8 +392,7 @@ class SetArch(nn.Module):
             scale = tokens.shape[1] ** -0.25
             crossed = self.interaction_arch(tokens * scale, torch.stack(vectors, dim=1) * scale)
             inputs = torch.cat([crossed, *beside], dim=1)
-        logits = self.over_arch(self.dropout(inputs))
-        return logits if self.relation_arch is None else logits + self.relation_arch(candidates)
+        return self.over_arch(self.dropout(inputs))
 
 
 class RelationArch(nn.Module):

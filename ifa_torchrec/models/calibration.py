@@ -50,3 +50,6 @@ def calibrate(model: DLRM_IFA, scale: Tensor, shift: Tensor) -> None:
         query.mul_(scale.repeat_interleave(len(query) // len(scale))[:, None])
         if taken_arch.relation.same_proj is not None:
             taken_arch.relation.same_proj.weight.mul_(scale[:, None])
+        if taken_arch.relation.pair_queries is not None:
+            pairs = taken_arch.relation.pair_queries.weight  # of each task BUCKETS columns
+            pairs.mul_(scale.repeat_interleave(pairs.shape[1] // len(scale)))

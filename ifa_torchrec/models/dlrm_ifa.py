@@ -358,13 +358,19 @@ class DLRM_IFATrain(nn.Module):
                 "DLRM_IFATrain: without a candidate_set attention no candidate sees another, and a "
                 "consistency term has nothing to do; give the model one, or the term the weight 0"
             )
-        self.taken_sample = self.taken_loss = None
+        self.alone_loss = self.taken_sample = self.taken_loss = None
+        config, tasks = self.loss.config, dlrm_module.config.tasks
+        if dlrm_module.set_arch.relation_arch is not None and (
+            config.pointwise or config.listwise_weight
+        ):
+            alone = dataclasses.replace(config, consistency=0.0)
+            self.alone_loss = CandidateSetLoss(alone, across_ranks, tasks)
         if dlrm_module.taken_arch is not None:
-            given = dataclasses.replace(self.loss.config, consistency=0.0, unexposed=0.0)
+            given = dataclasses.replace(config, consistency=0.0, unexposed=0.0)
             if given.pointwise:  # a set is worth the sum of its probabilities, which orders spoil
                 given = dataclasses.replace(given, listwise=0.0)
             self.taken_sample = TakenSample()
-            self.taken_loss = CandidateSetLoss(given, across_ranks, dlrm_module.config.tasks)
+            self.taken_loss = CandidateSetLoss(given, across_ranks, tasks)
 
     def forward(self, batch: RankingBatch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """
@@ -372,16 +378,24 @@ class DLRM_IFATrain(nn.Module):
             The loss, a scalar, and (loss, logits [M, T], labels [M, T]) detached. A batch without
             candidates has loss 0.
         """
-        candidates = self.model.describe(batch)
-        logits, alone = self.model.set_arch(candidates), None
-        if self.loss.config.consistency:  # the exposed, scored where the others do not stand beside them
-            alone = self.model.set_arch(candidates.only(batch.exposed, batch.exposed_rows))
-        loss = self.loss(logits, batch.labels, batch.exposed, candidates.offsets, alone)
-        taken_arch = self.model.taken_arch
+        candidates, shown, rows = self.model.describe(batch), batch.exposed, batch.exposed_rows
+        set_arch, taken_arch = self.model.set_arch, self.model.taken_arch
+        logits = set_arch(candidates, related=False)
+        loss, exposed_logits = 0.0, None
+        if set_arch.relation_arch is not None:
+            if self.alone_loss and self.training:
+                loss = self.alone_loss(logits, batch.labels, shown, candidates.offsets)
+            alone = logits.detach()  # the relation learns what these leave, and does not move them
+            logits = set_arch(candidates, alone=alone)
+            if self.loss.config.consistency:  # the exposed, where the others do not stand beside them
+                exposed_logits = set_arch(
+                    candidates.only(shown, rows), alone=alone[shown if rows is None else rows]
+                )
+        loss = loss + self.loss(logits, batch.labels, shown, candidates.offsets, exposed_logits)
         if taken_arch and self.taken_sample and self.taken_loss and self.training:
-            taken = self.taken_sample(batch.exposed, candidates.offsets)
-            # what the relation learns changes nothing of what it stands on: a model that can generate
-            # sets ranks as the one that cannot
+            taken = self.taken_sample(shown, candidates.offsets)
+            # changes nothing of what it stands on: a model that can generate sets ranks as the one
+            # that cannot
             given = logits.detach() + taken_arch(candidates.detach(), taken)
-            loss = loss + self.taken_loss(given, batch.labels, batch.exposed, candidates.offsets)
+            loss = loss + self.taken_loss(given, batch.labels, shown, candidates.offsets)
         return loss, (loss.detach(), logits.detach(), batch.labels.detach())

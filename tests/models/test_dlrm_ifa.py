@@ -516,7 +516,9 @@ class TestWhatIsTaken:
 
 
 @pytest.mark.parametrize("unexposed", [0.0, 0.3])
-def test_the_loss_is_the_sum_of_that_with_nothing_and_that_with_something_taken(unexposed) -> None:
+def test_the_loss_is_the_sum_of_each_alone_of_all_beside_each_other_and_of_something_taken(
+    unexposed,
+) -> None:
     config = CandidateSetConfig("softmax", generate=True)
     model, batch = with_relations(make_model(candidate_set=config)), make_batch()
     batch = dataclasses.replace(batch, exposed=torch.arange(sum(CANDIDATES)) % 3 != 1)
@@ -532,6 +534,8 @@ def test_the_loss_is_the_sum_of_that_with_nothing_and_that_with_something_taken(
     plain = CandidateSetLoss(config)
     offsets = counted(shown, candidates.offsets)
     wanted = plain(logits, batch.labels, shown, candidates.offsets)
+    alone = model.set_arch(candidates, related=False)
+    wanted = wanted + plain(alone, batch.labels, shown, candidates.offsets)
     no_order = CandidateSetLoss(dataclasses.replace(config, listwise=0.0))
     wanted = wanted + no_order(given[shown], batch.labels[shown], shown[shown], offsets)
     torch.testing.assert_close(loss, wanted)

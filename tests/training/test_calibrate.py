@@ -60,15 +60,16 @@ def test_all_ways_to_a_logit(attention: str) -> None:
     tables = EmbeddingCollection(
         tables=[
             EmbeddingConfig(
-                name="item",
+                name=name,
                 embedding_dim=8,
                 num_embeddings=100,
-                feature_names=["history_item", "candidate_item"],
+                feature_names=[f"history_{name}", f"candidate_{name}"],
             )
+            for name in ("item", "category")
         ]
     )
     config = DLRM_IFAConfig(
-        ("item",),
+        ("item", "category"),
         ifa=IFAConfig(8, num_heads=2),
         num_tasks=2,
         candidate_set=CandidateSetConfig(attention, generate=True),
@@ -77,9 +78,9 @@ def test_all_ways_to_a_logit(attention: str) -> None:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)  # what starts at 0 does nothing yet
     sequence = KeyedJaggedTensor.from_lengths_sync(
-        keys=["history_item", "candidate_item"],
-        values=torch.arange(9),
-        lengths=torch.tensor([4, 0, 3, 2]),
+        keys=["history_item", "candidate_item", "history_category", "candidate_category"],
+        values=torch.arange(18),
+        lengths=torch.tensor([4, 0, 3, 2, 4, 0, 3, 2]),
     )
     none = KeyedJaggedTensor.empty()
     features = RankingFeatures(
