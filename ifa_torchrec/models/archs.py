@@ -335,7 +335,7 @@ class SetArch(nn.Module):
     """From candidates, each described by itself, to logits; they see each other here, if at all.
 
     What a candidate finds among the others is a term beside the logits that it has by itself, and starts
-    at 0. It is learnt of what these leave, and changes nothing of them: see ``DLRM_IFATrain``. Autocast
+    at 0. It learns what these leave, see ``DLRM_IFATrain``. Autocast
     does not reach it, nor whatever else is made of candidates alone: they are few beside the events, and
     what bfloat16 saves there it costs in the gradients.
 

@@ -381,21 +381,21 @@ class DLRM_IFATrain(nn.Module):
         candidates, shown, rows = self.model.describe(batch), batch.exposed, batch.exposed_rows
         set_arch, taken_arch = self.model.set_arch, self.model.taken_arch
         logits = set_arch(candidates, related=False)
-        # what relations learn changes nothing of what they stand on: each candidate by itself is
-        # scored as by a model without them
-        known, loss, exposed_logits = candidates.detach(), 0.0, None
+        loss, exposed_logits = 0.0, None
         if set_arch.relation_arch is not None:
             if self.alone_loss and self.training:
                 loss = self.alone_loss(logits, batch.labels, shown, candidates.offsets)
-            alone = logits.detach()
-            logits = set_arch(known, alone=alone)
+            alone = logits.detach()  # the relation learns what these leave, and does not move them
+            logits = set_arch(candidates, alone=alone)
             if self.loss.config.consistency:  # the exposed, where the others do not stand beside them
                 exposed_logits = set_arch(
-                    known.only(shown, rows), alone=alone[shown if rows is None else rows]
+                    candidates.only(shown, rows), alone=alone[shown if rows is None else rows]
                 )
         loss = loss + self.loss(logits, batch.labels, shown, candidates.offsets, exposed_logits)
         if taken_arch and self.taken_sample and self.taken_loss and self.training:
             taken = self.taken_sample(shown, candidates.offsets)
-            given = logits.detach() + taken_arch(known, taken)
+            # changes nothing of what it stands on: a model that can generate sets ranks as the one
+            # that cannot
+            given = logits.detach() + taken_arch(candidates.detach(), taken)
             loss = loss + self.taken_loss(given, batch.labels, shown, candidates.offsets)
         return loss, (loss.detach(), logits.detach(), batch.labels.detach())
