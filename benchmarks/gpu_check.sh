@@ -29,6 +29,8 @@ print(torch.__version__, triton.__version__, torch.cuda.get_device_name(), torch
 step backends 60 "$PYTHON" -m ifa_torchrec backends
 # the kernels against the reference; no wait for the device; a CUDA graph; the same to the bit
 step kernels 180 "$PYTHON" -m pytest -q tests/ops/test_triton.py -m "not slow"
+# a step of the dense part, forward, loss and backward: no wait for the device
+step no_waits 60 "$PYTHON" -m pytest -q tests/models/test_no_waits.py
 step every_backend 120 "$PYTHON" -m pytest -q tests/ops/test_ops.py tests/ops/test_ops_boundary.py -k triton
 # writes docs/attention_gpu.md anew, whose words are of the operators of before
 step attention 180 "$PYTHON" benchmarks/attention_gpu.py --rounds 3

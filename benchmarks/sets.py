@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import tyro
 from report import ROOT, markdown, measured_by
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from ifa_torchrec import IFAConfig, generate_set
+from ifa_torchrec import IFAConfig, RankingBatch, generate_set
 from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make_loader, synthetic
 from ifa_torchrec.data.schema import EXPOSED, OFFSETS
 from ifa_torchrec.data.synthetic_sets import SHOWN, set_logits, sigmoid
@@ -307,20 +308,23 @@ def made(log: EventLog, relations: CandidateSetConfig) -> DLRM_IFA:
 def step_table(options: Options) -> pd.DataFrame:
     """What a training step costs, against that of the model whose candidates do not see each other."""
     log = EventLog(options.out / "log_plain")
-    batch = RankingDataset(log, "train")[np.arange(16)]
     models = {name: DLRM_IFATrain(made(log, relations)) for name, relations in SETS.items()}
 
-    def step(model: DLRM_IFATrain) -> None:
+    def step(model: DLRM_IFATrain, batch: RankingBatch) -> None:
         model.zero_grad(set_to_none=True)
         model(batch)[0].backward()
 
-    calls = {name: (lambda m=model: step(m)) for name, model in models.items()}
-    seconds = interleaved(calls, 3 if options.smoke else 40)
-    base = seconds["by itself"]
-    return pd.DataFrame(
-        {"": name, "ms a step": f"{1000 * s:.0f}", "ratio": f"{s / base:.2f}"}
-        for name, s in seconds.items()
-    )
+    rows: dict[str, dict[str, str]] = {name: {"": name} for name in SETS}
+    for requests in (16, 64):
+        batch = RankingDataset(log, "train")[np.arange(requests)]
+        calls = {name: partial(step, model, batch) for name, model in models.items()}
+        seconds = interleaved(calls, 3 if options.smoke else 40)
+        for name, s in seconds.items():
+            rows[name] |= {
+                f"ms, {requests} requests": f"{1000 * s:.0f}",
+                f"ratio, {requests} requests": f"{s / seconds['by itself']:.2f}",
+            }
+    return pd.DataFrame(rows.values())
 
 
 @torch.no_grad()

@@ -177,7 +177,7 @@ def draw_losses(out: Path, names: list[str], file: Path) -> None:
         axes.plot(points.rolling(5, min_periods=1).mean(), label=name)
     axes.set(
         xlabel="step",
-        ylabel="loss: cross entropy and half a listwise term (mean of the last 50 steps)",
+        ylabel="loss, the listwise term too (mean of 50 steps)",
         title="Training loss",
     )
     axes.legend()

@@ -32,7 +32,7 @@ class Order:
         [[2, 3, 4]]
         >>> order = Order(5, seed=1)
         >>> [window.tolist() for window in order.windows(epoch=0)]
-        [[3, 1, 4, 2, 0]]
+        [[4, 0, 1, 2, 3]]
     """
 
     requests: int

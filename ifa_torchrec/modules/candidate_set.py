@@ -19,14 +19,10 @@ from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules.config import IFAConfig
 from ifa_torchrec.modules.history import counted
 from ifa_torchrec.modules.ifa import InteractionFidelityAttention
-from ifa_torchrec.modules.projections import ZeroEmbedding, ZeroLinear, reset_all
+from ifa_torchrec.modules.pair_numbers import PairNumbers
+from ifa_torchrec.modules.projections import ZeroLinear, reset_all
 from ifa_torchrec.modules.softmax import SoftmaxAttention
 from ifa_torchrec.ops.jagged import request_of_row
-
-BUCKETS = 64
-"""Of the ids of a feature whose pairs are told apart; of a feature of fewer values each has its own."""
-_KEY_LENGTH = 3.0
-"""Of the key of an id, about that of a token's, so that both parts of a term are learnt as fast."""
 
 ATTENTIONS = {"softmax": SoftmaxAttention, "linear": InteractionFidelityAttention}
 
@@ -127,7 +123,7 @@ class Related(NamedTuple):
     """What TakenRelation makes of M candidates of B requests before it knows which are taken.
 
     Attributes:
-        query: [M, T, W]; key: [M, W]; W is D, and ``BUCKETS`` for each id feature but the first.
+        query: [M, T, D]; key: [M, D].
         offsets: [B + 1]; request: [M].
         ids: [M, F]; None without any.
     """
@@ -189,7 +185,7 @@ class TakenRelation(nn.Module):
         self.same_proj = ZeroLinear(num_ids, num_outputs, device) if num_ids else None
         self.pair_queries = None
         if num_ids > 1:
-            self.pair_queries = ZeroEmbedding((num_ids - 1) * BUCKETS, num_outputs * BUCKETS, device)
+            self.pair_queries = PairNumbers(num_ids - 1, num_outputs, device)
 
     def forward(self, candidates: JaggedTensor, taken: Tensor, ids: Tensor | None = None) -> Tensor:
         """
@@ -214,23 +210,9 @@ class TakenRelation(nn.Module):
         if found != wanted:
             raise ValueError(f"ids must be of {wanted} features, got {found}")
         query = self.query_proj(tokens).unflatten(1, (self.num_outputs, tokens.shape[1]))
-        key = self.key_proj(tokens)
-        if self.pair_queries is not None and ids is not None:
-            pair_query, pair_key = self._of_ids(self.pair_queries, ids[:, 1:], key.dtype)
-            query, key = torch.cat([query, pair_query], dim=2), torch.cat([key, pair_key], dim=1)
         # no len(), which would fix a size in an exported graph
         request = request_of_row(offsets, tokens.shape[0])
-        return Related(query, key, offsets, request, ids)
-
-    def _of_ids(self, queries: ZeroEmbedding, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The parts of query and key, [M, T, F BUCKETS] and [M, F BUCKETS], whose product is a pair's
-        number of each feature of ids [M, F]."""
-        bucket, known = ids % BUCKETS, (ids != 0)[..., None].to(dtype)
-        row = bucket + BUCKETS * torch.arange(ids.shape[1], device=ids.device)
-        query = (queries(row) * known).unflatten(2, (self.num_outputs, BUCKETS))
-        slots = torch.arange(BUCKETS, device=ids.device)
-        key = (bucket[..., None] == slots).to(dtype) * (_KEY_LENGTH * known)
-        return query.transpose(1, 2).flatten(2), key.flatten(1)
+        return Related(query, self.key_proj(tokens), offsets, request, ids)
 
     def terms(self, related: Related, taken: Tensor) -> Tensor:
         """What ``forward`` gives, [M, T], of ``taken`` [M] bool."""
@@ -242,7 +224,10 @@ class TakenRelation(nn.Module):
         term = (query * others[:, None]).sum(-1)
         if self.same_proj is None or ids is None:
             return term
-        return term + self.same_proj(_alike(ids, taken, request, key.dtype))
+        term = term + self.same_proj(_alike(ids, taken, request, key.dtype))
+        if self.pair_queries is None:
+            return term
+        return term + self.pair_queries.of_taken(ids[:, 1:], taken, request, offsets.shape[0] - 1)
 
     def pairs(self, related: Related, other: Tensor) -> tuple[Tensor, Tensor]:
         """What each of M candidates and one other do to each other.
@@ -258,10 +243,7 @@ class TakenRelation(nn.Module):
         query, key, _, _, ids = related
         to = (query * key[other].unsqueeze(1)).sum(-1)
         back = (query[other] * key.unsqueeze(1)).sum(-1)
-        if self.same_proj is None or ids is None:
-            return to, back
-        same = self.same_proj(_same(ids, ids[other], key.dtype))
-        return to + same, back + same
+        return self._with_ids(to, back, ids, None if ids is None else ids[other])
 
     def all_pairs(self, related: Related, rows: Tensor) -> tuple[Tensor, Tensor]:
         """What ``pairs`` gives with each of ``rows`` [K] beside all M, by products of matrices;
@@ -270,10 +252,20 @@ class TakenRelation(nn.Module):
         tasks = self.num_outputs
         to = (key[rows] @ query.flatten(0, 1).T).unflatten(1, (-1, tasks))
         back = (query[rows].flatten(0, 1) @ key.T).unflatten(0, (-1, tasks)).transpose(1, 2)
-        if self.same_proj is None or ids is None:
+        return self._with_ids(to, back, ids, None if ids is None else ids[rows][:, None])
+
+    def _with_ids(
+        self, to: Tensor, back: Tensor, ids: Tensor | None, others: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The terms of pairs, with those of their ids, [M, F], and the other ones', [..., M, F]."""
+        if self.same_proj is None or ids is None or others is None:
             return to, back
-        same = self.same_proj(_same(ids, ids[rows][:, None], key.dtype))
-        return to + same, back + same
+        same = self.same_proj(((ids == others) & (ids != 0)).to(to.dtype))
+        to, back = to + same, back + same
+        if self.pair_queries is None:
+            return to, back
+        ids, others = ids[:, 1:], others[..., 1:]
+        return to + self.pair_queries(ids, others), back + self.pair_queries(others, ids)
 
 
 def check_taken(taken: Tensor, rows: Tensor) -> None:
@@ -283,11 +275,6 @@ def check_taken(taken: Tensor, rows: Tensor) -> None:
             f"taken must be [{rows.shape[0]}] bool, one a candidate; got {list(taken.shape)} "
             f"{taken.dtype}"
         )
-
-
-def _same(ids: Tensor, others: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 where an id, [M, F], is another, [..., M, F], and known; of shapes that fit each other."""
-    return ((ids == others) & (ids != 0)).to(dtype)
 
 
 def _alike(ids: Tensor, taken: Tensor, request: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,9 +15,9 @@ What all of them take and give, whichever the backend:
 - Tensors of one device, in any layout, of float32, bfloat16, float16 or float64, which may be mixed;
   offsets and buckets are integers of any width. Sizes that do not agree are a ValueError that names
   the argument, and so are offsets that do not rise from 0 to the number of rows. ``encode`` and
-  ``match`` look at offsets on the CPU alone; on a GPU, where a look would wait for the device, the
-  torch backend looks when it needs them, and the triton backend never: it stays within the tensors
-  whatever they are, and of wrong ones gives something wrong.
+  ``match`` look at offsets on the CPU alone; on a GPU, where a look would wait for the device, no
+  backend does but the reference: they stay within the tensors whatever they are, and of wrong ones
+  give something wrong.
 - Sums are float32 (float64 where the first argument of ``encode``, ``match``'s history, ``attend``'s
   key_value or ``attend_softmax``'s summaries are), under autocast and any default dtype or device, too.
 - Under autocast the tokens, history and candidates, are taken in its dtype; the rest is as given.

@@ -42,46 +42,39 @@ class Copies(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-class Looked(torch.nn.Module):
-    """In the place of the tables: what they would give, without values."""
+def lookups_on(device: torch.device, found: Lookups) -> Lookups:
+    """What tables gave, there."""
 
-    def __init__(self, model, batch: RankingBatch) -> None:
-        super().__init__()
-        lookups = model.look_up(batch)
-        sequences = [lookups.history, lookups.candidates]
-        self.found = Lookups(
-            lookups.context.detach().to(META).requires_grad_(),
-            None,
-            *(
-                JaggedTensor(
-                    rows.values().detach().to(META).requires_grad_(),
-                    lengths=rows.lengths().to(META),
-                    offsets=rows.offsets().to(META),
-                )
-                for rows in sequences
-            ),
+    def rows(given: JaggedTensor) -> JaggedTensor:
+        return JaggedTensor(
+            given.values().detach().to(device).requires_grad_(),
+            lengths=given.lengths().to(device),
+            offsets=given.offsets().to(device),
         )
 
+    context = found.context.detach().to(device).requires_grad_()
+    return Lookups(context, None, rows(found.history), rows(found.candidates))
 
-def on_meta(train: DLRM_IFATrain, batch: RankingBatch) -> tuple[DLRM_IFATrain, RankingBatch]:
-    """Both without values, the tables' answers kept."""
-    found = Looked(train.model, batch).found
+
+def moved(
+    train: DLRM_IFATrain, batch: RankingBatch, device: torch.device
+) -> tuple[DLRM_IFATrain, RankingBatch]:
+    """The dense part and the batch on a device, with the tables' answers in the place of tables."""
+    found = lookups_on(device, train.model.look_up(batch))
     train.model.look_up = lambda features: found
     for part in (train.model.candidate_arch, train.model.set_arch):
-        part.to(META)
+        part.to(device)
         for module in part.modules():
-            if isinstance(
-                module, NumberArch
-            ):  # its figures stay on the CPU until the parameters have memory
-                module._figures = module._figures.to(META)
+            if isinstance(module, NumberArch):  # whose figures do not go to the meta device
+                module._figures = module._figures.to(device)
     batch = dataclasses.replace(batch, exposed_rows=batch.exposed.nonzero()[:, 0])
-    return train, batch.to(META)
+    return train, batch.to(device)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_of_the_dense_part_looks_at_no_value(name):
     changes, loss = MODELS[name]
-    train, batch = on_meta(DLRM_IFATrain(make_model(**changes), loss), make_batch())
+    train, batch = moved(DLRM_IFATrain(make_model(**changes), loss), make_batch(), META)
     with Copies() as copies:
         value, _ = train(batch)
         value.backward()
@@ -92,10 +85,23 @@ def test_a_step_of_the_dense_part_looks_at_no_value(name):
 
 def test_what_would_wait_is_found():
     """The measurement itself."""
-    train, batch = on_meta(DLRM_IFATrain(make_model(), None), make_batch())
+    train, batch = moved(DLRM_IFATrain(make_model(), None), make_batch(), META)
     candidates = train.model.describe(batch)
     with pytest.raises((RuntimeError, NotImplementedError)):
         candidates.only(batch.exposed)
     with Copies() as copies:
         torch.tensor([1.0], device=META)
     assert copies.made == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", MODELS)
+def test_on_a_gpu_the_same_step_waits_for_nothing(name):
+    changes, loss = MODELS[name]
+    train, batch = moved(DLRM_IFATrain(make_model(**changes), loss), make_batch(), torch.device("cuda"))
+    train(batch)[0].backward()  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train(batch)[0].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

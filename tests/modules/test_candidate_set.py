@@ -20,7 +20,8 @@ from ifa_torchrec.modules import (
     SoftmaxAttention,
     TakenRelation,
 )
-from ifa_torchrec.modules.candidate_set import BUCKETS, TakenSample
+from ifa_torchrec.modules.candidate_set import TakenSample
+from ifa_torchrec.modules.pair_numbers import BUCKETS
 
 DIM = 8
 SIZES = [4, 0, 1, 7]

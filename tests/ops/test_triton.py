@@ -81,9 +81,8 @@ def test_attend_is_the_references(feature_map):
     assert_backend_is_true("attend", inputs, feature_map, EPS, **TRUE)
 
 
-@pytest.mark.parametrize("sizes", [(1, 150, 0, 9), (33,)], ids=str)
-def test_attend_softmax_is_the_references(sizes):
-    inputs = attend_softmax_inputs(list(sizes), torch.float32)
+def test_attend_softmax_is_the_references():
+    inputs = attend_softmax_inputs([1, 70, 0, 9], torch.float32)
     assert_backend_is_true("attend_softmax", inputs, **TRUE)
 
 

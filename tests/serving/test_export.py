@@ -14,7 +14,7 @@ from typing import Literal
 import pytest
 import torch
 from helpers import randomised
-from shop import Shop
+from shop import Shop, shop_model
 from torch import Tensor
 from torch.export import ExportedProgram
 from torchrec import EmbeddingCollection, EmbeddingConfig, JaggedTensor, KeyedJaggedTensor
@@ -260,6 +260,27 @@ def test_the_command_writes_a_step_of_a_set_too(tmp_path: Path, monkeypatch) -> 
         for tensor, one in zip(tensors, described, strict=True):
             assert list(tensor.shape) == [sizes.get(size, size) for size in one["shape"]]
             assert str(tensor.dtype) == f"torch.{one['dtype']}"
+
+
+@torch.no_grad()
+def test_a_step_of_a_set_of_items_with_several_features(shop: Shop) -> None:
+    model = shop_model(shop.log, candidate_set=CandidateSetConfig(generate=True))
+    score, step = ScoringGraph(model, shop.log.schema), export_set_graph(model).module()
+    dataset, most = RankingDataset(shop.log, "train"), 0
+    for n in range(4):
+        batch = dataset[[n]]
+        related = score(*inputs(model, shop.log.schema, batch).values())
+        described = model.describe(batch)
+        for rows in ([], [0], [1, 0]):
+            if len(batch.labels) < 3:
+                continue
+            taken = torch.zeros(len(batch.labels), dtype=torch.bool)
+            taken[rows] = True
+            logits, gain = step(*related, torch.tensor(rows, dtype=torch.int64))
+            torch.testing.assert_close(logits, model.logits_given(described, taken))
+            torch.testing.assert_close(gain[~taken], model.set_gain(described)(taken)[~taken])
+            most = max(most, len(rows))
+    assert most == 2
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from ifa_torchrec.commands import evaluate as evaluate_module
 from ifa_torchrec.commands.command_line import result_as_json
 from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.commands.explain import ExplainConfig, explain
-from ifa_torchrec.data import EventLog, LogError, RankingDataset
+from ifa_torchrec.data import EventLog, LogError, RankingDataset, order
 from ifa_torchrec.distributed import (
     CheckpointError,
     OptimizerConfig,
@@ -260,6 +260,24 @@ class TestResume:
         assert len(valid) > 4
         assert {name: resumed[name] for name in valid} == {name: whole[name] for name in valid}
         assert_same_weights(halves.out, config.out / "whole")
+
+    def test_a_split_of_several_windows_goes_on_within_one(
+        self, config: TrainConfig, monkeypatch
+    ) -> None:
+        """As long splits are, which are not shuffled whole; see data/order.py."""
+        monkeypatch.setattr(order, "WINDOW", 16)
+        monkeypatch.setattr(order, "BLOCK", 4)
+        config = dataclasses.replace(config, validate=False)
+        whole = dataclasses.replace(config, out=config.out / "whole")
+        halves = dataclasses.replace(config, out=config.out / "halves", checkpoint_every=3)
+        train(whole)
+        train_stopped(halves, monkeypatch, 11)
+        assert steps_of(halves.out)[-1] == 9  # 24 requests of the second epoch, of three windows
+        assert train(dataclasses.replace(halves, resume=True))["steps"] == 12
+        assert_same_weights(halves.out, whole.out)
+        with monkeypatch.context() as patch, pytest.raises(ConfigError, match="another order"):
+            patch.setattr(order, "WINDOW", 32)
+            train(dataclasses.replace(halves, resume=True))
 
     def test_dropout_and_decay_go_on_where_they_were(self, config: TrainConfig, monkeypatch) -> None:
         """The masks are those of a run that never stopped, and validation draws none."""
