@@ -378,24 +378,42 @@ class DLRM_IFATrain(nn.Module):
             The loss, a scalar, and (loss, logits [M, T], labels [M, T]) detached. A batch without
             candidates has loss 0.
         """
-        candidates, shown, rows = self.model.describe(batch), batch.exposed, batch.exposed_rows
-        set_arch, taken_arch = self.model.set_arch, self.model.taken_arch
+        candidates, set_arch = self.model.describe(batch), self.model.set_arch
+        labels, shown, offsets = batch.labels, batch.exposed, candidates.offsets
         logits = set_arch(candidates, related=False)
-        loss, exposed_logits = 0.0, None
-        if set_arch.relation_arch is not None:
-            if self.alone_loss and self.training:
-                loss = self.alone_loss(logits, batch.labels, shown, candidates.offsets)
-            alone = logits.detach()  # the relation learns what these leave, and does not move them
-            logits = set_arch(candidates, alone=alone)
-            if self.loss.config.consistency:  # the exposed, where the others do not stand beside them
-                exposed_logits = set_arch(
-                    candidates.only(shown, rows), alone=alone[shown if rows is None else rows]
-                )
-        loss = loss + self.loss(logits, batch.labels, shown, candidates.offsets, exposed_logits)
+        if set_arch.relation_arch is None:
+            loss = self.loss(logits, labels, shown, offsets)
+        else:
+            loss, logits = self._beside_others(logits, candidates, batch)
+        taken_arch = self.model.taken_arch
         if taken_arch and self.taken_sample and self.taken_loss and self.training:
-            taken = self.taken_sample(shown, candidates.offsets)
+            taken = self.taken_sample(shown, offsets)
             # changes nothing of what it stands on: a model that can generate sets ranks as the one
             # that cannot
             given = logits.detach() + taken_arch(candidates.detach(), taken)
-            loss = loss + self.taken_loss(given, batch.labels, shown, candidates.offsets)
-        return loss, (loss.detach(), logits.detach(), batch.labels.detach())
+            loss = loss + self.taken_loss(given, labels, shown, offsets)
+        return loss, (loss.detach(), logits.detach(), labels.detach())
+
+    def _beside_others(
+        self, learnt: Tensor, candidates: Candidates, batch: RankingBatch
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of logits [M, T] of each by itself and of those beside all others; and the latter."""
+        # the relation learns what these leave, and does not move them
+        set_arch, alone = self.model.set_arch, learnt.detach()
+        labels, shown, offsets = batch.labels, batch.exposed, candidates.offsets
+        logits = set_arch(candidates, alone=alone)
+        if not self.alone_loss or not self.training or self.loss.config.consistency:
+            exposed_logits = None
+            if self.loss.config.consistency:  # the exposed, where the others do not stand beside them
+                rows = batch.exposed_rows
+                exposed_logits = set_arch(
+                    candidates.only(shown, rows), alone=alone[shown if rows is None else rows]
+                )
+            loss = self.loss(logits, labels, shown, offsets, exposed_logits)
+            if self.alone_loss and self.training:
+                loss = loss + self.alone_loss(learnt, labels, shown, offsets)
+            return loss, logits
+        # the same loss of both, for little more than one: twice the mean over twice the requests
+        ends = torch.cat([offsets, offsets[1:] + logits.shape[0]])
+        both = torch.cat([learnt, logits])
+        return 2 * self.loss(both, labels.repeat(2, 1), shown.repeat(2), ends), logits

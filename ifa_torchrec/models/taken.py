@@ -11,7 +11,6 @@ from ifa_torchrec.models.archs import Candidates
 from ifa_torchrec.models.config import DLRM_IFAConfig
 from ifa_torchrec.modules import TakenRelation, Task
 from ifa_torchrec.modules.candidate_set import Related, check_taken, first_rows
-from ifa_torchrec.modules.pair_numbers import BUCKETS
 from ifa_torchrec.modules.tasks import ranking_weights
 
 
@@ -105,7 +104,8 @@ class SetGain:
         if candidates.logits is None:
             raise ValueError("SetGain: the candidates have no logits; give scored ones")
         self._relation, self._tasks = arch.relation, tasks
-        self._related = arch.related(candidates)
+        related, numbers = arch.related(candidates), arch.relation.pair_queries
+        self._related = related._replace(numbers=None if numbers is None else numbers.table())
         self._start(candidates.logits)
 
     def _start(self, logits: Tensor) -> None:
@@ -160,21 +160,6 @@ def _gain(logits: Tensor, members: Tensor, back: Tensor, tasks: Sequence[Task]) 
     adds to the terms of these, back [S, M, T]."""
     worth = set_worth(logits, tasks)
     return worth + (set_worth(logits[members] + back, tasks) - worth[members]).sum(0)
-
-
-def related_width(config: DLRM_IFAConfig) -> int:
-    """W, of the queries and keys of what TakenArch makes of candidates.
-
-    Args:
-        config: DLRM_IFAConfig.
-
-    Example:
-        >>> from ifa_torchrec import DLRM_IFAConfig, IFAConfig
-        >>> from ifa_torchrec.models.taken import related_width
-        >>> related_width(DLRM_IFAConfig(("item", "category"), ifa=IFAConfig(8)))
-        72
-    """
-    return config.ifa.embedding_dim + BUCKETS * (len(config.item_names) - 1)
 
 
 def set_worth(logits: Tensor, tasks: Sequence[Task]) -> Tensor:

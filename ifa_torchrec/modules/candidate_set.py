@@ -126,6 +126,7 @@ class Related(NamedTuple):
         query: [M, T, D]; key: [M, D].
         offsets: [B + 1]; request: [M].
         ids: [M, F]; None without any.
+        numbers: of pairs of ids, their ``table``; None without, or to be made where it is needed.
     """
 
     query: Tensor
@@ -133,6 +134,7 @@ class Related(NamedTuple):
     offsets: Tensor
     request: Tensor
     ids: Tensor | None
+    numbers: Tensor | None = None
 
 
 class TakenRelation(nn.Module):
@@ -216,7 +218,7 @@ class TakenRelation(nn.Module):
 
     def terms(self, related: Related, taken: Tensor) -> Tensor:
         """What ``forward`` gives, [M, T], of ``taken`` [M] bool."""
-        query, key, offsets, request, ids = related
+        query, key, offsets, request, ids, _ = related
         check_taken(taken, request)
         given = key * taken[:, None]
         total = key.new_zeros(offsets.shape[0] - 1, key.shape[1]).index_add(0, request, given)
@@ -240,32 +242,34 @@ class TakenRelation(nn.Module):
             What the other one adds to the terms of each, and each to those of the other; [M, T] both. Of
             a candidate beside itself that means nothing.
         """
-        query, key, _, _, ids = related
+        query, key, ids = related.query, related.key, related.ids
         to = (query * key[other].unsqueeze(1)).sum(-1)
         back = (query[other] * key.unsqueeze(1)).sum(-1)
-        return self._with_ids(to, back, ids, None if ids is None else ids[other])
+        return self._with_ids(to, back, related, None if ids is None else ids[other])
 
     def all_pairs(self, related: Related, rows: Tensor) -> tuple[Tensor, Tensor]:
         """What ``pairs`` gives with each of ``rows`` [K] beside all M, by products of matrices;
         [K, M, T] both."""
-        query, key, _, _, ids = related
+        query, key, ids = related.query, related.key, related.ids
         tasks = self.num_outputs
         to = (key[rows] @ query.flatten(0, 1).T).unflatten(1, (-1, tasks))
         back = (query[rows].flatten(0, 1) @ key.T).unflatten(0, (-1, tasks)).transpose(1, 2)
-        return self._with_ids(to, back, ids, None if ids is None else ids[rows][:, None])
+        return self._with_ids(to, back, related, None if ids is None else ids[rows][:, None])
 
     def _with_ids(
-        self, to: Tensor, back: Tensor, ids: Tensor | None, others: Tensor | None
+        self, to: Tensor, back: Tensor, related: Related, others: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The terms of pairs, with those of their ids, [M, F], and the other ones', [..., M, F]."""
+        ids = related.ids
         if self.same_proj is None or ids is None or others is None:
             return to, back
         same = self.same_proj(((ids == others) & (ids != 0)).to(to.dtype))
         to, back = to + same, back + same
         if self.pair_queries is None:
             return to, back
-        ids, others = ids[:, 1:], others[..., 1:]
-        return to + self.pair_queries(ids, others), back + self.pair_queries(others, ids)
+        numbers = self.pair_queries.table() if related.numbers is None else related.numbers
+        more, more_back = self.pair_queries.both(numbers, ids[:, 1:], others[..., 1:])
+        return to + more, back + more_back
 
 
 def check_taken(taken: Tensor, rows: Tensor) -> None:

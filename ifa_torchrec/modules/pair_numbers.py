@@ -27,7 +27,9 @@ class PairNumbers(ZeroEmbedding):
     Example:
         >>> import torch
         >>> from ifa_torchrec.modules.pair_numbers import PairNumbers
-        >>> PairNumbers(2, 1)(torch.tensor([[5, 6], [5, 0]]), torch.tensor([[7, 7]])).shape
+        >>> numbers = PairNumbers(2, 1)
+        >>> ids = torch.tensor([[5, 6], [5, 0]])
+        >>> numbers.both(numbers.table(), ids, torch.tensor([[7, 7]]))[0].shape
         torch.Size([2, 1])
     """
 
@@ -39,20 +41,27 @@ class PairNumbers(ZeroEmbedding):
         """[F, BUCKETS, T, BUCKETS], of an id and of the other one."""
         return self.weight.view(self.features, BUCKETS, self.outputs, BUCKETS)
 
-    def forward(self, ids: Tensor, others: Tensor) -> Tensor:
+    def table(self) -> Tensor:
+        """What ``both`` looks up, [F BUCKETS^2, T]: made once for many calls."""
+        return _SCALE * self._numbers().transpose(2, 3).reshape(-1, self.outputs)
+
+    def both(self, table: Tensor, ids: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
         """
         Args:
-            ids: [..., F] integers, and others: of a shape that fits it.
+            table: what ``table`` gave.
+            ids: [M, F] integers, and others: [..., M, F], or of a shape that fits it.
 
         Returns:
-            What the others add to the terms of each, summed over the features, [..., T].
+            What the others add to the terms of each, and each to those of the others, summed over the
+            features; [..., M, T] both.
         """
-        feature = torch.arange(self.features, device=ids.device)
-        row = ((feature * BUCKETS + ids % BUCKETS) * BUCKETS) + others % BUCKETS
-        table = self._numbers().transpose(2, 3).reshape(-1, self.outputs)
+        first = torch.arange(0, self.features * BUCKETS**2, BUCKETS**2, device=ids.device)
+        one, other = ids % BUCKETS, others % BUCKETS
+        row = torch.stack([first + one * BUCKETS + other, first + other * BUCKETS + one])
         number = table.index_select(0, row.flatten()).unflatten(0, row.shape)
         known = ((ids != 0) & (others != 0)).to(number.dtype)
-        return _SCALE * (number * known[..., None]).sum(-2)
+        to, back = (number * known[..., None]).sum(-2).unbind(0)
+        return to, back
 
     def of_taken(self, ids: Tensor, taken: Tensor, request: Tensor, requests: int) -> Tensor:
         """What those that are taken add to the terms of the other candidates of their request.

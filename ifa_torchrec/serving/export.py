@@ -120,7 +120,7 @@ class ScoringGraph(nn.Module):
 
         Returns:
             Logits [M, T]. Where the model generates sets also what SetGraph takes beside them: query
-            [M, T, W], key [M, W] and ids [M, F] int64.
+            [M, T, D], key [M, D] and ids [M, F] int64.
 
         Raises:
             ValueError: there are more or fewer tensors.

@@ -12,7 +12,7 @@ from torch.export import Dim, ExportedProgram
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.models.config import DLRM_IFAConfig
-from ifa_torchrec.models.taken import TakenArch, related_width
+from ifa_torchrec.models.taken import TakenArch
 from ifa_torchrec.modules.candidate_set import Related
 
 
@@ -60,10 +60,10 @@ def related_tensors(config: DLRM_IFAConfig) -> tuple[GraphTensor, ...]:
         >>> [given.shape for given in related_tensors(DLRM_IFAConfig(("item",), ifa=IFAConfig(8)))]
         [('M', 1, 8), ('M', 8), ('M', 1)]
     """
-    width, tasks = related_width(config), config.num_tasks
+    dim, tasks = config.ifa.embedding_dim, config.num_tasks
     return (
-        GraphTensor("query", ("M", tasks, width), "float32"),
-        GraphTensor("key", ("M", width), "float32"),
+        GraphTensor("query", ("M", tasks, dim), "float32"),
+        GraphTensor("key", ("M", dim), "float32"),
         columns_of("ids", config.item_names, "int64", "M"),
     )
 
@@ -124,7 +124,7 @@ class SetGraph(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """
         Args:
-            logits: [M, T], query: [M, T, W], key: [M, W] and ids: [M, F], as a ScoringGraph gave them.
+            logits: [M, T], query: [M, T, D], key: [M, D] and ids: [M, F], as a ScoringGraph gave them.
             taken: [K] int64, numbers 0 to M - 1 of the candidates that are taken, each once, K >= 0.
 
         Returns:
