@@ -86,10 +86,11 @@ class TrainConfig:
     """Where the tables may lie, e.g. --sharding.tables item_table row_wise."""
     precision: Precision = "fp32"
     """In what the dense part multiplies while training: fp32; tf32, on NVIDIA GPUs; or bf16, by
-    autocast. Weights, sums, the loss, tables, and all that is measured are float32 in any case."""
+    autocast, in which tokens of events are. Weights, sums, what is made of candidates alone, the loss,
+    tables, and all that is measured are float32 in any case."""
     compile: bool = False
     """Let torch.compile make one graph each of what describes and of what scores a candidate. The first
-    step then waits for it, some minutes on a CPU."""
+    step then waits for it, which can take minutes."""
     warmup_steps: int | None = None
     """Steps in which the dense learning rate rises to its value; it then falls to 5% of it. By default
     8% of all steps."""

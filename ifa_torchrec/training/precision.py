@@ -38,8 +38,9 @@ def check_precision(precision: Precision, device: torch.device) -> None:
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
-    """What a forward pass and its loss run in: of "bf16" the products, and the tokens of the operators,
-    are bfloat16; weights, sums, norms and the loss stay float32. Of the others it does nothing.
+    """What a forward pass and its loss run in: of "bf16" autocast, in which the tokens of the operators,
+    and products that are made for every event, are bfloat16; weights, sums, what is made of candidates
+    alone (SetArch) and the loss stay float32. Of the others it does nothing.
 
     Args:
         precision: as ``check_precision`` lets it pass.
