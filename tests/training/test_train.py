@@ -810,8 +810,9 @@ class TestEvaluate:
     def test_scores_are_those_of_the_model_in_memory(self, config: TrainConfig, monkeypatch) -> None:
         scores = []
         for module, name, place in ((train_module, "predict_own", 1), (evaluate_module, "predict", 0)):
+            predict = getattr(module, name)
 
-            def keeps(*args, predict=getattr(module, name), place=place):
+            def keeps(*args, predict=predict, place=place):
                 result = predict(*args)
                 scores.append(result[place])
                 return result
