@@ -1,4 +1,4 @@
-# make demo    set up, then train, evaluate and compare on real data (about 8 minutes)
+# make demo    set up, then train, evaluate and compare on real data (9 minutes of CPU time)
 # make test    set up, then run the tests, but for those that take long: make test-slow
 # make setup   the set-up alone: .venv with everything in it
 # make lint, coverage, docs   see CONTRIBUTING.md
