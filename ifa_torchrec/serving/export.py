@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._inductor import aoti_compile_and_package
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from ifa_torchrec.batch import RankingFeatures
@@ -27,8 +27,9 @@ from ifa_torchrec.models.config import DLRM_IFAConfig
 from ifa_torchrec.models.taken import TakenArch
 from ifa_torchrec.modules import InteractionFidelityAttention, UserState
 from ifa_torchrec.serving.errors import StateError
+from ifa_torchrec.serving.graph_tensors import GraphTensor, columns_of, examples_of
 from ifa_torchrec.serving.plain_tables import PlainPooledArch, plain_tables
-from ifa_torchrec.serving.set_graph import GraphTensor, SetGraph, columns_of, related_tensors
+from ifa_torchrec.serving.set_graph import SetGraph, related_tensors
 
 FORMAT = "ifa-scoring-graph/4"
 
@@ -226,19 +227,9 @@ def export_scorer(model: DLRM_IFA, schema: LogSchema) -> ExportedProgram:
         torch.Size([3, 1])
     """
     graph = ScoringGraph(model, schema)
-    sizes = {"M": Dim("M", min=1), "U": Dim("U", min=0)}
-    example, dynamic = [], []
-    for given in graph.inputs:
-        named = [size for size in given.shape if isinstance(size, str)]
-        sizes |= {size: Dim(size, min=0) for size in named if size not in sizes}
-        # sizes of 0 and 1 would be taken for constants
-        shape = [3 + list(sizes).index(n) if isinstance(n, str) else n for n in given.shape]
-        example.append(torch.zeros(shape, dtype=getattr(torch, given.dtype)))
-        dynamic.append({i: sizes[size] for i, size in enumerate(given.shape) if size in sizes})
+    example, sizes = examples_of(graph.inputs)
     with torch.no_grad():
-        return torch.export.export(
-            graph, tuple(example), dynamic_shapes={"tensors": tuple(dynamic)}, strict=False
-        )
+        return torch.export.export(graph, example, dynamic_shapes={"tensors": sizes}, strict=False)
 
 
 def package_scorer(program: ExportedProgram, path: Path) -> None:

@@ -2,53 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.models.config import DLRM_IFAConfig
 from ifa_torchrec.models.taken import TakenArch
 from ifa_torchrec.modules.candidate_set import Related
-
-
-@dataclass(frozen=True)
-class GraphTensor:
-    """A tensor that a graph takes or gives.
-
-    Args:
-        name: what its documentation calls it.
-        shape: numbers; "M" where it is the number of candidates, "U" that of identity rows, "K" that of
-            taken candidates, and "L_NAME" that of the ids in a list.
-        dtype: "int64", "float32" or "bool".
-        columns: names of the last dimension's entries, where they have names.
-
-    Example:
-        >>> from ifa_torchrec.serving.set_graph import GraphTensor
-        >>> GraphTensor("candidate_ids", ("M", 2), "int64", ("item", "category")).shape
-        ('M', 2)
-    """
-
-    name: str
-    shape: tuple[int | str, ...]
-    dtype: str
-    columns: tuple[str, ...] = ()
-
-
-def columns_of(name: str, columns: Iterable[str], dtype: str, *rows: str) -> GraphTensor:
-    """A GraphTensor whose last dimension has a name for each entry.
-
-    Example:
-        >>> from ifa_torchrec.serving.set_graph import columns_of
-        >>> columns_of("dense", ["age", "price"], "float32").shape
-        (2,)
-    """
-    columns = tuple(columns)
-    return GraphTensor(name, (*rows, len(columns)), dtype, columns)
+from ifa_torchrec.serving.graph_tensors import GraphTensor, columns_of, examples_of
 
 
 def related_tensors(config: DLRM_IFAConfig) -> tuple[GraphTensor, ...]:
@@ -165,12 +128,6 @@ def export_set_graph(model: DLRM_IFA) -> ExportedProgram:
         [0.5, 0.5]
     """
     graph = SetGraph(model)
-    sizes, example = {"M": 5, "K": 3}, []  # neither 0 nor 1, which would be taken for constants
-    named = {"M": Dim("M", min=1), "K": Dim("K", min=0)}
-    dynamic: list[dict[int, Dim]] = []
-    for given in graph.inputs:
-        shape = [sizes[n] if isinstance(n, str) else n for n in given.shape]
-        example.append(torch.zeros(shape, dtype=getattr(torch, given.dtype)))
-        dynamic.append({i: named[n] for i, n in enumerate(given.shape) if isinstance(n, str)})
+    example, sizes = examples_of(graph.inputs)
     with torch.no_grad():
-        return torch.export.export(graph, tuple(example), dynamic_shapes=tuple(dynamic), strict=False)
+        return torch.export.export(graph, example, dynamic_shapes=sizes, strict=False)
