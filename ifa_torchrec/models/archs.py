@@ -32,7 +32,7 @@ from ifa_torchrec.modules import (
 )
 from ifa_torchrec.modules.history import counted
 from ifa_torchrec.modules.projections import ZeroLinear
-from ifa_torchrec.ops.arguments import without_autocast
+from ifa_torchrec.ops.autocast import without_autocast
 from ifa_torchrec.ops.jagged import request_of_row
 
 
@@ -335,9 +335,9 @@ class SetArch(nn.Module):
     """From candidates, each described by itself, to logits; they see each other here, if at all.
 
     What a candidate finds among the others is a term beside the logits that it has by itself, and starts
-    at 0. It learns what these leave, see ``DLRM_IFATrain``. Autocast
-    does not reach it, nor whatever else is made of candidates alone: they are few beside the events, and
-    what bfloat16 saves there it costs in the gradients.
+    at 0. It learns what these leave, see ``DLRM_IFATrain``. Autocast does not reach it, nor whatever
+    else is made of candidates alone: they are few beside the events, and what bfloat16 saves there it
+    costs in the gradients.
 
     Args:
         config: DLRM_IFAConfig.

@@ -27,7 +27,7 @@ from ifa_torchrec.modules.config import InteractionConfig
 from ifa_torchrec.modules.history import History, decay_rates
 from ifa_torchrec.modules.identity import IdentityHeads
 from ifa_torchrec.modules.projections import OutputProjection, TokenProjection, reset_all
-from ifa_torchrec.ops.arguments import without_autocast
+from ifa_torchrec.ops.autocast import without_autocast
 
 
 class SequenceInteraction(nn.Module):
@@ -65,6 +65,9 @@ class SequenceInteraction(nn.Module):
     """Whether a batch without events gives every parameter a gradient by itself. As
     DistributedDataParallel waits for all of them, each is else given one of 0, which costs a small
     kernel a parameter."""
+
+    reads_sizes = False
+    """Whether it reads sizes from the batch, which breaks a graph of torch.compile."""
 
     def __init__(self, config: InteractionConfig, device: torch.device | str | None = None) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ from ifa_torchrec.modules.config import InteractionConfig
 from ifa_torchrec.modules.gates import EventGates
 from ifa_torchrec.modules.history import History, counted, decay_rates, normalised
 from ifa_torchrec.modules.user_state import UserState, distinct_keys
-from ifa_torchrec.ops.arguments import without_autocast
+from ifa_torchrec.ops.autocast import without_autocast
 from ifa_torchrec.ops.jagged import request_of_row
 
 

@@ -17,7 +17,7 @@ from ifa_torchrec.modules.config import FORGOTTEN, IFAConfig
 from ifa_torchrec.modules.gates import EventGates
 from ifa_torchrec.modules.history import History, decay_rates
 from ifa_torchrec.modules.user_state import UserState
-from ifa_torchrec.ops.arguments import as_autocast
+from ifa_torchrec.ops.autocast import as_autocast
 from ifa_torchrec.ops.jagged import request_of_row
 
 _GAINS = {"elu": 1.5, "relu": 1.5, "hedgehog": 3.0}

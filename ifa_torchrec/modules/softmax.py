@@ -56,6 +56,7 @@ class SoftmaxAttention(SequenceInteraction):
         torch.Size([5, 8])
     """
 
+    reads_sizes = True
     _together = True
     """Whether ``_attend`` takes several requests as heads of one; not where heads differ from it."""
 

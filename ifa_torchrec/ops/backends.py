@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ifa_torchrec.ops.arguments import without_autocast
+from ifa_torchrec.ops.autocast import without_autocast
 from ifa_torchrec.ops.kernels import native, reference
 from ifa_torchrec.ops.kernels import torch as torch_kernels
 

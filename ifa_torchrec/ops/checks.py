@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from ifa_torchrec.ops.arguments import as_autocast
+from ifa_torchrec.ops.autocast import as_autocast
 from ifa_torchrec.ops.feature_maps import FEATURE_MAPS
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float64, torch.float16)

@@ -10,10 +10,9 @@ import torch
 
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.models import DLRM_IFA
+from ifa_torchrec.modules import SequenceInteraction
 
 Precision = Literal["fp32", "tf32", "bf16"]
-_GROUPED = ("softmax", "softmax_recent", "low_rank", "eta", "twin")
-"""Interactions that read sizes from the batch."""
 
 
 def check_precision(precision: Precision, device: torch.device) -> None:
@@ -105,7 +104,7 @@ def compile_dense(model: torch.nn.Module, backend: str = "inductor") -> None:
     for module in model.modules():
         if isinstance(module, DLRM_IFA):
             config = module.config
-            if config.interaction in _GROUPED or config.candidate_set.attention == "softmax":
+            if any(isinstance(m, SequenceInteraction) and m.reads_sizes for m in module.modules()):
                 raise ConfigError(
                     f"--compile: interaction {config.interaction!r}, candidate_set attention "
                     f"{config.candidate_set.attention!r}: softmax, low_rank, eta and twin read sizes "
