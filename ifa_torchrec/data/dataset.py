@@ -226,8 +226,7 @@ class RankingDataset(Dataset[RankingBatch]):
         self, index: np.ndarray, items: np.ndarray, lengths: np.ndarray, out: np.ndarray
     ) -> None:
         """Write the rows in the item's table of the items of requests, one request after the other."""
-        known = self.log.schema.item_features[self.log.schema.item]
-        np.multiply(items, items < known, out=out)
+        out[:] = self.log.item_rows(items)
         if self._unknown_items:
             key = np.random.SeedSequence([self._seed, self._epoch]).generate_state(1, np.uint64)[0]
             request = np.repeat(_mixed(index.astype(np.uint64) + key), lengths)

@@ -86,6 +86,11 @@ class OptimizerConfig:
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise ConfigError(f"OptimizerConfig: clip_norm must be above 0, got {self.clip_norm}")
 
+    @property
+    def dense_rate(self) -> float:
+        """``dense_lr``, or what stands for None."""
+        return DENSE_LR if self.dense_lr is None else self.dense_lr
+
 
 def init_process_group() -> torch.device:
     """Join the process group that torchrun describes, or make one of this process alone.
@@ -207,7 +212,7 @@ def shard(
     # torchrec makes it by a step with zero gradients, which must not count nor decay a weight.
     dense_optimizer.init_state()
     for group in adamw.param_groups:
-        group["lr"] = DENSE_LR if optimizers.dense_lr is None else optimizers.dense_lr
+        group["lr"] = optimizers.dense_rate
     for state in adamw.state.values():
         state["step"].zero_()
     if optimizers.clip_norm is not None:

@@ -402,18 +402,18 @@ class DLRM_IFATrain(nn.Module):
         set_arch, alone = self.model.set_arch, learnt.detach()
         labels, shown, offsets = batch.labels, batch.exposed, candidates.offsets
         logits = set_arch(candidates, alone=alone)
-        if not self.alone_loss or not self.training or self.loss.config.consistency:
-            exposed_logits = None
-            if self.loss.config.consistency:  # the exposed, where the others do not stand beside them
-                rows = batch.exposed_rows
-                exposed_logits = set_arch(
-                    candidates.only(shown, rows), alone=alone[shown if rows is None else rows]
-                )
-            loss = self.loss(logits, labels, shown, offsets, exposed_logits)
-            if self.alone_loss and self.training:
-                loss = loss + self.alone_loss(learnt, labels, shown, offsets)
-            return loss, logits
-        # the same loss of both, for little more than one: twice the mean over twice the requests
-        ends = torch.cat([offsets, offsets[1:] + logits.shape[0]])
-        both = torch.cat([learnt, logits])
-        return 2 * self.loss(both, labels.repeat(2, 1), shown.repeat(2), ends), logits
+        alone_loss = self.alone_loss if self.training else None
+        exposed_logits = None
+        if self.loss.config.consistency:  # the exposed, where the others do not stand beside them
+            rows = batch.exposed_rows
+            exposed_logits = set_arch(
+                candidates.only(shown, rows), alone=alone[shown if rows is None else rows]
+            )
+        elif alone_loss:  # the same loss of both, in one pass: twice the mean over twice the requests
+            ends = torch.cat([offsets, offsets[1:] + logits.shape[0]])
+            both = torch.cat([learnt, logits])
+            return 2 * self.loss(both, labels.repeat(2, 1), shown.repeat(2), ends), logits
+        loss = self.loss(logits, labels, shown, offsets, exposed_logits)
+        if alone_loss:
+            loss = loss + alone_loss(learnt, labels, shown, offsets)
+        return loss, logits

@@ -241,11 +241,11 @@ class CandidateSetLoss(nn.Module):
 
 def _exposed_logits(given: Tensor | None, exposed: Tensor, tasks: int) -> Tensor:
     """Refuse logits that are not of the exposed candidates, whose number is looked at on a CPU alone."""
-    shown = int(exposed.sum()) if exposed.device.type == "cpu" else "E"
-    found = None if given is None else list(given.shape)
-    if given is None or [shown, *given.shape[1:]] != [shown, tasks] or shown not in ("E", len(given)):
+    shown = int(exposed.sum()) if exposed.device.type == "cpu" else None
+    if given is None or given.shape[1:] != (tasks,) or shown not in (None, len(given)):
+        rows, found = "E" if shown is None else shown, None if given is None else list(given.shape)
         raise ValueError(
-            f"exposed_logits must be [{shown}, {tasks}] for the consistency term, got {found}"
+            f"exposed_logits must be [{rows}, {tasks}] for the consistency term, got {found}"
         )
     return given
 

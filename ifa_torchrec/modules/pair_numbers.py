@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
-from ifa_torchrec.modules.projections import ZeroEmbedding
+from torch import Tensor, nn
 
 BUCKETS = 64
 """Of the ids of a feature whose pairs are told apart; of a feature of fewer values each has its own."""
@@ -13,7 +11,7 @@ _SCALE = 3.0
 """Of the numbers over the parameters, so that they are learnt as fast as products of tokens."""
 
 
-class PairNumbers(ZeroEmbedding):
+class PairNumbers(nn.Module):
     """A number for each pair of an id feature's ids, by their remainders of ``BUCKETS``.
 
     The cross-product transformation of Wide & Deep learning (Cheng et al. 2016, arXiv 1606.07792), of
@@ -34,8 +32,14 @@ class PairNumbers(ZeroEmbedding):
     """
 
     def __init__(self, features: int, outputs: int, device: torch.device | str | None = None) -> None:
-        super().__init__(features * BUCKETS, outputs * BUCKETS, device)
+        super().__init__()
         self.features, self.outputs = features, outputs
+        self.weight = nn.Parameter(torch.empty(features * BUCKETS, outputs * BUCKETS, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start anew; also after ``to_empty``."""
+        nn.init.zeros_(self.weight)
 
     def _numbers(self) -> Tensor:
         """[F, BUCKETS, T, BUCKETS], of an id and of the other one."""

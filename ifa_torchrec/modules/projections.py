@@ -110,28 +110,6 @@ class OutputProjection(nn.Linear):
                 self.bias.zero_()
 
 
-class ZeroEmbedding(nn.Embedding):
-    """Rows that start at 0, as ``ZeroLinear``; dense parameters, no table of TorchRec's.
-
-    Args:
-        rows, dim: of the weight.
-        device: of the weight.
-
-    Example:
-        >>> import torch
-        >>> from ifa_torchrec.modules.projections import ZeroEmbedding
-        >>> ZeroEmbedding(3, 2)(torch.tensor([1])).tolist()
-        [[0.0, 0.0]]
-    """
-
-    def __init__(self, rows: int, dim: int, device: torch.device | str | None = None) -> None:
-        super().__init__(rows, dim, device=device)
-
-    def reset_parameters(self) -> None:
-        """Start anew; also after ``to_empty``."""
-        nn.init.zeros_(self.weight)
-
-
 class ZeroLinear(nn.Linear):
     """A linear layer that starts at 0: what it adds is nothing until training finds something.
 

@@ -392,12 +392,12 @@ def set_learning_rate(
 
     Args:
         optimizer: from ``shard``.
-        config: TrainConfig, of decided ones.
+        config: TrainConfig.
         step: steps made so far.
         progress: share of all epochs' requests taken so far, 0 to 1.
     """
     warm = min(1.0, (step + 1) / max(config.warmup_steps or 0, 1))
-    rate = (config.optimizers.dense_lr or 0.0) * warm * max(0.05, 1 - progress)
+    rate = config.optimizers.dense_rate * warm * max(0.05, 1 - progress)
     parts: dict[str, torch.optim.Optimizer] = dict(optimizer.optimizers)
     for group in parts["dense"].param_groups:
         group["lr"] = rate

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ifa_torchrec.data import EventBudgetSampler, LogSchema, RankingDataset, make_loader
+from ifa_torchrec.data import EventBudgetSampler, EventLog, LogSchema, RankingDataset, make_loader
 from ifa_torchrec.data import order as order_module
 from ifa_torchrec.data.order import BLOCK, WINDOW, Order
 from ifa_torchrec.data.sampler import EMPTY_REQUEST
@@ -133,6 +133,8 @@ class MadeUpLog:
     """10^9 events of 10^7 users, 100 each, a day apart; 10^8 requests of ten candidates."""
 
     USERS, REQUESTS, DAY = 10**7, 10**8, 86_400_000_000
+
+    item_rows = EventLog.item_rows
 
     def __init__(self) -> None:
         self.schema = LogSchema(item_features={"item": 1000})

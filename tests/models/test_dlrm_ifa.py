@@ -34,7 +34,8 @@ from ifa_torchrec.modules import (
 )
 from ifa_torchrec.modules.candidate_set import TakenSample
 from ifa_torchrec.modules.history import counted
-from ifa_torchrec.modules.projections import ZeroEmbedding, ZeroLinear
+from ifa_torchrec.modules.pair_numbers import PairNumbers
+from ifa_torchrec.modules.projections import ZeroLinear
 
 DIM = 8
 ITEM_FEATURES = {"item": 50, "category": 6}
@@ -412,7 +413,7 @@ def with_relations(model: DLRM_IFA) -> DLRM_IFA:
     """As if training had found relations, which start at 0."""
     generator = torch.Generator().manual_seed(3)
     for module in model.modules():
-        if isinstance(module, (ZeroEmbedding, ZeroLinear)):
+        if isinstance(module, (PairNumbers, ZeroLinear)):
             with torch.no_grad():
                 module.weight.copy_(torch.randn(module.weight.shape, generator=generator))
     return model
