@@ -56,7 +56,7 @@ class Addition:
         for user, events in self._of_user.items():
             key = codec.keys.head(user)
             if (value := found[key]) is not None:
-                _, pages = codec.unpack_head(codec.open(key, value))
+                pages = codec.unpack_pages(codec.open(key, value))
                 self._pages += codec.keys.pages(user, pages_of(pages, self._sums.keys_of(events)))
         return self._pages
 
@@ -94,7 +94,12 @@ class EventSums:
     def __init__(self, codec: RecordCodec, events: Sequence[Event], state: UserState) -> None:
         self._codec = codec
         self.times = np.array([event.time for event in events], np.int64)
-        self._key_sum, self._key_value = state.key_sum.numpy(), state.key_value.numpy()
+        self._weight = state.key_sum.double().numpy()  # [E, H, F]
+        # an event has one value in all features of a head: that of its heaviest is the nearest
+        heaviest = state.key_sum.argmax(-1, keepdim=True)
+        weight = state.key_sum.gather(-1, heaviest)
+        place = heaviest[..., None].expand(-1, -1, -1, codec.layout.head_dim)
+        self._value = weight_and_mean(weight, state.key_value.gather(2, place))[1][:, :, 0]  # [E, H, d]
         self._rows, self._offsets = Rows.none(codec.layout), np.zeros(len(events) + 1, np.int64)
         if state.identity_offsets is not None:
             offsets, key, value, total = state.identity_tables()
@@ -109,8 +114,8 @@ class EventSums:
         time = int(self.times[events].max())
         days = (time - self.times[events]) / MICROSECONDS_PER_DAY
         factor = np.exp(-days[:, None] * self._codec.decay)  # [e, H]
-        weight = np.einsum("eh,ehf->hf", factor, self._key_sum[events])
-        total = np.einsum("eh,ehfd->hfd", factor, self._key_value[events])
+        weights = (factor[..., None] * self._weight[events]).transpose(1, 2, 0)  # [H, F, e]
+        weight, total = weights.sum(-1), weights @ self._value[events].transpose(1, 0, 2)
         mean = np.divide(total, weight[..., None], out=np.zeros_like(total), where=weight[..., None] > 0)
         return Head(Sums(time, weight, mean), len(events))
 
@@ -174,7 +179,7 @@ class StateDraft:
             same = touched[~np.isin(touched.key, known)]
             before, rows = self._before.head, Rows.cat([self._before.rows, same])
             keys = np.union1d(known, late_rows.key)
-        rows = rows.plus(early_rows, decay)
+        rows = Rows.cat([rows, early_rows]).by_key(decay)
         place = rows.find(keys)
         there = place < len(rows)
         self._before = Before(

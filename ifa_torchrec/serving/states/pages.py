@@ -91,7 +91,9 @@ class Rows:
         return Rows(key, time, total, mean)
 
     def plus(self, other: Rows, decay: np.ndarray) -> Rows:
-        """The rows of both; keys are ascending, each once."""
+        """The rows of both, of which each has its keys ascending and once."""
+        if not (len(self) and len(other)):
+            return self if len(self) else other
         return Rows.cat([self, other]).by_key(decay)
 
     def find(self, keys: np.ndarray) -> np.ndarray:

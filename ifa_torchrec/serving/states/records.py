@@ -193,8 +193,11 @@ class RecordCodec:
 
     def unpack_head(self, body: bytes) -> tuple[Head, np.ndarray]:
         """What a record s holds: a head, and the first keys of the user's pages."""
-        head, end = self._unpack_head(body)
-        return head, np.frombuffer(body, "<i8", offset=end)
+        return self._unpack_head(body), self.unpack_pages(body)
+
+    def unpack_pages(self, body: bytes) -> np.ndarray:
+        """Of what a record s holds, the first keys of the user's pages."""
+        return np.frombuffer(body, "<i8", offset=self._head_size)
 
     def pack_before(self, before: Before, seed: np.random.Generator | None = None) -> bytes:
         """A record u; ``seed`` as in ``RowCodec.pack``."""
@@ -204,7 +207,7 @@ class RecordCodec:
 
     def unpack_before(self, body: bytes) -> Before:
         """What a record u holds."""
-        head, end = self._unpack_head(body)
+        head, end = self._unpack_head(body), self._head_size
         (absent,) = _ABSENT.unpack_from(body, end)
         end += _ABSENT.size
         keys = np.frombuffer(body, "<i8", absent, end)
@@ -220,8 +223,13 @@ class RecordCodec:
         weight = head.sums.weight.astype(np.float32)
         return _HEAD.pack(head.sums.time, head.count) + weight.tobytes() + mean.tobytes()
 
-    def _unpack_head(self, body: bytes) -> tuple[Head, int]:
-        """A head, and where it ends."""
+    @property
+    def _head_size(self) -> int:
+        """Bytes of a head."""
+        weights = self.layout.num_heads * self.layout.feature_dim
+        return _HEAD.size + weights * (4 + self.layout.head_dim * self._dtype.itemsize)
+
+    def _unpack_head(self, body: bytes) -> Head:
         last, count = _HEAD.unpack_from(body)
         shape = (self.layout.num_heads, self.layout.feature_dim)
         size = math.prod(shape)
@@ -230,4 +238,4 @@ class RecordCodec:
         weight = np.frombuffer(body, np.float32, size, _HEAD.size).reshape(shape)
         mean = np.frombuffer(body, self._dtype, means, middle).reshape(*shape, self.layout.head_dim)
         sums = Sums(last, weight.astype(np.float64), mean.astype(np.float64))
-        return Head(sums, count), middle + means * self._dtype.itemsize
+        return Head(sums, count)
