@@ -158,7 +158,7 @@ class StateDraft:
         self._before = Before(codec.no_head(), Rows.none(codec.layout), none)
         if head is not None and before is not None:
             self._head, self._pages = codec.unpack_head(head)
-            self._before = codec.unpack_before(before)
+            self._before = codec.unpack_before(user, before, head)
         self._changed: dict[int, Rows] = {}
         """By the first keys of pages."""
 
@@ -191,10 +191,9 @@ class StateDraft:
     def records(self, seed: np.random.Generator) -> dict[bytes, bytes]:
         """The bodies of its records that are new or changed, by their keys."""
         codec, keys, user = self._codec, self._codec.keys, self._user
-        bodies = {
-            keys.head(user): codec.pack_head(self._head, self._pages, seed),
-            keys.before(user): codec.pack_before(self._before, seed),
-        }
+        head = codec.pack_head(self._head, self._pages, seed)
+        before = codec.pack_before(self._before, head, seed)
+        bodies = {keys.head(user): head, keys.before(user): before}
         if self._changed:
             first = np.array(list(self._changed))
             rows = Rows.cat(list(self._changed.values()))

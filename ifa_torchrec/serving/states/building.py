@@ -41,11 +41,11 @@ def whole_records(
     bodies: dict[bytes, bytes] = {}
     for b, user in enumerate(users):
         pages = _pages(codec, user, rows[b], bodies)
-        bodies[codec.keys.head(user)] = codec.pack_head(heads[b], pages)
+        bodies[codec.keys.head(user)] = head = codec.pack_head(heads[b], pages)
         place = rows_earlier[b].find(changed[b].key)
         there = place < len(rows_earlier[b])
         before = Before(heads_earlier[b], rows_earlier[b][place[there]], changed[b].key[~there])
-        bodies[codec.keys.before(user)] = codec.pack_before(before)
+        bodies[codec.keys.before(user)] = codec.pack_before(before, head)
     return {key: codec.seal(key, body) for key, body in bodies.items()}
 
 

@@ -27,8 +27,8 @@ _SAME = 1e-6
 _PAGE = struct.Struct("<II")  # rows, means
 _DROPPED_BITS = 13
 """Of a float32's 23 bits of fraction, those that 16-bit states drop: as many as float16 has not."""
-# pyarrow gives no types
-_zstd: Any = pa.Codec("zstd", 3)  # pyright: ignore
+# pyarrow gives no types; one object serves all threads
+zstd: Any = pa.Codec("zstd", 3)  # pyright: ignore
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class RowCodec:
                 packed[bounds[p] : bounds[p + 1]].tobytes() + means[ends[p] : ends[p + 1]].tobytes()
             )
             sizes = _PAGE.pack(bounds[p + 1] - bounds[p], ends[p + 1] - ends[p])
-            pages.append(sizes + _zstd.compress(of_page, asbytes=True))
+            pages.append(sizes + zstd.compress(of_page, asbytes=True))
         return pages
 
     def unpack(
@@ -191,7 +191,7 @@ class RowCodec:
         means: list[bytes] = []
         for page, (n, m) in zip(pages, sizes, strict=True):
             end = n * self._row.itemsize
-            of_page: bytes = _zstd.decompress(
+            of_page: bytes = zstd.decompress(
                 memoryview(page)[_PAGE.size :], end + m * size_of_mean, asbytes=True
             )
             rows.append(of_page[:end])

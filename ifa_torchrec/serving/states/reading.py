@@ -122,7 +122,7 @@ class Lookup:
             if befores:
                 if ((body := befores[b]) is None) != (head is None):
                     raise codec.lost(user)
-                before = None if body is None else codec.unpack_before(body)
+                before = None if body is None else codec.unpack_before(user, body, value or b"")
             self._records.append(UserRecords(user, head, none, before))
             self._first.append(pages_of(pages, self._wanted[b]))
             self._page_keys += codec.keys.pages(user, self._first[b])

@@ -24,10 +24,12 @@ import torch
 from ifa_torchrec.data.dataset import MICROSECONDS_PER_DAY
 from ifa_torchrec.serving.errors import BUILD_COMMAND, DROP_COMMAND, StoreError
 from ifa_torchrec.serving.states.layout import BLOCK, Keys, StateLayout, user_of
-from ifa_torchrec.serving.states.pages import RowCodec, Rows, rounded
+from ifa_torchrec.serving.states.pages import RowCodec, Rows, rounded, zstd
 
 _HEAD = struct.Struct("<qq")  # time, count
-_ABSENT = struct.Struct("<I")  # keys
+_BEFORE = struct.Struct(
+    "<III"
+)  # CRC of the head that it differs from, bytes of the difference, absent keys
 _CHECKSUM = struct.Struct("<I")
 _RESIDUE = zlib.crc32(_CHECKSUM.pack(zlib.crc32(b"")))
 """The CRC of whatever ends with its own CRC."""
@@ -94,6 +96,21 @@ def weight_and_mean(sums: torch.Tensor, totals: torch.Tensor) -> tuple[np.ndarra
     weight, total = sums.detach().double().numpy(), totals.detach().double().numpy()
     weighed = weight[..., None] > 0
     return weight, np.divide(total, weight[..., None], out=np.zeros_like(total), where=weighed)
+
+
+def _less(number: np.ndarray, other: np.ndarray) -> bytes:
+    """number - other, of integers as near as the floats whose bits they are: small ones have few bits
+    set, and bytes of one place lie together."""
+    difference = number - other
+    difference = (difference << 1) ^ (difference >> (8 * difference.itemsize - 1))
+    return difference.view(np.uint8).reshape(-1, difference.itemsize).T.tobytes()
+
+
+def _more(difference: bytes, other: np.ndarray) -> bytes:
+    """The number whose ``_less`` this is."""
+    planes = np.frombuffer(difference, np.uint8).reshape(other.itemsize, -1)
+    bits = np.ascontiguousarray(planes.T).view(f"<u{other.itemsize}")[:, 0]
+    return (other + ((bits >> 1).astype(other.dtype) ^ -(bits & 1).astype(other.dtype))).tobytes()
 
 
 class RecordCodec:
@@ -199,19 +216,41 @@ class RecordCodec:
         """Of what a record s holds, the first keys of the user's pages."""
         return np.frombuffer(body, "<i8", offset=self._head_size)
 
-    def pack_before(self, before: Before, seed: np.random.Generator | None = None) -> bytes:
-        """A record u; ``seed`` as in ``RowCodec.pack``."""
-        absent = _ABSENT.pack(len(before.absent)) + before.absent.astype("<i8").tobytes()
-        (rows,) = self.rows.pack(before.rows, [0, len(before.rows)], [0], seed)
-        return self._pack_head(before.head, seed) + absent + rows
+    def pack_before(self, before: Before, head: bytes, seed: np.random.Generator | None = None) -> bytes:
+        """A record u, whose head is stored as what it differs in from the record s of the same user.
 
-    def unpack_before(self, body: bytes) -> Before:
-        """What a record u holds."""
-        head, end = self._unpack_head(body), self._head_size
-        (absent,) = _ABSENT.unpack_from(body, end)
-        end += _ABSENT.size
-        keys = np.frombuffer(body, "<i8", absent, end)
-        return Before(head, self.rows.unpack([body[end + 8 * absent :]], [0])[0], keys)
+        Args:
+            before: what it holds.
+            head: the body of the record s.
+            seed: as in ``RowCodec.pack``.
+        """
+        own, head = self._pack_head(before.head, seed), head[: self._head_size]
+        difference = zstd.compress(
+            b"".join(map(_less, self._numbers(own), self._numbers(head))), asbytes=True
+        )
+        sizes = _BEFORE.pack(zlib.crc32(head), len(difference), len(before.absent))
+        (rows,) = self.rows.pack(before.rows, [0, len(before.rows)], [0], seed)
+        absent = before.absent.astype("<i8").tobytes()
+        return own[: _HEAD.size] + sizes + difference + absent + rows
+
+    def unpack_before(self, user: int | str, body: bytes, head: bytes) -> Before:
+        """What a record u holds; ``head`` is the body of the record s.
+
+        Raises:
+            StoreError: they are not of one moment.
+        """
+        head, end = head[: self._head_size], _HEAD.size + _BEFORE.size
+        crc, size, absent = _BEFORE.unpack_from(body, _HEAD.size)
+        if crc != zlib.crc32(head):
+            raise self.lost(user)
+        planes: bytes = zstd.decompress(
+            body[end : end + size], self._head_size - _HEAD.size, asbytes=True
+        )
+        weight, mean = self._numbers(head)
+        own = _more(planes[: weight.nbytes], weight) + _more(planes[weight.nbytes :], mean)
+        keys = np.frombuffer(body, "<i8", absent, end + size)
+        rows = self.rows.unpack([body[end + size + 8 * absent :]], [0])[0]
+        return Before(self._unpack_head(body[: _HEAD.size] + own), rows, keys)
 
     def no_head(self) -> Head:
         """The head of a user without events."""
@@ -222,6 +261,15 @@ class RecordCodec:
         mean = rounded(head.sums.mean, self._dtype, seed)
         weight = head.sums.weight.astype(np.float32)
         return _HEAD.pack(head.sums.time, head.count) + weight.tobytes() + mean.tobytes()
+
+    def _numbers(self, head: bytes) -> tuple[np.ndarray, np.ndarray]:
+        """The bits of a head's weights and means, as integers."""
+        weights = self.layout.num_heads * self.layout.feature_dim
+        means = np.dtype(f"<i{self._dtype.itemsize}")
+        return (
+            np.frombuffer(head, "<i4", weights, _HEAD.size),
+            np.frombuffer(head, means, offset=_HEAD.size + 4 * weights),
+        )
 
     @property
     def _head_size(self) -> int:
