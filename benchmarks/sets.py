@@ -13,6 +13,8 @@ trained again.
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import shutil
 import statistics
@@ -28,14 +30,16 @@ import pandas as pd
 import torch
 import tyro
 from report import ROOT, markdown, measured_by
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from ifa_torchrec import IFAConfig, RankingBatch, generate_set
+from ifa_torchrec import IFAConfig, generate_set
 from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make_loader, synthetic
 from ifa_torchrec.data.schema import EXPOSED, OFFSETS
 from ifa_torchrec.data.synthetic_sets import SHOWN, set_logits, sigmoid
 from ifa_torchrec.data.synthetic_truth import SetTruth, truth_of
 from ifa_torchrec.data.writing import drafting
+from ifa_torchrec.distributed import OptimizerConfig, init_process_group, shard
 from ifa_torchrec.models import DLRM_IFA, DLRM_IFATrain
 from ifa_torchrec.modules import CandidateSetConfig
 from ifa_torchrec.training.build import build_model
@@ -306,18 +310,18 @@ def made(log: EventLog, relations: CandidateSetConfig) -> DLRM_IFA:
 
 
 def step_table(options: Options) -> pd.DataFrame:
-    """What a training step costs, against that of the model whose candidates do not see each other."""
-    log = EventLog(options.out / "log_plain")
+    """What a training step costs, its update included, against that of the model whose candidates do not
+    see each other."""
+    log, device = EventLog(options.out / "log_plain"), init_process_group()
     models = {name: DLRM_IFATrain(made(log, relations)) for name, relations in SETS.items()}
-
-    def step(model: DLRM_IFATrain, batch: RankingBatch) -> None:
-        model.zero_grad(set_to_none=True)
-        model(batch)[0].backward()
-
     rows: dict[str, dict[str, str]] = {name: {"": name} for name in SETS}
     for requests in (16, 64):
         batch = RankingDataset(log, "train")[np.arange(requests)]
-        calls = {name: partial(step, model, batch) for name, model in models.items()}
+        calls = {}
+        for name, model in models.items():
+            sharded, optimizer = shard(copy.deepcopy(model), device, OptimizerConfig())
+            pipeline = TrainPipelineSparseDist(sharded, optimizer, device)
+            calls[name] = partial(pipeline.progress, itertools.repeat(batch))
         seconds = interleaved(calls, 3 if options.smoke else 40)
         for name, s in seconds.items():
             rows[name] |= {
