@@ -172,6 +172,12 @@ class Split:
         before = np.sign(score[:, :, None] - score[:, None, :]) / 2 + 0.5
         return float(((weight * before).sum((1, 2)) / weight.sum((1, 2))).mean())
 
+    def drawn(self, score: np.ndarray) -> float:
+        """GAUC of the exposed by the labels that were drawn."""
+        exposed = np.asarray(self.dataset.requests[EXPOSED])
+        labels = np.asarray(self.dataset.requests["label"])[exposed]
+        return gauc(np.repeat(np.arange(len(labels) // SHOWN), SHOWN), score[exposed], labels)
+
     def share(self, sets: list[np.ndarray]) -> float:
         """Of the best sets' expected reward."""
         return float(np.mean([self.truth.reward(rows) for rows in sets])) / self.best
@@ -197,43 +203,50 @@ class Split:
 
 @torch.no_grad()
 def measured(split: Split, folder: Path) -> dict[str, float]:
-    """A run's GAUC of the exposed, with nothing and with the others of what was shown taken, and the
-    shares of the best sets' reward."""
+    """A run's GAUC of the exposed, given the others that were shown where it knows what these do, by
+    true probabilities and by drawn labels; and the shares of the best sets' reward."""
     model = load_run(folder).dlrm.eval()
     requests = split.dataset
-    alone, given = np.zeros(len(split.alone)), np.zeros(len(split.alone))
+    given = np.zeros(len(split.alone))
     sets: dict[str, list[np.ndarray]] = {"topk": [], "greedy": []}
     sampler = EventBudgetSampler(requests.history_lengths, 32768, 64)
     for numbers, batch in zip(sampler, make_loader(requests, sampler), strict=True):
         rows, candidates = requests.candidate_rows(numbers)[0], model.scored(model.describe(batch))
         whole = JaggedTensor(candidates.tokens, offsets=candidates.offsets)
         logits = model.logits_given(candidates)
-        alone[rows] = given[rows] = logits[:, 0].numpy()
+        given[rows] = logits[:, 0].numpy()
         chosen = {"topk": generate_set(logits[:, 0], whole, SET_SIZE)}
         if model.taken_arch is not None:
             given[rows] = model.logits_given(candidates, batch.exposed)[:, 0].numpy()
             chosen["greedy"] = generate_set(model.set_gain(candidates), whole, SET_SIZE, "greedy")
         for name, found in chosen.items():
             sets[name] += [rows[r] for r in found.values().view(-1, SET_SIZE).numpy()]
-    result = {"alone": split.gauc(alone), "given": split.gauc(given), "topk": split.share(sets["topk"])}
+    result = {
+        "given": split.gauc(given),
+        "drawn": split.drawn(given),
+        "topk": split.share(sets["topk"]),
+    }
     return result | ({"greedy": split.share(sets["greedy"])} if sets["greedy"] else {})
 
 
 def relations_table(options: Options, split: Split) -> pd.DataFrame:
     """What each model makes of the log with relations, between the two truths."""
     low, high = split.gauc(split.alone), split.gauc(split.given)
+    drawn_low, drawn_high = split.drawn(split.alone), split.drawn(split.given)
     rows = [
         {
             "": "the truth, of who does not know what is shown",
             "GAUC": f"{low:.4f}",
-            "of the gap": "0.00",
+            "of the gap": "0.000",
+            "by labels": "0.000",
             "top-k": f"{split.share(split.by_topk(split.alone)):.3f}",
             "greedy": "",
         },
         {
             "": "the truth, of who knows it",
             "GAUC": f"{high:.4f}",
-            "of the gap": "1.00",
+            "of the gap": "1.000",
+            "by labels": "1.000",
             "top-k": "",
             "greedy": f"{split.share(split.by_greedy()):.3f}",
         },
@@ -245,7 +258,8 @@ def relations_table(options: Options, split: Split) -> pd.DataFrame:
                 {
                     "": f"{name}, seed {seed}",
                     "GAUC": f"{found['given']:.4f}",
-                    "of the gap": f"{(found['given'] - low) / (high - low):.2f}",
+                    "of the gap": f"{(found['given'] - low) / (high - low):.3f}",
+                    "by labels": f"{(found['drawn'] - drawn_low) / (drawn_high - drawn_low):.3f}",
                     "top-k": f"{found['topk']:.3f}",
                     "greedy": f"{found['greedy']:.3f}" if "greedy" in found else "",
                 }
