@@ -263,9 +263,16 @@ def test_the_command_writes_a_step_of_a_set_too(tmp_path: Path, monkeypatch) -> 
 
 
 @torch.no_grad()
-def test_a_step_of_a_set_of_items_with_several_features(shop: Shop) -> None:
+@pytest.mark.parametrize("packaged", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_step_of_a_set_of_items_with_several_features(
+    shop: Shop, packaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = shop_model(shop.log, candidate_set=CandidateSetConfig(generate=True))
-    score, step = ScoringGraph(model, shop.log.schema), export_set_graph(model).module()
+    score, program = ScoringGraph(model, shop.log.schema), export_set_graph(model)
+    step: Callable[..., tuple[Tensor, Tensor]] = program.module()
+    if packaged:
+        package_scorer(program, tmp_path / "shop.set.pt2")
+        step = load_package(tmp_path / "shop.set.pt2", monkeypatch)
     dataset, most = RankingDataset(shop.log, "train"), 0
     for n in range(4):
         batch = dataset[[n]]
