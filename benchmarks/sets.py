@@ -79,6 +79,7 @@ Requests of the Complete Journey, real baskets ({JOURNEY["train"]:,} of the spli
 {JOURNEY["test"]:,} of `test`; 60 to 100 candidates each, all exposed):
 
 TABLE_JOURNEY
+
 """
 EPOCHS = {"relations": 1, "plain": 2, "journey": 1}
 PLAIN = synthetic.SyntheticConfig(train=4000, test=2000, mean_events=300, distance=100)
