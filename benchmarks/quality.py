@@ -117,7 +117,7 @@ SETTINGS = {
     "SDIM, 48 groups of 4 bits": ("sdim", lambda c, *_: SDIMAttention(c, 48, 4)),
     "LREA-style, rank 128": ("low_rank", lambda c, *_: LowRankAttention(c, 128)),
     "SOLAR-style, rank 64, all": ("solar", lambda c, *_: SOLARAttention(c, 64)),
-    "HSTU-style, latest 500": ("hstu", lambda c, *_: HSTUAttention(c, 500)),
+    "HSTU-style, latest 50": ("hstu", lambda c, *_: HSTUAttention(c, 50)),
 }
 """Other settings of the peers, and the row of the main tables that each varies."""
 INTERACTIONS.update({name: make for name, (_, make) in SETTINGS.items()})

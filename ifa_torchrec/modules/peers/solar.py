@@ -22,8 +22,8 @@ _NOTHING = 1e-6
 
 class SOLARAttention(SequenceInteraction):
     """A truncated SVD of the user's events to rank r, softmax of the candidates over the r directions
-    (SOLAR, Zhang et al. 2026, arXiv 2603.02561, by the authors of IFA). O(n D^2 + m r d), and a cached
-    state of r rows.
+    (SOLAR, Zhang et al. 2026, arXiv 2603.02561, in part by the authors of IFA). O(n D^2 + m r d), and a
+    cached state of r rows.
 
     Only the paper's abstract was at hand: the SVD of the events, the softmax that stays, no event
     dropped. The form is ours. Of events x_i with weights w_i, W their sum, sqrt(w_i / W) x_i are the
