@@ -2,6 +2,7 @@
 
 ifa data prepare SCHEMA.json --out runs/data/mine
 ifa data prepare SCHEMA.json --out runs/data/june --vocabulary runs/data/may
+ifa data prepare SCHEMA.json --out runs/data/mine --parts 64
 ifa data movielens ml-25m --out runs/data/ml-25m
 ifa data report runs/data/mine
 """
@@ -51,11 +52,13 @@ class Prepare(Source):
     """Greatest share of a table's rows that may be refused."""
     vocabulary: Path | None = None
     """A log, or a run, whose vocabulary is extended: what it knows keeps its rows."""
+    parts: int = 1
+    """Files that the events, and the requests of each split, are cut into by a hash of the user."""
 
     def write(self) -> EventLog:
         """See Source."""
         schema = load_schema(self.schema)
-        return prepare(schema, self.out, self.memory, self.max_refused, self.vocabulary)
+        return prepare(schema, self.out, self.memory, self.max_refused, self.vocabulary, self.parts)
 
 
 @dataclass(frozen=True)

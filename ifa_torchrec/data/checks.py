@@ -131,8 +131,17 @@ def check_events(table: pa.Table, schema: LogSchema, num_items: int) -> Columns:
     return {USER: user[first], USER_OFFSETS: np.append(first, len(user)), **columns}
 
 
-def check_requests(table: pa.Table, schema: LogSchema, num_items: int, where: str) -> Columns:
+def check_requests(
+    table: pa.Table, schema: LogSchema, num_items: int, where: str, may_be_empty: bool = False
+) -> Columns:
     """The columns of a split's requests, as ``EventLog.requests`` gives them.
+
+    Args:
+        table: of the split, or of a part of it.
+        schema: of the log.
+        num_items: of the log.
+        where: what to call the table in errors.
+        may_be_empty: whether there may be no requests, as in a part.
 
     Raises:
         LogError: there are none; a column is missing, null, of another type or outside its table; a
@@ -149,7 +158,7 @@ def check_requests(table: pa.Table, schema: LogSchema, num_items: int, where: st
         >>> columns["candidates"].tolist(), columns["candidate_offsets"].tolist()
         ([0, 1, 1], [0, 2, 3])
     """
-    if not len(table):
+    if not len(table) and not may_be_empty:
         raise LogError(f"{where}: there are no requests; leave the split out")
     columns = {
         USER: Column.of(table, USER, where).ids(),

@@ -9,6 +9,8 @@
       vocabulary.json, vocabulary/   which external id has which row; see data/vocabulary.py
       .columns/              each column as a .npy file, made at the first opening
 
+A log in parts has events/part-*.parquet and requests/SPLIT/part-*.parquet instead; see data/parts.py.
+
 The items that the item's table has no row for are new: training did not see them. They stand behind the
 others; row 0 is theirs in the table, all else describes them as it describes any.
 
@@ -27,31 +29,35 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ifa_torchrec.batch import Scale
 from ifa_torchrec.data.checks import check_events, check_items, check_requests
 from ifa_torchrec.data.columns import require_column
 from ifa_torchrec.data.external import ExternalIds, check_columns, columns_of
+from ifa_torchrec.data.header import Header, read_header, write_header
 from ifa_torchrec.data.histories import AT_ONCE
 from ifa_torchrec.data.mapped_columns import MappedColumns
+from ifa_torchrec.data.parts import check_parts, check_users, found_parts, part_of
 from ifa_torchrec.data.scales import scales_of
 from ifa_torchrec.data.schema import (
     CANDIDATES,
+    LIST_OFFSETS,
     NAME,
+    OFFSETS,
     TIME,
     USER,
     USER_OFFSETS,
     Columns,
-    Header,
     LogError,
     LogSchema,
     check_splits,
-    read_header,
-    write_header,
 )
 from ifa_torchrec.data.vocabulary import Vocabulary
 from ifa_torchrec.data.writing import drafting, write_tables
+
+_USERS_OF_PART = "users-of-part"  # no column of a schema is called so
 
 
 class EventLog:
@@ -62,7 +68,8 @@ class EventLog:
 
     Attributes:
         schema: the log's LogSchema.
-        users: [U] int64, the users that have events, ascending.
+        users: [U] int64, the users that have events, ascending; of a log in parts, those of one part
+            after those of another.
         user_offsets: [U + 1] int64, user u's events are rows user_offsets[u]:user_offsets[u + 1].
         scales: how each of ``schema.scaled`` is standardised, by figures of the split `train`.
         events: columns time [E] int64 (microseconds), the item's number and the event features [E]
@@ -70,6 +77,7 @@ class EventLog:
         items: the item features [I] int64; the numbers [I] float32, NaN where one is missing; the
             vectors [I, width] float32; of each list its ids, int64, and NAME_offsets [I + 1] int64.
         num_items: I.
+        parts: how many parts the log has.
 
     Raises:
         LogError: the folder is missing, half written, or a column is missing, of the wrong
@@ -93,12 +101,13 @@ class EventLog:
             raise LogError(f"{self.path}: no such event log; write one with EventLog.from_pandas")
         self._header = read_header(self.path / "schema.json")
         self.schema, self.scales = self._header.schema, self._header.scales
-        self._columns = MappedColumns(self.path, self.schema, self._header.rows)
-        self.items = self._columns.open("items", lambda table: check_items(table, self.schema))
+        self.parts = len(self._header.parts.get("events", [None]))
+        self._columns = MappedColumns(self.path, self.schema, self._header.rows, self._header.parts)
+        self.items = self._columns.open("items", lambda table, _: check_items(table, self.schema))
         self.num_items = len(self.items[self.schema.item])
-        self.events = self._columns.open(
-            "events", lambda table: check_events(table, self.schema, self.num_items)
-        )
+        self.events = self._columns.open("events", self._check_events, [USER_OFFSETS])
+        # where the users of each part begin
+        self._bounds = np.append(0, np.cumsum(self.events.pop(_USERS_OF_PART, [len(self.events[USER])])))
         self.users = self.events.pop(USER)
         self.user_offsets = self.events.pop(USER_OFFSETS)
 
@@ -111,6 +120,7 @@ class EventLog:
         items: pd.DataFrame | None = None,
         requests: Mapping[str, pd.DataFrame] | None = None,
         vocabulary: Vocabulary | None = None,
+        parts: int = 1,
     ) -> EventLog:
         """Write a log from DataFrames (events in any order) and open it.
 
@@ -130,6 +140,8 @@ class EventLog:
             vocabulary: of external ids. Given one, the users, items and ids in the frames are external
                 ones and their rows are looked up, 0 for what it does not have; those of names that it
                 lacks, and all without one, are rows. Items then come in any order, without row 0.
+            parts: how many parts the events and the requests are cut into, by a hash of the user; see
+                data/parts.py.
 
         Raises:
             LogError: a column is missing, unknown, null, of the wrong type or outside its table; a split
@@ -139,6 +151,7 @@ class EventLog:
         """
         path = Path(path)
         check_splits(requests or {})
+        check_parts(parts)
         vocabulary = vocabulary or Vocabulary({})
         ids = ExternalIds(vocabulary, schema)
         named = columns_of(schema)
@@ -157,7 +170,7 @@ class EventLog:
             for split, frame in (requests or {}).items():
                 check_columns(frame, named["requests"], f"requests/{split}")
                 tables[f"requests/{split}"] = ids.requests(frame, f"requests/{split}")
-            write_tables(draft, tables)
+            write_tables(draft, tables, parts)
             vocabulary.completed(schema, len(items)).save(draft)
             return cls.publish(draft, path, schema, list(requests or {}))
 
@@ -172,7 +185,7 @@ class EventLog:
         Args:
             draft: a folder with events.parquet, items.parquet, requests/SPLIT.parquet for each split
                 and, unless all ids are rows, a vocabulary (``Vocabulary.save``), as the module
-                describes them; on the file system of ``path``.
+                describes them; or with the files of data/parts.py; on the file system of ``path``.
             path: what the folder will be called.
             schema: names and table sizes.
             splits: the splits, in the order in which they are to be listed.
@@ -198,18 +211,19 @@ class EventLog:
         """
         check_splits(splits)
         draft = Path(draft)
-        files = {
-            name: draft / f"{name}.parquet"
-            for name in ("events", "items", *(f"requests/{s}" for s in splits))
-        }
-        for file in files.values():
-            if not file.exists():
+        tables = ("events", *(f"requests/{split}" for split in splits))
+        parts = found_parts(draft, tables)
+        rows = {name: sum(part.rows for part in of_table) for name, of_table in parts.items()}
+        for name in ("events", "items", *tables[1:]):
+            file = draft / f"{name}.parquet"
+            if name not in rows and not file.exists():
                 raise LogError(f"{file}: missing; write it before the log is published")
-        rows = {name: pq.read_metadata(file).num_rows for name, file in files.items()}
+            if name not in rows:
+                rows[name] = pq.read_metadata(file).num_rows
         if not (draft / "vocabulary.json").exists():
             Vocabulary.numbered(schema, rows["items"]).save(draft)
         unscaled = {name: Scale() for name in schema.scaled}
-        header = Header(schema, rows, unscaled, Vocabulary.load(draft).digest)
+        header = Header(schema, rows, unscaled, Vocabulary.load(draft).digest, parts)
         write_header(draft / "schema.json", header)
         log = cls(draft)  # every check runs before the log is published
         log.vocabulary.check(schema, log.num_items)
@@ -328,9 +342,25 @@ class EventLog:
         if split not in self.splits:
             raise LogError(f"{self.path}: no split {split!r}, there are {self.splits}")
         name = f"requests/{split}"
-        return self._columns.open(
-            name, lambda table: check_requests(table, self.schema, self.num_items, name)
-        )
+        if not self._header.rows[name]:
+            raise LogError(f"{name}: there are no requests; leave the split out")
+        offsets = [OFFSETS, *(f"{n}{LIST_OFFSETS}" for n in self.schema.context_lists)]
+
+        def check(table: pa.Table, part: int) -> Columns:
+            in_parts = self.parts > 1
+            columns = check_requests(table, self.schema, self.num_items, name, may_be_empty=in_parts)
+            if in_parts:
+                check_users(columns[USER], part, self.parts)
+            return columns
+
+        return self._columns.open(name, check, offsets)
+
+    def _check_events(self, table: pa.Table, part: int) -> Columns:
+        columns = check_events(table, self.schema, self.num_items)
+        if self.parts > 1:
+            check_users(columns[USER], part, self.parts)
+            columns[_USERS_OF_PART] = np.array([len(columns[USER])])
+        return columns
 
     def history_range(self, user: np.ndarray, time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the events of each user strictly before each time.
@@ -361,12 +391,19 @@ class EventLog:
             return start, end
         for first in range(0, len(user), AT_ONCE):
             rows = slice(first, first + AT_ONCE)
-            found = np.minimum(np.searchsorted(self.users, user[rows]), len(self.users) - 1)
+            found = np.minimum(self._places(user[rows]), len(self.users) - 1)
             known = self.users[found] == user[rows]
             start[rows] = np.where(known, self.user_offsets[found], 0)
             end[rows] = np.where(known, self.user_offsets[found + 1], 0)
             end[rows] = _first_at(np.asarray(self.events[TIME]), start[rows], end[rows], time[rows])
         return start, end
+
+    def _places(self, user: np.ndarray) -> np.ndarray:
+        """Where each user is among ``users``, or would be among those of the part."""
+        if self.parts == 1:
+            return np.searchsorted(self.users, user)
+        part = part_of(user, self.parts)
+        return _first_at(np.asarray(self.users), self._bounds[part], self._bounds[part + 1], user)
 
 
 def _opened(path: Path, schema: LogSchema) -> EventLog:
@@ -375,13 +412,13 @@ def _opened(path: Path, schema: LogSchema) -> EventLog:
     return log
 
 
-def _first_at(times: np.ndarray, start: np.ndarray, end: np.ndarray, time: np.ndarray) -> np.ndarray:
-    """The first row of each range of ascending times that is not before a time; the range's end where
-    there is none."""
+def _first_at(values: np.ndarray, start: np.ndarray, end: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """The first row of each range of ascending values that is not less than a value; the range's end
+    where there is none."""
     low, high = start.copy(), end.copy()
     while len(open_ := np.flatnonzero(low < high)):
         middle = (low[open_] + high[open_]) // 2
-        before = times[middle] < time[open_]
+        before = values[middle] < value[open_]
         low[open_[before]] = middle[before] + 1
         high[open_[~before]] = middle[~before]
     return low

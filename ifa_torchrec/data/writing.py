@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import secrets
 import shutil
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +13,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ifa_torchrec.data.schema import LogError
+from ifa_torchrec.data.columns import Column
+from ifa_torchrec.data.parts import file_of, part_of
+from ifa_torchrec.data.schema import USER, LogError
 from ifa_torchrec.errors import ExistsError
 
 
@@ -73,8 +75,13 @@ def new_folder(parent: Path, prefix: str) -> Path:
     return folder
 
 
-def write_tables(folder: Path, tables: Mapping[str, pd.DataFrame]) -> None:
-    """Write FOLDER/NAME.parquet of each DataFrame.
+def write_tables(folder: Path, tables: Mapping[str, pd.DataFrame], parts: int = 1) -> None:
+    """Write FOLDER/NAME.parquet of each DataFrame, or NAME/part-*.parquet of all but the items.
+
+    Args:
+        folder: to write in.
+        tables: by name.
+        parts: how many there are to be.
 
     Raises:
         LogError: a column is of several types, or has a number beyond an int64.
@@ -96,4 +103,16 @@ def write_tables(folder: Path, tables: Mapping[str, pd.DataFrame]) -> None:
             raise LogError(f"{name}: a column holds values of several types: {error}") from error
         except OverflowError as error:
             raise LogError(f"{name}: a column holds a number beyond an int64: {error}") from error
-        pq.write_table(table, folder / f"{name}.parquet", write_page_checksum=True)
+        for file, rows in _cut(name, table, parts):
+            (folder / file).parent.mkdir(exist_ok=True)
+            pq.write_table(rows, folder / file, write_page_checksum=True)
+
+
+def _cut(name: str, table: pa.Table, parts: int) -> Iterator[tuple[str, pa.Table]]:
+    """The files of a table, and the rows of each."""
+    if parts == 1 or name == "items":
+        yield f"{name}.parquet", table
+        return
+    part = part_of(Column.of(table, USER, name).ids(), parts)
+    for number in range(parts):
+        yield file_of(name, number), table.filter(pa.array(part == number))

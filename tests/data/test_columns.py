@@ -18,7 +18,8 @@ from toy import NUM_ITEMS, Toy, make_toy
 from ifa_torchrec.batch import Scale
 from ifa_torchrec.data import EventLog, LogError, LogSchema
 from ifa_torchrec.data.columns import Column
-from ifa_torchrec.data.schema import LIST_OFFSETS, read_header
+from ifa_torchrec.data.header import read_header
+from ifa_torchrec.data.schema import LIST_OFFSETS
 from ifa_torchrec.data.writing import drafting
 
 VALID = "requests/valid"

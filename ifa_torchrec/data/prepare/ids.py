@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from ifa_torchrec.data.header import read_header
 from ifa_torchrec.data.prepare.columns import rows_of
 from ifa_torchrec.data.prepare.schema import ITEM, PrepareSchema
 from ifa_torchrec.data.prepare.sql import first_row, number, quoted
-from ifa_torchrec.data.schema import USER, LogError, read_header
+from ifa_torchrec.data.schema import USER, LogError
 from ifa_torchrec.data.vocabulary import Ids, Vocabulary
 
 if TYPE_CHECKING:

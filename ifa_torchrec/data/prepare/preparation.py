@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ifa_torchrec.data.event_log import EventLog
+from ifa_torchrec.data.parts import check_parts
 from ifa_torchrec.data.prepare.columns import Regression
 from ifa_torchrec.data.prepare.ids import Numbering, OldVocabulary
 from ifa_torchrec.data.prepare.negatives import draw_negatives
@@ -38,6 +39,7 @@ def prepare(
     memory: str = "4GB",
     max_refused: float = 0.01,
     vocabulary: str | Path | None = None,
+    parts: int = 1,
 ) -> EventLog:
     r"""Write the event log of a schema, with its report (report.json) and its vocabulary.
 
@@ -49,6 +51,8 @@ def prepare(
         max_refused: greatest share of a table's rows that may be refused.
         vocabulary: folder of a log, or of a run, whose vocabulary is extended: what it knows keeps its
             rows, and has them in this log, seen in it or not.
+        parts: how many parts the events and the requests are cut into, by a hash of the user; see
+            data/parts.py.
 
     Raises:
         LogError: a file or column is missing, too many rows are refused, a join finds nothing, a split
@@ -74,6 +78,7 @@ def prepare(
     """
     _log_schema(schema, {}, {})  # names that cannot work are refused before the long part
     check_splits(schema.splits)
+    check_parts(parts)
     if not 0 <= max_refused <= 1:
         raise LogError(f"max_refused must be a share from 0 to 1, got {max_refused!r}")
     old = None if vocabulary is None else OldVocabulary.load(Path(vocabulary))
@@ -87,11 +92,11 @@ def prepare(
             splits, first_cut = cut_splits(sql, schema.splits)
             numbering.others(splits["train"])
             widths = write_items(sql, schema, draft / "items.parquet")
-            write_events(sql, schema, draft / "events.parquet")
+            write_events(sql, schema, draft, parts)
             code_candidates(sql, schema)
             if schema.requests.negatives:
                 draw_negatives(sql, schema.requests, first_cut)
-            write_requests(sql, schema, splits, draft / "requests")
+            write_requests(sql, schema, splits, draft / "requests", parts)
             report = report_of(sql, schema, splits, joins, numbering.told, refused)
         (draft / "report.json").write_text(json.dumps(report, indent=2))
         numbering.vocabulary().save(draft)

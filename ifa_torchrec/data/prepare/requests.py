@@ -17,7 +17,7 @@ from ifa_torchrec.data.prepare.sql import (
     number,
     quoted,
     timestamp,
-    write_parquet,
+    write_parts,
 )
 from ifa_torchrec.data.schema import CANDIDATES, EXPOSED, LogError
 
@@ -129,9 +129,14 @@ def cut_splits(
 
 
 def write_requests(
-    sql: DuckDBPyConnection, schema: PrepareSchema, splits: Mapping[str, range], folder: Path
+    sql: DuckDBPyConnection,
+    schema: PrepareSchema,
+    splits: Mapping[str, range],
+    folder: Path,
+    parts: int = 1,
 ) -> None:
-    """Write FOLDER/SPLIT.parquet of each split; candidates stand in the order of their items."""
+    """Write FOLDER/SPLIT.parquet of each split, or its parts; candidates stand in the order of their
+    items."""
     own = schema.requests
     values = [EXPOSED, *own.labels, *own.candidate_dense, *own.candidate_features]
     lists = more(values, "[_one.{} for _one in _rows]")
@@ -151,5 +156,5 @@ def write_requests(
                     WHERE {mine} GROUP BY _number) r ON r._number = requests._number {joins} {join_lists}
                 WHERE requests.{mine} ORDER BY requests._number"""
             )
-        write_parquet(sql, "FROM written", folder / f"{split}.parquet")
+        write_parts(sql, "written", "", folder / split, parts)
         sql.execute("DROP TABLE written")

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ifa_torchrec.data.parts import file_of, part_in_sql
 from ifa_torchrec.data.prepare.schema import UNITS
 
 if TYPE_CHECKING:
@@ -119,3 +120,32 @@ def write_parquet(sql: DuckDBPyConnection, query: str, file: Path, options: str 
         3
     """
     sql.execute(f"COPY ({query}) TO {literal(str(file))} (FORMAT parquet{options})")
+
+
+def write_parts(sql: DuckDBPyConnection, table: str, order: str, path: Path, parts: int) -> None:
+    """Write a table of DuckDB as PATH.parquet, or as PATH/part-*.parquet by its users.
+
+    Args:
+        sql: the connection.
+        table: in the database; it has the column `user`, none of whose values is negative.
+        order: of the rows, in SQL; empty for the table's own.
+        path: of the table's file in the log's folder, without suffix.
+        parts: how many there are to be.
+
+    Example:
+        >>> import duckdb, tempfile
+        >>> from ifa_torchrec.data.prepare.sql import write_parts
+        >>> sql, folder = duckdb.connect(), Path(tempfile.mkdtemp())
+        >>> _ = sql.execute('CREATE TABLE events AS SELECT r AS "user" FROM range(1, 9) r(r)')
+        >>> write_parts(sql, "events", 'ORDER BY "user"', folder / "events", 4)
+        >>> sql.execute(f"FROM '{folder}/events/part-00002.parquet'").fetchall()
+        [(2,), (3,), (7,), (8,)]
+    """
+    if parts == 1:
+        write_parquet(sql, f"FROM {table} {order}", path.with_name(f"{path.name}.parquet"))
+        return
+    path.mkdir()
+    part = part_in_sql('"user"', parts)
+    for number in range(parts):
+        file = path.parent / file_of(path.name, number)
+        write_parquet(sql, f"FROM {table} WHERE {part} = {number} {order}", file)

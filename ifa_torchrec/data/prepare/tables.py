@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ifa_torchrec.data.prepare.columns import Npy, rows_of
 from ifa_torchrec.data.prepare.ids import with_codes, with_lists
 from ifa_torchrec.data.prepare.schema import PrepareSchema
-from ifa_torchrec.data.prepare.sql import first_row, more, quoted, write_parquet
+from ifa_torchrec.data.prepare.sql import first_row, more, quoted, write_parquet, write_parts
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -65,8 +65,14 @@ def write_items(sql: DuckDBPyConnection, schema: PrepareSchema, file: Path) -> d
     return widths
 
 
-def write_events(sql: DuckDBPyConnection, schema: PrepareSchema, file: Path) -> None:
-    """Make the table `events`, and write it in the order of user and time.
+def write_events(sql: DuckDBPyConnection, schema: PrepareSchema, folder: Path, parts: int = 1) -> None:
+    """Make the table `events`, and write events.parquet, or the parts, in the order of user and time.
+
+    Args:
+        sql: holds events_rows and the codes.
+        schema: of the log.
+        folder: the log's.
+        parts: how many there are to be.
 
     Example:
         >>> import duckdb, tempfile
@@ -75,13 +81,13 @@ def write_events(sql: DuckDBPyConnection, schema: PrepareSchema, file: Path) -> 
         >>> rows = dict(files="log.csv", user="u", item="i", time="t")
         >>> schema = PrepareSchema(events=Events(**rows, dense={"dwell": "seconds"}), splits={},
         ...                        requests=Requests(**rows, labels={"click": "clicked"}))
-        >>> sql, file = duckdb.connect(), Path(tempfile.mkdtemp()) / "events.parquet"
+        >>> sql, folder = duckdb.connect(), Path(tempfile.mkdtemp())
         >>> _ = sql.execute("CREATE TABLE codes_user AS SELECT 'ann' AS id, 1 AS code;"
         ...                 "CREATE TABLE codes_item AS SELECT 'tea' AS id, 3 AS code;"
         ...                 "CREATE TABLE events_rows AS "
         ...                 "SELECT 'ann' AS user, 'tea' AS item, 5 AS time, 2.5 AS dwell")
-        >>> write_events(sql, schema, file)
-        >>> sql.execute(f"SELECT CAST(COLUMNS(*) AS VARCHAR) FROM '{file}'").fetchall()
+        >>> write_events(sql, schema, folder)
+        >>> sql.execute(f"SELECT CAST(COLUMNS(*) AS VARCHAR) FROM '{folder}/events.parquet'").fetchall()
         [('1', '5', '3', '2.5')]
     """
     events = schema.events
@@ -92,4 +98,4 @@ def write_events(sql: DuckDBPyConnection, schema: PrepareSchema, file: Path) -> 
         SELECT u.code AS "user", e.time, i.code AS item {select} {numbers} FROM events_rows e
         JOIN codes_user u ON u.id = e."user" JOIN codes_item i ON i.id = e.item {joins}"""
     )
-    write_parquet(sql, 'FROM events ORDER BY "user", time, item', file)
+    write_parts(sql, "events", 'ORDER BY "user", time, item', folder / "events", parts)

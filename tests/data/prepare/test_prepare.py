@@ -507,3 +507,14 @@ def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
     schema = described(tmp_path)
     with pytest.raises(FileExistsError):
         prepare(schema, tmp_path)
+
+
+def test_a_log_in_parts_is_the_log(tmp_path: Path) -> None:
+    one = prepare(described(tmp_path), tmp_path / "one")
+    log = prepare(described(tmp_path), tmp_path / "parts", parts=3)
+    assert len(list((log.path / "events").iterdir())) == 3
+    assert not (log.path / "events.parquet").exists()
+    assert report(log) == report(one)
+    for split in one.splits:
+        assert sorted(requests_of(log, split)) == sorted(requests_of(one, split))
+    assert sorted(log.events["item"].tolist()) == sorted(one.events["item"].tolist())

@@ -1,0 +1,237 @@
+"""A log in parts: its events and requests, cut by a hash of the user into files of their own.
+
+    LOG/
+      schema.json                          "parts" has rows, users and SHA-256 of each file
+      events/part-00000.parquet ...        in place of events.parquet
+      requests/SPLIT/part-00000.parquet    in place of requests/SPLIT.parquet
+
+A user's events and requests are all in the parts of one number. The tables of a log in parts are its
+parts one after the other: rows are in the order of part, user and time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from ifa_torchrec.data.columns import Column
+from ifa_torchrec.data.schema import USER, LogError
+
+MOST = 1 << 16
+"""Parts of a log at most."""
+_ODD = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio, so that users in a row are spread evenly
+
+
+@dataclass(frozen=True)
+class Part:
+    """What schema.json says of one file of a table.
+
+    Args:
+        rows: of the file.
+        sha256: of its content.
+        users: the least and the greatest user in it; None where there is none.
+
+    Example:
+        >>> from ifa_torchrec.data.parts import Part
+        >>> Part(rows=3, sha256="", users=(7, 9)).users
+        (7, 9)
+    """
+
+    rows: int
+    sha256: str
+    users: tuple[int, int] | None
+
+
+def part_of(users: np.ndarray, parts: int) -> np.ndarray:
+    """The part that each user is in.
+
+    Args:
+        users: [n] int64.
+        parts: how many there are.
+
+    Returns:
+        [n] int64, 0 to parts - 1.
+
+    Example:
+        >>> import numpy as np
+        >>> from ifa_torchrec.data.parts import part_of
+        >>> part_of(np.arange(1, 9), 4).tolist()
+        [1, 2, 2, 3, 3, 1, 2, 2]
+    """
+    mixed = users.astype(np.uint64) * np.uint64(_ODD)  # modulo 2^64
+    return ((mixed >> np.uint64(32)) % np.uint64(parts)).astype(np.int64)
+
+
+def part_in_sql(user: str, parts: int) -> str:
+    """``part_of`` in DuckDB's SQL, of a user who is not negative.
+
+    Example:
+        >>> import duckdb
+        >>> from ifa_torchrec.data.parts import part_in_sql
+        >>> duckdb.sql(f"SELECT {part_in_sql('u', 4)} FROM range(1, 9) r(u)").fetchall()[:3]
+        [(1,), (2,), (2,)]
+    """
+    return f"CAST(({user}::UHUGEINT * {_ODD} // {1 << 32} % {1 << 32}) % {parts} AS INTEGER)"
+
+
+def file_of(table: str, part: int) -> str:
+    """The path of a part's file in the log's folder.
+
+    Example:
+        >>> from ifa_torchrec.data.parts import file_of
+        >>> file_of("requests/train", 12)
+        'requests/train/part-00012.parquet'
+    """
+    return f"{table}/part-{part:05}.parquet"
+
+
+def check_parts(parts: Any) -> int:
+    """How many parts a log is to have.
+
+    Raises:
+        LogError: it is no whole number from 1 to MOST.
+
+    Example:
+        >>> from ifa_torchrec.data.parts import check_parts
+        >>> check_parts(4)
+        4
+    """
+    if not isinstance(parts, int) or isinstance(parts, bool) or not 1 <= parts <= MOST:
+        raise LogError(f"parts must be a whole number from 1 to {MOST}, got {parts!r}")
+    return parts
+
+
+def check_users(users: np.ndarray, part: int, parts: int) -> None:
+    """Refuse users who belong in another part.
+
+    Args:
+        users: [n] int64, of the rows of a part.
+        part: its number.
+        parts: how many there are.
+
+    Raises:
+        LogError: one of them does.
+
+    Example:
+        >>> import numpy as np
+        >>> from ifa_torchrec.data.parts import check_users
+        >>> check_users(np.array([1, 6]), part=1, parts=4)
+    """
+    wrong = np.flatnonzero(part_of(users, parts) != part)
+    if len(wrong):
+        user = users[wrong[:1]]
+        raise LogError(
+            f"user {user[0]} belongs in part {part_of(user, parts)[0]} of {parts}, not in part {part}; "
+            "write the log again"
+        )
+
+
+def found_parts(draft: Path, tables: Iterable[str]) -> dict[str, list[Part]]:
+    """The parts of each table in a folder that is to be published; empty where it has none.
+
+    Raises:
+        LogError: a part of a table is missing, or a table has another number of parts.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.data.parts import found_parts
+        >>> found_parts(Path(tempfile.mkdtemp()), ["events"])
+        {}
+    """
+    count = len(list((draft / "events").glob("part-*.parquet")))
+    if not count:
+        return {}
+    found: dict[str, list[Part]] = {}
+    for table in tables:
+        files = sorted((draft / table).glob("part-*.parquet"))
+        if files != [draft / file_of(table, part) for part in range(count)]:
+            raise LogError(
+                f"{draft / table}: must hold {file_of(table, 0)} to {file_of(table, count - 1)}, as "
+                f"many as events has; there are {[file.name for file in files]}"
+            )
+        found[table] = [_part(file) for file in files]
+    return found
+
+
+def read_parts(given: Any, rows: Mapping[str, int], file: Path) -> dict[str, list[Part]]:
+    """The parts that schema.json names.
+
+    Args:
+        given: what stands under "parts".
+        rows: of each table.
+        file: schema.json, for errors.
+
+    Raises:
+        LogError: it is not what ``EventLog.publish`` writes: parts of a table are missing, differ in
+            number from the events', or do not add up to the table's rows.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.data.parts import read_parts
+        >>> parts = {"events": [{"rows": 1, "sha256": "", "users": [7, 7]}]}
+        >>> read_parts(parts, {"events": 1, "items": 3}, Path("schema.json"))["events"][0].rows
+        1
+    """
+    tables = [table for table in rows if table != "items"]
+    try:
+        read = {table: [_read_part(part) for part in given[table]] for table in tables}
+    except (LookupError, TypeError, ValueError) as error:
+        raise LogError(
+            f"{file}: parts must have rows, sha256 and users of each part of {tables} ({error!r}); "
+            "write the log again"
+        ) from error
+    for table, parts in read.items():
+        if not parts or len(parts) != len(read["events"]):
+            raise LogError(
+                f"{file}: {len(parts)} parts of {table}, {len(read['events'])} of events; write the log "
+                "again"
+            )
+        if (total := sum(part.rows for part in parts)) != rows[table]:
+            raise LogError(
+                f"{file}: the parts of {table} have {total} rows, the table {rows[table]}; write "
+                "the log again"
+            )
+    return read
+
+
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.data.parts import sha256_of
+        >>> file = Path(tempfile.mkdtemp()) / "empty"
+        >>> file.touch()
+        >>> sha256_of(file)[:8]
+        'e3b0c442'
+    """
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _part(file: Path) -> Part:
+    users = Column.of(pq.read_table(file, columns=[USER]), USER, str(file)).ids()
+    return Part(
+        len(users), sha256_of(file), (int(users.min()), int(users.max())) if len(users) else None
+    )
+
+
+def _read_part(given: Any) -> Part:
+    rows, users = given["rows"], given["users"]
+    if not isinstance(rows, int) or rows < 0:
+        raise ValueError(f"{rows!r} rows")
+    if users is not None:
+        first, last = (int(user) for user in users)
+        users = (first, last)
+    return Part(rows, str(given["sha256"]), users)
