@@ -200,22 +200,47 @@ def programs_at_once(told: dict[str, Any]) -> int:
 def work(launch: Launch) -> tuple[float, float]:
     """Bytes that a launch must move, each tensor once, and the operations of its products."""
     moved = sum(x.nbytes for x in launch.arguments.values() if isinstance(x, Tensor))
-    sizes = launch.constants
-    if "HEADS" not in sizes:
+    if "PRECISION" not in launch.constants:
         return moved, 0.0
+    softmax = "R" in launch.constants
+    of_row = _of_softmax_row(launch) if softmax else _of_row(launch)
+    return moved, 2.0 * launch.arguments["rows"] * of_row
+
+
+def _of_row(launch: Launch) -> int:
+    """Multiplications of a row in encode and attend."""
+    sizes = launch.constants
     columns, dim = sizes["HEADS"] * sizes["PADDED"], sizes["D"]
     maps = 2 if sizes["MAP"] == 2 else 1
     groups, parts = -(-sizes["H"] // sizes["HEADS"]), -(-dim // sizes["TILE"])
     project, square = columns * dim, columns * columns
     once = columns * min(sizes["TILE"], dim)
-    of_row = {
+    looks = sizes.get("OF_ROWS", 0) + sizes.get("OF_SUMS", 0)
+    states = 2 + sizes.get("OF_SUMS", 0)
+    return {
         "encode_kernel": groups * parts * (project + maps * once),
-        "encode_backward_kernel": groups * parts * (2 * project + 2 * maps * square + 4 * once),
+        "encode_backward_kernel": groups * parts * (2 * project + 2 * maps * square + 2 * looks * once),
         "attend_kernel": groups * (project + maps * square),
-        "attend_backward_kernel": groups * parts * (project + 3 * maps * square + 2 * once),
+        "attend_backward_kernel": groups * parts * (project + states * maps * square + looks * once),
     }[launch.name]
-    rows = launch.arguments["rows"]
-    return moved, 2.0 * rows * of_row
+
+
+def _of_softmax_row(launch: Launch) -> int:
+    """Multiplications of a row in attend_softmax: a head at a time, its summaries in whole ranges."""
+    sizes = launch.constants
+    width, dim = sizes["PADDED"], sizes["D"]
+    parts, ranges = -(-dim // sizes["TILE"]), -(-sizes["R"] // sizes["RANGE"])
+    project, summaries = width * dim, ranges * sizes["RANGE"] * width
+    once = width * min(sizes["TILE"], dim)
+    looks = sizes.get("OF_ROWS", 0) + sizes.get("OF_SUMS", 0)
+    return (
+        sizes["H"]
+        * {
+            "attend_softmax_kernel": project + 2 * summaries,
+            "attend_softmax_backward_kernel": parts * (project + 5 * summaries + looks * once),
+            "attend_softmax_summaries_kernel": ranges * project + 4 * summaries,
+        }[launch.name]
+    )
 
 
 def estimate(events: int, candidates: int) -> None:
@@ -231,7 +256,7 @@ def estimate(events: int, candidates: int) -> None:
             programs *= size
         print(
             f"| {launch.name} | {programs:,} | {told['registers']} | {told['shared'] / 1024:.0f} "
-            f"| {programs_at_once(told)} | {moved / 1e6:.1f} | {operations / 1e9:.1f} | {least:.0f} |",
+            f"| {programs_at_once(told)} | {moved / 1e6:.1f} | {operations / 1e9:.2f} | {least:.0f} |",
             flush=True,
         )
 

@@ -30,9 +30,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
 import tyro
+from cost import Cost, cost_of
 from report import ROOT, commit, markdown, measured_by
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
@@ -48,14 +50,16 @@ from ifa_torchrec.modules import (
     CandidateSetLossConfig,
     DINAttention,
     ETAAttention,
+    HSTUAttention,
     LowRankAttention,
     SDIMAttention,
     SIMAttention,
     SoftmaxAttention,
+    SOLARAttention,
     TWINAttention,
 )
 from ifa_torchrec.training.options import TrainConfig
-from ifa_torchrec.training.run import load_run
+from ifa_torchrec.training.run import Run, load_run
 from ifa_torchrec.training.scoring import measure, time_per_request
 from ifa_torchrec.training.trainer import train
 
@@ -63,26 +67,22 @@ JOURNEY, SYNTHETIC = "complete_journey", "synthetic"
 SYNTHETIC_LOG = synthetic.SyntheticConfig(train=8000)
 JOURNEY_LOG = complete_journey.CompleteJourneyConfig(train=10000, valid=500, test=3000)
 
-IFA = IFAConfig(embedding_dim=64, num_heads=1, feature_map="hedgehog", interest_mass=True)
-"""IFA's dense part: one head of 128 features."""
+IFA = TrainConfig(Path(), Path()).ifa
+"""IFA as `ifa train` has it without options."""
+AS_PUBLISHED: dict[str, Any] = dict(interest_mass=False, readout="linear")
+"""IFA's attention without any addition of ours, in that configuration."""
 PEER = {
     JOURNEY: IFAConfig(64, num_heads=2, half_lives=(math.inf, 30.0), interest_mass=False),
     SYNTHETIC: IFAConfig(64, num_heads=1, interest_mass=False),
 }
 """The peers as published: attention alone. Half-lives, in days, where they help; all peers have them."""
-IDENTITY: dict[str, Any] = {
-    JOURNEY: dict(
-        interest_mass=True,
-        identity_features=("item", "category"),
-        identity_half_lives=(math.inf, 30.0, 7.0),
-        identity_buckets=131072,
-    ),
-    SYNTHETIC: dict(interest_mass=True, identity_features=("item", "category"), identity_buckets=131072),
-}
-"""Masses and identity heads: part of IFA, and given to the peers in the second comparison."""
+HEADS: dict[str, Any] = dict(interest_mass=True, identity_head_dim=IFA.identity_head_dim)
+"""Masses and identity heads as IFA has them, given to the peers in the second comparison: the features,
+half-lives and buckets are those that `ifa train` decides from the log, the same for all."""
 EPOCHS = {JOURNEY: 1, SYNTHETIC: 3}
 LENGTHS = (50, 200, 1000)
 BESIDE = "+ identity"
+STORED = "from a stored state"
 PEERS = [name for name in INTERACTIONS if name not in ("none", "ifa")]
 BASELINES = {
     "popularity": "most popular",
@@ -102,6 +102,8 @@ LABELS = {
     "twin": "TWIN-style, 50 by score",
     "sdim": "SDIM, hash collisions",
     "low_rank": "LREA-style, rank 32",
+    "solar": "SOLAR-style, rank 32",
+    "hstu": "HSTU-style, latest 200",
     "ifa": "IFA, whole history",
 }
 SETTINGS = {
@@ -114,6 +116,8 @@ SETTINGS = {
     "SDIM, 16 groups of 5 bits": ("sdim", lambda c, *_: SDIMAttention(c, 16, 5)),
     "SDIM, 48 groups of 4 bits": ("sdim", lambda c, *_: SDIMAttention(c, 48, 4)),
     "LREA-style, rank 128": ("low_rank", lambda c, *_: LowRankAttention(c, 128)),
+    "SOLAR-style, rank 64, all": ("solar", lambda c, *_: SOLARAttention(c, 64)),
+    "HSTU-style, latest 50": ("hstu", lambda c, *_: HSTUAttention(c, 50)),
 }
 """Other settings of the peers, and the row of the main tables that each varies."""
 INTERACTIONS.update({name: make for name, (_, make) in SETTINGS.items()})
@@ -149,15 +153,16 @@ class Job:
 
 
 def variants(data: str) -> dict[str, dict[str, Any]]:
-    """The main comparison: each interaction as published, and with IFA's identity heads and masses."""
-    plain, beside = PEER[data], replace(PEER[data], **IDENTITY[data])
+    """The main comparison: each interaction as published, and with IFA's identity heads and masses.
+    `ifa + identity` is `ifa train` without options."""
+    plain, beside = PEER[data], replace(PEER[data], **HEADS)
     search = {"search_feature": "category"}
     result: dict[str, dict[str, Any]] = {}
-    result["ifa"] = dict(interaction="ifa", ifa=replace(IFA, interest_mass=False))
-    result[f"ifa {BESIDE}"] = dict(interaction="ifa", ifa=replace(IFA, **IDENTITY[data]))
+    result["ifa"] = dict(interaction="ifa", ifa=replace(IFA, **AS_PUBLISHED), identity=False)
+    result[f"ifa {BESIDE}"] = dict(interaction="ifa", ifa=IFA)
     result["none"] = dict(interaction="none", ifa=plain)
     for name in PEERS:
-        result[name] = dict(interaction=name, ifa=plain, **search)
+        result[name] = dict(interaction=name, ifa=plain, identity=False, **search)
     for name in PEERS if data == JOURNEY else ("mean", "softmax"):  # of little use on the synthetic log
         result[f"{name} {BESIDE}"] = dict(interaction=name, ifa=beside, **search)
     return result
@@ -181,32 +186,37 @@ def settings(data: str) -> dict[str, dict[str, Any]]:
 
 def ablations(data: str) -> dict[str, dict[str, Any]]:
     """IFA with one thing changed."""
-    full = replace(IFA, **IDENTITY[data])
-
-    def ifa(**changes: Any) -> dict[str, Any]:
-        return dict(interaction="ifa", ifa=replace(full, **changes))
 
     def model(**changes: Any) -> dict[str, Any]:
-        return dict(interaction="ifa", ifa=full, **changes)
+        return dict(interaction="ifa", ifa=IFA) | changes
+
+    def ifa(**changes: Any) -> dict[str, Any]:
+        return model(ifa=replace(IFA, **changes))
 
     related = CandidateSetConfig("softmax")
+    named = dict(identity_features=("item", "category"))
     result = {
-        "dense heads alone, with masses": ifa(identity_features=()),
-        "no masses": ifa(interest_mass=False),
+        "dense heads alone, with masses": model(identity=False),
+        "linear read-out": ifa(readout="linear"),
+        "identity heads with mean values": ifa(identity_head_dim=None),
+        "the same without masses": ifa(identity_head_dim=None, interest_mass=False),
         "feature map elu": ifa(feature_map="elu"),
         "feature map relu": ifa(feature_map="relu"),
         "2 heads of width 32": ifa(num_heads=2),
         "2 heads of width 64": ifa(num_heads=2, head_dim=64),
-        "identity heads: masses alone": ifa(identity_head_dim=0),
-        "4,096 buckets": ifa(identity_buckets=4096),
         "candidates see each other, softmax": model(candidate_set=related),
         "candidates see each other, linear": model(candidate_set=CandidateSetConfig("linear")),
         "loss: no listwise term": model(loss=CandidateSetLossConfig(listwise=0.0)),
     }
     if data == JOURNEY:
+        days = (math.inf, 30.0, 7.0)
         result |= {
             "dense half-lives (inf, 30), 2 heads": ifa(num_heads=2, half_lives=(math.inf, 30.0)),
-            "identity heads without decay": ifa(identity_half_lives=(math.inf,)),
+            "identity heads of item and category alone": ifa(
+                **named, identity_half_lives=days, identity_buckets=131072
+            ),
+            "the same in 4,096 buckets": ifa(**named, identity_half_lives=days, identity_buckets=4096),
+            "the same without decay": ifa(**named, identity_buckets=131072),
         }
     return result
 
@@ -255,7 +265,6 @@ def run(options: Options, job: Job, deadline: float) -> dict[str, float] | None:
         data=log_path(options, job.data),
         out=folder,
         epochs=EPOCHS[job.data],
-        identity=False,  # those that a variant names, and no others
         validate=False,
         checkpoint_every=10**9,
         seed=job.seed,
@@ -315,7 +324,9 @@ def mean_and_deviation(runs: list[dict[str, float]], metric: str, digits: int = 
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def main_table(of_data: dict[str, list[dict[str, float]]], cost: dict[str, float]) -> pd.DataFrame:
+def main_table(
+    of_data: dict[str, list[dict[str, float]]], cost: dict[str, float], sizes: dict[str, Cost]
+) -> pd.DataFrame:
     """Quality and cost of every interaction, as published and with the identity heads."""
     rows = []
     for name, label in LABELS.items():
@@ -325,8 +336,19 @@ def main_table(of_data: dict[str, list[dict[str, float]]], cost: dict[str, float
             row[f"GAUC, {title}"] = mean_and_deviation(runs, "gauc")
             row[f"NDCG@10, {title}"] = mean_and_deviation(runs, "ndcg@10")
             row[f"ms, {title}"] = f"{cost[variant]:.2f}" if variant in cost else "-"
+            row |= size_columns(title, sizes.get(variant))
         rows.append(row)
-    return pd.DataFrame(rows)
+    stored = {column: "-" for column in rows[0]} | {"interaction": "IFA, from a stored state"}
+    for title, variant in (("as published", "ifa"), ("with identity heads", f"ifa {BESIDE}")):
+        stored |= size_columns(title, sizes.get(f"{variant}, {STORED}"))
+    return pd.DataFrame([*rows, stored])
+
+
+def size_columns(title: str, cost: Cost | None) -> dict[str, str]:
+    """Thousands of FLOP of a candidate, and of bytes of the history."""
+    names = f"MFLOP a candidate, {title}", f"kB read a request, {title}"
+    values = ("-", "-") if cost is None else (f"{cost.flop / 1e6:.2f}", f"{cost.read / 1000:,.1f}")
+    return dict(zip(names, values, strict=True))
 
 
 def length_table(of_data: dict[str, list[dict[str, float]]]) -> pd.DataFrame:
@@ -366,7 +388,9 @@ def ablation_table(data: str, of_data: dict[str, list[dict[str, float]]]) -> pd.
     """IFA, and IFA with one thing changed."""
     rows = []
     names = {"IFA": f"ifa {BESIDE}", "identity heads, mean pooling beside": f"mean {BESIDE}"}
-    names |= {"dense heads alone, no masses": "ifa"} | {name: name for name in ablations(data)}
+    names |= {"dense heads alone, linear read-out, no masses": "ifa"} | {
+        name: name for name in ablations(data)
+    }
     for label, variant in names.items():
         runs = of_data.get(variant, [])
         if not runs:
@@ -382,13 +406,30 @@ def ablation_table(data: str, of_data: dict[str, list[dict[str, float]]]) -> pd.
     return pd.DataFrame(rows)
 
 
-def request_cost(options: Options, data: str) -> dict[str, float]:
-    """Milliseconds a test request of each main variant's model of seed 0."""
+def trained(options: Options, data: str) -> dict[str, Run]:
+    """The runs of seed 0 of the main variants."""
     folders = {n: folder_of(options, Job(data, n, 0, given)) for n, given in variants(data).items()}
-    runs = {name: load_run(f) for name, f in folders.items() if (f / "result.json").exists()}
+    return {name: load_run(f) for name, f in folders.items() if (f / "result.json").exists()}
+
+
+def request_cost(runs: dict[str, Run]) -> dict[str, float]:
+    """Milliseconds a test request of each run's model."""
     first = next(iter(runs.values()))
     models: dict[str, torch.nn.Module] = {name: r.model for name, r in runs.items()}
     return time_per_request(models, first.dataset("test"), first.device)
+
+
+def request_sizes(runs: dict[str, Run], requests: int = 32) -> dict[str, Cost]:
+    """FLOP and bytes of test requests spread over the split; of IFA from stored states too."""
+    result: dict[str, Cost] = {}
+    for name, of_run in runs.items():
+        test = of_run.dataset("test")
+        batches = [test[np.array([i])] for i in np.linspace(0, len(test) - 1, requests).astype(int)]
+        of_run.dlrm.eval()
+        result[name] = cost_of(of_run.dlrm, batches)
+        if name.split()[0] == "ifa":
+            result[f"{name}, {STORED}"] = cost_of(of_run.dlrm, batches, from_state=True)
+    return result
 
 
 @torch.no_grad()
@@ -400,9 +441,19 @@ def scaling_table(events: tuple[int, ...] = (1000, 10_000, 100_000), rounds: int
     torch.manual_seed(0)
     modules = {
         name: INTERACTIONS[name](PEER[SYNTHETIC], 50, "category")
-        for name in ("softmax", "twin", "eta", "sim", "sdim", "low_rank", "softmax_recent")
+        for name in (
+            "softmax",
+            "twin",
+            "eta",
+            "sim",
+            "sdim",
+            "low_rank",
+            "solar",
+            "hstu",
+            "softmax_recent",
+        )
     }
-    ifa = INTERACTIONS["ifa"](IFA, 50, None)
+    ifa = INTERACTIONS["ifa"](replace(IFA, **AS_PUBLISHED), 50, None)
     modules |= {"ifa": ifa}
     times: dict[str, dict[str, list[float]]] = {}
     for n in events:
@@ -481,7 +532,9 @@ def draw_lengths(results: Results, best: float) -> None:
 def report(options: Options, logs: dict[str, EventLog], results: Results) -> str:
     """The page, with its pictures written."""
     source = measured_by("python benchmarks/quality.py")  # before the pictures change the tree
-    costs = {data: request_cost(options, data) for data in results}
+    runs = {data: trained(options, data) for data in results}
+    costs = {data: request_cost(of_data) for data, of_data in runs.items()}
+    sizes = {data: request_sizes(of_data) for data, of_data in runs.items()}
     test = RankingDataset(logs[SYNTHETIC], "test")
     best = synthetic.best_scores(test, SYNTHETIC_LOG)
     best_gauc = measure(test, best[:, None])["gauc"]
@@ -503,8 +556,8 @@ def report(options: Options, logs: dict[str, EventLog], results: Results) -> str
         synthetic_events=f"{test.history_lengths.mean():,.0f}",
         synthetic=SYNTHETIC_LOG,
         best_gauc=f"{best_gauc:.4f}",
-        journey_table=markdown(main_table(results[JOURNEY], costs[JOURNEY])),
-        synthetic_table=markdown(main_table(results[SYNTHETIC], costs[SYNTHETIC])),
+        journey_table=markdown(main_table(results[JOURNEY], costs[JOURNEY], sizes[JOURNEY])),
+        synthetic_table=markdown(main_table(results[SYNTHETIC], costs[SYNTHETIC], sizes[SYNTHETIC])),
         journey_lengths=markdown(length_table(results[JOURNEY])),
         synthetic_lengths=markdown(length_table(results[SYNTHETIC])),
         scaling_table=markdown(scaling_table()),

@@ -13,6 +13,8 @@ trained again.
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import shutil
 import statistics
@@ -28,14 +30,16 @@ import pandas as pd
 import torch
 import tyro
 from report import ROOT, markdown, measured_by
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from ifa_torchrec import IFAConfig, RankingBatch, generate_set
+from ifa_torchrec import IFAConfig, generate_set
 from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make_loader, synthetic
 from ifa_torchrec.data.schema import EXPOSED, OFFSETS
 from ifa_torchrec.data.synthetic_sets import SHOWN, set_logits, sigmoid
 from ifa_torchrec.data.synthetic_truth import SetTruth, truth_of
 from ifa_torchrec.data.writing import drafting
+from ifa_torchrec.distributed import OptimizerConfig, init_process_group, shard
 from ifa_torchrec.models import DLRM_IFA, DLRM_IFATrain
 from ifa_torchrec.modules import CandidateSetConfig
 from ifa_torchrec.training.build import build_model
@@ -75,6 +79,7 @@ Requests of the Complete Journey, real baskets ({JOURNEY["train"]:,} of the spli
 {JOURNEY["test"]:,} of `test`; 60 to 100 candidates each, all exposed):
 
 TABLE_JOURNEY
+
 """
 EPOCHS = {"relations": 1, "plain": 2, "journey": 1}
 PLAIN = synthetic.SyntheticConfig(train=4000, test=2000, mean_events=300, distance=100)
@@ -168,6 +173,12 @@ class Split:
         before = np.sign(score[:, :, None] - score[:, None, :]) / 2 + 0.5
         return float(((weight * before).sum((1, 2)) / weight.sum((1, 2))).mean())
 
+    def drawn(self, score: np.ndarray) -> float:
+        """GAUC of the exposed by the labels that were drawn."""
+        exposed = np.asarray(self.dataset.requests[EXPOSED])
+        labels = np.asarray(self.dataset.requests["label"])[exposed]
+        return gauc(np.repeat(np.arange(len(labels) // SHOWN), SHOWN), score[exposed], labels)
+
     def share(self, sets: list[np.ndarray]) -> float:
         """Of the best sets' expected reward."""
         return float(np.mean([self.truth.reward(rows) for rows in sets])) / self.best
@@ -193,43 +204,50 @@ class Split:
 
 @torch.no_grad()
 def measured(split: Split, folder: Path) -> dict[str, float]:
-    """A run's GAUC of the exposed, with nothing and with the others of what was shown taken, and the
-    shares of the best sets' reward."""
+    """A run's GAUC of the exposed, given the others that were shown where it knows what these do, by
+    true probabilities and by drawn labels; and the shares of the best sets' reward."""
     model = load_run(folder).dlrm.eval()
     requests = split.dataset
-    alone, given = np.zeros(len(split.alone)), np.zeros(len(split.alone))
+    given = np.zeros(len(split.alone))
     sets: dict[str, list[np.ndarray]] = {"topk": [], "greedy": []}
     sampler = EventBudgetSampler(requests.history_lengths, 32768, 64)
     for numbers, batch in zip(sampler, make_loader(requests, sampler), strict=True):
         rows, candidates = requests.candidate_rows(numbers)[0], model.scored(model.describe(batch))
         whole = JaggedTensor(candidates.tokens, offsets=candidates.offsets)
         logits = model.logits_given(candidates)
-        alone[rows] = given[rows] = logits[:, 0].numpy()
+        given[rows] = logits[:, 0].numpy()
         chosen = {"topk": generate_set(logits[:, 0], whole, SET_SIZE)}
         if model.taken_arch is not None:
             given[rows] = model.logits_given(candidates, batch.exposed)[:, 0].numpy()
             chosen["greedy"] = generate_set(model.set_gain(candidates), whole, SET_SIZE, "greedy")
         for name, found in chosen.items():
             sets[name] += [rows[r] for r in found.values().view(-1, SET_SIZE).numpy()]
-    result = {"alone": split.gauc(alone), "given": split.gauc(given), "topk": split.share(sets["topk"])}
+    result = {
+        "given": split.gauc(given),
+        "drawn": split.drawn(given),
+        "topk": split.share(sets["topk"]),
+    }
     return result | ({"greedy": split.share(sets["greedy"])} if sets["greedy"] else {})
 
 
 def relations_table(options: Options, split: Split) -> pd.DataFrame:
     """What each model makes of the log with relations, between the two truths."""
     low, high = split.gauc(split.alone), split.gauc(split.given)
+    drawn_low, drawn_high = split.drawn(split.alone), split.drawn(split.given)
     rows = [
         {
             "": "the truth, of who does not know what is shown",
             "GAUC": f"{low:.4f}",
-            "of the gap": "0.00",
+            "of the gap": "0.000",
+            "by labels": "0.000",
             "top-k": f"{split.share(split.by_topk(split.alone)):.3f}",
             "greedy": "",
         },
         {
             "": "the truth, of who knows it",
             "GAUC": f"{high:.4f}",
-            "of the gap": "1.00",
+            "of the gap": "1.000",
+            "by labels": "1.000",
             "top-k": "",
             "greedy": f"{split.share(split.by_greedy()):.3f}",
         },
@@ -241,7 +259,8 @@ def relations_table(options: Options, split: Split) -> pd.DataFrame:
                 {
                     "": f"{name}, seed {seed}",
                     "GAUC": f"{found['given']:.4f}",
-                    "of the gap": f"{(found['given'] - low) / (high - low):.2f}",
+                    "of the gap": f"{(found['given'] - low) / (high - low):.3f}",
+                    "by labels": f"{(found['drawn'] - drawn_low) / (drawn_high - drawn_low):.3f}",
                     "top-k": f"{found['topk']:.3f}",
                     "greedy": f"{found['greedy']:.3f}" if "greedy" in found else "",
                 }
@@ -306,18 +325,18 @@ def made(log: EventLog, relations: CandidateSetConfig) -> DLRM_IFA:
 
 
 def step_table(options: Options) -> pd.DataFrame:
-    """What a training step costs, against that of the model whose candidates do not see each other."""
-    log = EventLog(options.out / "log_plain")
+    """What a training step costs, its update included, against that of the model whose candidates do not
+    see each other."""
+    log, device = EventLog(options.out / "log_plain"), init_process_group()
     models = {name: DLRM_IFATrain(made(log, relations)) for name, relations in SETS.items()}
-
-    def step(model: DLRM_IFATrain, batch: RankingBatch) -> None:
-        model.zero_grad(set_to_none=True)
-        model(batch)[0].backward()
-
     rows: dict[str, dict[str, str]] = {name: {"": name} for name in SETS}
     for requests in (16, 64):
         batch = RankingDataset(log, "train")[np.arange(requests)]
-        calls = {name: partial(step, model, batch) for name, model in models.items()}
+        calls = {}
+        for name, model in models.items():
+            sharded, optimizer = shard(copy.deepcopy(model), device, OptimizerConfig())
+            pipeline = TrainPipelineSparseDist(sharded, optimizer, device)
+            calls[name] = partial(pipeline.progress, itertools.repeat(batch))
         seconds = interleaved(calls, 3 if options.smoke else 40)
         for name, s in seconds.items():
             rows[name] |= {

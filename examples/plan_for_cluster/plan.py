@@ -23,7 +23,8 @@ from ifa_torchrec import DLRM_IFATrain, IFAConfig
 from ifa_torchrec.commands.command_line import as_command
 from ifa_torchrec.data import LogSchema
 from ifa_torchrec.distributed import BatchSize, ShardingConfig, ShardingError
-from ifa_torchrec.distributed.planning import make_planner, sharders
+from ifa_torchrec.distributed.planning import make_planner
+from ifa_torchrec.distributed.sharders import sharders
 from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.options import TrainConfig
 

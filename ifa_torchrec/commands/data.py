@@ -1,8 +1,9 @@
-"""Write an event log: of any files that a schema describes, or of a public data set.
+"""Write an event log, of any files that a schema describes or of a public data set; or look at one.
 
 ifa data prepare SCHEMA.json --out runs/data/mine
 ifa data prepare SCHEMA.json --out runs/data/june --vocabulary runs/data/may
 ifa data movielens ml-25m --out runs/data/ml-25m
+ifa data report runs/data/mine
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 
 import tyro
 
+from ifa_torchrec.commands.data_report import write_report
 from ifa_torchrec.data import EventLog
 from ifa_torchrec.data.prepare import load_schema, prepare
 from ifa_torchrec.data.public import kuairand, movielens, recbole, recflow, taobao
@@ -56,6 +58,36 @@ class Prepare(Source):
         return prepare(schema, self.out, self.memory, self.max_refused, self.vocabulary)
 
 
+@dataclass(frozen=True)
+class Report:
+    """Write what is in a log as an HTML page with pictures. Needs the extra `demo`.
+
+    Example:
+        >>> from ifa_torchrec.commands.data import Report
+        >>> Report(Path("runs/data/mine")).write()  # doctest: +SKIP
+    """
+
+    log: Given
+    """Folder of the log."""
+    out: Path | None = None
+    """The page; by default LOG.html, beside the log."""
+
+    def write(self) -> Path:
+        """Write it.
+
+        Returns:
+            The page.
+
+        Raises:
+            LogError: the log is missing or bad.
+            PlaceError: the page cannot be written.
+        """
+        log = EventLog(self.log)
+        file = log.path.with_name(f"{log.path.name}.html") if self.out is None else self.out
+        write_report(log, file)
+        return file
+
+
 def _public(reader: ModuleType) -> Any:
     """The options of a public data set, under the reader's name."""
     name = reader.__name__.rpartition(".")[2]
@@ -71,11 +103,12 @@ def _public(reader: ModuleType) -> Any:
 
 
 if TYPE_CHECKING:
-    AnySource = Source
+    AnySource = Source | Report
 else:
     AnySource = Union[
         (
             Annotated[Prepare, tyro.conf.subcommand("prepare")],
+            Annotated[Report, tyro.conf.subcommand("report")],
             *map(_public, (kuairand, movielens, recbole, recflow, taobao)),
         )
     ]
@@ -83,6 +116,9 @@ else:
 
 def main(source: Annotated[AnySource, tyro.conf.arg(name="")]) -> None:
     """The command; its help is the top of this file."""
+    if isinstance(source, Report):
+        print(f"Wrote {source.write()}")
+        return
     log = source.write()
     print((log.path / "report.json").read_text())
 

@@ -1,6 +1,6 @@
 """Which events weighed most for the top candidate of a request.
 
-    ifa explain --run runs/mine --split test --request 0
+    ifa explain --run runs/mine --split test --request 0 --picture why.png
 
 For runs whose interaction is "ifa". An event's weight is its share in what the candidate finds,
 averaged over the heads (attention_weights); within a head the shares sum to 1 over the history.
@@ -18,6 +18,7 @@ import torch.distributed as dist
 import tyro
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
+from ifa_torchrec.commands.explain_picture import draw_explanation, head_names
 from ifa_torchrec.data.vocabulary import Ids
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules import predictions, ranking_score
@@ -38,15 +39,19 @@ class ExplainConfig:
     """How many events to show."""
     data: Path | None = None
     """Event log; by default the one the run was trained on."""
+    picture: Path | None = None
+    """Draw the events on a time line too, head by head, into this .png, .svg or .pdf. Needs the extra
+    `demo`."""
 
 
 @torch.no_grad()
 def explain(config: ExplainConfig) -> str:
-    """The top candidate and the events that weighed most for it, as text.
+    """The top candidate and the events that weighed most for it, as text, and as a picture if asked.
 
     Raises:
-        ConfigError: the run has another interaction, or the request does not exist or has no
-            history.
+        ConfigError: the run has another interaction, the request does not exist or has no history, or
+            the picture's suffix is unknown.
+        PlaceError: the picture cannot be written.
     """
     run = load_run(config.run, config.data)
     if run.config.interaction != "ifa":
@@ -79,22 +84,25 @@ def explain(config: ExplainConfig) -> str:
     one = JaggedTensor(candidates.values()[[top]], lengths=torch.ones_like(candidates.lengths()))
     compared = None if candidate_ids is None else candidate_ids[[top]]
     weights = ifa.attention_weights(one, history, age, history_ids, compared, **named)
-    weight = weights[0][0].mean(-1).cpu()
+    by_head = weights[0][0].cpu()
+    weight = by_head.mean(-1)
 
     names, item, ids = run.log.item_names(), run.log.schema.item, batch.sequence_features
     bought, chosen = batch.history_item_ids, batch.candidate_item_ids  # of new items their numbers
     bought = ids[f"history_{item}"].values() if bought is None else bought
     chosen = ids[f"candidate_{item}"].values() if chosen is None else chosen
-    order = weight.argsort(descending=True, stable=True)[: config.events]
+    ranked = weight.argsort(descending=True, stable=True)
+    order, ages = ranked[: config.events], batch.history_age.cpu()
+    called = [names[number] for number in bought.cpu()[order].tolist()]
     rows = pd.DataFrame(
         {
             "weight": [f"{share:.4f}" for share in weight[order].tolist()],
-            "days before": [f"{age:.1f}" for age in batch.history_age.cpu()[order].tolist()],
+            "days before": [f"{age:.1f}" for age in ages[order].tolist()],
             **{
                 name: _called(run.log.vocabulary[name], ids[f"history_{name}"].values().cpu()[order])
                 for name in run.log.schema.event_features
             },
-            "event": [names[number] for number in bought.cpu()[order].tolist()],
+            "event": called,
         }
     )
     said = predictions(logits[[top]], tasks)[0].tolist()
@@ -102,10 +110,14 @@ def explain(config: ExplainConfig) -> str:
         f"{task.name} {label:.4g}, predicted {value:.4g}"
         for task, label, value in zip(tasks, batch.labels[top].tolist(), said, strict=True)
     )
-    return (
+    head = (
         f"top of {len(logits)} candidates: {names[int(chosen[top])]} ({told}); "
-        f"{len(bought)} events in the history\n" + rows.to_string(index=False)
+        f"{len(bought)} events in the history"
     )
+    if config.picture is not None and dist.get_rank() == 0:
+        heads = head_names(ifa.config)
+        draw_explanation(config.picture, head, heads, called, ages[ranked], by_head[ranked])
+    return f"{head}\n{rows.to_string(index=False)}"
 
 
 def _called(known: Ids, rows: torch.Tensor) -> list[str]:

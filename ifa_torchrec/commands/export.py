@@ -40,6 +40,8 @@ from ifa_torchrec.serving.export import describe, package_scorer
 from ifa_torchrec.serving.set_graph import export_set_graph
 from ifa_torchrec.training.run import load_run
 
+_TABLES = {"fp32": "float32", "fp16": "float16"}
+
 
 @dataclass(frozen=True)
 class ExportConfig:
@@ -95,7 +97,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     description = {
         **describe(model, run.log.schema, run.version, run.log.vocabulary.digest),
         "files": [out.name for out in programs],
-        "tables": "int8" if config.int8 else "float32",
+        "tables": "int8" if config.int8 else _TABLES[run.config.table_dtype],
         "runtime": "AOTInductor" if config.package else "torch.export",
         "torch": torch.__version__,
     }

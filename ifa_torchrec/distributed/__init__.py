@@ -1,7 +1,7 @@
 """Sharding, optimisers and checkpoints, on one process or many."""
 
-from ifa_torchrec.distributed.errors import CheckpointError
-from ifa_torchrec.distributed.planning import BatchSize, ShardingConfig, ShardingError
+from ifa_torchrec.distributed.errors import CheckpointError, ShardingError
+from ifa_torchrec.distributed.planning import BatchSize, ShardingConfig
 from ifa_torchrec.distributed.sharding import OptimizerConfig, init_process_group, shard, zero_rows
 
 __all__ = [

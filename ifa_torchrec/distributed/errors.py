@@ -1,4 +1,4 @@
-"""What checkpoints raise."""
+"""What sharding and checkpoints raise."""
 
 from __future__ import annotations
 
@@ -11,3 +11,7 @@ class CheckpointError(UserError, RuntimeError):
 
 class DamagedError(Exception):
     """A checkpoint is not what was written; raised on all ranks."""
+
+
+class ShardingError(UserError, ValueError):
+    """There is no sharding plan, the ranks do not agree on one, or cannot do what is asked of them."""

@@ -9,24 +9,23 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.mc_embedding import ManagedCollisionEmbeddingCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError, PlannerErrorType
-from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
+from torchrec.distributed.types import ModuleSharder, ShardingPlan
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingCollection
 
-from ifa_torchrec.errors import ConfigError, UserError
+from ifa_torchrec.distributed.errors import ShardingError
+from ifa_torchrec.distributed.sharders import Exchange, sharders
+from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.models.sparse import tables_of
 
@@ -55,10 +54,6 @@ candidate; measured on models of the default configuration (tests/distributed/te
 softmax's matrices, of events times candidates, come on top where the sets are large."""
 
 
-class ShardingError(UserError, ValueError):
-    """There is no sharding plan, or the ranks do not agree on one."""
-
-
 @dataclass(frozen=True)
 class ShardingConfig:
     """What the planner may do.
@@ -67,6 +62,9 @@ class ShardingConfig:
         tables: sharding type by table name; for other tables the planner chooses.
         memory_gb: memory of a rank, in 2^30 bytes; None for what is there (a GPU's, or the
             machine's shared by its ranks).
+        exchange: in what ranks send each other embeddings and their gradients, by TorchRec's codecs:
+            "fp32", or of half the bytes "fp16", whose gradients are sent 4,096 times as large, or
+            "bf16", on GPUs alone. Tables and what is computed keep their types.
 
     Example:
         >>> from ifa_torchrec.distributed import ShardingConfig
@@ -76,8 +74,13 @@ class ShardingConfig:
 
     tables: dict[str, str] = field(default_factory=dict)
     memory_gb: float | None = None
+    exchange: Exchange = "fp32"
 
     def __post_init__(self) -> None:
+        if self.exchange not in get_args(Exchange):
+            raise ConfigError(
+                f"ShardingConfig: exchange {self.exchange!r} is none of {list(get_args(Exchange))}"
+            )
         if self.memory_gb is not None and not 0 < self.memory_gb < math.inf:
             raise ConfigError(f"ShardingConfig: memory_gb must be positive, got {self.memory_gb}")
 
@@ -161,25 +164,6 @@ class DenseAndTokenReservation(FixedPercentageStorageReservation):
         return reserved
 
 
-class _BagSharder(EmbeddingBagCollectionSharder):
-    """TorchRec leaves row_wise out for bags on a CPU, where it works."""
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        types = super().sharding_types(compute_device_type)
-        return [*types, *({ShardingType.ROW_WISE.value} - set(types))]
-
-
-def sharders() -> list[ModuleSharder[Any]]:
-    """TorchRec's sharders of the kinds of collections.
-
-    Example:
-        >>> from ifa_torchrec.distributed.planning import sharders
-        >>> [sharder.module_type.__name__ for sharder in sharders()]
-        ['EmbeddingBagCollection', 'EmbeddingCollection', 'ManagedCollisionEmbeddingCollection']
-    """
-    return [_BagSharder(), EmbeddingCollectionSharder(), ManagedCollisionEmbeddingCollectionSharder()]
-
-
 def topology(device: torch.device, sharding: ShardingConfig) -> Topology:
     """The process group's ranks and the memory they have.
 
@@ -239,7 +223,8 @@ def make_planner(
         >>> from torchrec import EmbeddingCollection, EmbeddingConfig
         >>> from torchrec.distributed.planner import Topology
         >>> from ifa_torchrec.distributed.planning import (
-        ...     BatchSize, ShardingConfig, make_planner, sharders)
+        ...     BatchSize, ShardingConfig, make_planner)
+        >>> from ifa_torchrec.distributed.sharders import sharders
         >>> tables = EmbeddingCollection(device=torch.device("meta"), tables=[EmbeddingConfig(
         ...     name="item", embedding_dim=64, num_embeddings=10**9, feature_names=["history_item"])])
         >>> cluster = Topology(world_size=64, local_world_size=8, compute_device="cuda")

@@ -23,15 +23,15 @@ from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
+from ifa_torchrec.distributed.errors import ShardingError
 from ifa_torchrec.distributed.planning import (
     BatchSize,
     ShardingConfig,
-    ShardingError,
     make_planner,
     plan_on_all_ranks,
-    sharders,
     topology,
 )
+from ifa_torchrec.distributed.sharders import sharders
 from ifa_torchrec.errors import ConfigError
 
 DENSE_LR = 3e-3
@@ -189,13 +189,13 @@ def shard(
         plan = plan_on_all_ranks(
             lambda: make_planner(
                 model, topology(device, sharding), sharding, batch, whole_rows=fused is RowWiseAdagrad
-            ).plan(model, sharders())
+            ).plan(model, sharders(sharding.exchange, device.type))
         )
         sharded = DistributedModelParallel(
             model,
             device=device,
             plan=plan,
-            sharders=sharders(),
+            sharders=sharders(sharding.exchange, device.type),
         )
     dense = dict(in_backward_optimizer_filter(sharded.named_parameters()))
     matrices = [p for p in dense.values() if p.dim() > 1]

@@ -414,17 +414,20 @@ class RelationArch(nn.Module):
 
     def __init__(self, config: DLRM_IFAConfig) -> None:
         super().__init__()
-        dim = config.ifa.embedding_dim
+        dim, heads = config.ifa.embedding_dim, config.candidate_set.num_heads
+        # half the tokens' width: as good, and all that follows costs a third
+        width = max(dim // (2 * heads), 1) * heads
         self.member_norm = nn.LayerNorm(dim)
-        self.candidate_set_encoder = CandidateSetEncoder(dim, config.candidate_set, config.ifa.backend)
-        self.relation_norm = nn.LayerNorm(dim)
-        self.hidden_arch = DenseArch(3 * dim, [dim])
-        self.output_proj = ZeroLinear(dim, config.num_tasks)
+        self.member_proj = nn.Linear(dim, width)
+        self.candidate_set_encoder = CandidateSetEncoder(width, config.candidate_set, config.ifa.backend)
+        self.relation_norm = nn.LayerNorm(width)
+        self.hidden_arch = DenseArch(3 * width, [width])
+        self.output_proj = ZeroLinear(width, config.num_tasks)
 
     def forward(self, candidates: Candidates) -> Tensor:
         """What is added to the logits, [M, T]."""
-        members = candidates.members(self.member_norm)
-        member, found = members.values(), self.candidate_set_encoder(members)
+        member = self.member_proj(candidates.members(self.member_norm).values())
+        found = self.candidate_set_encoder(JaggedTensor(member, offsets=candidates.offsets))
         relation = self.relation_norm(found.values())
         return self.output_proj(
             self.hidden_arch(torch.cat([member, relation, member * relation], dim=1))

@@ -15,10 +15,12 @@ from ifa_torchrec.modules.interactions import INTERACTIONS
 from ifa_torchrec.modules.peers import (
     DINAttention,
     ETAAttention,
+    HSTUAttention,
     LowRankAttention,
     MeanPooling,
     SDIMAttention,
     SIMAttention,
+    SOLARAttention,
     TWINAttention,
 )
 from ifa_torchrec.modules.softmax import SoftmaxAttention
@@ -33,6 +35,7 @@ __all__ = [
     "CandidateSetLossConfig",
     "DINAttention",
     "ETAAttention",
+    "HSTUAttention",
     "History",
     "IFAConfig",
     "InteractionConfig",
@@ -41,6 +44,7 @@ __all__ = [
     "MeanPooling",
     "SDIMAttention",
     "SIMAttention",
+    "SOLARAttention",
     "SequenceInteraction",
     "SoftmaxAttention",
     "TWINAttention",

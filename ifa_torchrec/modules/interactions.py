@@ -11,10 +11,12 @@ from ifa_torchrec.modules.ifa import InteractionFidelityAttention
 from ifa_torchrec.modules.peers import (
     DINAttention,
     ETAAttention,
+    HSTUAttention,
     LowRankAttention,
     MeanPooling,
     SDIMAttention,
     SIMAttention,
+    SOLARAttention,
     TWINAttention,
 )
 from ifa_torchrec.modules.softmax import SoftmaxAttention
@@ -31,6 +33,8 @@ INTERACTIONS: dict[str, Callable[[IFAConfig, int, str | None], SequenceInteracti
     "twin": lambda config, found, _: TWINAttention(config, found),
     "sdim": lambda config, *_: SDIMAttention(config),
     "low_rank": lambda config, *_: LowRankAttention(config),
+    "solar": lambda config, *_: SOLARAttention(config),
+    "hstu": lambda config, *_: HSTUAttention(config),
 }
 """By name, what builds it from the configuration that all share, the number of events that a candidate
 attends to where not to all, and the id feature to search by."""

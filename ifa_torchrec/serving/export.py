@@ -37,8 +37,8 @@ class ScoringGraph(nn.Module):
     "reference": plain formulae, where the other backends have operators that only Python knows.
 
     Args:
-        model: DLRM_IFA of interaction "ifa" whose tables are whole on this process, float32 or int8
-            from ``quantize_tables``.
+        model: DLRM_IFA of interaction "ifa" whose tables are whole on this process, float32, float16 or
+            int8 from ``quantize_tables``.
         schema: the event log's, which names the features.
 
     Raises:

@@ -18,7 +18,8 @@ def plain_tables(collection: Any, features: Iterable[str]) -> nn.ModuleList:
     """The table of each feature, as a module that looks ids [...] up to rows [..., D] float32.
 
     Args:
-        collection: TorchRec's collection of float32 or int8 tables, pooled or not; they are shared.
+        collection: TorchRec's collection of float32, float16 or int8 tables, pooled or not; they are
+            shared.
         features: names of those that are looked up.
 
     Raises:
@@ -43,15 +44,38 @@ def plain_tables(collection: Any, features: Iterable[str]) -> nn.ModuleList:
         weight = tables[config.name].weight
         if config.data_type == DataType.FP32:
             table = nn.Embedding.from_pretrained(weight)
+        elif config.data_type == DataType.FP16 and weight.dtype == torch.float16:
+            table = HalfTable(weight)  # another than quantize_tables', whose rows are packed
         elif config.data_type == DataType.INT8:
             table = Int8Table(weight, config.embedding_dim)
         else:
             raise StateError(
                 f"table {config.name!r} of {config.data_type.value} cannot be exported; "
-                "float32 and int8 can"
+                "float32, int8 and what was trained in float16 can"
             )
         result |= dict.fromkeys(config.feature_names, table)
     return nn.ModuleList(result[feature] for feature in features)
+
+
+class HalfTable(nn.Embedding):
+    """A table that was trained in float16.
+
+    Args:
+        weight: [rows, D] float16, shared.
+
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec.serving.plain_tables import HalfTable
+        >>> HalfTable(torch.tensor([[0.5, 1.0]], dtype=torch.float16))(torch.tensor([0])).dtype
+        torch.float32
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight.shape[0], weight.shape[1], _weight=weight, _freeze=True)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Rows [*input.shape, D] float32."""
+        return super().forward(input).float()
 
 
 class Int8Table(nn.Module):
@@ -91,7 +115,7 @@ class PlainPooledArch(nn.Module):
     """A PooledArch without TorchRec's lookups.
 
     Args:
-        arch: of float32 or int8 tables, which are shared.
+        arch: of float32, float16 or int8 tables, which are shared.
 
     Raises:
         StateError: its tables are of another type.

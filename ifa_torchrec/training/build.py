@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingCollection
 from torchrec.modules.mc_modules import (
@@ -60,6 +60,7 @@ def build_model(
     table: dict[str, Any] = {
         "embedding_dim": config.ifa.embedding_dim,
         "init_fn": partial(nn.init.uniform_, a=-config.table_init, b=config.table_init),
+        "data_type": DataType(config.table_dtype.upper()),
     }
     meta = torch.device("meta")
 

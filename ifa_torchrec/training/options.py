@@ -80,6 +80,9 @@ class TrainConfig:
     table_init: float = 0.3
     """Rows of tables that the training will use start uniform in plus or minus this; the others
     start at 0."""
+    table_dtype: Literal["fp32", "fp16"] = "fp32"
+    """In what the rows of tables are kept; fp16 is half the memory. What is looked up, gradients and
+    the optimiser's state are float32 in any case."""
     optimizers: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimisers and learning rates."""
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
@@ -132,6 +135,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        if self.table_dtype not in ("fp32", "fp16"):
+            raise ConfigError(f"--table-dtype must be fp32 or fp16, got {self.table_dtype!r}")
         if not 0 <= self.table_init < math.inf:
             raise ConfigError(f"--table-init must be a number of at least 0, got {self.table_init}")
         if self.unknown_items is not None and not 0 <= self.unknown_items < 1:

@@ -36,9 +36,9 @@ from ifa_torchrec.distributed.planning import (
     EVENT_COPIES,
     DenseAndTokenReservation,
     make_planner,
-    sharders,
     topology,
 )
+from ifa_torchrec.distributed.sharders import sharders
 from ifa_torchrec.models import DLRM_IFATrain
 from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.options import TrainConfig

@@ -20,11 +20,13 @@ from ifa_torchrec.modules import (
     CandidateSetConfig,
     DINAttention,
     ETAAttention,
+    HSTUAttention,
     LowRankAttention,
     MeanPooling,
     SDIMAttention,
     SIMAttention,
     SoftmaxAttention,
+    SOLARAttention,
     TWINAttention,
 )
 
@@ -46,6 +48,8 @@ KINDS = [
     SIMAttention,
     SDIMAttention,
     LowRankAttention,
+    SOLARAttention,
+    HSTUAttention,
 ]
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 
@@ -76,7 +80,7 @@ def assert_same_start(module: nn.Module, other: nn.Module, random: tuple[str, ..
             torch.testing.assert_close(value, expected[name], msg=lambda text, n=name: f"{n}: {text}")
 
 
-RANDOM = ("identity.value_proj", "log_gate", "hyperplanes", "latents", "activation_unit")
+RANDOM = ("identity.value_proj", "log_gate", "hyperplanes", "latents", "activation_unit", "event_proj")
 """What starts at random; the mass and identity columns of output_proj do as well."""
 
 

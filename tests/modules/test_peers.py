@@ -8,18 +8,21 @@ from itertools import count
 
 import pytest
 import torch
-from helpers import LN2, Inputs, head_of, naive_forward, randomised
+from helpers import LN2, Inputs, head_of, naive_event_weights, naive_forward, randomised
 from torch import Tensor
+from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec import IFAConfig
 from ifa_torchrec.modules import (
     DINAttention,
     ETAAttention,
+    HSTUAttention,
     LowRankAttention,
     MeanPooling,
     SDIMAttention,
     SIMAttention,
     SoftmaxAttention,
+    SOLARAttention,
     TWINAttention,
 )
 
@@ -48,6 +51,8 @@ PEERS = {
     "sim of 2": lambda config: SIMAttention(config, "brand", search_length=2),
     "sdim": lambda config: SDIMAttention(config, num_groups=5, group_bits=2),
     "low rank": lambda config: LowRankAttention(config, rank=4),
+    "solar": lambda config: SOLARAttention(config, rank=4),
+    "hstu of the latest 4": lambda config: HSTUAttention(config, recent_length=4),
 }
 HISTORIES, CANDIDATES = [7, 0, 1, 5, 0, 3], [2, 3, 1, 0, 0, 4]
 
@@ -199,6 +204,94 @@ def naive_low_rank(module: LowRankAttention, inputs: Inputs) -> Tensor:
     return naive_forward(module, inputs, head)
 
 
+def naive_solar(module: SOLARAttention, inputs: Inputs) -> Tensor:
+    """By the SVD itself, of as many directions as it has."""
+
+    def head(candidates, events, weights, h):
+        total = weights.sum()
+        if total == 0:
+            return candidates.new_zeros(len(candidates), module.config.head_width), total.expand(
+                len(candidates)
+            )
+        rows = (weights / total).sqrt()[:, None] * events
+        _, singular, right = torch.linalg.svd(rows, full_matrices=False)
+        directions = (singular[:, None] * right)[: module.rank]
+        mean = (weights[:, None] * events).sum(0)
+        directions = torch.where(directions @ mean < 0, -1.0, 1.0)[:, None] * directions
+        share = naive_share(module, candidates, directions, torch.ones(len(directions)), h)
+        output, matched = averaged(module, share, directions, h)
+        return output, matched / len(directions) * total
+
+    return naive_forward(module, inputs, head)
+
+
+def normed(x: Tensor) -> Tensor:
+    centred = x - x.mean()
+    return centred / (centred.square().mean() + 1e-6).sqrt()
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+def naive_hstu(module: HSTUAttention, inputs: Inputs) -> Tensor:
+    """A pair of events, and of a candidate and an event, at a time."""
+    calls, latest, config = count(), module.recent_length, module.config
+
+    def bias(table, h: int, back: int, days: Tensor) -> Tensor:
+        return table.place[h, back] + table.time[h, min(int(torch.log2(1 + days.clamp(min=0))), 15)]
+
+    def met(events: Tensor, age: Tensor, b: int) -> Tensor:
+        """The latest events after those before them."""
+        half_lives = config.half_lives or (math.inf,) * config.num_heads
+        weight = naive_event_weights(inputs, half_lives, inputs.event_rows(b), None)[-latest:]
+        parts = [
+            silu(module.event_proj.weight @ normed(x)).view(4, config.num_heads, -1) for x in events
+        ]
+        result = []
+        for i, (gate, _, query, _) in enumerate(parts):
+            heads = []
+            for h in range(config.num_heads):
+                total = torch.zeros_like(gate[h])
+                for j in range(i + 1):
+                    score = query[h] @ parts[j][3][h] / math.sqrt(len(query[h]))
+                    score = score + bias(module.event_bias, h, i - j, age[j] - age[i])
+                    total = total + silu(score) * weight[j, h] * parts[j][1][h]
+                heads.append(normed(total / latest) * gate[h])
+            result.append(events[i] + module.event_output.weight @ torch.cat(heads))
+        return torch.stack(result)
+
+    def head(candidates, events, weights, h):
+        b = next(calls) // config.num_heads
+        events, weights = events[-latest:], weights[-latest:]
+        outputs = candidates.new_zeros(len(candidates), config.head_width)
+        matched = candidates.new_zeros(len(candidates))
+        if len(events) == 0:
+            return outputs, matched
+        age = torch.zeros_like(weights)
+        if inputs.history_age is not None:
+            age = inputs.history_age[inputs.event_rows(b)][-latest:]
+        events = torch.stack([normed(x) for x in met(events, age, b)])
+        rows = [normed(c) for c in candidates]
+        for c, row in enumerate(rows):
+            query = silu(head_of(row[None], module.query_proj, h, config)[0])
+            total = torch.zeros_like(query)
+            for i in range(len(events)):
+                key, value = (
+                    silu(head_of(events[i][None], p, h, config)[0])
+                    for p in (module.key_proj, module.value_proj)
+                )
+                score = query @ key / math.sqrt(len(query))
+                score = score + bias(module.candidate_bias, h, len(events) - 1 - i, age[i])
+                total = total + silu(score) * weights[i] * value
+                matched[c] += weights[i] * score.sigmoid()
+            gate = silu(head_of(row[None], module.gate_proj, h, config)[0])
+            outputs[c] = normed(total / latest) * gate
+        return outputs, matched
+
+    return naive_forward(module, inputs, head)
+
+
 NAIVE = {
     MeanPooling: naive_mean,
     SoftmaxAttention: naive_softmax,
@@ -208,6 +301,8 @@ NAIVE = {
     SDIMAttention: naive_sdim,
     DINAttention: naive_din,
     LowRankAttention: naive_low_rank,
+    SOLARAttention: naive_solar,
+    HSTUAttention: naive_hstu,
 }
 
 
@@ -332,3 +427,34 @@ def test_mean_pooling_answers_all_candidates_of_a_request_alike():
     out = new_peer("mean", PLAIN)(*inputs.forward).values()
     assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])
     assert not torch.allclose(out[0], out[3])
+
+
+def test_solar_of_full_rank_and_like_events_is_finite_and_learns():
+    """Equal singular values, one event many times, and no event: where an SVD has no derivative."""
+    module = randomised(SOLARAttention(CONFIGS["masses"], rank=32)).double()
+    tokens = torch.cat([torch.eye(6), torch.ones(9, 6), torch.zeros(2, 6)]).double().requires_grad_()
+    history = JaggedTensor(tokens, lengths=torch.tensor([6, 9, 2, 0]))
+    candidates = JaggedTensor(torch.randn(8, 6).double(), lengths=torch.full((4,), 2))
+    values = module(candidates, history).values()
+    (gradient,) = torch.autograd.grad(values.square().sum(), tokens)
+    assert values.isfinite().all() and gradient.isfinite().all() and gradient[:15].any(1).all()
+
+
+def test_solar_has_one_event_exactly():
+    """Its one direction is the event: softmax attention to it."""
+    module = new_peer("solar", CONFIGS["masses"])
+    tokens = torch.randn(3, 6, generator=torch.Generator().manual_seed(0)).double()
+    history = JaggedTensor(tokens[:1].expand(4, -1), lengths=torch.tensor([4]))
+    softmax = SoftmaxAttention(CONFIGS["masses"]).double()
+    softmax.load_state_dict(module.state_dict())
+    candidates = JaggedTensor(tokens[1:], lengths=torch.tensor([2]))
+    answers = (m(candidates, history).values() for m in (module, softmax))
+    torch.testing.assert_close(*answers, rtol=1e-9, atol=1e-9)
+
+
+def test_hstu_reads_the_order_of_events():
+    module = new_peer("hstu of the latest 4", PLAIN)
+    inputs = Inputs.random(PLAIN, [4], [2], weighted=False, aged=False)
+    before = module(*inputs.forward).values()
+    inputs.history._values = inputs.history.values().flip(0)
+    assert not torch.allclose(module(*inputs.forward).values(), before)

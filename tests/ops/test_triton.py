@@ -300,6 +300,28 @@ def test_results_are_the_same_to_the_bit_at_every_run():
 # --------------------------------------------------------------------------------- ahead of time
 
 
+def test_operations_of_an_estimate_are_those_of_the_products():
+    """A product of [a, b] and [b, c] has 2 a b c; the numbers here are written out from the formulas."""
+    case, rows = gpu_kernels.CASES[0], 500
+    dim, heads, width, summaries = case.dim, case.heads, case.width, case.width
+    features = heads * width  # one group of heads, in one tile of D
+    found: dict[str, float] = {}
+    for launch in gpu_kernels.launches(case, 90, candidates=rows):
+        moved, operations = gpu_kernels.work(launch)
+        assert moved > 0
+        found[launch.name] = found.get(launch.name, 0.0) + operations
+    assert found["attend_kernel"] == 2 * rows * (features * dim + features**2)
+    read = heads * width * (dim + 2 * summaries)
+    assert found["attend_softmax_kernel"] == 2 * rows * read
+    # the candidates' gradients and the projection's, each after a look at the summaries of its own
+    backward = 2 * (read + heads * width * 3 * summaries) + 2 * features * dim
+    assert found["attend_softmax_backward_kernel"] == 2 * rows * backward
+    assert found["attend_softmax_summaries_kernel"] == 2 * rows * (
+        features * dim + 4 * features * summaries
+    )
+    assert found["match_kernel"] == found["sum_segments_kernel"] == 0
+
+
 def compiled(cases: str, capabilities: str, cache: Path) -> list[dict]:
     """What benchmarks/gpu_kernels.py prints, in a process without the interpreter."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -117,6 +117,19 @@ def test_program(run: Run, int8: bool, tmp_path: Path) -> None:
     assert_of_aten_alone(program)
 
 
+def test_program_of_float16_tables(log: EventLog, tmp_path: Path) -> None:
+    options = {"max_requests": 8, "validate": False, "table_dtype": "fp16"}
+    train(TrainConfig(data=log.path, out=tmp_path / "run", ifa=IFA, **options))
+    run = load_run(tmp_path / "run", sharded=False)
+    assert export(ExportConfig(tmp_path / "run", tmp_path / "scorer.pt2"))["tables"] == "float16"
+    program = torch.export.load(tmp_path / "scorer.pt2")
+    assert_gives_the_models_logits(program.module(), run.dlrm, run.log, ("test",))
+    quantised = quantize_tables(run.dlrm)
+    assert_gives_the_models_logits(
+        export_scorer(quantised, log.schema).module(), quantised, log, ("test",)
+    )
+
+
 def assert_of_aten_alone(program: ExportedProgram) -> None:
     operators = {n.target for n in program.graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
     assert {operator.namespace for operator in operators} == {"aten"}
@@ -263,9 +276,16 @@ def test_the_command_writes_a_step_of_a_set_too(tmp_path: Path, monkeypatch) -> 
 
 
 @torch.no_grad()
-def test_a_step_of_a_set_of_items_with_several_features(shop: Shop) -> None:
+@pytest.mark.parametrize("packaged", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_step_of_a_set_of_items_with_several_features(
+    shop: Shop, packaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = shop_model(shop.log, candidate_set=CandidateSetConfig(generate=True))
-    score, step = ScoringGraph(model, shop.log.schema), export_set_graph(model).module()
+    score, program = ScoringGraph(model, shop.log.schema), export_set_graph(model)
+    step: Callable[..., tuple[Tensor, Tensor]] = program.module()
+    if packaged:
+        package_scorer(program, tmp_path / "shop.set.pt2")
+        step = load_package(tmp_path / "shop.set.pt2", monkeypatch)
     dataset, most = RankingDataset(shop.log, "train"), 0
     for n in range(4):
         batch = dataset[[n]]

@@ -1003,6 +1003,16 @@ class TestExplain:
         assert len(rows) > 10
         assert 2 / 3 - 0.01 < sum(float(row.split()[0]) for row in rows) < 1.01
 
+    def test_draws_the_events(self, trained: Path, toy: Toy, tmp_path: Path) -> None:
+        number = int(np.flatnonzero(toy.requests["test"]["user"] == BUSY_USER)[0])
+        config = ExplainConfig(trained, request=number, picture=tmp_path / "why.svg")
+        _, _, first, *_ = explain(config).splitlines()
+        drawn = (tmp_path / "why.svg").read_text()
+        for name in ("dense 1", "item", first.split(maxsplit=2)[2]):
+            assert f"<!-- {name}" in drawn  # how an SVG keeps its texts
+        with pytest.raises(ConfigError, match=r"why.txt: its name must end in .png, .svg or .pdf"):
+            explain(dataclasses.replace(config, picture=tmp_path / "why.txt"))
+
     def test_a_request_without_history(self, trained: Path, toy: Toy) -> None:
         number = int(np.flatnonzero(toy.requests["test"]["user"] == NEW_USER)[0])
         with pytest.raises(ValueError, match=f"--request {number} has no history"):

@@ -68,7 +68,7 @@ class DINAttention(SequenceInteraction):
         back = torch.arange(len(candidate), device=pairs.device) - (pairs.cumsum(0) - pairs)[candidate]
         event = history.offsets[1:][request][candidate] - 1 - back
         weight = history.widened().event_weights(self.half_lives)
-        x, c = tokens[event], candidates.values()[candidate]
+        x, c = tokens.index_select(0, event), candidates.values().index_select(0, candidate)
         unit = self.activation_unit(torch.cat([x, c, x - c, x * c], dim=1)).sigmoid()
         unit = unit * weight[event]  # [P, H]
         sums = unit.new_zeros(len(request), unit.shape[1], tokens.shape[1])

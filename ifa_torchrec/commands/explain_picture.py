@@ -1,0 +1,96 @@
+"""The explanation of a ranking as a picture: events on a time line, and the heads that weigh them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from ifa_torchrec.errors import ConfigError, require, writing
+from ifa_torchrec.modules import IFAConfig
+
+_LONGEST = 40  # characters of an event's name
+
+
+def head_names(config: IFAConfig) -> list[str]:
+    """What to call the heads of ``attention_weights``, H + K * L of them.
+
+    Example:
+        >>> import math
+        >>> from ifa_torchrec import IFAConfig
+        >>> from ifa_torchrec.commands.explain_picture import head_names
+        >>> head_names(IFAConfig(8, num_heads=1, identity_features=("item",),
+        ...     identity_half_lives=(math.inf, 7.0)))
+        ['dense', 'item', 'item, halved in 7 days']
+    """
+    dense = [(f"dense {h + 1}", math.inf) for h in range(config.num_heads)]
+    if config.num_heads == 1:
+        dense = [("dense", math.inf)]
+    if config.half_lives is not None:
+        dense = [(name, half) for (name, _), half in zip(dense, config.half_lives, strict=True)]
+    same = [(f, half) for f in config.identity_features for half in config.identity_half_lives]
+    return [
+        name if math.isinf(half) else f"{name}, halved in {half:g} days" for name, half in dense + same
+    ]
+
+
+def draw_explanation(
+    file: Path, title: str, heads: Sequence[str], events: Sequence[str], ages: Tensor, weights: Tensor
+) -> None:
+    """Draw which events weigh how much in which head.
+
+    Args:
+        file: the picture; its suffix says the format, .png, .svg or .pdf.
+        title: above it.
+        heads: names of S heads.
+        events: what to call the events that weigh most, the first the most.
+        ages: [n] days before the request, of all events; those of ``events`` come first.
+        weights: [n, S], each head's shares.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed (extra `demo`).
+        ConfigError: the suffix is none of these.
+        PlaceError: the file cannot be written.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.commands.explain_picture import draw_explanation
+        >>> file = Path(tempfile.mkdtemp()) / "why.png"
+        >>> draw_explanation(file, "milk", ["dense"], ["milk", "bread"], torch.tensor([1.0, 9.0]),
+        ...     torch.tensor([[0.7], [0.3]]))
+        >>> file.exists()
+        True
+    """
+    if file.suffix not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"--picture {file}: its name must end in .png, .svg or .pdf")
+    require("demo", "matplotlib")
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    heights = [1 + 0.3 * len(heads), 1 + 0.3 * len(events)]
+    figure = Figure(figsize=(10, sum(heights) + 1), layout="constrained")
+    line, bars = figure.subplots(2, 1, height_ratios=heights)
+    colours = [colormaps["tab20"](s % 20) for s in range(len(heads))]
+    days, left = ages.tolist(), [0.0] * len(events)
+    for s, (head, colour) in enumerate(zip(heads, colours, strict=True)):
+        shares = weights[:, s].tolist()
+        line.scatter(days, [s] * len(days), [400 * share for share in shares], [colour], alpha=0.6)
+        mean = [share / len(heads) for share in shares[: len(events)]]
+        bars.barh(range(len(events)), mean, left=left, color=colour, label=head)
+        left = [a + b for a, b in zip(left, mean, strict=True)]
+    figure.suptitle(title.replace("; ", "\n"))
+    line.set_xlabel("days before the request; the area is the event's share in the head")
+    line.set_yticks(range(len(heads)), heads)
+    line.set_ylim(len(heads) - 0.5, -0.5)
+    line.invert_xaxis()
+    names = [n if len(n) <= _LONGEST else n[: _LONGEST - 1] + "…" for n in events]
+    called = [f"{name}, {age:.1f} days" for name, age in zip(names, days[: len(events)], strict=True)]
+    bars.set_yticks(range(len(events)), called)
+    bars.invert_yaxis()
+    bars.set_xlabel("weight, the mean over the heads")
+    bars.legend(loc="lower right", fontsize="small")
+    with writing(file):
+        figure.savefig(file, dpi=110)

@@ -1,0 +1,31 @@
+"""Jagged rows beside each other, for attention that is products of dense matrices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def padded(rows: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Each request's rows, filled up to those of the longest.
+
+    Args:
+        rows: [N, ...].
+        offsets: [B + 1] int64, request b's rows are offsets[b]:offsets[b + 1].
+
+    Returns:
+        [B, longest, ...], which repeats rows where there are no more, and which of them are there,
+        [B, longest] bool: indexed by it, they are the rows again.
+
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec.modules.peers.padding import padded
+        >>> dense, there = padded(torch.arange(3), torch.tensor([0, 2, 2, 3]))
+        >>> dense[there].tolist(), there.tolist()
+        ([0, 1, 2], [[True, True], [False, False], [True, False]])
+    """
+    lengths = offsets.diff()
+    longest = int(lengths.max()) if len(lengths) else 0
+    place = torch.arange(longest, device=rows.device)
+    there = place < lengths[:, None]
+    return rows[(offsets[:-1, None] + place).clamp(max=max(len(rows) - 1, 0))], there
