@@ -1,13 +1,18 @@
 """Write a trained model's scoring as one file that servers without this package can load.
 
+    ifa export --run runs/mine
     ifa export --run runs/mine --out scorer.pt2
     ifa export --run runs/mine --out scorer.pt2 --package --int8
 
-It scores one request from a user's state. The file has the tables in it. Of a model that generates sets
-(--candidate-set.generate) there is a second file, scorer.set.pt2, a step of a set that grows: given what
-the first one gave, and which candidates are taken, what each of the others is worth. Without --package
-it is a program for torch.export.load; with it, it is compiled for this machine's processor, and
-torch::inductor::AOTIModelPackageLoader loads it in C++, torch._inductor.aoti_load_package in Python.
+Without --out it compiles what stands behind the tables for this machine's processor, in half a minute,
+into the run, where `ifa serve` finds it and is faster by it.
+
+With --out it scores one request from a user's state. The file has the tables in it. Of a model that
+generates sets (--candidate-set.generate) there is a second file, scorer.set.pt2, a step of a set that
+grows: given what the first one gave, and which candidates are taken, what each of the others is worth.
+Without --package it is a program for torch.export.load; with it, it is compiled for this machine's
+processor, and torch::inductor::AOTIModelPackageLoader loads it in C++, torch._inductor.aoti_load_package
+in Python.
 What either is to be fed says scorer.json beside it. A package refuses ids beyond their tables, but
 takes shapes, dtypes and strides on trust: give it contiguous tensors, and let it check them by
 AOTI_RUNTIME_CHECK_INPUTS=1 in its environment while you try it.
@@ -16,7 +21,9 @@ AOTI_RUNTIME_CHECK_INPUTS=1 in its environment while you try it.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,10 +32,10 @@ import torch.distributed as dist
 import tyro
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
-from torch.export import ExportedProgram
 
 from ifa_torchrec.errors import ConfigError, writing
 from ifa_torchrec.serving import export_scorer, quantize_tables
+from ifa_torchrec.serving.compiled import FILE, compile_dense
 from ifa_torchrec.serving.export import describe, package_scorer
 from ifa_torchrec.serving.set_graph import export_set_graph
 from ifa_torchrec.training.run import load_run
@@ -42,15 +49,18 @@ class ExportConfig:
 
     run: Path
     """Folder of a training run (its --out)."""
-    out: Path
-    """File to write, NAME.pt2; NAME.json is written beside it, and NAME.set.pt2 where there are sets."""
+    out: Path | None = None
+    """File to write, NAME.pt2; NAME.json is written beside it, and NAME.set.pt2 where there are sets. By
+    default the dense part is compiled into the run, for ``ifa serve`` on processors like this one."""
     package: bool = False
     """Compile it with AOTInductor; needs a C++ compiler, here and not where it is loaded."""
     int8: bool = False
     """Round the tables to 8 bits."""
 
     def __post_init__(self) -> None:
-        if self.out.suffix != ".pt2":
+        if self.out is None and (self.package or self.int8):
+            raise ConfigError("--package, --int8: they are of the graph that --out names; give --out")
+        if self.out is not None and self.out.suffix != ".pt2":
             raise ConfigError(f"--out {self.out}: the name must end in .pt2")
 
 
@@ -59,6 +69,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
 
     Returns:
         ``describe``'s entries, and which "files", "tables" and "runtime" it is for; what NAME.json has.
+        Without ``out`` the files and the runtime alone.
 
     Raises:
         CheckpointError: the run has no checkpoint.
@@ -66,18 +77,23 @@ def export(config: ExportConfig) -> dict[str, Any]:
         ConfigError: there is no C++ compiler.
         PlaceError: OUT cannot be written.
     """
-    if config.package:
+    if config.package or config.out is None:
         try:
             get_cpp_compiler()
         except InvalidCxxCompiler as error:
-            raise ConfigError("--package: there is no C++ compiler; install g++, or set CXX") from error
+            raise ConfigError(
+                "there is no C++ compiler to compile with; install g++, or set CXX"
+            ) from error
     run = load_run(config.run, sharded=False)
+    if config.out is None:
+        _write(partial(compile_dense, run.dlrm, run.log.schema), config.run / FILE)
+        return {"files": [FILE], "runtime": "AOTInductor", "torch": torch.__version__}
     model = quantize_tables(run.dlrm) if config.int8 else run.dlrm
     programs = {config.out: export_scorer(model, run.log.schema)}
     if model.config.candidate_set.generate:
         programs[config.out.with_suffix(".set.pt2")] = export_set_graph(model)
     for out, program in programs.items():
-        _write(program, out, config.package)
+        _write(partial(package_scorer if config.package else torch.export.save, program), out)
     description = {
         **describe(model, run.log.schema, run.version, run.log.vocabulary.digest),
         "files": [out.name for out in programs],
@@ -91,16 +107,13 @@ def export(config: ExportConfig) -> dict[str, Any]:
     return description
 
 
-def _write(program: ExportedProgram, out: Path, package: bool) -> None:
+def _write(write: Callable[[Path], None], out: Path) -> None:
     """As a whole, or not."""
     draft = out.with_name(f".{out.name}")
     try:
         with writing(out):
             out.parent.mkdir(parents=True, exist_ok=True)
-            if package:
-                package_scorer(program, draft)
-            else:
-                torch.export.save(program, draft)
+            write(draft)
             draft.rename(out)
     finally:
         draft.unlink(missing_ok=True)

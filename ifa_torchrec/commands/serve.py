@@ -37,11 +37,22 @@ require("serve", "uvicorn")
 # ruff: noqa: E402 (what is not installed is named before an import fails on it)
 import uvicorn
 
-from ifa_torchrec.serving import Scorer, StateStore, open_key_value_store, quantize_tables
+from ifa_torchrec.data import EventLog
+from ifa_torchrec.models import DLRM_IFA
+from ifa_torchrec.serving import (
+    Scorer,
+    StateError,
+    StateStore,
+    open_key_value_store,
+    quantize_tables,
+)
+from ifa_torchrec.serving.compiled import FILE, CompiledDense
 from ifa_torchrec.serving.live import Limits, LiveScorer
 from ifa_torchrec.serving.service import create_app
 from ifa_torchrec.serving.service.connections import Connection
 from ifa_torchrec.training.run import load_run
+
+_log = logging.getLogger(__name__)
 
 _BACKLOG = 64
 """Connections that wait to be accepted; so many are accepted at once, before any other is closed."""
@@ -109,7 +120,8 @@ def serve(config: ServeConfig) -> None:
         run = load_run(config.run.resolve(), config.data, sharded=False)
         states = StateStore(key_values, run.version)
         model = quantize_tables(run.dlrm) if config.int8 else run.dlrm
-        return Scorer(model, run.log, states, config.strict)
+        compiled = _compiled(model, run.log, config.run.resolve() / FILE)
+        return Scorer(model, run.log, states, config.strict, compiled)
 
     with LiveScorer(load, config.limits) as live:
         _ensure_file_handles(config.limits.max_connections)
@@ -117,6 +129,18 @@ def serve(config: ServeConfig) -> None:
         if hung_up.is_set():
             live.reload()
         _Server(config, live, token).run()
+
+
+def _compiled(model: DLRM_IFA, log: EventLog, package: Path) -> CompiledDense | None:
+    """The run's compiled dense part; None where there is none for these weights and this machine."""
+    if not package.exists():
+        _log.info("no dense part is compiled (ifa export --run RUN), by which it would be faster")
+        return None
+    try:
+        return CompiledDense(model, log.schema, log.items, package)
+    except StateError as error:
+        _log.warning("serving without the compiled dense part: %s (ifa export --run RUN)", error)
+        return None
 
 
 class _Server(uvicorn.Server):

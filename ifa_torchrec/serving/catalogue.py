@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ifa_torchrec.batch import RankingFeatures
 from ifa_torchrec.data import EventLog
@@ -25,17 +24,44 @@ _HASHES = 2**62
 
 @dataclass(frozen=True)
 class Read:
-    """Features, and how many ids in them the vocabulary does not know.
+    """Features of events, and how many ids in them the vocabulary does not know.
 
     Args:
-        features: of B requests, or of B events, each a request with a history of one.
-        items: [B], unknown items of each.
-        values: [B], other unknown ids of each.
+        features: of N events, each a request with a history of one.
+        items: [N], unknown items of each.
+        values: [N], other unknown ids of each.
     """
 
     features: RankingFeatures
     items: np.ndarray
     values: np.ndarray
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What B requests ask for, of M candidates together, as rows and numbers.
+
+    Args:
+        items: [M] int64, the candidates' items, by the numbers that identity heads compare.
+        described: [M] int64, the same, 0 where the log does not know the item.
+        lengths: [B] int64, candidates of each request.
+        ids: of each item and candidate feature, [M] int64.
+        context: of each context feature and context list its ids [L] int64, and how many each request
+            has, [B] int64.
+        dense: [B, F] and candidate_dense: [M, Fc], float32, NaN where a number is missing.
+        unknown_items, unknown_values: [B] int64, of how many candidates, and of how many other ids, the
+            vocabulary does not know.
+    """
+
+    items: np.ndarray
+    described: np.ndarray
+    lengths: np.ndarray
+    ids: dict[str, np.ndarray]
+    context: dict[str, tuple[np.ndarray, np.ndarray]]
+    dense: torch.Tensor
+    candidate_dense: torch.Tensor
+    unknown_items: np.ndarray
+    unknown_values: np.ndarray
 
 
 class Catalogue:
@@ -49,6 +75,7 @@ class Catalogue:
 
     Attributes:
         schema: LogSchema.
+        items: the columns of the log's items.
         digest: of the vocabulary.
 
     Example:
@@ -65,7 +92,7 @@ class Catalogue:
     """
 
     def __init__(self, log: EventLog) -> None:
-        self.schema, self._items, self._vocabulary = log.schema, log.items, log.vocabulary
+        self.schema, self.items, self._vocabulary = log.schema, log.items, log.vocabulary
         self.digest = self._vocabulary.digest
         self._num_items = log.num_items
         self._item_rows = log.item_rows
@@ -88,21 +115,22 @@ class Catalogue:
                 numbers[n] = self._hashed_from + int.from_bytes(digest, "big") % _HASHES
         return numbers
 
-    def read_requests(self, requests: Sequence[RankingRequest]) -> Read:
-        """The features of B checked requests, whose histories are empty.
+    def ask(self, requests: Sequence[RankingRequest]) -> Asked:
+        """What B checked requests ask for, as rows and numbers.
 
         Raises:
             RequestError: a number is none.
         """
-        schema = self.schema
+        schema, count = self.schema, len(requests)
         lengths = np.array([len(request.candidates) for request in requests], np.int64)
         items = self.item_numbers([item for request in requests for item in request.candidates])
-        of_request = np.repeat(np.arange(len(requests)), lengths)
-        values = np.zeros(len(requests), np.int64)
-        candidate_ids: dict[str, np.ndarray] = {}
+        of_request = np.repeat(np.arange(count), lengths)
+        values = np.zeros(count, np.int64)
+        described = np.where(items < self._num_items, items, 0)
+        ids = self._ids_of_items(described)
         for name in schema.candidate_features:
             given = [value for request in requests for value in request.candidate_features[name]]
-            candidate_ids[name] = self._rows_of(name, given, of_request, values)
+            ids[name] = self._rows_of(name, given, of_request, values)
         dense = [
             float32s(f"dense.{f}", [r.dense[f] for r in requests], f in schema.log_scaled)
             for f in schema.dense_features
@@ -115,15 +143,29 @@ class Catalogue:
             )
             for f in schema.candidate_dense
         ]
-        features = RankingFeatures(
-            dense_features=stacked(dense, len(requests)),
-            context_features=self._context(requests, values),
-            candidate_dense=stacked(candidate_dense, len(items)),
-            history_age=torch.empty(0),
-            **self._sequences(_CANDIDATE, items, lengths, candidate_ids),
+        return Asked(
+            items,
+            described,
+            lengths,
+            ids,
+            self._context(requests, values),
+            stacked(dense, count),
+            stacked(candidate_dense, len(items)),
+            np.bincount(of_request[self._is_unknown(items)], minlength=count),
+            values,
         )
-        unknown = self._is_unknown(items)
-        return Read(features, np.bincount(of_request[unknown], minlength=len(requests)), values)
+
+    def features(self, asked: Asked) -> RankingFeatures:
+        """The features of these requests, whose histories are empty."""
+        ids = {name: asked.ids[name] for name in self.schema.candidate_features}
+        context = {name: values for name, (values, _) in asked.context.items()}
+        return RankingFeatures(
+            dense_features=asked.dense,
+            context_features=jagged(context, [lengths for _, lengths in asked.context.values()]),
+            candidate_dense=asked.candidate_dense,
+            history_age=torch.empty(0),
+            **self._sequences(_CANDIDATE, asked.items, asked.lengths, ids),
+        )
 
     def read_events(self, events: Sequence[Event]) -> Read:
         """The features of N events, each a request of its own, made at the event's time.
@@ -172,15 +214,23 @@ class Catalogue:
         np.add.at(unknown, of_request[rows == 0], 1)
         return rows
 
-    def _context(self, requests: Sequence[RankingRequest], unknown: np.ndarray) -> KeyedJaggedTensor:
-        values: dict[str, np.ndarray] = {}
-        lengths: dict[str, np.ndarray] = {}
+    def _context(
+        self, requests: Sequence[RankingRequest], unknown: np.ndarray
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        context: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for name in (*self.schema.context_features, *self.schema.context_lists):
             given = [_listed(request.context[name]) for request in requests]
-            lengths[name] = np.array([len(ids) for ids in given], np.int64)
-            of_request = np.repeat(np.arange(len(requests)), lengths[name])
-            values[name] = self._rows_of(name, [i for ids in given for i in ids], of_request, unknown)
-        return jagged(values, list(lengths.values()))
+            lengths = np.array([len(ids) for ids in given], np.int64)
+            of_request = np.repeat(np.arange(len(requests)), lengths)
+            rows = self._rows_of(name, [i for ids in given for i in ids], of_request, unknown)
+            context[name] = rows, lengths
+        return context
+
+    def _ids_of_items(self, described: np.ndarray) -> dict[str, np.ndarray]:
+        """Of each item feature, the rows of items that the log describes."""
+        ids = {f: self.items[f][described] for f in self.schema.item_features}
+        ids[self.schema.item] = self._item_rows(described)
+        return ids
 
     def _sequences(
         self, prefix: str, items: np.ndarray, lengths: np.ndarray, own: Mapping[str, np.ndarray]
@@ -195,8 +245,7 @@ class Catalogue:
         """
         schema = self.schema
         described = np.where(items < self._num_items, items, 0)
-        of_items = {f: self._items[f][described] for f in schema.item_features}
-        of_items[schema.item] = self._item_rows(described)
+        of_items = self._ids_of_items(described)
         none = np.empty(0, np.int64)
         values: dict[str, np.ndarray] = {}
         for side, features in (
@@ -213,7 +262,7 @@ class Catalogue:
             "sequence_features": jagged(values, list(counts.values())),
             "history_item_ids": history,
             "candidate_item_ids": candidates,
-            **item_fields(self._items, schema, of_events, of_candidates),
+            **item_fields(self.items, schema, of_events, of_candidates),
         }
 
 

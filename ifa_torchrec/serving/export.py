@@ -1,9 +1,8 @@
 """The scoring of one request from a user's state, as a graph of plain tensors for other runtimes.
 
-Behind the lookups the graph is CandidateArch and SetArch themselves, traced; no formula is written a
-second time. Of a model that generates sets it gives beside the logits what SetGraph takes. What it
-contains are PyTorch's own operators (aten), so that nothing of this package, of TorchRec or of fbgemm is
-needed to run it.
+Behind the lookups the graph is a DenseGraph. Of a model that generates sets it gives beside the logits
+what SetGraph takes. What it contains are PyTorch's own operators (aten), so that nothing of this
+package, of TorchRec or of fbgemm is needed to run it.
 """
 
 from __future__ import annotations
@@ -17,15 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch._inductor import aoti_compile_and_package
 from torch.export import ExportedProgram
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from ifa_torchrec.batch import RankingFeatures
 from ifa_torchrec.data import LogSchema
 from ifa_torchrec.models import DLRM_IFA
-from ifa_torchrec.models.archs import CandidateArch, Lookups, SetArch
 from ifa_torchrec.models.config import DLRM_IFAConfig
 from ifa_torchrec.models.taken import TakenArch
-from ifa_torchrec.modules import InteractionFidelityAttention, UserState
+from ifa_torchrec.serving.dense_graph import DenseGraph, number_tensors, state_tensors
 from ifa_torchrec.serving.errors import StateError
 from ifa_torchrec.serving.graph_tensors import GraphTensor, columns_of, examples_of
 from ifa_torchrec.serving.plain_tables import PlainPooledArch, plain_tables
@@ -74,7 +70,6 @@ class ScoringGraph(nn.Module):
     def __init__(self, model: DLRM_IFA, schema: LogSchema) -> None:
         super().__init__()
         config = model.config
-        ifa = model.candidate_arch.ifa.config
         if model.sequence_arch.managed:
             raise StateError("tables of managed collisions cannot be exported; serve them with Scorer")
         self.config, self.schema = config, schema
@@ -83,19 +78,10 @@ class ScoringGraph(nn.Module):
         self.projections = model.sequence_arch.projections
         self.context_arch = PlainPooledArch.of(model.sparse_arch)
         self.list_arch = PlainPooledArch.of(model.item_sparse_arch)
-        plain = dataclasses.replace(ifa, backend="reference")
-        features = 0 if self.context_arch is None else len(self.context_arch.names)
-        self.candidate_arch = CandidateArch(config, features, InteractionFidelityAttention(plain))
-        self.set_arch = SetArch(
-            dataclasses.replace(config, ifa=plain),
-            self.candidate_arch.num_vectors,
-            self.candidate_arch.out_features,
-        )
+        self.dense = DenseGraph(model, schema)
         self.taken_arch = None if model.taken_arch is None else TakenArch(config)
-        for name in ("candidate_arch", "set_arch", "taken_arch"):
-            arch: nn.Module | None = getattr(self, name)
-            if arch is not None:
-                arch.load_state_dict(getattr(model, name).state_dict())
+        if self.taken_arch is not None and model.taken_arch is not None:
+            self.taken_arch.load_state_dict(model.taken_arch.state_dict())
         self.inputs = _inputs(config, schema)
         self.eval()
 
@@ -133,21 +119,9 @@ class ScoringGraph(nn.Module):
         keys = self.config.candidate_keys.values()
         looked_up = zip(self.tables, ids.unbind(1), keys, strict=True)
         rows = reduce(torch.add, (self.projections(table(i), key) for table, i, key in looked_up))
-        features = RankingFeatures(
-            dense_features=given["dense"][None],
-            context_features=KeyedJaggedTensor.empty(),  # they are looked up already
-            sequence_features=self._ids(ids),
-            candidate_dense=given["candidate_dense"],
-            history_age=given["dense"].new_empty(0),
-            item_dense=given.get("item_dense"),
-            item_vectors=given.get("item_vectors"),
-            candidate_items=torch.arange(m),
-            candidate_item_ids=given.get("candidate_item_ids"),
-        )
-        candidates = JaggedTensor(rows, offsets=_offsets(m))
-        lookups = Lookups(self._context(given), self._lists(given, m), None, candidates)
-        described = self.candidate_arch.attend(lookups, features, self._state(given))
-        logits, compared = self.set_arch(described), described.ids
+        found = {"rows": rows, "context": self._context(given), "lists": self._lists(given, m)}
+        described = self.dense.describe(given | {n: x for n, x in found.items() if x is not None})
+        logits, compared = self.dense.set_arch(described), described.ids
         if self.taken_arch is None or compared is None:
             return logits
         related = self.taken_arch.related(described)
@@ -168,32 +142,6 @@ class ScoringGraph(nn.Module):
         names = self.schema.item_lists
         ids = {name: given[f"item_list_{name}"] for name in names}
         return self.list_arch(ids, {name: given[f"item_list_{name}_candidate"] for name in names}, m)
-
-    def _state(self, given: dict[str, Tensor]) -> UserState:
-        dense = given["key_value"], given["key_sum"], given["count"]
-        if "identity_key" not in given:
-            return UserState(*dense)
-        key, total = given["identity_key"], given["identity_sum"]
-        return UserState(
-            *dense,
-            _offsets(key.shape[0]),
-            key,
-            given.get("identity_value", total[..., None][..., :0]),
-            total,
-            self.candidate_arch.ifa.config.identity_key_range,
-        )
-
-    def _ids(self, candidate_ids: Tensor) -> KeyedJaggedTensor:
-        """The candidates' ids; no size is read from a tensor."""
-        m, features = candidate_ids.shape
-        return KeyedJaggedTensor(
-            list(self.config.candidate_keys.values()),
-            candidate_ids.T.flatten(),
-            lengths=torch.ones(features, dtype=torch.int64) * m,
-            stride=1,
-            length_per_key=[m] * features,
-            offset_per_key=[m * i for i in range(features + 1)],
-        )
 
 
 def export_scorer(model: DLRM_IFA, schema: LogSchema) -> ExportedProgram:
@@ -312,41 +260,18 @@ def describe(model: DLRM_IFA, schema: LogSchema, version: str, vocabulary: str) 
 
 
 def _inputs(config: DLRM_IFAConfig, schema: LogSchema) -> tuple[GraphTensor, ...]:
-    ifa = config.ifa
     of_candidate = (*schema.item_features, *schema.candidate_features)
-    vectors = tuple(f"{name}_{i}" for name, n in schema.item_vectors.items() for i in range(n))
     given = [
         columns_of("candidate_ids", of_candidate, "int64", "M"),
         columns_of("context_ids", schema.context_features, "int64"),
-        columns_of("dense", schema.dense_features, "float32"),
-        columns_of("candidate_dense", schema.candidate_dense, "float32", "M"),
+        *number_tensors(schema),
     ]
-    if schema.item_dense:
-        given.append(columns_of("item_dense", schema.item_dense, "float32", "M"))
-    if vectors:
-        given.append(columns_of("item_vectors", vectors, "float32", "M"))
     for name in schema.context_lists:
         given.append(GraphTensor(f"context_list_{name}", (f"L_{name}",), "int64"))
     for name in schema.item_lists:
         for end in ("", "_candidate"):
             given.append(GraphTensor(f"item_list_{name}{end}", (f"L_{name}",), "int64"))
-    if config.item_names[0] in ifa.identity_features:
-        given.append(GraphTensor("candidate_item_ids", ("M",), "int64"))
-    d, heads, half_lives = ifa.head_width, ifa.num_heads, len(ifa.identity_half_lives)
-    given += [
-        GraphTensor("key_value", (1, heads, ifa.feature_width, d), "float32"),
-        GraphTensor("key_sum", (1, heads, ifa.feature_width), "float32"),
-        GraphTensor("count", (1,), "int64"),
-    ]
-    if ifa.identity_features:
-        given += [
-            GraphTensor("identity_key", ("U",), "int64"),
-            GraphTensor("identity_sum", ("U", half_lives), "float32"),
-        ]
-        if ifa.identity_width:  # else there is nothing to give
-            shape = ("U", half_lives, ifa.identity_width)
-            given.append(GraphTensor("identity_value", shape, "float32"))
-    return tuple(given)
+    return (*given, *state_tensors(config))
 
 
 def _candidate_set(model: DLRM_IFA) -> dict[str, Any]:
@@ -364,8 +289,3 @@ def _candidate_set(model: DLRM_IFA) -> dict[str, Any]:
             "none taken",
         }
     return about
-
-
-def _offsets(rows: int) -> Tensor:
-    """[0, rows], of the rows of the one request; no size is read from a tensor."""
-    return torch.arange(2) * rows

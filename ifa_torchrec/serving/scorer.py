@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,9 +13,9 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 from ifa_torchrec.batch import RankingFeatures
 from ifa_torchrec.data import EventLog
 from ifa_torchrec.models import DLRM_IFA
-from ifa_torchrec.models.archs import Candidates
 from ifa_torchrec.modules import UserState, generate_set, ranking_score
-from ifa_torchrec.serving.catalogue import Catalogue
+from ifa_torchrec.serving.catalogue import Asked, Catalogue
+from ifa_torchrec.serving.compiled import CompiledDense
 from ifa_torchrec.serving.errors import BUILD_COMMAND, DROP_COMMAND, RequestError, StateError, StoreError
 from ifa_torchrec.serving.requests import (
     EventResult,
@@ -30,22 +29,6 @@ from ifa_torchrec.serving.states.forgetting import Forgotten, forget
 from ifa_torchrec.serving.states.journal import Event
 from ifa_torchrec.serving.states.layout import StateLayout
 from ifa_torchrec.serving.states.store import StateStore
-
-
-@dataclass(frozen=True)
-class _Read:
-    """Requests as the model sees them.
-
-    Args:
-        candidates: of B requests, each candidate by itself.
-        as_of: [B] the times that they are as of.
-        items, values: [B] how many candidates, and values of the context, are unknown.
-    """
-
-    candidates: Candidates
-    as_of: list[int]
-    items: list[int]
-    values: list[int]
 
 
 class Scorer:
@@ -62,6 +45,8 @@ class Scorer:
         log: the event log, for its schema, its items and its vocabulary.
         store: the states that this model's weights made, of a log of this vocabulary.
         strict: refuse a request that can only be ranked as of a later time.
+        compiled: the model's dense part compiled, which then reckons the logits but those of sets that
+            are chosen one by one; None for the model's own.
 
     Raises:
         StateError: the store's states are of another configuration or another vocabulary.
@@ -98,7 +83,14 @@ class Scorer:
         ['taken', 'duplicate']
     """
 
-    def __init__(self, model: DLRM_IFA, log: EventLog, store: StateStore, strict: bool = False) -> None:
+    def __init__(
+        self,
+        model: DLRM_IFA,
+        log: EventLog,
+        store: StateStore,
+        strict: bool = False,
+        compiled: CompiledDense | None = None,
+    ) -> None:
         ifa = model.candidate_arch.ifa
         states = f"states of weights {store.version!r}"
         wanted = StateLayout.of(ifa, store.layout.dtype)
@@ -115,7 +107,7 @@ class Scorer:
                 f"({BUILD_COMMAND})"
             )
         self.model, self.schema, self.store = model.eval(), log.schema, store
-        self.strict = strict
+        self.strict, self._compiled = strict, compiled
         self._identity = ifa.identity
 
     def score(self, requests: Sequence[RankingRequest]) -> list[np.ndarray]:
@@ -137,7 +129,8 @@ class Scorer:
         requests = [checked_request(self.schema, request) for request in requests]
         if not requests:
             return []
-        logits = self._logits(self._read(requests).candidates, None).numpy()
+        asked = self._catalogue.ask(requests)
+        logits = self._logits(asked, self._state(requests, asked)[0]).numpy()
         return np.split(logits, np.cumsum([len(request.candidates) for request in requests])[:-1])
 
     def rank(
@@ -160,19 +153,25 @@ class Scorer:
         """
         if not requests:
             return []
+        if strategy not in ("topk", "greedy"):
+            raise ValueError(f"strategy must be 'topk' or 'greedy', got {strategy!r}")
         if strategy == "greedy":
             self._check_greedy(k)
         requests = [checked_request(self.schema, request) for request in requests]
-        read = self._read(requests)
-        chosen, logits = self._chosen(read.candidates, k, strategy)
-        rows, ends = chosen.values().numpy(), chosen.offsets().tolist()
-        starts = read.candidates.offsets.tolist()
+        asked = self._catalogue.ask(requests)
+        state, as_of = self._state(requests, asked)
+        if strategy == "greedy":
+            chosen, logits = self._best_together(asked, state, k or 0)
+        else:
+            chosen, logits = self._best(asked, state, k)
+        ends, times = np.cumsum([0, *asked.lengths]).tolist(), as_of.tolist()
+        unknown = zip(asked.unknown_items.tolist(), asked.unknown_values.tolist(), strict=True)
         rankings: list[Ranking] = []
-        for b, request in enumerate(requests):
-            mine = slice(ends[b], ends[b + 1])
-            moved = None if request.time in (None, read.as_of[b]) else read.as_of[b]
-            items = [request.candidates[row] for row in (rows[mine] - starts[b]).tolist()]
-            rankings.append(Ranking(items, logits[mine], moved, read.items[b], read.values[b]))
+        for b, (request, of_request) in enumerate(zip(requests, unknown, strict=True)):
+            moved = None if request.time in (None, times[b]) else times[b]
+            rows = chosen[b]
+            items = [request.candidates[row] for row in (rows - ends[b]).tolist()]
+            rankings.append(Ranking(items, logits[rows], moved, *of_request))
         return rankings
 
     def _check_greedy(self, k: int | None) -> None:
@@ -185,35 +184,43 @@ class Scorer:
             raise RequestError("strategy 'greedy' chooses the k best one by one; give k")
 
     @torch.no_grad()
-    def _read(self, requests: Sequence[RankingRequest]) -> _Read:
-        """What is known of the candidates of checked requests, each by itself."""
-        read = self._catalogue.read_requests(requests)
-        state, as_of = self._state(requests, read.features)
-        candidates = self.model.scored(self.model.describe(read.features, state))
-        return _Read(candidates, as_of.tolist(), read.items.tolist(), read.values.tolist())
+    def _logits(self, asked: Asked, state: UserState) -> Tensor:
+        """Of every candidate beside its set, [M, T] float32."""
+        if self._compiled is not None:
+            return _finite(self._compiled.logits(asked, state))
+        features = self._catalogue.features(asked)
+        return _finite(self.model.logits_given(self.model.describe(features, state)))
+
+    def _best(
+        self, asked: Asked, state: UserState, k: int | None
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """Of each request the rows of the k best, and the logits [M, T] of all."""
+        if k is not None and k < 0:
+            raise ValueError(f"k must be at least 0, got {k}")
+        logits = self._logits(asked, state)
+        falling = -ranking_score(logits, self.model.config.tasks).numpy()
+        ends = np.cumsum(asked.lengths)
+        chosen = [
+            end - len(mine) + np.argsort(mine, kind="stable")[:k]
+            for mine, end in zip(np.split(falling, ends[:-1]), ends, strict=True)
+        ]
+        return chosen, logits.numpy()
 
     @torch.no_grad()
-    def _logits(self, candidates: Candidates, taken: Tensor | None) -> Tensor:
-        logits = self.model.logits_given(candidates, taken).float()
-        if not torch.isfinite(logits).all():
-            raise RequestError("the logits overflow; give smaller numbers in dense, candidate_dense")
-        return logits
-
-    @torch.no_grad()
-    def _chosen(
-        self, candidates: Candidates, k: int | None, strategy: Strategy
-    ) -> tuple[JaggedTensor, np.ndarray]:
-        """The rows that are chosen, and their logits [n, T]: by themselves, or beside their set."""
-        offsets, logits = candidates.offsets, self._logits(candidates, None)
-        whole = JaggedTensor(candidates.tokens, lengths=offsets.diff(), offsets=offsets)
-        best = ranking_score(logits, self.model.config.tasks)
-        if strategy != "greedy":
-            chosen = generate_set(best, whole, len(best) if k is None else k, strategy)
-            return chosen, logits[chosen.values()].numpy()
-        chosen = generate_set(self.model.set_gain(candidates), whole, k or 0, strategy)
+    def _best_together(
+        self, asked: Asked, state: UserState, k: int
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """Of each request the rows of k that are best together, in order, and logits [M, T], those of
+        the chosen beside their set."""
+        described = self.model.describe(self._catalogue.features(asked), state)
+        candidates = self.model.scored(described)
+        _finite(self.model.logits_given(candidates))
+        whole = JaggedTensor(candidates.tokens, offsets=candidates.offsets)
+        chosen = generate_set(self.model.set_gain(candidates), whole, k, "greedy")
         rows = chosen.values()
-        taken = torch.zeros(len(best), dtype=torch.bool).index_fill(0, rows, True)
-        return chosen, self._logits(candidates, taken)[rows].numpy()
+        taken = torch.zeros(len(asked.items), dtype=torch.bool).index_fill(0, rows, True)
+        logits = _finite(self.model.logits_given(candidates, taken)).numpy()
+        return np.split(rows.numpy(), chosen.offsets()[1:-1].numpy()), logits
 
     def append(self, events: Sequence[Event], max_ahead: float = 60) -> list[EventResult]:
         """Add events to their users' states, each once however often it is given.
@@ -308,15 +315,14 @@ class Scorer:
                 raise RequestError("the event's state overflows; give smaller numbers")
         return state
 
-    def _state(
-        self, requests: Sequence[RankingRequest], features: RankingFeatures
-    ) -> tuple[UserState, np.ndarray]:
+    def _state(self, requests: Sequence[RankingRequest], asked: Asked) -> tuple[UserState, np.ndarray]:
+        """The state that each request sees, with the rows its candidates ask for; and as of when."""
         keys = None
-        ids = self.model.candidate_arch.candidate_ids(features)
-        if ids is not None and self._identity is not None:
-            of_candidate = self._identity.keys(ids).numpy()
-            ends = np.cumsum([len(request.candidates) for request in requests])
-            keys = np.split(of_candidate, ends[:-1])
+        if self._identity is not None:
+            compared = asked.ids | {self.schema.item: asked.items}
+            ids = [compared[name] for name in self._identity.config.identity_features]
+            of_candidate = self._identity.keys(torch.from_numpy(np.stack(ids, axis=1))).numpy()
+            keys = np.split(of_candidate, np.cumsum(asked.lengths)[:-1])
         return self.store.read(
             [self._catalogue.user(request.user) for request in requests],
             [request.time for request in requests],
@@ -324,3 +330,15 @@ class Scorer:
             [request.new_user for request in requests],
             self.strict,
         )
+
+
+def _finite(logits: Tensor) -> Tensor:
+    """Logits as float32.
+
+    Raises:
+        RequestError: they overflow.
+    """
+    logits = logits.float()
+    if not torch.isfinite(logits).all():
+        raise RequestError("the logits overflow; give smaller numbers in dense, candidate_dense")
+    return logits

@@ -76,6 +76,12 @@ def quadratic(
     return torch.einsum("mnh,nhd->mhd", attention, value), normalizer, attention
 
 
+def _of_rows(states: torch.Tensor, offsets: torch.Tensor, rows: int) -> torch.Tensor:
+    """Of each row its request's state, [rows, *]; of one request the state itself, [1, *], which is not
+    copied for each row."""
+    return states if offsets.shape[0] == 2 else states[request_of_row(offsets, rows)]
+
+
 def _floats(dtype: torch.dtype, *tensors: torch.Tensor | None) -> list[Any]:
     """The tensors in the dtype to work in: ``dtype``, float32 at least."""
     dtype = torch.promote_types(dtype, torch.float32)
@@ -104,9 +110,9 @@ def attend(given: AttendArguments) -> tuple[torch.Tensor, torch.Tensor]:
     candidates, offsets, *others, feature_map, eps = given
     candidates, query_weight, key_value, key_sum = _floats(given.key_value.dtype, candidates, *others)
     query = features(candidates, query_weight, feature_map)
-    request = request_of_row(offsets, candidates.shape[0])
-    normalizer = torch.einsum("mhf,mhf->mh", query, key_sum[request])
-    numerator = torch.einsum("mhf,mhfd->mhd", query, key_value[request])
+    key_sum, key_value = (_of_rows(x, offsets, candidates.shape[0]) for x in (key_sum, key_value))
+    normalizer = torch.einsum("mhf,mhf->mh", query, key_sum)
+    numerator = torch.einsum("mhf,mhfd->mhd", query, key_value)
     return numerator / (normalizer[..., None] + eps), normalizer
 
 
@@ -122,7 +128,7 @@ def shares(
         [m, H, R], zeros where no summary is there; and the logarithm [m, H] of the sum of the
         exponentials.
     """
-    score = torch.einsum("mhd,mhrd->mhr", query, mean.expand(query.shape[0], -1, -1, -1))
+    score = torch.einsum("mhd,mhrd->mhr", query, mean)
     # where no summary is there logsumexp has no gradient
     nothing = (log_weight == -torch.inf).all(-1, keepdim=True)
     score = (score / query.shape[-1] ** 0.5 + log_weight).masked_fill(nothing, 0.0)
@@ -135,7 +141,7 @@ def attend_softmax(given: AttendSoftmaxArguments) -> tuple[torch.Tensor, torch.T
     candidates, offsets, *others = given
     candidates, query_weight, mean, log_weight = _floats(given.summaries.dtype, candidates, *others)
     query = torch.einsum("mD,hdD->mhd", candidates, query_weight)
-    mean, log_weight = (x[request_of_row(offsets, candidates.shape[0])] for x in (mean, log_weight))
+    mean, log_weight = (_of_rows(x, offsets, candidates.shape[0]) for x in (mean, log_weight))
     share, log_sum = shares(query, mean, log_weight)
     return torch.einsum("mhr,mhrd->mhd", share, mean), log_sum
 

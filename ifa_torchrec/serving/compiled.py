@@ -1,0 +1,181 @@
+"""The dense part of a model compiled for a processor, and the model's own tables looked up before it.
+
+``ifa export`` compiles, into the run; ``ifa serve`` takes what it finds there. The tables are not in the
+package, so it is small, and whatever shares the tables shares them still.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._inductor import aoti_compile_and_package, aoti_load_package
+
+from ifa_torchrec.data import LogSchema
+from ifa_torchrec.data.batches import lists_of, stacked, tensor
+from ifa_torchrec.data.schema import Columns
+from ifa_torchrec.models import DLRM_IFA
+from ifa_torchrec.modules import UserState
+from ifa_torchrec.serving.catalogue import Asked
+from ifa_torchrec.serving.dense_graph import DenseGraph
+from ifa_torchrec.serving.errors import StateError
+from ifa_torchrec.serving.graph_tensors import examples_of
+from ifa_torchrec.serving.plain_tables import PlainPooledArch, plain_tables
+
+FILE = "dense.pt2"
+"""The compiled dense part in a run's folder."""
+
+
+def compile_dense(model: DLRM_IFA, schema: LogSchema, path: Path) -> None:
+    """Compile a model's dense part for this machine's processor, by AOTInductor.
+
+    Args:
+        model: DLRM_IFA of interaction "ifa".
+        schema: the event log's.
+        path: to write, a name that ends in .pt2.
+
+    Raises:
+        ConfigError: the model has no user state.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.serving.compiled import compile_dense
+        >>> def compile_it(model, schema):  # takes half a minute, and a C++ compiler
+        ...     compile_dense(model, schema, Path("dense.pt2"))
+    """
+    graph = DenseGraph(model, schema)
+    example, sizes = examples_of(graph.inputs)
+    with torch.no_grad():
+        program = torch.export.export(graph, example, dynamic_shapes={"tensors": sizes}, strict=False)
+    options = {
+        # Inductor never assumes a size below 2, and its check of the inputs would refuse what runs well
+        "aot_inductor.check_lowerbound": False,
+        "aot_inductor.metadata": _made_for(graph),
+    }
+    aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+
+
+class CompiledDense:
+    """Logits of requests from their states, by a compiled dense part.
+
+    Args:
+        model: DLRM_IFA of interaction "ifa", its tables whole on this process, float32 or int8.
+        schema: the event log's.
+        items: the columns of the log's items.
+        package: what ``compile_dense`` wrote.
+
+    Raises:
+        StateError: the package is of other weights, another version of torch or another processor, or
+            cannot be read; or the model's tables are of another type, or of managed collisions.
+
+    Example:
+        >>> from ifa_torchrec.serving import Scorer
+        >>> from ifa_torchrec.serving.compiled import CompiledDense
+        >>> def scorer_of(run, store):  # a training run whose dense part is compiled
+        ...     compiled = CompiledDense(
+        ...         run.dlrm, run.log.schema, run.log.items, run.config.out / "dense.pt2")
+        ...     return Scorer(run.dlrm, run.log, store, compiled=compiled)
+    """
+
+    def __init__(self, model: DLRM_IFA, schema: LogSchema, items: Columns, package: Path) -> None:
+        if model.sequence_arch.managed:
+            raise StateError("tables of managed collisions cannot be compiled around")
+        graph = DenseGraph(model, schema)
+        try:
+            loaded: Any = aoti_load_package(str(package)).loader
+            found: dict[str, str] = loaded.get_metadata()
+        except RuntimeError as error:
+            raise StateError(f"{package}: it cannot be loaded ({error}); compile it anew") from error
+        for name, wanted in _made_for(graph).items():
+            if found.get(name) != wanted:
+                raise StateError(
+                    f"{package}: it is of {name} {found.get(name)!r}, not {wanted!r}; compile it anew"
+                )
+        self._run, self._schema, self._items = loaded.run, schema, items
+        self._names = [given.name for given in graph.inputs]
+        self._per_candidate = {given.name for given in graph.inputs if given.shape[:1] == ("M",)}
+        keys = model.config.candidate_keys
+        self._features, self._keys = list(keys), list(keys.values())
+        self._tables = plain_tables(model.sequence_arch.embedding_collection, self._keys)
+        self._projections = model.sequence_arch.projections
+        self._context_arch = PlainPooledArch.of(model.sparse_arch)
+        self._list_arch = PlainPooledArch.of(model.item_sparse_arch)
+
+    @torch.no_grad()
+    def logits(self, asked: Asked, state: UserState) -> Tensor:
+        """
+        Args:
+            asked: B requests for M candidates.
+            state: of their B users, at the requests' times.
+
+        Returns:
+            Logits [M, T] float32, of each candidate beside its set.
+        """
+        given = self._looked_up(asked) | self._numbers(asked)
+        given |= {"key_value": state.key_value, "key_sum": state.key_sum, "count": state.count}
+        rows: list[int] = []
+        if state.identity_offsets is not None:
+            _, key, value, weight = state.identity_tables()
+            given |= {"identity_key": key, "identity_value": value, "identity_sum": weight}
+            rows = state.identity_offsets.diff().tolist()
+        candidates = asked.lengths.tolist()
+        columns: list[Iterable[Tensor]] = []
+        for name in self._names:
+            if name == "dense":
+                columns.append(given[name].unbind())
+            elif name.startswith("identity_"):
+                columns.append(given[name].split(rows))
+            else:
+                columns.append(given[name].split(candidates if name in self._per_candidate else 1))
+        parts = [self._run(list(inputs))[0] for inputs in zip(*columns, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _looked_up(self, asked: Asked) -> dict[str, Tensor]:
+        """What the tables have of the requests' ids."""
+        ids = torch.from_numpy(np.stack([asked.ids[name] for name in self._features]))
+        found = zip(self._tables, ids, self._keys, strict=True)
+        rows = reduce(torch.add, (self._projections(table(i), key) for table, i, key in found))
+        given = {"rows": rows, "candidate_ids": ids.T.contiguous()}
+        if self._context_arch is not None:
+            given["context"] = _pooled(self._context_arch, asked.context, len(asked.lengths))
+        if self._list_arch is not None:
+            names, described = self._schema.item_lists, asked.described
+            lists = {name: lists_of(self._items, name, described) for name in names}
+            given["lists"] = _pooled(self._list_arch, lists, len(described))
+        return given
+
+    def _numbers(self, asked: Asked) -> dict[str, Tensor]:
+        """What the requests and the items have of numbers."""
+        items, schema, described = self._items, self._schema, asked.described
+        given = {"dense": asked.dense, "candidate_dense": asked.candidate_dense}
+        given["candidate_item_ids"] = torch.from_numpy(asked.items)
+        if schema.item_dense:
+            given["item_dense"] = stacked([items[name][described] for name in schema.item_dense], 0)
+        if schema.item_vectors:
+            vectors = [items[name][described] for name in schema.item_vectors]
+            given["item_vectors"] = tensor(np.concatenate(vectors, axis=1, dtype=np.float32))
+        return given
+
+
+def _pooled(arch: PlainPooledArch, lists: dict[str, tuple[np.ndarray, np.ndarray]], rows: int) -> Tensor:
+    """What an arch has of lists of ids, [rows, features, D]."""
+    of_row = {name: tensor(np.repeat(np.arange(rows), lengths)) for name, (_, lengths) in lists.items()}
+    return arch({name: tensor(values) for name, (values, _) in lists.items()}, of_row, rows)
+
+
+def _made_for(graph: nn.Module) -> dict[str, str]:
+    """What a package of this graph is bound to, here."""
+    digest = hashlib.sha256(repr([graph.config, graph.inputs]).encode())
+    for name, weights in graph.state_dict().items():
+        digest.update(name.encode() + weights.detach().contiguous().numpy().tobytes())
+    return {
+        "weights": digest.hexdigest()[:16],
+        "torch": torch.__version__,
+        "processor": torch.backends.cpu.get_cpu_capability(),
+    }
