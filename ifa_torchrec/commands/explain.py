@@ -22,7 +22,7 @@ from ifa_torchrec.commands.explain_picture import draw_explanation, head_names
 from ifa_torchrec.data.vocabulary import Ids
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules import predictions, ranking_score
-from ifa_torchrec.training.run import load_run
+from ifa_torchrec.training.run import Run, load_run
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,8 @@ def explain(config: ExplainConfig) -> str:
             the picture's suffix is unknown.
         PlaceError: the picture cannot be written.
     """
-    run = load_run(config.run, config.data)
-    if run.config.interaction != "ifa":
-        raise ConfigError(
-            f"{config.run} was trained with {run.config.interaction!r}; only 'ifa' explains"
-        )
-    dataset = run.dataset(config.split)
-    if not 0 <= config.request < len(dataset):
-        raise ConfigError(
-            f"--request {config.request}: {config.split} has requests 0 to {len(dataset) - 1}"
-        )
-    if dataset.history_lengths[config.request] == 0:
-        raise ConfigError(f"--request {config.request} has no history to explain by")
-    batch = dataset[[config.request]].to(run.device)
+    run = _run_with_request(config)
+    batch = run.dataset(config.split)[[config.request]].to(run.device)
     model = run.dlrm
     model.eval()
 
@@ -118,6 +107,23 @@ def explain(config: ExplainConfig) -> str:
         heads = head_names(ifa.config)
         draw_explanation(config.picture, head, heads, called, ages[ranked], by_head[ranked])
     return f"{head}\n{rows.to_string(index=False)}"
+
+
+def _run_with_request(config: ExplainConfig) -> Run:
+    """The run, whose split has the request."""
+    run = load_run(config.run, config.data)
+    if run.config.interaction != "ifa":
+        raise ConfigError(
+            f"{config.run} was trained with {run.config.interaction!r}; only 'ifa' explains"
+        )
+    dataset = run.dataset(config.split)
+    if not 0 <= config.request < len(dataset):
+        raise ConfigError(
+            f"--request {config.request}: {config.split} has requests 0 to {len(dataset) - 1}"
+        )
+    if dataset.history_lengths[config.request] == 0:
+        raise ConfigError(f"--request {config.request} has no history to explain by")
+    return run
 
 
 def _called(known: Ids, rows: torch.Tensor) -> list[str]:

@@ -107,9 +107,9 @@ def compile_dense(model: torch.nn.Module, backend: str = "inductor") -> None:
             if any(isinstance(m, SequenceInteraction) and m.reads_sizes for m in module.modules()):
                 raise ConfigError(
                     f"--compile: interaction {config.interaction!r}, candidate_set attention "
-                    f"{config.candidate_set.attention!r}: softmax, low_rank, eta, twin, solar and hstu "
-                    "read sizes from the batch, which breaks a graph; train without --compile, or with "
-                    "another"
+                    f"{config.candidate_set.attention!r}: softmax, low_rank, eta, twin, sdim, solar "
+                    "and hstu read sizes from the batch, which breaks a graph; train without --compile, "
+                    "or with another"
                 )
             for dense in (module.candidate_arch, module.set_arch):
                 dense.compile(fullgraph=True, dynamic=True, backend=backend)

@@ -137,7 +137,6 @@ def _manifest(change):
         (_manifest(lambda h: h.pop("parts")), ["schema.json", "parts"]),
         (_manifest(lambda h: h.update(format="ifa-event-log/9")), ["ifa-event-log/9", "this version"]),
     ],
-    ids=str,
 )
 def test_what_is_not_the_log_is_refused(folder: Path, spoil, words: list[str]) -> None:
     spoil(folder)

@@ -37,6 +37,7 @@ class SDIMAttention(SequenceInteraction):
     """
 
     hyperplanes: Tensor
+    reads_sizes = True
 
     def __init__(
         self,
