@@ -5,7 +5,7 @@
     ifa export --run runs/mine --out scorer.pt2 --package --int8
 
 Without --out it compiles what stands behind the tables for this machine's processor, in half a minute,
-into the run, where `ifa serve` finds it and is faster by it.
+into the run; `ifa serve --compiled` is faster by it.
 
 With --out it scores one request from a user's state. The file has the tables in it. Of a model that
 generates sets (--candidate-set.generate) there is a second file, scorer.set.pt2, a step of a set that
@@ -51,7 +51,8 @@ class ExportConfig:
     """Folder of a training run (its --out)."""
     out: Path | None = None
     """File to write, NAME.pt2; NAME.json is written beside it, and NAME.set.pt2 where there are sets. By
-    default the dense part is compiled into the run, for ``ifa serve`` on processors like this one."""
+    default the dense part is compiled into the run, for ``ifa serve --compiled`` on processors like this
+    one."""
     package: bool = False
     """Compile it with AOTInductor; needs a C++ compiler, here and not where it is loaded."""
     int8: bool = False

@@ -37,11 +37,8 @@ require("serve", "uvicorn")
 # ruff: noqa: E402 (what is not installed is named before an import fails on it)
 import uvicorn
 
-from ifa_torchrec.data import EventLog
-from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.serving import (
     Scorer,
-    StateError,
     StateStore,
     open_key_value_store,
     quantize_tables,
@@ -51,8 +48,6 @@ from ifa_torchrec.serving.live import Limits, LiveScorer
 from ifa_torchrec.serving.service import create_app
 from ifa_torchrec.serving.service.connections import Connection
 from ifa_torchrec.training.run import load_run
-
-_log = logging.getLogger(__name__)
 
 _BACKLOG = 64
 """Connections that wait to be accepted; so many are accepted at once, before any other is closed."""
@@ -81,6 +76,9 @@ class ServeConfig:
     its own."""
     int8: bool = False
     """Round the tables to 8 bits: a third of their memory (docs/serving.md has what it changes)."""
+    compiled: bool = False
+    """Score by the dense part that ``ifa export --run RUN`` compiled into the run: machine code that
+    runs in this process. Take it only from runs that you made."""
     strict: bool = False
     """Refuse (409) a request that is too far before the user's last event to be ranked as of its time;
     else it is ranked as of a later time, which the response says."""
@@ -120,7 +118,9 @@ def serve(config: ServeConfig) -> None:
         run = load_run(config.run.resolve(), config.data, sharded=False)
         states = StateStore(key_values, run.version)
         model = quantize_tables(run.dlrm) if config.int8 else run.dlrm
-        compiled = _compiled(model, run.log, config.run.resolve() / FILE)
+        compiled = None
+        if config.compiled:
+            compiled = CompiledDense(model, run.log.schema, run.log.items, config.run.resolve() / FILE)
         return Scorer(model, run.log, states, config.strict, compiled)
 
     with LiveScorer(load, config.limits) as live:
@@ -129,18 +129,6 @@ def serve(config: ServeConfig) -> None:
         if hung_up.is_set():
             live.reload()
         _Server(config, live, token).run()
-
-
-def _compiled(model: DLRM_IFA, log: EventLog, package: Path) -> CompiledDense | None:
-    """The run's compiled dense part; None where there is none for these weights and this machine."""
-    if not package.exists():
-        _log.info("no dense part is compiled (ifa export --run RUN), by which it would be faster")
-        return None
-    try:
-        return CompiledDense(model, log.schema, log.items, package)
-    except StateError as error:
-        _log.warning("serving without the compiled dense part: %s (ifa export --run RUN)", error)
-        return None
 
 
 class _Server(uvicorn.Server):

@@ -1,7 +1,7 @@
 """The dense part of a model compiled for a processor, and the model's own tables looked up before it.
 
-``ifa export`` compiles, into the run; ``ifa serve`` takes what it finds there. The tables are not in the
-package, so it is small, and whatever shares the tables shares them still.
+``ifa export`` compiles, into the run; ``ifa serve --compiled`` takes it from there. The tables are not
+in the package, so it is small, and whatever shares the tables shares them still.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ifa_torchrec.serving.errors import StateError
 from ifa_torchrec.serving.graph_tensors import examples_of
 from ifa_torchrec.serving.plain_tables import PlainPooledArch, plain_tables
 
+_REMEDY = "compile it anew (ifa export --run RUN)"
 FILE = "dense.pt2"
 """The compiled dense part in a run's folder."""
 
@@ -68,7 +69,8 @@ class CompiledDense:
         model: DLRM_IFA of interaction "ifa", its tables whole on this process, float32 or int8.
         schema: the event log's.
         items: the columns of the log's items.
-        package: what ``compile_dense`` wrote.
+        package: what ``compile_dense`` wrote. It is machine code, and runs as it is loaded: take it only
+            from who may run code here.
 
     Raises:
         StateError: the package is of other weights, another version of torch or another processor, or
@@ -86,16 +88,20 @@ class CompiledDense:
     def __init__(self, model: DLRM_IFA, schema: LogSchema, items: Columns, package: Path) -> None:
         if model.sequence_arch.managed:
             raise StateError("tables of managed collisions cannot be compiled around")
+        if not package.exists():
+            raise StateError(f"{package} is not there; ifa export --run RUN writes it")
         graph = DenseGraph(model, schema)
         try:
             loaded: Any = aoti_load_package(str(package)).loader
             found: dict[str, str] = loaded.get_metadata()
         except RuntimeError as error:
-            raise StateError(f"{package}: it cannot be loaded ({error}); compile it anew") from error
+            raise StateError(
+                f"{package}: it cannot be loaded ({error}); compile it anew (ifa export --run RUN)"
+            ) from error
         for name, wanted in _made_for(graph).items():
             if found.get(name) != wanted:
                 raise StateError(
-                    f"{package}: it is of {name} {found.get(name)!r}, not {wanted!r}; compile it anew"
+                    f"{package}: it is of {name} {found.get(name)!r}, not {wanted!r}; {_REMEDY}"
                 )
         self._run, self._schema, self._items = loaded.run, schema, items
         self._names = [given.name for given in graph.inputs]

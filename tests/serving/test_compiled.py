@@ -100,3 +100,8 @@ def test_a_package_of_other_weights_is_refused(shop, model, package, tmp_path):
     (tmp_path / "damaged.pt2").write_bytes(b"no package")
     with pytest.raises(StateError, match="cannot be loaded"):
         load(model, tmp_path / "damaged.pt2")
+
+
+def test_a_package_that_is_not_there_is_named(shop, model, tmp_path):
+    with pytest.raises(StateError, match=r"dense.pt2 is not there; ifa export --run RUN writes it"):
+        CompiledDense(model, shop.log.schema, shop.log.items, tmp_path / "dense.pt2")
