@@ -345,7 +345,7 @@ def main_table(
 
 
 def size_columns(title: str, cost: Cost | None) -> dict[str, str]:
-    """Thousands of FLOP of a candidate, and of bytes of the history."""
+    """Millions of FLOP of a candidate, and thousands of bytes of the history."""
     names = f"MFLOP a candidate, {title}", f"kB read a request, {title}"
     values = ("-", "-") if cost is None else (f"{cost.flop / 1e6:.2f}", f"{cost.read / 1000:,.1f}")
     return dict(zip(names, values, strict=True))

@@ -85,7 +85,7 @@ class Report:
             LogError: the log is missing or bad.
             PlaceError: the page cannot be written.
         """
-        log = EventLog(self.log)
+        log = EventLog(self.log.resolve())  # "." has no name
         file = log.path.with_name(f"{log.path.name}.html") if self.out is None else self.out
         write_report(log, file)
         return file

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ifa_torchrec.data import EventLog, RankingDataset
-from ifa_torchrec.data.schema import EXPOSED, OFFSETS, TIME
+from ifa_torchrec.data.schema import EXPOSED, OFFSETS, TIME, LogError
 from ifa_torchrec.errors import require, writing
 
 _STYLE = (
@@ -33,6 +33,7 @@ def write_report(log: EventLog, file: Path) -> None:
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed (extra `demo`).
+        LogError: LOG/report.json is damaged.
         PlaceError: the file cannot be written.
 
     Example:
@@ -53,7 +54,10 @@ def write_report(log: EventLog, file: Path) -> None:
     """
     require("demo", "matplotlib")
     found = log.path / "report.json"
-    told = json.loads(found.read_text()) if found.exists() else {}
+    try:
+        told = json.loads(found.read_text()) if found.exists() else {}
+    except ValueError as error:
+        raise LogError(f"{found}: no JSON ({error}); delete it, or write the log again") from error
     warnings = told.pop("warnings", [])
     parts = [f"<h1>{escape(log.path.name)}</h1>"]
     if warnings:
@@ -74,8 +78,6 @@ def _of_split(log: EventLog, split: str) -> tuple[dict[str, Any], str]:
 
     dataset = RankingDataset(log, split)
     requests, histories = dataset.requests, np.asarray(dataset.history_lengths)
-    if not len(dataset):
-        return {"requests": 0}, ""
     time, sizes = np.asarray(requests[TIME]), np.diff(requests[OFFSETS])
     exposed = np.asarray(requests[EXPOSED])
     tasks = log.schema.tasks

@@ -43,14 +43,17 @@ class ExplainConfig:
     """Draw the events on a time line too, head by head, into this .png, .svg or .pdf. Needs the extra
     `demo`."""
 
+    def __post_init__(self) -> None:
+        if self.picture is not None and self.picture.suffix.lower() not in (".png", ".svg", ".pdf"):
+            raise ConfigError(f"--picture {self.picture}: its name must end in .png, .svg or .pdf")
+
 
 @torch.no_grad()
 def explain(config: ExplainConfig) -> str:
     """The top candidate and the events that weighed most for it, as text, and as a picture if asked.
 
     Raises:
-        ConfigError: the run has another interaction, the request does not exist or has no history, or
-            the picture's suffix is unknown.
+        ConfigError: the run has another interaction, or the request does not exist or has no history.
         PlaceError: the picture cannot be written.
     """
     run = _run_with_request(config)

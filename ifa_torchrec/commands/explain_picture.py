@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ifa_torchrec.errors import ConfigError, require, writing
+from ifa_torchrec.errors import require, writing
 from ifa_torchrec.modules import IFAConfig
 
 _LONGEST = 40  # characters of an event's name
@@ -51,7 +51,6 @@ def draw_explanation(
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed (extra `demo`).
-        ConfigError: the suffix is none of these.
         PlaceError: the file cannot be written.
 
     Example:
@@ -59,13 +58,11 @@ def draw_explanation(
         >>> from pathlib import Path
         >>> from ifa_torchrec.commands.explain_picture import draw_explanation
         >>> file = Path(tempfile.mkdtemp()) / "why.png"
-        >>> draw_explanation(file, "milk", ["dense"], ["milk", "bread"], torch.tensor([1.0, 9.0]),
-        ...     torch.tensor([[0.7], [0.3]]))
+        >>> draw_explanation(file, "$ {milk $", ["dense"], ["$ {milk $", "bread"],
+        ...     torch.tensor([1.0, 9.0]), torch.tensor([[0.7], [0.3]]))
         >>> file.exists()
         True
     """
-    if file.suffix not in (".png", ".svg", ".pdf"):
-        raise ConfigError(f"--picture {file}: its name must end in .png, .svg or .pdf")
     require("demo", "matplotlib")
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -81,14 +78,15 @@ def draw_explanation(
         mean = [share / len(heads) for share in shares[: len(events)]]
         bars.barh(range(len(events)), mean, left=left, color=colour, label=head)
         left = [a + b for a, b in zip(left, mean, strict=True)]
-    figure.suptitle(title.replace("; ", "\n"))
+    # a name with two dollar signs is no formula
+    figure.suptitle(title.replace("; ", "\n"), parse_math=False)
     line.set_xlabel("days before the request; the area is the event's share in the head")
-    line.set_yticks(range(len(heads)), heads)
+    line.set_yticks(range(len(heads)), heads, parse_math=False)
     line.set_ylim(len(heads) - 0.5, -0.5)
     line.invert_xaxis()
     names = [n if len(n) <= _LONGEST else n[: _LONGEST - 1] + "…" for n in events]
     called = [f"{name}, {age:.1f} days" for name, age in zip(names, days[: len(events)], strict=True)]
-    bars.set_yticks(range(len(events)), called)
+    bars.set_yticks(range(len(events)), called, parse_math=False)
     bars.invert_yaxis()
     bars.set_xlabel("weight, the mean over the heads")
     bars.legend(loc="lower right", fontsize="small")

@@ -4,7 +4,7 @@
     ifa export --run runs/mine --out scorer.pt2
     ifa export --run runs/mine --out scorer.pt2 --package --int8
 
-Without --out it compiles what stands behind the tables for this machine's processor, in half a minute,
+Without --out it compiles what stands behind the tables for this machine's processor, in a minute,
 into the run; `ifa serve --compiled` is faster by it.
 
 With --out it scores one request from a user's state. The file has the tables in it. Of a model that

@@ -37,12 +37,7 @@ require("serve", "uvicorn")
 # ruff: noqa: E402 (what is not installed is named before an import fails on it)
 import uvicorn
 
-from ifa_torchrec.serving import (
-    Scorer,
-    StateStore,
-    open_key_value_store,
-    quantize_tables,
-)
+from ifa_torchrec.serving import Scorer, StateStore, open_key_value_store, quantize_tables
 from ifa_torchrec.serving.compiled import FILE, CompiledDense
 from ifa_torchrec.serving.live import Limits, LiveScorer
 from ifa_torchrec.serving.service import create_app
@@ -115,12 +110,13 @@ def serve(config: ServeConfig) -> None:
 
     def load() -> Scorer:
         # a link is followed once, lest half of the files are another run's
-        run = load_run(config.run.resolve(), config.data, sharded=False)
+        folder = config.run.resolve()
+        run = load_run(folder, config.data, sharded=False)
         states = StateStore(key_values, run.version)
         model = quantize_tables(run.dlrm) if config.int8 else run.dlrm
         compiled = None
         if config.compiled:
-            compiled = CompiledDense(model, run.log.schema, run.log.items, config.run.resolve() / FILE)
+            compiled = CompiledDense(model, run.log.schema, run.log.items, folder / FILE)
         return Scorer(model, run.log, states, config.strict, compiled)
 
     with LiveScorer(load, config.limits) as live:

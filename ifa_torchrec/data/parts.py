@@ -1,12 +1,13 @@
 """A log in parts: its events and requests, cut by a hash of the user into files of their own.
 
     LOG/
-      schema.json                          "parts" has rows, users and SHA-256 of each file
+      schema.json                          "parts" has rows and SHA-256 of each file
       events/part-00000.parquet ...        in place of events.parquet
       requests/SPLIT/part-00000.parquet    in place of requests/SPLIT.parquet
 
 A user's events and requests are all in the parts of one number. The tables of a log in parts are its
-parts one after the other: rows are in the order of part, user and time.
+parts one after the other: events are in the order of part, user and time, requests in that of part and
+then of their table.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ifa_torchrec.data.columns import Column
-from ifa_torchrec.data.schema import USER, LogError
+from ifa_torchrec.data.schema import LogError
 
-MOST = 1 << 16
+MOST = 1 << 10
 """Parts of a log at most."""
 _ODD = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio, so that users in a row are spread evenly
 
@@ -35,17 +36,15 @@ class Part:
     Args:
         rows: of the file.
         sha256: of its content.
-        users: the least and the greatest user in it; None where there is none.
 
     Example:
         >>> from ifa_torchrec.data.parts import Part
-        >>> Part(rows=3, sha256="", users=(7, 9)).users
-        (7, 9)
+        >>> Part(rows=3, sha256="").rows
+        3
     """
 
     rows: int
     sha256: str
-    users: tuple[int, int] | None
 
 
 def part_of(users: np.ndarray, parts: int) -> np.ndarray:
@@ -175,7 +174,7 @@ def read_parts(given: Any, rows: Mapping[str, int], file: Path) -> dict[str, lis
     Example:
         >>> from pathlib import Path
         >>> from ifa_torchrec.data.parts import read_parts
-        >>> parts = {"events": [{"rows": 1, "sha256": "", "users": [7, 7]}]}
+        >>> parts = {"events": [{"rows": 1, "sha256": ""}]}
         >>> read_parts(parts, {"events": 1, "items": 3}, Path("schema.json"))["events"][0].rows
         1
     """
@@ -184,7 +183,7 @@ def read_parts(given: Any, rows: Mapping[str, int], file: Path) -> dict[str, lis
         read = {table: [_read_part(part) for part in given[table]] for table in tables}
     except (LookupError, TypeError, ValueError) as error:
         raise LogError(
-            f"{file}: parts must have rows, sha256 and users of each part of {tables} ({error!r}); "
+            f"{file}: parts must have rows and sha256 of each part of {tables} ({error!r}); "
             "write the log again"
         ) from error
     for table, parts in read.items():
@@ -221,17 +220,15 @@ def sha256_of(file: Path) -> str:
 
 
 def _part(file: Path) -> Part:
-    users = Column.of(pq.read_table(file, columns=[USER]), USER, str(file)).ids()
-    return Part(
-        len(users), sha256_of(file), (int(users.min()), int(users.max())) if len(users) else None
-    )
+    try:
+        rows = pq.read_metadata(file).num_rows
+    except pa.ArrowInvalid as error:
+        raise LogError(f"{file}: no Parquet ({error}); write it again") from error
+    return Part(rows, sha256_of(file))
 
 
 def _read_part(given: Any) -> Part:
-    rows, users = given["rows"], given["users"]
+    rows = given["rows"]
     if not isinstance(rows, int) or rows < 0:
         raise ValueError(f"{rows!r} rows")
-    if users is not None:
-        first, last = (int(user) for user in users)
-        users = (first, last)
-    return Part(rows, str(given["sha256"]), users)
+    return Part(rows, str(given["sha256"]))

@@ -34,7 +34,8 @@ class CandidateSetConfig:
     Args:
         attention: how each is seen beside all others: "softmax", O(m^2), for sets of some hundreds;
             "linear", O(m), for larger ones, the same op that meets the history; "none": not.
-        num_heads: heads of this attention; they share half the width of the tokens, D / 2.
+        num_heads: heads of this attention; they share half the width of the tokens, D / 2, rounded
+            down to a multiple of the heads.
         generate: whether each is also seen beside those that are taken already, so that a set can be
             generated greedily; with any attention, "none" too.
 

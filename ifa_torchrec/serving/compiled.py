@@ -7,6 +7,8 @@ in the package, so it is small, and whatever shares the tables shares them still
 from __future__ import annotations
 
 import hashlib
+import platform
+import re
 from collections.abc import Iterable
 from functools import reduce
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._C._aoti import AOTIModelPackageLoader
 from torch._inductor import aoti_compile_and_package, aoti_load_package
 
 from ifa_torchrec.data import LogSchema
@@ -43,13 +46,15 @@ def compile_dense(model: DLRM_IFA, schema: LogSchema, path: Path) -> None:
 
     Raises:
         ConfigError: the model has no user state.
+        StateError: its tables are of managed collisions.
 
     Example:
         >>> from pathlib import Path
         >>> from ifa_torchrec.serving.compiled import compile_dense
-        >>> def compile_it(model, schema):  # takes half a minute, and a C++ compiler
+        >>> def compile_it(model, schema):  # takes a minute, and a C++ compiler
         ...     compile_dense(model, schema, Path("dense.pt2"))
     """
+    _check_tables(model)
     graph = DenseGraph(model, schema)
     example, sizes = examples_of(graph.inputs)
     with torch.no_grad():
@@ -66,7 +71,7 @@ class CompiledDense:
     """Logits of requests from their states, by a compiled dense part.
 
     Args:
-        model: DLRM_IFA of interaction "ifa", its tables whole on this process, float32 or int8.
+        model: DLRM_IFA of interaction "ifa", its tables whole on this process, float32, float16 or int8.
         schema: the event log's.
         items: the columns of the log's items.
         package: what ``compile_dense`` wrote. It is machine code, and runs as it is loaded: take it only
@@ -86,23 +91,23 @@ class CompiledDense:
     """
 
     def __init__(self, model: DLRM_IFA, schema: LogSchema, items: Columns, package: Path) -> None:
-        if model.sequence_arch.managed:
-            raise StateError("tables of managed collisions cannot be compiled around")
+        _check_tables(model)
         if not package.exists():
             raise StateError(f"{package} is not there; ifa export --run RUN writes it")
         graph = DenseGraph(model, schema)
         try:
+            # before its code is loaded, which runs then
+            found: dict[str, str] = AOTIModelPackageLoader.load_metadata_from_package(
+                str(package), "model"
+            )
+            for name, wanted in _made_for(graph).items():
+                if found.get(name) != wanted:
+                    raise StateError(
+                        f"{package}: it is of {name} {found.get(name)!r}, not {wanted!r}; {_REMEDY}"
+                    )
             loaded: Any = aoti_load_package(str(package)).loader
-            found: dict[str, str] = loaded.get_metadata()
         except RuntimeError as error:
-            raise StateError(
-                f"{package}: it cannot be loaded ({error}); compile it anew (ifa export --run RUN)"
-            ) from error
-        for name, wanted in _made_for(graph).items():
-            if found.get(name) != wanted:
-                raise StateError(
-                    f"{package}: it is of {name} {found.get(name)!r}, not {wanted!r}; {_REMEDY}"
-                )
+            raise StateError(f"{package}: it cannot be loaded ({error}); {_REMEDY}") from error
         self._run, self._schema, self._items = loaded.run, schema, items
         self._names = [given.name for given in graph.inputs]
         self._per_candidate = {given.name for given in graph.inputs if given.shape[:1] == ("M",)}
@@ -175,6 +180,23 @@ def _pooled(arch: PlainPooledArch, lists: dict[str, tuple[np.ndarray, np.ndarray
     return arch({name: tensor(values) for name, (values, _) in lists.items()}, of_row, rows)
 
 
+def _check_tables(model: DLRM_IFA) -> None:
+    if model.sequence_arch.managed:
+        raise StateError(
+            "tables of managed collisions cannot be compiled around; serve without --compiled"
+        )
+
+
+def _processor() -> str:
+    """This machine's, with a digest of all that it can: a compiler takes what it finds."""
+    told = Path("/proc/cpuinfo")
+    text = told.read_text() if told.exists() else platform.processor()
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    known = " ".join(sorted((flags[1] if flags else text).split()))
+    digest = hashlib.sha256(known.encode()).hexdigest()
+    return f"{torch.backends.cpu.get_cpu_capability()} {digest[:8]}"
+
+
 def _made_for(graph: nn.Module) -> dict[str, str]:
     """What a package of this graph is bound to, here."""
     digest = hashlib.sha256(repr([graph.config, graph.inputs]).encode())
@@ -183,5 +205,5 @@ def _made_for(graph: nn.Module) -> dict[str, str]:
     return {
         "weights": digest.hexdigest()[:16],
         "torch": torch.__version__,
-        "processor": torch.backends.cpu.get_cpu_capability(),
+        "processor": _processor(),
     }

@@ -45,7 +45,7 @@ class Scorer:
         log: the event log, for its schema, its items and its vocabulary.
         store: the states that this model's weights made, of a log of this vocabulary.
         strict: refuse a request that can only be ranked as of a later time.
-        compiled: the model's dense part compiled, which then reckons the logits but those of sets that
+        compiled: the model's dense part compiled, which then computes the logits but those of sets that
             are chosen one by one; None for the model's own.
 
     Raises:

@@ -21,7 +21,9 @@ from ifa_torchrec.serving import (
     open_key_value_store,
     quantize_tables,
 )
+from ifa_torchrec.serving import compiled as compiled_module
 from ifa_torchrec.serving.compiled import CompiledDense, compile_dense
+from ifa_torchrec.serving.dense_graph import DenseGraph
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,19 @@ def package(shop, model, tmp_path_factory):
     path = tmp_path_factory.mktemp("compiled") / "dense.pt2"
     compile_dense(model, shop.log.schema, path)
     return path
+
+
+def test_what_a_package_is_made_for_is_looked_at(shop, model, tmp_path, monkeypatch):
+    (tmp_path / "dense.pt2").touch()
+    found = compiled_module._made_for(DenseGraph(model, shop.log.schema))
+    for name in found:
+        monkeypatch.setattr(
+            compiled_module.AOTIModelPackageLoader,
+            "load_metadata_from_package",
+            lambda *_, name=name: found | {name: "other"},
+        )
+        with pytest.raises(StateError, match=f"it is of {name} 'other', not .*; compile it anew"):
+            CompiledDense(model, shop.log.schema, shop.log.items, tmp_path / "dense.pt2")
 
 
 @pytest.fixture

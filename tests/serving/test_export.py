@@ -24,8 +24,10 @@ from ifa_torchrec.__main__ import main
 from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.commands.export import ExportConfig, export
 from ifa_torchrec.data import EventLog, LogSchema, RankingDataset
+from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules import CandidateSetConfig
 from ifa_torchrec.serving import ScoringGraph, StateError, export_scorer, quantize_tables
+from ifa_torchrec.serving.compiled import FILE, CompiledDense
 from ifa_torchrec.serving.export import package_scorer
 from ifa_torchrec.serving.set_graph import GraphTensor, export_set_graph
 from ifa_torchrec.training.options import TrainConfig
@@ -258,7 +260,8 @@ def test_a_model_whose_candidates_see_each_other(attention: Literal["softmax", "
 def test_the_command_writes_a_step_of_a_set_too(tmp_path: Path, monkeypatch) -> None:
     model, out = model_of_sets("softmax"), tmp_path / "scorer.pt2"
     log = SimpleNamespace(schema=ONE_FEATURE, vocabulary=SimpleNamespace(digest="0a1b"))
-    run = SimpleNamespace(dlrm=model, log=log, version="weights-1")
+    config = SimpleNamespace(table_dtype="fp32")
+    run = SimpleNamespace(dlrm=model, log=log, version="weights-1", config=config)
     monkeypatch.setattr("ifa_torchrec.commands.export.load_run", lambda *_, **__: run)
     export(ExportConfig(tmp_path, out))
     about = json.loads(out.with_suffix(".json").read_text())
@@ -345,6 +348,19 @@ def items_alone(events: int, candidates: int, seed: int) -> RankingBatch:
 def test_what_cannot_be_exported_is_refused(model: Callable[[], DLRM_IFA], message: str) -> None:
     with pytest.raises((StateError, ValueError), match=message):
         export_scorer(model(), ONE_FEATURE)
+
+
+@pytest.mark.slow
+def test_without_out_the_dense_part_is_compiled_into_the_run(run: Run) -> None:
+    about = export(ExportConfig(run.config.out))
+    assert (about["files"], about["runtime"]) == ([FILE], "AOTInductor")
+    CompiledDense(run.dlrm, run.log.schema, run.log.items, run.config.out / FILE)
+
+
+def test_what_is_of_the_graph_alone_needs_its_name() -> None:
+    for options in ({"int8": True}, {"package": True}):
+        with pytest.raises(ConfigError, match="give --out"):
+            ExportConfig(Path("run"), **options)
 
 
 def test_the_name_must_be_a_pt2() -> None:

@@ -1011,7 +1011,7 @@ class TestExplain:
         for name in ("dense 1", "item", first.split(maxsplit=2)[2]):
             assert f"<!-- {name}" in drawn  # how an SVG keeps its texts
         with pytest.raises(ConfigError, match=r"why.txt: its name must end in .png, .svg or .pdf"):
-            explain(dataclasses.replace(config, picture=tmp_path / "why.txt"))
+            dataclasses.replace(config, picture=tmp_path / "why.txt")
 
     def test_a_request_without_history(self, trained: Path, toy: Toy) -> None:
         number = int(np.flatnonzero(toy.requests["test"]["user"] == NEW_USER)[0])

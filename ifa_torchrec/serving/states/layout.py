@@ -15,9 +15,9 @@ Of all versions there are:
     t DIGEST                  until when a forgotten user's events do not count (``shared``)
     w                         the position before which events may be gone from the journal
 
-An event touches its user's head, the pages of its keys, one block and one journal entry, in one
-transaction, which reads its user's tombstone, too. A page has at most some rows (``pages``): so the cost
-hardly depends on the history. An event is in the states exactly if its bit is set. Numbers are big
+An event touches its user's head, what was before it, the pages of its keys, one block and one journal
+entry, in one transaction, which reads its user's tombstone, too. A page has at most some rows
+(``pages``): so the cost hardly depends on the history. An event is in the states exactly if its bit is set. Numbers are big
 endian, so that keys sort by them. A user is 16 bytes: see ``user_key``.
 """
 

@@ -134,7 +134,7 @@ class RowCodec:
                 ("steps", "u1"),  # of 2^32
                 ("means", "u1"),  # one, or one for each half-life
                 ("time", "<i8"),
-                ("weight", "<f4", self._half_lives),
+                ("weight", "<f4", (self._half_lives,)),
             ]
         )
 
