@@ -31,6 +31,7 @@ from ifa_torchrec.serving.errors import StateError
 from ifa_torchrec.serving.graph_tensors import examples_of
 from ifa_torchrec.serving.plain_tables import PlainPooledArch, plain_tables
 
+_Loader: Any = AOTIModelPackageLoader  # its types lack what is called
 _REMEDY = "compile it anew (ifa export --run RUN)"
 FILE = "dense.pt2"
 """The compiled dense part in a run's folder."""
@@ -97,9 +98,7 @@ class CompiledDense:
         graph = DenseGraph(model, schema)
         try:
             # before its code is loaded, which runs then
-            found: dict[str, str] = AOTIModelPackageLoader.load_metadata_from_package(
-                str(package), "model"
-            )
+            found: dict[str, str] = _Loader.load_metadata_from_package(str(package), "model")
             for name, wanted in _made_for(graph).items():
                 if found.get(name) != wanted:
                     raise StateError(

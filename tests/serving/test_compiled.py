@@ -44,7 +44,7 @@ def test_what_a_package_is_made_for_is_looked_at(shop, model, tmp_path, monkeypa
     found = compiled_module._made_for(DenseGraph(model, shop.log.schema))
     for name in found:
         monkeypatch.setattr(
-            compiled_module.AOTIModelPackageLoader,
+            compiled_module._Loader,
             "load_metadata_from_package",
             lambda *_, name=name: found | {name: "other"},
         )

@@ -17,8 +17,8 @@ Of all versions there are:
 
 An event touches its user's head, what was before it, the pages of its keys, one block and one journal
 entry, in one transaction, which reads its user's tombstone, too. A page has at most some rows
-(``pages``): so the cost hardly depends on the history. An event is in the states exactly if its bit is set. Numbers are big
-endian, so that keys sort by them. A user is 16 bytes: see ``user_key``.
+(``pages``): so the cost hardly depends on the history. An event is in the states exactly if its bit is
+set. Numbers are big endian, so that keys sort by them. A user is 16 bytes: see ``user_key``.
 """
 
 from __future__ import annotations
