@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -187,10 +188,7 @@ def _named(given: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def _product(*sizes: int) -> int:
-    result = 2
-    for size in sizes:
-        result *= size
-    return result
+    return 2 * math.prod(sizes)
 
 
 def _encode(history: Any, offsets: Any, key_weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
@@ -207,14 +205,14 @@ def _attend(candidates: Any, offsets: Any, query_weight: Any, key_value: Any, *_
 
 def _attend_softmax(
     candidates: Any, offsets: Any, query_weight: Any, summaries: Any, *_: Any, **__: Any
-):
+) -> int:
     heads, width, dim = query_weight
     return _product(candidates[0], heads, width, dim + 2 * summaries[2])
 
 
 def _eigh(matrices: Any, *_: Any, **__: Any) -> int:
     *batch, _n, n = matrices
-    return 9 * n**3 * (_product(*batch) // 2)
+    return 9 * n**3 * math.prod(batch)
 
 
 def _sdpa(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

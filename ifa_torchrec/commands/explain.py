@@ -19,6 +19,7 @@ import tyro
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec.commands.explain_picture import draw_explanation, head_names
+from ifa_torchrec.data import RankingDataset
 from ifa_torchrec.data.vocabulary import Ids
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules import predictions, ranking_score
@@ -56,8 +57,8 @@ def explain(config: ExplainConfig) -> str:
         ConfigError: the run has another interaction, or the request does not exist or has no history.
         PlaceError: the picture cannot be written.
     """
-    run = _run_with_request(config)
-    batch = run.dataset(config.split)[[config.request]].to(run.device)
+    run, dataset = _with_request(config)
+    batch = dataset[[config.request]].to(run.device)
     model = run.dlrm
     model.eval()
 
@@ -112,8 +113,8 @@ def explain(config: ExplainConfig) -> str:
     return f"{head}\n{rows.to_string(index=False)}"
 
 
-def _run_with_request(config: ExplainConfig) -> Run:
-    """The run, whose split has the request."""
+def _with_request(config: ExplainConfig) -> tuple[Run, RankingDataset]:
+    """The run, and the split, which has the request."""
     run = load_run(config.run, config.data)
     if run.config.interaction != "ifa":
         raise ConfigError(
@@ -126,7 +127,7 @@ def _run_with_request(config: ExplainConfig) -> Run:
         )
     if dataset.history_lengths[config.request] == 0:
         raise ConfigError(f"--request {config.request} has no history to explain by")
-    return run
+    return run, dataset
 
 
 def _called(known: Ids, rows: torch.Tensor) -> list[str]:

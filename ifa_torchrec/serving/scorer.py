@@ -153,8 +153,6 @@ class Scorer:
         """
         if not requests:
             return []
-        if strategy not in ("topk", "greedy"):
-            raise ValueError(f"strategy must be 'topk' or 'greedy', got {strategy!r}")
         if strategy == "greedy":
             self._check_greedy(k)
         requests = [checked_request(self.schema, request) for request in requests]
@@ -163,7 +161,7 @@ class Scorer:
         if strategy == "greedy":
             chosen, logits = self._best_together(asked, state, k or 0)
         else:
-            chosen, logits = self._best(asked, state, k)
+            chosen, logits = self._best(asked, state, k, strategy)
         ends, times = np.cumsum([0, *asked.lengths]).tolist(), as_of.tolist()
         unknown = zip(asked.unknown_items.tolist(), asked.unknown_values.tolist(), strict=True)
         rankings: list[Ranking] = []
@@ -192,19 +190,14 @@ class Scorer:
         return _finite(self.model.logits_given(self.model.describe(features, state)))
 
     def _best(
-        self, asked: Asked, state: UserState, k: int | None
+        self, asked: Asked, state: UserState, k: int | None, strategy: Strategy
     ) -> tuple[list[np.ndarray], np.ndarray]:
         """Of each request the rows of the k best, and the logits [M, T] of all."""
-        if k is not None and k < 0:
-            raise ValueError(f"k must be at least 0, got {k}")
         logits = self._logits(asked, state)
-        falling = -ranking_score(logits, self.model.config.tasks).numpy()
-        ends = np.cumsum(asked.lengths)
-        chosen = [
-            end - len(mine) + np.argsort(mine, kind="stable")[:k]
-            for mine, end in zip(np.split(falling, ends[:-1]), ends, strict=True)
-        ]
-        return chosen, logits.numpy()
+        best = ranking_score(logits, self.model.config.tasks)
+        whole = JaggedTensor(best, lengths=torch.as_tensor(asked.lengths))
+        chosen = generate_set(best, whole, len(best) if k is None else k, strategy)
+        return _of_requests(chosen), logits.numpy()
 
     @torch.no_grad()
     def _best_together(
@@ -220,7 +213,7 @@ class Scorer:
         rows = chosen.values()
         taken = torch.zeros(len(asked.items), dtype=torch.bool).index_fill(0, rows, True)
         logits = _finite(self.model.logits_given(candidates, taken)).numpy()
-        return np.split(rows.numpy(), chosen.offsets()[1:-1].numpy()), logits
+        return _of_requests(chosen), logits
 
     def append(self, events: Sequence[Event], max_ahead: float = 60) -> list[EventResult]:
         """Add events to their users' states, each once however often it is given.
@@ -330,6 +323,11 @@ class Scorer:
             [request.new_user for request in requests],
             self.strict,
         )
+
+
+def _of_requests(chosen: JaggedTensor) -> list[np.ndarray]:
+    """The rows that were chosen, request by request."""
+    return np.split(chosen.values().numpy(), chosen.offsets()[1:-1].numpy())
 
 
 def _finite(logits: Tensor) -> Tensor:

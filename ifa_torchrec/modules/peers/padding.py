@@ -28,4 +28,6 @@ def padded(rows: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     longest = int(lengths.max()) if len(lengths) else 0
     place = torch.arange(longest, device=rows.device)
     there = place < lengths[:, None]
-    return rows[(offsets[:-1, None] + place).clamp(max=max(len(rows) - 1, 0))], there
+    row = (offsets[:-1, None] + place).clamp(max=max(len(rows) - 1, 0))
+    # not rows[row], whose gradient is slow
+    return rows.index_select(0, row.flatten()).unflatten(0, row.shape), there
