@@ -44,8 +44,8 @@ class EvaluateConfig:
     """Folder of a training run (its --out)."""
     split: str = "test"
     """Requests to score."""
-    data: Path | None = None
-    """Event log; by default the one the run was trained on."""
+    data: str | Path | None = None
+    """Event log, a folder or a URI; by default the one the run was trained on."""
     by: tuple[str, ...] = ()
     """Context features: metrics are also given for the requests of each of their values."""
     set_size: int | None = None
