@@ -187,7 +187,7 @@ class Trainer:
         config = self.config
         dataset = RankingDataset(self.log, "valid", config.history_length)
         budget = (config.max_events, config.scored_requests)
-        own, scores = predict_own(self.model, dataset, self.device, *budget)
+        own, scores, _ = predict_own(self.model, dataset, self.device, *budget)
         tasks = self._model_config.tasks
         metrics = flat(measure(own, scores, tasks), len(tasks))
         found = [(metrics, fit_tasks(own, scores, tasks, config.loss) if config.calibrate else {})]
