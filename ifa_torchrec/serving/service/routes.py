@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, HTTPException, Path, Response, params
 from fastapi.responses import PlainTextResponse
 from fastapi.security import HTTPBearer
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from ifa_torchrec.serving.errors import StateError
 from ifa_torchrec.serving.live import LiveRanking, LiveScorer
@@ -211,4 +211,4 @@ def _add_metrics(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) -
     @app.get("/metrics", response_class=PlainTextResponse, responses=refused, dependencies=bearer)
     async def metrics() -> Response:
         """Counters and times, for Prometheus."""
-        return Response(generate_latest(live.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(live.metrics.text(), media_type=CONTENT_TYPE_LATEST)
