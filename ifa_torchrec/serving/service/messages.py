@@ -1,4 +1,4 @@
-"""The JSON of requests and responses, as pydantic checks and OpenAPI describes it."""
+"""Requests and responses, JSON or MessagePack, as pydantic checks and OpenAPI describes them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class StrictModel(BaseModel):
     def _no_others(cls, fields: object) -> object:
         # an error for each of a million unknown fields, as pydantic has it, takes seconds; see FailFast
         if isinstance(fields, dict) and (unknown := fields.keys() - cls.model_fields.keys()):
-            raise ValueError(f"{sorted(unknown)[:3]} unknown; there are {[*cls.model_fields]}")
+            raise ValueError(f"{sorted(unknown, key=str)[:3]} unknown; there are {[*cls.model_fields]}")
         return fields
 
 
