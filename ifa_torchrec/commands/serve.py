@@ -69,8 +69,8 @@ class ServeConfig:
     store: str = field(repr=False)
     """Where its states are: a folder, or redis://HOST:PORT/NUMBER, with its password in the variable
     IFA_REDIS_PASSWORD."""
-    data: Path | None = None
-    """Event log; by default the one the run was trained on."""
+    data: str | Path | None = None
+    """Event log, a folder or a URI; by default the one the run was trained on."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all of them."""
     port: int = 8000
