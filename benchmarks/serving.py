@@ -45,6 +45,7 @@ from ifa_torchrec.serving import (
     StateStore,
     open_key_value_store,
 )
+from ifa_torchrec.serving.states.layout import Keys, user_key
 from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.options import TrainConfig
 from ifa_torchrec.training.run import Run, load_run
@@ -312,14 +313,24 @@ def measure_systems(systems: dict[str, System], options: Options) -> pd.DataFram
     return pd.DataFrame(rows)
 
 
+def state_bytes(store: StateStore, user: int) -> int:
+    """What a user's state takes: keys and values of all its records."""
+    keys, key_values = Keys(store.version), store.key_values
+    mine = [keys.head(user), keys.before(user), *key_values.scan(b"i" + keys.id + user_key(user))]
+    return sum(
+        len(key) + len(value or b"") for key, value in zip(mine, key_values.read(mine), strict=True)
+    )
+
+
 def measure_appends(scorer: Scorer, options: Options) -> pd.DataFrame:
-    """What an append costs to a state of each history length, and the state's rows before it."""
+    """What an append costs to a state of each history length, and what that takes before it."""
     rng, position, rows = np.random.default_rng(2), scorer.store.position, []
     every_key = np.arange(scorer.store.layout.identity_key_range)
     for n in options.histories:
         row = {"events": f"{n:,}"}
         state, _ = scorer.store.read([n], [NOW], [every_key])
         row["identity rows"] = f"{len(state.identity_key):,}"
+        row["bytes an event"] = f"{state_bytes(scorer.store, n) / n:,.1f}"
         for batch in (1, 64):
             items = draw(rng, options.requests * batch).reshape(-1, batch).tolist()
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
 
 import numpy as np
 
+from ifa_torchrec.data.dataset import MICROSECONDS_PER_DAY
 from ifa_torchrec.modules import UserState
-from ifa_torchrec.ops.jagged import request_of_row
 from ifa_torchrec.serving.states.journal import Event, Journal
-from ifa_torchrec.serving.states.layout import BLOCK, has_bit, set_bit
-from ifa_torchrec.serving.states.records import RecordCodec, Sums, weight_and_mean
+from ifa_torchrec.serving.states.pages import Rows, page_parts, pages_of
+from ifa_torchrec.serving.states.records import Before, Head, RecordCodec, Sums, weight_and_mean
 from ifa_torchrec.serving.states.shared import tombstone_key, unpack_number
-
-Place = TypeVar("Place")
 
 
 class Addition:
@@ -26,64 +23,118 @@ class Addition:
         state: of each event alone, at age 0; UserState of E requests.
 
     Attributes:
-        keys: of all records that it reads.
+        keys: of the records that it reads first.
         new: whether each event was new, once ``apply`` was called; None of an event whose user was
             forgotten after it.
     """
 
     def __init__(self, codec: RecordCodec, events: Sequence[Event], state: UserState) -> None:
         self._codec, self._events = codec, events
-        weight, mean = weight_and_mean(state.key_sum, state.key_value)
-        self._heads = [Sums(event.time, weight[e], mean[e]) for e, event in enumerate(events)]
-        self._rows: list[dict[int, Sums]] = [{} for _ in events]
-        if state.identity_offsets is not None:
-            offsets, key, value, total = state.identity_tables()
-            weight, mean = weight_and_mean(total, value)
-            places = zip(request_of_row(offsets).tolist(), key.tolist(), strict=True)
-            for row, (e, k) in enumerate(places):
-                self._rows[e][k] = Sums(events[e].time, weight[row], mean[row])
+        self._sums = EventSums(codec, events, state)
         self._tombstones = {event.user: tombstone_key(event.user) for event in events}
-        keys: dict[bytes, None] = {}  # in order, each once
-        for event, rows in zip(events, self._rows, strict=True):
-            keys |= dict.fromkeys(Journal.keys_of(codec, event))
-            keys |= dict.fromkeys(StateDraft.keys_of(codec, event.user, rows))
-        self.keys = [*self._tombstones.values(), *keys]
+        self._of_user = {
+            user: np.array([e for e, event in enumerate(events) if event.user == user])
+            for user in self._tombstones
+        }
+        heads = [key(user) for user in self._of_user for key in (codec.keys.head, codec.keys.before)]
+        journal = dict.fromkeys(key for event in events for key in Journal.keys_of(codec, event))
+        self.keys = [*self._tombstones.values(), *heads, *journal]
+        self._pages: list[bytes] = []
         self.new: list[bool | None] = []
 
-    def apply(self, values: Sequence[bytes | None]) -> dict[bytes, bytes]:
-        """The records that are new or changed, by their keys.
+    def pages(self, values: Sequence[bytes | None]) -> list[bytes]:
+        """The keys of the pages that it reads besides.
 
         Args:
             values: the records under ``keys``.
 
         Raises:
+            StoreError: a head is damaged.
+        """
+        codec, found = self._codec, dict(zip(self.keys, values, strict=True))
+        self._pages = []
+        for user, events in self._of_user.items():
+            key = codec.keys.head(user)
+            if (value := found[key]) is not None:
+                pages = codec.unpack_pages(codec.open(key, value))
+                self._pages += codec.keys.pages(user, pages_of(pages, self._sums.keys_of(events)))
+        return self._pages
+
+    def apply(self, values: Sequence[bytes | None]) -> dict[bytes, bytes]:
+        """The records that are new or changed, by their keys.
+
+        Args:
+            values: the records under ``keys`` and ``pages``.
+
+        Raises:
             StateError, StoreError: as ``StateStore.append``.
         """
-        codec, read = self._codec, dict(zip(self.keys, values, strict=True))
+        codec, read = self._codec, dict(zip([*self.keys, *self._pages], values, strict=True))
         forgotten = {
             user: unpack_number(codec.store, key, read.pop(key))
             for user, key in self._tombstones.items()
         }
         found = {key: codec.open(key, value) for key, value in read.items() if value is not None}
-        journal, drafts = Journal(codec, found), dict[int | str, StateDraft]()
-        self.new = []
-        for event, head, rows in zip(self._events, self._heads, self._rows, strict=True):
-            self.new.append(journal.take(event, forgotten[event.user]))
-            if self.new[-1]:
-                if event.user not in drafts:
-                    drafts[event.user] = StateDraft(codec, event.user, found)
-                drafts[event.user].add(head, rows)
+        journal = Journal(codec, found)
+        self.new = [journal.take(event, forgotten[event.user]) for event in self._events]
+        taken = np.array(self.new) == True  # noqa: E712  None is not
         seed = np.random.default_rng(self._events[0].position)
         bodies = journal.changed()
-        for draft in drafts.values():
-            bodies |= draft.changed_heads(seed)
-        changed = {k: row for draft in drafts.values() for k, row in draft.changed_rows().items()}
-        bodies |= _packed(codec, changed, seed)
+        for user, events in self._of_user.items():
+            if len(new := events[taken[events]]):
+                draft = StateDraft(codec, user, found)
+                draft.add(self._sums, new)
+                bodies |= draft.records(seed)
         return {key: codec.seal(key, body) for key, body in bodies.items()}
 
 
+class EventSums:
+    """What each of E events adds by itself; arguments as ``Addition``'s."""
+
+    def __init__(self, codec: RecordCodec, events: Sequence[Event], state: UserState) -> None:
+        self._codec = codec
+        self.times = np.array([event.time for event in events], np.int64)
+        self._weight = state.key_sum.double().numpy()  # [E, H, F]
+        # an event has one value in all features of a head: that of its heaviest is the nearest
+        heaviest = state.key_sum.argmax(-1, keepdim=True)
+        weight = state.key_sum.gather(-1, heaviest)
+        place = heaviest[..., None].expand(-1, -1, -1, codec.layout.head_dim)
+        self._value = weight_and_mean(weight, state.key_value.gather(2, place))[1][:, :, 0]  # [E, H, d]
+        self._rows, self._offsets = Rows.none(codec.layout), np.zeros(len(events) + 1, np.int64)
+        if state.identity_offsets is not None:
+            offsets, key, value, total = state.identity_tables()
+            self._offsets = offsets.numpy()
+            time = np.repeat(self.times, np.diff(self._offsets))
+            self._rows = Rows(key.numpy(), time, *weight_and_mean(total, value))
+
+    def head(self, events: np.ndarray) -> Head:
+        """The head of some events together, as of the latest of their times."""
+        if not len(events):
+            return self._codec.no_head()
+        time = int(self.times[events].max())
+        days = (time - self.times[events]) / MICROSECONDS_PER_DAY
+        factor = np.exp(-days[:, None] * self._codec.decay)  # [e, H]
+        weights = (factor[..., None] * self._weight[events]).transpose(1, 2, 0)  # [H, F, e]
+        weight, total = weights.sum(-1), weights @ self._value[events].transpose(1, 0, 2)
+        mean = np.divide(total, weight[..., None], out=np.zeros_like(total), where=weight[..., None] > 0)
+        return Head(Sums(time, weight, mean), len(events))
+
+    def rows(self, events: np.ndarray) -> Rows:
+        """One row for each key that some events have, as of the latest of these events' times."""
+        return self._rows[self._places(events)].by_key(self._codec.identity_decay)
+
+    def keys_of(self, events: np.ndarray) -> np.ndarray:
+        """The keys of some events' rows, ascending, each once."""
+        return np.unique(self._rows.key[self._places(events)])
+
+    def _places(self, events: np.ndarray) -> np.ndarray:
+        lengths = np.diff(self._offsets)[events]
+        begins = np.repeat(self._offsets[events] - np.cumsum(lengths) + lengths, lengths)
+        return begins + np.arange(len(begins))
+
+
 class StateDraft:
-    """One user's state while events are added to it; each record is decoded once.
+    """One user's state while a transaction's events are added to it.
 
     Beside the state stands what it was before the events of its last time: the head, and the rows that
     these changed.
@@ -102,88 +153,71 @@ class StateDraft:
         head, before = found.get(codec.keys.head(user)), found.get(codec.keys.before(user))
         if (head is None) != (before is None):
             raise codec.lost(user)
-        self._head = self._before = codec.no_head()
-        self._rows_before: dict[int, Sums | None] = {}
-        blocks = codec.no_blocks
+        none = np.empty(0, np.int64)
+        self._head, self._pages = codec.no_head(), none
+        self._before = Before(codec.no_head(), Rows.none(codec.layout), none)
         if head is not None and before is not None:
-            self._head, blocks = codec.unpack_head(head)
-            self._before, rows = codec.unpack_before(before)
-            self._rows_before = {key: codec.unpack_row(row) for key, row in rows.items()}
-        self._blocks = bytearray(blocks)
-        self._members: dict[int, bytearray] = {}
-        self._rows: dict[int, Sums | None] = {}
+            self._head, self._pages = codec.unpack_head(head)
+            self._before = codec.unpack_before(user, before, head)
+        self._changed: dict[int, Rows] = {}
+        """By the first keys of pages."""
 
-    @staticmethod
-    def keys_of(codec: RecordCodec, user: int | str, rows: Mapping[int, Sums]) -> list[bytes]:
-        """The keys of the records that an event with these rows touches."""
-        keys = codec.keys
-        of_rows = [keys.row(user, key) for key in rows]
-        of_blocks = [keys.members(user, key // BLOCK) for key in rows]
-        return [keys.head(user), keys.before(user), *of_rows, *of_blocks]
+    def add(self, sums: EventSums, events: np.ndarray) -> None:
+        """Add events, at least one; called once."""
+        decay = self._codec.identity_decay
+        last = max(int(sums.times[events].max()), self._head.sums.time if self._head.count else -(2**63))
+        at_last = sums.times[events] == last
+        early, late = events[~at_last], events[at_last]
+        early_rows, late_rows = sums.rows(early), sums.rows(late)
+        page_rows, first = self._page_rows(sums.keys_of(events))
+        touched = page_rows[np.isin(page_rows.key, sums.keys_of(events))]
+        if last > self._head.sums.time or not self._head.count:
+            before, rows, keys = self._head, touched, late_rows.key
+        else:
+            # a row that was not changed at the last time is now as it was before
+            known = np.concatenate([self._before.rows.key, self._before.absent])
+            same = touched[~np.isin(touched.key, known)]
+            before, rows = self._before.head, Rows.cat([self._before.rows, same])
+            keys = np.union1d(known, late_rows.key)
+        rows = Rows.cat([rows, early_rows]).by_key(decay)
+        place = rows.find(keys)
+        there = place < len(rows)
+        self._before = Before(
+            before.plus(sums.head(early), self._codec.decay), rows[place[there]], keys[~there]
+        )
+        self._head = self._head.plus(sums.head(events), self._codec.decay)
+        self._split(page_rows.plus(early_rows, decay).plus(late_rows, decay), first)
 
-    def add(self, event: Sums, rows: Mapping[int, Sums]) -> None:
-        """Add an event: its dense heads and its rows, by key."""
-        head, decay = self._head, self._codec.decay
-        there = {key: self._row(key) for key in rows}
-        if event.time > head.sums.time or not head.count:
-            self._before, self._rows_before = head, {}
-        elif event.time < head.sums.time:
-            self._before = self._before.plus(event, decay)
-        for key, row in rows.items():
-            if event.time >= head.sums.time or not head.count:
-                self._rows_before.setdefault(key, there[key])
-            elif key in self._rows_before:
-                self._rows_before[key] = self._sum(self._rows_before[key], row)
-            self._rows[key] = self._sum(there[key], row)
-            set_bit(self._members_of(key // BLOCK), key % BLOCK)
-            set_bit(self._blocks, key // BLOCK)
-        self._head = head.plus(event, decay)
-
-    def changed_heads(self, seed: np.random.Generator) -> dict[bytes, bytes]:
-        """The bodies of all its records but the rows, by their keys."""
+    def records(self, seed: np.random.Generator) -> dict[bytes, bytes]:
+        """The bodies of its records that are new or changed, by their keys."""
         codec, keys, user = self._codec, self._codec.keys, self._user
-        before = {key: b"" for key in self._rows_before} | _packed(codec, self._rows_before, seed)
-        bodies = {
-            keys.head(user): codec.pack_head(self._head, seed) + self._blocks,
-            keys.before(user): codec.pack_head(self._before, seed) + codec.pack_row_list(before),
-        }
-        for block, bits in self._members.items():
-            bodies[keys.members(user, block)] = codec.pack_members(bits)
+        head = codec.pack_head(self._head, self._pages, seed)
+        before = codec.pack_before(self._before, head, seed)
+        bodies = {keys.head(user): head, keys.before(user): before}
+        if self._changed:
+            first = np.array(list(self._changed))
+            rows = Rows.cat(list(self._changed.values()))
+            bounds = np.cumsum([0, *(len(page) for page in self._changed.values())])
+            pages = codec.rows.pack(rows, bounds, first, seed)
+            bodies |= dict(zip(keys.pages(user, first), pages, strict=True))
         return bodies
 
-    def changed_rows(self) -> dict[bytes, Sums | None]:
-        """Its rows, by their records' keys."""
-        return {self._codec.keys.row(self._user, key): row for key, row in self._rows.items()}
+    def _page_rows(self, keys: np.ndarray) -> tuple[Rows, np.ndarray]:
+        """The rows of the pages that these keys lie in, and the pages' first keys."""
+        first = pages_of(self._pages, keys)
+        bodies = [self._found.get(key) for key in self._codec.keys.pages(self._user, first)]
+        there = [body for body in bodies if body is not None]
+        if len(there) < len(bodies):
+            raise self._codec.lost(self._user)
+        if not there:
+            return Rows.none(self._codec.layout), np.zeros(min(len(keys), 1), np.int64)
+        return self._codec.rows.unpack(there, first)[0], first
 
-    def _members_of(self, block: int) -> bytearray:
-        """Which keys of a block have a row."""
-        if block not in self._members:
-            body = self._found.get(self._codec.keys.members(self._user, block))
-            if (body is not None) != has_bit(self._blocks, block):
-                raise self._codec.lost(self._user)
-            self._members[block] = bytearray(self._codec.unpack_members(body))
-        return self._members[block]
-
-    def _row(self, key: int) -> Sums | None:
-        if key not in self._rows:
-            body = self._found.get(self._codec.keys.row(self._user, key))
-            if (body is not None) != has_bit(self._members_of(key // BLOCK), key % BLOCK):
-                raise self._codec.lost(self._user)
-            self._rows[key] = None if body is None else self._codec.unpack_row(body)
-        return self._rows[key]
-
-    def _sum(self, row: Sums | None, event: Sums) -> Sums:
-        return event if row is None else row.plus(event, self._codec.identity_decay)
-
-
-def _packed(
-    codec: RecordCodec, rows: Mapping[Place, Sums | None], seed: np.random.Generator
-) -> dict[Place, bytes]:
-    """The rows that there are, as bytes."""
-    there = {place: row for place, row in rows.items() if row is not None}
-    if not there:
-        return {}
-    time = np.array([row.time for row in there.values()])
-    weight = np.stack([row.weight for row in there.values()])
-    mean = np.stack([row.mean for row in there.values()])
-    return dict(zip(there, codec.pack_rows(time, weight, mean, seed), strict=True))
+    def _split(self, rows: Rows, first: np.ndarray) -> None:
+        """Put rows into the pages that begin with these keys, and new ones where they are too many."""
+        bounds = np.append(np.searchsorted(rows.key, first), len(rows))
+        for page, begin, end in zip(first.tolist(), bounds[:-1], bounds[1:], strict=True):
+            for number, part in enumerate(page_parts(begin, end)):
+                of_part = rows[part]
+                self._changed[page if number == 0 else int(of_part.key[0])] = of_part
+        self._pages = np.union1d(self._pages, np.array(list(self._changed), np.int64))

@@ -157,7 +157,7 @@ class _Removal:
 
 def _records_of(key_values: KeyValueStore, keys: Keys, user: int | str) -> set[bytes]:
     """The keys of all of a version's records of a user, also of such as no other record names."""
-    found = [key for kind in (b"i", b"k") for key in key_values.scan(kind + keys.id + user_key(user))]
+    found = key_values.scan(b"i" + keys.id + user_key(user))
     single = [keys.head(user), keys.before(user)]
     values = zip(single, key_values.read(single), strict=True)
     return {*found, *(key for key, value in values if value is not None)}

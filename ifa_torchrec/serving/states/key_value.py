@@ -34,6 +34,17 @@ with lmdb.open(sys.argv[1], map_size=int(sys.argv[2])).begin() as transaction:
 """
 
 
+Change = Callable[[list[bytes | None]], Mapping[bytes, bytes | None]]
+"""Makes of the values of some keys the records that are new or changed; None of those to delete."""
+Follow = Callable[[list[bytes | None]], Sequence[bytes]]
+"""Makes of the values of some keys the further keys that these name."""
+
+
+def no_more(_: list[bytes | None]) -> Sequence[bytes]:
+    """That they name none."""
+    return ()
+
+
 class KeyValueStore(ABC):
     """Bytes by key. What is read is of one moment, and what is updated is so whole or not at all,
     whatever other processes do and wherever this one dies. Where the store itself fails, every method
@@ -50,16 +61,13 @@ class KeyValueStore(ABC):
         """Raise StoreError if the store is out of reach, or may lose keys by itself."""
 
     @abstractmethod
-    def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """The values of the keys at one moment; None where there is none."""
+    def read(self, keys: Sequence[bytes], then: Follow = no_more) -> list[bytes | None]:
+        """The values of the keys, and of those that ``then`` makes of these values, all of one moment;
+        None where there is none. ``then`` may be called again with newer values."""
 
     @abstractmethod
-    def update(
-        self,
-        keys: Sequence[bytes],
-        change: Callable[[list[bytes | None]], Mapping[bytes, bytes | None]],
-    ) -> None:
-        """Read the keys, and write what ``change`` makes of their values, with nothing between.
+    def update(self, keys: Sequence[bytes], change: Change, then: Follow = no_more) -> None:
+        """Read as ``read`` does, and write what ``change`` makes of the values, with nothing between.
 
         A key whose new value is None is deleted. ``change`` may be called again with newer values where
         another writer came first.
@@ -205,24 +213,21 @@ class LMDBStore(KeyValueStore):
         """See KeyValueStore."""
         self.read([])
 
-    def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
+    def read(self, keys: Sequence[bytes], then: Follow = no_more) -> list[bytes | None]:
         """See KeyValueStore."""
         with (
             self._reported(),
             self._environment.begin() as transaction,
             transaction.cursor() as cursor,
         ):
-            found = dict(cursor.getmulti(keys))
-        return [found.get(key) for key in keys]
+            found = _found(cursor, keys)
+            return found + _found(cursor, then(found))
 
-    def update(
-        self,
-        keys: Sequence[bytes],
-        change: Callable[[list[bytes | None]], Mapping[bytes, bytes | None]],
-    ) -> None:
+    def update(self, keys: Sequence[bytes], change: Change, then: Follow = no_more) -> None:
         """See KeyValueStore."""
         with self._reported(), self._environment.begin(write=True) as transaction:
-            changes = change([transaction.get(key) for key in keys])
+            found = [transaction.get(key) for key in keys]
+            changes = change(found + [transaction.get(key) for key in then(found)])
             with transaction.cursor() as cursor:
                 cursor.putmulti((key, value) for key, value in changes.items() if value is not None)
             for key, value in changes.items():
@@ -353,23 +358,17 @@ class RedisStore(KeyValueStore):
                 "when its memory is full; set it to noeviction"
             )
 
-    def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
+    def read(self, keys: Sequence[bytes], then: Follow = no_more) -> list[bytes | None]:
         """See KeyValueStore."""
         with self._reported():
-            return list(self._client.mget(keys)) if keys else []
+            return self._at_one_moment(self._client, keys, then, watched=False)
 
-    def update(
-        self,
-        keys: Sequence[bytes],
-        change: Callable[[list[bytes | None]], Mapping[bytes, bytes | None]],
-    ) -> None:
+    def update(self, keys: Sequence[bytes], change: Change, then: Follow = no_more) -> None:
         """See KeyValueStore."""
         with self._reported(), self._client.pipeline() as pipeline:
             while True:
                 try:
-                    if keys:
-                        pipeline.watch(*keys)
-                    changes = change(pipeline.mget(keys) if keys else [])
+                    changes = change(self._at_one_moment(pipeline, keys, then, watched=True))
                     pipeline.multi()
                     kept = {key: value for key, value in changes.items() if value is not None}
                     if kept:
@@ -380,6 +379,24 @@ class RedisStore(KeyValueStore):
                     return
                 except redis.WatchError:  # another writer came first, and got on
                     continue
+
+    @staticmethod
+    def _at_one_moment(
+        client: Any, keys: Sequence[bytes], then: Follow, watched: bool
+    ) -> list[bytes | None]:
+        """The values as ``read`` has them; ``watched`` where the client is a pipeline that writes."""
+        if watched and keys:
+            client.watch(*keys)
+        found: list[bytes | None] = list(client.mget(keys)) if keys else []
+        while more := then(found):
+            if watched:
+                client.watch(*more)
+            # with the first ones again: what they name is of the same moment if they are unchanged
+            values: list[bytes | None] = list(client.mget([*keys, *more]))
+            if values[: len(keys)] == found:
+                return values
+            found = values[: len(keys)]
+        return found
 
     def scan(self, prefix: bytes, first: bytes = b"") -> Iterator[bytes]:
         """See KeyValueStore. It walks through all keys of the server."""
@@ -413,6 +430,11 @@ class RedisStore(KeyValueStore):
             # a server that does not know AUTH repeats its arguments
             text = re.sub(r"args beginning with:.*", "args ...", str(error), flags=re.DOTALL)
             raise StoreError(f"{self.name}: {what}{text}") from None
+
+
+def _found(cursor: Any, keys: Sequence[bytes]) -> list[bytes | None]:
+    found = dict(cursor.getmulti(keys))
+    return [found.get(key) for key in keys]
 
 
 def _without_password(address: str) -> str:

@@ -4,28 +4,27 @@ Of one version of the weights (VVVVVVVV, the first 8 bytes of the version's hash
 
     v VVVVVVVV                header: the version, its layout, the vocabulary's digest and a mark of this
                               building of it, JSON
-    s VVVVVVVV user           head: time of the last event, count, dense heads, which blocks k there are
+    s VVVVVVVV user           head: time of the last event, count, dense heads, which pages i there are
     u VVVVVVVV user           what the last event changed as it was before: the head, and rows
-    i VVVVVVVV user key       one row of the identity tables, with its own time
-    k VVVVVVVV user block     which of a block of identity keys have a row, a bit each
+    i VVVVVVVV user key       page: the rows of the identity tables from this key on to the next page's
     a VVVVVVVV block          which positions of the event stream are in the states, a bit each
+
 Of all versions there are:
 
     j position                the event itself, for versions that are built later
     t DIGEST                  until when a forgotten user's events do not count (``shared``)
     w                         the position before which events may be gone from the journal
 
-An event touches its user's records but the other rows, one block and one journal entry, in one
-transaction, which reads its user's tombstone, too. So the cost does not depend on the history, and an
-event is in the states exactly if its bit is set. Numbers are big endian, so that keys sort by them. A
-user is 16 bytes: see ``user_key``.
+An event touches its user's head, what was before it, the pages of its keys, one block and one journal
+entry, in one transaction, which reads its user's tombstone, too. A page has at most some rows
+(``pages``): so the cost hardly depends on the history. An event is in the states exactly if its bit is
+set. Numbers are big endian, so that keys sort by them. A user is 16 bytes: see ``user_key``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -35,16 +34,15 @@ from ifa_torchrec.modules import InteractionFidelityAttention
 from ifa_torchrec.serving.errors import StateError
 
 BLOCK = 4096
-"""Positions, or identity keys, a block."""
+"""Positions a block."""
 STATE_KINDS = (b"s", b"u", b"i", b"k", b"a")
-"""First bytes of the keys of a version's records, but the header's."""
+"""First bytes of the keys of a version's records, but the header's; k is of format 4 and before."""
 USER_BYTES = 16
 CHECKSUM_BYTES = 4
 """At the end of each record."""
 _NUMBER = struct.Struct(">q")
 _INTEGER_USER = struct.Struct(">QQ")
 _SIGN = 2**63  # of an int64; with it flipped, the bytes of negative numbers come before those of others
-_PLACE = np.dtype([("prefix", "S9"), ("user", f"V{USER_BYTES}"), ("number", ">i8")])
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,9 @@ class StateLayout:
         identity_key_range: K R, 0 without identity features.
         decay: rate a day of each dense head, [H].
         identity_decay: rate a day of each identity half-life, [L].
-        dtype: how means are stored; weights and counts are float32 and int64. Means in float16 are
-            rounded to the nearest when built, and at random, without bias, when events are added.
+        dtype: how means are stored, and to how many digits the identity rows' weights; other weights
+            and counts are float32 and int64. In float16 both are rounded to the nearest when built, and
+            at random, without bias, when events are added.
         gates: those that the events were weighed by, the number of values by name; none for states that
             are older than gates.
         identity_head_dim: width of the identity tables' means; None for head_dim.
@@ -124,11 +123,6 @@ def user_key(user: int | str) -> bytes:
     return _INTEGER_USER.pack(0, user + _SIGN)
 
 
-def user_keys(users: Iterable[int | str]) -> np.ndarray:
-    """The ``user_key`` of each of many users, an array of 16 bytes each."""
-    return np.frombuffer(b"".join([user_key(user) for user in users]), f"V{USER_BYTES}")
-
-
 class Keys:
     """The keys of one version's records.
 
@@ -141,7 +135,7 @@ class Keys:
 
     Example:
         >>> from ifa_torchrec.serving.states.layout import Keys, user_of
-        >>> user_of(Keys("weights-1").row(user=-3, key=7))
+        >>> user_of(Keys("weights-1").page(user=-3, first=7))
         -3
     """
 
@@ -157,30 +151,18 @@ class Keys:
         """Of what a user's last event changed."""
         return b"u" + self.id + user_key(user)
 
-    def row(self, user: int | str, key: int) -> bytes:
-        """Of a row of a user's identity tables."""
-        return b"i" + self.id + user_key(user) + _NUMBER.pack(key)
+    def page(self, user: int | str, first: int) -> bytes:
+        """Of a page of a user's identity tables, by the first key that it is of."""
+        return b"i" + self.id + user_key(user) + _NUMBER.pack(first)
 
-    def rows(self, users: np.ndarray, keys: np.ndarray) -> list[bytes]:
-        """Of many rows; users are [n] as of ``user_keys``, keys [n] int64."""
-        return self._many(b"i", users, keys)
-
-    def members(self, user: int | str, block: int) -> bytes:
-        """Of the bits of a block of identity keys."""
-        return b"k" + self.id + user_key(user) + _NUMBER.pack(block)
-
-    def members_of(self, users: np.ndarray, blocks: np.ndarray) -> list[bytes]:
-        """Of the bits of many blocks; users are [n] as of ``user_keys``, blocks [n] int64."""
-        return self._many(b"k", users, blocks)
+    def pages(self, user: int | str, first: np.ndarray) -> list[bytes]:
+        """Of some of a user's pages; first is [n] int64."""
+        prefix = b"i" + self.id + user_key(user)
+        return [prefix + number for number in pieces(first.astype(">i8"))]
 
     def positions(self, position: int) -> bytes:
         """Of the bits of the block that a position is in."""
         return b"a" + self.id + _NUMBER.pack(position // BLOCK)
-
-    def _many(self, kind: bytes, users: np.ndarray, numbers: np.ndarray) -> list[bytes]:
-        keys = np.empty(len(users), _PLACE)
-        keys["prefix"], keys["user"], keys["number"] = kind + self.id, users, numbers
-        return pieces(keys)
 
 
 def journal_key(position: int) -> bytes:

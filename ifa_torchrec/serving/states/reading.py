@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ifa_torchrec.data.dataset import MICROSECONDS_PER_DAY
 from ifa_torchrec.modules import UserState
 from ifa_torchrec.serving.errors import StateError
-from ifa_torchrec.serving.states.layout import BLOCK, has_bit, user_keys
-from ifa_torchrec.serving.states.records import Head, RecordCodec
+from ifa_torchrec.serving.states.pages import Rows, pages_of
+from ifa_torchrec.serving.states.records import Before, Head, RecordCodec
 from ifa_torchrec.serving.times import utc
 
 
@@ -28,15 +27,14 @@ class UserRecords:
     Args:
         user: external id.
         head: None where the user has no state.
-        rows: the identity rows asked for that there are, by key, ascending.
-        before: head and rows before the last event's time, where they were read; a row that was not
-            there then has no bytes.
+        rows: the identity rows asked for that there are.
+        before: what was before the last event's time, where it was read.
     """
 
     user: int | str
     head: Head | None
-    rows: dict[int, bytes]
-    before: tuple[Head, dict[int, bytes]] | None = None
+    rows: Rows
+    before: Before | None = None
 
     def reaches(self, time: int | None) -> bool:
         """Whether the head serves a time, so that what was before is not needed."""
@@ -61,9 +59,11 @@ class UserRecords:
         if time > last:
             return time
         assert self.before is not None
-        self.head, rows = self.before
-        rows = {key: rows.get(key, row) for key, row in self.rows.items()}
-        self.rows = {key: row for key, row in rows.items() if row}
+        self.head, rows = self.before.head, self.before.rows
+        changed = np.isin(self.rows.key, [*rows.key.tolist(), *self.before.absent.tolist()])
+        wanted = np.isin(rows.key, self.rows.key)
+        together = Rows.cat([self.rows[~changed], rows[wanted]])
+        self.rows = together[np.argsort(together.key)]
         earliest = self.head.sums.time + 1
         if not self.head.count or time >= earliest:
             return time
@@ -76,7 +76,7 @@ class UserRecords:
 
 
 class Lookup:
-    """Which records some users' states are made of.
+    """Which records some users' states are made of: the heads, and then the pages that these name.
 
     Args:
         codec: of the version's records.
@@ -85,7 +85,7 @@ class Lookup:
         with_before: whether to read what was before the last events, too.
 
     Attributes:
-        keys: of all these records.
+        keys: of the records to read first.
     """
 
     def __init__(
@@ -95,80 +95,66 @@ class Lookup:
         wanted: Sequence[np.ndarray],
         with_before: bool,
     ) -> None:
-        self._codec, self._users = codec, users
-        lengths = [len(of_user) for of_user in wanted]
-        self._ends = np.cumsum(lengths).tolist()
-        self._request = np.repeat(np.arange(len(users)), lengths)
-        self._wanted = np.concatenate([np.empty(0, np.int64), *wanted])
-        block = self._wanted // BLOCK
-        # rows of one block follow each other
-        begins = np.ones(len(block), bool)
-        begins[1:] = (block[1:] != block[:-1]) | (self._request[1:] != self._request[:-1])
-        self._place = np.cumsum(begins) - 1
-        self._block, self._block_request = block[begins], self._request[begins]
-        user = user_keys(users)
-        keys = codec.keys
-        self._parts = (
-            [keys.head(user) for user in users],
-            [keys.before(user) for user in users if with_before],
-            keys.members_of(user[self._block_request], self._block),
-            keys.rows(user[self._request], self._wanted),
-        )
-        self.keys = [key for part in self._parts for key in part]
+        self._codec, self._users, self._wanted = codec, users, wanted
+        self.keys = [codec.keys.head(user) for user in users]
+        if with_before:
+            self.keys += [codec.keys.before(user) for user in users]
+        self._records: list[UserRecords] = []
+        self._first: list[np.ndarray] = []
+        self._page_keys: list[bytes] = []
 
-    def records(self, values: Sequence[bytes | None]) -> list[UserRecords]:
-        """What the records say.
+    def pages(self, values: Sequence[bytes | None]) -> list[bytes]:
+        """The keys of the pages to read.
 
         Args:
             values: of ``keys``.
 
         Raises:
+            StoreError: a record is damaged, or gone.
+        """
+        codec, none = self._codec, Rows.none(self._codec.layout)
+        opened = codec.open_all(self.keys, values)
+        heads, befores = opened[: len(self._users)], opened[len(self._users) :]
+        self._records, self._first, self._page_keys = [], [], []
+        for b, (user, value) in enumerate(zip(self._users, heads, strict=True)):
+            head, pages = (None, np.empty(0, np.int64)) if value is None else codec.unpack_head(value)
+            before = None
+            if befores:
+                if ((body := befores[b]) is None) != (head is None):
+                    raise codec.lost(user)
+                before = None if body is None else codec.unpack_before(user, body, value or b"")
+            self._records.append(UserRecords(user, head, none, before))
+            self._first.append(pages_of(pages, self._wanted[b]))
+            self._page_keys += codec.keys.pages(user, self._first[b])
+        return self._page_keys
+
+    def records(self, values: Sequence[bytes | None]) -> list[UserRecords]:
+        """What the records say.
+
+        Args:
+            values: of ``keys`` and of the pages.
+
+        Raises:
             StoreError: one is damaged, or gone.
         """
         codec = self._codec
-        opened = codec.open_all(self.keys, values)
-        parts: list[list[bytes | None]] = []
-        for part in self._parts:
-            parts.append(opened[: len(part)])
-            opened = opened[len(part) :]
-        heads, befores, members, rows = parts
-        records: list[UserRecords] = []
-        blocks: list[bytes] = []
-        first = 0
-        for b, (user, end, value) in enumerate(zip(self._users, self._ends, heads, strict=True)):
-            head, of_user = (None, codec.no_blocks) if value is None else codec.unpack_head(value)
-            blocks.append(of_user)
-            before = None
-            if befores:
-                if (befores[b] is None) != (head is None):
-                    raise codec.lost(user)
-                before = None if (body := befores[b]) is None else codec.unpack_before(body)
-            keys = self._wanted[first:end].tolist()
-            found = zip(keys, rows[first:end], strict=True)
-            records.append(UserRecords(user, head, {k: r for k, r in found if r is not None}, before))
-            first = end
-        self._check_whole(blocks, members, rows)
-        return records
-
-    def _check_whole(
-        self, blocks: Sequence[bytes], members: Sequence[bytes | None], rows: Sequence[bytes | None]
-    ) -> None:
-        """See that the blocks which the heads name are there, and the rows which the blocks name.
-
-        Raises:
-            StoreError: one of them is gone.
-        """
-        codec = self._codec
-        places = zip(self._block_request.tolist(), self._block.tolist(), members, strict=True)
-        for b, block, body in places:
-            if has_bit(blocks[b], block) != (body is not None):
-                raise codec.lost(self._users[b])
-        bits = np.frombuffer(b"".join([codec.unpack_members(body) for body in members]), np.uint8)
-        number = self._place * BLOCK + self._wanted % BLOCK
-        named = bits[number >> 3] >> (number & 7) & 1
-        wrong = named != np.array([row is not None for row in rows], bool)
-        if wrong.any():
-            raise codec.lost(self._users[int(self._request[wrong.argmax()])])
+        opened = codec.open_all(self._page_keys, values[len(self.keys) :])
+        user_of_page = np.repeat(np.arange(len(self._users)), [len(first) for first in self._first])
+        bodies: list[bytes] = []
+        for body, user in zip(opened, user_of_page.tolist(), strict=True):
+            if body is None:
+                raise codec.lost(self._users[user])
+            bodies.append(body)
+        if not bodies:
+            return self._records
+        rows, counts = codec.rows.unpack(bodies, np.concatenate(self._first))
+        ends = np.cumsum(np.bincount(user_of_page, counts, len(self._users)).astype(np.int64))
+        begin = 0
+        for of_user, keys, end in zip(self._records, self._wanted, ends.tolist(), strict=True):
+            mine = rows[begin:end]
+            place = mine.find(keys)
+            of_user.rows, begin = mine[place[place < len(mine)]], end
+        return self._records
 
 
 def state_of(codec: RecordCodec, records: Sequence[UserRecords], as_of: np.ndarray) -> UserState:
@@ -186,15 +172,13 @@ def state_of(codec: RecordCodec, records: Sequence[UserRecords], as_of: np.ndarr
     if not layout.identity_key_range:
         return UserState(*dense)
     lengths = [len(of_user.rows) for of_user in records]
-    keys = [key for of_user in records for key in of_user.rows]
-    time, weight, mean = codec.unpack_rows([row for of_user in records for row in of_user.rows.values()])
-    days = (np.repeat(as_of, lengths) - time) / MICROSECONDS_PER_DAY
-    weight *= np.exp(-days[:, None] * codec.identity_decay)
+    rows = Rows.cat([of_user.rows for of_user in records])
+    weight = rows.at(np.repeat(as_of, lengths), codec.identity_decay)
     return UserState(
         *dense,
         torch.from_numpy(np.cumsum([0, *lengths])),
-        torch.from_numpy(np.array(keys, np.int64)),
-        _tensor(mean * weight[..., None]),
+        torch.from_numpy(rows.key),
+        _tensor(rows.mean * weight[..., None]),
         _tensor(weight),
         layout.identity_key_range,
     )

@@ -5,8 +5,8 @@ float16 whatever the length of the history, and a bucket whose events all have o
 unless two collide) needs that value once, not once a half-life.
 
 Nothing is read that could be wrong in silence. A record ends with a checksum of itself, its key and the
-header's mark, so that damage, and what is left of another building, are seen. A row that is lost is
-missed by the bit of its key, and its block by the head.
+header's mark, so that damage, and what is left of another building, are seen. The head names the pages
+of the rows that there are: one that is lost is missed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +22,14 @@ import numpy as np
 import torch
 
 from ifa_torchrec.data.dataset import MICROSECONDS_PER_DAY
-from ifa_torchrec.serving.errors import BUILD_COMMAND, DROP_COMMAND, StateError, StoreError
-from ifa_torchrec.serving.states.layout import BLOCK, Keys, StateLayout, pieces, user_of
+from ifa_torchrec.serving.errors import BUILD_COMMAND, DROP_COMMAND, StoreError
+from ifa_torchrec.serving.states.layout import BLOCK, Keys, StateLayout, user_of
+from ifa_torchrec.serving.states.pages import RowCodec, Rows, rounded, zstd
 
-_SAME = 1e-6
-"""Means of a bucket that differ by no more than this share of their size are stored once."""
 _HEAD = struct.Struct("<qq")  # time, count
-_ROW = struct.Struct("<qI")  # identity key, size
+_BEFORE = struct.Struct(
+    "<III"
+)  # CRC of the head that it differs from, bytes of the difference, absent keys
 _CHECKSUM = struct.Struct("<I")
 _RESIDUE = zlib.crc32(_CHECKSUM.pack(zlib.crc32(b"")))
 """The CRC of whatever ends with its own CRC."""
@@ -36,7 +37,7 @@ _RESIDUE = zlib.crc32(_CHECKSUM.pack(zlib.crc32(b"")))
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums of one head or row at a time: weight [*, F] and mean [*, F, d], float64."""
+    """Sums of dense heads at a time: weight [H, F] and mean [H, F, d], float64."""
 
     time: int
     weight: np.ndarray
@@ -45,7 +46,7 @@ class Sums:
     def at(self, time: int, decay: np.ndarray) -> np.ndarray:
         """The weights at a later time."""
         days = (time - self.time) / MICROSECONDS_PER_DAY
-        return self.weight * np.exp(-decay * days).reshape(-1, *[1] * (self.weight.ndim - 1))
+        return self.weight * np.exp(-decay * days)[:, None]
 
     def plus(self, other: Sums, decay: np.ndarray) -> Sums:
         """The sums of both, as of the later time of the two."""
@@ -63,9 +64,26 @@ class Head:
     sums: Sums
     count: int
 
-    def plus(self, event: Sums, decay: np.ndarray) -> Head:
-        """The head with one more event."""
-        return Head(self.sums.plus(event, decay) if self.count else event, self.count + 1)
+    def plus(self, other: Head, decay: np.ndarray) -> Head:
+        """The head of the events of both."""
+        if not (self.count and other.count):
+            return self if self.count else other
+        return Head(self.sums.plus(other.sums, decay), self.count + other.count)
+
+
+@dataclass(frozen=True)
+class Before:
+    """What was before the events of a user's last time: the head, and the rows that these changed.
+
+    Args:
+        head: Head.
+        rows: those that there were then.
+        absent: keys, ascending, of those that there were not.
+    """
+
+    head: Head
+    rows: Rows
+    absent: np.ndarray
 
 
 def weight_and_mean(sums: torch.Tensor, totals: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -80,6 +98,21 @@ def weight_and_mean(sums: torch.Tensor, totals: torch.Tensor) -> tuple[np.ndarra
     return weight, np.divide(total, weight[..., None], out=np.zeros_like(total), where=weighed)
 
 
+def _less(number: np.ndarray, other: np.ndarray) -> bytes:
+    """number - other, of integers as near as the floats whose bits they are: small ones have few bits
+    set, and bytes of one place lie together."""
+    difference = number - other
+    difference = (difference << 1) ^ (difference >> (8 * difference.itemsize - 1))
+    return difference.view(np.uint8).reshape(-1, difference.itemsize).T.tobytes()
+
+
+def _more(difference: bytes, other: np.ndarray) -> bytes:
+    """The number whose ``_less`` this is."""
+    planes = np.frombuffer(difference, np.uint8).reshape(other.itemsize, -1)
+    bits = np.ascontiguousarray(planes.T).view(f"<u{other.itemsize}")[:, 0]
+    return (other + ((bits >> 1).astype(other.dtype) ^ -(bits & 1).astype(other.dtype))).tobytes()
+
+
 class RecordCodec:
     """The records of one building of a version's states as bytes.
 
@@ -91,8 +124,8 @@ class RecordCodec:
         keys: Keys.
         layout, position, latest, vocabulary: as in StateStore.
         decay, identity_decay: the layout's, as arrays.
-        no_bits: of a block without members or positions.
-        no_blocks: of a head without blocks.
+        rows: RowCodec.
+        no_bits: of a block without positions.
     """
 
     def __init__(self, store: str, header: dict[str, Any]) -> None:
@@ -109,20 +142,9 @@ class RecordCodec:
         self.decay = np.array(self.layout.decay)
         self.identity_decay = np.array(self.layout.identity_decay)
         self.no_bits = bytes(BLOCK // 8)
-        self.no_blocks = bytes(-(-self.layout.identity_key_range // (8 * BLOCK)))
         self._mark = zlib.crc32(bytes.fromhex(header["mark"]))
         self._dtype = np.dtype(self.layout.dtype)
-        # a row holds one mean, or one for each half-life
-        self._row_record = {
-            means: np.dtype(
-                [
-                    ("time", "<i8"),
-                    ("weight", "<f4", len(self.identity_decay)),
-                    ("mean", self._dtype, (means, self.layout.identity_width)),
-                ]
-            )
-            for means in {1, len(self.identity_decay)}
-        }
+        self.rows = RowCodec(self.layout)
 
     # ------------------------------------------------------------------------------- checksums
 
@@ -166,7 +188,7 @@ class RecordCodec:
 
     def _damaged(self, key: bytes) -> StoreError:
         what = ""
-        if key[:1] in b"suik":
+        if key[:1] in b"sui":
             user = user_of(key)
             what = "of a user " if user is None else f"of user {user} "
         return StoreError(
@@ -182,13 +204,80 @@ class RecordCodec:
 
     # ------------------------------------------------------------------------------- heads
 
-    def pack_head(self, head: Head, seed: np.random.Generator | None = None) -> bytes:
-        """A head; ``seed`` as in ``pack_rows``."""
-        weight, mean = head.sums.weight.astype(np.float32), self._rounded(head.sums.mean, seed)
+    def pack_head(self, head: Head, pages: np.ndarray, seed: np.random.Generator | None = None) -> bytes:
+        """A record s: a head, and the first keys of the user's pages; ``seed`` as there."""
+        return self._pack_head(head, seed) + pages.astype("<i8").tobytes()
+
+    def unpack_head(self, body: bytes) -> tuple[Head, np.ndarray]:
+        """What a record s holds: a head, and the first keys of the user's pages."""
+        return self._unpack_head(body), self.unpack_pages(body)
+
+    def unpack_pages(self, body: bytes) -> np.ndarray:
+        """Of what a record s holds, the first keys of the user's pages."""
+        return np.frombuffer(body, "<i8", offset=self._head_size)
+
+    def pack_before(self, before: Before, head: bytes, seed: np.random.Generator | None = None) -> bytes:
+        """A record u, whose head is stored as what it differs in from the record s of the same user.
+
+        Args:
+            before: what it holds.
+            head: the body of the record s.
+            seed: as in ``RowCodec.pack``.
+        """
+        own, head = self._pack_head(before.head, seed), head[: self._head_size]
+        difference = zstd.compress(
+            b"".join(map(_less, self._numbers(own), self._numbers(head))), asbytes=True
+        )
+        sizes = _BEFORE.pack(zlib.crc32(head), len(difference), len(before.absent))
+        (rows,) = self.rows.pack(before.rows, [0, len(before.rows)], [0], seed)
+        absent = before.absent.astype("<i8").tobytes()
+        return own[: _HEAD.size] + sizes + difference + absent + rows
+
+    def unpack_before(self, user: int | str, body: bytes, head: bytes) -> Before:
+        """What a record u holds; ``head`` is the body of the record s.
+
+        Raises:
+            StoreError: they are not of one moment.
+        """
+        head, end = head[: self._head_size], _HEAD.size + _BEFORE.size
+        crc, size, absent = _BEFORE.unpack_from(body, _HEAD.size)
+        if crc != zlib.crc32(head):
+            raise self.lost(user)
+        planes: bytes = zstd.decompress(
+            body[end : end + size], self._head_size - _HEAD.size, asbytes=True
+        )
+        weight, mean = self._numbers(head)
+        own = _more(planes[: weight.nbytes], weight) + _more(planes[weight.nbytes :], mean)
+        keys = np.frombuffer(body, "<i8", absent, end + size)
+        rows = self.rows.unpack([body[end + size + 8 * absent :]], [0])[0]
+        return Before(self._unpack_head(body[: _HEAD.size] + own), rows, keys)
+
+    def no_head(self) -> Head:
+        """The head of a user without events."""
+        shape = (self.layout.num_heads, self.layout.feature_dim)
+        return Head(Sums(0, np.zeros(shape), np.zeros((*shape, self.layout.head_dim))), 0)
+
+    def _pack_head(self, head: Head, seed: np.random.Generator | None) -> bytes:
+        mean = rounded(head.sums.mean, self._dtype, seed)
+        weight = head.sums.weight.astype(np.float32)
         return _HEAD.pack(head.sums.time, head.count) + weight.tobytes() + mean.tobytes()
 
-    def unpack_head(self, body: bytes) -> tuple[Head, bytes]:
-        """A head, and the bytes after it."""
+    def _numbers(self, head: bytes) -> tuple[np.ndarray, np.ndarray]:
+        """The bits of a head's weights and means, as integers."""
+        weights = self.layout.num_heads * self.layout.feature_dim
+        means = np.dtype(f"<i{self._dtype.itemsize}")
+        return (
+            np.frombuffer(head, "<i4", weights, _HEAD.size),
+            np.frombuffer(head, means, offset=_HEAD.size + 4 * weights),
+        )
+
+    @property
+    def _head_size(self) -> int:
+        """Bytes of a head."""
+        weights = self.layout.num_heads * self.layout.feature_dim
+        return _HEAD.size + weights * (4 + self.layout.head_dim * self._dtype.itemsize)
+
+    def _unpack_head(self, body: bytes) -> Head:
         last, count = _HEAD.unpack_from(body)
         shape = (self.layout.num_heads, self.layout.feature_dim)
         size = math.prod(shape)
@@ -197,99 +286,4 @@ class RecordCodec:
         weight = np.frombuffer(body, np.float32, size, _HEAD.size).reshape(shape)
         mean = np.frombuffer(body, self._dtype, means, middle).reshape(*shape, self.layout.head_dim)
         sums = Sums(last, weight.astype(np.float64), mean.astype(np.float64))
-        return Head(sums, count), body[middle + means * self._dtype.itemsize :]
-
-    def no_head(self) -> Head:
-        """The head of a user without events."""
-        shape = (self.layout.num_heads, self.layout.feature_dim)
-        return Head(Sums(0, np.zeros(shape), np.zeros((*shape, self.layout.head_dim))), 0)
-
-    @staticmethod
-    def pack_row_list(rows: Mapping[int, bytes]) -> bytes:
-        """Rows by key, as they follow the head in a record u; no bytes where there was no row."""
-        return b"".join(_ROW.pack(key, len(row)) + row for key, row in rows.items())
-
-    def unpack_before(self, body: bytes) -> tuple[Head, dict[int, bytes]]:
-        """What a record u holds: a head, and rows by key, without bytes where there was none."""
-        head, rest = self.unpack_head(body)
-        rows: dict[int, bytes] = {}
-        while rest:
-            key, size = _ROW.unpack_from(rest)
-            rows[key] = rest[_ROW.size : _ROW.size + size]
-            rest = rest[_ROW.size + size :]
-        return head, rows
-
-    # ------------------------------------------------------------------------------- rows
-
-    def pack_rows(
-        self,
-        time: np.ndarray,
-        weight: np.ndarray,
-        mean: np.ndarray,
-        seed: np.random.Generator | None = None,
-    ) -> list[bytes]:
-        """Rows of identity tables.
-
-        Args:
-            time: [n].
-            weight: [n, L].
-            mean: [n, L, d].
-            seed: round means to float16 at random, without bias; else to the nearest.
-        """
-        heaviest = mean[np.arange(len(mean)), weight.argmax(1)]  # [n, d]
-        differs = (np.abs(mean - heaviest[:, None]).max(2, initial=0.0) * (weight > 0)).max(1)
-        one = differs <= _SAME * np.abs(heaviest).max(1, initial=0.0)
-        mean = self._rounded(mean, seed)
-        packed: list[bytes] = [b""] * len(time)
-        for means, chosen in (1, np.flatnonzero(one)), (weight.shape[1], np.flatnonzero(~one)):
-            rows = np.empty(len(chosen), self._row_record[means])
-            rows["time"], rows["weight"] = time[chosen], weight[chosen]
-            # of one mean alone, the heaviest half-life's
-            first = weight[chosen].argmax(1)[:, None] if means == 1 else np.arange(means)[None]
-            rows["mean"] = mean[chosen[:, None], first]
-            for row, piece in zip(chosen, pieces(rows), strict=True):
-                packed[row] = piece
-        return packed
-
-    def unpack_rows(self, rows: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """time [n] int64, weight [n, L] float64 and mean [n, L, d], as it is stored, of rows."""
-        half_lives = len(self.identity_decay)
-        size = self._row_record[1].itemsize
-        one_mean = size - self._dtype.itemsize * self.layout.identity_width
-        # the one mean is repeated, so that all are of one size and decoded at once
-        whole = [r + r[one_mean:] * (half_lives - 1) if len(r) == size else r for r in rows]
-        found = np.frombuffer(b"".join(whole), self._row_record[half_lives])
-        return found["time"], found["weight"].astype(np.float64), found["mean"]
-
-    def unpack_row(self, row: bytes) -> Sums | None:
-        """A row; None of no bytes."""
-        if not row:
-            return None
-        time, weight, mean = self.unpack_rows([row])
-        return Sums(int(time[0]), weight[0], mean[0].astype(np.float64))
-
-    @staticmethod
-    def pack_members(bits: bytes | bytearray) -> bytes:
-        """Which identity keys of a block have a row."""
-        return zlib.compress(bits)
-
-    def unpack_members(self, body: bytes | None) -> bytes:
-        """The bits of a block; of none where there is no record."""
-        return self.no_bits if body is None else zlib.decompress(body)
-
-    def _rounded(self, mean: np.ndarray, seed: np.random.Generator | None) -> np.ndarray:
-        """Means as they are stored. With a seed, float16 is rounded up or down at random, so that
-        many small steps add up: to the nearest, none of them might ever be seen."""
-        with np.errstate(over="ignore"):
-            near = mean.astype(self._dtype)
-        if not np.isfinite(near).all():
-            largest = np.abs(mean).max()
-            raise StateError(
-                f"a mean of {largest:g} is beyond {self._dtype}; build with --dtype float32"
-            )
-        if seed is None or self._dtype != np.float16:
-            return near
-        beyond = np.nextafter(near, np.where(mean > near, np.inf, -np.inf).astype(np.float16))
-        gap = np.abs(beyond.astype(np.float64) - near)
-        distance = np.abs(mean - near.astype(np.float64))
-        return np.where(seed.random(mean.shape) * gap < distance, beyond, near)
+        return Head(sums, count)

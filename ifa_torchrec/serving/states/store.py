@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from ifa_torchrec.serving.errors import (
 from ifa_torchrec.serving.states.appending import Addition
 from ifa_torchrec.serving.states.building import records_of, whole_records
 from ifa_torchrec.serving.states.journal import Event, unpack_event
-from ifa_torchrec.serving.states.key_value import KeyValueStore
+from ifa_torchrec.serving.states.key_value import Follow, KeyValueStore, no_more
 from ifa_torchrec.serving.states.layout import (
     BLOCK,
     Keys,
@@ -46,6 +46,8 @@ from ifa_torchrec.serving.states.versions import (
     unpack_header,
     versions,
 )
+
+Made = TypeVar("Made")
 
 
 class StateStore:
@@ -297,7 +299,7 @@ class StateStore:
     ) -> list[UserRecords]:
         """The users' records at one moment; arguments as Lookup's."""
         lookup = Lookup(self._codec, users, wanted, with_before)
-        return lookup.records(self._read(lookup.keys))
+        return lookup.records(self._read(lookup.keys, lookup.pages))
 
     # ------------------------------------------------------------------------------- appending
 
@@ -326,7 +328,7 @@ class StateStore:
         if not events:
             return []
         addition = Addition(self._codec, events, encode(events))
-        self._update(addition.keys, addition.apply)
+        self._update(addition.keys, addition.apply, addition.pages)
         return addition.new
 
     def missed(self) -> Iterator[list[Event]]:
@@ -375,20 +377,31 @@ class StateStore:
 
     # --------------------------------------------------------------------------------- records
 
-    def _read(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """What lies under the keys, if these are still the states that were opened."""
-        header, *found = self.key_values.read([self._codec.keys.header, *keys])
-        self._check_header(header)
-        return found
+    def _read(self, keys: Sequence[bytes], then: Follow = no_more) -> list[bytes | None]:
+        """What lies under the keys, and those that ``then`` makes of it, if these are still the states
+        that were opened."""
+        header = self._codec.keys.header
+        found = self.key_values.read([header, *keys], self._if_unchanged(then))
+        self._check_header(found[0])
+        return found[1:]
 
     def _update(
-        self, keys: Sequence[bytes], change: Callable[[list[bytes | None]], Mapping[bytes, bytes]]
+        self,
+        keys: Sequence[bytes],
+        change: Callable[[list[bytes | None]], Mapping[bytes, bytes | None]],
+        then: Follow = no_more,
     ) -> None:
-        def checked(found: list[bytes | None]) -> Mapping[bytes, bytes]:
-            self._check_header(found[0])
-            return change(found[1:])
+        header, checked = self._codec.keys.header, self._if_unchanged
+        self.key_values.update([header, *keys], checked(change), checked(then))
 
-        self.key_values.update([self._codec.keys.header, *keys], checked)
+    def _if_unchanged(self, use: Callable[[list[bytes | None]], Made]) -> Callable[..., Made]:
+        """``use`` of what is read beside the header, if these are still the states that were opened."""
+
+        def checked(found: list[bytes | None]) -> Made:
+            self._check_header(found[0])
+            return use(found[1:])
+
+        return checked
 
     def _check_header(self, found: bytes | None) -> None:
         if found == self._header:

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import signal
+import struct
 import time
 from collections.abc import Sequence
 
@@ -29,6 +30,7 @@ from ifa_torchrec.serving import (
     open_key_value_store,
     versions,
 )
+from ifa_torchrec.serving.states import pages
 from ifa_torchrec.serving.states.layout import Keys, user_key
 
 DAY = 86_400_000_000
@@ -442,10 +444,46 @@ def test_a_bucket_of_one_value_stores_it_once(key_values):
     model = Model()
     store = new_store(key_values, model)
     store.append([Event(n, 1, 3, n * DAY) for n in range(9)], model.encode_each)
-    (once,) = key_values.read([Keys("v1").row(1, 3)])
+    (once,) = key_values.read([Keys("v1").page(1, 0)])
     store.append([Event(9, 1, 3 + 7, 9 * DAY)], model.encode_each)  # falls into the same bucket
-    (each,) = key_values.read([Keys("v1").row(1, 3)])
-    assert len(each) - len(once) == 2 * 4 * 4
+    (each,) = key_values.read([Keys("v1").page(1, 0)])
+    rows_and_means = [struct.unpack_from("<II", page) for page in (once, each)]
+    assert rows_and_means == [(1, 1), (2, 3 + 1)]  # with that of the second one's category
+
+
+@pytest.mark.parametrize("built", [0, 300])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_rows_of_many_keys_lie_in_several_pages(key_values, monkeypatch, dtype, built):
+    """An event writes those of its own keys, and a request reads those of the keys asked for."""
+    monkeypatch.setattr(pages, "PAGE_ROWS", 8)
+    model = Model(dataclasses.replace(COUNTS, identity_buckets=2**33))
+    rng = random.Random(0)
+    events = [Event(n, 1, rng.randrange(NUM_ITEMS), rng.randrange(90 * DAY)) for n in range(400)]
+    store = StateStore.begin(key_values, "v1", StateLayout.of(model.ifa, dtype), 0)
+    if built:
+        write(store, model, events[:built])
+    store.finish()
+    for first in range(built, 400, 7):
+        store.append(events[first : first + 7], model.encode_each)
+    mine = list(key_values.scan(b"i" + Keys("v1").id))
+    assert len(mine) >= 3
+    keys = np.array([-1, 1, 5, 19, 20, 2**33, 2**33 + 2, 2**33 + 3])  # -1 as of an unknown id
+    state, _ = store.read([1], [100 * DAY], [keys])
+    expected = model.encode([events], [100 * DAY])
+    assert state.identity_key.tolist() == [1, 5, 19, 2**33 + 2]
+    place = torch.searchsorted(expected.identity_key, state.identity_key)
+    torch.testing.assert_close(
+        state.identity_sum,
+        expected.identity_sum[place],
+        rtol=1e-5 if dtype == "float32" else 5e-3,
+        atol=1e-6,
+    )
+    before = dict(zip(mine, key_values.read(mine), strict=True))
+    store.append([Event(400, 1, 1, 95 * DAY)], model.encode_each)
+    changed = [
+        key for key, value in zip(mine, key_values.read(mine), strict=True) if before[key] != value
+    ]
+    assert changed == [mine[0], mine[-1]]
 
 
 def test_float16_states_are_half_the_size_and_as_near_as_stated(key_values):
@@ -492,7 +530,7 @@ def test_an_unknown_dtype_is_refused():
 
 def records(key_values, store: StateStore) -> dict[str, bytes]:
     """A record of each kind that user 1 has, by what it is."""
-    kinds = {"head": b"s", "before": b"u", "row": b"i", "members": b"k"}
+    kinds = {"head": b"s", "before": b"u", "page": b"i"}
     keys = Keys(store.version)
     found = {what: next(key_values.scan(kind + keys.id)) for what, kind in kinds.items()}
     positions = {"positions": keys.positions(0), "journal": b"j" + bytes(8)}
@@ -506,7 +544,7 @@ def use(store: StateStore, model: Model) -> None:
     store.append([Event(0, 1, 3, 5 * DAY), Event(99, 1, 3, 5 * DAY)], model.encode_each)
 
 
-@pytest.mark.parametrize("what", ["head", "before", "row", "members", "positions", "journal", "header"])
+@pytest.mark.parametrize("what", ["head", "before", "page", "positions", "journal", "header"])
 def test_a_flipped_bit_is_seen_and_the_store_named(tmp_path, what):
     model, key_values = Model(), open_key_value_store(str(tmp_path))
     store = new_store(key_values, model)
@@ -530,7 +568,7 @@ def test_a_flipped_bit_is_seen_and_the_store_named(tmp_path, what):
     key_values.close()
 
 
-@pytest.mark.parametrize("what", ["head", "before", "row", "members"])
+@pytest.mark.parametrize("what", ["head", "before", "page"])
 def test_a_part_of_a_state_that_is_gone_is_missed(key_values, what):
     model = Model()
     store = new_store(key_values, model)

@@ -1,0 +1,290 @@
+"""Rows of identity tables, and the pages that they are stored in.
+
+A page holds the rows of a range of a user's identity keys: ascending, each with the time that its
+weights are of, so that a row is rounded anew only when an event adds to it. What rows repeat, most of
+all times of events that came together and weights of a single event, takes little once it is compressed.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ifa_torchrec.data.dataset import MICROSECONDS_PER_DAY
+from ifa_torchrec.serving.errors import StateError
+from ifa_torchrec.serving.states.layout import StateLayout
+
+PAGE_ROWS = 256
+"""Most rows a page; one with more is split."""
+_SAME = 1e-6
+"""Means of a bucket that differ by no more than this share of their size are stored once."""
+_PAGE = struct.Struct("<II")  # rows, means
+_DROPPED_BITS = 13
+"""Of a float32's 23 bits of fraction, those that 16-bit states drop: as many as float16 has not."""
+# pyarrow gives no types; one object serves all threads
+zstd: Any = pa.Codec("zstd", 3)  # pyright: ignore
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one user's identity tables, or of several users' one after the other.
+
+    Args:
+        key: [n] int64, ascending within a user.
+        time: [n] int64, microseconds, that each row's weights are of.
+        weight: [n, L] float64.
+        mean: [n, L, d] float64.
+
+    Example:
+        >>> import numpy as np
+        >>> from ifa_torchrec.serving.states.pages import Rows
+        >>> event = Rows(np.array([7]), np.array([0]), np.ones((1, 1)), np.ones((1, 1, 0)))
+        >>> Rows.cat([event, event]).by_key(np.zeros(1)).weight.tolist()
+        [[2.0]]
+    """
+
+    key: np.ndarray
+    time: np.ndarray
+    weight: np.ndarray
+    mean: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+    def __getitem__(self, rows: np.ndarray | slice) -> Rows:
+        return Rows(self.key[rows], self.time[rows], self.weight[rows], self.mean[rows])
+
+    @staticmethod
+    def none(layout: StateLayout) -> Rows:
+        """No rows."""
+        half_lives, numbers = len(layout.identity_decay), np.empty(0, np.int64)
+        weight = np.empty((0, half_lives))
+        return Rows(numbers, numbers, weight, np.empty((0, half_lives, layout.identity_width)))
+
+    @staticmethod
+    def cat(parts: Sequence[Rows]) -> Rows:
+        """The rows of each part, one part after the other."""
+        fields = zip(*((p.key, p.time, p.weight, p.mean) for p in parts), strict=True)
+        return Rows(*(np.concatenate(field) for field in fields))
+
+    def by_key(self, decay: np.ndarray) -> Rows:
+        """One row for each key, the sum of those that have it, as of the latest of their times."""
+        key, place = np.unique(self.key, return_inverse=True)
+        if len(key) == len(self.key):
+            return self[np.argsort(self.key, kind="stable")]
+        time = np.full(len(key), np.iinfo(np.int64).min)
+        np.maximum.at(time, place, self.time)
+        weight = self.at(time[place], decay)
+        total, summed = (
+            np.zeros((len(key), *weight.shape[1:])),
+            np.zeros((len(key), *self.mean.shape[1:])),
+        )
+        np.add.at(total, place, weight)
+        np.add.at(summed, place, weight[..., None] * self.mean)
+        mean = np.divide(summed, total[..., None], out=np.zeros_like(summed), where=total[..., None] > 0)
+        return Rows(key, time, total, mean)
+
+    def plus(self, other: Rows, decay: np.ndarray) -> Rows:
+        """The rows of both, of which each has its keys ascending and once."""
+        if not (len(self) and len(other)):
+            return self if len(self) else other
+        return Rows.cat([self, other]).by_key(decay)
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """Of rows by ascending key, the place of each key's row [m]; n where there is none."""
+        place = np.searchsorted(self.key, keys)
+        padded = np.append(self.key, -1)
+        return np.where(padded[place] == keys, place, len(self.key))
+
+    def at(self, time: np.ndarray, decay: np.ndarray) -> np.ndarray:
+        """The weights [n, L] at later times [n]."""
+        days = (time - self.time) / MICROSECONDS_PER_DAY
+        return self.weight * np.exp(-days[:, None] * decay)
+
+
+class RowCodec:
+    """Pages as bytes.
+
+    Args:
+        layout: of the version.
+
+    Example:
+        >>> import numpy as np
+        >>> from ifa_torchrec.serving import StateLayout
+        >>> from ifa_torchrec.serving.states.pages import RowCodec, Rows
+        >>> codec = RowCodec(StateLayout(1, 4, 4, 100, (0.0,), (0.0,), identity_head_dim=0))
+        >>> rows = Rows(np.array([3, 9]), np.array([5, 5]), np.ones((2, 1)), np.ones((2, 1, 0)))
+        >>> found, counts = codec.unpack(codec.pack(rows, [0, 2], [0]), [0])
+        >>> found.key.tolist(), counts.tolist()
+        ([3, 9], [2])
+    """
+
+    def __init__(self, layout: StateLayout) -> None:
+        self._half_lives, self._width = len(layout.identity_decay), layout.identity_width
+        self._dtype = np.dtype(layout.dtype)
+        self._row = np.dtype(
+            [
+                ("step", "<u4"),  # from the key before, or the first that the page is of
+                ("steps", "u1"),  # of 2^32
+                ("means", "u1"),  # one, or one for each half-life
+                ("time", "<i8"),
+                ("weight", "<f4", (self._half_lives,)),
+            ]
+        )
+
+    def pack(
+        self,
+        rows: Rows,
+        bounds: Sequence[int] | np.ndarray,
+        first: Sequence[int] | np.ndarray,
+        seed: np.random.Generator | None = None,
+    ) -> list[bytes]:
+        """Pages.
+
+        Args:
+            rows: of P pages, one after the other.
+            bounds: [P + 1], page p has the rows bounds[p] up to bounds[p + 1].
+            first: [P], the first key that each page is of.
+            seed: round to 16 bits at random, without bias; else to the nearest.
+
+        Raises:
+            StateError: a mean is beyond float16.
+        """
+        bounds, first = np.asarray(bounds), np.asarray(first)
+        step = np.diff(rows.key, prepend=0)
+        there = bounds[1:] > bounds[:-1]
+        step[bounds[:-1][there]] = rows.key[bounds[:-1][there]] - first[there]
+        packed = np.empty(len(rows), self._row)
+        packed["step"], packed["steps"] = step & 0xFFFFFFFF, step >> 32
+        packed["time"], packed["weight"] = rows.time, self._weight(rows.weight, seed)
+        means, one = self._means(rows)
+        packed["means"] = np.where(one, 1, self._half_lives)
+        ends = np.concatenate([[0], np.cumsum(packed["means"], dtype=np.int64)])[bounds]
+        means = rounded(means, self._dtype, seed)
+        pages: list[bytes] = []
+        for p in range(len(first)):
+            of_page = (
+                packed[bounds[p] : bounds[p + 1]].tobytes() + means[ends[p] : ends[p + 1]].tobytes()
+            )
+            sizes = _PAGE.pack(bounds[p + 1] - bounds[p], ends[p + 1] - ends[p])
+            pages.append(sizes + zstd.compress(of_page, asbytes=True))
+        return pages
+
+    def unpack(
+        self, pages: Sequence[bytes], first: Sequence[int] | np.ndarray
+    ) -> tuple[Rows, np.ndarray]:
+        """The rows of P pages, one after the other, and how many each has [P].
+
+        Args:
+            pages: as ``pack`` gives them.
+            first: [P], the first key that each is of.
+        """
+        sizes = [_PAGE.unpack_from(page) for page in pages]
+        size_of_mean = self._width * self._dtype.itemsize
+        rows: list[bytes] = []
+        means: list[bytes] = []
+        for page, (n, m) in zip(pages, sizes, strict=True):
+            end = n * self._row.itemsize
+            of_page: bytes = zstd.decompress(
+                memoryview(page)[_PAGE.size :], end + m * size_of_mean, asbytes=True
+            )
+            rows.append(of_page[:end])
+            means.append(of_page[end:])
+        found = np.frombuffer(b"".join(rows), self._row)
+        counts = np.array([n for n, _ in sizes], np.int64)
+        step = found["step"] + (found["steps"].astype(np.int64) << 32)
+        key = np.cumsum(step)
+        begins = (np.cumsum(counts) - counts)[counts > 0]
+        key += np.repeat(
+            np.asarray(first, np.int64)[counts > 0] - (key - step)[begins], counts[counts > 0]
+        )
+        number = found["means"].astype(np.int64)
+        place = (np.cumsum(number) - number)[:, None] + np.arange(self._half_lives) * (
+            number[:, None] > 1
+        )
+        mean = np.frombuffer(b"".join(means), self._dtype).reshape(int(number.sum()), self._width)
+        weight, time = found["weight"].astype(np.float64), found["time"].astype(np.int64)
+        return Rows(key, time, weight, mean[place].astype(np.float64)), counts
+
+    def _means(self, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+        """The means [m, d] that are stored, and of which rows [n] it is one, the heaviest's."""
+        if not rows.mean.size:
+            return np.empty((len(rows), self._width)), np.ones(len(rows), bool)
+        heaviest = rows.mean[np.arange(len(rows)), rows.weight.argmax(1)]  # [n, d]
+        differs = (np.abs(rows.mean - heaviest[:, None]).max(2) * (rows.weight > 0)).max(1)
+        one = differs <= _SAME * np.abs(heaviest).max(1)
+        kept = np.ones((len(rows), self._half_lives), bool)
+        kept[one, 1:] = False
+        mean = np.where(one[:, None, None], heaviest[:, None], rows.mean)
+        return mean[kept], one
+
+    def _weight(self, weight: np.ndarray, seed: np.random.Generator | None) -> np.ndarray:
+        """Weights as they are stored: with float16 of as many digits as float16 has, but of float32's
+        range. What is dropped are zeros then, which take no room."""
+        bits = weight.astype(np.float32)
+        if self._dtype != np.float16:
+            return bits
+        bits = bits.view(np.uint32)
+        dropped = np.uint32(1 << _DROPPED_BITS)
+        up: Any = dropped >> 1 if seed is None else seed.integers(0, dropped, bits.shape, np.uint32)
+        return ((bits + up) & ~(dropped - np.uint32(1))).view(np.float32)
+
+
+def rounded(mean: np.ndarray, dtype: np.dtype[Any], seed: np.random.Generator | None) -> np.ndarray:
+    """Means as they are stored. With a seed, float16 is rounded up or down at random, so that many small
+    steps add up: to the nearest, none of them might ever be seen.
+
+    Raises:
+        StateError: one is beyond float16.
+    """
+    with np.errstate(over="ignore"):
+        near = mean.astype(dtype)
+    if not np.isfinite(near).all():
+        largest = np.abs(mean).max()
+        raise StateError(f"a mean of {largest:g} is beyond {dtype}; build with --dtype float32")
+    if seed is None or dtype != np.float16:
+        return near
+    beyond = np.nextafter(near, np.where(mean > near, np.inf, -np.inf).astype(np.float16))
+    gap = np.abs(beyond.astype(np.float64) - near)
+    distance = np.abs(mean - near.astype(np.float64))
+    return np.where(seed.random(mean.shape) * gap < distance, beyond, near)
+
+
+def pages_of(first: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Those pages that some keys lie in.
+
+    Args:
+        first: the first key of each page, ascending; [0] is 0.
+        keys: of any order; one below 0, of an unknown id, lies in none.
+
+    Returns:
+        Their first keys, ascending, each once.
+
+    Example:
+        >>> import numpy as np
+        >>> from ifa_torchrec.serving.states.pages import pages_of
+        >>> pages_of(np.array([0, 50, 70]), np.array([80, 3, 99, -1])).tolist()
+        [0, 70]
+    """
+    if not len(first):
+        return np.empty(0, np.int64)
+    return first[np.unique(np.searchsorted(first, keys[keys >= 0], side="right") - 1)]
+
+
+def page_parts(begin: int, end: int) -> list[slice]:
+    """The parts of some rows, begin up to end, that fit into a page each.
+
+    Example:
+        >>> from ifa_torchrec.serving.states.pages import page_parts
+        >>> page_parts(0, 300)
+        [slice(0, 150, None), slice(150, 300, None)]
+    """
+    parts = -(-(end - begin) // PAGE_ROWS)
+    bounds = [begin + (end - begin) * part // max(parts, 1) for part in range(parts + 1)]
+    return [slice(*of_part) for of_part in pairwise(bounds)]
