@@ -1,3 +1,6 @@
+# Triton is not typed: its types are none that pyright knows.
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportMissingImports=false, reportOperatorIssue=false
 """encode and attend of wide heads, of any width.
 
 Both are sums over rows x [D] that are projected to features, each with a row y [E] beside it: of encode
