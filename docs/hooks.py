@@ -5,7 +5,8 @@ the examples' READMEs, CONTRIBUTING.md and CHANGELOG.md are pages; a link to any
 becomes its text.
 
 The notebooks of examples/ are pages too, as they were run when they were committed: tests/examples runs
-them. Formulae become MathML, which browsers set without a script.
+them. Formulae become MathML, which browsers set without a script, in a font for formulae; many systems
+have none, so the site has the one that ziamath brings.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import posixpath
 import re
 from html import unescape
+from importlib.resources import files as files_of
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ NOTEBOOKS = {
 OUTSIDE = [*EXAMPLES, *NOTEBOOKS, "CONTRIBUTING.md", "CHANGELOG.md"]
 """Files outside docs/ that are pages of the site, under the paths they have in the repository."""
 
+FONT = "STIXTwoMath-Regular.ttf"
+
 _FORMULA = re.compile(r'class="arithmatex">\\([(\[])(.*?)\\[)\]]<', re.S)
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
@@ -51,7 +55,9 @@ def on_config(config: MkDocsConfig) -> None:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
-    """Add them to the site."""
+    """Add them to the site, and the font."""
+    font = str(files_of("ziamath") / "fonts" / FONT)
+    files.append(File.generated(config, FONT, abs_src_path=font))
     for name in OUTSIDE:
         if name in NOTEBOOKS:
             files.append(File.generated(config, name, content=as_markdown(NOTEBOOKS[name])))

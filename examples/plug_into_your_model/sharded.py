@@ -115,7 +115,7 @@ def main() -> None:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if dist.get_rank() == 0:  # let TorchRec say which lookups run ahead
         logging.basicConfig()
-        logging.getLogger("torchrec.distributed.train_pipeline").setLevel(logging.INFO)
+        logging.getLogger("torchrec.distributed.train_pipeline.utils").setLevel(logging.INFO)
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)  # the same order on all ranks
     training, test, tables, _ = load(options.data)

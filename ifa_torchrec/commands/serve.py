@@ -206,6 +206,7 @@ class _Server(uvicorn.Server):
                 backlog=_BACKLOG,
                 timeout_keep_alive=math.ceil(min(5, config.limits.receive / 2)),
                 access_log=False,
+                proxy_headers=False,  # nothing here asks who called
                 # for clients that stop in the middle of a body; no call waits longer than its timeout
                 timeout_graceful_shutdown=math.ceil(config.limits.timeout) + 5,
             )

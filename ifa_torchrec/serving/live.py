@@ -303,15 +303,12 @@ class LiveScorer:
         self.metrics.late.inc(sum(ranking.as_of is not None for ranking in rankings))
         self.metrics.unknown.labels("candidate").inc(sum(r.unknown_candidates for r in rankings))
         self.metrics.unknown.labels("context").inc(sum(r.unknown_context for r in rankings))
-        tasks = scorer.model.config.tasks
+        logits = [torch.from_numpy(ranking.logits) for ranking in rankings]
+        said = predictions(torch.cat(logits), scorer.model.config.tasks)
+        each = said.split([len(of_ranking) for of_ranking in logits])
         return [
-            LiveRanking(
-                **vars(ranking),
-                version=version,
-                predictions=predictions(torch.from_numpy(ranking.logits), tasks).numpy(),
-                tasks=names,
-            )
-            for ranking in rankings
+            LiveRanking(**vars(ranking), version=version, predictions=of_ranking.numpy(), tasks=names)
+            for ranking, of_ranking in zip(rankings, each, strict=True)
         ]
 
     def _append(self, calls: list[Sequence[Event]]) -> list[list[EventResult]]:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from ifa_torchrec.data.remote import full_name
+from ifa_torchrec.data.remote import full_name, is_uri
 from ifa_torchrec.distributed import OptimizerConfig, ShardingConfig, checkpoint
 from ifa_torchrec.errors import ConfigError, writing
 from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig, IFAConfig
@@ -126,6 +126,9 @@ class TrainConfig:
     """Seed of the weights and of the order of the requests."""
 
     def __post_init__(self) -> None:
+        # a Path, but for a URI, which it would take a slash of; also where a run's options are read
+        place = str(self.data) if is_uri(self.data) else Path(self.data)
+        object.__setattr__(self, "data", place)
         at_least = dict.fromkeys(("epochs", "max_events", "max_requests", "checkpoint_every"), 1)
         at_least |= {"history_length": 1, "recent_length": 1, "warmup_steps": 0, "seed": 0}
         at_least |= {"validate_every": 1, "patience": 1}

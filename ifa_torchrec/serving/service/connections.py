@@ -43,7 +43,7 @@ class Connection(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.logger = _log
-        self._since = self.loop.time()
+        self._since = self._until = self.loop.time()
         self._timer: asyncio.TimerHandle | None = None
         self._in_body = False
         self._without_end, self._ended = 0, False  # bytes since something of a request was complete
@@ -108,10 +108,22 @@ class Connection(HttpToolsProtocol):
 
     def _wait(self, seconds: float) -> None:
         """Be closed unless something else happens first."""
+        self._since = self.loop.time()
+        self._until = self._since + seconds
+        # one timer for many waits: most come to nothing
+        if self._timer is None or self._timer.when() > self._until:
+            self._set_timer()
+
+    def _set_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._since = self.loop.time()
-        self._timer = self.loop.call_later(seconds, self._too_late)
+        self._timer = self.loop.call_at(self._until, self._look)
+
+    def _look(self) -> None:
+        if self.loop.time() < self._until:
+            self._set_timer()
+        else:
+            self._too_late()
 
     def _too_late(self) -> None:
         waits_for_headers = not self._in_body and (not self.cycle or self.cycle.response_complete)
