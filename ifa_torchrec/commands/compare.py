@@ -68,7 +68,9 @@ def compare(config: CompareConfig) -> pd.DataFrame:
     kept = {run: _validations(run) for run in config.runs}
     deciding = [v["metric"] for v in kept.values() if v["validations"] and v["metric"] != LAST]
     metric = config.metric or next(iter(deciding), None)
-    losses, measured, rows = {}, {}, {}
+    losses: dict[str, pd.Series] = {}
+    measured: dict[str, pd.Series] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for run, name in _names(config.runs).items():
         losses[name] = _losses(run)
         row: dict[str, Any] = {"steps": losses[name].index[-1], "loss": losses[name].iloc[-1]}
@@ -84,7 +86,8 @@ def compare(config: CompareConfig) -> pd.DataFrame:
         raise ConfigError(f"--metric {config.metric}: measured in none of the runs; there are {there}")
     if config.picture is not None:
         _draw(config.picture, losses, measured, metric)
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
+    return table.astype({"best step": "Int64"}) if "best step" in table else table
 
 
 def _names(runs: tuple[Path, ...]) -> dict[Path, str]:
@@ -111,9 +114,10 @@ def _losses(run: Path) -> pd.Series:
     curves = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     if (run / "tensorboard").is_dir():
         curves.Reload()
-    if _LOSS not in curves.Tags()["scalars"]:
-        raise ConfigError(f"{run} holds no training that has made ten steps; name its --out")
-    points = pd.Series({p.step: p.value for p in curves.Scalars(_LOSS)})
+    try:
+        points = pd.Series({p.step: p.value for p in curves.Scalars(_LOSS)})
+    except KeyError as error:
+        raise ConfigError(f"{run} holds no training that has made ten steps; name its --out") from error
     return points.rolling(_SMOOTH, min_periods=1).mean()
 
 
