@@ -86,8 +86,7 @@ def compare(config: CompareConfig) -> pd.DataFrame:
         raise ConfigError(f"--metric {config.metric}: measured in none of the runs; there are {there}")
     if config.picture is not None:
         _draw(config.picture, losses, measured, metric)
-    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
-    return table.astype({"best step": "Int64"}) if "best step" in table else table
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
 
 
 def _names(runs: tuple[Path, ...]) -> dict[Path, str]:
@@ -150,7 +149,8 @@ def _draw(
 
 def main(config: Annotated[CompareConfig, tyro.conf.arg(name="")]) -> None:
     """The command; its help is the top of this file."""
-    print(compare(config).to_string(float_format="{:.4f}".format, na_rep="-"))
+    whole = {"best step": "{:.0f}".format}
+    print(compare(config).to_string(float_format="{:.4f}".format, formatters=whole, na_rep="-"))
 
 
 main.__doc__ = __doc__
