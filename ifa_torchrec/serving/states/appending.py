@@ -107,6 +107,7 @@ class EventSums:
             self._offsets = offsets.numpy()
             time = np.repeat(self.times, np.diff(self._offsets))
             self._rows = Rows(key.numpy(), time, *weight_and_mean(total, value))
+        self._lengths = np.diff(self._offsets)
 
     def head(self, events: np.ndarray) -> Head:
         """The head of some events together, as of the latest of their times."""
@@ -139,7 +140,7 @@ class EventSums:
         return np.unique(self._rows.key[self._places(events)])
 
     def _places(self, events: np.ndarray) -> np.ndarray:
-        lengths = np.diff(self._offsets)[events]
+        lengths = self._lengths[events]
         begins = np.repeat(self._offsets[events] - np.cumsum(lengths) + lengths, lengths)
         return begins + np.arange(len(begins))
 
@@ -180,9 +181,11 @@ class StateDraft:
         last = max(int(sums.times[events].max()), self._latest.time)
         at_last = sums.times[events] == last
         early, late = events[~at_last], events[at_last]
-        early_rows, late_rows = sums.rows(early), sums.rows(late)
-        page_rows, first = self._page_rows(sums.keys_of(events))
-        touched = page_rows[np.isin(page_rows.key, sums.keys_of(events))]
+        added = sums.rows(events)
+        early_rows, late_rows = sums.rows(early), sums.rows(late) if len(early) else added
+        page_rows, first = self._page_rows(added.key)
+        place = page_rows.find(added.key)
+        touched = page_rows[place[place < len(page_rows)]]
         if last > self._latest.time:
             rows, keys = touched, late_rows.key
             self._head = self._head.plus(self._latest.head, self._codec.decay)
@@ -199,7 +202,7 @@ class StateDraft:
         self._before = Before(rows[place[there]], keys[~there])
         self._head = self._head.plus(sums.head(early), self._codec.decay)
         self._latest = self._latest.plus(sums.latest(late))
-        self._split(page_rows.plus(early_rows, decay).plus(late_rows, decay), first)
+        self._split(page_rows.plus(added, decay), first)
 
     def records(self, seed: np.random.Generator) -> dict[bytes, bytes]:
         """The bodies of its records that are new or changed, by their keys."""
