@@ -1,4 +1,4 @@
-# make demo    set up, then train, evaluate and compare on real data (9 minutes of CPU time)
+# make demo    set up, then train, evaluate and compare on real data (5 minutes on 2 idle cores)
 # make test    set up, then run the tests, but for those that take long: make test-slow
 # make setup   the set-up alone: .venv with everything in it
 # make lint, coverage, docs   see CONTRIBUTING.md

@@ -1,4 +1,4 @@
-"""The attention alone on a GPU: IFA's torch backend, softmax and padded linear attention.
+"""The attention alone on a GPU: IFA's backends, softmax and padded linear attention.
 
     python benchmarks/attention_gpu.py           # a minute
     python benchmarks/attention_gpu.py --smoke   # small cases, on any device; no page
@@ -39,6 +39,7 @@ from torch import Tensor
 
 CONTESTANTS: dict[str, Callable[..., Tensor]] = {
     "IFA": partial(ifa, "torch"),
+    **({"IFA, Triton": partial(ifa, "triton")} if torch.cuda.is_available() else {}),
     "linear, padded": linear_padded,
     "softmax, padded": softmax_padded,
     "softmax, nested": softmax_nested,
@@ -71,7 +72,7 @@ def fitting(case: Case) -> dict[str, Callable[..., Tensor]]:
     return {
         name: contestant
         for name, contestant in CONTESTANTS.items()
-        if (name == "IFA" or padded + scores * (name == "softmax, padded") < MEMORY)
+        if (name.startswith("IFA") or padded + scores * (name == "softmax, padded") < MEMORY)
         and (nested or name != "softmax, nested")
     }
 

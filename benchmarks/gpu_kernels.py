@@ -81,13 +81,15 @@ def launches(case: Case, capability: int, events: int = 5000, candidates: int = 
     def note(kernel, grid, arguments, constants, warps=4, stages=1):
         noted.append(Launch(kernel, grid, arguments, constants, warps, stages))
 
-    names = ("common", "encode", "attend", "attend_softmax", "match")
+    names = ("common", "encode", "attend", "attend_softmax", "match", "wide")
     modules = [sys.modules[f"{kernels.__name__}.{name}"] for name in names]
     with ExitStack() as patches:
         for module in modules:
             patches.enter_context(mock.patch.object(module, "launch", note))
         in_registers = mock.Mock(return_value=capability < 90)
-        patches.enter_context(mock.patch.object(modules[0], "multiplies_in_registers", in_registers))
+        for module in modules:
+            if hasattr(module, "multiplies_in_registers"):
+                patches.enter_context(mock.patch.object(module, "multiplies_in_registers", in_registers))
         _call(case, events, candidates)
     return noted
 
@@ -147,8 +149,11 @@ CASES = [
     Case(128, 8, 16, "elu", 2, torch.float32),
     Case(256, 4, 64, "hedgehog", 1, torch.bfloat16),
     Case(256, 8, 32, "elu", 1, torch.bfloat16),
+    Case(256, 1, 256, "elu", 1, torch.bfloat16),
+    Case(128, 2, 128, "hedgehog", 2, torch.float32),
 ]
-"""The first is that of the benchmarks; together they have every map, weighting and dtype."""
+"""The first is that of the benchmarks; together they have every map, weighting and dtype, and the last
+two heads above 64."""
 
 
 def resources(kernel: Any) -> tuple[int, int]:
@@ -202,8 +207,12 @@ def work(launch: Launch) -> tuple[float, float]:
     moved = sum(x.nbytes for x in launch.arguments.values() if isinstance(x, Tensor))
     if "PRECISION" not in launch.constants:
         return moved, 0.0
-    softmax = "R" in launch.constants
-    of_row = _of_softmax_row(launch) if softmax else _of_row(launch)
+    if "R" in launch.constants:
+        of_row = _of_softmax_row(launch)
+    elif launch.name.startswith("wide"):
+        of_row = _of_wide_row(launch)
+    else:
+        of_row = _of_row(launch)
     return moved, 2.0 * launch.arguments["rows"] * of_row
 
 
@@ -223,6 +232,24 @@ def _of_row(launch: Launch) -> int:
         "attend_kernel": groups * (project + maps * square),
         "attend_backward_kernel": groups * parts * (project + states * maps * square + looks * once),
     }[launch.name]
+
+
+def _of_wide_row(launch: Launch) -> int:
+    """Multiplications of a row in encode and attend of heads above 64."""
+    sizes = launch.constants
+    dim, tile = sizes["D"], sizes["TILE"]
+    beside = sizes.get("E", sizes["WIDTH"])  # entries of the rows y
+    maps = 2 if sizes.get("MAP") == 2 else 1
+    columns = sizes["H"] * -(-sizes["WIDTH"] // sizes["COLUMNS"]) * sizes["COLUMNS"]
+    looks = sizes.get("OF_SUMS", 0) + sizes.get("OF_ROWS", 0) * (1 + sizes.get("ENCODES", 0) * maps)
+    of_feature = {
+        "wide_log_sums_kernel": dim,
+        "wide_sums_kernel": -(-beside // tile) * (dim + maps * min(tile, beside)),
+        "wide_attend_kernel": -(-beside // tile) * (dim + maps * min(tile, beside)),
+        "wide_totals_kernel": dim + maps * beside,
+        "wide_backward_kernel": -(-dim // tile) * (dim + maps * beside + looks * min(tile, dim)),
+    }
+    return columns * of_feature[launch.name]
 
 
 def _of_softmax_row(launch: Launch) -> int:

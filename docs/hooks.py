@@ -3,40 +3,86 @@
 Pages link to files of the repository as they lie in it, so that the links work there too. On the site
 the examples' READMEs, CONTRIBUTING.md and CHANGELOG.md are pages; a link to any other file outside docs/
 becomes its text.
+
+The notebooks of examples/ are pages too, as they were run when they were committed: tests/examples runs
+them. Formulae become MathML, which browsers set without a script, in a font for formulae; many systems
+have none, so the site has the one that ziamath brings.
 """
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
+from html import unescape
+from importlib.resources import files as files_of
 from pathlib import Path
 from typing import Any
 
 import griffe
+import latex2mathml.converter
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("examples/*/README.md"))
-OUTSIDE = [*EXAMPLES, "CONTRIBUTING.md", "CHANGELOG.md"]
+EXAMPLES = sorted(
+    str(file.relative_to(ROOT))
+    for file in ROOT.glob("examples/*/README.md")
+    if file.parent.name != "notebooks"  # the site has the notebooks themselves
+)
+NOTEBOOKS = {
+    f"examples/notebooks/{name}.md": ROOT / "examples" / "notebooks" / f"{name}.ipynb"
+    for name in ("ranking", "state")
+}
+OUTSIDE = [*EXAMPLES, *NOTEBOOKS, "CONTRIBUTING.md", "CHANGELOG.md"]
 """Files outside docs/ that are pages of the site, under the paths they have in the repository."""
 
+FONT = "STIXTwoMath-Regular.ttf"
+
+_FORMULA = re.compile(r'class="arithmatex">\\([(\[])(.*?)\\[)\]]<', re.S)
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """Put them into the navigation."""
+    """Put them into the navigation; link to the source where the builder says where it lies."""
+    if not config.repo_url:
+        config.edit_uri = ""
     assert config.nav is not None
     place = next(i for i, entry in enumerate(config.nav) if "When not to use it" in entry)
-    config.nav.insert(place, {"Examples": EXAMPLES})
+    config.nav[place:place] = [{"Notebooks": [*NOTEBOOKS]}, {"Examples": EXAMPLES}]
     config.nav += ["CONTRIBUTING.md", "CHANGELOG.md"]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
-    """Add them to the site."""
+    """Add them to the site, and the font."""
+    font = str(files_of("ziamath") / "fonts" / FONT)
+    files.append(File.generated(config, FONT, abs_src_path=font))
     for name in OUTSIDE:
-        files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
+        if name in NOTEBOOKS:
+            files.append(File.generated(config, name, content=as_markdown(NOTEBOOKS[name])))
+        else:
+            files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
+
+
+def as_markdown(notebook: Path) -> str:
+    """A notebook's text, code and outputs."""
+    parts: list[str] = []
+    for cell in json.loads(notebook.read_text())["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            data: dict[str, Any] = output.get("data", {"text/plain": output.get("text")})
+            shown = {kind: "".join(text) for kind, text in data.items()}
+            if "image/png" in shown:
+                parts.append(f'<img alt="" src="data:image/png;base64,{shown["image/png"].strip()}">')
+            elif "text/html" in shown:  # a DataFrame, in the site's style
+                table = re.sub(r"<style.*?</style>|<p>.*?</p>", "", shown["text/html"], flags=re.S)
+                table = table.replace(' border="1" class="dataframe"', "")
+                parts.append(re.sub(r"\n\s*", "", table))
+            else:
+                parts.append(f"```text\n{shown['text/plain'].rstrip()}\n```")
+    return "\n\n".join(parts)
 
 
 def on_page_markdown(markdown: str, page: Page, files: Files, **_: Any) -> str:
@@ -50,12 +96,23 @@ def on_page_markdown(markdown: str, page: Page, files: Files, **_: Any) -> str:
         there = posixpath.normpath(posixpath.join(posixpath.dirname(here), target))
         if not (ROOT / there).exists():
             return link[0]  # the strict build complains of it
-        uri = there.removeprefix("docs/")
+        uri = re.sub(r"\.ipynb$", ".md", there.removeprefix("docs/"))
         if files.get_file_from_path(uri) is None:
             return text
         return f"[{text}]({posixpath.relpath(uri, posixpath.dirname(page.file.src_uri))}{anchor})"
 
     return _LINK.sub(turned, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Turn formulae, which arithmatex has marked, into MathML."""
+
+    def turned(formula: re.Match[str]) -> str:
+        display = "inline" if formula[1] == "(" else "block"
+        set_as = latex2mathml.converter.convert(unescape(formula[2]).strip(), display=display)
+        return f'class="arithmatex">{set_as}<'
+
+    return _FORMULA.sub(turned, html)
 
 
 class ExampleSections(griffe.Extension):

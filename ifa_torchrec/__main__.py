@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train a DLRM_IFA on an event log, on one rank or many",
     "tune": "search the options of a training by what they reach on the split valid",
     "evaluate": "score a split with a trained run and measure the ranking",
+    "compare": "show how several trainings went, their curves in one picture",
     "explain": "show which events a request's scores come from",
     "build-states": "sum every user's history into a store of states",
     "states": "list the versions of a store of states, or drop one",

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -227,3 +228,17 @@ def randomised(module: torch.nn.Module) -> torch.nn.Module:
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     return module
+
+
+def flattened(figures: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """The figures of nested dicts and lists by their whole names, parts of them after a dot."""
+    found: dict[str, Any] = {}
+    for name, value in figures.items():
+        if isinstance(value, list):
+            value = dict(enumerate(value))
+        found |= (
+            flattened(value, f"{before}{name}.")
+            if isinstance(value, dict)
+            else {f"{before}{name}": value}
+        )
+    return found

@@ -16,6 +16,7 @@ import tyro
 
 from ifa_torchrec.__main__ import main
 from ifa_torchrec.commands.build_states import BuildStatesConfig
+from ifa_torchrec.commands.compare import CompareConfig
 from ifa_torchrec.commands.evaluate import EvaluateConfig
 from ifa_torchrec.commands.explain import ExplainConfig
 from ifa_torchrec.commands.export import ExportConfig
@@ -32,6 +33,7 @@ PAGES = [
 OPTIONS = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
+    "compare": CompareConfig,
     "explain": ExplainConfig,
     "build-states": BuildStatesConfig,
     "states": StatesConfig,

@@ -1,7 +1,7 @@
 """Plan the tables of a cluster that is not there, with TorchRec's planner.
 
     python examples/plan_for_cluster/plan.py
-    python examples/plan_for_cluster/plan.py --hosts 2 --item-rows 500_000_000
+    python examples/plan_for_cluster/plan.py --hosts 2 --item-rows 500_000_000 --picture plan.png
 
 Prints the plan, the memory of a device, and what a training step costs: the planner's estimate for
 the tables, and the history's traffic by the formulae of traffic.py.
@@ -16,13 +16,14 @@ from pathlib import Path
 import pandas as pd
 import tyro
 from torchrec.distributed.planner import Topology
+from torchrec.distributed.planner.planners import to_sharding_plan
 from torchrec.distributed.planner.types import ShardingOption
 from traffic import Traffic
 
 from ifa_torchrec import DLRM_IFATrain, IFAConfig
 from ifa_torchrec.commands.command_line import as_command
 from ifa_torchrec.data import LogSchema
-from ifa_torchrec.distributed import BatchSize, ShardingConfig, ShardingError
+from ifa_torchrec.distributed import BatchSize, ShardingConfig, ShardingError, draw_plan
 from ifa_torchrec.distributed.planning import make_planner
 from ifa_torchrec.distributed.sharders import sharders
 from ifa_torchrec.training.build import build_model
@@ -59,6 +60,8 @@ class Options:
     """Candidates of a request."""
     tables: dict[str, str] | None = None
     """Sharding types by table, e.g. item_table row_wise; the planner chooses for the rest."""
+    picture: Path | None = None
+    """Draw which rank holds how much of which table into this .png, .svg or .pdf."""
 
 
 def plan(options: Options) -> tuple[list[ShardingOption], Topology]:
@@ -127,8 +130,10 @@ def memory_of_ranks(options: Sequence[ShardingOption], ranks: int) -> list[float
 
 
 def report(options: Options) -> str:
-    """All that this script prints."""
+    """All that this script prints; draws the plan if asked."""
     found, cluster = plan(options)
+    if options.picture is not None:
+        draw_plan(to_sharding_plan(found, cluster), options.picture)
     ranks, batch = cluster.world_size, batch_size(options)
     memory = memory_of_ranks(found, ranks)
     parts = ("fwd_compute", "fwd_comms", "bwd_compute", "bwd_comms", "input_dist_comms")

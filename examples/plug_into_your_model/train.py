@@ -54,6 +54,19 @@ class Ranker(nn.Module):
             feature_names=["history_item", "candidate_item"],
         )
         self.tables = EmbeddingCollection(tables=[table])
+        self.scores = Scores(dim, with_history)
+
+    def forward(self, features: KeyedJaggedTensor, age: Tensor, liked: Tensor) -> Tensor:
+        """Logits [M]."""
+        tokens = self.tables(features)
+        return self.scores(tokens["candidate_item"], tokens["history_item"], age, liked)
+
+
+class Scores(nn.Module):
+    """All but the tables; a module of its own, so that a pipeline's tracing of the model ends here."""
+
+    def __init__(self, dim: int, with_history: bool) -> None:
+        super().__init__()
         self.liked = nn.Embedding(2, dim)
         self.norm = nn.LayerNorm(dim)
         self.ifa = None
@@ -62,10 +75,10 @@ class Ranker(nn.Module):
             self.ifa = InteractionFidelityAttention(config)  # IFA
         self.over = nn.Sequential(nn.Linear(2 * dim, dim), nn.ReLU(), nn.Linear(dim, 1))
 
-    def forward(self, features: KeyedJaggedTensor, age: Tensor, liked: Tensor) -> Tensor:
+    def forward(
+        self, candidates: JaggedTensor, history: JaggedTensor, age: Tensor, liked: Tensor
+    ) -> Tensor:
         """Logits [M]."""
-        tokens = self.tables(features)
-        candidates, history = tokens["candidate_item"], tokens["history_item"]
         interest = torch.zeros_like(candidates.values())
         if self.ifa is not None:
             candidates = with_values(candidates, self.norm(candidates.values()))

@@ -55,8 +55,8 @@ class BuildStatesConfig:
     position: int
     """The first position of the event stream whose event the log has not: 0 where the stream begins
     after the log. Events of the stream before it count as being in the states."""
-    data: Path | None = None
-    """Event log; by default the one the run was trained on."""
+    data: str | Path | None = None
+    """Event log, a folder or a URI; by default the one the run was trained on."""
     until: datetime | None = None
     """Only events before this time (UTC); by default all."""
     dtype: Literal["float32", "float16"] = "float32"
@@ -149,9 +149,9 @@ def _begin(config: BuildStatesConfig, run: Run, histories: _Histories) -> StateS
     latest = int(histories.last_times[histories.lengths > 0].max(initial=_NEVER))
     if latest > time.time_ns() // 1000 + MICROSECONDS_PER_DAY:
         raise StateError(
-            f"{run.log.path}: its last event is at {utc(latest)}, in the future, and what its user does "
-            "before then would not count. Leave such events out with --until, or mend their times (of "
-            "nanoseconds, perhaps?)"
+            f"{run.log.place}: its last event is at {utc(latest)}, in the future, and what its user "
+            "does before then would not count. Leave such events out with --until, or mend their "
+            "times (of nanoseconds, perhaps?)"
         )
     source = f"{run.log.fingerprint()} until {config.until}"
     key_values = open_key_value_store(config.store)
@@ -208,7 +208,7 @@ def _external_users(log: EventLog) -> list[int | str]:
     if len(users) < len(found):
         nameless = log.users[[user is None for user in found]]
         raise StateError(
-            f"{log.path}: its vocabulary has no id of user {nameless[0]}, nor of {len(nameless) - 1} "
+            f"{log.place}: its vocabulary has no id of user {nameless[0]}, nor of {len(nameless) - 1} "
             "others, by which a state could be found; list the users in the vocabulary"
         )
     return users

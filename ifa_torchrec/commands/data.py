@@ -21,6 +21,8 @@ from ifa_torchrec.commands.data_report import write_report
 from ifa_torchrec.data import EventLog
 from ifa_torchrec.data.prepare import load_schema, prepare
 from ifa_torchrec.data.public import kuairand, movielens, recbole, recflow, taobao
+from ifa_torchrec.data.remote import full_name, is_uri
+from ifa_torchrec.errors import ConfigError
 
 Given = Annotated[Path, tyro.conf.Positional]
 
@@ -70,10 +72,10 @@ class Report:
         >>> Report(Path("runs/data/mine")).write()  # doctest: +SKIP
     """
 
-    log: Given
-    """Folder of the log."""
+    log: Annotated[str | Path, tyro.conf.Positional]
+    """Folder of the log, or a URI of it."""
     out: Path | None = None
-    """The page; by default LOG.html, beside the log."""
+    """The page; by default LOG.html, beside the log, where that is a folder."""
 
     def write(self) -> Path:
         """Write it.
@@ -84,9 +86,12 @@ class Report:
         Raises:
             LogError: the log is missing or bad.
             PlaceError: the page cannot be written.
+            ConfigError: the log is behind a URI, and no page is named.
         """
-        log = EventLog(self.log.resolve())  # "." has no name
-        file = log.path.with_name(f"{log.path.name}.html") if self.out is None else self.out
+        place = full_name(self.log)  # "." has no name
+        if self.out is None and is_uri(place):
+            raise ConfigError(f"{place}: the page cannot be written beside it; name it by --out")
+        log, file = EventLog(place), self.out or Path(f"{place}.html")
         write_report(log, file)
         return file
 

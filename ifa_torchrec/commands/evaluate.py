@@ -3,9 +3,9 @@
     ifa evaluate --run runs/mine --split test
     torchrun --nproc-per-node 2 -m ifa_torchrec evaluate -- --run runs/mine --split test
 
-Under torchrun (which takes a bare --run for its own --run-path) the ranks share the requests; rank 0
-writes: the metrics as JSON to the standard output and to a file, and as a table, for people, to the
-standard error.
+Under torchrun (which takes a bare --run for its own --run-path) the ranks share the requests, and what
+is measured is sums over them; rank 0 writes: the metrics as JSON to the standard output and to a file,
+and as a table, for people, to the standard error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import torch.distributed as dist
 import tyro
 
 from ifa_torchrec.commands.command_line import result_as_json
-from ifa_torchrec.data import RankingDataset
 from ifa_torchrec.data.schema import EXPOSED
 from ifa_torchrec.data.synthetic_truth import SetTruth, truth_of
 from ifa_torchrec.errors import ConfigError, writing
@@ -30,9 +29,10 @@ from ifa_torchrec.modules import Task
 from ifa_torchrec.serving import quantize_tables
 from ifa_torchrec.training.groups import shares
 from ifa_torchrec.training.metrics_table import as_table
+from ifa_torchrec.training.own import OwnRequests
 from ifa_torchrec.training.reliability import draw, reliability
 from ifa_torchrec.training.run import Run, load_run
-from ifa_torchrec.training.scoring import TaskScores, measure, predict, predict_alone
+from ifa_torchrec.training.scoring import TaskScores, measure, predict_alone, predict_own
 from ifa_torchrec.training.sets import best_by_score, chosen_one_by_one, measure_sets, rewards
 
 
@@ -44,8 +44,8 @@ class EvaluateConfig:
     """Folder of a training run (its --out)."""
     split: str = "test"
     """Requests to score."""
-    data: Path | None = None
-    """Event log; by default the one the run was trained on."""
+    data: str | Path | None = None
+    """Event log, a folder or a URI; by default the one the run was trained on."""
     by: tuple[str, ...] = ()
     """Context features: metrics are also given for the requests of each of their values."""
     set_size: int | None = None
@@ -92,21 +92,21 @@ def _evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], tuple[Task, ...]]
             raise ConfigError(f"--by {feature}: no such context feature; there are {known}")
     dataset = run.dataset(config.split)
     budget = run.config.max_events, run.config.scored_requests
-    scores, milliseconds = predict(run.model, dataset, run.device, *budget)
+    own, scores, milliseconds = predict_own(run.model, dataset, run.device, *budget)
     tasks = run.dlrm.config.tasks
-    alone, shown = None, np.asarray(dataset.requests[EXPOSED])
-    if run.dlrm.config.candidate_set.attention != "none" and not shown.all():
+    alone, shown = None, own.column(EXPOSED)
+    if run.dlrm.config.candidate_set.attention != "none" and own.any(~shown):
         alone = predict_alone(run.dlrm.eval(), dataset, run.device, *budget)
-    metrics = measure(dataset, scores, tasks, config.by, apart=True, alone=alone)
+    metrics = measure(own, scores, tasks, config.by, apart=True, alone=alone)
     metrics["shares"] = shares(dataset)
     metrics["reliability"] = {
-        task.name: reliability(logits[shown], np.asarray(dataset.requests[task.name])[shown])
+        task.name: reliability(logits[shown], own.column(task.name)[shown], own.total)
         for task, logits in zip(tasks, scores.T, strict=True)
         if task.kind == "binary"
     }
-    metrics["notes"] = notes(dataset, scores, tasks)
+    metrics["notes"] = notes(own, scores, tasks)
     if config.set_size is not None:
-        metrics["sets"] = sets(run, dataset, truth_of(run.log, config.split), scores, config.set_size)
+        metrics["sets"] = sets(run, own, truth_of(run.log, config.split), scores, config.set_size)
     metrics["ms_per_request"] = milliseconds
     metrics["step"] = run.step
     if dist.get_rank() == 0:
@@ -119,25 +119,25 @@ def _evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], tuple[Task, ...]]
 
 
 def sets(
-    run: Run, dataset: RankingDataset, truth: SetTruth | None, scores: np.ndarray, k: int
+    run: Run, own: OwnRequests, truth: SetTruth | None, scores: np.ndarray, k: int
 ) -> dict[str, Any]:
-    """What the sets of k candidates are worth, by the ways that the model can choose them."""
+    """What sets of k candidates are worth, by the ways that the model can choose them, of all ranks."""
     model = run.dlrm.eval()
-    chosen = {"topk": best_by_score(dataset, scores, model.config.tasks, k)}
+    chosen = {"topk": best_by_score(own, scores, model.config.tasks, k)}
     if model.config.candidate_set.generate:
         budget = run.config.max_events, run.config.scored_requests
-        chosen["greedy"] = chosen_one_by_one(model, dataset, run.device, budget, k)
-    measured = {strategy: measure_sets(dataset, place, k) for strategy, place in chosen.items()}
+        chosen["greedy"] = chosen_one_by_one(model, own.dataset, run.device, budget, k)
+    measured = {strategy: measure_sets(own, place, k) for strategy, place in chosen.items()}
     if truth is not None:
-        known = rewards(dataset, chosen, k, truth)
+        known = rewards(own, chosen, k, truth)
         measured = {strategy: of | known[strategy] for strategy, of in measured.items()}
     return measured
 
 
-def notes(dataset: RankingDataset, scores: np.ndarray, tasks: Sequence[Task]) -> dict[str, str]:
+def notes(own: OwnRequests, scores: np.ndarray, tasks: Sequence[Task]) -> dict[str, str]:
     """Of each task whose ranking cannot be measured on a split, why, by the task's name."""
     reasons = {
-        task.name: TaskScores(dataset, task, score, logits=True).why_unranked()
+        task.name: TaskScores(own, task, score, logits=True).why_unranked()
         for task, score in zip(tasks, scores.T, strict=True)
     }
     return {name: reason for name, reason in reasons.items() if reason is not None}

@@ -38,8 +38,8 @@ class ExplainConfig:
     """Number of the request in its split."""
     events: int = 10
     """How many events to show."""
-    data: Path | None = None
-    """Event log; by default the one the run was trained on."""
+    data: str | Path | None = None
+    """Event log, a folder or a URI; by default the one the run was trained on."""
     picture: Path | None = None
     """Draw the events on a time line too, head by head, into this .png, .svg or .pdf. Needs the extra
     `demo`."""

@@ -21,12 +21,15 @@ import re
 import resource
 import signal
 import socket
+import tempfile
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
+import torch
 import torch.distributed as dist
 import tyro
 
@@ -37,13 +40,22 @@ require("serve", "uvicorn")
 # ruff: noqa: E402 (what is not installed is named before an import fails on it)
 import uvicorn
 
-from ifa_torchrec.serving import Scorer, StateStore, open_key_value_store, quantize_tables
+from ifa_torchrec.models import DLRM_IFA
+from ifa_torchrec.serving import (
+    KeyValueStore,
+    Scorer,
+    StateStore,
+    open_key_value_store,
+    quantize_tables,
+)
 from ifa_torchrec.serving.compiled import FILE, CompiledDense
-from ifa_torchrec.serving.live import Limits, LiveScorer
+from ifa_torchrec.serving.live import Limits, LiveScorer, Metrics
 from ifa_torchrec.serving.service import create_app
 from ifa_torchrec.serving.service.connections import Connection
-from ifa_torchrec.training.run import load_run
+from ifa_torchrec.serving.service.workers import Workers, shared_sockets
+from ifa_torchrec.training.run import Run, load_run
 
+_log = logging.getLogger(__name__)
 _BACKLOG = 64
 """Connections that wait to be accepted; so many are accepted at once, before any other is closed."""
 
@@ -57,8 +69,8 @@ class ServeConfig:
     store: str = field(repr=False)
     """Where its states are: a folder, or redis://HOST:PORT/NUMBER, with its password in the variable
     IFA_REDIS_PASSWORD."""
-    data: Path | None = None
-    """Event log; by default the one the run was trained on."""
+    data: str | Path | None = None
+    """Event log, a folder or a URI; by default the one the run was trained on."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all of them."""
     port: int = 8000
@@ -74,6 +86,9 @@ class ServeConfig:
     compiled: bool = False
     """Score by the dense part that ``ifa export --run RUN`` compiled into the run: machine code that
     runs in this process. Take it only from runs that you made."""
+    workers: int = 1
+    """Processes that share the port and the memory of the weights. Each ranks with its part of the
+    threads that one would have."""
     strict: bool = False
     """Refuse (409) a request that is too far before the user's last event to be ranked as of its time;
     else it is ranked as of a later time, which the response says."""
@@ -86,6 +101,8 @@ class ServeConfig:
         for name in self.allowed_hosts:
             if not re.fullmatch(r"\*|(\*\.)?[^*/\s]+", name):
                 raise ConfigError(f"--allowed-hosts: {name!r} is no name, *.DOMAIN or *")
+        if self.workers < 1:
+            raise ConfigError(f"--workers must be at least 1, got {self.workers}")
 
 
 def serve(config: ServeConfig) -> None:
@@ -94,8 +111,9 @@ def serve(config: ServeConfig) -> None:
     Raises:
         CheckpointError, LogError: the run or its log is not there.
         StateError: the store cannot be opened, or has no states of the run's weights.
-        ConfigError: the token is empty, or there is none and the address is not loopback; or there are
-            too few file handles for all connections.
+        ConfigError: the token is empty, or there is none and the address is not loopback; there are too
+            few file handles for all connections; or the port is taken.
+        WorkerError: a worker does not come up.
     """
     # a SIGHUP that comes while this loads is not lost, and ends nothing
     hung_up = threading.Event()
@@ -106,20 +124,11 @@ def serve(config: ServeConfig) -> None:
             f"--host {config.host} can be reached from elsewhere: give a token, by --token-file or the "
             "environment variable IFA_TOKEN, or listen on 127.0.0.1"
         )
+    if config.workers > 1:
+        _serve_together(config, token)
+        return
     key_values = open_key_value_store(config.store, create=False)
-
-    def load() -> Scorer:
-        # a link is followed once, lest half of the files are another run's
-        folder = config.run.resolve()
-        run = load_run(folder, config.data, sharded=False)
-        states = StateStore(key_values, run.version)
-        model = quantize_tables(run.dlrm) if config.int8 else run.dlrm
-        compiled = None
-        if config.compiled:
-            compiled = CompiledDense(model, run.log.schema, run.log.items, folder / FILE)
-        return Scorer(model, run.log, states, config.strict, compiled)
-
-    with LiveScorer(load, config.limits) as live:
+    with LiveScorer(lambda: _load(config).scorer(config, key_values), config.limits) as live:
         _ensure_file_handles(config.limits.max_connections)
         signal.signal(signal.SIGHUP, lambda *_: live.reload())
         if hung_up.is_set():
@@ -127,10 +136,66 @@ def serve(config: ServeConfig) -> None:
         _Server(config, live, token).run()
 
 
-class _Server(uvicorn.Server):
-    """uvicorn that drains before it closes, and for which a signal is no failure."""
+@dataclass(frozen=True)
+class _Loaded:
+    """A run, without its states."""
 
-    def __init__(self, config: ServeConfig, live: LiveScorer, token: str | None) -> None:
+    run: Run
+    model: DLRM_IFA
+    compiled: CompiledDense | None
+
+    def scorer(self, config: ServeConfig, key_values: KeyValueStore) -> Scorer:
+        states = StateStore(key_values, self.run.version)
+        return Scorer(self.model, self.run.log, states, config.strict, self.compiled)
+
+
+def _load(config: ServeConfig) -> _Loaded:
+    # a link is followed once, lest half of the files are another run's
+    folder = config.run.resolve()
+    run = load_run(folder, config.data, sharded=False)
+    model = quantize_tables(run.dlrm) if config.int8 else run.dlrm
+    compiled = None
+    if config.compiled:
+        compiled = CompiledDense(model, run.log.schema, run.log.items, folder / FILE)
+    return _Loaded(run, model, compiled)
+
+
+def _serve_together(config: ServeConfig, token: str | None) -> None:
+    """``serve`` by several processes."""
+    limits = config.limits.of_each(config.workers)
+    threads = max(1, torch.get_num_threads() // config.workers)
+
+    def work(loaded: _Loaded, sockets: list[socket.socket], ready: Callable[[], object]) -> None:
+        torch.set_num_threads(threads)
+        key_values = open_key_value_store(config.store, create=False)  # which no fork may share
+
+        def scorer() -> Scorer:
+            return loaded.scorer(config, key_values)
+
+        with LiveScorer(scorer, limits, Metrics(Path(folder))) as live:
+            _ensure_file_handles(limits.max_connections)
+            _log.info("weights %s serve now", live.version)
+            _Server(replace(config, limits=limits), live, token, ready).run(sockets)
+
+    def catch_up(loaded: _Loaded) -> None:
+        torch.set_num_threads(threads)
+        loaded.scorer(config, open_key_value_store(config.store, create=False)).catch_up()
+
+    with tempfile.TemporaryDirectory(prefix="ifa-metrics-") as folder:
+        sockets = shared_sockets(config.host, config.port, config.workers)
+        Workers(lambda: _load(config), work, catch_up, sockets, Path(folder)).run()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that drains before it closes and says when it serves; a signal is no failure of it."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        live: LiveScorer,
+        token: str | None,
+        ready: Callable[[], object] = lambda: None,
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 create_app(live, token, config.allowed_hosts or _own_names(config.host)),
@@ -141,11 +206,16 @@ class _Server(uvicorn.Server):
                 backlog=_BACKLOG,
                 timeout_keep_alive=math.ceil(min(5, config.limits.receive / 2)),
                 access_log=False,
+                proxy_headers=False,  # nothing here asks who called
                 # for clients that stop in the middle of a body; no call waits longer than its timeout
                 timeout_graceful_shutdown=math.ceil(config.limits.timeout) + 5,
             )
         )
-        self._live, self._drain = live, config.drain
+        self._live, self._drain, self._ready = live, config.drain, ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.should_exit = True  # uvicorn's own would raise the signal again at the end

@@ -40,6 +40,7 @@ from ifa_torchrec.data.header import Header, read_header, write_header
 from ifa_torchrec.data.histories import AT_ONCE
 from ifa_torchrec.data.mapped_columns import MappedColumns
 from ifa_torchrec.data.parts import check_parts, check_users, found_parts, part_of
+from ifa_torchrec.data.remote import RemoteLog, is_uri
 from ifa_torchrec.data.scales import scales_of
 from ifa_torchrec.data.schema import (
     CANDIDATES,
@@ -64,9 +65,11 @@ class EventLog:
     """Events sorted by user and time, items, and requests, as memory-mapped columns.
 
     Args:
-        path: the log's folder.
+        path: the log's folder, or a URI of it (s3://, gs://, hdfs://, file://); see data/remote.py.
 
     Attributes:
+        place: what was given.
+        path: the folder; of a log behind a URI that of the copies of its small files.
         schema: the log's LogSchema.
         users: [U] int64, the users that have events, ascending; of a log in parts, those of one part
             after those of another.
@@ -96,13 +99,16 @@ class EventLog:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.place = str(path)
+        remote = RemoteLog(self.place) if is_uri(path) else None
+        self.path = Path(path) if remote is None else remote.folder
         if not self.path.is_dir():
             raise LogError(f"{self.path}: no such event log; write one with EventLog.from_pandas")
         self._header = read_header(self.path / "schema.json")
         self.schema, self.scales = self._header.schema, self._header.scales
         self.parts = len(self._header.parts.get("events", [None]))
-        self._columns = MappedColumns(self.path, self.schema, self._header.rows, self._header.parts)
+        header = self._header
+        self._columns = MappedColumns(self.path, self.schema, header.rows, header.parts, remote)
         self.items = self._columns.open("items", lambda table, _: check_items(table, self.schema))
         self.num_items = len(self.items[self.schema.item])
         self.events = self._columns.open("events", self._check_events, [USER_OFFSETS])
@@ -236,7 +242,7 @@ class EventLog:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens the log itself: what is mapped to memory is not sent there."""
-        return _opened, (self.path, self.schema)
+        return _opened, (self.place, self.schema)
 
     def fingerprint(self) -> str:
         """A digest of the schema, all columns of all tables and the vocabulary, to tell logs apart."""
@@ -256,7 +262,7 @@ class EventLog:
         vocabulary = Vocabulary.load(self.path)
         if vocabulary.digest != self._header.vocabulary:
             raise LogError(
-                f"{self.path}: vocabulary.json is not the one that the log was written with; copy that "
+                f"{self.place}: vocabulary.json is not the one that the log was written with; copy that "
                 "back, or write the log again"
             )
         return vocabulary
@@ -340,7 +346,7 @@ class EventLog:
             LogError: no such split, or a column is not what the schema says.
         """
         if split not in self.splits:
-            raise LogError(f"{self.path}: no split {split!r}, there are {self.splits}")
+            raise LogError(f"{self.place}: no split {split!r}, there are {self.splits}")
         name = f"requests/{split}"
         if not self._header.rows[name]:
             raise LogError(f"{name}: there are no requests; leave the split out")
@@ -406,8 +412,8 @@ class EventLog:
         return _first_at(np.asarray(self.users), self._bounds[part], self._bounds[part + 1], user)
 
 
-def _opened(path: Path, schema: LogSchema) -> EventLog:
-    log = EventLog(path)
+def _opened(place: str, schema: LogSchema) -> EventLog:
+    log = EventLog(place)
     log.schema = schema
     return log
 

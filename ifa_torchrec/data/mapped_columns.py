@@ -20,7 +20,7 @@ import json
 import secrets
 import shutil
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ifa_torchrec.data.cache import Held, use
 from ifa_torchrec.data.parts import Part, file_of, sha256_of
+from ifa_torchrec.data.remote import RemoteLog
 from ifa_torchrec.data.schema import Columns, LogError, LogSchema
 from ifa_torchrec.data.writing import new_folder
 
@@ -48,6 +50,8 @@ class MappedColumns:
         schema: by which columns are read and checked.
         rows: how many rows each table must have, by its name: its Parquet file's without suffix.
         parts: of each table that is in parts.
+        remote: the log elsewhere that ``path`` is the copy of, if it is one: files are copied when
+            columns are made of them.
 
     Attributes:
         digests: of the content of each table that was opened.
@@ -71,8 +75,10 @@ class MappedColumns:
         schema: LogSchema,
         rows: Mapping[str, int],
         parts: Mapping[str, Sequence[Part]] | None = None,
+        remote: RemoteLog | None = None,
     ) -> None:
         self.path, self.root, self.rows, self.parts = path, path / ".columns", rows, parts or {}
+        self._remote, self._held = remote, dict[str, Held]()
         self.digests: dict[str, str] = {}
         self._schema = hashlib.sha256(f"{_LAYOUT} {schema!r}".encode()).hexdigest()[:_DIGEST]
         self._clear_drafts()
@@ -94,7 +100,7 @@ class MappedColumns:
         """
         files = self._files(name)
         for parquet in files:
-            if not parquet.exists():
+            if self._remote is None and not parquet.exists():
                 raise LogError(f"{parquet}: missing; the log is incomplete, write it again")
         parquet = files[0] if len(files) == 1 else files[0].parent
         columns = self._load(name)
@@ -107,6 +113,8 @@ class MappedColumns:
                 if columns is None:
                     self._make(name, check, offsets)
                     columns = self._load(name)
+                    if self._remote is not None:
+                        self._remote.keep_within_bound()
         except OSError as error:
             raise LogError(
                 f"{self.root}: the columns of {parquet} must be made there, which failed ({error}); "
@@ -124,7 +132,10 @@ class MappedColumns:
                 made = json.loads((folder / "made.json").read_text())
                 if made["schema"] != self._schema:
                     continue
-                parquet = _check_all(self._files(name), made["parquet"])
+                if self._remote is None:
+                    parquet = _check_all(self._files(name), made["parquet"])
+                else:  # the copy is of files as they are now, and parts need not be there any more
+                    parquet, self._held[name] = made["parquet"], use(folder)
                 files = {column: folder / f"{column}.npy" for column in made["columns"]}
                 seen = {c: _check(file, made["columns"][c]) for c, file in files.items()}
                 columns: Columns = {
@@ -151,10 +162,12 @@ class MappedColumns:
         """Make the columns of a table, in place of those that were made before."""
         draft, sources = new_folder(self.root, ".draft-"), list[Any]()
         try:
+            held = None if self._remote is None else use(draft)
             joined = _Joined(draft, offsets)
             for number, parquet in enumerate(self._files(name)):
-                source = _see(parquet)
-                joined.add(self._read(name, number, parquet, source[-1], check))
+                with self._here(name, number, parquet):
+                    source = _see(parquet)
+                    joined.add(self._read(name, number, parquet, source[-1], check))
                 sources += source
             columns = joined.finish()
             seen = {column: _see(draft / f"{column}.npy") for column in columns}
@@ -169,6 +182,8 @@ class MappedColumns:
             for old in self._made(name):
                 shutil.rmtree(old)
             draft.rename(folder)
+            if held is not None:
+                self._held[name] = held
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 
@@ -206,6 +221,13 @@ class MappedColumns:
             return check(table, number)
         except LogError as error:
             raise LogError(f"{file_of(name, number)}: {error}") from error
+
+    def _here(self, name: str, number: int, parquet: Path) -> AbstractContextManager[object]:
+        """Have a file on this machine, while columns are made of it."""
+        if self._remote is None:
+            return nullcontext()
+        part = self.parts[name][number] if name in self.parts else None
+        return self._remote.file(str(parquet.relative_to(self.path)), part)
 
     def _files(self, name: str) -> list[Path]:
         """The Parquet files of a table."""

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from ifa_torchrec.data.columns import Column
 from ifa_torchrec.data.parts import file_of, part_of
+from ifa_torchrec.data.remote import is_uri
 from ifa_torchrec.data.schema import USER, LogError
 from ifa_torchrec.errors import ExistsError
 
@@ -25,7 +26,7 @@ def drafting(path: str | Path) -> Generator[Path]:
 
     Raises:
         FileExistsError: ``path`` exists.
-        LogError: there is no room, or no right, to write there.
+        LogError: there is no room, or no right, to write there, or it is a URI.
 
     Example:
         >>> import tempfile
@@ -37,6 +38,8 @@ def drafting(path: str | Path) -> Generator[Path]:
         >>> draft.exists()
         False
     """
+    if is_uri(path):
+        raise LogError(f"{path}: a log is written to a folder; copy that there, schema.json last")
     path = Path(path)
     if path.exists():
         raise ExistsError(f"{path} exists; delete it or choose another folder")

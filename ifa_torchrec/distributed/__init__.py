@@ -1,6 +1,7 @@
 """Sharding, optimisers and checkpoints, on one process or many."""
 
 from ifa_torchrec.distributed.errors import CheckpointError, ShardingError
+from ifa_torchrec.distributed.plan_picture import draw_plan
 from ifa_torchrec.distributed.planning import BatchSize, ShardingConfig
 from ifa_torchrec.distributed.sharding import OptimizerConfig, init_process_group, shard, zero_rows
 
@@ -10,6 +11,7 @@ __all__ = [
     "OptimizerConfig",
     "ShardingConfig",
     "ShardingError",
+    "draw_plan",
     "init_process_group",
     "shard",
     "zero_rows",

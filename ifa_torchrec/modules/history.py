@@ -75,8 +75,10 @@ class History:
             >>> history.latest(2).tokens.flatten().tolist()
             [2, 3, 4]
         """
-        behind = self.offsets[1:].repeat_interleave(self.lengths)  # where the event's request ends
-        row = torch.arange(len(behind), device=behind.device)
+        rows = self.tokens.shape[0]
+        # where the event's request ends
+        behind = self.offsets[1:].repeat_interleave(self.lengths, output_size=rows)
+        row = torch.arange(rows, device=behind.device)
         return self._only(row >= behind - length)
 
     def _only(self, kept: Tensor) -> History:

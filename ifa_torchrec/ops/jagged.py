@@ -6,6 +6,18 @@ import torch
 from torch import Tensor
 
 
+def looks(x: Tensor) -> bool:
+    """Whether values may be looked at without a wait.
+
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec.ops.jagged import looks
+        >>> looks(torch.zeros(1)), looks(torch.zeros(1, device="meta"))
+        (True, False)
+    """
+    return x.device.type == "cpu"
+
+
 def request_of_row(offsets: Tensor, rows: int | None = None) -> Tensor:
     """The request that each row belongs to.
 

@@ -37,6 +37,7 @@ class Batcher:
 
     Args:
         capacity: items that may wait.
+        on_length: called with how many wait, whenever that changes.
 
     Example:
         >>> from ifa_torchrec.serving.batching import Batcher
@@ -50,17 +51,13 @@ class Batcher:
         ZeroDivisionError('division by zero')
     """
 
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
+    def __init__(self, capacity: int, on_length: Callable[[int], object] = lambda _: None) -> None:
+        self._capacity, self._on_length = capacity, on_length
         self._waiting: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self._thread.start()
-
-    def __len__(self) -> int:
-        """How many items wait."""
-        return len(self._waiting)
 
     def __enter__(self) -> Batcher:
         return self
@@ -95,6 +92,7 @@ class Batcher:
             if len(self._waiting) + len(jobs) > self._capacity:
                 raise QueueFullError(f"{len(self._waiting)} of {self._capacity} places are taken")
             self._waiting.extend(jobs)
+            self._on_length(len(self._waiting))
             self._changed.notify()
         return [job.future for job in jobs]
 
@@ -129,6 +127,7 @@ class Batcher:
                 (taken if fits else left).append(job)
                 full += job.share * fits
             self._waiting = left
+            self._on_length(len(left))
             return taken
 
 

@@ -17,6 +17,10 @@ class UnknownUserError(StateError):
     """There is no state of a user."""
 
 
+class WorkerError(UserError, RuntimeError):
+    """A process of the service does not come up."""
+
+
 class RequestError(UserError, ValueError):
     """A ranking request or an event is not what the model takes; the message names the field."""
 

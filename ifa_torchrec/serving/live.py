@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    generate_latest,
+    values,
+)
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules import predictions
@@ -67,6 +78,20 @@ class Limits:
                 "call would never be taken"
             )
 
+    def of_each(self, processes: int) -> Limits:
+        """Those of each of some processes, where all that holds of a service is shared among them.
+
+        Example:
+            >>> from ifa_torchrec.serving.live import Limits
+            >>> Limits(max_connections=400).of_each(4).max_connections
+            100
+        """
+        return replace(
+            self,
+            max_connections=max(1, self.max_connections // processes),
+            max_waiting=max(self.max_requests, self.max_waiting // processes),
+        )
+
 
 @dataclass(frozen=True)
 class LiveRanking(Ranking):
@@ -85,13 +110,27 @@ class LiveRanking(Ranking):
 
 
 class Metrics:
-    """What /metrics shows."""
+    """What /metrics shows.
 
-    def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
+    Args:
+        shared: a folder by which the processes of one service add up what they count; it is then so for
+            all that this process counts. None for this process alone.
+    """
+
+    def __init__(self, shared: Path | None = None) -> None:
+        if shared is not None:
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(shared)
+            values.ValueClass = values.MultiProcessValue()
+        self._shared = shared
+        self._registry = registry = CollectorRegistry()
         self.calls = Counter("ifa_calls", "HTTP calls.", ["path", "status"], registry=registry)
         self.seconds = Histogram("ifa_call_seconds", "Time of a call.", ["path"], registry=registry)
-        self.waiting = Gauge("ifa_queue_length", "What waits for its turn.", registry=registry)
+        self.waiting = Gauge(
+            "ifa_queue_length",
+            "What waits for its turn.",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
         self.late = Counter(
             "ifa_late_requests", "Ranked as of a time after the request's.", registry=registry
         )
@@ -111,6 +150,15 @@ class Metrics:
         )
         self.model = Info("ifa_model", "The weights that serve.", registry=registry)
 
+    def text(self) -> bytes:
+        """As Prometheus reads it."""
+        if self._shared is None:
+            return generate_latest(self._registry)
+        together = CollectorRegistry()
+        MultiProcessCollector(together, str(self._shared))
+        together.register(self.model)  # of which each process has its own
+        return generate_latest(together)
+
 
 class LiveScorer:
     """A Scorer for many callers: one thread does what they ask, as much at once as waits.
@@ -121,6 +169,7 @@ class LiveScorer:
         load: gives a Scorer of the newest weights; called now, and by every ``reload``. All that it
             gives must share one KeyValueStore.
         limits: Limits.
+        metrics: where to count; None for Metrics of its own.
 
     Raises:
         StateError, CheckpointError, LogError: what ``load`` raises.
@@ -130,21 +179,22 @@ class LiveScorer:
         draining: set it when nothing more should be sent here; it shows on /readyz.
     """
 
-    def __init__(self, load: Callable[[], Scorer], limits: Limits) -> None:
-        self.limits, self.metrics, self.draining = limits, Metrics(), False
+    def __init__(
+        self, load: Callable[[], Scorer], limits: Limits, metrics: Metrics | None = None
+    ) -> None:
+        self.limits, self.metrics, self.draining = limits, metrics or Metrics(), False
         self._load = load
         scorer = load()
         scorer.catch_up()
         # The first one ranks, events go to all; only _reload assigns it.
         self._scorers: tuple[Scorer, ...] = (scorer,)
-        self._batcher = Batcher(limits.max_waiting)
+        self._batcher = Batcher(limits.max_waiting, self.metrics.waiting.set)
         self._reloader = ThreadPoolExecutor(1, "reload")
         self._forgetter = ThreadPoolExecutor(1, "forget")
         self._may_forget = threading.BoundedSemaphore(limits.max_waiting)
         self._checker = ThreadPoolExecutor(1, "check")
         self._checking: Future[None] | None = None
         self._checked = 0.0
-        self.metrics.waiting.set_function(lambda: len(self._batcher))
         self.metrics.model.info({"version": self.version})
 
     def __enter__(self) -> LiveScorer:
@@ -253,15 +303,12 @@ class LiveScorer:
         self.metrics.late.inc(sum(ranking.as_of is not None for ranking in rankings))
         self.metrics.unknown.labels("candidate").inc(sum(r.unknown_candidates for r in rankings))
         self.metrics.unknown.labels("context").inc(sum(r.unknown_context for r in rankings))
-        tasks = scorer.model.config.tasks
+        logits = [torch.from_numpy(ranking.logits) for ranking in rankings]
+        said = predictions(torch.cat(logits), scorer.model.config.tasks)
+        each = said.split([len(of_ranking) for of_ranking in logits])
         return [
-            LiveRanking(
-                **vars(ranking),
-                version=version,
-                predictions=predictions(torch.from_numpy(ranking.logits), tasks).numpy(),
-                tasks=names,
-            )
-            for ranking in rankings
+            LiveRanking(**vars(ranking), version=version, predictions=of_ranking.numpy(), tasks=names)
+            for ranking, of_ranking in zip(rankings, each, strict=True)
         ]
 
     def _append(self, calls: list[Sequence[Event]]) -> list[list[EventResult]]:

@@ -101,7 +101,7 @@ class Scorer:
         self._catalogue = Catalogue(log)
         if store.vocabulary != self._catalogue.digest:
             raise StateError(
-                f"{states} are of the vocabulary {store.vocabulary!r}, that of {log.path} is "
+                f"{states} are of the vocabulary {store.vocabulary!r}, that of {log.place} is "
                 f"{self._catalogue.digest!r}: its rows may stand for other ids. Give the log that they "
                 f"were built from, or drop them ({DROP_COMMAND} {store.version}) and build them anew "
                 f"({BUILD_COMMAND})"

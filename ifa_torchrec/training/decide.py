@@ -180,7 +180,9 @@ def _begun(config: TrainConfig) -> dict[str, Any]:
 
 def _keep_best(config: TrainConfig, log: EventLog) -> str:
     if not config.validate or "valid" not in log.splits:
-        why = f"{log.path} has no split `valid`" if config.validate else "--no-validate measures nothing"
+        why = (
+            f"{log.place} has no split `valid`" if config.validate else "--no-validate measures nothing"
+        )
         for option in ("keep_best", "patience"):
             value = getattr(config, option)
             if value not in (None, LAST):

@@ -9,18 +9,14 @@ import numpy as np
 import torch
 
 from ifa_torchrec.data import RankingDataset
-from ifa_torchrec.data.schema import CANDIDATES, EXPOSED, LIST_OFFSETS, OFFSETS, TIME, USER
+from ifa_torchrec.data.schema import CANDIDATES, EXPOSED, LIST_OFFSETS, TIME, USER
+from ifa_torchrec.training.own import OwnRequests, own_requests
 
 Told = Callable[[np.ndarray], np.ndarray]
 Shares = dict[str, float]
 
 _BLOCK = 1 << 22  # events looked at at once
 _GROUPS = 10
-
-
-def new_items(dataset: RankingDataset) -> np.ndarray:
-    """Whether each candidate of a split is an item without a row of its own: [M] bool."""
-    return dataset.log.item_rows(np.asarray(dataset.requests[CANDIDATES])) == 0
 
 
 def shares(dataset: RankingDataset) -> dict[str, Any]:
@@ -75,34 +71,38 @@ def shares(dataset: RankingDataset) -> dict[str, Any]:
     }
 
 
-def by_history(dataset: RankingDataset, logit: np.ndarray, label: np.ndarray) -> dict[str, Any]:
+def by_history(
+    split: RankingDataset | OwnRequests, logit: np.ndarray, label: np.ndarray
+) -> dict[str, Any]:
     """The calibration of a binary task among the exposed, by the deciles of the requests' histories'
     lengths.
 
     Args:
-        dataset: the split.
-        logit: [M]; label: [M] 0 or 1.
+        split: the split; or this rank's requests of it, with those of the other ranks then, by sums.
+        logit: [m] of their candidates; label: [m] 0 or 1.
 
     Returns:
         For each group, named "FEWEST-MOST" by its histories' events, or by their one number,
         "requests", "candidates", those exposed, and "calibration", mean prediction over mean label; NaN
         without a label 1. Lengths that are equal are in one group, so there may be fewer than ten.
     """
-    lengths, counts = dataset.history_lengths, np.diff(dataset.requests[OFFSETS])
+    own = own_requests(split)
+    lengths = own.dataset.history_lengths  # of all ranks' requests
     if not len(lengths):
         return {}
     cuts = np.unique(np.quantile(lengths, np.arange(1, _GROUPS) / _GROUPS, method="higher"))
     group = np.searchsorted(cuts, lengths)
-    of_candidate, shown = np.repeat(group, counts), np.asarray(dataset.requests[EXPOSED])
+    of_candidate, shown = group[own.request], own.column(EXPOSED)
     result: dict[str, Any] = {}
     for number in np.unique(group):
         mine, rows = lengths[group == number], (of_candidate == number) & shown
-        positives = float(label[rows].sum())
-        predicted = float(torch.from_numpy(logit[rows].astype(np.float64)).sigmoid().sum())
+        said = torch.from_numpy(logit[rows].astype(np.float64)).sigmoid().sum()
+        figures = (rows.sum(), label[rows].sum(), float(said))
+        candidates, positives, predicted = own.total(np.array(figures, np.float64)).tolist()
         least, most = mine.min(), mine.max()
         result[f"{least}-{most}" if least < most else f"{least}"] = {
             "requests": len(mine),
-            "candidates": int(rows.sum()),
+            "candidates": int(candidates),
             "calibration": predicted / positives if positives else np.nan,
         }
     return result

@@ -48,7 +48,7 @@ def auc(score: np.ndarray, label: np.ndarray, total: Total = alone) -> float:
         >>> auc(np.array([1.0, 3.0, 3.0]), np.array([0, 0, 1]))
         0.75
     """
-    bins, count = _bins(score, total)
+    bins, count = bins_of(score, total)
     # of each score, in ascending order
     positives, all_ = total(
         np.stack([np.bincount(bins, label, count), np.bincount(bins, minlength=count)])
@@ -86,7 +86,7 @@ def gauc(request: np.ndarray, score: np.ndarray, label: np.ndarray, total: Total
     ranked = (p > 0) & (p < n)
     # Mann-Whitney: the rank sum of the positives, less the least it can be
     area = (sums["ranks"] - p * (p + 1) / 2)[ranked] / (p * (n - p))[ranked]
-    return _mean(area, total)
+    return mean(area, total)
 
 
 def ndcg(
@@ -121,7 +121,7 @@ def ndcg(
     frame["ideal"] = discount("label") * frame["label"]
     sums = groups[["gain", "ideal", "label"]].agg("sum")
     ranked = (sums["label"] > 0) & (sums["label"] < groups.size())
-    return _mean((sums["gain"] / sums["ideal"])[ranked], total)
+    return mean((sums["gain"] / sums["ideal"])[ranked], total)
 
 
 def recall(
@@ -153,7 +153,7 @@ def recall(
     frame["found"] = shared * frame["label"]
     sums = groups[["found", "label"]].agg("sum")
     ranked = (sums["label"] > 0) & (sums["label"] < groups.size())
-    return _mean((sums["found"] / np.minimum(sums["label"], k))[ranked], total)
+    return mean((sums["found"] / np.minimum(sums["label"], k))[ranked], total)
 
 
 def ranking_metrics(
@@ -238,7 +238,7 @@ def correlation(
     apart, ranked = _differ(index, count, score), _differ(index, count, label)
     # what differs may still be too close for the squares of float64
     norm = np.where(apart, np.sqrt(xx) * np.sqrt(yy), np.inf)[ranked]
-    return _mean(xy[ranked] / np.maximum(norm, np.finfo(float).tiny), total)
+    return mean(xy[ranked] / np.maximum(norm, np.finfo(float).tiny), total)
 
 
 def regression_metrics(
@@ -281,12 +281,13 @@ def regression_metrics(
     }
 
 
-def why_unranked(request: np.ndarray, label: np.ndarray) -> str | None:
+def why_unranked(request: np.ndarray, label: np.ndarray, total: Total = alone) -> str | None:
     """Why no request can be ranked, so that GAUC, NDCG and the correlation are NaN; None where one can.
 
     Args:
         request: [M] request number of each candidate.
         label: [M].
+        total: sums over ranks.
 
     Example:
         >>> import numpy as np
@@ -294,14 +295,59 @@ def why_unranked(request: np.ndarray, label: np.ndarray) -> str | None:
         >>> why_unranked(np.array([0, 1]), np.array([1, 0]))
         'each request has one candidate alone, so there is no order within it'
     """
-    if not len(label):
-        return "there is no candidate"
     index, count = _numbered(request)
-    if _differ(index, count, label).any():
+    figures = (len(label), _differ(index, count, label).sum(), (count > 1).sum())
+    candidates, ranked, several = total(np.array(figures, np.float64))
+    if not candidates:
+        return "there is no candidate"
+    if ranked:
         return None
-    if count.max() == 1:
+    if not several:
         return "each request has one candidate alone, so there is no order within it"
     return "in every request all labels are equal, so no order is better than another"
+
+
+def bins_of(score: np.ndarray, total: Total = alone) -> tuple[np.ndarray, int]:
+    """Where each score stands in the order of all: one place a score; over several ranks, one for its
+    first 22 bits, in the blocks of such places in which any rank has a score.
+
+    Args:
+        score: [M] float.
+        total: sums over ranks.
+
+    Returns:
+        [M] int64, and how many places there are, of which some may be empty.
+
+    Example:
+        >>> import numpy as np
+        >>> from ifa_torchrec.training.metrics import bins_of
+        >>> bins_of(np.array([0.5, -1.0, 0.5]))[0].tolist()
+        [1, 0, 1]
+    """
+    if total is alone:
+        places, bins = np.unique(score, return_inverse=True)
+        return bins, len(places)
+    bits = (score.astype(np.float32) + np.float32(0)).view(np.uint32)  # -0 is 0
+    bins = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31)) >> (32 - _BITS)
+    used = total(np.bincount(bins // _BLOCK, minlength=(1 << _BITS) // _BLOCK).astype(np.float64)) > 0
+    return (np.cumsum(used) - 1)[bins // _BLOCK] * _BLOCK + bins % _BLOCK, _BLOCK * int(used.sum())
+
+
+def mean(values: np.ndarray | pd.Series, total: Total = alone) -> float:
+    """Over all ranks; NaN of none.
+
+    Args:
+        values: [n] float.
+        total: sums over ranks.
+
+    Example:
+        >>> import numpy as np
+        >>> from ifa_torchrec.training.metrics import mean
+        >>> mean(np.array([1.0, 2.0]))
+        1.5
+    """
+    value, count = total(np.array([values.sum(), len(values)], np.float64))
+    return float(value / count) if count else np.nan
 
 
 def _numbered(request: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -320,24 +366,6 @@ def _differ(index: np.ndarray, count: np.ndarray, values: np.ndarray) -> np.ndar
     first = np.empty(len(count), values.dtype)
     first[index] = values
     return np.bincount(index, values != first[index], len(count)) > 0
-
-
-def _bins(score: np.ndarray, total: Total) -> tuple[np.ndarray, int]:
-    """Where each score stands in the order of all, and how many places there are: one a score; over
-    several ranks, one for its first bits, in the blocks of bins in which any rank has a score."""
-    if total is alone:
-        places, bins = np.unique(score, return_inverse=True)
-        return bins, len(places)
-    bits = (score.astype(np.float32) + np.float32(0)).view(np.uint32)  # -0 is 0
-    bins = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31)) >> (32 - _BITS)
-    used = total(np.bincount(bins // _BLOCK, minlength=(1 << _BITS) // _BLOCK).astype(np.float64)) > 0
-    return (np.cumsum(used) - 1)[bins // _BLOCK] * _BLOCK + bins % _BLOCK, _BLOCK * int(used.sum())
-
-
-def _mean(values: np.ndarray | pd.Series, total: Total) -> float:
-    """Over all ranks; NaN of none."""
-    value, count = total(np.array([values.sum(), len(values)], np.float64))
-    return float(value / count) if count else np.nan
 
 
 def _double(value: float) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from ifa_torchrec.data.remote import full_name, is_uri
 from ifa_torchrec.distributed import OptimizerConfig, ShardingConfig, checkpoint
 from ifa_torchrec.errors import ConfigError, writing
 from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig, IFAConfig
@@ -30,8 +31,8 @@ _ONE_OF_THEM = tyro.conf.arg(constructor=InteractionName, help_behavior_hint="(d
 class TrainConfig:
     """Options of ``ifa train``."""
 
-    data: Path
-    """Event log to train on (its split `train`)."""
+    data: str | Path
+    """Event log to train on (its split `train`): a folder, or a URI (s3://, gs://, hdfs://)."""
     out: Path
     """Folder of this run."""
     interaction: Annotated[str, _ONE_OF_THEM] = "ifa"
@@ -125,6 +126,9 @@ class TrainConfig:
     """Seed of the weights and of the order of the requests."""
 
     def __post_init__(self) -> None:
+        # a Path, but for a URI, which it would take a slash of; also where a run's options are read
+        place = str(self.data) if is_uri(self.data) else Path(self.data)
+        object.__setattr__(self, "data", place)
         at_least = dict.fromkeys(("epochs", "max_events", "max_requests", "checkpoint_every"), 1)
         at_least |= {"history_length": 1, "recent_length": 1, "warmup_steps": 0, "seed": 0}
         at_least |= {"validate_every": 1, "patience": 1}
@@ -181,7 +185,7 @@ def write_options(config: TrainConfig) -> None:
     Raises:
         PlaceError: the folder cannot be written.
     """
-    saved = dataclasses.replace(config, data=config.data.resolve())
+    saved = dataclasses.replace(config, data=full_name(config.data))
     text = json.dumps(to_json(dataclasses.asdict(saved)), indent=2, allow_nan=False)
     write_whole(config.out / "config.json", text)
 

@@ -19,13 +19,15 @@ class OwnRequests:
         total: sums over ranks; ``alone`` where these are all requests.
 
     Attributes:
+        rows: [m] int64, the rows of their candidates in the split's flat candidate columns.
+        counts: [n] int64, how many each request has.
         request: [m] int64, the number of each candidate's request.
     """
 
     def __init__(self, dataset: RankingDataset, requests: np.ndarray, total: Total) -> None:
         self.dataset, self.total = dataset, total
-        self._rows, counts = dataset.candidate_rows(requests)
-        self.request = np.repeat(requests, counts)
+        self.rows, self.counts = dataset.candidate_rows(requests)
+        self.request = np.repeat(requests, self.counts)
 
     def column(self, name: str) -> np.ndarray:
         """[m], the candidates' values in a column of the split.
@@ -33,7 +35,7 @@ class OwnRequests:
         Args:
             name: of the column, which has a value a candidate.
         """
-        return self.dataset.requests[name][self._rows]
+        return self.dataset.requests[name][self.rows]
 
     def any(self, of_candidate: np.ndarray) -> bool:
         """Whether it is so of a candidate of any rank.
@@ -41,7 +43,15 @@ class OwnRequests:
         Args:
             of_candidate: [k] bool.
         """
-        return bool(self.total(np.array([of_candidate.sum()], np.float64))[0])
+        return self.count(of_candidate) > 0
+
+    def count(self, of_candidate: np.ndarray) -> int:
+        """Of how many candidates of all ranks it is so.
+
+        Args:
+            of_candidate: [k] bool.
+        """
+        return int(self.total(np.array([of_candidate.sum()], np.float64))[0])
 
 
 def own_requests(split: RankingDataset | OwnRequests) -> OwnRequests:
@@ -55,19 +65,20 @@ def own_requests(split: RankingDataset | OwnRequests) -> OwnRequests:
     return OwnRequests(split, np.arange(len(split)), alone)
 
 
-def over_ranks(device: torch.device) -> Total:
+def over_ranks() -> Total:
     """Sums over the ranks of the process group.
-
-    Args:
-        device: this rank's.
 
     Example:
         >>> import numpy as np
         >>> from ifa_torchrec.distributed import init_process_group
         >>> from ifa_torchrec.training.own import over_ranks
-        >>> over_ranks(init_process_group())(np.array([2.0, 3.0])).tolist()
+        >>> device = init_process_group()
+        >>> over_ranks()(np.array([2.0, 3.0])).tolist()
         [2.0, 3.0]
     """
+
+    # the group's, which the model may not be on: rounded tables are on the CPU
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
     def total(figures: np.ndarray) -> np.ndarray:
         sums = torch.from_numpy(np.asarray(figures, np.float64).copy()).to(device)

@@ -9,15 +9,18 @@ import numpy as np
 import torch
 
 from ifa_torchrec.errors import require, writing
+from ifa_torchrec.training.metrics import Total, alone, bins_of
 
 _GROUPS = 10
 
 
-def reliability(logit: np.ndarray, label: np.ndarray) -> list[dict[str, float]]:
+def reliability(logit: np.ndarray, label: np.ndarray, total: Total = alone) -> list[dict[str, float]]:
     """Candidates in up to ten groups of equal size, by what was predicted of them.
 
     Args:
         logit: [M]; label: [M] 0 or 1.
+        total: sums over ranks. Over several, predictions are equal whose float32 begin with the same
+            22 bits.
 
     Returns:
         For each group, the least likely first, how many "candidates" it has, and the means of their
@@ -30,13 +33,22 @@ def reliability(logit: np.ndarray, label: np.ndarray) -> list[dict[str, float]]:
         >>> [(g["candidates"], round(g["prediction"], 2), g["label"]) for g in groups]
         [(50, 0.12, 0.5), (50, 0.5, 0.5)]
     """
-    if not len(logit):
+    bins, places = bins_of(logit, total)
+    counts = np.cumsum(total(np.bincount(bins, minlength=places).astype(np.float64)))
+    if not places:
         return []
-    cuts = np.unique(np.quantile(logit, np.arange(1, _GROUPS) / _GROUPS, method="higher"))
-    group = np.searchsorted(cuts, logit, side="right")
+    # numpy's quantiles by the method "higher", by the places of the logits
+    nth = np.ceil((counts[-1] - 1) * (np.arange(1, _GROUPS) / _GROUPS))
+    cuts = np.unique(np.searchsorted(counts, nth, side="right"))
+    group = np.searchsorted(cuts, bins, side="right")
     said = torch.from_numpy(logit.astype(np.float64)).sigmoid().numpy()
-    count, predicted, true = (
-        np.bincount(group, weights, len(cuts) + 1) for weights in (None, said, label.astype(np.float64))
+    count, predicted, true = total(
+        np.stack(
+            [
+                np.bincount(group, weights, len(cuts) + 1)
+                for weights in (np.ones(len(logit)), said, label.astype(np.float64))
+            ]
+        )
     )
     return [
         {"candidates": int(n), "prediction": float(p / n), "label": float(y / n)}

@@ -93,17 +93,17 @@ def check_log(
         known = f"the log that {checkpoints.parent} was trained on ({data})"
         if fields:
             told = "; ".join(f"{f} {schema[f]}, there {was['schema'][f]}" for f in fields)
-            raise LogError(f"{log.path} has another schema than {known}: {told}; prepare it alike")
+            raise LogError(f"{log.place} has another schema than {known}: {told}; prepare it alike")
         ids -= {USER} if not belongs_to else set()  # users have no table
         if ids and (belongs_to or not _extends(log.vocabulary, Vocabulary.load(checkpoints.parent))):
             raise LogError(
-                f"{log.path} has another vocabulary than {known}: rows of {sorted(ids)} stand for other "
-                "ids; prepare it by that vocabulary (ifa data prepare --vocabulary), which "
+                f"{log.place} has another vocabulary than {known}: rows of {sorted(ids)} stand for "
+                "other ids; prepare it by that vocabulary (ifa data prepare --vocabulary), which "
                 f"{checkpoints.parent} keeps"
             )
         if belongs_to and belongs_to["log"] != was["log"]:
             raise LogError(
-                f"{log.path} has other content than {known}, so that a position in it means nothing; "
+                f"{log.place} has other content than {known}, so that a position in it means nothing; "
                 "give that log as it was, or train anew with another --out"
             )
         return progress
@@ -117,7 +117,7 @@ def _extends(vocabulary: Vocabulary, of_run: Vocabulary) -> bool:
     )
 
 
-def load_run(folder: Path, data: Path | None = None, sharded: bool = True) -> Run:
+def load_run(folder: Path, data: str | Path | None = None, sharded: bool = True) -> Run:
     """Build a run's model, load its best checkpoint, or where none was measured its last, and calibrate
     it, if that was fitted. Called by all ranks.
 

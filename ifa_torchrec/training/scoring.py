@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data import EventBudgetSampler, RankingDataset, make_loader
 from ifa_torchrec.data.sampler import EMPTY_REQUEST
-from ifa_torchrec.data.schema import EXPOSED
+from ifa_torchrec.data.schema import CANDIDATES, EXPOSED, OFFSETS
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.modules import Task, predictions, ranking_score
 from ifa_torchrec.modules.tasks import ranking_weights
-from ifa_torchrec.training.groups import by_history, new_items
+from ifa_torchrec.training.groups import by_history
 from ifa_torchrec.training.metrics import (
     alone,
     correlation,
     gauc,
+    mean,
     ndcg,
     ranking_metrics,
     recall,
@@ -52,17 +53,22 @@ def predict(
     Returns:
         [M, T] float32 on every rank, and this rank's milliseconds a request, loading included.
     """
-    tasks = len(dataset.log.schema.tasks)
     with _evaluating(model):
-        return of_batches(
-            dataset, device, max_events, max_requests, lambda batch: model(batch)[1][1], tasks
-        )
+        mine = of_own(dataset, device, max_events, max_requests, lambda batch: model(batch)[1][1])
+    gathered = [mine]
+    if dist.get_world_size() > 1:
+        gathered *= dist.get_world_size()
+        dist.all_gather_object(gathered, mine)
+    result = np.empty((len(dataset.requests[CANDIDATES]), len(dataset.log.schema.tasks)), np.float32)
+    for requests, logits, _ in gathered:
+        result[dataset.candidate_rows(requests)[0]] = logits
+    return result, mine[2]
 
 
 @torch.no_grad()
 def predict_own(
     model: nn.Module, dataset: RankingDataset, device: torch.device, max_events: int, max_requests: int
-) -> tuple[OwnRequests, np.ndarray]:
+) -> tuple[OwnRequests, np.ndarray, float]:
     """Logits of the candidates of those requests of a split that are this rank's share. Called by all
     ranks.
 
@@ -70,15 +76,14 @@ def predict_own(
         model, dataset, device, max_events, max_requests: as ``predict``.
 
     Returns:
-        The requests, and [m, T] float32 of their candidates.
+        The requests, [m, T] float32 of their candidates, and milliseconds a request as ``predict``.
     """
     with _evaluating(model):
-        parts = _by_batch(dataset, device, max_events, max_requests, lambda batch: model(batch)[1][1])
-    requests = np.concatenate([np.empty(0, np.int64), *(np.array(own, np.int64) for own, _ in parts)])
-    none = np.empty((0, len(dataset.log.schema.tasks)), np.float32)
-    total = over_ranks(device) if dist.get_world_size() > 1 else alone
-    own = OwnRequests(dataset, requests, total)
-    return own, np.concatenate([none, *(logits for _, logits in parts)])
+        requests, logits, milliseconds = of_own(
+            dataset, device, max_events, max_requests, lambda batch: model(batch)[1][1]
+        )
+    total = over_ranks() if dist.get_world_size() > 1 else alone
+    return OwnRequests(dataset, requests, total), logits, milliseconds
 
 
 @contextmanager
@@ -100,7 +105,8 @@ def predict_alone(
         dataset, device, max_events, max_requests: as ``predict``.
 
     Returns:
-        [M, T] float32 on every rank; 0 for the unexposed.
+        [m, T] float32, of the candidates of the requests that ``predict_own`` gives this rank; 0 for
+        the unexposed.
     """
 
     def score(batch: RankingBatch) -> Tensor:
@@ -109,59 +115,38 @@ def predict_alone(
         logits[exposed] = model.set_arch(model.describe(batch).only(exposed)).to(logits.dtype)
         return logits
 
-    width = model.config.num_tasks
-    return of_batches(dataset, device, max_events, max_requests, score, width)[0]
+    return of_own(dataset, device, max_events, max_requests, score)[1]
 
 
-def of_batches(
+def of_own(
     dataset: RankingDataset,
     device: torch.device,
     max_events: int,
     max_requests: int,
     answer: Callable[[RankingBatch], Tensor],
-    width: int,
-) -> tuple[np.ndarray, float]:
-    """What a function of a batch says of its candidates, for a whole split. Called by all ranks.
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """What a function of a batch says of the candidates of this rank's share of a split. Called by all
+    ranks.
 
     Args:
-        dataset, device, max_events, max_requests: as ``predict``.
+        dataset, device, max_events, max_requests: as ``predict``; with the same ones a rank's share
+            is the same.
         answer: gives [m, width] for a batch of m candidates.
-        width: columns of it.
 
     Returns:
-        [M, width] float32 on every rank, in the split's order, and this rank's milliseconds a request,
-        loading included.
+        [n] int64, the share's requests, in the split's order where it is all of them; [m, width]
+        float32 of their candidates; and milliseconds a request, loading included.
     """
-    world = dist.get_world_size()
-    start = time.perf_counter()
-    parts = _by_batch(dataset, device, max_events, max_requests, answer)
-    elapsed = time.perf_counter() - start
-    gathered = [parts] * world
-    if world > 1:
-        dist.all_gather_object(gathered, parts)
-    result = np.empty((len(dataset.requests["candidates"]), width), np.float32)
-    for requests, told in (pair for rank_parts in gathered for pair in rank_parts):
-        result[dataset.candidate_rows(requests)[0]] = told
-    return result, 1000 * elapsed / max(sum(len(requests) for requests, _ in parts), 1)
-
-
-def _by_batch(
-    dataset: RankingDataset,
-    device: torch.device,
-    max_events: int,
-    max_requests: int,
-    answer: Callable[[RankingBatch], Tensor],
-) -> list[tuple[list[int], np.ndarray]]:
-    """The requests of each of this rank's batches of a split, and what is said of their candidates."""
     rank, world = dist.get_rank(), dist.get_world_size()
+    start = time.perf_counter()
     lists = list(EventBudgetSampler(dataset.histories, max_events, max_requests, shard=(rank, world)))
-    parts: list[tuple[list[int], np.ndarray]] = []
+    told: list[np.ndarray] = []
     bar = progress_bar(rank, lists, desc="score", unit="batch", leave=False)
-    for indices, batch in zip(bar, make_loader(dataset, lists), strict=True):
-        told = answer(batch.to(device, non_blocking=True))
-        requests = [index for index in indices if index != EMPTY_REQUEST]
-        parts.append((requests, told.float().cpu().numpy()))
-    return parts
+    for _, batch in zip(bar, make_loader(dataset, lists), strict=True):
+        told.append(answer(batch.to(device, non_blocking=True)).float().cpu().numpy())
+    requests = np.array([r for some in lists for r in some if r != EMPTY_REQUEST], np.int64)
+    milliseconds = 1000 * (time.perf_counter() - start) / max(len(requests), 1)
+    return requests, np.concatenate(told), milliseconds
 
 
 @torch.no_grad()
@@ -214,7 +199,7 @@ def measure(
 
     Args:
         split: the split; or this rank's requests of it, with those of the other ranks then, by sums;
-            called by all ranks, which get the same numbers, without ``by``, ``apart`` and ``alone``.
+            called by all ranks, which get the same numbers.
         scores: [M, T], the logits of ``tasks``, or any scores, of all its candidates.
         tasks: the model's; None where the scores are none of a model's and only their order counts.
         by: context features; "by" then holds the metrics of each value's requests.
@@ -251,18 +236,19 @@ def measure(
         if alone is not None:
             metrics |= of_task.exposed_alone(by_itself)
         for feature in by:
-            of_candidate = np.asarray(dataset.requests[feature])[of_task.request]
+            of_request = np.asarray(dataset.requests[feature])
+            values = np.unique(of_request[np.diff(dataset.requests[OFFSETS]) > 0])  # of all ranks
             metrics.setdefault("by", {})[feature] = {
-                int(value): of_task.metrics(of_candidate == value) for value in np.unique(of_candidate)
+                int(value): of_task.metrics(of_request[own.request] == value) for value in values
             }
         if apart:
-            new = new_items(dataset)
+            new = dataset.log.item_rows(own.column(CANDIDATES)) == 0
             metrics["items"] = {
-                name: {"candidates": int(kept.sum()), **of_task.metrics(kept)}
+                name: {"candidates": own.count(kept), **of_task.metrics(kept)}
                 for name, kept in (("new", new), ("known", ~new))
             }
             if task.kind == "binary" and tasks:
-                metrics["by_history"] = by_history(dataset, score, of_task.label)
+                metrics["by_history"] = by_history(own, score, of_task.label)
         result[task.name] = metrics
     return result if len(result) > 1 else next(iter(result.values()))
 
@@ -321,11 +307,12 @@ class TaskScores:
             predictions(torch.from_numpy(s[shown, None].copy()), (self.task,)).numpy()
             for s in (self.score, score)
         ]
-        gap = float(np.abs(told[0] - told[1]).mean()) if shown.any() else np.nan
+        gap = mean(np.abs(told[0] - told[1]).astype(np.float64)[:, 0], self._total)
+        request, label = self.request[shown], self.label[shown]
         if self.task.kind == "regression":
-            found = regression_metrics(self.request[shown], told[1][:, 0], self.label[shown])
+            found = regression_metrics(request, told[1][:, 0], label, self._total)
         else:
-            found = ranking_metrics(self.request[shown], score[shown], self.label[shown])
+            found = ranking_metrics(request, score[shown], label, total=self._total)
         names = [name for name in _OF_EXPOSED if name in found]
         return {**{f"{name}_exposed_alone": found[name] for name in names}, "gap_exposed_alone": gap}
 
@@ -355,4 +342,4 @@ class TaskScores:
 
     def why_unranked(self) -> str | None:
         """Why no request can be ranked by the task's labels; None where one can."""
-        return why_unranked(self.request[self._counted], self.label[self._counted])
+        return why_unranked(self.request[self._counted], self.label[self._counted], self._total)

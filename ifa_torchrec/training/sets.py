@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,29 +13,31 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data import RankingDataset
-from ifa_torchrec.data.schema import CANDIDATES, OFFSETS
+from ifa_torchrec.data.schema import CANDIDATES
 from ifa_torchrec.data.synthetic_truth import SetTruth
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.modules import Task, generate_set, ranking_score
-from ifa_torchrec.training.scoring import of_batches
+from ifa_torchrec.training.metrics import Total, alone, mean
+from ifa_torchrec.training.own import OwnRequests, own_requests
+from ifa_torchrec.training.scoring import of_own
 
 
 def best_by_score(
-    dataset: RankingDataset, logits: np.ndarray, tasks: Sequence[Task], k: int
+    split: RankingDataset | OwnRequests, logits: np.ndarray, tasks: Sequence[Task], k: int
 ) -> np.ndarray:
     """The k best of each request by ``ranking_score``.
 
     Args:
-        dataset: the split.
+        split: the split, or this rank's requests of it.
         logits: [M, T], and tasks: T of them.
         k: how many.
 
     Returns:
         [M] int64: each candidate's place in its request's set, from 1; 0 for those not in it.
     """
-    offsets = torch.from_numpy(np.asarray(dataset.requests[OFFSETS]).astype(np.int64))
     score = ranking_score(torch.from_numpy(logits), tasks)
-    candidates = JaggedTensor(torch.empty(len(score)), lengths=offsets.diff(), offsets=offsets)
+    lengths = torch.from_numpy(np.asarray(own_requests(split).counts, np.int64))
+    candidates = JaggedTensor(torch.empty(len(score)), lengths=lengths)
     return places(generate_set(score, candidates, k), len(score)).numpy()
 
 
@@ -53,7 +55,7 @@ def chosen_one_by_one(
         k: how many.
 
     Returns:
-        As ``best_by_score``, on every rank.
+        As ``best_by_score``, of the requests that ``predict_own`` gives this rank.
     """
 
     def choose(batch: RankingBatch) -> Tensor:
@@ -63,7 +65,7 @@ def chosen_one_by_one(
         chosen = generate_set(model.set_gain(candidates), whole, k, "greedy")
         return places(chosen, len(candidates.tokens))[:, None]
 
-    return of_batches(dataset, device, *budget, choose, 1)[0][:, 0].astype(np.int64)
+    return of_own(dataset, device, *budget, choose)[1][:, 0].astype(np.int64)
 
 
 def places(chosen: JaggedTensor, rows: int) -> Tensor:
@@ -87,11 +89,12 @@ def places(chosen: JaggedTensor, rows: int) -> Tensor:
     return members.new_zeros(rows).index_put((members,), place)
 
 
-def measure_sets(dataset: RankingDataset, place: np.ndarray, k: int) -> dict[str, Any]:
+def measure_sets(split: RankingDataset | OwnRequests, place: np.ndarray, k: int) -> dict[str, Any]:
     """What the sets of a split are worth by its labels and its items' features.
 
     Args:
-        dataset: the split.
+        split: the split; or this rank's requests of it, with those of the other ranks then, by sums;
+            called by all ranks, which get the same numbers.
         place: [M] of each candidate in its request's set, from 1; 0 for those not in it.
         k: how many a set was to have; the names of the numbers have it.
 
@@ -100,22 +103,20 @@ def measure_sets(dataset: RankingDataset, place: np.ndarray, k: int) -> dict[str
         and by item feature "diversity", "duplicates" and "coverage" (see ``variety``), the last of
         the items too.
     """
-    requests, log = dataset.requests, dataset.log
-    schema = log.schema
-    request = np.repeat(np.arange(len(dataset)), np.diff(requests[OFFSETS]))
+    own = own_requests(split)
+    log, schema = own.dataset.log, own.dataset.log.schema
     result: dict[str, Any] = {}
     for task, kind in schema.tasks.items():
         if kind == "binary":
             prefix = f"{task}_" if len(schema.tasks) > 1 else ""
-            found = set_metrics(request, place, np.asarray(requests[task]))
+            found = set_metrics(own.request, place, own.column(task), own.total)
             result |= {f"{prefix}{name}@{k}": value for name, value in found.items()}
-    numbers = np.asarray(requests[CANDIDATES])
-    ids = {schema.item: numbers} | {
-        name: np.asarray(log.items[name])[numbers]
-        for name in schema.item_features
-        if name != schema.item
-    }
-    by_feature = {name: variety(request, place, of_candidate) for name, of_candidate in ids.items()}
+    by_feature: dict[str, dict[str, float]] = {}
+    every = np.unique(own.dataset.requests[CANDIDATES])  # of all ranks
+    for name in schema.item_features:
+        groups = np.arange(log.num_items) if name == schema.item else np.asarray(log.items[name])
+        of_candidate, known = groups[own.column(CANDIDATES)], np.unique(groups[every])
+        by_feature[name] = variety(own.request, place, of_candidate, known[known > 0], own.total)
     for name in ("diversity", "duplicates", "coverage"):
         result[name] = {
             feature: found[name]
@@ -126,12 +127,12 @@ def measure_sets(dataset: RankingDataset, place: np.ndarray, k: int) -> dict[str
 
 
 def rewards(
-    dataset: RankingDataset, places: Mapping[str, np.ndarray], k: int, truth: SetTruth
+    split: RankingDataset | OwnRequests, places: Mapping[str, np.ndarray], k: int, truth: SetTruth
 ) -> dict[str, dict[str, float]]:
     """What users are expected to pick of the sets of a synthetic log, whose truth is known.
 
     Args:
-        dataset: the split.
+        split: as ``measure_sets``'.
         places: by name, as ``measure_sets``'.
         k: how many a set was to have.
         truth: of this split.
@@ -141,26 +142,31 @@ def rewards(
         "reward_share", its share of the best sets'.
     """
 
-    def mean(sets: Iterable[np.ndarray]) -> float:
-        return float(np.mean([truth.reward(rows) for rows in sets]))
+    own = own_requests(split)
 
     def of_requests(place: np.ndarray) -> Iterator[np.ndarray]:
-        for first, last in itertools.pairwise(np.asarray(dataset.requests[OFFSETS]).tolist()):
-            rows = first + np.flatnonzero(place[first:last])
-            yield rows[np.argsort(place[rows])]
+        for first, last in itertools.pairwise([0, *np.cumsum(own.counts).tolist()]):
+            mine = first + np.flatnonzero(place[first:last])
+            yield own.rows[mine[np.argsort(place[mine])]]
 
-    best = mean(truth.best_sets(k))
-    found = {name: mean(of_requests(place)) for name, place in places.items()}
+    best = float(np.mean([truth.reward(rows) for rows in truth.best_sets(k)]))
+    found = {
+        name: mean(np.array([truth.reward(rows) for rows in of_requests(place)]), own.total)
+        for name, place in places.items()
+    }
     return {name: {"reward": value, "reward_share": value / best} for name, value in found.items()}
 
 
-def set_metrics(request: np.ndarray, place: np.ndarray, label: np.ndarray) -> dict[str, float]:
+def set_metrics(
+    request: np.ndarray, place: np.ndarray, label: np.ndarray, total: Total = alone
+) -> dict[str, float]:
     """How well sets gather the positives; means over the requests whose labels are not all equal.
 
     Args:
         request: [M] request number of each candidate.
         place: [M], its place in the request's set, from 1; 0 if it is not in it.
         label: [M] 0 or 1.
+        total: sums over ranks.
 
     Returns:
         "ndcg", and "recall" of the positives that the set's places can hold. NaN where there is no such
@@ -172,30 +178,37 @@ def set_metrics(request: np.ndarray, place: np.ndarray, label: np.ndarray) -> di
         >>> set_metrics(np.zeros(3, int), np.array([1, 0, 2]), np.array([1, 1, 0]))["recall"]
         0.5
     """
-    requests = int(request.max()) + 1 if len(request) else 0
+    numbers, request = np.unique(request, return_inverse=True)
 
-    def total(values: np.ndarray) -> np.ndarray:
-        return np.bincount(request, values, requests)
+    def each(values: np.ndarray) -> np.ndarray:
+        return np.bincount(request, values, len(numbers))
 
-    size, positives, candidates = total(place > 0), total(label), total(np.ones(len(label)))
+    size, positives, candidates = each(place > 0), each(label), each(np.ones(len(label)))
     found = np.minimum(size, positives)
     discount = np.where(place > 0, 1 / np.log2(np.maximum(place, 1) + 1), 0.0)
-    ideal = total(discount * (place <= found[request]))
+    ideal = each(discount * (place <= found[request]))
     kept = (positives > 0) & (positives < candidates) & (size > 0)
-    if not kept.any():
-        return {"ndcg": np.nan, "recall": np.nan}
     return {
-        "ndcg": float((total(discount * label)[kept] / ideal[kept]).mean()),
-        "recall": float((total(label * (place > 0))[kept] / found[kept]).mean()),
+        "ndcg": mean(each(discount * label)[kept] / ideal[kept], total),
+        "recall": mean(each(label * (place > 0))[kept] / found[kept], total),
     }
 
 
-def variety(request: np.ndarray, place: np.ndarray, group: np.ndarray) -> dict[str, float]:
+def variety(
+    request: np.ndarray,
+    place: np.ndarray,
+    group: np.ndarray,
+    known: np.ndarray | None = None,
+    total: Total = alone,
+) -> dict[str, float]:
     """How varied sets are by what groups their members.
 
     Args:
         request, place: as ``set_metrics``'.
         group: [M], an id; 0 is unknown, and like no other.
+        known: [G], the ids among the candidates of all ranks, ascending, without 0; None for those of
+            ``group``.
+        total: sums over ranks.
 
     Returns:
         "diversity", the share of a set's pairs that are of different groups, the mean over the sets of
@@ -209,10 +222,12 @@ def variety(request: np.ndarray, place: np.ndarray, group: np.ndarray) -> dict[s
         >>> variety(np.zeros(4, int), np.array([1, 2, 0, 3]), np.array([5, 5, 6, 7]))["duplicates"]
         1.0
     """
-    known = np.unique(group[group > 0])
+    numbers, request = np.unique(request, return_inverse=True)
+    known = np.unique(group[group > 0]) if known is None else known
     member = place > 0
-    shown = np.unique(group[member & (group > 0)])
-    size = np.bincount(request[member])
+    of_known = np.searchsorted(known, group[member & (group > 0)])
+    shown = total(np.bincount(of_known, minlength=len(known)).astype(np.float64)) > 0
+    size = np.bincount(request[member], minlength=len(numbers))
     keys = np.stack([request[member], group[member]], axis=1)[group[member] > 0]
     pairs, counts = np.unique(keys, axis=0, return_counts=True)
     alike = np.bincount(pairs[:, 0], counts * (counts - 1), len(size))
@@ -220,7 +235,7 @@ def variety(request: np.ndarray, place: np.ndarray, group: np.ndarray) -> dict[s
     some, several = size > 0, size > 1
     ordered = (size * (size - 1))[several]
     return {
-        "diversity": float((1 - alike[several] / ordered).mean()) if several.any() else np.nan,
-        "duplicates": float(again[some].mean()) if some.any() else np.nan,
-        "coverage": len(shown) / len(known) if len(known) else np.nan,
+        "diversity": mean(1 - alike[several] / ordered, total),
+        "duplicates": mean(again[some], total),
+        "coverage": int(shown.sum()) / len(known) if len(known) else np.nan,
     }

@@ -20,6 +20,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make_loader
+from ifa_torchrec.data.remote import full_name
 from ifa_torchrec.distributed import BatchSize, checkpoint, init_process_group, shard, zero_rows
 from ifa_torchrec.distributed.saver import CheckpointSaver
 from ifa_torchrec.errors import DivergedError, writing
@@ -186,7 +187,7 @@ class Trainer:
         config = self.config
         dataset = RankingDataset(self.log, "valid", config.history_length)
         budget = (config.max_events, config.scored_requests)
-        own, scores = predict_own(self.model, dataset, self.device, *budget)
+        own, scores, _ = predict_own(self.model, dataset, self.device, *budget)
         tasks = self._model_config.tasks
         metrics = flat(measure(own, scores, tasks), len(tasks))
         found = [(metrics, fit_tasks(own, scores, tasks, config.loss) if config.calibrate else {})]
@@ -232,7 +233,7 @@ class Trainer:
             "request": self.taken,
             "order": self.sampler.order.state_dict(),
             "config": self._belongs_to,
-            "data": str(self.log.path.resolve()),
+            "data": full_name(self.log.place),
             "scales": {name: dataclasses.asdict(s) for name, s in self.log.scales.items()},
         }
 

@@ -51,8 +51,11 @@ def test_every_table_is_planned_and_fits() -> None:
     assert sum(memory) > 2e9 * (64 + 1) * 4 / plan.GB
 
 
-def test_the_report_names_tables_memory_time_and_traffic() -> None:
-    text = plan.report(plan.Options(tables={"user_id_table": "row_wise"}, hosts=4))
+def test_the_report_names_tables_memory_time_and_traffic(tmp_path) -> None:
+    picture = tmp_path / "plan.svg"
+    options = plan.Options(tables={"user_id_table": "row_wise"}, hosts=4, picture=picture)
+    text = plan.report(options)
+    assert "<!-- user_id_table: row_wise, 32 of 32 ranks -->" in picture.read_text()
     assert "user_id_table row_wise" in " ".join(text.split())
     for part in ("memory of a rank", "planner's estimate", "vectors, forward"):
         assert part in text

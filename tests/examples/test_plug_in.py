@@ -11,6 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from ranks import torchrun
 from torchrec import EmbeddingCollection, EmbeddingConfig
 from torchrec.models.dlrm import DLRM, DLRM_DCN
 
@@ -64,6 +65,17 @@ def test_the_example_runs(module, folder, monkeypatch, capsys):
     aucs = re.findall(r"test AUC (0\.\d{4})", capsys.readouterr().out)
     assert len(aucs) == (2 if module is your_model else 4)
     assert all(0.45 < float(auc) < 0.8 for auc in aucs)
+
+
+@pytest.mark.slow
+def test_the_model_trains_on_two_ranks(folder):
+    """By TorchRec's own means, in its pipeline; the test is scored alike by both."""
+    script = EXAMPLES / "plug_into_your_model" / "sharded.py"
+    done = torchrun(script, "--data", folder, "--epochs", "1", "--requests", "400")
+    assert done.returncode == 0, done.stderr[-4000:]
+    (auc,) = re.findall(r"^2 ranks  epoch 1  test AUC (0\.\d{4})$", done.stdout, re.M)
+    assert 0.5 < float(auc) < 0.8
+    assert "'ranker.tables' will be pipelined" in done.stderr
 
 
 @pytest.mark.parametrize("kind", [DLRM, DLRM_DCN])

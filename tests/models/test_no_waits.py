@@ -27,6 +27,9 @@ MODELS = {
         {"candidate_set": CandidateSetConfig("linear")},
         CandidateSetLossConfig(consistency=0.1, unexposed=0.5),
     ),
+    "generates sets": ({"candidate_set": CandidateSetConfig("linear", generate=True)}, None),
+    "generates sets, no attention": ({"candidate_set": CandidateSetConfig(generate=True)}, None),
+    **{name: ({"interaction": name}, None) for name in ("mean", "din", "sim")},
 }
 
 
@@ -56,13 +59,18 @@ def lookups_on(device: torch.device, found: Lookups) -> Lookups:
     return Lookups(context, None, rows(found.history), rows(found.candidates))
 
 
+def dense_parts(train: DLRM_IFATrain) -> list[torch.nn.Module]:
+    model = train.model
+    return [part for part in (model.candidate_arch, model.set_arch, model.taken_arch) if part]
+
+
 def moved(
     train: DLRM_IFATrain, batch: RankingBatch, device: torch.device
 ) -> tuple[DLRM_IFATrain, RankingBatch]:
     """The dense part and the batch on a device, with the tables' answers in the place of tables."""
     found = lookups_on(device, train.model.look_up(batch))
     train.model.look_up = lambda features: found
-    for part in (train.model.candidate_arch, train.model.set_arch):
+    for part in dense_parts(train):
         part.to(device)
         for module in part.modules():
             if isinstance(module, NumberArch):  # whose figures do not go to the meta device
@@ -79,8 +87,7 @@ def test_a_step_of_the_dense_part_looks_at_no_value(name):
         value, _ = train(batch)
         value.backward()
     assert copies.made == 0
-    dense = [p for part in (train.model.candidate_arch, train.model.set_arch) for p in part.parameters()]
-    assert all(p.grad is not None for p in dense)
+    assert all(p.grad is not None for part in dense_parts(train) for p in part.parameters())
 
 
 def test_what_would_wait_is_found():

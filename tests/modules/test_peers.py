@@ -25,6 +25,7 @@ from ifa_torchrec.modules import (
     SOLARAttention,
     TWINAttention,
 )
+from ifa_torchrec.modules.peers import din
 
 PLAIN = IFAConfig(embedding_dim=6, num_heads=2, interest_mass=False)
 CONFIGS = {
@@ -317,6 +318,14 @@ def test_peer_is_the_plain_loop(peer, config, weighted, aged):
     expected = NAIVE[type(module)](module, those_of_weight(inputs))
     torch.testing.assert_close(out.values(), expected, rtol=1e-10, atol=1e-10)
     assert out.offsets().tolist() == inputs.candidates.offsets().tolist()
+
+
+@every_config
+def test_din_as_on_a_gpu_is_the_plain_loop(config, monkeypatch):
+    """There every pair that could be is in work, and those that are not there are rows of zeros."""
+    monkeypatch.setattr(din, "looks", lambda x: False)
+    test_peer_is_the_plain_loop("din of the latest 3", config, True, True)
+    test_an_empty_history_is_exactly_zeros_before_the_output("din of the latest 3", config)
 
 
 def those_of_weight(inputs: Inputs) -> Inputs:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -34,7 +35,10 @@ pytest.importorskip("triton")
 from benchmarks import gpu_kernels
 from ifa_torchrec import IFAConfig, InteractionFidelityAttention, ops
 from ifa_torchrec.ops import backends
+from ifa_torchrec.ops.kernels.triton import wide
 
+triton_attend = sys.modules["ifa_torchrec.ops.kernels.triton.attend"]
+WIDE_CASES = [i for i, case in enumerate(gpu_kernels.CASES) if case.width > 64]
 MOST_SPILLED = 128  # bytes of a thread
 needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 MAP_AND_WEIGHTS = pytest.mark.parametrize(
@@ -140,11 +144,70 @@ def test_any_width(sizes, feature_map):
         assert_near(value.cpu(), truth[name], 2e-5, name)
 
 
-def test_wider_heads_are_the_torch_backends():
-    inputs, asking = wide_inputs([7, 2], [3, 2], (8, 1, 65))
-    expected = run(on_device(inputs), on_device(asking), "elu", "torch")
+WIDE = [
+    pytest.param((8, 1, 65), "hedgehog", "by head", id="one feature beyond"),
+    pytest.param((33, 2, 65), "elu", True, id="several heads and tiles of D"),
+    pytest.param((5, 1, 129), "relu", False, id="none weighted"),
+]
+
+
+@pytest.mark.parametrize(("sizes", "feature_map", "weighted"), WIDE)
+def test_wide_heads(sizes, feature_map, weighted):
+    """Above 64, where a program has a tile of a head's features."""
+    inputs, asking = wide_inputs([5, 0], [2, 0], sizes, weighted=weighted)
+    if not weighted:
+        inputs |= {"weights": None, "ages": None}
+    truth = run(to_float64(inputs), to_float64(asking), feature_map, "reference")
+    for name, value in run(on_device(inputs), on_device(asking), feature_map, "triton").items():
+        assert_near(value.cpu(), truth[name], 2e-5, name)
+
+
+def test_wide_heads_of_a_history_of_several_chunks():
+    inputs, asking = wide_inputs([0, 150, 2], [1, 2, 1], (8, 1, 65))
+    truth = run(to_float64(inputs), to_float64(asking), "elu", "reference")
     for name, value in run(on_device(inputs), on_device(asking), "elu", "triton").items():
-        assert torch.equal(value, expected[name])
+        assert_near(value.cpu(), truth[name], 2e-5, name)
+
+
+@pytest.mark.parametrize("lengths", [[], [0, 0]], ids=str)
+def test_wide_heads_of_nothing(lengths):
+    inputs, asking = wide_inputs(lengths, lengths, (8, 1, 65))
+    for name, value in run(on_device(inputs), on_device(asking), "hedgehog", "triton").items():
+        assert not value.nan_to_num().any(), name
+
+
+def test_wide_heads_of_bfloat16():
+    inputs, asking = wide_inputs([35, 0, 3], [3, 2, 1], (32, 1, 65), torch.bfloat16)
+    truth = run(to_float64(inputs), to_float64(asking), "elu", "reference")
+    for name, value in run(on_device(inputs), on_device(asking), "elu", "triton").items():
+        given = name in ("history", "candidates")
+        assert value.dtype == (torch.bfloat16 if given else torch.float32)
+        assert_near(value.cpu(), truth[name], 3e-2, name)
+
+
+def test_a_spoilt_row_of_wide_heads_spoils_its_own_request_alone():
+    inputs, _ = wide_inputs([3, 2, 0], [], (8, 1, 65))
+    clean = on_device(inputs)
+    spoilt = clean | {"history": clean["history"].clone()}
+    spoilt["history"][1, 1] = -torch.inf
+    for actual, expected in zip(
+        ops.encode(*spoilt.values(), "hedgehog", "triton"),
+        ops.encode(*clean.values(), "hedgehog", "triton"),
+        strict=True,
+    ):
+        assert torch.equal(actual[1:], expected[1:])
+        assert not actual[0].isfinite().any()
+
+
+def test_before_capability_9_hedgehogs_heads_above_32_take_the_wide_backward(monkeypatch):
+    monkeypatch.setattr(triton_attend, "multiplies_in_registers", lambda device: True)
+    _, asking = wide_inputs([], [3, 2], (8, 1, 33))
+    state = torch.rand(2, 1, 66, 33), torch.rand(2, 1, 66)
+    inputs = asking | dict(zip(("key_value", "key_sum"), state, strict=True))
+    taken = mock.Mock(side_effect=wide.attend_backward)
+    monkeypatch.setattr(wide, "attend_backward", taken)
+    assert_backend_is_true("attend", inputs, "hedgehog", EPS, **TRUE)
+    taken.assert_called_once()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -260,7 +323,7 @@ def test_the_operators_themselves_refuse_sizes_that_do_not_agree():
 
 
 def test_nothing_on_the_host_looks_at_a_value():
-    for case in (gpu_kernels.CASES[0], gpu_kernels.CASES[-1]):
+    for case in (gpu_kernels.CASES[0], *gpu_kernels.CASES[-3:]):
         with Waits() as waits:
             gpu_kernels.launches(case, 90)
         assert waits.seen == []
@@ -322,6 +385,21 @@ def test_operations_of_an_estimate_are_those_of_the_products():
     assert found["match_kernel"] == found["sum_segments_kernel"] == 0
 
 
+def test_operations_of_wide_heads():
+    """One of 256, of 256 entries, in tiles of 64."""
+    events, rows = 5000, 500
+    found: dict[str, float] = {}
+    for launch in gpu_kernels.launches(gpu_kernels.CASES[WIDE_CASES[0]], 90, events, rows):
+        found[launch.name] = found.get(launch.name, 0.0) + gpu_kernels.work(launch)[1]
+    product = 2 * 256 * 256
+    assert found["wide_attend_kernel"] == 2 * rows * product * (4 + 1)  # the backward's first look, too
+    # encode, its backward, and that of attend
+    assert found["wide_sums_kernel"] == (2 * events + rows) * product * (4 + 1)
+    assert found["wide_totals_kernel"] == events * product * 2
+    of_events = 4 * 2 * 2 + 2 + 1  # two looks at both products; the gradients of rows and of sums
+    assert found["wide_backward_kernel"] == product * (events * of_events + rows * (of_events - 1))
+
+
 def compiled(cases: str, capabilities: str, cache: Path) -> list[dict]:
     """What benchmarks/gpu_kernels.py prints, in a process without the interpreter."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -338,15 +416,17 @@ def compiled(cases: str, capabilities: str, cache: Path) -> list[dict]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", gpu_kernels.CAPABILITIES)
-def test_every_kernel_compiles_and_fits_a_gpu(capability, tmp_path):
+@pytest.mark.parametrize("wide", [None, *WIDE_CASES])
+def test_every_kernel_compiles_and_fits_a_gpu(capability, wide, tmp_path):
     """Products are tensor cores', shared memory is what there is, and nothing or little is spilled."""
-    every_case = ",".join(map(str, range(len(gpu_kernels.CASES))))
-    kernels = compiled(every_case, str(capability), tmp_path)
-    assert {x["kernel"].split("_")[0] for x in kernels} == {"encode", "attend", "join", "match", "sum"}
+    cases = range(WIDE_CASES[0]) if wide is None else [wide]
+    kernels = compiled(",".join(map(str, cases)), str(capability), tmp_path)
+    of = {"encode"} if wide is None else {"wide"}
+    found = {x["kernel"].split("_")[0] for x in kernels}
+    assert found - {"wide"} == (of | {"attend", "join", "match", "sum"}) - {"wide"}
+    assert of <= found
     for kernel in kernels:
-        if kernel["kernel"].startswith(("encode", "attend")):
+        if kernel["kernel"].startswith(("encode", "attend", "wide")):
             assert kernel["tensor_cores"] > 0, kernel
         assert kernel["shared"] <= gpu_kernels.SHARED_MEMORY[capability], kernel
-    spilled = [x for x in kernels if x["local"] > MOST_SPILLED]
-    # docs/howto/gpus.md tells of the one: hedgehog's heads of 64 before 9.0
-    assert [x["kernel"] for x in spilled] == ["attend_backward_kernel"] * (capability < 90), spilled
+    assert not [x for x in kernels if x["local"] > MOST_SPILLED]

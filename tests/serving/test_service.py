@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import msgpack
 import numpy as np
 import pandas as pd
 import pytest
@@ -216,6 +217,58 @@ def test_states_that_are_lost_are_no_longer_served(client, key_values, models):
         assert answer.status_code == 503 and "are gone" in answer.json()["error"]
     time.sleep(1.1)  # it asks the store once a second
     assert client.get("/readyz").status_code == 503
+
+
+MSGPACK = {"Content-Type": "application/msgpack"}
+
+
+def test_messagepack_is_answered_in_kind_as_json_is(client):
+    packed = client.post("/rank", content=msgpack.packb({"requests": [REQUEST]}), headers=MSGPACK)
+    assert packed.status_code == 200 and packed.headers["Content-Type"] == "application/msgpack"
+    assert msgpack.unpackb(packed.content) == rank(client, REQUEST).json()
+    event = msgpack.packb({"events": [EVENT]})
+    for status in ("taken", "duplicate"):
+        packed = client.post("/events", content=event, headers=MSGPACK)
+        assert msgpack.unpackb(packed.content) == {"results": [{"status": status, "reason": None}]}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "body: it is no MessagePack"),
+        (b"\xc1", "body: it is no MessagePack (FormatError)"),
+        (b"\x91" * 5000, "body: it is no MessagePack (StackError)"),
+        (b"\xa1\xff", "body: it is no MessagePack ('utf-8' codec can't decode"),
+        (msgpack.packb({"requests": [REQUEST]}) + b"\xc0", "body: it is no MessagePack (unpack(b) rec"),
+        (msgpack.packb({"requests": [REQUEST]})[:-1], "body: it is no MessagePack"),
+        (b"\xdd\xff\xff\xff\xff", "body: it is no MessagePack"),
+        (msgpack.packb({7: REQUEST}), "body: it is no MessagePack (int is not allowed for map key"),
+        (msgpack.packb([REQUEST]), "body: Input should be a valid dictionary or instance of RankReq"),
+        (msgpack.packb(changed(REQUEST)), "unknown; there are ['requests']"),
+        (json.dumps({"requests": [REQUEST]}).encode(), "body: it is no MessagePack"),
+    ],
+)
+def test_what_is_no_messagepack_of_requests_is_refused_by_name(client, content, message):
+    answer = client.post("/rank", content=content, headers=MSGPACK)
+    assert answer.status_code == 422 and message in answer.json()["error"], answer.text
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"user": b"anna"}, "requests.0.user: Input should be an id"),
+        ({"user": 2**64 - 1}, "requests.0.user: Input should be an id"),
+        ({"user": msgpack.ExtType(5, b"")}, "requests.0.user: Input should be an id"),
+        ({"candidates": msgpack.Timestamp(1)}, "requests.0.candidates: Input should be a valid list"),
+        ({"dense": {"hour": float("nan"), "season": 0.0}}, "dense.hour: Input should be a finite"),
+        ({b"new": 1, "old": 1}, "requests.0: Value error, [b'new', 'old'] unknown; there are ['user'"),
+        ({"context": {b"store": 1, "weekday": 2}}, "requests.0.context."),
+    ],
+)
+def test_of_messagepack_the_same_is_refused_as_of_json(client, fields, message):
+    content = msgpack.packb({"requests": [{**REQUEST, **fields}]})
+    answer = client.post("/rank", content=content, headers=MSGPACK)
+    assert answer.status_code == 422 and message in answer.json()["error"], answer.text
 
 
 def test_a_request_without_a_time_is_of_now(client):
@@ -700,14 +753,15 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-def test_a_process_takes_new_weights_on_sighup_and_loses_no_event_on_sigterm(folders, models, tmp_path):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_service_takes_new_weights_on_sighup_and_loses_no_event(workers, folders, models, tmp_path):
     states, link, token = tmp_path / "states", tmp_path / "run", tmp_path / "token"
     shutil.copytree(folders.store, states)
     link.symlink_to(folders.runs[0])
     token.write_text("secret\n")
     port = free_port()
     options = ["--run", link, "--store", states, "--token-file", token, "--host", "0.0.0.0"]
-    options += ["--port", str(port), "--drain", "1", "--limits.timeout", "20"]
+    options += ["--port", str(port), "--drain", "1", "--limits.timeout", "20", "--workers", str(workers)]
     process = subprocess.Popen(
         [sys.executable, "-m", "ifa_torchrec", "serve", *options],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
@@ -717,6 +771,7 @@ def test_a_process_takes_new_weights_on_sighup_and_loses_no_event_on_sigterm(fol
     answered: list[int] = []
     failed: list[str] = []
     seen: set[Any] = set()
+    ending = threading.Event()
     url = f"http://127.0.0.1:{port}"
 
     def post_events() -> None:
@@ -725,7 +780,9 @@ def test_a_process_takes_new_weights_on_sighup_and_loses_no_event_on_sigterm(fol
                 try:
                     answer = append(client, changed(EVENT, position=position))
                 except httpx.TransportError:
-                    return
+                    if ending.is_set():
+                        return
+                    continue  # a worker that was replaced closed the connection
                 if answer.status_code != 200:
                     failed.append(answer.text)
                     return
@@ -752,10 +809,12 @@ def test_a_process_takes_new_weights_on_sighup_and_loses_no_event_on_sigterm(fol
         until(lambda: ready() == 200 and models[1].version in seen, 120)
         count = len(answered)
         until(lambda: len(answered) > count + 3)
+        ending.set()
         process.send_signal(signal.SIGTERM)
         until(lambda: ready() == "closed")
         _, log = process.communicate(timeout=60)
     finally:
+        ending.set()
         process.kill()
         anyone.close()
         if poster.ident is not None:
@@ -781,6 +840,19 @@ class Late:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self.app(scope, receive, send)
+
+
+@schemathesis.serializer("application/msgpack")
+def packed(_: Any, value: Any) -> bytes:
+    try:
+        return msgpack.packb(value)
+    except OverflowError:  # of an integer that the format does not have
+        return b"\xc1"
+
+
+@schemathesis.deserializer("application/msgpack")
+def unpacked(_: Any, response: Any) -> Any:
+    return msgpack.unpackb(response.content)
 
 
 LATE = Late()

@@ -426,6 +426,48 @@ def test_what_is_no_http_is_not_logged_each_time(port, logged):
     assert not logged
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: ",
+        b"GET /healthz?",
+        # after a response, and after a body
+        b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\nGET /healthz HTTP/1.1\r\nX: ",
+        AUTHORIZED + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n0\r\nX: ",
+    ],
+)
+def test_headers_and_trailers_without_end_are_not_kept(sent):
+    with serving(Stub()) as port:
+        connection = connect(port, sent)
+        begun = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            for _ in range(2000):
+                connection.sendall(b"x" * 16_384)
+            assert b"400 Bad Request" in rest(connection)
+        assert time.monotonic() - begun < 10  # which is when a call without an end is given up
+
+
+def test_requests_ahead_of_their_responses_are_not_kept_without_end():
+    stub, go_on = Stub(), threading.Event()
+
+    async def slow(*_: Any) -> list:
+        while not go_on.is_set():
+            await asyncio.sleep(0.01)
+        return []
+
+    stub.rank = slow
+    with serving(stub) as port:
+        body = json.dumps(QUESTIONS["/rank"]).encode()
+        head = AUTHORIZED + b"Content-Length: %d\r\n\r\n" % len(body)
+        connection = connect(port, head + body)
+        begun = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
+            rest(connection)
+        assert time.monotonic() - begun < 5
+        go_on.set()
+
+
 def test_a_body_is_taken_no_further_than_it_may_be_large(port):
     body = {"requests": "x" * 30_000}
     status, text = ask(port, "POST", "/rank", body, **TOKEN)

@@ -5,20 +5,23 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 import torch
 from every_field import make_rich
+from helpers import flattened
 
 from ifa_torchrec.batch import Scale
 from ifa_torchrec.data import EventLog, RankingDataset
 from ifa_torchrec.modules import CandidateSetLossConfig, Task
 from ifa_torchrec.training.calibrate import fit_tasks
 from ifa_torchrec.training.metrics import Total, auc
-from ifa_torchrec.training.own import OwnRequests
-from ifa_torchrec.training.scoring import measure
+from ifa_torchrec.training.own import OwnRequests, own_requests
+from ifa_torchrec.training.reliability import reliability
+from ifa_torchrec.training.scoring import TaskScores, measure
+from ifa_torchrec.training.sets import best_by_score, measure_sets
 
 Found = TypeVar("Found")
 TASKS = (Task("label"), Task("watch", "regression", scale=Scale(2.0, 1.0, log=True), rank=0.5))
@@ -89,6 +92,50 @@ def test_calibration_is_that_of_the_whole(split: RankingDataset, scores: np.ndar
     found = on_ranks(split, shares(order), lambda own, rows: fit_tasks(own, scores[rows], TASKS, loss))
     assert all(of_rank == found[0] for of_rank in found)
     assert found[0]["label"] == pytest.approx(wanted["label"], abs=1e-6) and wanted["label"] != (1, 0)
+
+
+@pytest.mark.parametrize("shares", SHARES)
+def test_what_evaluate_measures_is_that_of_the_whole(
+    split: RankingDataset, scores: np.ndarray, shares
+) -> None:
+    order = np.random.default_rng(2).permutation(len(split)).tolist()
+    other = scores[::-1].copy()
+    place = best_by_score(split, scores, TASKS, 2)
+
+    def work(own: OwnRequests, rows: np.ndarray) -> dict[str, Any]:
+        mine = scores[rows]
+        return {
+            "metrics": measure(own, mine, TASKS, ("store",), apart=True, alone=other[rows]),
+            "notes": [TaskScores(own, TASKS[0], mine[:, 0], logits=True).why_unranked()],
+            "sets": measure_sets(own, best_by_score(own, mine, TASKS, 2), 2),
+            "sets as given": measure_sets(own, place[rows], 2),
+        }
+
+    wanted = work(own_requests(split), np.arange(len(scores)))
+    found = on_ranks(split, shares(order), work)
+    assert all(of_rank == found[0] for of_rank in found)
+    figures, others = flattened(wanted), flattened(found[0])
+    assert figures.keys() == others.keys()
+    for name, value in figures.items():
+        near = 2e-4 if name.endswith(".auc") else 1e-9
+        assert others[name] == pytest.approx(value, abs=near, nan_ok=True), name
+    assert {"gap_exposed_alone", "by", "items", "by_history"} <= wanted["metrics"]["label"].keys()
+
+
+def test_reliability_of_ranks_is_near_that_of_the_whole(split: RankingDataset) -> None:
+    rng = np.random.default_rng(0)
+    rows = len(split.requests["candidates"])
+    logit = rng.normal(size=rows).astype(np.float32)
+    label = (rng.random(rows) < 0.3).astype(np.float32)
+    wanted = reliability(logit, label)
+    cuts = np.quantile(logit, np.arange(1, 10) / 10, method="higher")
+    sizes = np.bincount(np.searchsorted(cuts, logit, side="right"), minlength=10)
+    assert [group["candidates"] for group in wanted] == sizes.tolist()
+    shares = [list(range(0, len(split), 2)), list(range(1, len(split), 2)), []]
+    found = on_ranks(split, shares, lambda own, mine: reliability(logit[mine], label[mine], own.total))
+    assert found[0] == found[1] == found[2]
+    for one, other in zip(found[0], wanted, strict=True):
+        assert one == pytest.approx(other, abs=1e-6)  # no two of these scores share their first bits
 
 
 def test_a_score_that_is_not_finite_is_told_by_all_ranks(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import flattened
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
@@ -51,7 +52,7 @@ from ifa_torchrec.training.decide import decided
 from ifa_torchrec.training.metrics_table import as_table
 from ifa_torchrec.training.options import TrainConfig, from_json, to_json
 from ifa_torchrec.training.run import load_run
-from ifa_torchrec.training.scoring import measure
+from ifa_torchrec.training.scoring import measure, predict
 from ifa_torchrec.training.sets import measure_sets, places
 from ifa_torchrec.training.trainer import train
 from ifa_torchrec.training.validations import Validations
@@ -809,15 +810,14 @@ def stops_at_once(*args, **kwargs):
 class TestEvaluate:
     def test_scores_are_those_of_the_model_in_memory(self, config: TrainConfig, monkeypatch) -> None:
         scores = []
-        for module, name, place in ((train_module, "predict_own", 1), (evaluate_module, "predict", 0)):
-            predict = getattr(module, name)
+        for module in (train_module, evaluate_module):
 
-            def keeps(*args, predict=predict, place=place):
-                result = predict(*args)
-                scores.append(result[place])
+            def keeps(*args, predict_own=module.predict_own):
+                result = predict_own(*args)
+                scores.append(result[1])
                 return result
 
-            monkeypatch.setattr(module, name, keeps)
+            monkeypatch.setattr(module, "predict_own", keeps)
         result = train(dataclasses.replace(config, epochs=1))
         metrics = evaluate(EvaluateConfig(config.out, split="valid"))
         in_memory, loaded = scores
@@ -828,7 +828,7 @@ class TestEvaluate:
     def test_scores_do_not_depend_on_the_batches(self, trained: Path, log: EventLog) -> None:
         run, dataset = load_run(trained), RankingDataset(log, "test")
         scores = [
-            evaluate_module.predict(run.model, dataset, run.device, *budget)[0]
+            predict(run.model, dataset, run.device, *budget)[0]
             for budget in ((10**6, 100), (1, 1), (60, 3))
         ]
         assert scores[0].shape == (len(dataset.requests["candidates"]), 1)
@@ -900,6 +900,22 @@ class TestEvaluate:
         table = as_table(metrics, tasks)
         assert "chosen one by one" in table and "duplicates of category" in table
 
+    @pytest.mark.slow
+    def test_two_ranks_measure_by_sums_what_one_measures(
+        self, config: TrainConfig, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "run"
+        train(dataclasses.replace(config, out=out, candidate_set=CandidateSetConfig(generate=True)))
+        asked = EvaluateConfig(out, by=("store",), set_size=3)
+        one, *two = (flattened(of) for of in (evaluate(asked), *run_ranks(evaluate, 2, asked)))
+        for of_rank in (one, *two):
+            assert of_rank.pop("ms_per_request") > 0
+        assert two[0] == pytest.approx(two[1], abs=0, nan_ok=True)
+        assert one.keys() == two[0].keys()
+        assert {"by.store.1.gauc", "gap_exposed_alone", "sets.greedy.coverage.item"} <= one.keys()
+        for name, value in one.items():
+            assert two[0][name] == pytest.approx(value, abs=2e-4, nan_ok=True), name
+
     def test_sets_of_other_models_are_the_best_by_their_scores(self, trained: Path) -> None:
         assert evaluate(EvaluateConfig(trained, set_size=2))["sets"].keys() == {"topk"}
         with pytest.raises(ConfigError, match="--set-size must be at least 1, got 0"):
@@ -961,7 +977,7 @@ class TestExplain:
         head, columns, *rows = text.splitlines()
 
         run, dataset = load_run(trained), RankingDataset(log, "test")
-        scores, _ = evaluate_module.predict(run.model, dataset, run.device, 10**6, 100)
+        scores, _ = predict(run.model, dataset, run.device, 10**6, 100)
         own = scores[dataset.candidate_rows([number])[0], 0]
         assert f"thing number {request['candidates'][own.argmax()]} (" in head
         probability = 1 / (1 + math.exp(-own.max()))

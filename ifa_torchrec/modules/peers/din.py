@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchrec.modules.mlp import MLP
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec.modules.base import SequenceInteraction
 from ifa_torchrec.modules.config import InteractionConfig, at_least_one
 from ifa_torchrec.modules.history import History
-from ifa_torchrec.ops.jagged import request_of_row
+from ifa_torchrec.ops.jagged import looks, request_of_row
 
 
 class DINAttention(SequenceInteraction):
@@ -61,18 +62,24 @@ class DINAttention(SequenceInteraction):
         """Outputs [M, H, d] and masses [M, H]."""
         history = history.present()
         tokens = history.tokens
-        request = request_of_row(candidates.offsets())
+        request = request_of_row(candidates.offsets(), candidates.values().shape[0])
         # a row a pair: [P] candidates and, latest first, their events
-        pairs = history.lengths.clamp(max=self.recent_length)[request]
-        candidate = torch.repeat_interleave(torch.arange(len(request), device=pairs.device), pairs)
-        back = torch.arange(len(candidate), device=pairs.device) - (pairs.cumsum(0) - pairs)[candidate]
-        event = history.offsets[1:][request][candidate] - 1 - back
-        weight = history.widened().event_weights(self.half_lives)
-        x, c = tokens.index_select(0, event), candidates.values().index_select(0, candidate)
+        back = torch.arange(self.recent_length, device=tokens.device)
+        there = back < history.lengths[request][:, None]
+        # where there is no more, a row of zeros behind the last event
+        event = torch.where(there, history.offsets[1:][request][:, None] - 1 - back, tokens.shape[0])
+        candidate = torch.arange(request.shape[0], device=tokens.device)[:, None].expand_as(event)
+        # on a GPU, where to count those that are there would wait, all that there could be
+        event, candidate = (
+            rows[there] if looks(rows) else rows.flatten() for rows in (event, candidate)
+        )
+        weight = F.pad(history.widened().event_weights(self.half_lives), (0, 0, 0, 1))
+        x = F.pad(tokens, (0, 0, 0, 1)).index_select(0, event)
+        c = candidates.values().index_select(0, candidate)
         unit = self.activation_unit(torch.cat([x, c, x - c, x * c], dim=1)).sigmoid()
         unit = unit * weight[event]  # [P, H]
-        sums = unit.new_zeros(len(request), unit.shape[1], tokens.shape[1])
+        sums = unit.new_zeros(request.shape[0], unit.shape[1], tokens.shape[1])
         sums = sums.index_add(0, candidate, unit[..., None] * x[:, None])
-        matched = unit.new_zeros(len(request), unit.shape[1]).index_add(0, candidate, unit)
+        matched = unit.new_zeros(request.shape[0], unit.shape[1]).index_add(0, candidate, unit)
         values = self.heads(self.value_proj).to(sums.dtype)
         return torch.einsum("mhD,hdD->mhd", sums, values), self._mass(matched)

@@ -36,7 +36,7 @@ class MeanPooling(SequenceInteraction):
         """Outputs [M, H, d], equal within a request, and masses [M, H]."""
         history = history.widened()
         tokens, requests = history.tokens, len(history)
-        owner = request_of_row(history.offsets)
+        owner = request_of_row(history.offsets, tokens.shape[0])
         weight = history.event_weights(self.half_lives)
         total = tokens.new_zeros(requests, weight.shape[1]).index_add(0, owner, weight)
         if self.config.half_lives is None:  # every head's mean is over the same weights
@@ -48,5 +48,5 @@ class MeanPooling(SequenceInteraction):
         mean = normalised(sums, total[:, : sums.shape[1]])
         mean = mean.expand(-1, self.config.num_heads, -1)
         heads = torch.einsum("bhD,hdD->bhd", mean, self.heads(self.value_proj).to(mean.dtype))
-        asking = request_of_row(candidates.offsets())
+        asking = request_of_row(candidates.offsets(), candidates.values().shape[0])
         return heads[asking], self._mass(total[asking])

@@ -178,9 +178,9 @@ class SIMAttention(SequenceInteraction):
         ids: Any = history.ids
         column = self.id_features.index(self.search_feature)
         rows = same_id_rows(
-            request_of_row(candidates.offsets()),
+            request_of_row(candidates.offsets(), candidates.values().shape[0]),
             candidate_ids[:, column],
-            request_of_row(history.offsets),
+            request_of_row(history.offsets, history.tokens.shape[0]),
             ids[:, column],
             self.search_length,
         )
@@ -227,9 +227,12 @@ def same_id_rows(
         [[2, 0, -1], [-1, -1, -1]]
     """
     both = torch.cat([event_ids.to(torch.int64), ids.to(torch.int64)])
-    known, number = torch.unique(both, return_inverse=True)
-    event_key = event_request * len(known) + number[: len(event_ids)]
-    key = request * len(known) + number[len(event_ids) :]
+    # numbers of the ids in their order; not torch.unique, whose size waits for a GPU
+    ranked, order = torch.sort(both)
+    number = torch.zeros_like(both)
+    number[order[1:]] = (ranked[1:] != ranked[:-1]).cumsum(0)
+    event_key = event_request * both.shape[0] + number[: event_ids.shape[0]]
+    key = request * both.shape[0] + number[event_ids.shape[0] :]
     event_key, order = torch.sort(event_key, stable=True)
     first = torch.searchsorted(event_key, key)
     last = torch.searchsorted(event_key, key, right=True) - 1

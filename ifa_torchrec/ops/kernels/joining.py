@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ifa_torchrec.ops.arguments import JoinedArguments, MatchArguments, grad_like, sum_dtype
-from ifa_torchrec.ops.jagged import request_of_row
+from ifa_torchrec.ops.jagged import looks, request_of_row
 from ifa_torchrec.ops.kernels.reference import event_weights
-from ifa_torchrec.ops.kernels.tiling import looks
 
 _UNUSED = 1024
 """Rows that sums of nothing go to: many, since additions to one row wait for each other on a GPU."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ifa_torchrec.ops.checks import check_offsets
+from ifa_torchrec.ops.jagged import looks
 
 TILE = 4096
 """Rows in work at a time: with D = 64 and 4 heads of 16 a tile's temporaries are some 4 MB."""
@@ -20,18 +21,6 @@ GPU_TILE = 1 << 18
 took an H200 86 ms with those and 5.6 ms with these."""
 LONGEST_CHUNK = 1024
 """The most rows of one request in a row of a tile."""
-
-
-def looks(x: Tensor) -> bool:
-    """Whether values may be looked at without a wait.
-
-    Example:
-        >>> import torch
-        >>> from ifa_torchrec.ops.kernels.tiling import looks
-        >>> looks(torch.zeros(1)), looks(torch.zeros(1, device="meta"))
-        (True, False)
-    """
-    return x.device.type == "cpu"
 
 
 def tiles(offsets: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -1,6 +1,7 @@
 """The HTTP service.
 
-- ``messages``: the JSON of requests and responses.
+- ``messages``: requests and responses, and what is checked of them.
+- ``bodies``: JSON or MessagePack, read and written.
 - ``refusals``: what is refused, and what went wrong, as responses.
 - ``routes``: what is done, by path.
 - ``middleware``: what is done around every call.
@@ -10,7 +11,7 @@
 
 from ifa_torchrec.errors import require
 
-require("serve", "fastapi", "h11", "pydantic", "uvicorn")
+require("serve", "fastapi", "httptools", "msgpack", "pydantic", "uvicorn")
 
 # ruff: noqa: E402 (what is not installed is named before an import fails on it)
 from ifa_torchrec.serving.service.app import create_app

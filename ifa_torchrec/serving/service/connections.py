@@ -7,8 +7,7 @@ import json
 import logging
 from typing import Any
 
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ifa_torchrec.serving.live import Limits
 
@@ -16,13 +15,20 @@ _log = logging.getLogger(__name__)
 _log.setLevel(logging.ERROR)  # that a client speaks no HTTP is not worth a line each time
 
 _WAITS, _SENDS, _BUSY = range(3)
+_MOST_HEADERS = 1 << 16
+"""Bytes of a request's headers, and of whatever else is no body."""
+_MOST_AHEAD = 128
+"""Requests that a client may send before it has the response to the first of them."""
 
 
-class Connection(H11Protocol):
+class Connection(HttpToolsProtocol):
     """uvicorn's connection, which anyone can open, within limits.
 
     Whoever opens more than there may be closes the one that has waited longest for its client: a request
     of a client that gets on is through before it is that old. So nobody keeps others out by waiting.
+
+    The parser keeps headers, trailers and requests that are ahead however many come; here they are
+    counted, and a client that sends too much of them is closed.
 
     ``Connection.within(limits)`` is the class to give to uvicorn.
     """
@@ -37,8 +43,10 @@ class Connection(H11Protocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.logger = _log
-        self._since = self.loop.time()
+        self._since = self._until = self.loop.time()
         self._timer: asyncio.TimerHandle | None = None
+        self._in_body = False
+        self._without_end, self._ended = 0, False  # bytes since something of a request was complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Make room for it."""
@@ -58,28 +66,67 @@ class Connection(H11Protocol):
             self._timer.cancel()
         super().connection_lost(exc)
 
-    def handle_events(self) -> None:
-        """See H11Protocol; a request may begin here."""
-        before = self.cycle
-        super().handle_events()
-        if self.cycle is not before:
-            # for the body, for the response, and for the client to take it
-            self._wait(2 * self.limits.receive + self.limits.timeout)
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol."""
+        self._ended = False
+        super().data_received(data)
+        self._without_end = 0 if self._ended else self._without_end + len(data)
+        if self._without_end > _MOST_HEADERS and not self.transport.is_closing():
+            self.send_400_response(f"More than {_MOST_HEADERS} bytes of headers.")
+
+    def on_headers_complete(self) -> None:
+        """See HttpToolsProtocol; a request begins here, or waits for the one before."""
+        self._ended, self._in_body = True, True
+        super().on_headers_complete()
+        if not self.pipeline:
+            self._wait_for_call()
+        elif len(self.pipeline) > _MOST_AHEAD:
+            self.transport.abort()
+            raise RuntimeError("too many requests at once")  # the parser ends by it
+
+    def on_body(self, body: bytes) -> None:
+        """See HttpToolsProtocol."""
+        self._ended = True
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """See HttpToolsProtocol."""
+        self._ended, self._in_body = True, False
+        super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """See H11Protocol; it may begin with the next request, which has come already."""
-        self._wait(self.limits.receive)
+        """See HttpToolsProtocol; the next request may have come already."""
+        if self.pipeline:
+            self._wait_for_call()
+        else:
+            self._wait(self.limits.receive)
         super().on_response_complete()
+
+    def _wait_for_call(self) -> None:
+        # for the body, for the response, and for the client to take it
+        self._wait(2 * self.limits.receive + self.limits.timeout)
 
     def _wait(self, seconds: float) -> None:
         """Be closed unless something else happens first."""
+        self._since = self.loop.time()
+        self._until = self._since + seconds
+        # one timer for many waits: most come to nothing
+        if self._timer is None or self._timer.when() > self._until:
+            self._set_timer()
+
+    def _set_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._since = self.loop.time()
-        self._timer = self.loop.call_later(seconds, self._too_late)
+        self._timer = self.loop.call_at(self._until, self._look)
+
+    def _look(self) -> None:
+        if self.loop.time() < self._until:
+            self._set_timer()
+        else:
+            self._too_late()
 
     def _too_late(self) -> None:
-        waits_for_headers = self.conn.our_state is h11.IDLE and self.conn.their_state is h11.IDLE
+        waits_for_headers = not self._in_body and (not self.cycle or self.cycle.response_complete)
         if waits_for_headers and self.transport.get_write_buffer_size() == 0:
             problem = f"no request came within {self.limits.receive:g} seconds"
             body = json.dumps({"error": problem}).encode()

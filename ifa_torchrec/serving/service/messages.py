@@ -1,4 +1,4 @@
-"""The JSON of requests and responses, as pydantic checks and OpenAPI describes it."""
+"""Requests and responses, JSON or MessagePack, as pydantic checks and OpenAPI describes them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class StrictModel(BaseModel):
     def _no_others(cls, fields: object) -> object:
         # an error for each of a million unknown fields, as pydantic has it, takes seconds; see FailFast
         if isinstance(fields, dict) and (unknown := fields.keys() - cls.model_fields.keys()):
-            raise ValueError(f"{sorted(unknown)[:3]} unknown; there are {[*cls.model_fields]}")
+            raise ValueError(f"{sorted(unknown, key=str)[:3]} unknown; there are {[*cls.model_fields]}")
         return fields
 
 
@@ -79,18 +79,18 @@ class RankRequest(StrictModel):
     context: Annotated[
         Features[Id | Ids],
         Field(description="An id for each context feature, a list of ids for each context list."),
-    ] = {}
+    ] = Field(default_factory=dict)
     dense: Annotated[
         Features[float | None],
         Field(description="A number for each dense feature; null where it is missing."),
-    ] = {}
+    ] = Field(default_factory=dict)
     candidate_dense: Annotated[
         Features[Annotated[list[float | None], FailFast()]],
         Field(description="For each candidate_dense feature, a number for each candidate, or null."),
-    ] = {}
+    ] = Field(default_factory=dict)
     candidate_features: Annotated[
         Features[Ids], Field(description="For each candidate feature, an id for each candidate.")
-    ] = {}
+    ] = Field(default_factory=dict)
     k: Annotated[Positive | None, Field(description="Only the k best; all, if left out.")] = None
     strategy: Annotated[
         Literal["topk", "greedy"],
@@ -139,11 +139,13 @@ class UserEvent(StrictModel):
     user: Id
     item: Id
     time: Time
-    features: Annotated[Features[Id], Field(description="An id for each event feature.")] = {}
+    features: Annotated[Features[Id], Field(description="An id for each event feature.")] = Field(
+        default_factory=dict
+    )
     numbers: Annotated[
         Features[float | None],
         Field(description="A number for each event_dense column; null where it is missing."),
-    ] = {}
+    ] = Field(default_factory=dict)
     weight: Annotated[float | None, Field(description="Where the model's events have one.")] = None
 
 

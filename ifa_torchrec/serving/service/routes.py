@@ -8,11 +8,12 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, HTTPException, Path, Response, params
 from fastapi.responses import PlainTextResponse
 from fastapi.security import HTTPBearer
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from ifa_torchrec.serving.errors import StateError
 from ifa_torchrec.serving.live import LiveRanking, LiveScorer
 from ifa_torchrec.serving.requests import RankingRequest
+from ifa_torchrec.serving.service.bodies import BodyRoute, also_msgpack
 from ifa_torchrec.serving.service.messages import (
     Alive,
     EventsRequest,
@@ -52,7 +53,6 @@ def add_routes(app: FastAPI, live: LiveScorer, with_token: bool) -> None:
 def _add_ranking(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) -> None:
     limits = live.limits
 
-    @app.post("/rank", responses=_refused(bearer) | problems(404), dependencies=bearer)
     async def rank(body: RankRequests) -> RankResponse:
         """Rank candidates."""
         requests = body.requests
@@ -69,6 +69,16 @@ def _add_ranking(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) -
                 raise refusal(result, where=f"requests.{n}: ")
             response.rankings.append(_ranked(result, request.k))
         return response
+
+    app.router.add_api_route(
+        "/rank",
+        rank,
+        methods=["POST"],
+        responses=_refused(bearer) | problems(404),
+        dependencies=bearer,
+        route_class_override=BodyRoute,
+        openapi_extra=also_msgpack(RankRequests, RankResponse),
+    )
 
 
 def _refused(bearer: list[params.Depends]) -> dict[int | str, dict[str, Any]]:
@@ -111,7 +121,6 @@ def _ranked(ranking: LiveRanking, k: int | None) -> Ranked:
 
 
 def _add_events(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) -> None:
-    @app.post("/events", responses=_refused(bearer), dependencies=bearer)
     async def events(body: EventsRequest) -> EventsResponse:
         """Add events; those that were taken are safe on disk when the response comes."""
         check_count(live.limits.max_events, body.events, "events")
@@ -122,6 +131,16 @@ def _add_events(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) ->
         return EventsResponse(
             results=[Taken(status=r.status, reason=r.reason and shown(r.reason)) for r in results]
         )
+
+    app.router.add_api_route(
+        "/events",
+        events,
+        methods=["POST"],
+        responses=_refused(bearer),
+        dependencies=bearer,
+        route_class_override=BodyRoute,
+        openapi_extra=also_msgpack(EventsRequest, EventsResponse),
+    )
 
 
 def _event(event: UserEvent) -> Event:
@@ -192,4 +211,4 @@ def _add_metrics(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) -
     @app.get("/metrics", response_class=PlainTextResponse, responses=refused, dependencies=bearer)
     async def metrics() -> Response:
         """Counters and times, for Prometheus."""
-        return Response(generate_latest(live.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(live.metrics.text(), media_type=CONTENT_TYPE_LATEST)

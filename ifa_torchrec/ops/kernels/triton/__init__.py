@@ -8,8 +8,9 @@ Products of bfloat16 tokens are of bfloat16, those of float16 of TF32, which hol
 overflow, those of float32 of TF32 where torch allows it for its own and else of three products of TF32,
 which are off by 1e-6; sums are float32. So of bfloat16 tokens phi, the weights of projections and
 gradients are rounded where they are multiplied: states are off by up to 1 %, as the native backend's.
-Heads wider than 64, in ``attend_softmax`` than 256, are the `torch` backend's, as are all on GPUs before
-compute capability 8.0.
+Heads wider than 64 have kernels of their own in encode and attend, which go through a head's features
+in tiles. attend_softmax's heads above 256 are the `torch` backend's, as are all on GPUs before compute
+capability 8.0.
 
 Without a GPU the kernels run on CPU tensors in Triton's interpreter, slowly, where the environment
 variable TRITON_INTERPRET is 1 before the first import of them.

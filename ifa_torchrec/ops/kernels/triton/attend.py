@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ifa_torchrec.ops.arguments import AttendArguments
 from ifa_torchrec.ops.feature_maps import FEATURE_MAPS
-from ifa_torchrec.ops.kernels import torch as torch_kernels
+from ifa_torchrec.ops.kernels.triton import wide
 from ifa_torchrec.ops.kernels.triton.common import (
     MAPS,
     WIDEST_HEAD,
@@ -37,6 +37,7 @@ from ifa_torchrec.ops.kernels.triton.common import (
     launch_backward,
     load_rows,
     load_state,
+    multiplies_in_registers,
     project,
     split_state,
     store_rows,
@@ -242,7 +243,7 @@ def _prepared(given: AttendArguments, tile: Tile) -> tuple[dict[str, Any], dict[
 def attend(given: AttendArguments) -> tuple[Tensor, Tensor]:
     """See ``ifa_torchrec.ops.attend``."""
     if given.query_weight.shape[1] > WIDEST_HEAD:
-        return torch_kernels.attend(given)
+        return wide.attend(given)
     heads, width, dim = given.query_weight.shape
     light = is_light(given.feature_map, given.candidates.dtype)
     tile = Tile.of((heads, width, dim), 64, 64, light, given.candidates.device)
@@ -263,11 +264,13 @@ def attend_backward(
     grad_out: Tensor, grad_normalizer: Tensor, given: AttendArguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of candidates, query_weight, key_value and key_sum."""
-    if given.query_weight.shape[1] > WIDEST_HEAD:
-        return torch_kernels.attend_backward(grad_out, grad_normalizer, given)
     candidates, key_value = given.candidates, given.key_value
     heads, width, dim = given.query_weight.shape
     features = heads * width * FEATURE_MAPS[given.feature_map].expansion
+    # of two states of more than 32 columns, before 9.0, too many registers
+    crowded = features > 64 * heads and multiplies_in_registers(candidates.device)
+    if width > WIDEST_HEAD or crowded:
+        return wide.attend_backward(grad_out, grad_normalizer, given)
     # a state of more columns takes too many registers
     light = is_light(given.feature_map, given.candidates.dtype)
     tile = Tile.of((heads, width, dim), 32 if light else 16, 32, light, candidates.device)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ifa_torchrec.ops.checks import check_offsets
 
 WIDEST_HEAD = 64
-"""All of a head's features are in one program's registers; wider heads are the torch backend's."""
+"""All of a head's features are in one program's registers; wider heads are ``wide``'s."""
 MAPS = {"elu": 0, "relu": 1, "hedgehog": 2}
 _HEDGEHOG = tl.constexpr(MAPS["hedgehog"])
 _ELU = tl.constexpr(MAPS["elu"])
@@ -292,15 +292,15 @@ class Chunks(NamedTuple):
         return len(self.offsets) - 1
 
     @staticmethod
-    def of(offsets: Tensor, rows: int) -> Chunks:
-        """Of offsets [B + 1] int64, on the device of the rows."""
+    def of(offsets: Tensor, rows: int, programs: int = 1) -> Chunks:
+        """Of offsets [B + 1] int64, on the device of the rows, as ``chunk_size``."""
         check_offsets("offsets", offsets, rows)
-        return Chunks.of_some(offsets.contiguous(), rows)
+        return Chunks.of_some(offsets.contiguous(), rows, programs)
 
     @staticmethod
-    def of_some(offsets: Tensor, rows: int) -> Chunks:
+    def of_some(offsets: Tensor, rows: int, programs: int = 1) -> Chunks:
         """Of offsets that end at ``rows`` or before, where only the device knows."""
-        size = chunk_size(rows)
+        size = chunk_size(rows, programs)
         numbers = torch.arange(len(offsets), device=offsets.device, dtype=torch.int64)
         firsts = offsets.div(size, rounding_mode="floor") + numbers
         return Chunks(offsets, firsts, rows, rows // size + len(offsets) - 1, size)
@@ -316,9 +316,10 @@ class Chunks(NamedTuple):
         }
 
 
-def chunk_size(rows: int) -> int:
-    """Rows of a chunk: enough chunks to fill a card, few enough that their sums are little memory."""
-    return min(max(triton.next_power_of_2(rows // 512), 64), 1024)
+def chunk_size(rows: int, programs: int = 1) -> int:
+    """Rows of a chunk that so many programs share: enough chunks to fill a card, few enough that their
+    sums are little memory."""
+    return min(max(triton.next_power_of_2(rows * programs // 512), 64), 1024 * programs)
 
 
 def sum_segments(rows: Tensor, bounds: Tensor, order: Tensor | None = None) -> Tensor:

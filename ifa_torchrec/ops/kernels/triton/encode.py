@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ifa_torchrec.ops.arguments import EncodeArguments, grad_like
 from ifa_torchrec.ops.feature_maps import FEATURE_MAPS
-from ifa_torchrec.ops.kernels import torch as torch_kernels
+from ifa_torchrec.ops.kernels.triton import wide
 from ifa_torchrec.ops.kernels.triton.common import (
     MAPS,
     WIDEST_HEAD,
@@ -236,7 +236,7 @@ def _arguments(
 def encode(given: EncodeArguments) -> tuple[Tensor, Tensor]:
     """See ``ifa_torchrec.ops.encode``."""
     if given.key_weight.shape[1] > WIDEST_HEAD:
-        return torch_kernels.encode(given)
+        return wide.encode(given)
     heads, width, dim = given.key_weight.shape
     maps = FEATURE_MAPS[given.feature_map].expansion
     chunks = Chunks.of(given.offsets, len(given.history))
@@ -263,7 +263,7 @@ def encode_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of history, key_weight, value_weight and weights."""
     if given.key_weight.shape[1] > WIDEST_HEAD:
-        return torch_kernels.encode_backward(grad_key_value, grad_key_sum, given)
+        return wide.encode_backward(grad_key_value, grad_key_sum, given)
     history, weights = given.history, given.weights
     heads, width, dim = given.key_weight.shape
     features = width * FEATURE_MAPS[given.feature_map].expansion

@@ -1,0 +1,152 @@
+"""How several trainings went, side by side.
+
+    ifa compare runs/ifa runs/softmax --picture curves.png
+
+Prints a row a run: its steps, its last training loss, and what its best checkpoint reached on the split
+`valid`. Works while the trainings still run. `tensorboard --logdir runs` shows these curves, and more.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ifa_torchrec.errors import ConfigError, require, writing
+from ifa_torchrec.training.validations import FILE, LAST
+
+_LOSS, _SMOOTH = "train/loss", 5  # the loss is a mean of ten steps, of which five are shown as one
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Options of ``ifa compare``."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of training runs (their --out)."""
+    metric: str | None = None
+    """Metric of the split `valid` to compare by, e.g. gauc or ne; by default the one by which the first
+    run keeps its best checkpoint."""
+    picture: Path | None = None
+    """Draw the training loss and the metric by step, all runs in one, into this .png, .svg or .pdf.
+    Needs the extra `demo`."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ConfigError("name the folders of one run or more, e.g. ifa compare runs/a runs/b")
+        if self.picture is not None and self.picture.suffix.lower() not in (".png", ".svg", ".pdf"):
+            raise ConfigError(f"--picture {self.picture}: its name must end in .png, .svg or .pdf")
+
+
+def compare(config: CompareConfig) -> pd.DataFrame:
+    """A row a run: "steps", "loss" (its last), and where it was validated "best step" and the metric of
+    that step; drawn as curves if asked.
+
+    Raises:
+        ConfigError: a folder holds no training, or the metric was measured in none of the runs.
+        ModuleNotFoundError: matplotlib is not installed (extra `demo`), for a picture.
+        PlaceError: the picture cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.commands.compare import CompareConfig, compare
+        >>> from ifa_torchrec.training.curves import Curves
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for name, loss in {"a": 0.5, "b": 0.25}.items():
+        ...     curves = Curves(folder / name / "tensorboard", 0)
+        ...     curves.show({"train/loss": loss}, 10)
+        ...     curves.close()
+        >>> compare(CompareConfig((folder / "a", folder / "b")))[["steps", "loss"]].values.tolist()
+        [[10.0, 0.5], [10.0, 0.25]]
+    """
+    kept = {run: _validations(run) for run in config.runs}
+    deciding = [v["metric"] for v in kept.values() if v["validations"] and v["metric"] != LAST]
+    metric = config.metric or next(iter(deciding), None)
+    losses, measured, rows = {}, {}, {}
+    for run, name in _names(config.runs).items():
+        losses[name] = _losses(run)
+        row: dict[str, Any] = {"steps": losses[name].index[-1], "loss": losses[name].iloc[-1]}
+        by_step = {v["step"]: v["metrics"].get(metric) for v in kept[run]["validations"]}
+        measured[name] = pd.Series(by_step, dtype=float).dropna()
+        if len(measured[name]):
+            best = kept[run]["best"]
+            best = measured[name].index[-1] if best is None else best
+            row |= {"best step": best, f"valid {metric}": measured[name].get(best)}
+        rows[name] = row
+    if config.metric is not None and not any(map(len, measured.values())):
+        there = sorted({m for v in kept.values() for of in v["validations"] for m in of["metrics"]})
+        raise ConfigError(f"--metric {config.metric}: measured in none of the runs; there are {there}")
+    if config.picture is not None:
+        _draw(config.picture, losses, measured, metric)
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
+
+
+def _names(runs: tuple[Path, ...]) -> dict[Path, str]:
+    """What to call each run: its folder, with those above it where two have one name."""
+    last = [run.resolve().name for run in runs]
+    return {
+        run: name if last.count(name) == 1 else str(run) for run, name in zip(runs, last, strict=True)
+    }
+
+
+def _validations(run: Path) -> dict[str, Any]:
+    """What is in RUN/validations.json; nothing where there is none."""
+    file = run / FILE
+    if not file.exists():
+        return {"metric": LAST, "best": None, "validations": []}
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{file}: no JSON ({error}); train anew with --resume to write it") from error
+
+
+def _losses(run: Path) -> pd.Series:
+    """The training loss by step; smoothed."""
+    curves = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    if (run / "tensorboard").is_dir():
+        curves.Reload()
+    if _LOSS not in curves.Tags()["scalars"]:
+        raise ConfigError(f"{run} holds no training that has made ten steps; name its --out")
+    points = pd.Series({p.step: p.value for p in curves.Scalars(_LOSS)})
+    return points.rolling(_SMOOTH, min_periods=1).mean()
+
+
+def _draw(
+    file: Path, losses: dict[str, pd.Series], measured: dict[str, pd.Series], metric: str | None
+) -> None:
+    """The losses and, where a run was validated, the metric, a line a run."""
+    require("demo", "matplotlib")
+    from matplotlib.figure import Figure
+
+    panels = {"training loss, the mean of 50 steps": losses}
+    if any(map(len, measured.values())):
+        panels[f"{metric} of the split valid"] = measured
+    figure = Figure(figsize=(1 + 5 * len(panels), 4), layout="constrained")
+    for axes, (title, curves) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        for name, curve in curves.items():
+            marker = None if curves is losses else "o"
+            axes.plot(curve.index, curve.to_numpy(), label=name, marker=marker)
+        axes.set_xlabel("step")
+        axes.set_title(title, parse_math=False)
+        axes.grid(alpha=0.3)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    for text in figure.legend(handles, labels, loc="outside lower center", ncols=3).get_texts():
+        text.set_parse_math(False)
+    with writing(file):
+        figure.savefig(file, dpi=110)
+
+
+def main(config: Annotated[CompareConfig, tyro.conf.arg(name="")]) -> None:
+    """The command; its help is the top of this file."""
+    print(compare(config).to_string(float_format="{:.4f}".format, na_rep="-"))
+
+
+main.__doc__ = __doc__

@@ -1,0 +1,99 @@
+"""Bodies of calls and their responses: JSON or MessagePack, each read, checked and written once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any, get_type_hints
+
+import msgpack
+from fastapi import HTTPException, Request, Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
+
+from ifa_torchrec.serving.service.refusals import told
+
+JSON, MSGPACK = "application/json", "application/msgpack"
+
+
+class BodyRoute(APIRoute):
+    """A route whose endpoint takes ``body``, a pydantic model, and returns another.
+
+    It responds in the kind that the body came in. FastAPI's own handler takes longer than the service's
+    work on a call: it looks for what these calls do not have, and checks the response too. The endpoint
+    has the same signature for either, which OpenAPI is told.
+
+    Example:
+        >>> from fastapi import FastAPI
+        >>> from fastapi.testclient import TestClient
+        >>> from pydantic import BaseModel
+        >>> from ifa_torchrec.serving.service.bodies import BodyRoute
+        >>> class Number(BaseModel):
+        ...     n: int
+        >>> async def double(body: Number) -> Number:
+        ...     return Number(n=2 * body.n)
+        >>> app = FastAPI()
+        >>> app.router.add_api_route("/", double, methods=["POST"], route_class_override=BodyRoute)
+        >>> TestClient(app).post("/", json={"n": 4}).json()
+        {'n': 8}
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """See APIRoute."""
+        endpoint, model = self.endpoint, get_type_hints(self.endpoint)["body"]
+
+        async def handle(request: Request) -> Response:
+            kind = _kind(request)
+            try:
+                content = await request.body()
+            except ClientDisconnect:
+                raise HTTPException(400, "the client left before the body had come") from None
+            response: BaseModel = await endpoint(_checked(model, kind, content))
+            if kind == JSON:
+                return Response(response.__pydantic_serializer__.to_json(response), media_type=JSON)
+            return Response(msgpack.packb(response.model_dump()), media_type=MSGPACK)
+
+        return handle
+
+
+def also_msgpack(body: type[BaseModel], response: type[BaseModel]) -> dict[str, Any]:
+    """What OpenAPI is told of a BodyRoute beside its JSON, as ``add_api_route`` takes it."""
+
+    def content(model: type[BaseModel]) -> dict[str, Any]:
+        return {"content": {MSGPACK: {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}}
+
+    return {"requestBody": content(body), "responses": {"200": content(response)}}
+
+
+def _kind(request: Request) -> str:
+    """JSON or MSGPACK.
+
+    Raises:
+        HTTPException: the body is of another kind, as all are that a browser sends without asking first.
+    """
+    given = request.headers.get("content-type", "")
+    kind = given.partition(";")[0].strip().lower()
+    if kind == MSGPACK:
+        return MSGPACK
+    if kind == JSON or (kind.startswith("application/") and kind.endswith("+json")):
+        return JSON
+    raise HTTPException(422, f"body: its Content-Type is {given!r}; it must be {JSON} or {MSGPACK}")
+
+
+def _checked(model: type[BaseModel], kind: str, content: bytes) -> BaseModel:
+    """The body as its model.
+
+    Raises:
+        HTTPException: it is not of its kind, or the model does not take it.
+    """
+    try:
+        given = json.loads(content) if kind == JSON else msgpack.unpackb(content)
+    except (ValueError, RecursionError) as error:  # msgpack's errors are all ValueErrors
+        name = "JSON" if kind == JSON else "MessagePack"
+        problem = str(error) or type(error).__name__
+        raise HTTPException(422, f"body: it is no {name} ({problem})") from error
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        raise HTTPException(422, told(error.errors(include_url=False, include_input=False))) from error

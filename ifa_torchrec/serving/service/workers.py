@@ -1,0 +1,236 @@
+"""Several processes that serve one port from one load of the weights: forked, so that they share it."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from prometheus_client.multiprocess import mark_process_dead
+
+from ifa_torchrec.errors import ConfigError
+from ifa_torchrec.serving.errors import WorkerError
+
+_log = logging.getLogger(__name__)
+_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
+_READY = b"+"
+Loaded = TypeVar("Loaded")
+
+
+def shared_sockets(host: str, port: int, count: int) -> list[list[socket.socket]]:
+    """The sockets of each of ``count`` processes, bound to one address; each gets its share of the
+    connections.
+
+    They stay open here, so that connections which wait for a process that died wait for the next one.
+
+    Raises:
+        ConfigError: the address cannot be listened on, or something does already.
+
+    Example:
+        >>> from ifa_torchrec.serving.service.workers import shared_sockets
+        >>> (one,), (other,) = shared_sockets("127.0.0.1", 0, 2)
+        >>> one.getsockname() == other.getsockname()
+        True
+        >>> one.close(), other.close()
+        (None, None)
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        # alone first: another service of the same user that shares its port would share this one's calls
+        for family, *_, address in found:
+            with _bound(family, address, alone=True) as alone:
+                alone.listen()
+        result: list[list[socket.socket]] = []
+        for _ in range(count):
+            mine: list[socket.socket] = []
+            for family, *_, address in found:
+                mine.append(_bound(family, (address[0], port, *address[2:])))
+                port = port or mine[0].getsockname()[1]
+            result.append(mine)
+    except OSError as error:
+        raise ConfigError(f"--host {host} --port {port} cannot be listened on: {error}") from error
+    return result
+
+
+def _bound(family: int, address: tuple[Any, ...], alone: bool = False) -> socket.socket:
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if not alone:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        made.bind(address)
+    except OSError:
+        made.close()
+        raise
+    return made
+
+
+class Workers(Generic[Loaded]):
+    """Loads once, and forks a process for each of some sockets. One that dies is replaced; when its
+    replacement does not come up either, all end.
+
+    SIGHUP loads anew, and replaces one process after the other: each serves before the one before it
+    ends. SIGTERM and SIGINT end them all.
+
+    Args:
+        load: gives what the processes share. It runs in a thread: OpenMP's threads belong to the thread
+            that began them, and one that has some must not fork.
+        work: is given that, its sockets and a function to call once it serves; returns when it got
+            SIGTERM, and has finished what it took.
+        afterwards: done in a process of its own when the last one has been replaced.
+        sockets: of each process, as ``shared_sockets`` gives them.
+        metrics: folder by which the processes add up what they count.
+
+    Example:
+        >>> from ifa_torchrec.serving.service.workers import Workers, shared_sockets
+        >>> def serve_with_two(load, work, catch_up, folder):  # until SIGTERM
+        ...     sockets = shared_sockets("127.0.0.1", 8000, 2)
+        ...     Workers(load, work, catch_up, sockets, folder).run()
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Loaded],
+        work: Callable[[Loaded, list[socket.socket], Callable[[], object]], None],
+        afterwards: Callable[[Loaded], object],
+        sockets: list[list[socket.socket]],
+        metrics: Path,
+    ) -> None:
+        self._load, self._work, self._afterwards = load, work, afterwards
+        self._sockets, self._metrics = sockets, metrics
+        self._pids: dict[int, int] = {}
+        # whoever has its other end sees when this process is gone
+        self._alive, self._here = os.pipe()
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT.
+
+        Raises:
+            WorkerError: a process does not come up.
+            UserError: ``load`` failed.
+        """
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            self._loaded = self._load_anew()
+            for slot in range(len(self._sockets)):
+                self._start(slot)
+            while (number := signal.sigwait(_SIGNALS)) not in (signal.SIGTERM, signal.SIGINT):
+                if number == signal.SIGHUP:
+                    self._replace_all()
+                self._restart_dead()
+        finally:
+            self._end_all()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+    def _load_anew(self) -> Loaded:
+        with ThreadPoolExecutor(1, "load") as thread:
+            loaded = thread.submit(self._load).result()
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()  # the collector would write to the pages that the processes share
+        return loaded
+
+    def _start(self, slot: int) -> None:
+        """Fork a process, and wait until it serves.
+
+        Raises:
+            WorkerError: it does not.
+        """
+        pid, told = self._fork(lambda ready: self._work(self._loaded, self._sockets[slot], ready))
+        with os.fdopen(told, "rb") as answer:
+            if answer.read(1) != _READY:
+                why = answer.read().decode(errors="replace")
+                self._reap(pid)
+                raise WorkerError(f"worker {slot} did not come up: {why or 'its log may say why'}")
+        self._pids[slot] = pid
+
+    def _fork(self, do: Callable[[Callable[[], object]], object]) -> tuple[int, int]:
+        """Do something in a process of its own; its id, and what can be read of how it goes."""
+        told, tell = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(told)
+            _be(do, tell, self._alive, self._here)
+        os.close(tell)
+        return pid, told
+
+    def _replace_all(self) -> None:
+        before, old = self._loaded, dict(self._pids)
+        try:
+            self._loaded = self._load_anew()
+            for slot, pid in old.items():
+                self._start(slot)
+                self._end(pid)
+        except Exception:
+            if self._pids != old:  # they are of different weights by now
+                raise
+            _log.exception("the reload failed; the weights go on")
+            self._loaded = before
+            return
+        # what the old ones took after the new ones had looked
+        pid, told = self._fork(lambda _: self._afterwards(self._loaded))
+        os.close(told)
+        self._reap(pid)
+
+    def _restart_dead(self) -> None:
+        for slot, pid in list(self._pids.items()):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                mark_process_dead(pid, str(self._metrics))
+                del self._pids[slot]
+                code = os.waitstatus_to_exitcode(status)
+                how = f"signal {-code}" if code < 0 else f"exit code {code}"
+                _log.error("worker %d (process %d) ended by %s; another takes its place", slot, pid, how)
+                time.sleep(0.5)
+                self._start(slot)
+
+    def _end_all(self) -> None:
+        for pid in self._pids.values():
+            os.kill(pid, signal.SIGTERM)
+        for pid in self._pids.values():
+            self._reap(pid)
+        self._pids.clear()
+        for end in (self._alive, self._here):
+            os.close(end)
+
+    def _end(self, pid: int) -> None:
+        os.kill(pid, signal.SIGTERM)
+        self._reap(pid)
+
+    def _reap(self, pid: int) -> None:
+        os.waitpid(pid, 0)
+        mark_process_dead(pid, str(self._metrics))
+
+
+def _be(do: Callable[[Callable[[], object]], object], tell: int, alive: int, here: int) -> None:
+    """What a forked process does; it ends here."""
+    code = 1
+    try:
+        os.close(here)
+        threading.Thread(target=_end_without, args=(alive,), daemon=True).start()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which is for the process that loads
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        do(lambda: os.write(tell, _READY))
+        code = 0
+    except Exception as error:
+        _log.exception("a worker failed")
+        os.write(tell, f"-{error}".encode(errors="replace")[:4096])
+    finally:
+        logging.shutdown()
+        os._exit(code)
+
+
+def _end_without(alive: int) -> None:
+    """End this process when the one that forked it is gone."""
+    os.read(alive, 1)
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,169 @@
+"""A log behind a URI is the log: read by copies within a bound, each checked when it comes."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from toy import make_toy
+
+from ifa_torchrec.data import EventLog, LogError
+from ifa_torchrec.data.remote import is_uri
+from ifa_torchrec.data.writing import drafting
+
+PARTS = 3
+
+
+@pytest.fixture(scope="module", params=[1, PARTS])
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> EventLog:
+    toy, path = make_toy(), tmp_path_factory.mktemp("written") / "log"
+    return EventLog.from_pandas(
+        path, toy.events, toy.schema, toy.items, toy.requests, parts=request.param
+    )
+
+
+@pytest.fixture(scope="module")
+def in_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    toy, path = make_toy(), tmp_path_factory.mktemp("parts") / "log"
+    EventLog.from_pandas(path, toy.events, toy.schema, toy.items, toy.requests, parts=PARTS)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("IFA_LOG_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def folder(in_parts: Path, tmp_path: Path) -> Path:
+    """A copy without columns, to be spoilt."""
+    return shutil.copytree(in_parts, tmp_path / "log", ignore=shutil.ignore_patterns(".columns"))
+
+
+def refused(*words: str):
+    return pytest.raises(LogError, match="".join(f"(?=.*{re.escape(word)})" for word in words))
+
+
+def opened(folder: Path) -> EventLog:
+    """By its URI, all tables of it."""
+    log = EventLog(folder.as_uri())
+    for split in log.splits:
+        log.requests(split)
+    return log
+
+
+def parquet_in(cache: Path) -> list[str]:
+    return sorted(file.name for file in cache.rglob("part-*.parquet"))
+
+
+def test_the_same_log(written: EventLog, cache: Path) -> None:
+    log = opened(written.path)
+    assert log.fingerprint() == written.fingerprint()
+    assert (log.parts, log.item_names()) == (written.parts, written.item_names())
+    assert log.path.is_relative_to(cache) and log.path.name == "log"
+
+
+def test_nothing_is_copied_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fingerprint = opened(folder).fingerprint()
+    shutil.rmtree(folder / "events")  # only its list is read
+    monkeypatch.setattr("pyarrow.parquet.read_table", None)
+    assert opened(folder).fingerprint() == fingerprint
+
+
+def test_a_log_that_was_written_anew_is_copied_anew(folder: Path) -> None:
+    before = opened(folder)
+    toy = make_toy()
+    toy.events["item"] = (toy.events["item"] + 1) % len(toy.items)
+    shutil.rmtree(folder)
+    EventLog.from_pandas(folder, toy.events, toy.schema, toy.items, toy.requests, parts=PARTS)
+    after = opened(folder)
+    assert after.path != before.path
+    assert not np.array_equal(after.events["item"], before.events["item"])
+
+
+def test_parts_go_when_room_is_wanted_and_columns_in_use_stay(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = opened(folder)
+    assert len(parquet_in(cache)) == 4 * PARTS
+    of_parts = sum(file.stat().st_size for file in cache.rglob("part-*.parquet"))
+    size = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
+    monkeypatch.setenv("IFA_LOG_CACHE_GB", str((size - of_parts) / 1e9))
+    again = opened(folder)  # within the bound by what nobody uses
+    again._columns._remote.keep_within_bound()
+    assert not parquet_in(cache)
+    assert again.fingerprint() == log.fingerprint()
+    monkeypatch.setenv("IFA_LOG_CACHE_GB", str((size - of_parts - 1) / 1e9))
+    with refused("bytes are in use", "give more in IFA_LOG_CACHE_GB"):
+        opened(folder)
+    del log, again
+    monkeypatch.setenv("IFA_LOG_CACHE_GB", "1e-6")
+    with refused("bytes are in use"):
+        opened(folder)
+    assert not list(cache.rglob("*.npy"))
+
+
+def test_a_copy_that_is_damaged_is_copied_anew(folder: Path, cache: Path) -> None:
+    log = opened(folder)
+    fingerprint = log.fingerprint()
+    shutil.rmtree(log.path / ".columns")
+    part = log.path / "events/part-00001.parquet"
+    part.write_bytes(bytes(part.stat().st_size))
+    assert opened(folder).fingerprint() == fingerprint
+
+
+def _change_a_value(folder: Path) -> None:
+    file = folder / "requests/train/part-00001.parquet"
+    frame = pd.read_parquet(file)
+    frame.loc[0, "store"] += 1
+    frame.to_parquet(file, index=False)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda f: (f / "events/part-00002.parquet").unlink(), ["events/part-00002", "missing"]),
+        (_change_a_value, ["requests/train/part-00001.parquet", "SHA-256", "copy that there"]),
+        (lambda f: (f / "schema.json").unlink(), ["no schema.json", "schema.json last"]),
+        (lambda f: (f / "items.parquet").unlink(), ["items.parquet", "missing"]),
+        (shutil.rmtree, ["there is no such log"]),
+    ],
+)
+def test_what_is_not_the_log_is_refused(folder: Path, cache: Path, spoil, words: list[str]) -> None:
+    spoil(folder)
+    with refused(*words):
+        opened(folder)
+    assert not list(cache.rglob(".draft-*"))
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("ftp://host/log", ["ftp://host/log", "s3://BUCKET/LOG"]),
+        ("s3://key:secret@bucket/log", ["must have no key or password", "environment"]),
+    ],
+)
+def test_uris_that_cannot_be_read(uri: str, words: list[str]) -> None:
+    with refused(*words) as error:
+        EventLog(uri)
+    assert "secret" not in str(error.value)
+
+
+def test_a_log_is_not_written_to_a_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    # a Path, as the command line gives one, has a slash less
+    for place in ("s3://bucket/log", Path("s3://bucket/log")):
+        with refused("a log is written to a folder"), drafting(place):
+            pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_is_a_uri() -> None:
+    assert is_uri("hdfs://host:8020/log") and is_uri("abfss://box@account/log")
+    assert not any(map(is_uri, ("log", "/log", "./s3:/log", Path("runs/data"))))

@@ -1,0 +1,186 @@
+"""Several processes on one port: replaced when they die or the weights are new, and counted together."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_service_security import QUESTIONS, TOKEN, Stub
+
+from ifa_torchrec.commands.serve import ServeConfig, _Server
+from ifa_torchrec.errors import ConfigError, UserError
+from ifa_torchrec.serving.live import Limits, Metrics
+from ifa_torchrec.serving.service.workers import Workers, shared_sockets
+
+
+class Service:
+    """Two processes that serve a stub, begun by a process of their own; what is loaded is read from a
+    file."""
+
+    def __init__(self, folder: Path, weights: str = "first") -> None:
+        self.folder, self.weights = folder, folder / "weights"
+        self.weights.write_text(weights)
+        (folder / "metrics").mkdir()
+        sockets = shared_sockets("127.0.0.1", 0, 2)
+        self.port = sockets[0][0].getsockname()[1]
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                Workers(self.load, self.work, self.afterwards, sockets, folder / "metrics").run()
+                code = 0
+            except UserError as error:
+                (folder / "error").write_text(str(error))
+            finally:
+                os._exit(code)
+        for mine in sockets:
+            mine[0].close()
+
+    def load(self) -> str:
+        return self.weights.read_text()
+
+    def work(self, loaded: str, sockets: list[socket.socket], ready: Callable[[], object]) -> None:
+        if loaded == "bad":
+            raise ConfigError("these weights are bad")
+        stub = Stub()
+        stub.metrics = Metrics(self.folder / "metrics")
+        stub.version = f"{loaded} {os.getpid()}"
+        config = ServeConfig(Path("run"), "store", drain=0, limits=stub.limits)
+        _Server(config, stub, "secret", ready).run(sockets)
+
+    def afterwards(self, loaded: str) -> None:
+        (self.folder / "afterwards").write_text(loaded)
+
+    def ask(self, method: str, path: str, body: Any = None, token: bool = True) -> tuple[int, bytes]:
+        """Over a connection of its own."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        headers = {"Content-Type": "application/json"} | (TOKEN if token else {})
+        connection.request(method, path, None if body is None else json.dumps(body), headers)
+        answer = connection.getresponse()
+        found = answer.status, answer.read()
+        connection.close()
+        return found
+
+    def versions(self) -> set[str]:
+        """What ranks, by who answers some calls; nobody before the first serves."""
+        found: set[str] = set()
+        with suppress(OSError):
+            for _ in range(30):
+                found.add(json.loads(self.ask("GET", "/readyz")[1])["version"])
+        return found
+
+    def workers(self) -> list[int]:
+        return [
+            int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        ]
+
+    def ended(self) -> int | None:
+        """The exit code, once it ended."""
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        return os.waitstatus_to_exitcode(status) if pid else None
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[Service]:
+    service = Service(folder)
+    try:
+        until(lambda: len(service.versions()) == 2)
+        yield service
+    finally:
+        with suppress(ProcessLookupError, ChildProcessError):
+            os.kill(service.pid, signal.SIGKILL)
+            os.waitpid(service.pid, 0)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def until(condition: Callable[[], Any], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.02)
+
+
+def test_one_that_dies_is_replaced_and_what_they_count_is_added_up(tmp_path):
+    with running(tmp_path) as service:
+        for _ in range(10):
+            assert service.ask("POST", "/rank", QUESTIONS["/rank"])[0] == 200
+        assert service.ask("POST", "/rank", QUESTIONS["/rank"], token=False)[0] == 401
+        shown = service.ask("GET", "/metrics")[1].decode()
+        assert 'ifa_calls_total{path="/rank",status="200"} 10.0\n' in shown
+        assert 'ifa_calls_total{path="/rank",status="401"} 1.0\n' in shown
+        assert "ifa_queue_length 0.0\n" in shown and "ifa_model_info" in shown
+        before = service.versions()
+        dead = service.workers()[0]
+        os.kill(dead, signal.SIGKILL)
+        until(lambda: len(service.workers()) == 2 and dead not in service.workers())
+        until(lambda: len(service.versions() - {f"first {dead}"}) == 2)
+        assert len(service.versions() & before) == 1
+        # what the dead one counted stays
+        shown = service.ask("GET", "/metrics")[1].decode()
+        assert 'ifa_calls_total{path="/rank",status="200"} 10.0\n' in shown
+        workers = service.workers()
+        os.kill(service.pid, signal.SIGTERM)
+        until(lambda: (code := service.ended()) is not None and code == 0)
+        assert not any(map(alive, workers))
+
+
+def test_new_weights_replace_one_after_the_other_and_bad_ones_none(tmp_path):
+    with running(tmp_path) as service:
+        service.weights.write_text("bad")
+        os.kill(service.pid, signal.SIGHUP)
+        time.sleep(0.5)
+        assert {version.split()[0] for version in service.versions()} == {"first"}
+        service.weights.write_text("second")
+        os.kill(service.pid, signal.SIGHUP)
+        until(lambda: (tmp_path / "afterwards").exists())
+        assert {version.split()[0] for version in service.versions()} == {"second"}
+        assert len(service.workers()) == 2
+        assert (tmp_path / "afterwards").read_text() == "second"
+
+
+def test_they_end_with_who_began_them(tmp_path):
+    with running(tmp_path) as service:
+        workers = service.workers()
+        os.kill(service.pid, signal.SIGKILL)
+        os.waitpid(service.pid, 0)
+        until(lambda: not any(map(alive, workers)))
+
+
+def test_one_that_does_not_come_up_ends_all(tmp_path):
+    service = Service(tmp_path, "bad")
+    codes: list[int | None] = []
+    until(lambda: codes.append(service.ended()) or codes[-1] is not None)
+    assert codes[-1] == 1
+    assert (tmp_path / "error").read_text() == "worker 0 did not come up: these weights are bad"
+
+
+def test_a_port_that_is_taken_is_refused():
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"--port {port} cannot be listened on"):
+            shared_sockets("127.0.0.1", port, 2)
+
+
+def test_limits_are_shared_among_the_processes():
+    each = Limits(max_connections=401, max_waiting=100, max_requests=64).of_each(4)
+    assert (each.max_connections, each.max_waiting, each.timeout) == (100, 64, Limits().timeout)
+    with pytest.raises(ConfigError, match="--workers must be at least 1, got 0"):
+        ServeConfig(Path("run"), "store", workers=0)
