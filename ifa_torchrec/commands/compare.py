@@ -68,7 +68,9 @@ def compare(config: CompareConfig) -> pd.DataFrame:
     kept = {run: _validations(run) for run in config.runs}
     deciding = [v["metric"] for v in kept.values() if v["validations"] and v["metric"] != LAST]
     metric = config.metric or next(iter(deciding), None)
-    losses, measured, rows = {}, {}, {}
+    losses: dict[str, pd.Series] = {}
+    measured: dict[str, pd.Series] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for run, name in _names(config.runs).items():
         losses[name] = _losses(run)
         row: dict[str, Any] = {"steps": losses[name].index[-1], "loss": losses[name].iloc[-1]}
@@ -111,9 +113,10 @@ def _losses(run: Path) -> pd.Series:
     curves = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     if (run / "tensorboard").is_dir():
         curves.Reload()
-    if _LOSS not in curves.Tags()["scalars"]:
-        raise ConfigError(f"{run} holds no training that has made ten steps; name its --out")
-    points = pd.Series({p.step: p.value for p in curves.Scalars(_LOSS)})
+    try:
+        points = pd.Series({p.step: p.value for p in curves.Scalars(_LOSS)})
+    except KeyError as error:
+        raise ConfigError(f"{run} holds no training that has made ten steps; name its --out") from error
     return points.rolling(_SMOOTH, min_periods=1).mean()
 
 
@@ -146,7 +149,8 @@ def _draw(
 
 def main(config: Annotated[CompareConfig, tyro.conf.arg(name="")]) -> None:
     """The command; its help is the top of this file."""
-    print(compare(config).to_string(float_format="{:.4f}".format, na_rep="-"))
+    whole = {"best step": "{:.0f}".format}
+    print(compare(config).to_string(float_format="{:.4f}".format, formatters=whole, na_rep="-"))
 
 
 main.__doc__ = __doc__
