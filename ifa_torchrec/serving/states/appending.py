@@ -8,9 +8,10 @@ import numpy as np
 
 from ifa_torchrec.data.dataset import MICROSECONDS_PER_DAY
 from ifa_torchrec.modules import UserState
+from ifa_torchrec.serving.states.dense import Head, Latest, Sums
 from ifa_torchrec.serving.states.journal import Event, Journal
 from ifa_torchrec.serving.states.pages import Rows, page_parts, pages_of
-from ifa_torchrec.serving.states.records import Before, Head, RecordCodec, Sums, weight_and_mean
+from ifa_torchrec.serving.states.records import Before, RecordCodec, weight_and_mean
 from ifa_torchrec.serving.states.shared import tombstone_key, unpack_number
 
 
@@ -106,11 +107,12 @@ class EventSums:
             self._offsets = offsets.numpy()
             time = np.repeat(self.times, np.diff(self._offsets))
             self._rows = Rows(key.numpy(), time, *weight_and_mean(total, value))
+        self._lengths = np.diff(self._offsets)
 
     def head(self, events: np.ndarray) -> Head:
         """The head of some events together, as of the latest of their times."""
         if not len(events):
-            return self._codec.no_head()
+            return self._codec.dense.no_head
         time = int(self.times[events].max())
         days = (time - self.times[events]) / MICROSECONDS_PER_DAY
         factor = np.exp(-days[:, None] * self._codec.decay)  # [e, H]
@@ -118,6 +120,16 @@ class EventSums:
         weight, total = weights.sum(-1), weights @ self._value[events].transpose(1, 0, 2)
         mean = np.divide(total, weight[..., None], out=np.zeros_like(total), where=weight[..., None] > 0)
         return Head(Sums(time, weight, mean), len(events))
+
+    def latest(self, events: np.ndarray) -> Latest:
+        """The dense heads of some events, which are of one time."""
+        if not len(events):
+            return self._codec.dense.no_latest
+        each = self._weight[events].transpose(1, 2, 0)  # [H, F, e]
+        weight = each.sum(-1)
+        share = np.divide(each, weight[..., None], out=np.zeros_like(each), where=weight[..., None] > 0)
+        time, value = int(self.times[events[0]]), self._value[events].transpose(1, 0, 2)
+        return Latest(time, len(events), weight, share, value)
 
     def rows(self, events: np.ndarray) -> Rows:
         """One row for each key that some events have, as of the latest of these events' times."""
@@ -128,7 +140,7 @@ class EventSums:
         return np.unique(self._rows.key[self._places(events)])
 
     def _places(self, events: np.ndarray) -> np.ndarray:
-        lengths = np.diff(self._offsets)[events]
+        lengths = self._lengths[events]
         begins = np.repeat(self._offsets[events] - np.cumsum(lengths) + lengths, lengths)
         return begins + np.arange(len(begins))
 
@@ -136,8 +148,8 @@ class EventSums:
 class StateDraft:
     """One user's state while a transaction's events are added to it.
 
-    Beside the state stands what it was before the events of its last time: the head, and the rows that
-    these changed.
+    The dense heads of the events of its last time stand apart, and so do the rows that these changed, as
+    they were before.
 
     Args:
         codec: of the version's records.
@@ -154,10 +166,11 @@ class StateDraft:
         if (head is None) != (before is None):
             raise codec.lost(user)
         none = np.empty(0, np.int64)
-        self._head, self._pages = codec.no_head(), none
-        self._before = Before(codec.no_head(), Rows.none(codec.layout), none)
+        self._head, self._latest = codec.dense.no_head, codec.dense.no_latest
+        self._pages, self._before = none, Before(Rows.none(codec.layout), none)
         if head is not None and before is not None:
-            self._head, self._pages = codec.unpack_head(head)
+            self._head, self._latest = codec.dense.unpack(head)
+            self._pages = codec.unpack_pages(head)
             self._before = codec.unpack_before(user, before, head)
         self._changed: dict[int, Rows] = {}
         """By the first keys of pages."""
@@ -165,33 +178,36 @@ class StateDraft:
     def add(self, sums: EventSums, events: np.ndarray) -> None:
         """Add events, at least one; called once."""
         decay = self._codec.identity_decay
-        last = max(int(sums.times[events].max()), self._head.sums.time if self._head.count else -(2**63))
+        last = max(int(sums.times[events].max()), self._latest.time)
         at_last = sums.times[events] == last
         early, late = events[~at_last], events[at_last]
-        early_rows, late_rows = sums.rows(early), sums.rows(late)
-        page_rows, first = self._page_rows(sums.keys_of(events))
-        touched = page_rows[np.isin(page_rows.key, sums.keys_of(events))]
-        if last > self._head.sums.time or not self._head.count:
-            before, rows, keys = self._head, touched, late_rows.key
+        added = sums.rows(events)
+        early_rows, late_rows = sums.rows(early), sums.rows(late) if len(early) else added
+        page_rows, first = self._page_rows(added.key)
+        place = page_rows.find(added.key)
+        touched = page_rows[place[place < len(page_rows)]]
+        if last > self._latest.time:
+            rows, keys = touched, late_rows.key
+            self._head = self._head.plus(self._latest.head, self._codec.decay)
+            self._latest = self._codec.dense.no_latest
         else:
             # a row that was not changed at the last time is now as it was before
             known = np.concatenate([self._before.rows.key, self._before.absent])
             same = touched[~np.isin(touched.key, known)]
-            before, rows = self._before.head, Rows.cat([self._before.rows, same])
+            rows = Rows.cat([self._before.rows, same])
             keys = np.union1d(known, late_rows.key)
         rows = Rows.cat([rows, early_rows]).by_key(decay)
         place = rows.find(keys)
         there = place < len(rows)
-        self._before = Before(
-            before.plus(sums.head(early), self._codec.decay), rows[place[there]], keys[~there]
-        )
-        self._head = self._head.plus(sums.head(events), self._codec.decay)
-        self._split(page_rows.plus(early_rows, decay).plus(late_rows, decay), first)
+        self._before = Before(rows[place[there]], keys[~there])
+        self._head = self._head.plus(sums.head(early), self._codec.decay)
+        self._latest = self._latest.plus(sums.latest(late))
+        self._split(page_rows.plus(added, decay), first)
 
     def records(self, seed: np.random.Generator) -> dict[bytes, bytes]:
         """The bodies of its records that are new or changed, by their keys."""
         codec, keys, user = self._codec, self._codec.keys, self._user
-        head = codec.pack_head(self._head, self._pages, seed)
+        head = codec.pack_head(self._head, self._latest, self._pages, seed)
         before = codec.pack_before(self._before, head, seed)
         bodies = {keys.head(user): head, keys.before(user): before}
         if self._changed:

@@ -12,15 +12,10 @@ import torch
 from ifa_torchrec.data.dataset import MICROSECONDS_PER_DAY
 from ifa_torchrec.modules import UserState
 from ifa_torchrec.ops.jagged import request_of_row
+from ifa_torchrec.serving.states.dense import Head, Latest, Sums
 from ifa_torchrec.serving.states.layout import key_user, user_key
 from ifa_torchrec.serving.states.pages import Rows, page_parts
-from ifa_torchrec.serving.states.records import (
-    Before,
-    Head,
-    RecordCodec,
-    Sums,
-    weight_and_mean,
-)
+from ifa_torchrec.serving.states.records import Before, RecordCodec, weight_and_mean
 
 
 def whole_records(
@@ -37,14 +32,15 @@ def whole_records(
     whole = _aged(codec, earlier, days) + _aged(codec, last, 0 * days)
     rows, rows_earlier = _rows(codec, whole, late), _rows(codec, earlier, early)
     changed = _rows(codec, last, late)
-    heads, heads_earlier = _heads(whole, late), _heads(earlier, early)
+    heads, heads_earlier = _heads(last, late), _heads(earlier, early)
     bodies: dict[bytes, bytes] = {}
     for b, user in enumerate(users):
         pages = _pages(codec, user, rows[b], bodies)
-        bodies[codec.keys.head(user)] = head = codec.pack_head(heads[b], pages)
+        head = codec.pack_head(heads_earlier[b], Latest.of(heads[b]), pages)
+        bodies[codec.keys.head(user)] = head
         place = rows_earlier[b].find(changed[b].key)
         there = place < len(rows_earlier[b])
-        before = Before(heads_earlier[b], rows_earlier[b][place[there]], changed[b].key[~there])
+        before = Before(rows_earlier[b][place[there]], changed[b].key[~there])
         bodies[codec.keys.before(user)] = codec.pack_before(before, head)
     return {key: codec.seal(key, body) for key, body in bodies.items()}
 

@@ -172,7 +172,7 @@ def _journal_of(key_values: KeyValueStore, user: int | str) -> Iterator[tuple[by
 def _time_of(codec: RecordCodec, key: bytes, head: bytes) -> int:
     """The time of a user's last event; 0 of a damaged head, which goes all the same."""
     try:
-        return codec.unpack_head(codec.open(key, head))[0].sums.time
+        return codec.dense.unpack(codec.open(key, head))[1].time
     except StoreError:
         return 0
 

@@ -4,8 +4,9 @@ Of one version of the weights (VVVVVVVV, the first 8 bytes of the version's hash
 
     v VVVVVVVV                header: the version, its layout, the vocabulary's digest and a mark of this
                               building of it, JSON
-    s VVVVVVVV user           head: time of the last event, count, dense heads, which pages i there are
-    u VVVVVVVV user           what the last event changed as it was before: the head, and rows
+    s VVVVVVVV user           head: dense heads of the events of the last time and of those before, times
+                              and counts; which pages i there are
+    u VVVVVVVV user           the rows that the last time's events changed, as they were before
     i VVVVVVVV user key       page: the rows of the identity tables from this key on to the next page's
     a VVVVVVVV block          which positions of the event stream are in the states, a bit each
 
@@ -15,7 +16,7 @@ Of all versions there are:
     t DIGEST                  until when a forgotten user's events do not count (``shared``)
     w                         the position before which events may be gone from the journal
 
-An event touches its user's head, what was before it, the pages of its keys, one block and one journal
+An event touches its user's head, the rows before it, the pages of its keys, one block and one journal
 entry, in one transaction, which reads its user's tombstone, too. A page has at most some rows
 (``pages``): so the cost hardly depends on the history. An event is in the states exactly if its bit is
 set. Numbers are big endian, so that keys sort by them. A user is 16 bytes: see ``user_key``.

@@ -75,9 +75,9 @@ class Rows:
 
     def by_key(self, decay: np.ndarray) -> Rows:
         """One row for each key, the sum of those that have it, as of the latest of their times."""
+        if (self.key[1:] > self.key[:-1]).all():
+            return self
         key, place = np.unique(self.key, return_inverse=True)
-        if len(key) == len(self.key):
-            return self[np.argsort(self.key, kind="stable")]
         time = np.full(len(key), np.iinfo(np.int64).min)
         np.maximum.at(time, place, self.time)
         weight = self.at(time[place], decay)
@@ -91,10 +91,34 @@ class Rows:
         return Rows(key, time, total, mean)
 
     def plus(self, other: Rows, decay: np.ndarray) -> Rows:
-        """The rows of both, of which each has its keys ascending and once."""
+        """The rows of both, of which each has its keys ascending and once; ``other`` is the shorter."""
         if not (len(self) and len(other)):
             return self if len(self) else other
-        return Rows.cat([self, other]).by_key(decay)
+        place = self.find(other.key)
+        there = place < len(self)
+        mine, new = place[there], other[~there]
+        both = self[mine]._and(other[there], decay)
+        before = np.searchsorted(self.key, new.key)
+
+        def merged(of_self: np.ndarray, of_both: np.ndarray, of_new: np.ndarray) -> np.ndarray:
+            whole = of_self.copy()
+            whole[mine] = of_both
+            return np.insert(whole, before, of_new, axis=0) if len(before) else whole
+
+        return Rows(
+            merged(self.key, both.key, new.key),
+            merged(self.time, both.time, new.time),
+            merged(self.weight, both.weight, new.weight),
+            merged(self.mean, both.mean, new.mean),
+        )
+
+    def _and(self, other: Rows, decay: np.ndarray) -> Rows:
+        """Of rows of the same keys, the sum of each two."""
+        time = np.maximum(self.time, other.time)
+        mine, theirs = self.at(time, decay), other.at(time, decay)
+        weight = mine + theirs
+        share = np.divide(theirs, weight, out=np.zeros_like(weight), where=weight > 0)
+        return Rows(self.key, time, weight, self.mean + (other.mean - self.mean) * share[..., None])
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Of rows by ascending key, the place of each key's row [m]; n where there is none."""
@@ -157,7 +181,8 @@ class RowCodec:
             StateError: a mean is beyond float16.
         """
         bounds, first = np.asarray(bounds), np.asarray(first)
-        step = np.diff(rows.key, prepend=0)
+        step = rows.key.copy()
+        step[1:] -= rows.key[:-1]
         there = bounds[1:] > bounds[:-1]
         step[bounds[:-1][there]] = rows.key[bounds[:-1][there]] - first[there]
         packed = np.empty(len(rows), self._row)

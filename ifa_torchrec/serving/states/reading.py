@@ -15,8 +15,9 @@ import torch
 
 from ifa_torchrec.modules import UserState
 from ifa_torchrec.serving.errors import StateError
+from ifa_torchrec.serving.states.dense import Head
 from ifa_torchrec.serving.states.pages import Rows, pages_of
-from ifa_torchrec.serving.states.records import Before, Head, RecordCodec
+from ifa_torchrec.serving.states.records import Before, RecordCodec
 from ifa_torchrec.serving.times import utc
 
 
@@ -26,22 +27,23 @@ class UserRecords:
 
     Args:
         user: external id.
-        head: None where the user has no state.
+        heads: of the events before the last one's time, and of those of it; none where the user has no
+            state.
         rows: the identity rows asked for that there are.
-        before: what was before the last event's time, where it was read.
+        before: rows as they were before the last event's time, where they were read.
     """
 
     user: int | str
-    head: Head | None
+    heads: tuple[Head, ...]
     rows: Rows
     before: Before | None = None
 
     def reaches(self, time: int | None) -> bool:
-        """Whether the head serves a time, so that what was before is not needed."""
-        return self.head is not None and (time is None or time > self.head.sums.time)
+        """Whether all events are before a time, so that what was before the last is not needed."""
+        return bool(self.heads) and (time is None or time > self.heads[-1].sums.time)
 
     def go_to(self, time: int | None, now: int, strict: bool) -> int:
-        """Make head and rows those of a time; the time that they are as of.
+        """Make heads and rows those of a time; the time that they are as of.
 
         Args:
             time: microseconds; None for ``now``, or just after the last event.
@@ -51,21 +53,21 @@ class UserRecords:
         Raises:
             StateError: it is refused.
         """
-        if self.head is None:
+        if not self.heads:
             return now if time is None else time
-        last = self.head.sums.time
+        earlier, last = self.heads[0], self.heads[1].sums.time
         if time is None:
             return max(now, last + 1)
         if time > last:
             return time
         assert self.before is not None
-        self.head, rows = self.before.head, self.before.rows
+        self.heads, rows = (earlier,), self.before.rows
         changed = np.isin(self.rows.key, [*rows.key.tolist(), *self.before.absent.tolist()])
         wanted = np.isin(rows.key, self.rows.key)
         together = Rows.cat([self.rows[~changed], rows[wanted]])
         self.rows = together[np.argsort(together.key)]
-        earliest = self.head.sums.time + 1
-        if not self.head.count or time >= earliest:
+        earliest = earlier.sums.time + 1
+        if not earlier.count or time >= earliest:
             return time
         if strict:
             raise StateError(
@@ -117,13 +119,16 @@ class Lookup:
         heads, befores = opened[: len(self._users)], opened[len(self._users) :]
         self._records, self._first, self._page_keys = [], [], []
         for b, (user, value) in enumerate(zip(self._users, heads, strict=True)):
-            head, pages = (None, np.empty(0, np.int64)) if value is None else codec.unpack_head(value)
-            before = None
+            of_user = UserRecords(user, (), none)
+            pages = none.key
+            if value is not None:
+                earlier, latest = codec.dense.unpack(value)
+                of_user.heads, pages = (earlier, latest.head), codec.unpack_pages(value)
             if befores:
-                if ((body := befores[b]) is None) != (head is None):
+                if ((body := befores[b]) is None) != (value is None):
                     raise codec.lost(user)
-                before = None if body is None else codec.unpack_before(user, body, value or b"")
-            self._records.append(UserRecords(user, head, none, before))
+                of_user.before = None if body is None else codec.unpack_before(user, body, value or b"")
+            self._records.append(of_user)
             self._first.append(pages_of(pages, self._wanted[b]))
             self._page_keys += codec.keys.pages(user, self._first[b])
         return self._page_keys
@@ -161,14 +166,16 @@ def state_of(codec: RecordCodec, records: Sequence[UserRecords], as_of: np.ndarr
     """The records' states, float32, at these times [B]."""
     layout = codec.layout
     weight = np.zeros((len(records), layout.num_heads, layout.feature_dim))
-    mean = np.zeros((*weight.shape, layout.head_dim))
+    total = np.zeros((*weight.shape, layout.head_dim))
     count = np.zeros(len(records), np.int64)
     for b, of_user in enumerate(records):
-        if of_user.head is not None and of_user.head.count:
-            sums = of_user.head.sums
-            weight[b], mean[b] = sums.at(int(as_of[b]), codec.decay), sums.mean
-            count[b] = of_user.head.count
-    dense = (_tensor(mean * weight[..., None]), _tensor(weight), torch.from_numpy(count))
+        for head in of_user.heads:
+            if head.count:
+                of_head = head.sums.at(int(as_of[b]), codec.decay)
+                weight[b] += of_head
+                total[b] += head.sums.mean * of_head[..., None]
+                count[b] += head.count
+    dense = (_tensor(total), _tensor(weight), torch.from_numpy(count))
     if not layout.identity_key_range:
         return UserState(*dense)
     lengths = [len(of_user.rows) for of_user in records]

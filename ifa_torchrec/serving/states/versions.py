@@ -15,7 +15,7 @@ from ifa_torchrec.serving.errors import BUILD_COMMAND, DROP_COMMAND, StateError,
 from ifa_torchrec.serving.states.key_value import KeyValueStore
 from ifa_torchrec.serving.states.layout import Keys
 
-FORMAT = "ifa-states/5"
+FORMAT = "ifa-states/6"
 
 
 def versions(key_values: KeyValueStore) -> dict[str, dict[str, Any]]:

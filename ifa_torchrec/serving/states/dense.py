@@ -1,0 +1,204 @@
+"""Dense heads of a user, and their bytes.
+
+Sums are kept as mean and weight: S = mean * z. Decay then touches the weights alone, and a mean fits
+float16 whatever the length of the history.
+
+The events of a user's last time stand beside those before it, since a request at that time must not see
+them. As a rule they are few. An event has one value in all features of a head, so that the means of a
+few are the product of two small matrices.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+
+from ifa_torchrec.data.dataset import MICROSECONDS_PER_DAY
+from ifa_torchrec.serving.states.layout import StateLayout
+from ifa_torchrec.serving.states.pages import rounded
+
+_SIZES = struct.Struct("<qqqqI")  # time and count of those before, and of the latest; rank
+_NEVER = -(2**63)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums of dense heads at a time: weight [H, F] and mean [H, F, d], float64."""
+
+    time: int
+    weight: np.ndarray
+    mean: np.ndarray
+
+    def at(self, time: int, decay: np.ndarray) -> np.ndarray:
+        """The weights at a later time."""
+        days = (time - self.time) / MICROSECONDS_PER_DAY
+        return self.weight * np.exp(-decay * days)[:, None]
+
+    def plus(self, other: Sums, decay: np.ndarray) -> Sums:
+        """The sums of both, as of the later time of the two."""
+        time = max(self.time, other.time)
+        mine, theirs = self.at(time, decay), other.at(time, decay)
+        weight = mine + theirs
+        share = np.divide(theirs, weight, out=np.zeros_like(weight), where=weight > 0)
+        return Sums(time, weight, self.mean + (other.mean - self.mean) * share[..., None])
+
+
+@dataclass(frozen=True)
+class Head:
+    """The dense heads of ``count`` events, of which the last was at the sums' time."""
+
+    sums: Sums
+    count: int
+
+    def plus(self, other: Head, decay: np.ndarray) -> Head:
+        """The head of the events of both."""
+        if not (self.count and other.count):
+            return self if self.count else other
+        return Head(self.sums.plus(other.sums, decay), self.count + other.count)
+
+
+@dataclass(frozen=True)
+class Latest:
+    """The dense heads of ``count`` events of one time, whose means are left @ right.
+
+    Args:
+        time: microseconds.
+        count: events.
+        weight: [H, F] float64.
+        left: [H, F, r] float64.
+        right: [H, r, d] float64.
+
+    Example:
+        >>> import numpy as np
+        >>> from ifa_torchrec.serving.states.dense import Latest
+        >>> event = Latest(5, 1, np.ones((1, 4)), np.ones((1, 4, 1)), np.full((1, 1, 2), 3.0))
+        >>> both = event.plus(event)
+        >>> both.count, both.left.shape, both.head.sums.mean[0, 0].tolist()
+        (2, (1, 4, 2), [3.0, 3.0])
+    """
+
+    time: int
+    count: int
+    weight: np.ndarray
+    left: np.ndarray
+    right: np.ndarray
+
+    @staticmethod
+    def of(head: Head) -> Latest:
+        """The same of a head whose events are all of its time."""
+        sums, count = head.sums, head.count
+        if count > _most_pairs(sums.mean.shape):
+            whole = np.broadcast_to(
+                np.eye(sums.mean.shape[-1]), (len(sums.mean), *sums.mean.shape[-1:] * 2)
+            )
+            return Latest(sums.time, count, sums.weight, sums.mean, whole)
+        # they are of no higher rank than there are events
+        basis = np.linalg.eigh(sums.mean.transpose(0, 2, 1) @ sums.mean)[1][..., -count:]
+        return Latest(sums.time, count, sums.weight, sums.mean @ basis, basis.transpose(0, 2, 1))
+
+    @property
+    def head(self) -> Head:
+        """The same with its means one by one."""
+        return Head(Sums(self.time, self.weight, self.left @ self.right), self.count)
+
+    def plus(self, other: Latest) -> Latest:
+        """The events of both, which are of one time."""
+        if not (self.count and other.count):
+            return self if self.count else other
+        weight = self.weight + other.weight
+        share = np.divide(other.weight, weight, out=np.zeros_like(weight), where=weight > 0)[..., None]
+        left = np.concatenate([self.left * (1 - share), other.left * share], axis=2)
+        right = np.concatenate([self.right, other.right], axis=1)
+        return Latest(self.time, self.count + other.count, weight, left, right)
+
+
+class DenseCodec:
+    """The dense heads of a user as bytes: those of the last time, and those before.
+
+    Args:
+        layout: of the version.
+
+    Example:
+        >>> import numpy as np
+        >>> from ifa_torchrec.serving import StateLayout
+        >>> from ifa_torchrec.serving.states.dense import DenseCodec, Latest
+        >>> codec = DenseCodec(StateLayout(1, 4, 2, 0, (0.0,), ()))
+        >>> latest = Latest(5, 1, np.ones((1, 4)), np.ones((1, 4, 1)), np.full((1, 1, 2), 3.0))
+        >>> body = codec.pack(codec.no_head, latest)
+        >>> before, found = codec.unpack(body)
+        >>> before.count, found.time, found.right.tolist(), len(body) == codec.size(body)
+        (0, 5, [[[3.0, 3.0]]], True)
+    """
+
+    def __init__(self, layout: StateLayout) -> None:
+        self._dtype = np.dtype(layout.dtype)
+        self._weights = (layout.num_heads, layout.feature_dim)
+        self._means = (*self._weights, layout.head_dim)
+        weight, mean = np.zeros(self._weights), np.zeros(self._means)
+        self.no_head = Head(Sums(0, weight, mean), 0)
+        self.no_latest = Latest(_NEVER, 0, weight, mean[..., :0], mean[:, :0])
+
+    def pack(self, before: Head, latest: Latest, seed: np.random.Generator | None = None) -> bytes:
+        """Both as bytes.
+
+        Args:
+            before: of the events before the last time, if any.
+            latest: of those of the last time.
+            seed: round to 16 bits at random, without bias; else to the nearest.
+
+        Raises:
+            StateError: a mean is beyond float16.
+        """
+        rank = latest.left.shape[2]
+        if rank > _most_pairs(self._means):
+            rank, means = 0, [latest.left @ latest.right]
+        else:
+            means = [latest.left, latest.right]
+        sizes = _SIZES.pack(before.sums.time, before.count, latest.time, latest.count, rank)
+        parts = [before.sums.weight.astype(np.float32)] if before.count else []
+        parts += [rounded(before.sums.mean, self._dtype, seed)] if before.count else []
+        parts += [latest.weight.astype(np.float32)]
+        parts += [rounded(mean, self._dtype, seed) for mean in means]
+        return sizes + b"".join([part.tobytes() for part in parts])
+
+    def unpack(self, body: bytes) -> tuple[Head, Latest]:
+        """What ``pack`` was given; more may follow it in the body."""
+        time, count, last, of_last, rank = _SIZES.unpack_from(body)
+        place = _SIZES.size
+
+        def numbers(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+            nonlocal place
+            found = np.frombuffer(body, dtype, math.prod(shape), place)
+            place += found.nbytes
+            return found.reshape(shape).astype(np.float64)
+
+        weight_type = np.dtype(np.float32)
+        before = self.no_head
+        if count:
+            weight = numbers(self._weights, weight_type)
+            before = Head(Sums(time, weight, numbers(self._means, self._dtype)), count)
+        weight = numbers(self._weights, weight_type)
+        heads, features, width = self._means
+        if not rank:
+            whole = Head(Sums(last, weight, numbers(self._means, self._dtype)), of_last)
+            return before, Latest.of(whole)
+        left = numbers((heads, features, rank), self._dtype)
+        return before, Latest(last, of_last, weight, left, numbers((heads, rank, width), self._dtype))
+
+    def size(self, body: bytes) -> int:
+        """How many of a body's bytes ``pack`` made."""
+        _, count, _, _, rank = _SIZES.unpack_from(body)
+        heads, features, width = self._means
+        whole = heads * features * width
+        of_last = heads * rank * (features + width) if rank else whole
+        weights = 4 * heads * features * (1 + (count > 0))
+        return _SIZES.size + weights + (whole * (count > 0) + of_last) * self._dtype.itemsize
+
+
+def _most_pairs(shape: tuple[int, ...]) -> int:
+    """The highest rank whose two matrices are smaller than their product, heads by features by width."""
+    _, features, width = shape
+    return (features * width - 1) // (features + width)
