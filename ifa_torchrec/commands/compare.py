@@ -9,6 +9,7 @@ Prints a row a run: its steps, its last training loss, and what its best checkpo
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -117,7 +118,7 @@ def _losses(run: Path) -> pd.Series:
         points = pd.Series({p.step: p.value for p in curves.Scalars(_LOSS)})
     except KeyError as error:
         raise ConfigError(f"{run} holds no training that has made ten steps; name its --out") from error
-    return points.rolling(_SMOOTH, min_periods=1).mean()
+    return pd.Series(points.rolling(_SMOOTH, min_periods=1).mean())
 
 
 def _draw(
@@ -149,7 +150,7 @@ def _draw(
 
 def main(config: Annotated[CompareConfig, tyro.conf.arg(name="")]) -> None:
     """The command; its help is the top of this file."""
-    whole = {"best step": "{:.0f}".format}
+    whole: dict[str | int, Callable[..., str]] = {"best step": "{:.0f}".format}
     print(compare(config).to_string(float_format="{:.4f}".format, formatters=whole, na_rep="-"))
 
 
