@@ -60,7 +60,7 @@ class BuildStatesConfig:
     until: datetime | None = None
     """Only events before this time (UTC); by default all."""
     dtype: Literal["float32", "float16"] = "float32"
-    """How states are stored; float16 takes half the bytes (docs/serving.md has the error)."""
+    """How states are stored; float16 halves their dense heads (docs/serving.md has the error)."""
     max_events: int = 65536
     """Budget of history events a batch and rank."""
     max_requests: int = 128

@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,31 +24,21 @@ from ifa_torchrec.serving.live import Limits, Metrics
 from ifa_torchrec.serving.service.workers import Workers, shared_sockets
 
 
-class Service:
-    """Two processes that serve a stub, begun by a process of their own; what is loaded is read from a
-    file."""
+class Stubs:
+    """What the processes do: they rank by a stub, whose weights are read from a file."""
 
-    def __init__(self, folder: Path, weights: str = "first") -> None:
-        self.folder, self.weights = folder, folder / "weights"
-        self.weights.write_text(weights)
-        (folder / "metrics").mkdir()
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def run(self) -> None:
         sockets = shared_sockets("127.0.0.1", 0, 2)
-        self.port = sockets[0][0].getsockname()[1]
-        self.pid = os.fork()
-        if self.pid == 0:
-            code = 1
-            try:
-                Workers(self.load, self.work, self.afterwards, sockets, folder / "metrics").run()
-                code = 0
-            except UserError as error:
-                (folder / "error").write_text(str(error))
-            finally:
-                os._exit(code)
-        for mine in sockets:
-            mine[0].close()
+        draft = self.folder / "draft"
+        draft.write_text(str(sockets[0][0].getsockname()[1]))
+        draft.rename(self.folder / "port")
+        Workers(self.load, self.work, self.afterwards, sockets, self.folder / "metrics").run()
 
     def load(self) -> str:
-        return self.weights.read_text()
+        return (self.folder / "weights").read_text()
 
     def work(self, loaded: str, sockets: list[socket.socket], ready: Callable[[], object]) -> None:
         if loaded == "bad":
@@ -59,6 +51,25 @@ class Service:
 
     def afterwards(self, loaded: str) -> None:
         (self.folder / "afterwards").write_text(loaded)
+
+
+class Service:
+    """Two processes that serve, begun by one of their own: a test's process has threads, and may not
+    fork."""
+
+    def __init__(self, folder: Path, weights: str = "first") -> None:
+        self.folder, self.weights = folder, folder / "weights"
+        self.weights.write_text(weights)
+        (folder / "metrics").mkdir()
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, str(folder)],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        self.pid = self.process.pid
+
+    @property
+    def port(self) -> int:
+        return int((self.folder / "port").read_text())
 
     def ask(self, method: str, path: str, body: Any = None, token: bool = True) -> tuple[int, bytes]:
         """Over a connection of its own."""
@@ -85,8 +96,7 @@ class Service:
 
     def ended(self) -> int | None:
         """The exit code, once it ended."""
-        pid, status = os.waitpid(self.pid, os.WNOHANG)
-        return os.waitstatus_to_exitcode(status) if pid else None
+        return self.process.poll()
 
 
 @contextmanager
@@ -96,9 +106,8 @@ def running(folder: Path) -> Iterator[Service]:
         until(lambda: len(service.versions()) == 2)
         yield service
     finally:
-        with suppress(ProcessLookupError, ChildProcessError):
-            os.kill(service.pid, signal.SIGKILL)
-            os.waitpid(service.pid, 0)
+        service.process.kill()
+        service.process.wait()
 
 
 def alive(pid: int) -> bool:
@@ -115,6 +124,7 @@ def until(condition: Callable[[], Any], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_one_that_dies_is_replaced_and_what_they_count_is_added_up(tmp_path):
     with running(tmp_path) as service:
         for _ in range(10):
@@ -139,6 +149,7 @@ def test_one_that_dies_is_replaced_and_what_they_count_is_added_up(tmp_path):
         assert not any(map(alive, workers))
 
 
+@pytest.mark.slow
 def test_new_weights_replace_one_after_the_other_and_bad_ones_none(tmp_path):
     with running(tmp_path) as service:
         service.weights.write_text("bad")
@@ -153,14 +164,16 @@ def test_new_weights_replace_one_after_the_other_and_bad_ones_none(tmp_path):
         assert (tmp_path / "afterwards").read_text() == "second"
 
 
+@pytest.mark.slow
 def test_they_end_with_who_began_them(tmp_path):
     with running(tmp_path) as service:
         workers = service.workers()
-        os.kill(service.pid, signal.SIGKILL)
-        os.waitpid(service.pid, 0)
+        service.process.kill()
+        service.process.wait()
         until(lambda: not any(map(alive, workers)))
 
 
+@pytest.mark.slow
 def test_one_that_does_not_come_up_ends_all(tmp_path):
     service = Service(tmp_path, "bad")
     codes: list[int | None] = []
@@ -184,3 +197,12 @@ def test_limits_are_shared_among_the_processes():
     assert (each.max_connections, each.max_waiting, each.timeout) == (100, 64, Limits().timeout)
     with pytest.raises(ConfigError, match="--workers must be at least 1, got 0"):
         ServeConfig(Path("run"), "store", workers=0)
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    try:
+        Stubs(place).run()
+    except UserError as error:
+        (place / "error").write_text(str(error))
+        raise SystemExit(1) from error
