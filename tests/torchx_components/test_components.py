@@ -140,7 +140,7 @@ def test_serve_is_one_process_that_others_can_reach():
     assert tyro.cli(ServeConfig, args=role.args[3:]) == ServeConfig(
         Path("/shared/run"),
         "redis://states:6379/0",
-        data=Path("/other"),
+        data="/other",
         host="0.0.0.0",
         port=8080,
         token_file=Path("/secret"),
