@@ -383,7 +383,12 @@ RESUMES = {
 
 def cases(of_world: dict[int, list], only=lambda case: True) -> pytest.MarkDecorator:
     parameters = [
-        pytest.param(world, number, id=f"{world}-" + "-".join(map(str, case)))
+        pytest.param(
+            world,
+            number,
+            id=f"{world}-" + "-".join(map(str, case)),
+            marks=pytest.mark.slow if world > 2 else (),
+        )
         for world, ofs in of_world.items()
         for number, case in enumerate(ofs)
         if only((world, *case))
@@ -524,6 +529,7 @@ class TestWhatIsWritten:
                 assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "progress.json"} <= sums.keys()
 
 
+@pytest.mark.slow
 class TestKilled:
     """By SIGKILL, in a run that was started with --resume and is restarted by the same line."""
 

@@ -23,6 +23,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *options: object) -> None:
     compare.main()
 
 
+@pytest.mark.slow
 def test_both_models_learn(monkeypatch, capsys, tmp_path: Path) -> None:
     run(monkeypatch, "--out", tmp_path, "--rows", 42_000)
     printed = capsys.readouterr().out

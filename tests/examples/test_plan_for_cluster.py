@@ -36,6 +36,7 @@ def test_the_formulae_give_what_ranks_send(sharding: str, tolerance: float, worl
     assert everything["collectives"] * 0.98 < everything["sockets"] < everything["collectives"] * 1.1
 
 
+@pytest.mark.slow
 def test_every_table_is_planned_and_fits() -> None:
     options = plan.Options()
     found, cluster = plan.plan(options)

@@ -453,6 +453,7 @@ by_state_or_not = pytest.mark.parametrize("by_state", [False, True], ids=["forwa
 either_readout = pytest.mark.parametrize("readout", ["linear", "softmax"])
 
 
+@pytest.mark.slow
 @by_state_or_not
 @either_readout
 def test_compiles_into_one_graph_for_any_size(by_state, readout):

@@ -130,7 +130,7 @@ def test_match_tells_requests_and_buckets_apart(bucket):
 
 SIZES = [
     pytest.param((80, 2, 40), "hedgehog", id="several groups of heads"),
-    pytest.param((300, 3, 20), "elu", id="several tiles of D, and groups"),
+    pytest.param((300, 3, 20), "elu", id="several tiles of D, and groups", marks=pytest.mark.slow),
     pytest.param((7, 3, 5), "hedgehog", id="nothing a power of two"),
     pytest.param((16, 1, 64), "relu", id="the widest head"),
 ]

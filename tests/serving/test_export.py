@@ -119,6 +119,7 @@ def test_program(run: Run, int8: bool, tmp_path: Path) -> None:
     assert_of_aten_alone(program)
 
 
+@pytest.mark.slow
 def test_program_of_float16_tables(log: EventLog, tmp_path: Path) -> None:
     options = {"max_requests": 8, "validate": False, "table_dtype": "fp16"}
     train(TrainConfig(data=log.path, out=tmp_path / "run", ifa=IFA, **options))

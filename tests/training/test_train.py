@@ -140,7 +140,13 @@ def train_stopped(config: TrainConfig, monkeypatch, step: int) -> None:
 
 
 class TestTrain:
-    @pytest.mark.parametrize("interaction", INTERACTIONS)
+    @pytest.mark.parametrize(
+        "interaction",
+        [
+            pytest.param(name, marks=() if name in ("none", "softmax", "ifa") else pytest.mark.slow)
+            for name in INTERACTIONS
+        ],
+    )
     def test_learns_what_can_be_learnt(self, config: TrainConfig, toy: Toy, interaction: str) -> None:
         """Which category is clicked; no more is to be learnt."""
         clicked = np.concatenate(list(toy.requests["train"]["label"])).mean()
@@ -583,6 +589,7 @@ class TestKeepBest:
         ).read_text()
         assert_same_weights(config.out, whole.out)
 
+    @pytest.mark.slow
     def test_on_two_ranks(self, config: TrainConfig) -> None:
         """They find the same, and whoever reads the run takes it."""
         config = dataclasses.replace(config, validate_every=2, keep_best="ne", epochs=1, max_requests=4)
