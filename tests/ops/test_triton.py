@@ -429,4 +429,8 @@ def test_every_kernel_compiles_and_fits_a_gpu(capability, wide, tmp_path):
         if kernel["kernel"].startswith(("encode", "attend", "wide")):
             assert kernel["tensor_cores"] > 0, kernel
         assert kernel["shared"] <= gpu_kernels.SHARED_MEMORY[capability], kernel
-    assert not [x for x in kernels if x["local"] > MOST_SPILLED]
+    # attend_softmax has no tiles of a head's features: of heads above 64 it spills (docs/howto/gpus.md)
+    spilled = [x for x in kernels if x["local"] > MOST_SPILLED]
+    if wide is None:
+        assert not spilled
+    assert all(x["kernel"].startswith("attend_softmax") and x["local"] <= 1200 for x in spilled)

@@ -912,7 +912,8 @@ class TestEvaluate:
         self, config: TrainConfig, tmp_path: Path
     ) -> None:
         out = tmp_path / "run"
-        train(dataclasses.replace(config, out=out, candidate_set=CandidateSetConfig(generate=True)))
+        of_sets = CandidateSetConfig("softmax", generate=True)
+        train(dataclasses.replace(config, out=out, candidate_set=of_sets))
         asked = EvaluateConfig(out, by=("store",), set_size=3)
         one, *two = (flattened(of) for of in (evaluate(asked), *run_ranks(evaluate, 2, asked)))
         for of_rank in (one, *two):
