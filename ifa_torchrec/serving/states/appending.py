@@ -10,7 +10,7 @@ from ifa_torchrec.data.dataset import MICROSECONDS_PER_DAY
 from ifa_torchrec.modules import UserState
 from ifa_torchrec.serving.states.dense import Head, Latest, Sums
 from ifa_torchrec.serving.states.journal import Event, Journal
-from ifa_torchrec.serving.states.pages import Rows, page_parts, pages_of
+from ifa_torchrec.serving.states.pages import Rows, page_parts, pages_of, quotient
 from ifa_torchrec.serving.states.records import Before, RecordCodec, weight_and_mean
 from ifa_torchrec.serving.states.shared import tombstone_key, unpack_number
 
@@ -118,8 +118,7 @@ class EventSums:
         factor = np.exp(-days[:, None] * self._codec.decay)  # [e, H]
         weights = (factor[..., None] * self._weight[events]).transpose(1, 2, 0)  # [H, F, e]
         weight, total = weights.sum(-1), weights @ self._value[events].transpose(1, 0, 2)
-        mean = np.divide(total, weight[..., None], out=np.zeros_like(total), where=weight[..., None] > 0)
-        return Head(Sums(time, weight, mean), len(events))
+        return Head(Sums(time, weight, quotient(total, weight[..., None])), len(events))
 
     def latest(self, events: np.ndarray) -> Latest:
         """The dense heads of some events, which are of one time."""
@@ -127,7 +126,7 @@ class EventSums:
             return self._codec.dense.no_latest
         each = self._weight[events].transpose(1, 2, 0)  # [H, F, e]
         weight = each.sum(-1)
-        share = np.divide(each, weight[..., None], out=np.zeros_like(each), where=weight[..., None] > 0)
+        share = quotient(each, weight[..., None])
         time, value = int(self.times[events[0]]), self._value[events].transpose(1, 0, 2)
         return Latest(time, len(events), weight, share, value)
 

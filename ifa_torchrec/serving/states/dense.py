@@ -18,7 +18,7 @@ import numpy as np
 
 from ifa_torchrec.data.dataset import MICROSECONDS_PER_DAY
 from ifa_torchrec.serving.states.layout import StateLayout
-from ifa_torchrec.serving.states.pages import rounded
+from ifa_torchrec.serving.states.pages import quotient, rounded, together
 
 _SIZES = struct.Struct("<qqqqI")  # time and count of those before, and of the latest; rank
 _NEVER = -(2**63)
@@ -41,9 +41,7 @@ class Sums:
         """The sums of both, as of the later time of the two."""
         time = max(self.time, other.time)
         mine, theirs = self.at(time, decay), other.at(time, decay)
-        weight = mine + theirs
-        share = np.divide(theirs, weight, out=np.zeros_like(weight), where=weight > 0)
-        return Sums(time, weight, self.mean + (other.mean - self.mean) * share[..., None])
+        return Sums(time, *together(mine, self.mean, theirs, other.mean))
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ class Latest:
         if not (self.count and other.count):
             return self if self.count else other
         weight = self.weight + other.weight
-        share = np.divide(other.weight, weight, out=np.zeros_like(weight), where=weight > 0)[..., None]
+        share = quotient(other.weight, weight)[..., None]
         left = np.concatenate([self.left * (1 - share), other.left * share], axis=2)
         right = np.concatenate([self.right, other.right], axis=1)
         return Latest(self.time, self.count + other.count, weight, left, right)

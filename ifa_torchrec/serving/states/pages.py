@@ -87,8 +87,7 @@ class Rows:
         )
         np.add.at(total, place, weight)
         np.add.at(summed, place, weight[..., None] * self.mean)
-        mean = np.divide(summed, total[..., None], out=np.zeros_like(summed), where=total[..., None] > 0)
-        return Rows(key, time, total, mean)
+        return Rows(key, time, total, quotient(summed, total[..., None]))
 
     def plus(self, other: Rows, decay: np.ndarray) -> Rows:
         """The rows of both, of which each has its keys ascending and once; ``other`` is the shorter."""
@@ -116,9 +115,7 @@ class Rows:
         """Of rows of the same keys, the sum of each two."""
         time = np.maximum(self.time, other.time)
         mine, theirs = self.at(time, decay), other.at(time, decay)
-        weight = mine + theirs
-        share = np.divide(theirs, weight, out=np.zeros_like(weight), where=weight > 0)
-        return Rows(self.key, time, weight, self.mean + (other.mean - self.mean) * share[..., None])
+        return Rows(self.key, time, *together(mine, self.mean, theirs, other.mean))
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Of rows by ascending key, the place of each key's row [m]; n where there is none."""
@@ -259,6 +256,19 @@ class RowCodec:
         dropped = np.uint32(1 << _DROPPED_BITS)
         up: Any = dropped >> 1 if seed is None else seed.integers(0, dropped, bits.shape, np.uint32)
         return ((bits + up) & ~(dropped - np.uint32(1))).view(np.float32)
+
+
+def quotient(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """part / whole, 0 where whole is 0; of the part's shape, to which the whole is broadcast."""
+    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
+
+
+def together(
+    weight: np.ndarray, mean: np.ndarray, other_weight: np.ndarray, other_mean: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weight [*] and mean [*, d] of two things that have some, as of one time."""
+    total = weight + other_weight
+    return total, mean + (other_mean - mean) * quotient(other_weight, total)[..., None]
 
 
 def rounded(mean: np.ndarray, dtype: np.dtype[Any], seed: np.random.Generator | None) -> np.ndarray:

@@ -19,7 +19,7 @@ import torch
 from ifa_torchrec.serving.errors import BUILD_COMMAND, DROP_COMMAND, StoreError
 from ifa_torchrec.serving.states.dense import DenseCodec, Head, Latest
 from ifa_torchrec.serving.states.layout import BLOCK, Keys, StateLayout, user_of
-from ifa_torchrec.serving.states.pages import RowCodec, Rows
+from ifa_torchrec.serving.states.pages import RowCodec, Rows, quotient
 
 _BEFORE = struct.Struct("<II")  # CRC of the record s, absent keys
 _CHECKSUM = struct.Struct("<I")
@@ -48,8 +48,7 @@ def weight_and_mean(sums: torch.Tensor, totals: torch.Tensor) -> tuple[np.ndarra
         totals: S, [*, F, d].
     """
     weight, total = sums.detach().double().numpy(), totals.detach().double().numpy()
-    weighed = weight[..., None] > 0
-    return weight, np.divide(total, weight[..., None], out=np.zeros_like(total), where=weighed)
+    return weight, quotient(total, weight[..., None])
 
 
 class RecordCodec:
