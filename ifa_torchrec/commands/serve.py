@@ -6,7 +6,8 @@
 
 The store is one that ifa_torchrec.build_states filled from the same run. /docs describes the calls.
 SIGHUP loads the run anew while the old weights serve; where --run is a link, it may by then lead to
-another run, whose states were built into the same store. SIGTERM finishes what was taken. Without a
+another run, whose states were built into the same store. In place of a run, a bundle (ifa export
+--bundle) needs no log where it serves. SIGTERM finishes what was taken. Without a
 bearer token (--token-file) it listens on loopback only. docs/howto/serve.md says who may ask for what.
 """
 
@@ -53,6 +54,7 @@ from ifa_torchrec.serving.live import Limits, LiveScorer, Metrics
 from ifa_torchrec.serving.service import create_app
 from ifa_torchrec.serving.service.connections import Connection
 from ifa_torchrec.serving.service.workers import Workers, shared_sockets
+from ifa_torchrec.training.bundle import Bundle, is_bundle, read_bundle
 from ifa_torchrec.training.run import Run, load_run
 
 _log = logging.getLogger(__name__)
@@ -64,13 +66,15 @@ _BACKLOG = 64
 class ServeConfig:
     """Options of ``ifa serve``."""
 
-    run: Path
-    """Folder of a training run (its --out), or a link to one."""
+    run: Annotated[Path, tyro.conf.arg(aliases=("--bundle",))]
+    """Folder of a training run (its --out), or of a bundle of one (``ifa export --bundle``), which wants
+    no log; or a link to either."""
     store: str = field(repr=False)
     """Where its states are: a folder, or redis://HOST:PORT/NUMBER, with its password in the variable
     IFA_REDIS_PASSWORD."""
     data: str | Path | None = None
-    """Event log, a folder or a URI; by default the one the run was trained on."""
+    """Event log, a folder or a URI; by default the one the run was trained on. A bundle has what is
+    wanted of it."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all of them."""
     port: int = 8000
@@ -109,7 +113,7 @@ def serve(config: ServeConfig) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Raises:
-        CheckpointError, LogError: the run or its log is not there.
+        CheckpointError, LogError, BundleError: the run, its log or the bundle is not there, or damaged.
         StateError: the store cannot be opened, or has no states of the run's weights.
         ConfigError: the token is empty, or there is none and the address is not loopback; there are too
             few file handles for all connections; or the port is taken.
@@ -138,9 +142,9 @@ def serve(config: ServeConfig) -> None:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A run, without its states."""
+    """A run or a bundle of one, without its states."""
 
-    run: Run
+    run: Run | Bundle
     model: DLRM_IFA
     compiled: CompiledDense | None
 
@@ -152,7 +156,12 @@ class _Loaded:
 def _load(config: ServeConfig) -> _Loaded:
     # a link is followed once, lest half of the files are another run's
     folder = config.run.resolve()
-    run = load_run(folder, config.data, sharded=False)
+    if not is_bundle(folder):
+        run = load_run(folder, config.data, sharded=False)
+    elif config.data is None:
+        run = read_bundle(folder)
+    else:
+        raise ConfigError(f"--data: {config.run} is a bundle, which has what is wanted of its log")
     model = quantize_tables(run.dlrm) if config.int8 else run.dlrm
     compiled = None
     if config.compiled:

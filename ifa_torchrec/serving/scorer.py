@@ -11,7 +11,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec.batch import RankingFeatures
-from ifa_torchrec.data import EventLog
+from ifa_torchrec.data.log_items import LogItems
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.modules import UserState, generate_set, ranking_score
 from ifa_torchrec.serving.catalogue import Asked, Catalogue
@@ -42,7 +42,7 @@ class Scorer:
 
     Args:
         model: DLRM_IFA of interaction "ifa", its tables on this process.
-        log: the event log, for its schema, its items and its vocabulary.
+        log: for its schema, its items and its vocabulary: an EventLog, or what a bundle has of one.
         store: the states that this model's weights made, of a log of this vocabulary.
         strict: refuse a request that can only be ranked as of a later time.
         compiled: the model's dense part compiled, which then computes the logits but those of sets that
@@ -86,7 +86,7 @@ class Scorer:
     def __init__(
         self,
         model: DLRM_IFA,
-        log: EventLog,
+        log: LogItems,
         store: StateStore,
         strict: bool = False,
         compiled: CompiledDense | None = None,

@@ -37,6 +37,7 @@ from toy import BUSY_USER, NEW_USER, NUM_EVENTS, ONE_EVENT_USER, make_toy
 
 from ifa_torchrec import IFAConfig
 from ifa_torchrec.commands.build_states import BuildStatesConfig, build_states
+from ifa_torchrec.commands.export import ExportConfig, export
 from ifa_torchrec.commands.serve import ServeConfig, serve
 from ifa_torchrec.models.archs import Candidates
 from ifa_torchrec.serving import (
@@ -757,6 +758,10 @@ def free_port() -> int:
 def test_a_service_takes_new_weights_on_sighup_and_loses_no_event(workers, folders, models, tmp_path):
     states, link, token = tmp_path / "states", tmp_path / "run", tmp_path / "token"
     shutil.copytree(folders.store, states)
+    second = folders.runs[1]
+    if workers > 1:  # they take it from a bundle
+        second = tmp_path / "bundle"
+        export(ExportConfig(folders.runs[1], bundle=second))
     link.symlink_to(folders.runs[0])
     token.write_text("secret\n")
     port = free_port()
@@ -804,7 +809,7 @@ def test_a_service_takes_new_weights_on_sighup_and_loses_no_event(workers, folde
         until(lambda: ready() == 200 or process.poll() is not None, 180)
         poster.start()
         link.unlink()
-        link.symlink_to(folders.runs[1])
+        link.symlink_to(second)
         process.send_signal(signal.SIGHUP)
         until(lambda: ready() == 200 and models[1].version in seen, 120)
         count = len(answered)
