@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
+from ifa_torchrec.commands.histories import BuildFromLog
 from ifa_torchrec.errors import ConfigError, require
 
 require("serve", "uvicorn")
@@ -54,6 +55,7 @@ from ifa_torchrec.serving.live import Limits, LiveScorer, Metrics
 from ifa_torchrec.serving.service import create_app
 from ifa_torchrec.serving.service.connections import Connection
 from ifa_torchrec.serving.service.workers import Workers, shared_sockets
+from ifa_torchrec.serving.states.lazy import LazyStateStore
 from ifa_torchrec.training.bundle import Bundle, is_bundle, read_bundle
 from ifa_torchrec.training.run import Run, load_run
 
@@ -93,6 +95,9 @@ class ServeConfig:
     workers: int = 1
     """Processes that share the port and the memory of the weights. Each ranks with its part of the
     threads that one would have."""
+    lazy: bool = False
+    """Serve while ``ifa build-states`` still builds the states, or was stopped: who has none yet and is
+    asked for, or has an event, is built from the log then. Wants the log."""
     strict: bool = False
     """Refuse (409) a request that is too far before the user's last event to be ranked as of its time;
     else it is ranked as of a later time, which the response says."""
@@ -147,9 +152,15 @@ class _Loaded:
     run: Run | Bundle
     model: DLRM_IFA
     compiled: CompiledDense | None
+    build: BuildFromLog | None
 
     def scorer(self, config: ServeConfig, key_values: KeyValueStore) -> Scorer:
-        states = StateStore(key_values, self.run.version)
+        if self.build is None:
+            states = StateStore(key_values, self.run.version)
+        else:
+            within = config.limits.timeout / 2  # the other half is for ranking
+            states = LazyStateStore(key_values, self.run.version, self.build, within)
+            self.build.check(states)
         return Scorer(self.model, self.run.log, states, config.strict, self.compiled)
 
 
@@ -166,7 +177,14 @@ def _load(config: ServeConfig) -> _Loaded:
     compiled = None
     if config.compiled:
         compiled = CompiledDense(model, run.log.schema, run.log.items, folder / FILE)
-    return _Loaded(run, model, compiled)
+    build = None
+    if config.lazy:
+        if isinstance(run, Bundle):
+            raise ConfigError(
+                f"--lazy: {config.run} is a bundle, and has no events to build states from; give the run"
+            )
+        build = BuildFromLog(run.dlrm, run.log)
+    return _Loaded(run, model, compiled, build)
 
 
 def _serve_together(config: ServeConfig, token: str | None) -> None:
