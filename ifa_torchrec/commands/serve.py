@@ -41,6 +41,7 @@ require("serve", "uvicorn")
 
 # ruff: noqa: E402 (what is not installed is named before an import fails on it)
 import uvicorn
+from uvicorn.config import LOGGING_CONFIG
 
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.serving import (
@@ -54,6 +55,7 @@ from ifa_torchrec.serving.compiled import FILE, CompiledDense
 from ifa_torchrec.serving.live import Limits, LiveScorer, Metrics
 from ifa_torchrec.serving.service import create_app
 from ifa_torchrec.serving.service.connections import Connection
+from ifa_torchrec.serving.service.logs import LogFormat, log_as
 from ifa_torchrec.serving.service.workers import Workers, shared_sockets
 from ifa_torchrec.serving.states.lazy import LazyStateStore
 from ifa_torchrec.training.bundle import Bundle, is_bundle, read_bundle
@@ -101,6 +103,8 @@ class ServeConfig:
     strict: bool = False
     """Refuse (409) a request that is too far before the user's last event to be ranked as of its time;
     else it is ranked as of a later time, which the response says."""
+    log: LogFormat = "text"
+    """How lines of the log are written, to stderr: json for what collects them."""
     drain: float = 2
     """Seconds after SIGTERM in which calls are still taken, for /readyz (503 then) to be noticed."""
     limits: Limits = field(default_factory=Limits)
@@ -233,6 +237,8 @@ class _Server(uvicorn.Server):
                 backlog=_BACKLOG,
                 timeout_keep_alive=math.ceil(min(5, config.limits.receive / 2)),
                 access_log=False,
+                # without it uvicorn's lines go where all others go
+                log_config=None if config.log == "json" else LOGGING_CONFIG,
                 proxy_headers=False,  # nothing here asks who called
                 # for clients that stop in the middle of a body; no call waits longer than its timeout
                 timeout_graceful_shutdown=math.ceil(config.limits.timeout) + 5,
@@ -303,7 +309,7 @@ def _is_loopback(host: str) -> bool:
 
 def main(config: Annotated[ServeConfig, tyro.conf.arg(name="")]) -> None:
     """The command; its help is the top of this file."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", force=True)
+    log_as(config.log)
     serve(config)
     dist.destroy_process_group()
 
