@@ -4,6 +4,9 @@
     torchrun --nproc-per-node 2 -m ifa_torchrec build-states -- --run runs/mine \\
         --store redis://host:6379/0 --position 0
 
+    ifa build-states --run runs/mine/tuesday --store runs/states --position 9000 \\
+        --unchanged-from runs/mine/monday
+
 The store is a folder, an LMDB file that the processes of one machine share, or a Redis server. Killed,
 the same line goes on where it stopped. Other versions' states stay; ifa_torchrec.states drops them.
 """
@@ -37,7 +40,7 @@ from ifa_torchrec.serving import (
 )
 from ifa_torchrec.serving.times import utc
 from ifa_torchrec.training.progress import progress_bar
-from ifa_torchrec.training.run import Run, load_run
+from ifa_torchrec.training.run import Run, load_run, version_of
 
 Answer = TypeVar("Answer")
 
@@ -61,6 +64,9 @@ class BuildStatesConfig:
     """Only events before this time (UTC); by default all."""
     dtype: Literal["float32", "float16"] = "float32"
     """How states are stored; float16 halves their dense heads (docs/serving.md has the error)."""
+    unchanged_from: Path | None = None
+    """A run, of which the store has states: users who have had no event since its log keep those, which
+    its weights made, rather than that all are encoded by the new ones."""
     max_events: int = 65536
     """Budget of history events a batch and rank."""
     max_requests: int = 128
@@ -73,7 +79,8 @@ def build_states(config: BuildStatesConfig) -> dict[str, float | str]:
 
     Returns:
         "version" of the weights; "users" written now, by all ranks, and "users_per_second";
-        "bytes_per_user", keys included, and "events_per_user", both means over them.
+        "bytes_per_user", keys included, and "events_per_user", both means over them; "unchanged", how
+        many of them keep the states of the run before.
 
     Raises:
         ValueError: the run's interaction has no user states.
@@ -90,8 +97,9 @@ def build_states(config: BuildStatesConfig) -> dict[str, float | str]:
     forgotten = _by_parts(lambda some: forgotten_until(store.key_values, some), users)
     if any(until is not None for until in forgotten):
         histories = _histories(run.log, config.until, forgotten)
-    start = time.perf_counter()
-    written, size, events = _write(config, run, histories, store, _Users(users, forgotten))
+    start, who = time.perf_counter(), _Users(users, forgotten)
+    kept = _keep_unchanged(config, store, histories, who)
+    written, size, events = (kept + _write(config, run, histories, store, who)).tolist()
     seconds = time.perf_counter() - start
     if rank == 0:
         store.finish()
@@ -103,6 +111,7 @@ def build_states(config: BuildStatesConfig) -> dict[str, float | str]:
         "users_per_second": written / seconds,
         "bytes_per_user": size / max(written, 1),
         "events_per_user": events / max(written, 1),
+        "unchanged": int(kept[0]),
     }
 
 
@@ -159,15 +168,43 @@ def _begin(config: BuildStatesConfig, run: Run, histories: _Histories) -> StateS
     return StateStore.begin(key_values, run.version, layout, config.position, source, latest, vocabulary)
 
 
+def _left(store: StateStore, lengths: np.ndarray, who: _Users) -> np.ndarray:
+    """The users that the store has not; as all ranks see it, before anyone writes."""
+    known = np.array(_by_parts(lambda some: store.known(some).tolist(), who.ids), bool)
+    dist.barrier()
+    return np.flatnonzero(~known & (lengths > 0))
+
+
+def _keep_unchanged(
+    config: BuildStatesConfig, store: StateStore, histories: _Histories, who: _Users
+) -> torch.Tensor:
+    """Take over the states of users without a new event; how many, their bytes and events, of all
+    ranks."""
+    written = torch.zeros(3, dtype=torch.float64)
+    if config.unchanged_from is None:
+        return written
+    before = StateStore(store.key_values, version_of(config.unchanged_from))
+    lengths, times = histories.lengths, histories.last_times
+    left = _left(store, lengths, who)
+    # those that came since may have been unknown to its vocabulary
+    left = left[times[left] <= (_NEVER if before.latest is None else before.latest)]
+    mine = left[dist.get_rank() :: dist.get_world_size()]
+    for rows in np.array_split(mine, len(mine) // config.max_requests + 1):
+        events = list(zip(lengths[rows].tolist(), times[rows].tolist(), strict=True))
+        users, forgotten = [who.ids[row] for row in rows], [who.forgotten[row] for row in rows]
+        found, size = store.take_over(before, users, events, forgotten)
+        written += torch.tensor([found.sum(), size, lengths[rows][found].sum()])
+    dist.all_reduce(written)
+    return written
+
+
 def _write(
     config: BuildStatesConfig, run: Run, histories: _Histories, store: StateStore, who: _Users
-) -> tuple[float, float, float]:
+) -> torch.Tensor:
     """Encode the users that the store has not; how many, their bytes and events, of all ranks."""
     rank, world = dist.get_rank(), dist.get_world_size()
     lengths = histories.lengths
-    known = np.array(_by_parts(lambda some: store.known(some).tolist(), who.ids), bool)
-    left = np.flatnonzero(~known & (lengths > 0))
-    dist.barrier()  # before anyone writes, so that all ranks share the same users
+    left = _left(store, lengths, who)
     sampler = EventBudgetSampler(
         lengths[left], config.max_events, config.max_requests, shard=(rank, world)
     )
@@ -195,8 +232,7 @@ def _write(
                 written += torch.tensor([len(rows), size, lengths[rows].sum()])
             bar.update(done + sampler.requests_taken(step) - bar.n)
     dist.all_reduce(written)
-    users_written, size, events = written.tolist()
-    return users_written, size, events
+    return written
 
 
 def _external_users(log: EventLog) -> list[int | str]:

@@ -24,7 +24,7 @@ from ifa_torchrec.serving.errors import (
     UnknownUserError,
 )
 from ifa_torchrec.serving.states.appending import Addition
-from ifa_torchrec.serving.states.building import records_of, whole_records
+from ifa_torchrec.serving.states.building import Unchanged, whole_records, without_forgotten
 from ifa_torchrec.serving.states.journal import Event, unpack_event
 from ifa_torchrec.serving.states.key_value import Follow, KeyValueStore, no_more
 from ifa_torchrec.serving.states.layout import (
@@ -213,18 +213,44 @@ class StateStore:
             StoreError: what was begun is no longer there, or the store fails.
         """
         written = whole_records(self._codec, users, earlier, earlier_times, last, last_times)
-        left_out = [None] * len(users) if forgotten is None else forgotten
+        return self._write(written, users, forgotten)
+
+    def take_over(
+        self,
+        other: StateStore,
+        users: Sequence[int | str],
+        events: Sequence[tuple[int, int]],
+        forgotten: Sequence[int | None] | None = None,
+    ) -> tuple[np.ndarray, int]:
+        """Write states as other weights made them, of those users that they made of just these events.
+
+        Args:
+            other: states of the same layout; users, forgotten: as in ``write``.
+            events: B, how many events each has, and the last one's time in microseconds.
+
+        Returns:
+            Of which users it wrote them, [B] bool; and the bytes written, keys included.
+
+        Raises:
+            StateError, StoreError: the layouts differ; or as ``write``, of either.
+        """
+        unchanged = Unchanged(other._codec, users, events)
+        found = other._read(unchanged.keys, unchanged.pages)
+        written = unchanged.records(found, self._codec)
+        return unchanged.found, self._write(written, users, forgotten)
+
+    def _write(
+        self,
+        written: dict[bytes, bytes],
+        users: Sequence[int | str],
+        forgotten: Sequence[int | None] | None,
+    ) -> int:
         tombstones = [tombstone_key(user) for user in users]
 
         def but_forgotten(found: list[bytes | None]) -> Mapping[bytes, bytes]:
-            until = [
-                unpack_number(self.key_values.name, *of) for of in zip(tombstones, found, strict=True)
-            ]
-            looked_up = zip(users, until, left_out, strict=True)
-            gone = [user for user, now, then in looked_up if now is not None and now != then]
-            for key in [key for user in gone for key in records_of(written, user)]:
-                del written[key]
-            return written
+            name, of_users = self.key_values.name, zip(tombstones, found, strict=True)
+            until = [unpack_number(name, *of_user) for of_user in of_users]
+            return without_forgotten(written, users, until, forgotten or [None] * len(users))
 
         self._update(tombstones, but_forgotten)
         return sum(len(key) + len(value) for key, value in written.items())
