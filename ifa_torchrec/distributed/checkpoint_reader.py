@@ -16,7 +16,6 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 from ifa_torchrec.distributed.errors import CheckpointError, DamagedError
 
-
 _OF_ITSELF = "_extra_state"
 """How the name ends under which a module keeps its configuration."""
 

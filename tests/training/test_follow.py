@@ -53,27 +53,9 @@ def logs(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def config(logs: Path, tmp_path: Path) -> TrainConfig:
-    """Six batches of the first day, three of each other."""
+def config_of(logs: Path, out: Path) -> TrainConfig:
+    """Twelve batches of the first day, three of each other."""
     return TrainConfig(
-        data=logs,
-        out=tmp_path / "runs",
-        ifa=IFA,
-        over_arch_layer_sizes=(16,),
-        optimizers=OptimizerConfig(dense_lr=0.01),
-        warmup_steps=3,
-        max_requests=4,
-        max_events=10_000,
-        dropout=0.1,
-    )
-
-
-@pytest.fixture(scope="module")
-def whole(logs: Path, tmp_path_factory) -> TrainConfig:
-    """All days, trained without a stop, for tests that only read them."""
-    out = tmp_path_factory.mktemp("whole") / "runs"
-    config = TrainConfig(
         data=logs,
         out=out,
         ifa=IFA,
@@ -84,6 +66,17 @@ def whole(logs: Path, tmp_path_factory) -> TrainConfig:
         max_events=10_000,
         dropout=0.1,
     )
+
+
+@pytest.fixture
+def config(logs: Path, tmp_path: Path) -> TrainConfig:
+    return config_of(logs, tmp_path / "runs")
+
+
+@pytest.fixture(scope="module")
+def whole(logs: Path, tmp_path_factory) -> TrainConfig:
+    """All days, trained without a stop, for tests that only read them."""
+    config = config_of(logs, tmp_path_factory.mktemp("whole") / "runs")
     assert list(follow(config)) == list(DAYS)
     return config
 
@@ -214,9 +207,8 @@ def test_other_options_or_other_ids_than_before(
     whole: TrainConfig, config: TrainConfig, tmp_path: Path
 ) -> None:
     shutil.copytree(whole.out / DAYS[0], config.out / DAYS[0])
-    wide = dataclasses.replace(IFA, num_heads=4)
-    with pytest.raises(CheckpointError, match=r"ifa\.num_heads was 2, is 4"):
-        follow(dataclasses.replace(config, ifa=wide))
+    with pytest.raises(CheckpointError, match=r"over_arch_layer_sizes was \[16\], is \[8\]"):
+        follow(dataclasses.replace(config, over_arch_layer_sizes=(8,)))
     write_day(tmp_path / "days" / "2024-04-04", -1, tables_grow=False)  # fewer items than before
     with pytest.raises(LogError, match="another schema"):
         follow(dataclasses.replace(config, data=tmp_path / "days"))
