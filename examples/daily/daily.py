@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Sequence
@@ -36,10 +37,10 @@ from ifa_torchrec.training.options import TrainConfig
 SHOWN = 30
 """Products beside those bought, drawn by how often each was bought before."""
 MOST_BOUGHT = 15
-MOST_EVENTS = 1000
-"""Of a call; `ifa serve` takes no more."""
+MOST_EVENTS = 250
+"""Of a call."""
 PATIENCE = 600
-"""Seconds for the service to load weights."""
+"""Seconds for the service to load weights, or to answer a call."""
 SCHEMA = {
     "events": {
         "files": "purchases/*.parquet",  # of all days until now
@@ -185,8 +186,16 @@ class Service:
         headers["Content-Type"] = "application/json"
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, headers)
-        with urllib.request.urlopen(request) as response:
-            return response.read()
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                with urllib.request.urlopen(request) as response:
+                    return response.read()
+            except urllib.error.HTTPError as error:
+                # it had no time; what it took none the less counts once, however often it comes
+                if error.code not in (429, 503, 504) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
 
 
 class Shop:

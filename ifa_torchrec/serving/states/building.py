@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -131,7 +131,7 @@ class Unchanged:
                 f"states of weights {codec.version!r} have another layout than those of "
                 f"{to.version!r}; encode all anew"
             )
-        places = np.append(2 * count, 2 * count + np.cumsum([len(first) for first in self._pages]))
+        places = list(accumulate((len(first) for first in self._pages), initial=2 * count))
         result: dict[bytes, bytes] = {}
         for b in np.flatnonzero(self.found).tolist():
             user, first = self._users[b], self._pages[b]
