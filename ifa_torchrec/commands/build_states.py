@@ -8,7 +8,9 @@
         --unchanged-from runs/mine/monday
 
 The store is a folder, an LMDB file that the processes of one machine share, or a Redis server. Killed,
-the same line goes on where it stopped. Other versions' states stay; ifa_torchrec.states drops them.
+the same line goes on where it stopped. While it runs, `ifa serve --lazy` can rank from the same store:
+who is asked for is built then; --warm-start DAYS takes those first who are likely to be. Other versions'
+states stay; ifa states drops them.
 """
 
 from __future__ import annotations
@@ -20,17 +22,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
 
-from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset
+from ifa_torchrec.commands.histories import (
+    EVER,
+    MAX_EVENTS,
+    MAX_REQUESTS,
+    NEVER,
+    UserHistories,
+    Users,
+    histories_of,
+    write_states,
+)
+from ifa_torchrec.data import EventBudgetSampler, EventLog
 from ifa_torchrec.data.dataset import MICROSECONDS_PER_DAY
 from ifa_torchrec.data.sampler import EMPTY_REQUEST
-from ifa_torchrec.modules import UserState
+from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.serving import (
     StateError,
     StateLayout,
@@ -43,8 +55,6 @@ from ifa_torchrec.training.progress import progress_bar
 from ifa_torchrec.training.run import Run, load_run, version_of
 
 Answer = TypeVar("Answer")
-
-_NEVER = np.iinfo(np.int64).min + 1  # the least one is numpy's NaT
 
 
 @dataclass(frozen=True)
@@ -67,10 +77,16 @@ class BuildStatesConfig:
     unchanged_from: Path | None = None
     """A run, of which the store has states: users who have had no event since its log keep those, which
     its weights made, rather than that all are encoded by the new ones."""
-    max_events: int = 65536
+    warm_start: float | None = None
+    """First the users who have an event in the last so many days of the log, then the others."""
+    max_events: int = MAX_EVENTS
     """Budget of history events a batch and rank."""
-    max_requests: int = 128
+    max_requests: int = MAX_REQUESTS
     """Most users a batch and rank."""
+
+    def __post_init__(self) -> None:
+        if self.warm_start is not None and not 0 <= self.warm_start < float("inf"):
+            raise ConfigError(f"--warm-start: give days, 0 or more, not {self.warm_start}")
 
 
 @torch.no_grad()
@@ -91,13 +107,13 @@ def build_states(config: BuildStatesConfig) -> dict[str, float | str]:
     """
     run = load_run(config.run, config.data)
     rank = dist.get_rank()
-    histories = _histories(run.log, config.until)
+    histories = histories_of(run.log, run.log.users, _until(config))
     store = _begin(config, run, histories)
     users = _external_users(run.log)
     forgotten = _by_parts(lambda some: forgotten_until(store.key_values, some), users)
     if any(until is not None for until in forgotten):
-        histories = _histories(run.log, config.until, forgotten)
-    start, who = time.perf_counter(), _Users(users, forgotten)
+        histories = histories_of(run.log, run.log.users, _until(config), forgotten)
+    start, who = time.perf_counter(), Users(users, forgotten)
     kept = _keep_unchanged(config, store, histories, who)
     written, size, events = (kept + _write(config, run, histories, store, who)).tolist()
     seconds = time.perf_counter() - start
@@ -115,28 +131,6 @@ def build_states(config: BuildStatesConfig) -> dict[str, float | str]:
     }
 
 
-class _Histories(NamedTuple):
-    """Each of the log's users' events but those of the last one's time, and then these: as requests
-    without candidates, each made just after the last event in it; and the times of those events."""
-
-    earlier: RankingDataset
-    earlier_times: np.ndarray
-    last: RankingDataset
-    last_times: np.ndarray
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Events of each user."""
-        return self.earlier.history_lengths + self.last.history_lengths
-
-
-class _Users(NamedTuple):
-    """The log's users by their external ids, and until when each one's events do not count."""
-
-    ids: list[int | str]
-    forgotten: list[int | None]
-
-
 def _by_parts(
     ask: Callable[[Sequence[int | str]], Sequence[Answer]], users: Sequence[int | str]
 ) -> list[Answer]:
@@ -145,7 +139,7 @@ def _by_parts(
     return [answer for part in parts for answer in part]
 
 
-def _begin(config: BuildStatesConfig, run: Run, histories: _Histories) -> StateStore:
+def _begin(config: BuildStatesConfig, run: Run, histories: UserHistories) -> StateStore:
     """A store of the run's version, begun now or before; refused where its states would be wrong."""
     layout = StateLayout.of(run.dlrm.candidate_arch.ifa, config.dtype)
     if run.config.history_length is not None:
@@ -155,7 +149,7 @@ def _begin(config: BuildStatesConfig, run: Run, histories: _Histories) -> StateS
         )
     if "://" not in config.store and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
         raise StateError(f"{config.store}: LMDB serves one machine; on several use redis://")
-    latest = int(histories.last_times[histories.lengths > 0].max(initial=_NEVER))
+    latest = int(histories.last_times[histories.lengths > 0].max(initial=NEVER))
     if latest > time.time_ns() // 1000 + MICROSECONDS_PER_DAY:
         raise StateError(
             f"{run.log.place}: its last event is at {utc(latest)}, in the future, and what its user "
@@ -168,15 +162,18 @@ def _begin(config: BuildStatesConfig, run: Run, histories: _Histories) -> StateS
     return StateStore.begin(key_values, run.version, layout, config.position, source, latest, vocabulary)
 
 
-def _left(store: StateStore, lengths: np.ndarray, who: _Users) -> np.ndarray:
-    """The users that the store has not; as all ranks see it, before anyone writes."""
-    known = np.array(_by_parts(lambda some: store.known(some).tolist(), who.ids), bool)
-    dist.barrier()
-    return np.flatnonzero(~known & (lengths > 0))
+def _left(store: StateStore, lengths: np.ndarray, who: Users) -> np.ndarray:
+    """The users that the store has not, as rank 0 finds them: ranks share the same users, and others may
+    write some meanwhile."""
+    known = torch.zeros(len(who.ids), dtype=torch.uint8)
+    if dist.get_rank() == 0:
+        known[:] = torch.tensor(_by_parts(lambda some: store.known(some).tolist(), who.ids))
+    dist.broadcast(known, 0)
+    return np.flatnonzero((known.numpy() == 0) & (lengths > 0))
 
 
 def _keep_unchanged(
-    config: BuildStatesConfig, store: StateStore, histories: _Histories, who: _Users
+    config: BuildStatesConfig, store: StateStore, histories: UserHistories, who: Users
 ) -> torch.Tensor:
     """Take over the states of users without a new event; how many, their bytes and events, of all
     ranks."""
@@ -187,7 +184,7 @@ def _keep_unchanged(
     lengths, times = histories.lengths, histories.last_times
     left = _left(store, lengths, who)
     # those that came since may have been unknown to its vocabulary
-    left = left[times[left] <= (_NEVER if before.latest is None else before.latest)]
+    left = left[times[left] <= (NEVER if before.latest is None else before.latest)]
     mine = left[dist.get_rank() :: dist.get_world_size()]
     for rows in np.array_split(mine, len(mine) // config.max_requests + 1):
         events = list(zip(lengths[rows].tolist(), times[rows].tolist(), strict=True))
@@ -199,40 +196,44 @@ def _keep_unchanged(
 
 
 def _write(
-    config: BuildStatesConfig, run: Run, histories: _Histories, store: StateStore, who: _Users
+    config: BuildStatesConfig, run: Run, histories: UserHistories, store: StateStore, who: Users
 ) -> torch.Tensor:
     """Encode the users that the store has not; how many, their bytes and events, of all ranks."""
     rank, world = dist.get_rank(), dist.get_world_size()
     lengths = histories.lengths
     left = _left(store, lengths, who)
-    sampler = EventBudgetSampler(
-        lengths[left], config.max_events, config.max_requests, shard=(rank, world)
-    )
     written = torch.zeros(3, dtype=torch.float64)  # users, bytes, events
     model = run.dlrm.eval()
     done = len(who.ids) - len(left)
     with progress_bar(rank, total=len(who.ids), initial=done, desc="states", unit="user") as bar:
-        for step, indices in enumerate(sampler, 1):
-            users_of_batch = [EMPTY_REQUEST if i == EMPTY_REQUEST else left[i] for i in indices]
-            states: list[UserState] = []
-            for part in (histories.earlier, histories.last):
-                batch = part[users_of_batch].to(run.device)
-                states.append(model.encode(batch).to("cpu"))
-            mine = [place for place, i in enumerate(indices) if i != EMPTY_REQUEST]
-            rows = left[[indices[place] for place in mine]]
-            if mine:
-                size = store.write(
-                    [who.ids[row] for row in rows],
-                    states[0][mine],
-                    histories.earlier_times[rows].tolist(),
-                    states[1][mine],
-                    histories.last_times[rows].tolist(),
-                    [who.forgotten[row] for row in rows],
-                )
-                written += torch.tensor([len(rows), size, lengths[rows].sum()])
-            bar.update(done + sampler.requests_taken(step) - bar.n)
+        for some in _by_turns(config, histories.last_times, left):
+            sampler = EventBudgetSampler(
+                lengths[some], config.max_events, config.max_requests, shard=(rank, world)
+            )
+            for step, indices in enumerate(sampler, 1):
+                rows = [EMPTY_REQUEST if i == EMPTY_REQUEST else int(some[i]) for i in indices]
+                count, size = write_states(model, run.device, store, histories, who, rows)
+                events = sum(int(lengths[row]) for row in rows if row != EMPTY_REQUEST)
+                written += torch.tensor([count, size, events])
+                bar.update(done + sampler.requests_taken(step) - bar.n)
+            done += len(some)
     dist.all_reduce(written)
     return written
+
+
+def _by_turns(config: BuildStatesConfig, last: np.ndarray, left: np.ndarray) -> list[np.ndarray]:
+    """The users that are left, in the order in which they are built: first those of --warm-start.
+
+    Args:
+        config: the options.
+        last: [U], the time of each user's last event.
+        left: numbers of users.
+    """
+    if config.warm_start is None or not len(left):
+        return [left]
+    since = last.max() - round(config.warm_start * MICROSECONDS_PER_DAY)
+    recent = last[left] >= since
+    return [some for some in (left[recent], left[~recent]) if len(some)]
 
 
 def _external_users(log: EventLog) -> list[int | str]:
@@ -250,35 +251,14 @@ def _external_users(log: EventLog) -> list[int | str]:
     return users
 
 
-def _histories(
-    log: EventLog, until: datetime | None, forgotten: Sequence[int | None] | None = None
-) -> _Histories:
-    """Of the events before a time, and after that until when their users were forgotten."""
-    begin, end = log.user_offsets[:-1], log.user_offsets[1:]
-    since = np.full(len(log.users), _NEVER)
-    if forgotten is not None:
-        since = np.array([_NEVER if time is None else time + 1 for time in forgotten])
-        begin = np.maximum(begin, log.history_range(log.users, since)[1])
-    time_of = log.events["time"]
-    if until is not None:
-        if until.tzinfo is not None:
-            until = until.astimezone(timezone.utc).replace(tzinfo=None)
-        bound = np.full(len(log.users), np.datetime64(until, "us").astype(np.int64))
-        end = log.history_range(log.users, bound)[1]
-    end = np.maximum(end, begin)  # where there is no event before it
-
-    def last_before(end: np.ndarray) -> np.ndarray:
-        return np.where(end > begin, time_of[np.maximum(end, 1) - 1], _NEVER)
-
-    last = last_before(end)
-    earlier = last_before(np.maximum(log.history_range(log.users, last)[1], begin))
-    before_last = np.minimum(earlier + 1, last)
-    return _Histories(
-        RankingDataset.of_users(log, log.users, before_last, since=np.minimum(since, before_last)),
-        earlier,
-        RankingDataset.of_users(log, log.users, last + 1, since=last),
-        last,
-    )
+def _until(config: BuildStatesConfig) -> int:
+    """--until in microseconds."""
+    if config.until is None:
+        return EVER
+    until = config.until
+    if until.tzinfo is not None:
+        until = until.astimezone(timezone.utc).replace(tzinfo=None)
+    return int(np.datetime64(until, "us").astype(np.int64))
 
 
 def main(config: Annotated[BuildStatesConfig, tyro.conf.arg(name="")]) -> None:

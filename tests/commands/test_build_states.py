@@ -168,7 +168,8 @@ def test_users_without_new_events_keep_the_states_of_the_run_before(run, log, tm
     before = StateStore(key_values, built["version"])
     half = dataclasses.replace(before.layout, dtype="float16")
     with pytest.raises(StateError, match="have another layout than those of 'half'; encode all anew"):
-        StateStore.begin(key_values, "half", half, 0).take_over(before, USERS[:1], [(1, int(last[0]))])
+        begun = StateStore.begin(key_values, "half", half, 0)
+        begun.take_over(before, USERS[:1], [(1, int(last[0]))], None)
     key_values.close()
 
 

@@ -46,22 +46,29 @@ def whole_records(
     return {key: codec.seal(key, body) for key, body in bodies.items()}
 
 
-def without_forgotten(
+def of_others(
     records: dict[bytes, bytes],
     users: Sequence[int | str],
     until: Sequence[int | None],
     left_out: Sequence[int | None],
+    there: Sequence[bytes | None],
 ) -> dict[bytes, bytes]:
-    """Leave out of records, in place, those of users who were forgotten since they were made.
+    """Leave out of records, in place, those of users who have a state, or were forgotten since they were
+    made.
 
     Args:
         records: of the users' states, by their keys.
         users: B external ids.
         until: B, until when each is forgotten; None who is not.
         left_out: B, until when the events of each were left out of the records.
+        there: B, the head of each that the store has.
     """
-    forgotten = zip(users, until, left_out, strict=True)
-    gone = {user_key(user) for user, now, then in forgotten if now is not None and now != then}
+    looked_up = zip(users, until, left_out, there, strict=True)
+    gone = {
+        user_key(user)
+        for user, now, then, head in looked_up
+        if head is not None or (now is not None and now != then)
+    }
     for key in [key for key in records if key_user(key) in gone]:
         del records[key]
     return records

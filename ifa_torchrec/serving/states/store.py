@@ -17,14 +17,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ifa_torchrec.modules import UserState
-from ifa_torchrec.serving.errors import (
-    BUILD_COMMAND,
-    StateError,
-    StoreError,
-    UnknownUserError,
-)
+from ifa_torchrec.serving.errors import BUILD_COMMAND, StateError, StoreError, UnknownUserError
 from ifa_torchrec.serving.states.appending import Addition
-from ifa_torchrec.serving.states.building import Unchanged, whole_records, without_forgotten
+from ifa_torchrec.serving.states.building import Unchanged, of_others, whole_records
 from ifa_torchrec.serving.states.journal import Event, unpack_event
 from ifa_torchrec.serving.states.key_value import Follow, KeyValueStore, no_more
 from ifa_torchrec.serving.states.layout import (
@@ -48,6 +43,8 @@ from ifa_torchrec.serving.states.versions import (
 )
 
 Made = TypeVar("Made")
+_Users = Sequence[int | str]
+_Until = Sequence[int | None] | None
 
 
 class StateStore:
@@ -56,12 +53,15 @@ class StateStore:
     Args:
         key_values: where they lie.
         version: of the weights.
+        whole: refuse states that were begun and are not built to the end.
 
     Raises:
         StateError: there are no states of this version, or they were not built to the end; the
             message says which there are.
 
     Attributes:
+        whole: whether they were built to the end when they were last looked at.
+        source: says which log they are built from.
         layout: StateLayout.
         position: events of the stream before this one are in the log that the states were built from.
         latest: time of the last event of that log; None if it is not known.
@@ -84,11 +84,11 @@ class StateStore:
         [[2], [3]]
     """
 
-    def __init__(self, key_values: KeyValueStore, version: str) -> None:
+    def __init__(self, key_values: KeyValueStore, version: str, whole: bool = True) -> None:
         key_values.check()
         self.key_values, self.version = key_values, version
         header = read_header(key_values, version)
-        if header is None or not header["complete"]:
+        if header is None or (whole and not header["complete"]):
             ready = [v for v, found in versions(key_values).items() if found["complete"]]
             missing = "there are none" if header is None else "they were not built to the end"
             raise StateError(
@@ -99,6 +99,8 @@ class StateStore:
 
     def _configure(self, header: dict[str, Any]) -> None:
         self._header = pack_header(header)
+        self._whole = pack_header({**header, "complete": True})
+        self.whole, self.source = header["complete"], header["source"]
         self._codec = codec = RecordCodec(self.key_values.name, header)
         self.layout, self.position, self.latest = codec.layout, codec.position, codec.latest
         self.vocabulary = codec.vocabulary
@@ -184,7 +186,6 @@ class StateStore:
         """
         whole = {**unpack_header(self.key_values, self._header), "complete": True}
         self._update([], lambda _: {self._codec.keys.header: pack_header(whole)})
-        self._header = pack_header(whole)
 
     def write(
         self,
@@ -195,7 +196,8 @@ class StateStore:
         last_times: Sequence[int],
         forgotten: Sequence[int | None] | None = None,
     ) -> int:
-        """Write whole states, in one transaction, but of users who were forgotten meanwhile.
+        """Write whole states, in one transaction, but of users who have one by now or were forgotten
+        meanwhile.
 
         Args:
             users: B external ids.
@@ -216,11 +218,7 @@ class StateStore:
         return self._write(written, users, forgotten)
 
     def take_over(
-        self,
-        other: StateStore,
-        users: Sequence[int | str],
-        events: Sequence[tuple[int, int]],
-        forgotten: Sequence[int | None] | None = None,
+        self, other: StateStore, users: _Users, events: Sequence[tuple[int, int]], forgotten: _Until
     ) -> tuple[np.ndarray, int]:
         """Write states as other weights made them, of those users that they made of just these events.
 
@@ -239,20 +237,17 @@ class StateStore:
         written = unchanged.records(found, self._codec)
         return unchanged.found, self._write(written, users, forgotten)
 
-    def _write(
-        self,
-        written: dict[bytes, bytes],
-        users: Sequence[int | str],
-        forgotten: Sequence[int | None] | None,
-    ) -> int:
+    def _write(self, written: dict[bytes, bytes], users: _Users, forgotten: _Until) -> int:
         tombstones = [tombstone_key(user) for user in users]
+        heads = [self._codec.keys.head(user) for user in users]
 
-        def but_forgotten(found: list[bytes | None]) -> Mapping[bytes, bytes]:
-            name, of_users = self.key_values.name, zip(tombstones, found, strict=True)
+        def of_the_others(found: list[bytes | None]) -> Mapping[bytes, bytes]:
+            name, of_users = self.key_values.name, zip(tombstones, found, strict=False)
             until = [unpack_number(name, *of_user) for of_user in of_users]
-            return without_forgotten(written, users, until, forgotten or [None] * len(users))
+            left_out, there = forgotten or [None] * len(users), found[len(users) :]
+            return of_others(written, users, until, left_out, there)
 
-        self._update(tombstones, but_forgotten)
+        self._update([*tombstones, *heads], of_the_others)
         return sum(len(key) + len(value) for key, value in written.items())
 
     def known(self, users: Sequence[int | str]) -> np.ndarray:
@@ -430,6 +425,9 @@ class StateStore:
         return checked
 
     def _check_header(self, found: bytes | None) -> None:
+        if found == self._whole:
+            self.whole = True
+            return
         if found == self._header:
             return
         states = f"{self.key_values.name}: the states of weights {self.version!r}"
