@@ -22,7 +22,7 @@ from ifa_torchrec.commands.explain import ExplainConfig
 from ifa_torchrec.commands.export import ExportConfig
 from ifa_torchrec.commands.serve import ServeConfig
 from ifa_torchrec.commands.states import StatesConfig
-from ifa_torchrec.training.options import TrainConfig
+from ifa_torchrec.commands.train import TrainCommand
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -31,7 +31,7 @@ PAGES = [
     *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs" / "howto").glob("*.md")),
 ]
 OPTIONS = {
-    "train": TrainConfig,
+    "train": TrainCommand,
     "evaluate": EvaluateConfig,
     "compare": CompareConfig,
     "explain": ExplainConfig,

@@ -4,6 +4,9 @@
     torchrun --nproc-per-node 2 -m ifa_torchrec build-states -- --run runs/mine \\
         --store redis://host:6379/0 --position 0
 
+    ifa build-states --run runs/mine/tuesday --store runs/states --position 9000 \\
+        --unchanged-from runs/mine/monday
+
 The store is a folder, an LMDB file that the processes of one machine share, or a Redis server. Killed,
 the same line goes on where it stopped. While it runs, `ifa serve --lazy` can rank from the same store:
 who is asked for is built then; --warm-start DAYS takes those first who are likely to be. Other versions'
@@ -49,7 +52,7 @@ from ifa_torchrec.serving import (
 )
 from ifa_torchrec.serving.times import utc
 from ifa_torchrec.training.progress import progress_bar
-from ifa_torchrec.training.run import Run, load_run
+from ifa_torchrec.training.run import Run, load_run, version_of
 
 Answer = TypeVar("Answer")
 
@@ -71,6 +74,9 @@ class BuildStatesConfig:
     """Only events before this time (UTC); by default all."""
     dtype: Literal["float32", "float16"] = "float32"
     """How states are stored; float16 halves their dense heads (docs/serving.md has the error)."""
+    unchanged_from: Path | None = None
+    """A run, of which the store has states: users who have had no event since its log keep those, which
+    its weights made, rather than that all are encoded by the new ones."""
     warm_start: float | None = None
     """First the users who have an event in the last so many days of the log, then the others."""
     max_events: int = MAX_EVENTS
@@ -89,7 +95,8 @@ def build_states(config: BuildStatesConfig) -> dict[str, float | str]:
 
     Returns:
         "version" of the weights; "users" written now, by all ranks, and "users_per_second";
-        "bytes_per_user", keys included, and "events_per_user", both means over them.
+        "bytes_per_user", keys included, and "events_per_user", both means over them; "unchanged", how
+        many of them keep the states of the run before.
 
     Raises:
         ValueError: the run's interaction has no user states.
@@ -106,8 +113,9 @@ def build_states(config: BuildStatesConfig) -> dict[str, float | str]:
     forgotten = _by_parts(lambda some: forgotten_until(store.key_values, some), users)
     if any(until is not None for until in forgotten):
         histories = histories_of(run.log, run.log.users, _until(config), forgotten)
-    start = time.perf_counter()
-    written, size, events = _write(config, run, histories, store, Users(users, forgotten))
+    start, who = time.perf_counter(), Users(users, forgotten)
+    kept = _keep_unchanged(config, store, histories, who)
+    written, size, events = (kept + _write(config, run, histories, store, who)).tolist()
     seconds = time.perf_counter() - start
     if rank == 0:
         store.finish()
@@ -119,6 +127,7 @@ def build_states(config: BuildStatesConfig) -> dict[str, float | str]:
         "users_per_second": written / seconds,
         "bytes_per_user": size / max(written, 1),
         "events_per_user": events / max(written, 1),
+        "unchanged": int(kept[0]),
     }
 
 
@@ -153,18 +162,46 @@ def _begin(config: BuildStatesConfig, run: Run, histories: UserHistories) -> Sta
     return StateStore.begin(key_values, run.version, layout, config.position, source, latest, vocabulary)
 
 
+def _left(store: StateStore, lengths: np.ndarray, who: Users) -> np.ndarray:
+    """The users that the store has not, as rank 0 finds them: ranks share the same users, and others may
+    write some meanwhile."""
+    known = torch.zeros(len(who.ids), dtype=torch.uint8)
+    if dist.get_rank() == 0:
+        known[:] = torch.tensor(_by_parts(lambda some: store.known(some).tolist(), who.ids))
+    dist.broadcast(known, 0)
+    return np.flatnonzero((known.numpy() == 0) & (lengths > 0))
+
+
+def _keep_unchanged(
+    config: BuildStatesConfig, store: StateStore, histories: UserHistories, who: Users
+) -> torch.Tensor:
+    """Take over the states of users without a new event; how many, their bytes and events, of all
+    ranks."""
+    written = torch.zeros(3, dtype=torch.float64)
+    if config.unchanged_from is None:
+        return written
+    before = StateStore(store.key_values, version_of(config.unchanged_from))
+    lengths, times = histories.lengths, histories.last_times
+    left = _left(store, lengths, who)
+    # those that came since may have been unknown to its vocabulary
+    left = left[times[left] <= (NEVER if before.latest is None else before.latest)]
+    mine = left[dist.get_rank() :: dist.get_world_size()]
+    for rows in np.array_split(mine, len(mine) // config.max_requests + 1):
+        events = list(zip(lengths[rows].tolist(), times[rows].tolist(), strict=True))
+        users, forgotten = [who.ids[row] for row in rows], [who.forgotten[row] for row in rows]
+        found, size = store.take_over(before, users, events, forgotten)
+        written += torch.tensor([found.sum(), size, lengths[rows][found].sum()])
+    dist.all_reduce(written)
+    return written
+
+
 def _write(
     config: BuildStatesConfig, run: Run, histories: UserHistories, store: StateStore, who: Users
-) -> tuple[float, float, float]:
+) -> torch.Tensor:
     """Encode the users that the store has not; how many, their bytes and events, of all ranks."""
     rank, world = dist.get_rank(), dist.get_world_size()
     lengths = histories.lengths
-    # as rank 0 finds them: ranks share the same users, and others may write some meanwhile
-    known = torch.zeros(len(who.ids), dtype=torch.uint8)
-    if rank == 0:
-        known[:] = torch.tensor(_by_parts(lambda some: store.known(some).tolist(), who.ids))
-    dist.broadcast(known, 0)
-    left = np.flatnonzero((known.numpy() == 0) & (lengths > 0))
+    left = _left(store, lengths, who)
     written = torch.zeros(3, dtype=torch.float64)  # users, bytes, events
     model = run.dlrm.eval()
     done = len(who.ids) - len(left)
@@ -181,8 +218,7 @@ def _write(
                 bar.update(done + sampler.requests_taken(step) - bar.n)
             done += len(some)
     dist.all_reduce(written)
-    users_written, size, events = written.tolist()
-    return users_written, size, events
+    return written
 
 
 def _by_turns(config: BuildStatesConfig, last: np.ndarray, left: np.ndarray) -> list[np.ndarray]:

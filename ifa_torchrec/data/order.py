@@ -71,3 +71,42 @@ class Order:
         """What a position in the order depends on beside the epoch; as JSON."""
         cut = [WINDOW, BLOCK] if self.requests > WINDOW and self.seed is not None else None
         return {**asdict(self), "cut": cut}
+
+
+class InTime:
+    """Each request after those of earlier times, in every epoch: as they come to a service.
+
+    Takes memory for all requests.
+
+    Args:
+        times: [R] int64, the requests'.
+
+    Example:
+        >>> import numpy as np
+        >>> from ifa_torchrec.data.order import InTime
+        >>> [window.tolist() for window in InTime(np.array([30, 10, 20])).windows(epoch=0, first=1)]
+        [[2, 0]]
+    """
+
+    def __init__(self, times: np.ndarray) -> None:
+        self._order = np.argsort(times, kind="stable")
+
+    @property
+    def requests(self) -> int:
+        """Of the split."""
+        return len(self._order)
+
+    def windows(self, epoch: int, first: int = 0) -> Iterator[np.ndarray]:
+        """The requests' numbers, as ``Order.windows``.
+
+        Args:
+            epoch: all are in one order.
+            first: requests at the beginning of the order that are left out.
+        """
+        del epoch
+        for start in range(first, self.requests, WINDOW):
+            yield self._order[start : start + WINDOW]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a position in the order depends on; as JSON."""
+        return {"requests": self.requests, "by": "time"}

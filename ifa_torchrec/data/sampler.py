@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch.utils.data import Sampler
 
-from ifa_torchrec.data.order import Order
+from ifa_torchrec.data.order import InTime, Order
 from ifa_torchrec.errors import ConfigError
 
 EMPTY_REQUEST = -1
@@ -52,7 +52,7 @@ class EventBudgetSampler(Sampler[list[int]]):
             finds them a window at a time.
         max_events: budget of events a rank's batch.
         max_requests: most requests a rank's batch.
-        seed: shuffles with this seed; None keeps the order.
+        seed: shuffles with this seed; None keeps the order; or InTime, the order itself.
         shard: (rank, world size).
 
     Example:
@@ -69,7 +69,7 @@ class EventBudgetSampler(Sampler[list[int]]):
         history_lengths: Sequence[int] | np.ndarray | FindsLengths,
         max_events: int,
         max_requests: int,
-        seed: int | None = None,
+        seed: int | InTime | None = None,
         shard: tuple[int, int] = (0, 1),
     ) -> None:
         if max_events < 1 or max_requests < 1:
@@ -81,7 +81,8 @@ class EventBudgetSampler(Sampler[list[int]]):
         else:
             self._lengths = history_lengths.lengths
         self.max_events, self.max_requests = max_events, max_requests
-        self.order, self.shard = Order(len(history_lengths), seed), shard
+        self.order = seed if isinstance(seed, InTime) else Order(len(history_lengths), seed)
+        self.shard = shard
         self.start_at(0)
 
     def start_at(self, epoch: int, request: int = 0) -> None:

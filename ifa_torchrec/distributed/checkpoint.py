@@ -34,6 +34,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 from ifa_torchrec.distributed.checkpoint_reader import CheckpointPlanner, CheckpointReader
 from ifa_torchrec.distributed.checkpoint_writer import Aside, CheckpointWriter
 from ifa_torchrec.distributed.errors import CheckpointError, DamagedError
+from ifa_torchrec.distributed.rows import rows_as_unknown
 from ifa_torchrec.errors import PlaceError, writing
 
 FORMAT = 4
@@ -200,6 +201,7 @@ def load(
     optimizer: CombinedOptimizer | None = None,
     config: dict[str, Any] | None = None,
     step: int | None = None,
+    grow: bool = False,
 ) -> dict[str, Any]:
     """Load the latest whole checkpoint, or that of a step, into the model and, to go on training, the
     optimiser and the random number generators. Called by all ranks; there may be more or fewer of them
@@ -215,6 +217,8 @@ def load(
         config: what the caller is configured as, in JSON's types; each entry must equal that of the
             "config" that was saved.
         step: of the checkpoint that is wanted; the latest where it is damaged or not there.
+        grow: let the model have more rows than were saved. They start as row 0, what is unknown, and
+            as new ones for the optimiser.
 
     Returns:
         The progress that was saved.
@@ -239,7 +243,7 @@ def load(
             if dist.get_rank() == 0:
                 warnings.warn(f"{damage}; trying another", stacklevel=2)
         else:
-            _load(path, progress, model, optimizer, config)
+            _load(path, progress, model, optimizer, config, grow)
             if optimizer is not None and dist.get_rank() == 0:
                 for path in damaged:  # else they would be the latest again once training passes them
                     with writing(path):
@@ -269,6 +273,7 @@ def _load(
     model: nn.Module,
     optimizer: CombinedOptimizer | None,
     config: dict[str, Any] | None,
+    grow: bool,
 ) -> None:
     saved = progress.get("config") or {}
     if differing := sorted(_differences({k: saved.get(k) for k in config or {}}, config or {})):
@@ -277,14 +282,14 @@ def _load(
             "use the same options, or another folder"
         )
     state: dict[str, Any] = {"model": model.state_dict()}
-    rng, reader = {}, CheckpointReader(path)
+    rng, reader, planner = {}, CheckpointReader(path), CheckpointPlanner(path, grow)
     if optimizer is not None:
         state["optimizer"] = optimizer.state_dict()
         # a rank that was not there when it was saved keeps its own
         names = reader.read_metadata().state_dict_metadata
         rng = {name: value for name, value in _rng_states().items() if name in names}
     with _dcp():
-        dcp.load({**state, **rng}, storage_reader=reader, planner=CheckpointPlanner(path))
+        dcp.load({**state, **rng}, storage_reader=reader, planner=planner)
     try:
         model.load_state_dict(state["model"])
     except AssertionError as error:  # an id's row lies on the rank that its hash belongs to
@@ -292,6 +297,7 @@ def _load(
             f"{path}: managed collisions of another number of ranks ({error}); use as many ranks as "
             "trained it, or one"
         ) from error
+    rows_as_unknown(model, {name.removeprefix("model."): n for name, n in planner.grown.items()})
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
     for name, value in rng.items():

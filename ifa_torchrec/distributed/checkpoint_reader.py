@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import pickle
 from pathlib import Path
@@ -14,6 +15,9 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 from ifa_torchrec.distributed.errors import CheckpointError, DamagedError
+
+_OF_ITSELF = "_extra_state"
+"""How the name ends under which a module keeps its configuration."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -89,11 +93,17 @@ class CheckpointPlanner(dcp.DefaultLoadPlanner):
 
     Args:
         path: the checkpoint's folder, for errors.
+        grow: whether what the model has may have more rows than what was saved. What its modules say of
+            their configuration is then not compared.
+
+    Attributes:
+        grown: what has more, and how many rows were saved; the others are left as they were.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, grow: bool = False) -> None:
         super().__init__()
-        self._path = path
+        self._path, self._grow = path, grow
+        self.grown: dict[str, int] = {}
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None
@@ -102,16 +112,26 @@ class CheckpointPlanner(dcp.DefaultLoadPlanner):
         for name in self.state_dict.keys() & saved.keys():
             if isinstance(value := saved[name], TensorStorageMetadata):
                 size = list(self.state_dict[name].size())
-                if size != list(value.size):
+                if self._grow and size[1:] == list(value.size)[1:] and size > list(value.size):
+                    self.grown[name] = value.size[0]
+                    # DCP reads what the parts of both have in common
+                    saved[name] = dataclasses.replace(value, size=torch.Size(size))
+                elif size != list(value.size):
                     wrong.append(f"{name} is {list(value.size)}, the model's {size}")
         self._refuse(wrong)
-        return super().create_local_plan()
+        plan = super().create_local_plan()
+        if not self._grow:
+            return plan
+        # a module that has grown says so of itself, and keeps that
+        read = [item for item in plan.items if not item.dest_index.fqn.endswith(_OF_ITSELF)]
+        return dataclasses.replace(plan, items=read)
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         assert self.metadata is not None
         read = {item.storage_index.fqn for plan in global_plan for item in plan.items}
         # a table need not lie on every rank; what is no weight is read only to go on training
         left = [n for n in self.metadata.state_dict_metadata if n.startswith("model.") and n not in read]
+        left = [name for name in left if not (self._grow and name.endswith(_OF_ITSELF))]
         self._refuse([f"the model has no {name}" for name in left])
         return super().create_global_plan(global_plan)
 

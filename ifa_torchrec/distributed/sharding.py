@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +12,6 @@ import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from torch import nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingCollection
@@ -220,36 +218,6 @@ def shard(
             dense_optimizer, GradientClipping.NORM, optimizers.clip_norm
         )
     return sharded, CombinedOptimizer([sharded.fused_optimizer, ("dense", dense_optimizer)])
-
-
-@torch.no_grad()
-def zero_rows(model: nn.Module, zeroed: Mapping[str, torch.Tensor]) -> None:
-    """Set rows of tables to 0, wherever they lie. Called by all ranks.
-
-    Args:
-        model: of embedding (bag) collections, sharded or not.
-        zeroed: by name of a table [rows] bool; other tables are left as they are.
-
-    Example:
-        >>> import torch
-        >>> from torchrec import EmbeddingCollection, EmbeddingConfig
-        >>> from ifa_torchrec.distributed import zero_rows
-        >>> tables = EmbeddingCollection(tables=[EmbeddingConfig(
-        ...     name="item", embedding_dim=2, num_embeddings=3, feature_names=["item"])])
-        >>> zero_rows(tables, {"item": torch.tensor([True, False, True])})
-        >>> tables.embeddings["item"].weight.ne(0).any(1).tolist()
-        [False, True, False]
-    """
-    for name, value in model.state_dict().items():
-        place, _, table = name.removesuffix(".weight").rpartition(".")
-        if not place.endswith(("embeddings", "embedding_bags")) or table not in zeroed:
-            continue
-        rows = zeroed[table]
-        parts: list[tuple[int, torch.Tensor]] = [(0, value)]
-        if isinstance(value, ShardedTensor):
-            parts = [(s.metadata.shard_offsets[0], s.tensor) for s in value.local_shards()]
-        for first, part in parts:
-            part[rows[first : first + len(part)].to(part.device)] = 0
 
 
 _TABLE_OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {

@@ -105,3 +105,24 @@ def apply(model: DLRM_IFA, fitted: Mapping[str, Sequence[float]]) -> None:
     """
     pairs = torch.tensor([list(fitted.get(task.name, (1.0, 0.0))) for task in model.config.tasks])
     calibrate(model, pairs[:, 0], pairs[:, 1])
+
+
+def calibrated(
+    scores: np.ndarray, tasks: Sequence[Task], fitted: Mapping[str, Sequence[float]]
+) -> np.ndarray:
+    """The logits that a model would give if it were calibrated by what ``fit_tasks`` gave.
+
+    Args:
+        scores: [M, T], those that it gives.
+        tasks: the model's.
+        fitted: scale and shift by the name of the task.
+
+    Example:
+        >>> import numpy as np
+        >>> from ifa_torchrec.modules import Task
+        >>> from ifa_torchrec.training.calibrate import calibrated
+        >>> calibrated(np.array([[3.0]], np.float32), [Task("click")], {"click": (2.0, -1.0)}).tolist()
+        [[5.0]]
+    """
+    pairs = np.array([fitted.get(task.name, (1.0, 0.0)) for task in tasks], scores.dtype)
+    return scores * pairs[:, 0] + pairs[:, 1]

@@ -22,7 +22,17 @@ from ifa_torchrec.models import DLRM_IFA, DLRM_IFATrain
 from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.calibrate import apply
 from ifa_torchrec.training.options import TrainConfig, read_options, to_json
-from ifa_torchrec.training.validations import in_use
+from ifa_torchrec.training.validations import calibration_of, in_use
+
+_TABLES = (
+    "item_features",
+    "item_lists",
+    "event_features",
+    "context_features",
+    "context_lists",
+    "candidate_features",
+)
+"""Fields of a log's schema that name tables, with the rows of each."""
 
 
 @dataclass
@@ -58,7 +68,10 @@ def inputs_of(log: EventLog) -> dict[str, Any]:
 
 
 def check_log(
-    checkpoints: Path, log: EventLog, belongs_to: Mapping[str, Any] | None = None
+    checkpoints: Path,
+    log: EventLog,
+    belongs_to: Mapping[str, Any] | None = None,
+    grow: bool = False,
 ) -> dict[str, Any] | None:
     """Refuse a log that a run's model cannot read. Called by all ranks.
 
@@ -71,6 +84,7 @@ def check_log(
         log: the log that it is to read.
         belongs_to: what a checkpoint made now would belong to, where ``log`` must be the very log of the
             training, to go on with it.
+        grow: whether all tables may have more rows, since the model will have them.
 
     Returns:
         What the last checkpoint says of itself, as ``Trainer.state_dict``; None if none can be read.
@@ -84,10 +98,9 @@ def check_log(
         try:
             progress = json.loads((path / "progress.json").read_text())
             was, data = progress["config"], progress["data"]
-            item, rows = was["schema"]["item_features"][0]
             schema = json.loads(json.dumps(now["schema"]))
-            if not belongs_to and schema["item_features"][0][0] == item:
-                schema["item_features"][0][1] = min(schema["item_features"][0][1], rows)
+            if not belongs_to:
+                _let_grow(schema, was["schema"], grow)
             fields = [name for name in schema if schema[name] != was["schema"][name]]
             ids = {f for f, _ in now["vocabulary"].items() ^ was["vocabulary"].items()}
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -110,6 +123,16 @@ def check_log(
             )
         return progress
     return None
+
+
+def _let_grow(schema: dict[str, Any], was: Mapping[str, Any], grow: bool) -> None:
+    """Write the rows that tables had in place of those that they have now, where these are more: of the
+    item's table, or of all."""
+    for field in _TABLES if grow else _TABLES[:1]:
+        pairs = list(zip(schema[field], was[field], strict=False))
+        for table, (name, rows) in pairs if grow else pairs[:1]:
+            if table[0] == name:
+                table[1] = min(table[1], rows)
 
 
 def _extends(vocabulary: Vocabulary, of_run: Vocabulary) -> bool:
@@ -158,8 +181,24 @@ def load_run(folder: Path, data: str | Path | None = None, sharded: bool = True)
     progress = checkpoint.load(checkpoints, model, config=to_json(config.fixed()), step=best)
     step, version = progress["step"], checkpoint.version(checkpoints, progress)
     run = Run(config, log, model, device, step, version, scales)
-    apply(run.dlrm, fitted.get(step, {}))
+    apply(run.dlrm, calibration_of(fitted, step))
     return run
+
+
+def version_of(folder: Path) -> str:
+    """The name of the weights that ``load_run`` would load, without loading them. Called by all ranks.
+
+    Args:
+        folder: the run's --out.
+
+    Raises:
+        CheckpointError: there is no checkpoint.
+    """
+    checkpoints, (best, _) = folder / "checkpoints", in_use(folder)
+    steps = [checkpoint.step_of(path) for path in checkpoint.checkpoints_of_rank_0(checkpoints)]
+    if not steps:
+        raise checkpoint.CheckpointError(f"{folder}: no checkpoint here; name the --out of a training")
+    return checkpoint.version(checkpoints, {"step": best if best in steps else steps[-1]})
 
 
 def _narrow(log: EventLog, trained: Mapping[str, Any]) -> None:

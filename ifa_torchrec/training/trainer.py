@@ -8,7 +8,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,16 @@ import torch.distributed as dist
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
-from ifa_torchrec.batch import RankingBatch
+from ifa_torchrec.batch import RankingBatch, Scale
 from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make_loader
+from ifa_torchrec.data.order import InTime
 from ifa_torchrec.data.remote import full_name
 from ifa_torchrec.distributed import BatchSize, checkpoint, init_process_group, shard, zero_rows
 from ifa_torchrec.distributed.saver import CheckpointSaver
 from ifa_torchrec.errors import DivergedError, writing
 from ifa_torchrec.models import DLRM_IFATrain
 from ifa_torchrec.training.build import build_model
-from ifa_torchrec.training.calibrate import fit_tasks
+from ifa_torchrec.training.calibrate import calibrated, fit_tasks
 from ifa_torchrec.training.check_loss import check_loss
 from ifa_torchrec.training.curves import Curves
 from ifa_torchrec.training.decide import TOO_FEW_STEPS, decided, steps, told
@@ -44,7 +45,8 @@ from ifa_torchrec.training.touched import touched_rows
 from ifa_torchrec.training.validations import FILE, LAST, Fitted, Validations, flat
 
 _REPORT_EVERY = 10  # steps
-_MOST_UNKNOWN = 0.95  # of the items: the others are what their rows learn from
+MOST_UNKNOWN = 0.95
+"""Of the items, that are made unknown: the others are what their rows learn from."""
 
 
 def train(config: TrainConfig) -> dict[str, float]:
@@ -111,7 +113,7 @@ class Trainer:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         check_precision(config.precision, self.device)
         self.log = EventLog(config.data)
-        self._unknown = unknown_items(self.log, config)
+        self._scales, self._unknown = self._of_log(config)
         self.dataset = RankingDataset(
             self.log, "train", config.history_length, self._unknown, config.seed
         )
@@ -123,11 +125,11 @@ class Trainer:
             self.dataset.histories,
             config.max_events,
             requests_a_batch,
-            seed=config.seed,
+            seed=self._order(),
             shard=(self.rank, self.world),
         )
         checkpoint.seed_everything(config.seed)
-        model = build_model(self.log.schema, config, self.log.scales)
+        model = build_model(self.log.schema, config, self._scales)
         self._model_config = model.config
         self.model, self.optimizer = shard(
             DLRM_IFATrain(model, config.loss, across_ranks=True),
@@ -171,8 +173,7 @@ class Trainer:
 
     def train_step(self, batches: Iterator[RankingBatch]) -> None:
         """Make a step by the next of the rank's batches."""
-        progress = (self.epoch + self.taken / len(self.dataset)) / self.config.epochs
-        set_learning_rate(self.optimizer, self.config, self.step, progress)
+        set_learning_rate(self.optimizer, self.config, self.step, self._progress())
         with tf32_where_asked(self.config.precision):
             self._pipeline.progress(batches)
         self.step += 1
@@ -184,25 +185,31 @@ class Trainer:
             Its metrics, for several tasks as "TASK_METRIC", and the calibration that is fitted on it;
             the same on all ranks.
         """
+        metrics, fitted = self._measured("valid", {})
+        if self._curves is not None:
+            self._curves.show({f"valid/{name}": value for name, value in metrics.items()}, self.step)
+        return metrics, fitted
+
+    def _measured(self, split: str, calibration: Fitted) -> tuple[dict[str, float], Fitted]:
+        """Of a split what ``validate`` returns, its metrics by logits that are calibrated."""
         config = self.config
-        dataset = RankingDataset(self.log, "valid", config.history_length)
+        dataset = RankingDataset(self.log, split, config.history_length)
         budget = (config.max_events, config.scored_requests)
         own, scores, _ = predict_own(self.model, dataset, self.device, *budget)
         tasks = self._model_config.tasks
-        metrics = flat(measure(own, scores, tasks), len(tasks))
+        metrics = flat(measure(own, calibrated(scores, tasks, calibration), tasks), len(tasks))
         found = [(metrics, fit_tasks(own, scores, tasks, config.loss) if config.calibrate else {})]
         dist.broadcast_object_list(found)  # or another processor's last digit would part the ranks
-        if self._curves is not None:
-            self._curves.show({f"valid/{name}": v for name, v in found[0][0].items()}, self.step)
         return found[0]
 
-    def _validate_if_due(self) -> None:
-        """At the end of an epoch and every ``validate_every`` steps, if that was not done."""
+    def _is_due(self) -> bool:
+        """Whether this step is to be validated: an epoch's end, and every ``validate_every`` steps."""
         config, every = self.config, self.config.validate_every
         due = self.step and (not self.taken or (every and self.step % every == 0))
-        if not due or not config.validate or "valid" not in self.log.splits:
-            return
-        if self.step not in self._validations.by_step:
+        return bool(due) and config.validate and "valid" in self.log.splits
+
+    def _validate_if_due(self) -> None:
+        if self._is_due() and self.step not in self._validations.by_step:
             metrics, fitted = self.validate()
             self._saver.wait()  # a step that is measured has its checkpoint
             self._validations.by_step[self.step] = metrics
@@ -234,7 +241,7 @@ class Trainer:
             "order": self.sampler.order.state_dict(),
             "config": self._belongs_to,
             "data": full_name(self.log.place),
-            "scales": {name: dataclasses.asdict(s) for name, s in self.log.scales.items()},
+            "scales": {name: dataclasses.asdict(s) for name, s in self._scales.items()},
         }
 
     def _begin(self) -> None:
@@ -255,17 +262,9 @@ class Trainer:
         self._curves = None
         if self.rank == 0:
             if config.resume:
-                found = (
-                    f"going on from step {self.step}" if self.step else "no checkpoint here; starting"
-                )
+                found = f"going on from step {self.step}" if self.step else self._nothing_found
                 print(f"{folder}: {found}", file=sys.stderr)
-            if options := told(self._given, config):
-                print(f"decided from the log: {options}", file=sys.stderr)
-            if (count := steps(config, self.dataset.history_lengths)) < TOO_FEW_STEPS:
-                print(
-                    f"{count} steps in all, which is few to learn from: give more --epochs",
-                    file=sys.stderr,
-                )
+            self._tell()
             write_options(config)
             self._curves = Curves(config.out / "tensorboard", self.step)
         self._bar = progress_bar(
@@ -276,13 +275,32 @@ class Trainer:
             unit="request",
         )
 
+    _nothing_found = "no checkpoint here; starting"
+
+    def _tell(self) -> None:
+        """Say what was decided, and whether there will be few steps."""
+        if options := told(self._given, self.config):
+            print(f"decided from the log: {options}", file=sys.stderr)
+        if (count := steps(self.config, self.dataset.history_lengths)) < TOO_FEW_STEPS:
+            print(
+                f"{count} steps in all, which is few to learn from: give more --epochs", file=sys.stderr
+            )
+
+    def _of_log(self, config: TrainConfig) -> tuple[Mapping[str, Scale], float]:
+        """How numbers are standardised, and the share of items that are made unknown."""
+        return self.log.scales, unknown_items(self.log, config)
+
+    def _order(self) -> int | InTime:
+        """The requests' order, as the sampler takes it."""
+        return self.config.seed
+
+    def _progress(self) -> float:
+        """The share of all steps that is made, by which the dense learning rate falls."""
+        return (self.epoch + self.taken / len(self.dataset)) / self.config.epochs
+
     def _start_anew(self) -> None:
-        """Keep the log's vocabulary with the run, and let rows that no step will touch be zeros."""
-        if self.rank == 0:
-            shutil.rmtree(self.config.out / "vocabulary", ignore_errors=True)  # of one that was killed
-            with writing(self.config.out):
-                (self.config.out / FILE).unlink(missing_ok=True)
-                self.log.vocabulary.save(self.config.out)
+        """Where there is no checkpoint: let rows that no step will touch be zeros."""
+        self._keep_vocabulary()
         histories = bool(self._model_config.history_keys)
         touched = touched_rows(self.dataset, histories, self._unknown > 0)
         if self.config.managed_rows:  # ids get rows as they are met, whatever they are
@@ -290,6 +308,14 @@ class Trainer:
             pooled = (*schema.context_features, *schema.context_lists, *schema.item_lists)
             touched = {name: touched[name] for name in pooled}
         zero_rows(self.model, {f"{name}_table": ~rows for name, rows in touched.items()})
+
+    def _keep_vocabulary(self) -> None:
+        """Keep the log's with the run, in place of what one that was killed left."""
+        if self.rank == 0:
+            shutil.rmtree(self.config.out / "vocabulary", ignore_errors=True)
+            with writing(self.config.out):
+                (self.config.out / FILE).unlink(missing_ok=True)
+                self.log.vocabulary.save(self.config.out)
 
     def _forward(self, batch: Any) -> tuple[torch.Tensor, Any]:
         """The pipeline's call of the model by a RankingBatch; keeps what the curves show."""
@@ -367,7 +393,7 @@ def unknown_items(log: EventLog, config: TrainConfig) -> float:
         return config.unknown_items
     if "valid" not in log.splits:
         return 0.0
-    return min(log.new_items("valid")["candidates"], _MOST_UNKNOWN)
+    return min(log.new_items("valid")["candidates"], MOST_UNKNOWN)
 
 
 def _finite(losses: list[torch.Tensor], step: int, folder: Path) -> list[float]:

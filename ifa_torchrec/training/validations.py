@@ -126,6 +126,22 @@ def in_use(folder: Path) -> tuple[int | None, dict[int, Fitted]]:
     return kept["best"], {v["step"]: v["calibration"] for v in kept["validations"]}
 
 
+def calibration_of(fitted: Mapping[int, Fitted], step: int) -> Fitted:
+    """That of a step: where it was not measured, the one that was fitted before the first step, which a
+    run has that goes on from another.
+
+    Args:
+        fitted: by step, as ``in_use`` gives them.
+        step: of a checkpoint.
+
+    Example:
+        >>> from ifa_torchrec.training.validations import calibration_of
+        >>> calibration_of({0: {"click": (1.0, 0.1)}}, step=500)
+        {'click': (1.0, 0.1)}
+    """
+    return fitted.get(step, fitted.get(0, {}))
+
+
 def _read(folder: Path) -> dict[str, Any]:
     """The file's content as rank 0 sees it; of one that is missing or damaged, none, so that the last
     step counts."""

@@ -19,7 +19,13 @@ from ifa_torchrec import IFAConfig, UserState
 from ifa_torchrec.__main__ import main
 from ifa_torchrec.commands.build_states import BuildStatesConfig, build_states
 from ifa_torchrec.data import RankingDataset
-from ifa_torchrec.serving import StateError, StateStore, forget, open_key_value_store, versions
+from ifa_torchrec.serving import (
+    StateError,
+    StateStore,
+    forget,
+    open_key_value_store,
+    versions,
+)
 from ifa_torchrec.serving.states.shared import pack_number, tombstone_key
 from ifa_torchrec.training.options import TrainConfig
 from ifa_torchrec.training.run import Run, load_run
@@ -127,6 +133,44 @@ def test_a_user_who_was_forgotten_is_not_built_but_for_later_events(run, tmp_pat
             found.state_dict()[name], value, rtol=1e-5, atol=1e-5, msg=name, check_dtype=False
         )
     states.key_values.close()
+
+
+def test_users_without_new_events_keep_the_states_of_the_run_before(run, log, tmp_path, address):
+    other = tmp_path / "other"
+    train(TrainConfig(log.path, other, ifa=IFA, max_requests=8, validate=False, seed=1))
+    last = np.array([log.events["time"][end - 1] for end in log.user_offsets[1:]])
+    until = np.sort(last)[1] + 1
+    idle = (last < until).tolist()
+    moment = datetime.fromtimestamp(until / 1e6, timezone.utc)
+    built = build_states(BuildStatesConfig(run, address, 0, until=moment))
+    assert built["unchanged"] == 0
+    found = build_states(BuildStatesConfig(other, address, 0, unchanged_from=run))
+    assert found["version"] != built["version"]
+    assert (found["users"], found["unchanged"]) == (len(USERS), sum(idle))
+    assert found["events_per_user"] == sum(NUM_EVENTS.values()) / len(USERS)
+
+    every_key = np.arange(load_run(run, sharded=False).dlrm.config.ifa.identity_key_range)
+    key_values = open_key_value_store(address)
+
+    def states_of(version: str, users: list[int]) -> dict[str, torch.Tensor]:
+        store = StateStore(key_values, version)
+        return store.read(users, [END] * len(users), [every_key] * len(users))[0].state_dict()
+
+    mine = [user for user, is_idle in zip(USERS, idle, strict=True) if is_idle]
+    of_before = states_of(built["version"], mine)
+    for name, value in states_of(found["version"], mine).items():
+        torch.testing.assert_close(value, of_before[name], rtol=0, atol=0, msg=name)
+    of_others = expected(load_run(other, sharded=False))
+    active = [row for row, is_idle in enumerate(idle) if not is_idle]
+    for name, value in states_of(found["version"], [USERS[row] for row in active]).items():
+        wanted = of_others[active].state_dict()[name]
+        torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-5, msg=name, check_dtype=False)
+    before = StateStore(key_values, built["version"])
+    half = dataclasses.replace(before.layout, dtype="float16")
+    with pytest.raises(StateError, match="have another layout than those of 'half'; encode all anew"):
+        begun = StateStore.begin(key_values, "half", half, 0)
+        begun.take_over(before, USERS[:1], [(1, int(last[0]))], None)
+    key_values.close()
 
 
 class Stopped(Exception):

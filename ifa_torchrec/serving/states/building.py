@@ -1,10 +1,10 @@
-"""Whole states as records: what a build writes."""
+"""Whole states as records: what a build writes, of histories or of states that other weights made."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ import torch
 from ifa_torchrec.data.dataset import MICROSECONDS_PER_DAY
 from ifa_torchrec.modules import UserState
 from ifa_torchrec.ops.jagged import request_of_row
+from ifa_torchrec.serving.errors import StateError
 from ifa_torchrec.serving.states.dense import Head, Latest, Sums
 from ifa_torchrec.serving.states.layout import key_user, user_key
 from ifa_torchrec.serving.states.pages import Rows, page_parts
@@ -45,10 +46,110 @@ def whole_records(
     return {key: codec.seal(key, body) for key, body in bodies.items()}
 
 
-def records_of(records: Mapping[bytes, bytes], user: int | str) -> list[bytes]:
-    """Of records by their keys, the keys of a user's."""
-    mine = user_key(user)
-    return [key for key in records if key_user(key) == mine]
+def of_others(
+    records: dict[bytes, bytes],
+    users: Sequence[int | str],
+    until: Sequence[int | None],
+    left_out: Sequence[int | None],
+    there: Sequence[bytes | None],
+) -> dict[bytes, bytes]:
+    """Leave out of records, in place, those of users who have a state, or were forgotten since they were
+    made.
+
+    Args:
+        records: of the users' states, by their keys.
+        users: B external ids.
+        until: B, until when each is forgotten; None who is not.
+        left_out: B, until when the events of each were left out of the records.
+        there: B, the head of each that the store has.
+    """
+    looked_up = zip(users, until, left_out, there, strict=True)
+    gone = {
+        user_key(user)
+        for user, now, then, head in looked_up
+        if head is not None or (now is not None and now != then)
+    }
+    for key in [key for key in records if key_user(key) in gone]:
+        del records[key]
+    return records
+
+
+class Unchanged:
+    """The records of those of some users whose states are of just the events that are named.
+
+    Args:
+        codec: of the version's records.
+        users: B external ids.
+        events: B, how many events each has, and the last one's time in microseconds.
+
+    Attributes:
+        keys: of the records to read first.
+        found: [B] bool, of which users it is so; known when ``pages`` was called.
+    """
+
+    def __init__(
+        self,
+        codec: RecordCodec,
+        users: Sequence[int | str],
+        events: Sequence[tuple[int, int]],
+    ) -> None:
+        self._codec, self._users, self._events = codec, users, events
+        self.keys = [codec.keys.head(user) for user in users]
+        self.keys += [codec.keys.before(user) for user in users]
+        self.found = np.zeros(len(users), bool)
+        self._pages: list[np.ndarray] = []
+
+    def pages(self, values: Sequence[bytes | None]) -> list[bytes]:
+        """The keys of the pages to read.
+
+        Args:
+            values: of ``keys``.
+
+        Raises:
+            StoreError: a record is damaged.
+        """
+        codec, heads = self._codec, self.keys[: len(self._users)]
+        opened = codec.open_all(heads, values[: len(heads)])
+        self._pages = [np.empty(0, np.int64) for _ in self._users]
+        self.found[:] = False  # it may be asked again
+        for b, body in enumerate(opened):
+            if body is not None:
+                earlier, latest = codec.dense.unpack(body)
+                self.found[b] = (earlier.count + latest.count, latest.time) == self._events[b]
+                if self.found[b]:
+                    self._pages[b] = codec.unpack_pages(body)
+        users = zip(self._users, self._pages, strict=True)
+        return [key for user, first in users for key in codec.keys.pages(user, first)]
+
+    def records(self, values: Sequence[bytes | None], to: RecordCodec) -> dict[bytes, bytes]:
+        """The same records of another version, by their keys.
+
+        Args:
+            values: of ``keys`` and of the pages.
+            to: the codec of that version.
+
+        Raises:
+            StateError: the layouts of the two differ.
+            StoreError: a record is damaged, or gone.
+        """
+        codec, count = self._codec, len(self._users)
+        if codec.layout != to.layout:
+            raise StateError(
+                f"states of weights {codec.version!r} have another layout than those of "
+                f"{to.version!r}; encode all anew"
+            )
+        places = list(accumulate((len(first) for first in self._pages), initial=2 * count))
+        result: dict[bytes, bytes] = {}
+        for b in np.flatnonzero(self.found).tolist():
+            user, first = self._users[b], self._pages[b]
+            mine = [values[b], values[count + b], *values[places[b] : places[b + 1]]]
+            keys = [codec.keys.head(user), codec.keys.before(user), *codec.keys.pages(user, first)]
+            others = [to.keys.head(user), to.keys.before(user), *to.keys.pages(user, first)]
+            for key, other, value in zip(keys, others, mine, strict=True):
+                if value is None:
+                    raise codec.lost(user)
+                result[other] = to.seal(other, codec.open(key, value))
+        return result
 
 
 def _aged(codec: RecordCodec, state: UserState, days: torch.Tensor) -> UserState:

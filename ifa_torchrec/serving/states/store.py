@@ -17,14 +17,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ifa_torchrec.modules import UserState
-from ifa_torchrec.serving.errors import (
-    BUILD_COMMAND,
-    StateError,
-    StoreError,
-    UnknownUserError,
-)
+from ifa_torchrec.serving.errors import BUILD_COMMAND, StateError, StoreError, UnknownUserError
 from ifa_torchrec.serving.states.appending import Addition
-from ifa_torchrec.serving.states.building import records_of, whole_records
+from ifa_torchrec.serving.states.building import Unchanged, of_others, whole_records
 from ifa_torchrec.serving.states.journal import Event, unpack_event
 from ifa_torchrec.serving.states.key_value import Follow, KeyValueStore, no_more
 from ifa_torchrec.serving.states.layout import (
@@ -48,6 +43,8 @@ from ifa_torchrec.serving.states.versions import (
 )
 
 Made = TypeVar("Made")
+_Users = Sequence[int | str]
+_Until = Sequence[int | None] | None
 
 
 class StateStore:
@@ -218,22 +215,37 @@ class StateStore:
             StoreError: what was begun is no longer there, or the store fails.
         """
         written = whole_records(self._codec, users, earlier, earlier_times, last, last_times)
-        left_out = [None] * len(users) if forgotten is None else forgotten
+        return self._write(written, users, forgotten)
+
+    def take_over(
+        self, other: StateStore, users: _Users, events: Sequence[tuple[int, int]], forgotten: _Until
+    ) -> tuple[np.ndarray, int]:
+        """Write states as other weights made them, of those users that they made of just these events.
+
+        Args:
+            other: states of the same layout; users, forgotten: as in ``write``.
+            events: B, how many events each has, and the last one's time in microseconds.
+
+        Returns:
+            Of which users it wrote them, [B] bool; and the bytes written, keys included.
+
+        Raises:
+            StateError, StoreError: the layouts differ; or as ``write``, of either.
+        """
+        unchanged = Unchanged(other._codec, users, events)
+        found = other._read(unchanged.keys, unchanged.pages)
+        written = unchanged.records(found, self._codec)
+        return unchanged.found, self._write(written, users, forgotten)
+
+    def _write(self, written: dict[bytes, bytes], users: _Users, forgotten: _Until) -> int:
         tombstones = [tombstone_key(user) for user in users]
         heads = [self._codec.keys.head(user) for user in users]
 
         def of_the_others(found: list[bytes | None]) -> Mapping[bytes, bytes]:
-            of_users = zip(tombstones, found, strict=False)
-            until = [unpack_number(self.key_values.name, *of) for of in of_users]
-            looked_up = zip(users, until, left_out, found[len(users) :], strict=True)
-            gone = [
-                user
-                for user, now, then, there in looked_up
-                if there is not None or (now is not None and now != then)
-            ]
-            for key in [key for user in gone for key in records_of(written, user)]:
-                del written[key]
-            return written
+            name, of_users = self.key_values.name, zip(tombstones, found, strict=False)
+            until = [unpack_number(name, *of_user) for of_user in of_users]
+            left_out, there = forgotten or [None] * len(users), found[len(users) :]
+            return of_others(written, users, until, left_out, there)
 
         self._update([*tombstones, *heads], of_the_others)
         return sum(len(key) + len(value) for key, value in written.items())

@@ -1,0 +1,80 @@
+"""Rows of tables, wherever they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+
+
+@torch.no_grad()
+def zero_rows(model: nn.Module, zeroed: Mapping[str, torch.Tensor]) -> None:
+    """Set rows of tables to 0, wherever they lie. Called by all ranks.
+
+    Args:
+        model: of embedding (bag) collections, sharded or not.
+        zeroed: by name of a table [rows] bool; other tables are left as they are.
+
+    Example:
+        >>> import torch
+        >>> from torchrec import EmbeddingCollection, EmbeddingConfig
+        >>> from ifa_torchrec.distributed import zero_rows
+        >>> tables = EmbeddingCollection(tables=[EmbeddingConfig(
+        ...     name="item", embedding_dim=2, num_embeddings=3, feature_names=["item"])])
+        >>> zero_rows(tables, {"item": torch.tensor([True, False, True])})
+        >>> tables.embeddings["item"].weight.ne(0).any(1).tolist()
+        [False, True, False]
+    """
+    for name, value in model.state_dict().items():
+        place, _, table = name.removesuffix(".weight").rpartition(".")
+        if not place.endswith(("embeddings", "embedding_bags")) or table not in zeroed:
+            continue
+        rows = zeroed[table]
+        for (first, *_), part in _parts(value):
+            part[rows[first : first + len(part)].to(part.device)] = 0
+
+
+@torch.no_grad()
+def rows_as_unknown(model: nn.Module, known: Mapping[str, int]) -> None:
+    """Let the rows behind the known ones be as row 0, which stands for what is unknown. Called by all
+    ranks.
+
+    Args:
+        model: sharded or not.
+        known: by name of a weight in its ``state_dict`` how many rows are known; a rank need not name
+            what it has no part of, and what is no weight is passed over.
+
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec.distributed import init_process_group
+        >>> from ifa_torchrec.distributed.rows import rows_as_unknown
+        >>> device, table = init_process_group(), torch.nn.Embedding(3, 1)
+        >>> _ = table.weight.data.copy_(torch.tensor([[5.0], [6.0], [7.0]]))
+        >>> rows_as_unknown(table, {"weight": 2})
+        >>> table.weight.flatten().tolist()
+        [5.0, 6.0, 5.0]
+    """
+    mine = {name: _parts(v) for name, v in model.state_dict().items() if name in known}
+    first = {
+        name: [(columns, part[0].cpu()) for (row, *columns), part in parts if row == 0 and len(part)]
+        for name, parts in mine.items()
+    }
+    gathered: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, first)
+    for name, parts in mine.items():
+        rows = [row for of_rank in gathered for row in of_rank.get(name, [])]
+        for (start, *columns), part in parts:
+            for of_columns, row in rows:
+                if of_columns == columns:
+                    part[max(known[name] - start, 0) :] = row.to(part)
+
+
+def _parts(value: Any) -> list[tuple[tuple[int, ...], torch.Tensor]]:
+    """What this rank has of a weight: where each part begins, and the part."""
+    if isinstance(value, ShardedTensor):
+        return [(tuple(s.metadata.shard_offsets), s.tensor) for s in value.local_shards()]
+    return [((0,) * value.ndim, value)]

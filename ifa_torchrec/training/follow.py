@@ -1,0 +1,322 @@
+"""Training without end: one log after the other, each measured before it is trained, and trained once.
+
+DATA/NAME/             a log a part (a day, an hour), taken in the order of their names
+OUT/NAME/              the run that has been trained up to that part
+OUT/parts.csv          what was measured of each part before it was trained
+OUT/tensorboard/       the same, as curves
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ifa_torchrec.batch import Scale
+from ifa_torchrec.data import LogError
+from ifa_torchrec.data.order import InTime
+from ifa_torchrec.data.remote import is_uri
+from ifa_torchrec.data.schema import CANDIDATES, TIME
+from ifa_torchrec.distributed import CheckpointError, checkpoint, init_process_group
+from ifa_torchrec.errors import ConfigError
+from ifa_torchrec.training.build import MOST_GATE_VALUES
+from ifa_torchrec.training.curves import Curves
+from ifa_torchrec.training.options import TrainConfig, read_options, to_json, write_whole
+from ifa_torchrec.training.run import check_log
+from ifa_torchrec.training.trainer import MOST_UNKNOWN, Trainer
+from ifa_torchrec.training.validations import LAST, Fitted, Validations, calibration_of, in_use
+
+TABLE = "parts.csv"
+RATE = 0.5
+"""Share of its highest dense learning rate that a run goes on with; there is no last step for which the
+rate could fall."""
+_OF_THE_FIRST = {"epochs", "warmup_steps", "keep_best", "unknown_items", "gate", "table_init", "seed"}
+"""Options that a run need not share with the one that it goes on from."""
+_TOLD = ("ne", "gauc", "mae", "correlation")
+
+
+def follow(config: TrainConfig) -> dict[str, dict[str, float]]:
+    """Train on the logs of a folder that are left, one after the other. Called by all ranks.
+
+    The first is trained as ``train`` does. Each further one goes on from the run before it: its split
+    `train` is measured by that run's weights, and then trained once, in order of time, by a dense
+    learning rate that stays. Tables grow to the log's; a new row begins as row 0.
+
+    Args:
+        config: TrainConfig; ``data`` is a folder of logs, each prepared by the vocabulary of the one
+            before, and ``out`` gets a run for each.
+
+    Returns:
+        Of each log that was trained now, by its name, what ``train`` returns; of those that are not the
+        first with "before_METRIC", what was measured of it before, and no validation.
+
+    Raises:
+        LogError: there are no logs, or one is bad, or its ids have other rows than those before.
+        ConfigError: an option does not go with this, or with a log.
+        CheckpointError: the options are others than those that the runs began with, or another
+            training writes to ``out``.
+        PlaceError, ShardingError, DivergedError: as ``train``.
+
+    Example:
+        >>> import pandas as pd, tempfile
+        >>> from pathlib import Path
+        >>> from ifa_torchrec import IFAConfig
+        >>> from ifa_torchrec.data import EventLog, LogSchema
+        >>> from ifa_torchrec.training.follow import follow
+        >>> from ifa_torchrec.training.options import TrainConfig
+        >>> folder, days = Path(tempfile.mkdtemp()), pd.date_range("2024-01-01", periods=4)
+        >>> for n in (2, 3):  # each day's log has one item more
+        ...     _ = EventLog.from_pandas(
+        ...         folder / "days" / str(days[n].date()),
+        ...         schema=LogSchema(item_features={"item": n + 1}),
+        ...         events=pd.DataFrame({"user": 1, "item": range(n), "time": days[:n]}),
+        ...         requests={"train": pd.DataFrame({"user": [1], "time": days[n:n + 1],
+        ...             "candidates": [[n - 1, n]], "exposed": [[True, True]], "label": [[0, 1]]})})
+        >>> config = TrainConfig(folder / "days", folder / "runs", ifa=IFAConfig(8, num_heads=2))
+        >>> trained = follow(config)
+        >>> list(trained), trained["2024-01-04"]["before_new_items"]
+        (['2024-01-03', '2024-01-04'], 0.5)
+        >>> follow(config)
+        {}
+    """
+    _check(config)
+    init_process_group()
+    trained: dict[str, dict[str, float]] = {}
+    with checkpoint.locked(config.out):
+        table = Table(config.out)
+        names, before = _left(config, table)
+        for name in names:
+            run = config.out / name
+            part = dataclasses.replace(config, data=Path(config.data) / name, out=run, resume=True)
+            if before is None:
+                part = dataclasses.replace(part, keep_best=LAST)
+                trained[name] = Trainer(part).train()
+            else:
+                part = going_on(part, config.out / before)
+                trained[name] = Follower(part, config.out / before).train()
+            table.put(name, measured_before(run))
+            before = name
+    return trained
+
+
+class Follower(Trainer):
+    """A training that goes on from an earlier run with a later log. ``follow`` has an example.
+
+    Args:
+        config: from ``going_on``.
+        before: the run that it goes on from.
+
+    Raises:
+        LogError, ShardingError, ConfigError: see ``follow``.
+    """
+
+    _nothing_found = "no checkpoint here; going on from the run before"
+
+    def __init__(self, config: TrainConfig, before: Path) -> None:
+        self.before = before
+        super().__init__(config)
+
+    def validate(self) -> tuple[dict[str, float], Fitted]:
+        """Measure the log's split `train` as the run before predicts it, and fit a calibration on it."""
+        calibration = calibration_of(in_use(self.before)[1], self._step_before)
+        metrics, fitted = self._measured("train", calibration)
+        return {"requests": len(self.dataset), "new_items": self._new, **metrics}, fitted
+
+    def state_dict(self) -> dict[str, Any]:
+        """As the Trainer's, with what it goes on from."""
+        return {**super().state_dict(), "before": self.before.name}
+
+    def _is_due(self) -> bool:
+        return self.step == 0
+
+    def _best(self) -> dict[str, float]:
+        return {f"before_{name}": v for name, v in measured_before(self.config.out).items()}
+
+    def _tell(self) -> None:
+        """All was decided before."""
+
+    def _of_log(self, config: TrainConfig) -> tuple[Mapping[str, Scale], float]:
+        was = check_log(self.before / "checkpoints", self.log, grow=True)
+        if was is None:
+            raise CheckpointError(f"{self.before}: no checkpoint here that can be read")
+        items = self.log.requests("train")[CANDIDATES]
+        known = dict(was["config"]["schema"]["item_features"])[self.log.schema.item]
+        self._new = float(((items >= known) | (items == 0)).mean())
+        share = min(self._new, MOST_UNKNOWN) if config.unknown_items is None else config.unknown_items
+        return {name: Scale(**figures) for name, figures in was["scales"].items()}, share
+
+    def _order(self) -> int | InTime:
+        return InTime(self.dataset.requests[TIME])
+
+    def _progress(self) -> float:
+        return 1 - RATE
+
+    def _start_anew(self) -> None:
+        """Take over the weights and the optimisers' state of the run before."""
+        self._keep_vocabulary()
+        options = {k: v for k, v in self.config.fixed().items() if k not in _OF_THE_FIRST}
+        progress = checkpoint.load(
+            self.before / "checkpoints", self.model, self.optimizer, to_json(options), grow=True
+        )
+        self._step_before = progress["step"]
+
+
+def going_on(config: TrainConfig, before: Path) -> TrainConfig:
+    """The options of a run that goes on from another: what they leave open is as it was there.
+
+    Args:
+        config: as they were given, for its log and its folder.
+        before: the run that it goes on from.
+
+    Raises:
+        CheckpointError: there is no run, or its options cannot be read.
+    """
+    was = read_options(before)
+    ifa, gate = config.ifa, config.gate
+    if config.identity and not ifa.identity_features:
+        names = ("identity_features", "identity_buckets", "identity_half_lives")
+        ifa = dataclasses.replace(ifa, **{name: getattr(was.ifa, name) for name in names})
+    if gate is None:  # a feature gates as before, though it may have too many values by now
+        values = dict(_progress_of(before)["config"]["schema"]["event_features"])
+        few = tuple(name for name, count in values.items() if count <= MOST_GATE_VALUES)
+        gate = few if was.gate is None else was.gate
+    rate = config.optimizers.dense_lr
+    rate = was.optimizers.dense_lr if rate is None else rate
+    return dataclasses.replace(
+        config,
+        ifa=ifa,
+        gate=gate,
+        optimizers=dataclasses.replace(config.optimizers, dense_lr=rate),
+        max_requests=config.max_requests or was.max_requests,
+        epochs=1,
+        warmup_steps=0,
+        keep_best=LAST,
+        patience=None,
+        validate=False,
+    )
+
+
+def measured_before(run: Path) -> dict[str, float]:
+    """What was measured of a run's log before it was trained; empty of the first. Called by all ranks.
+
+    Args:
+        run: its folder.
+    """
+    return Validations.read(run, LAST, last=0).by_step.get(0, {})
+
+
+class Table:
+    """What was measured of each part: OUT/parts.csv, and OUT/tensorboard, where a step is a part.
+
+    Args:
+        folder: OUT.
+
+    Attributes:
+        rows: of each part, in the order in which they were trained; numbers as text.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.distributed import init_process_group
+        >>> from ifa_torchrec.training.follow import Table
+        >>> _, folder = init_process_group(), Path(tempfile.mkdtemp())
+        >>> table = Table(folder)
+        >>> table.put("monday", {})
+        >>> table.put("tuesday", {"ne": 0.75})
+        >>> print((folder / "parts.csv").read_text().strip())
+        part,ne
+        monday,
+        tuesday,0.75
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.rows: dict[str, dict[str, str]] = {}
+        with suppress(FileNotFoundError), (folder / TABLE).open(newline="") as file:
+            self.rows = {row["part"]: row for row in csv.DictReader(file)}
+
+    def put(self, part: str, metrics: Mapping[str, float]) -> None:
+        """Add a part, if it is not there yet; rank 0 writes, and says so.
+
+        Raises:
+            PlaceError: the folder cannot be written.
+        """
+        if part in self.rows:
+            return
+        if dist.get_rank() == 0 and metrics:
+            curves = Curves(self._folder / "tensorboard", len(self.rows))
+            curves.show({f"part/{name}": value for name, value in metrics.items()}, len(self.rows))
+            curves.close()
+            found = {n: v for n, v in metrics.items() if n.rpartition("_")[2] in _TOLD}
+            told = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+            print(f"{part}, before it was trained: {told}", file=sys.stderr)
+        self.rows[part] = {"part": part, **{name: repr(value) for name, value in metrics.items()}}
+        if dist.get_rank() == 0:
+            columns = dict.fromkeys(name for row in self.rows.values() for name in row)
+            text = io.StringIO()
+            writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows.values())
+            write_whole(self._folder / TABLE, text.getvalue())
+
+
+def _check(config: TrainConfig) -> None:
+    """Refuse what does not go with a training without end."""
+    if is_uri(config.data):
+        raise ConfigError(f"--follow: --data {config.data}: give a folder of logs; a URI has no list")
+    if config.managed_rows:
+        raise ConfigError("--follow: tables of --managed-rows cannot grow; hash the ids instead")
+    if config.keep_best not in (None, LAST) or config.patience is not None:
+        raise ConfigError("--follow: the last checkpoint counts; leave out --keep-best and --patience")
+    if (config.out / "checkpoints").exists():
+        raise ConfigError(f"--out {config.out} is a run; --follow wants a folder that it puts runs in")
+    if (Path(config.data) / "schema.json").exists():
+        raise ConfigError(f"--data {config.data} is a log; --follow wants the folder that logs lie in")
+
+
+def _left(config: TrainConfig, table: Table) -> tuple[list[str], str | None]:
+    """The logs that are left to train, and the run that goes before; as rank 0 sees them."""
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        logs = [path.parent.name for path in Path(config.data).glob("*/schema.json")]
+        runs = [path.parent.name for path in config.out.glob("*/checkpoints")]
+        runs = [name for name in runs if checkpoint.checkpoints(config.out / name / "checkpoints")]
+        logs = sorted(name for name in logs if not name.startswith("."))  # one that is being written
+        last = max(runs, default="")
+        found = [(logs, last, _progress_of(config.out / last) if last else {})]
+    dist.broadcast_object_list(found)
+    logs, last, progress = found[0]
+    if not logs:
+        raise LogError(f"{config.data}: no logs here; --follow takes a folder of them, a part each")
+    if not last:
+        return logs, None
+    late = [name for name in logs if name < last and name not in table.rows]
+    if late and dist.get_rank() == 0:
+        print(f"left out, as they came after {last} was trained: {', '.join(late)}", file=sys.stderr)
+    names, before = [name for name in logs if name > last], progress.get("before")
+    if progress["epoch"] >= (config.epochs if before is None else 1):
+        table.put(last, measured_before(config.out / last))
+        return names, last
+    if last not in logs:
+        raise LogError(f"{config.data} has no {last}, which is half trained; give that log back")
+    return [last, *names], before
+
+
+def _progress_of(run: Path) -> dict[str, Any]:
+    """What the last readable checkpoint of a run says of itself.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for path in reversed(checkpoint.checkpoints(run / "checkpoints")):
+        with suppress(OSError, ValueError):
+            return json.loads((path / "progress.json").read_text())
+    raise CheckpointError(f"{run}: no checkpoint here that can be read")
