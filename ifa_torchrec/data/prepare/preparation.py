@@ -17,6 +17,8 @@ from ifa_torchrec.data.prepare.sources import (
     read_section,
     sections_of,
 )
+from ifa_torchrec.data.prepare.spark import OnSpark, check_spark
+from ifa_torchrec.data.prepare.spark_tasks import Job
 from ifa_torchrec.data.prepare.splits import cut_splits
 from ifa_torchrec.data.prepare.sql import Parts, quoted
 from ifa_torchrec.data.prepare.steps import database, log_schema, publish, write_rows
@@ -28,6 +30,8 @@ from ifa_torchrec.data.writing import drafting
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
+ENGINES = ("duckdb", "spark")
+
 
 def prepare(
     schema: PrepareSchema,
@@ -36,6 +40,7 @@ def prepare(
     max_refused: float = 0.01,
     vocabulary: str | Path | None = None,
     parts: int = 1,
+    engine: str = "duckdb",
 ) -> EventLog:
     r"""Write the event log of a schema, with its report (report.json) and its vocabulary.
 
@@ -49,12 +54,15 @@ def prepare(
             rows, and has them in this log, seen in it or not.
         parts: how many parts the events and the requests are cut into, by a hash of the user; see
             data/parts.py.
+        engine: "duckdb", on this machine, or "spark", on those of a session of Spark; see ``spark``.
+            ``memory`` is then that of each task, and of the driver; ``out`` and the files are on a file
+            system that all of them see.
 
     Raises:
         LogError: a file or column is missing, too many rows are refused, a join finds nothing, a split
-            is empty, or ``memory`` is too little.
+            is empty, or ``memory`` is too little; or Spark does not do what the schema asks for.
         FileExistsError: ``out`` exists.
-        ModuleNotFoundError: DuckDB is not installed.
+        ModuleNotFoundError: DuckDB, or PySpark, is not installed.
 
     Example:
         >>> import tempfile
@@ -77,11 +85,19 @@ def prepare(
     check_parts(parts)
     if not 0 <= max_refused <= 1:
         raise LogError(f"max_refused must be a share from 0 to 1, got {max_refused!r}")
+    if engine not in ENGINES:
+        raise LogError(f"engine must be one of {list(ENGINES)}, got {engine!r}")
+    if engine == "spark":
+        check_spark(schema, out, parts)
     old = None if vocabulary is None else OldVocabulary.load(Path(vocabulary))
     with drafting(out) as draft:
         with database(draft / "work", memory) as sql:  # there must be room beside the log anyway
             numbering = Numbering(sql, schema, old)
-            report, widths = _write(sql, draft, parts, max_refused, numbering)
+            if engine == "spark":
+                job = Job(schema, draft.absolute(), memory)
+                report, widths = OnSpark(sql, job, parts, max_refused).write(numbering)
+            else:
+                report, widths = _write(sql, draft, parts, max_refused, numbering)
         return publish(draft, out, report, numbering, widths)
 
 
