@@ -2,6 +2,7 @@
 # make test    set up, then run the tests, but for those that take long: make test-slow
 # make setup   the set-up alone: .venv with everything in it
 # make spark   set up, with PySpark (450 MB), for its slow tests; Spark wants Java 17 or later
+# make pages   measure speed anew, and write its pages (half an hour on 2 idle cores; docs/benchmarks.md)
 # make lint, coverage, docs   see CONTRIBUTING.md
 # EXTRA=gpu    for a machine with an NVIDIA GPU
 
@@ -21,7 +22,7 @@ UV_ENV := $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)") \
 # too, a training step takes 3 times as long instead of 20.
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: setup spark demo test test-slow coverage lint docs clean
+.PHONY: setup spark demo test test-slow coverage lint docs pages clean
 
 setup: $(STAMP)
 
@@ -54,6 +55,13 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# one after the other, on all cores: nothing else may run beside them
+pages: setup
+	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/serving.py
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
