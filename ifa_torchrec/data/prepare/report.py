@@ -199,7 +199,7 @@ def _figures_of_split(sql: DuckDBPyConnection, schema: PrepareSchema, mine: rang
         FROM requests_of_split
         LEFT JOIN (SELECT "user", min(time) AS _first FROM events GROUP BY "user") USING ("user")""",
     )
-    figures = {
+    figures: dict[str, Any] = {
         "requests": len(mine),
         "time_range": Span(first, last),
         "candidates": histogram(sql, "SELECT count(*) AS n FROM candidates_of_split GROUP BY _number"),

@@ -169,7 +169,7 @@ class OnSpark:
             rows = self._spark_table(f"read/{name}")
             joined = rows.join(known, rows["user"] == known["_id"], "left").drop("_id")
             joined = joined.selectExpr(
-                *(f"`{column.replace('`', '``')}`" for column in rows.columns),
+                *(f"`{column}`" for column in rows.columns),
                 "_code",
                 f"coalesce(_part, {any_part}) AS _part",
             )
