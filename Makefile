@@ -1,6 +1,7 @@
 # make demo    set up, then train, evaluate and compare on real data (5 minutes on 2 idle cores)
 # make test    set up, then run the tests, but for those that take long: make test-slow
 # make setup   the set-up alone: .venv with everything in it
+# make spark   set up, with PySpark (450 MB), for its slow tests; Spark wants Java 17 or later
 # make pages   measure speed anew, and write its pages (half an hour on 2 idle cores; docs/benchmarks.md)
 # make lint, coverage, docs   see CONTRIBUTING.md
 # EXTRA=gpu    for a machine with an NVIDIA GPU
@@ -21,7 +22,7 @@ UV_ENV := $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)") \
 # too, a training step takes 3 times as long instead of 20.
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: setup demo test test-slow coverage lint docs pages clean
+.PHONY: setup spark demo test test-slow coverage lint docs pages clean
 
 setup: $(STAMP)
 
@@ -30,6 +31,9 @@ $(STAMP): pyproject.toml setup.py $(wildcard ifa_torchrec/ops/kernels/csrc/*)
 	$(BIN)/python -m pip install --quiet --upgrade uv
 	$(UV_ENV) $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -e ".[$(EXTRA),serve,tune,launch,demo,dev,docs]" $(VERSIONS)
 	touch $@
+
+spark: setup
+	$(UV_ENV) $(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[$(EXTRA),spark]" $(VERSIONS)
 
 demo: setup
 	$(BIN)/python examples/complete_journey/demo.py

@@ -3,6 +3,7 @@
 ifa data prepare SCHEMA.json --out runs/data/mine
 ifa data prepare SCHEMA.json --out runs/data/june --vocabulary runs/data/may
 ifa data prepare SCHEMA.json --out runs/data/mine --parts 64
+ifa data prepare SCHEMA.json --out runs/data/mine --parts 64 --engine spark
 ifa data movielens ml-25m --out runs/data/ml-25m
 ifa data report runs/data/mine
 """
@@ -10,10 +11,10 @@ ifa data report runs/data/mine
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import tyro
 
@@ -49,18 +50,20 @@ class Prepare(Source):
     out: Path
     """Folder of the log; it must not exist."""
     memory: str = "4GB"
-    """What DuckDB may take before it goes on on disk."""
+    """What DuckDB may take before it goes on on disk; on Spark, in each task and in the driver."""
     max_refused: float = 0.01
     """Greatest share of a table's rows that may be refused."""
     vocabulary: Path | None = None
     """A log, or a run, whose vocabulary is extended: what it knows keeps its rows."""
     parts: int = 1
     """Files that the events, and the requests of each split, are cut into by a hash of the user."""
+    engine: Literal["duckdb", "spark"] = "duckdb"
+    """Where it runs: on this machine, or on those of a Spark session. Needs the extra `spark`."""
 
     def write(self) -> EventLog:
         """See Source."""
-        schema = load_schema(self.schema)
-        return prepare(schema, self.out, self.memory, self.max_refused, self.vocabulary, self.parts)
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        return prepare(load_schema(options.pop("schema")), **options)
 
 
 @dataclass(frozen=True)

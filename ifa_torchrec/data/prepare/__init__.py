@@ -26,8 +26,9 @@ Repeated purchases are no leak; they are as frequent in `positives_in_next_day`,
 
 A step is a file: `schema`, `columns`, `values` and `loading` (what the log looks like), `files` and
 `csv_rows` (what stands in it), `sections` (what is wanted of it), `sources` (rows read or refused),
-`vectors`, `histories`, `labels`, `ids`, `tables` (items and events), `requests`, `negatives`, `new_ids`
-and `report`; `preparation` calls them in turn.
+`vectors`, `histories`, `labels`, `ids`, `tables` (items and events), `requests`, `splits`, `negatives`,
+`new_ids` and `report`, of figures that add up (`tallies`). `preparation` calls them in turn on one
+machine, `spark` and `spark_tasks` on many; `steps` has what is alike.
 """
 
 from ifa_torchrec.data.prepare.columns import Hashed, Listed, Npy, Regression

@@ -54,6 +54,73 @@ def read_header(section: str, table: Table) -> list[str]:
     return _Files(section, table).names
 
 
+def each_file(
+    section: str, table: Table, numbered: bool, sql: duckdb.DuckDBPyConnection
+) -> dict[str, int]:
+    r"""The files of a section, where each is read by itself.
+
+    Args:
+        section: what to call the table in errors.
+        table: files, and how they are written.
+        numbered: whether rows are to be counted.
+        sql: a connection.
+
+    Returns:
+        For each path, how many rows stand in the files before; 0 unless they are counted.
+
+    Raises:
+        LogError: see ``read_header``; or types differ, so that values would be other ones in files that
+            are read together; or rows of several files of CSV are to be counted.
+
+    Example:
+        >>> import duckdb, tempfile
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.data.prepare.files import each_file
+        >>> from ifa_torchrec.data.prepare.schema import Table
+        >>> file = Path(tempfile.mkdtemp()) / "log.csv"
+        >>> _ = file.write_text("user,item\nann,tea\n")
+        >>> list(each_file("events", Table(files=str(file)), True, duckdb.connect()).values())
+        [0]
+    """
+    files = _Files(section, table)
+    before: dict[str, int] = {}
+    rows, first = 0, dict[str, str]()
+    for file in files.files:
+        before[os.path.abspath(file)] = rows if numbered else 0
+        if files.kind == "parquet":
+            found = sql.execute(f"DESCRIBE SELECT * FROM {_parquet([file])}").fetchall()
+            types = {name: kind for name, kind, *_ in found}
+            rows += pq.read_metadata(file).num_rows
+        elif files.kind == "feather":
+            types = {column.name: str(column.type) for column in _feather_schema(file)}
+            rows += ds.dataset(file, format="feather").count_rows() if numbered else 0
+        else:
+            types = {}
+        first = first or types
+        for name, kind in types.items():
+            if kind != first.get(name, kind):
+                raise LogError(
+                    f"{section}: the column {name!r} is {kind} in {file}, and {first[name]} in "
+                    f"{files.files[0]}; on Spark each file is read by itself, so write it alike in all"
+                )
+    if numbered and files.kind == "csv" and len(before) > 1:
+        raise LogError(
+            f"{section}: `each` numbers the rows of its files, which on Spark are read side by side; "
+            "write them as Parquet, as one file, or take the engine duckdb"
+        )
+    return before
+
+
+def _parquet(files: Sequence[str]) -> str:
+    """Files of Parquet, to select from.
+
+    By default the folders' names would replace columns, and the first file's types would round those of
+    the others.
+    """
+    listed = ", ".join(map(literal, files))
+    return f"read_parquet([{listed}], hive_partitioning=false, union_by_name=true)"
+
+
 class Source:
     r"""What DuckDB selects a section's rows from.
 
@@ -101,10 +168,7 @@ class Source:
         self._rows: CsvRows | None = None
         read = quoted(f"_{section}")
         if files.kind == "parquet":
-            listed = ", ".join(map(literal, files.files))
-            # By default the folders' names would replace columns, and the first file's types would
-            # round those of the others.
-            read = f"read_parquet([{listed}], hive_partitioning=false, union_by_name=true)"
+            read = _parquet(files.files)
             self.places = {"_file": "filename", "_row": "file_row_number"}
         elif files.kind == "feather":
             connection.register(f"_{section}", files.feather())

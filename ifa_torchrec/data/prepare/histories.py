@@ -19,7 +19,8 @@ def date_histories(sql: DuckDBPyConnection) -> None:
     several lengths.
 
     Args:
-        sql: holds events_read, with the place of each event in its list, and requests_rows.
+        sql: holds events_read, with the place of each event in its list, requests_rows, and in
+            `first_request` the least time of all requests.
 
     Example:
         >>> import duckdb
@@ -29,7 +30,8 @@ def date_histories(sql: DuckDBPyConnection) -> None:
         ...                 "TIMESTAMP '2024-05-01 10:00:00' AS time; CREATE TABLE events_read AS "
         ...                 "SELECT 'ann' AS user, 1 AS _at, unnest([0, 1]) AS _position, 2 AS _length,"
         ...                 "unnest(['tea', 'cup']) AS item, NULL AS _refused;"
-        ...                 "CREATE VIEW events_rows AS FROM events_read")
+        ...                 "CREATE VIEW events_rows AS FROM events_read;"
+        ...                 "CREATE VIEW first_request AS SELECT min(time) AS time FROM requests_rows")
         >>> date_histories(sql)
         >>> sql.execute("SELECT item, CAST(time AS VARCHAR) FROM events_rows").fetchall()
         [('tea', '2024-05-01 09:59:58'), ('cup', '2024-05-01 09:59:59')]
@@ -44,7 +46,7 @@ def date_histories(sql: DuckDBPyConnection) -> None:
         WHERE e."user" = l."user" AND e.{AT} <> l._taken AND e._refused IS NULL;
 
         ALTER TABLE events_read ADD COLUMN time TIMESTAMP;
-        UPDATE events_read SET time = (SELECT min(time) FROM requests_rows)
+        UPDATE events_read SET time = (SELECT time FROM first_request)
             - to_seconds({LENGTH} - {POSITION});
         UPDATE events_read e SET time = r.time - to_seconds(e.{LENGTH} - e.{POSITION})
         FROM (SELECT "user", min(time) AS time FROM requests_rows GROUP BY "user") r
@@ -56,15 +58,15 @@ def date_histories(sql: DuckDBPyConnection) -> None:
     )
 
 
-def lists_told(sql: DuckDBPyConnection) -> dict[str, Any]:
-    """How many lists of how many users there were, for the report.
+def lists_figures(sql: DuckDBPyConnection) -> dict[str, Any]:
+    """How many lists of how many users there were, in figures that add up.
 
     Example:
         >>> import duckdb
-        >>> from ifa_torchrec.data.prepare.histories import lists_told
+        >>> from ifa_torchrec.data.prepare.histories import lists_figures
         >>> sql = duckdb.connect()
         >>> _ = sql.execute("CREATE TABLE lists_of_users AS SELECT 1 AS _lists, 1 AS _lengths")
-        >>> lists_told(sql)
+        >>> lists_figures(sql)
         {'users': 1, 'lists': 1, 'users_with_lists_of_several_lengths': 0}
     """
     users, lists, several = first_row(

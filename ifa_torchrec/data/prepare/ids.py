@@ -19,6 +19,7 @@ import pyarrow as pa
 from ifa_torchrec.data.header import read_header
 from ifa_torchrec.data.prepare.columns import rows_of
 from ifa_torchrec.data.prepare.schema import ITEM, PrepareSchema
+from ifa_torchrec.data.prepare.splits import Splits
 from ifa_torchrec.data.prepare.sql import first_row, number, quoted
 from ifa_torchrec.data.schema import USER, LogError
 from ifa_torchrec.data.vocabulary import Ids, Vocabulary
@@ -129,11 +130,61 @@ class OldVocabulary:
         return OldVocabulary(Vocabulary.load(folder), schema.item_features[schema.item])
 
 
+USERS = """SELECT "user" AS id, true AS known FROM events_rows
+    UNION ALL SELECT "user", true FROM requests_rows"""
+"""The users of events and requests, in SQL."""
+
+
+def ids_of(schema: PrepareSchema, splits: Splits) -> dict[str, str]:
+    """Which ids there are of items, and of the features of events, requests and candidates.
+
+    Args:
+        schema: of the log.
+        splits: of its requests.
+
+    Returns:
+        For each name a query of the tables `events_rows`, `requests` and `sessions`: of items `id` and
+        how often the training split has it, `n`; of features `id` and `known`.
+    """
+    requests, hashed = schema.requests, hashes_of(schema)
+    train = f"_number < {splits.numbers['train'].stop}"
+    events = f"time < {splits.lasts['train']}"
+    queries = {
+        ITEM: f"""SELECT item AS id, sum(_n)::BIGINT AS n FROM (
+            SELECT item, count(*) FILTER (WHERE {events}) AS _n FROM events_rows GROUP BY item
+            UNION ALL SELECT item, count(*) FILTER (WHERE {train}) FROM sessions GROUP BY item
+        ) GROUP BY item"""
+    }
+    for form, features, table, training in (
+        ("{0}", schema.events.features, "events_rows", events),
+        ("{0}", schema.context, "requests", train),
+        ("unnest({0})", schema.context_lists, "requests", train),
+        ("{0}", requests.candidate_features, "sessions", train),
+    ):
+        for name in features:
+            which = "" if hashed[name] else f"WHERE {training}"
+            queries[name] = (
+                f"SELECT {form.format(quoted(name))} AS id, true AS known FROM {table} {which}"
+            )
+    return queries
+
+
+def hashes_of(schema: PrepareSchema) -> dict[str, int | None]:
+    """For users, items and each feature, the rows that its ids are hashed to, or None."""
+    items, requests = schema.described_items, schema.requests
+    hashed = {USER: None, ITEM: rows_of(schema.events.item)}
+    for columns in (items.features, items.lists, schema.events.features, schema.context):
+        hashed |= {name: rows_of(column) for name, column in columns.items()}
+    for columns in (schema.context_lists, requests.candidate_features):
+        hashed |= {name: rows_of(column) for name, column in columns.items()}
+    return hashed
+
+
 class Numbering:
     """Numbers the ids of a log.
 
     Args:
-        sql: holds what is read.
+        sql: holds the items that are described, and the ids that there are.
         schema: of the log.
         old: what is extended.
 
@@ -150,56 +201,38 @@ class Numbering:
         self.known = old.known if old else 1
         self.ids: dict[str, Ids] = {}
         self.told: dict[str, dict[str, Any]] = {}
-        self.hashed: dict[str, int | None] = {USER: None, ITEM: rows_of(schema.events.item)}
-        items, requests = schema.described_items, schema.requests
-        for columns in (items.features, items.lists, schema.events.features, schema.context):
-            self.hashed |= {name: rows_of(column) for name, column in columns.items()}
-        for columns in (schema.context_lists, requests.candidate_features):
-            self.hashed |= {name: rows_of(column) for name, column in columns.items()}
+        self.hashed = hashes_of(schema)
         for name in self.old.names:
             self._check_old(name)
 
     def users(self) -> None:
-        """Number all users."""
-        both = 'SELECT "user" AS id, true AS known FROM {0}_rows'
-        self._number(USER, " UNION ALL ".join(both.format(table) for table in ("events", "requests")))
+        """Number all users: those of `ids_user`."""
+        self._number(USER, "FROM ids_user")
 
-    def others(self, train: range) -> None:
-        """Number items and features.
-
-        Args:
-            train: numbers of the training split's requests; `sessions` and `requests` know them.
-        """
-        schema, requests = self.schema, f"_number < {train.stop}"
-        events = f"time < (SELECT max(time) FROM requests WHERE {requests})"
+    def others(self) -> None:
+        """Number items and features: those of `ids_item` (id, n), and `ids_NAME` (id, known)."""
+        schema, items = self.schema, self.schema.described_items
         self.sql.execute(
-            f"""CREATE TABLE occurrences AS SELECT item, sum(_n)::BIGINT AS n FROM (
-                SELECT item, count(*) AS _n FROM events_rows WHERE {events} GROUP BY item
-                UNION ALL SELECT item, count(*) FROM sessions WHERE {requests} GROUP BY item
-            ) GROUP BY item"""
+            """CREATE TABLE occurrences AS SELECT id AS item, sum(n)::BIGINT AS n FROM ids_item
+            GROUP BY id HAVING sum(n) > 0"""
         )
-        everything = " UNION ".join(
-            f"SELECT item AS id FROM {table}"
-            for table in ("events_rows", "sessions", *(["items_rows"] if schema.items else []))
-        )
+        everything = "SELECT id FROM ids_item"
+        everything += " UNION SELECT item AS id FROM items_rows" if schema.items else ""
         self._number(
             ITEM,
             f"""SELECT id, coalesce(n, 0) >= {schema.min_count} AS known
             FROM ({everything}) LEFT JOIN occurrences ON item = id""",
         )
-        items = schema.described_items
-        for form, features, table, training in (
-            ("{0}", items.features, "items_rows", "SEMI JOIN occurrences USING (item)"),
-            ("unnest({0})", items.lists, "items_rows", "SEMI JOIN occurrences USING (item)"),
-            ("{0}", schema.events.features, "events_rows", f"WHERE {events}"),
-            ("{0}", schema.context, "requests", f"WHERE {requests}"),
-            ("unnest({0})", schema.context_lists, "requests", f"WHERE {requests}"),
-            ("{0}", schema.requests.candidate_features, "sessions", f"WHERE {requests}"),
-        ):
+        for form, features in (("{0}", items.features), ("unnest({0})", items.lists)):
             for name in features:
-                which = "" if self.hashed[name] else training
-                ids = f"SELECT {form.format(quoted(name))} AS id, true AS known FROM {table} {which}"
-                self._number(name, ids)
+                which = "" if self.hashed[name] else "SEMI JOIN occurrences USING (item)"
+                self._number(
+                    name,
+                    f"SELECT {form.format(quoted(name))} AS id, true AS known FROM items_rows {which}",
+                )
+        for name in self.hashed:
+            if name not in (USER, ITEM, *items.features, *items.lists):
+                self._number(name, f"FROM {quoted(f'ids_{name}')}")
 
     def vocabulary(self) -> Vocabulary:
         """What was numbered."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ifa_torchrec.data.prepare.schema import ITEM, USER, JoinedLabel
-from ifa_torchrec.data.prepare.sql import first_row, interval, number, quoted
+from ifa_torchrec.data.prepare.sql import interval, number, quoted
+from ifa_torchrec.data.prepare.tallies import least
 from ifa_torchrec.data.schema import LogError
 
 if TYPE_CHECKING:
@@ -57,12 +59,8 @@ def _labels(label: JoinedLabel) -> str:
         AND l.time BETWEEN r.time AND r.time + {interval(label.within_seconds)}"""
 
 
-def joined_told(sql: DuckDBPyConnection, task: str, section: str, label: JoinedLabel) -> dict[str, int]:
-    """What became of the rows of a joined label, for the report.
-
-    Raises:
-        LogError: not one labels a candidate.
-    """
+def joined_figures(sql: DuckDBPyConnection, section: str, label: JoinedLabel) -> dict[str, Any]:
+    """What became of the rows of a joined label, in figures that add up; see ``joined_told``."""
     rows, users, items, in_time = (
         number(sql, f"SELECT count(*) FROM {section}_rows l {which}")
         for which in (
@@ -72,16 +70,6 @@ def joined_told(sql: DuckDBPyConnection, task: str, section: str, label: JoinedL
             f"SEMI JOIN requests_rows r ON {_labels(label)}",
         )
     )
-    if not in_time:
-        user, item = (example(sql, column, section) for column in (USER, ITEM))
-        theirs, shown = (example(sql, column, "requests") for column in (USER, ITEM))
-        raise LogError(
-            f"requests.labels.{task}: none of its {rows} rows labels a candidate; {users} have a "
-            f"user of the requests, {items} that user's candidate, none within "
-            f"{label.within_seconds} seconds after it. Its users are like {user}, its items like "
-            f"{item}; those of the requests like {theirs} and {shown}; are ids written alike, and "
-            "times of one time zone?"
-        )
     ambiguous = number(
         sql,
         f"""SELECT count(*) FROM (
@@ -95,15 +83,37 @@ def joined_told(sql: DuckDBPyConnection, task: str, section: str, label: JoinedL
         "of_a_candidate": items,
         "in_time": in_time,
         "of_several_candidates": ambiguous,
+        "like": {
+            table: {column: least(sql, column, table) for column in (USER, ITEM)}
+            for table in (section, "requests")
+        },
     }
 
 
-def listed_told(sql: DuckDBPyConnection, task: str, each: bool) -> dict[str, int]:
-    """How many of the items that a label lists are among the candidates of their row, for the report.
+def joined_told(
+    figures: Mapping[str, Any], task: str, section: str, label: JoinedLabel
+) -> dict[str, int]:
+    """What became of the rows of a joined label, for the report.
 
     Raises:
-        LogError: items are listed and not one is a candidate.
+        LogError: not one labels a candidate.
     """
+    counts = {name: count for name, count in figures.items() if name != "like"}
+    if not counts["in_time"]:
+        its, theirs = (figures["like"][table] for table in (section, "requests"))
+        raise LogError(
+            f"requests.labels.{task}: none of its {counts['rows']} rows labels a candidate; "
+            f"{counts['of_a_user_of_the_requests']} have a user of the requests, "
+            f"{counts['of_a_candidate']} that user's candidate, none within {label.within_seconds} "
+            f"seconds after it. Its users are like {its[USER].told()}, its items like "
+            f"{its[ITEM].told()}; those of the requests like {theirs[USER].told()} and "
+            f"{theirs[ITEM].told()}; are ids written alike, and times of one time zone?"
+        )
+    return counts
+
+
+def listed_figures(sql: DuckDBPyConnection, task: str, each: bool) -> dict[str, Any]:
+    """How many items a label lists, and finds, in figures that add up; see ``listed_told``."""
     listed = quoted(f"_listed_{task}")
     of_rows = f"SELECT any_value({listed}) AS n FROM requests_rows GROUP BY _at"
     of = number(
@@ -113,24 +123,19 @@ def listed_told(sql: DuckDBPyConnection, task: str, each: bool) -> dict[str, int
         else f"SELECT coalesce(sum({listed}), 0)::BIGINT FROM requests_rows",
     )
     found = number(sql, f"SELECT count(*) FROM requests_rows WHERE {quoted(task)} = 1")
+    return {"listed": of, "found": found, "like": least(sql, ITEM, "requests")}
+
+
+def listed_told(figures: Mapping[str, Any], task: str) -> dict[str, int]:
+    """How many of the items that a label lists are among the candidates of their row, for the report.
+
+    Raises:
+        LogError: items are listed and not one is a candidate.
+    """
+    of, found = figures["listed"], figures["found"]
     if of and not found:
         raise LogError(
             f"requests.labels.{task}: none of the {of} items that it lists is a candidate of its row; "
-            f"candidates are like {example(sql, ITEM, 'requests')}; are ids written alike?"
+            f"candidates are like {figures['like'].told()}; are ids written alike?"
         )
     return {"listed": of, "found": found}
-
-
-def example(sql: DuckDBPyConnection, column: str, table: str) -> str:
-    """An id of a table, for a message.
-
-    Example:
-        >>> import duckdb
-        >>> from ifa_torchrec.data.prepare.labels import example
-        >>> sql = duckdb.connect()
-        >>> _ = sql.execute("CREATE TABLE events_rows AS SELECT 'ann' AS user")
-        >>> example(sql, "user", "events")
-        "'ann'"
-    """
-    least = first_row(sql, f'SELECT min("{column}") FROM {table}_rows')[0]
-    return "none, since it has no rows" if least is None else repr(least)

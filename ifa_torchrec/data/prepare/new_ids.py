@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ifa_torchrec.data.prepare.schema import PrepareSchema
-from ifa_torchrec.data.prepare.sql import first_row, quoted
+from ifa_torchrec.data.prepare.splits import Splits
+from ifa_torchrec.data.prepare.sql import quoted
+from ifa_torchrec.data.prepare.tallies import Share, share, shares
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -19,30 +20,27 @@ class NewIds:
     Args:
         sql: holds the tables of the other rooms.
         schema: of the log.
-        splits: the numbers of each split's requests.
+        splits: of its requests.
         known: rows of the item table; numbers from there on are of new items.
     """
 
     def __init__(
-        self, sql: DuckDBPyConnection, schema: PrepareSchema, splits: Mapping[str, range], known: int
+        self, sql: DuckDBPyConnection, schema: PrepareSchema, splits: Splits, known: int
     ) -> None:
-        self.sql, self.schema, self.splits, self.known = sql, schema, splits, known
-        lasts = ["'-infinity'::TIMESTAMP"]
-        lasts += [
-            f"(SELECT max(time) FROM requests WHERE _number < {mine.stop})" for mine in splits.values()
-        ]
+        self.sql, self.schema, self.splits, self.known = sql, schema, splits.numbers, known
+        lasts = ["'-infinity'::TIMESTAMP", *splits.lasts.values()]
         events = [f"time >= {first} AND time < {last}" for first, last in pairwise(lasts)]
-        self.events = dict(zip(splits, events, strict=True))
-        train = f"_number < {splits['train'].stop}"
+        self.events = dict(zip(splits.lasts, events, strict=True))
+        train = f"_number < {self.splits['train'].stop}"
         sql.execute(
             f"""CREATE TABLE users_of_training AS
             SELECT "user" FROM events WHERE time < {lasts[1]}
             UNION SELECT "user" FROM requests WHERE {train}"""
         )
 
-    def told(self, split: str) -> dict[str, Any]:
+    def figures(self, split: str) -> dict[str, Any]:
         """Shares of a split: of items among candidates and events, of users among requests and events,
-        and of the values of each feature; None where there are none.
+        and of the values of each feature.
 
         Events of a split are those between the last request of the split before and its own.
         """
@@ -62,11 +60,11 @@ class NewIds:
             "values": self._values(requests, self.events[split]),
         }
 
-    def _values(self, requests: str, events: str) -> dict[str, float | None]:
+    def _values(self, requests: str, events: str) -> dict[str, Share]:
         """Of the values that are given, the share that the vocabulary does not have."""
         schema, items = self.schema, self.schema.described_items
         candidates = f"FROM candidates JOIN items ON items.item = _row.item WHERE {requests}"
-        told: dict[str, float | None] = {}
+        new: dict[str, Share] = {}
         for form, features, rows in (
             ("{0}", items.features, candidates),
             ("unnest({0})", items.lists, candidates),
@@ -78,9 +76,8 @@ class NewIds:
             for name in features:
                 given = f"(SELECT {form.format(quoted(name))} AS id {rows})"
                 known = f"LEFT JOIN {quoted(f'codes_{name}')} USING (id) WHERE id IS NOT NULL"
-                told[name] = self._share("code IS NULL", f"FROM {given} {known}")
-        return told
+                new[name] = self._share("code IS NULL", f"FROM {given} {known}")
+        return new
 
-    def _share(self, condition: str, rows: str) -> float | None:
-        query = f"SELECT avg(CAST(coalesce({condition}, false) AS INTEGER)) {rows}"
-        return first_row(self.sql, query)[0]
+    def _share(self, condition: str, rows: str) -> Share:
+        return shares(self.sql, f"SELECT {share(condition)} {rows}")[0]

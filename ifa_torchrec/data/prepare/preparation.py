@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ifa_torchrec.data.event_log import EventLog
 from ifa_torchrec.data.parts import check_parts
-from ifa_torchrec.data.prepare.columns import Regression
-from ifa_torchrec.data.prepare.ids import Numbering, OldVocabulary
-from ifa_torchrec.data.prepare.negatives import draw_negatives
-from ifa_torchrec.data.prepare.report import joins_of, report_of
-from ifa_torchrec.data.prepare.requests import (
-    code_candidates,
-    cut_splits,
-    group_requests,
-    write_requests,
-)
+from ifa_torchrec.data.prepare.ids import USERS, Numbering, OldVocabulary, ids_of
+from ifa_torchrec.data.prepare.report import figures_of_rows, joins_of, report_of
+from ifa_torchrec.data.prepare.requests import group_requests
 from ifa_torchrec.data.prepare.schema import ITEM, PrepareSchema
-from ifa_torchrec.data.prepare.sources import read_sections
-from ifa_torchrec.data.prepare.sql import literal
-from ifa_torchrec.data.prepare.tables import write_events, write_items
-from ifa_torchrec.data.schema import LogError, LogSchema, check_splits
+from ifa_torchrec.data.prepare.sources import (
+    check_refused,
+    complete_rows,
+    read_section,
+    sections_of,
+)
+from ifa_torchrec.data.prepare.spark import OnSpark, check_spark
+from ifa_torchrec.data.prepare.spark_tasks import Job
+from ifa_torchrec.data.prepare.splits import cut_splits
+from ifa_torchrec.data.prepare.sql import Parts, quoted
+from ifa_torchrec.data.prepare.steps import database, log_schema, publish, write_rows
+from ifa_torchrec.data.prepare.tables import write_items
+from ifa_torchrec.data.prepare.tallies import Refused
+from ifa_torchrec.data.schema import LogError, check_splits
 from ifa_torchrec.data.writing import drafting
-from ifa_torchrec.errors import require
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
+
+ENGINES = ("duckdb", "spark")
 
 
 def prepare(
@@ -40,6 +40,7 @@ def prepare(
     max_refused: float = 0.01,
     vocabulary: str | Path | None = None,
     parts: int = 1,
+    engine: str = "duckdb",
 ) -> EventLog:
     r"""Write the event log of a schema, with its report (report.json) and its vocabulary.
 
@@ -53,12 +54,15 @@ def prepare(
             rows, and has them in this log, seen in it or not.
         parts: how many parts the events and the requests are cut into, by a hash of the user; see
             data/parts.py.
+        engine: "duckdb", on this machine, or "spark", on those of a session of Spark; see ``spark``.
+            ``memory`` is then that of each task, and of the driver; ``out`` and the files are on a file
+            system that all of them see.
 
     Raises:
         LogError: a file or column is missing, too many rows are refused, a join finds nothing, a split
-            is empty, or ``memory`` is too little.
+            is empty, or ``memory`` is too little; or Spark does not do what the schema asks for.
         FileExistsError: ``out`` exists.
-        ModuleNotFoundError: DuckDB is not installed.
+        ModuleNotFoundError: DuckDB, or PySpark, is not installed.
 
     Example:
         >>> import tempfile
@@ -76,79 +80,53 @@ def prepare(
         >>> log.item_names(), log.requests("train")["candidates"].tolist()
         (['unknown', 'cup', 'tea'], [1, 2])
     """
-    _log_schema(schema, {}, {})  # names that cannot work are refused before the long part
+    log_schema(schema, {}, {})  # names that cannot work are refused before the long part
     check_splits(schema.splits)
     check_parts(parts)
     if not 0 <= max_refused <= 1:
         raise LogError(f"max_refused must be a share from 0 to 1, got {max_refused!r}")
+    if engine not in ENGINES:
+        raise LogError(f"engine must be one of {list(ENGINES)}, got {engine!r}")
+    if engine == "spark":
+        check_spark(schema, out, parts)
     old = None if vocabulary is None else OldVocabulary.load(Path(vocabulary))
     with drafting(out) as draft:
-        with _database(draft / "work", memory) as sql:  # there must be room beside the log anyway
+        with database(draft / "work", memory) as sql:  # there must be room beside the log anyway
             numbering = Numbering(sql, schema, old)
-            refused = read_sections(sql, schema, max_refused)
-            joins = joins_of(sql, schema)
-            numbering.users()
-            group_requests(sql, schema)
-            splits, first_cut = cut_splits(sql, schema.splits)
-            numbering.others(splits["train"])
-            widths = write_items(sql, schema, draft / "items.parquet")
-            write_events(sql, schema, draft, parts)
-            code_candidates(sql, schema)
-            if schema.requests.negatives:
-                draw_negatives(sql, schema.requests, first_cut)
-            write_requests(sql, schema, splits, draft / "requests", parts)
-            report = report_of(sql, schema, splits, joins, numbering.told, refused)
-        (draft / "report.json").write_text(json.dumps(report, indent=2))
-        numbering.vocabulary().save(draft)
-        rows = {name: told["rows"] for name, told in numbering.told.items()}
-        return EventLog.publish(draft, out, _log_schema(schema, rows, widths), list(splits))
+            if engine == "spark":
+                job = Job(schema, draft.absolute(), memory)
+                report, widths = OnSpark(sql, job, parts, max_refused).write(numbering)
+            else:
+                report, widths = _write(sql, draft, parts, max_refused, numbering)
+        return publish(draft, out, report, numbering, widths)
 
 
-@contextmanager
-def _database(folder: Path, memory: str) -> Generator[DuckDBPyConnection]:
-    """A database of DuckDB in a folder that is gone behind it; its errors become LogErrors."""
-    require("data", "duckdb")
-    import duckdb
-
-    folder.mkdir()
-    with duckdb.connect(folder / "tables.duckdb") as connection:
-        connection.execute("SET TimeZone = 'UTC'")
-        try:
-            connection.execute(f"SET memory_limit = {literal(memory)}")
-        except duckdb.Error as error:
-            raise LogError(f"memory={memory!r} is no size, such as '4GB': {error}") from error
-        try:
-            yield connection
-        except duckdb.OutOfMemoryException as error:
-            raise LogError(f"memory={memory!r} is too little for this log: {error}") from error
-        except duckdb.Error as error:
-            raise LogError(f"the schema does not fit its files: {error}") from error
-    shutil.rmtree(folder)
+def _write(
+    sql: DuckDBPyConnection, draft: Path, parts: int, max_refused: float, numbering: Numbering
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Write the log's tables; returns its report, and the width of each kind of vectors."""
+    schema = numbering.schema
+    refused = _read(sql, schema, max_refused)
+    rows = figures_of_rows(sql, schema)
+    joins = joins_of(sql, schema, rows["joins"])
+    sql.execute(f"CREATE VIEW ids_user AS {USERS}")
+    numbering.users()
+    group_requests(sql, schema)
+    splits = cut_splits(sql, schema.splits)
+    for name, query in ids_of(schema, splits).items():
+        sql.execute(f"CREATE VIEW {quoted(f'ids_{name}')} AS {query}")
+    numbering.others()
+    widths = write_items(sql, schema, draft / "items.parquet")
+    figures = write_rows(sql, schema, splits, numbering.told[ITEM]["rows"], draft, Parts(parts))
+    return report_of(figures, rows, joins, numbering.told, refused), widths
 
 
-def _log_schema(schema: PrepareSchema, rows: Mapping[str, int], widths: Mapping[str, int]) -> LogSchema:
-    """The schema of the log, with its tables' rows and its vectors' widths, as far as they are known."""
-
-    def tables(names: Iterable[str]) -> dict[str, int]:
-        return {name: rows.get(name, 1) for name in names}
-
-    requests, items = schema.requests, schema.described_items
-    return LogSchema(
-        item_features=tables([ITEM, *items.features]),
-        context_features=tables(schema.context),
-        dense_features=tuple(schema.dense),
-        candidate_dense=tuple(requests.candidate_dense),
-        tasks={
-            task: "regression" if isinstance(label, Regression) else "binary"
-            for task, label in requests.labels.items()
-        },
-        item_lists=tables(items.lists),
-        item_dense=tuple(items.dense),
-        item_vectors={name: widths.get(name, 1) for name in items.vectors},
-        event_features=tables(schema.events.features),
-        event_dense=tuple(schema.events.dense),
-        event_weight=None if schema.events.weight is None else "weight",
-        context_lists=tables(schema.context_lists),
-        candidate_features=tables(requests.candidate_features),
-        log_scaled=tuple(schema.log_scaled),
-    )
+def _read(sql: DuckDBPyConnection, schema: PrepareSchema, max_refused: float) -> dict[str, Refused]:
+    """Read all sections of a schema; returns the rows of each, and those that are refused."""
+    refused: dict[str, Refused] = {}
+    for section in sections_of(schema):
+        refused[section.name] = read_section(sql, schema, section)
+        check_refused(section.name, refused[section.name], max_refused)
+    sql.execute("CREATE VIEW first_request AS SELECT min(time) AS time FROM requests_rows")
+    complete_rows(sql, schema)
+    return refused

@@ -1,6 +1,7 @@
 """What LOG/report.json says of joins, leaks, times, doubled rows and scales, beside plain counts.
 
-All of it is asked of the tables that ``ifa_torchrec.data.prepare`` makes on its way.
+All of it is asked of the tables that ``ifa_torchrec.data.prepare`` makes on its way, in figures that add
+up (``tallies``): those of some users, and of the others, are those of the log.
 """
 
 from __future__ import annotations
@@ -8,11 +9,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ifa_torchrec.data.prepare.histories import lists_told
-from ifa_torchrec.data.prepare.labels import example, joined_told, listed_told
+from ifa_torchrec.data.prepare.histories import lists_figures
+from ifa_torchrec.data.prepare.labels import joined_figures, joined_told, listed_figures, listed_told
 from ifa_torchrec.data.prepare.new_ids import NewIds
 from ifa_torchrec.data.prepare.schema import ITEM, Listed, PrepareSchema, Requests
+from ifa_torchrec.data.prepare.splits import Splits
 from ifa_torchrec.data.prepare.sql import first_row, number, quoted
+from ifa_torchrec.data.prepare.tallies import (
+    Refused,
+    Scale,
+    Share,
+    Span,
+    histogram,
+    least,
+    share,
+    shares,
+    told,
+)
 from ifa_torchrec.data.schema import TIME, USER, LogError
 
 if TYPE_CHECKING:
@@ -23,100 +36,151 @@ _SPANS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400}
 _LEAKED, _DOUBLED, _AT_MIDNIGHT, _NEW, _UNDESCRIBED, _AMBIGUOUS = 0.1, 0.01, 0.5, 0.2, 0.05, 0.01
 
 
-def report_of(
-    sql: DuckDBPyConnection,
-    schema: PrepareSchema,
-    splits: Mapping[str, range],
-    joins: Mapping[str, Any],
-    codes: Mapping[str, Mapping[str, Any]],
-    refused: Mapping[str, Any],
+def figures_of_rows(sql: DuckDBPyConnection, schema: PrepareSchema) -> dict[str, Any]:
+    """What there is to say of the rows of some users before they are grouped, in figures that add up.
+
+    Args:
+        sql: holds the sections.
+        schema: of the log.
+    """
+    joins: dict[str, Any] = {"users_with_events": _found(sql, USER, "events")}
+    if schema.users:
+        joins["users_described"] = _found(sql, USER, "users")
+    for n, (task, label) in enumerate(schema.requests.joined_labels.items()):
+        joins[f"label_{task}"] = joined_figures(sql, f"label_{n}", label)
+    for task, label in schema.requests.labels.items():
+        if isinstance(label, Listed):
+            joins[f"label_{task}"] = listed_figures(sql, task, bool(schema.requests.each))
+    figures = {"joins": joins, "doubled_rows": _doubled_rows(sql, schema.requests)}
+    return figures if schema.events.time else {**figures, "histories": lists_figures(sql)}
+
+
+def figures_of_log(
+    sql: DuckDBPyConnection, schema: PrepareSchema, splits: Splits, known: int
 ) -> dict[str, Any]:
-    """The whole report.
+    """What there is to say of the log of some users, in figures that add up.
 
     Args:
         sql: holds the tables of the other rooms.
         schema: of the log.
-        splits: the numbers of each split's requests.
-        joins: from ``joins_of``.
-        codes: from ``write_codes``.
-        refused: from ``read_sections``.
+        splits: of its requests.
+        known: rows of the item table; numbers from there on are of new items.
     """
-    users, events, first, last = first_row(
+    users, events, *ends = first_row(
         sql, 'SELECT count(DISTINCT "user"), count(*), min(time), max(time) FROM events'
     )
-    new = NewIds(sql, schema, splits, codes[ITEM]["rows"])
-    told = {
+    new = NewIds(sql, schema, splits, known)
+    return {
         "users": users,
-        "items": codes[ITEM]["ids"],
         "events": events,
-        "events_per_user": _percentiles(sql, 'SELECT count(*) AS n FROM events GROUP BY "user"'),
-        "time_range": [str(first), str(last)],
+        "events_per_user": histogram(sql, 'SELECT count(*) AS n FROM events GROUP BY "user"'),
+        "time_range": Span(*ends),
         "times_at_midnight": _at_midnight(sql),
-        "joins": joins,
         "requests": {
-            split: _report_split(sql, schema, mine) | {"new": new.told(split)}
-            for split, mine in splits.items()
+            split: _figures_of_split(sql, schema, mine) | {"new": new.figures(split)}
+            for split, mine in splits.numbers.items()
         },
-        "vocabulary": codes,
-        "doubled_rows": _doubled_rows(sql, schema.requests),
-        "refused": refused,
     }
-    if schema.events.time is None:
-        told["histories_without_times"] = lists_told(sql)
-    return {"warnings": _warnings(told), **told}
+
+
+def report_of(
+    figures: Mapping[str, Any],
+    rows: Mapping[str, Any],
+    joins: Mapping[str, Any],
+    codes: Mapping[str, Mapping[str, Any]],
+    refused: Mapping[str, Refused],
+) -> dict[str, Any]:
+    """The whole report.
+
+    Args:
+        figures: from ``figures_of_log``.
+        rows: from ``figures_of_rows``.
+        joins: from ``joins_of``.
+        codes: what ``Numbering`` told.
+        refused: of each section.
+    """
+    of_log = told(figures)
+    report = {
+        "users": of_log["users"],
+        "items": codes[ITEM]["ids"],
+        **{name: of_log[name] for name in ("events", "events_per_user", "time_range")},
+        "times_at_midnight": of_log["times_at_midnight"],
+        "joins": joins,
+        "requests": of_log["requests"],
+        "vocabulary": codes,
+        "doubled_rows": rows["doubled_rows"],
+        "refused": told(refused),
+    }
+    if "histories" in rows:
+        report["histories_without_times"] = rows["histories"]
+    return {"warnings": _warnings(report), **report}
 
 
 # ---------------------------------------------------------------- joins
 
 
-def joins_of(sql: DuckDBPyConnection, schema: PrepareSchema) -> dict[str, Any]:
+def joins_of(
+    sql: DuckDBPyConnection, schema: PrepareSchema, figures: Mapping[str, Any]
+) -> dict[str, Any]:
     """How many ids of the requests are found in the other tables, and labels among the requests.
+
+    Args:
+        sql: holds events_rows, requests_rows and, if they are described, items_rows, or their items.
+        schema: of the log.
+        figures: `joins` of ``figures_of_rows``.
 
     Raises:
         LogError: a join finds nothing at all.
     """
-    told: dict[str, Any] = {
-        "users_with_events": _found(sql, USER, "events", "requests: no user of theirs has an event."),
+    joins: dict[str, Any] = {
+        "users_with_events": _found_told(
+            figures["users_with_events"], "events", "requests: no user of theirs has an event."
+        ),
     }
     if not schema.items:
         missing = (
             "requests: no candidate of theirs is the item of an event (if that is so, describe `items`)."
         )
-        told["items_with_events"] = _found(sql, ITEM, "events", missing)
+        joins["items_with_events"] = _found_told(_found(sql, ITEM, "events"), "events", missing)
     else:
         missing = "items: no candidate of the requests is among them."
-        told["items_described"] = _found(sql, ITEM, "items", missing)
+        joins["items_described"] = _found_told(_found(sql, ITEM, "items"), "items", missing)
     if schema.users:
         missing = "users: no user of the requests is among them."
-        told["users_described"] = _found(sql, USER, "users", missing)
-    for number_of, (task, label) in enumerate(schema.requests.joined_labels.items()):
-        told[f"label_{task}"] = joined_told(sql, task, f"label_{number_of}", label)
+        joins["users_described"] = _found_told(figures["users_described"], "users", missing)
+    for n, (task, label) in enumerate(schema.requests.joined_labels.items()):
+        joins[f"label_{task}"] = joined_told(figures[f"label_{task}"], task, f"label_{n}", label)
     for task, label in schema.requests.labels.items():
         if isinstance(label, Listed):
-            told[f"label_{task}"] = listed_told(sql, task, bool(schema.requests.each))
-    return told
+            joins[f"label_{task}"] = listed_told(figures[f"label_{task}"], task)
+    return joins
 
 
-def _found(sql: DuckDBPyConnection, column: str, table: str, missing: str) -> dict[str, int]:
+def _found(sql: DuckDBPyConnection, column: str, table: str) -> dict[str, Any]:
     of, there = first_row(
         sql,
         f"""SELECT count(*),
             count(*) FILTER (WHERE id IN (SELECT DISTINCT "{column}" FROM {table}_rows))
         FROM (SELECT DISTINCT "{column}" AS id FROM requests_rows WHERE "{column}" IS NOT NULL)""",
     )
-    if of and not there:
-        theirs, its = (example(sql, column, where) for where in ("requests", table))
+    like = {where: least(sql, column, where) for where in ("requests", table)}
+    return {"of": of, "found": there, "like": like}
+
+
+def _found_told(figures: Mapping[str, Any], table: str, missing: str) -> dict[str, int]:
+    if figures["of"] and not figures["found"]:
+        theirs, its = (figures["like"][where].told() for where in ("requests", table))
         raise LogError(
             f"{missing} Those of the requests are like {theirs}, those of {table} like {its}; write "
             "them alike in all files"
         )
-    return {"of": of, "found": there}
+    return {"of": figures["of"], "found": figures["found"]}
 
 
 # ---------------------------------------------------------------- a split
 
 
-def _report_split(sql: DuckDBPyConnection, schema: PrepareSchema, mine: range) -> dict[str, Any]:
+def _figures_of_split(sql: DuckDBPyConnection, schema: PrepareSchema, mine: range) -> dict[str, Any]:
     """The figures of a split, asked of views of its requests and candidates."""
     requests = schema.requests
     for table in ("requests", "candidates"):
@@ -124,25 +188,24 @@ def _report_split(sql: DuckDBPyConnection, schema: PrepareSchema, mine: range) -
             f"""CREATE OR REPLACE VIEW {table}_of_split AS FROM {table}
             WHERE _number BETWEEN {mine.start} AND {mine.stop - 1}"""
         )
-    rates = ", ".join(f"avg(_row.{quoted(task)}) FILTER (_row.exposed)" for task in requests.labels)
-    exposed, *rates = first_row(
-        sql, f"SELECT avg(CAST(_row.exposed AS INTEGER)), {rates} FROM candidates_of_split"
+    labels = [f"_row.{quoted(task)}" for task in requests.labels]
+    rates = [f", {form} FILTER (_row.exposed)" for n in labels for form in (f"sum({n})", f"count({n})")]
+    exposed, *rates = shares(
+        sql, f"SELECT {share('_row.exposed')} {''.join(rates)} FROM candidates_of_split"
     )
-    first, last, alone = first_row(
+    first, last, *alone = first_row(
         sql,
-        """SELECT min(time), max(time), avg(CAST(_first IS NULL OR _first >= time AS INTEGER))
+        f"""SELECT min(time), max(time), {share("_first IS NULL OR _first >= time")}
         FROM requests_of_split
         LEFT JOIN (SELECT "user", min(time) AS _first FROM events GROUP BY "user") USING ("user")""",
     )
-    told = {
+    figures: dict[str, Any] = {
         "requests": len(mine),
-        "time_range": [str(first), str(last)],
-        "candidates": _percentiles(
-            sql, "SELECT count(*) AS n FROM candidates_of_split GROUP BY _number"
-        ),
+        "time_range": Span(first, last),
+        "candidates": histogram(sql, "SELECT count(*) AS n FROM candidates_of_split GROUP BY _number"),
         "exposed": exposed,
         "label_rates_of_exposed": dict(zip(requests.labels, rates, strict=True)),
-        "requests_without_history": alone,
+        "requests_without_history": Share(*alone),
         "requests_without_user": number(sql, 'SELECT count(*) FROM requests_of_split WHERE "user" = 0'),
         **_leaks(sql),
         **_same_times(sql),
@@ -154,30 +217,25 @@ def _report_split(sql: DuckDBPyConnection, schema: PrepareSchema, mine: range) -
         "dense": _scales(sql, schema.dense, requests.candidate_dense),
     }
     if schema.items:
-        told["candidates_not_described"] = first_row(
+        figures["candidates_not_described"] = shares(
             sql,
-            f"""SELECT {_share("NOT coalesce(_described, false)")}
+            f"""SELECT {share("NOT coalesce(_described, false)")}
             FROM candidates_of_split c JOIN items i ON i.item = c._row.item""",
         )[0]
     if requests.negatives:
         positives = number(sql, "SELECT count(*) FROM candidates_of_split WHERE _positive")
-        added = number(
+        drawn = number(
             sql, f"SELECT count(*) FROM drawn WHERE _number BETWEEN {mine.start} AND {mine.stop - 1}"
         )
-        told["negatives"] = {"asked_for": requests.negatives * positives, "added": added}
-    return told
+        figures["negatives"] = {"asked_for": requests.negatives * positives, "added": drawn}
+    return figures
 
 
-def _percentiles(sql: DuckDBPyConnection, counts: str) -> dict[str, int]:
-    found, most = first_row(sql, f"SELECT quantile_disc(n, [0.5, 0.9, 0.99]), max(n) FROM ({counts})")
-    return dict(zip(("p50", "p90", "p99", "max"), [*found, most], strict=True))
-
-
-def _leaks(sql: DuckDBPyConnection) -> dict[str, float | None]:
+def _leaks(sql: DuckDBPyConnection) -> dict[str, Share]:
     """Shares of a split's positives whose item the user's events hold near the request."""
 
-    def nearest(event: str, select: str) -> tuple[Any, ...]:
-        return first_row(
+    def nearest(event: str, select: str) -> list[Share]:
+        return shares(
             sql,
             f"""SELECT {select}
             FROM (SELECT "user", time, _row.item AS item
@@ -187,10 +245,10 @@ def _leaks(sql: DuckDBPyConnection) -> dict[str, float | None]:
 
     spans = {span: f"to_seconds({seconds})" for span, seconds in _SPANS.items()}
     before = ["e.time IS NOT NULL", *(f"e.time >= p.time - {length}" for length in spans.values())]
-    shares = nearest("p.time > e.time", ", ".join(_share(condition) for condition in before))
-    after = nearest("p.time <= e.time", _share(f"e.time < p.time + {spans['day']}"))
+    seen = nearest("p.time > e.time", ", ".join(share(condition) for condition in before))
+    after = nearest("p.time <= e.time", share(f"e.time < p.time + {spans['day']}"))
     names = ["positives_seen_before", *(f"positives_in_last_{span}" for span in spans)]
-    return dict(zip([*names, "positives_in_next_day"], [*shares, *after], strict=True))
+    return dict(zip([*names, "positives_in_next_day"], [*seen, *after], strict=True))
 
 
 def _same_times(sql: DuckDBPyConnection) -> dict[str, int]:
@@ -212,32 +270,29 @@ def _same_times(sql: DuckDBPyConnection) -> dict[str, int]:
 
 def _scales(
     sql: DuckDBPyConnection, dense: Iterable[str], candidate_dense: Iterable[str]
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Scale]:
     """How the dense columns of a split are scaled, and the share of their numbers that are missing."""
     columns = [(name, quoted(name), "requests_of_split") for name in dense]
     columns += [(name, f"_row.{quoted(name)}", "candidates_of_split") for name in candidate_dense]
-    told: dict[str, dict[str, float]] = {}
-    for name, column, table in columns:
-        figures = first_row(
-            sql,
-            f"""SELECT avg(x), stddev_pop(x), min(x), max(x), {_share("x IS NULL")}
-            FROM (SELECT CAST({column} AS DOUBLE) AS x FROM {table})""",
+    return {
+        name: Scale(
+            *first_row(
+                sql,
+                f"""SELECT count(*), count(x), avg(x), var_pop(x), min(x), max(x)
+                FROM (SELECT CAST({column} AS DOUBLE) AS x FROM {table})""",
+            )
         )
-        told[name] = dict(zip(("mean", "std", "min", "max", "missing"), figures, strict=True))
-    return told
-
-
-def _share(condition: str) -> str:
-    return f"avg(CAST(coalesce({condition}, false) AS INTEGER))"
+        for name, column, table in columns
+    }
 
 
 # ---------------------------------------------------------------- the whole log
 
 
-def _at_midnight(sql: DuckDBPyConnection) -> dict[str, float | None]:
+def _at_midnight(sql: DuckDBPyConnection) -> dict[str, Share]:
     """Share of times that are midnight UTC, as a date alone is."""
-    share = _share(f"{TIME} = date_trunc('day', {TIME})")
-    return {table: first_row(sql, f"SELECT {share} FROM {table}")[0] for table in ("events", "requests")}
+    midnight = share(f"{TIME} = date_trunc('day', {TIME})")
+    return {table: shares(sql, f"SELECT {midnight} FROM {table}")[0] for table in ("events", "requests")}
 
 
 def _doubled_rows(sql: DuckDBPyConnection, requests: Requests) -> dict[str, Any]:
@@ -257,15 +312,15 @@ def _doubled_rows(sql: DuckDBPyConnection, requests: Requests) -> dict[str, Any]
 
 def _warnings(report: Mapping[str, Any]) -> list[str]:
     """What a report's figures say that somebody should look at, in words."""
-    told: list[str] = []
+    said: list[str] = []
     for split, figures in report["requests"].items():
         if (new := figures["new"]["items"]["candidates"] or 0) > _NEW:
-            told.append(
+            said.append(
                 f"{split}: {new:.1%} of the candidates are items that are new to the training: the "
                 "model knows them by their features alone, so describe them in `items`"
             )
         if (unknown := figures.get("candidates_not_described") or 0) > _UNDESCRIBED:
-            told.append(
+            said.append(
                 f"{split}: {unknown:.1%} of the candidates are not described in `items`: their features "
                 "are unknown"
             )
@@ -273,37 +328,37 @@ def _warnings(report: Mapping[str, Any]) -> list[str]:
             figures[f"positives_in_{span}"] or 0 for span in ("last_second", "last_day", "next_day")
         )
         if second > _DOUBLED or before - after > _LEAKED:
-            told.append(
+            said.append(
                 f"{split}: {before:.1%} of the positives have an event of their item within the day "
                 f"before the request, {second:.1%} within the second before, {after:.1%} within the day "
                 "from it on. Are these events the positives themselves, by a clock that is behind, in "
                 "another time zone, or with dates alone? Then the histories hold the labels"
             )
     days = sum(figures["events_on_the_day_of_a_request"] for figures in report["requests"].values())
-    for table, share in report["times_at_midnight"].items():
-        if (share or 0) > _AT_MIDNIGHT:
-            told.append(
-                f"{table}: {share:.1%} of the times are midnight, as of dates alone; what came first on "
-                f"a day cannot be told then, and {days} events are of the day of a request"
+    for table, midnight in report["times_at_midnight"].items():
+        if (midnight or 0) > _AT_MIDNIGHT:
+            said.append(
+                f"{table}: {midnight:.1%} of the times are midnight, as of dates alone; what came first "
+                f"on a day cannot be told then, and {days} events are of the day of a request"
             )
     for section, figures in report["doubled_rows"].items():
         if figures["doubled"] > _DOUBLED * figures["rows"]:
-            told.append(
+            said.append(
                 f"{section}: {figures['doubled']} of {figures['rows']} rows equal one before them; each "
                 "counts"
             )
     for name, figures in report["joins"].items():
         ambiguous = figures.get("of_several_candidates", 0)
         if ambiguous > _AMBIGUOUS * figures.get("in_time", 0):
-            told.append(
+            said.append(
                 f"{name}: {ambiguous} of {figures['in_time']} rows may be of several candidates, since "
                 "the item was shown more than once within `within_seconds` before; the latest is "
                 "labelled 1, or all, where `mark_all` says so"
             )
     lists = report.get("histories_without_times", {})
     if several := lists.get("users_with_lists_of_several_lengths"):
-        told.append(
+        said.append(
             f"events: {several} of {lists['users']} users have lists of several lengths; the shortest "
             "is the history, since a longer one may hold what came after a request"
         )
-    return told
+    return said

@@ -1,25 +1,21 @@
-"""The requests: rows of candidates grouped, numbered by time, cut into splits, coded and written."""
+"""The requests: rows of candidates grouped, numbered by time, coded and written."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ifa_torchrec.data.prepare.ids import with_codes, with_lists
 from ifa_torchrec.data.prepare.schema import PrepareSchema
 from ifa_torchrec.data.prepare.sql import (
-    first_row,
+    Parts,
     interval,
-    literal,
     more,
-    number,
     quoted,
-    timestamp,
     write_parts,
 )
-from ifa_torchrec.data.schema import CANDIDATES, EXPOSED, LogError
+from ifa_torchrec.data.schema import CANDIDATES, EXPOSED
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -45,7 +41,7 @@ def group_requests(sql: DuckDBPyConnection, schema: PrepareSchema) -> None:
         JOIN codes_user c ON c.id = u."user" GROUP BY c.code) USING ("user")"""
     sql.execute(
         f"""CREATE TABLE grouped AS
-        SELECT *, sum(_begins) OVER (PARTITION BY "user", _request ORDER BY time) AS _session
+        SELECT *, sum(_begins) OVER (PARTITION BY "user", _request ORDER BY time)::BIGINT AS _session
         FROM (SELECT *, CAST(coalesce({begins}, false) AS INTEGER) AS _begins FROM (
                 SELECT coalesce(u.code, 0) AS "user", r.* EXCLUDE ("user", _given, _refused)
                 FROM requests_rows r LEFT JOIN codes_user u ON u.id = r."user")
@@ -86,54 +82,12 @@ def code_candidates(sql: DuckDBPyConnection, schema: PrepareSchema) -> None:
     )
 
 
-def cut_splits(
-    sql: DuckDBPyConnection, starts: Mapping[str, str | float]
-) -> tuple[dict[str, range], str | None]:
-    """The numbers of each split's requests, and when the first split after "train" starts, in SQL.
-
-    Raises:
-        LogError: a start is no timestamp, a split is empty, or one is called "train".
-
-    Example:
-        >>> import duckdb
-        >>> from ifa_torchrec.data.prepare.requests import cut_splits
-        >>> sql = duckdb.connect()
-        >>> _ = sql.execute("CREATE TABLE requests AS SELECT r AS _number, "
-        ...                 "make_timestamp(r * 1000000) AS time FROM range(10) t(r)")
-        >>> cut_splits(sql, {"valid": 0.8, "test": "1970-01-01 00:00:09"})[0]
-        {'train': range(0, 8), 'valid': range(8, 9), 'test': range(9, 10)}
-    """
-    count = number(sql, "SELECT count(*) FROM requests")
-    bounds, first_cut = [0], None
-    for split, start in starts.items():
-        if split == "train":
-            raise LogError("splits: 'train' is what comes before the first split; leave it out")
-        if isinstance(start, str):
-            cut = timestamp(literal(start), None)
-            if first_row(sql, f"SELECT {cut}") == (None,):
-                raise LogError(f"splits: {split!r} starts at {start!r}, which is no timestamp")
-        else:
-            cut = f"(SELECT time FROM requests WHERE _number = {int(start * count)})"
-        bounds.append(number(sql, f"SELECT count(*) FROM requests WHERE time < {cut}"))
-        first_cut = first_cut or cut
-    numbers = [range(*ends) for ends in pairwise([*bounds, count])]
-    splits = dict(zip(["train", *starts], numbers, strict=True))
-    for split, mine in splits.items():
-        if not mine:
-            first, last = first_row(sql, "SELECT min(time), max(time) FROM requests")
-            raise LogError(
-                f"splits: {split!r} has no requests; they are of {first} to {last}, and the "
-                f"splits start at {dict(starts)}, which must be in order"
-            )
-    return splits, first_cut
-
-
 def write_requests(
     sql: DuckDBPyConnection,
     schema: PrepareSchema,
     splits: Mapping[str, range],
     folder: Path,
-    parts: int = 1,
+    parts: Parts,
 ) -> None:
     """Write FOLDER/SPLIT.parquet of each split, or its parts; candidates stand in the order of their
     items."""
@@ -144,7 +98,7 @@ def write_requests(
     select_lists, join_lists = with_lists(sql, schema.context_lists, "requests", "_number")
     columns = f"{select} {select_lists} {more(schema.dense, 'requests.{}')}"
     for split, numbers in splits.items():
-        for start in numbers[::REQUESTS_AT_ONCE]:
+        for start in numbers[::REQUESTS_AT_ONCE] or [numbers.start]:
             last = min(start + REQUESTS_AT_ONCE, numbers.stop) - 1
             mine = f"_number BETWEEN {start} AND {last}"
             sql.execute(

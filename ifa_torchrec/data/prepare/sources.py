@@ -27,71 +27,91 @@ from ifa_torchrec.data.prepare.sections import (
     users_section,
 )
 from ifa_torchrec.data.prepare.sql import literal, number, quoted
+from ifa_torchrec.data.prepare.tallies import Refused
 from ifa_torchrec.data.prepare.vectors import check_vectors
 from ifa_torchrec.data.schema import LogError
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
-_EXAMPLES = 3  # of the rows that are refused for one reason
 _SHOWN = 200  # characters of a value in an example
 _NOTHING = ""  # stands in _refused, until it is counted, for a row whose lists are empty
 
 
-def read_sections(
-    sql: DuckDBPyConnection, schema: PrepareSchema, max_refused: float
-) -> dict[str, dict[str, Any]]:
-    r"""Read all sections of a schema: items, events, requests, label_0, label_1, ... and users.
+def sections_of(schema: PrepareSchema) -> list[Section]:
+    """The sections of a schema: items, events, requests, label_0, label_1, ... and users.
 
-    Returns:
-        For each section its rows, how many are refused, and the reasons, with examples; and how many
-        rows' lists are empty, where `each` names lists.
+    Example:
+        >>> from ifa_torchrec.data.prepare import Events, PrepareSchema, Requests
+        >>> from ifa_torchrec.data.prepare.sources import sections_of
+        >>> rows = dict(files="log.csv", user="u", item="i", time="t")
+        >>> schema = PrepareSchema(events=Events(**rows), splits={},
+        ...                        requests=Requests(**rows, labels={"click": "c"}))
+        >>> [section.name for section in sections_of(schema)]
+        ['events', 'requests']
+    """
+    scaled = schema.log_scaled
+    labels = enumerate(schema.requests.joined_labels.values())
+    return [
+        *([items_section(schema.items, scaled)] if schema.items else []),
+        events_section(schema.events, scaled),
+        requests_section(schema),
+        *(label_section(n, label) for n, label in labels),
+        *([users_section(schema.users, scaled)] if schema.users else []),
+    ]
+
+
+def read_section(
+    sql: DuckDBPyConnection, schema: PrepareSchema, section: Section, before: int = 0
+) -> Refused:
+    r"""Read a section of a schema.
+
+    Args:
+        sql: then holds the table SECTION_read and the view SECTION_rows.
+        schema: of the log.
+        section: one of it, or a file of one.
+        before: rows of the section's files before that one, where lists are numbered by their row.
 
     Raises:
-        LogError: files or columns are missing, or more than the share ``max_refused`` of a section's
-            rows is refused.
+        LogError: files or columns are missing.
 
     Example:
         >>> import duckdb, tempfile
         >>> from pathlib import Path
         >>> from ifa_torchrec.data.prepare import Events, PrepareSchema, Requests
-        >>> from ifa_torchrec.data.prepare.sources import read_sections
+        >>> from ifa_torchrec.data.prepare.sources import read_section, sections_of
         >>> file, sql = Path(tempfile.mkdtemp()) / "log.csv", duckdb.connect()
         >>> _ = file.write_text("u,i,t,c\nann,tea,2024-05-01,1\nann,cup,yesterday,0\n")
         >>> rows = dict(files=str(file), user="u", item="i", time="t")
         >>> schema = PrepareSchema(events=Events(**rows), splits={},
         ...                        requests=Requests(**rows, labels={"click": "c"}))
-        >>> list(read_sections(sql, schema, max_refused=0.5)["events"]["reasons"])
+        >>> list(read_section(sql, schema, sections_of(schema)[1]).reasons)
         ['time cannot be read as a timestamp; give numbers a unit']
         >>> sql.execute("SELECT item, click FROM requests_rows").fetchall()
         [('tea', 1.0)]
     """
-    refused: dict[str, dict[str, Any]] = {}
+    lines = _read(sql, section, before)
+    empty = number(sql, f"SELECT count(*) FROM {section.name}_read WHERE _refused = '{_NOTHING}'")
+    sql.execute(f"DELETE FROM {section.name}_read WHERE _refused = '{_NOTHING}'")
+    if section.name == "items" and schema.items:
+        check_vectors(sql, schema.items)
+    return _count_refused(sql, section, lines, empty)
 
-    def read(section: Section) -> None:
-        lines = _read(sql, section)
-        empty = number(sql, f"SELECT count(*) FROM {section.name}_read WHERE _refused = '{_NOTHING}'")
-        sql.execute(f"DELETE FROM {section.name}_read WHERE _refused = '{_NOTHING}'")
-        if section.name == "items" and schema.items:
-            check_vectors(sql, schema.items)
-        told = _count_refused(sql, section.name, lines, max_refused)
-        refused[section.name] = told | ({"rows_of_empty_lists": empty} if section.each else {})
 
-    if schema.items:
-        read(items_section(schema.items, schema.log_scaled))
-    read(events_section(schema.events, schema.log_scaled))
-    read(requests_section(schema))
+def complete_rows(sql: DuckDBPyConnection, schema: PrepareSchema) -> None:
+    """Date histories that are lists without times, and join labels of other tables.
+
+    Args:
+        sql: holds the sections, and in `first_request` the least time of all requests.
+        schema: of the log.
+    """
     if schema.events.time is None:
         date_histories(sql)
     for n, (task, label) in enumerate(schema.requests.joined_labels.items()):
-        read(label_section(n, label))
         join_label(sql, task, f"label_{n}", label)
-    if schema.users:
-        read(users_section(schema.users, schema.log_scaled))
-    return refused
 
 
-def _read(sql: DuckDBPyConnection, section: Section) -> dict[str, dict[str, Any]]:
+def _read(sql: DuckDBPyConnection, section: Section, before: int) -> dict[str, dict[str, Any]]:
     """Make the table and the view of a section.
 
     Returns:
@@ -117,7 +137,7 @@ def _read(sql: DuckDBPyConnection, section: Section) -> dict[str, dict[str, Any]
     checks = {"NOT _wanted IS TRUE": "`where` cannot be told", **section.checks}
     unpacked = "false AS _nothing"
     if section.each:
-        rows = _each(sql, section, source, rows, given)
+        rows = _each(sql, section, source, rows, given, before)
         checks = {
             "_ragged": "lists of `each` differ in length",
             "_unlisted": "a column of `each` is not a list; name the `delimiter` of its text",
@@ -143,7 +163,12 @@ def _read(sql: DuckDBPyConnection, section: Section) -> dict[str, dict[str, Any]
 
 
 def _each(
-    sql: DuckDBPyConnection, section: Section, source: Source, rows: str, given: Callable[[str], str]
+    sql: DuckDBPyConnection,
+    section: Section,
+    source: Source,
+    rows: str,
+    given: Callable[[str], str],
+    before: int,
 ) -> str:
     """A relation with a row for each element of a row's lists.
 
@@ -169,32 +194,45 @@ def _each(
     )
     return f"""(SELECT *, unnest(range(greatest({LENGTH}, 1))) AS {POSITION} {elements}
         FROM (SELECT *, CASE WHEN {bad} THEN 1 ELSE {lengths[0]} END AS {LENGTH}
-              FROM (SELECT *, row_number() OVER () AS {AT}, {" OR ".join(unlisted)} AS _unlisted,
-                    {ragged} AS _ragged {found} FROM {rows})))"""
+              FROM (SELECT *, {before} + row_number() OVER () AS {AT},
+                    {" OR ".join(unlisted)} AS _unlisted, {ragged} AS _ragged {found} FROM {rows})))"""
 
 
 def _count_refused(
-    sql: DuckDBPyConnection, section: str, lines: Mapping[str, dict[str, Any]], max_refused: float
-) -> dict[str, Any]:
-    """A section's rows, and those refused; raises LogError if they are too many."""
-    reasons = dict(lines)
-    for why, count, examples in sql.execute(
-        f"""SELECT why, count(*), min(row, {_EXAMPLES})
-        FROM (SELECT _refused AS why, _given AS row FROM {section}_read)
-        WHERE why IS NOT NULL GROUP BY why ORDER BY why"""
-    ).fetchall():
-        reasons[why] = {"rows": count, "examples": examples}
-    reasons = dict(sorted(reasons.items(), key=lambda reason: -reason[1]["rows"]))
-    rows = number(sql, f"SELECT count(*) FROM {section}_read")
+    sql: DuckDBPyConnection, section: Section, lines: Mapping[str, dict[str, Any]], empty: int
+) -> Refused:
+    """A section's rows, and those refused."""
+    reasons = {
+        why: {"rows": count, "examples": examples}
+        for why, count, examples in sql.execute(
+            f"""SELECT why, count(*), min(row, {Refused.EXAMPLES})
+            FROM (SELECT _refused AS why, _given AS row FROM {section.name}_read)
+            WHERE why IS NOT NULL GROUP BY why ORDER BY why"""
+        ).fetchall()
+    }
+    rows = number(sql, f"SELECT count(*) FROM {section.name}_read")
     rows += sum(reason["rows"] for reason in lines.values())
-    count = sum(reason["rows"] for reason in reasons.values())
-    if count > max_refused * rows:
-        told = "; ".join(
+    return Refused(rows, lines, reasons, empty if section.each else None)
+
+
+def check_refused(section: str, refused: Refused, max_refused: float) -> None:
+    """Raise where too many rows of a section are refused.
+
+    Raises:
+        LogError: more than the share ``max_refused``.
+
+    Example:
+        >>> from ifa_torchrec.data.prepare.sources import check_refused
+        >>> from ifa_torchrec.data.prepare.tallies import Refused
+        >>> check_refused("events", Refused(4, {}, {}, None), max_refused=0)
+    """
+    told = refused.told()
+    if told["refused"] > max_refused * told["rows"]:
+        why = "; ".join(
             f"{why} ({reason['rows']} rows, as {reason['examples'][0]})"
-            for why, reason in reasons.items()
+            for why, reason in told["reasons"].items()
         )
         raise LogError(
-            f"{section}: {count} of {rows} rows are refused, above the share of {max_refused}: "
-            f"{told}; repair them or the schema, or allow more with max_refused"
+            f"{section}: {told['refused']} of {told['rows']} rows are refused, above the share of "
+            f"{max_refused}: {why}; repair them or the schema, or allow more with max_refused"
         )
-    return {"rows": rows, "refused": count, "reasons": reasons}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +105,7 @@ def number(sql: DuckDBPyConnection, query: str) -> int:
 
 
 def write_parquet(sql: DuckDBPyConnection, query: str, file: Path, options: str = "") -> None:
-    """Write what a query gives.
+    """Write what a query gives; the file appears when it is whole.
 
     Args:
         sql: the connection.
@@ -119,10 +121,35 @@ def write_parquet(sql: DuckDBPyConnection, query: str, file: Path, options: str 
         >>> number(sql, f"SELECT count(*) FROM '{file}'")
         3
     """
-    sql.execute(f"COPY ({query}) TO {literal(str(file))} (FORMAT parquet{options})")
+    draft = file.with_name(f".{file.name}-{secrets.token_hex(6)}")
+    sql.execute(f"COPY ({query}) TO {literal(str(draft))} (FORMAT parquet{options})")
+    draft.rename(file)
 
 
-def write_parts(sql: DuckDBPyConnection, table: str, order: str, path: Path, parts: int) -> None:
+@dataclass(frozen=True)
+class Parts:
+    """Parts of a log that are written.
+
+    Args:
+        count: how many the log has.
+        mine: those that are written; all by default.
+
+    Example:
+        >>> from ifa_torchrec.data.prepare.sql import Parts
+        >>> list(Parts(3).numbers), list(Parts(3, mine=1).numbers)
+        ([0, 1, 2], [1])
+    """
+
+    count: int
+    mine: int | None = None
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """Of those that are written."""
+        return range(self.count) if self.mine is None else [self.mine]
+
+
+def write_parts(sql: DuckDBPyConnection, table: str, order: str, path: Path, parts: Parts) -> None:
     """Write a table of DuckDB as PATH.parquet, or as PATH/part-*.parquet by its users.
 
     Args:
@@ -130,22 +157,22 @@ def write_parts(sql: DuckDBPyConnection, table: str, order: str, path: Path, par
         table: in the database; it has the column `user`, none of whose values is negative.
         order: of the rows, in SQL; empty for the table's own.
         path: of the table's file in the log's folder, without suffix.
-        parts: how many there are to be.
+        parts: those that are written.
 
     Example:
         >>> import duckdb, tempfile
-        >>> from ifa_torchrec.data.prepare.sql import write_parts
+        >>> from ifa_torchrec.data.prepare.sql import Parts, write_parts
         >>> sql, folder = duckdb.connect(), Path(tempfile.mkdtemp())
         >>> _ = sql.execute('CREATE TABLE events AS SELECT r AS "user" FROM range(1, 9) r(r)')
-        >>> write_parts(sql, "events", 'ORDER BY "user"', folder / "events", 4)
+        >>> write_parts(sql, "events", 'ORDER BY "user"', folder / "events", Parts(4))
         >>> sql.execute(f"FROM '{folder}/events/part-00002.parquet'").fetchall()
         [(2,), (7,)]
     """
-    if parts == 1:
+    if parts.count == 1:
         write_parquet(sql, f"FROM {table} {order}", path.with_name(f"{path.name}.parquet"))
         return
-    path.mkdir()
-    part = part_in_sql('"user"', parts)
-    for number in range(parts):
+    path.mkdir(exist_ok=True)
+    part = part_in_sql('"user"', parts.count)
+    for number in parts.numbers:
         file = path.parent / file_of(path.name, number)
         write_parquet(sql, f"FROM {table} WHERE {part} = {number} {order}", file)

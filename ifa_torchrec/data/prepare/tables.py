@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ifa_torchrec.data.prepare.columns import Npy, rows_of
 from ifa_torchrec.data.prepare.ids import with_codes, with_lists
 from ifa_torchrec.data.prepare.schema import PrepareSchema
-from ifa_torchrec.data.prepare.sql import first_row, more, quoted, write_parquet, write_parts
+from ifa_torchrec.data.prepare.sql import Parts, first_row, more, quoted, write_parquet, write_parts
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -65,18 +65,20 @@ def write_items(sql: DuckDBPyConnection, schema: PrepareSchema, file: Path) -> d
     return widths
 
 
-def write_events(sql: DuckDBPyConnection, schema: PrepareSchema, folder: Path, parts: int = 1) -> None:
-    """Make the table `events`, and write events.parquet, or the parts, in the order of user and time.
+def write_events(sql: DuckDBPyConnection, schema: PrepareSchema, folder: Path, parts: Parts) -> None:
+    """Make the table `events`, and write events.parquet, or the parts, in the order of user and time;
+    events of one time are in the order of item, and then of their other columns.
 
     Args:
         sql: holds events_rows and the codes.
         schema: of the log.
         folder: the log's.
-        parts: how many there are to be.
+        parts: those that are written.
 
     Example:
         >>> import duckdb, tempfile
         >>> from ifa_torchrec.data.prepare.schema import Events, PrepareSchema, Requests
+        >>> from ifa_torchrec.data.prepare.sql import Parts
         >>> from ifa_torchrec.data.prepare.tables import write_events
         >>> rows = dict(files="log.csv", user="u", item="i", time="t")
         >>> schema = PrepareSchema(events=Events(**rows, dense={"dwell": "seconds"}), splits={},
@@ -86,7 +88,7 @@ def write_events(sql: DuckDBPyConnection, schema: PrepareSchema, folder: Path, p
         ...                 "CREATE TABLE codes_item AS SELECT 'tea' AS id, 3 AS code;"
         ...                 "CREATE TABLE events_rows AS "
         ...                 "SELECT 'ann' AS user, 'tea' AS item, 5 AS time, 2.5 AS dwell")
-        >>> write_events(sql, schema, folder)
+        >>> write_events(sql, schema, folder, Parts(1))
         >>> sql.execute(f"SELECT CAST(COLUMNS(*) AS VARCHAR) FROM '{folder}/events.parquet'").fetchall()
         [('1', '5', '3', '2.5')]
     """
@@ -98,4 +100,4 @@ def write_events(sql: DuckDBPyConnection, schema: PrepareSchema, folder: Path, p
         SELECT u.code AS "user", e.time, i.code AS item {select} {numbers} FROM events_rows e
         JOIN codes_user u ON u.id = e."user" JOIN codes_item i ON i.id = e.item {joins}"""
     )
-    write_parts(sql, "events", 'ORDER BY "user", time, item', folder / "events", parts)
+    write_parts(sql, "events", "ORDER BY ALL", folder / "events", parts)

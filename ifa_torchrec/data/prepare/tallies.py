@@ -1,0 +1,285 @@
+"""Figures that add up: those of a log are the sum of those of its parts.
+
+What is counted is a dict, of dicts or of what has a sum: numbers, and the classes of this file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ifa_torchrec.data.prepare.sql import first_row
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+
+def added(one: Any, other: Any) -> Any:
+    """The sum of two figures, or of two dicts of the same names.
+
+    Example:
+        >>> from ifa_torchrec.data.prepare.tallies import Share, added
+        >>> added({"rows": 2, "seen": Share(1, 2)}, {"rows": 3, "seen": Share(0, 2)})
+        {'rows': 5, 'seen': Share(total=1, of=4)}
+    """
+    if isinstance(one, Mapping):
+        return {name: added(value, other[name]) for name, value in one.items()}
+    return one + other
+
+
+def told(figures: Any) -> Any:
+    """What the report says of figures: numbers, texts, lists and dicts of them.
+
+    Example:
+        >>> from ifa_torchrec.data.prepare.tallies import Share, told
+        >>> told({"rows": 5, "seen": Share(1, 4)})
+        {'rows': 5, 'seen': 0.25}
+    """
+    if isinstance(figures, Mapping):
+        return {name: told(value) for name, value in figures.items()}
+    return figures.told() if hasattr(figures, "told") else figures
+
+
+@dataclass(frozen=True)
+class Share:
+    """A mean, as the sum and the number of what it is of.
+
+    Example:
+        >>> from ifa_torchrec.data.prepare.tallies import Share
+        >>> (Share(1, 2) + Share(0, 2)).told()
+        0.25
+    """
+
+    total: float
+    of: int
+
+    def __add__(self, other: Share) -> Share:
+        return Share(self.total + other.total, self.of + other.of)
+
+    def told(self) -> float | None:
+        """The mean; None of nothing."""
+        return self.total / self.of if self.of else None
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How often each of some whole numbers is there.
+
+    Example:
+        >>> from ifa_torchrec.data.prepare.tallies import Histogram
+        >>> (Histogram({1: 9}) + Histogram({7: 1})).told()
+        {'p50': 1, 'p90': 1, 'p99': 7, 'max': 7}
+    """
+
+    counts: Mapping[int, int]
+
+    def __add__(self, other: Histogram) -> Histogram:
+        return Histogram(Counter(self.counts) + Counter(other.counts))
+
+    def told(self) -> dict[str, int | None]:
+        """The least number that is not below 50, 90 and 99 of a hundred, and the greatest."""
+        rows = sum(self.counts.values())
+        found: dict[str, int | None] = {}
+        for percent in (50, 90, 99):
+            rank, seen = -(-rows * percent // 100), 0
+            found[f"p{percent}"] = None
+            for number in sorted(self.counts):
+                seen += self.counts[number]
+                if seen >= rank:
+                    found[f"p{percent}"] = number
+                    break
+        return {**found, "max": max(self.counts, default=None)}
+
+
+@dataclass(frozen=True)
+class Span:
+    """The first and the last of some times; None where there are none.
+
+    Example:
+        >>> from ifa_torchrec.data.prepare.tallies import Span
+        >>> (Span(2, 3) + Span(None, None) + Span(1, 2)).told()
+        ['1', '3']
+    """
+
+    first: Any
+    last: Any
+
+    def __add__(self, other: Span) -> Span:
+        firsts = [time for time in (self.first, other.first) if time is not None]
+        lasts = [time for time in (self.last, other.last) if time is not None]
+        return Span(min(firsts, default=None), max(lasts, default=None))
+
+    def told(self) -> list[str]:
+        """Both as text."""
+        return [str(self.first), str(self.last)]
+
+
+@dataclass(frozen=True)
+class Least:
+    """The least of some texts, as an example of them; None where there are none.
+
+    Example:
+        >>> from ifa_torchrec.data.prepare.tallies import Least
+        >>> (Least("b") + Least(None) + Least("a")).told()
+        "'a'"
+    """
+
+    text: str | None
+
+    def __add__(self, other: Least) -> Least:
+        texts = [text for text in (self.text, other.text) if text is not None]
+        return Least(min(texts, default=None))
+
+    def told(self) -> str:
+        """It, quoted."""
+        return "none, since it has no rows" if self.text is None else repr(self.text)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How numbers are scaled.
+
+    Args:
+        rows: of a column.
+        known: those that have a number.
+        mean, variance: of the numbers.
+        least, greatest: of the numbers.
+
+    Example:
+        >>> from ifa_torchrec.data.prepare.tallies import Scale
+        >>> (Scale(2, 1, 1.0, 0.0, 1.0, 1.0) + Scale(1, 1, 3.0, 0.0, 3.0, 3.0)).told()["mean"]
+        2.0
+    """
+
+    rows: int
+    known: int
+    mean: float | None
+    variance: float | None
+    least: float | None
+    greatest: float | None
+
+    def __add__(self, other: Scale) -> Scale:
+        rows = self.rows + other.rows
+        halves = [half for half in (self, other) if half.known]
+        if len(halves) < 2:
+            half = halves[0] if halves else self
+            return Scale(rows, half.known, half.mean, half.variance, half.least, half.greatest)
+        known = self.known + other.known
+        assert self.mean is not None and other.mean is not None
+        mean = self.mean + (other.mean - self.mean) * other.known / known
+        squares = sum(h.known * ((h.variance or 0) + ((h.mean or 0) - mean) ** 2) for h in halves)
+        least = min(h.least for h in halves if h.least is not None)
+        greatest = max(h.greatest for h in halves if h.greatest is not None)
+        return Scale(rows, known, mean, squares / known, least, greatest)
+
+    def told(self) -> dict[str, float | None]:
+        """Mean, standard deviation, least and greatest number, and the share that is missing."""
+        std = None if self.variance is None else math.sqrt(self.variance)
+        missing = (self.rows - self.known) / self.rows if self.rows else None
+        told = {"mean": self.mean, "std": std, "min": self.least, "max": self.greatest}
+        return {**told, "missing": missing}
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Rows of a section, and those that were refused.
+
+    Args:
+        rows: all of them.
+        lines: for each reason why lines of files were no rows, its `rows` and `examples`.
+        reasons: the same of rows; the examples are the least.
+        empty: rows whose lists are empty; None where rows are no lists' elements.
+
+    Example:
+        >>> from ifa_torchrec.data.prepare.tallies import Refused
+        >>> bad = Refused(4, {}, {"time is empty": {"rows": 1, "examples": ["ann"]}}, None)
+        >>> (bad + bad).told()["refused"]
+        2
+    """
+
+    rows: int
+    lines: Mapping[str, Mapping[str, Any]]
+    reasons: Mapping[str, Mapping[str, Any]]
+    empty: int | None
+
+    EXAMPLES: ClassVar[int] = 3
+    """Of the rows that are refused for one reason."""
+
+    def __add__(self, other: Refused) -> Refused:
+        lines, reasons = (
+            {
+                why: {name: one.get(why, none)[name] + two.get(why, none)[name] for name in none}
+                for why in {**one, **two}
+            }
+            for one, two in ((self.lines, other.lines), (self.reasons, other.reasons))
+            for none in [{"rows": 0, "examples": list[str]()}]
+        )
+        for reason in reasons.values():
+            reason["examples"].sort()
+        for reason in (*lines.values(), *reasons.values()):
+            del reason["examples"][self.EXAMPLES :]
+        empty = None if self.empty is None else self.empty + (other.empty or 0)
+        return Refused(self.rows + other.rows, lines, reasons, empty)
+
+    def told(self) -> dict[str, Any]:
+        """For the report; the most frequent reason first."""
+        reasons = {**self.lines, **dict(sorted(self.reasons.items()))}
+        reasons = dict(sorted(reasons.items(), key=lambda reason: -reason[1]["rows"]))
+        refused = sum(reason["rows"] for reason in reasons.values())
+        told = {"rows": self.rows, "refused": refused, "reasons": reasons}
+        return told if self.empty is None else {**told, "rows_of_empty_lists": self.empty}
+
+
+def share(condition: str) -> str:
+    """How many rows of a query a condition is true of, and how many rows there are, in SQL.
+
+    Example:
+        >>> from ifa_torchrec.data.prepare.tallies import share
+        >>> share("x > 1")
+        'count(*) FILTER (WHERE x > 1), count(*)'
+    """
+    return f"count(*) FILTER (WHERE {condition}), count(*)"
+
+
+def shares(sql: DuckDBPyConnection, query: str) -> list[Share]:
+    """The means of a query of pairs, each a sum and the number of what it is of.
+
+    Example:
+        >>> import duckdb
+        >>> from ifa_torchrec.data.prepare.tallies import share, shares
+        >>> shares(duckdb.connect(), f"SELECT {share('r > 0')}, sum(r), count(r) FROM range(3) t(r)")
+        [Share(total=2, of=3), Share(total=3, of=3)]
+    """
+    row = first_row(sql, query)
+    pairs = zip(row[::2], row[1::2], strict=True)
+    return [Share(total or 0, of) for total, of in pairs]
+
+
+def histogram(sql: DuckDBPyConnection, counts: str) -> Histogram:
+    """The numbers `n` that a query gives.
+
+    Example:
+        >>> import duckdb
+        >>> from ifa_torchrec.data.prepare.tallies import histogram
+        >>> histogram(duckdb.connect(), "SELECT r % 2 AS n FROM range(3) t(r)")
+        Histogram(counts={0: 2, 1: 1})
+    """
+    rows = sql.execute(f"SELECT n, count(*) FROM ({counts}) GROUP BY n ORDER BY n").fetchall()
+    return Histogram(dict(rows))
+
+
+def least(sql: DuckDBPyConnection, column: str, table: str) -> Least:
+    """An id of the rows of a table, for a message.
+
+    Example:
+        >>> import duckdb
+        >>> from ifa_torchrec.data.prepare.tallies import least
+        >>> sql = duckdb.connect()
+        >>> _ = sql.execute("CREATE TABLE events_rows AS SELECT 'ann' AS user")
+        >>> least(sql, "user", "events")
+        Least(text='ann')
+    """
+    return Least(first_row(sql, f'SELECT min("{column}") FROM {table}_rows')[0])
