@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 2 -m ifa_torchrec build-states -- --run runs/mine \\
         --store redis://host:6379/0 --position 0
 
-The store is a folder, an LMDB file that the processes of one machine share, or a Redis server. Killed,
-the same line goes on where it stopped. Other versions' states stay; ifa_torchrec.states drops them.
+The store is a folder, an LMDB file that the processes of one machine share, or a Redis server or
+cluster. Killed, the same line goes on where it stopped. Other versions' states stay; ifa states drops
+them.
 """
 
 from __future__ import annotations
@@ -52,9 +53,10 @@ class BuildStatesConfig:
     """Folder of a training run (its --out)."""
     store: str = field(repr=False)
     """Where the states go: a folder, or redis://HOST:PORT/NUMBER."""
-    position: int
+    position: int | dict[int, int]
     """The first position of the event stream whose event the log has not: 0 where the stream begins
-    after the log. Events of the stream before it count as being in the states."""
+    after the log. Events of the stream before it count as being in the states. Of a stream of several
+    partitions each and its position: --position 0 1200 1 981; of those not named it is 0."""
     data: str | Path | None = None
     """Event log, a folder or a URI; by default the one the run was trained on."""
     until: datetime | None = None
