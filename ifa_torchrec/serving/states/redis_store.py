@@ -42,9 +42,10 @@ _PARTS = 256
 """Of a cluster, in which users are divided. Another number is another layout."""
 _PATIENCE = 1.0
 """Seconds in which a transaction is tried again that met a slot which moves, or a primary that died."""
+_ON_ITS_WAY = (AskError, TryAgainError)
+"""While a slot moves; who has which is as it was."""
 _ELSEWHERE = (
-    AskError,  # MovedError, too
-    TryAgainError,
+    *_ON_ITS_WAY,  # a MovedError is an AskError
     ClusterDownError,
     SlotNotCoveredError,
     redis.ReadOnlyError,
@@ -162,6 +163,8 @@ class RedisStore(KeyValueStore):
         except (redis.RedisError, RedisClusterException) as error:
             # a server that does not know AUTH repeats its arguments
             text = re.sub(r"args beginning with:.*", "args ...", str(error), flags=re.DOTALL)
+            if type(error) in _ON_ITS_WAY:
+                text = "a slot of the cluster is being moved; try again when it has arrived"
             raise StoreError(f"{self.name}: {what}{text}") from None
 
 
@@ -205,11 +208,13 @@ class RedisClusterStore(RedisStore):
                     node = self._client.get_node_from_key(keys[0])
                     _transact(self._client.get_redis_connection(node), keys, change, then)
                     return
-                except _ELSEWHERE:
+                except _ELSEWHERE as error:
                     if time.monotonic() > until:
                         raise
+                    look_anew = type(error) not in _ON_ITS_WAY
                 time.sleep(0.05)
-                self._client.nodes_manager.initialize()
+                if look_anew:
+                    self._client.nodes_manager.initialize()
 
     def _walk(self, prefix: bytes) -> set[bytes]:
         self._client.nodes_manager.initialize()

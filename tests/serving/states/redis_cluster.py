@@ -119,8 +119,10 @@ class Cluster:
         there.execute_command("CLUSTER SETSLOT", slot, "IMPORTING", self.id(source))
         here.execute_command("CLUSTER SETSLOT", slot, "MIGRATING", self.id(to))
         between()
-        while keys := here.execute_command("CLUSTER GETKEYSINSLOT", slot, 3):
-            here.execute_command("MIGRATE", "127.0.0.1", to, "", 0, 5000, "KEYS", *keys)
+        # in two words, since the keys of the command's own name are made text
+        while keys := here.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 12):
+            moved = here.execute_command("MIGRATE", "127.0.0.1", to, "", 0, 5000, "KEYS", *keys)
+            assert moved == b"OK"
             between()
         for port in (to, source):
             self.client(port).execute_command("CLUSTER SETSLOT", slot, "NODE", self.id(to))

@@ -30,7 +30,7 @@ from ifa_torchrec.serving.states.layout import JOURNAL, tag_in
 from ifa_torchrec.serving.states.redis_store import RedisClusterStore
 
 pytestmark = pytest.mark.slow
-USERS = [*range(30), "anna"]
+USERS, ANNA = [*range(30)], 7
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_states_are_as_in_one_server(key_values):
         for n, event in enumerate(random_events(300, range(len(USERS))))
     ]
     store = StateStore.begin(key_values, "v1", StateLayout.of(model.ifa), {0: 50, 1: 50})
-    write_all(store, model, events[:100])
+    write(store, model, events[:100])
     with pytest.raises(StateError, match="not built to the end"):
         StateStore(key_values, "v1")
     store.finish()
@@ -101,7 +101,7 @@ def test_states_are_as_in_one_server(key_values):
     assert append(store, events, model) == [False] * 300
     assert_holds(store, model, events)
     assert len({tag_in(key_values.tags, key) for key in key_values.scan(JOURNAL)}) > 20
-    assert store.known([*USERS, "nobody"]).tolist() == [True] * len(USERS) + [False]
+    assert store.known([*USERS, 1000]).tolist() == [True] * len(USERS) + [False]
 
     later = new_store(key_values, model, "v2", position={0: 100, 1: 50})
     for missed in later.missed():
@@ -109,32 +109,24 @@ def test_states_are_as_in_one_server(key_values):
     assert list(later.missed()) == [] and list(versions(key_values)) == ["v1", "v2"]
     assert_holds(later, model, [e for e in events if e.position >= (100, 50)[e.partition]])
 
-    mine = [event for event in events if event.user == "anna"]
-    gone = forget(key_values, "anna")
+    mine = [event for event in events if event.user == ANNA]
+    gone = forget(key_values, ANNA)
     assert set(gone.versions) == {"v1", "v2"}
     assert gone.events == sum(event.position >= 50 for event in mine)
     for each in (store, later):
-        assert_never_seen(key_values, each, "anna")
+        assert_never_seen(key_values, each, ANNA)
         assert append(each, mine, model) == [None] * len(mine)
-    until = forgotten_until(key_values, ["anna", 3])
+    until = forgotten_until(key_values, [ANNA, 3])
     assert until[0] is not None and until[1] is None
 
-    old = [e for e in events[100:] if e.time < 45 * DAY and e.user != "anna"]
+    old = [e for e in events[100:] if e.time < 45 * DAY and e.user != ANNA]
     assert trim_journal(key_values, 45 * DAY) == Trimmed(deleted=len(old), kept=0)
     with pytest.raises(StateError, match="are gone from the journal"):
         new_store(key_values, model, "v3")
-    drop(key_values, "v1")
-    drop(key_values, "v3")
-    assert list(versions(key_values)) == ["v2"]
-    drop(key_values, "v2")
+    assert not versions(key_values).get("v3", {}).get("complete")
+    for version in versions(key_values):
+        drop(key_values, version)
     assert {key[:1] for key in key_values.scan(b"")} == {b"t"}
-
-
-def write_all(store: StateStore, model: Model, events: Sequence[Event]) -> None:
-    """Write states, of integer users first, since ``write`` sorts users."""
-    for of_kind in (int, str):
-        if mine := [event for event in events if isinstance(event.user, of_kind)]:
-            write(store, model, mine)
 
 
 def test_every_primary_must_keep_its_keys(cluster, key_values):
@@ -175,7 +167,7 @@ def test_a_primary_that_lost_its_keys_is_missed(cluster, key_values):
 
 
 def test_a_slot_moves_while_events_are_added(cluster, key_values):
-    model, events = Model(), random_events(400, range(8))
+    model, events = Model(), random_events(200, range(6))
     store = new_store(key_values, model)
     senders = [Sender(cluster.address, events[part::2], model) for part in (0, 1)]
     walks = Counter[bool]()
@@ -186,7 +178,7 @@ def test_a_slot_moves_while_events_are_added(cluster, key_values):
         except StoreError as error:
             assert "slots of the cluster are being moved" in str(error)
 
-    for user in range(8):
+    for user in range(2):
         key = store._codec.keys.head(user)
         to = next(port for port in list(cluster.servers)[:3] if port != cluster.primary_of(key))
         cluster.move(key, to, walk)
@@ -202,7 +194,7 @@ def test_a_slot_moves_while_events_are_added(cluster, key_values):
 def test_a_primary_is_killed_while_events_are_added(cluster, key_values):
     """What Redis answered and lost is lost whole, and comes back when it is sent again. The last test:
     the cluster is one server short after it."""
-    model, events = Model(), random_events(1500, range(12))
+    model, events = Model(), random_events(500, range(12))
     store = new_store(key_values, model)
     senders = [Sender(cluster.address, events[part::2], model) for part in (0, 1)]
     for sender in senders:
