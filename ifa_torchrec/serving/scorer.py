@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec.batch import RankingFeatures
-from ifa_torchrec.data import EventLog
+from ifa_torchrec.data.log_items import LogItems
 from ifa_torchrec.errors import UserError
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.modules import UserState, generate_set, ranking_score
@@ -43,7 +45,7 @@ class Scorer:
 
     Args:
         model: DLRM_IFA of interaction "ifa", its tables on this process.
-        log: the event log, for its schema, its items and its vocabulary.
+        log: for its schema, its items and its vocabulary: an EventLog, or what a bundle has of one.
         store: the states that this model's weights made, of a log of this vocabulary.
         strict: refuse a request that can only be ranked as of a later time.
         compiled: the model's dense part compiled, which then computes the logits but those of sets that
@@ -51,6 +53,11 @@ class Scorer:
 
     Raises:
         StateError: the store's states are of another configuration or another vocabulary.
+
+    Attributes:
+        observe: called with the name of a stage and the seconds that it took, of as many requests or
+            events as were given at once: "store" (states read), "model" (logits), "append" (events
+            encoded and written).
 
     Example:
         >>> import pandas as pd, tempfile
@@ -87,7 +94,7 @@ class Scorer:
     def __init__(
         self,
         model: DLRM_IFA,
-        log: EventLog,
+        log: LogItems,
         store: StateStore,
         strict: bool = False,
         compiled: CompiledDense | None = None,
@@ -110,6 +117,7 @@ class Scorer:
         self.model, self.schema, self.store = model.eval(), log.schema, store
         self.strict, self._compiled = strict, compiled
         self._identity = ifa.identity
+        self.observe: Callable[[str, float], object] = lambda *_: None
 
     def score(self, requests: Sequence[RankingRequest]) -> list[np.ndarray]:
         """The logits of every candidate. Where the state cannot go back to a request's time they are as
@@ -160,7 +168,8 @@ class Scorer:
         asked = self._catalogue.ask(requests)
         state, as_of = self._state(requests, asked)
         if strategy == "greedy":
-            chosen, logits = self._best_together(asked, state, k or 0)
+            with self._timed("model"):
+                chosen, logits = self._best_together(asked, state, k or 0)
         else:
             chosen, logits = self._best(asked, state, k, strategy)
         ends, times = np.cumsum([0, *asked.lengths]).tolist(), as_of.tolist()
@@ -185,10 +194,11 @@ class Scorer:
     @torch.no_grad()
     def _logits(self, asked: Asked, state: UserState) -> Tensor:
         """Of every candidate beside its set, [M, T] float32."""
-        if self._compiled is not None:
-            return _finite(self._compiled.logits(asked, state))
-        features = self._catalogue.features(asked)
-        return _finite(self.model.logits_given(self.model.describe(features, state)))
+        with self._timed("model"):
+            if self._compiled is not None:
+                return _finite(self._compiled.logits(asked, state))
+            features = self._catalogue.features(asked)
+            return _finite(self.model.logits_given(self.model.describe(features, state)))
 
     def _best(
         self, asked: Asked, state: UserState, k: int | None, strategy: Strategy
@@ -266,7 +276,8 @@ class Scorer:
             added = [events[n] for n in mine]
             of_part = state if len(mine) == len(events) else state[mine]
             try:
-                new = self.store.append(added, lambda _, of_part=of_part: of_part)
+                with self._timed("append"):
+                    new = self.store.append(added, lambda _, of_part=of_part: of_part)
             except StoreError:
                 raise
             except StateError as error:  # of one of them, and none was added
@@ -328,13 +339,20 @@ class Scorer:
             ids = [compared[name] for name in self._identity.config.identity_features]
             of_candidate = self._identity.keys(torch.from_numpy(np.stack(ids, axis=1))).numpy()
             keys = np.split(of_candidate, np.cumsum(asked.lengths)[:-1])
-        return self.store.read(
-            [self._catalogue.user(request.user) for request in requests],
-            [request.time for request in requests],
-            keys,
-            [request.new_user for request in requests],
-            self.strict,
-        )
+        with self._timed("store"):
+            return self.store.read(
+                [self._catalogue.user(request.user) for request in requests],
+                [request.time for request in requests],
+                keys,
+                [request.new_user for request in requests],
+                self.strict,
+            )
+
+    @contextmanager
+    def _timed(self, stage: str) -> Generator[None]:
+        start = time.perf_counter()
+        yield
+        self.observe(stage, time.perf_counter() - start)
 
 
 def _of_requests(chosen: JaggedTensor) -> list[np.ndarray]:

@@ -49,12 +49,15 @@ class StateStore:
     Args:
         key_values: where they lie.
         version: of the weights.
+        whole: refuse states that were begun and are not built to the end.
 
     Raises:
         StateError: there are no states of this version, or they were not built to the end; the
             message says which there are.
 
     Attributes:
+        whole: whether they were built to the end when they were last looked at.
+        source: says which log they are built from.
         layout: StateLayout.
         positions: by partition: the stream's events before it are in the log that the states were
             built from; of other partitions the log has none.
@@ -78,11 +81,11 @@ class StateStore:
         [[2], [3]]
     """
 
-    def __init__(self, key_values: KeyValueStore, version: str) -> None:
+    def __init__(self, key_values: KeyValueStore, version: str, whole: bool = True) -> None:
         key_values.check()
         self.key_values, self.version = key_values, version
         header = read_header(key_values, version)
-        if header is None or not header["complete"]:
+        if header is None or (whole and not header["complete"]):
             ready = [v for v, found in versions(key_values).items() if found["complete"]]
             missing = "there are none" if header is None else "they were not built to the end"
             raise StateError(
@@ -94,6 +97,8 @@ class StateStore:
 
     def _configure(self, header: dict[str, Any]) -> None:
         self._header = pack_header(header)
+        self._whole = pack_header({**header, "complete": True})
+        self.whole, self.source = header["complete"], header["source"]
         self._codec = codec = RecordCodec(self.key_values, header)
         self.layout, self.positions, self.latest = codec.layout, codec.positions, codec.latest
         self.vocabulary = codec.vocabulary
@@ -156,12 +161,10 @@ class StateStore:
         Raises:
             StoreError: what was begun is no longer there.
         """
-        whole = pack_header({**unpack_header(self.key_values, self._header), "complete": True})
         # the first one last: by it they are whole
         for tag in reversed(self.key_values.tags):
             header = self._codec.keys.header(tag)
-            self.key_values.update([header], self._if_unchanged(lambda _, h=header: {h: whole}, 1))
-        self._header = whole
+            self.key_values.update([header], self._if_unchanged(lambda _, h=header: {h: self._whole}, 1))
 
     def write(
         self,
@@ -172,8 +175,8 @@ class StateStore:
         last_times: Sequence[int],
         forgotten: Sequence[int | None] | None = None,
     ) -> int:
-        """Write whole states, in one transaction (in a cluster one for each part), but of users who were
-        forgotten meanwhile.
+        """Write whole states, in one transaction (in a cluster one for each part), but of users who have
+        one by now or were forgotten meanwhile.
 
         Args:
             users: B external ids.
@@ -205,20 +208,24 @@ class StateStore:
 
     def _write_part(self, records: dict[bytes, bytes], left_out: Mapping[int | str, int | None]) -> None:
         """Write the records of some users, whose keys have one tag, and take out of them those of users
-        who were forgotten meanwhile."""
+        who have a state by now or were forgotten meanwhile."""
         tombstones = [tombstone_key(user, self.key_values.tags) for user in left_out]
+        heads = [self._codec.keys.head(user) for user in left_out]
 
-        def but_forgotten(found: list[bytes | None]) -> Mapping[bytes, bytes]:
-            until = [
-                unpack_number(self.key_values.name, *of) for of in zip(tombstones, found, strict=True)
+        def of_the_others(found: list[bytes | None]) -> Mapping[bytes, bytes]:
+            of_users = zip(tombstones, found, strict=False)
+            until = [unpack_number(self.key_values.name, *of) for of in of_users]
+            looked_up = zip(left_out.items(), until, found[len(left_out) :], strict=True)
+            gone = [
+                user
+                for (user, then), now, there in looked_up
+                if there is not None or (now is not None and now != then)
             ]
-            looked_up = zip(left_out.items(), until, strict=True)
-            gone = [user for (user, then), now in looked_up if now is not None and now != then]
             for key in [key for user in gone for key in records_of(records, user)]:
                 del records[key]
             return records
 
-        self._update(tombstones, but_forgotten)
+        self._update([*tombstones, *heads], of_the_others)
 
     def apart(self, users: Sequence[int | str]) -> list[list[int]]:
         """The places of users, those together who may be in one transaction: all, but in a cluster."""
@@ -381,7 +388,9 @@ class StateStore:
 
     def _check_headers(self, headers: Sequence[bytes | None]) -> None:
         for found in headers:
-            if found != self._header:
+            if found == self._whole:
+                self.whole = True
+            elif found != self._header:
                 raise self._not_these(found)
 
     def _not_these(self, found: bytes | None) -> StoreError:
