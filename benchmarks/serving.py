@@ -47,7 +47,7 @@ from ifa_torchrec.serving import (
     open_key_value_store,
 )
 from ifa_torchrec.serving.compiled import FILE, CompiledDense
-from ifa_torchrec.serving.states.layout import Keys, user_key
+from ifa_torchrec.serving.states.layout import Keys
 from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.options import TrainConfig
 from ifa_torchrec.training.run import Run, load_run
@@ -324,7 +324,7 @@ def measure_systems(systems: dict[str, System], options: Options) -> pd.DataFram
 def state_bytes(store: StateStore, user: int) -> int:
     """What a user's state takes: keys and values of all its records."""
     keys, key_values = Keys(store.version), store.key_values
-    mine = [keys.head(user), keys.before(user), *key_values.scan(b"i" + keys.id + user_key(user))]
+    mine = [keys.head(user), keys.before(user), *key_values.scan(keys.all_pages(user))]
     return sum(
         len(key) + len(value or b"") for key, value in zip(mine, key_values.read(mine), strict=True)
     )
@@ -332,7 +332,7 @@ def state_bytes(store: StateStore, user: int) -> int:
 
 def measure_appends(scorer: Scorer, options: Options) -> pd.DataFrame:
     """What an append costs to a state of each history length, and what that takes before it."""
-    rng, position, rows = np.random.default_rng(2), scorer.store.position, []
+    rng, position, rows = np.random.default_rng(2), scorer.store.positions[0], []
     every_key = np.arange(scorer.store.layout.identity_key_range)
     for n in options.histories:
         row = {"events": f"{n:,}"}

@@ -2,19 +2,20 @@
 
 # TorchX reads the annotations' source and knows no newer spelling.
 # ruff: noqa: UP006, UP035, UP045
+import re
 from typing import Dict, List, Optional
 
 from torchx.components import dist
 from torchx.specs import AppDef
 
-from torchx_components._job import check_least, torchrun_job
+from torchx_components._job import torchrun_job
 
 
 def ddp(
     *script_args: str,
     run: str,
     store: str,
-    position: int,
+    position: str,
     data: Optional[str] = None,
     dtype: str = "float32",
     j: str = "1x2",
@@ -39,7 +40,8 @@ def ddp(
         script_args: more options of ifa build-states
         run: folder of a training run, its out; every node must see it
         store: where the states go: a folder on one node, or redis://HOST:PORT/NUMBER
-        position: first position of the event stream whose event the log has not
+        position: first position of the event stream whose event the log has not; of several partitions
+            each and its position, e.g. "0 1200 1 981"
         data: event log; by default the one the run was trained on
         dtype: how states are stored, float32 or float16
         j: NODESxRANKS, e.g. 2x4 for two nodes with four ranks each
@@ -63,7 +65,7 @@ def ddp(
 
     Example:
         >>> from torchx_components.build_states import ddp
-        >>> role = ddp(run="/shared/run", store="redis://states:6379/0", position=7, j="2x4").roles[0]
+        >>> role = ddp(run="/shared/run", store="redis://states:6379/0", position="7", j="2x4").roles[0]
         >>> role.args[1].partition("-m ")[2][:67]
         'ifa_torchrec build-states -- --run /shared/run --store redis://stat'
     """
@@ -73,11 +75,14 @@ def ddp(
         raise ValueError("store is empty; name a folder, or redis://HOST:PORT/NUMBER")
     if dtype not in ("float32", "float16"):
         raise ValueError(f"dtype must be float32 or float16, not {dtype!r}")
-    check_least(0, position=position)
+    if not re.fullmatch(r"\d+|\d+ \d+( \d+ \d+)*", position):
+        raise ValueError(
+            f"position must be a number, or partitions, each before its position, not {position!r}"
+        )
     if dist.parse_nnodes(j)[1] > 1 and "://" not in store:
         raise ValueError(f"store {store} is a folder, which serves one node; on several use redis://")
     arguments = ["--", "--run", run]  # but for the "--" torchrun would take --run for its own --run-path
-    arguments += ["--store", store, "--position", str(position)]
+    arguments += ["--store", store, "--position", *position.split()]
     arguments += [*(["--data", data] if data else []), "--dtype", dtype]
     return torchrun_job(
         "build-states",

@@ -7,10 +7,10 @@
     ifa build-states --run runs/mine/tuesday --store runs/states --position 9000 \\
         --unchanged-from runs/mine/monday
 
-The store is a folder, an LMDB file that the processes of one machine share, or a Redis server. Killed,
-the same line goes on where it stopped. While it runs, `ifa serve --lazy` can rank from the same store:
-who is asked for is built then; --warm-start DAYS takes those first who are likely to be. Other versions'
-states stay; ifa states drops them.
+The store is a folder, an LMDB file that the processes of one machine share, or a Redis server or
+cluster. Killed, the same line goes on where it stopped. While it runs, `ifa serve --lazy` can rank from
+the same store: who is asked for is built then; --warm-start DAYS takes those first who are likely to be.
+Other versions' states stay; ifa states drops them.
 """
 
 from __future__ import annotations
@@ -65,9 +65,10 @@ class BuildStatesConfig:
     """Folder of a training run (its --out)."""
     store: str = field(repr=False)
     """Where the states go: a folder, or redis://HOST:PORT/NUMBER."""
-    position: int
+    position: int | dict[int, int]
     """The first position of the event stream whose event the log has not: 0 where the stream begins
-    after the log. Events of the stream before it count as being in the states."""
+    after the log. Events of the stream before it count as being in the states. Of a stream of several
+    partitions each and its position: --position 0 1200 1 981; of those not named it is 0."""
     data: str | Path | None = None
     """Event log, a folder or a URI; by default the one the run was trained on."""
     until: datetime | None = None

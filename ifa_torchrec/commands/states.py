@@ -27,6 +27,7 @@ from ifa_torchrec.serving import (
     versions,
 )
 from ifa_torchrec.serving.states.forgetting import id_of
+from ifa_torchrec.serving.states.layout import told
 from ifa_torchrec.serving.states.versions import FORMAT
 from ifa_torchrec.serving.times import utc
 
@@ -104,10 +105,11 @@ def _list(key_values: KeyValueStore) -> None:
                 f"{version}: of format {header.get('format')!r}, this version reads {FORMAT!r}; drop it"
             )
             continue
+        positions = {int(partition): first for partition, first in header["positions"].items()}
         built = "whole" if header["complete"] else "half built"
         print(
-            f"{version}: {built}, {header['layout']['dtype']}, of a log up to position "
-            f"{header['position']}, of the vocabulary {header['vocabulary']}"
+            f"{version}: {built}, {header['layout']['dtype']}, of a log up to {told(positions)}, of the "
+            f"vocabulary {header['vocabulary']}"
         )
 
 

@@ -12,8 +12,9 @@ from ifa_torchrec.serving.requests import EventResult, Ranking, RankingRequest
 from ifa_torchrec.serving.scorer import Scorer
 from ifa_torchrec.serving.states.forgetting import Forgotten, forget
 from ifa_torchrec.serving.states.journal import Event
-from ifa_torchrec.serving.states.key_value import KeyValueStore, open_key_value_store
+from ifa_torchrec.serving.states.key_value import KeyValueStore
 from ifa_torchrec.serving.states.layout import StateLayout
+from ifa_torchrec.serving.states.opening import open_key_value_store
 from ifa_torchrec.serving.states.retention import Trimmed, drop, trim_journal
 from ifa_torchrec.serving.states.shared import forgotten_until
 from ifa_torchrec.serving.states.store import StateStore

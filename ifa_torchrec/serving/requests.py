@@ -175,6 +175,8 @@ def checked_event(schema: LogSchema, event: Event, max_ahead: float) -> Event:
     position = event.position
     if not _is_integer(position) or not 0 <= position <= _LARGEST:
         raise RequestError(f"position must be in 0..2**63 - 1, got {position!r}")
+    if not _is_integer(event.partition) or not 0 <= event.partition < 2**32:
+        raise RequestError(f"partition must be in 0..2**32 - 1, got {event.partition!r}")
     _check_time("time", event.time, max_ahead)
     _check_names("features", event.features, schema.event_features)
     _check_names("numbers", event.numbers, schema.event_dense)
@@ -196,6 +198,7 @@ def checked_event(schema: LogSchema, event: Event, max_ahead: float) -> Event:
         {name: checked_ids(f"features.{name}", [value])[0] for name, value in event.features.items()},
         {name: None if np.isnan(x) else x for name, x in numbers.items()},
         weight,
+        int(event.partition),
     )
 
 

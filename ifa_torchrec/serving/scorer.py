@@ -14,6 +14,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec.batch import RankingFeatures
 from ifa_torchrec.data.log_items import LogItems
+from ifa_torchrec.errors import UserError
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.modules import UserState, generate_set, ranking_score
 from ifa_torchrec.serving.catalogue import Asked, Catalogue
@@ -266,22 +267,33 @@ class Scorer:
         events = [dataclasses.replace(event, user=user(event.user)) for event in events]
         try:
             read = self._catalogue.read_events(events)
-            with self._timed("append"):
-                new = self.store.append(events, lambda _: self._encode(read.features))
-        except StoreError:
-            raise
-        except (RequestError, StateError) as error:  # of one of them, and none was added
-            if len(events) == 1:
-                return [EventResult("refused", str(error))]
-            middle = len(events) // 2
-            return self.take_over(events[:middle]) + self.take_over(events[middle:])
+            state = self._encode(read.features)
+        except RequestError as error:  # of one of them
+            return self._halves(events, error)
         unknown = (read.items + read.values).tolist()
-        return [
-            EventResult(
-                "forgotten" if is_new is None else ("duplicate", "taken")[is_new], unknown=of_event
-            )
-            for is_new, of_event in zip(new, unknown, strict=True)
-        ]
+        results: dict[int, EventResult] = {}
+        for mine in self.store.apart([event.user for event in events]):
+            added = [events[n] for n in mine]
+            of_part = state if len(mine) == len(events) else state[mine]
+            try:
+                with self._timed("append"):
+                    new = self.store.append(added, lambda _, of_part=of_part: of_part)
+            except StoreError:
+                raise
+            except StateError as error:  # of one of them, and none was added
+                results |= zip(mine, self._halves(added, error), strict=True)
+            else:
+                for n, is_new in zip(mine, new, strict=True):
+                    status = "forgotten" if is_new is None else ("duplicate", "taken")[is_new]
+                    results[n] = EventResult(status, unknown=unknown[n])
+        return [results[n] for n in range(len(events))]
+
+    def _halves(self, events: Sequence[Event], error: UserError) -> list[EventResult]:
+        """Each half of events taken over by itself, down to the one that the error is of."""
+        if len(events) == 1:
+            return [EventResult("refused", str(error))]
+        middle = len(events) // 2
+        return self.take_over(events[:middle]) + self.take_over(events[middle:])
 
     def forget(self, user: int | str) -> Forgotten:
         """Remove all that the store has of a user, of all versions; see ``ifa_torchrec.serving.forget``.
@@ -302,7 +314,7 @@ class Scorer:
         for events in self.store.missed():
             for event, result in zip(events, self.take_over(events), strict=True):
                 if result.status == "refused":
-                    raise StateError(f"event {event.position} of the journal: {result.reason}")
+                    raise StateError(f"the event at {event.place} of the journal: {result.reason}")
                 count += result.status == "taken"
         return count
 

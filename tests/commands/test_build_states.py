@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import tyro
 from ranks import run_ranks
 from toy import BUSY_USER, NEW_USER, NUM_EVENTS
 
@@ -81,7 +82,7 @@ def test_every_user_with_events_has_a_state(run, tmp_path):
     assert result["events_per_user"] == sum(NUM_EVENTS.values()) / len(USERS)
     assert result["bytes_per_user"] > 4 * 2 * 4 * 5
     states = assert_built(store, run)
-    assert states.position == 5
+    assert states.positions == {0: 5}
     states = StateStore(open_key_value_store(store), result["version"])
     assert states.known([NEW_USER, BUSY_USER]).tolist() == [False, True]
 
@@ -223,6 +224,14 @@ def test_lmdb_serves_one_machine(run, tmp_path, monkeypatch):
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     with pytest.raises(StateError, match="LMDB serves one machine"):
         build_states(BuildStatesConfig(run, str(tmp_path / "states"), 0))
+
+
+def test_of_several_partitions_each_and_its_position_is_given():
+    arguments = ["--run", "run", "--store", "states", "--position"]
+    for given, position in ((["5"], 5), (["0", "1200", "1", "981"], {0: 1200, 1: 981})):
+        assert tyro.cli(BuildStatesConfig, args=[*arguments, *given]).position == position
+    with pytest.raises(SystemExit):
+        tyro.cli(BuildStatesConfig, args=[*arguments, "0", "1200", "1"])
 
 
 def test_versions_are_listed_and_dropped_on_the_command_line(run, tmp_path, monkeypatch, capsys):

@@ -299,11 +299,11 @@ def test_states_built_of_a_log_are_those_of_its_events_over_http(shop, run, tmp_
 def test_a_journal_of_another_format_is_refused(shop, scorer):
     event = shop.event(0)
     scorer.append([event])
-    codec, key = scorer.store._codec, journal_key(event.position)
+    codec, key = scorer.store._codec, journal_key(event.place)
     for body in (struct.pack(">qqq", 7, 3, 5), b"\x80[1]", b"\x80{}", pack_event(event)[:-1]):
         scorer.store.key_values.update([], lambda _, body=body: {key: codec.seal(key, body)})
         with pytest.raises(StateError, match=r"event at position 0 is of another version .*empty store"):
-            unpack_event(0, body)
+            unpack_event(event.place, body)
         (result,) = scorer.append([event])
         assert result.status == "refused" and "is of another version" in result.reason
 

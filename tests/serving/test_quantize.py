@@ -95,7 +95,7 @@ def test_a_store_of_float_states_serves_int8_tables(run: Run, tmp_path: Path) ->
         dense={"hour": 0.5, "season": 0.0},
         candidate_dense={"price": [0.0] * 6},
     )
-    event = Event(position=store.position, user=user, item=4, time=time)
+    event = Event(position=store.positions[0], user=user, item=4, time=time)
     assert rounded.append([event])[0].status == "taken"
     difference = exact.score([request])[0] - rounded.score([request])[0]
     assert 0 < abs(difference).max() < 1e-2

@@ -307,6 +307,9 @@ def test_events_are_in_the_store_when_answered_and_count_once(client, models, ke
     events = [Event(position, BUSY_USER, 3, time) for position in (10_000, 10_001, 10_002)]
     assert scorer(models, key_values).append(events) == [EventResult("duplicate")] * 3
     assert rank(client, REQUEST).json() != before
+    elsewhere = changed(EVENT, partition=1)
+    assert statuses(append(client, elsewhere, EVENT)) == ["taken", "duplicate"]
+    assert statuses(append(client, elsewhere)) == ["duplicate"]
 
 
 def test_a_user_is_forgotten_in_all_versions_and_is_then_new(client, models, key_values):
@@ -486,6 +489,8 @@ def test_the_request_that_is_bad_is_named(client):
     [
         ({"position": -1}, "events.1.position: Input should be greater than or equal to 0"),
         ({"position": 2**63}, "events.1.position: Input should be less than or equal to"),
+        ({"partition": -1}, "events.1.partition: Input should be greater than or equal to 0"),
+        ({"partition": 2**32}, "events.1.partition: Input should be less than 4294967296"),
         ({"item": 4.5}, "events.1.item: Input should be an id"),
         ({"user": [7]}, "events.1.user: Input should be an id"),
         ({"time": None}, "events.1.time: "),

@@ -32,7 +32,7 @@ NAMED = {
 TRAIN = {"data": "/shared/log", "out": "/shared/run"}
 EVALUATE = {"run": "/shared/run"}
 STATES = {"run": "/shared/run", "store": "redis://states:6379/0"}
-BUILD = {**STATES, "position": 7}
+BUILD = {**STATES, "position": "7"}
 UNDER_TORCHRUN = [(train.ddp, TRAIN), (evaluate.ddp, EVALUATE), (build_states.ddp, BUILD)]
 
 
@@ -127,6 +127,12 @@ def test_build_states_passes_its_options_to_the_script():
         *("--run", "/shared/run", "--store", "redis://states:6379/0", "--position", "7"),
         *("--data", "/other", "--dtype", "float16", "--until", "2024-05-01"),
     ]
+
+
+def test_build_states_passes_partitions_and_their_positions():
+    app = build_states.ddp(**(BUILD | {"position": "0 1200 1 981"}))
+    positions = ["--position", "0", "1200", "1", "981"]
+    assert script_line(app)[-7:] == [*positions, "--dtype", "float32"]
 
 
 def test_serve_is_one_process_that_others_can_reach():
@@ -284,6 +290,12 @@ def test_max_restarts_is_torchruns(monkeypatch):
         (evaluate.ddp, EVALUATE, {"split": ""}, "split is empty; name a split"),
         (build_states.ddp, BUILD, {"run": ""}, "run is empty; name the out of a training run"),
         (build_states.ddp, BUILD, {"store": " "}, "store is empty; name a folder, or redis://"),
+        (
+            build_states.ddp,
+            BUILD,
+            {"position": "0 12 1"},
+            "position must be a number, or partitions, each",
+        ),
         (build_states.ddp, BUILD, {"dtype": "int8"}, "dtype must be float32 or float16, not 'int8'"),
         (
             build_states.ddp,

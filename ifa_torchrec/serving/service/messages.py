@@ -135,7 +135,8 @@ class RankResponse(BaseModel):
 class UserEvent(StrictModel):
     """Something a user did."""
 
-    position: Annotated[Natural, Field(description="In the stream of events; each counts once.")]
+    partition: Annotated[int, Field(ge=0, lt=2**32, description="Of the stream of events.")] = 0
+    position: Annotated[Natural, Field(description="In the partition; each counts once.")]
     user: Id
     item: Id
     time: Time

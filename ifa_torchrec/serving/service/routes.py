@@ -152,6 +152,7 @@ def _event(event: UserEvent) -> Event:
         event.features,
         event.numbers,
         event.weight,
+        event.partition,
     )
 
 

@@ -20,7 +20,7 @@ class Addition:
 
     Args:
         codec: of the version's records.
-        events: E of them, at least one.
+        events: E of them, at least one, of users whose keys have one tag.
         state: of each event alone, at age 0; UserState of E requests.
 
     Attributes:
@@ -32,7 +32,7 @@ class Addition:
     def __init__(self, codec: RecordCodec, events: Sequence[Event], state: UserState) -> None:
         self._codec, self._events = codec, events
         self._sums = EventSums(codec, events, state)
-        self._tombstones = {event.user: tombstone_key(event.user) for event in events}
+        self._tombstones = {e.user: tombstone_key(e.user, codec.keys.tags) for e in events}
         self._of_user = {
             user: np.array([e for e, event in enumerate(events) if event.user == user])
             for user in self._tombstones
@@ -75,12 +75,13 @@ class Addition:
             user: unpack_number(codec.store, key, read.pop(key))
             for user, key in self._tombstones.items()
         }
-        found = {key: codec.open(key, value) for key, value in read.items() if value is not None}
-        journal = Journal(codec, found)
+        there = {key: value for key, value in read.items() if value is not None}
+        journal = Journal(codec, there)
         self.new = [journal.take(event, forgotten[event.user]) for event in self._events]
         taken = np.array(self.new) == True  # noqa: E712  None is not
         seed = np.random.default_rng(self._events[0].position)
         bodies = journal.changed()
+        found = {key: codec.open(key, value) for key, value in there.items() if key[:1] in b"sui"}
         for user, events in self._of_user.items():
             if len(new := events[taken[events]]):
                 draft = StateDraft(codec, user, found)

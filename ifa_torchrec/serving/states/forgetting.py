@@ -16,7 +16,7 @@ from typing import Any
 from ifa_torchrec.serving.errors import StateError, StoreError
 from ifa_torchrec.serving.states.journal import journal_records, unpack_event, user_prefix
 from ifa_torchrec.serving.states.key_value import KeyValueStore
-from ifa_torchrec.serving.states.layout import CHECKSUM_BYTES, Keys, position_of, user_key
+from ifa_torchrec.serving.states.layout import CHECKSUM_BYTES, JOURNAL, Keys, place_of, tag_of
 from ifa_torchrec.serving.states.records import RecordCodec
 from ifa_torchrec.serving.states.shared import pack_number, tombstone_key, unpack_number
 from ifa_torchrec.serving.states.versions import check_formats, marks_of, versions
@@ -105,7 +105,7 @@ def forget(key_values: KeyValueStore, user: int | str) -> Forgotten:
             done, until = marks, removal.until
             removed |= removal.found
             had_state |= dict.fromkeys(removal.had_state)
-    events = sum(key[:1] == b"j" for key in removed)
+    events = sum(key[:1] == JOURNAL for key in removed)
     return Forgotten(user, until, tuple(had_state), len(removed) - events, events)
 
 
@@ -129,9 +129,10 @@ class _Removal:
         self, key_values: KeyValueStore, there: Mapping[str, dict[str, Any]], user: int | str, until: int
     ) -> None:
         check_formats(key_values, there)
-        self._name, self._tombstone = key_values.name, tombstone_key(user)
+        self._name = key_values.name
+        self._tombstone = tombstone_key(user, key_values.tags)
         self.applied, self.until = False, until
-        codecs = {v: RecordCodec(key_values.name, header) for v, header in there.items()}
+        codecs = {v: RecordCodec(key_values, header) for v, header in there.items()}
         heads = [codec.keys.head(user) for codec in codecs.values()]
         self.watched = [self._tombstone, *heads]
         # the heads first: whatever is added to the user later changes one of them
@@ -157,7 +158,7 @@ class _Removal:
 
 def _records_of(key_values: KeyValueStore, keys: Keys, user: int | str) -> set[bytes]:
     """The keys of all of a version's records of a user, also of such as no other record names."""
-    found = key_values.scan(b"i" + keys.id + user_key(user))
+    found = key_values.scan(keys.all_pages(user))
     single = [keys.head(user), keys.before(user)]
     values = zip(single, key_values.read(single), strict=True)
     return {*found, *(key for key, value in values if value is not None)}
@@ -166,7 +167,11 @@ def _records_of(key_values: KeyValueStore, keys: Keys, user: int | str) -> set[b
 def _journal_of(key_values: KeyValueStore, user: int | str) -> Iterator[tuple[bytes, bytes]]:
     """The journal's records of a user's events, with their keys."""
     prefix = user_prefix(user)
-    return ((key, value) for key, value in journal_records(key_values) if value.startswith(prefix))
+    return (
+        (key, value)
+        for key, value in journal_records(key_values, tag_of(key_values.tags, user))
+        if value.startswith(prefix)
+    )
 
 
 def _time_of(codec: RecordCodec, key: bytes, head: bytes) -> int:
@@ -180,6 +185,6 @@ def _time_of(codec: RecordCodec, key: bytes, head: bytes) -> int:
 def _time_of_event(key: bytes, value: bytes) -> int:
     """The time of an event of the journal; 0 of a damaged one."""
     try:
-        return unpack_event(position_of(key), value[:-CHECKSUM_BYTES]).time
+        return unpack_event(place_of(key), value[:-CHECKSUM_BYTES]).time
     except StateError:
         return 0

@@ -1,9 +1,9 @@
 """Events, and which of them were taken.
 
-Each event has a position in the stream of all events. A version's states keep a bit for each position
-that is in them, 4,096 positions a record. The journal, which all versions share, keeps the events
-themselves: a position that comes again is compared with its event, and states that are built later get
-from it what they have missed.
+Each event has a position in its partition of the stream of all events. A version's states keep a bit for
+each position that is in them, 4,096 positions a record. The journal, which all versions share, keeps
+the events themselves: a position that comes again is compared with its event, and states that are built
+later get from it what they have missed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ from typing import Any
 
 from ifa_torchrec.serving.errors import BUILD_COMMAND, StateError
 from ifa_torchrec.serving.states.key_value import KeyValueStore
-from ifa_torchrec.serving.states.layout import BLOCK, has_bit, journal_key, set_bit
+from ifa_torchrec.serving.states.layout import (
+    BLOCK,
+    JOURNAL,
+    Place,
+    has_bit,
+    journal_key,
+    set_bit,
+    tag_of,
+)
+from ifa_torchrec.serving.states.pages import zstd
 from ifa_torchrec.serving.states.records import RecordCodec
 from ifa_torchrec.serving.times import utc
 
@@ -33,13 +42,14 @@ class Event:
     "unknown", row 0; as what it stands in the journal, for versions whose vocabulary has it.
 
     Args:
-        position: 0 or more, its place in the stream of all events; what tells an event that comes
-            twice from two alike. Several streams share the range, e.g. PARTITION * 2**40 + OFFSET.
+        position: 0 or more, its offset in its partition; what tells an event that comes twice from two
+            alike.
         user, item: ids.
         time: microseconds since 1970, UTC.
         features: an id for each of the schema's event features.
         numbers: a number for each of its event_dense columns; None where it is missing.
         weight: a_i >= 0, where the schema has an event_weight; None where it has none.
+        partition: 0 or more, below 2**32, which of the stream's partitions it came by.
 
     Example:
         >>> from ifa_torchrec.serving import Event
@@ -55,6 +65,12 @@ class Event:
     features: Mapping[str, int | str] = field(default_factory=dict)
     numbers: Mapping[str, float | None] = field(default_factory=dict)
     weight: float | None = None
+    partition: int = 0
+
+    @property
+    def place(self) -> Place:
+        """Where in the stream it stands."""
+        return Place(self.partition, self.position)
 
     def __str__(self) -> str:
         told = f"user {self.user!r}, item {self.item!r} at {utc(self.time)}"
@@ -64,15 +80,15 @@ class Event:
 
 
 def pack_event(event: Event) -> bytes:
-    """An event as a record of the journal, which its key gives the position."""
+    """An event as a record of the journal, which its key gives the place."""
     numbers = {name: None if x is None else float(x) for name, x in event.numbers.items()}
     weight = None if event.weight is None else float(event.weight)
     fields = [event.user, event.item, event.time, dict(event.features), numbers, weight]
     return _FORMAT + json.dumps(fields, separators=(",", ":"), allow_nan=False).encode()
 
 
-def journal_records(key_values: KeyValueStore) -> Iterator[tuple[bytes, bytes]]:
-    """The keys and values of all events of a store's journal, by position, read some at a time.
+def journal_records(key_values: KeyValueStore, tag: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+    """The keys and values of all events of a store's journal, or of a tag's, read some at a time.
 
     Example:
         >>> import tempfile
@@ -81,7 +97,7 @@ def journal_records(key_values: KeyValueStore) -> Iterator[tuple[bytes, bytes]]:
         >>> list(journal_records(open_key_value_store(tempfile.mkdtemp())))
         []
     """
-    keys = key_values.scan(b"j")
+    keys = key_values.scan(JOURNAL + tag)
     while some := list(islice(keys, 1024)):
         for key, value in zip(some, key_values.read(some), strict=True):
             if value is not None:
@@ -93,7 +109,7 @@ def user_prefix(user: int | str) -> bytes:
     return _FORMAT + b"[" + json.dumps(user).encode() + b","
 
 
-def unpack_event(position: int, body: bytes) -> Event:
+def unpack_event(place: Place, body: bytes) -> Event:
     """The event of a record of the journal.
 
     Raises:
@@ -103,7 +119,7 @@ def unpack_event(position: int, body: bytes) -> Event:
         if body[:1] != _FORMAT:
             raise ValueError
         user, item, time, features, numbers, weight = json.loads(body[1:])
-        event = Event(position, user, item, time, features, numbers, weight)
+        event = Event(place.position, user, item, time, features, numbers, weight, place.partition)
         ids, amounts = (user, item, *features.values()), (*numbers.values(), weight)
         if not all(_is_id(i) for i in ids) or not _is_id(time) or isinstance(time, str):
             raise ValueError
@@ -112,7 +128,7 @@ def unpack_event(position: int, body: bytes) -> Event:
         return event
     except (ValueError, AttributeError, TypeError):
         raise StateError(
-            f"the journal's event at position {position} is of another version of this package; build "
+            f"the journal's event at {place} is of another version of this package; build "
             f"states in an empty store ({BUILD_COMMAND}), of a log that has the events"
         ) from None
 
@@ -126,18 +142,19 @@ class Journal:
 
     Args:
         codec: of the version's records.
-        found: bodies of the records that there are, by their keys; ``keys_of`` has an event's.
+        found: records that there are, by their keys; ``keys_of`` has an event's.
     """
 
     def __init__(self, codec: RecordCodec, found: Mapping[bytes, bytes]) -> None:
         self._codec, self._found = codec, found
-        self._events: dict[int, Event] = {}
+        self._events: dict[bytes, Event] = {}
         self._positions: dict[bytes, bytearray] = {}
 
     @staticmethod
     def keys_of(codec: RecordCodec, event: Event) -> tuple[bytes, bytes]:
         """The keys of the records that say whether an event was taken."""
-        return codec.keys.positions(event.position), journal_key(event.position)
+        tag = tag_of(codec.keys.tags, event.user)
+        return codec.keys.block(event.place, tag), journal_key(event.place, tag)
 
     def take(self, event: Event, forgotten: int | None = None) -> bool | None:
         """Whether an event is new; its position is then taken.
@@ -150,36 +167,38 @@ class Journal:
         Raises:
             StateError: its position is another event's.
         """
-        codec, position = self._codec, event.position
+        codec, place = self._codec, event.place
         if forgotten is not None and event.time <= forgotten:
             return None
-        first = self._events.get(position)
-        if first is None and (body := self._found.get(journal_key(position))) is not None:
-            first = unpack_event(position, body)
+        block, entry = self.keys_of(codec, event)
+        first = self._events.get(entry)
+        if first is None and (record := self._found.get(entry)) is not None:
+            first = unpack_event(place, codec.open(entry, record))
         if first is not None and first != event:
             raise StateError(
-                f"position {position} is of {first}, and comes again with {event}. Each event has a "
+                f"{place} is of {first}, and comes again with {event}. Each event has a "
                 "position of its own; for a stream that was made anew build states in an empty store"
             )
-        if position < codec.position:
+        if codec.in_log(place):
             if first is None and codec.latest is not None and event.time > codec.latest:
                 raise StateError(
-                    f"position {position} is before {codec.position}, where the stream goes on from the "
-                    f"log, but its event at {utc(event.time)} is after the log's last one at "
-                    f"{utc(codec.latest)}. Was --position of {BUILD_COMMAND} too high, or are there "
-                    "several streams (then it can only be 0)?"
+                    f"{place} is before {codec.positions[place.partition]}, where the stream goes on "
+                    f"from the log, but its event at {utc(event.time)} is after the log's last one at "
+                    f"{utc(codec.latest)}. Was --position of {BUILD_COMMAND} too high, or has the "
+                    "stream several partitions, which events and --position do not name?"
                 )
             return False
-        key = codec.keys.positions(position)
-        if key not in self._positions:
-            self._positions[key] = bytearray(self._found.get(key, codec.no_bits))
-        if has_bit(self._positions[key], position % BLOCK):
+        if block not in self._positions:
+            self._positions[block] = bytearray(codec.bits(block, self._found.get(block)))
+        if has_bit(self._positions[block], place.position % BLOCK):
             return False
-        set_bit(self._positions[key], position % BLOCK)
-        self._events[position] = event
+        set_bit(self._positions[block], place.position % BLOCK)
+        self._events[entry] = event
         return True
 
     def changed(self) -> dict[bytes, bytes]:
         """The bodies of the records that are new or changed, by their keys."""
-        bodies = {journal_key(position): pack_event(event) for position, event in self._events.items()}
-        return bodies | {key: bytes(bits) for key, bits in self._positions.items()}
+        bodies = {entry: pack_event(event) for entry, event in self._events.items()}
+        return bodies | {
+            block: zstd.compress(bytes(bits), asbytes=True) for block, bits in self._positions.items()
+        }

@@ -8,26 +8,34 @@ Of one version of the weights (VVVVVVVV, the first 8 bytes of the version's hash
                               and counts; which pages i there are
     u VVVVVVVV user           the rows that the last time's events changed, as they were before
     i VVVVVVVV user key       page: the rows of the identity tables from this key on to the next page's
-    a VVVVVVVV block          which positions of the event stream are in the states, a bit each
+    a VVVVVVVV partition block    which positions of a partition of the event stream are in the states,
+                              a bit each
 
 Of all versions there are:
 
-    j position                the event itself, for versions that are built later
+    e partition position      the event itself, for versions that are built later
     t DIGEST                  until when a forgotten user's events do not count (``shared``)
-    w                         the position before which events may be gone from the journal
+    b                         of each partition the position before which events may be gone from the
+                              journal
 
 An event touches its user's head, the rows before it, the pages of its keys, one block and one journal
 entry, in one transaction, which reads its user's tombstone, too. A page has at most some rows
 (``pages``): so the cost hardly depends on the history. An event is in the states exactly if its bit is
 set. Numbers are big endian, so that keys sort by them. A user is 16 bytes: see ``user_key``.
+
+In a Redis Cluster users are divided into parts, and behind the first byte of each key stands the hash
+tag of its part, so that all of a part lies in one slot, which a transaction cannot leave. A part has all
+of its users, and a header, positions, a journal and its beginning of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -38,12 +46,45 @@ BLOCK = 4096
 """Positions a block."""
 STATE_KINDS = (b"s", b"u", b"i", b"k", b"a")
 """First bytes of the keys of a version's records, but the header's; k is of format 4 and before."""
+JOURNAL = b"e"
+"""First byte of the keys of the journal's events."""
+OLD_JOURNAL = (b"j", b"w")
+"""First bytes of the keys of the journal, and of its start, of format 6 and before."""
 USER_BYTES = 16
 CHECKSUM_BYTES = 4
 """At the end of each record."""
 _NUMBER = struct.Struct(">q")
+_PLACE = struct.Struct(">Iq")  # partition, and position or block
 _INTEGER_USER = struct.Struct(">QQ")
 _SIGN = 2**63  # of an int64; with it flipped, the bytes of negative numbers come before those of others
+
+
+class Place(NamedTuple):
+    """Where in the stream an event stands.
+
+    Example:
+        >>> from ifa_torchrec.serving.states.layout import Place
+        >>> str(Place(0, 7)), str(Place(3, 7))
+        ('position 7', 'position 7 of partition 3')
+    """
+
+    partition: int
+    position: int
+
+    def __str__(self) -> str:
+        of_partition = f" of partition {self.partition}" if self.partition else ""
+        return f"position {self.position}{of_partition}"
+
+
+def told(positions: Mapping[int, int]) -> str:
+    """Positions by partition, in words.
+
+    Example:
+        >>> from ifa_torchrec.serving.states.layout import told
+        >>> told({0: 7, 3: 9})
+        'position 7, position 9 of partition 3'
+    """
+    return ", ".join(str(Place(*of_partition)) for of_partition in positions.items())
 
 
 @dataclass(frozen=True)
@@ -129,10 +170,11 @@ class Keys:
 
     Args:
         version: of the weights.
+        tags: of the store.
 
     Attributes:
         id: the bytes that stand for the version.
-        header: the key of its header.
+        tags: of the store.
 
     Example:
         >>> from ifa_torchrec.serving.states.layout import Keys, user_of
@@ -140,50 +182,81 @@ class Keys:
         -3
     """
 
-    def __init__(self, version: str) -> None:
-        self.id = hashlib.sha256(version.encode()).digest()[:8]
-        self.header = b"v" + self.id
+    def __init__(self, version: str, tags: tuple[bytes, ...] = (b"",)) -> None:
+        self.id, self.tags = hashlib.sha256(version.encode()).digest()[:8], tags
+
+    def header(self, tag: bytes = b"") -> bytes:
+        """Of a part's header."""
+        return b"v" + tag + self.id
 
     def head(self, user: int | str) -> bytes:
         """Of a user's head."""
-        return b"s" + self.id + user_key(user)
+        return self._of_user(b"s", user)
 
     def before(self, user: int | str) -> bytes:
         """Of what a user's last event changed."""
-        return b"u" + self.id + user_key(user)
+        return self._of_user(b"u", user)
 
     def page(self, user: int | str, first: int) -> bytes:
         """Of a page of a user's identity tables, by the first key that it is of."""
-        return b"i" + self.id + user_key(user) + _NUMBER.pack(first)
+        return self.all_pages(user) + _NUMBER.pack(first)
 
     def pages(self, user: int | str, first: np.ndarray) -> list[bytes]:
         """Of some of a user's pages; first is [n] int64."""
-        prefix = b"i" + self.id + user_key(user)
+        prefix = self.all_pages(user)
         return [prefix + number for number in pieces(first.astype(">i8"))]
 
-    def positions(self, position: int) -> bytes:
-        """Of the bits of the block that a position is in."""
-        return b"a" + self.id + _NUMBER.pack(position // BLOCK)
+    def all_pages(self, user: int | str) -> bytes:
+        """What the keys of a user's pages begin with."""
+        return self._of_user(b"i", user)
+
+    def block(self, place: Place, tag: bytes = b"") -> bytes:
+        """Of the bits of the block that a place is in."""
+        return b"a" + tag + self.id + _PLACE.pack(place.partition, place.position // BLOCK)
+
+    def are_of(self, key: bytes) -> bool:
+        """Whether a record under a key is of this version."""
+        return key.startswith(self.id, 1 + len(self.tags[0]))
+
+    def _of_user(self, kind: bytes, user: int | str) -> bytes:
+        return kind + tag_of(self.tags, user) + self.id + user_key(user)
 
 
-def journal_key(position: int) -> bytes:
-    """The key of the event at a position; all versions share it."""
-    return b"j" + _NUMBER.pack(position)
+def tag_of(tags: tuple[bytes, ...], user: int | str) -> bytes:
+    """Of a store's tags the one in a user's keys.
+
+    Example:
+        >>> from ifa_torchrec.serving.states.layout import tag_of
+        >>> [tag_of((b"{0}", b"{1}"), user) for user in (7, 8, "anna")]
+        [b'{1}', b'{1}', b'{0}']
+    """
+    return tags[zlib.crc32(user_key(user)) % len(tags) if len(tags) > 1 else 0]
 
 
-def position_of(journal_key: bytes) -> int:
-    """The position whose event lies under a key of the journal."""
-    return _NUMBER.unpack_from(journal_key, 1)[0]
+def tag_in(tags: tuple[bytes, ...], key: bytes) -> bytes:
+    """The tag that a key of a store with these tags has."""
+    return key[1 : 1 + len(tags[0])]
+
+
+def journal_key(place: Place, tag: bytes = b"") -> bytes:
+    """The key of the event at a place; all versions share it."""
+    return JOURNAL + tag + _PLACE.pack(*place)
+
+
+def place_of(journal_key: bytes) -> Place:
+    """The place whose event lies under a key of the journal."""
+    return Place(*_PLACE.unpack_from(journal_key, len(journal_key) - _PLACE.size))
 
 
 def key_user(key: bytes) -> bytes:
     """The 16 bytes that stand for the user whose record of a state lies under a key."""
-    return key[9 : 9 + USER_BYTES]
+    end = len(key) - (_NUMBER.size if key[:1] == b"i" else 0)
+    return key[end - USER_BYTES : end]
 
 
 def user_of(key: bytes) -> int | None:
     """The user whose record lies under a key; None where it is a string, whose digest the key has."""
-    high, low = _INTEGER_USER.unpack_from(key, 9)
+    high, low = _INTEGER_USER.unpack(key_user(key))
     return None if high else low - _SIGN
 
 

@@ -18,8 +18,9 @@ import torch
 
 from ifa_torchrec.serving.errors import BUILD_COMMAND, DROP_COMMAND, StoreError
 from ifa_torchrec.serving.states.dense import DenseCodec, Head, Latest
-from ifa_torchrec.serving.states.layout import BLOCK, Keys, StateLayout, user_of
-from ifa_torchrec.serving.states.pages import RowCodec, Rows, quotient
+from ifa_torchrec.serving.states.key_value import KeyValueStore
+from ifa_torchrec.serving.states.layout import BLOCK, JOURNAL, Keys, Place, StateLayout, user_of
+from ifa_torchrec.serving.states.pages import RowCodec, Rows, quotient, zstd
 
 _BEFORE = struct.Struct("<II")  # CRC of the record s, absent keys
 _CHECKSUM = struct.Struct("<I")
@@ -55,35 +56,38 @@ class RecordCodec:
     """The records of one building of a version's states as bytes.
 
     Args:
-        store: its name, for messages.
+        key_values: the store, for its name in messages and its tags.
         header: of the version.
 
     Attributes:
+        store: its name.
         keys: Keys.
-        layout, position, latest, vocabulary: as in StateStore.
+        layout, positions, latest, vocabulary: as in StateStore.
         decay, identity_decay: the layout's, as arrays.
         dense: DenseCodec.
         rows: RowCodec.
-        no_bits: of a block without positions.
     """
 
-    def __init__(self, store: str, header: dict[str, Any]) -> None:
-        self.store = store
+    def __init__(self, key_values: KeyValueStore, header: dict[str, Any]) -> None:
+        self.store = key_values.name
         layout = dict(header["layout"])
         for name in ("decay", "identity_decay"):
             layout[name] = tuple(layout[name])
         self.layout = StateLayout(**layout)
         self.version: str = header["version"]
-        self.position: int = header["position"]
+        self.positions = {int(p): first for p, first in header["positions"].items()}
         self.latest: int | None = header["latest"]
         self.vocabulary: str = header["vocabulary"]
-        self.keys = Keys(self.version)
+        self.keys = Keys(self.version, key_values.tags)
         self.decay = np.array(self.layout.decay)
         self.identity_decay = np.array(self.layout.identity_decay)
-        self.no_bits = bytes(BLOCK // 8)
         self._mark = zlib.crc32(bytes.fromhex(header["mark"]))
         self.dense = DenseCodec(self.layout)
         self.rows = RowCodec(self.layout)
+
+    def in_log(self, place: Place) -> bool:
+        """Whether the log that the states were built from has the event at a place."""
+        return place.position < self.positions.get(place.partition, 0)
 
     # ------------------------------------------------------------------------------- checksums
 
@@ -123,7 +127,7 @@ class RecordCodec:
 
     def _start(self, key: bytes) -> int:
         # the journal is of all versions
-        return 0 if key[:1] == b"j" else self._mark
+        return 0 if key[:1] == JOURNAL else self._mark
 
     def _damaged(self, key: bytes) -> StoreError:
         what = ""
@@ -140,6 +144,14 @@ class RecordCodec:
             f"Bring the store back from a copy, or drop the states ({DROP_COMMAND} {self.version}) and "
             f"build them anew ({BUILD_COMMAND})"
         )
+
+    # ------------------------------------------------------------------------------- positions
+
+    def bits(self, key: bytes, value: bytes | None) -> bytes:
+        """The bits of a block's record; none is set where there is no record."""
+        if value is None:
+            return bytes(BLOCK // 8)
+        return zstd.decompress(self.open(key, value), BLOCK // 8, asbytes=True)
 
     # ------------------------------------------------------------------------------- states
 

@@ -11,32 +11,38 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ifa_torchrec.serving.errors import StoreError
 from ifa_torchrec.serving.states.key_value import KeyValueStore
-from ifa_torchrec.serving.states.layout import user_key
+from ifa_torchrec.serving.states.layout import tag_of, user_key
 
-JOURNAL_START = b"w"
-"""The key of the position before which events may be gone from the journal."""
-_RECORD = struct.Struct("<qI")  # a number, checksum
+_NUMBER = struct.Struct("<q")
+_START = struct.Struct("<Iq")  # partition, position
+_CHECKSUM = struct.Struct("<I")
 
 
-def tombstone_key(user: int | str) -> bytes:
-    """The key of a user's tombstone.
+def journal_start_key(tag: bytes = b"") -> bytes:
+    """The key of the positions before which events may be gone from the journal."""
+    return b"b" + tag
+
+
+def tombstone_key(user: int | str, tags: tuple[bytes, ...] = (b"",)) -> bytes:
+    """The key of a user's tombstone in a store with these tags.
 
     Example:
-        >>> from ifa_torchrec.serving.states.layout import user_key
+        >>> from ifa_torchrec.serving.states.layout import tag_of, user_key
         >>> from ifa_torchrec.serving.states.shared import tombstone_key
         >>> user_key(7) in tombstone_key(7), len(tombstone_key("anna"))
         (False, 17)
     """
-    return b"t" + hashlib.blake2b(user_key(user), digest_size=16, person=b"ifa-forgotten").digest()
+    digest = hashlib.blake2b(user_key(user), digest_size=16, person=b"ifa-forgotten").digest()
+    return b"t" + tag_of(tags, user) + digest
 
 
 def pack_number(key: bytes, number: int) -> bytes:
-    """The record of a number: a tombstone's time, in microseconds, or a position."""
-    return _RECORD.pack(number, _checksum(key, number))
+    """The record of a number, a tombstone's time in microseconds."""
+    return _sealed(key, _NUMBER.pack(number))
 
 
 def unpack_number(store: str, key: bytes, value: bytes | None) -> int | None:
@@ -51,14 +57,27 @@ def unpack_number(store: str, key: bytes, value: bytes | None) -> int | None:
     """
     if value is None:
         return None
-    if len(value) == _RECORD.size:
-        number, checksum = _RECORD.unpack(value)
-        if checksum == _checksum(key, number):
-            return number
-    raise StoreError(
-        f"{store}: the record under key {key.hex()} is damaged, which says whom to forget or where the "
-        "journal begins; bring the store back from a copy"
-    )
+    return _NUMBER.unpack(_opened(store, key, value))[0]
+
+
+def pack_starts(key: bytes, starts: Mapping[int, int]) -> bytes:
+    """The record of the positions, by partition, before which events may be gone from the journal."""
+    return _sealed(key, b"".join(_START.pack(*start) for start in sorted(starts.items())))
+
+
+def unpack_starts(store: str, key: bytes, value: bytes | None) -> dict[int, int]:
+    """What ``pack_starts`` was given; nothing where there is no record.
+
+    Args:
+        store: its name, for messages.
+        key, value: of the record.
+
+    Raises:
+        StoreError: the record is damaged.
+    """
+    if value is None:
+        return {}
+    return dict(_START.iter_unpack(_opened(store, key, value)))
 
 
 def forgotten_until(key_values: KeyValueStore, users: Sequence[int | str]) -> list[int | None]:
@@ -71,10 +90,20 @@ def forgotten_until(key_values: KeyValueStore, users: Sequence[int | str]) -> li
     Raises:
         StoreError: a record is damaged, or the store fails.
     """
-    keys = [tombstone_key(user) for user in users]
+    keys = [tombstone_key(user, key_values.tags) for user in users]
     found = zip(keys, key_values.read(keys), strict=True)
     return [unpack_number(key_values.name, key, value) for key, value in found]
 
 
-def _checksum(key: bytes, number: int) -> int:
-    return zlib.crc32(number.to_bytes(8, "little", signed=True), zlib.crc32(key))
+def _sealed(key: bytes, body: bytes) -> bytes:
+    return body + _CHECKSUM.pack(zlib.crc32(body, zlib.crc32(key)))
+
+
+def _opened(store: str, key: bytes, value: bytes) -> bytes:
+    body = value[: -_CHECKSUM.size]
+    if value == _sealed(key, body):
+        return body
+    raise StoreError(
+        f"{store}: the record under key {key.hex()} is damaged, which says whom to forget or where the "
+        "journal begins; bring the store back from a copy"
+    )

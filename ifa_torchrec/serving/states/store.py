@@ -11,7 +11,6 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,21 +18,15 @@ import numpy as np
 from ifa_torchrec.modules import UserState
 from ifa_torchrec.serving.errors import BUILD_COMMAND, StateError, StoreError, UnknownUserError
 from ifa_torchrec.serving.states.appending import Addition
+from ifa_torchrec.serving.states.beginning import begin
 from ifa_torchrec.serving.states.building import Unchanged, of_others, whole_records
-from ifa_torchrec.serving.states.journal import Event, unpack_event
+from ifa_torchrec.serving.states.journal import Event
 from ifa_torchrec.serving.states.key_value import Follow, KeyValueStore, no_more
-from ifa_torchrec.serving.states.layout import (
-    BLOCK,
-    Keys,
-    StateLayout,
-    has_bit,
-    journal_key,
-    position_of,
-)
+from ifa_torchrec.serving.states.layout import StateLayout, tag_in, tag_of, told
+from ifa_torchrec.serving.states.missing import Missing
 from ifa_torchrec.serving.states.reading import Lookup, UserRecords, state_of
 from ifa_torchrec.serving.states.records import RecordCodec
-from ifa_torchrec.serving.states.retention import check_journal
-from ifa_torchrec.serving.states.shared import JOURNAL_START, tombstone_key, unpack_number
+from ifa_torchrec.serving.states.shared import tombstone_key, unpack_number
 from ifa_torchrec.serving.states.versions import (
     FORMAT,
     pack_header,
@@ -63,7 +56,8 @@ class StateStore:
         whole: whether they were built to the end when they were last looked at.
         source: says which log they are built from.
         layout: StateLayout.
-        position: events of the stream before this one are in the log that the states were built from.
+        positions: by partition: the stream's events before it are in the log that the states were
+            built from; of other partitions the log has none.
         latest: time of the last event of that log; None if it is not known.
         vocabulary: digest of that log's vocabulary, by which ids became rows of the tables.
 
@@ -96,13 +90,14 @@ class StateStore:
                 f"{key_values.name} has those of {ready or 'no weights'}"
             )
         self._configure(header)
+        self._read([])
 
     def _configure(self, header: dict[str, Any]) -> None:
         self._header = pack_header(header)
         self._whole = pack_header({**header, "complete": True})
         self.whole, self.source = header["complete"], header["source"]
-        self._codec = codec = RecordCodec(self.key_values.name, header)
-        self.layout, self.position, self.latest = codec.layout, codec.position, codec.latest
+        self._codec = codec = RecordCodec(self.key_values, header)
+        self.layout, self.positions, self.latest = codec.layout, codec.positions, codec.latest
         self.vocabulary = codec.vocabulary
 
     # -------------------------------------------------------------------------------- building
@@ -113,7 +108,7 @@ class StateStore:
         key_values: KeyValueStore,
         version: str,
         layout: StateLayout,
-        position: int,
+        position: int | Mapping[int, int],
         source: str = "",
         latest: int | None = None,
         vocabulary: str = "",
@@ -125,7 +120,8 @@ class StateStore:
             version: of the weights.
             layout: StateLayout.
             position: the first position of the event stream that is not in the log they are built
-                from.
+                from; of a stream of several partitions a map of them, where 0 is that of others. A
+                number alone is partition 0's.
             source: says which log; going on must say the same.
             latest: time of that log's last event, if it is known: an event before ``position`` and
                 after this time is refused, since the log cannot have it.
@@ -137,45 +133,23 @@ class StateStore:
             StoreError: the store may lose keys.
         """
         key_values.check()
+        positions = {0: position} if isinstance(position, int) else dict(sorted(position.items()))
         header = {
             "format": FORMAT,
             "version": version,
             "layout": dataclasses.asdict(layout),
-            "position": position,
+            "positions": positions,
             "source": source,
             "latest": latest,
             "vocabulary": vocabulary,
             "mark": secrets.token_hex(8),
             "complete": False,
         }
-        header = json.loads(json.dumps(header))  # tuples become lists
-        key = Keys(version).header
-        # of several ranks the first one's mark stays
-
-        def begun(found: list[bytes | None]) -> Mapping[bytes, bytes]:
-            if found[0] is not None:
-                return {}
-            check_journal(key_values, found[1], position)
-            return {key: pack_header(header)}
-
-        key_values.update([key, JOURNAL_START], begun)
-        found = read_header(key_values, version)
-        if found is None:
-            raise StoreError(f"{key_values.name}: what is written here is not kept")
-        if found["complete"]:
-            raise StateError(
-                f"states of weights {version!r} are built; new events are added to them as they "
-                "come. To build them anew, drop them first (ifa states)"
-            )
-        differing = [name for name in header if header[name] != found.get(name) and name != "mark"]
-        if differing:
-            raise StateError(
-                f"states of weights {version!r} were begun with another {' and '.join(differing)}; "
-                "go on with the same, or drop them first (ifa states)"
-            )
+        header = json.loads(json.dumps(header))  # tuples become lists, and partitions strings
+        header = begin(key_values, header)
         store = cls.__new__(cls)
         store.key_values, store.version = key_values, version
-        store._configure(found)
+        store._configure(header)
         return store
 
     def finish(self) -> None:
@@ -184,8 +158,10 @@ class StateStore:
         Raises:
             StoreError: what was begun is no longer there.
         """
-        whole = {**unpack_header(self.key_values, self._header), "complete": True}
-        self._update([], lambda _: {self._codec.keys.header: pack_header(whole)})
+        # the first one last: by it they are whole
+        for tag in reversed(self.key_values.tags):
+            header = self._codec.keys.header(tag)
+            self.key_values.update([header], self._if_unchanged(lambda _, h=header: {h: self._whole}, 1))
 
     def write(
         self,
@@ -196,8 +172,8 @@ class StateStore:
         last_times: Sequence[int],
         forgotten: Sequence[int | None] | None = None,
     ) -> int:
-        """Write whole states, in one transaction, but of users who have one by now or were forgotten
-        meanwhile.
+        """Write whole states, in one transaction (in a cluster one for each part), but of users who have
+        one by now or were forgotten meanwhile.
 
         Args:
             users: B external ids.
@@ -238,17 +214,40 @@ class StateStore:
         return unchanged.found, self._write(written, users, forgotten)
 
     def _write(self, written: dict[bytes, bytes], users: _Users, forgotten: _Until) -> int:
-        tombstones = [tombstone_key(user) for user in users]
+        tags = self.key_values.tags
+        records: dict[bytes, dict[bytes, bytes]] = {tag: {} for tag in tags}
+        for key, value in written.items():
+            records[tag_in(tags, key)][key] = value
+        left_out = forgotten or [None] * len(users)
+        for mine in self.apart(users):
+            some = [users[n] for n in mine]
+            self._write_part(records[tag_of(tags, some[0])], some, [left_out[n] for n in mine])
+        return sum(len(key) + len(value) for mine in records.values() for key, value in mine.items())
+
+    def _write_part(
+        self, records: dict[bytes, bytes], users: _Users, left_out: Sequence[int | None]
+    ) -> None:
+        """Write the records of users who may be in one transaction, but of those who have a state by now
+        or were forgotten meanwhile, which are taken out of them."""
+        tombstones = [tombstone_key(user, self.key_values.tags) for user in users]
         heads = [self._codec.keys.head(user) for user in users]
 
         def of_the_others(found: list[bytes | None]) -> Mapping[bytes, bytes]:
             name, of_users = self.key_values.name, zip(tombstones, found, strict=False)
             until = [unpack_number(name, *of_user) for of_user in of_users]
-            left_out, there = forgotten or [None] * len(users), found[len(users) :]
-            return of_others(written, users, until, left_out, there)
+            return of_others(records, users, until, left_out, found[len(users) :])
 
         self._update([*tombstones, *heads], of_the_others)
-        return sum(len(key) + len(value) for key, value in written.items())
+
+    def apart(self, users: Sequence[int | str]) -> list[list[int]]:
+        """The places of users, those together who may be in one transaction: all, but in a cluster."""
+        tags = self.key_values.tags
+        if len(tags) == 1:
+            return [list(range(len(users)))]
+        places: dict[bytes, list[int]] = {}
+        for n, user in enumerate(users):
+            places.setdefault(tag_of(tags, user), []).append(n)
+        return list(places.values())
 
     def known(self, users: Sequence[int | str]) -> np.ndarray:
         """Which users have a state; [B] bool."""
@@ -333,7 +332,7 @@ class StateStore:
         on it, but for rounding. A user without a state gets one.
 
         Args:
-            events: the events.
+            events: the events, of users who may be in one transaction (``apart``).
             encode: gives a state of each event alone, at age 0, as UserState of len(events)
                 requests.
 
@@ -355,56 +354,22 @@ class StateStore:
     def missed(self) -> Iterator[list[Event]]:
         """Events that this store's journal has and these states have not, some at a time.
 
-        Blocks of positions that these states have whole, from the journal's first event on, are passed
-        over; beyond them each key is looked at, and only the events that are missed are read.
+        Of each partition, blocks of positions that these states have whole, from the journal's first
+        event on, are passed over; beyond them each key is looked at, and only the events that are missed
+        are read.
         """
-        first = next(self.key_values.scan(b"j", journal_key(self.position)[1:]), None)
-        if first is None:
-            return
-        keys = self.key_values.scan(b"j", journal_key(self._low_water(position_of(first)))[1:])
-        while some := list(islice(keys, 1024)):
-            if missed := self._not_taken(some):
-                yield missed
-
-    def _low_water(self, first: int) -> int:
-        """The first position, not before ``first``, of a block that these states have not whole."""
-        codec, block = self._codec, first // BLOCK
-        whole = (1 << BLOCK) - 1
-        taken = (1 << first % BLOCK) - 1  # what is before the first one is not asked for
-        while True:
-            keys = [codec.keys.positions(n * BLOCK) for n in range(block, block + 256)]
-            for key, value in zip(keys, self._read(keys), strict=True):
-                bits = codec.no_bits if value is None else codec.open(key, value)
-                if int.from_bytes(bits, "little") | taken != whole:
-                    return max(first, block * BLOCK)
-                block, taken = block + 1, 0
-
-    def _not_taken(self, journal_keys: Sequence[bytes]) -> list[Event]:
-        """Of the journal's events under these keys, those whose position is not taken."""
-        codec = self._codec
-        block_of = {key: codec.keys.positions(position_of(key)) for key in journal_keys}
-        blocks = list(dict.fromkeys(block_of.values()))
-        bits = {
-            key: codec.no_bits if value is None else codec.open(key, value)
-            for key, value in zip(blocks, self._read(blocks), strict=True)
-        }
-        keys = [k for k in journal_keys if not has_bit(bits[block_of[k]], position_of(k) % BLOCK)]
-        events = zip(keys, self._read(keys), strict=True)
-        return [
-            unpack_event(position_of(key), codec.open(key, event))
-            for key, event in events
-            if event is not None
-        ]
+        return Missing(self._codec, self.key_values, self._read).events()
 
     # --------------------------------------------------------------------------------- records
 
     def _read(self, keys: Sequence[bytes], then: Follow = no_more) -> list[bytes | None]:
         """What lies under the keys, and those that ``then`` makes of it, if these are still the states
         that were opened."""
-        header = self._codec.keys.header
-        found = self.key_values.read([header, *keys], self._if_unchanged(then))
-        self._check_header(found[0])
-        return found[1:]
+        headers = self._headers(keys)
+        count = len(headers)
+        found = self.key_values.read([*headers, *keys], self._if_unchanged(then, count))
+        self._check_headers(found[:count])
+        return found[count:]
 
     def _update(
         self,
@@ -412,37 +377,49 @@ class StateStore:
         change: Callable[[list[bytes | None]], Mapping[bytes, bytes | None]],
         then: Follow = no_more,
     ) -> None:
-        header, checked = self._codec.keys.header, self._if_unchanged
-        self.key_values.update([header, *keys], checked(change), checked(then))
+        header, checked = self._headers(keys[:1]), self._if_unchanged
+        self.key_values.update([*header, *keys], checked(change, 1), checked(then, 1))
 
-    def _if_unchanged(self, use: Callable[[list[bytes | None]], Made]) -> Callable[..., Made]:
-        """``use`` of what is read beside the header, if these are still the states that were opened."""
+    def _headers(self, keys: Sequence[bytes]) -> list[bytes]:
+        """The keys of the headers of the parts that some keys lie in; of all parts if there are none."""
+        tags = self.key_values.tags
+        if keys and len(tags) > 1:
+            tags = dict.fromkeys(tag_in(tags, key) for key in keys)
+        return [self._codec.keys.header(tag) for tag in tags]
+
+    def _if_unchanged(
+        self, use: Callable[[list[bytes | None]], Made], headers: int
+    ) -> Callable[..., Made]:
+        """``use`` of what is read behind headers, if these are still the states that were opened."""
 
         def checked(found: list[bytes | None]) -> Made:
-            self._check_header(found[0])
-            return use(found[1:])
+            self._check_headers(found[:headers])
+            return use(found[headers:])
 
         return checked
 
-    def _check_header(self, found: bytes | None) -> None:
-        if found == self._whole:
-            self.whole = True
-            return
-        if found == self._header:
-            return
+    def _check_headers(self, headers: Sequence[bytes | None]) -> None:
+        for found in headers:
+            if found == self._whole:
+                self.whole = True
+            elif found != self._header:
+                raise self._not_these(found)
+
+    def _not_these(self, found: bytes | None) -> StoreError:
+        """What is raised where a header is not that of the states which were opened."""
         states = f"{self.key_values.name}: the states of weights {self.version!r}"
         if found is None:
-            raise StoreError(
+            return StoreError(
                 f"{states} are gone: the store was emptied, or restarted without its data, or they were "
-                f"dropped. Build them anew ({BUILD_COMMAND}), send the events from position "
-                f"{self.position} on again, and start again what served them"
+                f"dropped. Build them anew ({BUILD_COMMAND}), send the events from "
+                f"{told(self.positions)} on again, and start again what served them"
             )
         header = unpack_header(self.key_values, found)
         if header.get("dropped"):
-            raise StoreError(
+            return StoreError(
                 f"{states} are being dropped; build them anew ({BUILD_COMMAND}) when they are"
             )
-        raise StoreError(
+        return StoreError(
             f"{states} were dropped and built anew since this process opened them; start it again, or "
             "send it SIGHUP, when they are whole"
         )

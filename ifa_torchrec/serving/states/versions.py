@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,11 +16,12 @@ from ifa_torchrec.serving.errors import BUILD_COMMAND, DROP_COMMAND, StateError,
 from ifa_torchrec.serving.states.key_value import KeyValueStore
 from ifa_torchrec.serving.states.layout import Keys
 
-FORMAT = "ifa-states/6"
+FORMAT = "ifa-states/7"
 
 
 def versions(key_values: KeyValueStore) -> dict[str, dict[str, Any]]:
-    """The versions whose states a store holds, each with its header.
+    """The versions whose states a store holds, each with its header; one that not all parts of the store
+    have alike is not complete.
 
     Example:
         >>> import tempfile
@@ -27,9 +29,13 @@ def versions(key_values: KeyValueStore) -> dict[str, dict[str, Any]]:
         >>> versions(open_key_value_store(tempfile.mkdtemp()))
         {}
     """
-    values = key_values.read(list(key_values.scan(b"v")))
-    headers = [unpack_header(key_values, value) for value in values if value is not None]
-    return {header["version"]: header for header in headers}
+    found = [value for value in key_values.read(list(key_values.scan(b"v"))) if value is not None]
+    there: dict[str, dict[str, Any]] = {}
+    for value, count in Counter(found).items():
+        header = unpack_header(key_values, value)
+        whole = count == len(key_values.tags)
+        there[header["version"]] = header if whole else {**header, "complete": False}
+    return there
 
 
 def marks_of(headers: Mapping[str, Mapping[str, Any]]) -> dict[str, str | None]:
@@ -63,7 +69,8 @@ def read_header(key_values: KeyValueStore, version: str) -> dict[str, Any] | Non
         StateError: it is of another format, or its states are half dropped.
         StoreError: it is damaged.
     """
-    (value,) = key_values.read([Keys(version).header])
+    tags = key_values.tags
+    (value,) = key_values.read([Keys(version, tags).header(tags[0])])
     if value is None:
         return None
     header = unpack_header(key_values, value)

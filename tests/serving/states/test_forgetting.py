@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -37,9 +37,17 @@ from ifa_torchrec.serving import (
     open_key_value_store,
     trim_journal,
 )
-from ifa_torchrec.serving.states import key_value
+from ifa_torchrec.serving.states import lmdb_store
 from ifa_torchrec.serving.states.journal import user_prefix
-from ifa_torchrec.serving.states.layout import BLOCK, Keys, journal_key, user_key
+from ifa_torchrec.serving.states.layout import (
+    BLOCK,
+    JOURNAL,
+    Keys,
+    Place,
+    journal_key,
+    place_of,
+    user_key,
+)
 from ifa_torchrec.serving.states.shared import tombstone_key
 
 fork = multiprocessing.get_context("fork")
@@ -364,7 +372,7 @@ def test_a_compaction_that_is_killed_leaves_the_store_as_it_was(tmp_path, monkey
     store = open_key_value_store(address)
     store.update([], lambda _: {b"%d" % n: bytes(100) for n in range(1000)})
     store.close()
-    monkeypatch.setattr(key_value.os, "replace", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(lmdb_store.os, "replace", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     process = fork.Process(target=compact, args=(address,))
     process.start()
     process.join()
@@ -382,7 +390,7 @@ def test_a_compaction_that_is_killed_leaves_the_store_as_it_was(tmp_path, monkey
 
 
 def journal(key_values: KeyValueStore) -> int:
-    return len(list(key_values.scan(b"j")))
+    return len(list(key_values.scan(JOURNAL)))
 
 
 def test_old_events_leave_the_journal_once_every_version_has_them(key_values):
@@ -404,6 +412,24 @@ def test_old_events_leave_the_journal_once_every_version_has_them(key_values):
         new_store(key_values, model, "v3", position=11)
     third = new_store(key_values, model, "v3", position=12)
     assert [event.position for some in third.missed() for event in some] == list(range(12, 20))
+
+
+def test_each_partition_is_trimmed_by_itself(key_values):
+    model = Model()
+    events = [Event(n, 1, n % 7, n * DAY, partition=p) for p in range(3) for n in range(6 + p)]
+    first = new_store(key_values, model, "v1", position={1: 2})
+    first.append(events, model.encode_each)
+    new_store(key_values, model, "v2", position={0: 5, 2: 1})
+    # before day 4: partition 0 whole, of the others what the second version has not had stays
+    assert trim_journal(key_values, before=4 * DAY) == Trimmed(deleted=5, kept=5)
+    message = r"before position 1 of partition 2 are gone.*before 0 alone.*--position 1 or above there"
+    with pytest.raises(StateError, match=message):
+        new_store(key_values, model, "v3", position={0: 4})
+    new_store(key_values, model, "v3", position={0: 4, 2: 1})
+    drop(key_values, "v1")
+    drop(key_values, "v2")
+    left = [(place.partition, place.position) for place in map(place_of, key_values.scan(JOURNAL))]
+    assert left == [(0, 4), (0, 5), *((1, n) for n in range(2, 7)), *((2, n) for n in range(1, 8))]
 
 
 def test_a_version_that_begins_while_the_journal_is_trimmed_keeps_or_is_refused(key_values, monkeypatch):
@@ -455,13 +481,16 @@ def test_a_start_reads_only_the_events_that_it_lacks(key_values, monkeypatch):
     store, other = (new_store(key_values, model, v, position=5) for v in ("v1", "v2"))
     other.append(events[count - 107 : count - 57], model.encode_each)
     store.append([*events[: count - 107], *events[count - 57 :]], model.encode_each)
-    first = journal_key(BLOCK)[1:]
     scanned, read = [], []
     scan, get = key_values.scan, key_values.read
-    monkeypatch.setattr(key_values, "scan", lambda *a: scanned.append(a) or scan(*a))
+
+    def watched(prefix: bytes, skip: Callable[[bytes], bytes]) -> Iterator[bytes]:
+        return (scanned.append(key) or key for key in scan(prefix, skip))
+
+    monkeypatch.setattr(key_values, "scan", watched)
     monkeypatch.setattr(key_values, "read", lambda keys, *then: read.extend(keys) or get(keys, *then))
     missed = [event for some in store.missed() for event in some]
     assert missed == events[count - 107 : count - 57]
-    assert scanned[-1] == (b"j", first)
-    assert sum(key[:1] == b"j" for key in read) == len(missed) == 50
+    assert scanned == [journal_key(Place(0, n)) for n in range(BLOCK, count)]
+    assert sum(key[:1] == JOURNAL for key in read) == len(missed) == 50
     assert sum(key[:1] == b"a" for key in read) < 300

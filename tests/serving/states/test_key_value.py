@@ -19,7 +19,7 @@ import pytest
 import redis
 
 from ifa_torchrec.serving import StateError, StoreError, open_key_value_store
-from ifa_torchrec.serving.states.key_value import _LARGEST_MAP
+from ifa_torchrec.serving.states.lmdb_store import _LARGEST_MAP
 
 fork = multiprocessing.get_context("fork")
 
@@ -51,7 +51,7 @@ def test_scan_gives_the_keys_of_a_prefix_in_order(key_values):
     key_values.update([], lambda found: dict.fromkeys(keys, b""))
     for prefix in (b"b", b"b*", b"b\\", b"b[", b"x", b""):
         assert list(key_values.scan(prefix)) == sorted(k for k in keys if k.startswith(prefix))
-    assert list(key_values.scan(b"b", b"?1")) == [b"b?1", b"b[", b"b\\", b"bb"]
+    assert list(key_values.scan(b"b", lambda key: max(key, b"b?1"))) == [b"b?1", b"b[", b"b\\", b"bb"]
 
 
 def test_delete(key_values):
@@ -118,7 +118,7 @@ def test_a_server_that_is_gone_is_reported_as_the_stores_failure(tmp_path):
 
 
 def test_a_full_map_is_reported_and_leaves_what_was_there(tmp_path, monkeypatch):
-    monkeypatch.setattr("ifa_torchrec.serving.states.key_value._LARGEST_MAP", 1 << 20)
+    monkeypatch.setattr("ifa_torchrec.serving.states.lmdb_store._LARGEST_MAP", 1 << 20)
     store = open_key_value_store(str(tmp_path / "states"))
     store.update([], lambda found: {b"a": b"1"})
     with pytest.raises(StoreError, match=r"MDB_MAP_FULL.*mapped 1,048,576 bytes.*ulimit -v"):
@@ -240,7 +240,7 @@ def test_a_file_that_grew_beyond_the_map_says_so(tmp_path, monkeypatch):
         other.update([], lambda found: {b"s1": bytes(4 << 20)})
 
     with monkeypatch.context() as patch:
-        patch.setattr("ifa_torchrec.serving.states.key_value._LARGEST_MAP", 1 << 20)
+        patch.setattr("ifa_torchrec.serving.states.lmdb_store._LARGEST_MAP", 1 << 20)
         store = open_key_value_store(str(tmp_path))
     assert in_a_process(grow) is None
     with pytest.raises(StoreError, match=r"MDB_MAP_RESIZED.*mapped 1,048,576 bytes.*start it again"):

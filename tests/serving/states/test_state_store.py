@@ -31,7 +31,7 @@ from ifa_torchrec.serving import (
     versions,
 )
 from ifa_torchrec.serving.states import pages
-from ifa_torchrec.serving.states.layout import Keys, user_key
+from ifa_torchrec.serving.states.layout import JOURNAL, Keys, Place, journal_key, user_key
 
 DAY = 86_400_000_000
 CONFIG = IFAConfig(
@@ -77,7 +77,7 @@ class Model:
         return np.arange(self.ifa.config.identity_key_range)
 
 
-def new_store(key_values, model: Model, version: str = "v1", dtype="float32", position=0) -> StateStore:
+def new_store(key_values, model: Model, version="v1", dtype="float32", position=0) -> StateStore:
     StateStore.begin(key_values, version, StateLayout.of(model.ifa, dtype), position).finish()
     return StateStore(key_values, version)
 
@@ -197,13 +197,16 @@ def test_replays_and_duplicates_change_nothing(key_values):
     assert_holds(store, model, events)
 
 
-def test_positions_of_several_streams_and_far_apart(key_values):
+def test_places_far_apart(key_values):
     model = Model()
     store = new_store(key_values, model)
-    positions = [0, 2**40, 2**40 + 1, 2**62, 5]
-    events = [Event(position, 1, 3, 0) for position in positions]
+    places = [(0, 0), (0, 2**62), (0, 5), (1, 0), (1, 5), (7, 5), (2**32 - 1, 2**63 - 1)]
+    events = [Event(position, 1, 3, 0, partition=partition) for partition, position in places]
     assert all(store.append(events, model.encode_each))
     assert not any(store.append(events[::-1], model.encode_each))
+    later = new_store(key_values, model, "v2", position={7: 5, 1: 1})
+    missed = [event for some in later.missed() for event in some]
+    assert missed == [events[n] for n in (0, 2, 1, 4, 5, 6)]
 
 
 def test_positions_in_the_log_are_in_the_states(key_values):
@@ -211,6 +214,28 @@ def test_positions_in_the_log_are_in_the_states(key_values):
     store = new_store(key_values, model, position=10)
     assert store.append(events, model.encode_each) == [False] * 10 + [True] * 10
     assert_holds(store, model, events[10:])
+
+
+def test_of_each_partition_the_log_has_what_is_before_its_position(key_values):
+    """Where the log ended in one partition says nothing of another, however early its event."""
+    model = Model()
+    store = new_store(key_values, model, position={0: 10, 2: 3})
+    events = [
+        Event(position, 1, 3, position, partition=partition)
+        for partition in range(4)
+        for position in (0, 2, 3, 9, 10)
+    ]
+    new = [event.position >= {0: 10, 2: 3}.get(event.partition, 0) for event in events]
+    assert new == [False] * 4 + [True] * 6 + [False] * 2 + [True] * 8
+    assert store.append(events, model.encode_each) == new
+    assert not any(store.append(events, model.encode_each))
+    assert_holds(store, model, [event for event, is_new in zip(events, new, strict=True) if is_new])
+    assert StateStore(key_values, "v1").positions == {0: 10, 2: 3}
+    layout = StateLayout.of(model.ifa)
+    StateStore.begin(key_values, "v2", layout, {2: 3, 0: 10})
+    StateStore.begin(key_values, "v2", layout, {0: 10, 2: 3})  # the same
+    with pytest.raises(StateError, match="begun with another positions"):
+        StateStore.begin(key_values, "v2", layout, 10)
 
 
 def append_all(address: str, events: Sequence[Event], model: Model, batch: int) -> None:
@@ -297,7 +322,7 @@ def test_half_built_states_are_refused_and_going_on_must_be_the_same(key_values)
         (layout, 6, "log until June"),
         (layout, 5, "log until July"),
     ):
-        with pytest.raises(StateError, match=r"begun with another (layout|position|source);"):
+        with pytest.raises(StateError, match=r"begun with another (layout|positions|source);"):
             StateStore.begin(key_values, "v1", *other)
     StateStore.begin(key_values, "v1", layout, 5, "log until June").finish()
     with pytest.raises(StateError, match="are built"):
@@ -433,7 +458,7 @@ def test_drop_deletes_one_version_and_what_no_other_wants(key_values):
     with pytest.raises(StateError, match="none"):
         StateStore(key_values, "v1")
     assert_holds(StateStore(key_values, "v2"), model, events[20:])
-    assert len(list(key_values.scan(b"j"))) == 30
+    assert len(list(key_values.scan(JOURNAL))) == 30
     ours = [key for kind in b"suika" for key in key_values.scan(bytes([kind]) + Keys("v1").id)]
     assert ours == []
     with pytest.raises(StateError, match=r"'v1' here; there are \['v2'\]"):
@@ -533,8 +558,8 @@ def records(key_values, store: StateStore) -> dict[str, bytes]:
     kinds = {"head": b"s", "before": b"u", "page": b"i"}
     keys = Keys(store.version)
     found = {what: next(key_values.scan(kind + keys.id)) for what, kind in kinds.items()}
-    positions = {"positions": keys.positions(0), "journal": b"j" + bytes(8)}
-    return {**found, **positions, "header": keys.header}
+    positions = {"positions": keys.block(Place(0, 0)), "journal": journal_key(Place(0, 0))}
+    return {**found, **positions, "header": keys.header()}
 
 
 def use(store: StateStore, model: Model) -> None:
@@ -669,7 +694,7 @@ def test_of_ranks_that_begin_together_all_have_the_same_mark(key_values):
 def test_a_store_of_an_older_format_says_what_to_do(key_values):
     model = Model()
     new_store(key_values, model)
-    key = Keys("v1").header
+    key = Keys("v1").header()
     old = {"format": "ifa-states/1", "version": "v1", "complete": True, "position": 0}
     key_values.update([], lambda _: {key: json.dumps(old).encode()})
     for opened in (
@@ -716,6 +741,9 @@ def test_an_event_that_the_log_cannot_have_is_no_duplicate(key_values):
     StateStore.begin(key_values, "v1", layout, 2**40 + 5, latest=10 * DAY).finish()
     store = StateStore(key_values, "v1")
     assert store.append([Event(2**40 + 4, 1, 2, 10 * DAY)], model.encode_each) == [False]
-    with pytest.raises(StateError, match=r"position 17 is before 1099511627781.*several streams"):
+    with pytest.raises(StateError, match=r"position 17 is before 1099511627781.*several partitions"):
         store.append([Event(17, 1, 2, 10 * DAY + 1)], model.encode_each)
     assert store.append([Event(2**40 + 5, 1, 2, 10 * DAY + 1)], model.encode_each) == [True]
+    StateStore.begin(key_values, "v3", layout, {3: 5}, latest=10 * DAY).finish()
+    with pytest.raises(StateError, match="position 4 of partition 3 is before 5, "):
+        StateStore(key_values, "v3").append([Event(4, 1, 2, 11 * DAY, partition=3)], model.encode_each)

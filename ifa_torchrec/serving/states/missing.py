@@ -1,0 +1,93 @@
+"""Events that the journal has and a version's states have not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+
+from ifa_torchrec.serving.states.journal import Event, unpack_event
+from ifa_torchrec.serving.states.key_value import KeyValueStore
+from ifa_torchrec.serving.states.layout import (
+    BLOCK,
+    JOURNAL,
+    Place,
+    has_bit,
+    journal_key,
+    place_of,
+    tag_in,
+)
+from ifa_torchrec.serving.states.records import RecordCodec
+
+
+class Missing:
+    """What one version's states have not.
+
+    Args:
+        codec: of the version's records.
+        key_values: the store.
+        read: gives the records under some keys, if the states are still those that were opened.
+    """
+
+    def __init__(
+        self,
+        codec: RecordCodec,
+        key_values: KeyValueStore,
+        read: Callable[[Sequence[bytes]], list[bytes | None]],
+    ) -> None:
+        self._codec, self._key_values, self._read = codec, key_values, read
+
+    def events(self) -> Iterator[list[Event]]:
+        """They, some at a time, by place."""
+        keys = self._key_values.scan(JOURNAL, self._taken_before())
+        while some := list(islice(keys, 1024)):
+            if events := self._not_taken(some):
+                yield events
+
+    def _taken_before(self) -> Callable[[bytes], bytes]:
+        """Passes over the events that the log has, and then those of a partition's first blocks that the
+        states have whole."""
+        codec = self._codec
+        low: dict[tuple[bytes, int], bytes] = {}
+
+        def skip(key: bytes) -> bytes:
+            place, tag = place_of(key), tag_in(codec.keys.tags, key)
+            if codec.in_log(place):
+                return journal_key(Place(place.partition, codec.positions[place.partition]), tag)
+            of_stream = tag, place.partition
+            if of_stream not in low:
+                low[of_stream] = journal_key(self._low_water(place, tag), tag)
+            return max(key, low[of_stream])
+
+        return skip
+
+    def _low_water(self, first: Place, tag: bytes) -> Place:
+        """The first place, not before ``first``, of a block that the states have not whole."""
+        codec, block = self._codec, first.position // BLOCK
+        whole = (1 << BLOCK) - 1
+        taken = (1 << first.position % BLOCK) - 1  # what is before the first one is not asked for
+        some = 1
+        while True:
+            places = [Place(first.partition, n * BLOCK) for n in range(block, block + some)]
+            keys = [codec.keys.block(place, tag) for place in places]
+            for place, key, value in zip(places, keys, self._read(keys), strict=True):
+                if int.from_bytes(codec.bits(key, value), "little") | taken != whole:
+                    return max(first, place)
+                taken = 0
+            block, some = block + some, 256  # more at once, now that one was whole
+
+    def _not_taken(self, journal_keys: Sequence[bytes]) -> list[Event]:
+        """The events under some of the journal's keys whose position is not taken."""
+        codec = self._codec
+        block_of = {
+            key: codec.keys.block(place_of(key), tag_in(codec.keys.tags, key)) for key in journal_keys
+        }
+        blocks = list(dict.fromkeys(block_of.values()))
+        read = zip(blocks, self._read(blocks), strict=True)
+        bits = {key: codec.bits(key, value) for key, value in read}
+        keys = [k for k in journal_keys if not has_bit(bits[block_of[k]], place_of(k).position % BLOCK)]
+        events = zip(keys, self._read(keys), strict=True)
+        return [
+            unpack_event(place_of(key), codec.open(key, event))
+            for key, event in events
+            if event is not None
+        ]
