@@ -2,9 +2,10 @@
 
     FUXICTR_PYTHON fuxictr_worker.py JOB.json
 
-Run by run.py in an environment of FuxiCTR's, so it imports nothing of this package, and FuxiCTR by name: from
-that environment, or from a checkout that PYTHONPATH names. JOB.json has the layout's folder, the model's name and
-options, and where to write the predictions of `valid` and `test` (NumPy) and the figures (JSON).
+Run by run.py in an environment of FuxiCTR's, so it imports nothing of this package, and FuxiCTR by name:
+from that environment, or from a checkout that PYTHONPATH names. JOB.json has the layout's folder, the
+model's name and options, and where to write the predictions of `valid` and `test` (NumPy) and the
+figures (JSON).
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def loader(layout: Path, features: Any, split: str, options: dict[str, Any], shu
 
 @torch.no_grad()
 def request_times(model: Any, split: Any) -> dict[str, float]:
-    """Milliseconds of a request: to load, and to score from the batch in memory; medians over requests spread
-    over the split."""
+    """Milliseconds of a request: to load, and to score from the batch in memory; medians over requests
+    spread over the split."""
     model.eval()
     request = split.dataset.darray[:, split.dataset.column_index["request_index"]]
     requests = np.unique(request)

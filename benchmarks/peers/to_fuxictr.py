@@ -3,18 +3,18 @@
     python benchmarks/peers/to_fuxictr.py LOG FOLDER
 
     FOLDER/
-      item_info.parquet   a row an item: item_index, and its features; row 0 is the padding, so an item of
-                          the log is one row further down
-      user_info.parquet   a row a user: full_item_seq, the item_index of all events, in the order of time;
-                          the last row is that of the users without events
-      SPLIT.parquet       a row a candidate: user_index, item_index, seq_len (so many events of the user lie
-                          before the request), the request's and the candidate's features, the label; and
-                          request_index, which FuxiCTR does not read. Of `train` the exposed ones alone, of
-                          the others all, in the log's order
+      item_info.parquet   a row an item: item_index, and its features; row 0 is the padding, so an item
+                          of the log is one row further down
+      user_info.parquet   a row a user: full_item_seq, the item_index of all events, in the order of
+                          time; the last row is that of the users without events
+      SPLIT.parquet       a row a candidate: user_index, item_index, seq_len (so many events of the user
+                          lie before the request), the request's and the candidate's features, the label;
+                          and request_index, which FuxiCTR does not read. Of `train` the exposed ones
+                          alone, of the others all, in the log's order
       feature_map.json    what the columns are; written last
 
-Numbers are standardised as the log says, and 0 where they are missing. A sequence of that layout is of items
-alone, and its items have no lists: what else events and requests have is left out, and told.
+Numbers are standardised as the log says, and 0 where they are missing. A sequence of that layout is of
+items alone, and its items have no lists: what else events and requests have is left out, and told.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def to_fuxictr(log: EventLog, folder: str | Path, training: str = "train") -> li
         What the log has and the layout has not: the columns' names.
 
     Raises:
-        LogError: the log has no binary task, no requests, or a column that is called as one of the layout's;
-            or nothing was exposed in the split that trains.
+        LogError: the log has no binary task, no requests, or a column that is called as one of the
+            layout's; or nothing was exposed in the split that trains.
         ExistsError: ``folder`` exists.
 
     Example:

@@ -1,19 +1,19 @@
-"""An event log as RecBole's atomic files (recbole.io): tab-separated text whose header names each column and
-its type.
+"""An event log as RecBole's atomic files (recbole.io): tab-separated text whose header names each column
+and its type.
 
     python benchmarks/peers/to_recbole.py LOG FOLDER/NAME
 
     FOLDER/NAME/
       NAME.item          a row an item: item_id, and all that describes it
-      NAME.inter         a row an event: user_id, item_id, timestamp (seconds), and what an event has; for
-                         models that learn from interactions and split them themselves
-      NAME.SPLIT.inter   a row a candidate: user_id, item_id, timestamp, the labels, the request's and the
-                         candidate's features, request_id; and item_id_list, the latest items of the user
-                         before the request. Of `train` the exposed ones alone, of the others all
+      NAME.inter         a row an event: user_id, item_id, timestamp (seconds), and what an event has;
+                         for models that learn from interactions and split them themselves
+      NAME.SPLIT.inter   a row a candidate: user_id, item_id, timestamp, the labels, the request's and
+                         the candidate's features, request_id; and item_id_list, the latest items of the
+                         user before the request. Of `train` the exposed ones alone, of the others all
 
 RecBole reads the first two as they are (data_path FOLDER, dataset NAME), and the splits with
-benchmark_filename: [train, valid, test] and alias_of_item_id: [item_id_list]. Ids are the log's rows, numbers
-are as they are in the log, and empty where one is missing. Item 0 is "unknown".
+benchmark_filename: [train, valid, test] and alias_of_item_id: [item_id_list]. Ids are the log's rows,
+numbers are as they are in the log, and empty where one is missing. Item 0 is "unknown".
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def to_recbole(
         training: the split of which only the exposed candidates, which have labels, are written.
 
     Raises:
-        LogError: a column of the log is called as one of these files, nothing was exposed in the split that
-            trains, or history_length is below 1.
+        LogError: a column of the log is called as one of these files', nothing was exposed in the split
+            that trains, or history_length is below 1.
         ExistsError: ``folder`` exists.
 
     Example:

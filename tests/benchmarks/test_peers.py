@@ -1,4 +1,4 @@
-"""What benchmarks/peers writes for other libraries, read back and compared with what our models are given."""
+"""What benchmarks/peers writes for other libraries, read back and compared with what ours are given."""
 
 from __future__ import annotations
 
