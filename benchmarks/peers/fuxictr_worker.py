@@ -4,8 +4,8 @@
 
 Run by run.py in an environment of FuxiCTR's, so it imports nothing of this package, and FuxiCTR by name:
 from that environment, or from a checkout that PYTHONPATH names. JOB.json has the layout's folder, the
-model's name and options, and where to write the predictions of `valid` and `test` (NumPy) and the
-figures (JSON).
+model's name and options, the requests to time, and where to write the predictions of `valid` and `test`
+(NumPy) and the figures (JSON).
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
-TIMED = 50  # requests
 
 
 class Clock:
@@ -62,15 +60,13 @@ def loader(layout: Path, features: Any, split: str, options: dict[str, Any], shu
 
 
 @torch.no_grad()
-def request_times(model: Any, split: Any) -> dict[str, float]:
-    """Milliseconds of a request: to load, and to score from the batch in memory; medians over requests
-    spread over the split."""
+def request_times(model: Any, split: Any, requests: list[int]) -> dict[str, float]:
+    """Milliseconds of a request: to load, and to score from the batch in memory; medians."""
     model.eval()
     request = split.dataset.darray[:, split.dataset.column_index["request_index"]]
-    requests = np.unique(request)
     times: dict[str, list[float]] = {"load": [], "score": []}
-    for number in np.linspace(0, len(requests) - 1, TIMED).astype(int):
-        rows = [split.dataset[row] for row in np.flatnonzero(request == requests[number])]
+    for number in requests:
+        rows = [split.dataset[row] for row in np.flatnonzero(request == number)]
         start = time.process_time()
         batch = split.collate_fn(rows)
         loaded = time.process_time()
@@ -112,7 +108,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "loading": train.collate_fn.seconds,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "memory": peak_memory(),
-        "ms": request_times(model, test),
+        "ms": request_times(model, test, job["timed"]),
     }
 
 

@@ -12,10 +12,12 @@ import pandas as pd
 import pytest
 import toy
 
+from benchmarks.peers import run as peers
 from benchmarks.peers import to_fuxictr as fuxictr
 from benchmarks.peers import to_recbole as recbole
 from ifa_torchrec.data import EventLog, LogError, RankingDataset
 from ifa_torchrec.data.schema import CANDIDATES, EXPOSED
+from ifa_torchrec.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +150,50 @@ def test_what_cannot_be_converted_is_said(log: EventLog, tmp_path: Path):
 @pytest.mark.parametrize("module", [fuxictr, recbole])
 def test_examples(module):
     assert doctest.testmod(module).failed == 0
+
+
+@pytest.mark.parametrize(
+    ("python", "told"), [("/nowhere/python", "no such program"), ("/bin/false", "Is it installed there")]
+)
+def test_a_fuxictr_that_cannot_be_run_is_said(log: EventLog, tmp_path: Path, python: str, told: str):
+    options = peers.Options(Path(python), out=tmp_path)
+    job = peers.fuxictr_job("TWIN", "batches of 256", 5, 0)
+    with pytest.raises(ConfigError, match=told):
+        peers.fuxictr(options, log, job, tmp_path)
+
+
+def test_requests_that_are_timed_have_the_whole_length(log: EventLog):
+    lengths = RankingDataset(log, "test", 5).history_lengths
+    assert set(lengths[peers.timed(log, 5)]) == {5}
+    longest = RankingDataset(log, "test").history_lengths.max()
+    assert set(RankingDataset(log, "test").history_lengths[peers.timed(log, 10**6)]) == {longest}
+
+
+def made_up(gauc: float, seconds: float) -> dict:
+    of_split = {"gauc": gauc, "ndcg@10": gauc, "auc": gauc, "log_loss": 1 - gauc, "ne": 1.0}
+    cost = dict(rows=1000, seconds=seconds, memory=1e9, ms=dict(load=1.0, score=2.0))
+    return dict(test=of_split, valid=of_split, version="2.3.10", **cost)
+
+
+def test_the_page_says_where_the_peer_is_better(log: EventLog, tmp_path: Path):
+    first, second, _ = peers.SETTINGS
+    results = {
+        (peers.FUXICTR, "TWIN", 200, first): [made_up(0.7, 10.0)],
+        (peers.FUXICTR, "TWIN", 200, second): [made_up(0.75, 9.0)],
+        (peers.OURS, "TWIN", 200, ""): [made_up(0.74, 5.0)],
+        (peers.OURS, "IFA", 200, ""): [made_up(0.8, 10.0)],
+    }
+    page = peers.page(peers.Options(Path("python"), out=tmp_path), log, results)
+    assert "| TWIN | FuxiCTR | 0.7500 |" in page and "| TWIN | this package | 0.7400 |" in page
+    assert "FuxiCTR's TWIN against ours: GAUC 0.7500 against 0.7400" in page
+    assert "FuxiCTR's TWIN against IFA: CPU s a pass 9 against 10" in page
+    assert f"| TWIN | 0.7000 | 0.7500 | not run | {second} |" in page
+    assert "Not run yet." in page  # with 1,000 events
+    assert not any(placeholder in page for placeholder in ("MEASURED", "TABLE", "LEFT_OUT", "SEEDS"))
+
+
+def test_log_loss_is_that_of_the_logits(log: EventLog):
+    label = log.requests("test")["label"].astype(float)
+    logits = np.random.default_rng(0).normal(size=len(label)).astype(np.float32)
+    expected = np.log1p(np.exp(-(2 * label - 1) * logits)).mean()
+    assert peers.quality(log, "test", logits)["log_loss"] == pytest.approx(expected, rel=1e-5)
