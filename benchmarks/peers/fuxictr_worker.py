@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,17 @@ class Clock:
         result = self.function(*given, **named)
         self.seconds += time.process_time() - start
         return result
+
+
+class Rows:
+    """What FuxiCTR's loader looks rows up in. It keeps the columns of a candidate in one array, and where
+    one of them has fractions, the numbers of users and items come as floating point, too."""
+
+    def __init__(self, table: Any) -> None:
+        self.table = table
+
+    def __getitem__(self, rows: np.ndarray) -> Any:
+        return self.table[rows.astype(np.int64)]
 
 
 def feature_map(layout: Path, options: dict[str, Any]) -> Any:
@@ -55,7 +67,10 @@ def loader(layout: Path, features: Any, split: str, options: dict[str, Any], shu
         num_workers=0,
         max_len=options["max_len"],
     )
-    result.collate_fn = Clock(result.collate_fn)
+    collate = result.collate_fn
+    collate.user_info = Rows(collate.user_info)
+    collate.item_info = SimpleNamespace(iloc=Rows(collate.item_info.iloc))
+    result.collate_fn = Clock(collate)
     return result
 
 

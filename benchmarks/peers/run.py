@@ -6,8 +6,8 @@
 Writes docs/peers.md. FuxiCTR runs in an environment of its own, or from a checkout (--fuxictr DIR); none
 of its code is here. Each run is a process of its own, of one thread, one at a time, kept under --out and
 not made again as long as it is the same; with --minutes the page has what there is by then. FuxiCTR's
-models are tried in the settings of SETTINGS at the shortest history; what ranks the split `valid` best
-is taken for the longer ones.
+models are tried in the settings of SETTINGS, one of them with few events, and all take the one that ranks
+the split `valid` best.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ SETTINGS = {
     "batches of 256, rate 3e-3": dict(batch_size=256, embedding_dim=16, learning_rate=3e-3),
     "batches of 8192, as published": dict(batch_size=8192, embedding_dim=16, learning_rate=1e-3),
 }
-"""Tried for each of them; rows of a batch, width of a feature, learning rate."""
+"""Rows of a batch, width of a feature, learning rate."""
+TRIAL = ("TWIN", 50)
+"""The model and the latest events with which the settings are tried; all models take the best."""
 PEER = IFAConfig(64, num_heads=2, half_lives=(math.inf, 30.0), interest_mass=False)
 """Our peers, as benchmarks/quality.py has them as published."""
 POINTWISE = dict(loss=CandidateSetLossConfig(listwise=0.0))
@@ -268,7 +270,7 @@ Results = dict[tuple[str, str, int, str], list[Result]]
 
 
 def run_all(options: Options, log: EventLog) -> Results:
-    """Ours and FuxiCTR's in turn, the shortest history first, there in each setting."""
+    """The settings first, then ours and FuxiCTR's in turn, the shortest history first."""
     results: Results = {}
     deadline = time.time() + 60 * options.minutes
 
@@ -276,33 +278,29 @@ def run_all(options: Options, log: EventLog) -> Results:
         if (result := run(options, log, job, deadline)) is not None:
             results.setdefault((job.library, job.model, job.length, job.setting), []).append(result)
 
+    model, length = TRIAL
+    for setting in SETTINGS:
+        one(fuxictr_job(model, setting, length, 0))
+    setting = best(results)
     for seed in range(options.seeds):
         for length in sorted(options.lengths):
             for model in OUR_MODELS:
                 one(our_job(options, model, length, seed))
                 if model in MODELS:
-                    first = next(iter(SETTINGS)) if length == min(options.lengths) else None
-                    one(fuxictr_job(model, first or best(results, model), length, seed))
-            for setting in list(SETTINGS)[1:] if length == min(options.lengths) else ():
-                for model in MODELS:
                     one(fuxictr_job(model, setting, length, seed))
     return results
 
 
-def tried(results: Results, model: str) -> dict[str, float]:
-    """GAUC of `valid` by setting of one of FuxiCTR's models, at the shortest history."""
-    found = {key: runs for key, runs in results.items() if key[:2] == (FUXICTR, model)}
-    shortest = min((key[2] for key in found), default=0)
-    return {
-        key[3]: statistics.mean(r["valid"]["gauc"] for r in runs)
-        for key, runs in found.items()
-        if key[2] == shortest
-    }
+def tried(results: Results) -> dict[str, float]:
+    """GAUC of `valid` by setting."""
+    model, length = TRIAL
+    found = {setting: results.get((FUXICTR, model, length, setting)) for setting in SETTINGS}
+    return {setting: runs[0]["valid"]["gauc"] for setting, runs in found.items() if runs}
 
 
-def best(results: Results, model: str) -> str:
+def best(results: Results) -> str:
     """The setting in which `valid` was ranked best."""
-    of_setting = tried(results, model)
+    of_setting = tried(results)
     return max(of_setting, key=lambda name: of_setting[name], default=next(iter(SETTINGS)))
 
 
@@ -338,7 +336,7 @@ def rows_of(options: Options, results: Results, length: int) -> dict[tuple[str, 
     found = {}
     for model in (*MODELS, *(name for name in OUR_MODELS if name not in MODELS)):
         for library in (FUXICTR, OURS):
-            setting = best(results, model) if library == FUXICTR else ""
+            setting = best(results) if library == FUXICTR else ""
             if runs := results.get((library, model, length, setting)):
                 found[library, model] = figures(options, runs)
     return found
@@ -376,14 +374,14 @@ def better(rows: dict[tuple[str, str], dict[str, float]]) -> str:
 
 def tried_table(results: Results) -> str:
     """GAUC of `valid` in each setting."""
-    rows = []
-    for model in MODELS:
-        of_setting = tried(results, model)
-        rows.append(
-            {"model": model}
-            | {s: f"{of_setting[s]:.4f}" if s in of_setting else "not run" for s in SETTINGS}
-            | {"taken": best(results, model)}
-        )
+    found, taken = tried(results), best(results)
+    rows = [
+        {
+            "setting": f"{setting} (taken)" if setting == taken else setting,
+            "GAUC of `valid`": f"{found[setting]:.4f}" if setting in found else "not run",
+        }
+        for setting in SETTINGS
+    ]
     return markdown(pd.DataFrame(rows))
 
 

@@ -178,7 +178,8 @@ def made_up(gauc: float, seconds: float) -> dict:
 def test_the_page_says_where_the_peer_is_better(log: EventLog, tmp_path: Path):
     first, second, _ = peers.SETTINGS
     results = {
-        (peers.FUXICTR, "TWIN", 200, first): [made_up(0.7, 10.0)],
+        (peers.FUXICTR, "TWIN", 50, first): [made_up(0.7, 10.0)],
+        (peers.FUXICTR, "TWIN", 50, second): [made_up(0.71, 10.0)],
         (peers.FUXICTR, "TWIN", 200, second): [made_up(0.75, 9.0)],
         (peers.OURS, "TWIN", 200, ""): [made_up(0.74, 5.0)],
         (peers.OURS, "IFA", 200, ""): [made_up(0.8, 10.0)],
@@ -187,7 +188,7 @@ def test_the_page_says_where_the_peer_is_better(log: EventLog, tmp_path: Path):
     assert "| TWIN | FuxiCTR | 0.7500 |" in page and "| TWIN | this package | 0.7400 |" in page
     assert "FuxiCTR's TWIN against ours: GAUC 0.7500 against 0.7400" in page
     assert "FuxiCTR's TWIN against IFA: CPU s a pass 9 against 10" in page
-    assert f"| TWIN | 0.7000 | 0.7500 | not run | {second} |" in page
+    assert f"| {first} | 0.7000 |" in page and f"| {second} (taken) | 0.7100 |" in page
     assert "Not run yet." in page  # with 1,000 events
     assert not any(placeholder in page for placeholder in ("MEASURED", "TABLE", "LEFT_OUT", "SEEDS"))
 
