@@ -37,7 +37,7 @@ class Clock:
 
 
 class Rows:
-    """What FuxiCTR's loader looks rows up in. It keeps the columns of a candidate in one array, and where
+    """What FuxiCTR's loader looks rows up in. It keeps the columns of a candidate in one array; where
     one of them has fractions, the numbers of users and items come as floating point, too."""
 
     def __init__(self, table: Any) -> None:

@@ -5,9 +5,9 @@
 
 Writes docs/peers.md. FuxiCTR runs in an environment of its own, or from a checkout (--fuxictr DIR); none
 of its code is here. Each run is a process of its own, of one thread, one at a time, kept under --out and
-not made again as long as it is the same; with --minutes the page has what there is by then. FuxiCTR's
-models are tried in the settings of SETTINGS, one of them with few events, and all take the one that ranks
-the split `valid` best.
+not made again as long as it is the same; with --minutes the page has what there is by then. One of
+FuxiCTR's models is tried in the settings of SETTINGS with few events, and all take what ranks the split
+`valid` best.
 """
 
 from __future__ import annotations

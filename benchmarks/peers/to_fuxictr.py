@@ -13,8 +13,10 @@
                           alone, of the others all, in the log's order
       feature_map.json    what the columns are; written last
 
-Numbers are standardised as the log says, and 0 where they are missing. A sequence of that layout is of
-items alone, and its items have no lists: what else events and requests have is left out, and told.
+A feature is called x_NAME, since FuxiCTR makes a module of each name, and some, like `type`, are taken
+there; the label is called label. Numbers are standardised as the log says, and 0 where they are missing.
+A sequence of that layout is of items alone, and its items have no lists: what else events and requests
+have is left out, and told.
 """
 
 from __future__ import annotations
@@ -34,8 +36,7 @@ from ifa_torchrec.data.schema import CANDIDATES, EXPOSED, OFFSETS, TIME, USER, C
 from ifa_torchrec.errors import ExistsError
 
 USER_INDEX, ITEM_INDEX, SEQ_LEN = "user_index", "item_index", "seq_len"
-REQUEST = "request_index"
-_OWN = (USER_INDEX, ITEM_INDEX, SEQ_LEN, REQUEST, "full_item_seq")
+REQUEST, LABEL = "request_index", "label"
 
 
 def to_fuxictr(log: EventLog, folder: str | Path, training: str = "train") -> list[str]:
@@ -50,8 +51,8 @@ def to_fuxictr(log: EventLog, folder: str | Path, training: str = "train") -> li
         What the log has and the layout has not: the columns' names.
 
     Raises:
-        LogError: the log has no binary task, no requests, or a column that is called as one of the
-            layout's; or nothing was exposed in the split that trains.
+        LogError: the log has no binary task or no requests, or nothing was exposed in the split that
+            trains.
         ExistsError: ``folder`` exists.
 
     Example:
@@ -89,7 +90,7 @@ def to_fuxictr(log: EventLog, folder: str | Path, training: str = "train") -> li
         "num_fields": sum(spec["type"] != "meta" for spec in features.values()),
         "total_features": sum(spec.get("vocab_size", 1) for spec in features.values()),
         "input_length": len(features),
-        "labels": [label],
+        "labels": [LABEL],
         "features": [{name: spec} for name, spec in features.items()],
     }
     (folder / "feature_map.json").write_text(json.dumps(feature_map, indent=1))
@@ -100,15 +101,17 @@ def label_of(schema: LogSchema) -> str:
     """The task that FuxiCTR's models are trained for, the first binary one.
 
     Raises:
-        LogError: there is none, or a column is called as one of the layout's.
+        LogError: there is none.
     """
-    for name in (*schema.tables, *schema.item_vectors, *schema.dense, *schema.tasks):
-        if name in _OWN:
-            raise LogError(f"column {name!r}: FuxiCTR's layout has one of this name; rename it")
     for name, kind in schema.tasks.items():
         if kind == "binary":
             return name
     raise LogError(f"FuxiCTR's models need a binary task; the log has {dict(schema.tasks)}")
+
+
+def named(feature: str) -> str:
+    """A feature's column."""
+    return f"x_{feature}"
 
 
 def left_out(schema: LogSchema, label: str) -> list[str]:
@@ -125,7 +128,9 @@ def _features(schema: LogSchema) -> dict[str, dict[str, Any]]:
 
     def add(names: Any, source: str, kind: str, size: str | None = None) -> None:
         for name in names:
-            result[name] = {"source": source, "type": kind} | ({size: names[name]} if size else {})
+            result[named(name)] = {"source": source, "type": kind} | (
+                {size: names[name]} if size else {}
+            )
 
     add(schema.item_features, "item", "categorical", "vocab_size")
     add(schema.item_dense, "item", "numeric")
@@ -142,12 +147,12 @@ def _items(log: EventLog) -> pa.Table:
     columns: dict[str, Any] = {ITEM_INDEX: np.arange(log.num_items + padding)}
     for name in schema.item_features:
         ids = np.asarray(log.items[name])
-        columns[name] = np.append(0, log.item_rows(ids) if name == schema.item else ids)
+        columns[named(name)] = np.append(0, log.item_rows(ids) if name == schema.item else ids)
     for name in schema.item_dense:
-        columns[name] = np.append(np.float32(0), standardised(log.items[name], log.scales[name]))
+        columns[named(name)] = np.append(np.float32(0), standardised(log.items[name], log.scales[name]))
     for name, width in schema.item_vectors.items():
         vectors = np.append(np.zeros((1, width), np.float32), log.items[name], axis=0)
-        columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), width)
+        columns[named(name)] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), width)
     return pa.table(columns)
 
 
@@ -170,13 +175,13 @@ def _candidates(log: EventLog, split: str, label: str, shown: bool) -> dict[str,
         ITEM_INDEX: np.asarray(requests[CANDIDATES])[kept] + 1,
         SEQ_LEN: (end - start)[row_of],
     }
-    result |= {name: np.asarray(requests[name])[row_of] for name in schema.context_features}
-    result |= {name: np.asarray(requests[name])[kept] for name in schema.candidate_features}
+    result |= {named(name): np.asarray(requests[name])[row_of] for name in schema.context_features}
+    result |= {named(name): np.asarray(requests[name])[kept] for name in schema.candidate_features}
     for name in schema.dense_features:
-        result[name] = standardised(requests[name], log.scales[name])[row_of]
+        result[named(name)] = standardised(requests[name], log.scales[name])[row_of]
     for name in schema.candidate_dense:
-        result[name] = standardised(requests[name], log.scales[name])[kept]
-    return result | {label: np.asarray(requests[label])[kept].astype(np.float32)}
+        result[named(name)] = standardised(requests[name], log.scales[name])[kept]
+    return result | {LABEL: np.asarray(requests[label])[kept].astype(np.float32)}
 
 
 def user_index(log: EventLog, requests: Columns) -> np.ndarray:

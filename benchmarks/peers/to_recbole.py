@@ -35,6 +35,7 @@ from ifa_torchrec.data.schema import (
     USER,
     Columns,
     LogError,
+    LogSchema,
 )
 from ifa_torchrec.errors import ExistsError
 
@@ -94,9 +95,7 @@ def to_recbole(
     folder, schema = Path(folder), log.schema
     if history_length < 1:
         raise LogError(f"history_length must be at least 1, got {history_length}")
-    for name in (*schema.tables, *schema.item_vectors, *schema.dense, *schema.tasks):
-        if name in _OWN:
-            raise LogError(f"column {name!r}: RecBole's files have one of this name; rename it")
+    check_names(schema)
     if folder.exists():
         raise ExistsError(f"{folder} exists; delete it or choose another folder")
     folder.mkdir(parents=True)
@@ -105,6 +104,17 @@ def to_recbole(
     for split in log.splits:
         table = _candidates(log, split, history_length, shown=split == training)
         table.write(folder / f"{folder.name}.{split}.inter")
+
+
+def check_names(schema: LogSchema) -> None:
+    """Refuse a log with a column that is called as one of these files'.
+
+    Raises:
+        LogError: it is.
+    """
+    for name in (*schema.tables, *schema.item_vectors, *schema.dense, *schema.tasks):
+        if name in _OWN:
+            raise LogError(f"column {name!r}: RecBole's files have one of this name; rename it")
 
 
 def _items(log: EventLog) -> _Table:

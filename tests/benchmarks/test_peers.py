@@ -53,12 +53,12 @@ def test_fuxictr_is_given_what_our_models_are(log: EventLog, split: str, tmp_pat
     sequences = batch.sequence_features
     for name in ("item", "category"):
         assert (
-            described[name].tolist()
+            described[f"x_{name}"].tolist()
             == sequences[f"candidate_{name}"].values()[np.flatnonzero(kept)].tolist()
         )
     histories = users["full_item_seq"].to_numpy()[rows["user_index"]]
     of_request = {
-        r: items["category"].to_numpy()[h[:n]].tolist()
+        r: items["x_category"].to_numpy()[h[:n]].tolist()
         for r, h, n in zip(request, histories, rows["seq_len"], strict=True)
     }
     ours = sequences["history_category"]
@@ -67,9 +67,9 @@ def test_fuxictr_is_given_what_our_models_are(log: EventLog, split: str, tmp_pat
         assert categories == ours.values()[offsets[r] : offsets[r + 1]].tolist()
     hour, scale = batch.dense_features[request, 0].numpy(), log.scales["hour"]
     np.testing.assert_allclose(
-        rows["hour"], np.nan_to_num((hour - scale.mean) / scale.deviation), atol=1e-6
+        rows["x_hour"], np.nan_to_num((hour - scale.mean) / scale.deviation), atol=1e-6
     )
-    assert rows["store"].tolist() == dataset.requests["store"][request].tolist()
+    assert rows["x_store"].tolist() == dataset.requests["store"][request].tolist()
     assert items.iloc[0].tolist() == [0, 0, 0]  # the padding
 
 
@@ -77,10 +77,10 @@ def test_the_columns_that_fuxictr_is_told_of(log: EventLog, tmp_path: Path):
     fuxictr.to_fuxictr(log, tmp_path / "layout")
     told = json.loads((tmp_path / "layout" / "feature_map.json").read_text())
     features = {name: spec for of in told["features"] for name, spec in of.items()}
-    columns = {*pd.read_parquet(tmp_path / "layout" / "train.parquet"), "item", "category"}
+    columns = {*pd.read_parquet(tmp_path / "layout" / "train.parquet"), "x_item", "x_category"}
     assert columns - {"request_index", "label"} == features.keys() and told["labels"] == ["label"]
-    assert features["item"] == {"source": "item", "type": "categorical", "vocab_size": toy.NUM_ITEMS}
-    assert features["price"]["type"] == "numeric" and features["seq_len"]["type"] == "meta"
+    assert features["x_item"] == {"source": "item", "type": "categorical", "vocab_size": toy.NUM_ITEMS}
+    assert features["x_price"]["type"] == "numeric" and features["seq_len"]["type"] == "meta"
 
 
 def test_users_of_a_log_in_parts(tmp_path: Path):
@@ -134,9 +134,9 @@ def test_what_cannot_be_converted_is_said(log: EventLog, tmp_path: Path):
         with pytest.raises(FileExistsError, match="there exists; delete it"):
             convert(log, tmp_path / "there")
     made = toy.make_toy()
-    schema = replace(made.schema, context_features={"seq_len": 3, "weekday": 7})
-    with pytest.raises(LogError, match="column 'seq_len': FuxiCTR's layout has one of this name"):
-        fuxictr.label_of(schema)
+    schema = replace(made.schema, context_features={"request_id": 3})
+    with pytest.raises(LogError, match="column 'request_id': RecBole's files have one of this name"):
+        recbole.check_names(schema)
     with pytest.raises(LogError, match="need a binary task"):
         fuxictr.label_of(replace(made.schema, tasks={"watch": "regression"}))
     with pytest.raises(LogError, match="history_length must be at least 1"):
