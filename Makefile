@@ -1,6 +1,7 @@
 # make demo    set up, then train, evaluate and compare on real data (5 minutes on 2 idle cores)
 # make test    set up, then run the tests, but for those that take long: make test-slow
 # make setup   the set-up alone: .venv with everything in it
+# make pages   measure speed anew, and write its pages (half an hour on 2 idle cores; docs/benchmarks.md)
 # make lint, coverage, docs   see CONTRIBUTING.md
 # EXTRA=gpu    for a machine with an NVIDIA GPU
 
@@ -20,7 +21,7 @@ UV_ENV := $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)") \
 # too, a training step takes 3 times as long instead of 20.
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: setup demo test test-slow coverage lint docs clean
+.PHONY: setup demo test test-slow coverage lint docs pages clean
 
 setup: $(STAMP)
 
@@ -50,6 +51,13 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# one after the other, on all cores: nothing else may run beside them
+pages: setup
+	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/serving.py
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

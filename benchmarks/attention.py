@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import matplotlib
@@ -58,6 +59,11 @@ class Case:
     @property
     def offsets(self) -> tuple[Tensor, Tensor]:
         return offsets_of(self.history_lengths), offsets_of(self.candidate_lengths)
+
+    @cached_property
+    def longest(self) -> tuple[int, int]:
+        """Of histories and candidate sets; found once, as a loader would tell it with the batch."""
+        return int(self.history_lengths.max()), int(self.candidate_lengths.max())
 
 
 def offsets_of(lengths: Tensor) -> Tensor:
@@ -151,13 +157,9 @@ def softmax_per_user(history: Tensor, candidates: Tensor, weights, case: Case) -
 def softmax_nested(history: Tensor, candidates: Tensor, weights, case: Case) -> Tensor:
     history_offsets, candidate_offsets = case.offsets
     nested = torch.nested.nested_tensor_from_jagged
-    q = nested(
-        project(candidates, weights[0]), candidate_offsets, max_seqlen=int(case.candidate_lengths.max())
-    )
-    k, v = (
-        nested(project(history, w), history_offsets, max_seqlen=int(case.history_lengths.max()))
-        for w in weights[1:]
-    )
+    longest, most = case.longest
+    q = nested(project(candidates, weights[0]), candidate_offsets, max_seqlen=most)
+    k, v = (nested(project(history, w), history_offsets, max_seqlen=longest) for w in weights[1:])
     out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
     return out.transpose(1, 2).values().flatten(1)
 
@@ -177,7 +179,7 @@ def linear_padded(history: Tensor, candidates: Tensor, weights, case: Case) -> T
 def linear_fbgemm(history: Tensor, candidates: Tensor, weights, case: Case) -> Tensor:
     """A request and head as one jagged row: fbgemm's products take one matrix a row."""
     history_offsets, candidate_offsets = case.offsets
-    longest = int(case.history_lengths.max())
+    longest, most = case.longest
     jagged = torch.ops.fbgemm
     out = []
     for h in range(H):
@@ -185,7 +187,7 @@ def linear_fbgemm(history: Tensor, candidates: Tensor, weights, case: Case) -> T
         k, v = elu(history @ weights[1][h].T), history @ weights[2][h].T
         v = torch.cat([v, v.new_ones(len(v), 1)], dim=1)  # the last column sums phi(k)
         state = jagged.jagged_jagged_bmm(k, v, history_offsets, longest)
-        read = jagged.jagged_dense_bmm(q, candidate_offsets, state, int(case.candidate_lengths.max()))[0]
+        read = jagged.jagged_dense_bmm(q, candidate_offsets, state, most)[0]
         out.append(read[:, :-1] / (read[:, -1:] + EPS))
     return torch.cat(out, dim=1)
 
@@ -216,8 +218,7 @@ MOST_SCORES = 200_000_000
 
 def contestants_of(case: Case) -> dict[str, Callable[..., Tensor]]:
     """Those whose memory suffices."""
-    longest = int(case.history_lengths.max()) * int(case.candidate_lengths.max())
-    scores = H * len(case.history_lengths) * longest
+    scores = H * len(case.history_lengths) * math.prod(case.longest)
     return {n: c for n, c in CONTESTANTS.items() if n != "softmax, nested" or scores <= MOST_SCORES}
 
 

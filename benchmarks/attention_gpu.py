@@ -1,11 +1,13 @@
 """The attention alone on a GPU: IFA's backends, softmax and padded linear attention.
 
-    python benchmarks/attention_gpu.py           # a minute
+    python benchmarks/attention_gpu.py           # two minutes
     python benchmarks/attention_gpu.py --smoke   # small cases, on any device; no page
 
 Writes docs/attention_gpu.md. The contestants are those of attention.py, all in bfloat16, so that
-softmax has PyTorch's flash kernels; where lengths differ it has them by nested tensors. Refuses to print
-where the results of those that compute the same thing differ.
+softmax has PyTorch's flash kernels; where lengths differ it has them by nested tensors and by
+varlen_attn. Refuses to print where the results of those that compute the same thing differ. Beside
+them what the arithmetic and the memory of linear attention take at the rates measured in the same run,
+and the identity heads' operator, ``match``, by backend.
 """
 
 from __future__ import annotations
@@ -25,24 +27,42 @@ from attention import (
     Case,
     D,
     H,
+    Machine,
     compare,
     contestants_of,
     ifa,
     linear_padded,
     log_normal,
+    project,
     softmax_nested,
     softmax_padded,
     uniform,
 )
 from report import ROOT, markdown, measured_by
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from ifa_torchrec import ops
+
+GPU = torch.cuda.is_available()
+
+
+def softmax_varlen(history: Tensor, candidates: Tensor, weights, case: Case) -> Tensor:
+    """PyTorch's flash kernels on jagged rows, without padding or nested tensors."""
+    q, k, v = (project(x, w) for x, w in zip((candidates, history, history), weights, strict=True))
+    history_offsets, candidate_offsets = (offsets.int() for offsets in case.offsets)
+    out = varlen_attn(q, k, v, candidate_offsets, history_offsets, *case.longest[::-1])
+    assert isinstance(out, Tensor)  # a pair where asked for
+    return out.flatten(1)
+
 
 CONTESTANTS: dict[str, Callable[..., Tensor]] = {
     "IFA": partial(ifa, "torch"),
-    **({"IFA, Triton": partial(ifa, "triton")} if torch.cuda.is_available() else {}),
+    **({"IFA, Triton": partial(ifa, "triton")} if GPU else {}),
     "linear, padded": linear_padded,
     "softmax, padded": softmax_padded,
     "softmax, nested": softmax_nested,
+    **({"softmax, varlen": softmax_varlen} if GPU else {}),  # has no kernel for a CPU
 }
 TOLERANCE = 0.03
 """Of results in bfloat16 against those in float32, relative to the largest."""
@@ -112,6 +132,66 @@ def milliseconds(run: Callable[[], object], device: torch.device) -> float:
     return start.elapsed_time(end)
 
 
+def megabytes_of(run: Callable[[], object], device: torch.device) -> float:
+    """How far a GPU's memory in use rises above what it was, at most; 0 on a CPU."""
+    if device.type == "cpu":
+        run()
+        return 0.0
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def rates_of(device: torch.device) -> Machine:
+    """Operations a second of a large product, and numbers copied, both of bfloat16."""
+    size, numbers = (8192, 2**29) if device.type == "cuda" else (256, 10**6)
+    a, b = torch.randn(2, size, size, device=device).bfloat16()
+    x = torch.zeros(numbers, device=device, dtype=torch.bfloat16)
+
+    def seconds(run: Callable[[], object]) -> float:
+        return statistics.median(milliseconds(run, device) for _ in range(8)) / 1000
+
+    return Machine(2 * size**3 / seconds(lambda: a @ b), numbers / seconds(x.clone))
+
+
+def of_match(case: Case, backend: str, backward: bool) -> None:
+    """Each candidate against the events of its id, at three half-lives; ids are spread over 10,000."""
+    device, tokens = case.history.device, case.history.detach().requires_grad_(backward)
+    history_offsets, candidate_offsets = case.offsets
+    ids = torch.arange(max(len(case.history), len(case.candidates)), device=device) * 7919 % 10_000
+    ages = torch.ones(len(tokens), device=device)
+    decay = torch.tensor([0.0, 0.02, 0.1], device=device)
+    asked = ids[: len(case.candidates)], candidate_offsets
+    events = tokens, ids[: len(tokens)], history_offsets
+    sums, weights = ops.match(*asked, *events, None, ages, decay, backend)
+    if backward:
+        torch.autograd.grad(sums.sum() + weights.sum(), tokens)
+
+
+Table = list[dict[str, str]]
+
+
+def timed(
+    runs: dict[str, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[str, tuple[float, float]]:
+    """By name, milliseconds at the median of turns, and megabytes, after two turns to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    memory = {}
+    for _ in range(rounds + 2):
+        for name, run in runs.items():
+            memory[name] = megabytes_of(
+                lambda name=name, run=run: times[name].append(milliseconds(run, device)), device
+            )
+    return {name: (statistics.median(spent[2:]), memory[name]) for name, spent in times.items()}
+
+
+def row_of(case: Case, found: dict[str, tuple[float, float]], names: list[str]) -> dict[str, str]:
+    """Milliseconds and megabytes."""
+    told = {name: f"{found[name][0]:.2f} ({found[name][1]:,.0f})" for name in names if name in found}
+    return {"case": case.name} | {name: told.get(name, "-") for name in names}
+
+
 @dataclass(frozen=True)
 class Options:
     """How much to run."""
@@ -127,7 +207,7 @@ class Options:
 def main() -> None:
     """The command line."""
     options = tyro.cli(Options, description=__doc__)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if GPU else "cpu")
     if device.type == "cpu" and not options.smoke:
         raise SystemExit("error: there is no GPU here; --smoke runs small cases on the CPU")
     for case in (uniform(100, 7, 2000), uniform(1000, 50, 2000), log_normal(8)):
@@ -137,30 +217,28 @@ def main() -> None:
     shapes = [(n, m) for n in sizes for m in ((7, 50) if options.smoke else (50, 1000, 5000))]
     cases = [partial(uniform, n, m, events) for n, m in shapes]
     cases.append(partial(log_normal, 8 if options.smoke else 2048))
-    tables: dict[str, list[dict[str, str]]] = {kind: [] for kind in PASSES}
+    mine = "IFA, Triton" if GPU else "IFA"
+    backends = {"torch": "torch", **({"Triton": "triton"} if GPU else {})}
+    rates = rates_of(device)
+    tables: dict[str, Table] = {kind: [] for kind in (*PASSES, "match")}
     for make in cases:
         case = on(make(), device, torch.bfloat16)
-        contestants, tokens = fitting(case), tokens_of(case)
+        contestants, tokens, floors = fitting(case), tokens_of(case), rates.floor(case)
         for kind, step in PASSES.items():
-            times: dict[str, list[float]] = {name: [] for name in contestants}
-            memory, before = {}, 0
-            for number in range(rounds + 2):
-                for name, contestant in contestants.items():
-                    if device.type == "cuda":
-                        torch.cuda.reset_peak_memory_stats()
-                        before = torch.cuda.memory_allocated()
-                    spent = milliseconds(partial(step, contestant, tokens, case), device)
-                    if device.type == "cuda":
-                        memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
-                    if number > 1 or options.smoke:
-                        times[name].append(spent)
-            row = {"case": case.name}
-            for name in CONTESTANTS:
-                row[name] = "-"
-                if name in times:
-                    row[name] = f"{statistics.median(times[name]):.2f} ({memory.get(name, 0):,.0f})"
+            runs = {name: partial(step, run, tokens, case) for name, run in contestants.items()}
+            found = timed(runs, rounds, device)
+            floor = 1000 * floors[kind]
+            row = row_of(case, found, list(CONTESTANTS))
+            row |= {"floor": f"{floor:.3f}", f"{mine} / floor": f"{found[mine][0] / floor:.1f}"}
             print(kind, row, flush=True)
             tables[kind].append(row)
+        runs = {
+            f"{name}, {kind}": partial(of_match, case, backend, kind != "forward")
+            for kind in PASSES
+            for name, backend in backends.items()
+        }
+        tables["match"].append(row_of(case, timed(runs, rounds, device), list(runs)))
+        print("match", tables["match"][-1], flush=True)
     if options.smoke:
         return
     text = (ROOT / "benchmarks" / "attention_gpu_page.md").read_text()
@@ -170,8 +248,11 @@ def main() -> None:
         torch=torch.__version__,
         events=f"{options.events:,}",
         rounds=options.rounds,
+        tflops=f"{rates.flops / 1e12:.0f}",
+        terabytes=f"{4 * rates.copied / 1e12:.1f}",
         forward=markdown(pd.DataFrame(tables["forward"])),
         both=markdown(pd.DataFrame(tables["forward + backward"])),
+        match=markdown(pd.DataFrame(tables["match"])),
     )
     (ROOT / "docs" / "attention_gpu.md").write_text(page)
     print("Wrote docs/attention_gpu.md")

@@ -1,6 +1,6 @@
 """What a ranking request costs, against the length of the history: states beside raw histories.
 
-    python benchmarks/serving.py            # about 12 minutes on 2 cores
+    python benchmarks/serving.py            # about 15 minutes on 2 cores; needs a C++ compiler
 
 Writes docs/serving.md and docs/serving.png. Users of 10^2 to 10^6 made-up events; the models are
 as large as the demo's and not trained, since time is all that is looked at. Before anything is timed,
@@ -35,6 +35,7 @@ sys.path.insert(0, str(ROOT))  # the examples are no package
 from examples.complete_journey.demo import MODELS
 from ifa_torchrec.batch import RankingFeatures
 from ifa_torchrec.commands.build_states import BuildStatesConfig, build_states
+from ifa_torchrec.commands.export import ExportConfig, export
 from ifa_torchrec.data import EventLog, LogSchema
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.serving import (
@@ -45,6 +46,7 @@ from ifa_torchrec.serving import (
     StateStore,
     open_key_value_store,
 )
+from ifa_torchrec.serving.compiled import FILE, CompiledDense
 from ifa_torchrec.serving.states.layout import Keys, user_key
 from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.options import TrainConfig
@@ -57,7 +59,13 @@ from matplotlib import pyplot as plt
 ITEMS, CATEGORIES = 200_000, 1000
 DAY = 86_400_000_000
 NOW = int(np.datetime64("2025-01-01", "us").astype(np.int64))
-IFA = "IFA, state"
+IFA, COMPILED = "IFA, state", "IFA, state, compiled"
+SERVICES: dict[str, tuple[str, ...]] = {
+    "ifa serve": (),
+    "--compiled": ("--compiled",),
+    "--compiled --workers 2": ("--compiled", "--workers", "2"),
+}
+"""Of which requests a second are measured, and their options."""
 PORT = 8765
 SEARCHED = 50
 """Events of a candidate's category that SIM attends to."""
@@ -73,7 +81,7 @@ class Options:
     """Candidates of a request."""
     requests: int = 200
     """Requests timed of each system in each cell; fewer where they take more than --seconds."""
-    seconds: float = 5.0
+    seconds: float = 3.0
     """Time of each system in each cell."""
 
 
@@ -186,7 +194,7 @@ def untrained(run: Run, interaction: str) -> DLRM_IFA:
     return model
 
 
-def check(scorer: Scorer, raw: RawHistories, requests: Sequence[RankingRequest]) -> float:
+def check(scorer: System, raw: RawHistories, requests: Sequence[RankingRequest]) -> float:
     """The largest difference between scores from a state and from the raw history.
 
     Raises:
@@ -224,9 +232,9 @@ def p50_p99(milliseconds: Sequence[float]) -> str:
 class Server:
     """``ifa serve`` in a process of its own, and a client of it."""
 
-    def __init__(self, run: Path, store: Path, log: Path) -> None:
+    def __init__(self, run: Path, store: Path, log: Path, further: Sequence[str]) -> None:
         options = {"--run": run, "--store": store, "--port": PORT, "--limits.timeout": 30}
-        command = [sys.executable, "-m", "ifa_torchrec", "serve"]
+        command = [sys.executable, "-m", "ifa_torchrec", "serve", *further]
         command += [str(word) for option in options.items() for word in option]
         with log.open("w") as output:
             one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -345,9 +353,9 @@ def measure_appends(scorer: Scorer, options: Options) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def measure_service(server: Server, options: Options) -> tuple[dict, pd.DataFrame]:
-    """Milliseconds of POST /rank over one connection, and requests a second over many."""
-    times, rows = {}, []
+def measure_latency(server: Server, options: Options) -> dict[tuple[int, int], list[float]]:
+    """Milliseconds of POST /rank over one connection, by length of the history and candidates."""
+    times = {}
     for m in options.candidates:
         for n in options.histories:
             bodies = [body_of(request) for request in requests_of(n, m)]
@@ -357,17 +365,17 @@ def measure_service(server: Server, options: Options) -> tuple[dict, pd.DataFram
                 return server.send("POST", "/rank", bodies[i % len(bodies)], connection)
 
             times[n, m] = timed({"": rank}, options)[""]
-        n = options.histories[len(options.histories) // 2]
-        rate = server.saturation([body_of(request) for request in requests_of(n, m)])
-        rows.append(
-            {
-                "candidates": f"{m:,}",
-                "requests a second": f"{rate:,.0f}",
-                "candidates a second": f"{rate * m:,.0f}",
-            }
-        )
-        print(f"{n:,} events, {m:,} candidates: {rate:,.0f} requests a second", flush=True)
-    return times, pd.DataFrame(rows)
+    return times
+
+
+def measure_saturation(server: Server, options: Options) -> list[float]:
+    """Requests a second over many connections, for each number of candidates."""
+    n = options.histories[len(options.histories) // 2]
+    rates = []
+    for m in options.candidates:
+        rates.append(server.saturation([body_of(request) for request in requests_of(n, m)]))
+        print(f"{n:,} events, {m:,} candidates: {rates[-1]:,.0f} requests a second", flush=True)
+    return rates
 
 
 def picture(rows: pd.DataFrame, file: Path) -> None:
@@ -398,19 +406,22 @@ def main() -> None:
         log = make_log(folder / "log", options.histories)
         train(TrainConfig(log.path, folder / "run", ifa=MODELS["ifa"][1], validate=False))
         build_states(BuildStatesConfig(folder / "run", str(folder / "states"), position=0))
+        export(ExportConfig(folder / "run"))
         run = load_run(folder / "run", sharded=False)
         states, raw, index = (
             open_key_value_store(str(folder / name)) for name in ("states", "raw", "by_category")
         )
-        scorer = Scorer(run.dlrm, log, StateStore(states, run.version))
-        difference = check(
-            scorer,
-            RawHistories(run.dlrm, log, raw, by_category=False),
-            [requests_of(n, 50, 1)[0] for n in options.histories],
-        )
+        store = StateStore(states, run.version)
+        scorer = Scorer(run.dlrm, log, store)
+        dense = CompiledDense(run.dlrm, log.schema, log.items, folder / "run" / FILE)
+        compiled = Scorer(run.dlrm, log, store, compiled=dense)
+        histories = RawHistories(run.dlrm, log, raw, by_category=False)
+        asked = [requests_of(n, 50, 1)[0] for n in options.histories]
+        difference = max(check(system, histories, asked) for system in (scorer, compiled))
         rows = measure_systems(
             {
                 IFA: scorer,
+                COMPILED: compiled,
                 "softmax, raw history": RawHistories(untrained(run, "softmax"), log, raw, False),
                 "SIM, index by category": RawHistories(untrained(run, "sim"), log, index, True),
             },
@@ -418,18 +429,23 @@ def main() -> None:
         )
         appends = measure_appends(scorer, options)
         states.close()  # the service opens it
-        server = Server(folder / "run", folder / "states", folder / "serve.log")
-        try:
-            over_http, saturated = measure_service(server, options)
-        finally:
-            server.close()
+        over_http: dict[tuple[int, int], list[float]] = {}
+        saturated = pd.DataFrame({"candidates": [f"{m:,}" for m in options.candidates]})
+        for name, further in SERVICES.items():
+            server = Server(folder / "run", folder / "states", folder / "serve.log", further)
+            try:
+                if name == "--compiled":
+                    over_http = measure_latency(server, options)
+                saturated[name] = [f"{rate:,.0f}" for rate in measure_saturation(server, options)]
+            finally:
+                server.close()
     rows["p50"] = rows["times"].map(np.median)
     picture(rows, ROOT / "docs" / "serving.png")
     rows["cell"] = rows["times"].map(p50_p99)
     table = rows.pivot(index=["m", "n"], columns="system", values="cell")[[*rows["system"].unique()]]
     table = table.reset_index()
     cells = zip(table["n"], table["m"], strict=True)
-    table[f"{IFA}, POST /rank"] = [p50_p99(over_http[cell]) for cell in cells]
+    table["POST /rank"] = [p50_p99(over_http[cell]) for cell in cells]
     for column in ("m", "n"):
         table[column] = table[column].map("{:,}".format)
     template = (ROOT / "benchmarks" / "serving_page.md").read_text()

@@ -165,8 +165,10 @@ def boosted(log: EventLog, seed: int = 0) -> Boosted:
         valid = RankingDataset(log, "valid")
         held_out = features(valid)[0], np.asarray(valid.requests[task.name])
     else:
-        times = np.repeat(np.asarray(train.requests[TIME]), np.diff(train.requests[OFFSETS]))
-        late = times >= np.quantile(np.asarray(train.requests[TIME]), 1 - _HELD_OUT)
+        # by rank, not by a time: requests may all be of one
+        place = np.argsort(np.argsort(np.asarray(train.requests[TIME]), kind="stable"))
+        is_late = place >= (1 - _HELD_OUT) * len(train)
+        late = np.repeat(is_late, np.diff(train.requests[OFFSETS]))
         held_out = x[late], y[late]
         x, y = x[~late], y[~late]
     categories = [*_categories(log), *log.schema.context_features]

@@ -34,7 +34,7 @@ def server(
 
     Args:
         script_args: more options of ifa serve
-        run: folder of a training run, its out, or a link to one
+        run: folder of a training run, its out, or of a bundle of one, or a link to either
         store: where its states are: a folder, or redis://HOST:PORT/NUMBER (password: IFA_REDIS_PASSWORD)
         data: event log; by default the one the run was trained on
         host: address to listen on; 0.0.0.0 for all of them

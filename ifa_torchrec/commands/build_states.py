@@ -5,7 +5,9 @@
         --store redis://host:6379/0 --position 0
 
 The store is a folder, an LMDB file that the processes of one machine share, or a Redis server. Killed,
-the same line goes on where it stopped. Other versions' states stay; ifa_torchrec.states drops them.
+the same line goes on where it stopped. While it runs, `ifa serve --lazy` can rank from the same store:
+who is asked for is built then; --warm-start DAYS takes those first who are likely to be. Other versions'
+states stay; ifa states drops them.
 """
 
 from __future__ import annotations
@@ -17,17 +19,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
 
-from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset
+from ifa_torchrec.commands.histories import (
+    EVER,
+    MAX_EVENTS,
+    MAX_REQUESTS,
+    NEVER,
+    UserHistories,
+    Users,
+    histories_of,
+    write_states,
+)
+from ifa_torchrec.data import EventBudgetSampler, EventLog
 from ifa_torchrec.data.dataset import MICROSECONDS_PER_DAY
 from ifa_torchrec.data.sampler import EMPTY_REQUEST
-from ifa_torchrec.modules import UserState
+from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.serving import (
     StateError,
     StateLayout,
@@ -40,8 +52,6 @@ from ifa_torchrec.training.progress import progress_bar
 from ifa_torchrec.training.run import Run, load_run
 
 Answer = TypeVar("Answer")
-
-_NEVER = np.iinfo(np.int64).min + 1  # the least one is numpy's NaT
 
 
 @dataclass(frozen=True)
@@ -61,10 +71,16 @@ class BuildStatesConfig:
     """Only events before this time (UTC); by default all."""
     dtype: Literal["float32", "float16"] = "float32"
     """How states are stored; float16 halves their dense heads (docs/serving.md has the error)."""
-    max_events: int = 65536
+    warm_start: float | None = None
+    """First the users who have an event in the last so many days of the log, then the others."""
+    max_events: int = MAX_EVENTS
     """Budget of history events a batch and rank."""
-    max_requests: int = 128
+    max_requests: int = MAX_REQUESTS
     """Most users a batch and rank."""
+
+    def __post_init__(self) -> None:
+        if self.warm_start is not None and not 0 <= self.warm_start < float("inf"):
+            raise ConfigError(f"--warm-start: give days, 0 or more, not {self.warm_start}")
 
 
 @torch.no_grad()
@@ -84,14 +100,14 @@ def build_states(config: BuildStatesConfig) -> dict[str, float | str]:
     """
     run = load_run(config.run, config.data)
     rank = dist.get_rank()
-    histories = _histories(run.log, config.until)
+    histories = histories_of(run.log, run.log.users, _until(config))
     store = _begin(config, run, histories)
     users = _external_users(run.log)
     forgotten = _by_parts(lambda some: forgotten_until(store.key_values, some), users)
     if any(until is not None for until in forgotten):
-        histories = _histories(run.log, config.until, forgotten)
+        histories = histories_of(run.log, run.log.users, _until(config), forgotten)
     start = time.perf_counter()
-    written, size, events = _write(config, run, histories, store, _Users(users, forgotten))
+    written, size, events = _write(config, run, histories, store, Users(users, forgotten))
     seconds = time.perf_counter() - start
     if rank == 0:
         store.finish()
@@ -106,28 +122,6 @@ def build_states(config: BuildStatesConfig) -> dict[str, float | str]:
     }
 
 
-class _Histories(NamedTuple):
-    """Each of the log's users' events but those of the last one's time, and then these: as requests
-    without candidates, each made just after the last event in it; and the times of those events."""
-
-    earlier: RankingDataset
-    earlier_times: np.ndarray
-    last: RankingDataset
-    last_times: np.ndarray
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Events of each user."""
-        return self.earlier.history_lengths + self.last.history_lengths
-
-
-class _Users(NamedTuple):
-    """The log's users by their external ids, and until when each one's events do not count."""
-
-    ids: list[int | str]
-    forgotten: list[int | None]
-
-
 def _by_parts(
     ask: Callable[[Sequence[int | str]], Sequence[Answer]], users: Sequence[int | str]
 ) -> list[Answer]:
@@ -136,7 +130,7 @@ def _by_parts(
     return [answer for part in parts for answer in part]
 
 
-def _begin(config: BuildStatesConfig, run: Run, histories: _Histories) -> StateStore:
+def _begin(config: BuildStatesConfig, run: Run, histories: UserHistories) -> StateStore:
     """A store of the run's version, begun now or before; refused where its states would be wrong."""
     layout = StateLayout.of(run.dlrm.candidate_arch.ifa, config.dtype)
     if run.config.history_length is not None:
@@ -146,7 +140,7 @@ def _begin(config: BuildStatesConfig, run: Run, histories: _Histories) -> StateS
         )
     if "://" not in config.store and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
         raise StateError(f"{config.store}: LMDB serves one machine; on several use redis://")
-    latest = int(histories.last_times[histories.lengths > 0].max(initial=_NEVER))
+    latest = int(histories.last_times[histories.lengths > 0].max(initial=NEVER))
     if latest > time.time_ns() // 1000 + MICROSECONDS_PER_DAY:
         raise StateError(
             f"{run.log.place}: its last event is at {utc(latest)}, in the future, and what its user "
@@ -160,43 +154,50 @@ def _begin(config: BuildStatesConfig, run: Run, histories: _Histories) -> StateS
 
 
 def _write(
-    config: BuildStatesConfig, run: Run, histories: _Histories, store: StateStore, who: _Users
+    config: BuildStatesConfig, run: Run, histories: UserHistories, store: StateStore, who: Users
 ) -> tuple[float, float, float]:
     """Encode the users that the store has not; how many, their bytes and events, of all ranks."""
     rank, world = dist.get_rank(), dist.get_world_size()
     lengths = histories.lengths
-    known = np.array(_by_parts(lambda some: store.known(some).tolist(), who.ids), bool)
-    left = np.flatnonzero(~known & (lengths > 0))
-    dist.barrier()  # before anyone writes, so that all ranks share the same users
-    sampler = EventBudgetSampler(
-        lengths[left], config.max_events, config.max_requests, shard=(rank, world)
-    )
+    # as rank 0 finds them: ranks share the same users, and others may write some meanwhile
+    known = torch.zeros(len(who.ids), dtype=torch.uint8)
+    if rank == 0:
+        known[:] = torch.tensor(_by_parts(lambda some: store.known(some).tolist(), who.ids))
+    dist.broadcast(known, 0)
+    left = np.flatnonzero((known.numpy() == 0) & (lengths > 0))
     written = torch.zeros(3, dtype=torch.float64)  # users, bytes, events
     model = run.dlrm.eval()
     done = len(who.ids) - len(left)
     with progress_bar(rank, total=len(who.ids), initial=done, desc="states", unit="user") as bar:
-        for step, indices in enumerate(sampler, 1):
-            users_of_batch = [EMPTY_REQUEST if i == EMPTY_REQUEST else left[i] for i in indices]
-            states: list[UserState] = []
-            for part in (histories.earlier, histories.last):
-                batch = part[users_of_batch].to(run.device)
-                states.append(model.encode(batch).to("cpu"))
-            mine = [place for place, i in enumerate(indices) if i != EMPTY_REQUEST]
-            rows = left[[indices[place] for place in mine]]
-            if mine:
-                size = store.write(
-                    [who.ids[row] for row in rows],
-                    states[0][mine],
-                    histories.earlier_times[rows].tolist(),
-                    states[1][mine],
-                    histories.last_times[rows].tolist(),
-                    [who.forgotten[row] for row in rows],
-                )
-                written += torch.tensor([len(rows), size, lengths[rows].sum()])
-            bar.update(done + sampler.requests_taken(step) - bar.n)
+        for some in _by_turns(config, histories.last_times, left):
+            sampler = EventBudgetSampler(
+                lengths[some], config.max_events, config.max_requests, shard=(rank, world)
+            )
+            for step, indices in enumerate(sampler, 1):
+                rows = [EMPTY_REQUEST if i == EMPTY_REQUEST else int(some[i]) for i in indices]
+                count, size = write_states(model, run.device, store, histories, who, rows)
+                events = sum(int(lengths[row]) for row in rows if row != EMPTY_REQUEST)
+                written += torch.tensor([count, size, events])
+                bar.update(done + sampler.requests_taken(step) - bar.n)
+            done += len(some)
     dist.all_reduce(written)
     users_written, size, events = written.tolist()
     return users_written, size, events
+
+
+def _by_turns(config: BuildStatesConfig, last: np.ndarray, left: np.ndarray) -> list[np.ndarray]:
+    """The users that are left, in the order in which they are built: first those of --warm-start.
+
+    Args:
+        config: the options.
+        last: [U], the time of each user's last event.
+        left: numbers of users.
+    """
+    if config.warm_start is None or not len(left):
+        return [left]
+    since = last.max() - round(config.warm_start * MICROSECONDS_PER_DAY)
+    recent = last[left] >= since
+    return [some for some in (left[recent], left[~recent]) if len(some)]
 
 
 def _external_users(log: EventLog) -> list[int | str]:
@@ -214,35 +215,14 @@ def _external_users(log: EventLog) -> list[int | str]:
     return users
 
 
-def _histories(
-    log: EventLog, until: datetime | None, forgotten: Sequence[int | None] | None = None
-) -> _Histories:
-    """Of the events before a time, and after that until when their users were forgotten."""
-    begin, end = log.user_offsets[:-1], log.user_offsets[1:]
-    since = np.full(len(log.users), _NEVER)
-    if forgotten is not None:
-        since = np.array([_NEVER if time is None else time + 1 for time in forgotten])
-        begin = np.maximum(begin, log.history_range(log.users, since)[1])
-    time_of = log.events["time"]
-    if until is not None:
-        if until.tzinfo is not None:
-            until = until.astimezone(timezone.utc).replace(tzinfo=None)
-        bound = np.full(len(log.users), np.datetime64(until, "us").astype(np.int64))
-        end = log.history_range(log.users, bound)[1]
-    end = np.maximum(end, begin)  # where there is no event before it
-
-    def last_before(end: np.ndarray) -> np.ndarray:
-        return np.where(end > begin, time_of[np.maximum(end, 1) - 1], _NEVER)
-
-    last = last_before(end)
-    earlier = last_before(np.maximum(log.history_range(log.users, last)[1], begin))
-    before_last = np.minimum(earlier + 1, last)
-    return _Histories(
-        RankingDataset.of_users(log, log.users, before_last, since=np.minimum(since, before_last)),
-        earlier,
-        RankingDataset.of_users(log, log.users, last + 1, since=last),
-        last,
-    )
+def _until(config: BuildStatesConfig) -> int:
+    """--until in microseconds."""
+    if config.until is None:
+        return EVER
+    until = config.until
+    if until.tzinfo is not None:
+        until = until.astimezone(timezone.utc).replace(tzinfo=None)
+    return int(np.datetime64(until, "us").astype(np.int64))
 
 
 def main(config: Annotated[BuildStatesConfig, tyro.conf.arg(name="")]) -> None:

@@ -3,9 +3,12 @@
     ifa export --run runs/mine
     ifa export --run runs/mine --out scorer.pt2
     ifa export --run runs/mine --out scorer.pt2 --package --int8
+    ifa export --run runs/mine --bundle runs/bundle
 
 Without --out it compiles what stands behind the tables for this machine's processor, in a minute,
 into the run; `ifa serve --compiled` is faster by it.
+
+With --bundle it writes a folder that has all `ifa serve` needs, and no event of the log.
 
 With --out it scores one request from a user's state. The file has the tables in it. Of a model that
 generates sets (--candidate-set.generate) there is a second file, scorer.set.pt2, a step of a set that
@@ -38,6 +41,7 @@ from ifa_torchrec.serving import export_scorer, quantize_tables
 from ifa_torchrec.serving.compiled import FILE, compile_dense
 from ifa_torchrec.serving.export import describe, package_scorer
 from ifa_torchrec.serving.set_graph import export_set_graph
+from ifa_torchrec.training.bundle import write_bundle
 from ifa_torchrec.training.run import load_run
 
 _TABLES = {"fp32": "float32", "fp16": "float16"}
@@ -53,6 +57,9 @@ class ExportConfig:
     """File to write, NAME.pt2; NAME.json is written beside it, and NAME.set.pt2 where there are sets. By
     default the dense part is compiled into the run, for ``ifa serve --compiled`` on processors like this
     one."""
+    bundle: Path | None = None
+    """Folder to write, for ``ifa serve --bundle`` where there is no log: weights, schema, items and
+    vocabulary, and the compiled dense part if the run has it; no events, and no users' ids."""
     package: bool = False
     """Compile it with AOTInductor; needs a C++ compiler, here and not where it is loaded."""
     int8: bool = False
@@ -61,6 +68,8 @@ class ExportConfig:
     def __post_init__(self) -> None:
         if self.out is None and (self.package or self.int8):
             raise ConfigError("--package, --int8: they are of the graph that --out names; give --out")
+        if self.out is not None and self.bundle is not None:
+            raise ConfigError("--bundle, --out: give one of them a call")
         if self.out is not None and self.out.suffix != ".pt2":
             raise ConfigError(f"--out {self.out}: the name must end in .pt2")
 
@@ -70,14 +79,18 @@ def export(config: ExportConfig) -> dict[str, Any]:
 
     Returns:
         ``describe``'s entries, and which "files", "tables" and "runtime" it is for; what NAME.json has.
-        Without ``out`` the files and the runtime alone.
+        Without ``out`` the files and the runtime alone; with ``bundle`` what its bundle.json says.
 
     Raises:
         CheckpointError: the run has no checkpoint.
         StateError: a model of this kind cannot be exported.
         ConfigError: there is no C++ compiler.
-        PlaceError: OUT cannot be written.
+        ExistsError: the folder of the bundle is there.
+        PlaceError: OUT or the bundle cannot be written.
     """
+    if config.bundle is not None:
+        compiled = [file for file in [config.run / FILE] if file.exists()]
+        return write_bundle(load_run(config.run, sharded=False), config.bundle, compiled)
     if config.package or config.out is None:
         try:
             get_cpp_compiler()

@@ -6,7 +6,8 @@
 
 The store is one that ifa_torchrec.build_states filled from the same run. /docs describes the calls.
 SIGHUP loads the run anew while the old weights serve; where --run is a link, it may by then lead to
-another run, whose states were built into the same store. SIGTERM finishes what was taken. Without a
+another run, whose states were built into the same store. In place of a run, a bundle (ifa export
+--bundle) needs no log where it serves. SIGTERM finishes what was taken. Without a
 bearer token (--token-file) it listens on loopback only. docs/howto/serve.md says who may ask for what.
 """
 
@@ -33,12 +34,14 @@ import torch
 import torch.distributed as dist
 import tyro
 
+from ifa_torchrec.commands.histories import BuildFromLog
 from ifa_torchrec.errors import ConfigError, require
 
 require("serve", "uvicorn")
 
 # ruff: noqa: E402 (what is not installed is named before an import fails on it)
 import uvicorn
+from uvicorn.config import LOGGING_CONFIG
 
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.serving import (
@@ -52,7 +55,10 @@ from ifa_torchrec.serving.compiled import FILE, CompiledDense
 from ifa_torchrec.serving.live import Limits, LiveScorer, Metrics
 from ifa_torchrec.serving.service import create_app
 from ifa_torchrec.serving.service.connections import Connection
+from ifa_torchrec.serving.service.logs import LogFormat, log_as
 from ifa_torchrec.serving.service.workers import Workers, shared_sockets
+from ifa_torchrec.serving.states.lazy import LazyStateStore
+from ifa_torchrec.training.bundle import Bundle, is_bundle, read_bundle
 from ifa_torchrec.training.run import Run, load_run
 
 _log = logging.getLogger(__name__)
@@ -64,13 +70,15 @@ _BACKLOG = 64
 class ServeConfig:
     """Options of ``ifa serve``."""
 
-    run: Path
-    """Folder of a training run (its --out), or a link to one."""
+    run: Annotated[Path, tyro.conf.arg(aliases=("--bundle",))]
+    """Folder of a training run (its --out), or of a bundle of one (``ifa export --bundle``), which wants
+    no log; or a link to either."""
     store: str = field(repr=False)
     """Where its states are: a folder, or redis://HOST:PORT/NUMBER, with its password in the variable
     IFA_REDIS_PASSWORD."""
     data: str | Path | None = None
-    """Event log, a folder or a URI; by default the one the run was trained on."""
+    """Event log, a folder or a URI; by default the one the run was trained on. A bundle has what is
+    wanted of it."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all of them."""
     port: int = 8000
@@ -89,9 +97,14 @@ class ServeConfig:
     workers: int = 1
     """Processes that share the port and the memory of the weights. Each ranks with its part of the
     threads that one would have."""
+    lazy: bool = False
+    """Serve while ``ifa build-states`` still builds the states, or was stopped: who has none yet and is
+    asked for, or has an event, is built from the log then. Wants the log."""
     strict: bool = False
     """Refuse (409) a request that is too far before the user's last event to be ranked as of its time;
     else it is ranked as of a later time, which the response says."""
+    log: LogFormat = "text"
+    """How lines of the log are written, to stderr: json for what collects them."""
     drain: float = 2
     """Seconds after SIGTERM in which calls are still taken, for /readyz (503 then) to be noticed."""
     limits: Limits = field(default_factory=Limits)
@@ -109,7 +122,7 @@ def serve(config: ServeConfig) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Raises:
-        CheckpointError, LogError: the run or its log is not there.
+        CheckpointError, LogError, BundleError: the run, its log or the bundle is not there, or damaged.
         StateError: the store cannot be opened, or has no states of the run's weights.
         ConfigError: the token is empty, or there is none and the address is not loopback; there are too
             few file handles for all connections; or the port is taken.
@@ -138,26 +151,44 @@ def serve(config: ServeConfig) -> None:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A run, without its states."""
+    """A run or a bundle of one, without its states."""
 
-    run: Run
+    run: Run | Bundle
     model: DLRM_IFA
     compiled: CompiledDense | None
+    build: BuildFromLog | None
 
     def scorer(self, config: ServeConfig, key_values: KeyValueStore) -> Scorer:
-        states = StateStore(key_values, self.run.version)
+        if self.build is None:
+            states = StateStore(key_values, self.run.version)
+        else:
+            within = config.limits.timeout / 2  # the other half is for ranking
+            states = LazyStateStore(key_values, self.run.version, self.build, within)
+            self.build.check(states)
         return Scorer(self.model, self.run.log, states, config.strict, self.compiled)
 
 
 def _load(config: ServeConfig) -> _Loaded:
     # a link is followed once, lest half of the files are another run's
     folder = config.run.resolve()
-    run = load_run(folder, config.data, sharded=False)
+    if not is_bundle(folder):
+        run = load_run(folder, config.data, sharded=False)
+    elif config.data is None:
+        run = read_bundle(folder)
+    else:
+        raise ConfigError(f"--data: {config.run} is a bundle, which has what is wanted of its log")
     model = quantize_tables(run.dlrm) if config.int8 else run.dlrm
     compiled = None
     if config.compiled:
         compiled = CompiledDense(model, run.log.schema, run.log.items, folder / FILE)
-    return _Loaded(run, model, compiled)
+    build = None
+    if config.lazy:
+        if isinstance(run, Bundle):
+            raise ConfigError(
+                f"--lazy: {config.run} is a bundle, and has no events to build states from; give the run"
+            )
+        build = BuildFromLog(run.dlrm, run.log)
+    return _Loaded(run, model, compiled, build)
 
 
 def _serve_together(config: ServeConfig, token: str | None) -> None:
@@ -206,6 +237,8 @@ class _Server(uvicorn.Server):
                 backlog=_BACKLOG,
                 timeout_keep_alive=math.ceil(min(5, config.limits.receive / 2)),
                 access_log=False,
+                # without it uvicorn's lines go where all others go
+                log_config=None if config.log == "json" else LOGGING_CONFIG,
                 proxy_headers=False,  # nothing here asks who called
                 # for clients that stop in the middle of a body; no call waits longer than its timeout
                 timeout_graceful_shutdown=math.ceil(config.limits.timeout) + 5,
@@ -276,7 +309,7 @@ def _is_loopback(host: str) -> bool:
 
 def main(config: Annotated[ServeConfig, tyro.conf.arg(name="")]) -> None:
     """The command; its help is the top of this file."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", force=True)
+    log_as(config.log)
     serve(config)
     dist.destroy_process_group()
 

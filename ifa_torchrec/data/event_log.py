@@ -38,6 +38,7 @@ from ifa_torchrec.data.columns import require_column
 from ifa_torchrec.data.external import ExternalIds, check_columns, columns_of
 from ifa_torchrec.data.header import Header, read_header, write_header
 from ifa_torchrec.data.histories import AT_ONCE
+from ifa_torchrec.data.log_items import LogItems
 from ifa_torchrec.data.mapped_columns import MappedColumns
 from ifa_torchrec.data.parts import check_parts, check_users, found_parts, part_of
 from ifa_torchrec.data.remote import RemoteLog, is_uri
@@ -61,7 +62,7 @@ from ifa_torchrec.data.writing import drafting, write_tables
 _USERS_OF_PART = "users-of-part"  # no column of a schema is called so
 
 
-class EventLog:
+class EventLog(LogItems):
     """Events sorted by user and time, items, and requests, as memory-mapped columns.
 
     Args:
@@ -99,18 +100,17 @@ class EventLog:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.place = str(path)
-        remote = RemoteLog(self.place) if is_uri(path) else None
-        self.path = Path(path) if remote is None else remote.folder
-        if not self.path.is_dir():
-            raise LogError(f"{self.path}: no such event log; write one with EventLog.from_pandas")
-        self._header = read_header(self.path / "schema.json")
-        self.schema, self.scales = self._header.schema, self._header.scales
-        self.parts = len(self._header.parts.get("events", [None]))
-        header = self._header
-        self._columns = MappedColumns(self.path, self.schema, header.rows, header.parts, remote)
-        self.items = self._columns.open("items", lambda table, _: check_items(table, self.schema))
-        self.num_items = len(self.items[self.schema.item])
+        place = str(path)
+        remote = RemoteLog(place) if is_uri(path) else None
+        path = Path(path) if remote is None else remote.folder
+        if not path.is_dir():
+            raise LogError(f"{path}: no such event log; write one with EventLog.from_pandas")
+        self._header = header = read_header(path / "schema.json")
+        schema, self.scales = header.schema, header.scales
+        self.parts = len(header.parts.get("events", [None]))
+        self._columns = MappedColumns(path, schema, header.rows, header.parts, remote)
+        items = self._columns.open("items", lambda table, _: check_items(table, schema))
+        super().__init__(place, path, schema, items)
         self.events = self._columns.open("events", self._check_events, [USER_OFFSETS])
         # where the users of each part begin
         self._bounds = np.append(0, np.cumsum(self.events.pop(_USERS_OF_PART, [len(self.events[USER])])))
@@ -266,26 +266,6 @@ class EventLog:
                 "back, or write the log again"
             )
         return vocabulary
-
-    def item_rows(self, items: np.ndarray) -> np.ndarray:
-        """The row of each item in the item's table: its number, and 0 where it is new.
-
-        Args:
-            items: numbers of items, of any shape.
-
-        Example:
-            >>> import numpy as np, pandas as pd, tempfile
-            >>> from ifa_torchrec.data import EventLog, LogSchema
-            >>> log = EventLog.from_pandas(
-            ...     tempfile.mkdtemp() + "/log",
-            ...     events=pd.DataFrame({"user": [7], "item": [3], "time": [pd.Timestamp(2024, 1, 1)]}),
-            ...     items=pd.DataFrame({"item": [0, 1, 2, 3]}),
-            ...     schema=LogSchema(item_features={"item": 3}))
-            >>> log.item_rows(np.array([2, 3])).tolist()
-            [2, 0]
-        """
-        rows = self.schema.item_features[self.schema.item]
-        return items if self.num_items <= rows else np.where(items < rows, items, 0)
 
     def new_items(self, split: str) -> dict[str, float]:
         """The share of items that the item's table has no row for, row 0 "unknown" among them.

@@ -29,6 +29,7 @@ FORMAT = "ifa-vocabulary/1"
 ExternalId = str | int
 """What the world calls a user, an item or a value."""
 
+_UNLISTED = ("hashed", "withheld")
 _HASH_DIGITS = 15  # of MD5's hexadecimals: an int64 holds them
 _LEAST, _MOST = -(2**63), 2**63 - 1
 
@@ -60,9 +61,10 @@ class Ids:
 
     Args:
         kind: "listed": row r has the id ids[r - 1]; "hashed": rows are hashes of ids; "numbered": an id
-            is its own row.
+            is its own row; "withheld": listed elsewhere, and none is known here.
         rows: of the table, row 0 included.
         ids: the listed ones, strings or int64.
+        told: of withheld ones, their digest and whether they are integers.
 
     Example:
         >>> import pyarrow as pa
@@ -72,14 +74,17 @@ class Ids:
         ([2, 0], ['tea', None])
     """
 
-    kind: Literal["listed", "hashed", "numbered"]
+    kind: Literal["listed", "hashed", "numbered", "withheld"]
     rows: int
     ids: pa.Array | None = None
+    told: tuple[str, bool] | None = None
 
     @cached_property
     def digest(self) -> str:
         """Of kind, ids and their rows; of a table that is hashed to, or numbered, only of the kind and
         the rows."""
+        if self.told is not None:
+            return self.told[0]
         text = f"{self.kind} {self.rows}"
         if self.ids is not None:
             column = cast(Any, hash_pandas_object)(pd.Series(self.ids.to_pandas()), index=False)
@@ -90,6 +95,8 @@ class Ids:
     @property
     def integers(self) -> bool:
         """Whether listed ids are integers, not strings."""
+        if self.told is not None:
+            return self.told[1]
         return self.ids is not None and pa.types.is_integer(self.ids.type)
 
     @cached_property
@@ -117,7 +124,7 @@ class Ids:
         return np.array([row_of(i, 0) for i in ids], np.int64)
 
     def at(self, rows: Iterable[int]) -> list[ExternalId | None]:
-        """The id of each row; None for row 0, and where ids are hashed."""
+        """The id of each row; None for row 0, and where ids are hashed or withheld."""
         if self.kind == "numbered":
             return [int(row) or None for row in rows]
         if self.kind == "hashed" or self.ids is None:
@@ -244,6 +251,23 @@ class Vocabulary:
                 raise LogError(f"vocabulary: ids of {name!r}: {error}") from error
         return Vocabulary(new)
 
+    def withholding(self, name: str) -> Vocabulary:
+        """Without the listed ids of a name, of which it then knows the digest alone; its own digest is
+        that of the whole.
+
+        Example:
+            >>> from ifa_torchrec.data.vocabulary import Vocabulary
+            >>> vocabulary = Vocabulary.of({"item": ["tea", "cup"], "user": ["anna"]})
+            >>> told = vocabulary.withholding("user")
+            >>> told.digest == vocabulary.digest, told["user"].rows_of(["anna"]).tolist()
+            (True, [0])
+        """
+        ids = self._ids.get(name)
+        if ids is None or ids.kind != "listed":
+            return self
+        withheld = Ids("withheld", ids.rows, told=(ids.digest, ids.integers))
+        return Vocabulary({**self._ids, name: withheld})
+
     def begins_with(self, other: Vocabulary) -> bool:
         """Whether it is ``other``, or an extension of it: tables of the one serve the other's rows."""
         for name in other.names:
@@ -252,7 +276,7 @@ class Vocabulary:
             mine, theirs = self._ids[name], other[name]
             if mine.digest == theirs.digest:
                 continue
-            if mine.kind != theirs.kind or mine.rows < theirs.rows or mine.kind == "hashed":
+            if mine.kind != theirs.kind or mine.rows < theirs.rows or mine.kind in _UNLISTED:
                 return False
             if mine.ids is not None and mine.ids[: theirs.rows - 1] != theirs.ids:
                 return False
@@ -270,6 +294,7 @@ class Vocabulary:
                 pq.write_table(pa.table({"id": ids.ids}), folder / "vocabulary" / f"{name}.parquet")
         described = {
             name: {"kind": ids.kind, "rows": ids.rows, "digest": ids.digest}
+            | ({} if ids.told is None else {"integers": ids.integers})
             for name, ids in self._ids.items()
         }
         text = json.dumps({"format": FORMAT, "ids": described}, indent=2)
@@ -293,13 +318,15 @@ class Vocabulary:
                 least = 2 if kind == "hashed" else 1
                 if not isinstance(rows, int) or rows < least or not str(name).isidentifier():
                     raise ValueError(f"{name!r} is described as {described!r}")
-                listed = None
-                if kind == "listed":
+                listed = told = None
+                if kind == "withheld":
+                    told = str(described["digest"]), bool(described["integers"])
+                elif kind == "listed":
                     table = pq.read_table(folder / "vocabulary" / f"{name}.parquet", columns=["id"])
                     listed = table["id"].combine_chunks()
                 elif kind not in ("hashed", "numbered"):
                     raise ValueError(f"{name!r} is of the kind {kind!r}")
-                ids[name] = Ids(kind, rows, listed)
+                ids[name] = Ids(kind, rows, listed, told)
                 if ids[name].digest != described["digest"]:
                     raise ValueError(f"the ids of {name!r} are not those that were written")
         except LogError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -26,6 +27,7 @@ class _Job:
     work: Callable[[list[Any]], Sequence[Any]]
     item: Any
     share: float
+    since: float
     future: Future[Any] = field(default_factory=Future)
 
 
@@ -38,6 +40,7 @@ class Batcher:
     Args:
         capacity: items that may wait.
         on_length: called with how many wait, whenever that changes.
+        on_wait: called with the seconds that an item has waited, when its turn comes.
 
     Example:
         >>> from ifa_torchrec.serving.batching import Batcher
@@ -51,8 +54,13 @@ class Batcher:
         ZeroDivisionError('division by zero')
     """
 
-    def __init__(self, capacity: int, on_length: Callable[[int], object] = lambda _: None) -> None:
-        self._capacity, self._on_length = capacity, on_length
+    def __init__(
+        self,
+        capacity: int,
+        on_length: Callable[[int], object] = lambda _: None,
+        on_wait: Callable[[float], object] = lambda _: None,
+    ) -> None:
+        self._capacity, self._on_length, self._on_wait = capacity, on_length, on_wait
         self._waiting: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -85,7 +93,8 @@ class Batcher:
             QueueFullError: not all of them may wait; then none does.
             ClosedError: it was closed.
         """
-        jobs = [_Job(work, item, share) for item, share in zip(items, shares, strict=True)]
+        now = time.perf_counter()
+        jobs = [_Job(work, item, share, now) for item, share in zip(items, shares, strict=True)]
         with self._changed:
             if self._closed:
                 raise ClosedError("the batcher was closed; it takes nothing any more")
@@ -106,6 +115,9 @@ class Batcher:
     def _run(self) -> None:
         while jobs := self._take():
             jobs = [job for job in jobs if job.future.set_running_or_notify_cancel()]
+            now = time.perf_counter()
+            for job in jobs:
+                self._on_wait(now - job.since)
             try:
                 if jobs:
                     _do(jobs)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from ifa_torchrec.batch import RankingFeatures
-from ifa_torchrec.data import EventLog
 from ifa_torchrec.data.batches import item_fields, jagged, stacked, tensor
+from ifa_torchrec.data.log_items import LogItems
 from ifa_torchrec.data.vocabulary import integer_of
 from ifa_torchrec.serving.requests import Id, RankingRequest, float32s
 from ifa_torchrec.serving.states.journal import Event
@@ -71,7 +71,7 @@ class Catalogue:
     apart in the identity heads: behind the numbers of all items, from a hash of its id.
 
     Args:
-        log: of which schema, items and vocabulary are taken.
+        log: of which schema, items and vocabulary are taken; an EventLog, or what a bundle has of one.
 
     Attributes:
         schema: LogSchema.
@@ -91,7 +91,7 @@ class Catalogue:
         (1, True)
     """
 
-    def __init__(self, log: EventLog) -> None:
+    def __init__(self, log: LogItems) -> None:
         self.schema, self.items, self._vocabulary = log.schema, log.items, log.vocabulary
         self.digest = self._vocabulary.digest
         self._num_items = log.num_items

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,10 @@ from ifa_torchrec.serving.states.forgetting import Forgotten
 from ifa_torchrec.serving.states.journal import Event
 
 _log = logging.getLogger(__name__)
+STAGES = ("queue", "store", "model", "append")
+"""Of a call, as /metrics names them: it waits for its turn; states are read; the model gives logits;
+events are encoded and written."""
+_STAGE_BUCKETS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,14 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
         self.calls = Counter("ifa_calls", "HTTP calls.", ["path", "status"], registry=registry)
         self.seconds = Histogram("ifa_call_seconds", "Time of a call.", ["path"], registry=registry)
+        stages = Histogram(
+            "ifa_stage_seconds",
+            "Time of a stage: of each request in the queue, else of those that were served together.",
+            ["stage"],
+            registry=registry,
+            buckets=_STAGE_BUCKETS,
+        )
+        self._stages = {stage: stages.labels(stage) for stage in STAGES}
         self.waiting = Gauge(
             "ifa_queue_length",
             "What waits for its turn.",
@@ -149,6 +162,10 @@ class Metrics:
             "ifa_forgotten", "Users forgotten, ok or failed.", ["result"], registry=registry
         )
         self.model = Info("ifa_model", "The weights that serve.", registry=registry)
+
+    def stage(self, name: str, seconds: float) -> None:
+        """Count what a stage, of STAGES, took."""
+        self._stages[name].observe(seconds)
 
     def text(self) -> bytes:
         """As Prometheus reads it."""
@@ -183,12 +200,13 @@ class LiveScorer:
         self, load: Callable[[], Scorer], limits: Limits, metrics: Metrics | None = None
     ) -> None:
         self.limits, self.metrics, self.draining = limits, metrics or Metrics(), False
-        self._load = load
-        scorer = load()
+        self._load_scorer = load
+        scorer = self._load()
         scorer.catch_up()
         # The first one ranks, events go to all; only _reload assigns it.
         self._scorers: tuple[Scorer, ...] = (scorer,)
-        self._batcher = Batcher(limits.max_waiting, self.metrics.waiting.set)
+        on_wait = partial(self.metrics.stage, "queue")
+        self._batcher = Batcher(limits.max_waiting, self.metrics.waiting.set, on_wait)
         self._reloader = ThreadPoolExecutor(1, "reload")
         self._forgetter = ThreadPoolExecutor(1, "forget")
         self._may_forget = threading.BoundedSemaphore(limits.max_waiting)
@@ -294,6 +312,11 @@ class LiveScorer:
         # given up, they are cancelled, and the batcher leaves out what it has not begun
         together = asyncio.gather(*futures, return_exceptions=True)
         return await asyncio.wait_for(together, self.limits.timeout)
+
+    def _load(self) -> Scorer:
+        scorer = self._load_scorer()
+        scorer.observe = self.metrics.stage
+        return scorer
 
     def _rank(self, wanted: list[tuple[RankingRequest, int | None]]) -> list[LiveRanking]:
         scorer = self._scorers[0]

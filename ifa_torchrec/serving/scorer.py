@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec.batch import RankingFeatures
-from ifa_torchrec.data import EventLog
+from ifa_torchrec.data.log_items import LogItems
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.modules import UserState, generate_set, ranking_score
 from ifa_torchrec.serving.catalogue import Asked, Catalogue
@@ -42,7 +44,7 @@ class Scorer:
 
     Args:
         model: DLRM_IFA of interaction "ifa", its tables on this process.
-        log: the event log, for its schema, its items and its vocabulary.
+        log: for its schema, its items and its vocabulary: an EventLog, or what a bundle has of one.
         store: the states that this model's weights made, of a log of this vocabulary.
         strict: refuse a request that can only be ranked as of a later time.
         compiled: the model's dense part compiled, which then computes the logits but those of sets that
@@ -50,6 +52,11 @@ class Scorer:
 
     Raises:
         StateError: the store's states are of another configuration or another vocabulary.
+
+    Attributes:
+        observe: called with the name of a stage and the seconds that it took, of as many requests or
+            events as were given at once: "store" (states read), "model" (logits), "append" (events
+            encoded and written).
 
     Example:
         >>> import pandas as pd, tempfile
@@ -86,7 +93,7 @@ class Scorer:
     def __init__(
         self,
         model: DLRM_IFA,
-        log: EventLog,
+        log: LogItems,
         store: StateStore,
         strict: bool = False,
         compiled: CompiledDense | None = None,
@@ -109,6 +116,7 @@ class Scorer:
         self.model, self.schema, self.store = model.eval(), log.schema, store
         self.strict, self._compiled = strict, compiled
         self._identity = ifa.identity
+        self.observe: Callable[[str, float], object] = lambda *_: None
 
     def score(self, requests: Sequence[RankingRequest]) -> list[np.ndarray]:
         """The logits of every candidate. Where the state cannot go back to a request's time they are as
@@ -159,7 +167,8 @@ class Scorer:
         asked = self._catalogue.ask(requests)
         state, as_of = self._state(requests, asked)
         if strategy == "greedy":
-            chosen, logits = self._best_together(asked, state, k or 0)
+            with self._timed("model"):
+                chosen, logits = self._best_together(asked, state, k or 0)
         else:
             chosen, logits = self._best(asked, state, k, strategy)
         ends, times = np.cumsum([0, *asked.lengths]).tolist(), as_of.tolist()
@@ -184,10 +193,11 @@ class Scorer:
     @torch.no_grad()
     def _logits(self, asked: Asked, state: UserState) -> Tensor:
         """Of every candidate beside its set, [M, T] float32."""
-        if self._compiled is not None:
-            return _finite(self._compiled.logits(asked, state))
-        features = self._catalogue.features(asked)
-        return _finite(self.model.logits_given(self.model.describe(features, state)))
+        with self._timed("model"):
+            if self._compiled is not None:
+                return _finite(self._compiled.logits(asked, state))
+            features = self._catalogue.features(asked)
+            return _finite(self.model.logits_given(self.model.describe(features, state)))
 
     def _best(
         self, asked: Asked, state: UserState, k: int | None, strategy: Strategy
@@ -256,7 +266,8 @@ class Scorer:
         events = [dataclasses.replace(event, user=user(event.user)) for event in events]
         try:
             read = self._catalogue.read_events(events)
-            new = self.store.append(events, lambda _: self._encode(read.features))
+            with self._timed("append"):
+                new = self.store.append(events, lambda _: self._encode(read.features))
         except StoreError:
             raise
         except (RequestError, StateError) as error:  # of one of them, and none was added
@@ -316,13 +327,20 @@ class Scorer:
             ids = [compared[name] for name in self._identity.config.identity_features]
             of_candidate = self._identity.keys(torch.from_numpy(np.stack(ids, axis=1))).numpy()
             keys = np.split(of_candidate, np.cumsum(asked.lengths)[:-1])
-        return self.store.read(
-            [self._catalogue.user(request.user) for request in requests],
-            [request.time for request in requests],
-            keys,
-            [request.new_user for request in requests],
-            self.strict,
-        )
+        with self._timed("store"):
+            return self.store.read(
+                [self._catalogue.user(request.user) for request in requests],
+                [request.time for request in requests],
+                keys,
+                [request.new_user for request in requests],
+                self.strict,
+            )
+
+    @contextmanager
+    def _timed(self, stage: str) -> Generator[None]:
+        start = time.perf_counter()
+        yield
+        self.observe(stage, time.perf_counter() - start)
 
 
 def _of_requests(chosen: JaggedTensor) -> list[np.ndarray]:

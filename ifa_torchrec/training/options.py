@@ -20,6 +20,8 @@ from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig, IFA
 from ifa_torchrec.modules.interactions import INTERACTIONS, InteractionName
 from ifa_torchrec.training.precision import Precision
 
+OPTIONS = "config.json"
+"""Of a run, in its folder."""
 MOST_REQUESTS = 32
 """Requests a batch and rank unless the options say more."""
 
@@ -185,9 +187,13 @@ def write_options(config: TrainConfig) -> None:
     Raises:
         PlaceError: the folder cannot be written.
     """
+    write_whole(config.out / OPTIONS, options_text(config))
+
+
+def options_text(config: TrainConfig) -> str:
+    """The options as ``read_options`` reads them."""
     saved = dataclasses.replace(config, data=full_name(config.data))
-    text = json.dumps(to_json(dataclasses.asdict(saved)), indent=2, allow_nan=False)
-    write_whole(config.out / "config.json", text)
+    return json.dumps(to_json(dataclasses.asdict(saved)), indent=2, allow_nan=False)
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -217,7 +223,7 @@ def read_options(folder: Path) -> TrainConfig:
     Raises:
         CheckpointError: there is no run, or its options cannot be read; the message says which.
     """
-    file = folder / "config.json"
+    file = folder / OPTIONS
     try:
         return from_json(TrainConfig, json.loads(file.read_text()), "")
     except FileNotFoundError:

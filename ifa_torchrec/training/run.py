@@ -27,7 +27,8 @@ from ifa_torchrec.training.validations import in_use
 
 @dataclass
 class Run:
-    """A trained model and what it belongs to; ``version`` names its weights, of the step ``step``."""
+    """A trained model and what it belongs to; ``version`` names its weights, of the step ``step``;
+    ``scales`` are those by which it standardises numbers."""
 
     config: TrainConfig
     log: EventLog
@@ -35,6 +36,7 @@ class Run:
     device: torch.device
     step: int
     version: str
+    scales: Mapping[str, Scale]
 
     @property
     def dlrm(self) -> DLRM_IFA:
@@ -155,7 +157,7 @@ def load_run(folder: Path, data: str | Path | None = None, sharded: bool = True)
     best, fitted = in_use(folder)
     progress = checkpoint.load(checkpoints, model, config=to_json(config.fixed()), step=best)
     step, version = progress["step"], checkpoint.version(checkpoints, progress)
-    run = Run(config, log, model, device, step, version)
+    run = Run(config, log, model, device, step, version, scales)
     apply(run.dlrm, fitted.get(step, {}))
     return run
 

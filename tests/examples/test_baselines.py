@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from baselines import counts, days_since, features, measured, popularity
 
 from ifa_torchrec.data import EventLog, RankingDataset
+from ifa_torchrec.data.synthetic import SyntheticConfig, prepare
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +69,12 @@ def test_lightgbm_learns(log: EventLog) -> None:
     pytest.importorskip("lightgbm")
     metrics = measured(log, "lightgbm")
     assert metrics["gauc"] > 0.8 and metrics["train_seconds"] > 0
+
+
+def test_lightgbm_learns_where_all_requests_are_of_one_time(tmp_path: Path) -> None:
+    """And there is no split `valid` to stop by."""
+    pytest.importorskip("lightgbm")
+    config = SyntheticConfig(train=60, test=20, mean_events=30)
+    log = prepare(tmp_path / "log", config)
+    assert len(np.unique(log.requests("train")["time"])) == 1
+    assert 0 <= measured(log, "lightgbm")["gauc"] <= 1

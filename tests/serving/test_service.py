@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -37,6 +38,7 @@ from toy import BUSY_USER, NEW_USER, NUM_EVENTS, ONE_EVENT_USER, make_toy
 
 from ifa_torchrec import IFAConfig
 from ifa_torchrec.commands.build_states import BuildStatesConfig, build_states
+from ifa_torchrec.commands.export import ExportConfig, export
 from ifa_torchrec.commands.serve import ServeConfig, serve
 from ifa_torchrec.models.archs import Candidates
 from ifa_torchrec.serving import (
@@ -208,6 +210,19 @@ def test_a_request_too_early_is_ranked_as_of_a_later_time_which_is_told_and_coun
         changed(late, as_of=None)
     ]
     assert "ifa_late_requests_total 1.0\n" in client.get("/metrics").text
+
+
+def test_each_stage_is_measured(client):
+    assert rank(client, REQUEST, REQUEST).status_code == 200
+    assert statuses(append(client, EVENT)) == ["taken"]
+    shown = client.get("/metrics").text
+    # two requests and a call with an event have waited; the two were ranked together, or one by one
+    assert 'ifa_stage_seconds_count{stage="queue"} 3.0\n' in shown
+    assert 'ifa_stage_seconds_count{stage="append"} 1.0\n' in shown
+    for stage in ("store", "model"):
+        (count,) = re.findall(rf'ifa_stage_seconds_count{{stage="{stage}"}} (\S+)', shown)
+        assert float(count) in (1, 2)
+    assert 'ifa_stage_seconds_bucket{le="0.00025",stage="model"}' in shown
 
 
 def test_states_that_are_lost_are_no_longer_served(client, key_values, models):
@@ -757,11 +772,16 @@ def free_port() -> int:
 def test_a_service_takes_new_weights_on_sighup_and_loses_no_event(workers, folders, models, tmp_path):
     states, link, token = tmp_path / "states", tmp_path / "run", tmp_path / "token"
     shutil.copytree(folders.store, states)
+    second = folders.runs[1]
+    if workers > 1:  # they take it from a bundle
+        second = tmp_path / "bundle"
+        export(ExportConfig(folders.runs[1], bundle=second))
     link.symlink_to(folders.runs[0])
     token.write_text("secret\n")
     port = free_port()
     options = ["--run", link, "--store", states, "--token-file", token, "--host", "0.0.0.0"]
     options += ["--port", str(port), "--drain", "1", "--limits.timeout", "20", "--workers", str(workers)]
+    options += ["--log", "json" if workers > 1 else "text"]
     process = subprocess.Popen(
         [sys.executable, "-m", "ifa_torchrec", "serve", *options],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
@@ -804,7 +824,7 @@ def test_a_service_takes_new_weights_on_sighup_and_loses_no_event(workers, folde
         until(lambda: ready() == 200 or process.poll() is not None, 180)
         poster.start()
         link.unlink()
-        link.symlink_to(folders.runs[1])
+        link.symlink_to(second)
         process.send_signal(signal.SIGHUP)
         until(lambda: ready() == 200 and models[1].version in seen, 120)
         count = len(answered)
@@ -823,6 +843,10 @@ def test_a_service_takes_new_weights_on_sighup_and_loses_no_event(workers, folde
     assert not failed
     assert seen == {models[0].version, models[1].version, 503}
     assert f"weights {models[1].version} serve now" in log
+    if workers > 1:
+        lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+        assert {"uvicorn.error", "ifa_torchrec.commands.serve"} <= {line["logger"] for line in lines}
+        assert "INFO:" not in log
     store = open_key_value_store(str(states))
     time_sent = LATER - 14 * 3600 * 1_000_000
     events = [Event(position, BUSY_USER, 3, time_sent) for position in answered]

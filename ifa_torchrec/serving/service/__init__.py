@@ -6,6 +6,7 @@
 - ``routes``: what is done, by path.
 - ``middleware``: what is done around every call.
 - ``app``: create_app, which puts these together.
+- ``logs``: lines of the log, text or JSON.
 - ``connections``: what uvicorn is given, so that nobody keeps others out.
 """
 

@@ -56,12 +56,15 @@ class StateStore:
     Args:
         key_values: where they lie.
         version: of the weights.
+        whole: refuse states that were begun and are not built to the end.
 
     Raises:
         StateError: there are no states of this version, or they were not built to the end; the
             message says which there are.
 
     Attributes:
+        whole: whether they were built to the end when they were last looked at.
+        source: says which log they are built from.
         layout: StateLayout.
         position: events of the stream before this one are in the log that the states were built from.
         latest: time of the last event of that log; None if it is not known.
@@ -84,11 +87,11 @@ class StateStore:
         [[2], [3]]
     """
 
-    def __init__(self, key_values: KeyValueStore, version: str) -> None:
+    def __init__(self, key_values: KeyValueStore, version: str, whole: bool = True) -> None:
         key_values.check()
         self.key_values, self.version = key_values, version
         header = read_header(key_values, version)
-        if header is None or not header["complete"]:
+        if header is None or (whole and not header["complete"]):
             ready = [v for v, found in versions(key_values).items() if found["complete"]]
             missing = "there are none" if header is None else "they were not built to the end"
             raise StateError(
@@ -99,6 +102,8 @@ class StateStore:
 
     def _configure(self, header: dict[str, Any]) -> None:
         self._header = pack_header(header)
+        self._whole = pack_header({**header, "complete": True})
+        self.whole, self.source = header["complete"], header["source"]
         self._codec = codec = RecordCodec(self.key_values.name, header)
         self.layout, self.position, self.latest = codec.layout, codec.position, codec.latest
         self.vocabulary = codec.vocabulary
@@ -184,7 +189,6 @@ class StateStore:
         """
         whole = {**unpack_header(self.key_values, self._header), "complete": True}
         self._update([], lambda _: {self._codec.keys.header: pack_header(whole)})
-        self._header = pack_header(whole)
 
     def write(
         self,
@@ -195,7 +199,8 @@ class StateStore:
         last_times: Sequence[int],
         forgotten: Sequence[int | None] | None = None,
     ) -> int:
-        """Write whole states, in one transaction, but of users who were forgotten meanwhile.
+        """Write whole states, in one transaction, but of users who have one by now or were forgotten
+        meanwhile.
 
         Args:
             users: B external ids.
@@ -215,18 +220,22 @@ class StateStore:
         written = whole_records(self._codec, users, earlier, earlier_times, last, last_times)
         left_out = [None] * len(users) if forgotten is None else forgotten
         tombstones = [tombstone_key(user) for user in users]
+        heads = [self._codec.keys.head(user) for user in users]
 
-        def but_forgotten(found: list[bytes | None]) -> Mapping[bytes, bytes]:
-            until = [
-                unpack_number(self.key_values.name, *of) for of in zip(tombstones, found, strict=True)
+        def of_the_others(found: list[bytes | None]) -> Mapping[bytes, bytes]:
+            of_users = zip(tombstones, found, strict=False)
+            until = [unpack_number(self.key_values.name, *of) for of in of_users]
+            looked_up = zip(users, until, left_out, found[len(users) :], strict=True)
+            gone = [
+                user
+                for user, now, then, there in looked_up
+                if there is not None or (now is not None and now != then)
             ]
-            looked_up = zip(users, until, left_out, strict=True)
-            gone = [user for user, now, then in looked_up if now is not None and now != then]
             for key in [key for user in gone for key in records_of(written, user)]:
                 del written[key]
             return written
 
-        self._update(tombstones, but_forgotten)
+        self._update([*tombstones, *heads], of_the_others)
         return sum(len(key) + len(value) for key, value in written.items())
 
     def known(self, users: Sequence[int | str]) -> np.ndarray:
@@ -404,6 +413,9 @@ class StateStore:
         return checked
 
     def _check_header(self, found: bytes | None) -> None:
+        if found == self._whole:
+            self.whole = True
+            return
         if found == self._header:
             return
         states = f"{self.key_values.name}: the states of weights {self.version!r}"

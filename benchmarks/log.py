@@ -1,0 +1,194 @@
+"""What a large log takes on one machine: to prepare, to open, to the first batch, and to read.
+
+    python benchmarks/log.py                    # about 15 minutes on 2 cores, 5 GB of disk
+    python benchmarks/log.py --events 2_000_000 # each log a tenth
+
+Writes docs/log.md. A made-up log, and one of a tenth of it beside, to see what grows; each stage runs
+in a process of its own, whose memory is told.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import duckdb
+import pandas as pd
+import tyro
+from report import ROOT, markdown, measured_by
+
+from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make_loader
+from ifa_torchrec.data.prepare import load_schema, prepare
+
+STEPS, LOADED = 1000, 100
+MAX_EVENTS, MAX_REQUESTS = 32_768, 64
+SCHEMA = {
+    "events": {"files": "events.parquet", "user": "u", "item": "i", "time": "t"},
+    "items": {"files": "items.parquet", "item": "i", "features": {"category": "c"}},
+    "requests": {
+        "files": "requests.parquet",
+        "user": "u",
+        "item": "shown",
+        "time": "t",
+        "request": "r",
+        "each": {"shown": "inview"},
+        "labels": {"click": {"column": "clicked"}},
+    },
+    "splits": {"test": 0.95},
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The larger log; the other has a tenth of each."""
+
+    events: int = 20_000_000
+    """Events, of a twentieth as many users, unevenly: the share of user u falls with the root of u."""
+    candidates: int = 20
+    """Candidates of a request; there are as many requests as users."""
+    items: int = 500_000
+    """Items, of 1,000 categories; of both logs."""
+    parts: int = 8
+    """Parts that the log is cut into in the last case."""
+
+
+def make_tables(folder: Path, events: int, options: Options) -> None:
+    """The files that are prepared."""
+    users, sql = events // 20, duckdb.connect()
+    sql.execute("SELECT setseed(0.5)")
+    day, second = "TIMESTAMP '2024-01-01'", "INTERVAL 1 SECOND"
+    tables = {
+        "events": f"SELECT floor({users} * random() ** 2)::BIGINT AS u, "
+        f"floor({options.items} * random() ** 3)::BIGINT AS i, "
+        f"{day} + {second} * floor(31e6 * random())::BIGINT AS t FROM range({events})",
+        "items": f"SELECT range AS i, range % 1000 AS c FROM range({options.items})",
+        "requests": "SELECT *, [inview[1]] AS clicked FROM (SELECT range AS r, "
+        f"floor({users} * random() ** 2)::BIGINT AS u, "
+        f"{day} + {second} * floor(15.5e6 + 15.5e6 * random())::BIGINT AS t, "
+        f"[floor({options.items} * random() ** 3 + 0 * x)::BIGINT "
+        f"FOR x IN range({options.candidates})] AS inview FROM range({users}))",
+    }
+    for name, select in tables.items():
+        sql.execute(f"COPY ({select}) TO '{folder / name}.parquet' (FORMAT parquet)")
+    (folder / "schema.json").write_text(json.dumps(SCHEMA))
+
+
+# ------------------------------------------------------------------ stages, each in its own process
+
+
+def prepare_log(folder: Path, parts: int) -> None:
+    prepare(load_schema(folder / "schema.json"), folder / f"log-{parts}", parts=parts)
+
+
+def open_log(folder: Path, parts: int) -> EventLog:
+    log = EventLog(folder / f"log-{parts}")
+    assert len(log.events["time"])
+    return log
+
+
+def sampler_of(dataset: RankingDataset) -> EventBudgetSampler:
+    return EventBudgetSampler(dataset.histories, MAX_EVENTS, MAX_REQUESTS, seed=0)
+
+
+def first_batch(folder: Path, parts: int) -> None:
+    dataset = RankingDataset(open_log(folder, parts), "train")
+    next(iter(make_loader(dataset, sampler_of(dataset))))
+
+
+def sample(folder: Path, parts: int) -> None:
+    dataset = RankingDataset(open_log(folder, parts), "train")
+    assert sum(1 for _ in islice(sampler_of(dataset), STEPS))
+
+
+def load(folder: Path, parts: int) -> None:
+    dataset = RankingDataset(open_log(folder, parts), "train")
+    for _ in islice(make_loader(dataset, sampler_of(dataset)), LOADED):
+        pass
+
+
+STAGES: dict[str, Callable[[Path, int], object]] = {
+    "prepare": prepare_log,
+    "open": open_log,
+    "first batch": first_batch,
+    f"sample {STEPS:,} steps": sample,
+    f"load {LOADED} batches": load,
+}
+"""Those after "prepare" open the log; what they do beside is what differs from "open"."""
+
+
+def stage(name: str, folder: str, parts: int) -> dict[str, float]:
+    """Run a stage here: its seconds, imports left out, and how far this process's memory rises by it at
+    most, in MB."""
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    STAGES[name](Path(folder), parts)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": seconds, "megabytes": (peak - before) / 1024}
+
+
+def measure(name: str, folder: Path, parts: int) -> dict[str, float]:
+    """``stage`` in a process of its own."""
+    code = f"import json, log; print(json.dumps(log.stage({name!r}, {str(folder)!r}, {parts})))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"error: {name}, {parts} parts: {done.stderr[-2000:]}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    print(f"{name}, {parts} parts: {found['seconds']:.3g} s, {found['megabytes']:,.0f} MB", flush=True)
+    return found
+
+
+def main() -> None:
+    """The command line."""
+    options = tyro.cli(Options, description=__doc__)
+    source = measured_by("python benchmarks/log.py")
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    cases = {"a tenth": (10, 1), "whole": (1, 1), "in parts": (1, options.parts)}
+    with tempfile.TemporaryDirectory() as temporary:
+        for case, (share, parts) in cases.items():
+            folder = Path(temporary) / str(share)
+            if not folder.exists():
+                folder.mkdir()
+                make_tables(folder, options.events // share, options)
+            found[case] = {name: measure(name, folder, parts) for name in STAGES}
+    columns = {"a tenth": "a tenth", "whole": "whole", "in parts": f"in {options.parts} parts"}
+    rows = []
+    for name in STAGES:
+        row = {"stage": name}
+        for case, title in columns.items():
+            row[f"{title}, s"] = f"{found[case][name]['seconds']:.3g}"
+            row[f"{title}, MB"] = f"{found[case][name]['megabytes']:,.0f}"
+        row["seconds, to a tenth's"] = (
+            f"{found['whole'][name]['seconds'] / found['a tenth'][name]['seconds']:.3g}"
+        )
+        rows.append(row)
+    (ROOT / "docs" / "log.md").write_text(
+        f"""# A large log on one machine
+
+{source};
+{options.events:,} events, {options.events // 20:,} users, as many requests with
+{options.candidates} candidates each, {options.items:,} items; *a tenth* has a tenth of the events,
+users and requests. Each stage is a process of its own. MB is how far its resident memory rises above
+what imports take, at most; the pages of the log's columns that it looked at count in it. *Prepare* is
+`ifa data prepare` of Parquet files, with 4 GB for DuckDB, columns included. The stages below *open* open
+the log, too: *first batch* until a training has one; *sample*: {STEPS:,} steps of the sampler, shuffled,
+at most {MAX_EVENTS:,} events and {MAX_REQUESTS} requests each; *load*: {LOADED} such batches, made by
+the loader.
+
+{markdown(pd.DataFrame(rows))}
+"""
+    )
+    print("Wrote docs/log.md")
+
+
+if __name__ == "__main__":
+    main()
