@@ -106,7 +106,7 @@ class Options:
     Complete Journey."""
     out: Path = Path("runs/peers")
     """Where the log in FuxiCTR's layout and the runs are kept."""
-    lengths: tuple[int, ...] = (200, 1000)
+    lengths: tuple[int, ...] = (50, 200, 1000)
     """Latest events of a history that the models are given."""
     passes: int = 1
     """Over the training requests."""
@@ -425,7 +425,7 @@ def main(options: Options) -> None:
     for split in ("train", "valid", "test"):
         if split not in log.splits:
             raise ConfigError(f"--data {options.data}: no split {split!r}, there are {log.splits}")
-    if not (options.out / "fuxictr").exists():
+    if not (options.out / "fuxictr" / "feature_map.json").exists():  # written last
         to_fuxictr(log, options.out / "fuxictr")
     results = run_all(options, log)
     (ROOT / "docs" / "peers.md").write_text(page(options, log, results))
