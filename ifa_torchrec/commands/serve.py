@@ -311,7 +311,8 @@ def main(config: Annotated[ServeConfig, tyro.conf.arg(name="")]) -> None:
     """The command; its help is the top of this file."""
     log_as(config.log)
     serve(config)
-    dist.destroy_process_group()
+    if dist.is_initialized():  # which a bundle does not want
+        dist.destroy_process_group()
 
 
 main.__doc__ = __doc__

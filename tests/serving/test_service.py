@@ -772,11 +772,12 @@ def free_port() -> int:
 def test_a_service_takes_new_weights_on_sighup_and_loses_no_event(workers, folders, models, tmp_path):
     states, link, token = tmp_path / "states", tmp_path / "run", tmp_path / "token"
     shutil.copytree(folders.store, states)
-    second = folders.runs[1]
-    if workers > 1:  # they take it from a bundle
-        second = tmp_path / "bundle"
-        export(ExportConfig(folders.runs[1], bundle=second))
-    link.symlink_to(folders.runs[0])
+    first, second = folders.runs
+    if workers > 1:  # they take them from bundles
+        first, second = tmp_path / "first", tmp_path / "second"
+        for run, bundle in zip(folders.runs, (first, second), strict=True):
+            export(ExportConfig(run, bundle=bundle))
+    link.symlink_to(first)
     token.write_text("secret\n")
     port = free_port()
     options = ["--run", link, "--store", states, "--token-file", token, "--host", "0.0.0.0"]

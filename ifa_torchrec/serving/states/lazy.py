@@ -45,7 +45,7 @@ class LazyStateStore(StateStore):
         >>> _ = StateStore.begin(lmdb, "weights-1", StateLayout.of(ifa), position=0)
         >>> def build(store, users):  # of two events each, at the times 0 and 5
         ...     one_each = torch.ones(len(users), dtype=torch.int64)
-        ...     state = ifa.encode(JaggedTensor(torch.randn(len(users), 8), one_each))
+        ...     state = ifa.encode(JaggedTensor(torch.randn(len(users), 8), lengths=one_each))
         ...     store.write(users, state, [0] * len(users), state, [5] * len(users))
         >>> LazyStateStore(lmdb, "weights-1", build, within=10).read([70], times=[6])[0].count.tolist()
         [2]
