@@ -34,7 +34,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks are no package
 from benchmarks.peers.fuxictr_worker import peak_memory
 from benchmarks.peers.to_fuxictr import label_of, left_out, to_fuxictr
-from benchmarks.report import ROOT, markdown, measured_by
+from benchmarks.report import ROOT, commit, markdown, measured_by
 from ifa_torchrec import IFAConfig
 from ifa_torchrec.data import EventLog, RankingDataset
 from ifa_torchrec.data.public import complete_journey
@@ -256,6 +256,7 @@ def run(options: Options, log: EventLog, job: Job, deadline: float) -> Result | 
     folder.mkdir(parents=True)
     result = (fuxictr if job.library == FUXICTR else ours)(options, log, job, folder)
     result |= {split: quality(log, split, z) for split, z in result.pop("logits").items()}
+    result["commit"] = commit()
     kept.write_text(json.dumps({"job": described, "result": result}))
     print(
         f"{job.library} {job.model}, latest {job.length}, {job.setting or 'as it is'}, seed {job.seed}: "
@@ -395,12 +396,14 @@ def page(options: Options, log: EventLog, results: Results) -> str:
         if any(library == FUXICTR for library, _ in rows):
             parts.append(f"\nWhere FuxiCTR has the better figure:\n\n{better(rows)}")
         parts.append("")
+    commits = {r["commit"] for runs in results.values() for r in runs}
     versions = {r["version"] for runs in results.values() for r in runs if "version" in r}
     lost = [*left_out(log.schema, label_of(log.schema)), "the times of events"]
     counts = [len(log.requests(split)["user"]) for split in ("train", "test")]
     text = (Path(__file__).parent / "page.md").read_text()
     for name, value in {
         "MEASURED": measured_by("python benchmarks/peers/run.py"),
+        "TRAINED": ", ".join(sorted(commits)) or "none yet",
         "VERSION": ", ".join(sorted(versions)) or "(not run)",
         "TRAIN_REQUESTS": f"{counts[0]:,}",
         "TEST_REQUESTS": f"{counts[1]:,}",

@@ -172,7 +172,7 @@ def test_requests_that_are_timed_have_the_whole_length(log: EventLog):
 def made_up(gauc: float, seconds: float) -> dict:
     of_split = {"gauc": gauc, "ndcg@10": gauc, "auc": gauc, "log_loss": 1 - gauc, "ne": 1.0}
     cost = dict(rows=1000, seconds=seconds, memory=1e9, ms=dict(load=1.0, score=2.0))
-    return dict(test=of_split, valid=of_split, version="2.3.10", **cost)
+    return dict(test=of_split, valid=of_split, version="2.3.10", commit="abc", **cost)
 
 
 def test_the_page_says_where_the_peer_is_better(log: EventLog, tmp_path: Path):
@@ -190,7 +190,9 @@ def test_the_page_says_where_the_peer_is_better(log: EventLog, tmp_path: Path):
     assert "FuxiCTR's TWIN against IFA: CPU s a pass 9 against 10" in page
     assert f"| {first} | 0.7000 |" in page and f"| {second} (taken) | 0.7100 |" in page
     assert "Not run yet." in page  # with 1,000 events
-    assert not any(placeholder in page for placeholder in ("MEASURED", "TABLE", "LEFT_OUT", "SEEDS"))
+    assert not any(
+        placeholder in page for placeholder in ("MEASURED", "TRAINED", "TABLE", "LEFT_OUT", "SEEDS")
+    )
 
 
 def test_log_loss_is_that_of_the_logits(log: EventLog):
