@@ -1,6 +1,6 @@
 """What a ranking request costs, against the length of the history: states beside raw histories.
 
-    python benchmarks/serving.py            # about 15 minutes on 2 cores; needs a C++ compiler
+    python benchmarks/serving.py            # about 7 minutes on 2 cores; needs a C++ compiler
 
 Writes docs/serving.md and docs/serving.png. Users of 10^2 to 10^6 made-up events; the models are
 as large as the demo's and not trained, since time is all that is looked at. Before anything is timed,
@@ -81,7 +81,7 @@ class Options:
     """Candidates of a request."""
     requests: int = 200
     """Requests timed of each system in each cell; fewer where they take more than --seconds."""
-    seconds: float = 3.0
+    seconds: float = 1.0
     """Time of each system in each cell."""
 
 

@@ -228,7 +228,7 @@ def tag_of(tags: tuple[bytes, ...], user: int | str) -> bytes:
     Example:
         >>> from ifa_torchrec.serving.states.layout import tag_of
         >>> [tag_of((b"{0}", b"{1}"), user) for user in (7, 8, "anna")]
-        [b'{1}', b'{1}', b'{0}']
+        [b'{0}', b'{1}', b'{0}']
     """
     return tags[zlib.crc32(user_key(user)) % len(tags) if len(tags) > 1 else 0]
 
