@@ -150,7 +150,7 @@ def measure(name: str, folder: Path, parts: int) -> dict[str, float]:
 def main() -> None:
     """The command line."""
     options = tyro.cli(Options, description=__doc__)
-    source = measured_by("python benchmarks/log.py")
+    source = measured_by(f"python benchmarks/log.py --events {options.events}")
     found: dict[str, dict[str, dict[str, float]]] = {}
     cases = {"a tenth": (10, 1), "whole": (1, 1), "in parts": (1, options.parts)}
     with tempfile.TemporaryDirectory() as temporary:
