@@ -1,7 +1,7 @@
 """What a large log takes on one machine: to prepare, to open, to the first batch, and to read.
 
-    python benchmarks/log.py                    # about 15 minutes on 2 cores, 5 GB of disk
-    python benchmarks/log.py --events 2_000_000 # each log a tenth
+    python benchmarks/log.py                     # half an hour or so on 2 cores, 5 GB of disk
+    python benchmarks/log.py --events 2_000_000  # four minutes
 
 Writes docs/log.md. A made-up log, and one of a tenth of it beside, to see what grows; each stage runs
 in a process of its own, whose memory is told.
