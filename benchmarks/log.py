@@ -178,8 +178,8 @@ def main() -> None:
 {options.events:,} events, {options.events // 20:,} users, as many requests with
 {options.candidates} candidates each, {options.items:,} items; *a tenth* has a tenth of the events,
 users and requests. Each stage is a process of its own. MB is how far its resident memory rises above
-what imports take at their most; the pages of the log's columns that it looked at count in it. *Prepare* is
-`ifa data prepare` of Parquet files, with 4 GB for DuckDB, columns included. The stages below *open* open
+what imports take at their most; the pages of the log's columns that it looked at count in it. *Prepare*
+is `ifa data prepare` of Parquet files, 4 GB for DuckDB, columns included. The stages below *open* open
 the log, too: *first batch* until a training has one; *sample*: {STEPS:,} steps of the sampler, shuffled,
 at most {MAX_EVENTS:,} events and {MAX_REQUESTS} requests each; *load*: {LOADED} such batches, made by
 the loader.

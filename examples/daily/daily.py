@@ -98,7 +98,7 @@ def complete_journey() -> tuple[pd.DataFrame, pd.DataFrame]:
     products = tables["products"].rename(
         columns={"product_id": "product", "product_category": "category"}
     )
-    return bought, products[["product", "category"]]
+    return bought, products.loc[:, ["product", "category"]]
 
 
 def shown(bought: pd.DataFrame, before: pd.DataFrame, seed: int) -> pd.DataFrame:
