@@ -85,7 +85,7 @@ def with_rows(train: DLRM_IFATrain, batch: RankingBatch, device: torch.device) -
     there = Lookups(context, None, rows(found.history), rows(found.candidates))
     model.look_up = lambda features: there
     train.to(device)
-    here = replace(batch).to(device)  # a batch of its own
+    here = batch.to(device)
     return lambda: train(here)[0]
 
 

@@ -263,6 +263,10 @@ class Scorer:
         """
         if not events:
             return []
+        with self._timed("append"):
+            return self._take_over(events)
+
+    def _take_over(self, events: Sequence[Event]) -> list[EventResult]:
         user = self._catalogue.user
         events = [dataclasses.replace(event, user=user(event.user)) for event in events]
         try:
@@ -276,8 +280,7 @@ class Scorer:
             added = [events[n] for n in mine]
             of_part = state if len(mine) == len(events) else state[mine]
             try:
-                with self._timed("append"):
-                    new = self.store.append(added, lambda _, of_part=of_part: of_part)
+                new = self.store.append(added, lambda _, of_part=of_part: of_part)
             except StoreError:
                 raise
             except StateError as error:  # of one of them, and none was added
@@ -293,7 +296,7 @@ class Scorer:
         if len(events) == 1:
             return [EventResult("refused", str(error))]
         middle = len(events) // 2
-        return self.take_over(events[:middle]) + self.take_over(events[middle:])
+        return self._take_over(events[:middle]) + self._take_over(events[middle:])
 
     def forget(self, user: int | str) -> Forgotten:
         """Remove all that the store has of a user, of all versions; see ``ifa_torchrec.serving.forget``.

@@ -161,9 +161,9 @@ def _checked(folder: Path) -> dict[str, Any]:
         written, found = said["files"], _names(folder)
     except FileNotFoundError as error:
         raise BundleError(f"{folder}: no bundle here ({FILE} is missing); {_REMEDY}") from error
+    except BundleError:
+        raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        if isinstance(error, BundleError):
-            raise
         raise BundleError(f"{file}: not readable as a bundle's ({error!r}); {_REMEDY}") from error
     if strange := sorted(found - {*written}):
         raise BundleError(f"{folder / strange[0]} was not in the bundle; {_REMEDY}")
