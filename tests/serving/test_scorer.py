@@ -154,3 +154,19 @@ def test_times_of_another_unit_are_refused_and_leave_the_state_as_it_was(run, tm
     event = Event(1, 1, 2, now + DAY)
     other.append([event], lambda _: scorer._encode(scorer._catalogue.read_events([event]).features))
     assert scorer.catch_up() == 1
+
+
+def test_the_stage_append_is_encoding_and_writing(run, tmp_path, monkeypatch):
+    scorer, told = opened(run, tmp_path, None), []
+    encode, slow = run.dlrm.encode, 0.05
+
+    def encode_slowly(features):
+        time.sleep(slow)
+        return encode(features)
+
+    monkeypatch.setattr(run.dlrm, "encode", encode_slowly)
+    scorer.observe = lambda *stage: told.append(stage)
+    now = time.time_ns() // 1000
+    results = scorer.append([Event(n, user, 2, now) for n, user in enumerate(USERS)])
+    assert {result.status for result in results} == {"taken"}
+    assert [name for name, _ in told] == ["append"] and told[0][1] >= slow
