@@ -30,8 +30,8 @@ print(torch.__version__, triton.__version__, torch.cuda.get_device_name(), torch
 step backends 45 "$PYTHON" -m ifa_torchrec backends
 # the kernels against the reference; no wait for the device; a CUDA graph; the same to the bit
 step kernels 200 "$PYTHON" -m pytest -q tests/ops/test_triton.py -m "not slow"
-# a step of the dense part, forward, loss and backward: no wait for the device
-step no_waits 60 "$PYTHON" -m pytest -q tests/models/test_no_waits.py
+# a step of the dense part, forward, loss and backward: that of the reference, without a wait for the device
+step models 60 "$PYTHON" -m pytest -q tests/models/test_no_waits.py tests/models/test_on_devices.py
 # writes docs/attention_gpu.md anew, with Triton, varlen_attn, match and the floor
 step attention 120 "$PYTHON" benchmarks/attention_gpu.py --rounds 3
 cp docs/attention_gpu.md "$OUT/"
