@@ -33,7 +33,7 @@ from ifa_torchrec.models.archs import Lookups
 from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.decide import decided
 from ifa_torchrec.training.options import Precision, TrainConfig
-from ifa_torchrec.training.precision import autocast
+from ifa_torchrec.training.precision import autocast, compile_dense
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,17 @@ class Options:
     """Turns of each model, after two to warm up; medians are told."""
     precision: Precision = "bf16"
     """As ``ifa train`` has it."""
+    compiled: bool = False
+    """IFA under torch.compile, too; compiling takes a minute or two."""
     smoke: bool = False
     """4,000 events, one round."""
 
 
-def models(log: EventLog, dataset: RankingDataset) -> dict[str, DLRM_IFATrain]:
+def models(log: EventLog, dataset: RankingDataset, compiled: bool) -> dict[str, DLRM_IFATrain]:
     """By the row's name. Softmax and mean pooling have IFA's identity heads and masses beside them."""
     backends = ["triton", "torch"] if torch.cuda.is_available() else ["auto"]
     rows = {f"IFA, {name}": ("ifa", name) for name in backends}
+    rows |= {"IFA, compiled": ("ifa", "auto")} if compiled else {}
     rows |= {"softmax": ("softmax", "auto"), "mean pooling": ("mean", "auto")}
     made = {}
     for name, (interaction, backend) in rows.items():
@@ -61,6 +64,8 @@ def models(log: EventLog, dataset: RankingDataset) -> dict[str, DLRM_IFATrain]:
         config = replace(config, ifa=replace(config.ifa, backend=backend))
         torch.manual_seed(0)
         made[name] = DLRM_IFATrain(build_model(log.schema, decided(config, dataset), log.scales))
+        if name == "IFA, compiled":
+            compile_dense(made[name])
     return made
 
 
@@ -105,7 +110,8 @@ def main() -> None:
         dataset = RankingDataset(log, "train")
         indices = requests_of(dataset, events)
         batch = dataset[indices]
-        losses = {name: with_rows(train, batch, device) for name, train in models(log, dataset).items()}
+        made = models(log, dataset, options.compiled)
+        losses = {name: with_rows(train, batch, device) for name, train in made.items()}
 
     def step(loss: Callable[[], Tensor]) -> None:
         with autocast(options.precision, device):

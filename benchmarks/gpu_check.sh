@@ -27,15 +27,15 @@ step device 30 "$PYTHON" -c "
 import torch, triton
 assert torch.cuda.is_available(), 'no GPU'
 print(torch.__version__, triton.__version__, torch.cuda.get_device_name(), torch.cuda.get_device_capability())"
-step backends 60 "$PYTHON" -m ifa_torchrec backends
+step backends 45 "$PYTHON" -m ifa_torchrec backends
 # the kernels against the reference; no wait for the device; a CUDA graph; the same to the bit
 step kernels 200 "$PYTHON" -m pytest -q tests/ops/test_triton.py -m "not slow"
-# a step of the dense part, forward, loss and backward: no wait for the device
-step no_waits 60 "$PYTHON" -m pytest -q tests/models/test_no_waits.py
+# a step of the dense part, forward, loss and backward: that of the reference, without a wait for the device
+step models 60 "$PYTHON" -m pytest -q tests/models/test_no_waits.py tests/models/test_on_devices.py
 # writes docs/attention_gpu.md anew, with Triton, varlen_attn, match and the floor
 step attention 120 "$PYTHON" benchmarks/attention_gpu.py --rounds 3
 cp docs/attention_gpu.md "$OUT/"
-step dense_step 60 "$PYTHON" benchmarks/dense_step.py
+step dense_step 90 "$PYTHON" benchmarks/dense_step.py --compiled
 # TorchRec on the card: tables under DMP with NCCL, TrainPipelineSparseDist, states built, events a second told;
 # needs an fbgemm_gpu built for this CUDA
 step log 30 "$PYTHON" -c "
@@ -43,7 +43,7 @@ from ifa_torchrec.data.synthetic import SyntheticConfig, prepare
 prepare('$OUT/log', SyntheticConfig(train=8000, test=500, mean_events=1000))"
 step train 80 "$PYTHON" -m ifa_torchrec train --data "$OUT/log" --out "$OUT/run"
 step train_bf16 80 "$PYTHON" -m ifa_torchrec train --data "$OUT/log" --out "$OUT/run_bf16" --precision bf16
-step states 45 "$PYTHON" -m ifa_torchrec build-states --run "$OUT/run" --store "$OUT/states"
+step states 30 "$PYTHON" -m ifa_torchrec build-states --run "$OUT/run" --store "$OUT/states"
 step every_backend 90 "$PYTHON" -m pytest -q tests/ops/test_ops.py tests/ops/test_ops_boundary.py -k triton
 
 echo "failed: ${failed[*]:-none}"

@@ -1,4 +1,4 @@
-"""What the native op and huge pages give a training step of the demo's model, and where its time goes.
+"""What the native op and bfloat16 give a training step of the demo's model, and where its time goes.
 
     python benchmarks/training.py            # about 4 minutes on 2 cores
 
@@ -9,7 +9,6 @@ cases take turns, each run in a process of its own.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -28,14 +27,13 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(ROOT))  # the examples are no package
 from examples.complete_journey.demo import MODELS
 from ifa_torchrec.data.public.complete_journey import CompleteJourneyConfig, prepare
-from ifa_torchrec.training.options import TrainConfig
+from ifa_torchrec.training.options import Precision, TrainConfig
 from ifa_torchrec.training.trainer import train
 
-CASES = {
-    "torch": ("torch", {}),
-    "native": ("native", {}),
-    "torch, huge pages": ("torch", {"THP_MEM_ALLOC_ENABLE": "1"}),
-    "native, huge pages": ("native", {"THP_MEM_ALLOC_ENABLE": "1"}),
+CASES: dict[str, tuple[str, Precision]] = {  # the operators' backend, and TrainConfig's precision
+    "torch": ("torch", "fp32"),
+    "native": ("native", "fp32"),
+    "native, bf16": ("native", "bf16"),
 }
 
 
@@ -49,12 +47,14 @@ class Options:
     """Training requests."""
 
 
-def work(backend: str, data: str, profiled: bool) -> dict[str, float]:
+def work(case: str, data: str, profiled: bool) -> dict[str, float]:
     """Train once: events a second, or milliseconds a step by kind."""
+    backend, precision = CASES[case]
     config = TrainConfig(
         data=Path(data),
         out=Path(tempfile.mkdtemp()),
         ifa=replace(MODELS["ifa"][1], backend=backend),
+        precision=precision,
         validate=False,
     )
     if not profiled:
@@ -72,15 +72,11 @@ def work(backend: str, data: str, profiled: bool) -> dict[str, float]:
 
 
 def run(case: str, data: Path, profiled: bool = False) -> dict[str, float]:
-    """``work`` in a process of its own: how memory is had is settled when a process starts."""
-    backend, environment = CASES[case]
-    code = (
-        f"import training as t, json; print(json.dumps(t.work({backend!r}, {str(data)!r}, {profiled})))"
-    )
+    """``work`` in a process of its own."""
+    code = f"import training as t, json; print(json.dumps(t.work({case!r}, {str(data)!r}, {profiled})))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parent,
-        env=os.environ | environment,
         capture_output=True,
         text=True,
     )
@@ -120,10 +116,8 @@ def main() -> None:
 
 {source}, torch {torch.__version__};
 {options.requests:,} requests of The Complete Journey, IFA as the demo has it; medians of
-{options.rounds} runs, the cases by turns. *Huge pages*: `THP_MEM_ALLOC_ENABLE=1`, by which PyTorch asks
-the kernel for pages of 2 MB. A single call of the op gains by them, as large results are new memory at
-every call; a whole step does not, so nothing here sets it. *Waiting for batches*: the share of the
-training's time in which a step waited for its batch to be made.
+{options.rounds} runs, the cases by turns. *bf16*: `--precision bf16`. *Waiting for batches*: the share
+of the training's time in which a step waited for its batch to be made.
 
 Milliseconds a step by kind are of one profiled run of each case, which is slower than the others.
 
