@@ -22,6 +22,7 @@ from ifa_torchrec.serving.live import LiveScorer, StreamStatus
 from ifa_torchrec.serving.scorer import Scorer
 from ifa_torchrec.serving.service.bodies import JSON, read_body
 from ifa_torchrec.serving.service.messages import StreamEvent
+from ifa_torchrec.serving.service.refusals import shown
 from ifa_torchrec.serving.states.journal import Event
 from ifa_torchrec.serving.states.layout import Place, told
 
@@ -182,22 +183,21 @@ class Stream:
         if self._live.scorer is not scorer:
             return
         further = {place.partition: place.position + 1 for place in map(_place, messages)}
-        if not self._topic.skip_refused:
-            for place in reversed(refused):  # to stay before a partition's first one
-                further[place.partition] = place.position
+        # the first one of each partition
+        stops = [] if self._topic.skip_refused else {p.partition: p for p in reversed(refused)}.values()
+        further |= {place.partition: place.position for place in stops}
         self._insist(lambda: scorer.store.set_stream_positions(further))
         self._next |= further
         self._live.metrics.messages.labels("accepted").inc(len(messages) - len(refused))
         self._live.metrics.messages.labels("refused").inc(len(refused))
-        if self._topic.skip_refused:
-            for place, reason in refused.items():
-                _log.warning("%s is passed over: %s", self._named(place), reason)
-        elif refused:
-            reasons = "; ".join(f"{self._named(place)}: {reason}" for place, reason in refused.items())
+        if stops:
+            reasons = "; ".join(f"{_named(place)}: {refused[place]}" for place in stops)
             raise StreamError(
-                f"{reasons}. Mend what sends them, or pass over what is refused by --skip-refused, and "
-                "start this again"
+                f"{reasons}. Mend what sends such messages, and start this again with --skip-refused to "
+                "pass over those that are there"
             )
+        for place, reason in refused.items():
+            _log.warning("%s is passed over: %s", _named(place), reason)
 
     def _is_event(self, message: Message) -> bool:
         """Whether it is one; else it tells of the connection.
@@ -234,11 +234,11 @@ class Stream:
             try:
                 events.append(read_body(StreamEvent, JSON, message.value() or b"").at(*place))
             except RequestError as error:
-                refused[place] = str(error)
+                refused[place] = shown(str(error))
         if events:
             results = self._insist(lambda: self._live.add(events))
             refused |= {
-                event.place: result.reason or ""
+                event.place: shown(result.reason or "")
                 for event, result in zip(events, results, strict=True)
                 if result.status == "refused"
             }
@@ -336,11 +336,12 @@ class Stream:
         self._live.stream = status
         self._live.metrics.flowing.labels(self._topic.name).set(status == "flowing")
 
-    def _named(self, place: Place) -> str:
-        return f"the message at offset {place.position} of partition {place.partition}"
-
 
 def _place(message: Message) -> Place:
     partition, offset = message.partition(), message.offset()
     assert partition is not None and offset is not None  # of a message that is no error
     return Place(partition, offset)
+
+
+def _named(place: Place) -> str:
+    return f"the message at offset {place.position} of partition {place.partition}"

@@ -226,6 +226,7 @@ BAD = {
 }
 BAD_FIELDS = [
     ({"position": 4}, "['position'] unknown; there are ['user', 'item'"),
+    ({"features": {"\ud800": "red"}}, "['\\ud800'] unknown"),
     ({"user": 1.5}, "user: Input should be an id"),
     ({"time": "yesterday"}, "time: Value error, should be a time since 1970 with its zone"),
     ({"time": "2999-01-01T00:00:00Z"}, "more than 60 seconds ahead of the clock"),
@@ -479,7 +480,12 @@ def test_a_broker_that_goes_away_and_comes_back(shop, key_values, live, broker: 
     address = broker.topic("away")
     half = [events[n][:3] for n in (0, 1)]
     broker.send("away", [(n, message_of(event)) for n in (0, 1) for event in half[n]])
+    broker.line.cut = True
     with Stream(KafkaTopic.at(address), live):
+        waits = "events of topic away wait: the broker: "
+        wait_until(lambda: waits in caplog.text, "nothing tells that the broker is away")
+        caplog.clear()
+        broker.line.cut = False
         wait_until(lambda: positions(key_values) == [3, 3], "not all were read")
         wait_until(lambda: live.stream == "flowing", "it does not flow")
         broker.line.cut = True
@@ -491,7 +497,7 @@ def test_a_broker_that_goes_away_and_comes_back(shop, key_values, live, broker: 
         wait_until(lambda: live.stream == "flowing", "it does not flow")
         lags = [f'ifa_stream_lag{{partition="{n}"}} 0.0\n' for n in (0, 1)]
         wait_until(lambda: all(lag in shown(live) for lag in lags), shown(live))
-    assert "events of topic away wait: the broker: " in caplog.text
+    assert waits in caplog.text
     assert "events of topic away go on: the broker responds" in caplog.text
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from ifa_torchrec.modules import UserState
 from ifa_torchrec.serving.errors import BUILD_COMMAND, StateError, StoreError, UnknownUserError
-from ifa_torchrec.serving.states.appending import Addition
+from ifa_torchrec.serving.states.appending import Addition, Progress
 from ifa_torchrec.serving.states.beginning import begin
 from ifa_torchrec.serving.states.building import Unchanged, of_others, whole_records
 from ifa_torchrec.serving.states.journal import Event
@@ -373,14 +373,9 @@ class StateStore:
         Raises:
             StoreError: the states are lost, or the store fails.
         """
-        codec, keys = self._codec, [self._codec.keys.stream(partition) for partition in positions]
-
-        def further(found: list[bytes | None]) -> dict[bytes, bytes]:
-            each = zip(keys, found, positions.values(), strict=True)
-            new = {k: position for k, value, position in each if position > codec.position(k, value)}
-            return {k: codec.seal(k, codec.pack_position(position)) for k, position in new.items()}
-
-        self._update(keys, further)
+        if positions:
+            progress = Progress(self._codec, positions)
+            self._update(progress.keys, progress.apply)
 
     # --------------------------------------------------------------------------------- records
 
