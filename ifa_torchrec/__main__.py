@@ -19,7 +19,7 @@ COMMANDS = {
     "explain": "show which events a request's scores come from",
     "build-states": "sum every user's history into a store of states",
     "states": "list the versions of a store of states, or drop one",
-    "serve": "rank and take events over HTTP",
+    "serve": "rank over HTTP; take events over HTTP or from Kafka",
     "export": "write the scoring graph for a server without Python",
     "backends": "print which backends of the operators there are here",
 }

@@ -9,6 +9,7 @@ SIGHUP loads the run anew while the old weights serve; where --run is a link, it
 another run, whose states were built into the same store. In place of a run, a bundle (ifa export
 --bundle) needs no log where it serves. SIGTERM finishes what was taken. Without a
 bearer token (--token-file) it listens on loopback only. docs/howto/serve.md says who may ask for what.
+With --events kafka://HOST:PORT/TOPIC it takes the events of a topic, too, each once.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -58,6 +60,7 @@ from ifa_torchrec.serving.service.connections import Connection
 from ifa_torchrec.serving.service.logs import LogFormat, log_as
 from ifa_torchrec.serving.service.workers import Workers, shared_sockets
 from ifa_torchrec.serving.states.lazy import LazyStateStore
+from ifa_torchrec.serving.stream import KafkaTopic, Stream
 from ifa_torchrec.training.bundle import Bundle, is_bundle, read_bundle
 from ifa_torchrec.training.run import Run, load_run
 
@@ -89,6 +92,14 @@ class ServeConfig:
     """Names that calls may be addressed to (their Host header), *.DOMAIN for all of a domain, * for any.
     By default any; on loopback localhost and its addresses, so that no web page reaches it by a name of
     its own."""
+    events: str | None = field(default=None, repr=False)
+    """A topic of Kafka whose messages are events to be added: kafka://HOST:PORT/TOPIC."""
+    events_settings: Path | None = None
+    """File with settings of Kafka's client, such as user and password: NAME=VALUE a line, by the names
+    of librdkafka."""
+    skip_refused: bool = False
+    """Pass over messages of the topic that are refused, each with a line in the log; else no more are
+    read from there on."""
     int8: bool = False
     """Round the tables to 8 bits: a third of their memory (docs/serving.md has what it changes)."""
     compiled: bool = False
@@ -114,6 +125,8 @@ class ServeConfig:
         for name in self.allowed_hosts:
             if not re.fullmatch(r"\*|(\*\.)?[^*/\s]+", name):
                 raise ConfigError(f"--allowed-hosts: {name!r} is no name, *.DOMAIN or *")
+        if self.events is None and (self.events_settings is not None or self.skip_refused):
+            raise ConfigError("--events-settings and --skip-refused are of a topic; give --events, too")
         if self.workers < 1:
             raise ConfigError(f"--workers must be at least 1, got {self.workers}")
 
@@ -125,7 +138,7 @@ def serve(config: ServeConfig) -> None:
         CheckpointError, LogError, BundleError: the run, its log or the bundle is not there, or damaged.
         StateError: the store cannot be opened, or has no states of the run's weights.
         ConfigError: the token is empty, or there is none and the address is not loopback; there are too
-            few file handles for all connections; or the port is taken.
+            few file handles for all connections; the port is taken; or --events is no topic's address.
         WorkerError: a worker does not come up.
     """
     # a SIGHUP that comes while this loads is not lost, and ends nothing
@@ -137,11 +150,15 @@ def serve(config: ServeConfig) -> None:
             f"--host {config.host} can be reached from elsewhere: give a token, by --token-file or the "
             "environment variable IFA_TOKEN, or listen on 127.0.0.1"
         )
+    topic = _topic(config)
     if config.workers > 1:
-        _serve_together(config, token)
+        _serve_together(config, token, topic)
         return
     key_values = open_key_value_store(config.store, create=False)
-    with LiveScorer(lambda: _load(config).scorer(config, key_values), config.limits) as live:
+    with (
+        LiveScorer(lambda: _load(config).scorer(config, key_values), config.limits) as live,
+        _reading(topic, live),
+    ):
         _ensure_file_handles(config.limits.max_connections)
         signal.signal(signal.SIGHUP, lambda *_: live.reload())
         if hung_up.is_set():
@@ -191,7 +208,7 @@ def _load(config: ServeConfig) -> _Loaded:
     return _Loaded(run, model, compiled, build)
 
 
-def _serve_together(config: ServeConfig, token: str | None) -> None:
+def _serve_together(config: ServeConfig, token: str | None, topic: KafkaTopic | None) -> None:
     """``serve`` by several processes."""
     limits = config.limits.of_each(config.workers)
     threads = max(1, torch.get_num_threads() // config.workers)
@@ -203,7 +220,7 @@ def _serve_together(config: ServeConfig, token: str | None) -> None:
         def scorer() -> Scorer:
             return loaded.scorer(config, key_values)
 
-        with LiveScorer(scorer, limits, Metrics(Path(folder))) as live:
+        with LiveScorer(scorer, limits, Metrics(Path(folder))) as live, _reading(topic, live):
             _ensure_file_handles(limits.max_connections)
             _log.info("weights %s serve now", live.version)
             _Server(replace(config, limits=limits), live, token, ready).run(sockets)
@@ -257,6 +274,16 @@ class _Server(uvicorn.Server):
         self._live.draining = True
         await asyncio.sleep(self._drain)
         await super().shutdown(sockets)
+
+
+def _topic(config: ServeConfig) -> KafkaTopic | None:
+    if config.events is None:
+        return None
+    return KafkaTopic.at(config.events, config.events_settings, config.skip_refused)
+
+
+def _reading(topic: KafkaTopic | None, live: LiveScorer) -> AbstractContextManager[object]:
+    return nullcontext() if topic is None else Stream(topic, live)
 
 
 def _token(config: ServeConfig) -> str | None:

@@ -17,6 +17,10 @@ class UnknownUserError(StateError):
     """There is no state of a user."""
 
 
+class StreamError(UserError, RuntimeError):
+    """A stream of events cannot be read on; the message says where it stopped and why."""
+
+
 class WorkerError(UserError, RuntimeError):
     """A process of the service does not come up."""
 

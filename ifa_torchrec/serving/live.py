@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -38,6 +39,9 @@ _log = logging.getLogger(__name__)
 STAGES = ("queue", "store", "model", "append")
 """Of a call, as /metrics names them: it waits for its turn; states are read; the model gives logits;
 events are encoded and written."""
+StreamStatus = Literal["flowing", "waiting", "stopped"]
+_FULL = 0.02
+"""Seconds until a thread asks again for a place in a queue that is full."""
 _STAGE_BUCKETS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
@@ -157,6 +161,26 @@ class Metrics:
             registry=registry,
         )
         self.candidates = Counter("ifa_candidates", "Candidates scored.", registry=registry)
+        self.messages = Counter(
+            "ifa_stream_messages",
+            "Messages of the stream, accepted or refused.",
+            ["result"],
+            registry=registry,
+        )
+        self.lag = Gauge(
+            "ifa_stream_lag",
+            "Messages of a partition that this process reads, and has not read yet.",
+            ["partition"],
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self.flowing = Gauge(
+            "ifa_stream_flowing",
+            "1 while the stream of events is read, 0 while it waits or is stopped.",
+            ["topic"],
+            registry=registry,
+            multiprocess_mode="livemin",
+        )
         self.reloads = Counter("ifa_reloads", "Reloads, ok or failed.", ["result"], registry=registry)
         self.forgotten = Counter(
             "ifa_forgotten", "Users forgotten, ok or failed.", ["result"], registry=registry
@@ -194,12 +218,14 @@ class LiveScorer:
     Attributes:
         metrics: Metrics.
         draining: set it when nothing more should be sent here; it shows on /readyz.
+        stream: how the stream is that a ``Stream`` reads; None where there is none. It shows there, too.
     """
 
     def __init__(
         self, load: Callable[[], Scorer], limits: Limits, metrics: Metrics | None = None
     ) -> None:
         self.limits, self.metrics, self.draining = limits, metrics or Metrics(), False
+        self.stream: StreamStatus | None = None
         self._load_scorer = load
         scorer = self._load()
         scorer.catch_up()
@@ -222,9 +248,14 @@ class LiveScorer:
         self.close()
 
     @property
+    def scorer(self) -> Scorer:
+        """That ranks."""
+        return self._scorers[0]
+
+    @property
     def version(self) -> str:
         """Of the weights that rank."""
-        return self._scorers[0].store.version
+        return self.scorer.store.version
 
     def close(self) -> None:
         """Finish what was taken, users that are to be forgotten, and a reload that is under way."""
@@ -274,6 +305,23 @@ class LiveScorer:
         shares = [len(events) / self.limits.max_events]
         (result,) = await self._results(self._append, [events], shares)
         return result
+
+    def add(self, events: Sequence[Event]) -> list[EventResult]:
+        """What became of each event, as ``append``, for a thread that waits until they have had their
+        turn. At most ``limits.max_events`` of them.
+
+        Raises:
+            StoreError: the store fails; some may have been added.
+            ClosedError: it was closed.
+        """
+        share = [len(events) / self.limits.max_events]
+        while True:
+            try:
+                (added,) = self._batcher.submit(self._append, [events], share)
+            except QueueFullError:
+                time.sleep(_FULL)
+            else:
+                return added.result()
 
     async def forget(self, user: int | str) -> Forgotten:
         """Remove all that the store has of a user; rankings go on meanwhile.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+from kafka_broker import Broker
 from shop import Shop, make_shop
 
 
@@ -10,3 +13,11 @@ from shop import Shop, make_shop
 def shop(tmp_path_factory) -> Shop:
     """A log of everything that a schema can hold, and a model of it."""
     return make_shop(tmp_path_factory.mktemp("shop") / "log")
+
+
+@pytest.fixture(scope="session")
+def broker(tmp_path_factory) -> Iterator[Broker]:
+    """A broker of the tests' own."""
+    started = Broker(tmp_path_factory.mktemp("broker"))
+    yield started
+    started.close()

@@ -860,6 +860,49 @@ def test_a_service_takes_new_weights_on_sighup_and_loses_no_event(workers, folde
     store.close()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_service_reads_a_topic_from_where_the_log_ends(workers, folders, models, broker, tmp_path):
+    states, port, name = tmp_path / "states", free_port(), f"served-by-{workers}"
+    shutil.copytree(folders.store, states)
+    first = sum(NUM_EVENTS.values())
+    events = [{**EVENT, "item": item} for item in (3, 9)]
+    for event in events:
+        del event["position"]
+    address = broker.topic(name)
+    broker.send(name, [(0, b"of the log")] * first + [(0, json.dumps(e).encode()) for e in events])
+    options = ["--run", folders.runs[0], "--store", states, "--port", str(port), "--events", address]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ifa_torchrec", "serve", *options, "--workers", str(workers)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+    def ask(path: str) -> str:
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}{path}", timeout=30).text
+        except httpx.TransportError:
+            assert process.poll() is None
+            return ""
+
+    try:
+        until(lambda: '"stream":"flowing"' in ask("/readyz"), 180)
+        until(lambda: 'ifa_events_total{status="taken"} 2.0\n' in ask("/metrics"))
+        process.terminate()
+        _, log = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, log
+    assert f"events are read from topic {name}: position {first}, position 0 of partition 1" in log or (
+        workers > 1
+    )
+    store = open_key_value_store(str(states))
+    assert count(store, models[0]) == NUM_EVENTS[BUSY_USER] + 2
+    assert StateStore(store, models[0].version).stream_positions([0]) == {0: first + 2}
+    store.close()
+
+
 # ------------------------------------------------------------------------------ any call whatever
 
 

@@ -64,7 +64,7 @@ METHODS = ["GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE", "TRACE", 
 class Stub:
     """What the service asks of a LiveScorer, without a model."""
 
-    version, draining = "v", False
+    version, draining, stream = "v", False, None
 
     def __init__(self, **limits: Any) -> None:
         self.limits, self.metrics = Limits(**limits), Metrics()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Coroutine
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import msgpack
 from fastapi import HTTPException, Request, Response
@@ -12,9 +12,11 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
-from ifa_torchrec.serving.service.refusals import told
+from ifa_torchrec.serving.errors import RequestError
+from ifa_torchrec.serving.service.refusals import refusal, told
 
 JSON, MSGPACK = "application/json", "application/msgpack"
+Body = TypeVar("Body", bound=BaseModel)
 
 
 class BodyRoute(APIRoute):
@@ -49,7 +51,11 @@ class BodyRoute(APIRoute):
                 content = await request.body()
             except ClientDisconnect:
                 raise HTTPException(400, "the client left before the body had come") from None
-            response: BaseModel = await endpoint(_checked(model, kind, content))
+            try:
+                body = read_body(model, kind, content)
+            except RequestError as error:
+                raise refusal(error) from error
+            response: BaseModel = await endpoint(body)
             if kind == JSON:
                 return Response(response.__pydantic_serializer__.to_json(response), media_type=JSON)
             return Response(msgpack.packb(response.model_dump()), media_type=MSGPACK)
@@ -81,19 +87,31 @@ def _kind(request: Request) -> str:
     raise HTTPException(422, f"body: its Content-Type is {given!r}; it must be {JSON} or {MSGPACK}")
 
 
-def _checked(model: type[BaseModel], kind: str, content: bytes) -> BaseModel:
-    """The body as its model.
+def read_body(model: type[Body], kind: str, content: bytes) -> Body:
+    """A body as its model.
+
+    Args:
+        model: what it is to be.
+        kind: JSON or MSGPACK.
+        content: the body.
 
     Raises:
-        HTTPException: it is not of its kind, or the model does not take it.
+        RequestError: it is not of its kind, or the model does not take it.
+
+    Example:
+        >>> from ifa_torchrec.serving.service.bodies import JSON, read_body
+        >>> from ifa_torchrec.serving.service.messages import StreamEvent
+        >>> content = b'{"user": 1, "item": "tea", "time": "2024-06-01T10:00:00Z"}'
+        >>> read_body(StreamEvent, JSON, content).item
+        'tea'
     """
     try:
         given = json.loads(content) if kind == JSON else msgpack.unpackb(content)
     except (ValueError, RecursionError) as error:  # msgpack's errors are all ValueErrors
         name = "JSON" if kind == JSON else "MessagePack"
         problem = str(error) or type(error).__name__
-        raise HTTPException(422, f"body: it is no {name} ({problem})") from error
+        raise RequestError(f"body: it is no {name} ({problem})") from error
     try:
         return model.model_validate(given)
     except ValidationError as error:
-        raise HTTPException(422, told(error.errors(include_url=False, include_input=False))) from error
+        raise RequestError(told(error.errors(include_url=False, include_input=False))) from error

@@ -16,6 +16,8 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
+from ifa_torchrec.serving.live import StreamStatus
+from ifa_torchrec.serving.states.journal import Event
 from ifa_torchrec.serving.times import microseconds
 
 _MAX_FEATURES = 1000
@@ -132,11 +134,9 @@ class RankResponse(BaseModel):
     rankings: list[Ranked]
 
 
-class UserEvent(StrictModel):
-    """Something a user did."""
+class StreamEvent(StrictModel):
+    """Something a user did, as a message of a stream, which says where in the stream it stands."""
 
-    partition: Annotated[int, Field(ge=0, lt=2**32, description="Of the stream of events.")] = 0
-    position: Annotated[Natural, Field(description="In the partition; each counts once.")]
     user: Id
     item: Id
     time: Time
@@ -148,6 +148,18 @@ class UserEvent(StrictModel):
         Field(description="A number for each event_dense column; null where it is missing."),
     ] = Field(default_factory=dict)
     weight: Annotated[float | None, Field(description="Where the model's events have one.")] = None
+
+    def at(self, partition: int, position: int) -> Event:
+        """The event at a place in the stream."""
+        fields = self.user, self.item, self.time, self.features, self.numbers, self.weight
+        return Event(position, *fields, partition)
+
+
+class UserEvent(StreamEvent):
+    """Something a user did."""
+
+    partition: Annotated[int, Field(ge=0, lt=2**32, description="Of the stream of events.")] = 0
+    position: Annotated[Natural, Field(description="In the partition; each counts once.")]
 
 
 class EventsRequest(StrictModel):
@@ -195,6 +207,13 @@ class Ready(BaseModel):
     """There are weights and states to rank with."""
 
     version: str
+    stream: Annotated[
+        StreamStatus | None,
+        Field(
+            description="Of serve --events: events are read; the broker or the store is waited for; or "
+            "an event was refused, and no more are read."
+        ),
+    ] = None
 
 
 class Problem(BaseModel):

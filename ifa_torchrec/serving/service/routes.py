@@ -25,11 +25,9 @@ from ifa_torchrec.serving.service.messages import (
     RankResponse,
     Ready,
     Taken,
-    UserEvent,
 )
 from ifa_torchrec.serving.service.refusals import check_count, in_time, problems, refusal, shown
 from ifa_torchrec.serving.states.forgetting import id_of
-from ifa_torchrec.serving.states.journal import Event
 from ifa_torchrec.serving.times import utc
 
 
@@ -125,7 +123,9 @@ def _add_events(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) ->
         """Add events; those that were taken are safe on disk when the response comes."""
         check_count(live.limits.max_events, body.events, "events")
         with in_time("the events may still be added; send them again, each counts once"):
-            results = await live.append([_event(event) for event in body.events])
+            results = await live.append(
+                [event.at(event.partition, event.position) for event in body.events]
+            )
         if isinstance(results, BaseException):
             raise refusal(results)
         return EventsResponse(
@@ -140,19 +140,6 @@ def _add_events(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) ->
         dependencies=bearer,
         route_class_override=BodyRoute,
         openapi_extra=also_msgpack(EventsRequest, EventsResponse),
-    )
-
-
-def _event(event: UserEvent) -> Event:
-    return Event(
-        event.position,
-        event.user,
-        event.item,
-        event.time,
-        event.features,
-        event.numbers,
-        event.weight,
-        event.partition,
     )
 
 
@@ -189,7 +176,7 @@ def _add_health(app: FastAPI, live: LiveScorer) -> None:
         """Whether the process runs."""
         return Alive()
 
-    @app.get("/readyz", responses=problems(503))
+    @app.get("/readyz", responses=problems(503), response_model_exclude_none=True)
     async def readyz() -> Ready:
         """Whether calls should be sent here, and the weights that would rank."""
         if live.draining:
@@ -199,7 +186,7 @@ def _add_health(app: FastAPI, live: LiveScorer) -> None:
         # everyone may ask this, so the response has no addresses; that of /rank says more
         except (StateError, asyncio.TimeoutError) as error:
             raise HTTPException(503, "the states are lost, or the store does not respond") from error
-        return Ready(version=live.version)
+        return Ready(version=live.version, stream=live.stream)
 
 
 def _add_metrics(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) -> None:

@@ -90,6 +90,30 @@ class Addition:
         return {key: codec.seal(key, body) for key, body in bodies.items()}
 
 
+class Progress:
+    """Where a consumer of the stream goes on, written in one transaction; no partition goes back.
+
+    Args:
+        codec: of the version's records.
+        positions: by partition.
+
+    Attributes:
+        keys: of the records that it reads.
+    """
+
+    def __init__(self, codec: RecordCodec, positions: Mapping[int, int]) -> None:
+        self._codec, self._positions = codec, positions
+        self.keys = [codec.keys.stream(partition) for partition in positions]
+
+    def apply(self, values: Sequence[bytes | None]) -> dict[bytes, bytes]:
+        """The records that are new or changed, by their keys; ``values`` lie under ``keys``."""
+        codec, changed = self._codec, dict[bytes, bytes]()
+        for key, value, position in zip(self.keys, values, self._positions.values(), strict=True):
+            if position > codec.position(key, value):
+                changed[key] = codec.seal(key, codec.pack_position(position))
+        return changed
+
+
 class EventSums:
     """What each of E events adds by itself; arguments as ``Addition``'s."""
 

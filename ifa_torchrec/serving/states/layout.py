@@ -10,6 +10,7 @@ Of one version of the weights (VVVVVVVV, the first 8 bytes of the version's hash
     i VVVVVVVV user key       page: the rows of the identity tables from this key on to the next page's
     a VVVVVVVV partition block    which positions of a partition of the event stream are in the states,
                               a bit each
+    p VVVVVVVV partition      where a consumer of that partition goes on
 
 Of all versions there are:
 
@@ -44,7 +45,7 @@ from ifa_torchrec.serving.errors import StateError
 
 BLOCK = 4096
 """Positions a block."""
-STATE_KINDS = (b"s", b"u", b"i", b"k", b"a")
+STATE_KINDS = (b"s", b"u", b"i", b"k", b"a", b"p")
 """First bytes of the keys of a version's records, but the header's; k is of format 4 and before."""
 JOURNAL = b"e"
 """First byte of the keys of the journal's events."""
@@ -54,6 +55,7 @@ USER_BYTES = 16
 CHECKSUM_BYTES = 4
 """At the end of each record."""
 _NUMBER = struct.Struct(">q")
+_PARTITION = struct.Struct(">I")
 _PLACE = struct.Struct(">Iq")  # partition, and position or block
 _INTEGER_USER = struct.Struct(">QQ")
 _SIGN = 2**63  # of an int64; with it flipped, the bytes of negative numbers come before those of others
@@ -213,6 +215,10 @@ class Keys:
     def block(self, place: Place, tag: bytes = b"") -> bytes:
         """Of the bits of the block that a place is in."""
         return b"a" + tag + self.id + _PLACE.pack(place.partition, place.position // BLOCK)
+
+    def stream(self, partition: int) -> bytes:
+        """Of where a consumer of a partition goes on; it is in the first part."""
+        return b"p" + self.tags[0] + self.id + _PARTITION.pack(partition)
 
     def are_of(self, key: bytes) -> bool:
         """Whether a record under a key is of this version."""

@@ -1,4 +1,4 @@
-"""Events that the journal has and a version's states have not."""
+"""Events that the journal, or the stream, has and a version's states have not."""
 
 from __future__ import annotations
 
@@ -42,6 +42,16 @@ class Missing:
         while some := list(islice(keys, 1024)):
             if events := self._not_taken(some):
                 yield events
+
+    def positions(self, partitions: Sequence[int]) -> dict[int, int]:
+        """Where in these partitions of the stream they may begin."""
+        codec, keys = self._codec, [self._codec.keys.stream(partition) for partition in partitions]
+        found: dict[int, int] = {}
+        for partition, key, value in zip(partitions, keys, self._read(keys), strict=True):
+            # what no consumer has said, the events that came by another way may say
+            first = Place(partition, max(codec.positions.get(partition, 0), codec.position(key, value)))
+            found[partition] = self._low_water(first, codec.keys.tags[0]).position
+        return found
 
     def _taken_before(self) -> Callable[[bytes], bytes]:
         """Passes over the events that the log has, and then those of a partition's first blocks that the

@@ -23,6 +23,7 @@ from ifa_torchrec.serving.states.layout import BLOCK, JOURNAL, Keys, Place, Stat
 from ifa_torchrec.serving.states.pages import RowCodec, Rows, quotient, zstd
 
 _BEFORE = struct.Struct("<II")  # CRC of the record s, absent keys
+_POSITION = struct.Struct("<q")
 _CHECKSUM = struct.Struct("<I")
 _RESIDUE = zlib.crc32(_CHECKSUM.pack(zlib.crc32(b"")))
 """The CRC of whatever ends with its own CRC."""
@@ -152,6 +153,14 @@ class RecordCodec:
         if value is None:
             return bytes(BLOCK // 8)
         return zstd.decompress(self.open(key, value), BLOCK // 8, asbytes=True)
+
+    def pack_position(self, position: int) -> bytes:
+        """A record p."""
+        return _POSITION.pack(position)
+
+    def position(self, key: bytes, value: bytes | None) -> int:
+        """What a record p holds; 0 where there is none."""
+        return 0 if value is None else _POSITION.unpack(self.open(key, value))[0]
 
     # ------------------------------------------------------------------------------- states
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from ifa_torchrec.modules import UserState
 from ifa_torchrec.serving.errors import BUILD_COMMAND, StateError, StoreError, UnknownUserError
-from ifa_torchrec.serving.states.appending import Addition
+from ifa_torchrec.serving.states.appending import Addition, Progress
 from ifa_torchrec.serving.states.beginning import begin
 from ifa_torchrec.serving.states.building import Unchanged, of_others, whole_records
 from ifa_torchrec.serving.states.journal import Event
@@ -55,6 +55,7 @@ class StateStore:
     Attributes:
         whole: whether they were built to the end when they were last looked at.
         source: says which log they are built from.
+        mark: of this building of them, by which no other is taken for it.
         layout: StateLayout.
         positions: by partition: the stream's events before it are in the log that the states were
             built from; of other partitions the log has none.
@@ -95,7 +96,7 @@ class StateStore:
     def _configure(self, header: dict[str, Any]) -> None:
         self._header = pack_header(header)
         self._whole = pack_header({**header, "complete": True})
-        self.whole, self.source = header["complete"], header["source"]
+        self.whole, self.source, self.mark = header["complete"], header["source"], header["mark"]
         self._codec = codec = RecordCodec(self.key_values, header)
         self.layout, self.positions, self.latest = codec.layout, codec.positions, codec.latest
         self.vocabulary = codec.vocabulary
@@ -359,6 +360,22 @@ class StateStore:
         are read.
         """
         return Missing(self._codec, self.key_values, self._read).events()
+
+    def stream_positions(self, partitions: Sequence[int]) -> dict[int, int]:
+        """Where a consumer of the stream goes on: by partition, a position before which these states
+        lack no event, but those that it refused."""
+        return Missing(self._codec, self.key_values, self._read).positions(partitions)
+
+    def set_stream_positions(self, positions: Mapping[int, int]) -> None:
+        """Say where a consumer goes on, by partition: what is before is added, or refused for good. No
+        partition goes back.
+
+        Raises:
+            StoreError: the states are lost, or the store fails.
+        """
+        if positions:
+            progress = Progress(self._codec, positions)
+            self._update(progress.keys, progress.apply)
 
     # --------------------------------------------------------------------------------- records
 

@@ -102,6 +102,9 @@ def test_states_are_as_in_one_server(key_values):
     assert_holds(store, model, events)
     assert len({tag_in(key_values.tags, key) for key in key_values.scan(JOURNAL)}) > 20
     assert store.known([*USERS, 1000]).tolist() == [True] * len(USERS) + [False]
+    store.set_stream_positions({0: 120, 1: 60})
+    store.set_stream_positions({})
+    assert store.stream_positions([0, 1, 2]) == {0: 120, 1: 60, 2: 0}
 
     later = new_store(key_values, model, "v2", position={0: 100, 1: 50})
     for missed in later.missed():

@@ -77,7 +77,9 @@ class Model:
         return np.arange(self.ifa.config.identity_key_range)
 
 
-def new_store(key_values, model: Model, version="v1", dtype="float32", position=0) -> StateStore:
+def new_store(
+    key_values, model: Model, version="v1", dtype="float32", position: int | dict[int, int] = 0
+) -> StateStore:
     StateStore.begin(key_values, version, StateLayout.of(model.ifa, dtype), position).finish()
     return StateStore(key_values, version)
 
@@ -236,6 +238,34 @@ def test_of_each_partition_the_log_has_what_is_before_its_position(key_values):
     StateStore.begin(key_values, "v2", layout, {0: 10, 2: 3})  # the same
     with pytest.raises(StateError, match="begun with another positions"):
         StateStore.begin(key_values, "v2", layout, 10)
+
+
+def test_a_consumer_goes_on_where_the_states_are(key_values):
+    model = Model()
+    store = new_store(key_values, model, position={0: 7, 2: 9000})
+    assert store.stream_positions([2, 0, 1]) == {2: 9000, 0: 7, 1: 0}
+    assert store.stream_positions([]) == {}
+    store.set_stream_positions({0: 20, 1: 30, 2: 8000})
+    store.set_stream_positions({0: 19, 1: 31})
+    store.set_stream_positions({})
+    again = StateStore(key_values, "v1")
+    assert again.stream_positions([0, 1, 2]) == {0: 20, 1: 31, 2: 9000}
+    other = new_store(key_values, model, "v2")
+    assert other.stream_positions([0, 1]) == {0: 0, 1: 0}
+    drop(key_values, "v1")
+    assert new_store(key_values, model).stream_positions([0, 1]) == {0: 0, 1: 0}
+    with pytest.raises(StoreError, match="built anew since"):
+        store.set_stream_positions({0: 21})
+
+
+def test_a_consumer_passes_over_whole_blocks_that_came_by_another_way(key_values):
+    model = Model(DENSE)
+    store = new_store(key_values, model, position={1: 4090})
+    events = [Event(position, 7, 1, position, partition=1) for position in range(4090, 4100)]
+    store.append(events, model.encode_each)
+    assert store.stream_positions([0, 1]) == {0: 0, 1: 4096}
+    store.set_stream_positions({1: 4100})
+    assert store.stream_positions([1]) == {1: 4100}
 
 
 def append_all(address: str, events: Sequence[Event], model: Model, batch: int) -> None:
