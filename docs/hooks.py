@@ -53,8 +53,7 @@ _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """Put them into the navigation; name the version, and link to its source where the builder says where
-    it lies."""
+    """Put them into the navigation; name the version, and link to the source if its place is known."""
     head = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(head, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     config.copyright = f"Version {version('ifa-torchrec')}, commit {commit}"
@@ -100,7 +99,7 @@ def as_markdown(notebook: Path) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, files: Files, **_: Any) -> str:
-    """Turn links between files of the repository into links between pages; rank the page in the search."""
+    """Turn links between files of the repository into links between pages; weigh it in the search."""
     if page.file.src_uri.startswith(FOUND_FIRST):
         page.meta["search"] = {"boost": 4}
     here = page.file.src_uri if page.file.src_uri in OUTSIDE else f"docs/{page.file.src_uri}"
