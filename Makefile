@@ -3,6 +3,7 @@
 # make setup   the set-up alone: .venv with everything in it
 # make spark   set up, with PySpark (450 MB), for its slow tests; Spark wants Java 17 or later
 # make pages   measure speed anew, and write its pages (half an hour on 2 idle cores; docs/benchmarks.md)
+# make dist    an sdist and a wheel with the kernels, in dist/
 # make lint, coverage, docs   see CONTRIBUTING.md
 # EXTRA=gpu    for a machine with an NVIDIA GPU
 
@@ -22,7 +23,7 @@ UV_ENV := $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)") \
 # too, a training step takes 3 times as long instead of 20.
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: setup spark demo test test-slow coverage lint docs pages clean
+.PHONY: setup spark demo test test-slow coverage lint docs pages dist clean
 
 setup: $(STAMP)
 
@@ -66,5 +67,9 @@ pages: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# the wheel is for machines like this one; cibuildwheel makes those for others (pyproject.toml)
+dist: setup
+	$(UV_ENV) $(BIN)/uv build
+
 clean:
-	rm -rf .venv runs *.egg-info
+	rm -rf .venv runs dist build *.egg-info

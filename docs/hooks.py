@@ -7,6 +7,9 @@ becomes its text.
 The notebooks of examples/ are pages too, as they were run when they were committed: tests/examples runs
 them. Formulae become MathML, which browsers set without a script, in a font for formulae; many systems
 have none, so the site has the one that ziamath brings.
+
+Every page ends with the version and the commit it was built from: a site of an older version is built
+from its tag.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ from __future__ import annotations
 import json
 import posixpath
 import re
+import subprocess
 from html import unescape
+from importlib.metadata import version
 from importlib.resources import files as files_of
 from pathlib import Path
 from typing import Any
@@ -40,14 +45,22 @@ OUTSIDE = [*EXAMPLES, *NOTEBOOKS, "CONTRIBUTING.md", "CHANGELOG.md"]
 
 FONT = "STIXTwoMath-Regular.ttf"
 
+FOUND_FIRST = ("concepts.md", "words.md", "howto/")
+"""Pages that explain a word, which the search puts before those that use it often."""
+
 _FORMULA = re.compile(r'class="arithmatex">\\([(\[])(.*?)\\[)\]]<', re.S)
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """Put them into the navigation; link to the source where the builder says where it lies."""
-    if not config.repo_url:
-        config.edit_uri = ""
+    """Put them into the navigation; name the version, and link to the source if its place is known."""
+    head = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(head, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    config.copyright = f"Version {version('ifa-torchrec')}, commit {commit}"
+    config.edit_uri = ""
+    if config.repo_url:
+        config.edit_uri = f"blob/{commit}/docs/"
+        config.copyright = f'<a href="{config.repo_url}/tree/{commit}">{config.copyright}</a>'
     assert config.nav is not None
     place = next(i for i, entry in enumerate(config.nav) if "When not to use it" in entry)
     config.nav[place:place] = [{"Notebooks": [*NOTEBOOKS]}, {"Examples": EXAMPLES}]
@@ -86,7 +99,9 @@ def as_markdown(notebook: Path) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, files: Files, **_: Any) -> str:
-    """Turn links between files of the repository into links between pages."""
+    """Turn links between files of the repository into links between pages; weigh it in the search."""
+    if page.file.src_uri.startswith(FOUND_FIRST):
+        page.meta["search"] = {"boost": 4}
     here = page.file.src_uri if page.file.src_uri in OUTSIDE else f"docs/{page.file.src_uri}"
 
     def turned(link: re.Match[str]) -> str:

@@ -192,7 +192,7 @@ def build_on_ranks(run: Path, address: str, fail_after: int | None) -> dict:
     return build_states(BuildStatesConfig(run, address, 0, max_events=60, max_requests=1))
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("address", "world"), [("lmdb", 1), ("redis", 2)], indirect=["address"])
 def test_ranks_share_the_users_and_go_on_where_they_were_stopped(run, address, world):
     stopped = run_ranks(build_on_ranks, world, run, address, 1, check=False)
     assert {type(result) for result in stopped} == {Stopped}

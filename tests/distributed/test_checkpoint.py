@@ -498,7 +498,7 @@ class TestOtherRanksAndPlans:
         everything = list(range(SPLITS["train"]))
         assert sorted(flat[: len(everything)]) == sorted(flat[len(everything) :]) == everything
 
-    @pytest.mark.parametrize("world", [1, 2, 4])
+    @pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
     def test_scores_do_not_depend_on_the_ranks(self, runs, on_ranks, log, world: int) -> None:
         alone = scores_of([saved.whole.out for saved in runs.values()])
         candidates = len(RankingDataset(log, "test").requests["candidates"])

@@ -153,7 +153,13 @@ def check(found: dict) -> None:
     assert found["pipeline"] == pytest.approx(found["plain"], rel=1e-6)
 
 
-@pytest.mark.parametrize("interaction", INTERACTIONS)
+@pytest.mark.parametrize(
+    "interaction",
+    [
+        pytest.param(name, marks=() if name in ("none", "sim", "ifa") else pytest.mark.slow)
+        for name in INTERACTIONS
+    ],
+)
 def test_both_collections_are_pipelined_and_losses_are_the_plain_loops(interaction, log):
     init_process_group()
     check(in_both_ways(log.path, interaction))

@@ -23,7 +23,7 @@ def measured(sharding: str):
     return traffic.measure(traffic.Options(sharding=sharding, requests=8, history=400, dim=16))
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("sharding", "tolerance"), [("table_wise", 0.003), ("row_wise", 0.03)])
 def test_the_formulae_give_what_ranks_send(sharding: str, tolerance: float, world: int) -> None:
     """With row_wise the rows are drawn at random, so the share that lies elsewhere is too."""

@@ -306,7 +306,7 @@ def test_killed_at_any_moment_nothing_is_lost_and_nothing_counts_twice(address):
         reader = fork.Process(target=append_all, args=(address, events[::-1], model, 5))
         writer.start()
         reader.start()
-        if kills < 25:
+        if kills < 12:
             time.sleep(rng.uniform(0.01, 0.25))
             for process in (writer, reader):
                 if process.is_alive():
@@ -314,7 +314,7 @@ def test_killed_at_any_moment_nothing_is_lost_and_nothing_counts_twice(address):
                     kills += 1
         writer.join()
         reader.join()
-        if kills >= 25 and writer.exitcode == reader.exitcode == 0:
+        if kills >= 12 and writer.exitcode == reader.exitcode == 0:
             break
     key_values = open_key_value_store(address)
     assert_holds(StateStore(key_values, "v1"), model, events)
