@@ -76,7 +76,12 @@ def part_in_sql(user: str, parts: int) -> str:
         >>> duckdb.sql(f"SELECT {part_in_sql('u', 4)} FROM range(1, 9) r(u)").fetchall()[:3]
         [(1,), (2,), (0,)]
     """
-    return f"CAST(({user}::UHUGEINT * {_ODD} // {1 << 32} % {1 << 32}) % {parts} AS INTEGER)"
+    low_bits = (1 << 32) - 1
+    low, high = f"({user}::UBIGINT & {low_bits})", f"({user}::UBIGINT >> 32)"
+    # the product modulo 2^64, of halves, since DuckDB refuses one that does not fit
+    carried = f"({low} * {_ODD & low_bits} >> 32)"
+    crossed = f"({low} * {_ODD >> 32} & {low_bits}) + ({high} * {_ODD & low_bits} & {low_bits})"
+    return f"CAST(({carried} + {crossed} & {low_bits}) % {parts} AS INTEGER)"
 
 
 def file_of(table: str, part: int) -> str:
