@@ -87,6 +87,22 @@ def order_of(dataset: RankingDataset, seed: int | None) -> int | PartByPart | No
     return PartByPart(dataset.of_parts, seed, None if dataset.log.whole else _gathered)
 
 
+def counted(log: EventLog, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct numbers among whole numbers of a split, ascending, and how often each is there; those
+    of all ranks, where each has parts of its own open.
+
+    Args:
+        log: as this rank has it open.
+        values: [n] int64, of what is open.
+    """
+    numbers, counts = np.unique(values, return_counts=True)
+    if log.whole:
+        return numbers, counts
+    of_ranks = np.concatenate(_gathered(np.stack([numbers, counts])), axis=1)
+    numbers, place = np.unique(of_ranks[0], return_inverse=True)
+    return numbers, np.bincount(place, of_ranks[1]).astype(np.int64)
+
+
 def _gathered(values: np.ndarray) -> list[np.ndarray]:
     found = [values] * dist.get_world_size()
     dist.all_gather_object(found, values)

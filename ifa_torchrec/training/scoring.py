@@ -31,7 +31,7 @@ from ifa_torchrec.training.metrics import (
     regression_metrics,
     why_unranked,
 )
-from ifa_torchrec.training.own import OwnRequests, order_of, over_ranks, own_requests
+from ifa_torchrec.training.own import OwnRequests, counted, order_of, over_ranks, own_requests
 from ifa_torchrec.training.progress import progress_bar
 
 _OF_EXPOSED = ("gauc", "ne", "calibration", "mae", "correlation")
@@ -239,7 +239,8 @@ def measure(
             metrics |= of_task.exposed_alone(by_itself)
         for feature in by:
             of_request = np.asarray(dataset.requests[feature])
-            values = np.unique(of_request[np.diff(dataset.requests[OFFSETS]) > 0])  # of all ranks
+            with_candidates = of_request[np.diff(dataset.requests[OFFSETS]) > 0]
+            values, _ = counted(dataset.log, with_candidates)  # of all ranks
             metrics.setdefault("by", {})[feature] = {
                 int(value): of_task.metrics(of_request[own.request] == value) for value in values
             }

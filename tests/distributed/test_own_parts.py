@@ -122,6 +122,36 @@ def test_the_validation_is_that_of_the_whole_log(ranks: list, out: Path, whole: 
         assert measured[0][f"valid_{name}"] == pytest.approx(again[name], rel=1e-5)
 
 
+def evaluate_here(data: list[Path], run: Path) -> dict:
+    return evaluate(EvaluateConfig(run, data=data[dist.get_rank()], by=("store",), set_size=2))
+
+
+def test_what_is_evaluated_is_the_whole_log(
+    ranks: list, copies: list[Path], out: Path, whole: Path
+) -> None:
+    wanted, *found = (
+        evaluate(EvaluateConfig(out, data=whole, by=("store",), set_size=2)),
+        *run_ranks(evaluate_here, 2, copies, out),
+    )
+    for metrics in found:
+        assert numbers(metrics).keys() == numbers(wanted).keys()
+        for name, value in numbers(wanted).items():
+            near = 2e-4 if name.endswith("auc") or "reliability" in name else 1e-5
+            assert numbers(metrics)[name] == pytest.approx(value, abs=near, nan_ok=True), name
+    assert {"by", "by_history", "items", "shares", "sets"} <= wanted.keys()
+
+
+def numbers(metrics: dict, prefix: str = "") -> dict:
+    """What is measured by one name each, the time apart."""
+    found = {}
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            found |= numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, (int, float)) and name != "ms_per_request":
+            found[f"{prefix}{name}"] = value
+    return found
+
+
 def decided_here(data: list[Path], one: Path, out: Path) -> tuple[list[dict], set[int]]:
     """What two ranks decide from a log in parts of their own, and from one without parts; and the items
     of this rank's events."""
