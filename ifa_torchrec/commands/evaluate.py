@@ -83,7 +83,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 def _evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], tuple[Task, ...]]:
     """What ``evaluate`` returns, and the tasks that it is of."""
-    run = load_run(config.run, config.data, sharded=not config.int8)
+    run = load_run(config.run, config.data, sharded=not config.int8, whole_log=False)
     if config.int8:
         run.model = DLRM_IFATrain(quantize_tables(run.dlrm))
     known = list(run.log.schema.context_features)

@@ -65,6 +65,7 @@ class RankingDataset(Dataset[RankingBatch]):
 
     Attributes:
         histories: where the requests' histories lie.
+        of_parts: how many requests each part of the log has, be it open or not.
 
     Example:
         >>> import pandas as pd, tempfile
@@ -96,6 +97,8 @@ class RankingDataset(Dataset[RankingBatch]):
             raise ConfigError(f"unknown_items must be at least 0 and less than 1, got {unknown_items}")
         self._open(log, log.requests(split), history_length)
         self._unknown_items, self._seed = unknown_items, seed
+        self.of_parts = log.requests_of_parts(split)
+        self._before = sum(self.of_parts[: log.own.start])
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other items to be unknown: those of this epoch."""
@@ -147,6 +150,7 @@ class RankingDataset(Dataset[RankingBatch]):
         self.log, self.requests = log, requests
         self.histories = Histories(log, requests[USER], requests[TIME], history_length, since)
         self._unknown_items, self._seed, self._epoch = 0.0, 0, 0
+        self.of_parts, self._before = [len(self.histories)], 0
 
     @cached_property
     def history_lengths(self) -> np.ndarray:
@@ -229,7 +233,9 @@ class RankingDataset(Dataset[RankingBatch]):
         out[:] = self.log.item_rows(items)
         if self._unknown_items:
             key = np.random.SeedSequence([self._seed, self._epoch]).generate_state(1, np.uint64)[0]
-            request = np.repeat(_mixed(index.astype(np.uint64) + key), lengths)
+            # by its number in the whole split, so that it is drawn alike on any number of ranks
+            number = (index + self._before).astype(np.uint64)
+            request = np.repeat(_mixed(number + key), lengths)
             drawn = _mixed(request + items.astype(np.uint64) * _ODD)
             out[drawn < int(self._unknown_items * 2**64)] = 0
 

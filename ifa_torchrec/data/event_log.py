@@ -40,7 +40,14 @@ from ifa_torchrec.data.header import Header, read_header, write_header
 from ifa_torchrec.data.histories import AT_ONCE
 from ifa_torchrec.data.log_items import LogItems
 from ifa_torchrec.data.mapped_columns import MappedColumns
-from ifa_torchrec.data.parts import check_parts, check_users, found_parts, part_of
+from ifa_torchrec.data.parts import (
+    check_open,
+    check_parts,
+    check_users,
+    found_parts,
+    own_parts,
+    part_of,
+)
 from ifa_torchrec.data.remote import RemoteLog, is_uri
 from ifa_torchrec.data.scales import scales_of
 from ifa_torchrec.data.schema import (
@@ -67,6 +74,8 @@ class EventLog(LogItems):
 
     Args:
         path: the log's folder, or a URI of it (s3://, gs://, hdfs://, file://); see data/remote.py.
+        shard: (rank, world size): a rank opens parts of its own alone, where there are enough; see
+            ``own_parts``. Events, requests and users are then those of these parts.
 
     Attributes:
         place: what was given.
@@ -82,6 +91,7 @@ class EventLog(LogItems):
             vectors [I, width] float32; of each list its ids, int64, and NAME_offsets [I + 1] int64.
         num_items: I.
         parts: how many parts the log has.
+        own: the parts that are open.
 
     Raises:
         LogError: the folder is missing, half written, or a column is missing, of the wrong
@@ -99,7 +109,7 @@ class EventLog(LogItems):
         ([1, 2], [0, 2, 3], [3, 2, 1])
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, shard: tuple[int, int] = (0, 1)) -> None:
         place = str(path)
         remote = RemoteLog(place) if is_uri(path) else None
         path = Path(path) if remote is None else remote.folder
@@ -108,7 +118,9 @@ class EventLog(LogItems):
         self._header = header = read_header(path / "schema.json")
         schema, self.scales = header.schema, header.scales
         self.parts = len(header.parts.get("events", [None]))
-        self._columns = MappedColumns(path, schema, header.rows, header.parts, remote)
+        self.own, self._shard = own_parts(self.parts, shard), shard
+        own = {name: {n: parts[n] for n in self.own} for name, parts in header.parts.items()}
+        self._columns = MappedColumns(path, schema, header.rows, own, remote)
         items = self._columns.open("items", lambda table, _: check_items(table, schema))
         super().__init__(place, path, schema, items)
         self.events = self._columns.open("events", self._check_events, [USER_OFFSETS])
@@ -242,13 +254,22 @@ class EventLog(LogItems):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens the log itself: what is mapped to memory is not sent there."""
-        return _opened, (self.place, self.schema)
+        return _opened, (self.place, self.schema, self._shard)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all parts are open."""
+        return len(self.own) == self.parts
 
     def fingerprint(self) -> str:
-        """A digest of the schema, all columns of all tables and the vocabulary, to tell logs apart."""
-        for split in self.splits:
-            self.requests(split)
-        digests = sorted(self._columns.digests.items())
+        """A digest of the schema, all columns of all tables (or the files of their parts) and the
+        vocabulary, to tell logs apart; the same on all ranks."""
+        if self._header.parts:
+            digests = [self._columns.digests["items"], sorted(self._header.parts.items())]
+        else:
+            for split in self.splits:
+                self.requests(split)
+            digests = sorted(self._columns.digests.items())
         content = (self.schema, digests, self.vocabulary.digest)
         return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
@@ -304,6 +325,16 @@ class EventLog(LogItems):
         """Names of the request splits."""
         return [n.removeprefix("requests/") for n in self._header.rows if n.startswith("requests/")]
 
+    def requests_of_parts(self, split: str) -> list[int]:
+        """How many requests of a split each part of the log has, be it open or not.
+
+        Raises:
+            LogError: no such split.
+        """
+        self._check_split(split)
+        parts = self._header.parts.get(f"requests/{split}")
+        return [part.rows for part in parts] if parts else [self._header.rows[f"requests/{split}"]]
+
     def item_names(self) -> list[str]:
         """What to call each item: the items' column `name`, or else its external id, or its number where
         it has none."""
@@ -325,8 +356,7 @@ class EventLog(LogItems):
         Raises:
             LogError: no such split, or a column is not what the schema says.
         """
-        if split not in self.splits:
-            raise LogError(f"{self.place}: no split {split!r}, there are {self.splits}")
+        self._check_split(split)
         name = f"requests/{split}"
         if not self._header.rows[name]:
             raise LogError(f"{name}: there are no requests; leave the split out")
@@ -340,6 +370,10 @@ class EventLog(LogItems):
             return columns
 
         return self._columns.open(name, check, offsets)
+
+    def _check_split(self, split: str) -> None:
+        if split not in self.splits:
+            raise LogError(f"{self.place}: no split {split!r}, there are {self.splits}")
 
     def _check_events(self, table: pa.Table, part: int) -> Columns:
         columns = check_events(table, self.schema, self.num_items)
@@ -358,6 +392,9 @@ class EventLog(LogItems):
         Returns:
             start and end [R] int64: the history is ``events[...][start:end]``.
 
+        Raises:
+            LogError: a user's part is not open.
+
         Example:
             >>> import numpy as np, pandas as pd, tempfile
             >>> from ifa_torchrec.data import EventLog, LogSchema
@@ -373,6 +410,8 @@ class EventLog(LogItems):
         """
         start = np.zeros(len(user), dtype=np.int64)
         end = np.zeros(len(user), dtype=np.int64)
+        if not self.whole:
+            check_open(user, self.own, self.parts)
         if not len(self.users):
             return start, end
         for first in range(0, len(user), AT_ONCE):
@@ -388,12 +427,12 @@ class EventLog(LogItems):
         """Where each user is among ``users``, or would be among those of the part."""
         if self.parts == 1:
             return np.searchsorted(self.users, user)
-        part = part_of(user, self.parts)
+        part = part_of(user, self.parts) - self.own.start
         return _first_at(np.asarray(self.users), self._bounds[part], self._bounds[part + 1], user)
 
 
-def _opened(place: str, schema: LogSchema) -> EventLog:
-    log = EventLog(place)
+def _opened(place: str, schema: LogSchema, shard: tuple[int, int]) -> EventLog:
+    log = EventLog(place, shard)
     log.schema = schema
     return log
 

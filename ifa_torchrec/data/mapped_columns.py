@@ -1,10 +1,10 @@
 """The columns of a log's Parquet files as .npy files, which are mapped to memory.
 
     LOG/.columns/
-      events-CONTENT/    of events.parquet, or of all its parts, as they are now; CONTENT is a digest of
-                         them and of the schema
+      events-CONTENT/    of events.parquet as it is now; CONTENT is a digest of it and of the schema
         user.npy ...     its columns
         made.json        what they were made of: the schema, and size, time and SHA-256 of each file
+      events@0-4-CONTENT/   of parts 0 to 3, which are opened together, of a log in parts
       .draft-*           columns that are being made
       .lock              held by who makes them
 
@@ -49,7 +49,7 @@ class MappedColumns:
         path: the log's folder.
         schema: by which columns are read and checked.
         rows: how many rows each table must have, by its name: its Parquet file's without suffix.
-        parts: of each table that is in parts.
+        parts: of each table that is in parts those that are opened, in a row, by their numbers.
         remote: the log elsewhere that ``path`` is the copy of, if it is one: files are copied when
             columns are made of them.
 
@@ -74,7 +74,7 @@ class MappedColumns:
         path: Path,
         schema: LogSchema,
         rows: Mapping[str, int],
-        parts: Mapping[str, Sequence[Part]] | None = None,
+        parts: Mapping[str, Mapping[int, Part]] | None = None,
         remote: RemoteLog | None = None,
     ) -> None:
         self.path, self.root, self.rows, self.parts = path, path / ".columns", rows, parts or {}
@@ -164,7 +164,8 @@ class MappedColumns:
         try:
             held = None if self._remote is None else use(draft)
             joined = _Joined(draft, offsets)
-            for number, parquet in enumerate(self._files(name)):
+            numbers = self.parts.get(name, [0])
+            for number, parquet in zip(numbers, self._files(name), strict=True):
                 with self._here(name, number, parquet):
                     source = _see(parquet)
                     joined.add(self._read(name, number, parquet, source[-1], check))
@@ -176,7 +177,7 @@ class MappedColumns:
             (draft / "made.json").write_text(json.dumps(made))
             key = f"{self._schema} {' '.join(sources[2::3])}"
             content = hashlib.sha256(key.encode()).hexdigest()[:_DIGEST]
-            folder = self.root / f"{name}-{content}"
+            folder = self.root / f"{self._called(name)}-{content}"
             folder.parent.mkdir(exist_ok=True)
             # Who has opened the old columns keeps them: files that are mapped outlive their names.
             for old in self._made(name):
@@ -198,7 +199,7 @@ class MappedColumns:
         """The columns of one file, which is as schema.json says."""
         part = self.parts[name][number] if name in self.parts else None
         if part is not None and part.sha256 != sha256:
-            same = [n for n, other in enumerate(self.parts[name]) if other.sha256 == sha256]
+            same = [n for n, other in self.parts[name].items() if other.sha256 == sha256]
             told = f"it is part {same[0]}" if same else "its SHA-256 is another"
             raise LogError(
                 f"{parquet}: not the part that the log was written with, {told}; copy that back, or "
@@ -230,14 +231,21 @@ class MappedColumns:
         return self._remote.file(str(parquet.relative_to(self.path)), part)
 
     def _files(self, name: str) -> list[Path]:
-        """The Parquet files of a table."""
+        """The Parquet files of a table, of its parts those that are opened."""
         if name in self.parts:
-            return [self.path / file_of(name, part) for part in range(len(self.parts[name]))]
+            return [self.path / file_of(name, part) for part in self.parts[name]]
         return [self.path / f"{name}.parquet"]
+
+    def _called(self, name: str) -> str:
+        """What the folders of a table's columns begin with."""
+        if name not in self.parts:
+            return name
+        first, *_ = numbers = list(self.parts[name])
+        return f"{name}@{first}-{first + len(numbers)}"  # no split has an @ in its name
 
     def _made(self, name: str) -> list[Path]:
         """The folders of columns that were made of a Parquet file, as it is now or was before."""
-        return list(self.root.glob(f"{name}-{'?' * _DIGEST}"))
+        return list(self.root.glob(f"{self._called(name)}-{'?' * _DIGEST}"))
 
     def _clear_drafts(self) -> None:
         """Delete what killed openings left, unless it is another process at work."""

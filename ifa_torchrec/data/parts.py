@@ -76,7 +76,31 @@ def part_in_sql(user: str, parts: int) -> str:
         >>> duckdb.sql(f"SELECT {part_in_sql('u', 4)} FROM range(1, 9) r(u)").fetchall()[:3]
         [(1,), (2,), (0,)]
     """
-    return f"CAST(({user}::UHUGEINT * {_ODD} // {1 << 32} % {1 << 32}) % {parts} AS INTEGER)"
+    low_bits = (1 << 32) - 1
+    low, high = f"({user}::UBIGINT & {low_bits})", f"({user}::UBIGINT >> 32)"
+    # the product modulo 2^64, of halves, since DuckDB refuses one that does not fit
+    carried = f"({low} * {_ODD & low_bits} >> 32)"
+    crossed = f"({low} * {_ODD >> 32} & {low_bits}) + ({high} * {_ODD & low_bits} & {low_bits})"
+    return f"CAST(({carried} + {crossed} & {low_bits}) % {parts} AS INTEGER)"
+
+
+def own_parts(parts: int, shard: tuple[int, int]) -> range:
+    """The parts that a rank opens: as many as another rank's, or one more or less; all where there are
+    fewer parts than ranks.
+
+    Args:
+        parts: how many there are.
+        shard: (rank, world size).
+
+    Example:
+        >>> from ifa_torchrec.data.parts import own_parts
+        >>> [own_parts(5, (rank, 2)) for rank in (0, 1)], own_parts(5, (0, 8))
+        ([range(0, 2), range(2, 5)], range(0, 5))
+    """
+    rank, world = shard
+    if world > parts:
+        return range(parts)
+    return range(rank * parts // world, (rank + 1) * parts // world)
 
 
 def file_of(table: str, part: int) -> str:
@@ -128,6 +152,32 @@ def check_users(users: np.ndarray, part: int, parts: int) -> None:
         raise LogError(
             f"user {user[0]} belongs in part {part_of(user, parts)[0]} of {parts}, not in part {part}; "
             "write the log again"
+        )
+
+
+def check_open(users: np.ndarray, own: range, parts: int) -> None:
+    """Refuse users whose events are in parts that are not open.
+
+    Args:
+        users: [n] int64.
+        own: the parts that are.
+        parts: how many there are.
+
+    Raises:
+        LogError: those of one of them are.
+
+    Example:
+        >>> import numpy as np
+        >>> from ifa_torchrec.data.parts import check_open
+        >>> check_open(np.array([1, 4]), own=range(2), parts=4)
+    """
+    part = part_of(users, parts)
+    closed = np.flatnonzero((part < own.start) | (part >= own.stop))
+    if len(closed):
+        user = users[closed[0]]
+        raise LogError(
+            f"user {user} is in part {part[closed[0]]}, and of the log's {parts} parts {own.start} to "
+            f"{own.stop - 1} alone are open here; open the log without a shard"
         )
 
 

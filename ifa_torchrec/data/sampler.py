@@ -5,13 +5,14 @@ from __future__ import annotations
 import heapq
 from array import array
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import Sampler
 
-from ifa_torchrec.data.order import InTime, Order
+from ifa_torchrec.data.order import InTime, Order, PartByPart
+from ifa_torchrec.data.parts import own_parts
 from ifa_torchrec.errors import ConfigError
 
 EMPTY_REQUEST = -1
@@ -47,12 +48,16 @@ class EventBudgetSampler(Sampler[list[int]]):
     Steps are cut as they are taken, from a window of requests at a time, so that the first comes at once
     and memory does not grow with the requests. Their number is known when the last was taken.
 
+    Where a rank has requests of its own parts of a log (``PartByPart.gather``), it fills its budget from
+    these, and ranks take as many steps as the one that needs most. They tell each other at the beginning
+    of a pass how many requests each of their steps has, for which they cut it once before.
+
     Args:
         history_lengths: [R], events in each request's history; or ``RankingDataset.histories``, which
-            finds them a window at a time.
+            finds them a window at a time. Of the requests that the rank has.
         max_events: budget of events a rank's batch.
         max_requests: most requests a rank's batch.
-        seed: shuffles with this seed; None keeps the order; or InTime, the order itself.
+        seed: shuffles with this seed; None keeps the order; or the order itself, InTime or PartByPart.
         shard: (rank, world size).
 
     Example:
@@ -69,7 +74,7 @@ class EventBudgetSampler(Sampler[list[int]]):
         history_lengths: Sequence[int] | np.ndarray | FindsLengths,
         max_events: int,
         max_requests: int,
-        seed: int | InTime | None = None,
+        seed: int | InTime | PartByPart | None = None,
         shard: tuple[int, int] = (0, 1),
     ) -> None:
         if max_events < 1 or max_requests < 1:
@@ -81,26 +86,58 @@ class EventBudgetSampler(Sampler[list[int]]):
         else:
             self._lengths = history_lengths.lengths
         self.max_events, self.max_requests = max_events, max_requests
-        self.order = seed if isinstance(seed, InTime) else Order(len(history_lengths), seed)
+        if isinstance(seed, (InTime, PartByPart)):
+            self.order = seed
+        else:
+            self.order = Order(len(history_lengths), seed)
         self.shard = shard
+        self._gather = seed.gather if isinstance(seed, PartByPart) else None
+        self._sharing = 1 if self._gather else shard[1]  # ranks that share the requests of a step
         self.start_at(0)
 
     def start_at(self, epoch: int, request: int = 0) -> None:
         """Begin the next pass at this epoch's order, ``request`` requests in (to resume a run).
 
-        The ranks together have taken that many, whatever their number was.
+        The ranks together have taken that many, whatever their number was. In a log in parts a position
+        is more than a number; see ``load_state_dict``.
         """
+        if isinstance(self.order, PartByPart):
+            if request:
+                raise ConfigError(
+                    f"request {request} is no position in a log in parts; give what state_dict gave to "
+                    "load_state_dict"
+                )
+            self._of_parts = np.zeros(len(self.order.of_parts), np.int64)
+        self._begin(epoch, request)
+
+    def _begin(self, epoch: int, request: int) -> None:
         self._start = (epoch, request)
-        self._taken = array("q", [request])
+        # of ranks that share requests together, or else of each rank: those taken after each step
+        self._taken: list[Sequence[int]] = [[0]] * (self.shard[1] // self._sharing)
 
     def __iter__(self) -> Iterator[list[int]]:
+        if self._gather is None:
+            taken = array("q", [0])
+            self._taken = [taken]
+            return self._lists(taken)
+        taken = self._gather(np.array([0, *(last for last, _ in self._steps())], np.int64))
+        steps = max(len(of_rank) for of_rank in taken)
+        taken = [np.pad(mine, (0, steps - len(mine)), mode="edge") for mine in taken]
+        self._taken = [mine.tolist() for mine in taken]
+        return self._own_lists(np.diff(np.stack(taken)).max(axis=0).tolist())
+
+    def _lists(self, taken: array[int]) -> Iterator[list[int]]:
         rank, _ = self.shard
-        self._taken = taken = array("q", [self._start[1]])
         for last, shares in self._steps():
             taken.append(last)
-            width = max(len(share) for share in shares)
-            mine = shares[rank].tolist()
-            yield mine + [EMPTY_REQUEST] * (width - len(mine))
+            yield _padded(shares[rank], max(len(share) for share in shares))
+
+    def _own_lists(self, widths: list[int]) -> Iterator[list[int]]:
+        """Of requests that this rank has alone, as long as the longest of any rank in that step."""
+        steps, none = self._steps(), np.empty(0, np.int64)
+        for width in widths:
+            _, (mine,) = next(steps, (0, [none]))
+            yield _padded(mine, width)
 
     def requests_taken(self, step: int) -> int:
         """Requests of the epoch that all ranks have taken after ``step`` steps of this pass.
@@ -108,7 +145,7 @@ class EventBudgetSampler(Sampler[list[int]]):
         Args:
             step: at most as many as the pass has given lists.
         """
-        return self._taken[step]
+        return self._start[1] + sum(taken[step] for taken in self._taken)
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """The position after ``step`` steps of this pass: of what was trained, however many lists were
@@ -128,9 +165,15 @@ class EventBudgetSampler(Sampler[list[int]]):
             [[[2]], [[3]]]
         """
         epoch, request = self._start[0], self.requests_taken(step)
+        state: dict[str, Any] = {"epoch": epoch, "request": request, "order": self.order.state_dict()}
+        if isinstance(self.order, PartByPart):
+            taken = [taken[step] for taken in self._taken]
+            after = self.order.after(epoch, self._of_parts, self._owns(self.order), taken)
+            state["of_parts"] = after.tolist()
         if request == self.order.requests:
-            epoch, request = epoch + 1, 0
-        return {"epoch": epoch, "request": request, "order": self.order.state_dict()}
+            state |= {"epoch": epoch + 1, "request": 0}
+            state |= {"of_parts": [0] * len(state["of_parts"])} if "of_parts" in state else {}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Begin the next pass at a position that ``state_dict`` gave: every request that was not taken
@@ -150,12 +193,14 @@ class EventBudgetSampler(Sampler[list[int]]):
                 f"{saved}, and this one is of {now}; go on with the split, the seed and the version of "
                 "ifa_torchrec that it is of, or begin anew"
             )
-        self.start_at(state["epoch"], state["request"])
+        if isinstance(self.order, PartByPart):
+            self._of_parts = np.array(state["of_parts"], np.int64)
+        self._begin(state["epoch"], state["request"])
 
     def imbalance(self) -> float:
         """The most events of a rank over the mean of the ranks, averaged over the steps: how much
         longer the ranks work than they would if their events were equal. Of a pass of more than 1,000
-        steps, over the first of these.
+        steps, over the first of these. Called by all ranks, where each has requests of its own.
 
         Example:
             >>> from ifa_torchrec.data import EventBudgetSampler
@@ -164,13 +209,21 @@ class EventBudgetSampler(Sampler[list[int]]):
         """
         steps = (shares for _, shares in islice(self._steps(), _IMBALANCE_STEPS))
         events = [[int(self._lengths(share).sum()) for share in shares] for shares in steps]
+        if self._gather:
+            of_ranks = self._gather(np.array(events, np.int64).reshape(-1))
+            events = list(zip_longest(*(of_rank.tolist() for of_rank in of_ranks), fillvalue=0))
         ratios = [max(of_ranks) / np.mean(of_ranks) for of_ranks in events if sum(of_ranks)]
         return float(np.mean(ratios)) if ratios else 1.0
 
     def _steps(self) -> Iterator[tuple[int, list[np.ndarray]]]:
-        """For each step of the pass, how many requests were taken after it, and those of each rank."""
-        (epoch, taken), most = self._start, self.shard[1] * self.max_requests
-        windows = self.order.windows(epoch, taken)
+        """For each step of the pass, how many of its requests were taken after it, and those of each
+        of the ranks that share them."""
+        (epoch, first), most, taken = self._start, self._sharing * self.max_requests, 0
+        if isinstance(self.order, PartByPart):
+            own = self._owns(self.order)[self.shard[0] if self._gather else 0]
+            windows = self.order.windows(epoch, self._of_parts, own)
+        else:
+            windows = self.order.windows(epoch, first)
         order = lengths = np.empty(0, np.int64)
         while True:
             window = next(windows, None)
@@ -189,9 +242,16 @@ class EventBudgetSampler(Sampler[list[int]]):
             if window is None:
                 return
 
+    def _owns(self, order: PartByPart) -> list[range]:
+        """The parts of each rank, or of all ranks where they share the requests."""
+        parts, world = len(order.of_parts), self.shard[1]
+        if self._gather is None:
+            return [range(parts)]
+        return [own_parts(parts, (rank, world)) for rank in range(world)]
+
     def _cut(self, lengths: np.ndarray, total: np.ndarray, first: int) -> tuple[int, list[np.ndarray]]:
         """Where the step ends that begins at a request, and the requests of each rank from there."""
-        _, world = self.shard
+        world = self._sharing
         last = np.searchsorted(total, total[first] + world * self.max_events, side="right") - 1
         last = min(int(last), first + world * self.max_requests)
         if world == 1:
@@ -202,8 +262,8 @@ class EventBudgetSampler(Sampler[list[int]]):
 
     def _share(self, lengths: np.ndarray) -> list[np.ndarray] | None:
         """Which of these requests each rank gets; None if they do not fit the ranks' budgets."""
-        shares: list[list[int]] = [[] for _ in range(self.shard[1])]
-        open_ranks = [(0, 0, rank) for rank in range(self.shard[1])]  # events, requests, rank
+        shares: list[list[int]] = [[] for _ in range(self._sharing)]
+        open_ranks = [(0, 0, rank) for rank in range(self._sharing)]  # events, requests, rank
         for request in np.argsort(-lengths, kind="stable").tolist():
             events, count, rank = heapq.heappop(open_ranks)
             events += min(int(lengths[request]), self.max_events)
@@ -213,3 +273,7 @@ class EventBudgetSampler(Sampler[list[int]]):
             if count + 1 < self.max_requests:
                 heapq.heappush(open_ranks, (events, count + 1, rank))
         return [np.array(sorted(share), dtype=np.int64) for share in shares]
+
+
+def _padded(requests: np.ndarray, width: int) -> list[int]:
+    return requests.tolist() + [EMPTY_REQUEST] * (width - len(requests))

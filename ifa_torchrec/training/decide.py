@@ -19,6 +19,7 @@ from ifa_torchrec.modules import IFAConfig
 from ifa_torchrec.modules.config import MOST_IDENTITY_KEYS
 from ifa_torchrec.training.build import tasks_of
 from ifa_torchrec.training.options import MOST_REQUESTS, TrainConfig, from_json, to_json
+from ifa_torchrec.training.own import over_parts
 from ifa_torchrec.training.validations import LAST, check_metric
 
 STEPS_A_PASS = 500
@@ -73,12 +74,13 @@ def decided(config: TrainConfig, dataset: RankingDataset) -> TrainConfig:
         config = dataclasses.replace(config, keep_best=_keep_best(config, dataset.log))
     config = dataclasses.replace(config, ifa=_with_identity(config, dataset.log))
     if config.max_requests is None:
-        config = dataclasses.replace(config, max_requests=_max_requests(len(dataset)))
+        requests = int(over_parts(dataset.log)(np.array([len(dataset)]))[0])
+        config = dataclasses.replace(config, max_requests=_max_requests(requests))
     if config.warmup_steps is None:
-        warm = round(WARM_UP * steps(config, dataset.history_lengths))
+        warm = round(WARM_UP * steps(config, *amounts(config, dataset)))
         config = dataclasses.replace(config, warmup_steps=warm)
     if config.optimizers.dense_lr is None:
-        rate = _dense_lr(config, dataset.history_lengths) if rate is None else rate
+        rate = _dense_lr(config, *amounts(config, dataset)) if rate is None else rate
         config = dataclasses.replace(
             config, optimizers=dataclasses.replace(config.optimizers, dense_lr=rate)
         )
@@ -116,26 +118,37 @@ def _differing(given: dict[str, Any], config: dict[str, Any], prefix: str = "--"
     return result
 
 
-def steps(config: TrainConfig, history_lengths: np.ndarray) -> int:
+def amounts(config: TrainConfig, dataset: RankingDataset) -> tuple[int, int]:
+    """How many requests a training has, and how many events, of a history at most a batch's. Called by
+    all ranks.
+
+    Args:
+        config: TrainConfig.
+        dataset: the requests that it trains on.
+    """
+    lengths = np.minimum(dataset.history_lengths, config.max_events)
+    requests, events = over_parts(dataset.log)(np.array([len(lengths), lengths.sum()]))
+    return int(requests), int(events)
+
+
+def steps(config: TrainConfig, requests: int, events: int) -> int:
     """About how many steps a training has, on as many ranks as there are.
 
     Args:
         config: with max_requests.
-        history_lengths: [R], of the requests that it trains on.
+        requests, events: from ``amounts``.
 
     Example:
         >>> from pathlib import Path
-        >>> import numpy as np
         >>> from ifa_torchrec.training.decide import steps
         >>> from ifa_torchrec.training.options import TrainConfig
         >>> config = TrainConfig(Path("log"), Path("run"), max_requests=8, max_events=100, epochs=2)
-        >>> steps(config, np.full(80, 5)), steps(config, np.full(80, 50))
+        >>> steps(config, requests=80, events=400), steps(config, requests=80, events=4000)
         (20, 80)
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
-    by_requests = len(history_lengths) / (config.max_requests or MOST_REQUESTS)
-    by_events = np.minimum(history_lengths, config.max_events).sum() / config.max_events
-    return config.epochs * math.ceil(max(by_requests, by_events) / world)
+    by_requests = requests / (config.max_requests or MOST_REQUESTS)
+    return config.epochs * math.ceil(max(by_requests, events / config.max_events) / world)
 
 
 def _with_identity(config: TrainConfig, log: EventLog) -> IFAConfig:
@@ -161,11 +174,11 @@ def _max_requests(requests: int) -> int:
     return min(max(requests // (STEPS_A_PASS * world), fewest), MOST_REQUESTS)
 
 
-def _dense_lr(config: TrainConfig, history_lengths: np.ndarray) -> float:
+def _dense_lr(config: TrainConfig, requests: int, events: int) -> float:
     """Of steps of fewer than MOST_REQUESTS requests it falls with the square root of their number: the
     fewer they are, the more of a step is noise."""
-    requests = config.epochs * len(history_lengths) / max(steps(config, history_lengths), 1)
-    return float(f"{DENSE_LR * min(math.sqrt(requests / MOST_REQUESTS), 1):.2g}")
+    of_step = config.epochs * requests / max(steps(config, requests, events), 1)
+    return float(f"{DENSE_LR * min(math.sqrt(of_step / MOST_REQUESTS), 1):.2g}")
 
 
 def _begun(config: TrainConfig) -> dict[str, Any]:

@@ -153,7 +153,11 @@ class Follower(Trainer):
         share = min(self._new, MOST_UNKNOWN) if config.unknown_items is None else config.unknown_items
         return {name: Scale(**figures) for name, figures in was["scales"].items()}, share
 
-    def _order(self) -> int | InTime:
+    def _shard(self) -> tuple[int, int]:
+        """All parts: in order of time a step's requests may be of any."""
+        return 0, 1
+
+    def _order(self) -> InTime:
         return InTime(self.dataset.requests[TIME])
 
     def _progress(self) -> float:

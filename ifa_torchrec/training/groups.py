@@ -10,7 +10,7 @@ import torch
 
 from ifa_torchrec.data import RankingDataset
 from ifa_torchrec.data.schema import CANDIDATES, EXPOSED, LIST_OFFSETS, TIME, USER
-from ifa_torchrec.training.own import OwnRequests, own_requests
+from ifa_torchrec.training.own import OwnRequests, counted, over_parts, own_requests
 
 Told = Callable[[np.ndarray], np.ndarray]
 Shares = dict[str, float]
@@ -20,7 +20,7 @@ _GROUPS = 10
 
 
 def shares(dataset: RankingDataset) -> dict[str, Any]:
-    """How much of a split the model's tables do not know.
+    """How much of a split the model's tables do not know. Called by all ranks.
 
     Events are those of the requests' histories, each as often as it stands in one.
 
@@ -31,20 +31,25 @@ def shares(dataset: RankingDataset) -> dict[str, Any]:
         list, among all that the lists hold. NaN of none.
     """
     schema, requests, log = dataset.log.schema, dataset.requests, dataset.log
+    total = over_parts(log)
+
+    def share(part: int, whole: int) -> float:
+        of_part, of_whole = total(np.array([part, whole])).tolist()
+        return of_part / of_whole if of_whole else np.nan
 
     def of_items(told: Told, counted: Told = np.ones_like) -> Shares:
         numbers = np.asarray(requests[CANDIDATES])
         events = [_sum_of_events(dataset, schema.item, each) for each in (told, counted)]
         return {
-            "candidates": _share(told(numbers).sum(), counted(numbers).sum()),
-            "events": _share(*events),
+            "candidates": share(told(numbers).sum(), counted(numbers).sum()),
+            "events": share(*events),
         }
 
     def of_rows(column: np.ndarray) -> float:
-        return _share((column == 0).sum(), len(column))
+        return share((column == 0).sum(), len(column))
 
     def of_event(feature: str) -> float:
-        return _share(
+        return share(
             _sum_of_events(dataset, feature, lambda ids: ids == 0), dataset.history_lengths.sum()
         )
 
@@ -87,21 +92,24 @@ def by_history(
         without a label 1. Lengths that are equal are in one group, so there may be fewer than ten.
     """
     own = own_requests(split)
-    lengths = own.dataset.history_lengths  # of all ranks' requests
-    if not len(lengths):
+    lengths = own.dataset.history_lengths
+    values, counts = counted(own.dataset.log, lengths)  # of all ranks' requests
+    if not len(values):
         return {}
-    cuts = np.unique(np.quantile(lengths, np.arange(1, _GROUPS) / _GROUPS, method="higher"))
-    group = np.searchsorted(cuts, lengths)
-    of_candidate, shown = group[own.request], own.column(EXPOSED)
+    before = np.cumsum(counts)
+    deciles = np.ceil((before[-1] - 1) * (np.arange(1, _GROUPS) / _GROUPS)).astype(np.int64)
+    cuts = np.unique(values[np.searchsorted(before, deciles, side="right")])
+    of_candidate, shown = np.searchsorted(cuts, lengths)[own.request], own.column(EXPOSED)
+    group = np.searchsorted(cuts, values)
     result: dict[str, Any] = {}
     for number in np.unique(group):
-        mine, rows = lengths[group == number], (of_candidate == number) & shown
+        mine, rows = values[group == number], (of_candidate == number) & shown
         said = torch.from_numpy(logit[rows].astype(np.float64)).sigmoid().sum()
         figures = (rows.sum(), label[rows].sum(), float(said))
         candidates, positives, predicted = own.total(np.array(figures, np.float64)).tolist()
-        least, most = mine.min(), mine.max()
+        least, most = mine[0], mine[-1]
         result[f"{least}-{most}" if least < most else f"{least}"] = {
-            "requests": len(mine),
+            "requests": int(counts[group == number].sum()),
             "candidates": int(candidates),
             "calibration": predicted / positives if positives else np.nan,
         }
@@ -119,7 +127,3 @@ def _sum_of_events(dataset: RankingDataset, column: str, told: Told) -> int:
         last, begin = (before[np.clip(rows - first, 0, len(numbers))] for rows in (end, start))
         total += int((last - begin).sum())
     return total
-
-
-def _share(part: int, whole: int) -> float:
-    return float(part / whole) if whole else np.nan

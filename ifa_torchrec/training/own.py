@@ -6,7 +6,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ifa_torchrec.data import RankingDataset
+from ifa_torchrec.data import EventLog, RankingDataset
+from ifa_torchrec.data.order import PartByPart
 from ifa_torchrec.training.metrics import Total, alone
 
 
@@ -55,14 +56,57 @@ class OwnRequests:
 
 
 def own_requests(split: RankingDataset | OwnRequests) -> OwnRequests:
-    """A rank's requests as they are; of a split, all of them.
+    """A rank's requests as they are; of a split, all of them, of a log's parts of its own as well.
 
     Args:
         split: the one or the other.
     """
     if isinstance(split, OwnRequests):
         return split
-    return OwnRequests(split, np.arange(len(split)), alone)
+    return OwnRequests(split, np.arange(len(split)), over_parts(split.log))
+
+
+def over_parts(log: EventLog) -> Total:
+    """Sums over the ranks, where each has parts of its own of a log open; else what is given.
+
+    Args:
+        log: as this rank has it open.
+    """
+    return alone if log.whole else over_ranks()
+
+
+def order_of(dataset: RankingDataset, seed: int | None) -> int | PartByPart | None:
+    """The order of a split's requests as the sampler takes it.
+
+    Args:
+        dataset: the split.
+        seed: shuffles with this seed; None keeps the order.
+    """
+    if len(dataset.of_parts) == 1:
+        return seed
+    return PartByPart(dataset.of_parts, seed, None if dataset.log.whole else _gathered)
+
+
+def counted(log: EventLog, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct numbers among whole numbers of a split, ascending, and how often each is there; those
+    of all ranks, where each has parts of its own open.
+
+    Args:
+        log: as this rank has it open.
+        values: [n] int64, of what is open.
+    """
+    numbers, counts = np.unique(values, return_counts=True)
+    if log.whole:
+        return numbers, counts
+    of_ranks = np.concatenate(_gathered(np.stack([numbers, counts])), axis=1)
+    numbers, place = np.unique(of_ranks[0], return_inverse=True)
+    return numbers, np.bincount(place, of_ranks[1]).astype(np.int64)
+
+
+def _gathered(values: np.ndarray) -> list[np.ndarray]:
+    found = [values] * dist.get_world_size()
+    dist.all_gather_object(found, values)
+    return found
 
 
 def over_ranks() -> Total:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
@@ -142,7 +143,9 @@ def _extends(vocabulary: Vocabulary, of_run: Vocabulary) -> bool:
     )
 
 
-def load_run(folder: Path, data: str | Path | None = None, sharded: bool = True) -> Run:
+def load_run(
+    folder: Path, data: str | Path | None = None, sharded: bool = True, whole_log: bool = True
+) -> Run:
     """Build a run's model, load its best checkpoint, or where none was measured its last, and calibrate
     it, if that was fitted. Called by all ranks.
 
@@ -153,6 +156,7 @@ def load_run(folder: Path, data: str | Path | None = None, sharded: bool = True)
         data: event log; None for the one it was trained on.
         sharded: whether the tables are spread over the ranks; else each rank holds all of them, on
             the CPU, as plain modules that can be quantised and exported.
+        whole_log: whether each rank opens all parts of the log, or its own alone; see EventLog.
 
     Raises:
         CheckpointError: there is no run or no checkpoint, or config.json is damaged or has other
@@ -162,7 +166,8 @@ def load_run(folder: Path, data: str | Path | None = None, sharded: bool = True)
     """
     config = read_options(folder)
     device = init_process_group()
-    log = EventLog(data or config.data)
+    shard_of_log = (0, 1) if whole_log else (dist.get_rank(), dist.get_world_size())
+    log = EventLog(data or config.data, shard_of_log)
     trained = check_log(folder / "checkpoints", log) or {}
     _narrow(log, trained)
     # by the figures of the log that it was trained on, whatever those of this one are

@@ -31,7 +31,7 @@ from ifa_torchrec.training.metrics import (
     regression_metrics,
     why_unranked,
 )
-from ifa_torchrec.training.own import OwnRequests, over_ranks, own_requests
+from ifa_torchrec.training.own import OwnRequests, counted, order_of, over_ranks, own_requests
 from ifa_torchrec.training.progress import progress_bar
 
 _OF_EXPOSED = ("gauc", "ne", "calibration", "mae", "correlation")
@@ -46,7 +46,7 @@ def predict(
 
     Args:
         model: a sharded DLRM_IFATrain.
-        dataset: the split.
+        dataset: the split, of a log of which all parts are open; ``predict_own`` takes any.
         device: this rank's.
         max_events, max_requests: budget of a batch.
 
@@ -139,7 +139,9 @@ def of_own(
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     start = time.perf_counter()
-    lists = list(EventBudgetSampler(dataset.histories, max_events, max_requests, shard=(rank, world)))
+    order = order_of(dataset, seed=None)
+    sampler = EventBudgetSampler(dataset.histories, max_events, max_requests, order, (rank, world))
+    lists = list(sampler)
     told: list[np.ndarray] = []
     bar = progress_bar(rank, lists, desc="score", unit="batch", leave=False)
     for _, batch in zip(bar, make_loader(dataset, lists), strict=True):
@@ -237,7 +239,8 @@ def measure(
             metrics |= of_task.exposed_alone(by_itself)
         for feature in by:
             of_request = np.asarray(dataset.requests[feature])
-            values = np.unique(of_request[np.diff(dataset.requests[OFFSETS]) > 0])  # of all ranks
+            with_candidates = of_request[np.diff(dataset.requests[OFFSETS]) > 0]
+            values, _ = counted(dataset.log, with_candidates)  # of all ranks
             metrics.setdefault("by", {})[feature] = {
                 int(value): of_task.metrics(of_request[own.request] == value) for value in values
             }

@@ -18,7 +18,7 @@ from ifa_torchrec.data.synthetic_truth import SetTruth
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.modules import Task, generate_set, ranking_score
 from ifa_torchrec.training.metrics import Total, alone, mean
-from ifa_torchrec.training.own import OwnRequests, own_requests
+from ifa_torchrec.training.own import OwnRequests, counted, own_requests
 from ifa_torchrec.training.scoring import of_own
 
 
@@ -112,7 +112,7 @@ def measure_sets(split: RankingDataset | OwnRequests, place: np.ndarray, k: int)
             found = set_metrics(own.request, place, own.column(task), own.total)
             result |= {f"{prefix}{name}@{k}": value for name, value in found.items()}
     by_feature: dict[str, dict[str, float]] = {}
-    every = np.unique(own.dataset.requests[CANDIDATES])  # of all ranks
+    every, _ = counted(log, own.dataset.requests[CANDIDATES])  # of all ranks
     for name in schema.item_features:
         groups = np.arange(log.num_items) if name == schema.item else np.asarray(log.items[name])
         of_candidate, known = groups[own.column(CANDIDATES)], np.unique(groups[every])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from ifa_torchrec.data import RankingDataset
 from ifa_torchrec.data.schema import CANDIDATES, LIST_OFFSETS, TIME, USER, Columns
@@ -13,7 +14,7 @@ def touched_rows(
     dataset: RankingDataset, histories: bool, unknown_items: bool
 ) -> dict[str, torch.Tensor]:
     """The rows that the requests of a split use: their own ids, those of their candidates and those of
-    the events in their histories.
+    the events in their histories. Called by all ranks, where each has parts of its own of the log.
 
     Args:
         dataset: the split, with histories as long as the model is given them.
@@ -61,8 +62,16 @@ def touched_rows(
     for name, rows in schema.tables.items():
         used = np.zeros(rows, bool)
         used[ids[name]] = True
-        result[name] = torch.from_numpy(used)
+        result[name] = torch.from_numpy(used) if log.whole else _used_by_any(used)
     return result
+
+
+def _used_by_any(used: np.ndarray) -> torch.Tensor:
+    """The rows that are used on any rank."""
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    rows = torch.from_numpy(used.astype(np.uint8)).to(device)
+    dist.all_reduce(rows, dist.ReduceOp.MAX)
+    return rows.bool().cpu()
 
 
 def _of_lists(items: Columns, name: str, kept: np.ndarray) -> np.ndarray:

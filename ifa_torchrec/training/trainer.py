@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
@@ -20,8 +21,9 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from ifa_torchrec.batch import RankingBatch, Scale
 from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make_loader
-from ifa_torchrec.data.order import InTime
+from ifa_torchrec.data.order import InTime, PartByPart
 from ifa_torchrec.data.remote import full_name
+from ifa_torchrec.data.schema import CANDIDATES
 from ifa_torchrec.distributed import BatchSize, checkpoint, init_process_group, shard, zero_rows
 from ifa_torchrec.distributed.saver import CheckpointSaver
 from ifa_torchrec.errors import DivergedError, writing
@@ -30,8 +32,9 @@ from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.calibrate import calibrated, fit_tasks
 from ifa_torchrec.training.check_loss import check_loss
 from ifa_torchrec.training.curves import Curves
-from ifa_torchrec.training.decide import TOO_FEW_STEPS, decided, steps, told
+from ifa_torchrec.training.decide import TOO_FEW_STEPS, amounts, decided, steps, told
 from ifa_torchrec.training.options import MOST_REQUESTS, TrainConfig, to_json, write_options
+from ifa_torchrec.training.own import order_of, over_parts
 from ifa_torchrec.training.precision import (
     autocast,
     check_precision,
@@ -112,7 +115,7 @@ class Trainer:
         self.device = init_process_group()
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         check_precision(config.precision, self.device)
-        self.log = EventLog(config.data)
+        self.log = EventLog(config.data, self._shard())
         self._scales, self._unknown = self._of_log(config)
         self.dataset = RankingDataset(
             self.log, "train", config.history_length, self._unknown, config.seed
@@ -120,6 +123,7 @@ class Trainer:
         self._given = config
         self.config = config = decided(config, self.dataset)
         check_loss(self.dataset, config.loss, self.rank)
+        self._steps_in_all = steps(config, *amounts(config, self.dataset))
         requests_a_batch = config.max_requests or MOST_REQUESTS
         self.sampler = EventBudgetSampler(
             self.dataset.histories,
@@ -141,6 +145,7 @@ class Trainer:
         if config.compile:
             compile_dense(self.model)
         self.step = self.epoch = self.taken = 0
+        self._position = self.sampler.state_dict(step=0)
         self.losses: list[float] = []
         self._unread: list[torch.Tensor] = []  # reading a loss waits for the device
         self._events, self._seconds, self._start, self._waited = 0, 0.0, 0.0, 0.0
@@ -236,9 +241,7 @@ class Trainer:
         """How far it is and what it belongs to; as JSON, beside the weights in a checkpoint."""
         return {
             "step": self.step,
-            "epoch": self.epoch,
-            "request": self.taken,
-            "order": self.sampler.order.state_dict(),
+            **self._position,
             "config": self._belongs_to,
             "data": full_name(self.log.place),
             "scales": {name: dataclasses.asdict(s) for name, s in self._scales.items()},
@@ -256,6 +259,7 @@ class Trainer:
             progress = checkpoint.load(folder, self.model, self.optimizer, self._belongs_to)
             self.sampler.load_state_dict(progress)
             self.step, self.epoch, self.taken = (progress[k] for k in ("step", "epoch", "request"))
+            self._position = self.sampler.state_dict(step=0)
         else:
             self._start_anew()
         self._validations = Validations.read(config.out, config.keep_best or LAST, self.step)
@@ -269,8 +273,8 @@ class Trainer:
             self._curves = Curves(config.out / "tensorboard", self.step)
         self._bar = progress_bar(
             self.rank,
-            total=config.epochs * len(self.dataset),
-            initial=self.epoch * len(self.dataset) + self.taken,
+            total=config.epochs * self.sampler.order.requests,
+            initial=self.epoch * self.sampler.order.requests + self.taken,
             desc=config.out.name,
             unit="request",
         )
@@ -281,22 +285,27 @@ class Trainer:
         """Say what was decided, and whether there will be few steps."""
         if options := told(self._given, self.config):
             print(f"decided from the log: {options}", file=sys.stderr)
-        if (count := steps(self.config, self.dataset.history_lengths)) < TOO_FEW_STEPS:
+        if self._steps_in_all < TOO_FEW_STEPS:
             print(
-                f"{count} steps in all, which is few to learn from: give more --epochs", file=sys.stderr
+                f"{self._steps_in_all} steps in all, which is few to learn from: give more --epochs",
+                file=sys.stderr,
             )
+
+    def _shard(self) -> tuple[int, int]:
+        """Whose parts of the log this rank opens."""
+        return self.rank, self.world
 
     def _of_log(self, config: TrainConfig) -> tuple[Mapping[str, Scale], float]:
         """How numbers are standardised, and the share of items that are made unknown."""
         return self.log.scales, unknown_items(self.log, config)
 
-    def _order(self) -> int | InTime:
+    def _order(self) -> int | InTime | PartByPart | None:
         """The requests' order, as the sampler takes it."""
-        return self.config.seed
+        return order_of(self.dataset, self.config.seed)
 
     def _progress(self) -> float:
         """The share of all steps that is made, by which the dense learning rate falls."""
-        return (self.epoch + self.taken / len(self.dataset)) / self.config.epochs
+        return (self.epoch + self.taken / self.sampler.order.requests) / self.config.epochs
 
     def _start_anew(self) -> None:
         """Where there is no checkpoint: let rows that no step will touch be zeros."""
@@ -334,16 +343,16 @@ class Trainer:
         self._pipeline = TrainPipelineSparseDist(
             self.model, self.optimizer, self.device, custom_model_fwd=self._forward
         )
-        self.sampler.start_at(self.epoch, self.taken)
+        self.sampler.load_state_dict(self._position)
         self.dataset.set_epoch(self.epoch)
         loader = make_loader(self.dataset, self.sampler)
         with closing(iter(loader)) as batches:
             self._start = time.perf_counter()
             for number in itertools.count(1):
                 self.train_step(batches)
-                position = self.sampler.state_dict(number)
+                self._position = position = self.sampler.state_dict(number)
                 last = position["epoch"] > self.epoch
-                taken = len(self.dataset) if last else position["request"]
+                taken = self.sampler.order.requests if last else position["request"]
                 self._bar.update(taken - self.taken)
                 self.epoch, self.taken = position["epoch"], position["request"]
                 measured = last or (every is not None and self.step % every == 0)
@@ -376,14 +385,16 @@ class Trainer:
 
 
 def batch_size(dataset: RankingDataset, max_events: int, max_requests: int) -> BatchSize:
-    """A rank's largest batch, for the planner: the budget, and as many candidates as usual."""
-    requests = max(len(dataset), 1)
-    candidates = len(dataset.requests["candidates"]) / requests
-    return BatchSize(max_requests, max_events, math.ceil(candidates * max_requests))
+    """A rank's largest batch, for the planner: the budget, and as many candidates as usual. Called by
+    all ranks."""
+    found = np.array([len(dataset), len(dataset.requests[CANDIDATES])])
+    requests, candidates = over_parts(dataset.log)(found).tolist()
+    return BatchSize(max_requests, max_events, math.ceil(candidates / max(requests, 1) * max_requests))
 
 
 def unknown_items(log: EventLog, config: TrainConfig) -> float:
-    """The share of items that are made unknown while training; see TrainConfig, unknown_items.
+    """The share of items that are made unknown while training; see TrainConfig, unknown_items. Called by
+    all ranks.
 
     Args:
         log: the event log.
@@ -393,7 +404,10 @@ def unknown_items(log: EventLog, config: TrainConfig) -> float:
         return config.unknown_items
     if "valid" not in log.splits:
         return 0.0
-    return min(log.new_items("valid")["candidates"], MOST_UNKNOWN)
+    candidates = log.requests("valid")[CANDIDATES]
+    found = np.array([(log.item_rows(candidates) == 0).sum(), len(candidates)])
+    new, of = over_parts(log)(found).tolist()
+    return min(new / max(of, 1), MOST_UNKNOWN)
 
 
 def _finite(losses: list[torch.Tensor], step: int, folder: Path) -> list[float]:

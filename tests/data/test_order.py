@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+import threading
 import time
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,8 @@ import pytest
 
 from ifa_torchrec.data import EventBudgetSampler, EventLog, LogSchema, RankingDataset, make_loader
 from ifa_torchrec.data import order as order_module
-from ifa_torchrec.data.order import BLOCK, WINDOW, Order
+from ifa_torchrec.data.order import BLOCK, WINDOW, Order, PartByPart
+from ifa_torchrec.data.parts import own_parts
 from ifa_torchrec.data.sampler import EMPTY_REQUEST
 from ifa_torchrec.errors import ConfigError
 
@@ -101,6 +105,84 @@ class TestWindows:
             sampler.load_state_dict(state)
 
 
+@pytest.mark.usefixtures("small")
+class TestPartByPart:
+    SIZES = (40, 0, 33, 7, 70)
+
+    def lists(
+        self, world: int, state: dict | None = None, seed: int | None = 5
+    ) -> tuple[list[list[list[int]]], list[EventBudgetSampler]]:
+        """The lists of each rank, by the requests' numbers in the whole split, and the samplers."""
+        lengths = np.random.default_rng(0).integers(0, 30, sum(self.SIZES))
+        begin = np.append(0, np.cumsum(self.SIZES))
+        barrier, given = threading.Barrier(world), dict[int, np.ndarray]()
+
+        def of_rank(rank: int) -> tuple[list[list[int]], EventBudgetSampler]:
+            def gather(values: np.ndarray) -> list[np.ndarray]:
+                given[rank] = values
+                barrier.wait()
+                found = [given[r] for r in range(world)]
+                barrier.wait()
+                return found
+
+            own = own_parts(len(self.SIZES), (rank, world))
+            whole = len(own) == len(self.SIZES)
+            first, end = begin[own.start], begin[own.stop]
+            order = PartByPart(self.SIZES, seed, None if whole else gather)
+            sampler = EventBudgetSampler(lengths[first:end], 60, 4, order, (rank, world))
+            if state is not None:
+                sampler.load_state_dict(json.loads(json.dumps(state)))
+            lists = list(sampler)
+            for one in lists:
+                assert 1 <= len(one) <= 4
+                assert lengths[first:end][[r for r in one if r >= 0]].sum() <= 60
+            assert sampler.imbalance() >= 1
+            return [[r if r < 0 else r + first for r in one] for one in lists], sampler
+
+        with ThreadPoolExecutor(world) as pool:
+            found = list(pool.map(of_rank, range(world)))
+        lists, samplers = [lists for lists, _ in found], [sampler for _, sampler in found]
+        for step in zip(*lists, strict=True):  # all ranks make the same steps, of the same width
+            assert len({len(one) for one in step}) == 1
+            assert any(r != EMPTY_REQUEST for one in step for r in one)
+        return lists, samplers
+
+    @pytest.mark.parametrize("world", [1, 2, 3, 5, 7])
+    @pytest.mark.parametrize("other", [1, 2, 4, 7])
+    def test_other_ranks_go_on_where_these_stopped(self, world: int, other: int) -> None:
+        lists, samplers = self.lists(world)
+        for step in (0, 1, len(lists[0]) // 2, len(lists[0]) - 1):
+            states = [sampler.state_dict(step) for sampler in samplers]
+            assert all(state == states[0] for state in states)
+            rest, _ = self.lists(other, states[0])
+            if world == other:
+                assert rest == [of_rank[step:] for of_rank in lists]
+            made = [of_rank[:step] for of_rank in lists] + rest
+            requests = [r for of_rank in made for one in of_rank for r in one if r != EMPTY_REQUEST]
+            assert sorted(requests) == list(range(150))
+        end = samplers[0].state_dict(len(lists[0]))
+        assert (end["epoch"], end["request"], end["of_parts"]) == (1, 0, [0] * 5)
+
+    def test_without_a_seed_it_is_the_requests_own(self) -> None:
+        lists, _ = self.lists(1, seed=None)
+        assert [r for one in lists[0] for r in one] == list(range(150))
+
+    def test_epochs_differ_and_parts_too(self) -> None:
+        order, none = PartByPart((50, 50), 0), np.zeros(2, np.int64)
+        epochs = [np.concatenate(list(order.windows(epoch, none, range(2)))) for epoch in range(8)]
+        assert all(sorted(epoch.tolist()) == list(range(100)) for epoch in epochs)
+        assert {int(epoch[0]) // 50 for epoch in epochs} == {0, 1}  # which part is first
+        assert len({tuple((epoch[epoch < 50]).tolist()) for epoch in epochs}) == 8
+        assert not np.array_equal(epochs[0][epochs[0] < 50], epochs[0][epochs[0] >= 50] - 50)
+
+    def test_a_position_of_a_log_without_parts_is_refused(self) -> None:
+        (_, (sampler,)) = self.lists(1)
+        with pytest.raises(ConfigError, match="another order"):
+            sampler.load_state_dict(EventBudgetSampler([1] * 150, 60, 4, 5).state_dict(0))
+        with pytest.raises(ConfigError, match="request 3 is no position"):
+            sampler.start_at(0, 3)
+
+
 def test_a_split_of_a_window_is_shuffled_whole_as_ever() -> None:
     wanted = np.arange(1000)
     np.random.default_rng([3, 2]).shuffle(wanted)
@@ -135,6 +217,7 @@ class MadeUpLog:
     USERS, REQUESTS, DAY = 10**7, 10**8, 86_400_000_000
 
     item_rows = EventLog.item_rows
+    own = range(1)
 
     def __init__(self) -> None:
         self.schema = LogSchema(item_features={"item": 1000})
@@ -148,6 +231,9 @@ class MadeUpLog:
 
     def history_range(self, user: np.ndarray, time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return 100 * user, 100 * user + time // self.DAY
+
+    def requests_of_parts(self, split: str) -> list[int]:
+        return [self.REQUESTS]
 
     def requests(self, split: str) -> dict[str, MadeUp]:
         assert split == "train"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from toy import SPLITS, USERS, make_toy
 
+from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data import EventLog, LogError, RankingDataset
 from ifa_torchrec.data.parts import part_in_sql, part_of
 
@@ -47,6 +49,18 @@ def by_user(log: EventLog) -> dict[int, list]:
     return {u: [log.events[c][a:b].tolist() for c in sorted(log.events)] for u, a, b in bounds}
 
 
+def same_batch(one: RankingBatch, two: RankingBatch) -> None:
+    mine, other = one.__dict__, two.__dict__
+    assert mine.keys() == other.keys()
+    for name, value in mine.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(value, other[name], rtol=0, atol=0, equal_nan=True)
+        elif value is not None:
+            assert value.keys() == other[name].keys()
+            assert torch.equal(value.values(), other[name].values())
+            assert torch.equal(value.lengths(), other[name].lengths())
+
+
 class TestTheSameLog:
     def test_events_and_histories(self, one: EventLog, written: Path) -> None:
         log = EventLog(written)
@@ -69,15 +83,7 @@ class TestTheSameLog:
         whole, parts = RankingDataset(one, split), RankingDataset(log, split)
         np.testing.assert_array_equal(whole.history_lengths[order], parts.history_lengths)
         for rows in np.array_split(np.random.default_rng(1).permutation(len(order)), 5):
-            mine, other = parts[rows].__dict__, whole[order[rows]].__dict__
-            assert mine.keys() == other.keys()
-            for name, value in mine.items():
-                if isinstance(value, torch.Tensor):
-                    torch.testing.assert_close(value, other[name], rtol=0, atol=0, equal_nan=True)
-                elif value is not None:
-                    assert value.keys() == other[name].keys()
-                    assert torch.equal(value.values(), other[name].values())
-                    assert torch.equal(value.lengths(), other[name].lengths())
+            same_batch(parts[rows], whole[order[rows]])
 
     def test_figures_of_the_log(self, one: EventLog, written: Path) -> None:
         log = EventLog(written)
@@ -99,6 +105,49 @@ class TestTheSameLog:
         fingerprint = EventLog(written).fingerprint()
         monkeypatch.setattr("pyarrow.parquet.read_table", None)
         assert EventLog(written).fingerprint() == fingerprint
+
+
+class TestShards:
+    @pytest.mark.parametrize("world", [1, 2, 3])
+    def test_together_they_are_the_log(self, written: Path, world: int) -> None:
+        whole, shards = EventLog(written), [EventLog(written, (r, world)) for r in range(world)]
+        assert [part for log in shards for part in log.own] == list(range(PARTS))
+        assert [user for log in shards for user in by_user(log).items()] == list(by_user(whole).items())
+        for split in SPLITS:
+            of_all, first = RankingDataset(whole, split, unknown_items=0.5), 0
+            for log in shards:
+                dataset = RankingDataset(log, split, unknown_items=0.5)
+                assert dataset.of_parts == of_all.of_parts
+                rows = np.random.default_rng(1).permutation(len(dataset))
+                same_batch(dataset[rows], of_all[rows + first])
+                first += len(dataset)
+            assert first == SPLITS[split] == sum(of_all.of_parts)
+        assert {log.fingerprint() for log in shards} == {whole.fingerprint()}
+
+    def test_a_rank_opens_its_own_files_alone(self, folder: Path) -> None:
+        log = EventLog(folder)
+        for file in folder.rglob("part-00000.parquet"):
+            file.unlink()
+        shutil.rmtree(folder / ".columns")
+        own = EventLog(folder, (1, 2))
+        assert own.own == range(1, 3) and not own.whole
+        assert by_user(own).items() <= by_user(log).items()
+        assert [len(own.requests(split)["user"]) for split in SPLITS]
+        again = pickle.loads(pickle.dumps(own))  # as a worker gets it
+        assert again.own == own.own and by_user(again) == by_user(own)
+        for closed in ((0, 1), (0, 2)):
+            with refused("part-00000.parquet", "missing"):
+                EventLog(folder, closed)
+
+    def test_users_of_parts_that_are_not_open(self, written: Path) -> None:
+        log = EventLog(written, (0, PARTS))
+        other = int(EventLog(written, (1, PARTS)).users[0])
+        with refused(f"user {other} is in part 1", "0 to 0 alone"):
+            log.history_range(np.array([log.users[0], other]), np.zeros(2, np.int64))
+
+    def test_fewer_parts_than_ranks(self, one: EventLog, written: Path) -> None:
+        assert EventLog(written, (3, 4)).whole
+        assert EventLog(one.path, (1, 2)).whole
 
 
 def _swap(folder: Path) -> None:

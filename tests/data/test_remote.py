@@ -13,6 +13,7 @@ import pytest
 from toy import make_toy
 
 from ifa_torchrec.data import EventLog, LogError
+from ifa_torchrec.data.parts import own_parts
 from ifa_torchrec.data.remote import is_uri
 from ifa_torchrec.data.writing import drafting
 
@@ -107,6 +108,20 @@ def test_parts_go_when_room_is_wanted_and_columns_in_use_stay(
     with refused("bytes are in use"):
         opened(folder)
     assert not list(cache.rglob("*.npy"))
+
+
+def test_a_rank_copies_its_own_parts_alone(folder: Path, cache: Path) -> None:
+    own = own_parts(PARTS, (1, 2))
+    for file in folder.rglob("part-*.parquet"):
+        if int(file.stem.removeprefix("part-")) not in own:
+            file.unlink()
+    log = EventLog(folder.as_uri(), (1, 2))
+    rows = [len(log.requests(split)["user"]) for split in log.splits]
+    assert rows == [sum(log.requests_of_parts(split)[n] for n in own) for split in log.splits]
+    assert len(parquet_in(cache)) == len(own) * (1 + len(log.splits))
+    assert EventLog(folder.as_uri(), (1, 2)).fingerprint() == log.fingerprint()
+    with refused("part-00000.parquet", "missing"):
+        EventLog(folder.as_uri(), (0, 2))
 
 
 def test_a_copy_that_is_damaged_is_copied_anew(folder: Path, cache: Path) -> None:

@@ -103,12 +103,17 @@ def write_requests(
             mine = f"_number BETWEEN {start} AND {last}"
             sql.execute(
                 f"""{"CREATE TABLE written AS" if start == numbers.start else "INSERT INTO written"}
-                SELECT requests."user", requests.time {columns},
+                SELECT {parts.of('requests."user"')} AS _part, requests."user", requests.time {columns},
                     [_one.item for _one in _rows] AS {CANDIDATES} {lists}
                 FROM requests JOIN (
                     SELECT _number, list_sort(list(_row)) AS _rows FROM candidates
                     WHERE {mine} GROUP BY _number) r ON r._number = requests._number {joins} {join_lists}
                 WHERE requests.{mine} ORDER BY requests._number"""
             )
-        write_parts(sql, "written", "", folder / split, parts)
+        if parts.count > 1:
+            sql.execute(
+                """CREATE TABLE by_part AS FROM written ORDER BY _part, rowid; DROP TABLE written;
+                ALTER TABLE by_part RENAME TO written"""
+            )
+        write_parts(sql, "written", folder / split, parts)
         sql.execute("DROP TABLE written")

@@ -138,10 +138,20 @@ class Parts:
         >>> from ifa_torchrec.data.prepare.sql import Parts
         >>> list(Parts(3).numbers), list(Parts(3, mine=1).numbers)
         ([0, 1, 2], [1])
+        >>> Parts(1).of("code")
+        '0'
     """
 
     count: int
     mine: int | None = None
+
+    def of(self, user: str) -> str:
+        """The part of a user, in SQL.
+
+        Args:
+            user: in SQL, not negative.
+        """
+        return "0" if self.count == 1 else part_in_sql(user, self.count)
 
     @property
     def numbers(self) -> Sequence[int]:
@@ -149,30 +159,30 @@ class Parts:
         return range(self.count) if self.mine is None else [self.mine]
 
 
-def write_parts(sql: DuckDBPyConnection, table: str, order: str, path: Path, parts: Parts) -> None:
-    """Write a table of DuckDB as PATH.parquet, or as PATH/part-*.parquet by its users.
+def write_parts(sql: DuckDBPyConnection, table: str, path: Path, parts: Parts) -> None:
+    """Write a table of DuckDB as PATH.parquet, or as PATH/part-*.parquet; rows keep their order.
 
     Args:
         sql: the connection.
-        table: in the database; it has the column `user`, none of whose values is negative.
-        order: of the rows, in SQL; empty for the table's own.
+        table: in the database; its rows are in the order of a column `_part`, which is not written: so
+            a part is a run of rows, and all others are passed over unread.
         path: of the table's file in the log's folder, without suffix.
         parts: those that are written.
 
     Example:
         >>> import duckdb, tempfile
         >>> from ifa_torchrec.data.prepare.sql import Parts, write_parts
-        >>> sql, folder = duckdb.connect(), Path(tempfile.mkdtemp())
-        >>> _ = sql.execute('CREATE TABLE events AS SELECT r AS "user" FROM range(1, 9) r(r)')
-        >>> write_parts(sql, "events", 'ORDER BY "user"', folder / "events", Parts(4))
+        >>> sql, folder, parts = duckdb.connect(), Path(tempfile.mkdtemp()), Parts(4)
+        >>> _ = sql.execute(f'CREATE TABLE events AS SELECT {parts.of("r")} AS _part, r AS "user" '
+        ...                 "FROM range(1, 9) r(r) ORDER BY ALL")
+        >>> write_parts(sql, "events", folder / "events", parts)
         >>> sql.execute(f"FROM '{folder}/events/part-00002.parquet'").fetchall()
         [(2,), (7,)]
     """
+    select = f"SELECT * EXCLUDE (_part) FROM {table}"
     if parts.count == 1:
-        write_parquet(sql, f"FROM {table} {order}", path.with_name(f"{path.name}.parquet"))
+        write_parquet(sql, select, path.with_name(f"{path.name}.parquet"))
         return
     path.mkdir(exist_ok=True)
-    part = part_in_sql('"user"', parts.count)
     for number in parts.numbers:
-        file = path.parent / file_of(path.name, number)
-        write_parquet(sql, f"FROM {table} WHERE {part} = {number} {order}", file)
+        write_parquet(sql, f"{select} WHERE _part = {number}", path.parent / file_of(path.name, number))

@@ -66,8 +66,8 @@ def write_items(sql: DuckDBPyConnection, schema: PrepareSchema, file: Path) -> d
 
 
 def write_events(sql: DuckDBPyConnection, schema: PrepareSchema, folder: Path, parts: Parts) -> None:
-    """Make the table `events`, and write events.parquet, or the parts, in the order of user and time;
-    events of one time are in the order of item, and then of their other columns.
+    """Make the table `events`, in the order of part, user and time, and write events.parquet, or the
+    parts; events of one time are in the order of item, and then of their other columns.
 
     Args:
         sql: holds events_rows and the codes.
@@ -97,7 +97,8 @@ def write_events(sql: DuckDBPyConnection, schema: PrepareSchema, folder: Path, p
     numbers = more([*events.dense, *([] if events.weight is None else ["weight"])], "e.{}")
     sql.execute(
         f"""CREATE TABLE events AS
-        SELECT u.code AS "user", e.time, i.code AS item {select} {numbers} FROM events_rows e
-        JOIN codes_user u ON u.id = e."user" JOIN codes_item i ON i.id = e.item {joins}"""
+        SELECT {parts.of("u.code")} AS _part, u.code AS "user", e.time, i.code AS item {select} {numbers}
+        FROM events_rows e
+        JOIN codes_user u ON u.id = e."user" JOIN codes_item i ON i.id = e.item {joins} ORDER BY ALL"""
     )
-    write_parts(sql, "events", "ORDER BY ALL", folder / "events", parts)
+    write_parts(sql, "events", folder / "events", parts)

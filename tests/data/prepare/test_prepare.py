@@ -15,6 +15,7 @@ import pyarrow.feather
 import pytest
 
 from ifa_torchrec.data import EventLog, LogError, LogSchema
+from ifa_torchrec.data.parts import file_of, part_of
 from ifa_torchrec.data.prepare import (
     Events,
     Hashed,
@@ -518,3 +519,31 @@ def test_a_log_in_parts_is_the_log(tmp_path: Path) -> None:
     for split in one.splits:
         assert sorted(requests_of(log, split)) == sorted(requests_of(one, split))
     assert sorted(log.events["item"].tolist()) == sorted(one.events["item"].tolist())
+
+
+def test_parts_have_the_rows_of_one_in_their_order(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("ifa_torchrec.data.prepare.requests.REQUESTS_AT_ONCE", 500)
+    rng, day = np.random.default_rng(0), np.datetime64("2024-05-01", "us")
+
+    def rows(number: int) -> pd.DataFrame:
+        times = day + rng.integers(0, 10**6, number).astype("timedelta64[s]")
+        return pd.DataFrame(
+            {"u": rng.integers(0, 300, number), "i": rng.integers(0, 50, number), "t": times}
+        )
+
+    rows(200_000).to_parquet(tmp_path / "events.parquet")  # more than DuckDB keeps in one row group
+    rows(2000).assign(c=rng.integers(0, 2, 2000)).to_parquet(tmp_path / "shown.parquet")
+    events, shown = (
+        {"files": str(tmp_path / f"{name}.parquet"), "user": "u", "item": "i", "time": "t"}
+        for name in ("events", "shown")
+    )
+    requests = Requests(**shown, labels={"click": "c"})
+    schema = PrepareSchema(events=Events(**events), requests=requests, splits={"test": 0.7})
+    one, log = (prepare(schema, tmp_path / str(n), parts=n).path for n in (1, 5))
+    for table in ("events", "requests/train", "requests/test"):
+        whole = pd.read_parquet(one / f"{table}.parquet")
+        part = part_of(whole["user"].to_numpy(), 5)
+        for number in range(5):
+            mine = whole[part == number].reset_index(drop=True)
+            assert len(mine)
+            pd.testing.assert_frame_equal(pd.read_parquet(log / file_of(table, number)), mine)
