@@ -4,7 +4,7 @@
     python benchmarks/tried.py --logs journey --seeds 1  # a part
     python benchmarks/tried.py --smoke                   # every run once, tiny
 
-Prints the tables of "Tried and left out" of docs/quality.md: a row a model, trained as `ifa train` trains
+Prints the tables of "Tried and left out" of docs/quality.md: a row a model, trained as `ifa train` does
 without options, with the mean over seeds of its GAUC and of the difference from `ifa train`'s, whose
 standard error is over requests, paired. What was trained is kept under --out and is not trained again.
 """
@@ -164,7 +164,7 @@ MODELS: dict[str, tuple[str, type[InterestArch]]] = {
 }
 """Of each model the interaction, and what makes a vector of what it found."""
 JOURNEY = complete_journey.CompleteJourneyConfig(train=6000, valid=1000, test=2000)
-SYNTHETIC = synthetic.SyntheticConfig(train=8000)
+SYNTHETIC = synthetic.SyntheticConfig(train=12000, mean_events=220, distance=100)
 
 
 @dataclass(frozen=True)
