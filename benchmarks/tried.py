@@ -1,4 +1,4 @@
-"""What was tried beside the defaults of `ifa train` and is no option, against these, log by log.
+"""A dense state a category beside IFA's, and no history at all, against `ifa train`, log by log.
 
     python benchmarks/tried.py                           # half an hour on 2 cores
     python benchmarks/tried.py --logs journey --seeds 1  # a part
@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 import tyro
 from report import ROOT, commit, markdown, measured_by
-from torch import Tensor, nn
+from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 sys.path.insert(0, str(ROOT))  # the examples are no package
@@ -35,8 +35,6 @@ from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.data import EventLog, synthetic
 from ifa_torchrec.data.prepare import prepare
 from ifa_torchrec.data.public import complete_journey, recbole
-from ifa_torchrec.models import archs
-from ifa_torchrec.models.parts import InterestArch
 from ifa_torchrec.modules import INTERACTIONS
 from ifa_torchrec.modules.projections import ZeroLinear
 from ifa_torchrec.ops.jagged import request_of_row
@@ -112,38 +110,6 @@ class StateByCategory(InteractionFidelityAttention):
         return JaggedTensor(values, lengths=interest.lengths(), offsets=interest.offsets())
 
 
-class SmallNorm(nn.LayerNorm):
-    """A layer norm that starts at a tenth of its size."""
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        nn.init.constant_(self.weight, 0.1)
-
-
-class SmallInterest(InterestArch):
-    """The history's vector, which starts at a tenth of its size."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__(dim)
-        self.norm = SmallNorm(dim)
-
-
-class ClosedIdentity(InteractionFidelityAttention):
-    """IFA whose identity heads and masses start as if they were not there."""
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        self._close()
-
-    def __init__(self, config: IFAConfig) -> None:
-        super().__init__(config)
-        self._close()
-
-    def _close(self) -> None:
-        with torch.no_grad():
-            self.output_proj.weight[:, self.output_proj.width :] = 0
-
-
 INTERACTIONS.update(
     {
         f"by_category_{width}": lambda config, _, feature, width=width: StateByCategory(
@@ -152,17 +118,14 @@ INTERACTIONS.update(
         for width in (16, 64)
     }
 )
-INTERACTIONS["closed_identity"] = lambda config, *_: ClosedIdentity(config)
 
-MODELS: dict[str, tuple[str, type[InterestArch]]] = {
-    IFA: ("ifa", InterestArch),
-    "no history": ("none", InterestArch),
-    "a state a category, width 16": ("by_category_16", InterestArch),
-    "a state a category, width 64": ("by_category_64", InterestArch),
-    "the history's vector starts at a tenth": ("ifa", SmallInterest),
-    "identity heads and masses start at 0": ("closed_identity", InterestArch),
+MODELS = {
+    IFA: "ifa",
+    "no history": "none",
+    "a state a category, width 16": "by_category_16",
+    "a state a category, width 64": "by_category_64",
 }
-"""Of each model the interaction, and what makes a vector of what it found."""
+"""Of each model the interaction."""
 JOURNEY = complete_journey.CompleteJourneyConfig(train=6000, valid=1000, test=2000)
 SYNTHETIC = synthetic.SyntheticConfig(train=12000, mean_events=220, distance=100)
 
@@ -207,10 +170,9 @@ def run(options: Options, name: str, model: str, seed: int) -> tuple[dict[str, f
     kept = folder / "result.json"
     if not kept.exists():
         shutil.rmtree(folder, ignore_errors=True)
-        interaction, archs.InterestArch = MODELS[model]
         feature = "category" if name in ("journey", "synthetic") else None
         data = options.out / "data" / name
-        training = train(TrainConfig(data, folder, interaction, search_feature=feature, seed=seed))
+        training = train(TrainConfig(data, folder, MODELS[model], search_feature=feature, seed=seed))
         metrics = evaluate(EvaluateConfig(run=folder)) | {"train_seconds": training["seconds"]}
         np.save(folder / "areas.npy", areas(folder))
         kept.write_text(json.dumps({"commit": commit(), "metrics": metrics}))
