@@ -30,7 +30,7 @@ from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.calibrate import calibrated, fit_tasks
 from ifa_torchrec.training.check_loss import check_loss
 from ifa_torchrec.training.curves import Curves
-from ifa_torchrec.training.decide import TOO_FEW_STEPS, decided, steps, told
+from ifa_torchrec.training.decide import decided, told, too_few_steps
 from ifa_torchrec.training.options import MOST_REQUESTS, TrainConfig, to_json, write_options
 from ifa_torchrec.training.precision import (
     autocast,
@@ -281,10 +281,8 @@ class Trainer:
         """Say what was decided, and whether there will be few steps."""
         if options := told(self._given, self.config):
             print(f"decided from the log: {options}", file=sys.stderr)
-        if (count := steps(self.config, self.dataset.history_lengths)) < TOO_FEW_STEPS:
-            print(
-                f"{count} steps in all, which is few to learn from: give more --epochs", file=sys.stderr
-            )
+        if few := too_few_steps(self.config, self.dataset.history_lengths):
+            print(few, file=sys.stderr)
 
     def _of_log(self, config: TrainConfig) -> tuple[Mapping[str, Scale], float]:
         """How numbers are standardised, and the share of items that are made unknown."""
