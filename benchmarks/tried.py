@@ -38,7 +38,6 @@ from ifa_torchrec.data.public import complete_journey, recbole
 from ifa_torchrec.modules import INTERACTIONS
 from ifa_torchrec.modules.projections import ZeroLinear
 from ifa_torchrec.ops.jagged import request_of_row
-from ifa_torchrec.training.metrics import gauc
 from ifa_torchrec.training.options import TrainConfig
 from ifa_torchrec.training.run import load_run
 from ifa_torchrec.training.scoring import predict
@@ -187,7 +186,8 @@ def areas(folder: Path) -> np.ndarray:
     scores = predict(trained.model, test, trained.device, *budget)[0][:, 0]
     label = np.asarray(test.requests[next(iter(trained.log.schema.tasks))])
     rows = [test.candidate_rows([r])[0] for r in range(len(test))]
-    return np.array([gauc(np.zeros(len(r)), scores[r], label[r]) for r in rows])
+    above = [scores[r][label[r] > 0][:, None] - scores[r][label[r] == 0] for r in rows]
+    return np.array([((a > 0) + (a == 0) / 2).mean() if a.size else np.nan for a in above])
 
 
 def row(of: list[tuple[dict[str, float], np.ndarray]], base: list[np.ndarray]) -> dict[str, str]:
