@@ -1,6 +1,6 @@
 """A dense state a category beside IFA's, and no history at all, against `ifa train`, log by log.
 
-    python benchmarks/tried.py                           # half an hour on 2 cores
+    python benchmarks/tried.py                           # 48 trainings of up to two minutes
     python benchmarks/tried.py --logs journey --seeds 1  # a part
     python benchmarks/tried.py --smoke                   # every run once, tiny
 
