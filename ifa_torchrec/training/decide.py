@@ -151,6 +151,32 @@ def steps(config: TrainConfig, requests: int, events: int) -> int:
     return config.epochs * math.ceil(max(by_requests, events / config.max_events) / world)
 
 
+def too_few_steps(config: TrainConfig, count: int) -> str:
+    """What to say of a training of fewer than 200 steps, and "" of a longer one.
+
+    Args:
+        config: from ``decided``.
+        count: its ``steps``.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.training.decide import too_few_steps
+        >>> from ifa_torchrec.training.options import TrainConfig
+        >>> config = TrainConfig(Path("log"), Path("run"), keep_best="gauc")
+        >>> too_few_steps(config, 75)
+        '75 steps in all, which is few to learn from: give --epochs 3'
+        >>> too_few_steps(config, 200)
+        ''
+    """
+    if count >= TOO_FEW_STEPS:
+        return ""
+    epochs = math.ceil(TOO_FEW_STEPS * config.epochs / count)
+    advice = f"{count} steps in all, which is few to learn from: give --epochs {epochs}"
+    if config.keep_best != LAST:
+        return advice
+    return f"{advice}, and validate on a split `valid`: a pass can rank better and predict worse"
+
+
 def _with_identity(config: TrainConfig, log: EventLog) -> IFAConfig:
     """The interaction's configuration, with identity heads where they are wanted and none are named."""
     ifa, features = config.ifa, log.schema.item_features

@@ -32,7 +32,7 @@ from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.calibrate import calibrated, fit_tasks
 from ifa_torchrec.training.check_loss import check_loss
 from ifa_torchrec.training.curves import Curves
-from ifa_torchrec.training.decide import TOO_FEW_STEPS, amounts, decided, steps, told
+from ifa_torchrec.training.decide import amounts, decided, steps, told, too_few_steps
 from ifa_torchrec.training.options import MOST_REQUESTS, TrainConfig, to_json, write_options
 from ifa_torchrec.training.own import order_of, over_parts
 from ifa_torchrec.training.precision import (
@@ -285,11 +285,8 @@ class Trainer:
         """Say what was decided, and whether there will be few steps."""
         if options := told(self._given, self.config):
             print(f"decided from the log: {options}", file=sys.stderr)
-        if self._steps_in_all < TOO_FEW_STEPS:
-            print(
-                f"{self._steps_in_all} steps in all, which is few to learn from: give more --epochs",
-                file=sys.stderr,
-            )
+        if few := too_few_steps(self.config, self._steps_in_all):
+            print(few, file=sys.stderr)
 
     def _shard(self) -> tuple[int, int]:
         """Whose parts of the log this rank opens."""

@@ -509,7 +509,7 @@ class TestDecided:
             "decided from the log: --optimizers.dense-lr 0.0015 --warmup-steps 1 --keep-best last"
             in told
         )
-        assert "12 steps in all, which is few" in told
+        assert "12 steps in all, which is few to learn from: give --epochs 34, and validate" in told
         options = json.loads((config.out / "config.json").read_text())
         assert (options["warmup_steps"], options["keep_best"]) == (1, "last")
         monkeypatch.setattr(decide, "WARM_UP", 0.9)
