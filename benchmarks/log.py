@@ -3,14 +3,14 @@
     python benchmarks/log.py                     # half an hour or so on 2 cores, 5 GB of disk
     python benchmarks/log.py --events 2_000_000  # four minutes
 
-Writes docs/log.md. A made-up log, and one of a tenth of it beside, to see what grows; each stage runs
-in a process of its own, whose memory is told.
+Writes docs/log.md, and examples/plan_for_cluster/log.json, from which that example reckons. A made-up
+log, and one of a tenth of it beside, to see what grows; each stage runs in a process of its own, whose
+memory is told.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -84,8 +84,15 @@ def make_tables(folder: Path, events: int, options: Options) -> None:
 # ------------------------------------------------------------------ stages, each in its own process
 
 
-def prepare_log(folder: Path, parts: int) -> None:
-    prepare(load_schema(folder / "schema.json"), folder / f"log-{parts}", parts=parts)
+def prepare_log(folder: Path, parts: int) -> dict[str, float]:
+    path = folder / f"log-{parts}"
+    prepare(load_schema(folder / "schema.json"), path, parts=parts)
+    events = int(EventLog(path).user_offsets[-1])
+    files = {
+        "parquet_bytes": path.glob("events/*" if parts > 1 else "events.parquet"),
+        "column_bytes": path.glob(".columns/events-*/*"),
+    }
+    return {name: sum(file.stat().st_size for file in of) / events for name, of in files.items()}
 
 
 def open_log(folder: Path, parts: int) -> EventLog:
@@ -108,10 +115,16 @@ def sample(folder: Path, parts: int) -> None:
     assert sum(1 for _ in islice(sampler_of(dataset), STEPS))
 
 
-def load(folder: Path, parts: int) -> None:
+def load(folder: Path, parts: int) -> dict[str, float]:
     dataset = RankingDataset(open_log(folder, parts), "train")
-    for _ in islice(make_loader(dataset, sampler_of(dataset)), LOADED):
-        pass
+    sizes, start = [], time.process_time()
+    for batch in islice(make_loader(dataset, sampler_of(dataset)), LOADED):
+        sizes.append((len(batch.history_age), batch.num_requests))
+    events, requests = map(sum, zip(*sizes, strict=True))
+    return {
+        "events_a_core_second": events / (time.process_time() - start),
+        "history": events / requests,
+    }
 
 
 STAGES: dict[str, Callable[[Path, int], object]] = {
@@ -125,13 +138,23 @@ STAGES: dict[str, Callable[[Path, int], object]] = {
 
 
 def stage(name: str, folder: str, parts: int) -> dict[str, float]:
-    """Run a stage here: its seconds, imports left out, and how far this process's memory rises by it at
-    most, in MB."""
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    STAGES[name](Path(folder), parts)
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": seconds, "megabytes": (peak - before) / 1024}
+    """Run a stage here: its seconds, imports left out, and of cores; how far this process's memory rises
+    by it at most, in MB; and what else the stage tells."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of imports is forgotten; see proc(5)
+    before, start, core = peak_megabytes(), time.perf_counter(), time.process_time()
+    told = STAGES[name](Path(folder), parts)
+    return {
+        "seconds": time.perf_counter() - start,
+        "core_seconds": time.process_time() - core,
+        "megabytes": peak_megabytes() - before,
+        **(told if isinstance(told, dict) else {}),
+    }
+
+
+def peak_megabytes() -> float:
+    """The most resident memory that this process had (Linux)."""
+    [line] = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 def measure(name: str, folder: Path, parts: int) -> dict[str, float]:
@@ -145,6 +168,18 @@ def measure(name: str, folder: Path, parts: int) -> dict[str, float]:
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     print(f"{name}, {parts} parts: {found['seconds']:.3g} s, {found['megabytes']:,.0f} MB", flush=True)
     return found
+
+
+def rates_of(whole: dict[str, dict[str, float]], events: int) -> dict[str, float]:
+    """What an event takes; Rates in examples/plan_for_cluster/log_size.py says what each is."""
+    prepared, loaded = whole["prepare"], whole[f"load {LOADED} batches"]
+    return {
+        "parquet_bytes": round(prepared["parquet_bytes"], 2),
+        "column_bytes": round(prepared["column_bytes"], 2),
+        "prepared_a_core_second": round(events / prepared["core_seconds"]),
+        "loaded_a_core_second": round(loaded["events_a_core_second"]),
+        "loaded_history": round(loaded["history"], 1),
+    }
 
 
 def main() -> None:
@@ -178,7 +213,7 @@ def main() -> None:
 {options.events:,} events, {options.events // 20:,} users, as many requests with
 {options.candidates} candidates each, {options.items:,} items; *a tenth* has a tenth of the events,
 users and requests. Each stage is a process of its own. MB is how far its resident memory rises above
-what imports take at their most; the pages of the log's columns that it looked at count in it. *Prepare*
+what it is after the imports; the pages of the log's columns that it looked at count in it. *Prepare*
 is `ifa data prepare` of Parquet files, 4 GB for DuckDB, columns included. The stages below *open* open
 the log, too: *first batch* until a training has one; *sample*: {STEPS:,} steps of the sampler, shuffled,
 at most {MAX_EVENTS:,} events and {MAX_REQUESTS} requests each; *load*: {LOADED} such batches, made by
@@ -187,7 +222,10 @@ the loader.
 {markdown(pd.DataFrame(rows))}
 """
     )
-    print("Wrote docs/log.md")
+    rates = ROOT / "examples" / "plan_for_cluster" / "log.json"
+    content = {"measured": source, **rates_of(found["whole"], options.events)}
+    rates.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"Wrote docs/log.md and {rates.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

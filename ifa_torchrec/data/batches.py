@@ -14,6 +14,9 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ifa_torchrec.data.schema import LIST_OFFSETS, Columns, LogSchema
 
+_LONG = 256
+"""Rows of a range, on average, from which on it takes less to copy a range than to gather its rows."""
+
 
 def item_fields(
     items: Columns, schema: LogSchema, history: np.ndarray, candidates: np.ndarray
@@ -50,9 +53,9 @@ def item_fields(
         ids = {name: values for name, (values, _) in lists.items()}
         fields["item_lists"] = jagged(ids, [lengths for _, lengths in lists.values()])
     if schema.item_dense:
-        fields["item_dense"] = stacked([items[name][distinct] for name in schema.item_dense], 0)
+        fields["item_dense"] = stacked([items[name].take(distinct) for name in schema.item_dense], 0)
     if schema.item_vectors:
-        vectors = [items[name][distinct] for name in schema.item_vectors]
+        vectors = [items[name].take(distinct, axis=0) for name in schema.item_vectors]
         fields["item_vectors"] = tensor(np.concatenate(vectors, axis=1))
     return fields
 
@@ -78,7 +81,7 @@ class Ranges:
     def __init__(self, start: np.ndarray, end: np.ndarray) -> None:
         self.lengths = end - start
         self.total = int(self.lengths.sum())
-        self._start = start
+        self._start, self._end = start, end
 
     def of(self, column: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """The rows of a column.
@@ -87,7 +90,13 @@ class Ranges:
             column: [n].
             out: [total] of the column's dtype, which they are written to; None for new memory.
         """
-        return column.take(self.rows, out=out, mode="clip")  # "raise" would write to a buffer first
+        if self.total < _LONG * len(self.lengths):
+            return column.take(self.rows, out=out, mode="clip")  # "raise" would write to a buffer first
+        return np.concatenate([column[:0], *map(column.__getitem__, self._slices)], out=out)
+
+    @cached_property
+    def _slices(self) -> list[slice]:
+        return list(map(slice, self._start.tolist(), self._end.tolist()))
 
     @cached_property
     def rows(self) -> np.ndarray:
@@ -109,7 +118,7 @@ def lists_of(columns: Columns, name: str, rows: np.ndarray) -> tuple[np.ndarray,
         [[6, 4, 5], [1, 2]]
     """
     offsets = columns[f"{name}{LIST_OFFSETS}"]
-    lists = Ranges(offsets[rows], offsets[rows + 1])
+    lists = Ranges(offsets.take(rows), offsets[1:].take(rows))
     return lists.of(columns[name]), lists.lengths
 
 

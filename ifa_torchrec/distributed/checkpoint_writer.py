@@ -108,6 +108,8 @@ class Copies:
             for offset, part in _parts(value).items():
                 key = (name, offset)
                 self.of[key] = _copied(part, before.get(key))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # copies to page-locked memory are begun, not made, by copy_
 
 
 def _parts(value: Any) -> dict[tuple[int, ...], Any]:
@@ -121,8 +123,8 @@ def _copied(value: Any, into: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return copy.deepcopy(value)
     if not isinstance(into, torch.Tensor) or (into.shape, into.dtype) != (value.shape, value.dtype):
-        into = torch.empty(value.shape, dtype=value.dtype)
-    return into.copy_(value.detach())
+        into = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+    return into.copy_(value.detach(), non_blocking=True)
 
 
 class StagedPlanner(dcp.DefaultSavePlanner):

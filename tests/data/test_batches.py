@@ -13,6 +13,7 @@ from toy import Toy, make_toy
 
 from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data import EventLog, RankingDataset
+from ifa_torchrec.data.batches import Ranges
 from ifa_torchrec.data.sampler import EMPTY_REQUEST
 
 REQUESTS = [17, EMPTY_REQUEST, 3, 40, 4, 0, 47, 12]
@@ -57,6 +58,24 @@ def flat(lists: pd.Series) -> np.ndarray:
 def assert_same(mine: torch.Tensor, wanted: object) -> None:
     """Equal as float32, NaN where NaN is wanted."""
     np.testing.assert_array_equal(mine.numpy(), np.asarray(wanted, np.float32))
+
+
+@pytest.mark.parametrize(
+    "ranges",
+    [[], [(4, 4)], [(0, 1), (9, 9), (3, 7)], [(5, 1000)], [(0, 1), (8, 1000), (2, 2), (0, 999)]],
+)
+@pytest.mark.parametrize("dtype", [np.int64, np.float32, bool])
+def test_ranges_that_are_copied_have_the_rows_of_those_gathered(
+    ranges: list[tuple[int, int]], dtype: type
+) -> None:
+    column = (np.arange(1000) % 251).astype(dtype)
+    start, end = np.array(ranges, np.int64).reshape(-1, 2).T
+    found = Ranges(start, end)
+    wanted = np.array([column[row] for a, b in ranges for row in range(a, b)], dtype)
+    out = np.empty(found.total, dtype)
+    for values in (found.of(column), found.of(column, out), column[found.rows]):
+        assert values.dtype == dtype and np.array_equal(values, wanted)
+    assert np.array_equal(out, wanted)
 
 
 class TestOfEventsAndCandidates:

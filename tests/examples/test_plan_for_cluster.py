@@ -3,20 +3,56 @@
 from __future__ import annotations
 
 import doctest
+import json
 import sys
 from pathlib import Path
 
 import pytest
 from ranks import run_ranks
 
+from ifa_torchrec.errors import ConfigError
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "plan_for_cluster"))
+import log_size
 import plan
 import traffic
 
 
-def test_the_traffic_example_runs() -> None:
-    assert doctest.testmod(traffic).attempted > 0
-    assert doctest.testmod(traffic).failed == 0
+@pytest.mark.parametrize("module", [traffic, log_size])
+def test_the_examples_in_docstrings_run(module) -> None:
+    found = doctest.testmod(module)
+    assert found.attempted > 0 and found.failed == 0
+
+
+def test_what_a_log_takes_by_hand() -> None:
+    rates = log_size.Rates("by hand", 8.0, 24.0, 50_000, 20e6, 12)
+    options = log_size.Options(2e12, hosts=100, gpus=4, cores=50, storage_gb_per_s=2, step_ms=64)
+    text = log_size.report(options, rates)
+    for told in (
+        "16.0 TB of Parquet, 48.0 TB of columns",
+        "share of the users: 0.48 TB",
+        "2.2 hours where each host reads all of it, 1.3 minutes",
+        "4.0 million events a second a GPU, 16 a host",
+        "loader: 0.20 cores a GPU, 0.8 of a host's 50; measured on histories of 12 events",
+        "0.4 GB a second a host",
+        "preparation: 11,111 core-hours; 2.2 hours on all 5,000 cores",
+    ):
+        assert told in text, text
+
+
+@pytest.mark.parametrize(
+    ("change", "told"), [({"parquet_bytes": None}, "TypeError"), ({"column_bytes": 0}, "not above 0")]
+)
+def test_rates_that_are_none_are_told(tmp_path: Path, change: dict[str, object], told: str) -> None:
+    file = tmp_path / "log.json"
+    file.write_text(json.dumps({**json.loads(log_size.FILE.read_text()), **change}))
+    with pytest.raises(ConfigError, match=rf"log\.json must have column_bytes.*{told}.*run benchmarks"):
+        log_size.read_rates(file)
+
+
+def test_a_log_or_a_cluster_of_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="hosts must be above 0, got 0"):
+        log_size.report(log_size.Options(hosts=0), log_size.read_rates())
 
 
 def measured(sharding: str):

@@ -1,0 +1,142 @@
+"""What a log of any size takes on a cluster: disk, network, cores of the loader, preparation.
+
+    python examples/plan_for_cluster/log_size.py                      # 10^12 events, 512 GPUs
+    python examples/plan_for_cluster/log_size.py --events 1_000_000_000 --hosts 2
+
+Reckons from log.json, which benchmarks/log.py measured on one machine.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import tyro
+
+from ifa_torchrec.commands.command_line import as_command
+from ifa_torchrec.errors import ConfigError
+
+FILE = Path(__file__).parent / "log.json"
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one event takes, as measured.
+
+    Args:
+        measured: by which command, at which commit, on which machine.
+        parquet_bytes: of an event in the log's Parquet files.
+        column_bytes: of an event in the columns that are mapped to memory.
+        prepared_a_core_second: events, with as many candidates, that a core prepares in a second.
+        loaded_a_core_second: events that a core makes batches of in a second.
+        loaded_history: events of a request there; longer histories take less an event.
+
+    Example:
+        >>> from log_size import Rates
+        >>> Rates("by hand", 8.0, 24.0, 50_000, 20_000_000, 12.0).column_bytes
+        24.0
+    """
+
+    measured: str
+    parquet_bytes: float
+    column_bytes: float
+    prepared_a_core_second: float
+    loaded_a_core_second: float
+    loaded_history: float
+
+
+@dataclass(frozen=True)
+class Options:
+    """The log and the cluster."""
+
+    events: float = 1e12
+    """Events of the log."""
+    hosts: int = 64
+    """Hosts."""
+    gpus: int = 8
+    """GPUs a host; a rank each."""
+    cores: int = 96
+    """Cores a host."""
+    storage_gb_per_s: float = 3.0
+    """What a host reads from where the log lies, in 10^9 bytes a second."""
+    step_events: int = 256_000
+    """Events of a rank's batch; plan.py's are 64 requests of 4,000."""
+    step_ms: float = 25.0
+    """A training step; assumed, as no cluster was at hand to measure it: twice what plan.py's planner
+    expects of the tables alone."""
+
+
+def read_rates(file: Path = FILE) -> Rates:
+    """The rates in a file that benchmarks/log.py wrote.
+
+    Raises:
+        ConfigError: it is not there, or not such a file.
+    """
+    names = {field.name for field in fields(Rates)}
+    try:
+        content = json.loads(file.read_text())
+        rates = Rates(**{name: content[name] for name in names})
+        if min(getattr(rates, name) for name in names - {"measured"}) <= 0:
+            raise ValueError("a figure is not above 0")
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{file} must have {', '.join(sorted(names))} ({error!r}); run benchmarks/log.py"
+        ) from error
+    return rates
+
+
+def report(options: Options, rates: Rates) -> str:
+    """All that this script prints.
+
+    Raises:
+        ConfigError: a number of the options is not above 0.
+
+    Example:
+        >>> from log_size import Options, Rates, report
+        >>> text = report(Options(), Rates("by hand", 8.0, 24.0, 50_000, 20_000_000, 12.0))
+        >>> text.splitlines()[2]
+        'disk: 8.0 TB of Parquet, 24.0 TB of columns'
+    """
+    for field in fields(options):
+        if getattr(options, field.name) <= 0:
+            raise ConfigError(f"{field.name} must be above 0, got {getattr(options, field.name)}")
+    parquet, columns = options.events * rates.parquet_bytes, options.events * rates.column_bytes
+    speed = options.storage_gb_per_s * 1e9
+    cores = options.hosts * options.cores
+    of_gpu = 1000 * options.step_events / options.step_ms  # events a second
+    of_host = options.gpus * of_gpu
+    loaders = of_gpu / rates.loaded_a_core_second
+    prepare = options.events / rates.prepared_a_core_second
+    return "\n".join(
+        [
+            f"{options.events:,.0f} events; {options.hosts} hosts of {options.gpus} GPUs and "
+            f"{options.cores} cores",
+            f"from: {rates.measured}",
+            f"disk: {parquet / 1e12:,.1f} TB of Parquet, {columns / 1e12:,.1f} TB of columns",
+            f"  a host that has the columns of all parts: {columns / 1e12:,.1f} TB; of its share of "
+            f"the users: {columns / options.hosts / 1e12:,.2f} TB",
+            "network, to read the log once: "
+            f"{parquet / speed / 3600:,.1f} hours where each host reads all of it, "
+            f"{parquet / options.hosts / speed / 60:,.1f} minutes where each reads its share",
+            f"a step of {options.step_events:,} events in {options.step_ms:g} ms: "
+            f"{of_gpu / 1e6:,.1f} million events a second a GPU, {of_host / 1e6:,.0f} a host",
+            f"  loader: {loaders:,.2f} cores a GPU, {options.gpus * loaders:,.1f} of a host's "
+            f"{options.cores}; measured on histories of {rates.loaded_history:,.0f} events, longer ones "
+            "take less an event",
+            f"  read from columns: {of_host * rates.column_bytes / 1e9:,.1f} GB a second a host, from "
+            "the page cache or, where the columns do not fit it, from disk",
+            f"preparation: {prepare / 3600:,.0f} core-hours; {prepare / cores / 3600:,.1f} hours on all "
+            f"{cores:,} cores at DuckDB's rate",
+        ]
+    )
+
+
+def main() -> None:
+    """The command line."""
+    with as_command():
+        print(report(tyro.cli(Options, description=__doc__), read_rates()))
+
+
+if __name__ == "__main__":
+    main()
