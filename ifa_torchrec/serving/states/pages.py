@@ -27,7 +27,7 @@ _SAME = 1e-6
 """Means of a bucket that differ by no more than this share of their size are stored once."""
 _PAGE = struct.Struct("<II")  # rows, means
 _STEP_BYTES = _MEANS = 5
-"""Bytes of a row that say its key, and the place of the one behind them that says how many means it has."""
+"""Bytes of a row that say its key, and the place of the byte that says how many means it has."""
 _DROPPED_BITS = 13
 """Of a float32's 23 bits of fraction, those that 16-bit states drop: as many as float16 has not."""
 # pyarrow gives no types; one object serves all threads
