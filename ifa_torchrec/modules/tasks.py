@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -169,7 +170,7 @@ def ranking_score(logits: Tensor, tasks: Sequence[Task]) -> Tensor:
         ranking[task.name] * (logit if alone or task.kind == "regression" else logit.sigmoid())
         for task, logit in columns
     ]
-    return torch.stack(parts).sum(0)
+    return reduce(torch.add, parts)
 
 
 def ranking_weights(tasks: Sequence[Task]) -> dict[str, float]:

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -162,6 +163,10 @@ class Scorer:
         """
         if not requests:
             return []
+        if k is not None and k < 0:
+            raise ValueError(f"k must be at least 0, got {k}")
+        if strategy not in ("topk", "greedy"):
+            raise ValueError(f"strategy must be 'topk' or 'greedy', got {strategy!r}")
         if strategy == "greedy":
             self._check_greedy(k)
         requests = [checked_request(self.schema, request) for request in requests]
@@ -171,7 +176,7 @@ class Scorer:
             with self._timed("model"):
                 chosen, logits = self._best_together(asked, state, k or 0)
         else:
-            chosen, logits = self._best(asked, state, k, strategy)
+            chosen, logits = self._best(asked, state, k)
         ends, times = np.cumsum([0, *asked.lengths]).tolist(), as_of.tolist()
         unknown = zip(asked.unknown_items.tolist(), asked.unknown_values.tolist(), strict=True)
         rankings: list[Ranking] = []
@@ -201,14 +206,14 @@ class Scorer:
             return _finite(self.model.logits_given(self.model.describe(features, state)))
 
     def _best(
-        self, asked: Asked, state: UserState, k: int | None, strategy: Strategy
+        self, asked: Asked, state: UserState, k: int | None
     ) -> tuple[list[np.ndarray], np.ndarray]:
-        """Of each request the rows of the k best, and the logits [M, T] of all."""
+        """Of each request the rows of the k best, equal ones in order, and all logits [M, T]."""
         logits = self._logits(asked, state)
-        best = ranking_score(logits, self.model.config.tasks)
-        whole = JaggedTensor(best, lengths=torch.as_tensor(asked.lengths))
-        chosen = generate_set(best, whole, len(best) if k is None else k, strategy)
-        return _of_requests(chosen), logits.numpy()
+        worst = -ranking_score(logits, self.model.config.tasks).numpy()
+        ends = np.cumsum([0, *asked.lengths]).tolist()
+        chosen = [begin + worst[begin:end].argsort(kind="stable")[:k] for begin, end in pairwise(ends)]
+        return chosen, logits.numpy()
 
     @torch.no_grad()
     def _best_together(
@@ -370,6 +375,6 @@ def _finite(logits: Tensor) -> Tensor:
         RequestError: they overflow.
     """
     logits = logits.float()
-    if not torch.isfinite(logits).all():
+    if not np.isfinite(logits.numpy()).all():
         raise RequestError("the logits overflow; give smaller numbers in dense, candidate_dense")
     return logits

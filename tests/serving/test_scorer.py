@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from ifa_torchrec import IFAConfig
+from ifa_torchrec import IFAConfig, generate_set
 from ifa_torchrec.commands.build_states import BuildStatesConfig, build_states
 from ifa_torchrec.data import EventLog, LogSchema, RankingDataset
 from ifa_torchrec.serving import (
@@ -117,6 +118,23 @@ def test_scores_are_those_of_the_events_strictly_before_the_request(run, tmp_pat
         assert [ranking.as_of for ranking in rankings] == [None] * len(now)
         scores = scorer.score([asked[n] for n in now])
         np.testing.assert_allclose(scores, trained[now], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [None, 0, 1, 3, 9])
+def test_the_best_are_chosen_as_generate_set_chooses_them(run, tmp_path, k):
+    scorer = opened(run, tmp_path, None)
+    now = FIRST + 9 * DAY
+    asked = [RankingRequest(user, items, now) for user, items in ((1, [4, 2, 4, 7, 2, 9]), (2, [3]))]
+    logits = torch.from_numpy(np.concatenate(scorer.score(asked))[:, 0])
+    whole = JaggedTensor(logits, lengths=torch.tensor([6, 1]))
+    chosen = generate_set(logits, whole, 6 if k is None else k)  # of equal ones the first
+    items, rankings = np.array([4, 2, 4, 7, 2, 9, 3]), scorer.rank(asked, k)
+    wanted = [rows.tolist() for rows in chosen.to_dense()]
+    assert [ranking.items for ranking in rankings] == [items[rows].tolist() for rows in wanted]
+    for ranking, rows in zip(rankings, wanted, strict=True):
+        np.testing.assert_array_equal(ranking.logits[:, 0], logits[rows])
+    with pytest.raises(ValueError, match="k must be at least 0, got -1"):
+        scorer.rank(asked, -1)
 
 
 def test_a_request_too_early_is_ranked_as_of_a_later_time_or_refused(run, tmp_path):

@@ -3,6 +3,7 @@
 A page holds the rows of a range of a user's identity keys: ascending, each with the time that its
 weights are of, so that a row is rounded anew only when an event adds to it. What rows repeat, most of
 all times of events that came together and weights of a single event, takes little once it is compressed.
+Keys and times lie in planes for that, the first byte of every row before the second of every row.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,10 +26,13 @@ PAGE_ROWS = 256
 _SAME = 1e-6
 """Means of a bucket that differ by no more than this share of their size are stored once."""
 _PAGE = struct.Struct("<II")  # rows, means
+_STEP_BYTES = _MEANS = 5
+"""Bytes of a row that say its key, and the place of the byte that says how many means it has."""
 _DROPPED_BITS = 13
 """Of a float32's 23 bits of fraction, those that 16-bit states drop: as many as float16 has not."""
 # pyarrow gives no types; one object serves all threads
 zstd: Any = pa.Codec("zstd", 3)  # pyright: ignore
+lz4: Any = pa.Codec("lz4_raw")  # pyright: ignore
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,17 @@ class Rows:
         return self.weight * np.exp(-days[:, None] * decay)
 
 
+class _Opened(NamedTuple):
+    """What some pages hold: the bytes [size, n] of n rows as they are stored, their keys [n] int64 and
+    weights [n, L], the means [m, d] of all, and how many rows each page has."""
+
+    planes: np.ndarray
+    key: np.ndarray
+    weight: np.ndarray
+    mean: np.ndarray
+    counts: np.ndarray
+
+
 class RowCodec:
     """Pages as bytes.
 
@@ -155,7 +170,6 @@ class RowCodec:
                 ("steps", "u1"),  # of 2^32
                 ("means", "u1"),  # one, or one for each half-life
                 ("time", "<i8"),
-                ("weight", "<f4", (self._half_lives,)),
             ]
         )
 
@@ -184,18 +198,19 @@ class RowCodec:
         step[bounds[:-1][there]] = rows.key[bounds[:-1][there]] - first[there]
         packed = np.empty(len(rows), self._row)
         packed["step"], packed["steps"] = step & 0xFFFFFFFF, step >> 32
-        packed["time"], packed["weight"] = rows.time, self._weight(rows.weight, seed)
+        packed["time"] = rows.time
+        weight = self._weight(rows.weight, seed)
         means, one = self._means(rows)
         packed["means"] = np.where(one, 1, self._half_lives)
+        planes = packed.view(np.uint8).reshape(len(rows), self._row.itemsize).T
         ends = np.concatenate([[0], np.cumsum(packed["means"], dtype=np.int64)])[bounds]
         means = rounded(means, self._dtype, seed)
         pages: list[bytes] = []
         for p in range(len(first)):
-            of_page = (
-                packed[bounds[p] : bounds[p + 1]].tobytes() + means[ends[p] : ends[p + 1]].tobytes()
-            )
+            mine, own = slice(*bounds[p : p + 2]), slice(*ends[p : p + 2])
+            of_page = planes[:, mine].tobytes() + weight[mine].tobytes() + means[own].tobytes()
             sizes = _PAGE.pack(bounds[p + 1] - bounds[p], ends[p + 1] - ends[p])
-            pages.append(sizes + zstd.compress(of_page, asbytes=True))
+            pages.append(sizes + lz4.compress(of_page, asbytes=True))
         return pages
 
     def unpack(
@@ -207,32 +222,60 @@ class RowCodec:
             pages: as ``pack`` gives them.
             first: [P], the first key that each is of.
         """
-        sizes = [_PAGE.unpack_from(page) for page in pages]
-        size_of_mean = self._width * self._dtype.itemsize
-        rows: list[bytes] = []
+        opened = self._open(pages, first)
+        return self._rows(opened, slice(None)), opened.counts
+
+    def find(self, pages: Sequence[bytes], first: np.ndarray, keys: np.ndarray) -> Rows:
+        """Those rows of P pages that some keys have.
+
+        Args:
+            pages: as ``pack`` gives them.
+            first: [P], the first key that each is of, ascending.
+            keys: ascending, each once.
+        """
+        opened = self._open(pages, first)
+        place = np.searchsorted(opened.key, keys)
+        there = place < len(opened.key)
+        there[there] = opened.key[place[there]] == keys[there]
+        return self._rows(opened, place[there])
+
+    def _open(self, pages: Sequence[bytes], first: Sequence[int] | np.ndarray) -> _Opened:
+        size, of_weight = self._row.itemsize, 4 * self._half_lives
+        planes, counts = [np.empty((size, 0), np.uint8)], np.empty(len(pages), np.int64)
+        weights: list[bytes] = []
         means: list[bytes] = []
-        for page, (n, m) in zip(pages, sizes, strict=True):
-            end = n * self._row.itemsize
-            of_page: bytes = zstd.decompress(
-                memoryview(page)[_PAGE.size :], end + m * size_of_mean, asbytes=True
-            )
-            rows.append(of_page[:end])
+        for p, page in enumerate(pages):
+            n, m = _PAGE.unpack_from(page)
+            numbers, end = n * size, n * (size + of_weight)
+            whole = end + m * self._width * self._dtype.itemsize
+            of_page: bytes = lz4.decompress(memoryview(page)[_PAGE.size :], whole, asbytes=True)
+            planes.append(np.frombuffer(of_page, np.uint8, numbers).reshape(size, n))
+            weights.append(of_page[numbers:end])
             means.append(of_page[end:])
-        found = np.frombuffer(b"".join(rows), self._row)
-        counts = np.array([n for n, _ in sizes], np.int64)
-        step = found["step"] + (found["steps"].astype(np.int64) << 32)
+            counts[p] = n
+        stored = np.concatenate(planes, axis=1)
+        step = np.zeros((stored.shape[1], 8), np.uint8)
+        step[:, :_STEP_BYTES] = stored[:_STEP_BYTES].T
+        step = step.view("<i8")[:, 0]
+        there = counts > 0
+        begins = (np.cumsum(counts) - counts)[there]
+        # each page's first row is a step from the first key that it is of
         key = np.cumsum(step)
-        begins = (np.cumsum(counts) - counts)[counts > 0]
-        key += np.repeat(
-            np.asarray(first, np.int64)[counts > 0] - (key - step)[begins], counts[counts > 0]
-        )
-        number = found["means"].astype(np.int64)
-        place = (np.cumsum(number) - number)[:, None] + np.arange(self._half_lives) * (
-            number[:, None] > 1
-        )
-        mean = np.frombuffer(b"".join(means), self._dtype).reshape(int(number.sum()), self._width)
-        weight, time = found["weight"].astype(np.float64), found["time"].astype(np.int64)
-        return Rows(key, time, weight, mean[place].astype(np.float64)), counts
+        key += np.repeat(np.asarray(first, np.int64)[there] - (key - step)[begins], counts[there])
+        weight = np.frombuffer(b"".join(weights), np.float32).reshape(len(key), self._half_lives)
+        mean = np.frombuffer(b"".join(means), self._dtype).reshape(-1, self._width or 1)
+        return _Opened(stored, key, weight, mean, counts)
+
+    def _rows(self, opened: _Opened, places: np.ndarray | slice) -> Rows:
+        """The rows at some places."""
+        packed = np.ascontiguousarray(opened.planes[:, places].T).view(self._row)[:, 0]
+        weight, time = opened.weight[places].astype(np.float64), packed["time"].astype(np.int64)
+        mean = np.empty((len(packed), self._half_lives, self._width))
+        if self._width:
+            number = opened.planes[_MEANS].astype(np.int64)
+            begin = (np.cumsum(number) - number)[places, None]
+            mean[:] = opened.mean[begin + np.arange(self._half_lives) * (number[places, None] > 1)]
+        return Rows(opened.key[places], time, weight, mean)
 
     def _means(self, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
         """The means [m, d] that are stored, and of which rows [n] it is one, the heaviest's."""

@@ -7,6 +7,7 @@ the event before those.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -83,7 +84,7 @@ class Lookup:
     Args:
         codec: of the version's records.
         users: B external ids.
-        wanted: B arrays of identity keys, ascending, each once.
+        wanted: B arrays of identity keys, ascending, each once, all within the layout's range.
         with_before: whether to read what was before the last events, too.
 
     Attributes:
@@ -152,13 +153,16 @@ class Lookup:
             bodies.append(body)
         if not bodies:
             return self._records
-        rows, counts = codec.rows.unpack(bodies, np.concatenate(self._first))
-        ends = np.cumsum(np.bincount(user_of_page, counts, len(self._users)).astype(np.int64))
+        # the users' keys behind one another, so that all are looked for at once
+        before = np.arange(len(self._users)) * codec.layout.identity_key_range
+        first = np.concatenate(self._first) + before[user_of_page]
+        keys = np.concatenate([keys + n for keys, n in zip(self._wanted, before, strict=True)])
+        rows = codec.rows.find(bodies, first, keys)
+        ends = [*np.searchsorted(rows.key, before[1:]).tolist(), len(rows)]
         begin = 0
-        for of_user, keys, end in zip(self._records, self._wanted, ends.tolist(), strict=True):
+        for of_user, n, end in zip(self._records, before.tolist(), ends, strict=True):
             mine = rows[begin:end]
-            place = mine.find(keys)
-            of_user.rows, begin = mine[place[place < len(mine)]], end
+            of_user.rows, begin = dataclasses.replace(mine, key=mine.key - n), end
         return self._records
 
 

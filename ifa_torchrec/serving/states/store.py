@@ -295,8 +295,10 @@ class StateStore:
             StateError: ``strict``, and a state cannot go back to the time.
             StoreError: states are lost or damaged, or the store fails.
         """
-        none = np.empty(0, np.int64)
-        wanted = [none] * len(users) if keys is None else [np.unique(of_user) for of_user in keys]
+        wanted = [np.empty(0, np.int64)] * len(users)
+        if keys is not None:
+            sets, end = map(np.unique, keys), self.layout.identity_key_range
+            wanted = [of_user[slice(*np.searchsorted(of_user, [0, end]))] for of_user in sets]
         records = self._records(users, wanted)
         # where more is needed it is all read again, at one moment
         again = [b for b, at in enumerate(times) if not records[b].reaches(at)]

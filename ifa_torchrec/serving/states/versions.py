@@ -16,7 +16,7 @@ from ifa_torchrec.serving.errors import BUILD_COMMAND, DROP_COMMAND, StateError,
 from ifa_torchrec.serving.states.key_value import KeyValueStore
 from ifa_torchrec.serving.states.layout import Keys
 
-FORMAT = "ifa-states/7"
+FORMAT = "ifa-states/8"
 
 
 def versions(key_values: KeyValueStore) -> dict[str, dict[str, Any]]:

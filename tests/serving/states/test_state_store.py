@@ -506,6 +506,24 @@ def test_a_bucket_of_one_value_stores_it_once(key_values):
     assert rows_and_means == [(1, 1), (2, 3 + 1)]  # with that of the second one's category
 
 
+@both_configs
+def test_users_read_together_are_those_read_alone(key_values, monkeypatch, config):
+    """None has the row of another, whose keys stand beside theirs."""
+    monkeypatch.setattr(pages, "PAGE_ROWS", 3)
+    model, users = Model(config), [5, 2, 9, 5, 8, 2]  # 8 has no event
+    store = new_store(key_values, model)
+    for first in range(0, 60, 20):
+        store.append(random_events(60, users=[5, 2, 9])[first : first + 20], model.encode_each)
+    end = model.ifa.config.identity_key_range
+    keys = [np.arange(-3, end + 3), np.array([0, end - 1]), *[np.array([], np.int64)] * 2]
+    keys += [np.arange(end), np.array([end - 1, 7, -1, 0, end])]
+    at = [100 * DAY] * len(users)
+    together, _ = store.read(users, at, keys, [True] * len(users))
+    alone = [store.read([u], [t], [k], [True])[0] for u, t, k in zip(users, at, keys, strict=True)]
+    for name, value in UserState.cat(alone).state_dict().items():
+        assert torch.equal(torch.as_tensor(together.state_dict()[name]), torch.as_tensor(value)), name
+
+
 @pytest.mark.parametrize("built", [0, 300])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_rows_of_many_keys_lie_in_several_pages(key_values, monkeypatch, dtype, built):
