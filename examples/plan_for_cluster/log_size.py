@@ -114,11 +114,10 @@ def report(options: Options, rates: Rates) -> str:
             f"{options.cores} cores",
             f"from: {rates.measured}",
             f"disk: {parquet / 1e12:,.1f} TB of Parquet, {columns / 1e12:,.1f} TB of columns",
-            f"  a host that has the columns of all parts: {columns / 1e12:,.1f} TB; of its share of "
-            f"the users: {columns / options.hosts / 1e12:,.2f} TB",
-            "network, to read the log once: "
-            f"{parquet / speed / 3600:,.1f} hours where each host reads all of it, "
-            f"{parquet / options.hosts / speed / 60:,.1f} minutes where each reads its share",
+            f"  on a host, whose ranks open parts of their own: {columns / options.hosts / 1e12:,.2f} TB "
+            "of columns",
+            "network, to copy a host's parts to it, as Parquet: "
+            f"{parquet / options.hosts / speed / 60:,.1f} minutes",
             f"a step of {options.step_events:,} events in {options.step_ms:g} ms: "
             f"{of_gpu / 1e6:,.1f} million events a second a GPU, {of_host / 1e6:,.0f} a host",
             f"  loader: {loaders:,.2f} cores a GPU, {options.gpus * loaders:,.1f} of a host's "

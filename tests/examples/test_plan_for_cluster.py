@@ -30,8 +30,8 @@ def test_what_a_log_takes_by_hand() -> None:
     text = log_size.report(options, rates)
     for told in (
         "16.0 TB of Parquet, 48.0 TB of columns",
-        "share of the users: 0.48 TB",
-        "2.2 hours where each host reads all of it, 1.3 minutes",
+        "parts of their own: 0.48 TB of columns",
+        "as Parquet: 1.3 minutes",
         "4.0 million events a second a GPU, 16 a host",
         "loader: 0.20 cores a GPU, 0.8 of a host's 50; measured on histories of 12 events",
         "0.4 GB a second a host",
