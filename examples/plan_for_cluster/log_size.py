@@ -114,8 +114,8 @@ def report(options: Options, rates: Rates) -> str:
             f"{options.cores} cores",
             f"from: {rates.measured}",
             f"disk: {parquet / 1e12:,.1f} TB of Parquet, {columns / 1e12:,.1f} TB of columns",
-            f"  on a host, whose ranks open parts of their own: {columns / options.hosts / 1e12:,.2f} TB "
-            "of columns",
+            "  on a host, whose ranks open parts of their own: "
+            f"{columns / options.hosts / 1e12:,.2f} TB of columns",
             "network, to copy a host's parts to it, as Parquet: "
             f"{parquet / options.hosts / speed / 60:,.1f} minutes",
             f"a step of {options.step_events:,} events in {options.step_ms:g} ms: "
