@@ -1,6 +1,6 @@
 """What the native op and bfloat16 give a training step of the demo's model, and where its time goes.
 
-    python benchmarks/training.py            # about 4 minutes on 2 cores
+    python benchmarks/training.py            # about 10 minutes on 2 cores
 
 Writes docs/training.md. The same requests of The Complete Journey in the same order in every run; the
 cases take turns, each run in a process of its own.
