@@ -8,7 +8,7 @@ The notebooks of examples/ are pages too, as they were run when they were commit
 them. Formulae become MathML, which browsers set without a script, in a font for formulae; many systems
 have none, so the site has the one that ziamath brings.
 
-Every page ends with the version and the commit it was built from: a site of an older version is built
+Every page ends with what git describes as its version: a site of an older version is built
 from its tag.
 """
 
@@ -19,7 +19,6 @@ import posixpath
 import re
 import subprocess
 from html import unescape
-from importlib.metadata import version
 from importlib.resources import files as files_of
 from pathlib import Path
 from typing import Any
@@ -52,11 +51,16 @@ _FORMULA = re.compile(r'class="arithmatex">\\([(\[])(.*?)\\[)\]]<', re.S)
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
+def git(*command: str) -> str:
+    """What git prints of this clone."""
+    done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
 def on_config(config: MkDocsConfig) -> None:
     """Put them into the navigation; name the version, and link to the source if its place is known."""
-    head = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(head, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    config.copyright = f"Version {version('ifa-torchrec')}, commit {commit}"
+    commit, version = git("rev-parse", "--short", "HEAD"), git("describe", "--tags", "--always")
+    config.copyright = f"Version {version}"
     config.edit_uri = ""
     if config.repo_url:
         config.edit_uri = f"blob/{commit}/docs/"

@@ -19,7 +19,7 @@ def ddp(
     cpu: int = 2,
     gpu: int = 0,
     memMB: int = 8192,
-    image: str = "ifa-torchrec:0.1.0",
+    image: str = "ifa-torchrec",
     name: str = "/",
     env: Optional[Dict[str, str]] = None,
     max_retries: int = 0,

@@ -21,7 +21,7 @@ def server(
     h: Optional[str] = None,
     cpu: int = 2,
     memMB: int = 8192,
-    image: str = "ifa-torchrec:0.1.0",
+    image: str = "ifa-torchrec",
     name: str = "/",
     env: Optional[Dict[str, str]] = None,
     max_retries: int = 0,

@@ -28,7 +28,7 @@ torchx run -s local_cwd ifa.evaluate.ddp -j 1x2 --run "$out/run"
 torchx run --dryrun -s slurm -cfg partition=compute,time=1:00:00 \
     "${train[@]}" -j 2x4 --cpu 16 --memMB 64000 --max_retries 2 -- "${options[@]}" > "$out/slurm.txt"
 torchx run --dryrun -s kubernetes -cfg queue=default --workspace= \
-    "${train[@]}" --image REGISTRY/ifa-torchrec:0.1.0 --mounts type=volume,src=CLAIM,dst=/shared \
+    "${train[@]}" --image REGISTRY/ifa-torchrec:VERSION --mounts type=volume,src=CLAIM,dst=/shared \
     -j 2x4 --cpu 16 --memMB 64000 --max_retries 2 -- "${options[@]}" > "$out/kubernetes.txt"
 echo
 echo "Wrote $out/run, $out/slurm.txt (the script for sbatch), $out/kubernetes.txt (Volcano's manifest)"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from argparse import Namespace
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -91,12 +90,6 @@ def test_help_describes_every_option_and_nothing_else(name):
     assert description in shown
     for section in ("Args:", "Raises:", "Example:", ">>>"):
         assert section not in shown
-
-
-@pytest.mark.parametrize("name", NAMED)
-def test_default_image_is_of_this_version(name):
-    image = _create_args_parser(NAMED[name]).get_default("image")
-    assert image == f"ifa-torchrec:{version('ifa-torchrec')}"
 
 
 def test_train_is_the_torchrun_line_one_would_write():

@@ -163,7 +163,7 @@ def test_kubernetes_evaluate(runner):
         endpoint = f"${{{first}:=localhost}}:29501"
         return {
             "command": "bash -c " + TORCHRUN.format(endpoint=endpoint, script=EVALUATE_SCRIPT),
-            "image": "ifa-torchrec:0.1.0",
+            "image": "ifa-torchrec",
             "env": {"LOGLEVEL": "WARNING"},
             "limits": {"cpu": "32000m", "memory": "131072M", "nvidia.com/gpu": "4"},
             "claims": {},
