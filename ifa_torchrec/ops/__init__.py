@@ -7,8 +7,8 @@ Four functions, each with the backends "reference" (plain, the truth), "torch" (
 own backward), "native" (C++, on CPU), "triton" (on GPUs) and "auto" (the fastest that serves).
 ``ifa backends`` prints which there are. An exported graph holds the backend's name and chooses anew
 where it runs: what "auto" exported beside the C++ kernels runs without them. The environment variable
-IFA_KERNELS (plain, avx2, avx512, avx512_bf16 or none) takes a lower instruction set of theirs than the
-processor's best, or none of them; it is read when the package is imported.
+IFA_KERNELS (plain, avx2, avx512, avx512_bf16 or none) takes another instruction set of theirs than the
+processor's fastest, or none of them; it is read when the package is imported.
 
 What all of them take and give, whichever the backend:
 

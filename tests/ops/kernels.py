@@ -15,7 +15,7 @@ from ifa_torchrec import ops
 from ifa_torchrec.ops.kernels import native
 
 SETS = native.INSTRUCTION_SETS
-NATIVE = [] if native.LIBRARY is None else list(SETS[: SETS.index(native.STATUS) + 1])
+NATIVE = [] if native.LIBRARY is None else list(SETS[: SETS.index(native.built()[1]) + 1])
 KERNELS = ["reference", "torch", *NATIVE]
 EVERY_KERNEL = [*KERNELS, pytest.param("triton", marks=triton_is_there)]
 

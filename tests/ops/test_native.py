@@ -324,7 +324,14 @@ def test_kernels_built_of_other_sources_are_not_called(monkeypatch):
     assert native.built() == (None, "not loaded: built of other sources; install the package again")
 
 
-def test_ifa_kernels_takes_a_lower_set_or_none_and_says_what_cannot_be(monkeypatch):
+@pytest.mark.skipif(NATIVE[-1] != "avx512_bf16", reason="the processor does not multiply bfloat16")
+def test_bfloat16_is_not_multiplied_as_such_on_intel(monkeypatch):
+    monkeypatch.delenv("IFA_KERNELS", raising=False)
+    intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    assert native.load()[1] == ("avx512" if intel else "avx512_bf16")
+
+
+def test_ifa_kernels_takes_a_set_or_none_and_says_what_cannot_be(monkeypatch):
     for name in NATIVE:
         monkeypatch.setenv("IFA_KERNELS", name)
         library, status = native.load()

@@ -1,13 +1,13 @@
 """The `native` backend: C++ kernels on CPU, one pass over the rows.
 
 The kernels (csrc/) know nothing of Python or PyTorch: they are built with the package by any C++
-compiler, once for each instruction set, and the best that the processor has is taken when they are
-loaded, or the lower one, or none, that the environment variable IFA_KERNELS names. Float32, and
-bfloat16 inputs with float32 sums. What they do not serve is the `torch` backend's. Sums are of blocks
-of rows, in an order that does not depend on the number of threads: results are the same to the bit at
-every run, and a million events' sum is off by less than 1e-6 of the largest. Where the processor
-multiplies bfloat16, phi and the key's weight are rounded to it in encode's forward of bfloat16 tokens:
-states are off by up to 1 %.
+compiler, once for each instruction set, and the fastest that the processor has is taken when they are
+loaded, or the one, or none, that the environment variable IFA_KERNELS names. Float32, and bfloat16
+inputs with float32 sums. What they do not serve is the `torch` backend's. Sums are of blocks of rows, in
+an order that does not depend on the number of threads: results are the same to the bit at every run, and
+a million events' sum is off by less than 1e-6 of the largest. avx512_bf16, the default where it is not
+Intel's, rounds phi and the key's weight to bfloat16 in encode's forward of bfloat16 tokens: states are
+off by up to 1 %.
 
 They are called by ctypes: a TORCH_LIBRARY, on the stable ABI too, is compiled against PyTorch's headers,
 so that the package could be built only where the torch of that build is installed already. A server in
@@ -51,7 +51,7 @@ _SIGNATURES = {
     "match_backward": "ppnnpp pi pi pp ii pp i",
 }
 """The arguments of csrc/'s kernels: pointers, int64, int, float."""
-_VERSION = 3
+_VERSION = 4
 """Of the signatures, as csrc/isa_plain.cpp has it: kernels of others would be called with arguments that
 they do not have. To be raised in both with every change."""
 
@@ -78,7 +78,7 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         return None, "turned off by IFA_KERNELS=none"
     library, status = built()
     if not wanted:
-        return library, status
+        return library, status if library is None else library.ifa_default_instruction_set().decode()
     if library is None:
         raise ConfigError(f"IFA_KERNELS={wanted}: the kernels are {status}")
     usable = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(status) + 1]
@@ -100,7 +100,8 @@ def built() -> tuple[ctypes.CDLL | None, str]:
         return None, f"not loaded: {error}"
     if not hasattr(library, "ifa_signatures") or library.ifa_signatures() != _VERSION:
         return None, "not loaded: built of other sources; install the package again"
-    library.ifa_instruction_set.restype = ctypes.c_char_p
+    for name in ("ifa_instruction_set", "ifa_default_instruction_set"):
+        getattr(library, name).restype = ctypes.c_char_p
     return library, library.ifa_instruction_set().decode()
 
 
