@@ -1,6 +1,6 @@
 """Every sequence interaction, trained under the same budget on real and on synthetic histories.
 
-    python benchmarks/quality.py             # about 2 hours on 2 cores
+    python benchmarks/quality.py             # 4 to 8 hours on 2 cores
     python benchmarks/quality.py --smoke     # every run once, tiny: seconds each, no page
 
 Writes docs/quality.md and its pictures. Each trained run is kept under --out, and is not trained

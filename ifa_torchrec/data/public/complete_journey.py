@@ -64,9 +64,13 @@ class CompleteJourneyConfig:
     """
 
     train: int = 20000
+    """Requests of the split `train`."""
     valid: int = 2000
+    """Requests of the split `valid`."""
     test: int = 4000
+    """Requests of the split `test`."""
     seed: int = 0
+    """Of the draw."""
 
 
 def prepare(path: str | Path, config: CompleteJourneyConfig | None = None) -> EventLog:
