@@ -12,15 +12,17 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import selectors
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Thread
 from typing import Protocol
 
 import matplotlib
@@ -66,7 +68,7 @@ SERVICES: dict[str, tuple[str, ...]] = {
     "--compiled --workers 2": ("--compiled", "--workers", "2"),
 }
 """Of which requests a second are measured, and their options."""
-PORT = 8765
+HOST, PORT = "127.0.0.1", 8765
 SEARCHED = 50
 """Events of a candidate's category that SIM attends to."""
 
@@ -252,7 +254,7 @@ class Server:
     @staticmethod
     def connection() -> http.client.HTTPConnection:
         """A connection that stays open."""
-        return http.client.HTTPConnection("127.0.0.1", PORT)
+        return http.client.HTTPConnection(HOST, PORT)
 
     @staticmethod
     def send(method: str, path: str, body: dict | None, connection: http.client.HTTPConnection) -> bytes:
@@ -270,22 +272,36 @@ class Server:
         return answer
 
     def saturation(self, bodies: Sequence[dict], connections: int = 16, seconds: float = 8.0) -> float:
-        """Requests a second over many connections, each with one under way at any time."""
-        counts = [0] * connections
-        end = time.perf_counter() + seconds
+        """Requests a second over many connections, each with one under way at any time.
 
-        def client(number: int) -> None:
-            connection = self.connection()
+        The client shares the cores with the service, and so does little: its requests are bytes from the
+        start, and one thread sends the next as soon as the last one's answer has come.
+        """
+        asked = []
+        for body in bodies:
+            text = json.dumps(body).encode()
+            head = f"POST /rank HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
+            asked.append(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
+        answered, end = 0, time.perf_counter() + seconds
+        with selectors.DefaultSelector() as selector, ExitStack() as stack:
+            for number in range(connections):
+                client = stack.enter_context(socket.create_connection((HOST, PORT)))
+                client.sendall(asked[number % len(asked)])
+                selector.register(client, selectors.EVENT_READ, client.makefile("rb"))
             while time.perf_counter() < end:
-                self.send("POST", "/rank", bodies[(number + counts[number]) % len(bodies)], connection)
-                counts[number] += 1
-
-        threads = [Thread(target=client, args=(number,)) for number in range(connections)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return sum(counts) / seconds
+                for key, _ in selector.select(1):
+                    answer = key.data
+                    if not answer.readline().startswith(b"HTTP/1.1 200"):
+                        raise OSError(f"/rank: {answer.read1()[:300]!r}")
+                    (length,) = (
+                        int(line[15:])
+                        for line in iter(answer.readline, b"\r\n")
+                        if line.lower().startswith(b"content-length:")
+                    )
+                    answer.read(length)
+                    answered += 1
+                    key.fileobj.sendall(asked[answered % len(asked)])
+        return answered / seconds
 
     def close(self) -> None:
         """Stop it, as a scheduler would."""
