@@ -1,6 +1,6 @@
 """What the kind and the numbers of an event are worth, and what a model makes of new items.
 
-    python benchmarks/events.py              # about 40 minutes on 2 cores
+    python benchmarks/events.py              # about 20 minutes on 2 cores
     python benchmarks/events.py --smoke      # every run once, tiny, no page
 
 Synthetic logs whose best reachable scores are known. Writes docs/events.md. Runs are kept under --out,
@@ -178,7 +178,9 @@ def main(options: Options) -> None:
         text = text.replace(f"TABLE_{name.upper()}", found)
         print(found)
     if not options.smoke:
-        text = text.replace("MEASURED", measured_by("python benchmarks/events.py"))
+        text = text.replace(
+            "MEASURED", measured_by(f"python benchmarks/events.py --seeds {options.seeds}")
+        )
         (ROOT / "docs" / "events.md").write_text(text)
 
 
