@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -14,7 +14,6 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ifa_torchrec.data.schema import LIST_OFFSETS, Columns, LogSchema
 
-_NONE = np.empty(0, np.int64)
 _LONG = 256
 """Rows of a range, on average, from which on it takes less to copy a range than to gather its rows."""
 
@@ -131,8 +130,16 @@ def jagged(ids: Mapping[str, np.ndarray], lengths: Sequence[np.ndarray]) -> Keye
         >>> jagged({"store": np.array([4, 7])}, [np.array([1, 1])]).stride()
         2
     """
+    if not ids:
+        return _no_ids()
     sizes = {name: len(of_key) for name, of_key in ids.items()}
-    return jagged_of(sizes, np.concatenate([_NONE, *ids.values()]), lengths)
+    return jagged_of(sizes, np.concatenate(list(ids.values())), lengths)
+
+
+@cache
+def _no_ids() -> KeyedJaggedTensor:
+    """Of no key: one for all batches, which a batch of few requests takes a while to make."""
+    return jagged_of({}, np.empty(0, np.int64), [])
 
 
 def jagged_of(
@@ -156,7 +163,7 @@ def jagged_of(
     return KeyedJaggedTensor(
         keys=list(sizes),
         values=tensor(values),
-        lengths=tensor(np.concatenate([_NONE, *lengths])),
+        lengths=tensor(np.concatenate([np.empty(0, np.int64), *lengths])),
         stride=len(lengths[0]) if lengths else 0,
         length_per_key=ids,  # else TorchRec computes them when they are asked for
         offset_per_key=[0, *accumulate(ids)],
