@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -80,8 +80,8 @@ class Ranges:
 
     def __init__(self, start: np.ndarray, end: np.ndarray) -> None:
         self.lengths = end - start
-        self.total = int(self.lengths.sum())
-        self._start, self._end = start, end
+        self._start, self._end, self._until = start, end, self.lengths.cumsum()
+        self.total = int(self._until[-1]) if len(start) else 0
 
     def of(self, column: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """The rows of a column.
@@ -101,8 +101,7 @@ class Ranges:
     @cached_property
     def rows(self) -> np.ndarray:
         """[total] int64, the rows' numbers."""
-        first = np.cumsum(self.lengths) - self.lengths
-        rows = np.repeat(self._start - first, self.lengths)
+        rows = (self._end - self._until).repeat(self.lengths)
         rows += np.arange(self.total)
         return rows
 
@@ -131,26 +130,38 @@ def jagged(ids: Mapping[str, np.ndarray], lengths: Sequence[np.ndarray]) -> Keye
         >>> jagged({"store": np.array([4, 7])}, [np.array([1, 1])]).stride()
         2
     """
-    return jagged_of(list(ids), np.concatenate([np.empty(0, np.int64), *ids.values()]), lengths)
+    if not ids:
+        return _no_ids()
+    sizes = {name: len(of_key) for name, of_key in ids.items()}
+    return jagged_of(sizes, np.concatenate(list(ids.values())), lengths)
 
 
-def jagged_of(keys: list[str], values: np.ndarray, lengths: Sequence[np.ndarray]) -> KeyedJaggedTensor:
+@cache
+def _no_ids() -> KeyedJaggedTensor:
+    """Of no key: one for all batches, which a batch of few requests takes a while to make."""
+    return jagged_of({}, np.empty(0, np.int64), [])
+
+
+def jagged_of(
+    sizes: Mapping[str, int], values: np.ndarray, lengths: Sequence[np.ndarray]
+) -> KeyedJaggedTensor:
     """Of the ids of all keys, one key's after another's, and of the lengths of each key.
 
     Args:
-        keys: the keys.
+        sizes: ids of each key.
         values: int64.
         lengths: [B] int64 a key.
 
     Example:
         >>> import numpy as np
         >>> from ifa_torchrec.data.batches import jagged_of
-        >>> jagged_of(["a", "b"], np.array([4, 7, 9]), [np.array([1]), np.array([2])])["b"].values()
+        >>> sizes, lengths = {"a": 1, "b": 2}, [np.array([1]), np.array([2])]
+        >>> jagged_of(sizes, np.array([4, 7, 9]), lengths)["b"].values()
         tensor([7, 9])
     """
-    ids = [int(of_key.sum()) for of_key in lengths]
+    ids = list(sizes.values())
     return KeyedJaggedTensor(
-        keys=keys,
+        keys=list(sizes),
         values=tensor(values),
         lengths=tensor(np.concatenate([np.empty(0, np.int64), *lengths])),
         stride=len(lengths[0]) if lengths else 0,
@@ -176,7 +187,7 @@ def parts_of(sizes: Mapping[str, int]) -> tuple[np.ndarray, dict[str, np.ndarray
         >>> values.tolist()
         [4, 7, 9]
     """
-    bounds = np.cumsum([0, *sizes.values()]).tolist()
+    bounds = list(accumulate(sizes.values(), initial=0))
     values = np.empty(bounds[-1], np.int64)
     places = zip(sizes, pairwise(bounds), strict=True)
     return values, {name: values[start:end] for name, (start, end) in places}
@@ -191,6 +202,8 @@ def stacked(columns: Sequence[np.ndarray], rows: int) -> torch.Tensor:
         >>> stacked([], 3).shape
         torch.Size([3, 0])
     """
+    if len(columns) == 1:
+        return tensor(columns[0].reshape(-1, 1))
     return tensor(np.stack(columns, axis=1) if columns else np.empty((rows, 0), np.float32))
 
 

@@ -174,7 +174,7 @@ class RankingDataset(Dataset[RankingBatch]):
         candidates = self._candidates(index)
         logged, of = self.log.events, {HISTORY: events, CANDIDATE: candidates}
         items = {HISTORY: events.of(logged[schema.item]), CANDIDATE: candidates.of(requests[CANDIDATES])}
-        age = np.repeat(requests[TIME][index], events.lengths)
+        age = requests[TIME][index].repeat(events.lengths)
         age -= events.of(logged[TIME])
         days = age.astype(np.float32)
         days /= MICROSECONDS_PER_DAY
@@ -190,7 +190,7 @@ class RankingDataset(Dataset[RankingBatch]):
             history_age=tensor(days),
             labels=stacked([candidates.of(requests[task]) for task in schema.tasks], candidates.total),
             exposed=tensor(exposed),
-            exposed_rows=tensor(np.flatnonzero(exposed)),
+            exposed_rows=tensor(exposed.nonzero()[0]),
             history_weight=tensor(events.of(logged[schema.event_weight]))
             if schema.event_weight
             else None,
@@ -224,7 +224,7 @@ class RankingDataset(Dataset[RankingBatch]):
                 ranges.of(columns[prefix][f], out=parts[prefix + f])
         lengths = {prefix: _spread(ranges.lengths, real) for prefix, ranges in of.items()}
         per_key = [lengths[HISTORY if key.startswith(HISTORY) else CANDIDATE] for key in sizes]
-        return jagged_of(list(sizes), values, per_key)
+        return jagged_of(sizes, values, per_key)
 
     def _item_rows(
         self, index: np.ndarray, items: np.ndarray, lengths: np.ndarray, out: np.ndarray
@@ -270,6 +270,8 @@ class RankingDataset(Dataset[RankingBatch]):
 
 def _spread(values: np.ndarray, real: np.ndarray) -> np.ndarray:
     """The values where ``real`` is true, and 0 elsewhere."""
+    if len(values) == len(real):
+        return values
     result = np.zeros(len(real), values.dtype)
     result[real] = values
     return result

@@ -6,6 +6,8 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
+from threading import Condition
 
 import torch
 
@@ -49,7 +51,7 @@ class BatchLoader:
 
     Args:
         dataset: gives the batch of a list of requests.
-        sampler: lists of requests; iterated anew each time, in a thread.
+        sampler: lists of requests; iterated anew each time, in the threads.
 
     Attributes:
         waited: seconds for which batches were asked for before they were made, of all iterations.
@@ -68,13 +70,12 @@ class BatchLoader:
         self.waited = 0.0
 
     def __iter__(self) -> Generator[RankingBatch]:
-        lists = ThreadPoolExecutor(1, "lists-of-requests")
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
         makers = ThreadPoolExecutor(THREADS, "batches", _use, (device,))
-        steps = iter(self._sampler)
+        lists, numbers = _InTurn(self._sampler), count()
 
         def begin() -> Future[RankingBatch | None]:
-            return makers.submit(self._make, lists.submit(next, steps, None))
+            return makers.submit(self._make, lists, next(numbers))
 
         try:
             ahead = deque(begin() for _ in range(AHEAD))
@@ -82,15 +83,14 @@ class BatchLoader:
                 ahead.append(begin())
                 yield batch
         finally:
-            for pool in (lists, makers):
-                pool.shutdown(cancel_futures=True)
+            makers.shutdown(cancel_futures=True)
 
-    def _make(self, requests: Future[list[int] | None]) -> RankingBatch | None:
-        """The batch of the requests; None behind the last."""
-        numbers = requests.result()
-        if numbers is None:
+    def _make(self, lists: _InTurn, number: int) -> RankingBatch | None:
+        """The batch of this number; None behind the last."""
+        requests = lists.take(number)
+        if requests is None:
             return None
-        batch = self._dataset[numbers]
+        batch = self._dataset[requests]
         return batch.pin_memory() if torch.cuda.is_available() else batch
 
     def _taken(self, made: Future[RankingBatch | None]) -> RankingBatch | None:
@@ -99,6 +99,22 @@ class BatchLoader:
             return made.result()
         finally:
             self.waited += time.perf_counter() - start
+
+
+class _InTurn:
+    """The lists of a sampler, for threads that take them: a thread that had them all would have to be
+    switched to and from for each batch."""
+
+    def __init__(self, sampler: Iterable[list[int]]) -> None:
+        self._lists, self._taken, self._turn = iter(sampler), 0, Condition()
+
+    def take(self, number: int) -> list[int] | None:
+        """The list of this number, once all before it are taken; None behind the last."""
+        with self._turn:
+            self._turn.wait_for(lambda: self._taken == number)
+            self._taken += 1
+            self._turn.notify_all()
+            return next(self._lists, None)
 
 
 def _use(device: int | None) -> None:

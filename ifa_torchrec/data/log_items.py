@@ -50,4 +50,4 @@ class LogItems:
             items: numbers of items, of any shape.
         """
         rows = self.schema.item_features[self.schema.item]
-        return items if self.num_items <= rows else np.where(items < rows, items, 0)
+        return items if self.num_items <= rows else items * (items < rows)  # faster than np.where

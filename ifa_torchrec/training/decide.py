@@ -36,7 +36,7 @@ _DECIDED = ("keep_best", "warmup_steps", "optimizers")
 """Options that a run must not change once it has begun."""
 
 
-def decided(config: TrainConfig, dataset: RankingDataset) -> TrainConfig:
+def decided(config: TrainConfig, dataset: RankingDataset, found: tuple[int, int]) -> TrainConfig:
     """The options with a value for each that was None and means "as the log has it". Called by all
     ranks.
 
@@ -45,6 +45,7 @@ def decided(config: TrainConfig, dataset: RankingDataset) -> TrainConfig:
     Args:
         config: TrainConfig.
         dataset: the requests that it trains on.
+        found: requests and events, from ``amounts``.
 
     Raises:
         ConfigError: an option asks for what the log has not.
@@ -55,12 +56,13 @@ def decided(config: TrainConfig, dataset: RankingDataset) -> TrainConfig:
         >>> from ifa_torchrec.data import RankingDataset
         >>> from ifa_torchrec.data.synthetic import SyntheticConfig, prepare
         >>> from ifa_torchrec.distributed import init_process_group
-        >>> from ifa_torchrec.training.decide import decided
+        >>> from ifa_torchrec.training.decide import amounts, decided
         >>> from ifa_torchrec.training.options import TrainConfig
         >>> _, folder = init_process_group(), Path(tempfile.mkdtemp())
         >>> log = prepare(folder / "log", SyntheticConfig(train=20, test=5, mean_events=20))
         >>> config = TrainConfig(folder / "log", folder / "run", epochs=5)
-        >>> config = decided(config, RankingDataset(log, "train"))
+        >>> dataset = RankingDataset(log, "train")
+        >>> config = decided(config, dataset, amounts(config, dataset))
         >>> config.max_requests, config.warmup_steps, config.keep_best
         (4, 2, 'last')
         >>> config.optimizers.dense_lr
@@ -74,13 +76,12 @@ def decided(config: TrainConfig, dataset: RankingDataset) -> TrainConfig:
         config = dataclasses.replace(config, keep_best=_keep_best(config, dataset.log))
     config = dataclasses.replace(config, ifa=_with_identity(config, dataset.log))
     if config.max_requests is None:
-        requests = int(over_parts(dataset.log)(np.array([len(dataset)]))[0])
-        config = dataclasses.replace(config, max_requests=_max_requests(requests))
+        config = dataclasses.replace(config, max_requests=_max_requests(found[0]))
     if config.warmup_steps is None:
-        warm = round(WARM_UP * steps(config, *amounts(config, dataset)))
+        warm = round(WARM_UP * steps(config, *found))
         config = dataclasses.replace(config, warmup_steps=warm)
     if config.optimizers.dense_lr is None:
-        rate = _dense_lr(config, *amounts(config, dataset)) if rate is None else rate
+        rate = _dense_lr(config, *found) if rate is None else rate
         config = dataclasses.replace(
             config, optimizers=dataclasses.replace(config.optimizers, dense_lr=rate)
         )

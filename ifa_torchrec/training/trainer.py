@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import shutil
 import sys
@@ -121,9 +120,10 @@ class Trainer:
             self.log, "train", config.history_length, self._unknown, config.seed
         )
         self._given = config
-        self.config = config = decided(config, self.dataset)
+        found = amounts(config, self.dataset)
+        self.config = config = decided(config, self.dataset, found)
         check_loss(self.dataset, config.loss, self.rank)
-        self._steps_in_all = steps(config, *amounts(config, self.dataset))
+        self._steps_in_all = steps(config, *found)
         requests_a_batch = config.max_requests or MOST_REQUESTS
         self.sampler = EventBudgetSampler(
             self.dataset.histories,
@@ -145,7 +145,7 @@ class Trainer:
         if config.compile:
             compile_dense(self.model)
         self.step = self.epoch = self.taken = 0
-        self._position = self.sampler.state_dict(step=0)
+        self._in_pass = 0  # steps made of the sampler's pass
         self.losses: list[float] = []
         self._unread: list[torch.Tensor] = []  # reading a loss waits for the device
         self._events, self._seconds, self._start, self._waited = 0, 0.0, 0.0, 0.0
@@ -241,7 +241,7 @@ class Trainer:
         """How far it is and what it belongs to; as JSON, beside the weights in a checkpoint."""
         return {
             "step": self.step,
-            **self._position,
+            **self.sampler.state_dict(self._in_pass),
             "config": self._belongs_to,
             "data": full_name(self.log.place),
             "scales": {name: dataclasses.asdict(s) for name, s in self._scales.items()},
@@ -259,7 +259,6 @@ class Trainer:
             progress = checkpoint.load(folder, self.model, self.optimizer, self._belongs_to)
             self.sampler.load_state_dict(progress)
             self.step, self.epoch, self.taken = (progress[k] for k in ("step", "epoch", "request"))
-            self._position = self.sampler.state_dict(step=0)
         else:
             self._start_anew()
         self._validations = Validations.read(config.out, config.keep_best or LAST, self.step)
@@ -340,18 +339,19 @@ class Trainer:
         self._pipeline = TrainPipelineSparseDist(
             self.model, self.optimizer, self.device, custom_model_fwd=self._forward
         )
-        self.sampler.load_state_dict(self._position)
+        self.sampler.load_state_dict(self.sampler.state_dict(self._in_pass))
+        self._in_pass = 0
         self.dataset.set_epoch(self.epoch)
         loader = make_loader(self.dataset, self.sampler)
         with closing(iter(loader)) as batches:
             self._start = time.perf_counter()
-            for number in itertools.count(1):
+            while True:
                 self.train_step(batches)
-                self._position = position = self.sampler.state_dict(number)
-                last = position["epoch"] > self.epoch
-                taken = self.sampler.order.requests if last else position["request"]
+                self._in_pass += 1
+                taken = self.sampler.requests_taken(self._in_pass)
                 self._bar.update(taken - self.taken)
-                self.epoch, self.taken = position["epoch"], position["request"]
+                last = taken == self.sampler.order.requests
+                self.epoch, self.taken = (self.epoch + 1, 0) if last else (self.epoch, taken)
                 measured = last or (every is not None and self.step % every == 0)
                 save = measured or self.step % self.config.checkpoint_every == 0
                 if save or self.step % _REPORT_EVERY == 0:

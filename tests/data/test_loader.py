@@ -9,13 +9,14 @@ import textwrap
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make_loader
-from ifa_torchrec.data.loader import AHEAD, THREADS, BatchLoader
+from ifa_torchrec.data.loader import AHEAD, THREADS, BatchLoader, _InTurn
 
 
 class Dataset:
@@ -77,6 +78,17 @@ def test_an_error_of_the_sampler_is_raised_too() -> None:
     assert next(batches) == 1
     with pytest.raises(RuntimeError, match="no more lists"):
         next(batches)
+
+
+def test_a_thread_that_is_late_has_its_list_all_the_same() -> None:
+    lists = _InTurn([[0], [1], [2]])
+    with ThreadPoolExecutor(3) as threads:
+        taken = [threads.submit(lists.take, number) for number in (2, 1)]
+        time.sleep(0.05)
+        assert not any(future.done() for future in taken)
+        assert lists.take(0) == [0]
+        assert [future.result(20) for future in taken] == [[2], [1]]
+    assert lists.take(3) is None
 
 
 def test_threads_end_with_an_iterator_that_is_forgotten() -> None:

@@ -12,7 +12,7 @@ import torch
 from torchrec import EmbeddingCollection, EmbeddingConfig
 
 from ifa_torchrec.distributed import OptimizerConfig, checkpoint, init_process_group, shard
-from ifa_torchrec.distributed.checkpoint_writer import CheckpointWriter
+from ifa_torchrec.distributed.checkpoint_writer import CheckpointWriter, Copies
 from ifa_torchrec.distributed.saver import CheckpointSaver
 from ifa_torchrec.errors import PlaceError
 
@@ -77,6 +77,31 @@ def test_it_is_of_the_state_as_it_was(sharded, held: threading.Event, tmp_path: 
             assert checkpoint.load(tmp_path, model, optimizer) == {"step": step}
             assert values(model) == {step}
         assert saver.waited > 0
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.rand(600, 1000),  # large enough to be copied past the caches
+        torch.rand(600, 1000).bfloat16(),
+        torch.nn.Parameter(torch.rand(600, 1000)),
+        torch.rand(1000, 600).t(),
+        torch.empty(0, 8),
+        torch.tensor(3),
+        torch.tensor([True, False]),
+    ],
+)
+def test_a_copy_is_of_what_was_and_its_memory_is_kept(value: torch.Tensor) -> None:
+    copies, was = Copies(), value.detach().clone()
+    copies.take({"value": value})
+    first = copies.of["value", ()]
+    assert first.dtype == was.dtype
+    with torch.no_grad():
+        value.fill_(0)
+    assert torch.equal(first, was)
+    copies.take({"value": value})
+    second = copies.of["value", ()]
+    assert second.data_ptr() == first.data_ptr() and torch.equal(second, value)
 
 
 def test_training_goes_on_while_it_is_written(sharded, held: threading.Event, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from ifa_torchrec.commands import evaluate as evaluate_module
 from ifa_torchrec.commands.command_line import result_as_json
 from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.commands.explain import ExplainConfig, explain
-from ifa_torchrec.data import EventLog, LogError, RankingDataset, order
+from ifa_torchrec.data import EventBudgetSampler, EventLog, LogError, RankingDataset, order
 from ifa_torchrec.distributed import (
     CheckpointError,
     OptimizerConfig,
@@ -48,7 +48,7 @@ from ifa_torchrec.modules import (
 from ifa_torchrec.training import decide
 from ifa_torchrec.training import trainer as train_module
 from ifa_torchrec.training.build import build_model
-from ifa_torchrec.training.decide import decided
+from ifa_torchrec.training.decide import amounts, decided
 from ifa_torchrec.training.metrics_table import as_table
 from ifa_torchrec.training.options import TrainConfig, from_json, to_json
 from ifa_torchrec.training.run import load_run
@@ -286,6 +286,22 @@ class TestResume:
             patch.setattr(order, "WINDOW", 32)
             train(dataclasses.replace(halves, resume=True))
 
+    def test_a_position_is_asked_for_where_a_checkpoint_is_written(
+        self, config: TrainConfig, monkeypatch
+    ) -> None:
+        """Of a log in parts it takes time for all parts, which a step has not."""
+        asked: list[int] = []
+        state_dict = EventBudgetSampler.state_dict
+
+        def counted(self, step):
+            asked.append(step)
+            return state_dict(self, step)
+
+        monkeypatch.setattr(EventBudgetSampler, "state_dict", counted)
+        train(dataclasses.replace(config, checkpoint_every=4, validate=False))
+        # at the beginning of each pass, and of the checkpoints; an epoch's end is one
+        assert asked == [0, 4, 6, 6, 2, 6]
+
     def test_dropout_and_decay_go_on_where_they_were(self, config: TrainConfig, monkeypatch) -> None:
         """The masks are those of a run that never stopped, and validation draws none."""
         optimizers = OptimizerConfig(dense_lr=0.01, table_weight_decay=0.1)
@@ -478,25 +494,26 @@ class TestDecided:
         config = dataclasses.replace(
             config, max_requests=None, warmup_steps=None, keep_best="last", epochs=2
         )
-        found = decided(config, dataset)
+        found = decided(config, dataset, amounts(config, dataset))
         assert (found.max_requests, found.warmup_steps) == (batch, warm)
         assert found.optimizers == config.optimizers  # which were given
         config = dataclasses.replace(config, optimizers=OptimizerConfig())
-        assert decided(config, dataset).optimizers == OptimizerConfig(dense_lr=rate)
+        found = decided(config, dataset, amounts(config, dataset))
+        assert found.optimizers == OptimizerConfig(dense_lr=rate)
 
     def test_identity_heads_on_all_that_describes_an_item(
         self, config: TrainConfig, log: EventLog
     ) -> None:
         dataset = RankingDataset(log, "train")
         config = dataclasses.replace(config, ifa=IFAConfig(8, num_heads=2))
-        ifa = decided(config, dataset).ifa
+        ifa = decided(config, dataset, amounts(config, dataset)).ifa
         assert (ifa.identity_features, ifa.identity_buckets) == (("item", "category"), 64)
         assert ifa.identity_half_lives == (math.inf, 30.0, 7.0)
         given = dataclasses.replace(config, ifa=IFAConfig(8, num_heads=2, identity_half_lives=(5.0,)))
-        assert decided(given, dataset).ifa.identity_half_lives == (5.0,)
+        assert decided(given, dataset, amounts(given, dataset)).ifa.identity_half_lives == (5.0,)
         for change in ({"identity": False}, {"interaction": "none"}, {"ifa": IFA}):
             changed = dataclasses.replace(config, **change)
-            assert decided(changed, dataset).ifa == changed.ifa
+            assert decided(changed, dataset, amounts(changed, dataset)).ifa == changed.ifa
 
     def test_it_is_told_and_kept(self, config: TrainConfig, monkeypatch, capsys) -> None:
         """Also where another log, or another number of ranks, would have it otherwise."""
