@@ -98,15 +98,15 @@ def _loss(**terms: Any) -> CandidateSetLossConfig:
     return CandidateSetLossConfig(**terms)
 
 
-ALONE = dict(pointwise_unexposed=False)
+ALONE = dict(pointwise_unexposed=False, listwise=0.0)
 ROWS = [
     Row("exposed alone", _loss(**ALONE)),
     Row("exposed alone, by inverse propensity", _loss(**ALONE), inverse=True),
-    Row("unexposed as negatives", _loss(pointwise_unexposed=True, unexposed=1.0)),
-    Row("unexposed as negatives of weight 0.1", _loss(pointwise_unexposed=True, unexposed=0.1)),
-    Row("exposed alone + 0.5 listwise among the exposed", _loss(**ALONE, listwise=0.5, unexposed=0.0)),
-    Row("exposed alone + 0.5 listwise, unexposed 0.1", _loss(**ALONE, listwise=0.5, unexposed=0.1)),
-    Row("exposed alone + 0.5 listwise, unexposed 1", _loss(**ALONE, listwise=0.5, unexposed=1.0)),
+    Row("unexposed as negatives", _loss(listwise=0.0, unexposed=1.0)),
+    Row("unexposed as negatives of weight 0.1", _loss(listwise=0.0, unexposed=0.1)),
+    Row("exposed alone + 0.5 listwise among the exposed (the default)", _loss()),
+    Row("exposed alone + 0.5 listwise, unexposed 0.1", _loss(pointwise_unexposed=False, unexposed=0.1)),
+    Row("exposed alone + 0.5 listwise, unexposed 1", _loss(pointwise_unexposed=False, unexposed=1.0)),
     Row("softmax set, exposed alone", _loss(**ALONE), attention="softmax"),
     Row("softmax set, exposed alone + 0.3 consistency", _loss(**ALONE, consistency=0.3), "softmax"),
 ]
