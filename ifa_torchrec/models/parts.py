@@ -12,6 +12,7 @@ from torchrec.models.dlrm import DenseArch, InteractionArch
 
 from ifa_torchrec.batch import RankingFeatures, Scale
 from ifa_torchrec.models.config import DLRM_IFAConfig
+from ifa_torchrec.modules.projections import ZeroNorm
 
 
 class PairInteractionArch(InteractionArch):
@@ -276,6 +277,10 @@ class RequestArch(nn.Module):
 class InterestArch(nn.Module):
     """What a candidate found in the history, beside the candidate.
 
+    It starts at 0, so that an untrained model ranks by everything else. What a history says then grows as
+    it proves useful; from the start at full size it is noise, above all that of a short history, which
+    the layers above learn to fit (docs/quality.md).
+
     Args:
         dim: D.
 
@@ -293,7 +298,7 @@ class InterestArch(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.norm = ZeroNorm(dim)
         self.num_vectors, self.out_features = 1, 2 * dim + 1
 
     def forward(self, tokens: Tensor, interest: Tensor, events: Tensor, request: Tensor) -> Part:
