@@ -12,7 +12,6 @@ from torchrec.models.dlrm import DenseArch, InteractionArch
 
 from ifa_torchrec.batch import RankingFeatures, Scale
 from ifa_torchrec.models.config import DLRM_IFAConfig
-from ifa_torchrec.modules.projections import ZeroNorm
 
 
 class PairInteractionArch(InteractionArch):
@@ -274,12 +273,16 @@ class RequestArch(nn.Module):
         return Part(tuple(vectors), tuple(beside))
 
 
+SHRINKAGE = 30.0
+"""Events of a history at which what it says counts half: that of fewer is mostly chance, which a model
+learns to fit (docs/quality.md, "Where the history tells little")."""
+
+
 class InterestArch(nn.Module):
     """What a candidate found in the history, beside the candidate.
 
-    It starts at 0, so that an untrained model ranks by everything else. What a history says then grows as
-    it proves useful; from the start at full size it is noise, above all that of a short history, which
-    the layers above learn to fit (docs/quality.md).
+    It is normed, and so of one size however little was found; then shrunk to n / (n + 30) of it, n being
+    the number of events. Without events it is 0, whatever the interaction's bias has learnt.
 
     Args:
         dim: D.
@@ -298,7 +301,7 @@ class InterestArch(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.norm = ZeroNorm(dim)
+        self.norm = nn.LayerNorm(dim)
         self.num_vectors, self.out_features = 1, 2 * dim + 1
 
     def forward(self, tokens: Tensor, interest: Tensor, events: Tensor, request: Tensor) -> Part:
@@ -307,5 +310,6 @@ class InterestArch(nn.Module):
             tokens: [M, D], interest: [M, D], and request: [M] int64, which one's they are.
             events: [B] floating point, how many each request's history has.
         """
-        interest = self.norm(interest)
+        share = events / (events + SHRINKAGE)
+        interest = self.norm(interest) * share[request, None]
         return Part((interest,), (interest, tokens * interest, torch.log1p(events)[request, None]))

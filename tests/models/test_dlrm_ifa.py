@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import randomised
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
@@ -21,6 +22,7 @@ from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, DLRM_IFATrain, IFAConfig, Ran
 from ifa_torchrec.distributed import OptimizerConfig, init_process_group, shard
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.models.archs import Lookups
+from ifa_torchrec.models.parts import InterestArch
 from ifa_torchrec.models.sparse import SequenceArch
 from ifa_torchrec.models.taken import set_worth
 from ifa_torchrec.modules import (
@@ -346,6 +348,18 @@ class TestEveryInteraction:
         had_events = [interaction != "none" and HISTORIES[b] > 0 for b in range(4)]
         assert moved.tolist() == [had_events[b] for b, rows in enumerate(CANDIDATE_ROWS) for _ in rows]
 
+    def test_without_events_the_interaction_has_no_part_in_the_logits(self, interaction: str) -> None:
+        """Whatever it has learnt; its bias and the norm's are what it would say of nothing."""
+        model, batch = make_model(interaction), make_batch()
+        before = model(batch)
+        arch = model.candidate_arch
+        for part in (arch.sequence_interaction, arch.interest_arch):
+            if part is not None:
+                randomised(part)
+        moved = (model(batch) - before).abs().amax(dim=1) > 1e-6
+        had_events = [interaction != "none" and HISTORIES[b] > 0 for b in range(4)]
+        assert moved.tolist() == [had_events[b] for b, rows in enumerate(CANDIDATE_ROWS) for _ in rows]
+
     def test_an_empty_candidate_set_changes_nothing_for_the_others(self, interaction: str) -> None:
         model, batch = make_model(interaction), make_batch()
         rows = [[], CANDIDATE_ROWS[1], [], CANDIDATE_ROWS[3]]
@@ -410,6 +424,19 @@ class TestEveryInteraction:
         assert len(losses) == 30
         # the same batch again and again can be learnt by heart
         assert losses[-1] < 0.6 * losses[0]
+
+
+def test_what_a_history_says_counts_by_its_events() -> None:
+    """Half at 30, in all that is said of it, and nearly whole at many more."""
+    arch, rows = InterestArch(DIM), torch.randn(4, DIM)
+    request, events = torch.tensor([0, 1, 2, 2]), torch.tensor([0.0, 30.0, 2970.0])
+    (crossed,), (beside, product, count) = arch(rows, rows.flip(0), events, request)
+    share = torch.tensor([[0.0], [0.5], [0.99], [0.99]])
+    expected = share * torch.nn.functional.layer_norm(rows.flip(0), (DIM,))
+    for found in (crossed, beside):
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(product, rows * expected)
+    torch.testing.assert_close(count, events[request, None].log1p())
 
 
 def with_relations(model: DLRM_IFA) -> DLRM_IFA:
