@@ -112,7 +112,7 @@ class StateByCategory(InteractionFidelityAttention):
         return JaggedTensor(values, lengths=interest.lengths(), offsets=interest.offsets())
 
 
-class FullSize(InterestArch):
+class FullSizeLater(InterestArch):
     """What a history says, of one size however few its events are."""
 
     def forward(self, tokens: Tensor, interest: Tensor, events: Tensor, request: Tensor) -> Part:
@@ -120,21 +120,12 @@ class FullSize(InterestArch):
         return Part((interest,), (interest, tokens * interest, torch.log1p(events)[request, None]))
 
 
-class ZeroNorm(nn.LayerNorm):
-    """A layer norm whose gain starts at 0."""
-
-    def reset_parameters(self) -> None:
-        """Start anew; also after ``to_empty``."""
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
-
-
-class StartsAtNothing(FullSize):
-    """The same, through a gain that starts at 0."""
+class FullSize(FullSizeLater):
+    """The same, from the start."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
-        self.norm = ZeroNorm(dim)
+        self.norm = nn.LayerNorm(dim)
 
 
 INTERACTIONS.update(
@@ -150,7 +141,7 @@ MODELS: dict[str, tuple[str, type[InterestArch]]] = {
     IFA: ("ifa", InterestArch),
     "no history": ("none", InterestArch),
     "full size": ("ifa", FullSize),
-    "full size, starts at 0": ("ifa", StartsAtNothing),
+    "full size, from a start at 0": ("ifa", FullSizeLater),
     "a state a category, width 16": ("by_category_16", InterestArch),
     "a state a category, width 64": ("by_category_64", InterestArch),
 }
