@@ -1,4 +1,4 @@
-"""The linear maps of an interaction, with the start that their place asks for, and random hashes."""
+"""Linear maps and a norm with the start that their place asks for, and random hashes."""
 
 from __future__ import annotations
 
