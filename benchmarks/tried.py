@@ -1,6 +1,7 @@
-"""A dense state a category beside IFA's, and no history at all, against `ifa train`, log by log.
+"""What was tried against `ifa train`, log by log: a dense state a category beside IFA's, what a history
+says at full size or from a start at 0, and no history at all.
 
-    python benchmarks/tried.py                           # 48 trainings of up to two minutes
+    python benchmarks/tried.py                           # 72 trainings of up to two minutes
     python benchmarks/tried.py --logs journey --seeds 1  # a part
     python benchmarks/tried.py --smoke                   # every run once, tiny
 
@@ -24,7 +25,7 @@ import pandas as pd
 import torch
 import tyro
 from report import ROOT, commit, markdown, measured_by
-from torch import Tensor
+from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 sys.path.insert(0, str(ROOT))  # the examples are no package
@@ -35,6 +36,8 @@ from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.data import EventLog, synthetic
 from ifa_torchrec.data.prepare import prepare
 from ifa_torchrec.data.public import complete_journey, recbole
+from ifa_torchrec.models import archs
+from ifa_torchrec.models.parts import InterestArch, Part
 from ifa_torchrec.modules import INTERACTIONS
 from ifa_torchrec.modules.projections import ZeroLinear
 from ifa_torchrec.ops.jagged import request_of_row
@@ -109,6 +112,22 @@ class StateByCategory(InteractionFidelityAttention):
         return JaggedTensor(values, lengths=interest.lengths(), offsets=interest.offsets())
 
 
+class FullSizeLater(InterestArch):
+    """What a history says, of one size however few its events are."""
+
+    def forward(self, tokens: Tensor, interest: Tensor, events: Tensor, request: Tensor) -> Part:
+        interest = self.norm(interest)
+        return Part((interest,), (interest, tokens * interest, torch.log1p(events)[request, None]))
+
+
+class FullSize(FullSizeLater):
+    """The same, from the start."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.norm = nn.LayerNorm(dim)
+
+
 INTERACTIONS.update(
     {
         f"by_category_{width}": lambda config, _, feature, width=width: StateByCategory(
@@ -118,13 +137,15 @@ INTERACTIONS.update(
     }
 )
 
-MODELS = {
-    IFA: "ifa",
-    "no history": "none",
-    "a state a category, width 16": "by_category_16",
-    "a state a category, width 64": "by_category_64",
+MODELS: dict[str, tuple[str, type[InterestArch]]] = {
+    IFA: ("ifa", InterestArch),
+    "no history": ("none", InterestArch),
+    "full size": ("ifa", FullSize),
+    "full size, from a start at 0": ("ifa", FullSizeLater),
+    "a state a category, width 16": ("by_category_16", InterestArch),
+    "a state a category, width 64": ("by_category_64", InterestArch),
 }
-"""Of each model the interaction."""
+"""Of each model the interaction, and what makes of its answer what is put beside a candidate."""
 JOURNEY = complete_journey.CompleteJourneyConfig(train=6000, valid=1000, test=2000)
 SYNTHETIC = synthetic.SyntheticConfig(train=12000, mean_events=220, distance=100)
 
@@ -171,7 +192,8 @@ def run(options: Options, name: str, model: str, seed: int) -> tuple[dict[str, f
         shutil.rmtree(folder, ignore_errors=True)
         feature = "category" if name in ("journey", "synthetic") else None
         data = options.out / "data" / name
-        training = train(TrainConfig(data, folder, MODELS[model], search_feature=feature, seed=seed))
+        interaction, archs.InterestArch = MODELS[model]
+        training = train(TrainConfig(data, folder, interaction, search_feature=feature, seed=seed))
         metrics = evaluate(EvaluateConfig(run=folder)) | {"train_seconds": training["seconds"]}
         np.save(folder / "areas.npy", areas(folder))
         kept.write_text(json.dumps({"commit": commit(), "metrics": metrics}))

@@ -37,9 +37,9 @@ from ifa_torchrec.distributed.errors import CheckpointError, DamagedError
 from ifa_torchrec.distributed.rows import rows_as_unknown
 from ifa_torchrec.errors import PlaceError, writing
 
-FORMAT = 4
+FORMAT = 5
 """Rises when this package could no longer read what it wrote before, or would build another model for
-it: 4 since the model standardises numbers and a checkpoint names its vocabulary."""
+it: 5 since the model lets a short history say less."""
 KEEP = 2
 """Checkpoints kept; older ones are deleted once a newer one is whole."""
 

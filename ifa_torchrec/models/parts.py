@@ -12,6 +12,7 @@ from torchrec.models.dlrm import DenseArch, InteractionArch
 
 from ifa_torchrec.batch import RankingFeatures, Scale
 from ifa_torchrec.models.config import DLRM_IFAConfig
+from ifa_torchrec.modules.projections import ZeroNorm
 
 
 class PairInteractionArch(InteractionArch):
@@ -273,8 +274,17 @@ class RequestArch(nn.Module):
         return Part(tuple(vectors), tuple(beside))
 
 
+SHRINKAGE = 10.0
+"""Events of a history at which what it says counts half: that of fewer is mostly chance, which a model
+learns to fit (docs/quality.md, "Where the history tells little")."""
+
+
 class InterestArch(nn.Module):
     """What a candidate found in the history, beside the candidate.
+
+    It is normed, and so of one size however little was found; then shrunk to n / (n + 10) of it, n being
+    the number of events. Without events it is 0, whatever the interaction's bias has learnt. The norm's
+    gain starts at 0: an untrained model ranks without what histories hold, and training lets it in.
 
     Args:
         dim: D.
@@ -293,7 +303,7 @@ class InterestArch(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.norm = ZeroNorm(dim)
         self.num_vectors, self.out_features = 1, 2 * dim + 1
 
     def forward(self, tokens: Tensor, interest: Tensor, events: Tensor, request: Tensor) -> Part:
@@ -302,5 +312,6 @@ class InterestArch(nn.Module):
             tokens: [M, D], interest: [M, D], and request: [M] int64, which one's they are.
             events: [B] floating point, how many each request's history has.
         """
-        interest = self.norm(interest)
+        share = events / (events + SHRINKAGE)
+        interest = self.norm(interest) * share[request, None]
         return Part((interest,), (interest, tokens * interest, torch.log1p(events)[request, None]))

@@ -1,4 +1,4 @@
-"""The linear maps of an interaction, with the start that their place asks for, and random hashes."""
+"""Linear maps and a norm with the start that their place asks for, and random hashes."""
 
 from __future__ import annotations
 
@@ -133,3 +133,27 @@ class ZeroLinear(nn.Linear):
     def reset_parameters(self) -> None:
         """Start anew; also after ``to_empty``."""
         nn.init.zeros_(self.weight)
+
+
+class ZeroNorm(nn.LayerNorm):
+    """A layer norm whose gain starts at 0: a gate for each column, which training opens as far as what
+    comes in helps.
+
+    Args:
+        features: width of what comes in.
+        device: of the gain and the bias.
+
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec.modules.projections import ZeroNorm
+        >>> ZeroNorm(3)(torch.randn(1, 3)).tolist()
+        [[0.0, 0.0, 0.0]]
+    """
+
+    def __init__(self, features: int, device: torch.device | str | None = None) -> None:
+        super().__init__(features, device=device)
+
+    def reset_parameters(self) -> None:
+        """Start anew; also after ``to_empty``."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import opened, randomised
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
@@ -21,6 +22,7 @@ from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, DLRM_IFATrain, IFAConfig, Ran
 from ifa_torchrec.distributed import OptimizerConfig, init_process_group, shard
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.models.archs import Lookups
+from ifa_torchrec.models.parts import InterestArch
 from ifa_torchrec.models.sparse import SequenceArch
 from ifa_torchrec.models.taken import set_worth
 from ifa_torchrec.modules import (
@@ -87,7 +89,7 @@ def make_config(interaction: str = "ifa", **changes) -> DLRM_IFAConfig:
 def make_model(interaction: str = "ifa", **changes) -> DLRM_IFA:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return DLRM_IFA(make_bags(), make_tables(), make_config(interaction, **changes))
+        return opened(DLRM_IFA(make_bags(), make_tables(), make_config(interaction, **changes)))
 
 
 def make_batch(
@@ -346,6 +348,18 @@ class TestEveryInteraction:
         had_events = [interaction != "none" and HISTORIES[b] > 0 for b in range(4)]
         assert moved.tolist() == [had_events[b] for b, rows in enumerate(CANDIDATE_ROWS) for _ in rows]
 
+    def test_without_events_the_interaction_has_no_part_in_the_logits(self, interaction: str) -> None:
+        """Whatever it has learnt; its bias and the norm's are what it would say of nothing."""
+        model, batch = make_model(interaction), make_batch()
+        before = model(batch)
+        arch = model.candidate_arch
+        for part in (arch.sequence_interaction, arch.interest_arch):
+            if part is not None:
+                randomised(part)
+        moved = (model(batch) - before).abs().amax(dim=1) > 1e-6
+        had_events = [interaction != "none" and HISTORIES[b] > 0 for b in range(4)]
+        assert moved.tolist() == [had_events[b] for b, rows in enumerate(CANDIDATE_ROWS) for _ in rows]
+
     def test_an_empty_candidate_set_changes_nothing_for_the_others(self, interaction: str) -> None:
         model, batch = make_model(interaction), make_batch()
         rows = [[], CANDIDATE_ROWS[1], [], CANDIDATE_ROWS[3]]
@@ -410,6 +424,36 @@ class TestEveryInteraction:
         assert len(losses) == 30
         # the same batch again and again can be learnt by heart
         assert losses[-1] < 0.6 * losses[0]
+
+
+def test_what_a_history_says_counts_by_its_events() -> None:
+    """Half at 10, in all that is said of it, and nearly whole at many more."""
+    arch, rows = opened(InterestArch(DIM)), torch.randn(4, DIM)
+    request, events = torch.tensor([0, 1, 2, 2]), torch.tensor([0.0, 10.0, 990.0])
+    (crossed,), (beside, product, count) = arch(rows, rows.flip(0), events, request)
+    share = torch.tensor([[0.0], [0.5], [0.99], [0.99]])
+    expected = share * torch.nn.functional.layer_norm(rows.flip(0), (DIM,))
+    for found in (crossed, beside):
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(product, rows * expected)
+    torch.testing.assert_close(count, events[request, None].log1p())
+
+
+@pytest.mark.parametrize("interaction", [i for i in INTERACTIONS if i != "none"])
+def test_what_histories_hold_starts_at_nothing(interaction: str) -> None:
+    """Only how many events there are is seen, until training lets the rest in."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = DLRM_IFA(make_bags(), make_tables(), make_config(interaction))
+    one, other = make_batch(), make_batch()
+    for name, rows in ITEM_FEATURES.items():
+        ids = other.sequence_features[f"history_{name}"].values()
+        ids.copy_((ids + 1) % rows)
+    assert torch.equal(model(one), model(other))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    DLRM_IFATrain(model)(one)[0].backward()
+    optimizer.step()
+    assert not torch.allclose(model(one), model(other), rtol=0, atol=1e-4)
 
 
 def with_relations(model: DLRM_IFA) -> DLRM_IFA:
