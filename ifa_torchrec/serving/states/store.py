@@ -307,7 +307,7 @@ class StateStore:
             for b, of_user in zip(again, found, strict=True):
                 records[b] = of_user
         for b, of_user in enumerate(records):
-            if not of_user.heads and not (new_users is not None and new_users[b]):
+            if of_user.earlier is None and not (new_users is not None and new_users[b]):
                 raise UnknownUserError(
                     f"user {users[b]!r} has no state; for one who is new and has had no event give "
                     "new_user"
