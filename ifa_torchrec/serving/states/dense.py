@@ -36,11 +36,10 @@ class Sums:
         """The weights at a later time, float64."""
         return _aged(self.weight, time - self.time, decay)
 
-    def add_to(self, weight: np.ndarray, total: np.ndarray, time: int, decay: np.ndarray) -> None:
-        """Add the sums as of a later time to z [H, F] and S [H, F, d], float32."""
-        mine = self.at(time, decay).astype(np.float32)
-        weight += mine
-        total += self.mean * mine[..., None]
+    def put(self, weight: np.ndarray, total: np.ndarray, time: int, decay: np.ndarray) -> None:
+        """Write the sums as of a later time into z [H, F] and S [H, F, d], float32."""
+        weight[:] = self.at(time, decay)
+        np.multiply(self.mean, weight[..., None], out=total)
 
     def plus(self, other: Sums, decay: np.ndarray) -> Sums:
         """The sums of both, as of the later time of the two."""
@@ -109,7 +108,7 @@ class Latest:
         return Head(Sums(self.time, self.weight, mean), self.count)
 
     def add_to(self, weight: np.ndarray, total: np.ndarray, time: int, decay: np.ndarray) -> None:
-        """As ``Sums.add_to``."""
+        """Add the sums as of a later time to z [H, F] and S [H, F, d], float32."""
         mine = _aged(self.weight, time - self.time, decay).astype(np.float32)
         weight += mine
         total += (self.left * mine[..., None]) @ self.right

@@ -7,7 +7,6 @@ the event before those.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -163,7 +162,8 @@ class Lookup:
         begin = 0
         for of_user, n, end in zip(self._records, before.tolist(), ends, strict=True):
             mine = rows[begin:end]
-            of_user.rows, begin = dataclasses.replace(mine, key=mine.key - n), end
+            of_user.rows = Rows(mine.key - n, mine.time, mine.weight, mine.mean)
+            begin = end
         return self._records
 
 
@@ -175,7 +175,7 @@ def state_of(codec: RecordCodec, records: Sequence[UserRecords], as_of: np.ndarr
     count = np.zeros(len(records), np.int64)
     for b, (of_user, time) in enumerate(zip(records, as_of.tolist(), strict=True)):
         if of_user.earlier is not None and of_user.earlier.count:
-            of_user.earlier.sums.add_to(weight[b], total[b], time, codec.decay)
+            of_user.earlier.sums.put(weight[b], total[b], time, codec.decay)
             count[b] += of_user.earlier.count
         if of_user.last is not None:
             of_user.last.add_to(weight[b], total[b], time, codec.decay)
