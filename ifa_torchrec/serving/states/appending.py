@@ -96,7 +96,6 @@ class Addition:
             bodies |= drafts.records(seed)
         return {key: codec.seal(key, body) for key, body in bodies.items()}
 
-
     def _open(self, key: bytes, value: bytes) -> bytes:
         """The body of a record; a head, the longest of them, is not summed up again."""
         record, body = self._heads.get(key, (None, b""))
@@ -193,9 +192,9 @@ class EventSums:
 class StateDrafts:
     """Some users' states while a transaction's events are added to them.
 
-    The dense heads of the events of a user's last time stand apart, and so do the rows that these changed,
-    as they were before. The rows of all users are one table, in which each user's keys are shifted behind
-    those of the users before, so that what is done to rows is done once and not for each user.
+    The dense heads of the events of a user's last time stand apart, and so do the rows that these
+    changed, as they were before. The rows of all users are one table, in which each user's keys are
+    shifted behind those of the users before: what is done to rows is done once, not for each user.
 
     Args:
         codec: of the version's records.
@@ -227,7 +226,7 @@ class StateDrafts:
         there = np.array(list(befores), np.int64)
         self._before, counts = codec.rows.unpack(list(befores.values()), self._shift[there])
         self._user_of_before = there.repeat(counts)
-        self._rows, self._first, self._begins = self._before[:0], none, none
+        self._rows, self._first, self._bounds_of_pages = self._before[:0], none, np.zeros(1, np.int64)
 
     def add(self, sums: EventSums, events: Sequence[np.ndarray]) -> None:
         """Add events, at least one of each user; called once."""
@@ -248,7 +247,7 @@ class StateDrafts:
         rows, first = self._page_rows(added.key)
         place = rows.find(added.key)
         touched = rows[place[place < len(rows)]]
-        # of users whose last time stays; a row of theirs that was not changed then is now as it was before
+        # of users whose last time stays: a row of theirs that was not changed then is as it was before
         before = self._before[~later[self._user_of_before]]
         absent = zip(self._absent, self._shift, later, strict=True)
         known = np.concatenate([before.key, *(keys + n for keys, n, is_later in absent if not is_later)])
@@ -261,7 +260,7 @@ class StateDrafts:
     def records(self, seed: np.random.Generator) -> dict[bytes, bytes]:
         """The bodies of its records that are new or changed, by their keys."""
         codec, keys = self._codec, self._codec.keys
-        pages = codec.rows.pack(self._rows, [*self._begins, len(self._rows)], self._first, seed)
+        pages = codec.rows.pack(self._rows, self._bounds_of_pages, self._first, seed)
         befores = codec.rows.pack(self._before, self._bounds(self._before.key), self._shift, seed)
         bodies: dict[bytes, bytes] = {}
         for u, (begin, end) in enumerate(pairwise(self._bounds(self._first).tolist())):
@@ -299,14 +298,17 @@ class StateDrafts:
         there = place < len(rows)
         self._before, absent = rows[place[there]], keys[~there]
         bounds = pairwise(self._bounds(absent).tolist())
-        self._absent = [absent[slice(*of_user)] - n for of_user, n in zip(bounds, self._shift, strict=True)]
+        self._absent = [
+            absent[slice(*of_user)] - n for of_user, n in zip(bounds, self._shift, strict=True)
+        ]
 
     def _split(self, rows: Rows, first: np.ndarray) -> None:
         """Put rows into the pages that begin with these keys, and new ones where they are too many."""
         self._rows = rows
         bounds = np.append(rows.key.searchsorted(first), len(rows)).tolist()
         parts = [page_parts(*of_page) for of_page in pairwise(bounds)]
-        self._begins = np.array([part.start for of_page in parts for part in of_page], np.int64)
-        self._first = rows.key[self._begins]
+        begins = [part.start for of_page in parts for part in of_page]
+        self._bounds_of_pages = np.array([*begins, len(rows)], np.int64)
+        self._first = rows.key[begins]
         # a page keeps its name, whatever rows it begins with
         self._first[np.cumsum([0, *(len(of_page) for of_page in parts[:-1])])[: len(first)]] = first

@@ -157,9 +157,7 @@ class Journal:
         place, tag = event.place, tag_of(codec.keys.tags, event.user)
         return codec.keys.block(place, tag), journal_key(place, tag)
 
-    def take(
-        self, event: Event, keys: tuple[bytes, bytes], forgotten: int | None = None
-    ) -> bool | None:
+    def take(self, event: Event, keys: tuple[bytes, bytes], forgotten: int | None = None) -> bool | None:
         """Whether an event is new; its position is then taken.
 
         Args:

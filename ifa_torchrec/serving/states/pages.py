@@ -312,7 +312,7 @@ def quotient(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 def together(
     weight: np.ndarray, mean: np.ndarray, other_weight: np.ndarray, other_mean: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weight [*] and mean [*, d] of two things that have some, as of one time; the other's are float64."""
+    """Weight [*], mean [*, d] of two things that have some, as of one time; the other's is float64."""
     total = weight + other_weight
     step = other_mean - mean
     step *= quotient(other_weight, total)[..., None]
