@@ -6,7 +6,6 @@ field. Ids are external ids, of which any is taken: what the vocabulary does not
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -142,12 +141,15 @@ def checked_request(schema: LogSchema, request: RankingRequest) -> RankingReques
                 raise RequestError(
                     f"candidate_{kind}.{name}: {len(values)} {what} for {len(candidates)} candidates"
                 )
-    return dataclasses.replace(
-        request,
-        user=_checked_id("user", request.user),
-        candidates=candidates,
-        context=context,
-        candidate_features=of_candidates,
+    return RankingRequest(
+        _checked_id("user", request.user),
+        candidates,
+        request.time,
+        context,
+        request.dense,
+        request.candidate_dense,
+        of_candidates,
+        request.new_user,
     )
 
 

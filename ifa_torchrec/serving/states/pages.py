@@ -356,12 +356,23 @@ def pages_of(first: np.ndarray, keys: np.ndarray) -> np.ndarray:
         >>> pages_of(np.array([0, 50, 70]), np.array([-1, 3, 80, 99])).tolist()
         [0, 70]
     """
-    page = first.searchsorted(keys, side="right")  # 0 for a key below 0
-    changes = np.empty(len(page), bool)
-    changes[:1] = True
-    np.not_equal(page[1:], page[:-1], out=changes[1:])
-    page = page[changes]
+    page = distinct(first.searchsorted(keys, side="right"))  # 0 for a key below 0
     return first[page[page > 0] - 1]
+
+
+def distinct(values: np.ndarray) -> np.ndarray:
+    """Of ascending values each once; several times as fast as np.unique, which does not know that they
+    ascend.
+
+    Example:
+        >>> import numpy as np
+        >>> from ifa_torchrec.serving.states.pages import distinct
+        >>> distinct(np.array([2, 2, 5])).tolist()
+        [2, 5]
+    """
+    first = np.ones(len(values), bool)
+    np.not_equal(values[1:], values[:-1], out=first[1:])
+    return values[first]
 
 
 def page_parts(begin: int, end: int) -> list[slice]:
