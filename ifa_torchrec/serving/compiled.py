@@ -131,10 +131,13 @@ class CompiledDense:
         given |= {"key_value": state.key_value, "key_sum": state.key_sum, "count": state.count}
         rows: list[int] = []
         if state.identity_offsets is not None:
-            _, key, value, weight = state.identity_tables()
+            offsets, key, value, weight = state.identity_tables()
             given |= {"identity_key": key, "identity_value": value, "identity_sum": weight}
-            rows = state.identity_offsets.diff().tolist()
+            rows = np.diff(offsets.numpy()).tolist()
         candidates = asked.lengths.tolist()
+        if len(candidates) == 1:  # nothing to split, which would take as long as the graph
+            given["dense"] = given["dense"][0]
+            return self._run([given[name] for name in self._names])[0]
         columns: list[Iterable[Tensor]] = []
         for name in self._names:
             if name == "dense":
@@ -148,10 +151,10 @@ class CompiledDense:
 
     def _looked_up(self, asked: Asked) -> dict[str, Tensor]:
         """What the tables have of the requests' ids."""
-        ids = torch.from_numpy(np.stack([asked.ids[name] for name in self._features]))
-        found = zip(self._tables, ids, self._keys, strict=True)
+        ids = [asked.ids[name] for name in self._features]
+        found = zip(self._tables, map(tensor, ids), self._keys, strict=True)
         rows = reduce(torch.add, (self._projections(table(i), key) for table, i, key in found))
-        given = {"rows": rows, "candidate_ids": ids.T.contiguous()}
+        given = {"rows": rows, "candidate_ids": stacked(ids, 0)}
         if self._context_arch is not None:
             given["context"] = _pooled(self._context_arch, asked.context, len(asked.lengths))
         if self._list_arch is not None:

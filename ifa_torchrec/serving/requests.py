@@ -6,9 +6,8 @@ field. Ids are external ids, of which any is taken: what the vocabulary does not
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -142,12 +141,15 @@ def checked_request(schema: LogSchema, request: RankingRequest) -> RankingReques
                 raise RequestError(
                     f"candidate_{kind}.{name}: {len(values)} {what} for {len(candidates)} candidates"
                 )
-    return dataclasses.replace(
-        request,
-        user=checked_ids("user", [request.user])[0],
-        candidates=candidates,
-        context=context,
-        candidate_features=of_candidates,
+    return RankingRequest(
+        _checked_id("user", request.user),
+        candidates,
+        request.time,
+        context,
+        request.dense,
+        request.candidate_dense,
+        of_candidates,
+        request.new_user,
     )
 
 
@@ -192,10 +194,10 @@ def checked_event(schema: LogSchema, event: Event, max_ahead: float) -> Event:
                for name, x in event.numbers.items()}  # fmt: skip
     return Event(
         int(position),
-        checked_ids("user", [event.user])[0],
-        checked_ids("item", [event.item])[0],
+        _checked_id("user", event.user),
+        _checked_id("item", event.item),
         int(event.time),
-        {name: checked_ids(f"features.{name}", [value])[0] for name, value in event.features.items()},
+        {name: _checked_id(f"features.{name}", value) for name, value in event.features.items()},
         {name: None if np.isnan(x) else x for name, x in numbers.items()},
         weight,
         int(event.partition),
@@ -236,6 +238,13 @@ def checked_ids(where: str, ids: Any) -> list[Id]:
     return found
 
 
+def _checked_id(where: str, identifier: Any) -> Id:
+    """One id; as ``checked_ids``."""
+    if type(identifier) is int and -_LARGEST - 1 <= identifier <= _LARGEST:
+        return identifier
+    return checked_ids(where, [identifier])[0]
+
+
 def float32s(where: str, values: Any, log_scaled: bool = False) -> np.ndarray:
     """Numbers as [n] float32; NaN where one is None, that is missing.
 
@@ -272,7 +281,9 @@ def float32s(where: str, values: Any, log_scaled: bool = False) -> np.ndarray:
     return found
 
 
-def _check_names(where: str, given: Mapping[str, Any], wanted: Iterable[str]) -> None:
+def _check_names(where: str, given: Mapping[str, Any], wanted: Collection[str]) -> None:
+    if not given and not wanted:
+        return
     wanted, names = set(wanted), set(given)
     if names != wanted:
         missing, others = sorted(wanted - names), sorted(names - wanted)
@@ -294,6 +305,8 @@ def _check_time(where: str, given: int, max_ahead: float) -> None:
 
 
 def _is_integer(value: Any) -> bool:
+    if type(value) is int:
+        return True
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 

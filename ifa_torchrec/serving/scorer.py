@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -141,7 +141,8 @@ class Scorer:
             return []
         asked = self._catalogue.ask(requests)
         logits = self._logits(asked, self._state(requests, asked)[0]).numpy()
-        return np.split(logits, np.cumsum([len(request.candidates) for request in requests])[:-1])
+        ends = accumulate(asked.lengths.tolist(), initial=0)
+        return [logits[begin:end] for begin, end in pairwise(ends)]
 
     def rank(
         self, requests: Sequence[RankingRequest], k: int | None = None, strategy: Strategy = "topk"
@@ -272,8 +273,7 @@ class Scorer:
             return self._take_over(events)
 
     def _take_over(self, events: Sequence[Event]) -> list[EventResult]:
-        user = self._catalogue.user
-        events = [dataclasses.replace(event, user=user(event.user)) for event in events]
+        events = [self._named(event) for event in events]
         try:
             read = self._catalogue.read_events(events)
             state = self._encode(read.features)
@@ -295,6 +295,11 @@ class Scorer:
                     status = "forgotten" if is_new is None else ("duplicate", "taken")[is_new]
                     results[n] = EventResult(status, unknown=unknown[n])
         return [results[n] for n in range(len(events))]
+
+    def _named(self, event: Event) -> Event:
+        """The event, its user by the one name that states go by."""
+        user = self._catalogue.user(event.user)
+        return event if user is event.user else dataclasses.replace(event, user=user)
 
     def _halves(self, events: Sequence[Event], error: UserError) -> list[EventResult]:
         """Each half of events taken over by itself, down to the one that the error is of."""
@@ -335,7 +340,7 @@ class Scorer:
         """
         state = self.model.encode(features)
         for sums in (state.key_sum, state.key_value, state.identity_sum, state.identity_value):
-            if sums is not None and not torch.isfinite(sums).all():
+            if sums is not None and not _all_finite(sums):
                 raise RequestError("the event's state overflows; give smaller numbers")
         return state
 
@@ -346,7 +351,8 @@ class Scorer:
             compared = asked.ids | {self.schema.item: asked.items}
             ids = [compared[name] for name in self._identity.config.identity_features]
             of_candidate = self._identity.keys(torch.from_numpy(np.stack(ids, axis=1))).numpy()
-            keys = np.split(of_candidate, np.cumsum(asked.lengths)[:-1])
+            ends = accumulate(asked.lengths.tolist(), initial=0)
+            keys = [of_candidate[begin:end] for begin, end in pairwise(ends)]
         with self._timed("store"):
             return self.store.read(
                 [self._catalogue.user(request.user) for request in requests],
@@ -366,6 +372,11 @@ class Scorer:
 def _of_requests(chosen: JaggedTensor) -> list[np.ndarray]:
     """The rows that were chosen, request by request."""
     return np.split(chosen.values().numpy(), chosen.offsets()[1:-1].numpy())
+
+
+def _all_finite(values: Tensor) -> bool:
+    """Whether all are finite, without a copy of them as bool: of 64 events they are megabytes."""
+    return values.numel() == 0 or bool(torch.stack(values.aminmax()).isfinite().all())
 
 
 def _finite(logits: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -11,7 +13,7 @@ from ifa_torchrec.modules import UserState
 from ifa_torchrec.serving.states.dense import Head, Latest, Sums
 from ifa_torchrec.serving.states.journal import Event, Journal
 from ifa_torchrec.serving.states.pages import Rows, page_parts, pages_of, quotient
-from ifa_torchrec.serving.states.records import Before, RecordCodec, weight_and_mean
+from ifa_torchrec.serving.states.records import RecordCodec, weight_and_mean
 from ifa_torchrec.serving.states.shared import tombstone_key, unpack_number
 
 
@@ -32,15 +34,18 @@ class Addition:
     def __init__(self, codec: RecordCodec, events: Sequence[Event], state: UserState) -> None:
         self._codec, self._events = codec, events
         self._sums = EventSums(codec, events, state)
-        self._tombstones = {e.user: tombstone_key(e.user, codec.keys.tags) for e in events}
-        self._of_user = {
-            user: np.array([e for e, event in enumerate(events) if event.user == user])
-            for user in self._tombstones
-        }
-        heads = [key(user) for user in self._of_user for key in (codec.keys.head, codec.keys.before)]
-        journal = dict.fromkeys(key for event in events for key in Journal.keys_of(codec, event))
+        of_user: dict[int | str, list[int]] = {}
+        for e, event in enumerate(events):
+            of_user.setdefault(event.user, []).append(e)
+        self._of_user = {user: np.array(places) for user, places in of_user.items()}
+        self._tombstones = {user: tombstone_key(user, codec.keys.tags) for user in of_user}
+        heads = [key(user) for user in of_user for key in (codec.keys.head, codec.keys.before)]
+        self._journal_keys = [Journal.keys_of(codec, event) for event in events]
+        journal = dict.fromkeys(key for of_event in self._journal_keys for key in of_event)
         self.keys = [*self._tombstones.values(), *heads, *journal]
         self._pages: list[bytes] = []
+        self._heads: dict[bytes, tuple[bytes, bytes]] = {}
+        """Of the keys of heads their records and bodies, as ``pages`` found them."""
         self.new: list[bool | None] = []
 
     def pages(self, values: Sequence[bytes | None]) -> list[bytes]:
@@ -53,11 +58,12 @@ class Addition:
             StoreError: a head is damaged.
         """
         codec, found = self._codec, dict(zip(self.keys, values, strict=True))
-        self._pages = []
+        self._pages, self._heads = [], {}
         for user, events in self._of_user.items():
             key = codec.keys.head(user)
             if (value := found[key]) is not None:
-                pages = codec.unpack_pages(codec.open(key, value))
+                self._heads[key] = value, codec.open(key, value)
+                pages = codec.unpack_pages(self._heads[key][1])
                 self._pages += codec.keys.pages(user, pages_of(pages, self._sums.keys_of(events)))
         return self._pages
 
@@ -77,17 +83,23 @@ class Addition:
         }
         there = {key: value for key, value in read.items() if value is not None}
         journal = Journal(codec, there)
-        self.new = [journal.take(event, forgotten[event.user]) for event in self._events]
+        of_events = zip(self._events, self._journal_keys, strict=True)
+        self.new = [journal.take(event, keys, forgotten[event.user]) for event, keys in of_events]
         taken = np.array(self.new) == True  # noqa: E712  None is not
         seed = np.random.default_rng(self._events[0].position)
         bodies = journal.changed()
-        found = {key: codec.open(key, value) for key, value in there.items() if key[:1] in b"sui"}
-        for user, events in self._of_user.items():
-            if len(new := events[taken[events]]):
-                draft = StateDraft(codec, user, found)
-                draft.add(self._sums, new)
-                bodies |= draft.records(seed)
+        found = {key: self._open(key, value) for key, value in there.items() if key[:1] in b"sui"}
+        new = {user: events[taken[events]] for user, events in self._of_user.items()}
+        if new := {user: events for user, events in new.items() if len(events)}:
+            drafts = StateDrafts(codec, list(new), found)
+            drafts.add(self._sums, list(new.values()))
+            bodies |= drafts.records(seed)
         return {key: codec.seal(key, body) for key, body in bodies.items()}
+
+    def _open(self, key: bytes, value: bytes) -> bytes:
+        """The body of a record; a head, the longest of them, is not summed up again."""
+        record, body = self._heads.get(key, (None, b""))
+        return body if record is value else self._codec.open(key, value)
 
 
 class Progress:
@@ -155,9 +167,17 @@ class EventSums:
         time, value = int(self.times[events[0]]), self._value[events].transpose(1, 0, 2)
         return Latest(time, len(events), weight, share, value)
 
-    def rows(self, events: np.ndarray) -> Rows:
-        """One row for each key that some events have, as of the latest of these events' times."""
-        return self._rows[self._places(events)].by_key(self._codec.identity_decay)
+    def rows(self, events: Sequence[np.ndarray], shift: np.ndarray) -> Rows:
+        """One row for each key that some users' events have, as of the latest of these events' times.
+
+        Args:
+            events: of U users, those of each.
+            shift: [U] int64, what is added to each user's keys, by which they differ from other users'.
+        """
+        together = np.concatenate(events)
+        rows = self._rows[self._places(together)]
+        shifts = shift.repeat([len(of_user) for of_user in events]).repeat(self._lengths[together])
+        return replace(rows, key=rows.key + shifts).by_key(self._codec.identity_decay)
 
     def keys_of(self, events: np.ndarray) -> np.ndarray:
         """The keys of some events' rows, ascending, each once."""
@@ -169,95 +189,126 @@ class EventSums:
         return begins + np.arange(len(begins))
 
 
-class StateDraft:
-    """One user's state while a transaction's events are added to it.
+class StateDrafts:
+    """Some users' states while a transaction's events are added to them.
 
-    The dense heads of the events of its last time stand apart, and so do the rows that these changed, as
-    they were before.
+    The dense heads of the events of a user's last time stand apart, and so do the rows that these
+    changed, as they were before. The rows of all users are one table, in which each user's keys are
+    shifted behind those of the users before: what is done to rows is done once, not for each user.
 
     Args:
         codec: of the version's records.
-        user: external id.
+        users: U external ids.
         found: bodies of the records that there are, by their keys.
 
     Raises:
-        StoreError: one of the user's records is gone.
+        StoreError: one of a user's records is gone.
     """
 
-    def __init__(self, codec: RecordCodec, user: int | str, found: Mapping[bytes, bytes]) -> None:
-        self._codec, self._user, self._found = codec, user, found
-        head, before = found.get(codec.keys.head(user)), found.get(codec.keys.before(user))
-        if (head is None) != (before is None):
-            raise codec.lost(user)
+    def __init__(
+        self, codec: RecordCodec, users: Sequence[int | str], found: Mapping[bytes, bytes]
+    ) -> None:
+        self._codec, self._users, self._found = codec, users, found
+        self._shift = np.arange(len(users)) * codec.layout.identity_key_range
         none = np.empty(0, np.int64)
-        self._head, self._latest = codec.dense.no_head, codec.dense.no_latest
-        self._pages, self._before = none, Before(Rows.none(codec.layout), none)
-        if head is not None and before is not None:
-            self._head, self._latest = codec.dense.unpack(head)
-            self._pages = codec.unpack_pages(head)
-            self._before = codec.unpack_before(user, before, head)
-        self._changed: dict[int, Rows] = {}
-        """By the first keys of pages."""
+        self._heads = [codec.dense.no_head] * len(users)
+        self._latest = [codec.dense.no_latest] * len(users)
+        self._pages, self._absent = [none] * len(users), [none] * len(users)
+        befores: dict[int, bytes] = {}
+        for u, user in enumerate(users):
+            head, before = found.get(codec.keys.head(user)), found.get(codec.keys.before(user))
+            if (head is None) != (before is None):
+                raise codec.lost(user)
+            if head is not None and before is not None:
+                self._heads[u], self._latest[u] = codec.dense.unpack(head)
+                self._pages[u] = codec.unpack_pages(head)
+                self._absent[u], befores[u] = codec.split_before(user, before, head)
+        there = np.array(list(befores), np.int64)
+        self._before, counts = codec.rows.unpack(list(befores.values()), self._shift[there])
+        self._user_of_before = there.repeat(counts)
+        self._rows, self._first, self._bounds_of_pages = self._before[:0], none, np.zeros(1, np.int64)
 
-    def add(self, sums: EventSums, events: np.ndarray) -> None:
-        """Add events, at least one; called once."""
-        decay = self._codec.identity_decay
-        last = max(int(sums.times[events].max()), self._latest.time)
-        at_last = sums.times[events] == last
-        early, late = events[~at_last], events[at_last]
-        added = sums.rows(events)
-        early_rows, late_rows = sums.rows(early), sums.rows(late) if len(early) else added
-        page_rows, first = self._page_rows(added.key)
-        place = page_rows.find(added.key)
-        touched = page_rows[place[place < len(page_rows)]]
-        if last > self._latest.time:
-            rows, keys = touched, late_rows.key
-            self._head = self._head.plus(self._latest.head, self._codec.decay)
-            self._latest = self._codec.dense.no_latest
-        else:
-            # a row that was not changed at the last time is now as it was before
-            known = np.concatenate([self._before.rows.key, self._before.absent])
-            same = touched[~np.isin(touched.key, known)]
-            rows = Rows.cat([self._before.rows, same])
-            keys = np.union1d(known, late_rows.key)
-        rows = Rows.cat([rows, early_rows]).by_key(decay)
-        place = rows.find(keys)
-        there = place < len(rows)
-        self._before = Before(rows[place[there]], keys[~there])
-        self._head = self._head.plus(sums.head(early), self._codec.decay)
-        self._latest = self._latest.plus(sums.latest(late))
-        self._split(page_rows.plus(added, decay), first)
+    def add(self, sums: EventSums, events: Sequence[np.ndarray]) -> None:
+        """Add events, at least one of each user; called once."""
+        decay, codec = self._codec.identity_decay, self._codec
+        last = [int(sums.times[of_user].max()) for of_user in events]
+        later = np.array([t > latest.time for t, latest in zip(last, self._latest, strict=True)])
+        last = [max(t, latest.time) for t, latest in zip(last, self._latest, strict=True)]
+        early = [e[sums.times[e] != t] for e, t in zip(events, last, strict=True)]
+        late = [e[sums.times[e] == t] for e, t in zip(events, last, strict=True)]
+        for u in range(len(events)):
+            if later[u]:
+                self._heads[u] = self._heads[u].plus(self._latest[u].head, codec.decay)
+                self._latest[u] = codec.dense.no_latest
+            self._heads[u] = self._heads[u].plus(sums.head(early[u]), codec.decay)
+            self._latest[u] = self._latest[u].plus(sums.latest(late[u]))
+        added, early_rows = sums.rows(events, self._shift), sums.rows(early, self._shift)
+        late_rows = sums.rows(late, self._shift) if len(early_rows) else added
+        rows, first = self._page_rows(added.key)
+        place = rows.find(added.key)
+        touched = rows[place[place < len(rows)]]
+        # of users whose last time stays: a row of theirs that was not changed then is as it was before
+        before = self._before[~later[self._user_of_before]]
+        absent = zip(self._absent, self._shift, later, strict=True)
+        known = np.concatenate([before.key, *(keys + n for keys, n, is_later in absent if not is_later)])
+        same = touched[~np.isin(touched.key, known)]
+        self._set_before(
+            Rows.cat([before, same, early_rows]).by_key(decay), np.union1d(known, late_rows.key)
+        )
+        self._split(rows.plus(added, decay), first)
 
     def records(self, seed: np.random.Generator) -> dict[bytes, bytes]:
         """The bodies of its records that are new or changed, by their keys."""
-        codec, keys, user = self._codec, self._codec.keys, self._user
-        head = codec.pack_head(self._head, self._latest, self._pages, seed)
-        before = codec.pack_before(self._before, head, seed)
-        bodies = {keys.head(user): head, keys.before(user): before}
-        if self._changed:
-            first = np.array(list(self._changed))
-            rows = Rows.cat(list(self._changed.values()))
-            bounds = np.cumsum([0, *(len(page) for page in self._changed.values())])
-            pages = codec.rows.pack(rows, bounds, first, seed)
-            bodies |= dict(zip(keys.pages(user, first), pages, strict=True))
+        codec, keys = self._codec, self._codec.keys
+        pages = codec.rows.pack(self._rows, self._bounds_of_pages, self._first, seed)
+        befores = codec.rows.pack(self._before, self._bounds(self._before.key), self._shift, seed)
+        bodies: dict[bytes, bytes] = {}
+        for u, (begin, end) in enumerate(pairwise(self._bounds(self._first).tolist())):
+            user, first = self._users[u], self._first[begin:end] - self._shift[u]
+            bodies |= zip(keys.pages(user, first), pages[begin:end], strict=True)
+            of_all = np.union1d(self._pages[u], first)
+            head = codec.pack_head(self._heads[u], self._latest[u], of_all, seed)
+            bodies[keys.head(user)] = head
+            bodies[keys.before(user)] = codec.pack_before(befores[u], self._absent[u], head)
         return bodies
+
+    def _bounds(self, keys: np.ndarray) -> np.ndarray:
+        """[U + 1], where each user's begin among ascending keys, and the end."""
+        return np.append(keys.searchsorted(self._shift), len(keys))
 
     def _page_rows(self, keys: np.ndarray) -> tuple[Rows, np.ndarray]:
         """The rows of the pages that these keys lie in, and the pages' first keys."""
-        first = pages_of(self._pages, keys)
-        bodies = [self._found.get(key) for key in self._codec.keys.pages(self._user, first)]
-        there = [body for body in bodies if body is not None]
-        if len(there) < len(bodies):
-            raise self._codec.lost(self._user)
-        if not there:
-            return Rows.none(self._codec.layout), np.zeros(min(len(keys), 1), np.int64)
-        return self._codec.rows.unpack(there, first)[0], first
+        bodies: list[bytes] = []
+        there: list[np.ndarray] = []
+        first: list[np.ndarray] = []
+        for u, (begin, end) in enumerate(pairwise(self._bounds(keys).tolist())):
+            user, pages = self._users[u], pages_of(self._pages[u], keys[begin:end] - self._shift[u])
+            for key in self._codec.keys.pages(user, pages):
+                if (body := self._found.get(key)) is None:
+                    raise self._codec.lost(user)
+                bodies.append(body)
+            there.append(pages + self._shift[u])
+            # the first page of a user who has none begins with key 0
+            first.append(there[-1] if len(pages) else self._shift[u : u + (begin < end)])
+        return self._codec.rows.unpack(bodies, np.concatenate(there))[0], np.concatenate(first)
+
+    def _set_before(self, rows: Rows, keys: np.ndarray) -> None:
+        """Keep what is before the last times: of these keys the rows, and which have none."""
+        place = rows.find(keys)
+        there = place < len(rows)
+        self._before, absent = rows[place[there]], keys[~there]
+        bounds = pairwise(self._bounds(absent).tolist())
+        self._absent = [
+            absent[slice(*of_user)] - n for of_user, n in zip(bounds, self._shift, strict=True)
+        ]
 
     def _split(self, rows: Rows, first: np.ndarray) -> None:
         """Put rows into the pages that begin with these keys, and new ones where they are too many."""
-        bounds = np.append(np.searchsorted(rows.key, first), len(rows))
-        for page, begin, end in zip(first.tolist(), bounds[:-1], bounds[1:], strict=True):
-            for number, part in enumerate(page_parts(begin, end)):
-                of_part = rows[part]
-                self._changed[page if number == 0 else int(of_part.key[0])] = of_part
-        self._pages = np.union1d(self._pages, np.array(list(self._changed), np.int64))
+        self._rows = rows
+        bounds = np.append(rows.key.searchsorted(first), len(rows)).tolist()
+        parts = [page_parts(*of_page) for of_page in pairwise(bounds)]
+        begins = [part.start for of_page in parts for part in of_page]
+        self._bounds_of_pages = np.array([*begins, len(rows)], np.int64)
+        self._first = rows.key[begins]
+        # a page keeps its name, whatever rows it begins with
+        self._first[np.cumsum([0, *(len(of_page) for of_page in parts[:-1])])[: len(first)]] = first

@@ -16,7 +16,7 @@ from ifa_torchrec.serving.errors import StateError
 from ifa_torchrec.serving.states.dense import Head, Latest, Sums
 from ifa_torchrec.serving.states.layout import key_user, user_key
 from ifa_torchrec.serving.states.pages import Rows, page_parts
-from ifa_torchrec.serving.states.records import Before, RecordCodec, weight_and_mean
+from ifa_torchrec.serving.states.records import RecordCodec, weight_and_mean
 
 
 def whole_records(
@@ -41,8 +41,9 @@ def whole_records(
         bodies[codec.keys.head(user)] = head
         place = rows_earlier[b].find(changed[b].key)
         there = place < len(rows_earlier[b])
-        before = Before(rows_earlier[b][place[there]], changed[b].key[~there])
-        bodies[codec.keys.before(user)] = codec.pack_before(before, head)
+        before = rows_earlier[b][place[there]]
+        (page,) = codec.rows.pack(before, [0, len(before)], [0])
+        bodies[codec.keys.before(user)] = codec.pack_before(page, changed[b].key[~there], head)
     return {key: codec.seal(key, body) for key, body in bodies.items()}
 
 

@@ -26,16 +26,20 @@ _NEVER = -(2**63)
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums of dense heads at a time: weight [H, F] and mean [H, F, d], float64."""
+    """Sums of dense heads at a time: weight [H, F] and mean [H, F, d], float64, or float32 as stored."""
 
     time: int
     weight: np.ndarray
     mean: np.ndarray
 
     def at(self, time: int, decay: np.ndarray) -> np.ndarray:
-        """The weights at a later time."""
-        days = (time - self.time) / MICROSECONDS_PER_DAY
-        return self.weight * np.exp(-decay * days)[:, None]
+        """The weights at a later time, float64."""
+        return _aged(self.weight, time - self.time, decay)
+
+    def put(self, weight: np.ndarray, total: np.ndarray, time: int, decay: np.ndarray) -> None:
+        """Write the sums as of a later time into z [H, F] and S [H, F, d], float32."""
+        weight[:] = self.at(time, decay)
+        np.multiply(self.mean, weight[..., None], out=total)
 
     def plus(self, other: Sums, decay: np.ndarray) -> Sums:
         """The sums of both, as of the later time of the two."""
@@ -65,9 +69,9 @@ class Latest:
     Args:
         time: microseconds.
         count: events.
-        weight: [H, F] float64.
-        left: [H, F, r] float64.
-        right: [H, r, d] float64.
+        weight: [H, F], float64, or float32 as stored; so are the others.
+        left: [H, F, r].
+        right: [H, r, d].
 
     Example:
         >>> import numpy as np
@@ -100,7 +104,14 @@ class Latest:
     @property
     def head(self) -> Head:
         """The same with its means one by one."""
-        return Head(Sums(self.time, self.weight, self.left @ self.right), self.count)
+        mean = self.left.astype(np.float64) @ self.right
+        return Head(Sums(self.time, self.weight, mean), self.count)
+
+    def add_to(self, weight: np.ndarray, total: np.ndarray, time: int, decay: np.ndarray) -> None:
+        """Add the sums as of a later time to z [H, F] and S [H, F, d], float32."""
+        mine = _aged(self.weight, time - self.time, decay).astype(np.float32)
+        weight += mine
+        total += (self.left * mine[..., None]) @ self.right
 
     def plus(self, other: Latest) -> Latest:
         """The events of both, which are of one time."""
@@ -163,7 +174,7 @@ class DenseCodec:
         return sizes + b"".join([part.tobytes() for part in parts])
 
     def unpack(self, body: bytes) -> tuple[Head, Latest]:
-        """What ``pack`` was given; more may follow it in the body."""
+        """What ``pack`` was given, as float32; more may follow it in the body."""
         time, count, last, of_last, rank = _SIZES.unpack_from(body)
         place = _SIZES.size
 
@@ -171,7 +182,7 @@ class DenseCodec:
             nonlocal place
             found = np.frombuffer(body, dtype, math.prod(shape), place)
             place += found.nbytes
-            return found.reshape(shape).astype(np.float64)
+            return found.reshape(shape).astype(np.float32, copy=False)
 
         weight_type = np.dtype(np.float32)
         before = self.no_head
@@ -194,6 +205,11 @@ class DenseCodec:
         of_last = heads * rank * (features + width) if rank else whole
         weights = 4 * heads * features * (1 + (count > 0))
         return _SIZES.size + weights + (whole * (count > 0) + of_last) * self._dtype.itemsize
+
+
+def _aged(weight: np.ndarray, time: int, decay: np.ndarray) -> np.ndarray:
+    """Weights [H, F] some microseconds later, float64."""
+    return weight * np.exp(-decay * (time / MICROSECONDS_PER_DAY))[:, None]
 
 
 def _most_pairs(shape: tuple[int, ...]) -> int:

@@ -32,6 +32,7 @@ from ifa_torchrec.serving.times import utc
 
 _FORMAT = b"\x80"
 """First byte of an event's record. Records of stores before it began with that of a user's number."""
+_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def pack_event(event: Event) -> bytes:
     numbers = {name: None if x is None else float(x) for name, x in event.numbers.items()}
     weight = None if event.weight is None else float(event.weight)
     fields = [event.user, event.item, event.time, dict(event.features), numbers, weight]
-    return _FORMAT + json.dumps(fields, separators=(",", ":"), allow_nan=False).encode()
+    return _FORMAT + _json(fields).encode()
 
 
 def journal_records(key_values: KeyValueStore, tag: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
@@ -153,14 +154,15 @@ class Journal:
     @staticmethod
     def keys_of(codec: RecordCodec, event: Event) -> tuple[bytes, bytes]:
         """The keys of the records that say whether an event was taken."""
-        tag = tag_of(codec.keys.tags, event.user)
-        return codec.keys.block(event.place, tag), journal_key(event.place, tag)
+        place, tag = event.place, tag_of(codec.keys.tags, event.user)
+        return codec.keys.block(place, tag), journal_key(place, tag)
 
-    def take(self, event: Event, forgotten: int | None = None) -> bool | None:
+    def take(self, event: Event, keys: tuple[bytes, bytes], forgotten: int | None = None) -> bool | None:
         """Whether an event is new; its position is then taken.
 
         Args:
             event: the event.
+            keys: its ``keys_of``.
             forgotten: until when its user's events do not count. Of such an event nothing is kept, and
                 the answer is None.
 
@@ -170,7 +172,7 @@ class Journal:
         codec, place = self._codec, event.place
         if forgotten is not None and event.time <= forgotten:
             return None
-        block, entry = self.keys_of(codec, event)
+        block, entry = keys
         first = self._events.get(entry)
         if first is None and (record := self._found.get(entry)) is not None:
             first = unpack_event(place, codec.open(entry, record))

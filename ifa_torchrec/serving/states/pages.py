@@ -74,6 +74,8 @@ class Rows:
     @staticmethod
     def cat(parts: Sequence[Rows]) -> Rows:
         """The rows of each part, one part after the other."""
+        if len(parts) == 1:
+            return parts[0]
         fields = zip(*((p.key, p.time, p.weight, p.mean) for p in parts), strict=True)
         return Rows(*(np.concatenate(field) for field in fields))
 
@@ -234,7 +236,7 @@ class RowCodec:
             keys: ascending, each once.
         """
         opened = self._open(pages, first)
-        place = np.searchsorted(opened.key, keys)
+        place = opened.key.searchsorted(keys)
         there = place < len(opened.key)
         there[there] = opened.key[place[there]] == keys[there]
         return self._rows(opened, place[there])
@@ -258,10 +260,11 @@ class RowCodec:
         step[:, :_STEP_BYTES] = stored[:_STEP_BYTES].T
         step = step.view("<i8")[:, 0]
         there = counts > 0
-        begins = (np.cumsum(counts) - counts)[there]
+        begins = (counts.cumsum() - counts)[there]
         # each page's first row is a step from the first key that it is of
-        key = np.cumsum(step)
-        key += np.repeat(np.asarray(first, np.int64)[there] - (key - step)[begins], counts[there])
+        key = step.cumsum()
+        shift = np.asarray(first, np.int64)[there] - key[begins] + step[begins]
+        key += shift.repeat(counts[there])
         weight = np.frombuffer(b"".join(weights), np.float32).reshape(len(key), self._half_lives)
         mean = np.frombuffer(b"".join(means), self._dtype).reshape(-1, self._width or 1)
         return _Opened(stored, key, weight, mean, counts)
@@ -309,9 +312,12 @@ def quotient(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 def together(
     weight: np.ndarray, mean: np.ndarray, other_weight: np.ndarray, other_mean: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weight [*] and mean [*, d] of two things that have some, as of one time."""
+    """Weight [*], mean [*, d] of two things that have some, as of one time; the other's is float64."""
     total = weight + other_weight
-    return total, mean + (other_mean - mean) * quotient(other_weight, total)[..., None]
+    step = other_mean - mean
+    step *= quotient(other_weight, total)[..., None]
+    step += mean
+    return total, step
 
 
 def rounded(mean: np.ndarray, dtype: np.dtype[Any], seed: np.random.Generator | None) -> np.ndarray:
@@ -339,7 +345,7 @@ def pages_of(first: np.ndarray, keys: np.ndarray) -> np.ndarray:
 
     Args:
         first: the first key of each page, ascending; [0] is 0.
-        keys: of any order; one below 0, of an unknown id, lies in none.
+        keys: ascending; one below 0, of an unknown id, lies in none.
 
     Returns:
         Their first keys, ascending, each once.
@@ -347,12 +353,26 @@ def pages_of(first: np.ndarray, keys: np.ndarray) -> np.ndarray:
     Example:
         >>> import numpy as np
         >>> from ifa_torchrec.serving.states.pages import pages_of
-        >>> pages_of(np.array([0, 50, 70]), np.array([80, 3, 99, -1])).tolist()
+        >>> pages_of(np.array([0, 50, 70]), np.array([-1, 3, 80, 99])).tolist()
         [0, 70]
     """
-    if not len(first):
-        return np.empty(0, np.int64)
-    return first[np.unique(np.searchsorted(first, keys[keys >= 0], side="right") - 1)]
+    page = distinct(first.searchsorted(keys, side="right"))  # 0 for a key below 0
+    return first[page[page > 0] - 1]
+
+
+def distinct(values: np.ndarray) -> np.ndarray:
+    """Of ascending values each once; several times as fast as np.unique, which does not know that they
+    ascend.
+
+    Example:
+        >>> import numpy as np
+        >>> from ifa_torchrec.serving.states.pages import distinct
+        >>> distinct(np.array([2, 2, 5])).tolist()
+        [2, 5]
+    """
+    first = np.ones(len(values), bool)
+    np.not_equal(values[1:], values[:-1], out=first[1:])
+    return values[first]
 
 
 def page_parts(begin: int, end: int) -> list[slice]:

@@ -7,7 +7,6 @@ the event before those.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ import torch
 
 from ifa_torchrec.modules import UserState
 from ifa_torchrec.serving.errors import StateError
-from ifa_torchrec.serving.states.dense import Head
+from ifa_torchrec.serving.states.dense import Head, Latest
 from ifa_torchrec.serving.states.pages import Rows, pages_of
 from ifa_torchrec.serving.states.records import Before, RecordCodec
 from ifa_torchrec.serving.times import utc
@@ -28,20 +27,21 @@ class UserRecords:
 
     Args:
         user: external id.
-        heads: of the events before the last one's time, and of those of it; none where the user has no
-            state.
+        earlier: dense heads of the events before the last one's time; None where the user has no state.
+        last: of those of that time; None once they are left out.
         rows: the identity rows asked for that there are.
         before: rows as they were before the last event's time, where they were read.
     """
 
     user: int | str
-    heads: tuple[Head, ...]
+    earlier: Head | None
+    last: Latest | None
     rows: Rows
     before: Before | None = None
 
     def reaches(self, time: int | None) -> bool:
         """Whether all events are before a time, so that what was before the last is not needed."""
-        return bool(self.heads) and (time is None or time > self.heads[-1].sums.time)
+        return self.last is not None and (time is None or time > self.last.time)
 
     def go_to(self, time: int | None, now: int, strict: bool) -> int:
         """Make heads and rows those of a time; the time that they are as of.
@@ -54,15 +54,15 @@ class UserRecords:
         Raises:
             StateError: it is refused.
         """
-        if not self.heads:
+        if self.earlier is None or self.last is None:
             return now if time is None else time
-        earlier, last = self.heads[0], self.heads[1].sums.time
+        earlier, last = self.earlier, self.last.time
         if time is None:
             return max(now, last + 1)
         if time > last:
             return time
         assert self.before is not None
-        self.heads, rows = (earlier,), self.before.rows
+        self.last, rows = None, self.before.rows
         changed = np.isin(self.rows.key, [*rows.key.tolist(), *self.before.absent.tolist()])
         wanted = np.isin(rows.key, self.rows.key)
         together = Rows.cat([self.rows[~changed], rows[wanted]])
@@ -120,11 +120,11 @@ class Lookup:
         heads, befores = opened[: len(self._users)], opened[len(self._users) :]
         self._records, self._first, self._page_keys = [], [], []
         for b, (user, value) in enumerate(zip(self._users, heads, strict=True)):
-            of_user = UserRecords(user, (), none)
+            of_user = UserRecords(user, None, None, none)
             pages = none.key
             if value is not None:
-                earlier, latest = codec.dense.unpack(value)
-                of_user.heads, pages = (earlier, latest.head), codec.unpack_pages(value)
+                of_user.earlier, of_user.last = codec.dense.unpack(value)
+                pages = codec.unpack_pages(value)
             if befores:
                 if ((body := befores[b]) is None) != (value is None):
                     raise codec.lost(user)
@@ -162,24 +162,25 @@ class Lookup:
         begin = 0
         for of_user, n, end in zip(self._records, before.tolist(), ends, strict=True):
             mine = rows[begin:end]
-            of_user.rows, begin = dataclasses.replace(mine, key=mine.key - n), end
+            of_user.rows = Rows(mine.key - n, mine.time, mine.weight, mine.mean)
+            begin = end
         return self._records
 
 
 def state_of(codec: RecordCodec, records: Sequence[UserRecords], as_of: np.ndarray) -> UserState:
     """The records' states, float32, at these times [B]."""
     layout = codec.layout
-    weight = np.zeros((len(records), layout.num_heads, layout.feature_dim))
-    total = np.zeros((*weight.shape, layout.head_dim))
+    weight = np.zeros((len(records), layout.num_heads, layout.feature_dim), np.float32)
+    total = np.zeros((*weight.shape, layout.head_dim), np.float32)
     count = np.zeros(len(records), np.int64)
-    for b, of_user in enumerate(records):
-        for head in of_user.heads:
-            if head.count:
-                of_head = head.sums.at(int(as_of[b]), codec.decay)
-                weight[b] += of_head
-                total[b] += head.sums.mean * of_head[..., None]
-                count[b] += head.count
-    dense = (_tensor(total), _tensor(weight), torch.from_numpy(count))
+    for b, (of_user, time) in enumerate(zip(records, as_of.tolist(), strict=True)):
+        if of_user.earlier is not None and of_user.earlier.count:
+            of_user.earlier.sums.put(weight[b], total[b], time, codec.decay)
+            count[b] += of_user.earlier.count
+        if of_user.last is not None:
+            of_user.last.add_to(weight[b], total[b], time, codec.decay)
+            count[b] += of_user.last.count
+    dense = (torch.from_numpy(total), torch.from_numpy(weight), torch.from_numpy(count))
     if not layout.identity_key_range:
         return UserState(*dense)
     lengths = [len(of_user.rows) for of_user in records]

@@ -179,26 +179,30 @@ class RecordCodec:
         """Of what a record s holds, the first keys of the user's pages."""
         return np.frombuffer(body, "<i8", offset=self.dense.size(body))
 
-    def pack_before(self, before: Before, head: bytes, seed: np.random.Generator | None = None) -> bytes:
+    def pack_before(self, page: bytes, absent: np.ndarray, head: bytes) -> bytes:
         """A record u.
 
         Args:
-            before: what it holds.
+            page: of the rows of a Before, as ``RowCodec.pack`` gives it, of the first key 0.
+            absent: as a Before's.
             head: the body of the record s of the same user.
-            seed: as in ``RowCodec.pack``.
         """
-        (rows,) = self.rows.pack(before.rows, [0, len(before.rows)], [0], seed)
-        absent = before.absent.astype("<i8").tobytes()
-        return _BEFORE.pack(zlib.crc32(head), len(before.absent)) + absent + rows
+        keys = absent.astype("<i8").tobytes()
+        return _BEFORE.pack(zlib.crc32(head), len(absent)) + keys + page
 
-    def unpack_before(self, user: int | str, body: bytes, head: bytes) -> Before:
-        """What a record u holds; ``head`` is the body of the record s.
+    def split_before(self, user: int | str, body: bytes, head: bytes) -> tuple[np.ndarray, bytes]:
+        """The keys and the page that ``pack_before`` was given; ``head`` is the body of the record s.
 
         Raises:
-            StateError: they are not of one moment.
+            StoreError: they are not of one moment.
         """
         crc, absent = _BEFORE.unpack_from(body)
         if crc != zlib.crc32(head):
             raise self.lost(user)
         keys = np.frombuffer(body, "<i8", absent, _BEFORE.size)
-        return Before(self.rows.unpack([body[_BEFORE.size + keys.nbytes :]], [0])[0], keys)
+        return keys, body[_BEFORE.size + keys.nbytes :]
+
+    def unpack_before(self, user: int | str, body: bytes, head: bytes) -> Before:
+        """What a record u holds; as ``split_before``."""
+        absent, page = self.split_before(user, body, head)
+        return Before(self.rows.unpack([page], [0])[0], absent)

@@ -24,6 +24,7 @@ from ifa_torchrec.serving.states.journal import Event
 from ifa_torchrec.serving.states.key_value import Follow, KeyValueStore, no_more
 from ifa_torchrec.serving.states.layout import StateLayout, tag_in, tag_of, told
 from ifa_torchrec.serving.states.missing import Missing
+from ifa_torchrec.serving.states.pages import distinct
 from ifa_torchrec.serving.states.reading import Lookup, UserRecords, state_of
 from ifa_torchrec.serving.states.records import RecordCodec
 from ifa_torchrec.serving.states.shared import tombstone_key, unpack_number
@@ -297,8 +298,9 @@ class StateStore:
         """
         wanted = [np.empty(0, np.int64)] * len(users)
         if keys is not None:
-            sets, end = map(np.unique, keys), self.layout.identity_key_range
-            wanted = [of_user[slice(*np.searchsorted(of_user, [0, end]))] for of_user in sets]
+            bounds = np.array([0, self.layout.identity_key_range])
+            sets = [distinct(np.sort(of_user, axis=None)) for of_user in keys]
+            wanted = [of_user[slice(*of_user.searchsorted(bounds).tolist())] for of_user in sets]
         records = self._records(users, wanted)
         # where more is needed it is all read again, at one moment
         again = [b for b, at in enumerate(times) if not records[b].reaches(at)]
@@ -307,7 +309,7 @@ class StateStore:
             for b, of_user in zip(again, found, strict=True):
                 records[b] = of_user
         for b, of_user in enumerate(records):
-            if not of_user.heads and not (new_users is not None and new_users[b]):
+            if of_user.earlier is None and not (new_users is not None and new_users[b]):
                 raise UnknownUserError(
                     f"user {users[b]!r} has no state; for one who is new and has had no event give "
                     "new_user"

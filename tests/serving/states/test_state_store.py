@@ -524,6 +524,35 @@ def test_users_read_together_are_those_read_alone(key_values, monkeypatch, confi
         assert torch.equal(torch.as_tensor(together.state_dict()[name]), torch.as_tensor(value)), name
 
 
+@both_configs
+def test_users_whose_events_come_together_have_the_records_that_each_has_alone(
+    tmp_path, monkeypatch, config
+):
+    """Some are new, some have events of their last time, before it or after it, or of all three."""
+    monkeypatch.setattr(pages, "PAGE_ROWS", 3)
+    model, rng = Model(config), random.Random(1)
+    events = [
+        Event(n, rng.choice([5, 2, 9, "anna", 8]), rng.randrange(NUM_ITEMS), rng.randrange(9) * DAY)
+        for n in range(200)
+    ]
+    of_whom: list[dict] = []
+    for name in ("together", "alone"):
+        store = new_store(open_key_value_store(str(tmp_path / name)), model)
+        for first in range(0, 200, 40):
+            some = events[first : first + 40]
+            whose = [e.user for e in some]
+            for user in [None] if name == "together" else dict.fromkeys(whose):
+                added = [e for e in some if user in (None, e.user)]
+                assert all(store.append(added, model.encode_each))
+        key_values = store.key_values
+        mine = [key for kind in (b"s", b"u", b"i") for key in key_values.scan(kind)]
+        # without the checksums, which hold the mark of the building
+        of_whom.append({k: v[:-4] for k, v in zip(mine, key_values.read(mine), strict=True) if v})
+    together, alone = of_whom
+    assert together == alone
+    assert len(together) >= 10  # a head and what was before it, of each user
+
+
 @pytest.mark.parametrize("built", [0, 300])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_rows_of_many_keys_lie_in_several_pages(key_values, monkeypatch, dtype, built):
