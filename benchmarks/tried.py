@@ -1,7 +1,7 @@
 """What was tried against `ifa train`, log by log: a dense state a category beside IFA's, what a history
-says at full size or from a start at 0, and no history at all.
+says at full size, and no history at all.
 
-    python benchmarks/tried.py                           # 72 trainings of up to two minutes
+    python benchmarks/tried.py                           # 60 trainings of up to two minutes
     python benchmarks/tried.py --logs journey --seeds 1  # a part
     python benchmarks/tried.py --smoke                   # every run once, tiny
 
@@ -112,20 +112,16 @@ class StateByCategory(InteractionFidelityAttention):
         return JaggedTensor(values, lengths=interest.lengths(), offsets=interest.offsets())
 
 
-class FullSizeLater(InterestArch):
-    """What a history says, of one size however few its events are."""
-
-    def forward(self, tokens: Tensor, interest: Tensor, events: Tensor, request: Tensor) -> Part:
-        interest = self.norm(interest)
-        return Part((interest,), (interest, tokens * interest, torch.log1p(events)[request, None]))
-
-
-class FullSize(FullSizeLater):
-    """The same, from the start."""
+class FullSize(InterestArch):
+    """What a history says, at full size from the start and however few its events are."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
         self.norm = nn.LayerNorm(dim)
+
+    def forward(self, tokens: Tensor, interest: Tensor, events: Tensor, request: Tensor) -> Part:
+        interest = self.norm(interest)
+        return Part((interest,), (interest, tokens * interest, torch.log1p(events)[request, None]))
 
 
 INTERACTIONS.update(
@@ -141,7 +137,6 @@ MODELS: dict[str, tuple[str, type[InterestArch]]] = {
     IFA: ("ifa", InterestArch),
     "no history": ("none", InterestArch),
     "full size": ("ifa", FullSize),
-    "full size, from a start at 0": ("ifa", FullSizeLater),
     "a state a category, width 16": ("by_category_16", InterestArch),
     "a state a category, width 64": ("by_category_64", InterestArch),
 }

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 from ifa_torchrec import IFAConfig
 from ifa_torchrec.modules import History
 from ifa_torchrec.modules.identity import IdentityHeads
-from ifa_torchrec.modules.projections import ZeroNorm
 
-Model = TypeVar("Model", bound=torch.nn.Module)
 LN2 = math.log(2.0)
 """A half-life of LN2 * 2**k is a decay rate of 2**-k, which float32 holds exactly."""
 
@@ -230,14 +228,6 @@ def randomised(module: torch.nn.Module) -> torch.nn.Module:
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     return module
-
-
-def opened(model: Model) -> Model:
-    """The model as if training had let histories in: what they say starts at 0."""
-    for module in model.modules():
-        if isinstance(module, ZeroNorm):
-            torch.nn.init.ones_(module.weight)
-    return model
 
 
 def flattened(figures: dict[str, Any], before: str = "") -> dict[str, Any]:

@@ -135,9 +135,9 @@ class ZeroLinear(nn.Linear):
         nn.init.zeros_(self.weight)
 
 
-class ZeroNorm(nn.LayerNorm):
-    """A layer norm whose gain starts at 0: a gate for each column, which training opens as far as what
-    comes in helps.
+class SmallNorm(nn.LayerNorm):
+    """A layer norm whose gain starts at 0.1: what comes in starts small, and counts more as far as
+    training finds that it helps.
 
     Args:
         features: width of what comes in.
@@ -145,9 +145,9 @@ class ZeroNorm(nn.LayerNorm):
 
     Example:
         >>> import torch
-        >>> from ifa_torchrec.modules.projections import ZeroNorm
-        >>> ZeroNorm(3)(torch.randn(1, 3)).tolist()
-        [[0.0, 0.0, 0.0]]
+        >>> from ifa_torchrec.modules.projections import SmallNorm
+        >>> SmallNorm(100)(torch.randn(1, 100)).std().item() < 0.11
+        True
     """
 
     def __init__(self, features: int, device: torch.device | str | None = None) -> None:
@@ -155,5 +155,5 @@ class ZeroNorm(nn.LayerNorm):
 
     def reset_parameters(self) -> None:
         """Start anew; also after ``to_empty``."""
-        nn.init.zeros_(self.weight)
+        nn.init.constant_(self.weight, 0.1)
         nn.init.zeros_(self.bias)

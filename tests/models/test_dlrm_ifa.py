@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import opened, randomised
+from helpers import randomised
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
@@ -89,7 +89,7 @@ def make_config(interaction: str = "ifa", **changes) -> DLRM_IFAConfig:
 def make_model(interaction: str = "ifa", **changes) -> DLRM_IFA:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return opened(DLRM_IFA(make_bags(), make_tables(), make_config(interaction, **changes)))
+        return DLRM_IFA(make_bags(), make_tables(), make_config(interaction, **changes))
 
 
 def make_batch(
@@ -426,34 +426,17 @@ class TestEveryInteraction:
         assert losses[-1] < 0.6 * losses[0]
 
 
-def test_what_a_history_says_counts_by_its_events() -> None:
+def test_what_a_history_says_starts_small_and_counts_by_its_events() -> None:
     """Half at 10, in all that is said of it, and nearly whole at many more."""
-    arch, rows = opened(InterestArch(DIM)), torch.randn(4, DIM)
+    arch, rows = InterestArch(DIM), torch.randn(4, DIM)
     request, events = torch.tensor([0, 1, 2, 2]), torch.tensor([0.0, 10.0, 990.0])
     (crossed,), (beside, product, count) = arch(rows, rows.flip(0), events, request)
     share = torch.tensor([[0.0], [0.5], [0.99], [0.99]])
-    expected = share * torch.nn.functional.layer_norm(rows.flip(0), (DIM,))
+    expected = share * 0.1 * torch.nn.functional.layer_norm(rows.flip(0), (DIM,))
     for found in (crossed, beside):
         torch.testing.assert_close(found, expected)
     torch.testing.assert_close(product, rows * expected)
     torch.testing.assert_close(count, events[request, None].log1p())
-
-
-@pytest.mark.parametrize("interaction", [i for i in INTERACTIONS if i != "none"])
-def test_what_histories_hold_starts_at_nothing(interaction: str) -> None:
-    """Only how many events there are is seen, until training lets the rest in."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = DLRM_IFA(make_bags(), make_tables(), make_config(interaction))
-    one, other = make_batch(), make_batch()
-    for name, rows in ITEM_FEATURES.items():
-        ids = other.sequence_features[f"history_{name}"].values()
-        ids.copy_((ids + 1) % rows)
-    assert torch.equal(model(one), model(other))
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    DLRM_IFATrain(model)(one)[0].backward()
-    optimizer.step()
-    assert not torch.allclose(model(one), model(other), rtol=0, atol=1e-4)
 
 
 def with_relations(model: DLRM_IFA) -> DLRM_IFA:

@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from helpers import opened
 from torch import Tensor
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -75,7 +74,7 @@ def make_model(interaction: str = "ifa", width: int = 12, **changes) -> DLRM_IFA
     for module in model.modules():
         if isinstance(module, NumberArch):
             torch.nn.init.normal_(module.missing)  # it starts at 0, which could stand for anything
-    return opened(model)
+    return model
 
 
 def jagged(lists: dict[str, list[list[int]]]) -> KeyedJaggedTensor:

@@ -13,7 +13,7 @@ from typing import Literal
 
 import pytest
 import torch
-from helpers import opened, randomised
+from helpers import randomised
 from shop import Shop, shop_model
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -410,7 +410,7 @@ def test_the_softmax_read_out_is_of_any_number_of_candidates(
     given = {"identity_features": identity, "identity_head_dim": width}
     ifa = dataclasses.replace(ifa, embedding_dim=8, **given)
     schema = LogSchema(item_features={"item": 100})
-    model = opened(DLRM_IFA(None, tables, DLRM_IFAConfig(("item",), ifa=ifa))).eval()
+    model = DLRM_IFA(None, tables, DLRM_IFAConfig(("item",), ifa=ifa)).eval()
     graph, exported = ScoringGraph(model, schema), export_scorer(model, schema).module()
     for m in (1, 2, 40):
         sizes = {"M": m, "U": 5}
