@@ -48,8 +48,8 @@ class TrainConfig:
     to them."""
     identity: bool = True
     """Identity heads on every id feature of the item, where --ifa.identity-features names none: as many
-    buckets as the largest of their tables has rows, and, unless --ifa.identity-half-lives are given,
-    half-lives of infinity, 30 and 7 days. By default they say how often, without mean values
+    buckets as there are items, or rows in the largest table, rounded up to a power of two, and, unless
+    --ifa.identity-half-lives are given, half-lives of infinity, 30 and 7 days. By default they say how often, without mean values
     (--ifa.identity-head-dim)."""
     gate: tuple[str, ...] | None = None
     """Event features by whose value each head learns what an event weighs; by default those of at
