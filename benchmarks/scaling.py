@@ -19,6 +19,7 @@ import time
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import matplotlib
@@ -37,6 +38,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from ifa_torchrec import DLRM_IFATrain, IFAConfig
 from ifa_torchrec.data import EventBudgetSampler, EventLog, LogSchema, RankingDataset, make_loader
+from ifa_torchrec.data.sampler import EMPTY_REQUEST
 from ifa_torchrec.distributed import OptimizerConfig, init_process_group, shard
 from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.options import TrainConfig
@@ -139,14 +141,14 @@ def work(log_path: str, options: Options) -> tuple[float, dict[str, float]]:
     sampler = EventBudgetSampler(
         dataset.history_lengths, config.max_events, config.max_requests, seed=0, shard=(rank, world)
     )
+    timed = [request for some in islice(sampler, 3, 3 + options.steps) for request in some]
+    requests = [request for request in timed if request != EMPTY_REQUEST]
+    events = torch.tensor(int(dataset.history_lengths[requests].sum()))
+    dist.all_reduce(events)
     pipeline = TrainPipelineSparseDist(model, optimizer, device)
     batches = iter(make_loader(dataset, sampler))
     for _ in range(3):
         pipeline.progress(batches)
-    seen = sampler.requests_taken(3), sampler.requests_taken(3 + options.steps)
-    order = np.arange(len(dataset))
-    np.random.default_rng([0, 0]).shuffle(order)  # the sampler's
-    events = int(dataset.history_lengths[order[seen[0] : seen[1]]].sum())
 
     dist.barrier()
     start = time.perf_counter()
@@ -163,7 +165,7 @@ def work(log_path: str, options: Options) -> tuple[float, dict[str, float]]:
     for event in profiler.events() or []:
         kinds[kind_of(event)] += event.self_cpu_time_total / 1000 / profiled
     dist.destroy_process_group()
-    return events / seconds, dict(kinds)
+    return events.item() / seconds, dict(kinds)
 
 
 def kind_of(event) -> str:
