@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 import tyro
 from report import ROOT, commit, markdown, measured_by
-from torch import Tensor, nn
+from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 sys.path.insert(0, str(ROOT))  # the examples are no package
@@ -113,11 +113,7 @@ class StateByCategory(InteractionFidelityAttention):
 
 
 class FullSize(InterestArch):
-    """What a history says, at full size from the start and however few its events are."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__(dim)
-        self.norm = nn.LayerNorm(dim)
+    """What a history says, of one size however few its events are."""
 
     def forward(self, tokens: Tensor, interest: Tensor, events: Tensor, request: Tensor) -> Part:
         interest = self.norm(interest)

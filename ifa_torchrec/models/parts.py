@@ -12,7 +12,6 @@ from torchrec.models.dlrm import DenseArch, InteractionArch
 
 from ifa_torchrec.batch import RankingFeatures, Scale
 from ifa_torchrec.models.config import DLRM_IFAConfig
-from ifa_torchrec.modules.projections import SmallNorm
 
 
 class PairInteractionArch(InteractionArch):
@@ -283,8 +282,7 @@ class InterestArch(nn.Module):
     """What a candidate found in the history, beside the candidate.
 
     It is normed, and so of one size however little was found; then shrunk to n / (n + 10) of it, n being
-    the number of events. Without events it is 0, whatever the interaction's bias has learnt. The norm's
-    gain starts at 0.1, so that an untrained model ranks mostly by everything else.
+    the number of events. Without events it is 0, whatever the interaction's bias has learnt.
 
     Args:
         dim: D.
@@ -303,7 +301,7 @@ class InterestArch(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.norm = SmallNorm(dim)
+        self.norm = nn.LayerNorm(dim)
         self.num_vectors, self.out_features = 1, 2 * dim + 1
 
     def forward(self, tokens: Tensor, interest: Tensor, events: Tensor, request: Tensor) -> Part:

@@ -1,4 +1,4 @@
-"""Linear maps and a norm with the start that their place asks for, and random hashes."""
+"""The linear maps of an interaction, with the start that their place asks for, and random hashes."""
 
 from __future__ import annotations
 
@@ -133,27 +133,3 @@ class ZeroLinear(nn.Linear):
     def reset_parameters(self) -> None:
         """Start anew; also after ``to_empty``."""
         nn.init.zeros_(self.weight)
-
-
-class SmallNorm(nn.LayerNorm):
-    """A layer norm whose gain starts at 0.1: what comes in starts small, and counts more as far as
-    training finds that it helps.
-
-    Args:
-        features: width of what comes in.
-        device: of the gain and the bias.
-
-    Example:
-        >>> import torch
-        >>> from ifa_torchrec.modules.projections import SmallNorm
-        >>> SmallNorm(100)(torch.randn(1, 100)).std().item() < 0.11
-        True
-    """
-
-    def __init__(self, features: int, device: torch.device | str | None = None) -> None:
-        super().__init__(features, device=device)
-
-    def reset_parameters(self) -> None:
-        """Start anew; also after ``to_empty``."""
-        nn.init.constant_(self.weight, 0.1)
-        nn.init.zeros_(self.bias)

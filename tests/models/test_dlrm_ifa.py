@@ -426,13 +426,13 @@ class TestEveryInteraction:
         assert losses[-1] < 0.6 * losses[0]
 
 
-def test_what_a_history_says_starts_small_and_counts_by_its_events() -> None:
+def test_what_a_history_says_counts_by_its_events() -> None:
     """Half at 10, in all that is said of it, and nearly whole at many more."""
     arch, rows = InterestArch(DIM), torch.randn(4, DIM)
     request, events = torch.tensor([0, 1, 2, 2]), torch.tensor([0.0, 10.0, 990.0])
     (crossed,), (beside, product, count) = arch(rows, rows.flip(0), events, request)
     share = torch.tensor([[0.0], [0.5], [0.99], [0.99]])
-    expected = share * 0.1 * torch.nn.functional.layer_norm(rows.flip(0), (DIM,))
+    expected = share * torch.nn.functional.layer_norm(rows.flip(0), (DIM,))
     for found in (crossed, beside):
         torch.testing.assert_close(found, expected)
     torch.testing.assert_close(product, rows * expected)
