@@ -1,6 +1,6 @@
 """What the kind and the numbers of an event are worth, and what a model makes of new items.
 
-    python benchmarks/events.py              # about 20 minutes on 2 cores
+    python benchmarks/events.py              # about 10 minutes on 2 cores
     python benchmarks/events.py --smoke      # every run once, tiny, no page
 
 Synthetic logs whose best reachable scores are known. Writes docs/events.md. Runs are kept under --out,
