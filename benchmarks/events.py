@@ -178,6 +178,8 @@ def main(options: Options) -> None:
         text = text.replace(f"TABLE_{name.upper()}", found)
         print(found)
     if not options.smoke:
+        spread = "means over the seeds, with half the distance between the extremes"
+        text = text.replace("SEEDS", "of one seed" if options.seeds == 1 else spread)
         text = text.replace(
             "MEASURED", measured_by(f"python benchmarks/events.py --seeds {options.seeds}")
         )
