@@ -31,7 +31,7 @@ from ifa_torchrec.data import EventLog, RankingDataset
 from ifa_torchrec.distributed import init_process_group
 from ifa_torchrec.models.archs import Lookups
 from ifa_torchrec.training.build import build_model
-from ifa_torchrec.training.decide import decided
+from ifa_torchrec.training.decide import amounts, decided
 from ifa_torchrec.training.options import Precision, TrainConfig
 from ifa_torchrec.training.precision import autocast, compile_dense
 
@@ -63,7 +63,8 @@ def models(log: EventLog, dataset: RankingDataset, compiled: bool) -> dict[str, 
         config = TrainConfig(log.path, Path(), interaction=interaction)
         config = replace(config, ifa=replace(config.ifa, backend=backend))
         torch.manual_seed(0)
-        made[name] = DLRM_IFATrain(build_model(log.schema, decided(config, dataset), log.scales))
+        config = decided(config, dataset, amounts(config, dataset))
+        made[name] = DLRM_IFATrain(build_model(log.schema, config, log.scales))
         if name == "IFA, compiled":
             compile_dense(made[name])
     return made
