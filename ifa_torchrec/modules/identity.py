@@ -163,7 +163,8 @@ class IdentityHeads(nn.Module):
         unknown; [n, K]."""
         config = self.config
         first = torch.arange(0, config.identity_key_range, config.identity_buckets, device=ids.device)
-        return torch.where(ids == 0, -1, first + ids.to(torch.int64) % config.identity_buckets)
+        bucket = self.bucket(ids)
+        return torch.where(bucket < 0, -1, first + bucket)
 
     def bucket(self, ids: Tensor, unknown: int = -1) -> Tensor:
         """The bucket of each id, in 0..R-1, int64; ``unknown`` for id 0."""

@@ -6,8 +6,9 @@ field. Ids are external ids, of which any is taken: what the vocabulary does not
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -141,15 +142,12 @@ def checked_request(schema: LogSchema, request: RankingRequest) -> RankingReques
                 raise RequestError(
                     f"candidate_{kind}.{name}: {len(values)} {what} for {len(candidates)} candidates"
                 )
-    return RankingRequest(
-        _checked_id("user", request.user),
-        candidates,
-        request.time,
-        context,
-        request.dense,
-        request.candidate_dense,
-        of_candidates,
-        request.new_user,
+    return dataclasses.replace(
+        request,
+        user=_checked_id("user", request.user),
+        candidates=candidates,
+        context=context,
+        candidate_features=of_candidates,
     )
 
 
@@ -239,7 +237,7 @@ def checked_ids(where: str, ids: Any) -> list[Id]:
 
 
 def _checked_id(where: str, identifier: Any) -> Id:
-    """One id; as ``checked_ids``."""
+    """One id; as ``checked_ids``, which takes ten times as long for the integer that most are."""
     if type(identifier) is int and -_LARGEST - 1 <= identifier <= _LARGEST:
         return identifier
     return checked_ids(where, [identifier])[0]
@@ -281,9 +279,7 @@ def float32s(where: str, values: Any, log_scaled: bool = False) -> np.ndarray:
     return found
 
 
-def _check_names(where: str, given: Mapping[str, Any], wanted: Collection[str]) -> None:
-    if not given and not wanted:
-        return
+def _check_names(where: str, given: Mapping[str, Any], wanted: Iterable[str]) -> None:
     wanted, names = set(wanted), set(given)
     if names != wanted:
         missing, others = sorted(wanted - names), sorted(names - wanted)
@@ -305,8 +301,6 @@ def _check_time(where: str, given: int, max_ahead: float) -> None:
 
 
 def _is_integer(value: Any) -> bool:
-    if type(value) is int:
-        return True
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 

@@ -141,8 +141,7 @@ class Scorer:
             return []
         asked = self._catalogue.ask(requests)
         logits = self._logits(asked, self._state(requests, asked)[0]).numpy()
-        ends = accumulate(asked.lengths.tolist(), initial=0)
-        return [logits[begin:end] for begin, end in pairwise(ends)]
+        return _of_requests(logits, asked.lengths)
 
     def rank(
         self, requests: Sequence[RankingRequest], k: int | None = None, strategy: Strategy = "topk"
@@ -230,7 +229,7 @@ class Scorer:
         rows = chosen.values()
         taken = torch.zeros(len(asked.items), dtype=torch.bool).index_fill(0, rows, True)
         logits = _finite(self.model.logits_given(candidates, taken)).numpy()
-        return _of_requests(chosen), logits
+        return _of_requests(chosen.values().numpy(), chosen.lengths().numpy()), logits
 
     def append(self, events: Sequence[Event], max_ahead: float = 60) -> list[EventResult]:
         """Add events to their users' states, each once however often it is given.
@@ -351,8 +350,7 @@ class Scorer:
             compared = asked.ids | {self.schema.item: asked.items}
             ids = [compared[name] for name in self._identity.config.identity_features]
             of_candidate = self._identity.keys(torch.from_numpy(np.stack(ids, axis=1))).numpy()
-            ends = accumulate(asked.lengths.tolist(), initial=0)
-            keys = [of_candidate[begin:end] for begin, end in pairwise(ends)]
+            keys = _of_requests(of_candidate, asked.lengths)
         with self._timed("store"):
             return self.store.read(
                 [self._catalogue.user(request.user) for request in requests],
@@ -369,9 +367,9 @@ class Scorer:
         self.observe(stage, time.perf_counter() - start)
 
 
-def _of_requests(chosen: JaggedTensor) -> list[np.ndarray]:
-    """The rows that were chosen, request by request."""
-    return np.split(chosen.values().numpy(), chosen.offsets()[1:-1].numpy())
+def _of_requests(rows: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    """The rows of each request, where one's follow another's."""
+    return [rows[begin:end] for begin, end in pairwise(accumulate(lengths.tolist(), initial=0))]
 
 
 def _all_finite(values: Tensor) -> bool:

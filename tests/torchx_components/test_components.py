@@ -92,6 +92,11 @@ def test_help_describes_every_option_and_nothing_else(name):
         assert section not in shown
 
 
+@pytest.mark.parametrize("name", NAMED)
+def test_default_image_is_the_packages(name):
+    assert _create_args_parser(NAMED[name]).get_default("image") == "ifa-torchrec"
+
+
 def test_train_is_the_torchrun_line_one_would_write():
     by_hand = get_args_parser().parse_args(
         shlex.split(

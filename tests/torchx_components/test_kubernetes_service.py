@@ -82,8 +82,10 @@ def test_the_deployment_runs_a_command_that_there_is_and_asks_for_paths_that_the
     assert any(config.run.is_relative_to(path) for path in mounts)
 
 
-def test_kustomize_is_given_files_that_there_are():
+def test_kustomize_is_given_files_that_there_are_and_the_image():
     kustomization = manifest("kustomization.yaml")
     given = [*kustomization["resources"], *kustomization["configMapGenerator"][0]["files"]]
     assert {*given, "kustomization.yaml"} == {file.name for file in FOLDER.iterdir()}
     assert kustomization["labels"][0]["includeSelectors"]
+    image = manifest("deployment.yaml")["spec"]["template"]["spec"]["containers"][0]["image"]
+    assert image == "ifa-torchrec"  # what an overlay's `images` names
