@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -143,3 +144,19 @@ def test_under_torchrun(log, tmp_path: Path, of_all: bool, said: str) -> None:
         assert "rank      : 1" in cause
     else:
         assert "error: " in done.stderr.partition("Failures:")[0]
+
+
+def test_a_reader_that_went_away_is_no_error() -> None:
+    """`ifa COMMAND | head`."""
+    code = "from ifa_torchrec.commands.command_line import as_command as a\nwith a(): print('x' * 10**6)"
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.communicate()[1] == ""
+    assert process.returncode == 141
+
+
+def test_another_pipe_that_breaks_is_an_error() -> None:
+    with pytest.raises(BrokenPipeError), as_command():
+        raise BrokenPipeError("a client's")
