@@ -37,9 +37,9 @@ from ifa_torchrec.distributed.errors import CheckpointError, DamagedError
 from ifa_torchrec.distributed.rows import rows_as_unknown
 from ifa_torchrec.errors import PlaceError, writing
 
-FORMAT = 5
+FORMAT = 6
 """Rises when this package could no longer read what it wrote before, or would build another model for
-it: 5 since the model lets a short history say less."""
+it: 6 since the model learns how much a history says."""
 KEEP = 2
 """Checkpoints kept; older ones are deleted once a newer one is whole."""
 

@@ -16,6 +16,7 @@ from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.models.checks import CANDIDATES, HISTORY, check_features
 from ifa_torchrec.models.config import DLRM_IFAConfig
 from ifa_torchrec.models.parts import (
+    SMALL_START,
     InterestArch,
     ItemArch,
     PairInteractionArch,
@@ -165,7 +166,8 @@ class CandidateArch(nn.Module):
         self.interest_arch = None
         if interaction is not None:
             self.event_dense_arch = token_numbers(config, "history_dense")
-            self.interest_arch = InterestArch(dim)
+            start = SMALL_START if interaction.config.identity_features else 1.0
+            self.interest_arch = InterestArch(dim, start)
         self.token_norm = nn.LayerNorm(dim)
         parts = [arch for arch in (self.request_arch, self.interest_arch) if arch is not None]
         dense = self.candidate_dense_arch is not None

@@ -3,6 +3,7 @@ say."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -276,16 +277,24 @@ class RequestArch(nn.Module):
 SHRINKAGE = 10.0
 """Events of a history at which what it says counts half: that of fewer is mostly chance, which a model
 learns to fit (docs/quality.md, "Where the history tells little")."""
+SMALL_START = 0.1
+"""The scale at which training starts where identity heads stand beside the attention. An attention alone
+learns too slowly behind it and starts at 1 (same page)."""
+SCALE_RATE = 10.0
+"""How much faster than other parameters the scale's logarithm learns: as Adam moves a parameter by the
+learning rate at most in a step, the scale would take the whole of a short training to grow tenfold."""
 
 
 class InterestArch(nn.Module):
     """What a candidate found in the history, beside the candidate.
 
-    It is normed, and so of one size however little was found; then shrunk to n / (n + 10) of it, n being
-    the number of events. Without events it is 0, whatever the interaction's bias has learnt.
+    It is normed, and so of one size however little was found; then times a learnt scale, and shrunk to
+    n / (n + 10) of it, n being the number of events. Without events it is 0, whatever the
+    interaction's bias has learnt.
 
     Args:
         dim: D.
+        start: the scale at the start of training.
 
     Attributes:
         num_vectors, out_features: as RequestArch's.
@@ -299,10 +308,17 @@ class InterestArch(nn.Module):
         True
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, start: float = 1.0) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
+        self.start = start
+        self.log_scale = nn.Parameter(torch.empty(1))
         self.num_vectors, self.out_features = 1, 2 * dim + 1
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start anew; also after ``to_empty``."""
+        nn.init.constant_(self.log_scale, math.log(self.start) / SCALE_RATE)
 
     def forward(self, tokens: Tensor, interest: Tensor, events: Tensor, request: Tensor) -> Part:
         """
@@ -310,6 +326,6 @@ class InterestArch(nn.Module):
             tokens: [M, D], interest: [M, D], and request: [M] int64, which one's they are.
             events: [B] floating point, how many each request's history has.
         """
-        share = events / (events + SHRINKAGE)
-        interest = self.norm(interest) * share[request, None]
+        scale = torch.exp(SCALE_RATE * self.log_scale) * events / (events + SHRINKAGE)
+        interest = self.norm(interest) * scale[request, None]
         return Part((interest,), (interest, tokens * interest, torch.log1p(events)[request, None]))

@@ -38,7 +38,7 @@ from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.options import OPTIONS, options_text, read_options
 from ifa_torchrec.training.run import Run
 
-FORMAT = "ifa-bundle/2"
+FORMAT = "ifa-bundle/3"
 FILE = "bundle.json"
 _SCHEMA, _WEIGHTS, _ITEMS = "schema.json", "weights.pt", "items"
 _REMEDY = "copy the whole bundle anew, or write another (ifa export --run RUN --bundle DIR)"

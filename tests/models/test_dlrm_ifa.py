@@ -21,8 +21,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, DLRM_IFATrain, IFAConfig, RankingBatch
 from ifa_torchrec.distributed import OptimizerConfig, init_process_group, shard
 from ifa_torchrec.errors import ConfigError
-from ifa_torchrec.models.archs import Lookups
-from ifa_torchrec.models.parts import InterestArch
+from ifa_torchrec.models.archs import CandidateArch, Lookups
+from ifa_torchrec.models.parts import SCALE_RATE, InterestArch
 from ifa_torchrec.models.sparse import SequenceArch
 from ifa_torchrec.models.taken import set_worth
 from ifa_torchrec.modules import (
@@ -37,7 +37,7 @@ from ifa_torchrec.modules import (
 from ifa_torchrec.modules.candidate_set import TakenSample
 from ifa_torchrec.modules.history import counted
 from ifa_torchrec.modules.pair_numbers import PairNumbers
-from ifa_torchrec.modules.projections import ZeroLinear
+from ifa_torchrec.modules.projections import ZeroLinear, reset_all
 
 DIM = 8
 ITEM_FEATURES = {"item": 50, "category": 6}
@@ -426,17 +426,33 @@ class TestEveryInteraction:
         assert losses[-1] < 0.6 * losses[0]
 
 
-def test_what_a_history_says_counts_by_its_events() -> None:
-    """Half at 10, in all that is said of it, and nearly whole at many more."""
-    arch, rows = InterestArch(DIM), torch.randn(4, DIM)
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+def test_what_a_history_says_counts_by_its_events(scale: float) -> None:
+    """Half at 10, in all that is said of it, and nearly whole at many more; times the scale."""
+    arch, rows = InterestArch(DIM, scale), torch.randn(4, DIM)
     request, events = torch.tensor([0, 1, 2, 2]), torch.tensor([0.0, 10.0, 990.0])
     (crossed,), (beside, product, count) = arch(rows, rows.flip(0), events, request)
     share = torch.tensor([[0.0], [0.5], [0.99], [0.99]])
-    expected = share * torch.nn.functional.layer_norm(rows.flip(0), (DIM,))
+    expected = share * scale * torch.nn.functional.layer_norm(rows.flip(0), (DIM,))
     for found in (crossed, beside):
         torch.testing.assert_close(found, expected)
     torch.testing.assert_close(product, rows * expected)
     torch.testing.assert_close(count, events[request, None].log1p())
+
+
+@pytest.mark.parametrize("identity, scale", [((), 1.0), (("item",), 0.1)])
+@pytest.mark.parametrize("interaction", ["ifa", "softmax"])
+def test_a_history_starts_small_where_identity_heads_are(
+    interaction: str, identity: tuple[str, ...], scale: float
+) -> None:
+    """Also after the meta device."""
+    ifa = IFAConfig(DIM, num_heads=2, identity_features=identity)
+    config = DLRM_IFAConfig(("item",), ifa=ifa, interaction=interaction)
+    arch = CandidateArch(config, num_context_features=1).to("meta").to_empty(device="cpu")
+    reset_all(arch)
+    assert arch.interest_arch is not None
+    starts = arch.interest_arch.log_scale.mul(SCALE_RATE).exp()
+    torch.testing.assert_close(starts, torch.tensor([scale]))
 
 
 def with_relations(model: DLRM_IFA) -> DLRM_IFA:

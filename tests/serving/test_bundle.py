@@ -106,7 +106,7 @@ def _longer(folder: Path) -> None:
 
 def _of_tomorrow(folder: Path) -> None:
     said = json.loads((folder / "bundle.json").read_text())
-    (folder / "bundle.json").write_text(json.dumps({**said, "format": "ifa-bundle/3"}))
+    (folder / "bundle.json").write_text(json.dumps({**said, "format": "ifa-bundle/4"}))
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def _of_tomorrow(folder: Path) -> None:
         (lambda folder: (folder / "dense.pt2").touch(), "dense.pt2 was not in the bundle"),
         (lambda folder: (folder / "bundle.json").unlink(), "no bundle here"),
         (lambda folder: (folder / "bundle.json").write_text("{"), "not readable as a bundle's"),
-        (_of_tomorrow, "format 'ifa-bundle/3', this version reads 'ifa-bundle/2'"),
+        (_of_tomorrow, "format 'ifa-bundle/4', this version reads 'ifa-bundle/3'"),
     ],
 )
 def test_what_is_not_the_bundle_that_was_written_is_refused(
