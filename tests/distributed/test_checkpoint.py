@@ -45,6 +45,7 @@ from ifa_torchrec.distributed import (
     init_process_group,
     shard,
 )
+from ifa_torchrec.distributed.checkpoint import FORMAT
 from ifa_torchrec.distributed.saver import CheckpointSaver
 from ifa_torchrec.models import DLRM_IFATrain
 from ifa_torchrec.models.archs import CandidateArch
@@ -756,14 +757,14 @@ class TestAnotherConfiguration:
         assert "configuration: ifa.num_heads was 2, is 4; more was None, is 1; use" in error
         assert "use the same options, or another folder" in error
 
-    @pytest.mark.parametrize("written", [None, 4, 6])
+    @pytest.mark.parametrize("written", [None, FORMAT - 1, FORMAT + 1])
     def test_another_format(self, run, written: int | None) -> None:
         """Of a version before there were numbers, of another model, or of one to come."""
         config, wanted = run
         last = config.out / "checkpoints" / "step-000000012"
         rewrite(last, lambda progress: progress.update(format=written))
         for error in [refusal(config, wanted), *run_ranks(refusal, 2, config, wanted)]:
-            assert f"{last} is of format {written}, this version of ifa_torchrec reads 5" in error
+            assert f"{last} is of format {written}, this version of ifa_torchrec reads {FORMAT}" in error
             assert "use the version that wrote it, or train anew in another folder" in error
 
     def test_a_model_of_another_shape(self, run, tmp_path: Path) -> None:
