@@ -104,7 +104,7 @@ def history_bytes(
     if ids is not None and config.identity_features:
         columns = ids[:, : len(config.identity_features)].T
         rows = sum(len(column[column != 0].unique()) for column in columns)
-        total += rows * (8 + 4 * len(config.identity_half_lives) * (config.identity_width + 1))
+        total += rows * (8 + 4 * len(config.identity_head_half_lives) * (config.identity_width + 1))
     return float(total)
 
 

@@ -38,6 +38,7 @@ IFA = IFAConfig(
     feature_map="hedgehog",
     identity_features=("item", "topic", "category"),
     identity_buckets=131072,
+    identity_half_lives=(math.inf,),
 )
 KINDS = synthetic.SyntheticConfig(train=4000, test=1500, mean_events=400, distance=150, kinds=True)
 NEW = synthetic.SyntheticConfig(train=4000, test=2000, mean_events=400, distance=150, new_items=0.5)

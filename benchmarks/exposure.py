@@ -10,6 +10,7 @@ docs/exposure.md. Runs are kept under --out, and are not trained again.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ IFA = IFAConfig(
     feature_map="hedgehog",
     identity_features=("item",),
     identity_buckets=4096,
+    identity_half_lives=(math.inf,),
 )
 # without noise a history tells a user's interests, and so the probability that a candidate was shown
 LOG = synthetic.SyntheticConfig(

@@ -216,7 +216,9 @@ def ablations(data: str) -> dict[str, dict[str, Any]]:
                 **named, identity_half_lives=days, identity_buckets=131072
             ),
             "the same in 4,096 buckets": ifa(**named, identity_half_lives=days, identity_buckets=4096),
-            "the same without decay": ifa(**named, identity_buckets=131072),
+            "the same without decay": ifa(
+                **named, identity_half_lives=(math.inf,), identity_buckets=131072
+            ),
         }
     return result
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 import shutil
 import statistics
 import time
@@ -57,6 +58,7 @@ IFA = IFAConfig(
     feature_map="hedgehog",
     identity_features=("item", "category"),
     identity_buckets=131072,
+    identity_half_lives=(math.inf,),
 )
 WITH_TOPICS = replace(IFA, identity_features=("item", "topic", "category"))
 RELATIONS = synthetic.SyntheticConfig(

@@ -181,14 +181,14 @@ def naive_forward(
             outputs.append(output)
             matched.append(total)
         for k in range(len(config.identity_features)):
-            rates = config.identity_half_lives
+            rates = config.identity_head_half_lives
             weight = naive_event_weights(inputs, rates, events, module.identity.gates, k * len(rates))
             asked, bought = inputs.candidate_ids[candidates, k], inputs.history_ids[events, k]
             known = (asked != 0)[:, None] & (bought != 0)[None, :]
-            same = (asked[:, None] - bought[None, :]) % config.identity_buckets == 0
+            same = (asked[:, None] - bought[None, :]) % config.num_identity_buckets == 0
             same = (same & known).to(tokens.dtype)
             value = identity_values(module.identity, tokens, k)
-            for rate in range(len(config.identity_half_lives)):
+            for rate in range(len(config.identity_head_half_lives)):
                 total = same @ weight[:, rate]
                 mean = same @ (weight[:, rate, None] * value)
                 outputs.append(mean / torch.where(total > 0, total, 1.0)[:, None])
@@ -224,9 +224,13 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float, what: str = 
 
 
 def randomised(module: torch.nn.Module) -> torch.nn.Module:
-    """The module with random weights: its own start is the identity, which hides transpositions."""
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)
+    """The module with random weights: its own start is the identity, which hides transpositions; what
+    a history says at full size, so that nothing of it is lost in rounding."""
+    for name, parameter in module.named_parameters():
+        if name.endswith("log_scale"):
+            torch.nn.init.zeros_(parameter)
+        else:
+            torch.nn.init.normal_(parameter, std=0.4)
     return module
 
 

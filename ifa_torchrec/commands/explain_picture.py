@@ -30,7 +30,7 @@ def head_names(config: IFAConfig) -> list[str]:
         dense = [("dense", math.inf)]
     if config.half_lives is not None:
         dense = [(name, half) for (name, _), half in zip(dense, config.half_lives, strict=True)]
-    same = [(f, half) for f in config.identity_features for half in config.identity_half_lives]
+    same = [(f, half) for f in config.identity_features for half in config.identity_head_half_lives]
     return [
         name if math.isinf(half) else f"{name}, halved in {half:g} days" for name, half in dense + same
     ]

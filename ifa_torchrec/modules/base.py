@@ -267,6 +267,8 @@ def _meaning(config: InteractionConfig) -> dict[str, Any]:
     fields = asdict(config) | {
         "head_dim": config.head_width,
         "identity_head_dim": config.identity_width,
+        "identity_buckets": config.num_identity_buckets,
+        "identity_half_lives": config.identity_head_half_lives,
         "half_lives": config.half_lives or (math.inf,) * config.num_heads,
         "gates": list(config.gates.items()),  # in order, as the columns of their values are
     }

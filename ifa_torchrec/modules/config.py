@@ -37,8 +37,10 @@ class InteractionConfig:
         identity_buckets: R, buckets of an identity feature: an id falls into bucket id mod R,
             in training as in a cached state. A feature with at most R ids never collides.
             Nothing of that size is built: a state holds L (d + 1) floats for each bucket that an
-            event of the user fell into (d: identity_head_dim). K R is at most 2^36.
-        identity_half_lives: L half-lives; each identity feature has a head for each.
+            event of the user fell into (d: identity_head_dim). K R is at most 2^36. None means
+            4,096, and in ``ifa train`` as many as the log's largest feature has ids.
+        identity_half_lives: L half-lives; each identity feature has a head for each. None means one
+            head that never forgets, and in ``ifa train`` infinity, 30 and 7 days.
         identity_head_dim: width of the mean values that an identity head has beside its mass; 0 for the
             mass alone, "how often?", which needs interest_mass; None for head_dim.
         gates: names of the event features (the kind of event: shown, clicked, bought) by whose value
@@ -64,8 +66,8 @@ class InteractionConfig:
     interest_mass: bool = True
     mass_scale: float = 1.0
     identity_features: tuple[str, ...] = ()
-    identity_buckets: int = 4096
-    identity_half_lives: tuple[float, ...] = (math.inf,)
+    identity_buckets: int | None = None
+    identity_half_lives: tuple[float, ...] | None = None
     identity_head_dim: int | None = None
     gates: dict[str, int] = field(default_factory=dict[str, int], hash=False)
     backend: ops.Backend = "auto"
@@ -97,7 +99,7 @@ class InteractionConfig:
             f"identity_features must be a tuple of names, got {self.identity_features!r}",
         )
         check(
-            len(self.identity_half_lives) > 0 or not self.identity_features,
+            len(self.identity_head_half_lives) > 0 or not self.identity_features,
             "identity_half_lives is empty; (math.inf,) means no decay",
         )
         check(
@@ -111,12 +113,13 @@ class InteractionConfig:
         )
         self._check_scale("mass_scale")
         check(
-            self.identity_buckets > 0, f"identity_buckets must be positive, got {self.identity_buckets}"
+            self.num_identity_buckets > 0,
+            f"identity_buckets must be positive, got {self.identity_buckets}",
         )
         check(
             self.identity_key_range <= MOST_IDENTITY_KEYS,
-            f"identity_buckets {self.identity_buckets} of {len(self.identity_features)} features are "
-            f"{self.identity_key_range} keys; there can be 2^36",
+            f"identity_buckets {self.num_identity_buckets} of {len(self.identity_features)} features "
+            f"are {self.identity_key_range} keys; there can be 2^36",
         )
         for name, values in self.gates.items():
             check(isinstance(name, str) and name != "", f"gates: a name must be text, got {name!r}")
@@ -137,14 +140,24 @@ class InteractionConfig:
         return self.head_width if self.identity_head_dim is None else self.identity_head_dim
 
     @property
+    def num_identity_buckets(self) -> int:
+        """R."""
+        return 4096 if self.identity_buckets is None else self.identity_buckets
+
+    @property
+    def identity_head_half_lives(self) -> tuple[float, ...]:
+        """[L], of each identity feature's heads."""
+        return (math.inf,) if self.identity_half_lives is None else self.identity_half_lives
+
+    @property
     def num_identity_heads(self) -> int:
         """Identity heads in all: features times half-lives."""
-        return len(self.identity_features) * len(self.identity_half_lives)
+        return len(self.identity_features) * len(self.identity_head_half_lives)
 
     @property
     def identity_key_range(self) -> int:
         """K R; a state's identity keys are below it. 0 without identity features."""
-        return len(self.identity_features) * self.identity_buckets
+        return len(self.identity_features) * self.num_identity_buckets
 
     def _check(self, good: bool, message: str) -> None:
         if not good:

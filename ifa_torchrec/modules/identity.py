@@ -52,13 +52,13 @@ class IdentityHeads(nn.Module):
         width = len(config.identity_features) * config.identity_width
         values = nn.Linear(config.embedding_dim, width, bias=False, device=device) if width else None
         self.value_proj = values
-        heads = (len(config.identity_features), len(config.identity_half_lives))
+        heads = (len(config.identity_features), len(config.identity_head_half_lives))
         self.gates = EventGates(config.gates, heads, device) if config.gates else None
 
     @property
     def decay(self) -> Tensor:
         """The rates of the half-lives, [L] float32 on the CPU."""
-        return decay_rates(self.config.identity_half_lives)
+        return decay_rates(self.config.identity_head_half_lives)
 
     def forward(
         self, candidates: JaggedTensor, history: History, candidate_ids: Tensor
@@ -67,8 +67,8 @@ class IdentityHeads(nn.Module):
 
         Nothing of the size of the buckets is built.
         """
-        outputs, matched, buckets = [], [], self.config.identity_buckets
-        rates = decay_rates(self.config.identity_half_lives, history.tokens)
+        outputs, matched, buckets = [], [], self.config.num_identity_buckets
+        rates = decay_rates(self.config.identity_head_half_lives, history.tokens)
         ids, tokens = _given(history), history.tokens
         if self.value_proj is None:  # what the join sums is not asked for
             tokens = tokens.new_zeros(len(tokens), 1)
@@ -99,7 +99,7 @@ class IdentityHeads(nn.Module):
     def encode(self, history: History) -> dict[str, Any]:
         """The state's tables: UserState's fields whose names begin with identity."""
         history = history.widened()
-        tokens, half_lives = history.tokens, self.config.identity_half_lives
+        tokens, half_lives = history.tokens, self.config.identity_head_half_lives
         key_range = self.config.identity_key_range
         keys = self.keys(_given(history))
         keys = torch.where(keys < 0, key_range, keys)  # the unknown, whose row is left out below
@@ -154,7 +154,7 @@ class IdentityHeads(nn.Module):
         buckets = self.bucket(candidate_ids).T, self.bucket(_given(history)).T
         for asked, had, events in zip(*buckets, self._gated(history), strict=True):
             same = (asked[:, None] == had) & (asked >= 0)[:, None]
-            matching = same[..., None] * events.event_weights(self.config.identity_half_lives)
+            matching = same[..., None] * events.event_weights(self.config.identity_head_half_lives)
             result.append(normalised(matching.mT, matching.sum(1)).mT)
         return result
 
@@ -162,13 +162,15 @@ class IdentityHeads(nn.Module):
         """The key of each id in a state's tables: feature number times R plus bucket, and -1 for the
         unknown; [n, K]."""
         config = self.config
-        first = torch.arange(0, config.identity_key_range, config.identity_buckets, device=ids.device)
+        first = torch.arange(
+            0, config.identity_key_range, config.num_identity_buckets, device=ids.device
+        )
         bucket = self.bucket(ids)
         return torch.where(bucket < 0, -1, first + bucket)
 
     def bucket(self, ids: Tensor, unknown: int = -1) -> Tensor:
         """The bucket of each id, in 0..R-1, int64; ``unknown`` for id 0."""
-        return torch.where(ids == 0, unknown, ids.to(torch.int64) % self.config.identity_buckets)
+        return torch.where(ids == 0, unknown, ids.to(torch.int64) % self.config.num_identity_buckets)
 
     def _gated(self, history: History) -> list[History]:
         """The history as each identity feature's heads weigh it: with gates, its weights are [N, L]."""

@@ -345,7 +345,7 @@ class InteractionFidelityAttention(SequenceInteraction):
                 f"is [B, *{list(wanted)}]; encode the histories with this module"
             )
         if self.identity is not None:
-            tables = (len(config.identity_half_lives), config.identity_width)
+            tables = (len(config.identity_head_half_lives), config.identity_width)
             found = None if state.identity_value is None else tuple(state.identity_value.shape[1:])
             if (found, state.identity_key_range) != (tables, config.identity_key_range):
                 raise ValueError(
@@ -370,7 +370,7 @@ class InteractionFidelityAttention(SequenceInteraction):
         tensors["key_sum"] = state.key_sum * dense[..., None]
         if self.identity is not None:
             offsets, _, value, weight = state.identity_tables()
-            identity = factor(self.config.identity_half_lives)[request_of_row(offsets)]
+            identity = factor(self.config.identity_head_half_lives)[request_of_row(offsets)]
             tensors["identity_sum"] = weight * identity
             tensors["identity_value"] = value * identity[..., None]
         return UserState(**tensors)

@@ -185,7 +185,7 @@ def state_tensors(config: DLRM_IFAConfig) -> list[GraphTensor]:
     ifa, given = config.ifa, list[GraphTensor]()
     if config.item_names[0] in ifa.identity_features:
         given.append(GraphTensor("candidate_item_ids", ("M",), "int64"))
-    d, heads, half_lives = ifa.head_width, ifa.num_heads, len(ifa.identity_half_lives)
+    d, heads, half_lives = ifa.head_width, ifa.num_heads, len(ifa.identity_head_half_lives)
     given += [
         GraphTensor("key_value", (1, heads, ifa.feature_width, d), "float32"),
         GraphTensor("key_sum", (1, heads, ifa.feature_width), "float32"),

@@ -252,7 +252,7 @@ def describe(model: DLRM_IFA, schema: LogSchema, version: str, vocabulary: str) 
         "missing": "a number that is missing is NaN; an id that is unknown, or new, is row 0",
         "identity": {
             "features": list(config.identity_features),
-            "buckets": config.identity_buckets,
+            "buckets": config.num_identity_buckets,
             "key": "place in features * buckets + id mod buckets; ascending in identity_key. Id 0 is "
             "unknown and has no row; the item's ids are candidate_item_ids",
         },

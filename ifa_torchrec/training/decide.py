@@ -179,19 +179,20 @@ def too_few_steps(config: TrainConfig, count: int) -> str:
 
 
 def _with_identity(config: TrainConfig, log: EventLog) -> IFAConfig:
-    """The interaction's configuration, with identity heads where they are wanted and none are named."""
-    ifa, features = config.ifa, log.schema.item_features
-    if not config.identity or ifa.identity_features or config.interaction == "none":
+    """The interaction's configuration, with what is left open of its identity heads."""
+    ifa, of_items = config.ifa, log.schema.item_features
+    features = ifa.identity_features or (tuple(of_items) if config.identity else ())
+    if not features or config.interaction == "none":
         return ifa
     # the item's own ids go on where its table has no more rows: those are new items
-    ids = max(log.num_items, *features.values())
+    ids = max(log.num_items, *of_items.values())
     buckets = min(1 << (ids - 1).bit_length(), MOST_IDENTITY_KEYS // len(features))
-    given = ifa.identity_half_lives != IFAConfig(1, 1).identity_half_lives
+    lives = ifa.identity_half_lives
     return dataclasses.replace(
         ifa,
-        identity_features=tuple(features),
-        identity_buckets=buckets,
-        identity_half_lives=ifa.identity_half_lives if given else IDENTITY_HALF_LIVES,
+        identity_features=features,
+        identity_buckets=buckets if ifa.identity_buckets is None else ifa.identity_buckets,
+        identity_half_lives=IDENTITY_HALF_LIVES if lives is None else lives,
     )
 
 

@@ -185,9 +185,10 @@ def going_on(config: TrainConfig, before: Path) -> TrainConfig:
     """
     was = read_options(before)
     ifa, gate = config.ifa, config.gate
-    if config.identity and not ifa.identity_features:
+    if config.identity or ifa.identity_features:
         names = ("identity_features", "identity_buckets", "identity_half_lives")
-        ifa = dataclasses.replace(ifa, **{name: getattr(was.ifa, name) for name in names})
+        left_open = {name: getattr(was.ifa, name) for name in names if not getattr(ifa, name)}
+        ifa = dataclasses.replace(ifa, **left_open)
     if gate is None:  # a feature gates as before, though it may have too many values by now
         values = dict(_progress_of(before)["config"]["schema"]["event_features"])
         few = tuple(name for name, count in values.items() if count <= MOST_GATE_VALUES)

@@ -47,10 +47,10 @@ class TrainConfig:
     """The sequence interaction, by default what measured best; the other interactions use what applies
     to them."""
     identity: bool = True
-    """Identity heads on every id feature of the item, where --ifa.identity-features names none: as many
-    buckets as there are items, or rows in the largest table, rounded up to a power of two, and, unless
-    --ifa.identity-half-lives are given, half-lives of infinity, 30 and 7 days. By default they say how
-    often, without mean values (--ifa.identity-head-dim)."""
+    """Identity heads on every id feature of the item, where --ifa.identity-features names none. Unless
+    they are given, --ifa.identity-buckets are as many as there are items, or rows in the largest table,
+    rounded up to a power of two, and --ifa.identity-half-lives infinity, 30 and 7 days. By default the
+    heads say how often, without mean values (--ifa.identity-head-dim)."""
     gate: tuple[str, ...] | None = None
     """Event features by whose value each head learns what an event weighs; by default those of at
     most 64 values."""

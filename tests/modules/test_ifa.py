@@ -288,7 +288,7 @@ def test_attention_weights_reproduce_the_heads(problem):
         matched = torch.cat([matched, more[1]], dim=1)
         for k in range(len(config.identity_features)):
             value = identity_values(ifa.identity, inputs.history.values(), k)
-            values += [value] * len(config.identity_half_lives)
+            values += [value] * len(config.identity_head_half_lives)
     attention = ifa.attention_weights(*inputs.forward)
     assert len(attention) == len(inputs)
     for b, weights in enumerate(attention):

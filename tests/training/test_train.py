@@ -57,7 +57,14 @@ from ifa_torchrec.training.sets import measure_sets, places
 from ifa_torchrec.training.trainer import train
 from ifa_torchrec.training.validations import Validations
 
-IFA = IFAConfig(embedding_dim=8, num_heads=2, half_lives=(math.inf, 30.0), identity_features=("item",))
+IFA = IFAConfig(
+    embedding_dim=8,
+    num_heads=2,
+    half_lives=(math.inf, 30.0),
+    identity_features=("item",),
+    identity_buckets=4096,
+    identity_half_lives=(math.inf,),
+)
 
 
 @pytest.fixture
@@ -509,11 +516,33 @@ class TestDecided:
         ifa = decided(config, dataset, amounts(config, dataset)).ifa
         assert (ifa.identity_features, ifa.identity_buckets) == (("item", "category"), 64)
         assert ifa.identity_half_lives == (math.inf, 30.0, 7.0)
-        given = dataclasses.replace(config, ifa=IFAConfig(8, num_heads=2, identity_half_lives=(5.0,)))
-        assert decided(given, dataset, amounts(given, dataset)).ifa.identity_half_lives == (5.0,)
-        for change in ({"identity": False}, {"interaction": "none"}, {"ifa": IFA}):
+        for change in ({"identity": False}, {"interaction": "none"}):
             changed = dataclasses.replace(config, **change)
             assert decided(changed, dataset, amounts(changed, dataset)).ifa == changed.ifa
+
+    @pytest.mark.parametrize("identity", [True, False])
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"identity_features": ("category",)},
+            {"identity_half_lives": (math.inf,)},
+            {"identity_buckets": 4096},
+            {"identity_features": ("item",), "identity_half_lives": (5.0,), "identity_buckets": 7},
+        ],
+    )
+    def test_what_is_given_of_the_identity_heads_stays(
+        self, given: dict[str, Any], identity: bool, config: TrainConfig, log: EventLog
+    ) -> None:
+        dataset = RankingDataset(log, "train")
+        asked = IFAConfig(8, num_heads=2, **given)
+        config = dataclasses.replace(config, ifa=asked, identity=identity)
+        ifa = decided(config, dataset, amounts(config, dataset)).ifa
+        if not (identity or asked.identity_features):
+            assert ifa == asked
+            return
+        assert ifa.identity_features == given.get("identity_features", ("item", "category"))
+        assert ifa.identity_half_lives == given.get("identity_half_lives", (math.inf, 30.0, 7.0))
+        assert ifa.identity_buckets == given.get("identity_buckets", 64)
 
     def test_it_is_told_and_kept(self, config: TrainConfig, monkeypatch, capsys) -> None:
         """Also where another log, or another number of ranks, would have it otherwise."""
