@@ -1,11 +1,11 @@
 """Write an event log, of any files that a schema describes or of a public data set; or look at one.
 
-ifa data prepare SCHEMA.json --out runs/data/mine
-ifa data prepare SCHEMA.json --out runs/data/june --vocabulary runs/data/may
-ifa data prepare SCHEMA.json --out runs/data/mine --parts 64
-ifa data prepare SCHEMA.json --out runs/data/mine --parts 64 --engine spark
-ifa data movielens ml-25m --out runs/data/ml-25m
-ifa data report runs/data/mine
+    ifa data prepare SCHEMA.json --out runs/data/mine
+    ifa data prepare SCHEMA.json --out runs/data/june --vocabulary runs/data/may
+    ifa data prepare SCHEMA.json --out runs/data/mine --parts 64
+    ifa data prepare SCHEMA.json --out runs/data/mine --parts 64 --engine spark
+    ifa data movielens ml-25m --out runs/data/ml-25m
+    ifa data report runs/data/mine
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """List the versions whose states a store holds; drop one, forget a user, or leave out what is old.
 
-ifa states --store runs/states
-ifa states --store runs/states --drop VERSION
-ifa states --store runs/states --forget USER
-ifa states --store runs/states --trim-journal 90
-ifa states --store runs/states --compact
+    ifa states --store runs/states
+    ifa states --store runs/states --drop VERSION
+    ifa states --store runs/states --forget USER
+    ifa states --store runs/states --trim-journal 90
+    ifa states --store runs/states --compact
 """
 
 from __future__ import annotations
