@@ -6,6 +6,8 @@
     ifa data prepare SCHEMA.json --out runs/data/mine --parts 64 --engine spark
     ifa data movielens ml-25m --out runs/data/ml-25m
     ifa data report runs/data/mine
+
+`ifa data prepare --help`, and so on, lists the options of each.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@
     ifa states --store runs/states --forget USER
     ifa states --store runs/states --trim-journal 90
     ifa states --store runs/states --compact
+
+Without --drop, --forget, --trim-journal and --compact it changes nothing.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 from ranks import torchrun
 
-from ifa_torchrec.__main__ import main
+from ifa_torchrec.__main__ import COMMANDS, main
 from ifa_torchrec.commands.command_line import as_command
 from ifa_torchrec.data import LogError
 from ifa_torchrec.distributed import CheckpointError, ShardingError
@@ -100,7 +102,7 @@ def test_writing_names_the_place(tmp_path: Path) -> None:
 
 FAILS = """
 import os
-from ifa_torchrec.__main__ import main
+from ifa_torchrec.__main__ import COMMANDS, main
 from ifa_torchrec.training import trainer
 
 set_learning_rate = trainer.set_learning_rate
@@ -160,3 +162,13 @@ def test_a_reader_that_went_away_is_no_error() -> None:
 def test_another_pipe_that_breaks_is_an_error() -> None:
     with pytest.raises(BrokenPipeError), as_command():
         raise BrokenPipeError("a client's")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_examples_of_a_help_have_a_line_each(command: str) -> None:
+    """The help joins lines of a paragraph that are not indented once their common indentation is cut."""
+    module = importlib.import_module(f"ifa_torchrec.commands.{command.replace('-', '_')}")
+    lines = inspect.cleandoc(module.main.__doc__).splitlines()
+    examples = [line for line in lines if line.lstrip().startswith(f"ifa {command}")]
+    assert examples
+    assert len(examples) == 1 or all(line.startswith("    ") for line in examples)
