@@ -277,12 +277,12 @@ class RequestArch(nn.Module):
 SHRINKAGE = 10.0
 """Events of a history at which what it says counts half: that of fewer is mostly chance, which a model
 learns to fit (docs/quality.md, "Where the history tells little")."""
-SMALL_START = 0.1
+SMALL_START = 0.3
 """The scale at which training starts where identity heads stand beside the attention. An attention alone
 learns too slowly behind it and starts at 1 (same page)."""
 SCALE_RATE = 10.0
 """How much faster than other parameters the scale's logarithm learns: as Adam moves a parameter by the
-learning rate at most in a step, the scale would take the whole of a short training to grow tenfold."""
+learning rate or so in a step, the scale would otherwise hardly move in a short training."""
 
 
 class InterestArch(nn.Module):

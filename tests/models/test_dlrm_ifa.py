@@ -440,7 +440,7 @@ def test_what_a_history_says_counts_by_its_events(scale: float) -> None:
     torch.testing.assert_close(count, events[request, None].log1p())
 
 
-@pytest.mark.parametrize("identity, scale", [((), 1.0), (("item",), 0.1)])
+@pytest.mark.parametrize("identity, scale", [((), 1.0), (("item",), 0.3)])
 @pytest.mark.parametrize("interaction", ["ifa", "softmax"])
 def test_a_history_starts_small_where_identity_heads_are(
     interaction: str, identity: tuple[str, ...], scale: float
