@@ -73,7 +73,14 @@ def config_of(log: Path, out: Path, optimizer: str = "rowwise_adagrad", kind: st
     return TrainConfig(
         data=log,
         out=out,
-        ifa=IFAConfig(8, num_heads=2, half_lives=(math.inf, 30.0), identity_features=("item",)),
+        ifa=IFAConfig(
+            8,
+            num_heads=2,
+            half_lives=(math.inf, 30.0),
+            identity_features=("item",),
+            identity_buckets=4096,
+            identity_half_lives=(math.inf,),
+        ),
         over_arch_layer_sizes=(16,),
         optimizers=OptimizerConfig(table_optimizer=optimizer, dense_lr=0.01),
         sharding=sharding_of(kind),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import math
 import os
 import pickle
 import resource
@@ -43,7 +44,7 @@ def whole(log: EventLog, tmp_path_factory) -> TrainConfig:
     config = TrainConfig(
         data=log.path,
         out=tmp_path_factory.mktemp("whole") / "run",
-        ifa=IFAConfig(8, num_heads=2, identity_features=("item",)),
+        ifa=IFAConfig(8, num_heads=2, identity_features=("item",), identity_half_lives=(math.inf,)),
         over_arch_layer_sizes=(16,),
         optimizers=OptimizerConfig(dense_lr=0.01),
         max_requests=8,

@@ -200,7 +200,12 @@ def config_of(data: Path, out: Path, world: int, sharding: str, optimizer: str) 
         data=data,
         out=out,
         ifa=IFAConfig(
-            embedding_dim=16, num_heads=2, half_lives=(math.inf, 30.0), identity_features=("item",)
+            embedding_dim=16,
+            num_heads=2,
+            half_lives=(math.inf, 30.0),
+            identity_features=("item",),
+            identity_buckets=4096,
+            identity_half_lives=(math.inf,),
         ),
         candidate_set=CandidateSetConfig("softmax"),
         loss=CandidateSetLossConfig(listwise=0.5, consistency=0.2, unexposed=0.5),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -53,7 +54,13 @@ def run(log: EventLog) -> Path:
     config = TrainConfig(
         log.path,
         out,
-        ifa=IFAConfig(8, num_heads=2, identity_features=("item",), identity_buckets=64),
+        ifa=IFAConfig(
+            8,
+            num_heads=2,
+            identity_features=("item",),
+            identity_buckets=64,
+            identity_half_lives=(math.inf,),
+        ),
         task_weights={"watch": 2.0},
         rank_by={"label": 0.5, "watch": 1.0},
         over_arch_layer_sizes=(16,),
