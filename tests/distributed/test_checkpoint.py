@@ -102,7 +102,8 @@ def command_line_of(config: TrainConfig) -> list[str]:
     options = (
         f"--data {config.data} --out {config.out} --ifa.embedding-dim 8 --ifa.num-heads 2 "
         "--ifa.feature-map elu --ifa.readout linear --ifa.half-lives inf 30 "
-        "--ifa.identity-features item --ifa.identity-head-dim None --over-arch-layer-sizes 16 "
+        "--ifa.identity-features item --ifa.identity-buckets 4096 --ifa.identity-half-lives inf "
+        "--ifa.identity-head-dim None --over-arch-layer-sizes 16 "
         "--keep-best last --no-calibrate "
         "--optimizers.dense-lr 0.01 --warmup-steps 3 --max-requests 4 --epochs 2 --checkpoint-every 3 "
         "--resume --sharding.tables"

@@ -66,8 +66,9 @@ def test_it_trains_to_about_the_same(runs, case):
     assert len(tables_of(after)) == len(TABLES)
     for name, table in tables_of(found.states[END]).items():
         assert not np.array_equal(table, after[name])
-        moved = np.abs(after[name] - before[name]).max()
-        assert np.abs(table - after[name]).max() < 0.03 * moved, name
+        # on average: a step of Adagrad is as large for a gradient that is rounding alone
+        moved = np.abs(after[name] - before[name]).mean()
+        assert np.abs(table - after[name]).mean() < 0.03 * moved, name
 
 
 @pytest.mark.slow
