@@ -68,7 +68,7 @@ def test_it_trains_to_about_the_same(runs, case):
         assert not np.array_equal(table, after[name])
         # on average: a step of Adagrad is as large for a gradient that is rounding alone
         moved = np.abs(after[name] - before[name]).mean()
-        assert np.abs(table - after[name]).mean() < 0.03 * moved, name
+        assert np.abs(table - after[name]).mean() < 0.1 * moved, name
 
 
 @pytest.mark.slow
