@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
-from report import ROOT, markdown, measured_by
+from report import ROOT, markdown, measured_by, over_seeds
 
 from ifa_torchrec import IFAConfig
 from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
@@ -179,8 +179,7 @@ def main(options: Options) -> None:
         text = text.replace(f"TABLE_{name.upper()}", found)
         print(found)
     if not options.smoke:
-        spread = "means over the seeds, with half the distance between the extremes"
-        text = text.replace("SEEDS", "of one seed" if options.seeds == 1 else spread)
+        text = text.replace("SEEDS", over_seeds(options.seeds))
         text = text.replace(
             "MEASURED", measured_by(f"python benchmarks/events.py --seeds {options.seeds}")
         )

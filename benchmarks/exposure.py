@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
-from report import ROOT, markdown, measured_by
+from report import ROOT, markdown, measured_by, over_seeds
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -235,8 +235,7 @@ def main(options: Options) -> None:
     text = (Path(__file__).parent / "exposure_page.md").read_text()
     for name, found in tables.items():
         text = text.replace(f"TABLE_{name.upper()}", found)
-    spread = "means over the seeds, with half the distance between the extremes"
-    text = text.replace("SEEDS", "Of one seed." if options.seeds == 1 else f"Figures are {spread}.")
+    text = text.replace("SEEDS", over_seeds(options.seeds))
     command = f"python benchmarks/exposure.py --seeds {options.seeds}"
     text = text.replace("MEASURED", measured_by(command))
     (ROOT / "docs" / "exposure.md").write_text(text)

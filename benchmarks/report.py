@@ -35,3 +35,10 @@ def commit() -> str:
 def measured_by(command: str) -> str:
     """A sentence with the command, the commit and the machine."""
     return f"`{command}` at commit {commit()}; {os.cpu_count()} cores ({cpu_name()})"
+
+
+def over_seeds(seeds: int) -> str:
+    """What a page's figures are: behind "figures are"."""
+    if seeds == 1:
+        return "of one seed"
+    return "means over the seeds, with half the distance between the extremes"
