@@ -64,11 +64,12 @@ def test_it_trains_to_about_the_same(runs, case):
     assert found.result["loss"] == pytest.approx(expected.result["loss"], rel=2e-3)
     before, after = expected.states[MIDDLE], expected.states[END]
     assert len(tables_of(after)) == len(TABLES)
+    # with both, a row whose gradients are rounding alone takes a whole step of Adagrad another way
+    size, bound = (np.mean, 0.1) if case[1] == "both" else (np.max, 0.03)
     for name, table in tables_of(found.states[END]).items():
         assert not np.array_equal(table, after[name])
-        # on average: a step of Adagrad is as large for a gradient that is rounding alone
-        moved = np.abs(after[name] - before[name]).mean()
-        assert np.abs(table - after[name]).mean() < 0.1 * moved, name
+        moved = size(np.abs(after[name] - before[name]))
+        assert size(np.abs(table - after[name])) < bound * moved, name
 
 
 @pytest.mark.slow
