@@ -460,7 +460,7 @@ def main() -> None:
     sizes = (100, 1000) if options.smoke else (100, 1000, 10_000, 100_000)
     sets = (1, 50) if options.smoke else (1, 50, 1000)
     machine = Machine.measure()
-    source = measured_by("python benchmarks/attention.py")
+    source = measured_by()
     for n, m in ((100, 7), (1000, 50)):
         check_agreement(uniform(n, m, 2000), CONTESTANTS)
     check_agreement(log_normal(8), CONTESTANTS)

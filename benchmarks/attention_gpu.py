@@ -243,7 +243,7 @@ def main() -> None:
         return
     text = (ROOT / "benchmarks" / "attention_gpu_page.md").read_text()
     page = text.format(
-        measured_by=measured_by("python benchmarks/attention_gpu.py"),
+        measured_by=measured_by(),
         gpu=torch.cuda.get_device_name(),
         torch=torch.__version__,
         events=f"{options.events:,}",

@@ -130,7 +130,7 @@ def main() -> None:
         }
         for name, (spent, memory) in found.items()
     ]
-    print(f"{measured_by('python benchmarks/dense_step.py')}, {device}, torch {torch.__version__};")
+    print(f"{measured_by()}, {device}, torch {torch.__version__};")
     print(f"{len(indices):,} requests, {n:,} events, {m:,} candidates, {options.precision}\n")
     print(markdown(pd.DataFrame(rows)))
 

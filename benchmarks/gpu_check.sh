@@ -43,7 +43,7 @@ from ifa_torchrec.data.synthetic import SyntheticConfig, prepare
 prepare('$OUT/log', SyntheticConfig(train=8000, test=500, mean_events=1000))"
 step train 80 "$PYTHON" -m ifa_torchrec train --data "$OUT/log" --out "$OUT/run"
 step train_bf16 80 "$PYTHON" -m ifa_torchrec train --data "$OUT/log" --out "$OUT/run_bf16" --precision bf16
-step states 30 "$PYTHON" -m ifa_torchrec build-states --run "$OUT/run" --store "$OUT/states"
+step states 30 "$PYTHON" -m ifa_torchrec build-states --run "$OUT/run" --store "$OUT/states" --position 0
 step every_backend 90 "$PYTHON" -m pytest -q tests/ops/test_ops.py tests/ops/test_ops_boundary.py -k triton
 
 echo "failed: ${failed[*]:-none}"

@@ -185,7 +185,7 @@ def rates_of(whole: dict[str, dict[str, float]], events: int) -> dict[str, float
 def main() -> None:
     """The command line."""
     options = tyro.cli(Options, description=__doc__)
-    source = measured_by(f"python benchmarks/log.py --events {options.events}")
+    source = measured_by()
     found: dict[str, dict[str, dict[str, float]]] = {}
     cases = {"a tenth": (10, 1), "whole": (1, 1), "in parts": (1, options.parts)}
     with tempfile.TemporaryDirectory() as temporary:

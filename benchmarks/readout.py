@@ -138,7 +138,7 @@ def main() -> None:
             for metric in ("gauc", "ndcg@10"):
                 row[f"{data}, {metric}"] = f"{statistics.mean(m[metric] for m in runs):.4f}"
         table.append(row)
-    print(measured_by("python benchmarks/readout.py"))
+    print(measured_by())
     print(markdown(pd.DataFrame(table)))
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -32,8 +34,12 @@ def commit() -> str:
     return subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
-def measured_by(command: str) -> str:
-    """A sentence with the command, the commit and the machine."""
+def measured_by(command: str | None = None) -> str:
+    """A sentence with the command, by default the one that started this process with all its options,
+    the commit and the machine."""
+    if command is None:
+        script = Path(sys.argv[0]).resolve().relative_to(ROOT)
+        command = shlex.join(["python", str(script), *sys.argv[1:]])
     return f"`{command}` at commit {commit()}; {os.cpu_count()} cores ({cpu_name()})"
 
 

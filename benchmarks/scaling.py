@@ -264,7 +264,7 @@ def report(options: Options) -> str:
     histories = f"mean {lengths.mean():,.0f}, longest {lengths.max():,}"
     return f"""# Scaling on one machine
 
-{measured_by("python benchmarks/scaling.py")},
+{measured_by()},
 torch {torch.__version__}, gloo. The work is the same in every row: {options.steps} steps of at most
 {options.events:,} events over all ranks (D = 64, two item features, 64 candidates a request, a table of
 {options.items:,} items; histories log-normal, {histories}). Medians of {options.rounds} rounds,

@@ -415,7 +415,7 @@ def picture(rows: pd.DataFrame, file: Path) -> None:
 def main() -> None:
     """The command line."""
     options = tyro.cli(Options, description=__doc__)
-    source = measured_by("python benchmarks/serving.py")
+    source = measured_by()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -1,14 +1,14 @@
 """What relations between candidates are worth, what they cost, and where they do no harm.
 
-    python benchmarks/sets.py              # about an hour and a half on 2 cores
+    python benchmarks/sets.py              # 20 to 40 minutes on 2 cores
     python benchmarks/sets.py --costs      # what they cost alone, into the page as it stands
     python benchmarks/sets.py --smoke      # every run once, tiny, no page
     python benchmarks/sets.py --journey LOG  # on real requests too, of which all is exposed
 
 A synthetic log whose users pick from the set that is shown (data/synthetic_sets.py), and logs whose
-labels know no relations: a synthetic one and, with --journey, one that `ifa data complete-journey`
-wrote, of whose requests a part is used. Writes docs/sets.md. Runs are kept under --out, and are not
-trained again.
+labels know no relations: a synthetic one and, with --journey, a log of The Complete Journey, such as `make demo`
+leaves (runs/data/complete_journey_demo), of whose requests a part is used. Writes docs/sets.md. Runs
+are kept under --out, and are not trained again.
 """
 
 from __future__ import annotations
@@ -405,7 +405,7 @@ def write_costs(options: Options) -> None:
     page, template = ROOT / "docs" / "sets.md", (Path(__file__).parent / "sets_page.md").read_text()
     synthetic.prepare(options.out / "log_plain", PLAIN)
     text = COSTS + template.split(COSTS)[1]
-    text = text.replace("COSTED", measured_by("python benchmarks/sets.py --costs"))
+    text = text.replace("COSTED", measured_by())
     for name, table in (("STEP", step_table(options)), ("GREEDY", greedy_table(options))):
         text = text.replace(f"TABLE_{name}", markdown(table))
     page.write_text(page.read_text().split(COSTS)[0] + text)
@@ -439,10 +439,7 @@ def main(options: Options) -> None:
         print(found := markdown(table), flush=True)
         text = text.replace(f"TABLE_{name}", found)
     if not options.smoke:
-        command = f"python benchmarks/sets.py --seeds {options.seeds}"
-        if options.journey is not None:
-            command += " --journey runs/data/complete_journey"
-        text = text.replace("MEASURED", measured_by(command)).replace("COSTED", "the same")
+        text = text.replace("MEASURED", measured_by()).replace("COSTED", "the same")
         (ROOT / "docs" / "sets.md").write_text(text)
 
 

@@ -1,6 +1,6 @@
 """What the native op and bfloat16 give a training step of the demo's model, and where its time goes.
 
-    python benchmarks/training.py            # about 10 minutes on 2 cores
+    python benchmarks/training.py            # about 10 minutes on 2 cores; --requests 200: 3
 
 Writes docs/training.md. The same requests of The Complete Journey in the same order in every run; the
 cases take turns, each run in a process of its own.
@@ -88,7 +88,7 @@ def run(case: str, data: Path, profiled: bool = False) -> dict[str, float]:
 def main() -> None:
     """The command line."""
     options = tyro.cli(Options, description=__doc__)
-    source = measured_by("python benchmarks/training.py")
+    source = measured_by()
     speeds: dict[str, list[float]] = {case: [] for case in CASES}
     waited: dict[str, list[float]] = {case: [] for case in CASES}
     with tempfile.TemporaryDirectory() as folder:

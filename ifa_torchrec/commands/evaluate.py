@@ -56,7 +56,7 @@ class EvaluateConfig:
     """Draw the reliability of binary tasks, what is predicted against what comes true:
     RUN/reliability-SPLIT.png. Needs the extra `demo`."""
     int8: bool = False
-    """Round the tables to 8 bits, as ``ifa_torchrec.serve --int8`` does; each rank holds all of them."""
+    """Round the tables to 8 bits, as ``ifa serve --int8`` does; each rank holds all of them."""
 
     def __post_init__(self) -> None:
         if self.set_size is not None and self.set_size < 1:

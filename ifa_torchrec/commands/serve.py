@@ -4,7 +4,7 @@
     curl -s localhost:8000/rank -H 'Content-Type: application/json' \\
         -d '{"requests": [{"user": 7, "candidates": [4, 9, 23], "k": 2}]}'
 
-The store is one that ifa_torchrec.build_states filled from the same run. /docs describes the calls.
+The store is one that ifa build-states filled from the same run. /docs describes the calls.
 SIGHUP loads the run anew while the old weights serve; where --run is a link, it may by then lead to
 another run, whose states were built into the same store. In place of a run, a bundle (ifa export
 --bundle) needs no log where it serves. SIGTERM finishes what was taken. Without a

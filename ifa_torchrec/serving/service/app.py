@@ -56,7 +56,7 @@ def create_app(
         (['as_of', 'items', 'logits', 'predictions', 'version'], 2)
     """
     app = FastAPI(
-        title="ifa_torchrec.serve",
+        title="ifa serve",
         description="Ranks candidates by users' states, and adds events to the states.",
         exception_handlers=EXCEPTION_HANDLERS,
         redoc_url=None,
