@@ -55,7 +55,7 @@ class Prepare(Source):
     """What DuckDB may take before it goes on on disk; on Spark, in each task and in the driver."""
     max_refused: float = 0.01
     """Greatest share of a table's rows that may be refused."""
-    vocabulary: Path | None = None
+    vocabulary: str | Path | None = None
     """A log, or a run, whose vocabulary is extended: what it knows keeps its rows."""
     parts: int = 1
     """Files that the events, and the requests of each split, are cut into by a hash of the user."""

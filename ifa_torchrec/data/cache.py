@@ -134,14 +134,14 @@ class Cache:
             return
         parts = [path for name in _TABLES + _COLUMNS for path in self.folder.glob(f"*/*/{name}")]
         for path in sorted(parts, key=_used):
-            total -= _drop(path)
+            total -= drop(path)
             if total + wanted <= self.bound:
                 return
         in_use = {path.relative_to(self.folder).parts[:2] for path in parts if path.exists()}
         logs = [path for path in self.folder.glob("*/*") if path.is_dir()]
         for path in sorted(logs, key=_used):
             if path.relative_to(self.folder).parts not in in_use:
-                total -= _drop(path)
+                total -= drop(path)
             if total + wanted <= self.bound:
                 return
         raise LogError(
@@ -176,11 +176,23 @@ def _size(path: Path) -> int:
     return total
 
 
-def _drop(path: Path) -> int:
+def drop(path: Path) -> int:
     """Delete a file or a folder, unless somebody uses it.
 
     Returns:
         Bytes that are free now.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.data.cache import Held, drop
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> held = Held(folder)
+        >>> drop(folder), folder.exists()
+        (0, True)
+        >>> held.close()
+        >>> drop(folder) > 0, folder.exists()
+        (True, False)
     """
     try:
         held = Held(path, alone=True)

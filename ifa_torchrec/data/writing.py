@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import errno
+import re
 import secrets
 import shutil
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ifa_torchrec.data.cache import Held, drop
 from ifa_torchrec.data.columns import Column
 from ifa_torchrec.data.parts import file_of, part_of
 from ifa_torchrec.data.remote import is_uri
 from ifa_torchrec.data.schema import USER, LogError
 from ifa_torchrec.errors import ExistsError
+
+_RANDOM_BYTES = 6
 
 
 @contextmanager
@@ -45,22 +49,58 @@ def drafting(path: str | Path) -> Generator[Path]:
         raise ExistsError(f"{path} exists; delete it or choose another folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = new_folder(path.parent, f".{path.name}-")
+        draft = draft_beside(path)
     except OSError as error:
         raise LogError(
             f"{path}: the log cannot be written there ({error}); choose another folder"
         ) from error
     try:
-        (draft / "requests").mkdir()
-        yield draft
+        with draft as folder:
+            (folder / "requests").mkdir()
+            yield folder
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise LogError(
             f"{path}: no room to write the log ({error}); free some, or choose another folder"
         ) from error
+
+
+def draft_beside(path: Path) -> AbstractContextManager[Path]:
+    """A new folder beside ``path``, gone at the end unless it was renamed. Made at once; those of
+    ``path`` that processes left which were killed are removed.
+
+    Raises:
+        OSError: it cannot be made.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.data.writing import draft_beside
+        >>> path = Path(tempfile.mkdtemp()) / "log"
+        >>> (path.parent / ".log-0123456789ab").mkdir()  # of one that was killed
+        >>> with draft_beside(path) as draft:
+        ...     list(path.parent.iterdir()) == [draft]
+        True
+    """
+    of_path = re.compile(rf"\.{re.escape(path.name)}-[0-9a-f]{{{2 * _RANDOM_BYTES}}}")
+    for left in list(path.parent.iterdir()):
+        if of_path.fullmatch(left.name):
+            drop(left)
+    draft = new_folder(path.parent, f".{path.name}-")
+    with suppress(OSError):  # where there are no locks nothing is removed, either
+        return _held(draft, Held(draft))
+    return _held(draft, None)
+
+
+@contextmanager
+def _held(draft: Path, held: Held | None) -> Generator[Path]:
+    try:
+        yield draft
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        if held is not None:
+            held.close()
 
 
 def new_folder(parent: Path, prefix: str) -> Path:
@@ -73,7 +113,7 @@ def new_folder(parent: Path, prefix: str) -> Path:
         >>> new_folder(Path(tempfile.mkdtemp()), ".draft-").name[:7]
         '.draft-'
     """
-    folder = parent / f"{prefix}{secrets.token_hex(6)}"
+    folder = parent / f"{prefix}{secrets.token_hex(_RANDOM_BYTES)}"
     folder.mkdir()
     return folder
 

@@ -31,7 +31,7 @@ from ifa_torchrec.data.header import Header, read_header, write_header
 from ifa_torchrec.data.log_items import LogItems
 from ifa_torchrec.data.parts import sha256_of
 from ifa_torchrec.data.schema import USER
-from ifa_torchrec.data.writing import new_folder
+from ifa_torchrec.data.writing import draft_beside
 from ifa_torchrec.errors import ExistsError, UserError, writing
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.training.build import build_model
@@ -97,8 +97,7 @@ def write_bundle(run: Run, folder: Path, beside: Sequence[Path] = ()) -> dict[st
         raise ExistsError(f"{folder} exists; delete it or choose another folder")
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = new_folder(folder.parent, f".{folder.name}-")
-        try:
+        with draft_beside(folder) as draft:
             _write_parts(run, draft)
             for file in beside:
                 shutil.copyfile(file, draft / file.name)
@@ -106,8 +105,6 @@ def write_bundle(run: Run, folder: Path, beside: Sequence[Path] = ()) -> dict[st
             said = {**said, "digest": _digest(said)}
             (draft / FILE).write_text(json.dumps(said, indent=2))
             draft.rename(folder)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
     return said
 
 

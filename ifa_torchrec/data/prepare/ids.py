@@ -21,6 +21,7 @@ from ifa_torchrec.data.prepare.columns import rows_of
 from ifa_torchrec.data.prepare.schema import ITEM, PrepareSchema
 from ifa_torchrec.data.prepare.splits import Splits
 from ifa_torchrec.data.prepare.sql import first_row, number, quoted
+from ifa_torchrec.data.remote import RemoteLog, is_uri
 from ifa_torchrec.data.schema import USER, LogError
 from ifa_torchrec.data.vocabulary import Ids, Vocabulary
 
@@ -114,20 +115,23 @@ class OldVocabulary:
     known: int
 
     @staticmethod
-    def load(folder: Path) -> OldVocabulary:
-        """Of a log, or of a run: then its log must still be there.
+    def load(place: str | Path) -> OldVocabulary:
+        """Of a log, a folder or behind a URI, or of a run: then its log must still be there.
 
         Raises:
-            LogError: the folder has no vocabulary, or there is no schema.json of its log.
+            LogError: the place has no vocabulary, or there is no schema.json of its log.
         """
-        log, config = folder, folder / "config.json"
-        if not (folder / "schema.json").exists() and config.exists():
+        log, config = str(place), Path(place) / "config.json"
+        if not is_uri(place) and not (Path(place) / "schema.json").exists() and config.exists():
             try:
-                log = Path(json.loads(config.read_text())["data"])
+                log = str(json.loads(config.read_text())["data"])
             except (OSError, ValueError, LookupError, TypeError) as error:
                 raise LogError(f"{config}: no run's options ({error}); name its log instead") from error
-        schema = read_header(log / "schema.json").schema
-        return OldVocabulary(Vocabulary.load(folder), schema.item_features[schema.item])
+        remote = RemoteLog(log) if is_uri(log) else None  # whose copies stay as long as it does
+        copied = Path(log) if remote is None else remote.folder
+        schema = read_header(copied / "schema.json").schema
+        vocabulary = Vocabulary.load(copied if is_uri(place) else Path(place))
+        return OldVocabulary(vocabulary, schema.item_features[schema.item])
 
 
 USERS = """SELECT "user" AS id, true AS known FROM events_rows

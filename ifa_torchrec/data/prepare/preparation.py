@@ -89,7 +89,7 @@ def prepare(
         raise LogError(f"engine must be one of {list(ENGINES)}, got {engine!r}")
     if engine == "spark":
         check_spark(schema, out, parts)
-    old = None if vocabulary is None else OldVocabulary.load(Path(vocabulary))
+    old = None if vocabulary is None else OldVocabulary.load(vocabulary)
     with drafting(out) as draft:
         with database(draft / "work", memory) as sql:  # there must be room beside the log anyway
             numbering = Numbering(sql, schema, old)

@@ -37,10 +37,10 @@ def write_items(sql: DuckDBPyConnection, schema: PrepareSchema, file: Path) -> d
     sql.execute(
         f"""CREATE TABLE items AS
         SELECT _item AS item {more(columns, "max({})")},
-            coalesce(max(name), max(id), 'unknown') AS name, bool_or(_described) AS _described
+            coalesce(max(name), max(_id), 'unknown') AS name, bool_or(_described) AS _described
         FROM range({rows}) r(_item) LEFT JOIN (
-            SELECT c.code, c.id, d.item IS NOT NULL AS _described, d.* EXCLUDE (item)
-            FROM codes_item c LEFT JOIN {described} d ON d.item = c.id) ON code = _item
+            SELECT c.code AS _code, c.id AS _id, d.item IS NOT NULL AS _described, d.* EXCLUDE (item)
+            FROM codes_item c LEFT JOIN {described} d ON d.item = c.id) ON _code = _item
         GROUP BY _item"""
     )
     select, joins = with_codes(items.features, "items")

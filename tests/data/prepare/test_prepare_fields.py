@@ -139,6 +139,24 @@ def test_all_that_a_log_has(tmp_path: Path) -> None:
     assert train["place"].tolist() == [*ids["place"].rows_of(["low", "top"]), 0]
 
 
+def test_names_of_items_may_be_any(tmp_path: Path) -> None:
+    """They are columns of the files that prepare makes on its way, too."""
+
+    def named(tables: dict[str, dict[str, list[Any]]]) -> None:
+        tables["items"] |= {"kind": ["drink", "ware", "ware"], "n": [1, 2, 2]}
+
+    for first, second in (("id", "code"), ("code", "id")):
+        folder = tmp_path / first
+        folder.mkdir()
+        items = {"features": {first: "kind", "n": "n"}, "dense": {second: "price"}}
+        described = write(folder, named, items=items, log_scaled=[])
+        log = prepare(load_schema(described), folder / "log")
+        ids = Vocabulary.load(log.path)
+        # items are unknown, cup, pot, tea
+        assert ids[first].at(log.items[first])[1:] == ["ware", "ware", "drink"]
+        np.testing.assert_array_equal(log.items[second], np.float32([np.nan, np.nan, 12.5, 3]))
+
+
 @pytest.mark.parametrize("kind", ["feather", "csv"])
 def test_of_other_files(tmp_path: Path, kind: str) -> None:
     """Lists as texts in CSV; fixed-size lists in Feather."""

@@ -190,6 +190,18 @@ class TestExtension:
         log = prepare(load_schema(write(tmp_path)), tmp_path / "new", vocabulary=run)
         assert log.schema == old.schema and ids(log, "item") == ids(old, "item")
 
+    def test_of_what_lies_behind_a_uri(self, tmp_path: Path, monkeypatch) -> None:
+        """A log, and the log of a run."""
+        monkeypatch.setenv("IFA_LOG_CACHE", str(tmp_path / "cache"))
+        old = prepare(load_schema(write(tmp_path)), tmp_path / "old")
+        run, uri = tmp_path / "run", old.path.as_uri()
+        run.mkdir()
+        old.vocabulary.save(run)
+        (run / "config.json").write_text(json.dumps({"data": uri}))
+        for n, place in enumerate((uri, run)):
+            log = prepare(load_schema(write(tmp_path)), tmp_path / f"new{n}", vocabulary=place)
+            assert log.schema == old.schema and log.vocabulary.digest == old.vocabulary.digest
+
     def test_what_cannot_be_extended(self, tmp_path: Path) -> None:
         old = prepare(load_schema(write(tmp_path)), tmp_path / "old")
         with refused("ids of 'kind'", "has nothing of that name"):
