@@ -24,10 +24,12 @@ import torch.distributed as dist
 import tyro
 
 from ifa_torchrec.commands.command_line import result_as_json
+from ifa_torchrec.data.remote import full_name
+from ifa_torchrec.distributed import checkpoint, init_process_group
 from ifa_torchrec.errors import ConfigError, DivergedError, require, writing
-from ifa_torchrec.training.options import TrainConfig, from_json
+from ifa_torchrec.training.options import TrainConfig, from_json, to_json
 from ifa_torchrec.training.trainer import train
-from ifa_torchrec.training.validations import smaller_is_better
+from ifa_torchrec.training.validations import LAST, gain
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,10 @@ class TuneConfig:
             raise ConfigError(f"--trials must be at least 1, got {self.trials}")
         if not self.search:
             raise ConfigError("--search: name an option to search, e.g. dropout=0,0.1")
+        if self.train.keep_best == LAST:
+            raise ConfigError(
+                "--train.keep-best last: trials are judged by a metric, such as gauc; name one"
+            )
         for text in self.search:
             space_of(text)
 
@@ -123,7 +129,9 @@ def tune(config: TuneConfig) -> dict[str, Any]:
         reached; "options", those that were searched. Also in OUT/best.json.
 
     Raises:
-        ConfigError: the log has not what the trials are judged by, or an option cannot have a value.
+        ConfigError: the log has not what the trials are judged by, an option cannot have a value, or OUT
+            holds a search of other options.
+        CheckpointError: another search or training has OUT.
         DivergedError: no trial came to an end.
         PlaceError: OUT cannot be written.
 
@@ -141,34 +149,54 @@ def tune(config: TuneConfig) -> dict[str, Any]:
     from optuna.storages.journal import JournalFileBackend
     from optuna.trial import TrialState
 
+    init_process_group()
     out, metric = config.train.out, config.train.keep_best or "gauc"
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        study_name="ifa",
-        storage=JournalStorage(JournalFileBackend(str(out / "study.log"))),
-        sampler=optuna.samplers.TPESampler(seed=config.train.seed),
-        direction="minimize" if smaller_is_better(metric) else "maximize",
-        load_if_exists=True,
-    )
-    for trial in study.get_trials(states=(TrialState.RUNNING,)):  # stopped amid it: it comes again
-        study.tell(trial.number, state=TrialState.FAIL)
-        study.enqueue_trial(trial.params)
-    while len(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))) < config.trials:
-        trial = study.ask()
-        value = _reached(config, trial, metric)
-        study.tell(trial, value, state=TrialState.PRUNED if value is None else TrialState.COMPLETE)
-        said = "diverged" if value is None else f"{metric} {value:.4f}"
-        print(f"trial {trial.number}: {said}, {trial.params}", file=sys.stderr)
-    if not study.get_trials(states=(TrialState.COMPLETE,)):
-        raise DivergedError(f"{out}: all trials diverged; search lower learning rates")
-    best = study.best_trial
-    result = {"trial": best.number, "out": str(_folder(config, best.number)), "metric": metric}
-    result |= {"value": best.value, "options": best.params}
-    with writing(out):
-        (out / "best.json").write_text(result_as_json(result))
+    with checkpoint.locked(out):
+        study = optuna.create_study(
+            study_name="ifa",
+            storage=JournalStorage(JournalFileBackend(str(out / "study.log"))),
+            direction="maximize",  # of `gain`
+            load_if_exists=True,
+        )
+        _check_same(study, config, metric)
+        # a search that goes on must not draw what it drew at its start
+        study.sampler = optuna.samplers.TPESampler(seed=config.train.seed + len(study.trials))
+        for trial in study.get_trials(states=(TrialState.RUNNING,)):  # stopped amid it: it comes again
+            study.tell(trial.number, state=TrialState.FAIL)
+            study.enqueue_trial(trial.params)
+        while len(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))) < config.trials:
+            trial = study.ask()
+            value = _reached(config, trial, metric)
+            if value is None:
+                study.tell(trial, state=TrialState.PRUNED)
+            else:
+                trial.set_user_attr("value", value)
+                study.tell(trial, gain(metric, value))
+            said = "diverged" if value is None else f"{metric} {value:.4f}"
+            print(f"trial {trial.number}: {said}, {trial.params}", file=sys.stderr)
+        if not study.get_trials(states=(TrialState.COMPLETE,)):
+            raise DivergedError(f"{out}: all trials diverged; search lower learning rates")
+        best = study.best_trial
+        result = {"trial": best.number, "out": str(_folder(config, best.number)), "metric": metric}
+        result |= {"value": best.user_attrs["value"], "options": best.params}
+        with writing(out):
+            (out / "best.json").write_text(result_as_json(result))
     return result
+
+
+def _check_same(study: Any, config: TuneConfig, metric: str) -> None:
+    """Refuse a study of other options, whose trials do not compare; write those of a new one down."""
+    options = {**config.train.fixed(), "data": full_name(config.train.data), "keep_best": metric}
+    now = to_json({**options, "search": config.search})
+    before = study.user_attrs.get("options", {})
+    if study.trials and before != now:
+        other = next(name for name in now if before.get(name) != now[name])
+        raise ConfigError(
+            f"{config.train.out} holds a search of another {other}, {before.get(other)} and not "
+            f"{now[other]}; give another --train.out"
+        )
+    study.set_user_attr("options", now)
 
 
 def _reached(config: TuneConfig, trial: Any, metric: str) -> float | None:

@@ -96,14 +96,7 @@ class Validations:
         return sum(step > first for step in self.by_step)
 
     def _gain(self, step: int) -> float:
-        """The metric, so that more is better; what cannot be measured is worst."""
-        value = self.by_step[step].get(self.metric, math.nan)
-        name = base_name(self.metric)
-        if name == "calibration":  # 1 is best, and half is as bad as twice
-            value = -abs(math.log(value)) if value > 0 else math.nan
-        elif smaller_is_better(name):
-            value = -value
-        return -math.inf if math.isnan(value) else value
+        return gain(self.metric, self.by_step[step].get(self.metric, math.nan))
 
 
 def in_use(folder: Path) -> tuple[int | None, dict[int, Fitted]]:
@@ -171,15 +164,21 @@ def flat(metrics: dict[str, Any], tasks: int) -> dict[str, float]:
     return {f"{task}_{name}": v for task, of_task in metrics.items() for name, v in of_task.items()}
 
 
-def smaller_is_better(name: str) -> bool:
-    """Whether a metric is an error.
+def gain(name: str, value: float) -> float:
+    """A metric's value, so that more is better; what cannot be measured is worst.
 
     Example:
-        >>> from ifa_torchrec.training.validations import smaller_is_better
-        >>> smaller_is_better("watch_mae"), smaller_is_better("gauc")
-        (True, False)
+        >>> from ifa_torchrec.training.validations import gain
+        >>> gain("gauc", 0.7), gain("click_ne", 0.9), gain("ne", float("nan"))
+        (0.7, -0.9, -inf)
+        >>> gain("calibration", 0.5) == gain("calibration", 2.0) < gain("calibration", 1.1)
+        True
     """
-    return base_name(name) in _SMALLER_IS_BETTER
+    if base_name(name) == "calibration":  # 1 is best, and half is as bad as twice
+        value = -abs(math.log(value)) if value > 0 else math.nan
+    elif base_name(name) in _SMALLER_IS_BETTER:
+        value = -value
+    return -math.inf if math.isnan(value) else value
 
 
 def base_name(name: str) -> str:

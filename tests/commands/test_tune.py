@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,7 @@ from ifa_torchrec import IFAConfig
 from ifa_torchrec.commands import tune as tune_module
 from ifa_torchrec.commands.tune import TuneConfig, space_of, tune, with_option
 from ifa_torchrec.data import EventLog
+from ifa_torchrec.distributed import checkpoint
 from ifa_torchrec.errors import ConfigError, DivergedError
 from ifa_torchrec.training.options import TrainConfig
 
@@ -70,6 +73,42 @@ def test_it_goes_on_where_it_was_stopped(config: TuneConfig, tried: list[TrainCo
     assert len(tried) == 5
     assert tried[2] == dataclasses.replace(tried[1], out=tried[2].out)
     assert tune(config)["metric"] == "gauc" and len(tried) == 5
+
+
+def test_a_search_that_goes_on_tries_what_is_new(config: TuneConfig, tried: list[TrainConfig]) -> None:
+    tune(dataclasses.replace(config, trials=3))
+    tune(dataclasses.replace(config, trials=6))
+    assert len({trial.optimizers.dense_lr for trial in tried}) == 6
+
+
+def test_a_calibration_is_best_near_one(config: TuneConfig, tried: list[TrainConfig]) -> None:
+    base = dataclasses.replace(config.train, keep_best="calibration")
+    result = tune(dataclasses.replace(config, train=base))
+    values = [c.ifa.num_heads - c.optimizers.dense_lr for c in tried]
+    assert result["value"] == min(values, key=lambda value: abs(math.log(value)))
+    with pytest.raises(ConfigError, match=r"--train\.keep-best last: trials are judged by a metric"):
+        TuneConfig(dataclasses.replace(config.train, keep_best="last"))
+
+
+@pytest.mark.parametrize("change", [{"keep_best": "ne"}, {"epochs": 2}, {"data": Path("other")}])
+def test_a_search_of_other_options_is_not_taken_up(
+    config: TuneConfig, tried: list[TrainConfig], change: dict[str, Any]
+) -> None:
+    tune(config)
+    other = dataclasses.replace(config, train=dataclasses.replace(config.train, **change))
+    with pytest.raises(ConfigError, match=f"holds a search of another {next(iter(change))}"):
+        tune(other)
+    with pytest.raises(ConfigError, match="holds a search of another search"):
+        tune(dataclasses.replace(config, search=SEARCH[:2]))
+
+
+def test_two_searches_do_not_share_a_folder(config: TuneConfig, tried: list[TrainConfig]) -> None:
+    with (
+        checkpoint.locked(config.train.out),
+        pytest.raises(checkpoint.CheckpointError, match="another training writes here"),
+    ):
+        tune(config)
+    assert not tried
 
 
 def test_a_trial_that_diverges_is_none(config: TuneConfig, tried: list[TrainConfig]) -> None:
