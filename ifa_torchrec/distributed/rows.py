@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,6 +37,29 @@ def zero_rows(model: nn.Module, zeroed: Mapping[str, torch.Tensor]) -> None:
         rows = zeroed[table]
         for (first, *_), part in _parts(value):
             part[rows[first : first + len(part)].to(part.device)] = 0
+
+
+@torch.no_grad()
+def finite(model: nn.Module) -> bool:
+    """Whether all weights that this rank has, parts of tables among them, are finite numbers.
+
+    Args:
+        model: sharded or not.
+
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec.distributed.rows import finite
+        >>> linear = torch.nn.Linear(2, 1)
+        >>> before = finite(linear)
+        >>> _ = linear.weight.data[0, 1] = float("nan")
+        >>> before, finite(linear)
+        (True, False)
+    """
+    parts = [part for value in model.state_dict().values() for _, part in _parts(value)]
+    numbers = [part for part in parts if part.is_floating_point() and part.numel()]
+    # the greatest, without a copy of a table
+    greatest = [torch.linalg.vector_norm(part, torch.inf).float() for part in numbers]
+    return all(math.isfinite(value) for value in torch.stack(greatest).tolist()) if greatest else True
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from ifa_torchrec.data.order import InTime, PartByPart
 from ifa_torchrec.data.remote import full_name
 from ifa_torchrec.data.schema import CANDIDATES
 from ifa_torchrec.distributed import BatchSize, checkpoint, init_process_group, shard, zero_rows
+from ifa_torchrec.distributed.rows import finite
 from ifa_torchrec.distributed.saver import CheckpointSaver
 from ifa_torchrec.errors import DivergedError, writing
 from ifa_torchrec.models import DLRM_IFATrain
@@ -33,7 +34,7 @@ from ifa_torchrec.training.check_loss import check_loss
 from ifa_torchrec.training.curves import Curves
 from ifa_torchrec.training.decide import amounts, decided, steps, told, too_few_steps
 from ifa_torchrec.training.options import MOST_REQUESTS, TrainConfig, to_json, write_options
-from ifa_torchrec.training.own import order_of, over_parts
+from ifa_torchrec.training.own import order_of, over_parts, over_ranks
 from ifa_torchrec.training.precision import (
     autocast,
     check_precision,
@@ -67,7 +68,8 @@ def train(config: TrainConfig) -> dict[str, float]:
         CheckpointError: OUT holds checkpoints and --resume was not given, or none of them is whole,
             or they are of another configuration. Or another training writes to OUT.
         PlaceError: OUT cannot be written; the last checkpoint is left as it was.
-        DivergedError: the loss is not finite; the last checkpoint is left as it was.
+        DivergedError: the loss, a weight or a score of `valid` is not finite; the last checkpoint is
+            left as it was.
 
     Example:
         >>> import pandas as pd, tempfile
@@ -201,6 +203,7 @@ class Trainer:
         dataset = RankingDataset(self.log, split, config.history_length)
         budget = (config.max_events, config.scored_requests)
         own, scores, _ = predict_own(self.model, dataset, self.device, *budget)
+        self._check_finite(bool(np.isfinite(scores).all()), f"a score of the split {split!r}")
         tasks = self._model_config.tasks
         metrics = flat(measure(own, calibrated(scores, tasks, calibration), tasks), len(tasks))
         found = [(metrics, fit_tasks(own, scores, tasks, config.loss) if config.calibrate else {})]
@@ -269,7 +272,7 @@ class Trainer:
                 print(f"{folder}: {found}", file=sys.stderr)
             self._tell()
             write_options(config)
-            self._curves = Curves(config.out / "tensorboard", self.step)
+            self._curves = Curves(config.out / "tensorboard", self.step + 1)
         self._bar = progress_bar(
             self.rank,
             total=config.epochs * self.sampler.order.requests,
@@ -366,9 +369,18 @@ class Trainer:
 
     def _save(self) -> None:
         self._seconds += time.perf_counter() - self._start
+        self._check_finite(finite(self.model), "a weight")
         best = self._validations.best
         self._saver.save(self.model, self.optimizer, self.state_dict(), best)
         self._start = time.perf_counter()
+
+    def _check_finite(self, all_are: bool, what: str) -> None:
+        """
+        Raises:
+            DivergedError: by all ranks, where not all are on any of them.
+        """
+        if over_ranks()(np.array([not all_are]))[0]:
+            raise DivergedError(f"step {self.step}: {what} is not finite; {_remedy(self._checkpoints)}")
 
     def _report(self) -> None:
         self.losses += _finite(self._unread, self.step, self._checkpoints)
@@ -416,11 +428,13 @@ def _finite(losses: list[torch.Tensor], step: int, folder: Path) -> list[float]:
     read = torch.stack(losses).tolist()
     for number, loss in enumerate(read, start=step - len(read) + 1):
         if not math.isfinite(loss):
-            raise DivergedError(
-                f"step {number}: the loss is {loss}; train anew with lower learning rates; the last "
-                f"checkpoint in {folder}, if there is one, is whole"
-            )
+            raise DivergedError(f"step {number}: the loss is {loss}; {_remedy(folder)}")
     return read
+
+
+def _remedy(folder: Path) -> str:
+    kept = f"the last checkpoint in {folder}, if there is one, is whole"
+    return f"train anew with lower learning rates; {kept}"
 
 
 def set_learning_rate(

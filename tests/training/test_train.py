@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import sys
+import time
 import typing
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from helpers import flattened
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchrec.sparse.jagged_tensor import JaggedTensor
 from toy import BUSY_USER, NEW_USER, SCHEMA, SPLITS, Toy, make_toy
 
@@ -217,6 +219,19 @@ class TestTrain:
         assert steps_of(config.out) and max(steps_of(config.out)) < 12
 
     @pytest.mark.parametrize(
+        ("dense_lr", "table_lr", "what"), [(1e36, 0.02, "score"), (0.001, 1e39, "weight")]
+    )
+    def test_weights_that_are_not_finite_are_not_kept(
+        self, config: TrainConfig, dense_lr: float, table_lr: float, what: str
+    ) -> None:
+        """The loss of the only step is that of the weights before it."""
+        wild = OptimizerConfig(dense_lr=dense_lr, table_lr=table_lr)
+        one = dataclasses.replace(config, optimizers=wild, epochs=1, max_requests=1000, warmup_steps=0)
+        one = dataclasses.replace(one, max_events=10**6, checkpoint_every=10**6)
+        with pytest.raises(DivergedError, match=f"step 1: a {what}.* is not finite; train anew"):
+            train(one)
+
+    @pytest.mark.parametrize(
         ("option", "value"),
         [
             *((name, 0) for name in ("epochs", "max_events", "max_requests", "checkpoint_every")),
@@ -255,6 +270,13 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
+def curves_of(run: Path) -> dict[str, dict[int, float]]:
+    """What TensorBoard shows of some curves, by step."""
+    curves = EventAccumulator(str(run / "tensorboard")).Reload()
+    names = ("train/loss", "valid/gauc")
+    return {name: {point.step: point.value for point in curves.Scalars(name)} for name in names}
+
+
 class TestResume:
     @pytest.mark.parametrize(
         ("stop", "every", "resumed_at"),
@@ -274,6 +296,14 @@ class TestResume:
         assert len(valid) > 4
         assert {name: resumed[name] for name in valid} == {name: whole[name] for name in valid}
         assert_same_weights(halves.out, config.out / "whole")
+
+    def test_curves_stay_where_a_run_that_is_done_is_started_again(self, config: TrainConfig) -> None:
+        train(config)
+        before = curves_of(config.out)
+        assert [*before["train/loss"]] == [6, 10, 12] and [*before["valid/gauc"]] == [6, 12]
+        time.sleep(1.1)  # TensorBoard reads files in the order of the seconds in their names
+        train(dataclasses.replace(config, resume=True))
+        assert curves_of(config.out) == before
 
     def test_a_split_of_several_windows_goes_on_within_one(
         self, config: TrainConfig, monkeypatch
