@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -38,7 +39,10 @@ class Stubs:
         Workers(self.load, self.work, self.afterwards, sockets, self.folder / "metrics").run()
 
     def load(self) -> str:
-        return (self.folder / "weights").read_text()
+        weights = (self.folder / "weights").read_text()
+        if weights == "slow":
+            time.sleep(3600)
+        return weights
 
     def work(self, loaded: str, sockets: list[socket.socket], ready: Callable[[], object]) -> None:
         if loaded == "bad":
@@ -50,7 +54,10 @@ class Stubs:
         _Server(config, stub, "secret", ready).run(sockets)
 
     def afterwards(self, loaded: str) -> None:
-        (self.folder / "afterwards").write_text(loaded)
+        with (self.folder / "afterwards").open("a") as tries:
+            tries.write(loaded)
+        if loaded == "lost" or (self.folder / "afterwards").read_text() == "again":
+            raise ConfigError("no store responds")
 
 
 class Service:
@@ -88,6 +95,12 @@ class Service:
             for _ in range(30):
                 found.add(json.loads(self.ask("GET", "/readyz")[1])["version"])
         return found
+
+    def reloads(self) -> dict[str, float]:
+        """How many are counted, by how they went."""
+        shown = self.ask("GET", "/metrics")[1].decode()
+        counted = re.findall(r'ifa_reloads_total{result="(\w+)"} (\S+)', shown)
+        return {result: float(count) for result, count in counted}
 
     def workers(self) -> list[int]:
         return [
@@ -162,6 +175,33 @@ def test_new_weights_replace_one_after_the_other_and_bad_ones_none(tmp_path):
         assert {version.split()[0] for version in service.versions()} == {"second"}
         assert len(service.workers()) == 2
         assert (tmp_path / "afterwards").read_text() == "second"
+        until(lambda: service.reloads() == {"failed": 1, "ok": 1})
+
+
+@pytest.mark.slow
+def test_what_follows_a_reload_is_tried_again_and_its_failure_counts(tmp_path):
+    with running(tmp_path) as service:
+        service.weights.write_text("again")
+        os.kill(service.pid, signal.SIGHUP)
+        until(lambda: service.reloads() == {"ok": 1})
+        assert (tmp_path / "afterwards").read_text() == "againagain"
+        service.weights.write_text("lost")
+        os.kill(service.pid, signal.SIGHUP)
+        until(lambda: service.reloads() == {"ok": 1, "failed": 1})
+        assert (tmp_path / "afterwards").read_text() == "againagain" + 4 * "lost"
+        assert {version.split()[0] for version in service.versions()} == {"lost"}
+
+
+@pytest.mark.slow
+def test_it_can_be_stopped_while_it_loads(tmp_path):
+    with running(tmp_path) as service:
+        service.weights.write_text("slow")
+        os.kill(service.pid, signal.SIGHUP)
+        time.sleep(0.5)
+        assert {version.split()[0] for version in service.versions()} == {"first"}
+        os.kill(service.pid, signal.SIGTERM)
+        until(lambda: service.ended() is not None, seconds=20)
+        assert service.ended() == 0
 
 
 @pytest.mark.slow

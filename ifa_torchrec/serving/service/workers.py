@@ -5,23 +5,32 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import select
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from prometheus_client import Counter
 from prometheus_client.multiprocess import mark_process_dead
 
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.serving.errors import WorkerError
+from ifa_torchrec.serving.live import Metrics
 
 _log = logging.getLogger(__name__)
-_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
+_STOP = {signal.SIGTERM, signal.SIGINT}
+_SIGNALS = {*_STOP, signal.SIGHUP, signal.SIGCHLD}
+_PAUSES = (0, 1, 4, 15)
+"""Seconds before each try to do what follows a reload."""
 _READY = b"+"
+_LONGEST = 4096
+"""Bytes of what a process tells; a pipe takes so many at once."""
 Loaded = TypeVar("Loaded")
 
 
@@ -124,17 +133,28 @@ class Workers(Generic[Loaded]):
             self._loaded = self._load_anew()
             for slot in range(len(self._sockets)):
                 self._start(slot)
-            while (number := signal.sigwait(_SIGNALS)) not in (signal.SIGTERM, signal.SIGINT):
+            while (number := signal.sigwait(_SIGNALS)) not in _STOP:
                 if number == signal.SIGHUP:
                     self._replace_all()
                 self._restart_dead()
+        except _StoppedError:
+            pass
         finally:
             self._end_all()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
     def _load_anew(self) -> Loaded:
-        with ThreadPoolExecutor(1, "load") as thread:
-            loaded = thread.submit(self._load).result()
+        loading: Future[Loaded] = Future()
+
+        def load() -> None:
+            try:
+                loading.set_result(self._load())
+            except BaseException as error:  # for the thread that waits
+                loading.set_exception(error)
+
+        threading.Thread(target=load, name="load", daemon=True).start()
+        _until(lambda seconds: bool(wait([loading], seconds).done))
+        loaded = loading.result()
         gc.unfreeze()
         gc.collect()
         gc.freeze()  # the collector would write to the pages that the processes share
@@ -147,12 +167,22 @@ class Workers(Generic[Loaded]):
             WorkerError: it does not.
         """
         pid, told = self._fork(lambda ready: self._work(self._loaded, self._sockets[slot], ready))
-        with os.fdopen(told, "rb") as answer:
-            if answer.read(1) != _READY:
-                why = answer.read().decode(errors="replace")
-                self._reap(pid)
-                raise WorkerError(f"worker {slot} did not come up: {why or 'its log may say why'}")
+        if (why := self._said(pid, told)) != _READY.decode():
+            self._reap(pid)
+            raise WorkerError(f"worker {slot} did not come up: {why[1:] or 'its log may say why'}")
         self._pids[slot] = pid
+
+    def _said(self, pid: int, told: int) -> str:
+        """The first that a forked process tells; empty if it ends without a word. It is ended where this
+        is stopped meanwhile."""
+        try:
+            _until(lambda seconds: bool(select.select([told], [], [], seconds)[0]))
+            return os.read(told, _LONGEST).decode(errors="replace")
+        except _StoppedError:
+            self._end(pid)
+            raise
+        finally:
+            os.close(told)
 
     def _fork(self, do: Callable[[Callable[[], object]], object]) -> tuple[int, int]:
         """Do something in a process of its own; its id, and what can be read of how it goes."""
@@ -171,16 +201,34 @@ class Workers(Generic[Loaded]):
             for slot, pid in old.items():
                 self._start(slot)
                 self._end(pid)
+        except _StoppedError:
+            raise
         except Exception:
             if self._pids != old:  # they are of different weights by now
                 raise
             _log.exception("the reload failed; the weights go on")
+            self._reloads.labels("failed").inc()
             self._loaded = before
             return
-        # what the old ones took after the new ones had looked
-        pid, told = self._fork(lambda _: self._afterwards(self._loaded))
-        os.close(told)
-        self._reap(pid)
+        caught_up = self._catch_up()
+        self._reloads.labels("ok" if caught_up else "failed").inc()
+
+    def _catch_up(self) -> bool:
+        """Whether what the old processes took after the new ones had looked is taken over."""
+        for pause in _PAUSES:
+            if signal.sigtimedwait(_STOP, pause) is not None:
+                raise _StoppedError
+            pid, told = self._fork(lambda _: self._afterwards(self._loaded))
+            self._said(pid, told)
+            if self._reap(pid) == 0:
+                return True
+        _log.error("the new weights serve, but lack the last events before them; send SIGHUP again")
+        return False
+
+    @cached_property
+    def _reloads(self) -> Counter:
+        """Made when the first is counted: of the processes, each makes its own."""
+        return Metrics(self._metrics).reloads
 
     def _restart_dead(self) -> None:
         for slot, pid in list(self._pids.items()):
@@ -207,9 +255,25 @@ class Workers(Generic[Loaded]):
         os.kill(pid, signal.SIGTERM)
         self._reap(pid)
 
-    def _reap(self, pid: int) -> None:
-        os.waitpid(pid, 0)
+    def _reap(self, pid: int) -> int:
+        _, status = os.waitpid(pid, 0)
         mark_process_dead(pid, str(self._metrics))
+        return status
+
+
+class _StoppedError(Exception):
+    """SIGTERM or SIGINT came amid something."""
+
+
+def _until(done: Callable[[float], bool]) -> None:
+    """Return when ``done``, which waits for so many seconds at most, says so.
+
+    Raises:
+        _StoppedError: SIGTERM or SIGINT, which are blocked, came before.
+    """
+    while not done(0.1):
+        if signal.sigtimedwait(_STOP, 0) is not None:
+            raise _StoppedError
 
 
 def _be(do: Callable[[Callable[[], object]], object], tell: int, alive: int, here: int) -> None:
@@ -224,7 +288,7 @@ def _be(do: Callable[[Callable[[], object]], object], tell: int, alive: int, her
         code = 0
     except Exception as error:
         _log.exception("a worker failed")
-        os.write(tell, f"-{error}".encode(errors="replace")[:4096])
+        os.write(tell, f"-{error}".encode(errors="replace")[:_LONGEST])
     finally:
         logging.shutdown()
         os._exit(code)
