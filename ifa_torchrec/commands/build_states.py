@@ -51,6 +51,7 @@ from ifa_torchrec.serving import (
     open_key_value_store,
 )
 from ifa_torchrec.serving.times import utc
+from ifa_torchrec.training.own import over_ranks
 from ifa_torchrec.training.progress import progress_bar
 from ifa_torchrec.training.run import Run, load_run, version_of
 
@@ -166,19 +167,19 @@ def _begin(config: BuildStatesConfig, run: Run, histories: UserHistories) -> Sta
 def _left(store: StateStore, lengths: np.ndarray, who: Users) -> np.ndarray:
     """The users that the store has not, as rank 0 finds them: ranks share the same users, and others may
     write some meanwhile."""
-    known = torch.zeros(len(who.ids), dtype=torch.uint8)
+    known = [np.zeros(0, np.bool_)]
     if dist.get_rank() == 0:
-        known[:] = torch.tensor(_by_parts(lambda some: store.known(some).tolist(), who.ids))
-    dist.broadcast(known, 0)
-    return np.flatnonzero((known.numpy() == 0) & (lengths > 0))
+        known[0] = np.array(_by_parts(lambda some: store.known(some).tolist(), who.ids), np.bool_)
+    dist.broadcast_object_list(known)
+    return np.flatnonzero(~known[0] & (lengths > 0))
 
 
 def _keep_unchanged(
     config: BuildStatesConfig, store: StateStore, histories: UserHistories, who: Users
-) -> torch.Tensor:
+) -> np.ndarray:
     """Take over the states of users without a new event; how many, their bytes and events, of all
     ranks."""
-    written = torch.zeros(3, dtype=torch.float64)
+    written = np.zeros(3)
     if config.unchanged_from is None:
         return written
     before = StateStore(store.key_values, version_of(config.unchanged_from))
@@ -191,19 +192,18 @@ def _keep_unchanged(
         events = list(zip(lengths[rows].tolist(), times[rows].tolist(), strict=True))
         users, forgotten = [who.ids[row] for row in rows], [who.forgotten[row] for row in rows]
         found, size = store.take_over(before, users, events, forgotten)
-        written += torch.tensor([found.sum(), size, lengths[rows][found].sum()])
-    dist.all_reduce(written)
-    return written
+        written += [found.sum(), size, lengths[rows][found].sum()]
+    return over_ranks()(written)
 
 
 def _write(
     config: BuildStatesConfig, run: Run, histories: UserHistories, store: StateStore, who: Users
-) -> torch.Tensor:
+) -> np.ndarray:
     """Encode the users that the store has not; how many, their bytes and events, of all ranks."""
     rank, world = dist.get_rank(), dist.get_world_size()
     lengths = histories.lengths
     left = _left(store, lengths, who)
-    written = torch.zeros(3, dtype=torch.float64)  # users, bytes, events
+    written = np.zeros(3)  # users, bytes, events
     model = run.dlrm.eval()
     done = len(who.ids) - len(left)
     with progress_bar(rank, total=len(who.ids), initial=done, desc="states", unit="user") as bar:
@@ -215,11 +215,10 @@ def _write(
                 rows = [EMPTY_REQUEST if i == EMPTY_REQUEST else int(some[i]) for i in indices]
                 count, size = write_states(model, run.device, store, histories, who, rows)
                 events = sum(int(lengths[row]) for row in rows if row != EMPTY_REQUEST)
-                written += torch.tensor([count, size, events])
+                written += [count, size, events]
                 bar.update(done + sampler.requests_taken(step) - bar.n)
             done += len(some)
-    dist.all_reduce(written)
-    return written
+    return over_ranks()(written)
 
 
 def _by_turns(config: BuildStatesConfig, last: np.ndarray, left: np.ndarray) -> list[np.ndarray]:

@@ -38,7 +38,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from ifa_torchrec.errors import ConfigError, writing
 from ifa_torchrec.serving import export_scorer, quantize_tables
-from ifa_torchrec.serving.compiled import FILE, compile_dense
+from ifa_torchrec.serving.compiled import FILE, check_weights, compile_dense
 from ifa_torchrec.serving.export import describe, package_scorer
 from ifa_torchrec.serving.set_graph import export_set_graph
 from ifa_torchrec.training.bundle import write_bundle
@@ -89,8 +89,11 @@ def export(config: ExportConfig) -> dict[str, Any]:
         PlaceError: OUT or the bundle cannot be written.
     """
     if config.bundle is not None:
+        run = load_run(config.run, sharded=False)
         compiled = [file for file in [config.run / FILE] if file.exists()]
-        return write_bundle(load_run(config.run, sharded=False), config.bundle, compiled)
+        for file in compiled:  # of the best step until now, perhaps
+            check_weights(run.dlrm, run.log.schema, file)
+        return write_bundle(run, config.bundle, compiled)
     if config.package or config.out is None:
         try:
             get_cpp_compiler()

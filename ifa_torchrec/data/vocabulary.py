@@ -32,6 +32,8 @@ ExternalId = str | int
 _UNLISTED = ("hashed", "withheld")
 _HASH_DIGITS = 15  # of MD5's hexadecimals: an int64 holds them
 _LEAST, _MOST = -(2**63), 2**63 - 1
+_AT_ONCE = 10_000
+"""Ids that are made Python objects in one call, which stops all other threads."""
 
 
 def hash_row(identifier: ExternalId, rows: int) -> int:
@@ -102,7 +104,12 @@ class Ids:
     @cached_property
     def _rows(self) -> dict[ExternalId | None, int]:
         # looks strings up several times as fast as pandas and Arrow do
-        return {} if self.ids is None else {i: row for row, i in enumerate(self.ids.to_pylist(), 1)}
+        rows: dict[ExternalId | None, int] = {}
+        ids = pa.array([]) if self.ids is None else self.ids
+        for first in range(0, len(ids), _AT_ONCE):
+            some = ids.slice(first, _AT_ONCE).to_pylist()
+            rows.update(zip(some, range(first + 1, self.rows), strict=False))
+        return rows
 
     def rows_of(self, ids: Sequence[ExternalId] | np.ndarray) -> np.ndarray:
         """Row of each id, [n] int64; 0 for those that are not known.

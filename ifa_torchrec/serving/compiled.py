@@ -68,6 +68,33 @@ def compile_dense(model: DLRM_IFA, schema: LogSchema, path: Path) -> None:
     aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
 
 
+def check_weights(model: DLRM_IFA, schema: LogSchema, package: Path) -> None:
+    """Refuse a package of other weights, for whichever machine it is.
+
+    Args:
+        model, schema, package: as of ``CompiledDense``.
+
+    Raises:
+        StateError: it is of others, or cannot be read.
+
+    Example:
+        >>> from ifa_torchrec.serving.compiled import check_weights
+        >>> def check(run):  # a training run whose dense part was compiled
+        ...     check_weights(run.dlrm, run.log.schema, run.config.out / "dense.pt2")
+    """
+    _check_metadata(package, {"weights": _made_for(DenseGraph(model, schema))["weights"]})
+
+
+def _check_metadata(package: Path, wanted: dict[str, str]) -> None:
+    try:
+        found: dict[str, str] = _Loader.load_metadata_from_package(str(package), "model")
+    except RuntimeError as error:
+        raise StateError(f"{package}: it cannot be loaded ({error}); {_REMEDY}") from error
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise StateError(f"{package}: it is of {name} {found.get(name)!r}, not {value!r}; {_REMEDY}")
+
+
 class CompiledDense:
     """Logits of requests from their states, by a compiled dense part.
 
@@ -96,14 +123,9 @@ class CompiledDense:
         if not package.exists():
             raise StateError(f"{package} is not there; ifa export --run RUN writes it")
         graph = DenseGraph(model, schema)
+        made_for = _made_for(graph)
+        _check_metadata(package, made_for)  # before its code is loaded, which runs then
         try:
-            # before its code is loaded, which runs then
-            found: dict[str, str] = _Loader.load_metadata_from_package(str(package), "model")
-            for name, wanted in _made_for(graph).items():
-                if found.get(name) != wanted:
-                    raise StateError(
-                        f"{package}: it is of {name} {found.get(name)!r}, not {wanted!r}; {_REMEDY}"
-                    )
             loaded: Any = aoti_load_package(str(package)).loader
         except RuntimeError as error:
             raise StateError(f"{package}: it cannot be loaded ({error}); {_REMEDY}") from error

@@ -14,6 +14,7 @@ import pytest
 from every_field import RICH_SCHEMA, make_rich
 
 from ifa_torchrec.data import EventLog, LogError, LogSchema
+from ifa_torchrec.data import vocabulary as vocabulary_module
 from ifa_torchrec.data.vocabulary import Ids, Vocabulary, hash_row
 
 SHOP = {"item": ["tea", "cup", "7"], "user": [70, -(2**63), 2**63 - 1]}
@@ -40,6 +41,13 @@ class TestRows:
         assert users.rows_of(given).tolist() == [1, 1, 0, 0, 1, 2, 3, 0, 0]
         assert users.at([2, 0]) == [-(2**63), None]
         assert users.rows_of([]).dtype == np.int64
+
+    def test_of_many(self, monkeypatch) -> None:
+        """Of which some are looked at at once."""
+        monkeypatch.setattr(vocabulary_module, "_AT_ONCE", 4)
+        for count in (3, 4, 5, 11):
+            ids = Vocabulary.of({"item": [f"i{n}" for n in range(count)]})["item"]
+            assert ids.rows_of(ids.at(range(1, count + 1))).tolist() == [*range(1, count + 1)]
 
     def test_of_none(self) -> None:
         assert Vocabulary.of({"item": []})["item"].rows_of(["tea", 3]).tolist() == [0, 0]

@@ -22,7 +22,7 @@ from ifa_torchrec.serving import (
     quantize_tables,
 )
 from ifa_torchrec.serving import compiled as compiled_module
-from ifa_torchrec.serving.compiled import CompiledDense, compile_dense
+from ifa_torchrec.serving.compiled import CompiledDense, check_weights, compile_dense
 from ifa_torchrec.serving.dense_graph import DenseGraph
 
 
@@ -106,10 +106,12 @@ def test_a_package_of_other_weights_is_refused(shop, model, package, tmp_path):
 
     other = shop_model(shop.log, candidate_set=CandidateSetConfig("softmax", generate=True))
     load(other)  # the same weights
+    check_weights(other, shop.log.schema, package)
     with torch.no_grad():
         other.set_arch.over_arch.model[-1].bias += 1
-    with pytest.raises(StateError, match=r"weights '\w+', not '\w+'; compile it anew"):
-        load(other)
+    for refuses in (load, lambda of: check_weights(of, shop.log.schema, package)):
+        with pytest.raises(StateError, match=r"weights '\w+', not '\w+'; compile it anew"):
+            refuses(other)
     with pytest.raises(StateError, match="weights"):
         load(shop_model(shop.log))
     (tmp_path / "damaged.pt2").write_bytes(b"no package")
