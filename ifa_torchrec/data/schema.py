@@ -26,6 +26,8 @@ NAME = "name"
 Columns = dict[str, np.ndarray]
 """The columns of a table, by name."""
 
+BESIDE_TASKS = ("shares", "reliability", "notes", "sets", "ms_per_request", "step")
+"""What `ifa evaluate` tells beside the numbers of each task, under the task's name."""
 _LONGEST_NAME = 50  # names of columns and splits become names of files
 
 
@@ -107,6 +109,9 @@ class LogSchema:
             raise LogError("schema: item_features is empty; name at least the item's own id")
         if not self.tasks:
             raise LogError("schema: tasks is empty; name at least one column of labels")
+        for name in BESIDE_TASKS:
+            if name in self.tasks:
+                raise LogError(f"schema: no task can be called {name!r}, as a metric is; rename it")
         names = [name for fields in _TABLES for name in getattr(self, fields)]
         names += [*self.dense, *self.tasks, *self.candidate_tags]
         names += [USER, USER_OFFSETS, TIME, OFFSETS, CANDIDATES, EXPOSED]

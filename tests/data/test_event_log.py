@@ -238,6 +238,13 @@ BAD = {
         _set("events", "item", _at(0, NUM_ITEMS)),
         ("events", "'item'", f"id {NUM_ITEMS}", f"{NUM_ITEMS} rows", f"0..{NUM_ITEMS - 1}"),
     ),
+    "event before that of another user": (
+        lambda toy: [
+            _set("events", "user", lambda c: c[::-1])(toy),
+            _set("events", "item", _at(0, -1))(toy),
+        ],
+        ("events", "'item'", "id -1", "rows as sorted by user and time"),
+    ),
     "event of item -1": (_set("events", "item", _at(0, -1)), ("events", "'item'", "id -1", "map ids")),
     "category outside its table": (
         _set("items", "category", _at(6, 5)),
@@ -649,6 +656,7 @@ def test_a_changed_schema_is_checked_anew(tmp_path: Path) -> None:
         {"tasks": "label"},
         {"tasks": ()},
         {"tasks": ("a/b",)},
+        {"tasks": ("like", "shares")},
         {"item_features": "item"},
         {"item_features": {"item": "3"}},
         {"item_features": {"item": 0}},
