@@ -6,9 +6,9 @@
     python benchmarks/sets.py --journey LOG  # on real requests too, of which all is exposed
 
 A synthetic log whose users pick from the set that is shown (data/synthetic_sets.py), and logs whose
-labels know no relations: a synthetic one and, with --journey, a log of The Complete Journey, such as `make demo`
-leaves (runs/data/complete_journey_demo), of whose requests a part is used. Writes docs/sets.md. Runs
-are kept under --out, and are not trained again.
+labels know no relations: a synthetic one and, with --journey, a log of The Complete Journey, such as
+runs/data/complete_journey_demo of `make demo`, of whose requests a part is used. Writes docs/sets.md.
+Runs are kept under --out, and are not trained again.
 """
 
 from __future__ import annotations

@@ -238,9 +238,7 @@ def main() -> None:
                 )
         base = [of for _, of in found[IFA]]
         table = [{"model": model} | row(of, base) for model, of in found.items()]
-        print(
-            f"\n{name}, {measured_by()}\n{markdown(pd.DataFrame(table))}\n"
-        )
+        print(f"\n{name}, {measured_by()}\n{markdown(pd.DataFrame(table))}\n")
 
 
 if __name__ == "__main__":
