@@ -194,9 +194,8 @@ def _load(config: ServeConfig) -> _Loaded:
         run = read_bundle(folder)
     else:
         raise ConfigError(f"--data: {config.run} is a bundle, which has what is wanted of its log")
-    for (
-        name
-    ) in run.log.schema.tables:  # now, and before any fork: the first ranking must not wait for it
+    # now, and before any fork: the first ranking must not wait for it
+    for name in run.log.schema.tables:
         run.log.vocabulary[name].rows_of([])
     model = quantize_tables(run.dlrm) if config.int8 else run.dlrm
     compiled = None

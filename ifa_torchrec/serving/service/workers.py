@@ -152,8 +152,10 @@ class Workers(Generic[Loaded]):
             except BaseException as error:  # for the thread that waits
                 loading.set_exception(error)
 
-        threading.Thread(target=load, name="load", daemon=True).start()
+        thread = threading.Thread(target=load, name="load", daemon=True)
+        thread.start()
         _until(lambda seconds: bool(wait([loading], seconds).done))
+        thread.join()  # a process must not fork beside it
         loaded = loading.result()
         gc.unfreeze()
         gc.collect()
