@@ -494,13 +494,12 @@ def draw_cost(results: Results, costs: dict[str, dict[str, float]]) -> None:
     colours = plt.get_cmap("tab20")
     for ax, (data, of_data) in zip(axes, results.items(), strict=True):
         for number, name in enumerate(LABELS):
+            colour = "black" if name == "ifa" else colours(number)
             for variant, marker in ((name, "o"), (f"{name} {BESIDE}", "^")):
                 if variant in costs[data]:
                     y = statistics.mean(r["gauc"] for r in of_data[variant])
                     label = LABELS[name] if marker == "o" else None
-                    ax.scatter(
-                        costs[data][variant], y, marker=marker, s=70, color=colours(number), label=label
-                    )
+                    ax.scatter(costs[data][variant], y, marker=marker, s=70, color=colour, label=label)
         ax.set(xlabel="milliseconds a test request", ylabel="GAUC", title=data.replace("_", " "))
         ax.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
