@@ -191,8 +191,8 @@ def drop(path: Path) -> int:
         >>> drop(folder), folder.exists()
         (0, True)
         >>> held.close()
-        >>> drop(folder) > 0, folder.exists()
-        (True, False)
+        >>> drop(folder), folder.exists()
+        (0, False)
     """
     try:
         held = Held(path, alone=True)

@@ -12,6 +12,7 @@ import numpy as np
 import torch.distributed as dist
 
 from ifa_torchrec.data import EventLog, RankingDataset
+from ifa_torchrec.data.schema import CANDIDATES
 from ifa_torchrec.distributed import checkpoint
 from ifa_torchrec.distributed.sharding import DENSE_LR
 from ifa_torchrec.errors import ConfigError
@@ -32,6 +33,8 @@ IDENTITY_HALF_LIVES = (math.inf, 30.0, 7.0)
 """Days."""
 TOO_FEW_STEPS = 200
 """With fewer, a run says so."""
+MOST_UNKNOWN = 0.95
+"""Of the items, that are made unknown: the others are what their rows learn from."""
 _DECIDED = ("keep_best", "warmup_steps", "optimizers")
 """Options that a run must not change once it has begun."""
 
@@ -237,3 +240,21 @@ def _keep_best(config: TrainConfig, log: EventLog) -> str:
         return LAST
     dataset = RankingDataset(log, "valid", config.history_length)
     return check_metric(config.keep_best, dataset, tasks_of(log.schema, config, log.scales))
+
+
+def unknown_items(log: EventLog, config: TrainConfig) -> float:
+    """The share of items that are made unknown while training; see TrainConfig, unknown_items. Called by
+    all ranks.
+
+    Args:
+        log: the event log.
+        config: TrainConfig.
+    """
+    if config.unknown_items is not None:
+        return config.unknown_items
+    if "valid" not in log.splits:
+        return 0.0
+    candidates = log.requests("valid")[CANDIDATES]
+    found = np.array([(log.item_rows(candidates) == 0).sum(), len(candidates)])
+    new, of = over_parts(log)(found).tolist()
+    return min(new / max(of, 1), MOST_UNKNOWN)

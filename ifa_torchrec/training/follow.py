@@ -29,9 +29,10 @@ from ifa_torchrec.distributed import CheckpointError, checkpoint, init_process_g
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.training.build import MOST_GATE_VALUES
 from ifa_torchrec.training.curves import Curves
+from ifa_torchrec.training.decide import MOST_UNKNOWN
 from ifa_torchrec.training.options import TrainConfig, read_options, to_json, write_whole
 from ifa_torchrec.training.run import check_log
-from ifa_torchrec.training.trainer import MOST_UNKNOWN, Trainer
+from ifa_torchrec.training.trainer import Trainer
 from ifa_torchrec.training.validations import LAST, Fitted, Validations, calibration_of, in_use
 
 TABLE = "parts.csv"

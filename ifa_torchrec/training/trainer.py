@@ -32,7 +32,7 @@ from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.calibrate import calibrated, fit_tasks
 from ifa_torchrec.training.check_loss import check_loss
 from ifa_torchrec.training.curves import Curves
-from ifa_torchrec.training.decide import amounts, decided, steps, told, too_few_steps
+from ifa_torchrec.training.decide import amounts, decided, steps, told, too_few_steps, unknown_items
 from ifa_torchrec.training.options import MOST_REQUESTS, TrainConfig, to_json, write_options
 from ifa_torchrec.training.own import order_of, over_parts, over_ranks
 from ifa_torchrec.training.precision import (
@@ -48,8 +48,6 @@ from ifa_torchrec.training.touched import touched_rows
 from ifa_torchrec.training.validations import FILE, LAST, Fitted, Validations, flat
 
 _REPORT_EVERY = 10  # steps
-MOST_UNKNOWN = 0.95
-"""Of the items, that are made unknown: the others are what their rows learn from."""
 
 
 def train(config: TrainConfig) -> dict[str, float]:
@@ -399,24 +397,6 @@ def batch_size(dataset: RankingDataset, max_events: int, max_requests: int) -> B
     found = np.array([len(dataset), len(dataset.requests[CANDIDATES])])
     requests, candidates = over_parts(dataset.log)(found).tolist()
     return BatchSize(max_requests, max_events, math.ceil(candidates / max(requests, 1) * max_requests))
-
-
-def unknown_items(log: EventLog, config: TrainConfig) -> float:
-    """The share of items that are made unknown while training; see TrainConfig, unknown_items. Called by
-    all ranks.
-
-    Args:
-        log: the event log.
-        config: TrainConfig.
-    """
-    if config.unknown_items is not None:
-        return config.unknown_items
-    if "valid" not in log.splits:
-        return 0.0
-    candidates = log.requests("valid")[CANDIDATES]
-    found = np.array([(log.item_rows(candidates) == 0).sum(), len(candidates)])
-    new, of = over_parts(log)(found).tolist()
-    return min(new / max(of, 1), MOST_UNKNOWN)
 
 
 def _finite(losses: list[torch.Tensor], step: int, folder: Path) -> list[float]:

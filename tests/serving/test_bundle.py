@@ -14,11 +14,12 @@ import torch
 from shop import ITEMS, SHOP_IFA, Shop
 
 from ifa_torchrec.__main__ import main
+from ifa_torchrec.commands import export as export_module
 from ifa_torchrec.commands.build_states import BuildStatesConfig, build_states
 from ifa_torchrec.commands.export import ExportConfig, export
 from ifa_torchrec.commands.serve import ServeConfig, _load
 from ifa_torchrec.errors import ConfigError, ExistsError
-from ifa_torchrec.serving import open_key_value_store
+from ifa_torchrec.serving import StateError, open_key_value_store
 from ifa_torchrec.training.bundle import BundleError, read_bundle
 from ifa_torchrec.training.options import TrainConfig
 from ifa_torchrec.training.run import load_run
@@ -143,9 +144,13 @@ def test_options_that_do_not_fit(run, bundle, tmp_path, monkeypatch):
         main()
 
 
-def test_a_compiled_dense_part_comes_along(run, tmp_path):
+def test_a_compiled_dense_part_comes_along(run, tmp_path, monkeypatch):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "dense.pt2").write_bytes(b"compiled")
+    with pytest.raises(StateError, match=r"dense\.pt2: it cannot be loaded.*ifa export --run RUN"):
+        export(ExportConfig(tmp_path / "run", bundle=tmp_path / "bundle"))
+    assert not (tmp_path / "bundle").exists()
+    monkeypatch.setattr(export_module, "check_weights", lambda *_: None)
     said = export(ExportConfig(tmp_path / "run", bundle=tmp_path / "bundle"))
     assert said["files"]["dense.pt2"]["bytes"] == 8
     assert (tmp_path / "bundle" / "dense.pt2").read_bytes() == b"compiled"
