@@ -9,30 +9,16 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec import IFAConfig
-from ifa_torchrec.data import EventLog
 from ifa_torchrec.modules import History
 from ifa_torchrec.modules.identity import IdentityHeads
 
 LN2 = math.log(2.0)
 """A half-life of LN2 * 2**k is a decay rate of 2**-k, which float32 holds exactly."""
-
-
-def new_items(log: EventLog, split: str) -> dict[str, float]:
-    """The share of items without a row in the item's table, row 0 among them: of a split's candidates,
-    and of its requests' histories."""
-    requests = log.requests(split)
-    start, end = log.history_range(requests["user"], requests["time"])
-    new = log.item_rows(log.events[log.schema.item]) == 0
-    histories = [new[first:last] for first, last in zip(start, end, strict=True)]
-    events = np.concatenate([*histories, np.zeros(1, bool)])[:-1]
-    candidates = log.item_rows(requests["candidates"]) == 0
-    return {"candidates": float(candidates.mean()), "events": float(events.sum() / max(len(events), 1))}
 
 
 def offsets_of(lengths: Sequence[int]) -> Tensor:

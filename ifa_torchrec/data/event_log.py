@@ -51,6 +51,7 @@ from ifa_torchrec.data.parts import (
 from ifa_torchrec.data.remote import RemoteLog, is_uri
 from ifa_torchrec.data.scales import scales_of
 from ifa_torchrec.data.schema import (
+    CANDIDATES,
     LIST_OFFSETS,
     NAME,
     OFFSETS,
@@ -292,6 +293,38 @@ class EventLog(LogItems):
                 "back, or write the log again"
             )
         return vocabulary
+
+    def new_items(self, split: str) -> dict[str, float]:
+        """The share of items that the item's table has no row for, row 0 "unknown" among them.
+
+        Args:
+            split: name of the request split.
+
+        Returns:
+            `candidates`: their share of the split's candidates; `events`: of its requests' histories, an
+            event counted as often as it is in one; 0 where there are none.
+
+        Example:
+            >>> import pandas as pd, tempfile
+            >>> from ifa_torchrec.data import EventLog, LogSchema
+            >>> day = lambda d: pd.Timestamp(2024, 1, d)
+            >>> log = EventLog.from_pandas(
+            ...     tempfile.mkdtemp() + "/log",
+            ...     events=pd.DataFrame({"user": [7], "item": [1], "time": [day(1)]}),
+            ...     items=pd.DataFrame({"item": [0, 1, 2, 3]}),
+            ...     requests={"test": pd.DataFrame({"user": [7], "time": [day(2)],
+            ...         "candidates": [[2, 3]], "exposed": [[True, True]], "label": [[1, 0]]})},
+            ...     schema=LogSchema(item_features={"item": 3}))
+            >>> log.new_items("test")
+            {'candidates': 0.5, 'events': 0.0}
+        """
+        requests = self.requests(split)
+        start, end = self.history_range(requests[USER], requests[TIME])
+        before = np.append(0, np.cumsum(self.item_rows(self.events[self.schema.item]) == 0))
+        return {
+            "candidates": float((self.item_rows(requests[CANDIDATES]) == 0).mean()),
+            "events": float((before[end] - before[start]).sum() / max((end - start).sum(), 1)),
+        }
 
     @property
     def splits(self) -> list[str]:

@@ -154,6 +154,18 @@ class TestOfItems:
             categories = batch.sequence_features[f"{side}_category"].values()
             assert categories.tolist() == category[ids].tolist()
 
+    def test_their_share(self, rich: Toy, log: EventLog) -> None:
+        whole = RankingDataset(log, "test")[list(range(12))]
+        wanted = {
+            "candidates": flat(rich.requests["test"]["candidates"]),
+            "events": whole.history_item_ids.numpy(),
+        }
+        share = log.new_items("test")
+        assert {*share} == {*wanted}
+        for name, items in wanted.items():
+            assert share[name] == pytest.approx(((items >= KNOWN_ITEMS) | (items == 0)).mean())
+            assert 0.1 < share[name] < 0.6
+
 
 def test_what_the_schema_has_not_is_none(tmp_path: Path) -> None:
     batch = RankingDataset(make_toy().write(tmp_path / "log"), "train")[[0, 17]]

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import new_items
 from toy import SPLITS, USERS, make_toy
 
 from ifa_torchrec.batch import RankingBatch
@@ -88,7 +87,7 @@ class TestTheSameLog:
 
     def test_figures_of_the_log(self, one: EventLog, written: Path) -> None:
         log = EventLog(written)
-        assert new_items(log, "test") == new_items(one, "test")
+        assert log.new_items("test") == one.new_items("test")
         for name, scale in one.scales.items():
             assert (log.scales[name].mean, log.scales[name].deviation) == pytest.approx(
                 (scale.mean, scale.deviation)

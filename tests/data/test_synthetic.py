@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from helpers import new_items
 
 from ifa_torchrec.data import RankingDataset
 from ifa_torchrec.data.synthetic import (
@@ -176,11 +175,11 @@ def test_new_items_are_no_candidates_of_the_training(tmp_path, kinds: bool) -> N
     config = replace(CONFIG, new_items=0.5, kinds=kinds)
     log = prepare(tmp_path / "log", config)
     assert log.num_items > log.schema.item_features["item"] == config.num_items
-    assert new_items(log, "train") == {"candidates": 0.0, "events": 0.0}
+    assert log.new_items("train") == {"candidates": 0.0, "events": 0.0}
     assert log.splits == ["train", "valid", "test"]
     assert len(log.requests("valid")["user"]) == config.test // 4
     for split in ("valid", "test"):
-        share = new_items(log, split)
+        share = log.new_items(split)
         assert share["candidates"] == pytest.approx(0.5, abs=0.03) and share["events"] == 0
     items = np.arange(log.num_items)
     assert np.array_equal(log.items["topic"], topic_of(config, items) + 1)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from every_field import KNOWN_ITEMS, make_rich
-from helpers import new_items
 from ranks import run_ranks
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from toy import NUM_ITEMS, Toy, make_toy
@@ -106,7 +105,7 @@ class TestTraining:
         self, log: EventLog, tmp_path: Path
     ) -> None:
         trainer = Trainer(config_of(log, tmp_path))
-        share = new_items(log, "valid")["candidates"]
+        share = log.new_items("valid")["candidates"]
         assert 0.1 < share < 0.5
         batch, plain = trainer.dataset[range(48)], RankingDataset(log, "train")[range(48)]
 
