@@ -194,9 +194,8 @@ class EventLog(LogItems):
             try:
                 return cls.publish(draft, path, schema, list(requests or {}))
             except LogError as error:
-                if not str(error).startswith("events") or events.index.equals(given.index):
-                    raise
-                raise LogError(f"{error} (rows as sorted by {USER} and {TIME})") from error
+                moved = str(error).startswith("events") and not events.index.equals(given.index)
+                raise LogError(f"{error}{f' (rows as sorted by {USER} and {TIME})' * moved}") from error
 
     @classmethod
     def publish(
@@ -301,30 +300,26 @@ class EventLog(LogItems):
             split: name of the request split.
 
         Returns:
-            `candidates`: their share of the split's candidates; `events`: of its requests' histories, an
-            event counted as often as it is in one; 0 where there are none.
+            Of the split's `candidates`, and of the `events` of its requests' histories; 0 of none.
 
         Example:
             >>> import pandas as pd, tempfile
             >>> from ifa_torchrec.data import EventLog, LogSchema
             >>> day = lambda d: pd.Timestamp(2024, 1, d)
-            >>> log = EventLog.from_pandas(
-            ...     tempfile.mkdtemp() + "/log",
+            >>> log = EventLog.from_pandas(tempfile.mkdtemp() + "/log",
             ...     events=pd.DataFrame({"user": [7], "item": [1], "time": [day(1)]}),
-            ...     items=pd.DataFrame({"item": [0, 1, 2, 3]}),
+            ...     items=pd.DataFrame({"item": [0, 1, 2, 3]}), schema=LogSchema({"item": 3}),
             ...     requests={"test": pd.DataFrame({"user": [7], "time": [day(2)],
-            ...         "candidates": [[2, 3]], "exposed": [[True, True]], "label": [[1, 0]]})},
-            ...     schema=LogSchema(item_features={"item": 3}))
+            ...         "candidates": [[2, 3]], "exposed": [[True, True]], "label": [[1, 0]]})})
             >>> log.new_items("test")
             {'candidates': 0.5, 'events': 0.0}
         """
         requests = self.requests(split)
         start, end = self.history_range(requests[USER], requests[TIME])
         before = np.append(0, np.cumsum(self.item_rows(self.events[self.schema.item]) == 0))
-        return {
-            "candidates": float((self.item_rows(requests[CANDIDATES]) == 0).mean()),
-            "events": float((before[end] - before[start]).sum() / max((end - start).sum(), 1)),
-        }
+        of_events = (before[end] - before[start]).sum() / max((end - start).sum(), 1)
+        of_candidates = (self.item_rows(requests[CANDIDATES]) == 0).mean()
+        return {"candidates": float(of_candidates), "events": float(of_events)}
 
     @property
     def splits(self) -> list[str]:
