@@ -190,7 +190,9 @@ def _check_same(study: Any, config: TuneConfig, metric: str) -> None:
     options = {**config.train.fixed(), "data": full_name(config.train.data), "keep_best": metric}
     now = to_json({**options, "search": config.search})
     before = study.user_attrs.get("options", {})
-    if study.trials and before != now:
+    if before == now:
+        return
+    if study.trials:
         other = next(name for name in now if before.get(name) != now[name])
         raise ConfigError(
             f"{config.train.out} holds a search of another {other}, {before.get(other)} and not "

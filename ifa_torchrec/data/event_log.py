@@ -167,7 +167,6 @@ class EventLog(LogItems):
                 described, or the user of an event; or there is no room, or no right, to write there.
             FileExistsError: ``path`` exists.
         """
-        path = Path(path)
         check_splits(requests or {})
         check_parts(parts)
         vocabulary = vocabulary or Vocabulary({})
@@ -194,8 +193,9 @@ class EventLog(LogItems):
             try:
                 return cls.publish(draft, path, schema, list(requests or {}))
             except LogError as error:
-                moved = str(error).startswith("events") and not events.index.equals(given.index)
-                raise LogError(f"{error}{f' (rows as sorted by {USER} and {TIME})' * moved}") from error
+                if not str(error).startswith("events") or events.index.equals(given.index):
+                    raise
+                raise LogError(f"{error} (rows as sorted by {USER} and {TIME})") from error
 
     @classmethod
     def publish(

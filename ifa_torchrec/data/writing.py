@@ -7,7 +7,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pandas as pd
@@ -47,28 +47,29 @@ def drafting(path: str | Path) -> Generator[Path]:
     path = Path(path)
     if path.exists():
         raise ExistsError(f"{path} exists; delete it or choose another folder")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = draft_beside(path)
-    except OSError as error:
-        raise LogError(
-            f"{path}: the log cannot be written there ({error}); choose another folder"
-        ) from error
-    try:
-        with draft as folder:
-            (folder / "requests").mkdir()
-            yield folder
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise LogError(
-            f"{path}: no room to write the log ({error}); free some, or choose another folder"
-        ) from error
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft = stack.enter_context(draft_beside(path))
+        except OSError as error:
+            raise LogError(
+                f"{path}: the log cannot be written there ({error}); choose another folder"
+            ) from error
+        try:
+            (draft / "requests").mkdir()
+            yield draft
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise LogError(
+                f"{path}: no room to write the log ({error}); free some, or choose another folder"
+            ) from error
 
 
-def draft_beside(path: Path) -> AbstractContextManager[Path]:
-    """A new folder beside ``path``, gone at the end unless it was renamed. Made at once; those of
-    ``path`` that processes left which were killed are removed.
+@contextmanager
+def draft_beside(path: Path) -> Generator[Path]:
+    """A new folder beside ``path``, gone at the end unless it was renamed. Those of ``path`` that
+    processes left which were killed are removed.
 
     Raises:
         OSError: it cannot be made.
@@ -87,14 +88,9 @@ def draft_beside(path: Path) -> AbstractContextManager[Path]:
     for left in list(path.parent.iterdir()):
         if of_path.fullmatch(left.name):
             drop(left)
-    draft = new_folder(path.parent, f".{path.name}-")
+    draft, held = new_folder(path.parent, f".{path.name}-"), None
     with suppress(OSError):  # where there are no locks nothing is removed, either
-        return _held(draft, Held(draft))
-    return _held(draft, None)
-
-
-@contextmanager
-def _held(draft: Path, held: Held | None) -> Generator[Path]:
+        held = Held(draft)
     try:
         yield draft
     finally:

@@ -123,8 +123,7 @@ class CompiledDense:
         if not package.exists():
             raise StateError(f"{package} is not there; ifa export --run RUN writes it")
         graph = DenseGraph(model, schema)
-        made_for = _made_for(graph)
-        _check_metadata(package, made_for)  # before its code is loaded, which runs then
+        _check_metadata(package, _made_for(graph))  # before its code is loaded, which runs then
         try:
             loaded: Any = aoti_load_package(str(package)).loader
         except RuntimeError as error:

@@ -378,7 +378,7 @@ class Trainer:
             DivergedError: by all ranks, where not all are on any of them.
         """
         if over_ranks()(np.array([not all_are]))[0]:
-            raise DivergedError(f"step {self.step}: {what} is not finite; {_remedy(self._checkpoints)}")
+            raise _diverged(self.step, f"{what} is not finite", self._checkpoints)
 
     def _report(self) -> None:
         self.losses += _finite(self._unread, self.step, self._checkpoints)
@@ -408,13 +408,15 @@ def _finite(losses: list[torch.Tensor], step: int, folder: Path) -> list[float]:
     read = torch.stack(losses).tolist()
     for number, loss in enumerate(read, start=step - len(read) + 1):
         if not math.isfinite(loss):
-            raise DivergedError(f"step {number}: the loss is {loss}; {_remedy(folder)}")
+            raise _diverged(number, f"the loss is {loss}", folder)
     return read
 
 
-def _remedy(folder: Path) -> str:
-    kept = f"the last checkpoint in {folder}, if there is one, is whole"
-    return f"train anew with lower learning rates; {kept}"
+def _diverged(step: int, what: str, folder: Path) -> DivergedError:
+    return DivergedError(
+        f"step {step}: {what}; train anew with lower learning rates; the last checkpoint in {folder}, "
+        "if there is one, is whole"
+    )
 
 
 def set_learning_rate(

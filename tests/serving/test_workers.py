@@ -96,6 +96,11 @@ class Service:
                 found.add(json.loads(self.ask("GET", "/readyz")[1])["version"])
         return found
 
+    def reload(self, weights: str) -> None:
+        """Ask for other weights."""
+        self.weights.write_text(weights)
+        os.kill(self.pid, signal.SIGHUP)
+
     def reloads(self) -> dict[str, float]:
         """How many are counted, by how they went."""
         shown = self.ask("GET", "/metrics")[1].decode()
@@ -165,12 +170,10 @@ def test_one_that_dies_is_replaced_and_what_they_count_is_added_up(tmp_path):
 @pytest.mark.slow
 def test_new_weights_replace_one_after_the_other_and_bad_ones_none(tmp_path):
     with running(tmp_path) as service:
-        service.weights.write_text("bad")
-        os.kill(service.pid, signal.SIGHUP)
+        service.reload("bad")
         time.sleep(0.5)
         assert {version.split()[0] for version in service.versions()} == {"first"}
-        service.weights.write_text("second")
-        os.kill(service.pid, signal.SIGHUP)
+        service.reload("second")
         until(lambda: (tmp_path / "afterwards").exists())
         assert {version.split()[0] for version in service.versions()} == {"second"}
         assert len(service.workers()) == 2
@@ -181,12 +184,10 @@ def test_new_weights_replace_one_after_the_other_and_bad_ones_none(tmp_path):
 @pytest.mark.slow
 def test_what_follows_a_reload_is_tried_again_and_its_failure_counts(tmp_path):
     with running(tmp_path) as service:
-        service.weights.write_text("again")
-        os.kill(service.pid, signal.SIGHUP)
+        service.reload("again")
         until(lambda: service.reloads() == {"ok": 1})
         assert (tmp_path / "afterwards").read_text() == "againagain"
-        service.weights.write_text("lost")
-        os.kill(service.pid, signal.SIGHUP)
+        service.reload("lost")
         until(lambda: service.reloads() == {"ok": 1, "failed": 1})
         assert (tmp_path / "afterwards").read_text() == "againagain" + 4 * "lost"
         assert {version.split()[0] for version in service.versions()} == {"lost"}
@@ -195,8 +196,7 @@ def test_what_follows_a_reload_is_tried_again_and_its_failure_counts(tmp_path):
 @pytest.mark.slow
 def test_it_can_be_stopped_while_it_loads(tmp_path):
     with running(tmp_path) as service:
-        service.weights.write_text("slow")
-        os.kill(service.pid, signal.SIGHUP)
+        service.reload("slow")
         time.sleep(0.5)
         assert {version.split()[0] for version in service.versions()} == {"first"}
         os.kill(service.pid, signal.SIGTERM)

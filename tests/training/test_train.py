@@ -30,6 +30,7 @@ from ifa_torchrec.commands.command_line import result_as_json
 from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.commands.explain import ExplainConfig, explain
 from ifa_torchrec.data import EventBudgetSampler, EventLog, LogError, RankingDataset, order
+from ifa_torchrec.data.schema import BESIDE_TASKS
 from ifa_torchrec.distributed import (
     CheckpointError,
     OptimizerConfig,
@@ -197,6 +198,8 @@ class TestTrain:
         result = train(dataclasses.replace(config, data=log.path))
         for task in ("label", "bought"):
             assert [name for name in result if task in name and "gauc" in name], list(result)
+        # what no task can be called
+        assert {*evaluate(EvaluateConfig(config.out, set_size=2))} == {"label", "bought", *BESIDE_TASKS}
 
     def test_the_seed_decides_the_weights(self, config: TrainConfig) -> None:
         runs = [
