@@ -152,8 +152,8 @@ class SoftmaxAttention(SequenceInteraction):
             if mask is not None:
                 mask = mask[:, :, None].expand(-1, -1, q.shape[2], -1)
             part = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(0, 1)
-            if part.shape[0] == query.shape[0] and rows.there is None:
-                return part
+            if part.shape[0] == query.shape[0] and rows.rows is None:
+                return part  # all rows, in their order
             place, kept = rows.places(query.device)
             places.append(place)
             parts.append(part if kept is None else part.index_select(0, kept))
