@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ifa_torchrec.models.archs import Candidates
 from ifa_torchrec.models.config import DLRM_IFAConfig
 from ifa_torchrec.modules import TakenRelation, Task
-from ifa_torchrec.modules.candidate_set import Related, check_taken, first_rows
+from ifa_torchrec.modules.candidate_set import Related, check_taken
+from ifa_torchrec.modules.generation import first_rows
 from ifa_torchrec.modules.tasks import ranking_weights
 
 

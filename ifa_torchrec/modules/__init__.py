@@ -6,9 +6,9 @@ from ifa_torchrec.modules.candidate_set import (
     CandidateSetConfig,
     CandidateSetEncoder,
     TakenRelation,
-    generate_set,
 )
 from ifa_torchrec.modules.config import IFAConfig, InteractionConfig
+from ifa_torchrec.modules.generation import generate_set
 from ifa_torchrec.modules.history import History
 from ifa_torchrec.modules.ifa import InteractionFidelityAttention
 from ifa_torchrec.modules.interactions import INTERACTIONS

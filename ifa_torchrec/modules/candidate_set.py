@@ -6,7 +6,6 @@ hand (only the abstract and the introduction), so this one is ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -34,13 +33,13 @@ class CandidateSetConfig:
     Args:
         attention: how each is seen beside all others: "softmax", O(m^2), for sets of some hundreds;
             "linear", O(m), for larger ones, the same op that meets the history; "none": not.
-        num_heads: heads of this attention; they share half the width of the tokens, D / 2, rounded
-            down to a multiple of the heads.
+        num_heads: heads of this attention; they share the width of what it is given. In a DLRM_IFA
+            this is D / 2, rounded down to a multiple of the heads, but at least 1 a head.
         generate: whether each is also seen beside those that are taken already, so that a set can be
             generated greedily; with any attention, "none" too.
 
     Raises:
-        ConfigError: attention is none of these.
+        ConfigError: attention is none of these, or there is no head.
 
     Example:
         >>> from ifa_torchrec.modules import CandidateSetConfig
@@ -56,6 +55,8 @@ class CandidateSetConfig:
         known = ["none", *ATTENTIONS]
         if self.attention not in known:
             raise ConfigError(f"CandidateSetConfig: attention {self.attention!r} is none of {known}")
+        if self.num_heads < 1:
+            raise ConfigError(f"CandidateSetConfig: num_heads must be at least 1, got {self.num_heads}")
 
 
 class CandidateSetEncoder(nn.Module):
@@ -73,6 +74,7 @@ class CandidateSetEncoder(nn.Module):
 
     Raises:
         ValueError: config.attention is "none".
+        ConfigError: embedding_dim is no multiple of config.num_heads.
 
     Example:
         >>> import torch
@@ -95,6 +97,11 @@ class CandidateSetEncoder(nn.Module):
         super().__init__()
         if config.attention == "none":
             raise ValueError("CandidateSetEncoder: attention 'none' needs no encoder")
+        if embedding_dim % config.num_heads:
+            raise ConfigError(
+                f"CandidateSetEncoder: embedding_dim {embedding_dim} is no multiple of num_heads "
+                f"{config.num_heads}"
+            )
         # by softmax without masses, for which a matrix of scores would have to be kept
         masses = config.attention == "linear"
         self.attention = ATTENTIONS[config.attention](
@@ -335,114 +342,3 @@ class TakenSample(nn.Module):
         order = (request + torch.where(exposed, lot / 2, 0.5)).argsort(stable=True)
         place = torch.arange(exposed.shape[0], device=offsets.device) - offsets[:-1][request]
         return torch.zeros_like(exposed).index_copy(0, order, place < wanted[request])
-
-
-Scorer = Callable[[Tensor], Tensor]
-"""Logits [M] of all candidates, given which are taken, [M] bool."""
-
-
-def generate_set(
-    logits: Tensor | Scorer,
-    candidates: JaggedTensor,
-    k: int,
-    strategy: Literal["topk", "greedy"] = "topk",
-) -> JaggedTensor:
-    """The k candidates of each request that are best together, best first.
-
-    Args:
-        logits: [M], or a function of which candidates are taken, [M] bool, that gives [M]. Of several
-            tasks, ``ranking_score`` of theirs.
-        candidates: of B requests; its lengths say which rows belong together.
-        k: how many to take; a request with fewer gives all it has.
-        strategy: "topk" takes the k highest logits, with nothing taken. "greedy" takes one, scores
-            the others in the context of those already taken, takes the next, and so on: k calls
-            of the function. With fixed logits both are the same.
-
-    Returns:
-        JaggedTensor of B requests whose values are row numbers of the candidates, int64. Of
-        equal logits the lower row comes first.
-
-    Raises:
-        ValueError: k is negative, the strategy unknown, or the logits are not [M] numbers.
-
-    Example:
-        >>> import torch
-        >>> from torchrec.sparse.jagged_tensor import JaggedTensor
-        >>> from ifa_torchrec import generate_set
-        >>> candidates = JaggedTensor(torch.zeros(4, 8), lengths=torch.tensor([3, 1]))
-        >>> generate_set(torch.tensor([0.1, 0.9, 0.5, 0.3]), candidates, k=2).values().tolist()
-        [1, 2, 3]
-        >>> def twins(taken):  # rows 1 and 2 are worth little beside each other
-        ...     return torch.tensor([0.1, 0.9, 0.5, 0.3]) - taken[[0, 2, 1, 3]].float()
-        >>> generate_set(twins, candidates, k=2, strategy="greedy").values().tolist()
-        [1, 0, 3]
-    """
-    if k < 0:
-        raise ValueError(f"k must be at least 0, got {k}")
-    if strategy not in ("topk", "greedy"):
-        raise ValueError(f"strategy must be 'topk' or 'greedy', got {strategy!r}")
-    offsets = candidates.offsets()
-    rows = len(candidates.values())
-    taken = torch.zeros(rows, dtype=torch.bool, device=offsets.device)
-
-    def score() -> Tensor:
-        values = logits(taken) if callable(logits) else logits
-        if values.shape != (rows,) or bool(values.isnan().any()):
-            raise ValueError(f"logits must be [{rows}] numbers, got {list(values.shape)}")
-        return values
-
-    lengths = offsets.diff().clamp(max=k)
-    if strategy == "topk" or not callable(logits):
-        chosen = _ranked(score(), offsets)
-        place = torch.arange(rows, device=offsets.device) - torch.repeat_interleave(
-            offsets[:-1], offsets.diff()
-        )
-        return JaggedTensor(chosen[place < k], lengths=lengths)
-    request = request_of_row(offsets, rows)
-    picks = []
-    for _ in range(int(lengths.max()) if len(lengths) else 0):
-        pick = first_rows(_best(score(), taken, request, len(lengths)), request, len(lengths))
-        taken = taken.index_fill(0, pick[pick < rows], True)  # anew: the function may have kept it
-        picks.append(pick)
-    chosen = torch.stack(picks, dim=1).flatten() if picks else offsets.new_empty(0)
-    return JaggedTensor(chosen[chosen < rows], lengths=lengths)
-
-
-def _best(values: Tensor, taken: Tensor, request: Tensor, requests: int) -> Tensor:
-    """Which candidates have the highest value of those of their request that are not taken, [M] bool."""
-    left = values.masked_fill(taken, -torch.inf)
-    if requests == 1:  # a tenth of what scatter_reduce costs
-        return (left == left.amax()) & ~taken
-    top = left.new_full((requests,), -torch.inf).scatter_reduce(0, request, left, "amax")
-    return (left == top[request]) & ~taken
-
-
-def first_rows(wanted: Tensor, request: Tensor, requests: int) -> Tensor:
-    """The first row of each request that is wanted.
-
-    Args:
-        wanted: [M] bool.
-        request: [M] int64, which of the requests a row is of.
-        requests: B.
-
-    Returns:
-        [B] int64; M of a request without any.
-
-    Example:
-        >>> import torch
-        >>> from ifa_torchrec.modules.candidate_set import first_rows
-        >>> first_rows(torch.tensor([False, True, True, False]), torch.tensor([0, 0, 0, 1]), 2).tolist()
-        [1, 4]
-    """
-    rows = wanted.shape[0]
-    row = torch.where(wanted, torch.arange(rows, device=wanted.device), rows)
-    if requests == 1 and rows:
-        return row.amin(0, keepdim=True)
-    return row.new_full((requests,), rows).scatter_reduce(0, request, row, "amin")
-
-
-def _ranked(values: Tensor, offsets: Tensor) -> Tensor:
-    """Row numbers, request by request, the highest value first and of equal ones the lower row."""
-    order = torch.sort(values, descending=True, stable=True).indices
-    request = request_of_row(offsets, values.shape[0])
-    return order[torch.sort(request[order], stable=True).indices]

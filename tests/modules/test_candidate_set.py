@@ -13,6 +13,7 @@ from torch import nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec import CandidateSetEncoder, CandidateSetLoss, generate_set
+from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules import (
     CandidateSetConfig,
     CandidateSetLossConfig,
@@ -101,6 +102,7 @@ class TestEncoder:
         ([], []),
         ([5], [0]),
         ([0, 3], [1, 9]),
+        ([3, 3], [10, 5]),  # one group, by the events from the few to the many
     ],
     ids=str,
 )
@@ -143,6 +145,10 @@ def test_no_attention_needs_no_encoder() -> None:
         CandidateSetEncoder(DIM, CandidateSetConfig("none"))
     with pytest.raises(ValueError, match="none of"):
         CandidateSetConfig("cubic")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="num_heads must be at least 1, got 0"):
+        CandidateSetConfig("softmax", num_heads=0)
+    with pytest.raises(ConfigError, match="embedding_dim 8 is no multiple of num_heads 3"):
+        CandidateSetEncoder(8, CandidateSetConfig("linear", num_heads=3))
 
 
 class TestTakenRelation:
