@@ -219,11 +219,14 @@ class CandidateSetLoss(nn.Module):
         counts = torch.where(exposed, 1.0, unexposed).to(logits.dtype)
         each, weight = [], []
         for task, logit, label in zip(tasks, logits.unbind(1), labels.unbind(1), strict=True):
+            if not task.weight:
+                continue
+            # a label that does not count, or that nobody observed, may be anything
             if task.kind == "binary":
+                label = torch.where(counts > 0, label, 0.0)
                 each.append(F.binary_cross_entropy_with_logits(logit, label, reduction="none"))
                 weight.append(task.weight * counts)
                 continue
-            # what stands in place of a label that nobody observed may be anything
             missed = torch.where(exposed, logit - task.standardised(label), 0.0)
             huber = F.huber_loss(missed, torch.zeros_like(missed), reduction="none")
             each.append(huber if config.regression == "huber" else missed.square() / 2)

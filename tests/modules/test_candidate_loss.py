@@ -172,6 +172,20 @@ def test_what_stands_for_a_number_that_nobody_saw_counts_nothing() -> None:
         assert torch.autograd.grad(value, logits)[0].isfinite().all()
 
 
+def test_a_label_that_does_not_count_may_be_nan() -> None:
+    """Of the unexposed, and of a task without weight."""
+    tasks = (*TASKS, Task("off", weight=0.0), Task("none", "regression", weight=0.0))
+    logits, labels, exposed, offsets, _ = inputs()
+    loss = CandidateSetLoss(tasks=tasks)
+    logits = torch.cat([logits, logits[:, :2]], dim=1).requires_grad_()
+    labels = torch.cat([labels, torch.zeros_like(labels[:, :2])], dim=1)
+    wanted = loss(logits, labels, exposed, offsets)
+    labels[:, -2:] = labels[~exposed] = math.nan
+    value = loss(logits, labels, exposed, offsets)
+    assert value.item() == wanted.item()
+    assert torch.autograd.grad(value, logits)[0].isfinite().all()
+
+
 @pytest.mark.parametrize("regression", ["huber", "squared"])
 def test_seconds_are_learnt_by_their_logarithm_and_come_back_in_seconds(regression: str) -> None:
     g = torch.Generator().manual_seed(0)
