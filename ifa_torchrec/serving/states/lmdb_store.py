@@ -27,6 +27,8 @@ from ifa_torchrec.serving.states.key_value import (
 
 _LARGEST_MAP = 1 << 40
 """Bytes of address space for an LMDB file; it is not reserved, on disk or in memory."""
+_SCANNED = 1024
+"""Keys that a scan reads in one transaction."""
 _READ_ALL = """
 import lmdb, sys
 with lmdb.open(sys.argv[1], map_size=int(sys.argv[2])).begin() as transaction:
@@ -144,18 +146,28 @@ class LMDBStore(KeyValueStore):
 
     def scan(self, prefix: bytes, skip: Skip = no_skip) -> Iterator[bytes]:
         """See KeyValueStore."""
+        # by parts: while a transaction reads, no page that is freed elsewhere is used again
+        first = prefix
+        while keys := self._scan_part(prefix, first, skip):
+            yield from keys
+            first = keys[-1] + b"\0"
+
+    def _scan_part(self, prefix: bytes, first: bytes, skip: Skip) -> list[bytes]:
+        """Some keys of a scan, from the key ``first`` on."""
+        keys: list[bytes] = []
         with (
             self._reported(),
             self._environment.begin() as transaction,
             transaction.cursor() as cursor,
         ):
-            found = cursor.set_range(prefix)
-            while found and (key := cursor.key()).startswith(prefix):
+            found = cursor.set_range(first)
+            while found and len(keys) < _SCANNED and (key := cursor.key()).startswith(prefix):
                 if (wanted := skip(key)) > key:
                     found = cursor.set_range(wanted)
                 else:
-                    yield key
+                    keys.append(key)
                     found = cursor.next()
+        return keys
 
     def delete(self, keys: Sequence[bytes]) -> None:
         """See KeyValueStore."""

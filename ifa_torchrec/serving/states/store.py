@@ -242,9 +242,10 @@ class StateStore:
         self._update([*tombstones, *heads], of_the_others)
 
     def apart(self, users: Sequence[int | str]) -> list[list[int]]:
-        """The places of users, those together who may be in one transaction: all, but in a cluster."""
+        """The places of users, those together who may be in one transaction: all, but in a cluster.
+        Nothing of nobody."""
         tags = self.key_values.tags
-        if len(tags) == 1:
+        if len(tags) == 1 and users:
             return [list(range(len(users)))]
         places: dict[bytes, list[int]] = {}
         for n, user in enumerate(users):

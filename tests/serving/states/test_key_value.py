@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import random
 import re
@@ -17,6 +18,7 @@ from threading import Event, Thread
 import lmdb
 import pytest
 import redis
+from helpers import until
 
 from ifa_torchrec.serving import StateError, StoreError, open_key_value_store
 from ifa_torchrec.serving.states.lmdb_store import _LARGEST_MAP
@@ -79,22 +81,45 @@ def test_two_processes_lose_no_update(address):
     store.close()
 
 
+def test_a_scan_beside_writes_gives_each_key_once_and_keeps_no_page(tmp_path):
+    """What is rewritten meanwhile takes the place of what it was, or the file would grow with each."""
+    store = open_key_value_store(str(tmp_path))
+    keys = [b"k%05d" % n for n in range(5000)]
+    store.update([], lambda found: dict.fromkeys(keys, b"x"))
+    seen, file = [], tmp_path / "data.mdb"
+    for n, key in enumerate(store.scan(b"k")):
+        seen.append(key)
+        if n % 50 == 0:  # 100 times a quarter of a megabyte
+            store.update(
+                [], lambda found, n=n: {b"a%02d" % i: bytes([n % 256]) * 4000 for i in range(64)}
+            )
+    assert seen == keys
+    assert file.stat().st_size < 12 << 20
+    store.close()
+
+
 def test_a_read_is_of_one_moment(key_values, address):
     done = Event()
     # LMDB is opened once a process; its threads may share it
     other = open_key_value_store(address) if address.startswith("unix") else key_values
 
     def write() -> None:
-        for n in range(300):
+        for n in itertools.takewhile(lambda _: not done.is_set(), itertools.count()):
             other.update([], lambda found, n=n: {b"a": b"%d" % n, b"b": b"%d" % n})
-        done.set()
 
     writer = Thread(target=write)
     writer.start()
-    while not done.is_set():
-        a, b = key_values.read([b"a", b"b"])
-        assert a == b
-    writer.join()
+    seen: set[bytes | None] = set()
+    try:
+        end = time.monotonic() + 60
+        while len(seen) < 100 and time.monotonic() < end:
+            a, b = key_values.read([b"a", b"b"])
+            assert a == b
+            seen.add(a)
+    finally:
+        done.set()
+        writer.join()
+    assert len(seen) == 100
 
 
 def test_a_server_that_is_gone_is_reported_as_the_stores_failure(tmp_path):
@@ -102,8 +127,7 @@ def test_a_server_that_is_gone_is_reported_as_the_stores_failure(tmp_path):
     socket = str(tmp_path / "socket")
     options = ["--port", "0", "--unixsocket", socket, "--save", "", "--dir", str(tmp_path)]
     server = subprocess.Popen([program, *options], stdout=subprocess.DEVNULL)
-    while not Path(socket).exists():
-        time.sleep(0.05)
+    until(Path(socket).exists)
     store = open_key_value_store(f"unix://{socket}")
     server.kill()
     server.wait()
