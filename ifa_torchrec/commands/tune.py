@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import sys
 import typing
@@ -26,7 +27,7 @@ import tyro
 from ifa_torchrec.commands.command_line import result_as_json
 from ifa_torchrec.data.remote import full_name
 from ifa_torchrec.distributed import checkpoint, init_process_group
-from ifa_torchrec.errors import ConfigError, DivergedError, require, writing
+from ifa_torchrec.errors import ConfigError, DivergedError, UserError, require, writing
 from ifa_torchrec.training.options import TrainConfig, from_json, to_json
 from ifa_torchrec.training.trainer import train
 from ifa_torchrec.training.validations import LAST, gain
@@ -75,14 +76,18 @@ def space_of(text: str) -> tuple[str, list[str] | tuple[float, float]]:
     """
     name, _, values = text.partition("=")
     name = name.strip().removeprefix("--").replace("-", "_")
-    kind_of(name)
+    whole = kind_of(name) in (int, int | None)
     low, dots, high = values.partition("..")
+    if not dots and all(values.split(",")):
+        return name, values.split(",")
+    bounds = math.nan, math.nan
     with suppress(ValueError):
-        if dots and float(low) < float(high):
-            return name, (float(low), float(high))
-    if dots or not all(values.split(",")):
+        bounds = float(low), float(high)
+    if not -math.inf < bounds[0] < bounds[1] < math.inf:
         raise ConfigError(f"--search {text}: give NAME=LOW..HIGH, with LOW below HIGH, or NAME=A,B,C")
-    return name, values.split(",")
+    if whole and not all(bound.is_integer() for bound in bounds):
+        raise ConfigError(f"--search {text}: it is a whole number; give bounds that are")
+    return name, bounds
 
 
 def kind_of(name: str) -> Any:
@@ -129,8 +134,8 @@ def tune(config: TuneConfig) -> dict[str, Any]:
         reached; "options", those that were searched. Also in OUT/best.json.
 
     Raises:
-        ConfigError: the log has not what the trials are judged by, an option cannot have a value, or OUT
-            holds a search of other options.
+        ConfigError: the log has not what the trials are judged by, or OUT holds a search of other
+            options.
         CheckpointError: another search or training has OUT.
         DivergedError: no trial came to an end.
         PlaceError: OUT cannot be written.
@@ -168,15 +173,19 @@ def tune(config: TuneConfig) -> dict[str, Any]:
         while len(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))) < config.trials:
             trial = study.ask()
             value = _reached(config, trial, metric)
-            if value is None:
+            if isinstance(value, UserError):
                 study.tell(trial, state=TrialState.PRUNED)
+                said = "diverged" if isinstance(value, DivergedError) else f"cannot be trained: {value}"
             else:
                 trial.set_user_attr("value", value)
                 study.tell(trial, gain(metric, value))
-            said = "diverged" if value is None else f"{metric} {value:.4f}"
+                said = f"{metric} {value:.4f}"
             print(f"trial {trial.number}: {said}, {trial.params}", file=sys.stderr)
         if not study.get_trials(states=(TrialState.COMPLETE,)):
-            raise DivergedError(f"{out}: all trials diverged; search lower learning rates")
+            raise DivergedError(
+                f"{out}: no trial came to its end, and its line says why; where they diverged, search "
+                "lower learning rates"
+            )
         best = study.best_trial
         result = {"trial": best.number, "out": str(_folder(config, best.number)), "metric": metric}
         result |= {"value": best.user_attrs["value"], "options": best.params}
@@ -201,23 +210,29 @@ def _check_same(study: Any, config: TuneConfig, metric: str) -> None:
     study.set_user_attr("options", now)
 
 
-def _reached(config: TuneConfig, trial: Any, metric: str) -> float | None:
-    """What a trial's best step reaches; None if its loss was not finite."""
+def _reached(config: TuneConfig, trial: Any, metric: str) -> float | UserError:
+    """What a trial's best step reaches; or why it has none: its values do not go together, or its loss
+    was not finite."""
     folder = _folder(config, trial.number)
     shutil.rmtree(folder, ignore_errors=True)
     base = dataclasses.replace(config.train, out=folder, keep_best=metric, resume=False)
+    chosen: dict[str, Any] = {}
     for name, values in map(space_of, config.search):
         if isinstance(values, list):
-            value = trial.suggest_categorical(name, values)
+            chosen[name] = trial.suggest_categorical(name, values)
         elif kind_of(name) in (int, int | None):
-            value = trial.suggest_int(name, *map(round, values), log=values[0] > 0)
+            chosen[name] = trial.suggest_int(name, *map(round, values), log=values[0] > 0)
         else:
-            value = trial.suggest_float(name, *values, log=values[0] > 0)
-        base = with_option(base, name, value)
+            chosen[name] = trial.suggest_float(name, *values, log=values[0] > 0)
+    try:
+        for name, value in chosen.items():
+            base = with_option(base, name, value)
+    except ConfigError as error:
+        return error
     try:
         return train(base)[f"valid_{metric}"]
-    except DivergedError:
-        return None
+    except DivergedError as error:
+        return error
 
 
 def _folder(config: TuneConfig, number: int) -> Path:

@@ -118,6 +118,16 @@ def test_a_trial_that_diverges_is_none(config: TuneConfig, tried: list[TrainConf
     assert tune(config)["out"] == str(tried[3].out)
 
 
+def test_values_that_do_not_go_together_are_no_trial(
+    config: TuneConfig, tried: list[TrainConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A search would be at its end with them: they would come again at every start."""
+    tune(dataclasses.replace(config, trials=8, search=("ifa.num-heads=1,3", "dropout=0,0.1,0.2,0.3")))
+    said = capsys.readouterr().err.splitlines()
+    wrong = [line for line in said if "cannot be trained: IFAConfig: embedding_dim 8" in line]
+    assert wrong and tried and len(wrong) + len(tried) == len(said) == 8
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -126,6 +136,8 @@ def test_a_trial_that_diverges_is_none(config: TuneConfig, tried: list[TrainConf
         ("dropout", "give NAME=LOW..HIGH"),
         ("dropout=0.3..0.1", "LOW below HIGH"),
         ("dropout=a..b", "give NAME=LOW..HIGH"),
+        ("dropout=0..inf", "give NAME=LOW..HIGH"),
+        ("epochs=0.4..5", "epochs=0.4..5: it is a whole number"),
     ],
 )
 def test_what_cannot_be_searched(text: str, message: str) -> None:
