@@ -267,7 +267,8 @@ class CandidateArch(nn.Module):
     def _gates(self, features: RankingFeatures) -> dict[str, Tensor]:
         """The interaction's argument history_gates [N, G], if there are gates."""
         keys, sequences = self.config.history_keys, features.sequence_features
-        columns = [sequences[keys[name]].values().to(torch.int64) for name in self.config.gates]
+        gates = () if self.sequence_interaction is None else self.sequence_interaction.config.gates
+        columns = [sequences[keys[name]].values().to(torch.int64) for name in gates]
         return {"history_gates": torch.stack(columns, dim=1)} if columns else {}
 
     def _items(self, lookups: Lookups, features: RankingFeatures, *sides: str) -> Tensor | None:
@@ -439,9 +440,11 @@ class RelationArch(nn.Module):
 def _check_interaction(interaction: SequenceInteraction, config: DLRM_IFAConfig) -> None:
     dim, wanted = interaction.config.embedding_dim, config.ifa.embedding_dim
     unknown = set(interaction.id_features) - set(config.item_names)
-    if dim != wanted or unknown or config.interaction == "none":
+    gates, events = interaction.config.gates, config.event_features
+    if dim != wanted or unknown or set(gates) - set(events) or config.interaction == "none":
         raise ConfigError(
-            f"{type(interaction).__name__}: it is of width {dim} and compares "
-            f"{interaction.id_features}; the configuration's width is {wanted}, its item_features "
-            f"{config.item_names}, and its interaction {config.interaction!r} must not be 'none'"
+            f"{type(interaction).__name__}: it is of width {dim}, compares {interaction.id_features}, "
+            f"and its gates are {list(gates)}; the configuration's width is {wanted}, its item_features "
+            f"{config.item_names}, its event_features {list(events)}, and its interaction "
+            f"{config.interaction!r} must not be 'none'"
         )

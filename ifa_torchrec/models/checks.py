@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ifa_torchrec.batch import RankingFeatures
 from ifa_torchrec.models.config import DLRM_IFAConfig
+from ifa_torchrec.ops.jagged import checkable
 
 HISTORY, CANDIDATES = "history", "candidates"
 """The sides of a batch: its histories with their ages, and its candidates with their requests."""
@@ -105,7 +106,7 @@ def _check_items(features: RankingFeatures, name: str, rows: int, items: int | N
     if value is None:
         raise ValueError(f"batch: {name} is None, but the model describes items; give their rows")
     _check_integers(name, value, rows)
-    if _readable(value) and len(value) and not 0 <= int(value.min()) <= int(value.max()) < items:
+    if checkable(value) and len(value) and not 0 <= int(value.min()) <= int(value.max()) < items:
         wrong = value[(value < 0) | (value >= items)][0]
         raise ValueError(f"batch: {name} has {int(wrong)}, there are items 0 to {items - 1}")
 
@@ -125,7 +126,7 @@ def _check_lengths(features: RankingFeatures, keys: Iterable[str], rows: int, of
     """Whether all these features have the lengths of the first."""
     sequences = features.sequence_features
     first, *others = keys
-    if not _readable(sequences.values()):
+    if not checkable(sequences.values()):
         return
     lengths = sequences[first].lengths()
     for name in others:
@@ -133,7 +134,3 @@ def _check_lengths(features: RankingFeatures, keys: Iterable[str], rows: int, of
             raise ValueError(f"batch: {name} and {first} have different lengths")
     if int(lengths.sum()) != rows:
         raise ValueError(f"batch: {of} has {rows} rows, but {first} has {int(lengths.sum())} values")
-
-
-def _readable(values: Tensor) -> bool:
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()

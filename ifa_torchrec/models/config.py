@@ -155,12 +155,16 @@ class DLRM_IFAConfig:
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"DLRM_IFAConfig: dropout must be 0 to below 1, got {self.dropout}")
         numbers = {f"item_vectors[{name!r}]": width for name, width in self.item_vectors.items()}
-        numbers |= {"num_tasks": self.num_tasks}
+        numbers |= {"num_tasks": self.num_tasks, "recent_length": self.recent_length}
         least = dict.fromkeys(numbers, 1) | dict.fromkeys(_COLUMNS.values(), 0)
         for name, bound in least.items():
             value: Any = numbers[name] if name in numbers else getattr(self, name)
             if not isinstance(value, int) or value < bound:
                 raise ConfigError(f"DLRM_IFAConfig: {name} must be {bound} or more, got {value!r}")
+        for name in ("dense_arch_layer_sizes", "over_arch_layer_sizes"):
+            sizes: Any = getattr(self, name)
+            if not all(isinstance(size, int) and size > 0 for size in sizes):
+                raise ConfigError(f"DLRM_IFAConfig: {name} must be positive sizes, got {sizes!r}")
         for name, scales in self.scales.items():
             if name not in _COLUMNS:
                 raise ConfigError(f"DLRM_IFAConfig: scales of {name!r}; there are {list(_COLUMNS)}")

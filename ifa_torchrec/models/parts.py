@@ -13,6 +13,7 @@ from torchrec.models.dlrm import DenseArch, InteractionArch
 
 from ifa_torchrec.batch import RankingFeatures, Scale
 from ifa_torchrec.models.config import DLRM_IFAConfig
+from ifa_torchrec.ops.jagged import checkable
 
 
 class PairInteractionArch(InteractionArch):
@@ -93,8 +94,7 @@ class NumberArch(nn.Module):
         return torch.where(missing, self.missing, ((scaled - mean) / deviation).to(self.missing.dtype))
 
     def _check(self, numbers: Tensor, logarithmic: Tensor) -> None:
-        # on a GPU, and in a compiled graph, looking at values would wait for the device
-        if numbers.device.type != "cpu" or torch.compiler.is_compiling():
+        if not checkable(numbers):
             return
         wrong = (numbers <= -1) & logarithmic
         if bool(wrong.any()):

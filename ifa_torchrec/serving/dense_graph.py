@@ -57,8 +57,8 @@ class DenseGraph(nn.Module):
 
     def __init__(self, model: DLRM_IFA, schema: LogSchema) -> None:
         super().__init__()
-        self.config = config = model.config
-        plain = dataclasses.replace(model.candidate_arch.ifa.config, backend="reference")
+        self.config = config = graph_config(model)
+        plain = dataclasses.replace(config.ifa, backend="reference")
         context = len(schema.context_features) + len(schema.context_lists)
         self.candidate_arch = CandidateArch(config, context, InteractionFidelityAttention(plain))
         self.set_arch = SetArch(
@@ -135,6 +135,29 @@ class DenseGraph(nn.Module):
             length_per_key=[m] * features,
             offset_per_key=[m * i for i in range(features + 1)],
         )
+
+
+def graph_config(model: DLRM_IFA) -> DLRM_IFAConfig:
+    """A model's configuration as its graphs have it: ``ifa`` is that of its interaction, which need not
+    be the one that the model's configuration names.
+
+    Raises:
+        ConfigError: the model has no user state.
+
+    Example:
+        >>> from torchrec import EmbeddingCollection, EmbeddingConfig
+        >>> from ifa_torchrec import (
+        ...     DLRM_IFA, DLRM_IFAConfig, IFAConfig, InteractionFidelityAttention)
+        >>> from ifa_torchrec.serving.dense_graph import graph_config
+        >>> tables = EmbeddingCollection(tables=[EmbeddingConfig(
+        ...     name="item", embedding_dim=8, num_embeddings=100,
+        ...     feature_names=["history_item", "candidate_item"])])
+        >>> config = DLRM_IFAConfig(("item",), ifa=IFAConfig(8, num_heads=2))
+        >>> own = InteractionFidelityAttention(IFAConfig(8, num_heads=4))
+        >>> graph_config(DLRM_IFA(None, tables, config, own)).ifa.num_heads
+        4
+    """
+    return dataclasses.replace(model.config, ifa=model.candidate_arch.ifa.config)
 
 
 def _inputs(config: DLRM_IFAConfig, schema: LogSchema) -> tuple[GraphTensor, ...]:

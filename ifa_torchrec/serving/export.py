@@ -21,7 +21,7 @@ from ifa_torchrec.data import LogSchema
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.models.config import DLRM_IFAConfig
 from ifa_torchrec.models.taken import TakenArch
-from ifa_torchrec.serving.dense_graph import DenseGraph, number_tensors, state_tensors
+from ifa_torchrec.serving.dense_graph import DenseGraph, graph_config, number_tensors, state_tensors
 from ifa_torchrec.serving.errors import StateError
 from ifa_torchrec.serving.graph_tensors import GraphTensor, columns_of, examples_of
 from ifa_torchrec.serving.plain_tables import PlainPooledArch, plain_tables
@@ -42,7 +42,7 @@ class ScoringGraph(nn.Module):
         schema: the event log's, which names the features.
 
     Raises:
-        ValueError: the model has no user state.
+        ConfigError: the model has no user state.
         StateError: its tables are of another type, or of managed collisions.
 
     Attributes:
@@ -69,7 +69,7 @@ class ScoringGraph(nn.Module):
 
     def __init__(self, model: DLRM_IFA, schema: LogSchema) -> None:
         super().__init__()
-        config = model.config
+        config = graph_config(model)
         if model.sequence_arch.managed:
             raise StateError("tables of managed collisions cannot be exported; serve them with Scorer")
         self.config, self.schema = config, schema
@@ -226,11 +226,11 @@ def describe(model: DLRM_IFA, schema: LogSchema, version: str, vocabulary: str) 
         >>> about["inputs"][0]
         {'name': 'candidate_ids', 'shape': ('M', 1), 'dtype': 'int64', 'columns': ('item',)}
     """
-    config = model.config.ifa
+    config = graph_config(model)
     tasks = list(schema.tasks)
-    inputs, outputs = _inputs(model.config, schema), [columns_of("logits", tasks, "float32", "M")]
-    if model.config.candidate_set.generate:
-        outputs += related_tensors(model.config)
+    inputs, outputs = _inputs(config, schema), [columns_of("logits", tasks, "float32", "M")]
+    if config.candidate_set.generate:
+        outputs += related_tensors(config)
     lists = {n: "ids in a list, 0 or more" for i in inputs for n in i.shape if str(n).startswith("L_")}
     sizes = {"M": "candidates, 1 or more", "U": "rows of the identity tables, 0 or more", **lists}
     tables = (schema.item_features, schema.candidate_features, schema.context_features)
@@ -244,15 +244,15 @@ def describe(model: DLRM_IFA, schema: LogSchema, version: str, vocabulary: str) 
         "layout": "each input contiguous, the last dimension's entries beside each other, on the CPU; a "
         "part of a larger tensor must be copied",
         "outputs": [dataclasses.asdict(given) for given in outputs],
-        "tasks": [dataclasses.asdict(task) for task in model.config.tasks],
+        "tasks": [dataclasses.asdict(task) for task in config.tasks],
         "scores": "a binary task's logit is the log odds; a regression's number is scale.mean + "
         "scale.deviation * logit, and expm1 of that where scale.log",
         "table_rows": {name: rows for table in tables for name, rows in table.items()},
         "candidate_set": _candidate_set(model),
         "missing": "a number that is missing is NaN; an id that is unknown, or new, is row 0",
         "identity": {
-            "features": list(config.identity_features),
-            "buckets": config.num_identity_buckets,
+            "features": list(config.ifa.identity_features),
+            "buckets": config.ifa.num_identity_buckets,
             "key": "place in features * buckets + id mod buckets; ascending in identity_key. Id 0 is "
             "unknown and has no row; the item's ids are candidate_item_ids",
         },

@@ -32,6 +32,7 @@ from ifa_torchrec.modules import (
     CandidateSetLossConfig,
     DINAttention,
     InteractionConfig,
+    InteractionFidelityAttention,
     MeanPooling,
 )
 from ifa_torchrec.modules.candidate_set import TakenSample
@@ -852,6 +853,13 @@ class TestErrors:
             DLRM_IFA(None, tables, DLRM_IFAConfig(("item",), ifa=make_ifa()))
         # which is what "none" wants
         DLRM_IFA(None, tables, DLRM_IFAConfig(("item",), ifa=make_ifa(), interaction="none"))
+
+    def test_an_own_interaction_that_the_configuration_does_not_feed(self) -> None:
+        config = DLRM_IFAConfig(tuple(ITEM_FEATURES), ifa=make_ifa())
+        for known in ({"gates": {"act": 3}}, {"identity_features": ("brand",)}):
+            own = InteractionFidelityAttention(IFAConfig(DIM, num_heads=2, **known))
+            with pytest.raises(ConfigError, match=r"InteractionFidelityAttention: .*'(act|brand)'"):
+                DLRM_IFA(None, make_tables(), config, own)
 
 
 class TestBadBatch:

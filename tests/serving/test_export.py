@@ -19,7 +19,13 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torchrec import EmbeddingCollection, EmbeddingConfig, JaggedTensor, KeyedJaggedTensor
 
-from ifa_torchrec import DLRM_IFA, DLRM_IFAConfig, IFAConfig, generate_set
+from ifa_torchrec import (
+    DLRM_IFA,
+    DLRM_IFAConfig,
+    IFAConfig,
+    InteractionFidelityAttention,
+    generate_set,
+)
 from ifa_torchrec.__main__ import main
 from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.commands.export import ExportConfig, export
@@ -27,8 +33,8 @@ from ifa_torchrec.data import EventLog, LogSchema, RankingDataset
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules import CandidateSetConfig
 from ifa_torchrec.serving import ScoringGraph, StateError, export_scorer, quantize_tables
-from ifa_torchrec.serving.compiled import FILE, CompiledDense
-from ifa_torchrec.serving.export import package_scorer
+from ifa_torchrec.serving.compiled import DENSE_FILE, CompiledDense
+from ifa_torchrec.serving.export import describe, package_scorer
 from ifa_torchrec.serving.set_graph import GraphTensor, export_set_graph
 from ifa_torchrec.training.options import TrainConfig
 from ifa_torchrec.training.run import Run, load_run
@@ -351,8 +357,8 @@ def test_what_cannot_be_exported_is_refused(model: Callable[[], DLRM_IFA], messa
 @pytest.mark.slow
 def test_without_out_the_dense_part_is_compiled_into_the_run(run: Run) -> None:
     about = export(ExportConfig(run.config.out))
-    assert (about["files"], about["runtime"]) == ([FILE], "AOTInductor")
-    CompiledDense(run.dlrm, run.log.schema, run.log.items, run.config.out / FILE)
+    assert (about["files"], about["runtime"]) == ([DENSE_FILE], "AOTInductor")
+    CompiledDense(run.dlrm, run.log.schema, run.log.items, run.config.out / DENSE_FILE)
 
 
 def test_what_is_of_the_graph_alone_needs_its_name() -> None:
@@ -403,23 +409,29 @@ def test_the_softmax_read_out_is_of_any_number_of_candidates(
     identity: tuple[str, ...], width: int
 ) -> None:
     """What `ifa train` trains unless told otherwise."""
-    tables = EmbeddingCollection(
-        tables=[EmbeddingConfig(100, 8, "item", feature_names=["history_item", "candidate_item"])]
-    )
     ifa = TrainConfig(Path("log"), Path("run")).ifa
     given = {"identity_features": identity, "identity_head_dim": width}
     ifa = dataclasses.replace(ifa, embedding_dim=8, **given)
-    schema = LogSchema(item_features={"item": 100})
-    model = DLRM_IFA(None, tables, DLRM_IFAConfig(("item",), ifa=ifa)).eval()
-    graph, exported = ScoringGraph(model, schema), export_scorer(model, schema).module()
-    for m in (1, 2, 40):
-        sizes = {"M": m, "U": 5}
-        inputs = []
-        for given in graph.inputs:
-            shape = [sizes[n] if isinstance(n, str) else n for n in given.shape]
-            inputs.append(
-                torch.arange(math.prod(shape)).view(shape) % 90
-                if given.dtype == "int64"
-                else torch.rand(shape)
-            )
-        torch.testing.assert_close(exported(*inputs), graph(*inputs))
+    assert ifa.readout == "softmax"
+    model = randomised(model_of_one_feature(ifa=ifa)).eval()
+    exported = export_scorer(model, ONE_FEATURE).module()
+    for events, m in ((0, 1), (1, 2), (7, 1), (300, 40)):
+        batch = items_alone(events, m, seed=m)
+        given = inputs(model, ONE_FEATURE, batch)
+        torch.testing.assert_close(exported(*given.values()), model(batch), atol=1e-5, rtol=1e-4)
+
+
+def test_a_graph_is_of_the_models_own_interaction() -> None:
+    """Which may be another than its configuration names."""
+    ifa = IFAConfig(8, num_heads=4, identity_features=("item",), readout="softmax")
+    tables = model_of_one_feature().sequence_arch.embedding_collection
+    config = DLRM_IFAConfig(("item",), ifa=IFAConfig(8, num_heads=2))
+    model = DLRM_IFA(None, tables, config, InteractionFidelityAttention(ifa))
+    exported = export_scorer(randomised(model).eval(), ONE_FEATURE).module()
+    batch = items_alone(9, 3, seed=1)
+    given = inputs(model, ONE_FEATURE, batch)
+    torch.testing.assert_close(exported(*given.values()), model(batch), atol=1e-5, rtol=1e-4)
+    described = {one["name"]: one for one in describe(model, ONE_FEATURE, "weights", "0a")["inputs"]}
+    for name, tensor in given.items():
+        for size, wanted in zip(tensor.shape, described[name]["shape"], strict=True):
+            assert isinstance(wanted, str) or size == wanted
