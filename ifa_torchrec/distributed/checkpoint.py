@@ -18,7 +18,7 @@ import re
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -244,12 +244,21 @@ def load(
                 warnings.warn(f"{damage}; trying another", stacklevel=2)
         else:
             _load(path, progress, model, optimizer, config, grow)
-            if optimizer is not None and dist.get_rank() == 0:
-                for path in damaged:  # else they would be the latest again once training passes them
-                    with writing(path):
-                        path.rename(path.with_name(f"damaged-{path.name}"))
+            if optimizer is not None:  # else they would be the latest again once training passes them
+                _on_rank_0(lambda: _put_aside(damaged), None)
             return progress
     raise CheckpointError(f"{folder}: no checkpoint here; train first")
+
+
+def _put_aside(damaged: Sequence[Path]) -> None:
+    """Rename checkpoints to damaged-STEP; to damaged-STEP-2 and so on where that is there already."""
+    for path in damaged:
+        number, aside = 1, path.with_name(f"damaged-{path.name}")
+        while aside.exists():
+            number += 1
+            aside = path.with_name(f"damaged-{path.name}-{number}")
+        with writing(path):
+            path.rename(aside)
 
 
 def _check(path: Path) -> dict[str, Any]:

@@ -573,7 +573,8 @@ class TestKilled:
         assert died.returncode == 1 and "SIGKILL" in died.stderr
         assert "no checkpoint here; starting" in died.stderr
         last = folder / "step-000000006" / "progress.json"
-        assert ended - last.stat().st_mtime < 30
+        # one that waited for the rank that is gone would take minutes
+        assert ended - last.stat().st_mtime < 120
 
         line = ["--max-restarts", "1", killed.__file__, "train", *command_line_of(config)]
         done = torchrun(*line, KILL="writing 1 9")
@@ -693,11 +694,14 @@ class TestDamage:
         with pytest.warns(UserWarning, match="step-000000012 is damaged"):
             load_run(run.whole.out)  # to score: changes nothing
         assert names_in(folder) == ["step-000000009", "step-000000012"]
+        (folder / "damaged-step-000000012").mkdir()
+        (folder / "damaged-step-000000012" / "of before").touch()
         with pytest.warns(UserWarning, match="step-000000012 is damaged"):
             result = train(dataclasses.replace(run.whole, resume=True, max_requests=32))
         assert result["steps"] < 12
         assert names_in(folder) == [
             "damaged-step-000000012",
+            "damaged-step-000000012-2",
             "step-000000009",
             f"step-{result['steps']:09d}",
         ]
