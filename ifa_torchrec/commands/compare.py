@@ -19,7 +19,7 @@ import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ifa_torchrec.errors import ConfigError, require, writing
-from ifa_torchrec.training.validations import FILE, LAST
+from ifa_torchrec.training.validations import LAST, VALIDATIONS_FILE
 
 _LOSS, _SMOOTH = "train/loss", 5  # the loss is a mean of ten steps, of which five are shown as one
 
@@ -100,7 +100,7 @@ def _names(runs: tuple[Path, ...]) -> dict[Path, str]:
 
 def _validations(run: Path) -> dict[str, Any]:
     """What is in RUN/validations.json; nothing where there is none."""
-    file = run / FILE
+    file = run / VALIDATIONS_FILE
     if not file.exists():
         return {"metric": LAST, "best": None, "validations": []}
     try:

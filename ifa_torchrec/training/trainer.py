@@ -45,7 +45,7 @@ from ifa_torchrec.training.progress import progress_bar
 from ifa_torchrec.training.run import check_log, inputs_of
 from ifa_torchrec.training.scoring import measure, predict_own
 from ifa_torchrec.training.touched import touched_rows
-from ifa_torchrec.training.validations import FILE, LAST, Fitted, Validations, flat
+from ifa_torchrec.training.validations import LAST, VALIDATIONS_FILE, Fitted, Validations, flat
 
 _REPORT_EVERY = 10  # steps
 
@@ -320,7 +320,7 @@ class Trainer:
         if self.rank == 0:
             shutil.rmtree(self.config.out / "vocabulary", ignore_errors=True)
             with writing(self.config.out):
-                (self.config.out / FILE).unlink(missing_ok=True)
+                (self.config.out / VALIDATIONS_FILE).unlink(missing_ok=True)
                 self.log.vocabulary.save(self.config.out)
 
     def _forward(self, batch: Any) -> tuple[torch.Tensor, Any]:

@@ -21,7 +21,7 @@ from ifa_torchrec.training.scoring import measure
 
 LAST = "last"
 """In place of a metric's name: the last checkpoint counts, whatever was measured."""
-FILE = "validations.json"
+VALIDATIONS_FILE = "validations.json"
 Fitted = Mapping[str, Sequence[float]]
 """Scale and shift of the logits, by the name of the task."""
 _SMALLER_IS_BETTER = ("ne", "mae", "rmse")
@@ -63,7 +63,11 @@ class Validations:
         """Those that were kept, up to the step ``last``: a run that goes on makes the others again.
         Called by all ranks."""
         kept = [v for v in _read(folder)["validations"] if v["step"] <= last]
-        metrics, fitted = ({v["step"]: v[part] for v in kept} for part in ("metrics", "calibration"))
+        fitted = {v["step"]: v["calibration"] for v in kept}
+        metrics = {
+            v["step"]: {name: math.nan if of is None else of for name, of in v["metrics"].items()}
+            for v in kept
+        }
         return cls(folder, metric, metrics, fitted)
 
     def write(self) -> None:
@@ -73,11 +77,16 @@ class Validations:
             PlaceError: the folder cannot be written.
         """
         kept = [
-            {"step": step, "metrics": metrics, "calibration": self.fitted.get(step, {})}
+            {
+                "step": step,
+                # JSON has no NaN: the GAUC of no request that has one is null
+                "metrics": {name: None if math.isnan(of) else of for name, of in metrics.items()},
+                "calibration": self.fitted.get(step, {}),
+            }
             for step, metrics in self.by_step.items()
         ]
-        text = json.dumps({"metric": self.metric, "best": self.best, "validations": kept}, indent=2)
-        write_whole(self.folder / FILE, text)
+        content = {"metric": self.metric, "best": self.best, "validations": kept}
+        write_whole(self.folder / VALIDATIONS_FILE, json.dumps(content, indent=2, allow_nan=False))
 
     @property
     def best(self) -> int | None:
@@ -141,7 +150,7 @@ def _read(folder: Path) -> dict[str, Any]:
     kept: list[dict[str, Any]] = [{"best": None, "validations": []}]
     if dist.get_rank() == 0:
         with suppress(OSError, ValueError, LookupError, TypeError):
-            content = json.loads((folder / FILE).read_text())
+            content = json.loads((folder / VALIDATIONS_FILE).read_text())
             kept = [{"best": content["best"], "validations": list(content["validations"])}]
     dist.broadcast_object_list(kept)
     return kept[0]
