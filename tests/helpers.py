@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -27,6 +28,14 @@ def offsets_of(lengths: Sequence[int]) -> Tensor:
 
 def jagged(values: Tensor, lengths: Sequence[int], weights: Tensor | None = None) -> JaggedTensor:
     return JaggedTensor(values, lengths=torch.tensor(lengths, dtype=torch.int64), weights=weights)
+
+
+def until(condition: Callable[[], Any], seconds: float = 60) -> None:
+    """Wait for it; of a busy machine, too."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.02)
 
 
 @dataclass

@@ -17,12 +17,14 @@ import tyro
 from ifa_torchrec.__main__ import main
 from ifa_torchrec.commands.build_states import BuildStatesConfig
 from ifa_torchrec.commands.compare import CompareConfig
+from ifa_torchrec.commands.data import AnySource
 from ifa_torchrec.commands.evaluate import EvaluateConfig
 from ifa_torchrec.commands.explain import ExplainConfig
 from ifa_torchrec.commands.export import ExportConfig
 from ifa_torchrec.commands.serve import ServeConfig
 from ifa_torchrec.commands.states import StatesConfig
 from ifa_torchrec.commands.train import TrainCommand
+from ifa_torchrec.commands.tune import TuneConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -30,6 +32,10 @@ PAGES = [
     "docs/concepts.md",
     *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs" / "howto").glob("*.md")),
 ]
+EXAMPLES, LAUNCH = (
+    sorted(str(page.relative_to(ROOT)) for page in ROOT.glob(pattern))
+    for pattern in ("examples/*/README.md", "docs/launch/*.md")
+)
 OPTIONS = {
     "train": TrainCommand,
     "evaluate": EvaluateConfig,
@@ -39,6 +45,8 @@ OPTIONS = {
     "states": StatesConfig,
     "serve": ServeConfig,
     "export": ExportConfig,
+    "tune": TuneConfig,
+    "data": AnySource,
 }
 
 
@@ -78,9 +86,9 @@ def folder(tmp_path_factory) -> Path:
 
 
 def is_run(name: str, arguments: list[str]) -> bool:
-    """Whether a printed command is run here: not a server, which does not end; nor what compiles for a
-    minute, which tests/serving has."""
-    return name in OPTIONS and name != "serve" and "--package" not in arguments
+    """Whether a printed command is run here: not a server, which does not end; nor what is of files that
+    are not here; nor what compiles for a minute, which tests/serving has."""
+    return name in OPTIONS.keys() - {"serve", "data", "tune"} and "--package" not in arguments
 
 
 @pytest.mark.slow
@@ -114,9 +122,15 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
         run_python("README.md", line, text, names)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/launch/one_machine.md", *PAGES])
-def test_a_printed_command_has_options_that_there_are(page):
+def printed(page: str) -> list[list[str]]:
+    """The commands on a page whose options can be looked up."""
     text = "".join(text for language, _, text in blocks(page) if language != "python")
-    for name, *arguments in commands(text):
-        if name in OPTIONS:
-            tyro.cli(OPTIONS[name], args=arguments)
+    return [command for command in commands(text) if command[0] in OPTIONS]
+
+
+@pytest.mark.parametrize(
+    "page", filter(printed, ["README.md", "CONTRIBUTING.md", *EXAMPLES, *LAUNCH, *PAGES])
+)
+def test_a_printed_command_has_options_that_there_are(page):
+    for name, *arguments in printed(page):
+        tyro.cli(OPTIONS[name], args=arguments)

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from helpers import until
 
 from ifa_torchrec.data import EventBudgetSampler, EventLog, RankingDataset, make_loader
 from ifa_torchrec.data.loader import AHEAD, THREADS, BatchLoader, _InTurn
@@ -55,7 +56,8 @@ def test_no_more_are_made_ahead_than_may_be() -> None:
     dataset = Dataset()
     batches = iter(loader(dataset, 100))
     assert list(islice(batches, 3)) == [0, 1, 2]
-    time.sleep(0.2)
+    until(lambda: len(dataset.made) == 3 + AHEAD)
+    time.sleep(0.2)  # for one more, if it were made
     assert sorted(dataset.made) == list(range(3 + AHEAD)) and len(threads()) <= 1 + THREADS
     batches.close()
     assert not threads() and len(dataset.made) <= 3 + AHEAD

@@ -219,7 +219,7 @@ def failed(request) -> list[tuple[dict[str, tuple[str, float]], list[int]]]:
 )
 def test_all_ranks_end_with_the_reason_and_the_rank_that_had_it(case, first, words, failed):
     messages, seconds = zip(*(found[case] for found, _ in failed), strict=True)
-    assert max(seconds) < 20
+    assert max(seconds) < 120
     assert len(set(messages)) == 1
     assert all(word in messages[0] for word in words), messages[0]
     if first is not None:
@@ -355,7 +355,7 @@ def test_two_billion_rows_on_64_gpus_are_planned_without_a_process_group():
     start = time.perf_counter()
     with mock.patch("torch.distributed.distributed_c10d._get_default_group", none):
         plan = plan_of(model, gpus(64, 16 * GB), batch=batch)
-    assert time.perf_counter() - start < 30
+    assert time.perf_counter() - start < 120
     assert plan.keys() == {"item_table", "category_table", "store_table", "weekday_table"}
     held = bytes_a_device(plan, 64)
     assert sum(held) >= 4 * 65 * 2 * 10**9

@@ -63,6 +63,7 @@ SHOP_IFA = IFAConfig(
     identity_buckets=64,
     identity_half_lives=(math.inf, 3.0),
     gates={"action": 4},
+    readout="softmax",  # as `ifa train` has it
 )
 START = pd.Timestamp(2024, 1, 1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+from helpers import until
 
 from ifa_torchrec.serving.batching import Batcher, ClosedError
 
@@ -18,17 +19,16 @@ def test_after_close_nothing_is_taken_and_what_waited_is_done():
 
     def wait(items: list[int]) -> list[int]:
         begun.set()
-        free.wait()
+        assert free.wait(60)
         return items
 
     batcher = Batcher(capacity=10)
     futures = batcher.submit(wait, [0], [1.0])
-    begun.wait()
+    assert begun.wait(60)
     futures += batcher.submit(same, [1, 2], [1.0, 1.0])
     closing = threading.Thread(target=batcher.close)
     closing.start()
-    while not batcher._closed:
-        pass
+    until(lambda: batcher._closed)
     with pytest.raises(ClosedError, match="it takes nothing any more"):
         batcher.submit(same, [3], [1.0])
     free.set()
@@ -55,11 +55,11 @@ def test_work_that_ends_the_thread_or_loses_a_result_fails_and_the_next_is_done(
 
         def wait(items: list[int]) -> list[int]:
             begun.set()
-            free.wait()
+            assert free.wait(60)
             return items
 
         batcher.submit(wait, [0], [1.0])
-        begun.wait()  # so that the two come together
+        assert begun.wait(60)  # so that the two come together
         futures = batcher.submit(work, [1, 2], [0.1, 0.1])
         after = batcher.submit(same, [3], [0.1])
         free.set()

@@ -1,4 +1,4 @@
-"""Served scores are the trained model's: 1,000 real requests, from states that grew event by event."""
+"""Served scores are the trained model's: 1,000 real requests, from states that grew in between."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ IFA = IFAConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def run(real_log, tmp_path_factory) -> Run:
+OPTIONS = {
+    "as ifa train has it": {},
+    "linear read-out, values, relations": {"ifa": IFA, "candidate_set": CandidateSetConfig("softmax")},
+}
+
+
+@pytest.fixture(scope="module", params=OPTIONS)
+def run(request, real_log, tmp_path_factory) -> Run:
     """A model of real purchases, trained a little so that its weights are no one's start."""
     folder = tmp_path_factory.mktemp("parity")
-    config = TrainConfig(
-        real_log.path,
-        folder / "run",
-        ifa=IFA,
-        candidate_set=CandidateSetConfig("softmax"),
-        validate=False,
-    )
+    config = TrainConfig(real_log.path, folder / "run", validate=False, **OPTIONS[request.param])
     train(config)
     return load_run(config.out, sharded=False)
 

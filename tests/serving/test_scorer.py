@@ -156,7 +156,7 @@ def test_times_of_another_unit_are_refused_and_leave_the_state_as_it_was(run, tm
     scorer = opened(run, tmp_path, None)
     now = time.time_ns() // 1000
     before = scorer.score([RankingRequest(1, [1, 2, 3], now)])[0]
-    for event in (Event(0, 1, 2, now * 1000), Event(0, 1, 2, now + 61_000_000)):
+    for event in (Event(0, 1, 2, now * 1000), Event(0, 1, 2, now + 600_000_000)):
         cause = r"here; .*nanoseconds\?" if event.time > 2 * now else "here$"
         (result,) = scorer.append([event])
         assert result.status == "refused"

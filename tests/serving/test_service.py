@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -30,6 +30,7 @@ import pytest
 import schemathesis
 import torch
 from fastapi.testclient import TestClient
+from helpers import until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis.specs.openapi.checks import positive_data_acceptance
@@ -144,13 +145,6 @@ def statuses(answer: httpx.Response) -> list[str]:
 
 def changed(whole: dict, **fields: Any) -> dict:
     return {**whole, **fields}
-
-
-def until(condition: Callable[[], Any], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.05)
 
 
 @contextmanager
@@ -665,6 +659,7 @@ def test_a_call_that_finds_no_place_or_no_time_is_told_what_to_do(models, key_va
             assert "may still be added; send them again, each counts once" in slow.json()["error"]
             answer = rank(client, REQUEST, REQUEST)
             assert answer.status_code == 429 and answer.headers["Retry-After"] == "1"
+        live.limits = dataclasses.replace(limits, timeout=60)
         assert statuses(append(client, EVENT)) == ["taken"]
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import until
 from test_service_security import QUESTIONS, TOKEN, Stub
 
 from ifa_torchrec.commands.serve import ServeConfig, _Server
@@ -41,6 +42,7 @@ class Stubs:
     def load(self) -> str:
         weights = (self.folder / "weights").read_text()
         if weights == "slow":
+            (self.folder / "loading").touch()
             time.sleep(3600)
         return weights
 
@@ -135,13 +137,6 @@ def alive(pid: int) -> bool:
         return False
 
 
-def until(condition: Callable[[], Any], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.02)
-
-
 @pytest.mark.slow
 def test_one_that_dies_is_replaced_and_what_they_count_is_added_up(tmp_path):
     with running(tmp_path) as service:
@@ -168,10 +163,10 @@ def test_one_that_dies_is_replaced_and_what_they_count_is_added_up(tmp_path):
 
 
 @pytest.mark.slow
-def test_new_weights_replace_one_after_the_other_and_bad_ones_none(tmp_path):
+def test_new_weights_replace_all_and_bad_ones_none(tmp_path):
     with running(tmp_path) as service:
         service.reload("bad")
-        time.sleep(0.5)
+        until(lambda: service.reloads() == {"failed": 1})
         assert {version.split()[0] for version in service.versions()} == {"first"}
         service.reload("second")
         until(lambda: (tmp_path / "afterwards").exists())
@@ -197,7 +192,7 @@ def test_what_follows_a_reload_is_tried_again_and_its_failure_counts(tmp_path):
 def test_it_can_be_stopped_while_it_loads(tmp_path):
     with running(tmp_path) as service:
         service.reload("slow")
-        time.sleep(0.5)
+        until((tmp_path / "loading").exists)
         assert {version.split()[0] for version in service.versions()} == {"first"}
         os.kill(service.pid, signal.SIGTERM)
         until(lambda: service.ended() is not None, seconds=20)

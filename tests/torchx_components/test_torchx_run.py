@@ -130,4 +130,4 @@ def test_a_failed_job_fails_torchx_and_the_log_says_why(tmp_path):
     assert "error: no such log: no such event log" in job.log
     assert "Job finished: FAILED" in job.log
     assert job.attempts == 1
-    assert time.monotonic() - start < 90
+    assert time.monotonic() - start < 300
