@@ -10,6 +10,7 @@ each user's scores from the state are compared with those of the same model on t
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import os
 import selectors
@@ -48,7 +49,7 @@ from ifa_torchrec.serving import (
     StateStore,
     open_key_value_store,
 )
-from ifa_torchrec.serving.compiled import FILE, CompiledDense
+from ifa_torchrec.serving.compiled import DENSE_FILE, CompiledDense
 from ifa_torchrec.serving.states.layout import Keys
 from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.options import TrainConfig
@@ -71,6 +72,12 @@ SERVICES: dict[str, tuple[str, ...]] = {
 HOST, PORT = "127.0.0.1", 8765
 SEARCHED = 50
 """Events of a candidate's category that SIM attends to."""
+_TURN = 20
+"""Requests that a cell is asked before the next one."""
+_APPENDED = (1, 64)
+"""Events of an append."""
+Cell = tuple[int, int]
+"""The events of the user's history, and the candidates of a request or the events of an append."""
 
 
 @dataclass(frozen=True)
@@ -210,16 +217,27 @@ def check(scorer: System, raw: RawHistories, requests: Sequence[RankingRequest])
     return worst
 
 
-def timed(calls: dict[str, Callable[[int], object]], options: Options) -> dict[str, list[float]]:
-    """Milliseconds of each call, the systems by turns; a slow one is called less often."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for n in range(options.requests):
-        for name, call in calls.items():
-            if sum(times[name]) > 1000 * options.seconds:
-                continue
-            start = time.perf_counter()
-            call(n)
-            times[name].append(1000 * (time.perf_counter() - start))
+def timed(
+    cells: dict[Cell, dict[str, Callable[[int], object]]], options: Options
+) -> dict[tuple[Cell, str], list[float]]:
+    """Milliseconds of each system in each cell; a slow one is called less often.
+
+    The systems of a cell take turns, and so do the cells, a few requests at a time: a slow minute of the
+    machine is then no cell's own.
+    """
+    times: dict[tuple[Cell, str], list[float]] = {
+        (cell, name): [] for cell, calls in cells.items() for name in calls
+    }
+    for first in range(0, options.requests, _TURN):
+        for cell, calls in cells.items():
+            for n in range(first, min(first + _TURN, options.requests)):
+                for name, call in calls.items():
+                    mine = times[cell, name]
+                    if sum(mine) > 1000 * options.seconds:
+                        continue
+                    start = time.perf_counter()
+                    call(n)
+                    mine.append(1000 * (time.perf_counter() - start))
     return times
 
 
@@ -322,18 +340,18 @@ def requests_of(n: int, m: int, count: int = 20) -> list[RankingRequest]:
 
 def measure_systems(systems: dict[str, System], options: Options) -> pd.DataFrame:
     """Milliseconds of each system for each history length and number of candidates."""
+    cells: dict[Cell, dict[str, Callable[[int], object]]] = {}
+    for cell in itertools.product(options.histories, options.candidates):
+        asked = requests_of(*cell)
+        systems[IFA].score(asked[:1])  # its pages come into memory
+        cells[cell] = {
+            name: lambda i, system=system, asked=asked: system.score([asked[i % len(asked)]])
+            for name, system in systems.items()
+        }
     rows = []
-    for n in options.histories:
-        for m in options.candidates:
-            asked = requests_of(n, m)
-            systems[IFA].score(asked[:1])  # its pages come into memory
-            calls = {
-                name: lambda i, system=system, asked=asked: system.score([asked[i % len(asked)]])
-                for name, system in systems.items()
-            }
-            for name, times in timed(calls, options).items():
-                rows.append({"n": n, "m": m, "system": name, "times": times})
-                print(f"{n:,} events, {m:,} candidates, {name}: {p50_p99(times)} ms", flush=True)
+    for ((n, m), name), times in timed(cells, options).items():
+        rows.append({"n": n, "m": m, "system": name, "times": times})
+        print(f"{n:,} events, {m:,} candidates, {name}: {p50_p99(times)} ms", flush=True)
     return pd.DataFrame(rows)
 
 
@@ -350,12 +368,14 @@ def measure_appends(scorer: Scorer, options: Options) -> pd.DataFrame:
     """What an append costs to a state of each history length, and what that takes before it."""
     rng, position, rows = np.random.default_rng(2), scorer.store.positions[0], []
     every_key = np.arange(scorer.store.layout.identity_key_range)
+    cells: dict[Cell, dict[str, Callable[[int], object]]] = {}
     for n in options.histories:
         row = {"events": f"{n:,}"}
         state, _ = scorer.store.read([n], [NOW], [every_key])
         row["identity rows"] = f"{len(state.identity_key):,}"
         row["bytes an event"] = f"{state_bytes(scorer.store, n) / n:,.1f}"
-        for batch in (1, 64):
+        rows.append(row)
+        for batch in _APPENDED:
             items = draw(rng, options.requests * batch).reshape(-1, batch).tolist()
 
             def append(i: int, n=n, items=items) -> None:
@@ -364,24 +384,25 @@ def measure_appends(scorer: Scorer, options: Options) -> pd.DataFrame:
                 position += len(events)
                 assert {result.status for result in scorer.append(events)} == {"taken"}
 
-            row[f"append {batch}, ms"] = p50_p99(timed({"": append}, options)[""])
-        rows.append(row)
+            cells[n, batch] = {"": append}
+    times = timed(cells, options)
+    for n, row in zip(options.histories, rows, strict=True):
+        row |= {f"append {batch}, ms": p50_p99(times[(n, batch), ""]) for batch in _APPENDED}
     return pd.DataFrame(rows)
 
 
-def measure_latency(server: Server, options: Options) -> dict[tuple[int, int], list[float]]:
+def measure_latency(server: Server, options: Options) -> dict[Cell, list[float]]:
     """Milliseconds of POST /rank over one connection, by length of the history and candidates."""
-    times = {}
-    for m in options.candidates:
-        for n in options.histories:
-            bodies = [body_of(request) for request in requests_of(n, m)]
-            connection = server.connection()
+    connection = server.connection()
+    cells: dict[Cell, dict[str, Callable[[int], object]]] = {}
+    for cell in itertools.product(options.histories, options.candidates):
+        bodies = [body_of(request) for request in requests_of(*cell)]
 
-            def rank(i: int, bodies=bodies, connection=connection) -> bytes:
-                return server.send("POST", "/rank", bodies[i % len(bodies)], connection)
+        def rank(i: int, bodies=bodies) -> bytes:
+            return server.send("POST", "/rank", bodies[i % len(bodies)], connection)
 
-            times[n, m] = timed({"": rank}, options)[""]
-    return times
+        cells[cell] = {"": rank}
+    return {cell: times for (cell, _), times in timed(cells, options).items()}
 
 
 def measure_saturation(server: Server, options: Options) -> list[float]:
@@ -429,7 +450,7 @@ def main() -> None:
         )
         store = StateStore(states, run.version)
         scorer = Scorer(run.dlrm, log, store)
-        dense = CompiledDense(run.dlrm, log.schema, log.items, folder / "run" / FILE)
+        dense = CompiledDense(run.dlrm, log.schema, log.items, folder / "run" / DENSE_FILE)
         compiled = Scorer(run.dlrm, log, store, compiled=dense)
         histories = RawHistories(run.dlrm, log, raw, by_category=False)
         asked = [requests_of(n, 50, 1)[0] for n in options.histories]
@@ -445,7 +466,7 @@ def main() -> None:
         )
         appends = measure_appends(scorer, options)
         states.close()  # the service opens it
-        over_http: dict[tuple[int, int], list[float]] = {}
+        over_http: dict[Cell, list[float]] = {}
         saturated = pd.DataFrame({"candidates": [f"{m:,}" for m in options.candidates]})
         for name, further in SERVICES.items():
             server = Server(folder / "run", folder / "states", folder / "serve.log", further)
