@@ -88,10 +88,11 @@ def require(extra: str, *modules: str) -> None:
         >>> from ifa_torchrec.errors import require
         >>> require("train", "torch", "no_such_module")
         Traceback (most recent call last):
-        ModuleNotFoundError: no_such_module is not installed; pip install 'ifa-torchrec[train]' brings it
+        ModuleNotFoundError: no_such_module is not installed; uv pip install 'ifa-torchrec[train]' brings it
     """
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise ModuleNotFoundError(
-                f"{module} is not installed; pip install 'ifa-torchrec[{extra}]' brings it", name=module
+                f"{module} is not installed; uv pip install 'ifa-torchrec[{extra}]' brings it",
+                name=module,
             )

@@ -45,6 +45,8 @@ class ExplainConfig:
     `demo`."""
 
     def __post_init__(self) -> None:
+        if self.events < 1:
+            raise ConfigError(f"--events must be at least 1, got {self.events}")
         if self.picture is not None and self.picture.suffix.lower() not in (".png", ".svg", ".pdf"):
             raise ConfigError(f"--picture {self.picture}: its name must end in .png, .svg or .pdf")
 

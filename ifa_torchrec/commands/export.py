@@ -38,7 +38,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from ifa_torchrec.errors import ConfigError, writing
 from ifa_torchrec.serving import export_scorer, quantize_tables
-from ifa_torchrec.serving.compiled import FILE, check_weights, compile_dense
+from ifa_torchrec.serving.compiled import DENSE_FILE, check_weights, compile_dense
 from ifa_torchrec.serving.export import describe, package_scorer
 from ifa_torchrec.serving.set_graph import export_set_graph
 from ifa_torchrec.training.bundle import write_bundle
@@ -90,7 +90,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     """
     if config.bundle is not None:
         run = load_run(config.run, sharded=False)
-        compiled = [file for file in [config.run / FILE] if file.exists()]
+        compiled = [file for file in [config.run / DENSE_FILE] if file.exists()]
         for file in compiled:  # of the best step until now, perhaps
             check_weights(run.dlrm, run.log.schema, file)
         return write_bundle(run, config.bundle, compiled)
@@ -103,8 +103,8 @@ def export(config: ExportConfig) -> dict[str, Any]:
             ) from error
     run = load_run(config.run, sharded=False)
     if config.out is None:
-        _write(partial(compile_dense, run.dlrm, run.log.schema), config.run / FILE)
-        return {"files": [FILE], "runtime": "AOTInductor", "torch": torch.__version__}
+        _write(partial(compile_dense, run.dlrm, run.log.schema), config.run / DENSE_FILE)
+        return {"files": [DENSE_FILE], "runtime": "AOTInductor", "torch": torch.__version__}
     model = quantize_tables(run.dlrm) if config.int8 else run.dlrm
     programs = {config.out: export_scorer(model, run.log.schema)}
     if model.config.candidate_set.generate:

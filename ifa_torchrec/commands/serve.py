@@ -53,7 +53,7 @@ from ifa_torchrec.serving import (
     open_key_value_store,
     quantize_tables,
 )
-from ifa_torchrec.serving.compiled import FILE, CompiledDense
+from ifa_torchrec.serving.compiled import DENSE_FILE, CompiledDense
 from ifa_torchrec.serving.live import Limits, LiveScorer, Metrics
 from ifa_torchrec.serving.service import create_app
 from ifa_torchrec.serving.service.connections import Connection
@@ -200,7 +200,7 @@ def _load(config: ServeConfig) -> _Loaded:
     model = quantize_tables(run.dlrm) if config.int8 else run.dlrm
     compiled = None
     if config.compiled:
-        compiled = CompiledDense(model, run.log.schema, run.log.items, folder / FILE)
+        compiled = CompiledDense(model, run.log.schema, run.log.items, folder / DENSE_FILE)
     build = None
     if config.lazy:
         if isinstance(run, Bundle):

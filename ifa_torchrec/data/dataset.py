@@ -23,6 +23,7 @@ from ifa_torchrec.data.batches import (
 )
 from ifa_torchrec.data.event_log import EventLog
 from ifa_torchrec.data.histories import Histories
+from ifa_torchrec.data.parts import ODD
 from ifa_torchrec.data.sampler import EMPTY_REQUEST
 from ifa_torchrec.data.schema import (
     CANDIDATES,
@@ -37,7 +38,6 @@ from ifa_torchrec.errors import ConfigError
 
 HISTORY, CANDIDATE = "history_", "candidate_"
 MICROSECONDS_PER_DAY = 86_400_000_000
-_ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
 class RankingDataset(Dataset[RankingBatch]):
@@ -236,7 +236,7 @@ class RankingDataset(Dataset[RankingBatch]):
             # by its number in the whole split, so that it is drawn alike on any number of ranks
             number = (index + self._before).astype(np.uint64)
             request = np.repeat(_mixed(number + key), lengths)
-            drawn = _mixed(request + items.astype(np.uint64) * _ODD)
+            drawn = _mixed(request + items.astype(np.uint64) * np.uint64(ODD))
             out[drawn < int(self._unknown_items * 2**64)] = 0
 
     def _items(self, history: np.ndarray, candidates: np.ndarray) -> dict[str, Any]:

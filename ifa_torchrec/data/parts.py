@@ -26,7 +26,7 @@ from ifa_torchrec.data.schema import LogError
 
 MOST = 1 << 10
 """Parts of a log at most."""
-_ODD = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio, so that users in a row are spread evenly
+ODD = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio, so that users in a row are spread evenly
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def part_of(users: np.ndarray, parts: int) -> np.ndarray:
         >>> part_of(np.arange(1, 9), 4).tolist()
         [1, 2, 0, 1, 3, 0, 2, 3]
     """
-    mixed = users.astype(np.uint64) * np.uint64(_ODD)  # modulo 2^64
+    mixed = users.astype(np.uint64) * np.uint64(ODD)  # modulo 2^64
     return ((mixed >> np.uint64(32)) % np.uint64(parts)).astype(np.int64)
 
 
@@ -79,8 +79,8 @@ def part_in_sql(user: str, parts: int) -> str:
     low_bits = (1 << 32) - 1
     low, high = f"({user}::UBIGINT & {low_bits})", f"({user}::UBIGINT >> 32)"
     # the product modulo 2^64, of halves, since DuckDB refuses one that does not fit
-    carried = f"({low} * {_ODD & low_bits} >> 32)"
-    crossed = f"({low} * {_ODD >> 32} & {low_bits}) + ({high} * {_ODD & low_bits} & {low_bits})"
+    carried = f"({low} * {ODD & low_bits} >> 32)"
+    crossed = f"({low} * {ODD >> 32} & {low_bits}) + ({high} * {ODD & low_bits} & {low_bits})"
     return f"CAST(({carried} + {crossed} & {low_bits}) % {parts} AS INTEGER)"
 
 

@@ -167,11 +167,12 @@ class RemoteLog:
                 while block := _read(stream, place):
                     digest.update(block)
                     read += file.write(block)
-            if read != size or (part is not None and digest.hexdigest() != part.sha256):
-                told = "its SHA-256 is another" if read == size else f"{read} bytes came of {size}"
+            if read != size:
+                raise LogError(f"{place}: {read} of {size} bytes came; is it written meanwhile?")
+            if part is not None and digest.hexdigest() != part.sha256:
                 raise LogError(
-                    f"{place}: not the part that the log was written with, {told}; copy that there, or "
-                    "write the log again"
+                    f"{place}: not the part that the log was written with, its SHA-256 is another; copy "
+                    "that there, or write the log again"
                 )
             draft.replace(path)
         except BaseException:

@@ -30,7 +30,7 @@ ExternalId = str | int
 """What the world calls a user, an item or a value."""
 
 _UNLISTED = ("hashed", "withheld")
-_HASH_DIGITS = 15  # of MD5's hexadecimals: an int64 holds them
+HASH_DIGITS = 15  # of MD5's hexadecimals: an int64 holds them
 _LEAST, _MOST = -(2**63), 2**63 - 1
 _AT_ONCE = 10_000
 """Ids that are made Python objects in one call, which stops all other threads."""
@@ -54,7 +54,7 @@ def hash_row(identifier: ExternalId, rows: int) -> int:
     if rows < 2:
         raise ValueError(f"rows must be at least 2, got {rows}")
     digest = hashlib.md5(str(identifier).encode()).hexdigest()
-    return 1 + int(digest[:_HASH_DIGITS], 16) % (rows - 1)
+    return 1 + int(digest[:HASH_DIGITS], 16) % (rows - 1)
 
 
 @dataclass(frozen=True)

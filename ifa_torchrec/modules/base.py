@@ -170,8 +170,18 @@ class SequenceInteraction(nn.Module):
     def dense_heads(
         self, candidates: JaggedTensor, history: History, candidate_ids: Tensor | None, /
     ) -> tuple[Tensor, Tensor | None]:
-        """Outputs [M, H, d] and masses [M, H] of the dense heads; None is allowed for the latter
-        where the config asks for no masses."""
+        """What the dense heads answer to each candidate; the one thing that an interaction must have.
+
+        Args:
+            candidates: B sets with M rows of width D.
+            history: History of B requests, N events of width D, checked. Events of weight 0 stand in it
+                as well: ``history.present()`` leaves them out.
+            candidate_ids: [M, K] integers, where identity features compare items; else None.
+
+        Returns:
+            Outputs [M, H, d], and masses [M, H]; None is allowed for the latter where the config asks
+            for no masses.
+        """
         raise NotImplementedError
 
     def heads(self, projection: nn.Linear) -> Tensor:

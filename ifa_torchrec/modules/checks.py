@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
+from ifa_torchrec.ops.jagged import checkable
+
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -20,7 +22,7 @@ def check_tokens(tokens: JaggedTensor, dim: int, name: str) -> None:
         raise ValueError(f"{name}: values must be [rows, {dim}], got {list(values.shape)}")
     if not values.is_floating_point():
         raise ValueError(f"{name}: values must be floating point, got {values.dtype}")
-    if _readable(values):
+    if checkable(values):
         total = int(tokens.offsets()[-1])
         if total != len(values):
             raise ValueError(f"{name}: lengths sum to {total}, but there are {len(values)} rows")
@@ -44,7 +46,7 @@ def check_weights(tokens: JaggedTensor, name: str) -> None:
         )
     if weights.device != values.device:
         raise ValueError(f"{name}: weights are on {weights.device}, the values on {values.device}")
-    if _readable(values):
+    if checkable(values):
         good = (weights >= 0) & weights.isfinite()
         if not bool(good.all()):
             event = int((~good).nonzero()[0])
@@ -62,7 +64,7 @@ def check_ages(age: Tensor | None, history: JaggedTensor) -> None:
         raise ValueError(f"history_age must be numbers, got {age.dtype}")
     if age.device != values.device:
         raise ValueError(f"history_age is on {age.device}, the tokens on {values.device}")
-    if _readable(values) and not bool((age >= 0).all()):
+    if checkable(values) and not bool((age >= 0).all()):
         event = int((~(age >= 0)).nonzero()[0])
         raise ValueError(
             f"history_age: event {event} has a negative age or NaN; an event after the request "
@@ -93,7 +95,7 @@ def check_gates(ids: Tensor | None, gates: Mapping[str, int], history: JaggedTen
             "or give no history_gates"
         )
     check_ids(ids, tuple(gates), history, "history_gates")
-    if ids is None or not _readable(history.values()):
+    if ids is None or not checkable(history.values()):
         return
     bad = (ids < 0) | (ids >= torch.tensor([*gates.values()], device=ids.device))
     if bool(bad.any()):
@@ -103,8 +105,3 @@ def check_gates(ids: Tensor | None, gates: Mapping[str, int], history: JaggedTen
             f"history_gates: event {event} has {name} {int(ids[event, column])}; the gate {name!r} has "
             f"values 0 to {values - 1}"
         )
-
-
-def _readable(values: Tensor) -> bool:
-    """On a GPU, and in a compiled graph, looking at values would wait for the device."""
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -63,9 +63,17 @@ class IdentityHeads(nn.Module):
     def forward(
         self, candidates: JaggedTensor, history: History, candidate_ids: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Outputs [M, K * L, d] and matched weights [M, K * L], by joining ids; d: identity_width.
+        """Join the candidates' ids with those of their history's events.
 
         Nothing of the size of the buckets is built.
+
+        Args:
+            candidates: B sets with M rows of width D.
+            history: History of B requests, with ids [N, K].
+            candidate_ids: [M, K] integers.
+
+        Returns:
+            Outputs [M, K * L, d] with d = identity_width, and matched weights [M, K * L].
         """
         outputs, matched, buckets = [], [], self.config.num_identity_buckets
         rates = decay_rates(self.config.identity_head_half_lives, history.tokens)
@@ -133,7 +141,12 @@ class IdentityHeads(nn.Module):
     def attend(
         self, candidates: JaggedTensor, state: UserState, candidate_ids: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Outputs [M, K * L, d] and matched weights [M, K * L], read from the state's tables."""
+        """What ``forward`` gives, read from the state's tables in place of the history.
+
+        Args:
+            candidates, candidate_ids: as ``forward``'s.
+            state: UserState of B requests.
+        """
         offsets, key, values, weights = state.identity_tables()
         key_range = self.config.identity_key_range
         there = request_of_row(offsets, key.shape[0]) * key_range + key

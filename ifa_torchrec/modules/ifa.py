@@ -213,6 +213,13 @@ class InteractionFidelityAttention(SequenceInteraction):
         For explanation and for tests: it is the quadratic form, O(n m) a request; give it the
         candidates that you ask about.
 
+        Args:
+            candidates, history, history_age, history_ids, candidate_ids, history_gates: as
+                ``forward``'s.
+
+        Raises:
+            ValueError: as ``forward``.
+
         Returns:
             For each request, [m, n, H + K * L]: the weights with which a head (the dense ones,
             then the identity heads) averages the events' values. They sum to 1 over the events

@@ -8,6 +8,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from ifa_torchrec.ops.autocast import as_autocast
 from ifa_torchrec.ops.feature_maps import FEATURE_MAPS
+from ifa_torchrec.ops.jagged import checkable
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 _INTEGERS = (
@@ -101,7 +102,7 @@ def check_offsets(name: str, offsets: Tensor, rows: int) -> None:
     Raises:
         ValueError: they do not rise from 0 to ``rows``.
     """
-    if torch.compiler.is_compiling() or offsets.device.type != "cpu" or type(offsets) is not Tensor:
+    if not checkable(offsets) or type(offsets) is not Tensor:
         return
     bounds = offsets.numpy()  # for a few numbers ten times as fast as tensors
     if bounds[0] != 0 or bounds[-1] != rows or (bounds[1:] < bounds[:-1]).any():

@@ -18,6 +18,19 @@ def looks(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
+def checkable(x: Tensor) -> bool:
+    """Whether values may be looked at to check them: on a GPU, and in a compiled graph, that would wait
+    for the device.
+
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec.ops.jagged import checkable
+        >>> checkable(torch.zeros(1)), checkable(torch.zeros(1, device="meta"))
+        (True, False)
+    """
+    return looks(x) and not torch.compiler.is_compiling()
+
+
 def request_of_row(offsets: Tensor, rows: int | None = None) -> Tensor:
     """The request that each row belongs to.
 

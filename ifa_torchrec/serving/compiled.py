@@ -33,7 +33,7 @@ from ifa_torchrec.serving.plain_tables import PlainPooledArch, plain_tables
 
 _Loader: Any = AOTIModelPackageLoader  # its types lack what is called
 _REMEDY = "compile it anew (ifa export --run RUN)"
-FILE = "dense.pt2"
+DENSE_FILE = "dense.pt2"
 """The compiled dense part in a run's folder."""
 
 

@@ -39,7 +39,7 @@ from ifa_torchrec.training.options import OPTIONS, options_text, read_options
 from ifa_torchrec.training.run import Run
 
 FORMAT = "ifa-bundle/3"
-FILE = "bundle.json"
+BUNDLE_FILE = "bundle.json"
 _SCHEMA, _WEIGHTS, _ITEMS = "schema.json", "weights.pt", "items"
 _REMEDY = "copy the whole bundle anew, or write another (ifa export --run RUN --bundle DIR)"
 
@@ -67,7 +67,7 @@ def is_bundle(folder: Path) -> bool:
         >>> is_bundle(Path(tempfile.mkdtemp()))
         False
     """
-    return (folder / FILE).exists()
+    return (folder / BUNDLE_FILE).exists()
 
 
 def write_bundle(run: Run, folder: Path, beside: Sequence[Path] = ()) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def write_bundle(run: Run, folder: Path, beside: Sequence[Path] = ()) -> dict[st
                 shutil.copyfile(file, draft / file.name)
             said = {"format": FORMAT, "version": run.version, "files": _files(draft)}
             said = {**said, "digest": _digest(said)}
-            (draft / FILE).write_text(json.dumps(said, indent=2))
+            (draft / BUNDLE_FILE).write_text(json.dumps(said, indent=2))
             draft.rename(folder)
     return said
 
@@ -148,7 +148,7 @@ def read_bundle(folder: Path) -> Bundle:
 
 def _checked(folder: Path) -> dict[str, Any]:
     """What bundle.json says, where it holds for the folder."""
-    file = folder / FILE
+    file = folder / BUNDLE_FILE
     try:
         said = json.loads(file.read_text())
         if said["format"] != FORMAT:
@@ -157,7 +157,7 @@ def _checked(folder: Path) -> dict[str, Any]:
             raise BundleError(f"{file} is not what was written; {_REMEDY}")
         written, found = said["files"], _names(folder)
     except FileNotFoundError as error:
-        raise BundleError(f"{folder}: no bundle here ({FILE} is missing); {_REMEDY}") from error
+        raise BundleError(f"{folder}: no bundle here ({BUNDLE_FILE} is missing); {_REMEDY}") from error
     except BundleError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -177,7 +177,7 @@ def _checked(folder: Path) -> dict[str, Any]:
 def _names(folder: Path) -> set[str]:
     """The files of a bundle, as ``bundle.json`` calls them."""
     files = [file.relative_to(folder) for file in folder.rglob("*") if not file.is_dir()]
-    return {file.as_posix() for file in files} - {FILE}
+    return {file.as_posix() for file in files} - {BUNDLE_FILE}
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:

@@ -14,13 +14,13 @@ from ifa_torchrec.data.schema import EXPOSED
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.models.calibration import calibrate
 from ifa_torchrec.modules import CandidateSetLossConfig, Task
-from ifa_torchrec.training.metrics import Total, alone
+from ifa_torchrec.training.metrics import Total, one_rank
 from ifa_torchrec.training.own import OwnRequests, own_requests
 
 _STEPS = 100  # of LBFGS, which needs about ten
 
 
-def fit(logits: Tensor, labels: Tensor, weights: Tensor, total: Total = alone) -> tuple[float, float]:
+def fit(logits: Tensor, labels: Tensor, weights: Tensor, total: Total = one_rank) -> tuple[float, float]:
     """The scale and the shift with which logits predict best: Platt's scaling.
 
     By the log loss, with one candidate's weight on the scale 1, so that labels which can be told apart

@@ -27,12 +27,12 @@ _BITS = 22  # of a score's float32, by which ranks count it: its sign, its expon
 _BLOCK = 1 << 10  # numbers that they begin with, summed up together where there is one of them
 
 
-def alone(figures: np.ndarray) -> np.ndarray:
+def one_rank(figures: np.ndarray) -> np.ndarray:
     """The Total of a rank that has all requests: what it is given."""
     return figures
 
 
-def auc(score: np.ndarray, label: np.ndarray, total: Total = alone) -> float:
+def auc(score: np.ndarray, label: np.ndarray, total: Total = one_rank) -> float:
     """Area under the ROC curve over all candidates; ties share; NaN where all labels are equal.
 
     Over several ranks scores tie whose float32 begin with the same 22 bits, which tells two apart that
@@ -59,7 +59,7 @@ def auc(score: np.ndarray, label: np.ndarray, total: Total = alone) -> float:
     return float((positives * (below + negatives / 2)).sum() / pairs) if pairs else np.nan
 
 
-def gauc(request: np.ndarray, score: np.ndarray, label: np.ndarray, total: Total = alone) -> float:
+def gauc(request: np.ndarray, score: np.ndarray, label: np.ndarray, total: Total = one_rank) -> float:
     """Mean over requests of the area under the ROC curve; NaN when no request can be ranked.
 
     Args:
@@ -94,7 +94,7 @@ def ndcg(
     score: np.ndarray,
     label: np.ndarray,
     k: int = 10,
-    total: Total = alone,
+    total: Total = one_rank,
 ) -> float:
     """Mean over requests of NDCG@k; ties share their positions; NaN when none can be ranked.
 
@@ -129,7 +129,7 @@ def recall(
     score: np.ndarray,
     label: np.ndarray,
     k: int = 10,
-    total: Total = alone,
+    total: Total = one_rank,
 ) -> float:
     """Mean over requests of the share of positives among the k best; ties share their positions.
 
@@ -161,7 +161,7 @@ def ranking_metrics(
     logit: np.ndarray,
     label: np.ndarray,
     probabilities: bool = True,
-    total: Total = alone,
+    total: Total = one_rank,
 ) -> dict[str, float]:
     """AUC, GAUC, NDCG@10, recall@10, NE and calibration of one task.
 
@@ -212,7 +212,7 @@ def ranking_metrics(
 
 
 def correlation(
-    request: np.ndarray, score: np.ndarray, label: np.ndarray, total: Total = alone
+    request: np.ndarray, score: np.ndarray, label: np.ndarray, total: Total = one_rank
 ) -> float:
     """Mean over requests of Pearson's correlation of score and label; NaN when no request can be ranked.
 
@@ -242,7 +242,7 @@ def correlation(
 
 
 def regression_metrics(
-    request: np.ndarray, prediction: np.ndarray, label: np.ndarray, total: Total = alone
+    request: np.ndarray, prediction: np.ndarray, label: np.ndarray, total: Total = one_rank
 ) -> dict[str, float]:
     """Errors of predicted numbers, and how they order each request's candidates.
 
@@ -281,7 +281,7 @@ def regression_metrics(
     }
 
 
-def why_unranked(request: np.ndarray, label: np.ndarray, total: Total = alone) -> str | None:
+def why_unranked(request: np.ndarray, label: np.ndarray, total: Total = one_rank) -> str | None:
     """Why no request can be ranked, so that GAUC, NDCG and the correlation are NaN; None where one can.
 
     Args:
@@ -307,7 +307,7 @@ def why_unranked(request: np.ndarray, label: np.ndarray, total: Total = alone) -
     return "in every request all labels are equal, so no order is better than another"
 
 
-def bins_of(score: np.ndarray, total: Total = alone) -> tuple[np.ndarray, int]:
+def bins_of(score: np.ndarray, total: Total = one_rank) -> tuple[np.ndarray, int]:
     """Where each score stands in the order of all: one place a score; over several ranks, one for its
     first 22 bits, in the blocks of such places in which any rank has a score.
 
@@ -324,7 +324,7 @@ def bins_of(score: np.ndarray, total: Total = alone) -> tuple[np.ndarray, int]:
         >>> bins_of(np.array([0.5, -1.0, 0.5]))[0].tolist()
         [1, 0, 1]
     """
-    if total is alone:
+    if total is one_rank:
         places, bins = np.unique(score, return_inverse=True)
         return bins, len(places)
     bits = (score.astype(np.float32) + np.float32(0)).view(np.uint32)  # -0 is 0
@@ -333,7 +333,7 @@ def bins_of(score: np.ndarray, total: Total = alone) -> tuple[np.ndarray, int]:
     return (np.cumsum(used) - 1)[bins // _BLOCK] * _BLOCK + bins % _BLOCK, _BLOCK * int(used.sum())
 
 
-def mean(values: np.ndarray | pd.Series, total: Total = alone) -> float:
+def mean(values: np.ndarray | pd.Series, total: Total = one_rank) -> float:
     """Over all ranks; NaN of none.
 
     Args:

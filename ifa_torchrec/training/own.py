@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from ifa_torchrec.data import EventLog, RankingDataset
 from ifa_torchrec.data.order import PartByPart
-from ifa_torchrec.training.metrics import Total, alone
+from ifa_torchrec.training.metrics import Total, one_rank
 
 
 class OwnRequests:
@@ -17,7 +17,7 @@ class OwnRequests:
     Args:
         dataset: the split.
         requests: [n] int64, their numbers.
-        total: sums over ranks; ``alone`` where these are all requests.
+        total: sums over ranks; ``one_rank`` where these are all requests.
 
     Attributes:
         rows: [m] int64, the rows of their candidates in the split's flat candidate columns.
@@ -72,7 +72,7 @@ def over_parts(log: EventLog) -> Total:
     Args:
         log: as this rank has it open.
     """
-    return alone if log.whole else over_ranks()
+    return one_rank if log.whole else over_ranks()
 
 
 def order_of(dataset: RankingDataset, seed: int | None) -> int | PartByPart | None:

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from ifa_torchrec.errors import require, writing
-from ifa_torchrec.training.metrics import Total, alone, bins_of
+from ifa_torchrec.training.metrics import Total, bins_of, one_rank
 
 _GROUPS = 10
 
 
-def reliability(logit: np.ndarray, label: np.ndarray, total: Total = alone) -> list[dict[str, float]]:
+def reliability(logit: np.ndarray, label: np.ndarray, total: Total = one_rank) -> list[dict[str, float]]:
     """Candidates in up to ten groups of equal size, by what was predicted of them.
 
     Args:

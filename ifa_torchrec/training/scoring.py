@@ -21,11 +21,11 @@ from ifa_torchrec.modules import Task, predictions, ranking_score
 from ifa_torchrec.modules.tasks import ranking_weights
 from ifa_torchrec.training.groups import by_history
 from ifa_torchrec.training.metrics import (
-    alone,
     correlation,
     gauc,
     mean,
     ndcg,
+    one_rank,
     ranking_metrics,
     recall,
     regression_metrics,
@@ -82,7 +82,7 @@ def predict_own(
         requests, logits, milliseconds = of_own(
             dataset, device, max_events, max_requests, lambda batch: model(batch)[1][1]
         )
-    total = over_ranks() if dist.get_world_size() > 1 else alone
+    total = over_ranks() if dist.get_world_size() > 1 else one_rank
     return OwnRequests(dataset, requests, total), logits, milliseconds
 
 
@@ -90,8 +90,10 @@ def predict_own(
 def _evaluating(model: nn.Module) -> Generator[None]:
     training = model.training
     model.eval()
-    yield
-    model.train(training)
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 @torch.no_grad()

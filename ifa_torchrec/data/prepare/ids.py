@@ -23,12 +23,10 @@ from ifa_torchrec.data.prepare.splits import Splits
 from ifa_torchrec.data.prepare.sql import first_row, number, quoted
 from ifa_torchrec.data.remote import RemoteLog, is_uri
 from ifa_torchrec.data.schema import USER, LogError
-from ifa_torchrec.data.vocabulary import Ids, Vocabulary
+from ifa_torchrec.data.vocabulary import HASH_DIGITS, Ids, Vocabulary
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
-
-_HASH_DIGITS = 15  # of MD5's hexadecimals: an int64 holds them
 
 
 def hash_in_sql(text: str, rows: int) -> str:
@@ -40,7 +38,7 @@ def hash_in_sql(text: str, rows: int) -> str:
         >>> duckdb.sql(f"SELECT {hash_in_sql('x', 1001)} FROM (SELECT 'a' AS x)").fetchall()
         [(363,)]
     """
-    return f"1 + CAST('0x' || md5({text})[:{_HASH_DIGITS}] AS BIGINT) % {rows - 1}"
+    return f"1 + CAST('0x' || md5({text})[:{HASH_DIGITS}] AS BIGINT) % {rows - 1}"
 
 
 def with_codes(features: Iterable[str], table: str) -> tuple[str, str]:
