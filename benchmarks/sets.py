@@ -238,7 +238,7 @@ def relations_table(options: Options, split: Split) -> pd.DataFrame:
     drawn_low, drawn_high = split.drawn(split.alone), split.drawn(split.given)
     rows = [
         {
-            "": "the truth, of who does not know what is shown",
+            "": "the truth, without knowing what is shown",
             "GAUC": f"{low:.4f}",
             "of the gap": "0.000",
             "by labels": "0.000",

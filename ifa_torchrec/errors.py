@@ -86,9 +86,9 @@ def require(extra: str, *modules: str) -> None:
 
     Example:
         >>> from ifa_torchrec.errors import require
-        >>> require("train", "torch", "no_such_module")
+        >>> require("demo", "torch", "no_module")
         Traceback (most recent call last):
-        ModuleNotFoundError: no_such_module is not installed; uv pip install 'ifa-torchrec[train]' brings it
+        ModuleNotFoundError: no_module is not installed; uv pip install 'ifa-torchrec[demo]' brings it
     """
     for module in modules:
         if importlib.util.find_spec(module) is None:

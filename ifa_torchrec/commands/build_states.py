@@ -8,7 +8,7 @@
         --unchanged-from runs/mine/monday
 
 The store is a folder, an LMDB file that the processes of one machine share, or a Redis server or
-cluster. Killed, the same line goes on where it stopped. While it runs, `ifa serve --lazy` can rank from
+cluster. Killed, the same command resumes it. While it runs, `ifa serve --lazy` can rank from
 the same store: who is asked for is built then; --warm-start DAYS takes those first who are likely to be.
 Other versions' states stay; ifa states drops them.
 """

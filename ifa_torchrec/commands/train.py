@@ -6,13 +6,13 @@
 
 Writes OUT/config.json, OUT/checkpoints/, OUT/tensorboard/ and, where the log has a split `valid`,
 OUT/validations.json, by which the best checkpoint is kept and used (--keep-best). With --resume it goes
-on from the last checkpoint, if there is one, at the request where that was written; so the same line
+on from the last checkpoint, if there is one, at the request where that was written; so the same command
 starts a run and restarts it. The number of ranks, the batches' size and the sharding may then be
 others. While it runs, no other training can write to OUT.
 
 With --follow DATA is a folder of logs, one a day, say, in the order of their names. The first is trained
 as above; each later one is measured by the run before it, then trained once, in order of time. Each has
-its run in OUT/NAME, and its row in OUT/parts.csv. The same line goes on with the logs that came since.
+its run in OUT/NAME, and its row in OUT/parts.csv. The same command takes up the logs that came since.
 """
 
 from __future__ import annotations

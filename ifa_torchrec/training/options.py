@@ -121,7 +121,7 @@ class TrainConfig:
     """Fit a temperature and a bias of each binary task on the split `valid`, if there is one, by which
     all that uses the run predicts."""
     checkpoint_every: int = 500
-    """Steps between checkpoints; there is one at the end in any case."""
+    """Steps between checkpoints; there is one at the end of each pass and with each validation, too."""
     resume: bool = False
     """Go on from the last checkpoint in OUT, if there is one."""
     seed: int = 0
