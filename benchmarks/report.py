@@ -29,9 +29,16 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit that is checked out; "-dirty" behind it where files differ from it."""
-    describe = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    return subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    """The commit that is checked out; "-dirty" behind it where files differ from it, but for the pages,
+    which benchmarks write."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)docs")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
 def measured_by(command: str | None = None) -> str:
