@@ -133,10 +133,7 @@ def main() -> None:
                 done.append(Times(**run("work", case, data)))
         profiles = {case: run("by_kind", case, data) for case in CASES}
     # the first step makes what is made once
-    step = {
-        case: float(np.median([t.steps[1:] for t in done], axis=0).mean())
-        for case, done in times.items()
-    }
+    step = {case: np.median([t.steps[1:] for t in done], axis=0).mean() for case, done in times.items()}
     speeds = {case: done[0].events / len(done[0].steps) / step[case] for case, done in times.items()}
     rows = [
         {
