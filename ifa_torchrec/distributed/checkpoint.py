@@ -441,18 +441,3 @@ def locked(folder: Path) -> Generator[None]:
     finally:
         if lock is not None:
             os.close(lock)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed torch on this rank; different ranks draw different table shards.
-
-    Example:
-        >>> import torch
-        >>> from ifa_torchrec.distributed import init_process_group
-        >>> from ifa_torchrec.distributed.checkpoint import seed_everything
-        >>> _ = init_process_group()
-        >>> seed_everything(3)
-        >>> torch.initial_seed()
-        3
-    """
-    torch.manual_seed(seed + dist.get_rank())

@@ -17,7 +17,7 @@ from ifa_torchrec.data.schema import CANDIDATES
 from ifa_torchrec.data.synthetic_truth import SetTruth
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.modules import Task, generate_set, ranking_score
-from ifa_torchrec.training.metrics import Total, alone, mean
+from ifa_torchrec.training.metrics import Total, mean, one_rank
 from ifa_torchrec.training.own import OwnRequests, counted, own_requests
 from ifa_torchrec.training.scoring import of_own
 
@@ -158,7 +158,7 @@ def rewards(
 
 
 def set_metrics(
-    request: np.ndarray, place: np.ndarray, label: np.ndarray, total: Total = alone
+    request: np.ndarray, place: np.ndarray, label: np.ndarray, total: Total = one_rank
 ) -> dict[str, float]:
     """How well sets gather the positives; means over the requests whose labels are not all equal.
 
@@ -199,7 +199,7 @@ def variety(
     place: np.ndarray,
     group: np.ndarray,
     known: np.ndarray | None = None,
-    total: Total = alone,
+    total: Total = one_rank,
 ) -> dict[str, float]:
     """How varied sets are by what groups their members.
 

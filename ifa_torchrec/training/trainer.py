@@ -132,7 +132,7 @@ class Trainer:
             seed=self._order(),
             shard=(self.rank, self.world),
         )
-        checkpoint.seed_everything(config.seed)
+        torch.manual_seed(config.seed + dist.get_rank())  # ranks draw different shards of tables
         model = build_model(self.log.schema, config, self._scales)
         self._model_config = model.config
         self.model, self.optimizer = shard(

@@ -35,7 +35,7 @@ def tried(monkeypatch) -> list[TrainConfig]:
 
     def trains(config: TrainConfig) -> dict[str, float]:
         trials.append(config)
-        heads, rate = config.ifa.num_heads, config.optimizers.dense_lr
+        heads, rate = config.ifa.num_heads, config.optimizers.dense_lr or 0.0
         if len(trials) == 2 and config.seed == 1:
             raise KeyboardInterrupt
         if config.seed == 2 and len(trials) < 4:

@@ -218,7 +218,7 @@ def load_all(configs: list[TrainConfig]) -> list[Loaded]:
     device = init_process_group()
     result = []
     for config in configs:
-        checkpoint.seed_everything(1234)
+        torch.manual_seed(1234 + dist.get_rank())
         model = DLRM_IFATrain(build_model(EventLog(config.data).schema, config))
         model, optimizer = shard(model, device, config.optimizers, config.sharding)
         before = torch.get_rng_state().numpy()

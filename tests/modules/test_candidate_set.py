@@ -408,9 +408,9 @@ class TestGenerateSet:
             generate_set(torch.zeros(12), make_tokens(), -1)
         with pytest.raises(ValueError, match="strategy must be"):
             generate_set(torch.zeros(12), make_tokens(), 1, "best")  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match=r"logits must be \[12\] numbers"):
+        with pytest.raises(ValueError, match=r"logits must be \[12\], got \[11\]"):
             generate_set(torch.zeros(11), make_tokens(), 1)
-        with pytest.raises(ValueError, match=r"logits must be \[12\] numbers"):
+        with pytest.raises(ValueError, match=r"logits\[\d+\] is NaN"):
             generate_set(torch.full((12,), math.nan), make_tokens(), 1)
 
 
