@@ -250,8 +250,17 @@ def test_inputs_of_any_layout():
 @pytest.mark.parametrize("offsets", [[0, 3, 9], [1, 3, 8], [0, 9, 8], [0, 5, 3, 8]], ids=str)
 def test_offsets_that_do_not_fit_are_refused(offsets):
     inputs = encode_inputs([5, 3], torch.float32) | {"offsets": torch.tensor(offsets)}
-    with pytest.raises(ValueError, match="offsets must rise from 0 to 8"):
-        ops.encode(*inputs.values(), "elu", "native")
+    for given in (inputs["offsets"], torch.nn.Parameter(inputs["offsets"], requires_grad=False)):
+        with pytest.raises(ValueError, match="offsets must rise from 0 to 8"):
+            ops.encode(*(inputs | {"offsets": given}).values(), "elu", "native")
+
+
+def test_a_state_whose_entries_an_int_does_not_count_is_refused():
+    wide = torch.zeros(3, 20_000, 8)
+    inputs = encode_inputs([1], torch.float32) | {"key_weight": wide, "value_weight": wide}
+    inputs |= {"history": torch.zeros(1, 8)}
+    with pytest.raises(ValueError, match=r"got \[3, 20000, 8\]"):
+        ops.encode(*inputs.values(), "hedgehog", "native")
 
 
 def test_auto_takes_native_where_it_serves_and_torch_elsewhere():

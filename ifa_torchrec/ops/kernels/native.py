@@ -34,7 +34,7 @@ from ifa_torchrec.ops.arguments import (
     JoinedArguments,
     MatchArguments,
 )
-from ifa_torchrec.ops.checks import check_offsets
+from ifa_torchrec.ops.checks import check_offset_values
 from ifa_torchrec.ops.feature_maps import FEATURE_MAPS
 
 _MAPS = {"elu": 0, "relu": 1, "hedgehog": 2}
@@ -172,14 +172,16 @@ def _tokens(tokens: Tensor) -> tuple[Tensor, int]:
 def _offsets(offsets: Tensor, rows: int) -> tuple[Tensor, int]:
     """The kernels' arguments of offsets: them, and B."""
     offsets = offsets.to("cpu", torch.int64).contiguous()
-    check_offsets("offsets", offsets, rows)
+    check_offset_values("offsets", offsets, rows)  # always: what follows reads memory by them
     return offsets, len(offsets) - 1
 
 
 def _sizes(tokens: Tensor, weight: Tensor, feature_map: str) -> tuple[int, int, int, int]:
     """The kernels' arguments of a projection [H, d, D]: D, H, d and the feature map."""
     heads, width, dim = weight.shape
-    if tokens.shape[1] != dim or (dim + 16) * heads * (width + 16) > 2**27:  # sizes are int in csrc
+    entries = (dim + 16) * heads * (width + 16)
+    state = FEATURE_MAPS[feature_map].expansion * heads * (width + 16) ** 2
+    if tokens.shape[1] != dim or entries > 2**27 or state >= 2**31:  # sizes are int in csrc
         raise ValueError(
             f"a projection [H, d, D] must have D = {tokens.shape[1]} and not 2^27 entries, got "
             f"{list(weight.shape)}"

@@ -192,10 +192,11 @@ def _sum_segments_kernel(
     ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """sums[s] = the sum of rows[order[i]] for i in bounds[s]:bounds[s + 1], always in the same order."""
-    segment = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    tiles: tl.constexpr = (STRIDE + TILE - 1) // TILE
+    segment = (tl.program_id(0) // tiles).to(tl.int64)
+    column = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
     total = tl.zeros([ROWS, TILE], dtype=tl.float32)
-    first = tl.load(bounds + segment)
+    first = tl.maximum(tl.load(bounds + segment), 0)
     end = tl.minimum(tl.load(bounds + segment + 1), length)
     for start in range(first, end, ROWS):
         row = start + tl.arange(0, ROWS)
@@ -336,7 +337,7 @@ def sum_segments(rows: Tensor, bounds: Tensor, order: Tensor | None = None) -> T
     tile = min(triton.next_power_of_2(stride), 2048 // block)
     launch(
         _sum_segments_kernel,
-        (segments, triton.cdiv(stride, tile)),
+        (segments * triton.cdiv(stride, tile),),  # one axis: others have 65,535 programs at most
         {"rows": rows, "order": bounds if order is None else order, "bounds": bounds, "sums": sums}
         | {"length": length},
         {"STRIDE": stride, "ORDERED": order is not None, "ROWS": block, "TILE": tile},

@@ -166,6 +166,11 @@ def match(given: MatchArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if len(buckets) != rows or len(candidate_offsets) != len(offsets):
         raise ValueError(f"history_buckets must be [{rows}], and candidate_offsets [{len(offsets)}]")
     ordered, order, first = _sorted_candidates(candidate_buckets, candidate_offsets)
+    if not count:  # there is no offset of a candidate for a program to read
+        token_sum, weight_sum = (
+            history.new_empty(0, rates, *of, dtype=torch.float32) for of in ([dim], [])
+        )
+        return token_sum, weight_sum, first, torch.full_like(buckets, -1)
     chunks = Chunks.of(offsets, rows)
     event_candidate = torch.empty_like(buckets)
     arguments: dict[str, Any] = {
