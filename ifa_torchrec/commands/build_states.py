@@ -112,7 +112,7 @@ def build_states(config: BuildStatesConfig) -> dict[str, float | str]:
     histories = histories_of(run.log, run.log.users, _until(config))
     store = _begin(config, run, histories)
     users = _external_users(run.log)
-    forgotten = _by_parts(lambda some: forgotten_until(store.key_values, some), users)
+    forgotten = _of_rank_0(lambda some: forgotten_until(store.key_values, some), users)
     if any(until is not None for until in forgotten):
         histories = histories_of(run.log, run.log.users, _until(config), forgotten)
     start, who = time.perf_counter(), Users(users, forgotten)
@@ -133,12 +133,17 @@ def build_states(config: BuildStatesConfig) -> dict[str, float | str]:
     }
 
 
-def _by_parts(
+def _of_rank_0(
     ask: Callable[[Sequence[int | str]], Sequence[Answer]], users: Sequence[int | str]
 ) -> list[Answer]:
-    """What ``ask`` says of each user, asked of some thousands at a time."""
-    parts = [ask(users[n : n + 10_000]) for n in range(0, len(users), 10_000)]
-    return [answer for part in parts for answer in part]
+    """What ``ask`` says of each user on rank 0, asked of some thousands at a time: ranks that looked by
+    themselves would see what others write between them, and share out other users."""
+    answers: list[list[Answer]] = [[]]
+    if dist.get_rank() == 0:
+        parts = [ask(users[n : n + 10_000]) for n in range(0, len(users), 10_000)]
+        answers = [[answer for part in parts for answer in part]]
+    dist.broadcast_object_list(answers)
+    return answers[0]
 
 
 def _begin(config: BuildStatesConfig, run: Run, histories: UserHistories) -> StateStore:
@@ -165,13 +170,9 @@ def _begin(config: BuildStatesConfig, run: Run, histories: UserHistories) -> Sta
 
 
 def _left(store: StateStore, lengths: np.ndarray, who: Users) -> np.ndarray:
-    """The users that the store has not, as rank 0 finds them: ranks share the same users, and others may
-    write some meanwhile."""
-    known = [np.zeros(0, np.bool_)]
-    if dist.get_rank() == 0:
-        known[0] = np.array(_by_parts(lambda some: store.known(some).tolist(), who.ids), np.bool_)
-    dist.broadcast_object_list(known)
-    return np.flatnonzero(~known[0] & (lengths > 0))
+    """The users that the store has not."""
+    known = np.array(_of_rank_0(lambda some: store.known(some).tolist(), who.ids), np.bool_)
+    return np.flatnonzero(~known & (lengths > 0))
 
 
 def _keep_unchanged(
