@@ -32,7 +32,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
 from ifa_torchrec.distributed.checkpoint_reader import CheckpointPlanner, CheckpointReader
-from ifa_torchrec.distributed.checkpoint_writer import Aside, CheckpointWriter
+from ifa_torchrec.distributed.checkpoint_writer import Aside, CheckpointWriter, sync, write_synced
 from ifa_torchrec.distributed.errors import CheckpointError, DamagedError
 from ifa_torchrec.distributed.rows import rows_as_unknown
 from ifa_torchrec.errors import PlaceError, writing
@@ -117,13 +117,14 @@ def write(
             shutil.rmtree(left)
 
     def publish() -> None:
-        (draft / "progress.json").write_text(json.dumps({"format": FORMAT, **progress}))
+        write_synced(draft / "progress.json", json.dumps({"format": FORMAT, **progress}))
         files = {name: value for of_rank in sums for name, value in of_rank.items()}
         files |= {name: _checksum(draft / name) for name in _SMALL}
-        (draft / "checksums.json").write_text(json.dumps(files))
+        write_synced(draft / "checksums.json", json.dumps(files))
         if final.exists():
             _delete(final)
         draft.rename(final)
+        sync(folder)  # before an older one is deleted
         for old in checkpoints(folder)[:-KEEP]:
             if step_of(old) != best:
                 _delete(old)
@@ -131,12 +132,12 @@ def write(
     sums: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
     try:
         with writing(draft):
-            _on_rank_0(prepare, group)
+            on_rank_0(prepare, group)
             writer = CheckpointWriter(draft)
             with _dcp():
                 dcp.save(state, storage_writer=writer, planner=planner, process_group=group)
             dist.all_gather_object(sums, writer.checksums, group=group)
-            _on_rank_0(publish, group)
+            on_rank_0(publish, group)
     except PlaceError:
         if dist.get_rank() == 0:
             shutil.rmtree(draft, ignore_errors=True)  # a disk may be full of it
@@ -144,7 +145,7 @@ def write(
     return final
 
 
-def _on_rank_0(work: Callable[[], None], group: dist.ProcessGroup | None) -> None:
+def on_rank_0(work: Callable[[], None], group: dist.ProcessGroup | None = None) -> None:
     """Do it on rank 0, while the others wait; what it raises there, all raise."""
     error: list[Exception | None] = [None]
     if dist.get_rank() == 0:
@@ -245,7 +246,7 @@ def load(
         else:
             _load(path, progress, model, optimizer, config, grow)
             if optimizer is not None:  # else they would be the latest again once training passes them
-                _on_rank_0(lambda: _put_aside(damaged), None)
+                on_rank_0(lambda: _put_aside(damaged))
             return progress
     raise CheckpointError(f"{folder}: no checkpoint here; train first")
 

@@ -15,6 +15,7 @@ import tyro
 
 from ifa_torchrec.data.remote import full_name, is_uri
 from ifa_torchrec.distributed import OptimizerConfig, ShardingConfig, checkpoint
+from ifa_torchrec.distributed.checkpoint_writer import write_synced
 from ifa_torchrec.errors import ConfigError, writing
 from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig, IFAConfig
 from ifa_torchrec.modules.interactions import INTERACTIONS, InteractionName
@@ -213,7 +214,7 @@ def write_whole(file: Path, text: str) -> None:
     """
     draft = file.with_name(f".{file.name}")
     with writing(file):
-        draft.write_text(text)
+        write_synced(draft, text)
         draft.rename(file)
 
 

@@ -220,8 +220,7 @@ class Trainer:
             self._saver.wait()  # a step that is measured has its checkpoint
             self._validations.by_step[self.step] = metrics
             self._validations.fitted[self.step] = fitted
-            if self.rank == 0:
-                self._validations.write()
+            checkpoint.on_rank_0(self._validations.write)
 
     def _is_enough(self) -> bool:
         """Whether it has been no better for as long as the config's patience lasts."""
@@ -264,12 +263,12 @@ class Trainer:
             self._start_anew()
         self._validations = Validations.read(config.out, config.keep_best or LAST, self.step)
         self._curves = None
+        checkpoint.on_rank_0(lambda: write_options(config))
         if self.rank == 0:
             if config.resume:
                 found = f"going on from step {self.step}" if self.step else self._nothing_found
                 print(f"{folder}: {found}", file=sys.stderr)
             self._tell()
-            write_options(config)
             self._curves = Curves(config.out / "tensorboard", self.step + 1)
         self._bar = progress_bar(
             self.rank,
@@ -317,11 +316,14 @@ class Trainer:
 
     def _keep_vocabulary(self) -> None:
         """Keep the log's with the run, in place of what one that was killed left."""
-        if self.rank == 0:
+
+        def keep() -> None:
             shutil.rmtree(self.config.out / "vocabulary", ignore_errors=True)
             with writing(self.config.out):
                 (self.config.out / VALIDATIONS_FILE).unlink(missing_ok=True)
                 self.log.vocabulary.save(self.config.out)
+
+        checkpoint.on_rank_0(keep)
 
     def _forward(self, batch: Any) -> tuple[torch.Tensor, Any]:
         """The pipeline's call of the model by a RankingBatch; keeps what the curves show."""
