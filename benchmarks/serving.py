@@ -70,10 +70,13 @@ SERVICES: dict[str, tuple[str, ...]] = {
 }
 """Of which requests a second are measured, and their options."""
 HOST, PORT = "127.0.0.1", 8765
+"""Of the first service; the next ones have the ports behind it."""
 SEARCHED = 50
 """Events of a candidate's category that SIM attends to."""
 _TURN = 20
 """Requests that a cell is asked before the next one."""
+_ROUNDS = 5
+"""Times that each service is saturated by requests of each size, by turns; the median counts."""
 _APPENDED = (1, 64)
 """Events of an append."""
 Cell = tuple[int, int]
@@ -252,8 +255,9 @@ def p50_p99(milliseconds: Sequence[float]) -> str:
 class Server:
     """``ifa serve`` in a process of its own, and a client of it."""
 
-    def __init__(self, run: Path, store: Path, log: Path, further: Sequence[str]) -> None:
-        options = {"--run": run, "--store": store, "--port": PORT, "--limits.timeout": 30}
+    def __init__(self, run: Path, store: Path, log: Path, port: int, further: Sequence[str]) -> None:
+        self.port = port
+        options = {"--run": run, "--store": store, "--port": port, "--limits.timeout": 30}
         command = [sys.executable, "-m", "ifa_torchrec", "serve", *further]
         command += [str(word) for option in options.items() for word in option]
         with log.open("w") as output:
@@ -269,10 +273,9 @@ class Server:
             except OSError:
                 continue
 
-    @staticmethod
-    def connection() -> http.client.HTTPConnection:
+    def connection(self) -> http.client.HTTPConnection:
         """A connection that stays open."""
-        return http.client.HTTPConnection(HOST, PORT)
+        return http.client.HTTPConnection(HOST, self.port)
 
     @staticmethod
     def send(method: str, path: str, body: dict | None, connection: http.client.HTTPConnection) -> bytes:
@@ -289,7 +292,7 @@ class Server:
             raise OSError(f"{path}: {response.status} {answer[:300]!r}")
         return answer
 
-    def saturation(self, bodies: Sequence[dict], connections: int = 16, seconds: float = 8.0) -> float:
+    def saturation(self, bodies: Sequence[dict], connections: int = 16, seconds: float = 3.0) -> float:
         """Requests a second over many connections, each with one under way at any time.
 
         The client shares the cores with the service, and so does little: its requests are bytes from the
@@ -303,7 +306,7 @@ class Server:
         answered, end = 0, time.perf_counter() + seconds
         with selectors.DefaultSelector() as selector, ExitStack() as stack:
             for number in range(connections):
-                client = stack.enter_context(socket.create_connection((HOST, PORT)))
+                client = stack.enter_context(socket.create_connection((HOST, self.port)))
                 client.sendall(asked[number % len(asked)])
                 selector.register(client, selectors.EVENT_READ, client.makefile("rb"))
             while time.perf_counter() < end:
@@ -405,14 +408,19 @@ def measure_latency(server: Server, options: Options) -> dict[Cell, list[float]]
     return {cell: times for (cell, _), times in timed(cells, options).items()}
 
 
-def measure_saturation(server: Server, options: Options) -> list[float]:
-    """Requests a second over many connections, for each number of candidates."""
+def measure_saturation(servers: dict[str, Server], options: Options) -> pd.DataFrame:
+    """Requests a second over many connections, for each number of candidates: the services by turns."""
     n = options.histories[len(options.histories) // 2]
-    rates = []
-    for m in options.candidates:
-        rates.append(server.saturation([body_of(request) for request in requests_of(n, m)]))
-        print(f"{n:,} events, {m:,} candidates: {rates[-1]:,.0f} requests a second", flush=True)
-    return rates
+    rates: dict[tuple[int, str], list[float]] = {}
+    for _ in range(_ROUNDS):
+        for m, (name, server) in itertools.product(options.candidates, servers.items()):
+            bodies = [body_of(request) for request in requests_of(n, m)]
+            rates.setdefault((m, name), []).append(server.saturation(bodies))
+    rows = [
+        {"candidates": f"{m:,}", **{name: f"{np.median(rates[m, name]):,.0f}" for name in servers}}
+        for m in options.candidates
+    ]
+    return pd.DataFrame(rows)
 
 
 def picture(rows: pd.DataFrame, file: Path) -> None:
@@ -466,16 +474,14 @@ def main() -> None:
         )
         appends = measure_appends(scorer, options)
         states.close()  # the service opens it
-        over_http: dict[Cell, list[float]] = {}
-        saturated = pd.DataFrame({"candidates": [f"{m:,}" for m in options.candidates]})
-        for name, further in SERVICES.items():
-            server = Server(folder / "run", folder / "states", folder / "serve.log", further)
-            try:
-                if name == "--compiled":
-                    over_http = measure_latency(server, options)
-                saturated[name] = [f"{rate:,.0f}" for rate in measure_saturation(server, options)]
-            finally:
-                server.close()
+        with ExitStack() as stack:
+            servers: dict[str, Server] = {}
+            for port, (name, further) in enumerate(SERVICES.items(), PORT):
+                server = Server(folder / "run", folder / "states", folder / f"{port}.log", port, further)
+                servers[name] = server
+                stack.callback(server.close)
+            over_http = measure_latency(servers["--compiled"], options)
+            saturated = measure_saturation(servers, options)
     rows["p50"] = rows["times"].map(np.median)
     picture(rows, ROOT / "docs" / "serving.png")
     rows["cell"] = rows["times"].map(p50_p99)
