@@ -246,7 +246,7 @@ def relations_table(options: Options, split: Split) -> pd.DataFrame:
             "greedy": "",
         },
         {
-            "": "the truth, of who knows it",
+            "": "the truth, knowing what is shown",
             "GAUC": f"{high:.4f}",
             "of the gap": "1.000",
             "by labels": "1.000",
