@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import threading
 import time
@@ -30,7 +31,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules import predictions
 from ifa_torchrec.serving.batching import Batcher, Item, QueueFullError, Result
-from ifa_torchrec.serving.requests import EventResult, Ranking, RankingRequest
+from ifa_torchrec.serving.requests import EventResult, Ranking, RankingRequest, checked_event
 from ifa_torchrec.serving.scorer import Scorer
 from ifa_torchrec.serving.states.forgetting import Forgotten
 from ifa_torchrec.serving.states.journal import Event
@@ -391,7 +392,9 @@ class LiveScorer:
         for scorer in self._scorers:
             if scorer is not first:
                 there = [n for n, result in enumerate(results) if result.status != "refused"]
-                for n, result in zip(there, scorer.take_over([events[n] for n in there]), strict=True):
+                # as the journal has them: with the numbers that a float32 can be
+                checked = [checked_event(first.schema, events[n], math.inf) for n in there]
+                for n, result in zip(there, scorer.take_over(checked), strict=True):
                     if result.status == "refused":
                         results[n] = result
         for result in results:

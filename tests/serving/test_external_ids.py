@@ -335,3 +335,18 @@ def test_states_of_another_vocabulary_are_refused(shop, key_values):
     StateStore.begin(key_values, "v2", layout, 0, vocabulary="one")
     with pytest.raises(StateError, match="begun with another vocabulary"):
         StateStore.begin(key_values, "v2", layout, 0, vocabulary="other")
+
+
+def test_during_a_reload_both_weights_take_the_same_event(shop, scorer, key_values):
+    """The journal has numbers as a float32 has them; that is the event which the other one gets, too."""
+    incoming = Scorer(shop.model, shop.log, new_store(key_values, shop.log, "v2"))
+    numbers = {"dwell": 0.1, "amount": 4.99}
+    events = [
+        dataclasses.replace(shop.event(n), user="anna", numbers=numbers, weight=0.1) for n in range(2)
+    ]
+    with LiveScorer(lambda: scorer, Limits()) as live:
+        live._scorers = (scorer, incoming)  # as while it catches up
+        assert [result.status for result in live.add(events)] == ["taken"] * 2
+        assert [result.status for result in live.add(events)] == ["duplicate"] * 2
+    asked = [request(shop, "item 1", "item 2")]
+    np.testing.assert_array_equal(incoming.score(asked)[0], scorer.score(asked)[0])
