@@ -67,6 +67,8 @@ from ifa_torchrec.training.run import Run, load_run
 _log = logging.getLogger(__name__)
 _BACKLOG = 64
 """Connections that wait to be accepted; so many are accepted at once, before any other is closed."""
+_CLOSING = 60
+"""Seconds after its last call in which a worker finishes what it took, of a store that is slow, too."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,14 @@ def _serve_together(config: ServeConfig, token: str | None, topic: KafkaTopic | 
 
     with tempfile.TemporaryDirectory(prefix="ifa-metrics-") as folder:
         sockets = shared_sockets(config.host, config.port, config.workers)
-        Workers(lambda: _load(config), work, catch_up, sockets, Path(folder)).run()
+        patience = config.drain + _grace(config.limits) + _CLOSING
+        Workers(lambda: _load(config), work, catch_up, sockets, Path(folder), patience).run()
+
+
+def _grace(limits: Limits) -> int:
+    """Seconds in which calls may end: none waits longer than its timeout, but for clients that stop in
+    the middle of a body."""
+    return math.ceil(limits.timeout) + 5
 
 
 class _Server(uvicorn.Server):
@@ -260,8 +269,7 @@ class _Server(uvicorn.Server):
                 # without it uvicorn's lines go where all others go
                 log_config=None if config.log == "json" else LOGGING_CONFIG,
                 proxy_headers=False,  # nothing here asks who called
-                # for clients that stop in the middle of a body; no call waits longer than its timeout
-                timeout_graceful_shutdown=math.ceil(config.limits.timeout) + 5,
+                timeout_graceful_shutdown=_grace(config.limits),
             )
         )
         self._live, self._drain, self._ready = live, config.drain, ready
