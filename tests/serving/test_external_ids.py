@@ -350,3 +350,26 @@ def test_during_a_reload_both_weights_take_the_same_event(shop, scorer, key_valu
         assert [result.status for result in live.add(events)] == ["duplicate"] * 2
     asked = [request(shop, "item 1", "item 2")]
     np.testing.assert_array_equal(incoming.score(asked)[0], scorer.score(asked)[0])
+
+
+@pytest.mark.parametrize("same_time", [True, False])
+def test_events_that_add_up_beyond_float32_are_refused_and_the_user_can_be_ranked(
+    shop, scorer, same_time
+):
+    """Stored as infinity they would have been there for good."""
+    events = [
+        dataclasses.replace(
+            shop.event(0), position=n, user="anna", time=LATER - 100 + n * (not same_time), weight=4e36
+        )
+        for n in range(60)
+    ]
+    results = [scorer.append([event])[0] for event in events]
+    found = [result.status for result in results]
+    assert found[0] == "taken" and found[-1] == "refused"
+    assert re.search(r"add up to \S+, beyond float32; give smaller weights", results[-1].reason)
+    assert np.isfinite(scorer.score([request(shop, "item 1", "item 2")])[0]).all()
+    # and of events that come together those that fit are taken
+    other = [dataclasses.replace(event, position=100 + n) for n, event in enumerate(events)]
+    other = [dataclasses.replace(event, user="bob") for event in other]
+    assert {result.status for result in scorer.append(other)} == {"taken", "refused"}
+    assert np.isfinite(scorer.score([request(shop, "item 1", user="bob")])[0]).all()
