@@ -27,6 +27,7 @@ from ifa_torchrec.serving import (
     StateLayout,
     StateStore,
     open_key_value_store,
+    trim_journal,
 )
 from ifa_torchrec.serving.live import Limits, LiveScorer
 from ifa_torchrec.serving.service import create_app
@@ -183,7 +184,8 @@ def broken(event: Event, **changes) -> Event:
         ({"item": ""}, r"item: '' is no id"),
         ({"item": 2**63}, r"item: 9223372036854775808 is no id"),
         ({"item": 1.0}, r"item: 1.0 is no id"),
-        ({"position": -1}, r"position must be in 0\.\.2\*\*63 - 1, got -1"),
+        ({"position": -1}, r"position must be in 0\.\.2\*\*63 - 2, got -1"),
+        ({"position": 2**63 - 1}, r"position must be in 0\.\.2\*\*63 - 2, got 9223372036854775807"),
         ({"time": 1.5}, r"time must be in 0\.\.2\*\*63 - 1 microseconds, got 1.5"),
     ],
 )
@@ -373,3 +375,10 @@ def test_events_that_add_up_beyond_float32_are_refused_and_the_user_can_be_ranke
     other = [dataclasses.replace(event, user="bob") for event in other]
     assert {result.status for result in scorer.append(other)} == {"taken", "refused"}
     assert np.isfinite(scorer.score([request(shop, "item 1", user="bob")])[0]).all()
+
+
+def test_the_last_position_that_there_is_can_be_trimmed(shop, scorer, key_values):
+    event = dataclasses.replace(shop.event(0), position=2**63 - 2, partition=1)
+    assert scorer.append([event])[0].status == "taken"
+    assert trim_journal(key_values, event.time + 1).deleted == 1
+    assert scorer.append([event])[0].status == "duplicate"
