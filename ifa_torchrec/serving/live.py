@@ -8,7 +8,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -63,6 +63,8 @@ class Limits:
     """Most ranking requests a call."""
     max_candidates: int = 5000
     """Most candidates a ranking request, and of requests that are scored together."""
+    max_context_ids: int = 1000
+    """Most ids in a ranking request's context lists, and of requests that are scored together."""
     max_set: int = 100
     """Most items that a ranking request may have chosen one by one ("strategy": "greedy")."""
     max_events: int = 1000
@@ -292,9 +294,15 @@ class LiveScorer:
             QueueFullError: too much waits already.
             asyncio.TimeoutError: it takes too long.
         """
-        shares = [len(request.candidates) / self.limits.max_candidates for request in requests]
+        shares = [self._share(request) for request in requests]
         wanted = list(zip(requests, sizes or [None] * len(requests), strict=True))
         return await self._results(self._rank, wanted, shares)
+
+    def _share(self, request: RankingRequest) -> float:
+        """What part of a batch it fills, by what it has most of."""
+        lists = [v for v in request.context.values() if isinstance(v, Sized) and not isinstance(v, str)]
+        of_context = sum(map(len, lists)) / self.limits.max_context_ids
+        return max(len(request.candidates) / self.limits.max_candidates, of_context)
 
     async def append(self, events: Sequence[Event]) -> list[EventResult] | BaseException:
         """What became of each event, once those that were taken are in the store; or else what is wrong.

@@ -57,6 +57,8 @@ def _add_ranking(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) -
         check_count(limits.max_requests, requests, "requests")
         for n, request in enumerate(requests):
             check_count(limits.max_candidates, request.candidates, f"requests.{n}.candidates")
+            listed = [i for ids in request.context.values() if isinstance(ids, list) for i in ids]
+            check_count(limits.max_context_ids, listed, f"requests.{n}.context: ids in lists")
             _check_set(limits.max_set, request, f"requests.{n}.k")
         sizes = [request.k if request.strategy == "greedy" else None for request in requests]
         with in_time("send them again"):
