@@ -85,8 +85,9 @@ class Batcher:
 
         Args:
             work: gives a result for each of a list of items, or fails. Where it fails it is called
-                again with each half of them, so what it did before must do no harm a second time; of
-                an UnreachableError all of them fail at once.
+                again with each half of them, so what it did before it failed must do no harm a second
+                time (events that were added are duplicates then); of an UnreachableError all of them
+                fail at once.
             items: what it is to be given.
             shares: of each item, what part of a batch it fills; a batch is full at 1.
 

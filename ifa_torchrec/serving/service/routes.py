@@ -122,7 +122,7 @@ def _ranked(ranking: LiveRanking, k: int | None) -> Ranked:
 
 def _add_events(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) -> None:
     async def events(body: EventsRequest) -> EventsResponse:
-        """Add events; those that were taken are safe on disk when the response comes."""
+        """Add events; those that were taken are in the store when the response comes."""
         check_count(live.limits.max_events, body.events, "events")
         with in_time("the events may still be added; send them again, each counts once"):
             results = await live.append(
