@@ -31,6 +31,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules import predictions
 from ifa_torchrec.serving.batching import Batcher, Item, QueueFullError, Result
+from ifa_torchrec.serving.counted import being_read
 from ifa_torchrec.serving.requests import EventResult, Ranking, RankingRequest, checked_event
 from ifa_torchrec.serving.scorer import Scorer
 from ifa_torchrec.serving.states.forgetting import Forgotten
@@ -201,7 +202,8 @@ class Metrics:
         together = CollectorRegistry()
         MultiProcessCollector(together, str(self._shared))
         together.register(self.model)  # of which each process has its own
-        return generate_latest(together)
+        with being_read(self._shared):
+            return generate_latest(together)
 
 
 class LiveScorer:

@@ -160,9 +160,11 @@ def test_one_that_dies_is_replaced_and_what_they_count_is_added_up(tmp_path):
         until(lambda: len(service.workers()) == 2 and dead not in service.workers())
         until(lambda: len(service.versions() - {f"first {dead}"}) == 2)
         assert len(service.versions() & before) == 1
-        # what the dead one counted stays
+        # what the dead one counted stays, its files do not
         shown = service.ask("GET", "/metrics")[1].decode()
         assert 'ifa_calls_total{path="/rank",status="200"} 10.0\n' in shown
+        assert 'ifa_call_seconds_count{path="/rank"} 11.0\n' in shown
+        assert not list((tmp_path / "metrics").glob(f"*_{dead}.db"))
         workers = service.workers()
         os.kill(service.pid, signal.SIGTERM)
         until(lambda: (code := service.ended()) is not None and code == 0)
@@ -181,6 +183,8 @@ def test_new_weights_replace_all_and_bad_ones_none(tmp_path):
         assert len(service.workers()) == 2
         assert (tmp_path / "afterwards").read_text() == "second"
         until(lambda: service.reloads() == {"failed": 1, "ok": 1})
+        # of two workers, of who began them, and of all that ended
+        assert len(list((tmp_path / "metrics").glob("counter_*.db"))) == 4
 
 
 @pytest.mark.slow

@@ -199,6 +199,6 @@ def _add_metrics(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) -
     )
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=refused, dependencies=bearer)
-    async def metrics() -> Response:
+    def metrics() -> Response:  # in a thread, since the files of all processes are read for it
         """Counters and times, for Prometheus."""
         return Response(live.metrics.text(), media_type=CONTENT_TYPE_LATEST)

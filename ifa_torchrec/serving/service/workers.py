@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from prometheus_client import Counter
-from prometheus_client.multiprocess import mark_process_dead
 
 from ifa_torchrec.errors import ConfigError
+from ifa_torchrec.serving.counted import keep_counts_of_dead
 from ifa_torchrec.serving.errors import WorkerError
 from ifa_torchrec.serving.live import Metrics
 
@@ -238,7 +238,7 @@ class Workers(Generic[Loaded]):
         for slot, pid in list(self._pids.items()):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
-                mark_process_dead(pid, str(self._metrics))
+                keep_counts_of_dead(self._metrics, pid)
                 del self._pids[slot]
                 code = os.waitstatus_to_exitcode(status)
                 how = f"signal {-code}" if code < 0 else f"exit code {code}"
@@ -271,7 +271,7 @@ class Workers(Generic[Loaded]):
             _log.error("process %d does not end; it is killed", pid)
             os.kill(pid, signal.SIGKILL)
             _, status = os.waitpid(pid, 0)
-        mark_process_dead(pid, str(self._metrics))
+        keep_counts_of_dead(self._metrics, pid)
         return status
 
 
