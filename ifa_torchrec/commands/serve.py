@@ -25,10 +25,11 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from queue import SimpleQueue
 from types import FrameType
 from typing import Annotated
 
@@ -67,6 +68,8 @@ from ifa_torchrec.training.run import Run, load_run
 _log = logging.getLogger(__name__)
 _BACKLOG = 64
 """Connections that wait to be accepted; so many are accepted at once, before any other is closed."""
+_CLOSING = 60
+"""Seconds after its last call in which a worker finishes what it took, of a store that is slow, too."""
 
 
 @dataclass(frozen=True)
@@ -141,9 +144,10 @@ def serve(config: ServeConfig) -> None:
             few file handles for all connections; the port is taken; or --events is no topic's address.
         WorkerError: a worker does not come up.
     """
-    # a SIGHUP that comes while this loads is not lost, and ends nothing
-    hung_up = threading.Event()
-    signal.signal(signal.SIGHUP, lambda *_: hung_up.set())
+    # A SIGHUP that comes while this loads is not lost, and ends nothing. A handler may do little: it
+    # runs amid whatever this thread does, with the locks that it has; a put is allowed at any moment.
+    hung_up: SimpleQueue[bool] = SimpleQueue()
+    signal.signal(signal.SIGHUP, lambda *_: hung_up.put(True))
     token = _token(config)
     if token is None and not _is_loopback(config.host):
         raise ConfigError(
@@ -158,12 +162,31 @@ def serve(config: ServeConfig) -> None:
     with (
         LiveScorer(lambda: _load(config).scorer(config, key_values), config.limits) as live,
         _reading(topic, live),
+        _reloading(live, hung_up),
     ):
         _ensure_file_handles(config.limits.max_connections)
-        signal.signal(signal.SIGHUP, lambda *_: live.reload())
-        if hung_up.is_set():
-            live.reload()
         _Server(config, live, token).run()
+
+
+@contextmanager
+def _reloading(live: LiveScorer, hung_up: SimpleQueue[bool]) -> Generator[None]:
+    """A thread reloads whenever True is put."""
+
+    def reload() -> None:
+        while hung_up.get():
+            live.reload()
+
+    if not hung_up.empty():
+        while not hung_up.empty():
+            hung_up.get()
+        hung_up.put(True)  # once, however often it came before this serves
+    thread = threading.Thread(target=reload, name="hangup", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        hung_up.put(False)
+        thread.join()
 
 
 @dataclass(frozen=True)
@@ -234,7 +257,14 @@ def _serve_together(config: ServeConfig, token: str | None, topic: KafkaTopic | 
 
     with tempfile.TemporaryDirectory(prefix="ifa-metrics-") as folder:
         sockets = shared_sockets(config.host, config.port, config.workers)
-        Workers(lambda: _load(config), work, catch_up, sockets, Path(folder)).run()
+        patience = config.drain + _grace(config.limits) + _CLOSING
+        Workers(lambda: _load(config), work, catch_up, sockets, Path(folder), patience).run()
+
+
+def _grace(limits: Limits) -> int:
+    """Seconds in which calls may end: none waits longer than its timeout, but for clients that stop in
+    the middle of a body."""
+    return math.ceil(limits.timeout) + 5
 
 
 class _Server(uvicorn.Server):
@@ -260,8 +290,7 @@ class _Server(uvicorn.Server):
                 # without it uvicorn's lines go where all others go
                 log_config=None if config.log == "json" else LOGGING_CONFIG,
                 proxy_headers=False,  # nothing here asks who called
-                # for clients that stop in the middle of a body; no call waits longer than its timeout
-                timeout_graceful_shutdown=math.ceil(config.limits.timeout) + 5,
+                timeout_graceful_shutdown=_grace(config.limits),
             )
         )
         self._live, self._drain, self._ready = live, config.drain, ready

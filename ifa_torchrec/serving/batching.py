@@ -10,6 +10,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from ifa_torchrec.serving.errors import UnreachableError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -82,7 +84,10 @@ class Batcher:
         """Have something done with some items, and whatever else waits for it.
 
         Args:
-            work: gives a result for each of a list of items, or fails and has done nothing.
+            work: gives a result for each of a list of items, or fails. Where it fails it is called
+                again with each half of them, so what it did before it failed must do no harm a second
+                time (events that were added are duplicates then); of an UnreachableError all of them
+                fail at once.
             items: what it is to be given.
             shares: of each item, what part of a batch it fills; a batch is full at 1.
 
@@ -121,11 +126,10 @@ class Batcher:
             try:
                 if jobs:
                     _do(jobs)
+            except UnreachableError as error:
+                _fail(jobs, error)
             except BaseException as error:  # such as SystemExit: this thread has to go on for the others
-                for job in jobs:
-                    if not job.future.done():
-                        failure = RuntimeError(f"the work ended with {type(error).__name__}: {error}")
-                        job.future.set_exception(failure)
+                _fail(jobs, RuntimeError(f"the work ended with {type(error).__name__}: {error}"))
 
     def _take(self) -> list[_Job]:
         """The next batch; empty at the end."""
@@ -143,10 +147,23 @@ class Batcher:
             return taken
 
 
+def _fail(jobs: list[_Job], error: Exception) -> None:
+    """Of the jobs that are not done."""
+    for job in jobs:
+        if not job.future.done():
+            job.future.set_exception(error)
+
+
 def _do(jobs: list[_Job]) -> None:
-    """Do a batch. Where it fails, each half is done alone, so that an item fails for itself only."""
+    """Do a batch. Where it fails, each half is done alone, so that an item fails for itself only.
+
+    Raises:
+        UnreachableError: the work raised it; the halves would wait for the store as long, each anew.
+    """
     try:
         results = jobs[0].work([job.item for job in jobs])
+    except UnreachableError:
+        raise
     except Exception as error:
         if len(jobs) == 1:
             jobs[0].future.set_exception(error)

@@ -13,6 +13,10 @@ class StoreError(StateError):
     """The store itself fails: no room, no connection, a damaged file. Trying again may help."""
 
 
+class UnreachableError(StoreError):
+    """The store does not respond: it is out of reach for whatever is asked next, too."""
+
+
 class UnknownUserError(StateError):
     """There is no state of a user."""
 

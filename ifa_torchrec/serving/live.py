@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -30,7 +31,8 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules import predictions
 from ifa_torchrec.serving.batching import Batcher, Item, QueueFullError, Result
-from ifa_torchrec.serving.requests import EventResult, Ranking, RankingRequest
+from ifa_torchrec.serving.counted import being_read
+from ifa_torchrec.serving.requests import EventResult, Ranking, RankingRequest, checked_event
 from ifa_torchrec.serving.scorer import Scorer
 from ifa_torchrec.serving.states.forgetting import Forgotten
 from ifa_torchrec.serving.states.journal import Event
@@ -62,6 +64,8 @@ class Limits:
     """Most ranking requests a call."""
     max_candidates: int = 5000
     """Most candidates a ranking request, and of requests that are scored together."""
+    max_context_ids: int = 1000
+    """Most ids in a ranking request's context lists, and of requests that are scored together."""
     max_set: int = 100
     """Most items that a ranking request may have chosen one by one ("strategy": "greedy")."""
     max_events: int = 1000
@@ -198,7 +202,8 @@ class Metrics:
         together = CollectorRegistry()
         MultiProcessCollector(together, str(self._shared))
         together.register(self.model)  # of which each process has its own
-        return generate_latest(together)
+        with being_read(self._shared):
+            return generate_latest(together)
 
 
 class LiveScorer:
@@ -291,9 +296,15 @@ class LiveScorer:
             QueueFullError: too much waits already.
             asyncio.TimeoutError: it takes too long.
         """
-        shares = [len(request.candidates) / self.limits.max_candidates for request in requests]
+        shares = [self._share(request) for request in requests]
         wanted = list(zip(requests, sizes or [None] * len(requests), strict=True))
         return await self._results(self._rank, wanted, shares)
+
+    def _share(self, request: RankingRequest) -> float:
+        """What part of a batch it fills, by what it has most of."""
+        lists = [v for v in request.context.values() if isinstance(v, Sized) and not isinstance(v, str)]
+        of_context = sum(map(len, lists)) / self.limits.max_context_ids
+        return max(len(request.candidates) / self.limits.max_candidates, of_context)
 
     async def append(self, events: Sequence[Event]) -> list[EventResult] | BaseException:
         """What became of each event, once those that were taken are in the store; or else what is wrong.
@@ -391,7 +402,9 @@ class LiveScorer:
         for scorer in self._scorers:
             if scorer is not first:
                 there = [n for n, result in enumerate(results) if result.status != "refused"]
-                for n, result in zip(there, scorer.take_over([events[n] for n in there]), strict=True):
+                # as the journal has them: with the numbers that a float32 can be
+                checked = [checked_event(first.schema, events[n], math.inf) for n in there]
+                for n, result in zip(there, scorer.take_over(checked), strict=True):
                     if result.status == "refused":
                         results[n] = result
         for result in results:

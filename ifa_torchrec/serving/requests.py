@@ -173,8 +173,9 @@ def checked_event(schema: LogSchema, event: Event, max_ahead: float) -> Event:
         ifa_torchrec.serving.errors.RequestError: features: ['act'] missing; the model takes ['act']
     """
     position = event.position
-    if not _is_integer(position) or not 0 <= position <= _LARGEST:
-        raise RequestError(f"position must be in 0..2**63 - 1, got {position!r}")
+    if not _is_integer(position) or not 0 <= position < _LARGEST:
+        # the one after it is stored, too, as where the stream goes on
+        raise RequestError(f"position must be in 0..2**63 - 2, got {position!r}")
     if not _is_integer(event.partition) or not 0 <= event.partition < 2**32:
         raise RequestError(f"partition must be in 0..2**32 - 1, got {event.partition!r}")
     _check_time("time", event.time, max_ahead)

@@ -8,6 +8,7 @@ import pytest
 from helpers import until
 
 from ifa_torchrec.serving.batching import Batcher, ClosedError
+from ifa_torchrec.serving.errors import StoreError, UnreachableError
 
 
 def same(items: list[int]) -> list[int]:
@@ -67,3 +68,30 @@ def test_work_that_ends_the_thread_or_loses_a_result_fails_and_the_next_is_done(
             with pytest.raises(RuntimeError, match=message):
                 future.result(10)
         assert after[0].result(10) == 3
+
+
+@pytest.mark.parametrize("error, calls", [(UnreachableError, 1), (StoreError, 7)])
+def test_a_store_out_of_reach_is_waited_for_once_a_batch(error, calls):
+    """Each half of it would wait as long; a damaged record is of one item only."""
+    called: list[int] = []
+
+    def work(items: list[int]) -> list[int]:
+        called.append(len(items))
+        raise error("no luck")
+
+    with Batcher(capacity=10) as batcher:
+        begun, free = threading.Event(), threading.Event()
+
+        def wait(items: list[int]) -> list[int]:
+            begun.set()
+            assert free.wait(60)
+            return items
+
+        batcher.submit(wait, [0], [1.0])
+        assert begun.wait(60)  # so that the four come together
+        futures = batcher.submit(work, [1, 2, 3, 4], [0.1] * 4)
+        free.set()
+        for future in futures:
+            with pytest.raises(error, match="no luck"):
+                future.result(60)
+        assert len(called) == calls

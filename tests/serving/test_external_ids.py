@@ -27,6 +27,7 @@ from ifa_torchrec.serving import (
     StateLayout,
     StateStore,
     open_key_value_store,
+    trim_journal,
 )
 from ifa_torchrec.serving.live import Limits, LiveScorer
 from ifa_torchrec.serving.service import create_app
@@ -183,7 +184,8 @@ def broken(event: Event, **changes) -> Event:
         ({"item": ""}, r"item: '' is no id"),
         ({"item": 2**63}, r"item: 9223372036854775808 is no id"),
         ({"item": 1.0}, r"item: 1.0 is no id"),
-        ({"position": -1}, r"position must be in 0\.\.2\*\*63 - 1, got -1"),
+        ({"position": -1}, r"position must be in 0\.\.2\*\*63 - 2, got -1"),
+        ({"position": 2**63 - 1}, r"position must be in 0\.\.2\*\*63 - 2, got 9223372036854775807"),
         ({"time": 1.5}, r"time must be in 0\.\.2\*\*63 - 1 microseconds, got 1.5"),
     ],
 )
@@ -335,3 +337,48 @@ def test_states_of_another_vocabulary_are_refused(shop, key_values):
     StateStore.begin(key_values, "v2", layout, 0, vocabulary="one")
     with pytest.raises(StateError, match="begun with another vocabulary"):
         StateStore.begin(key_values, "v2", layout, 0, vocabulary="other")
+
+
+def test_during_a_reload_both_weights_take_the_same_event(shop, scorer, key_values):
+    """The journal has numbers as a float32 has them; that is the event which the other one gets, too."""
+    incoming = Scorer(shop.model, shop.log, new_store(key_values, shop.log, "v2"))
+    numbers = {"dwell": 0.1, "amount": 4.99}
+    events = [
+        dataclasses.replace(shop.event(n), user="anna", numbers=numbers, weight=0.1) for n in range(2)
+    ]
+    with LiveScorer(lambda: scorer, Limits()) as live:
+        live._scorers = (scorer, incoming)  # as while it catches up
+        assert [result.status for result in live.add(events)] == ["taken"] * 2
+        assert [result.status for result in live.add(events)] == ["duplicate"] * 2
+    asked = [request(shop, "item 1", "item 2")]
+    np.testing.assert_array_equal(incoming.score(asked)[0], scorer.score(asked)[0])
+
+
+@pytest.mark.parametrize("same_time", [True, False])
+def test_events_that_add_up_beyond_float32_are_refused_and_the_user_can_be_ranked(
+    shop, scorer, same_time
+):
+    """Stored as infinity they would have been there for good."""
+    events = [
+        dataclasses.replace(
+            shop.event(0), position=n, user="anna", time=LATER - 100 + n * (not same_time), weight=4e36
+        )
+        for n in range(60)
+    ]
+    results = [scorer.append([event])[0] for event in events]
+    found = [result.status for result in results]
+    assert found[0] == "taken" and found[-1] == "refused"
+    assert re.search(r"add up to \S+, beyond float32; give smaller weights", results[-1].reason)
+    assert np.isfinite(scorer.score([request(shop, "item 1", "item 2")])[0]).all()
+    # and of events that come together those that fit are taken
+    other = [dataclasses.replace(event, position=100 + n) for n, event in enumerate(events)]
+    other = [dataclasses.replace(event, user="bob") for event in other]
+    assert {result.status for result in scorer.append(other)} == {"taken", "refused"}
+    assert np.isfinite(scorer.score([request(shop, "item 1", user="bob")])[0]).all()
+
+
+def test_the_last_position_that_there_is_can_be_trimmed(shop, scorer, key_values):
+    event = dataclasses.replace(shop.event(0), position=2**63 - 2, partition=1)
+    assert scorer.append([event])[0].status == "taken"
+    assert trim_journal(key_values, event.time + 1).deleted == 1
+    assert scorer.append([event])[0].status == "duplicate"

@@ -482,7 +482,7 @@ def test_the_request_that_is_bad_is_named(client):
     "fields, message",
     [
         ({"position": -1}, "events.1.position: Input should be greater than or equal to 0"),
-        ({"position": 2**63}, "events.1.position: Input should be less than or equal to"),
+        ({"position": 2**63 - 1}, "events.1.position: Input should be less than or equal to"),
         ({"partition": -1}, "events.1.partition: Input should be greater than or equal to 0"),
         ({"partition": 2**32}, "events.1.partition: Input should be less than 4294967296"),
         ({"item": 4.5}, "events.1.item: Input should be an id"),
@@ -546,6 +546,10 @@ def test_limits_are_named(client):
     answer = rank(client, changed(REQUEST, candidates=[1] * 51))
     assert answer.status_code == 422
     assert "requests.0.candidates: 51 of them; at most 50 are taken" in answer.json()["error"]
+    lists = {"interest": [1] * 600, "other": [2] * 401}
+    answer = rank(client, REQUEST, changed(REQUEST, context=FEATURES["context"] | lists))
+    assert answer.status_code == 422
+    assert "requests.1.context: ids in lists: 1001 of them; at most 1000 are" in answer.json()["error"]
     answer = rank(client, *[REQUEST] * 4)
     assert answer.status_code == 422 and "requests: 4 of them; at most 3" in answer.json()["error"]
     answer = append(client, *[EVENT] * 5)
@@ -647,6 +651,19 @@ def test_a_batch_is_no_fuller_than_a_call_may_be():
         free.set()
     assert batches == [[0], [1], [2], [4]]
     assert futures[3].result() == 4  # closing does what waits
+
+
+def test_context_lists_fill_a_batch_as_candidates_do(live, monkeypatch):
+    shares: list[float] = []
+
+    def taken(work: Any, items: Any, of_each: list[float]) -> list:
+        shares.extend(of_each)
+        return []
+
+    monkeypatch.setattr(live._batcher, "submit", taken)
+    one = RankingRequest(1, [1], context={"store": "a name", "interest": [1, 2], "other": [3] * 498})
+    asyncio.run(live.rank([one, dataclasses.replace(one, candidates=[1] * 40, context={"store": 3})]))
+    assert shares == [0.5, 0.8]
 
 
 def test_a_call_that_finds_no_place_or_no_time_is_told_what_to_do(models, key_values):
@@ -755,7 +772,7 @@ def test_a_token_that_is_not_there_is_no_token(tmp_path, monkeypatch):
         serve(ServeConfig(Path("run"), "store", token_file=tmp_path / "none"))
 
 
-@pytest.mark.parametrize("name", ["max_candidates", "timeout", "max_waiting"])
+@pytest.mark.parametrize("name", ["max_candidates", "max_context_ids", "timeout", "max_waiting"])
 def test_limits_are_above_0(name):
     with pytest.raises(ValueError, match=f"{name} must be above 0, got 0"):
         Limits(**{name: 0})

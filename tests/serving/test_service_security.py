@@ -653,7 +653,7 @@ def test_a_configuration_shows_no_password():
 
 @pytest.mark.parametrize("early", [True, False])
 def test_a_hangup_while_it_loads_is_done_when_it_has(early, monkeypatch):
-    reloads: list[None] = []
+    reloads: list[threading.Thread] = []
 
     class Recorder(Stub, contextlib.nullcontext):
         def __init__(self, load: Any, limits: Limits) -> None:
@@ -661,7 +661,7 @@ def test_a_hangup_while_it_loads_is_done_when_it_has(early, monkeypatch):
             self.enter_result = self
 
         def reload(self) -> None:
-            reloads.append(None)
+            reloads.append(threading.current_thread())
 
     def loading(*_: Any, **__: Any) -> None:
         if early:
@@ -669,8 +669,10 @@ def test_a_hangup_while_it_loads_is_done_when_it_has(early, monkeypatch):
             signal.raise_signal(signal.SIGHUP)
 
     def run(_: Any) -> None:
-        assert len(reloads) == early
+        if early:
+            until(lambda: reloads)
         signal.raise_signal(signal.SIGHUP)
+        until(lambda: len(reloads) > early)
 
     monkeypatch.delenv("IFA_TOKEN", raising=False)
     monkeypatch.setattr("ifa_torchrec.commands.serve.open_key_value_store", loading)
@@ -682,3 +684,5 @@ def test_a_hangup_while_it_loads_is_done_when_it_has(early, monkeypatch):
     finally:
         signal.signal(signal.SIGHUP, before)
     assert len(reloads) == early + 1
+    # not in the handler, which runs amid whatever this thread does, with the locks that it has
+    assert threading.current_thread() not in reloads

@@ -37,7 +37,9 @@ class Stubs:
         draft = self.folder / "draft"
         draft.write_text(str(sockets[0][0].getsockname()[1]))
         draft.rename(self.folder / "port")
-        Workers(self.load, self.work, self.afterwards, sockets, self.folder / "metrics").run()
+        patience = 0.5 if self.load() == "stubborn" else 60
+        metrics = self.folder / "metrics"
+        Workers(self.load, self.work, self.afterwards, sockets, metrics, patience).run()
 
     def load(self) -> str:
         weights = (self.folder / "weights").read_text()
@@ -49,6 +51,11 @@ class Stubs:
     def work(self, loaded: str, sockets: list[socket.socket], ready: Callable[[], object]) -> None:
         if loaded == "bad":
             raise ConfigError("these weights are bad")
+        if loaded == "stubborn":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            ready()
+            (self.folder / f"stubborn {os.getpid()}").touch()
+            time.sleep(3600)
         stub = Stub()
         stub.metrics = Metrics(self.folder / "metrics")
         stub.version = f"{loaded} {os.getpid()}"
@@ -153,9 +160,11 @@ def test_one_that_dies_is_replaced_and_what_they_count_is_added_up(tmp_path):
         until(lambda: len(service.workers()) == 2 and dead not in service.workers())
         until(lambda: len(service.versions() - {f"first {dead}"}) == 2)
         assert len(service.versions() & before) == 1
-        # what the dead one counted stays
+        # what the dead one counted stays, its files do not
         shown = service.ask("GET", "/metrics")[1].decode()
         assert 'ifa_calls_total{path="/rank",status="200"} 10.0\n' in shown
+        assert 'ifa_call_seconds_count{path="/rank"} 11.0\n' in shown
+        assert not list((tmp_path / "metrics").glob(f"*_{dead}.db"))
         workers = service.workers()
         os.kill(service.pid, signal.SIGTERM)
         until(lambda: (code := service.ended()) is not None and code == 0)
@@ -174,6 +183,8 @@ def test_new_weights_replace_all_and_bad_ones_none(tmp_path):
         assert len(service.workers()) == 2
         assert (tmp_path / "afterwards").read_text() == "second"
         until(lambda: service.reloads() == {"failed": 1, "ok": 1})
+        # of two workers, of who began them, and of all that ended
+        assert len(list((tmp_path / "metrics").glob("counter_*.db"))) == 4
 
 
 @pytest.mark.slow
@@ -215,6 +226,20 @@ def test_one_that_does_not_come_up_ends_all(tmp_path):
     until(lambda: codes.append(service.ended()) or codes[-1] is not None)
     assert codes[-1] == 1
     assert (tmp_path / "error").read_text() == "worker 0 did not come up: these weights are bad"
+
+
+@pytest.mark.slow
+def test_one_that_does_not_end_is_killed(tmp_path):
+    service = Service(tmp_path, "stubborn")
+    try:
+        until(lambda: len(list(tmp_path.glob("stubborn *"))) == 2)
+        workers = service.workers()
+        os.kill(service.pid, signal.SIGTERM)
+        until(lambda: service.ended() is not None)
+        assert service.ended() == 0 and not any(map(alive, workers))
+    finally:
+        service.process.kill()
+        service.process.wait()
 
 
 def test_a_port_that_is_taken_is_refused():

@@ -46,7 +46,8 @@ Id = Annotated[
 ]
 """An external id. It stays what it is: a string of digits is a string."""
 Ids = Annotated[list[Id], Field(fail_fast=True)]
-Natural = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Position = Annotated[int, Field(ge=0, le=2**63 - 2)]
+"""Below the largest of 64 bits: the one after it says where the stream goes on."""
 Positive = Annotated[int, Field(ge=1, le=2**63 - 1)]
 Time = Annotated[
     int, BeforeValidator(microseconds), WithJsonSchema({"type": "string", "format": "date-time"})
@@ -159,7 +160,7 @@ class UserEvent(StreamEvent):
     """Something a user did."""
 
     partition: Annotated[int, Field(ge=0, lt=2**32, description="Of the stream of events.")] = 0
-    position: Annotated[Natural, Field(description="In the partition; each counts once.")]
+    position: Annotated[Position, Field(description="In the partition; each counts once.")]
 
 
 class EventsRequest(StrictModel):

@@ -57,6 +57,8 @@ def _add_ranking(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) -
         check_count(limits.max_requests, requests, "requests")
         for n, request in enumerate(requests):
             check_count(limits.max_candidates, request.candidates, f"requests.{n}.candidates")
+            listed = [i for ids in request.context.values() if isinstance(ids, list) for i in ids]
+            check_count(limits.max_context_ids, listed, f"requests.{n}.context: ids in lists")
             _check_set(limits.max_set, request, f"requests.{n}.k")
         sizes = [request.k if request.strategy == "greedy" else None for request in requests]
         with in_time("send them again"):
@@ -120,7 +122,7 @@ def _ranked(ranking: LiveRanking, k: int | None) -> Ranked:
 
 def _add_events(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) -> None:
     async def events(body: EventsRequest) -> EventsResponse:
-        """Add events; those that were taken are safe on disk when the response comes."""
+        """Add events; those that were taken are in the store when the response comes."""
         check_count(live.limits.max_events, body.events, "events")
         with in_time("the events may still be added; send them again, each counts once"):
             results = await live.append(
@@ -197,6 +199,6 @@ def _add_metrics(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) -
     )
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=refused, dependencies=bearer)
-    async def metrics() -> Response:
+    def metrics() -> Response:  # in a thread, since the files of all processes are read for it
         """Counters and times, for Prometheus."""
         return Response(live.metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from prometheus_client import Counter
-from prometheus_client.multiprocess import mark_process_dead
 
 from ifa_torchrec.errors import ConfigError
+from ifa_torchrec.serving.counted import keep_counts_of_dead
 from ifa_torchrec.serving.errors import WorkerError
 from ifa_torchrec.serving.live import Metrics
 
@@ -99,6 +99,7 @@ class Workers(Generic[Loaded]):
         afterwards: done in a process of its own when the last one has been replaced.
         sockets: of each process, as ``shared_sockets`` gives them.
         metrics: folder by which the processes add up what they count.
+        patience: seconds in which a process that got SIGTERM has to end; then it is killed.
 
     Example:
         >>> from ifa_torchrec.serving.service.workers import Workers, shared_sockets
@@ -114,9 +115,10 @@ class Workers(Generic[Loaded]):
         afterwards: Callable[[Loaded], object],
         sockets: list[list[socket.socket]],
         metrics: Path,
+        patience: float = 60,
     ) -> None:
         self._load, self._work, self._afterwards = load, work, afterwards
-        self._sockets, self._metrics = sockets, metrics
+        self._sockets, self._metrics, self._patience = sockets, metrics, patience
         self._pids: dict[int, int] = {}
         # whoever has its other end sees when this process is gone
         self._alive, self._here = os.pipe()
@@ -236,7 +238,7 @@ class Workers(Generic[Loaded]):
         for slot, pid in list(self._pids.items()):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
-                mark_process_dead(pid, str(self._metrics))
+                keep_counts_of_dead(self._metrics, pid)
                 del self._pids[slot]
                 code = os.waitstatus_to_exitcode(status)
                 how = f"signal {-code}" if code < 0 else f"exit code {code}"
@@ -247,8 +249,9 @@ class Workers(Generic[Loaded]):
     def _end_all(self) -> None:
         for pid in self._pids.values():
             os.kill(pid, signal.SIGTERM)
+        until = time.monotonic() + self._patience  # for all of them, which end beside each other
         for pid in self._pids.values():
-            self._reap(pid)
+            self._reap(pid, until)
         self._pids.clear()
         for end in (self._alive, self._here):
             os.close(end)
@@ -257,9 +260,18 @@ class Workers(Generic[Loaded]):
         os.kill(pid, signal.SIGTERM)
         self._reap(pid)
 
-    def _reap(self, pid: int) -> int:
-        _, status = os.waitpid(pid, 0)
-        mark_process_dead(pid, str(self._metrics))
+    def _reap(self, pid: int, until: float | None = None) -> int:
+        """How a process ended that is about to end; one that has not by then is killed."""
+        until = time.monotonic() + self._patience if until is None else until
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        while not ended and time.monotonic() < until:
+            time.sleep(0.05)
+            ended, status = os.waitpid(pid, os.WNOHANG)
+        if not ended:
+            _log.error("process %d does not end; it is killed", pid)
+            os.kill(pid, signal.SIGKILL)
+            _, status = os.waitpid(pid, 0)
+        keep_counts_of_dead(self._metrics, pid)
         return status
 
 

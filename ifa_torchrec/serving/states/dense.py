@@ -18,7 +18,7 @@ import numpy as np
 
 from ifa_torchrec.data.dataset import MICROSECONDS_PER_DAY
 from ifa_torchrec.serving.states.layout import StateLayout
-from ifa_torchrec.serving.states.pages import quotient, rounded, together
+from ifa_torchrec.serving.states.pages import check_sums, quotient, rounded, together
 
 _SIZES = struct.Struct("<qqqqI")  # time and count of those before, and of the latest; rank
 _NEVER = -(2**63)
@@ -107,6 +107,11 @@ class Latest:
         mean = self.left.astype(np.float64) @ self.right
         return Head(Sums(self.time, self.weight, mean), self.count)
 
+    @property
+    def most(self) -> float:
+        """What no sum of these events is beyond."""
+        return _most(self.weight, self.left, self.right) * max(1, self.left.shape[2])
+
     def add_to(self, weight: np.ndarray, total: np.ndarray, time: int, decay: np.ndarray) -> None:
         """Add the sums as of a later time to z [H, F] and S [H, F, d], float32."""
         mine = _aged(self.weight, time - self.time, decay).astype(np.float32)
@@ -159,8 +164,10 @@ class DenseCodec:
             seed: round to 16 bits at random, without bias; else to the nearest.
 
         Raises:
-            StateError: a mean is beyond float16.
+            StateError: a mean is beyond float16, or a sum beyond float32.
         """
+        # a request sees both together
+        check_sums(_most(before.sums.weight, before.sums.mean) + latest.most)
         rank = latest.left.shape[2]
         if rank > _most_pairs(self._means):
             rank, means = 0, [latest.left @ latest.right]
@@ -210,6 +217,11 @@ class DenseCodec:
 def _aged(weight: np.ndarray, time: int, decay: np.ndarray) -> np.ndarray:
     """Weights [H, F] some microseconds later, float64."""
     return weight * np.exp(-decay * (time / MICROSECONDS_PER_DAY))[:, None]
+
+
+def _most(*factors: np.ndarray) -> float:
+    """What no product of some of their numbers is beyond, with at most one of each."""
+    return math.prod(float(np.abs(factor).max(initial=1)) for factor in factors)
 
 
 def _most_pairs(shape: tuple[int, ...]) -> int:

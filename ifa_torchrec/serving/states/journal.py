@@ -43,8 +43,8 @@ class Event:
     "unknown", row 0; as what it stands in the journal, for versions whose vocabulary has it.
 
     Args:
-        position: 0 or more, its offset in its partition; what tells an event that comes twice from two
-            alike.
+        position: 0 to 2**63 - 2, its offset in its partition; what tells an event that comes twice from
+            two alike.
         user, item: ids.
         time: microseconds since 1970, UTC.
         features: an id for each of the schema's event features.

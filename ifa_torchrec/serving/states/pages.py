@@ -25,6 +25,7 @@ PAGE_ROWS = 256
 """Most rows a page; one with more is split."""
 _SAME = 1e-6
 """Means of a bucket that differ by no more than this share of their size are stored once."""
+_LARGEST_SUM = float(np.finfo(np.float32).max) / 2
 _PAGE = struct.Struct("<II")  # rows, means
 _STEP_BYTES = _MEANS = 5
 """Bytes of a row that say its key, and the place of the byte that says how many means it has."""
@@ -191,8 +192,9 @@ class RowCodec:
             seed: round to 16 bits at random, without bias; else to the nearest.
 
         Raises:
-            StateError: a mean is beyond float16.
+            StateError: a mean is beyond float16, or a sum beyond float32.
         """
+        check_sums(rows.weight * np.abs(rows.mean).max(2, initial=1))
         bounds, first = np.asarray(bounds), np.asarray(first)
         step = rows.key.copy()
         step[1:] -= rows.key[:-1]
@@ -318,6 +320,29 @@ def together(
     step *= quotient(other_weight, total)[..., None]
     step += mean
     return total, step
+
+
+def check_sums(sums: np.ndarray | float) -> None:
+    """Refuse what float32 cannot hold when it is read again, with something added by rounding.
+
+    Args:
+        sums: of weights, and of weights times values; or what they are at most.
+
+    Raises:
+        StateError: one is beyond half of float32's range.
+
+    Example:
+        >>> from ifa_torchrec.serving.states.pages import check_sums
+        >>> check_sums(1e38)
+        >>> check_sums(1e39)
+        Traceback (most recent call last):
+        ifa_torchrec.serving.errors.StateError: the user's events add up to 1e+39, beyond float32; ...
+    """
+    largest = np.max(sums, initial=0)
+    if not largest <= _LARGEST_SUM:
+        raise StateError(
+            f"the user's events add up to {largest:g}, beyond float32; give smaller weights and numbers"
+        )
 
 
 def rounded(mean: np.ndarray, dtype: np.dtype[Any], seed: np.random.Generator | None) -> np.ndarray:

@@ -21,7 +21,7 @@ from redis.exceptions import (
 )
 from redis.retry import Retry
 
-from ifa_torchrec.serving.errors import StateError, StoreError
+from ifa_torchrec.serving.errors import StateError, StoreError, UnreachableError
 from ifa_torchrec.serving.states.key_value import (
     Change,
     Follow,
@@ -51,6 +51,12 @@ _ELSEWHERE = (
     redis.ReadOnlyError,
     redis.ConnectionError,
 )
+_OUT_OF_REACH = (
+    redis.ConnectionError,
+    redis.TimeoutError,
+    ClusterDownError,
+    RedisClusterException,  # no server of the cluster responds, or one has no primary for a slot
+)
 
 
 class RedisStore(KeyValueStore):
@@ -63,7 +69,8 @@ class RedisStore(KeyValueStore):
         address: redis://HOST:PORT/NUMBER.
 
     Raises:
-        StoreError: no server responds there, or it evicts keys.
+        StoreError: it evicts keys.
+        UnreachableError: no server responds there; every method raises it likewise.
     """
 
     def __init__(self, address: str) -> None:
@@ -88,7 +95,10 @@ class RedisStore(KeyValueStore):
 
     @staticmethod
     def _connect(address: str, options: Mapping[str, Any]) -> Any:
-        return redis.Redis.from_url(address, **options)
+        # Of a connection that broke meanwhile. redis-py's own way tries ten times, time-outs too, and so
+        # held a thread for a minute.
+        once = Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))
+        return redis.Redis.from_url(address, retry=once, **options)
 
     @property
     def in_cluster(self) -> bool:
@@ -165,7 +175,8 @@ class RedisStore(KeyValueStore):
             text = re.sub(r"args beginning with:.*", "args ...", str(error), flags=re.DOTALL)
             if type(error) in _ON_ITS_WAY:
                 text = "a slot of the cluster is being moved; try again when it has arrived"
-            raise StoreError(f"{self.name}: {what}{text}") from None
+            kind = UnreachableError if isinstance(error, _OUT_OF_REACH) else StoreError
+            raise kind(f"{self.name}: {what}{text}") from None
 
 
 class RedisClusterStore(RedisStore):

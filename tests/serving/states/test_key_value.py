@@ -8,6 +8,7 @@ import random
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import time
 import traceback
@@ -21,6 +22,7 @@ import redis
 from helpers import until
 
 from ifa_torchrec.serving import StateError, StoreError, open_key_value_store
+from ifa_torchrec.serving.errors import UnreachableError
 from ifa_torchrec.serving.states.lmdb_store import _LARGEST_MAP
 
 fork = multiprocessing.get_context("fork")
@@ -129,6 +131,10 @@ def test_a_server_that_is_gone_is_reported_as_the_stores_failure(tmp_path):
     server = subprocess.Popen([program, *options], stdout=subprocess.DEVNULL)
     until(Path(socket).exists)
     store = open_key_value_store(f"unix://{socket}")
+    hasty = open_key_value_store(f"unix://{socket}?socket_timeout=0.1")
+    server.send_signal(signal.SIGSTOP)
+    with pytest.raises(UnreachableError, match=r"unix://.*Timeout"):
+        hasty.read([b"a"])
     server.kill()
     server.wait()
     for use in (
@@ -137,7 +143,7 @@ def test_a_server_that_is_gone_is_reported_as_the_stores_failure(tmp_path):
         lambda: list(store.scan(b"a")),
         lambda: store.delete([b"a"]),
     ):
-        with pytest.raises(StoreError, match="unix://"):
+        with pytest.raises(UnreachableError, match="unix://"):
             use()
 
 

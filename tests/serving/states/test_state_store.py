@@ -31,7 +31,9 @@ from ifa_torchrec.serving import (
     versions,
 )
 from ifa_torchrec.serving.states import pages
+from ifa_torchrec.serving.states.dense import DenseCodec, Latest
 from ifa_torchrec.serving.states.layout import JOURNAL, Keys, Place, journal_key, user_key
+from ifa_torchrec.serving.states.pages import RowCodec, Rows
 
 DAY = 86_400_000_000
 CONFIG = IFAConfig(
@@ -620,6 +622,25 @@ def test_a_mean_beyond_float16_is_refused(key_values):
     with pytest.raises(StateError, match=r"beyond float16; build with --dtype float32"):
         store.append([Event(0, 1, 2, 0)], model.encode_each)
     assert not store.known([1]).any()
+
+
+def test_sums_beyond_float32_are_packed_by_neither_codec():
+    layout = StateLayout.of(Model().ifa)
+    dense, weight = DenseCodec(layout), np.full((layout.num_heads, layout.feature_dim), 1e38)
+    values = np.ones((layout.num_heads, 1, layout.head_dim))
+    one = Latest(5, 1, weight, np.ones((*weight.shape, 1)), values)
+    dense.pack(dense.no_head, one)
+    with pytest.raises(StateError, match="add up to 2e\\+38, beyond float32"):
+        dense.pack(one.head, one)
+    with pytest.raises(StateError, match="add up to 3e\\+38, beyond float32"):
+        dense.pack(dense.no_head, dataclasses.replace(one, right=3 * values))
+    numbers, half_lives = np.zeros(1, np.int64), len(layout.identity_decay)
+    mean, row_weight = np.ones((1, half_lives, layout.identity_width)), np.full((1, half_lives), 1e38)
+    rows = RowCodec(layout)
+    rows.pack(Rows(numbers, numbers, row_weight, mean), [0, 1], [0])
+    for times in ((2, 1), (1, 2)):
+        with pytest.raises(StateError, match="add up to 2e\\+38, beyond float32"):
+            rows.pack(Rows(numbers, numbers, times[0] * row_weight, times[1] * mean), [0, 1], [0])
 
 
 def test_an_unknown_dtype_is_refused():
