@@ -161,3 +161,9 @@ def test_a_row_of_an_npy_is_a_whole_number(tmp_path: Path) -> None:
         items = {"files": "items.parquet", "item": "i", "vectors": {"v": {"npy": "v.npy", "row": "row"}}}
         with refused("items: 1 of 2", "v is no row of a .npy", "1.6"):
             prepared(tmp_path, {}, items=items)
+
+
+def test_min_count_is_not_of_hashed_items(tmp_path: Path) -> None:
+    item = {"item": {"column": "i", "hash": 99}}
+    with refused("min_count is 2", "events.item has a hash"):
+        prepared(tmp_path, {}, events=item, requests=item, min_count=2)
