@@ -188,7 +188,9 @@ def _opened(uri: str) -> tuple[pafs.FileSystem, str]:
     Raises:
         LogError: it is no URI that pyarrow knows, or it has a password in it.
     """
-    if "@" in urlsplit(uri).netloc:
+    parts = urlsplit(uri)
+    # what stands before an @ is a key in s3 alone; elsewhere it is a container or a user
+    if parts.password is not None or (parts.scheme == "s3" and "@" in parts.netloc):
         raise LogError(
             "a log's URI stands in a run's files, so that it must have no key or password in it; give "
             "them in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, say)"
