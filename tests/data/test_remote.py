@@ -15,7 +15,7 @@ from toy import make_toy
 
 from ifa_torchrec.data import EventLog, LogError, remote
 from ifa_torchrec.data.parts import own_parts
-from ifa_torchrec.data.remote import is_uri
+from ifa_torchrec.data.remote import RemoteLog, is_uri
 from ifa_torchrec.data.writing import drafting
 
 PARTS = 3
@@ -193,3 +193,15 @@ def test_what_stands_before_an_at_may_be_no_key(place: str, monkeypatch: pytest.
     for secret in ("s3://key@bucket/log", "hdfs://user:secret@host/log"):
         with refused("must have no key or password"):
             remote._opened(secret)
+
+
+def test_the_header_is_the_one_that_was_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    header, copy = (folder / "schema.json").read_bytes(), RemoteLog._copy
+
+    def meanwhile(self: RemoteLog, *args, **options):
+        (folder / "schema.json").write_bytes(b"{}")
+        return copy(self, *args, **options)
+
+    monkeypatch.setattr(RemoteLog, "_copy", meanwhile)
+    log = RemoteLog(folder.as_uri())
+    assert (log.folder / "schema.json").read_bytes() == header
