@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,12 @@ def fetch(folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         command = ["pip", "download", "--quiet", "--no-deps", "recbole==1.2.1", "--dest", str(folder)]
         subprocess.run([sys.executable, "-m", *command], check=True)
-        with zipfile.ZipFile(next(folder.glob("recbole-*.whl"))) as wheel:
-            wheel.extractall(folder, [name for name in wheel.namelist() if name.startswith(inside)])
+        # beside, so that what a kill leaves does not count as complete
+        with tempfile.TemporaryDirectory(dir=folder) as draft:
+            with zipfile.ZipFile(next(folder.glob("recbole-*.whl"))) as wheel:
+                wheel.extractall(draft, [name for name in wheel.namelist() if name.startswith(inside)])
+            (folder / inside).parent.mkdir(parents=True, exist_ok=True)
+            (Path(draft) / inside).rename(folder / inside)
     return folder / inside
 
 

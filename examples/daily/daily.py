@@ -189,7 +189,7 @@ class Service:
         deadline = time.monotonic() + PATIENCE
         while True:
             try:
-                with urllib.request.urlopen(request) as response:
+                with urllib.request.urlopen(request, timeout=PATIENCE) as response:
                     return response.read()
             except urllib.error.HTTPError as error:
                 # it had no time; what it took none the less counts once, however often it comes

@@ -64,7 +64,7 @@ from ifa_torchrec.data.schema import (
     check_splits,
 )
 from ifa_torchrec.data.vocabulary import Vocabulary
-from ifa_torchrec.data.writing import drafting, write_tables
+from ifa_torchrec.data.writing import drafting, publish_folder, write_tables
 
 _USERS_OF_PART = "users-of-part"  # no column of a schema is called so
 
@@ -254,7 +254,7 @@ class EventLog(LogItems):
             log.requests(split)
         header = dataclasses.replace(header, scales=scales_of(log))
         write_header(draft / "schema.json", header)
-        draft.rename(path)
+        publish_folder(draft, path)
         return cls(path)
 
     def __reduce__(self) -> tuple[Any, ...]:

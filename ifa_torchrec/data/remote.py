@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import os
 import re
 import secrets
@@ -92,6 +93,7 @@ class RemoteLog:
         key = hashlib.sha256(header + repr((uri, sorted(others.items()))).encode()).hexdigest()[:16]
         self.folder = self._cache.folder / key / (Path(self._root).name or "log")
         self._sizes = {name: size for name, (size, _) in listing.items()}
+        self._sizes["schema.json"] = len(header)
         with self._cache.room_for(0):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._held = use(self.folder)
@@ -100,7 +102,10 @@ class RemoteLog:
             fcntl.flock(lock, fcntl.LOCK_EX)  # a node's ranks copy them once
             for name in small:
                 if not (self.folder / name).exists():
-                    self._copy(name).close()
+                    # the header is what the key was made of, though the log be written anew meanwhile
+                    self._copy(
+                        name, stream=io.BytesIO(header) if name == "schema.json" else None
+                    ).close()
 
     @contextmanager
     def file(self, name: str, part: Part | None) -> Generator[Path]:
@@ -148,8 +153,8 @@ class RemoteLog:
             if not any(folder.startswith(".") for folder in name.split("/"))
         }
 
-    def _copy(self, name: str, part: Part | None = None) -> Held:
-        """Copy a file, whole or not at all, and hold the copy."""
+    def _copy(self, name: str, part: Part | None = None, stream: Any = None) -> Held:
+        """Copy a file, whole or not at all, and hold the copy; the stream, where it is read already."""
         place, size = f"{self.uri.partition('?')[0]}/{name}", self._sizes.get(name)
         if size is None:
             raise LogError(f"{place}: missing; the log is incomplete, copy it there again")
@@ -162,7 +167,7 @@ class RemoteLog:
             os.truncate(draft, size)  # counts for who makes room
         try:
             with _asking(place):
-                stream = self._files.open_input_stream(f"{self._root}/{name}")
+                stream = stream or self._files.open_input_stream(f"{self._root}/{name}")
             with stream, _writing(draft.open("r+b"), draft) as file:
                 while block := _read(stream, place):
                     digest.update(block)
@@ -188,7 +193,9 @@ def _opened(uri: str) -> tuple[pafs.FileSystem, str]:
     Raises:
         LogError: it is no URI that pyarrow knows, or it has a password in it.
     """
-    if "@" in urlsplit(uri).netloc:
+    parts = urlsplit(uri)
+    # what stands before an @ is a key in s3 alone; elsewhere it is a container or a user
+    if parts.password is not None or (parts.scheme == "s3" and "@" in parts.netloc):
         raise LogError(
             "a log's URI stands in a run's files, so that it must have no key or password in it; give "
             "them in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, say)"

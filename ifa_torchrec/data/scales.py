@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,28 +37,42 @@ def scales_of(log: EventLog) -> dict[str, Scale]:
         {'amount': Scale(mean=4.0, deviation=2.0, log=False)}
     """
     schema = log.schema
+    if not schema.scaled:
+        return {}
     splits = [log.requests(s) for s in log.splits if s == _TRAIN or _TRAIN not in log.splits]
-    seen = np.ones(len(log.events[TIME]), bool)
-    if _TRAIN in log.splits:
-        seen = log.events[TIME] < splits[0][TIME].max()
+    times = log.events[TIME]
+    last = splits[0][TIME].max() if _TRAIN in log.splits else None
+
+    def seen(rows: slice) -> np.ndarray | slice:
+        return slice(None) if last is None else times[rows] < last
 
     def numbers(name: str) -> np.ndarray:
         if name in schema.event_dense:
-            return log.events[name][seen]
+            return log.events[name]
         if name in schema.item_dense:
             return log.items[name][: schema.item_features[schema.item]]
         parts = [s[name][s[EXPOSED]] if name in schema.tasks else s[name] for s in splits]
         return np.concatenate([np.empty(0, np.float32), *parts])
 
-    return {name: scale_of(numbers(name), name in schema.log_scaled) for name in schema.scaled}
+    return {
+        name: scale_of(
+            numbers(name), name in schema.log_scaled, seen if name in schema.event_dense else None
+        )
+        for name in schema.scaled
+    }
 
 
-def scale_of(values: np.ndarray, log: bool = False) -> Scale:
+def scale_of(
+    values: np.ndarray,
+    log: bool = False,
+    kept: Callable[[slice], np.ndarray | slice] | None = None,
+) -> Scale:
     """Mean and deviation of the numbers that are there.
 
     Args:
         values: [n] float32; NaN where one is missing.
         log: take log(1 + x) of each first.
+        kept: which of a block's numbers count; all, by default.
 
     Returns:
         Their Scale; of deviation 1 where they are all alike, and of mean 0 where there are none.
@@ -72,7 +86,9 @@ def scale_of(values: np.ndarray, log: bool = False) -> Scale:
 
     def blocks() -> Iterator[np.ndarray]:
         for start in range(0, len(values), _BLOCK):
-            block = values[start : start + _BLOCK].astype(np.float64)
+            rows = slice(start, start + _BLOCK)
+            block = values[rows] if kept is None else values[rows][kept(rows)]
+            block = block.astype(np.float64)
             block = block[~np.isnan(block)]
             yield np.log1p(block) if log else block
 

@@ -37,7 +37,6 @@ the users' interests.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -49,6 +48,7 @@ from ifa_torchrec.data.dataset import RankingDataset
 from ifa_torchrec.data.event_log import EventLog
 from ifa_torchrec.data.schema import LogSchema
 from ifa_torchrec.data.synthetic_sets import SHOWN
+from ifa_torchrec.data.writing import check_recorded, recording
 from ifa_torchrec.errors import ConfigError
 
 _TOPICS_PER_CATEGORY = 10
@@ -169,6 +169,7 @@ def prepare(path: str | Path, config: SyntheticConfig | None = None) -> EventLog
 
     Raises:
         LogError: the folder at ``path`` is not a whole log.
+        ConfigError: it is the log of another config.
 
     Example:
         >>> import tempfile
@@ -181,6 +182,7 @@ def prepare(path: str | Path, config: SyntheticConfig | None = None) -> EventLog
     """
     path = Path(path)
     if path.exists():
+        check_recorded(path, CONFIG_FILE, asdict(config) if config else {})
         return EventLog(path)
     config = config or SyntheticConfig()
     rng = np.random.default_rng(config.seed)
@@ -188,29 +190,28 @@ def prepare(path: str | Path, config: SyntheticConfig | None = None) -> EventLog
     lengths = [len(history.columns["item"]) for history in histories]
     # a history ends on day 365, the request comes an hour later
     day = np.concatenate([np.sort(rng.random(length)) * 365 for length in lengths])
-    names = histories[0].columns
-    columns = {name: np.concatenate([history.columns[name] for history in histories]) for name in names}
+    columns = {n: np.concatenate([h.columns[n] for h in histories]) for n in histories[0].columns}
     requests = _requests(rng, config, histories)
     rows = {"item": config.num_items, "category": config.categories + 1}
-    log = EventLog.from_pandas(
-        path,
-        events=pd.DataFrame(
-            {
-                "user": np.repeat(np.arange(len(histories)), lengths),
-                "time": _START + pd.to_timedelta(day, unit="D"),
-                **columns,
-            }
-        ),
-        schema=LogSchema(
-            item_features=rows | ({"topic": config.topics + 1} if config.names_topics else {}),
-            event_features={"action": len(ACTIONS)} if config.kinds else {},
-            event_dense=("amount",) if config.kinds else (),
-        ),
-        items=_item_table(config),
-        requests={name: requests.iloc[rows] for name, rows in _splits(config).items()},
-    )
-    (path / CONFIG_FILE).write_text(json.dumps(asdict(config)))
-    return log
+    with recording(path, CONFIG_FILE, asdict(config)) as draft:
+        EventLog.from_pandas(
+            draft,
+            events=pd.DataFrame(
+                {
+                    "user": np.repeat(np.arange(len(histories)), lengths),
+                    "time": _START + pd.to_timedelta(day, unit="D"),
+                    **columns,
+                }
+            ),
+            schema=LogSchema(
+                item_features=rows | ({"topic": config.topics + 1} if config.names_topics else {}),
+                event_features={"action": len(ACTIONS)} if config.kinds else {},
+                event_dense=("amount",) if config.kinds else (),
+            ),
+            items=_item_table(config),
+            requests={name: requests.iloc[rows] for name, rows in _splits(config).items()},
+        )
+    return EventLog(path)
 
 
 def topic_of(config: SyntheticConfig, item: np.ndarray) -> np.ndarray:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
 import secrets
 import shutil
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -19,7 +21,7 @@ from ifa_torchrec.data.columns import Column
 from ifa_torchrec.data.parts import file_of, part_of
 from ifa_torchrec.data.remote import is_uri
 from ifa_torchrec.data.schema import USER, LogError
-from ifa_torchrec.errors import ExistsError
+from ifa_torchrec.errors import ConfigError, ExistsError
 
 _RANDOM_BYTES = 6
 
@@ -112,6 +114,78 @@ def new_folder(parent: Path, prefix: str) -> Path:
     folder = parent / f"{prefix}{secrets.token_hex(_RANDOM_BYTES)}"
     folder.mkdir()
     return folder
+
+
+def publish_folder(draft: Path, path: str | Path) -> None:
+    """Rename a draft to what it is to be called.
+
+    Raises:
+        FileExistsError: another preparation was there first.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.data.writing import new_folder, publish_folder
+        >>> parent = Path(tempfile.mkdtemp())
+        >>> publish_folder(new_folder(parent, ".log-"), parent / "log")
+        >>> [folder.name for folder in parent.iterdir()]
+        ['log']
+    """
+    try:
+        draft.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise ExistsError(
+            f"{path} was made meanwhile, by another preparation; delete it or choose another folder"
+        ) from error
+
+
+@contextmanager
+def recording(path: Path, file: str, asked: Mapping[str, Any]) -> Generator[Path]:
+    """Where to write a log that appears as ``path`` with a file in it of what was asked for.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.data.writing import recording
+        >>> path = Path(tempfile.mkdtemp()) / "log"
+        >>> with recording(path, "asked.json", {"seed": 1}) as draft:
+        ...     draft.mkdir()
+        >>> (path / "asked.json").read_text()
+        '{"seed": 1}'
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with draft_beside(path) as draft:
+        yield draft / path.name
+        (draft / path.name / file).write_text(json.dumps(asked))
+        publish_folder(draft / path.name, path)
+
+
+def check_recorded(path: Path, file: str, asked: Mapping[str, Any]) -> None:
+    """Raise where a log was written for something else; one that does not say is taken as it is.
+
+    Raises:
+        ConfigError: names the fields that differ.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.data.writing import check_recorded
+        >>> check_recorded(Path(tempfile.mkdtemp()), "asked.json", {"seed": 1})
+    """
+    if not (path / file).exists():
+        return
+    there = json.loads((path / file).read_text())
+    other = [
+        f"{name} {there[name]!r}, not {value!r}"
+        for name, value in json.loads(json.dumps(asked)).items()
+        if name in there and there[name] != value
+    ]
+    if other:
+        raise ConfigError(
+            f"{path} is a log of {', '.join(other)}; delete it, choose another folder, or ask for these"
+        )
 
 
 def write_tables(folder: Path, tables: Mapping[str, pd.DataFrame], parts: int = 1) -> None:

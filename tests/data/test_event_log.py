@@ -20,7 +20,8 @@ import pytest
 from toy import BUSY_USER, NEW_USER, NUM_EVENTS, NUM_ITEMS, SCHEMA, SPLITS, Toy, make_toy
 
 from ifa_torchrec.data import EventLog, LogError, LogSchema, RankingDataset, mapped_columns
-from ifa_torchrec.data.writing import drafting
+from ifa_torchrec.data.writing import drafting, publish_folder
+from ifa_torchrec.errors import ExistsError
 
 
 @pytest.fixture
@@ -672,3 +673,11 @@ def test_a_changed_schema_is_checked_anew(tmp_path: Path) -> None:
 def test_names_that_cannot_work_are_refused(changes: dict) -> None:
     with pytest.raises(LogError, match="schema: "):
         LogSchema(**({"item_features": {"item": 3}} | changes))
+
+
+def test_the_second_of_two_preparations_of_one_folder(tmp_path: Path) -> None:
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "schema.json").write_text("{}")
+    (tmp_path / "draft").mkdir()
+    with pytest.raises(ExistsError, match=r"log was made meanwhile.*choose another folder"):
+        publish_folder(tmp_path / "draft", tmp_path / "log")

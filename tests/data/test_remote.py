@@ -6,15 +6,16 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 from toy import make_toy
 
-from ifa_torchrec.data import EventLog, LogError
+from ifa_torchrec.data import EventLog, LogError, remote
 from ifa_torchrec.data.parts import own_parts
-from ifa_torchrec.data.remote import is_uri
+from ifa_torchrec.data.remote import RemoteLog, is_uri
 from ifa_torchrec.data.writing import drafting
 
 PARTS = 3
@@ -182,3 +183,25 @@ def test_a_log_is_not_written_to_a_uri(tmp_path: Path, monkeypatch: pytest.Monke
 def test_what_is_a_uri() -> None:
     assert is_uri("hdfs://host:8020/log") and is_uri("abfss://box@account/log")
     assert not any(map(is_uri, ("log", "/log", "./s3:/log", Path("runs/data"))))
+
+
+@pytest.mark.parametrize("place", ["abfss://box@account.dfs.core.windows.net", "gs://anonymous@bucket"])
+def test_what_stands_before_an_at_may_be_no_key(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = SimpleNamespace(from_uri=lambda uri: (uri, "log/"))
+    monkeypatch.setattr(remote, "pafs", SimpleNamespace(FileSystem=files))
+    assert remote._opened(f"{place}/log") == (f"{place}/log", "log")
+    for secret in ("s3://key@bucket/log", "hdfs://user:secret@host/log"):
+        with refused("must have no key or password"):
+            remote._opened(secret)
+
+
+def test_the_header_is_the_one_that_was_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    header, copy = (folder / "schema.json").read_bytes(), RemoteLog._copy
+
+    def meanwhile(self: RemoteLog, *args, **options):
+        (folder / "schema.json").write_bytes(b"{}")
+        return copy(self, *args, **options)
+
+    monkeypatch.setattr(RemoteLog, "_copy", meanwhile)
+    log = RemoteLog(folder.as_uri())
+    assert (log.folder / "schema.json").read_bytes() == header

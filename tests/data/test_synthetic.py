@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from ifa_torchrec.data.synthetic import (
     prepare,
     topic_of,
 )
+from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.training.metrics import gauc
 
 CONFIG = SyntheticConfig(train=400, test=400, mean_events=500, distance=200, topics=40)
@@ -213,3 +215,24 @@ def test_the_same_seed_gives_the_same_log(tmp_path) -> None:
 def test_bad_options_are_named(change: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):
         replace(CONFIG, **change)
+
+
+def test_a_log_of_another_config_is_not_taken(tmp_path: Path) -> None:
+    small = replace(CONFIG, train=20, test=10)
+    prepare(tmp_path / "log", small)
+    assert prepare(tmp_path / "log", small).splits == prepare(tmp_path / "log").splits
+    with pytest.raises(ConfigError, match=r"log is a log of train 20, not 30, seed .*; delete it"):
+        prepare(tmp_path / "log", replace(small, train=30, seed=small.seed + 1))
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+    (tmp_path / "log" / "synthetic.json").unlink()  # as older ones, which do not say
+    assert len(prepare(tmp_path / "log", replace(small, train=30)).requests("train")["user"]) == 20
+
+
+def test_a_kill_leaves_no_log_without_its_config(tmp_path: Path, monkeypatch) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ifa_torchrec.data.writing.publish_folder", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path / "log", replace(CONFIG, train=20, test=10))
+    assert not (tmp_path / "log").exists()

@@ -117,7 +117,8 @@ def _parquet(files: Sequence[str]) -> str:
     By default the folders' names would replace columns, and the first file's types would round those of
     the others.
     """
-    listed = ", ".join(map(literal, files))
+    # DuckDB would take a name such as log[1].parquet for a pattern
+    listed = ", ".join(literal(glob.escape(file)) for file in files)
     return f"read_parquet([{listed}], hive_partitioning=false, union_by_name=true)"
 
 

@@ -42,7 +42,7 @@ def join_label(sql: DuckDBPyConnection, task: str, section: str, label: JoinedLa
     rows = f"{section}_rows"
     if not label.mark_all:
         # what a row marks has the very time of the latest candidate before it
-        rows = f"""(SELECT l."user", l.item, r.time, r.time AS _candidate
+        rows = f"""(SELECT l."user", l.item, r.time
             FROM {rows} l ASOF JOIN (SELECT DISTINCT "user", item, time FROM requests_rows) r
             ON l."user" = r."user" AND l.item = r.item AND l.time >= r.time
             WHERE {_labels(label)})"""

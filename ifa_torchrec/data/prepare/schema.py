@@ -363,6 +363,11 @@ class PrepareSchema:
                 raise LogError(f"{where} must be from 0 to {_MOST_SECONDS}, got {value!r}")
         if self.min_count < 1:
             raise LogError(f"min_count must be a whole number from 1, got {self.min_count!r}")
+        if self.min_count > 1 and rows_of(self.events.item) is not None:
+            raise LogError(
+                f"min_count is {self.min_count}, and events.item has a hash, by which every item has a "
+                "row; leave out one of the two"
+            )
 
     def _check_splits(self) -> None:
         for split, start in self.splits.items():

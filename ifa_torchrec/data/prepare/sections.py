@@ -20,19 +20,27 @@ from ifa_torchrec.data.prepare.schema import (
 from ifa_torchrec.data.prepare.sql import literal, quoted, timestamp
 from ifa_torchrec.data.schema import EXPOSED, TIME, USER
 
-# SQL with {0} where what stands in the file does
-_TEXT = "CAST({0} AS VARCHAR)"
+# SQL with {0} where what stands in the file does.
+# An id as text: that of a float is the integer's, as where integers and nulls are floats in Parquet, and
+# an empty one is none, as in CSV.
+_WHOLE = r"regexp_replace({}, '\.0$', '')"
+_TEXT = f"""nullif(CASE WHEN typeof({{0}}) IN ('DOUBLE', 'FLOAT')
+    THEN {_WHOLE.format("CAST({0} AS VARCHAR)")} ELSE CAST({{0}} AS VARCHAR) END, '')"""
+_TEXTS = f"""[nullif(CASE WHEN regexp_matches(typeof({{0}}), '^(DOUBLE|FLOAT)')
+    THEN {_WHOLE.format("_e")} ELSE _e END, '') for _e in TRY(CAST({{0}} AS VARCHAR[]))]"""
 _NUMBER = "TRY(CAST({0} AS FLOAT))"
 _VECTOR = "TRY(CAST({0} AS FLOAT[]))"
-_ROW = "TRY(CAST({0} AS BIGINT))"
-_BOOLEAN = "TRY(CAST({0} AS BOOLEAN))"
+# DuckDB would round the row number 1.6
+_ROW = """CASE WHEN TRY(CAST({0} AS DOUBLE)) = trunc(TRY(CAST({0} AS DOUBLE)))
+    THEN TRY(CAST({0} AS BIGINT)) END"""
 # 0 and 1, or what else stands for false and true
 _LABEL = "coalesce(TRY(CAST({0} AS FLOAT)), TRY(CAST(CAST({0} AS BOOLEAN) AS FLOAT)))"
-# An id as text. A float that is not a number, or so large that integers beside it are the same float,
-# would be many users or items in one.
-_ID = """CASE WHEN abs(CASE typeof({0}) WHEN 'DOUBLE' THEN TRY_CAST({0} AS DOUBLE)
-    WHEN 'FLOAT' THEN TRY_CAST({0} AS DOUBLE) * 536870912 END) >= 9007199254740992 THEN NULL
-    ELSE CAST({0} AS VARCHAR) END"""
+_BOOLEAN = f"CASE {_LABEL} WHEN 0 THEN false WHEN 1 THEN true END"  # any other number is neither
+# The id of a user or an item. A float that is not a number, or so large that integers beside it are the
+# same float, would be many users or items in one.
+_ID = f"""CASE WHEN abs(CASE typeof({{0}}) WHEN 'DOUBLE' THEN TRY_CAST({{0}} AS DOUBLE)
+    WHEN 'FLOAT' THEN TRY_CAST({{0}} AS DOUBLE) * 536870912 END) >= 9007199254740992 THEN NULL
+    ELSE {_TEXT} END"""
 _INEXACT = "is a float in which ids are not exact; write them as integers or text"
 
 AT, POSITION, LENGTH = "_at", "_position", "_length"
@@ -81,13 +89,16 @@ def list_in_sql(column: ListColumn) -> str:
     """SQL that makes a list of texts of what stands in the file, {0}.
 
     Example:
+        >>> import duckdb
+        >>> from ifa_torchrec.data.prepare.columns import Listed
         >>> from ifa_torchrec.data.prepare.sections import list_in_sql
-        >>> list_in_sql("genres")
-        'TRY(CAST({0} AS VARCHAR[]))'
+        >>> text = list_in_sql(Listed("genres", delimiter="|")).format("'a| b|'")
+        >>> duckdb.sql(f"SELECT {text}").fetchall()
+        [(['a', 'b'],)]
     """
     delimiter = column.delimiter if isinstance(column, Listed) else None
     if delimiter is None:
-        return "TRY(CAST({0} AS VARCHAR[]))"
+        return _TEXTS
     cut = literal(delimiter).replace("{", "{{").replace("}", "}}")
     return f"[trim(_e) for _e in string_split(CAST({{0}} AS VARCHAR), {cut}) if trim(_e) <> '']"
 
@@ -186,8 +197,9 @@ def requests_section(schema: PrepareSchema) -> Section:
     """
     requests = schema.requests
     wanted = _Wanted(schema.log_scaled)
-    each = AT if requests.each else "''"
-    wanted.columns["_request"] = (requests.request or each, _TEXT)
+    wanted.columns["_request"] = (AT, _TEXT) if requests.each else ("''", "{0}")
+    if requests.request is not None:
+        wanted.columns["_request"] = (requests.request, _TEXT)
     wanted.columns[EXPOSED] = (requests.exposed or "true", _BOOLEAN)
     if requests.each:
         wanted.columns[AT] = (AT, _ROW)
@@ -272,6 +284,7 @@ def _rows(
     columns = {USER: (rows.user, _ID), ITEM: (column_of(rows.item), _ID)}
     if rows.time is not None:
         unit = f"a number in {rows.unit}" if rows.unit else "a timestamp; give numbers a unit"
+        unit += ", nor is a 32-bit float one: it is minutes off" if rows.unit else ""
         columns[TIME] = (rows.time, timestamp("{0}", rows.unit))
         checks = {
             **checks,

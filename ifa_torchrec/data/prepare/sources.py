@@ -90,7 +90,16 @@ def read_section(
         >>> sql.execute("SELECT item, click FROM requests_rows").fetchall()
         [('tea', 1.0)]
     """
-    lines = _read(sql, section, before)
+    import duckdb
+
+    try:
+        lines = _read(sql, section, before)
+    except duckdb.OutOfMemoryException:
+        raise
+    except duckdb.Error as error:
+        raise LogError(
+            f"{section.name}: the schema does not fit its files, {section.files.files}: {error}"
+        ) from error
     empty = number(sql, f"SELECT count(*) FROM {section.name}_read WHERE _refused = '{_NOTHING}'")
     sql.execute(f"DELETE FROM {section.name}_read WHERE _refused = '{_NOTHING}'")
     if section.name == "items" and schema.items:
@@ -124,18 +133,23 @@ def _read(sql: DuckDBPyConnection, section: Section, before: int) -> dict[str, d
         return f"TRY({f'({column})' if there is None else quoted(there)})"
 
     columns = section.columns.items()
-    ours = ", ".join(f"{form.format(given(column))} AS {quoted(c)}" for c, (column, form) in columns)
+    # A column that the files lack would be found among ours, had these their names already.
+    ours = ", ".join(
+        f"{form.format(given(column))} AS _{n}" for n, (_, (column, form)) in enumerate(columns)
+    )
+    named = ", ".join(f"_{n} AS {quoted(c)}" for n, c in enumerate(section.columns))
     texts = {c: column for c, (column, _) in columns}
     texts |= {f"_each_{name}": column_of(column) for name, column in section.each.items()}
     shown = [f"{name} := CAST({name} AS VARCHAR)" for name in source.places]
     shown += [
-        f"{quoted(c)} := left(CAST({given(column)} AS VARCHAR), {_SHOWN})" for c, column in texts.items()
+        f"{quoted(c)} := nullif(left(CAST({given(column)} AS VARCHAR), {_SHOWN}), '')"
+        for c, column in texts.items()
     ]
     places = "".join(f", {place} AS {name}" for name, place in source.places.items())
     rows = f"(SELECT * {places} FROM {source.relation})"
     wanted = f"TRY(CAST({given(section.where)} AS BOOLEAN))" if section.where else "true"
     checks = {"NOT _wanted IS TRUE": "`where` cannot be told", **section.checks}
-    unpacked = "false AS _nothing"
+    unpacked, kept = "false AS _nothing", "_given, _wanted, _nothing"
     if section.each:
         rows = _each(sql, section, source, rows, given, before)
         checks = {
@@ -143,7 +157,7 @@ def _read(sql: DuckDBPyConnection, section: Section, before: int) -> dict[str, d
             "_unlisted": "a column of `each` is not a list; name the `delimiter` of its text",
             **checks,
         }
-        unpacked = f"_ragged, _unlisted, {LENGTH} = 0 AS _nothing"
+        unpacked, kept = f"_ragged, _unlisted, {LENGTH} = 0 AS _nothing", f"{kept}, _ragged, _unlisted"
     reasons = " ".join(f"WHEN {check} THEN {literal(why)}" for check, why in checks.items())
     derived = "".join(f", {form} AS {quoted(name)}" for name, form in section.derived.items())
     scratch = ["_given", "_nothing", "_wanted", *section.scratch]
@@ -154,8 +168,9 @@ def _read(sql: DuckDBPyConnection, section: Section, before: int) -> dict[str, d
             SELECT * EXCLUDE ({", ".join(map(quoted, scratch))}),
                 CASE WHEN _refused IS NOT NULL THEN CAST(_given AS VARCHAR) END AS _given
             FROM (SELECT * {derived}, CASE WHEN _nothing THEN '{_NOTHING}' {reasons} END AS _refused
-                  FROM (SELECT {ours}, struct_pack({", ".join(shown)}) AS _given,
-                        {wanted} AS _wanted, {unpacked} FROM {rows})
+                  FROM (SELECT {named}, {kept}
+                        FROM (SELECT {ours}, struct_pack({", ".join(shown)}) AS _given,
+                              {wanted} AS _wanted, {unpacked} FROM {rows}))
                   WHERE _wanted IS DISTINCT FROM false OR _nothing)"""
         )
     sql.execute(f"CREATE VIEW {section.name}_rows AS FROM {section.name}_read WHERE _refused IS NULL")

@@ -57,7 +57,7 @@ def timestamp(sql: str, unit: str | None) -> str:
 
     Args:
         sql: a number, if there is a unit; else a timestamp, or a text of one.
-        unit: one of UNITS, or None.
+        unit: one of UNITS, or None. Of a unit there is no time in a 32-bit float.
 
     Example:
         >>> from ifa_torchrec.data.prepare.sql import timestamp
@@ -66,7 +66,9 @@ def timestamp(sql: str, unit: str | None) -> str:
     """
     if unit is None:
         return f"TRY(CAST({sql} AS TIMESTAMPTZ) AT TIME ZONE 'UTC')"
-    return f"TRY(make_timestamp(CAST(CAST({sql} AS DECIMAL(24, 6)) * {UNITS[unit]} AS BIGINT)))"
+    time = f"TRY(make_timestamp(CAST(CAST({sql} AS DECIMAL(24, 6)) * {UNITS[unit]} AS BIGINT)))"
+    # a FLOAT has 24 bits, so that the seconds of today are two minutes apart
+    return f"CASE WHEN typeof({sql}) <> 'FLOAT' THEN {time} END"
 
 
 def interval(seconds: float) -> str:

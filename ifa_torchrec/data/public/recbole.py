@@ -95,8 +95,14 @@ def schema_of(folder: str | Path) -> PrepareSchema:
         "time": inter.taken("timestamp"),
         "unit": "s",
     }
+    tokens = inter.of("token")
+    if "action" in tokens:
+        raise LogError(
+            f"{found[0]}: the column {tokens['action']!r} needs another name in the header: `action` "
+            "says whether the item was liked"
+        )
     of_events = {
-        "features": {**inter.of("token"), "action": f"CASE WHEN {positive} THEN 'liked' ELSE 'not' END"},
+        "features": {**tokens, "action": f"CASE WHEN {positive} THEN 'liked' ELSE 'not' END"},
         "dense": inter.of("float"),
     }
     inter.warn_of_others("events")

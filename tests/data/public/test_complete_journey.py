@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pandas as pd
 import pytest
 
 from ifa_torchrec.data import EventLog
+from ifa_torchrec.data.public import complete_journey
 from ifa_torchrec.data.public.complete_journey import (
     BASKET,
     BUY_AGAIN,
@@ -19,6 +21,7 @@ from ifa_torchrec.data.public.complete_journey import (
     item_order,
     prepare,
 )
+from ifa_torchrec.errors import ConfigError
 
 HOUSEHOLDS, STORES, PRODUCTS = (3, 7, 20, 31), (330, 406), 300
 TWICE = 31  # makes two baskets at the very same time, every week
@@ -342,3 +345,10 @@ def test_more_requests_than_there_are(tables, tmp_path: Path) -> None:
 
 def test_prepare_opens_a_log_that_is_there(log: EventLog) -> None:
     assert len(prepare(log.path).events["item"]) == len(log.events["item"])
+
+
+def test_a_log_of_another_config_is_not_taken(tmp_path: Path) -> None:
+    asked = {"train": 20, "valid": 5, "test": 5, "seed": 0}
+    (tmp_path / "complete_journey.json").write_text(json.dumps(asked))
+    with pytest.raises(ConfigError, match=r"is a log of train 20, not 30, seed 0, not 1; delete it"):
+        complete_journey.prepare(tmp_path, CompleteJourneyConfig(train=30, valid=5, test=5, seed=1))

@@ -108,3 +108,10 @@ def test_what_is_missing_is_named(tmp_path: Path, header: str | None, message: s
         (tmp_path / "some.inter").write_text(header + "\n")
     with pytest.raises(LogError, match=message):
         recbole.prepare(tmp_path, tmp_path / "log")
+
+
+def test_a_column_called_action_is_not_replaced(tmp_path: Path) -> None:
+    header = "user_id:token\titem_id:token\trating:float\ttimestamp:float\taction:token\n"
+    (tmp_path / "tiny.inter").write_text(header + "1\t2\t3\t881250000\tbuy\n")
+    with pytest.raises(LogError, match="'action:token' needs another name"):
+        recbole.schema_of(tmp_path)
