@@ -284,7 +284,7 @@ def _rows(
     columns = {USER: (rows.user, _ID), ITEM: (column_of(rows.item), _ID)}
     if rows.time is not None:
         unit = f"a number in {rows.unit}" if rows.unit else "a timestamp; give numbers a unit"
-        unit += ", nor is a 32-bit float one: it is minutes off" if rows.unit else ""
+        unit += " (a float of 32 bits is minutes off)" if rows.unit else ""
         columns[TIME] = (rows.time, timestamp("{0}", rows.unit))
         checks = {
             **checks,

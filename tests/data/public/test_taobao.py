@@ -81,7 +81,7 @@ def test_taobao(tmp_path: Path) -> None:
     assert refused["requests"]["refused"] == 2  # of those from December on
     assert refused["events"]["refused"] == 5
     ((why, told),) = refused["events"]["reasons"].items()
-    assert why == "time cannot be read as a number in s"
+    assert why == "time cannot be read as a number in s (a float of 32 bits is minutes off)"
     assert "'time': -2134949234 is not of 25 November to 3 December 2017" in told["examples"][0]
 
 

@@ -196,9 +196,8 @@ def _sum_segments_kernel(
     segment = (tl.program_id(0) // tiles).to(tl.int64)
     column = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
     total = tl.zeros([ROWS, TILE], dtype=tl.float32)
-    first = tl.maximum(tl.load(bounds + segment), 0)
     end = tl.minimum(tl.load(bounds + segment + 1), length)
-    for start in range(first, end, ROWS):
+    for start in range(tl.maximum(tl.load(bounds + segment), 0), end, ROWS):
         row = start + tl.arange(0, ROWS)
         valid = row < end
         if ORDERED:
