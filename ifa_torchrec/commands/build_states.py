@@ -89,6 +89,13 @@ class BuildStatesConfig:
     def __post_init__(self) -> None:
         if self.warm_start is not None and not 0 <= self.warm_start < float("inf"):
             raise ConfigError(f"--warm-start: give days, 0 or more, not {self.warm_start}")
+        given = {0: self.position} if isinstance(self.position, int) else self.position
+        for partition, position in given.items():
+            if not (0 <= partition < 2**32 and 0 <= position < 2**63):
+                raise ConfigError(
+                    f"--position: {position} of partition {partition}; a position is in 0..2**63 - 1, a "
+                    "partition in 0..2**32 - 1"
+                )
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from ifa_torchrec import IFAConfig, UserState
 from ifa_torchrec.__main__ import main
 from ifa_torchrec.commands.build_states import BuildStatesConfig, build_states
 from ifa_torchrec.data import RankingDataset
+from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.serving import (
     StateError,
     StateStore,
@@ -274,3 +275,9 @@ def test_a_user_is_forgotten_and_the_journal_trimmed_on_the_command_line(
     for bad in (["--forget", ""], ["--trim-journal", "-1"]):
         with pytest.raises(SystemExit, match=bad[0]):
             said(*bad)
+
+
+@pytest.mark.parametrize("position", [-1, 2**63, {1: 2**63}, {2**32: 0}, {-1: 0}])
+def test_a_position_that_no_stream_has_is_refused(position: int | dict[int, int]) -> None:
+    with pytest.raises(ConfigError, match=r"--position: .*a position is in 0"):
+        BuildStatesConfig(Path("run"), "states", position)
