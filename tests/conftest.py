@@ -44,7 +44,10 @@ def real_log(tmp_path_factory):
     from ifa_torchrec.data.public.complete_journey import CompleteJourneyConfig, prepare
 
     folder = tmp_path_factory.mktemp("real") / "log"
-    return prepare(folder, CompleteJourneyConfig(train=64, valid=40, test=1000))
+    log = prepare(folder, CompleteJourneyConfig(train=64, valid=40, test=1000))
+    # one that does not say what it was asked for is taken by the examples in place of their own
+    (log.path / "complete_journey.json").unlink()
+    return log
 
 
 @pytest.fixture(scope="session")
