@@ -42,6 +42,7 @@ from ifa_torchrec.commands.histories import (
 from ifa_torchrec.data import EventBudgetSampler, EventLog
 from ifa_torchrec.data.dataset import MICROSECONDS_PER_DAY
 from ifa_torchrec.data.sampler import EMPTY_REQUEST
+from ifa_torchrec.distributed import checkpoint
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.serving import (
     StateError,
@@ -145,12 +146,8 @@ def _of_rank_0(
 ) -> list[Answer]:
     """What ``ask`` says of each user on rank 0, asked of some thousands at a time: ranks that looked by
     themselves would see what others write between them, and share out other users."""
-    answers: list[list[Answer]] = [[]]
-    if dist.get_rank() == 0:
-        parts = [ask(users[n : n + 10_000]) for n in range(0, len(users), 10_000)]
-        answers = [[answer for part in parts for answer in part]]
-    dist.broadcast_object_list(answers)
-    return answers[0]
+    parts = (users[n : n + 10_000] for n in range(0, len(users), 10_000))
+    return checkpoint.on_rank_0(lambda: [answer for part in parts for answer in ask(part)])
 
 
 def _begin(config: BuildStatesConfig, run: Run, histories: UserHistories) -> StateStore:

@@ -87,7 +87,7 @@ def space_of(text: str) -> tuple[str, list[str] | tuple[float, float]]:
         raise ConfigError(f"--search {text}: give NAME=LOW..HIGH, with LOW below HIGH, or NAME=A,B,C")
     if whole and not all(bound.is_integer() for bound in bounds):
         raise ConfigError(f"--search {text}: it is a whole number; give bounds that are")
-    return name, bounds
+    return name, (round(bounds[0]), round(bounds[1])) if whole else bounds
 
 
 def kind_of(name: str) -> Any:
@@ -220,8 +220,8 @@ def _reached(config: TuneConfig, trial: Any, metric: str) -> float | UserError:
     for name, values in map(space_of, config.search):
         if isinstance(values, list):
             chosen[name] = trial.suggest_categorical(name, values)
-        elif kind_of(name) in (int, int | None):
-            chosen[name] = trial.suggest_int(name, *map(round, values), log=values[0] > 0)
+        elif isinstance(values[0], int):
+            chosen[name] = trial.suggest_int(name, *values, log=values[0] > 0)
         else:
             chosen[name] = trial.suggest_float(name, *values, log=values[0] > 0)
     try:

@@ -43,8 +43,11 @@ def scales_of(log: EventLog) -> dict[str, Scale]:
     times = log.events[TIME]
     last = splits[0][TIME].max() if _TRAIN in log.splits else None
 
-    def seen(rows: slice) -> np.ndarray | slice:
-        return slice(None) if last is None else times[rows] < last
+    def seen(rows: slice) -> np.ndarray:
+        return times[rows] < last
+
+    def kept(name: str) -> Callable[[slice], np.ndarray] | None:
+        return seen if name in schema.event_dense and last is not None else None
 
     def numbers(name: str) -> np.ndarray:
         if name in schema.event_dense:
@@ -55,17 +58,14 @@ def scales_of(log: EventLog) -> dict[str, Scale]:
         return np.concatenate([np.empty(0, np.float32), *parts])
 
     return {
-        name: scale_of(
-            numbers(name), name in schema.log_scaled, seen if name in schema.event_dense else None
-        )
-        for name in schema.scaled
+        name: scale_of(numbers(name), name in schema.log_scaled, kept(name)) for name in schema.scaled
     }
 
 
 def scale_of(
     values: np.ndarray,
     log: bool = False,
-    kept: Callable[[slice], np.ndarray | slice] | None = None,
+    kept: Callable[[slice], np.ndarray] | None = None,
 ) -> Scale:
     """Mean and deviation of the numbers that are there.
 

@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -40,6 +40,7 @@ from ifa_torchrec.errors import PlaceError, writing
 FORMAT = 6
 """Rises when this package could no longer read what it wrote before, or would build another model for
 it: 6 since the model learns how much a history says."""
+Result = TypeVar("Result")
 KEEP = 2
 """Checkpoints kept; older ones are deleted once a newer one is whole."""
 
@@ -145,17 +146,18 @@ def write(
     return final
 
 
-def on_rank_0(work: Callable[[], None], group: dist.ProcessGroup | None = None) -> None:
-    """Do it on rank 0, while the others wait; what it raises there, all raise."""
-    error: list[Exception | None] = [None]
+def on_rank_0(work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
+    """Do it on rank 0, while the others wait: all return what it returns there, or raise its error."""
+    told: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            work()
-        except Exception as raised:
-            error = [raised]
-    dist.broadcast_object_list(error, group=group)
-    if error[0] is not None:
-        raise error[0]
+            told[0] = work()
+        except Exception as error:
+            told[1] = error
+    dist.broadcast_object_list(told, group=group)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -179,9 +181,7 @@ def step_of(path: Path) -> int:
 def checkpoints_of_rank_0(folder: Path) -> list[Path]:
     """The checkpoints in ``folder`` as rank 0 sees them: a shared file system need not show all
     ranks the same at the same time. Called by all ranks."""
-    found = [checkpoints(folder)]
-    dist.broadcast_object_list(found)
-    return found[0]
+    return on_rank_0(lambda: checkpoints(folder))
 
 
 def version(folder: Path, progress: dict[str, Any]) -> str:

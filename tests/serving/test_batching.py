@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from helpers import until
@@ -42,6 +44,22 @@ def end(_: list[int]) -> list[int]:
     raise SystemExit("enough")
 
 
+@contextmanager
+def busy(batcher: Batcher) -> Iterator[None]:
+    """It does something meanwhile, so that what is submitted comes together."""
+    begun, free = threading.Event(), threading.Event()
+
+    def wait(items: list[int]) -> list[int]:
+        begun.set()
+        assert free.wait(60)
+        return items
+
+    batcher.submit(wait, [0], [1.0])
+    assert begun.wait(60)
+    yield
+    free.set()
+
+
 def one_too_few(items: list[int]) -> list[int]:
     return items[1:]
 
@@ -52,18 +70,9 @@ def one_too_few(items: list[int]) -> list[int]:
 )
 def test_work_that_ends_the_thread_or_loses_a_result_fails_and_the_next_is_done(work, message):
     with Batcher(capacity=10) as batcher:
-        begun, free = threading.Event(), threading.Event()
-
-        def wait(items: list[int]) -> list[int]:
-            begun.set()
-            assert free.wait(60)
-            return items
-
-        batcher.submit(wait, [0], [1.0])
-        assert begun.wait(60)  # so that the two come together
-        futures = batcher.submit(work, [1, 2], [0.1, 0.1])
-        after = batcher.submit(same, [3], [0.1])
-        free.set()
+        with busy(batcher):
+            futures = batcher.submit(work, [1, 2], [0.1, 0.1])
+            after = batcher.submit(same, [3], [0.1])
         for future in futures:
             with pytest.raises(RuntimeError, match=message):
                 future.result(10)
@@ -80,17 +89,8 @@ def test_a_store_out_of_reach_is_waited_for_once_a_batch(error, calls):
         raise error("no luck")
 
     with Batcher(capacity=10) as batcher:
-        begun, free = threading.Event(), threading.Event()
-
-        def wait(items: list[int]) -> list[int]:
-            begun.set()
-            assert free.wait(60)
-            return items
-
-        batcher.submit(wait, [0], [1.0])
-        assert begun.wait(60)  # so that the four come together
-        futures = batcher.submit(work, [1, 2, 3, 4], [0.1] * 4)
-        free.set()
+        with busy(batcher):
+            futures = batcher.submit(work, [1, 2, 3, 4], [0.1] * 4)
         for future in futures:
             with pytest.raises(error, match="no luck"):
                 future.result(60)

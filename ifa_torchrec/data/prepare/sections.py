@@ -197,9 +197,8 @@ def requests_section(schema: PrepareSchema) -> Section:
     """
     requests = schema.requests
     wanted = _Wanted(schema.log_scaled)
-    wanted.columns["_request"] = (AT, _TEXT) if requests.each else ("''", "{0}")
-    if requests.request is not None:
-        wanted.columns["_request"] = (requests.request, _TEXT)
+    column = requests.request or (AT if requests.each else None)
+    wanted.columns["_request"] = ("''", "{0}") if column is None else (column, _TEXT)
     wanted.columns[EXPOSED] = (requests.exposed or "true", _BOOLEAN)
     if requests.each:
         wanted.columns[AT] = (AT, _ROW)
