@@ -8,7 +8,6 @@ Prints a row a run: its steps, its last training loss, and what its best checkpo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ifa_torchrec.errors import ConfigError, require, writing
-from ifa_torchrec.training.validations import LAST, VALIDATIONS_FILE
+from ifa_torchrec.training.validations import LAST, read_validations
 
 _LOSS, _SMOOTH = "train/loss", 5  # the loss is a mean of ten steps, of which five are shown as one
 
@@ -66,8 +65,8 @@ def compare(config: CompareConfig) -> pd.DataFrame:
         >>> compare(CompareConfig((folder / "a", folder / "b")))[["steps", "loss"]].values.tolist()
         [[10.0, 0.5], [10.0, 0.25]]
     """
-    kept = {run: _validations(run) for run in config.runs}
-    deciding = [v["metric"] for v in kept.values() if v["validations"] and v["metric"] != LAST]
+    kept = {run: read_validations(run) for run in config.runs}
+    deciding = [v.metric for v in kept.values() if v.validations and v.metric != LAST]
     metric = config.metric or next(iter(deciding), None)
     losses: dict[str, pd.Series] = {}
     measured: dict[str, pd.Series] = {}
@@ -75,15 +74,15 @@ def compare(config: CompareConfig) -> pd.DataFrame:
     for run, name in _names(config.runs).items():
         losses[name] = _losses(run)
         row: dict[str, Any] = {"steps": losses[name].index[-1], "loss": losses[name].iloc[-1]}
-        by_step = {v["step"]: v["metrics"].get(metric) for v in kept[run]["validations"]}
+        by_step = {v.step: v.metrics.get(metric) for v in kept[run].validations} if metric else {}
         measured[name] = pd.Series(by_step, dtype=float).dropna()
         if len(measured[name]):
-            best = kept[run]["best"]
+            best = kept[run].best
             best = measured[name].index[-1] if best is None else best
             row |= {"best step": best, f"valid {metric}": measured[name].get(best)}
         rows[name] = row
     if config.metric is not None and not any(map(len, measured.values())):
-        there = sorted({m for v in kept.values() for of in v["validations"] for m in of["metrics"]})
+        there = sorted({m for v in kept.values() for of in v.validations for m in of.metrics})
         raise ConfigError(f"--metric {config.metric}: measured in none of the runs; there are {there}")
     if config.picture is not None:
         _draw(config.picture, losses, measured, metric)
@@ -96,17 +95,6 @@ def _names(runs: tuple[Path, ...]) -> dict[Path, str]:
     return {
         run: name if last.count(name) == 1 else str(run) for run, name in zip(runs, last, strict=True)
     }
-
-
-def _validations(run: Path) -> dict[str, Any]:
-    """What is in RUN/validations.json; nothing where there is none."""
-    file = run / VALIDATIONS_FILE
-    if not file.exists():
-        return {"metric": LAST, "best": None, "validations": []}
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{file}: no JSON ({error}); train anew with --resume to write it") from error
 
 
 def _losses(run: Path) -> pd.Series:

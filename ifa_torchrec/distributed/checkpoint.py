@@ -122,6 +122,7 @@ def write(
         files = {name: value for of_rank in sums for name, value in of_rank.items()}
         files |= {name: _checksum(draft / name) for name in _SMALL}
         write_synced(draft / "checksums.json", json.dumps(files))
+        sync(draft)
         if final.exists():
             _delete(final)
         draft.rename(final)

@@ -28,7 +28,7 @@ in 0.6 of the time, of 256 MB."""
 
 
 def write_synced(file: Path, text: str) -> None:
-    """Write a text so that it, and the file's name, outlast a loss of power.
+    """Write a text so that it outlasts a loss of power; its name does once the folder is in ``sync``.
 
     Example:
         >>> import tempfile
@@ -43,7 +43,6 @@ def write_synced(file: Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-    sync(file.parent)
 
 
 def sync(folder: Path) -> None:

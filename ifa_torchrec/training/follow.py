@@ -215,6 +215,9 @@ def measured_before(run: Path) -> dict[str, float]:
 
     Args:
         run: its folder.
+
+    Raises:
+        CheckpointError: its validations.json is damaged.
     """
     return Validations.read(run, LAST, last=0).by_step.get(0, {})
 
@@ -289,17 +292,17 @@ def _check(config: TrainConfig) -> None:
 
 
 def _left(config: TrainConfig, table: Table) -> tuple[list[str], str | None]:
-    """The logs that are left to train, and the run that goes before; as rank 0 sees them."""
-    found: list[Any] = [None]
-    if dist.get_rank() == 0:
+    """The logs that are left to train, and the run that goes before."""
+
+    def look() -> tuple[list[str], str, dict[str, Any]]:
         logs = [path.parent.name for path in Path(config.data).glob("*/schema.json")]
         runs = [path.parent.name for path in config.out.glob("*/checkpoints")]
         runs = [name for name in runs if checkpoint.checkpoints(config.out / name / "checkpoints")]
         logs = sorted(name for name in logs if not name.startswith("."))  # one that is being written
         last = max(runs, default="")
-        found = [(logs, last, _progress_of(config.out / last) if last else {})]
-    dist.broadcast_object_list(found)
-    logs, last, progress = found[0]
+        return logs, last, _progress_of(config.out / last) if last else {}
+
+    logs, last, progress = checkpoint.on_rank_0(look)
     if not logs:
         raise LogError(f"{config.data}: no logs here; --follow takes a folder of them, a part each")
     if not last:

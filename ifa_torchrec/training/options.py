@@ -15,7 +15,7 @@ import tyro
 
 from ifa_torchrec.data.remote import full_name, is_uri
 from ifa_torchrec.distributed import OptimizerConfig, ShardingConfig, checkpoint
-from ifa_torchrec.distributed.checkpoint_writer import write_synced
+from ifa_torchrec.distributed.checkpoint_writer import sync, write_synced
 from ifa_torchrec.errors import ConfigError, writing
 from ifa_torchrec.modules import CandidateSetConfig, CandidateSetLossConfig, IFAConfig
 from ifa_torchrec.modules.interactions import INTERACTIONS, InteractionName
@@ -216,6 +216,7 @@ def write_whole(file: Path, text: str) -> None:
     with writing(file):
         write_synced(draft, text)
         draft.rename(file)
+        sync(file.parent)
 
 
 def read_options(folder: Path) -> TrainConfig:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
 from ifa_torchrec.data import RankingDataset
+from ifa_torchrec.distributed import CheckpointError, checkpoint
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules import Task
-from ifa_torchrec.training.options import write_whole
+from ifa_torchrec.training.options import from_json, write_whole
 from ifa_torchrec.training.scoring import measure
 
 LAST = "last"
@@ -26,6 +25,53 @@ Fitted = Mapping[str, Sequence[float]]
 """Scale and shift of the logits, by the name of the task."""
 _SMALLER_IS_BETTER = ("ne", "mae", "rmse")
 _PREFERRED = ("ranked_gauc", "ranked_correlation", "gauc_exposed", "gauc", "correlation", "ne", "mae")
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One of a file's: the step, what was measured and what was fitted; JSON has no NaN, so the GAUC of
+    no request that has one is None."""
+
+    step: int
+    metrics: dict[str, float | None]
+    calibration: dict[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class ValidationsFile:
+    """What RUN/validations.json holds."""
+
+    metric: str = LAST
+    best: int | None = None
+    validations: tuple[Validation, ...] = ()
+
+
+def read_validations(folder: Path) -> ValidationsFile:
+    """The file of a run; with nothing in it where there is none, so that the last step counts.
+
+    Args:
+        folder: the run's.
+
+    Raises:
+        CheckpointError: it is damaged; the message says in what.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.training.validations import read_validations
+        >>> read_validations(Path(tempfile.mkdtemp()))
+        ValidationsFile(metric='last', best=None, validations=())
+    """
+    file = folder / VALIDATIONS_FILE
+    try:
+        return from_json(ValidationsFile, json.loads(file.read_text()), "")
+    except FileNotFoundError:
+        return ValidationsFile()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file}: not what a training writes ({error}); without that file the last step counts, "
+            "uncalibrated"
+        ) from error
 
 
 @dataclass
@@ -61,14 +107,18 @@ class Validations:
     @classmethod
     def read(cls, folder: Path, metric: str, last: int) -> Validations:
         """Those that were kept, up to the step ``last``: a run that goes on makes the others again.
-        Called by all ranks."""
-        kept = [v for v in _read(folder)["validations"] if v["step"] <= last]
-        fitted = {v["step"]: v["calibration"] for v in kept}
+        Called by all ranks.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        content = checkpoint.on_rank_0(lambda: read_validations(folder))
+        kept = [v for v in content.validations if v.step <= last]
         metrics = {
-            v["step"]: {name: math.nan if of is None else of for name, of in v["metrics"].items()}
+            v.step: {name: math.nan if of is None else of for name, of in v.metrics.items()}
             for v in kept
         }
-        return cls(folder, metric, metrics, fitted)
+        return cls(folder, metric, metrics, {v.step: v.calibration for v in kept})
 
     def write(self) -> None:
         """Keep them, whole also where this is killed; of one rank.
@@ -77,15 +127,14 @@ class Validations:
             PlaceError: the folder cannot be written.
         """
         kept = [
-            {
-                "step": step,
-                # JSON has no NaN: the GAUC of no request that has one is null
-                "metrics": {name: None if math.isnan(of) else of for name, of in metrics.items()},
-                "calibration": self.fitted.get(step, {}),
-            }
+            Validation(
+                step,
+                {name: None if math.isnan(of) else float(of) for name, of in metrics.items()},
+                {task: tuple(of) for task, of in self.fitted.get(step, {}).items()},
+            )
             for step, metrics in self.by_step.items()
         ]
-        content = {"metric": self.metric, "best": self.best, "validations": kept}
+        content = asdict(ValidationsFile(self.metric, self.best, tuple(kept)))
         write_whole(self.folder / VALIDATIONS_FILE, json.dumps(content, indent=2, allow_nan=False))
 
     @property
@@ -115,6 +164,9 @@ def in_use(folder: Path) -> tuple[int | None, dict[int, Fitted]]:
     Args:
         folder: the run's.
 
+    Raises:
+        CheckpointError: what was kept of them is damaged.
+
     Example:
         >>> import tempfile
         >>> from pathlib import Path
@@ -124,8 +176,8 @@ def in_use(folder: Path) -> tuple[int | None, dict[int, Fitted]]:
         >>> in_use(Path(tempfile.mkdtemp()))
         (None, {})
     """
-    kept = _read(folder)
-    return kept["best"], {v["step"]: v["calibration"] for v in kept["validations"]}
+    kept = checkpoint.on_rank_0(lambda: read_validations(folder))
+    return kept.best, {v.step: v.calibration for v in kept.validations}
 
 
 def calibration_of(fitted: Mapping[int, Fitted], step: int) -> Fitted:
@@ -142,18 +194,6 @@ def calibration_of(fitted: Mapping[int, Fitted], step: int) -> Fitted:
         {'click': (1.0, 0.1)}
     """
     return fitted.get(step, fitted.get(0, {}))
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    """The file's content as rank 0 sees it; of one that is missing or damaged, none, so that the last
-    step counts."""
-    kept: list[dict[str, Any]] = [{"best": None, "validations": []}]
-    if dist.get_rank() == 0:
-        with suppress(OSError, ValueError, LookupError, TypeError):
-            content = json.loads((folder / VALIDATIONS_FILE).read_text())
-            kept = [{"best": content["best"], "validations": list(content["validations"])}]
-    dist.broadcast_object_list(kept)
-    return kept[0]
 
 
 def flat(metrics: dict[str, Any], tasks: int) -> dict[str, float]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from ifa_torchrec.commands.compare import CompareConfig, compare
+from ifa_torchrec.distributed import CheckpointError
 from ifa_torchrec.errors import ConfigError, PlaceError
 from ifa_torchrec.training.curves import Curves
+from ifa_torchrec.training.validations import Validations
 
 
 def made(folder: Path, losses: list[float], valid: dict[int, float] | None = None) -> Path:
@@ -19,10 +20,7 @@ def made(folder: Path, losses: list[float], valid: dict[int, float] | None = Non
         curves.show({"train/loss": loss}, 10 * number)
     curves.close()
     if valid:
-        kept = [{"step": step, "metrics": {"gauc": value}} for step, value in valid.items()]
-        best = max(valid, key=lambda step: valid[step])
-        text = json.dumps({"metric": "gauc", "best": best, "validations": kept})
-        (folder / "validations.json").write_text(text)
+        Validations(folder, "gauc", {step: {"gauc": value} for step, value in valid.items()}).write()
     return folder
 
 
@@ -63,5 +61,5 @@ def test_what_is_wrong_is_named(runs, tmp_path) -> None:
     with pytest.raises(PlaceError, match=r"curves\.png"):
         compare(CompareConfig(runs, picture=tmp_path / "no folder" / "curves.png"))
     (tmp_path / "validations.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"validations\.json: no JSON"):
+    with pytest.raises(CheckpointError, match=r"validations\.json: not what a training writes"):
         compare(CompareConfig((tmp_path,)))

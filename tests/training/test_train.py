@@ -58,7 +58,7 @@ from ifa_torchrec.training.run import load_run
 from ifa_torchrec.training.scoring import measure, predict
 from ifa_torchrec.training.sets import measure_sets, places
 from ifa_torchrec.training.trainer import train
-from ifa_torchrec.training.validations import Validations
+from ifa_torchrec.training.validations import Validations, in_use
 
 IFA = IFAConfig(
     embedding_dim=8,
@@ -640,6 +640,24 @@ class TestKeepBest:
     def test_which_value_is_best(self, metric: str, values: list[float], best: int | None) -> None:
         found = {step: {metric: value} for step, value in enumerate(values, start=1)}
         assert Validations(Path("run"), metric, found).best == best
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("{", "Expecting property name"),
+            ('{"metric": "ne", "best": "4", "validations": []}', "best"),
+            (
+                '{"metric": "ne", "best": 4, "validations": [{"step": 4}]}',
+                r"validations\[0\]\.calibration",
+            ),
+            ('{"metric": "ne", "best": 4}', "validations is missing"),
+        ],
+    )
+    def test_a_damaged_file_is_told_of(self, tmp_path: Path, text: str, message: str) -> None:
+        """Else a run would be loaded by another step than the best, uncalibrated, without a word."""
+        (tmp_path / "validations.json").write_text(text)
+        with pytest.raises(CheckpointError, match=rf"validations\.json: not what .*{message}"):
+            in_use(tmp_path)
 
     def test_patience(self, config: TrainConfig, monkeypatch) -> None:
         """It ends, and stays ended where it is resumed."""
