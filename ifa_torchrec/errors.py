@@ -40,7 +40,7 @@ class ExistsError(UserError, FileExistsError):
     """What would be written is there already."""
 
 
-class PlaceError(UserError, OSError):
+class WriteError(UserError, OSError):
     """A file or folder cannot be written: a full disk, a read-only file system, rights."""
 
 
@@ -53,7 +53,7 @@ def writing(place: Path) -> Generator[None]:
     """What goes wrong with files inside is told with the place that was to be written.
 
     Raises:
-        PlaceError: in place of any other OSError, and of what torch's own writer makes of one.
+        WriteError: in place of any other OSError, and of what torch's own writer makes of one.
 
     Example:
         >>> from pathlib import Path
@@ -61,7 +61,7 @@ def writing(place: Path) -> Generator[None]:
         >>> with writing(Path("/proc/run")):  # doctest: +ELLIPSIS
         ...     Path("/proc/run").mkdir()
         Traceback (most recent call last):
-        ifa_torchrec.errors.PlaceError: /proc/run cannot be written: [Errno 2] ...
+        ifa_torchrec.errors.WriteError: /proc/run cannot be written: [Errno 2] ...
     """
     try:
         yield
@@ -71,7 +71,7 @@ def writing(place: Path) -> Generator[None]:
         # torch writes tensors by C++, in which a full disk is a RuntimeError of inline_container.cc
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
-        raise PlaceError(f"{place} cannot be written: {error}") from error
+        raise WriteError(f"{place} cannot be written: {error}") from error
 
 
 def require(extra: str, *modules: str) -> None:

@@ -50,7 +50,7 @@ def compare(config: CompareConfig) -> pd.DataFrame:
     Raises:
         ConfigError: a folder holds no training, or the metric was measured in none of the runs.
         ModuleNotFoundError: matplotlib is not installed (extra `demo`), for a picture.
-        PlaceError: the picture cannot be written.
+        WriteError: the picture cannot be written.
 
     Example:
         >>> import tempfile

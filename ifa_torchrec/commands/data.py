@@ -90,7 +90,7 @@ class Report:
 
         Raises:
             LogError: the log is missing or bad.
-            PlaceError: the page cannot be written.
+            WriteError: the page cannot be written.
             ConfigError: the log is behind a URI, and no page is named.
         """
         place = full_name(self.log)  # "." has no name

@@ -34,7 +34,7 @@ def write_report(log: EventLog, file: Path) -> None:
     Raises:
         ModuleNotFoundError: matplotlib is not installed (extra `demo`).
         LogError: LOG/report.json is damaged.
-        PlaceError: the file cannot be written.
+        WriteError: the file cannot be written.
 
     Example:
         >>> import pandas as pd, tempfile

@@ -76,7 +76,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         CheckpointError: the run has no checkpoint.
         LogError: the event log or the split is not there.
-        PlaceError: RUN cannot be written.
+        WriteError: RUN cannot be written.
     """
     return _evaluate(config)[0]
 

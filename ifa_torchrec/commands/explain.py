@@ -57,7 +57,7 @@ def explain(config: ExplainConfig) -> str:
 
     Raises:
         ConfigError: the run has another interaction, or the request does not exist or has no history.
-        PlaceError: the picture cannot be written.
+        WriteError: the picture cannot be written.
     """
     run, dataset = _with_request(config)
     batch = dataset[[config.request]].to(run.device)

@@ -51,7 +51,7 @@ def draw_explanation(
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed (extra `demo`).
-        PlaceError: the file cannot be written.
+        WriteError: the file cannot be written.
 
     Example:
         >>> import tempfile, torch

@@ -86,7 +86,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
         StateError: a model of this kind cannot be exported.
         ConfigError: there is no C++ compiler.
         ExistsError: the folder of the bundle is there.
-        PlaceError: OUT or the bundle cannot be written.
+        WriteError: OUT or the bundle cannot be written.
     """
     if config.bundle is not None:
         run = load_run(config.run, sharded=False)

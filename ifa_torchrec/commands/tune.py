@@ -138,7 +138,7 @@ def tune(config: TuneConfig) -> dict[str, Any]:
             options.
         CheckpointError: another search or training has OUT.
         DivergedError: no trial came to an end.
-        PlaceError: OUT cannot be written.
+        WriteError: OUT cannot be written.
 
     Example:
         >>> from pathlib import Path

@@ -35,7 +35,7 @@ from ifa_torchrec.distributed.checkpoint_reader import CheckpointPlanner, Checkp
 from ifa_torchrec.distributed.checkpoint_writer import Aside, CheckpointWriter, sync, write_synced
 from ifa_torchrec.distributed.errors import CheckpointError, DamagedError
 from ifa_torchrec.distributed.rows import rows_as_unknown
-from ifa_torchrec.errors import PlaceError, writing
+from ifa_torchrec.errors import WriteError, writing
 
 FORMAT = 6
 """Rises when this package could no longer read what it wrote before, or would build another model for
@@ -64,7 +64,7 @@ def save(
         The checkpoint's folder.
 
     Raises:
-        PlaceError: it cannot be written; the checkpoints before are as they were.
+        WriteError: it cannot be written; the checkpoints before are as they were.
 
     Example:
         >>> import tempfile, torch
@@ -140,7 +140,7 @@ def write(
                 dcp.save(state, storage_writer=writer, planner=planner, process_group=group)
             dist.all_gather_object(sums, writer.checksums, group=group)
             on_rank_0(publish, group)
-    except PlaceError:
+    except WriteError:
         if dist.get_rank() == 0:
             shutil.rmtree(draft, ignore_errors=True)  # a disk may be full of it
         raise
@@ -407,7 +407,7 @@ def locked(folder: Path) -> Generator[None]:
 
     Raises:
         CheckpointError: another training has it.
-        PlaceError: the folder cannot be made or written.
+        WriteError: the folder cannot be made or written.
 
     Example:
         >>> import tempfile
@@ -426,7 +426,7 @@ def locked(folder: Path) -> Generator[None]:
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except PlaceError as raised:
+        except WriteError as raised:
             error = raised
         except BlockingIOError:
             error = CheckpointError(

@@ -21,7 +21,7 @@ def draw_plan(plan: ShardingPlan, file: Path) -> None:
     Raises:
         ModuleNotFoundError: matplotlib is not installed (extra `demo`).
         ShardingError: the plan has no table.
-        PlaceError: the file cannot be written.
+        WriteError: the file cannot be written.
 
     Example:
         >>> import tempfile, torch

@@ -67,7 +67,7 @@ class CheckpointSaver:
         """Begin to write a checkpoint of what is now; see ``checkpoint.save``.
 
         Raises:
-            PlaceError: that before could not be written.
+            WriteError: that before could not be written.
         """
         self.wait()
         start = time.perf_counter()
@@ -81,7 +81,7 @@ class CheckpointSaver:
         """Until the last checkpoint is there.
 
         Raises:
-            PlaceError: it could not be written; the checkpoints before are as they were.
+            WriteError: it could not be written; the checkpoints before are as they were.
         """
         start = time.perf_counter()
         pending, self._pending = self._pending, None

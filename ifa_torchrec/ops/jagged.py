@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 
-def looks(x: Tensor) -> bool:
+def on_cpu(x: Tensor) -> bool:
     """Whether values may be looked at without a wait.
 
     Example:
         >>> import torch
-        >>> from ifa_torchrec.ops.jagged import looks
-        >>> looks(torch.zeros(1)), looks(torch.zeros(1, device="meta"))
+        >>> from ifa_torchrec.ops.jagged import on_cpu
+        >>> on_cpu(torch.zeros(1)), on_cpu(torch.zeros(1, device="meta"))
         (True, False)
     """
     return x.device.type == "cpu"
@@ -28,7 +28,7 @@ def checkable(x: Tensor) -> bool:
         >>> checkable(torch.zeros(1)), checkable(torch.zeros(1, device="meta"))
         (True, False)
     """
-    return looks(x) and not torch.compiler.is_compiling()
+    return on_cpu(x) and not torch.compiler.is_compiling()
 
 
 def request_of_row(offsets: Tensor, rows: int | None = None) -> Tensor:

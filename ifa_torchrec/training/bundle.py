@@ -83,7 +83,7 @@ def write_bundle(run: Run, folder: Path, beside: Sequence[Path] = ()) -> dict[st
 
     Raises:
         ExistsError: the folder is there.
-        PlaceError: it cannot be written.
+        WriteError: it cannot be written.
 
     Example:
         >>> from pathlib import Path

@@ -64,7 +64,7 @@ def follow(config: TrainConfig) -> dict[str, dict[str, float]]:
         ConfigError: an option does not go with this, or with a log.
         CheckpointError: the options are others than those that the runs began with, or another
             training writes to ``out``.
-        PlaceError, ShardingError, DivergedError: as ``train``.
+        WriteError, ShardingError, DivergedError: as ``train``.
 
     Example:
         >>> import pandas as pd, tempfile
@@ -256,7 +256,7 @@ class Table:
         """Add a part, if it is not there yet; rank 0 writes, and says so.
 
         Raises:
-            PlaceError: the folder cannot be written.
+            WriteError: the folder cannot be written.
         """
         if part in self.rows:
             return

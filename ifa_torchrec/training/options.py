@@ -186,7 +186,7 @@ def write_options(config: TrainConfig) -> None:
     """Write a run's options into its folder, whole, also where this is killed.
 
     Raises:
-        PlaceError: the folder cannot be written.
+        WriteError: the folder cannot be written.
     """
     write_whole(config.out / OPTIONS, options_text(config))
 
@@ -201,7 +201,7 @@ def write_whole(file: Path, text: str) -> None:
     """Write a text into a file that has all of it or what it had before, also where this is killed.
 
     Raises:
-        PlaceError: the file cannot be written.
+        WriteError: the file cannot be written.
 
     Example:
         >>> import tempfile

@@ -66,7 +66,7 @@ def draw(tasks: Mapping[str, Sequence[Mapping[str, float]]], file: Path) -> None
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed (extra `demo`).
-        PlaceError: the file cannot be written.
+        WriteError: the file cannot be written.
 
     Example:
         >>> import tempfile

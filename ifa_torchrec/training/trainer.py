@@ -65,7 +65,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         ConfigError: the options do not fit the log, or the precision the device.
         CheckpointError: OUT holds checkpoints and --resume was not given, or none of them is whole,
             or they are of another configuration. Or another training writes to OUT.
-        PlaceError: OUT cannot be written; the last checkpoint is left as it was.
+        WriteError: OUT cannot be written; the last checkpoint is left as it was.
         DivergedError: the loss, a weight or a score of `valid` is not finite; the last checkpoint is
             left as it was.
 

@@ -124,7 +124,7 @@ class Validations:
         """Keep them, whole also where this is killed; of one rank.
 
         Raises:
-            PlaceError: the folder cannot be written.
+            WriteError: the folder cannot be written.
         """
         kept = [
             Validation(

@@ -16,7 +16,7 @@ from ifa_torchrec.__main__ import COMMANDS, main
 from ifa_torchrec.commands.command_line import as_command
 from ifa_torchrec.data import LogError
 from ifa_torchrec.distributed import CheckpointError, ShardingError
-from ifa_torchrec.errors import ConfigError, DivergedError, ExistsError, PlaceError, UserError, writing
+from ifa_torchrec.errors import ConfigError, DivergedError, ExistsError, UserError, WriteError, writing
 from ifa_torchrec.serving import RequestError, StateError
 
 OF_USERS = [
@@ -25,7 +25,7 @@ OF_USERS = [
     DivergedError,
     ExistsError,
     LogError,
-    PlaceError,
+    WriteError,
     RequestError,
     ShardingError,
     StateError,
@@ -88,11 +88,11 @@ def test_writing_names_the_place(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     place = tmp_path / "file" / "run"
     with (
-        pytest.raises(PlaceError, match=rf"{place} cannot be written: .*Not a directory"),
+        pytest.raises(WriteError, match=rf"{place} cannot be written: .*Not a directory"),
         writing(place),
     ):
         place.mkdir()
-    with pytest.raises(PlaceError, match=r"run cannot be written: .*inline_container"), writing(place):
+    with pytest.raises(WriteError, match=r"run cannot be written: .*inline_container"), writing(place):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
     for other in (RuntimeError("a bug"), ConfigError("an option"), ExistsError("a log")):
         with pytest.raises(type(other)) as error, writing(place):

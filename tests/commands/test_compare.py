@@ -8,7 +8,7 @@ import pytest
 
 from ifa_torchrec.commands.compare import CompareConfig, compare
 from ifa_torchrec.distributed import CheckpointError
-from ifa_torchrec.errors import ConfigError, PlaceError
+from ifa_torchrec.errors import ConfigError, WriteError
 from ifa_torchrec.training.curves import Curves
 from ifa_torchrec.training.validations import Validations
 
@@ -58,7 +58,7 @@ def test_what_is_wrong_is_named(runs, tmp_path) -> None:
         CompareConfig(runs, picture=tmp_path / "curves.jpg")
     with pytest.raises(ConfigError, match="one run or more"):
         CompareConfig(())
-    with pytest.raises(PlaceError, match=r"curves\.png"):
+    with pytest.raises(WriteError, match=r"curves\.png"):
         compare(CompareConfig(runs, picture=tmp_path / "no folder" / "curves.png"))
     (tmp_path / "validations.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"validations\.json: not what a training writes"):

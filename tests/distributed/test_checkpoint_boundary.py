@@ -33,7 +33,7 @@ from ifa_torchrec.commands.export import ExportConfig, export
 from ifa_torchrec.data import EventLog
 from ifa_torchrec.distributed import CheckpointError, OptimizerConfig, checkpoint
 from ifa_torchrec.distributed.checkpoint import checkpoints
-from ifa_torchrec.errors import PlaceError
+from ifa_torchrec.errors import WriteError
 from ifa_torchrec.training.options import TrainConfig
 from ifa_torchrec.training.run import load_run
 from ifa_torchrec.training.trainer import train
@@ -216,7 +216,7 @@ class TestCannotBeWritten:
 
         with (
             mock.patch.object(FileSystemWriter, "write_data", full),
-            pytest.raises(PlaceError, match=r"\.step-000000006 cannot be written: .*"),
+            pytest.raises(WriteError, match=r"\.step-000000006 cannot be written: .*"),
         ):
             train(config)
         assert names_in(folder) == ["step-000000004"]  # and no draft, of which the disk is full
@@ -232,12 +232,12 @@ class TestCannotBeWritten:
         else:
             (config.out / part).parent.mkdir(exist_ok=True)
             (config.out / part).write_text("")
-        with pytest.raises(PlaceError, match=rf"{config.out}\S* cannot be written: .*irectory|exists"):
+        with pytest.raises(WriteError, match=rf"{config.out}\S* cannot be written: .*irectory|exists"):
             train(config)
 
     def test_metrics(self, run: TrainConfig) -> None:
         (run.out / "metrics-test.json").mkdir()
-        with pytest.raises(PlaceError, match=r"metrics-test.json cannot be written: .*Is a directory"):
+        with pytest.raises(WriteError, match=r"metrics-test.json cannot be written: .*Is a directory"):
             evaluate(EvaluateConfig(run.out))
 
     def test_an_export_stays_whole(self, run: TrainConfig, tmp_path: Path, monkeypatch) -> None:
@@ -251,7 +251,7 @@ class TestCannotBeWritten:
 
         monkeypatch.setattr("ifa_torchrec.commands.export.export_scorer", lambda *args: None)
         monkeypatch.setattr("torch.export.save", full)
-        with pytest.raises(PlaceError, match=rf"{out} cannot be written: .*No space left"):
+        with pytest.raises(WriteError, match=rf"{out} cannot be written: .*No space left"):
             export(ExportConfig(run.out, out))
         assert names_in(out.parent) == ["scorer.pt2"] and out.read_text() == "the one before"
 

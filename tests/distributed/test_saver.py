@@ -14,7 +14,7 @@ from torchrec import EmbeddingCollection, EmbeddingConfig
 from ifa_torchrec.distributed import OptimizerConfig, checkpoint, init_process_group, shard
 from ifa_torchrec.distributed.checkpoint_writer import CheckpointWriter, Copies
 from ifa_torchrec.distributed.saver import CheckpointSaver
-from ifa_torchrec.errors import PlaceError
+from ifa_torchrec.errors import WriteError
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_what_cannot_be_written_is_told_and_the_one_before_stays(
 ) -> None:
     checkpoint.save(tmp_path, *sharded, {"step": 1})
     full = mock.patch.object(CheckpointWriter, "write_data", side_effect=OSError(28, "No space left"))
-    with full, pytest.raises(PlaceError, match="No space left"), CheckpointSaver(tmp_path) as saver:
+    with full, pytest.raises(WriteError, match="No space left"), CheckpointSaver(tmp_path) as saver:
         saver.save(*sharded, {"step": 2})
         if told == "wait":
             saver.wait()

@@ -11,7 +11,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 from ifa_torchrec.modules.base import SequenceInteraction
 from ifa_torchrec.modules.config import InteractionConfig, at_least_one
 from ifa_torchrec.modules.history import History
-from ifa_torchrec.ops.jagged import looks, request_of_row
+from ifa_torchrec.ops.jagged import on_cpu, request_of_row
 
 
 class DINAttention(SequenceInteraction):
@@ -71,7 +71,7 @@ class DINAttention(SequenceInteraction):
         candidate = torch.arange(request.shape[0], device=tokens.device)[:, None].expand_as(event)
         # on a GPU, where to count those that are there would wait, all that there could be
         event, candidate = (
-            rows[there] if looks(rows) else rows.flatten() for rows in (event, candidate)
+            rows[there] if on_cpu(rows) else rows.flatten() for rows in (event, candidate)
         )
         weight = F.pad(history.widened().event_weights(self.half_lives), (0, 0, 0, 1))
         x = F.pad(tokens, (0, 0, 0, 1)).index_select(0, event)

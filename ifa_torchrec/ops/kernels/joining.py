@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ifa_torchrec.ops.arguments import JoinedArguments, MatchArguments, grad_like, sum_dtype
-from ifa_torchrec.ops.jagged import looks, request_of_row
+from ifa_torchrec.ops.jagged import on_cpu, request_of_row
 from ifa_torchrec.ops.kernels.reference import event_weights
 
 _UNUSED = 1024
@@ -126,7 +126,7 @@ def match(given: MatchArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     candidate_buckets, candidate_offsets, history, history_buckets, history_offsets = given[:5]
     weights, ages, decay = given[5:]
     dtype = sum_dtype(history.dtype)
-    join, unused = (_join_few, 0) if looks(history) else (_join_all, _UNUSED)
+    join, unused = (_join_few, 0) if on_cpu(history) else (_join_all, _UNUSED)
     first, event, candidate = join(
         candidate_buckets, candidate_offsets, history_buckets, history_offsets
     )
@@ -147,7 +147,7 @@ def match_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of history and weights."""
     first, event_candidate, history, weights, ages, decay = given
-    if looks(history):
+    if on_cpu(history):
         event = (event_candidate >= 0).nonzero()[:, 0]
         candidate = event_candidate[event]
     else:  # of those that match none the gradient is that of a candidate more, of zeros

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ifa_torchrec.ops.checks import check_offsets
-from ifa_torchrec.ops.jagged import looks
+from ifa_torchrec.ops.jagged import on_cpu
 
 TILE = 4096
 """Rows in work at a time: with D = 64 and 4 heads of 16 a tile's temporaries are some 4 MB."""
@@ -44,7 +44,7 @@ def tiles(offsets: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]
         >>> [[x.tolist() for x in tile] for tile in tiles(torch.tensor([0, 2, 2, 3]), 3)]
         [[[0, 2], [[0, 1], [2, 2]], [[True, True], [True, False]]]]
     """
-    return _of_lengths(offsets, rows) if looks(offsets) else _of_sizes(offsets, rows)
+    return _of_lengths(offsets, rows) if on_cpu(offsets) else _of_sizes(offsets, rows)
 
 
 def tile_rows(x: Tensor, row: Tensor, valid: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def tile_rows(x: Tensor, row: Tensor, valid: Tensor) -> Tensor:
         [[[1.0, 1.0], [1.0, 1.0]]]
     """
     found = x[row]
-    if looks(x):
+    if on_cpu(x):
         return found
     return found.masked_fill(~valid.view(*valid.shape, *[1] * (x.ndim - 1)), 0)
 
@@ -87,7 +87,7 @@ def put_rows(room: Tensor, row: Tensor, valid: Tensor, values: Tensor) -> None:
         >>> room[:2].tolist()
         [0.0, 1.0]
     """
-    if looks(room):
+    if on_cpu(room):
         room[row[valid]] = values[valid].to(room.dtype)
         return
     place = torch.where(valid, row, len(room) - 1).flatten()
