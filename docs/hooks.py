@@ -1,15 +1,15 @@
-"""What mkdocs.yml cannot say by itself.
+"""Build steps that mkdocs.yml cannot express.
 
-Pages link to files of the repository as they lie in it, so that the links work there too. On the site
-the examples' READMEs, CONTRIBUTING.md and CHANGELOG.md are pages; a link to any other file outside docs/
-becomes its text.
+Pages link to files by their paths in the repository, so that the links work there too. On the site the
+examples' READMEs, CONTRIBUTING.md, CHANGELOG.md and SECURITY.md are pages; a link to any other file
+outside docs/ is replaced by its text.
 
-The notebooks of examples/ are pages too, as they were run when they were committed: tests/examples runs
-them. Formulae become MathML, which browsers set without a script, in a font for formulae; many systems
-have none, so the site has the one that ziamath brings.
+The notebooks of examples/ are pages too, with the outputs they were committed with; tests/examples runs
+them. Formulae become MathML, which browsers render without a script, but need a mathematical font for;
+many systems have none, so the site includes the one from ziamath.
 
-Every page ends with what git describes as its version: a site of an older version is built
-from its tag.
+Every page ends with the version from git describe: to build the site of an older version, check out its
+tag.
 """
 
 from __future__ import annotations
@@ -39,26 +39,27 @@ NOTEBOOKS = {
     f"examples/notebooks/{name}.md": ROOT / "examples" / "notebooks" / f"{name}.ipynb"
     for name in ("ranking", "state")
 }
-OUTSIDE = [*EXAMPLES, *NOTEBOOKS, "CONTRIBUTING.md", "CHANGELOG.md"]
-"""Files outside docs/ that are pages of the site, under the paths they have in the repository."""
+OUTSIDE = [*EXAMPLES, *NOTEBOOKS, "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]
+"""Files outside docs/ that are pages of the site, by their paths in the repository."""
 
 FONT = "STIXTwoMath-Regular.ttf"
 
 FOUND_FIRST = ("concepts.md", "words.md", "howto/")
-"""Pages that explain a word, which the search puts before those that use it often."""
+"""Pages that explain terms: the search ranks them above pages that only use the terms often."""
 
 _FORMULA = re.compile(r'class="arithmatex">\\([(\[])(.*?)\\[)\]]<', re.S)
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
 def git(*command: str) -> str:
-    """What git prints of this clone."""
+    """The output of a git command in this clone."""
     done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """Put them into the navigation; name the version, and link to the source if its place is known."""
+    """Add the files of OUTSIDE to the navigation; set the version, and links to the source if its URL is
+    known."""
     commit, version = git("rev-parse", "--short", "HEAD"), git("describe", "--tags", "--always")
     config.copyright = f"Version {version}"
     config.edit_uri = ""
@@ -68,11 +69,11 @@ def on_config(config: MkDocsConfig) -> None:
     assert config.nav is not None
     place = next(i for i, entry in enumerate(config.nav) if "When not to use it" in entry)
     config.nav[place:place] = [{"Notebooks": [*NOTEBOOKS]}, {"Examples": EXAMPLES}]
-    config.nav += ["CONTRIBUTING.md", "CHANGELOG.md"]
+    config.nav += ["CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
-    """Add them to the site, and the font."""
+    """Add the files of OUTSIDE, and the font, to the site."""
     font = str(files_of("ziamath") / "fonts" / FONT)
     files.append(File.generated(config, FONT, abs_src_path=font))
     for name in OUTSIDE:
@@ -83,7 +84,7 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 
 def as_markdown(notebook: Path) -> str:
-    """A notebook's text, code and outputs."""
+    """A notebook's text, code and outputs as Markdown."""
     parts: list[str] = []
     for cell in json.loads(notebook.read_text())["cells"]:
         source = "".join(cell["source"])
@@ -93,7 +94,7 @@ def as_markdown(notebook: Path) -> str:
             shown = {kind: "".join(text) for kind, text in data.items()}
             if "image/png" in shown:
                 parts.append(f'<img alt="" src="data:image/png;base64,{shown["image/png"].strip()}">')
-            elif "text/html" in shown:  # a DataFrame, in the site's style
+            elif "text/html" in shown:  # a DataFrame, styled by the site
                 table = re.sub(r"<style.*?</style>|<p>.*?</p>", "", shown["text/html"], flags=re.S)
                 table = table.replace(' border="1" class="dataframe"', "")
                 parts.append(re.sub(r"\n\s*", "", table))
@@ -103,7 +104,7 @@ def as_markdown(notebook: Path) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, files: Files, **_: Any) -> str:
-    """Turn links between files of the repository into links between pages; weigh it in the search."""
+    """Turn links between files of the repository into links between pages; set the search boost."""
     if page.file.src_uri.startswith(FOUND_FIRST):
         page.meta["search"] = {"boost": 4}
     here = page.file.src_uri if page.file.src_uri in OUTSIDE else f"docs/{page.file.src_uri}"
@@ -114,7 +115,7 @@ def on_page_markdown(markdown: str, page: Page, files: Files, **_: Any) -> str:
             return link[0]
         there = posixpath.normpath(posixpath.join(posixpath.dirname(here), target))
         if not (ROOT / there).exists():
-            return link[0]  # the strict build complains of it
+            return link[0]  # the strict build reports it
         uri = re.sub(r"\.ipynb$", ".md", there.removeprefix("docs/"))
         if files.get_file_from_path(uri) is None:
             return text
@@ -135,9 +136,9 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 class ExampleSections(griffe.Extension):
-    """Makes "Example:" the section of doctests that griffe knows as "Examples:"."""
+    """Renames "Example:" sections to "Examples:", which griffe recognises as doctests."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Called for each object that has been read."""
+        """Called for each object that griffe has read."""
         if obj.docstring is not None:
             obj.docstring.value = re.sub(r"(?m)^Example:$", "Examples:", obj.docstring.value)
