@@ -1,4 +1,4 @@
-"""Rows of tables, wherever they lie."""
+"""Changes to rows of tables, sharded or not."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 @torch.no_grad()
 def zero_rows(model: nn.Module, zeroed: Mapping[str, torch.Tensor]) -> None:
-    """Set rows of tables to 0, wherever they lie. Called by all ranks.
+    """Set rows of tables to 0, whichever rank has them. Called by all ranks.
 
     Args:
-        model: of embedding (bag) collections, sharded or not.
-        zeroed: by name of a table [rows] bool; other tables are left as they are.
+        model: has embedding (bag) collections, sharded or not.
+        zeroed: by table name, [rows] bool; other tables are unchanged.
 
     Example:
         >>> import torch
@@ -41,7 +41,7 @@ def zero_rows(model: nn.Module, zeroed: Mapping[str, torch.Tensor]) -> None:
 
 @torch.no_grad()
 def finite(model: nn.Module) -> bool:
-    """Whether all weights that this rank has, parts of tables among them, are finite numbers.
+    """Whether all weights on this rank, shards of tables included, are finite.
 
     Args:
         model: sharded or not.
@@ -57,20 +57,19 @@ def finite(model: nn.Module) -> bool:
     """
     parts = [part for value in model.state_dict().values() for _, part in _parts(value)]
     numbers = [part for part in parts if part.is_floating_point() and part.numel()]
-    # the greatest, without a copy of a table
+    # the largest magnitude, without a copy of a table
     greatest = [torch.linalg.vector_norm(part, torch.inf).float() for part in numbers]
     return all(math.isfinite(value) for value in torch.stack(greatest).tolist()) if greatest else True
 
 
 @torch.no_grad()
 def rows_as_unknown(model: nn.Module, known: Mapping[str, int]) -> None:
-    """Let the rows behind the known ones be as row 0, which stands for what is unknown. Called by all
-    ranks.
+    """Copy row 0, the unknown id, over the rows after the known ones. Called by all ranks.
 
     Args:
         model: sharded or not.
-        known: by name of a weight in its ``state_dict`` how many rows are known; a rank need not name
-            what it has no part of, and what is no weight is passed over.
+        known: number of known rows by name of a weight in its ``state_dict``; a rank may leave out
+            weights of which it has no part, and other names are ignored.
 
     Example:
         >>> import torch

@@ -759,7 +759,7 @@ class TestAnotherConfiguration:
     def test_on_all_ranks(self, run) -> None:
         config, wanted = run
         for error in [refusal(config, wanted), *run_ranks(refusal, 2, config, wanted)]:
-            assert "step-000000012 is of another configuration: seed was 0, is 7;" in error
+            assert "step-000000012 has another configuration: seed was 0, is 7;" in error
 
     def test_what_differs_is_named_to_its_depth(self, run) -> None:
         config, wanted = run
@@ -776,8 +776,8 @@ class TestAnotherConfiguration:
         last = config.out / "checkpoints" / "step-000000012"
         rewrite(last, lambda progress: progress.update(format=written))
         for error in [refusal(config, wanted), *run_ranks(refusal, 2, config, wanted)]:
-            assert f"{last} is of format {written}, this version of ifa_torchrec reads {FORMAT}" in error
-            assert "use the version that wrote it, or train anew in another folder" in error
+            assert f"{last} has format {written}, this version of ifa_torchrec reads {FORMAT}" in error
+            assert "use the version that wrote it, or train again in another folder" in error
 
     def test_a_model_of_another_shape(self, run, tmp_path: Path) -> None:
         """Without a configuration to compare, it is told from what is there."""

@@ -273,7 +273,7 @@ class TestLock:
 
     def test_a_file_system_without_locks(self, tmp_path: Path) -> None:
         no_locks = mock.patch("fcntl.flock", side_effect=OSError(errno.ENOLCK, "No locks available"))
-        with no_locks, pytest.warns(UserWarning, match="no second training here"):
+        with no_locks, pytest.warns(UserWarning, match="do not start a second training here"):
             assert lock(tmp_path) == "locked"
 
 

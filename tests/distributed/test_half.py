@@ -119,7 +119,7 @@ def test_small_gradients_arrive():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ShardingError, match=r'exchange "bf16" is for GPUs: .*use "fp16"'):
+    with pytest.raises(ShardingError, match=r'exchange "bf16" needs GPUs: .*use "fp16"'):
         shard(
             torch.nn.Linear(1, 1),
             torch.device("cpu"),
@@ -127,7 +127,7 @@ def test_what_cannot_be_is_refused():
             ShardingConfig(exchange="bf16"),
         )
     assert len(sharders("bf16", "cuda")) == 3
-    with pytest.raises(ConfigError, match="exchange 'int8' is none of"):
+    with pytest.raises(ConfigError, match=r"exchange must be one of .*, got 'int8'"):
         ShardingConfig(exchange="int8")
     with pytest.raises(ConfigError, match="--table-dtype must be fp32 or fp16, got 'bf16'"):
         TrainConfig(Path("log"), Path("run"), table_dtype="bf16")

@@ -12,7 +12,7 @@ import torch
 from torchrec import EmbeddingCollection, EmbeddingConfig
 
 from ifa_torchrec.distributed import OptimizerConfig, checkpoint, init_process_group, shard
-from ifa_torchrec.distributed.checkpoint_writer import CheckpointWriter, Copies
+from ifa_torchrec.distributed.checkpoint_writer import CheckpointWriter, StateCopies
 from ifa_torchrec.distributed.saver import CheckpointSaver
 from ifa_torchrec.errors import WriteError
 
@@ -92,7 +92,7 @@ def test_it_is_of_the_state_as_it_was(sharded, held: threading.Event, tmp_path: 
     ],
 )
 def test_a_copy_is_of_what_was_and_its_memory_is_kept(value: torch.Tensor) -> None:
-    copies, was = Copies(), value.detach().clone()
+    copies, was = StateCopies(), value.detach().clone()
     copies.take({"value": value})
     first = copies.of["value", ()]
     assert first.dtype == was.dtype

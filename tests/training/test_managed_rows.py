@@ -119,7 +119,7 @@ def test_on_two_ranks(log: EventLog, tmp_path: Path) -> None:
 def test_more_ranks_than_trained_it_are_refused(run) -> None:
     for error in run_ranks(scores, 2, run[0], check=False):
         assert isinstance(error, CheckpointError)
-        assert "managed collisions of another number of ranks" in str(error)
+        assert "managed-collision tables were trained on a different number of ranks" in str(error)
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,9 @@ class TestTrain:
         for name in ("table_lr", "dense_lr", "weight_decay", "table_weight_decay"):
             with pytest.raises(ConfigError, match=f"OptimizerConfig: {name} must be a number of at"):
                 OptimizerConfig(**{name: value})
-        with pytest.raises(ConfigError, match=r"table_optimizer 'adam' is none of .*'adagrad'"):
+        with pytest.raises(
+            ConfigError, match=r"table_optimizer must be one of .*'adagrad'.*, got 'adam'"
+        ):
             OptimizerConfig(table_optimizer=typing.cast(Any, "adam"))
         with pytest.raises(ConfigError, match="memory_gb must be positive"):
             ShardingConfig(memory_gb=value)
