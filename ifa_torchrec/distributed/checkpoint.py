@@ -425,27 +425,25 @@ def locked(folder: Path) -> Generator[None]:
         Traceback (most recent call last):
         ifa_torchrec.distributed.errors.CheckpointError: ...: another training writes here; ...
     """
-    lock, error = None, None
-    if dist.get_rank() == 0:
+    lock: int | None = None
+
+    def acquire() -> None:
+        nonlocal lock
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            with writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except WriteError as raised:
-            error = raised
         except BlockingIOError:
-            error = CheckpointError(
+            raise CheckpointError(
                 f"{folder}: another training writes here; wait for it to end, or give another --out"
-            )
-        except OSError as raised:
-            message = f"{folder} cannot be locked ({raised}); do not start a second training here"
-            warnings.warn(message, stacklevel=3)
-    errors = [error]
-    dist.broadcast_object_list(errors)
+            ) from None
+        except OSError as error:
+            message = f"{folder} cannot be locked ({error}); do not start a second training here"
+            warnings.warn(message, stacklevel=5)
+
     try:
-        if errors[0] is not None:
-            raise errors[0]
+        on_rank_0(acquire)
         yield
     finally:
         if lock is not None:
