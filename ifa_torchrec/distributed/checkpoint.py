@@ -114,7 +114,7 @@ def write(
         background: given if training continues during the write.
     """
     group, planner = (background.group, background.planner) if background else (None, None)
-    final = folder / f"step-{progress['step']:09d}"
+    final = folder / _name(progress["step"])
     draft = folder / f".{final.name}"
 
     def prepare() -> None:
@@ -173,6 +173,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def _name(step: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step-{step:09d}"
+
+
 def step_of(path: Path) -> int:
     """The step in the name of a checkpoint's folder.
 
@@ -198,7 +203,7 @@ def version(folder: Path, progress: dict[str, Any]) -> str:
         folder: the folder of the checkpoints.
         progress: what ``load`` returned.
     """
-    name = f"step-{progress['step']:09d}"
+    name = _name(progress["step"])
     sums = (folder / name / "checksums.json").read_bytes()
     return f"{name}-{hashlib.sha256(sums).hexdigest()[:12]}"
 
@@ -340,7 +345,7 @@ def _check_files(path: Path) -> dict[str, Any]:
                 f"{path} has format {written}, this version of ifa_torchrec reads {FORMAT}; use the "
                 "version that wrote it, or train again in another folder"
             )
-        if path.name != (name := f"step-{progress['step']:09d}"):
+        if path.name != (name := _name(progress["step"])):
             raise CheckpointError(f"{path} is a copy of {name}; give it this name, or move it away")
         CheckpointReader(path).read_metadata()
     except FileNotFoundError as error:
