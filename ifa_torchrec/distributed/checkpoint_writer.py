@@ -16,11 +16,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.tensor import DTensor
+
+from ifa_torchrec.distributed.rows import local_parts
 
 _LARGE = 1 << 20
 """Size in bytes above which numpy, whose stores bypass the caches, copies a CPU tensor faster than
@@ -136,17 +136,10 @@ class StateCopies:
             state: as DCP takes it. Of a sharded table, this rank's shards are copied.
         """
         flat = flatten_state_dict(state)[0].items()
-        parts = {(name, offset): p for name, value in flat for offset, p in _parts(value).items()}
+        parts = {(name, offset): p for name, value in flat for offset, p in local_parts(value).items()}
         self.of = {key: _copied(part, self.of.get(key)) for key, part in parts.items()}
         if any(isinstance(part, torch.Tensor) and part.is_cuda for part in parts.values()):
             torch.cuda.synchronize()  # copy_ to pinned memory is asynchronous
-
-
-def _parts(value: Any) -> dict[tuple[int, ...], Any]:
-    """The parts of a value that this rank has, by their offsets in it; one without any for a whole."""
-    if isinstance(value, ShardedTensor):
-        return {tuple(s.metadata.shard_offsets): s.tensor for s in value.local_shards()}
-    return {(): value.to_local() if isinstance(value, DTensor) else value}
 
 
 def _copied(value: Any, into: Any) -> Any:
