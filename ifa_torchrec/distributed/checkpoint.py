@@ -14,12 +14,10 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import warnings
-import zlib
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +29,17 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
+from ifa_torchrec.distributed.checkpoint_files import (
+    FORMAT,
+    SMALL_FILES,
+    checkpoints,
+    checksum_of,
+    read_object,
+    read_progress,
+    step_name,
+    step_of,
+    verify,
+)
 from ifa_torchrec.distributed.checkpoint_reader import CheckpointPlanner, CheckpointReader
 from ifa_torchrec.distributed.checkpoint_writer import (
     BackgroundWrite,
@@ -42,9 +51,6 @@ from ifa_torchrec.distributed.errors import CheckpointError, DamagedError
 from ifa_torchrec.distributed.rows import rows_as_unknown
 from ifa_torchrec.errors import WriteError, writing
 
-FORMAT = 6
-"""Incremented when this package can no longer read older checkpoints, or would build another model for
-them: 6 since the model learns how much a history says."""
 Result = TypeVar("Result")
 KEEP = 2
 """Number of checkpoints kept; older ones are deleted once a newer one is complete."""
@@ -114,7 +120,7 @@ def write(
         background: given if training continues during the write.
     """
     group, planner = (background.group, background.planner) if background else (None, None)
-    final = folder / _name(progress["step"])
+    final = folder / step_name(progress["step"])
     draft = folder / f".{final.name}"
 
     def prepare() -> None:
@@ -125,7 +131,7 @@ def write(
     def publish() -> None:
         write_synced(draft / "progress.json", json.dumps({"format": FORMAT, **progress}))
         files = {name: value for of_rank in sums for name, value in of_rank.items()}
-        files |= {name: _checksum(draft / name) for name in _SMALL}
+        files |= {name: checksum_of(draft / name) for name in SMALL_FILES}
         write_synced(draft / "checksums.json", json.dumps(files))
         sync(draft)
         if final.exists():
@@ -167,33 +173,31 @@ def on_rank_0(work: Callable[[], Result], group: dist.ProcessGroup | None = None
     return outcome[0]
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in ``folder``, oldest first; other folders, such as step-best, are ignored."""
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-[0-9]{9,}", path.name)]
-    return sorted(found, key=step_of)
-
-
-def _name(step: int) -> str:
-    """The name of a checkpoint's folder."""
-    return f"step-{step:09d}"
-
-
-def step_of(path: Path) -> int:
-    """The step in the name of a checkpoint's folder.
-
-    Example:
-        >>> from pathlib import Path
-        >>> from ifa_torchrec.distributed.checkpoint import step_of
-        >>> step_of(Path("run/checkpoints/step-000000012"))
-        12
-    """
-    return int(path.name.removeprefix("step-"))
-
-
 def checkpoints_of_rank_0(folder: Path) -> list[Path]:
     """The checkpoints in ``folder`` as rank 0 sees them: on a shared file system ranks may briefly see
     different contents. Called by all ranks."""
     return on_rank_0(lambda: checkpoints(folder))
+
+
+def latest_progress(folder: Path) -> dict[str, Any] | None:
+    """The progress of the latest checkpoint whose progress.json is undamaged; None if there is none.
+    No weights are read. Called by all ranks.
+
+    Args:
+        folder: the folder of the checkpoints.
+
+    Raises:
+        CheckpointError: that checkpoint has another format, or is a renamed copy.
+    """
+
+    def find() -> dict[str, Any] | None:
+        for path in reversed(checkpoints(folder)):
+            with suppress(DamagedError, OSError):
+                verify(path, ["progress.json"])
+                return read_progress(path)
+        return None
+
+    return on_rank_0(find)
 
 
 def version(folder: Path, progress: dict[str, Any]) -> str:
@@ -203,7 +207,7 @@ def version(folder: Path, progress: dict[str, Any]) -> str:
         folder: the folder of the checkpoints.
         progress: what ``load`` returned.
     """
-    name = _name(progress["step"])
+    name = step_name(progress["step"])
     sums = (folder / name / "checksums.json").read_bytes()
     return f"{name}-{hashlib.sha256(sums).hexdigest()[:12]}"
 
@@ -326,51 +330,18 @@ def _load(
         (torch.cuda if name.startswith("cuda") else torch).set_rng_state(value)
 
 
-_SMALL = (".metadata", "progress.json")
-"""Files that every rank reads and checks."""
-
-
 def _check_files(path: Path) -> dict[str, Any]:
     """Verify this rank's share of the files and return the progress."""
     try:
-        files = _json(path / "checksums.json")
-        shards = sorted(files.keys() - {*_SMALL})
-        for name in (*shards[dist.get_rank() :: dist.get_world_size()], *_SMALL):
-            if _checksum(path / name) != files.get(name):
-                raise DamagedError(f"{name} is not what was written")
-        progress = _json(path / "progress.json")
-        written = progress.pop("format", None)
-        if written != FORMAT:
-            raise CheckpointError(
-                f"{path} has format {written}, this version of ifa_torchrec reads {FORMAT}; use the "
-                "version that wrote it, or train again in another folder"
-            )
-        if path.name != (name := _name(progress["step"])):
-            raise CheckpointError(f"{path} is a copy of {name}; give it this name, or move it away")
+        shards = sorted(read_object(path / "checksums.json").keys() - {*SMALL_FILES})
+        verify(path, [*shards[dist.get_rank() :: dist.get_world_size()], *SMALL_FILES])
+        progress = read_progress(path)
         CheckpointReader(path).read_metadata()
     except FileNotFoundError as error:
         raise DamagedError(str(error)) from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read now, and was left as it is: {error}") from error
     return progress
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise DamagedError(f"{file.name}: {error}") from error
-    if not isinstance(content, dict):
-        raise DamagedError(f"{file.name} is not a JSON object")
-    return content
-
-
-def _checksum(file: Path) -> int:
-    result = 0
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 24):
-            result = zlib.crc32(block, result)
-    return result
 
 
 def _delete(path: Path) -> None:

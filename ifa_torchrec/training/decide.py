@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from contextlib import suppress
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -213,13 +211,12 @@ def _dense_lr(config: TrainConfig, requests: int, events: int) -> float:
 
 
 def _begun(config: TrainConfig) -> dict[str, Any]:
-    """What was decided for the run that is to go on; empty if no checkpoint says it."""
+    """What was decided when the run to resume began; empty if it has no readable checkpoint."""
     hints = get_type_hints(TrainConfig)
-    for path in reversed(checkpoint.checkpoints_of_rank_0(config.out / "checkpoints")):
-        with suppress(OSError, ValueError, LookupError, TypeError):  # of one that is damaged
-            options = json.loads((path / "progress.json").read_text())["config"]
-            return {name: from_json(hints[name], options[name], name) for name in _DECIDED}
-    return {}
+    progress = checkpoint.latest_progress(config.out / "checkpoints")
+    if progress is None:
+        return {}
+    return {name: from_json(hints[name], progress["config"][name], name) for name in _DECIDED}
 
 
 def _keep_best(config: TrainConfig, log: EventLog) -> str:

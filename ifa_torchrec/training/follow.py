@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -147,7 +146,7 @@ class Follower(Trainer):
     def _of_log(self, config: TrainConfig) -> tuple[Mapping[str, Scale], float]:
         was = check_log(self.before / "checkpoints", self.log, grow=True)
         if was is None:
-            raise CheckpointError(f"{self.before}: no checkpoint here that can be read")
+            raise CheckpointError(f"{self.before}: no readable checkpoint here")
         items = self.log.requests("train")[CANDIDATES]
         known = dict(was["config"]["schema"]["item_features"])[self.log.schema.item]
         self._new = float(((items >= known) | (items == 0)).mean())
@@ -294,15 +293,14 @@ def _check(config: TrainConfig) -> None:
 def _left(config: TrainConfig, table: Table) -> tuple[list[str], str | None]:
     """The logs that are left to train, and the run that goes before."""
 
-    def look() -> tuple[list[str], str, dict[str, Any]]:
+    def look() -> tuple[list[str], str]:
         logs = [path.parent.name for path in Path(config.data).glob("*/schema.json")]
         runs = [path.parent.name for path in config.out.glob("*/checkpoints")]
         runs = [name for name in runs if checkpoint.checkpoints(config.out / name / "checkpoints")]
         logs = sorted(name for name in logs if not name.startswith("."))  # one that is being written
-        last = max(runs, default="")
-        return logs, last, _progress_of(config.out / last) if last else {}
+        return logs, max(runs, default="")
 
-    logs, last, progress = checkpoint.on_rank_0(look)
+    logs, last = checkpoint.on_rank_0(look)
     if not logs:
         raise LogError(f"{config.data}: no logs here; --follow takes a folder of them, a part each")
     if not last:
@@ -310,6 +308,7 @@ def _left(config: TrainConfig, table: Table) -> tuple[list[str], str | None]:
     late = [name for name in logs if name < last and name not in table.rows]
     if late and dist.get_rank() == 0:
         print(f"left out, as they came after {last} was trained: {', '.join(late)}", file=sys.stderr)
+    progress = _progress_of(config.out / last)
     names, before = [name for name in logs if name > last], progress.get("before")
     if progress["epoch"] >= (config.epochs if before is None else 1):
         table.put(last, measured_before(config.out / last))
@@ -320,12 +319,12 @@ def _left(config: TrainConfig, table: Table) -> tuple[list[str], str | None]:
 
 
 def _progress_of(run: Path) -> dict[str, Any]:
-    """What the last readable checkpoint of a run says of itself.
+    """The progress of a run's latest readable checkpoint. Called by all ranks.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: no checkpoint can be read, or it has another format.
     """
-    for path in reversed(checkpoint.checkpoints(run / "checkpoints")):
-        with suppress(OSError, ValueError):
-            return json.loads((path / "progress.json").read_text())
-    raise CheckpointError(f"{run}: no checkpoint here that can be read")
+    progress = checkpoint.latest_progress(run / "checkpoints")
+    if progress is None:
+        raise CheckpointError(f"{run}: no readable checkpoint here")
+    return progress

@@ -95,35 +95,33 @@ def check_log(
             ``belongs_to``, anything else is not.
     """
     now = belongs_to or inputs_of(log)
-    for path in reversed(checkpoint.checkpoints_of_rank_0(checkpoints)):
-        try:
-            progress = json.loads((path / "progress.json").read_text())
-            was, data = progress["config"], progress["data"]
-            schema = json.loads(json.dumps(now["schema"]))
-            if not belongs_to:
-                _let_grow(schema, was["schema"], grow)
-            fields = [name for name in schema if schema[name] != was["schema"][name]]
-            ids = {f for f, _ in now["vocabulary"].items() ^ was["vocabulary"].items()}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            continue
-        known = f"the log that {checkpoints.parent} was trained on ({data})"
-        if fields:
-            told = "; ".join(f"{f} {schema[f]}, there {was['schema'][f]}" for f in fields)
-            raise LogError(f"{log.place} has another schema than {known}: {told}; prepare it alike")
-        ids -= {USER} if not belongs_to else set()  # users have no table
-        if ids and (belongs_to or not _extends(log.vocabulary, Vocabulary.load(checkpoints.parent))):
-            raise LogError(
-                f"{log.place} has another vocabulary than {known}: rows of {sorted(ids)} stand for "
-                "other ids; prepare it by that vocabulary (ifa data prepare --vocabulary), which "
-                f"{checkpoints.parent} keeps"
-            )
-        if belongs_to and belongs_to["log"] != was["log"]:
-            raise LogError(
-                f"{log.place} has other content than {known}, so that a position in it means nothing; "
-                "give that log as it was, or train anew with another --out"
-            )
-        return progress
-    return None
+    progress = checkpoint.latest_progress(checkpoints)
+    if progress is None:
+        return None
+    was, schema = progress["config"], json.loads(json.dumps(now["schema"]))
+    if not belongs_to:
+        _let_grow(schema, was["schema"], grow)
+    fields = [name for name in schema if schema[name] != was["schema"][name]]
+    ids = {f for f, _ in now["vocabulary"].items() ^ was["vocabulary"].items()}
+    known = f"the log that {checkpoints.parent} was trained on ({progress['data']})"
+    if fields:
+        differing = "; ".join(f"{f} {schema[f]}, there {was['schema'][f]}" for f in fields)
+        raise LogError(
+            f"{log.place} has another schema than {known}: {differing}; prepare it with the same schema"
+        )
+    ids -= {USER} if not belongs_to else set()  # users have no table
+    if ids and (belongs_to or not _extends(log.vocabulary, Vocabulary.load(checkpoints.parent))):
+        raise LogError(
+            f"{log.place} has another vocabulary than {known}: rows of {sorted(ids)} belong to other "
+            "ids; prepare it with the vocabulary that the run keeps (ifa data prepare --vocabulary "
+            f"{checkpoints.parent})"
+        )
+    if belongs_to and belongs_to["log"] != was["log"]:
+        raise LogError(
+            f"{log.place} has other content than {known}, so a position in it means nothing; give that "
+            "log unchanged, or start a new training with another --out"
+        )
+    return progress
 
 
 def _let_grow(schema: dict[str, Any], was: Mapping[str, Any], grow: bool) -> None:

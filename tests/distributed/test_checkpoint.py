@@ -716,8 +716,19 @@ class TestDamage:
         truncate(folder / "step-000000009" / "progress.json")
         with pytest.raises(CheckpointError) as error:
             load_all([run.whole])
-        for word in (str(folder / "step-000000009"), "none before it", "another folder"):
+        for word in (str(folder / "step-000000009"), "no earlier checkpoint", "another folder"):
             assert word in str(error.value)
+
+    @pytest.mark.parametrize("how", [how for file, how in DAMAGE if file == "progress.json"])
+    def test_the_latest_progress_is_that_of_the_checkpoint_before(self, run: Saved, how) -> None:
+        init_process_group()
+        folder = run.whole.out / "checkpoints"
+        assert checkpoint.latest_progress(folder)["step"] == 12
+        how(folder / "step-000000012" / "progress.json")
+        assert checkpoint.latest_progress(folder)["step"] == 9
+
+        (folder / "step-000000009" / "progress.json").write_text("[]")
+        assert checkpoint.latest_progress(folder) is None
 
     def test_no_checkpoint_is_whole_on_the_command_line(self, run: Saved) -> None:
         """Python ends a process of which a SystemExit holds a text with that text and code 1."""

@@ -31,7 +31,7 @@ from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.commands.explain import ExplainConfig, explain
 from ifa_torchrec.commands.export import ExportConfig, export
 from ifa_torchrec.data import EventLog
-from ifa_torchrec.distributed import CheckpointError, OptimizerConfig, checkpoint
+from ifa_torchrec.distributed import CheckpointError, OptimizerConfig, checkpoint, checkpoint_files
 from ifa_torchrec.distributed.checkpoint import checkpoints
 from ifa_torchrec.errors import WriteError
 from ifa_torchrec.training.options import TrainConfig
@@ -76,7 +76,7 @@ def last_of(run: TrainConfig) -> Path:
 def rewrite_sums(path: Path) -> None:
     """As whoever changes a checkpoint's files can."""
     names = [name for name in names_in(path) if name != "checksums.json"]
-    sums = {name: checkpoint._checksum(path / name) for name in names}
+    sums = {name: checkpoint_files.checksum_of(path / name) for name in names}
     (path / "checksums.json").write_text(json.dumps(sums))
 
 
@@ -105,7 +105,7 @@ class TestCannotBeRead:
     @pytest.mark.parametrize("number", [errno.ESTALE, errno.ETIMEDOUT, errno.EIO, errno.EACCES])
     def test_by_the_file_system(self, run: TrainConfig, number: int) -> None:
         error = OSError(number, os.strerror(number), "somewhere")
-        with mock.patch.object(checkpoint, "_checksum", side_effect=error), no_warning():
+        with mock.patch.object(checkpoint_files, "checksum_of", side_effect=error), no_warning():
             for call in (lambda: train(run), lambda: load_run(run.out)):
                 with pytest.raises(CheckpointError, match="step-000000006 cannot be read now") as told:
                     call()
@@ -120,9 +120,9 @@ class TestCannotBeRead:
 
 def out_of_memory_on_rank_1(run: TrainConfig) -> str:
     error = MemoryError("no more") if os.environ["RANK"] == "1" else None
-    read = checkpoint._checksum
+    read = checkpoint_files.checksum_of
     with (
-        mock.patch.object(checkpoint, "_checksum", side_effect=error or read),
+        mock.patch.object(checkpoint_files, "checksum_of", side_effect=error or read),
         no_warning(),
         pytest.raises(MemoryError) as raised,
     ):

@@ -142,8 +142,8 @@ def test_checksums_are_those_of_the_files(sharded, tmp_path: Path) -> None:
     """Which ``load`` compares with what it reads."""
     path = checkpoint.save(tmp_path, *sharded, {"step": 1})
     read: list[Path] = []
-    checksum = checkpoint._checksum
-    with mock.patch.object(checkpoint, "_checksum", lambda file: read.append(file) or checksum(file)):
+    checksum = checkpoint.checksum_of
+    with mock.patch.object(checkpoint, "checksum_of", lambda file: read.append(file) or checksum(file)):
         checkpoint.save(tmp_path, *sharded, {"step": 2})
         assert {file.name for file in read} == {".metadata", "progress.json"}  # the others are not read
     checkpoint.load(tmp_path, *sharded)

@@ -203,6 +203,17 @@ def test_folders_that_are_not_what_is_wanted(
         follow(dataclasses.replace(config, data=tmp_path))
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"config": {}}'])
+def test_damaged_progress_of_the_run_before(
+    whole: TrainConfig, config: TrainConfig, content: str
+) -> None:
+    shutil.copytree(whole.out / DAYS[0], config.out / DAYS[0])
+    for file in (config.out / DAYS[0]).glob("checkpoints/*/progress.json"):
+        file.write_text(content)
+    with pytest.raises(CheckpointError, match="no readable checkpoint here"):
+        follow(config)
+
+
 def test_other_options_or_other_ids_than_before(
     whole: TrainConfig, config: TrainConfig, tmp_path: Path
 ) -> None:

@@ -779,7 +779,7 @@ class TestDamage:
             with (
                 pytest.warns(UserWarning, match=r"step-000000006 is damaged"),
                 pytest.raises(
-                    CheckpointError, match=r"step-000000004 is damaged.*there is none before it"
+                    CheckpointError, match=r"step-000000004 is damaged.*there is no earlier checkpoint"
                 ),
             ):
                 call()
