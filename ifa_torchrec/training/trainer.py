@@ -32,7 +32,14 @@ from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.calibrate import calibrated, fit_tasks
 from ifa_torchrec.training.check_loss import check_loss
 from ifa_torchrec.training.curves import Curves
-from ifa_torchrec.training.decide import amounts, decided, steps, told, too_few_steps, unknown_items
+from ifa_torchrec.training.decide import (
+    amounts,
+    as_options,
+    decided,
+    steps,
+    too_few_steps,
+    unknown_items,
+)
 from ifa_torchrec.training.options import MOST_REQUESTS, TrainConfig, to_json, write_options
 from ifa_torchrec.training.own import order_of, over_parts, over_ranks
 from ifa_torchrec.training.precision import (
@@ -282,7 +289,7 @@ class Trainer:
 
     def _tell(self) -> None:
         """Say what was decided, and whether there will be few steps."""
-        if options := told(self._given, self.config):
+        if options := as_options(self._given, self.config):
             print(f"decided from the log: {options}", file=sys.stderr)
         if few := too_few_steps(self.config, self._steps_in_all):
             print(few, file=sys.stderr)

@@ -174,7 +174,7 @@ def test_a_log_that_comes_too_late_is_left_out_and_said(
     assert list(follow(config)) == [DAYS[0], DAYS[2]]
     shutil.copytree(Path(whole.data) / DAYS[1], data / DAYS[1])
     assert follow(config) == {}
-    assert f"left out, as they came after {DAYS[2]} was trained: {DAYS[1]}" in capsys.readouterr().err
+    assert f"skipped, since they came after {DAYS[2]} was trained: {DAYS[1]}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -195,9 +195,9 @@ def test_what_does_not_go_with_it(config: TrainConfig, change: dict, message: st
 def test_folders_that_are_not_what_is_wanted(
     whole: TrainConfig, config: TrainConfig, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="is a log; --follow wants the folder"):
+    with pytest.raises(ConfigError, match="is a log; --follow needs the folder"):
         follow(dataclasses.replace(config, data=Path(config.data) / DAYS[0]))
-    with pytest.raises(ConfigError, match="is a run; --follow wants a folder"):
+    with pytest.raises(ConfigError, match="is a run; --follow needs a folder"):
         follow(dataclasses.replace(config, out=whole.out / DAYS[0]))
     with pytest.raises(LogError, match="no logs here"):
         follow(dataclasses.replace(config, data=tmp_path))

@@ -158,7 +158,7 @@ class TestTermsWithNothingToDo:
                 frame[name] = [values[:1] for values in frame[name]]
         log = toy.write(tmp_path / "log")
         config = config_of(log, tmp_path / "run", loss=CandidateSetLossConfig(listwise=0.5))
-        with pytest.warns(UserWarning, match=r"--loss.listwise 0.5 has nothing to do: no request"):
+        with pytest.warns(UserWarning, match=r"--loss.listwise 0.5 has no effect: no request"):
             Trainer(config)
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)

@@ -232,7 +232,7 @@ class TestRegression:
     ("request_", "label", "told"),
     [
         ([], [], "there is no candidate"),
-        ([0, 1, 4], [1, 0, 1], "one candidate alone"),
+        ([0, 1, 4], [1, 0, 1], "only one candidate"),
         ([0, 0, 1], [1, 1, 0], "all labels are equal"),
         ([0, 0, 1], [1, 0, 0], None),
         ([0, 0], [2.5, 2.6], None),

@@ -151,7 +151,7 @@ def test_a_score_that_is_not_finite_is_told_by_all_ranks(
 
     first, second = on_ranks(split, [[0, 1], [2, 3]], told)
     assert first == "request 0: a score is nan, not a finite number"
-    assert second == "a score of another rank is not a finite number"
+    assert second == "a score on another rank is not a finite number"
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6])

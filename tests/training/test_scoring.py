@@ -253,7 +253,7 @@ class TestTable:
         mae = [metrics["watch"]["mae"], *(metrics["watch"]["items"][k]["mae"] for k in ("new", "known"))]
         assert numbers("mean absolute error, in the label's unit", watch) == [f"{v:.4f}" for v in mae]
         wanted = metrics["label"]["ranked_gauc"]
-        assert numbers("GAUC, by the score that ranks", lines)[0] == f"{wanted:.4f}"
+        assert numbers("GAUC, by the ranking score", lines)[0] == f"{wanted:.4f}"
         assert numbers("new items", lines)[0] == f"{metrics['shares']['new_items']['candidates']:.1%}"
         assert len([line for line in lines if "events in the history" in line]) > 3
 
@@ -268,4 +268,4 @@ class TestTable:
         assert np.isnan(metrics["label"]["gauc"]) and metrics["label"]["auc"] > 0
         reason = TaskScores(split, LABEL, scores[:, 0], logits=True).why_unranked()
         table = as_table({**metrics, "notes": {"label": reason}}, (LABEL, WATCH))
-        assert "No order to measure: each request has one candidate alone" in table
+        assert "No order to measure: each request has only one candidate" in table

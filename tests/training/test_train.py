@@ -590,7 +590,7 @@ class TestDecided:
             "decided from the log: --optimizers.dense-lr 0.0015 --warmup-steps 1 --keep-best last"
             in told
         )
-        assert "12 steps in all, which is few to learn from: give --epochs 34, and validate" in told
+        assert "only 12 steps in all, too few to learn much: give --epochs 34, and validate" in told
         options = json.loads((config.out / "config.json").read_text())
         assert (options["warmup_steps"], options["keep_best"]) == (1, "last")
         monkeypatch.setattr(decide, "WARM_UP", 0.9)
@@ -701,7 +701,7 @@ class TestKeepBest:
         [
             ({"keep_best": "click"}, r"--keep-best click: not measured.*'gauc'.*'ne'"),
             ({"keep_best": "gauc", "validate": False}, "--keep-best gauc: --no-validate"),
-            ({"patience": 3, "keep_best": "last"}, "--patience 3 goes by the metric"),
+            ({"patience": 3, "keep_best": "last"}, "--patience 3 uses the metric"),
         ],
     )
     def test_what_cannot_be(self, config: TrainConfig, change: dict, message: str) -> None:
