@@ -163,7 +163,7 @@ class Follower(Trainer):
     def _progress(self) -> float:
         return 1 - RATE
 
-    def _start_anew(self) -> None:
+    def _initialise(self) -> None:
         """Load the weights and the optimisers' state of the previous run."""
         self._keep_vocabulary()
         options = {k: v for k, v in self.config.fixed().items() if k not in _MAY_DIFFER}
