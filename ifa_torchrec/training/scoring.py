@@ -205,7 +205,7 @@ def measure(
         split: the split; or this rank's requests of it: the figures are then summed over the ranks. In
             that case called by all ranks, which get the same metrics.
         scores: [M, T], the logits of ``tasks``, or any scores, of all its candidates.
-        tasks: the model's tasks; None if the scores are not a model's logits and only their order counts.
+        tasks: the model's tasks; None if the scores are not logits and only their order counts.
         by: context features; the entry "by" then has the metrics of the requests of each value.
         apart: whether to measure new and known items separately, and requests by history length.
         alone: [M, T], the logits of exposed candidates scored without the unexposed ones.

@@ -165,7 +165,7 @@ class Trainer:
         }
 
     def train(self) -> dict[str, float]:
-        """Train to the end of the last epoch, from the last checkpoint if there is one. See ``train``."""
+        """Train to the end of the last epoch, from the last checkpoint if there is one."""
         with checkpoint.locked(self.config.out), CheckpointSaver(self._checkpoints) as self._saver:
             self._begin()
             self._validate_if_due()  # a run may have been stopped just before its last validation
@@ -290,7 +290,7 @@ class Trainer:
     def _tell(self) -> None:
         """Print the options that were chosen, and a warning if there are few steps."""
         if options := as_options(self._given, self.config):
-            print(f"chosen from the log: {options}", file=sys.stderr)
+            print(f"decided from the log: {options}", file=sys.stderr)
         if few := too_few_steps(self.config, self._steps_in_all):
             print(few, file=sys.stderr)
 
@@ -345,7 +345,7 @@ class Trainer:
     def _train_to_validation(self) -> None:
         """Train to the next validation, at the latest to the end of the epoch."""
         every = self.config.validate_every
-        # a new pipeline each time: TorchRec's cannot be reused once its batches have run out
+        # a new pipeline each time: TorchRec's does not continue with batches that it has prefetched
         self._pipeline = TrainPipelineSparseDist(
             self.model, self.optimizer, self.device, custom_model_fwd=self._forward
         )
@@ -401,7 +401,7 @@ class Trainer:
 
 
 def batch_size(dataset: RankingDataset, max_events: int, max_requests: int) -> BatchSize:
-    """A rank's largest batch, for the planner: the budget, and the mean number of candidates per request.
+    """A rank's largest batch, for the planner: the budget, and candidates in proportion to the requests.
     Called by all ranks."""
     found = np.array([len(dataset), len(dataset.requests[CANDIDATES])])
     requests, candidates = over_parts(dataset.log)(found).tolist()
@@ -431,7 +431,7 @@ def _diverged(step: int, what: str, folder: Path) -> DivergedError:
 def set_learning_rate(
     optimizer: CombinedOptimizer, config: TrainConfig, step: int, progress: float
 ) -> None:
-    """Set the dense learning rate: linear warm-up, then a linear decay to 5%. The tables' rate is constant.
+    """Set the dense learning rate: linear warm-up, linear decay to 5%. The tables' rate is constant.
 
     Args:
         optimizer: from ``shard``.

@@ -29,8 +29,8 @@ _PREFERRED = ("ranked_gauc", "ranked_correlation", "gauc_exposed", "gauc", "corr
 
 @dataclass(frozen=True)
 class Validation:
-    """One validation in the file: its step, metrics and fitted calibration. JSON has no NaN: a metric that
-    cannot be measured is None."""
+    """One validation in the file: its step, metrics and fitted calibration. JSON has no NaN: a metric
+    that cannot be measured is None."""
 
     step: int
     metrics: dict[str, float | None]

@@ -559,7 +559,7 @@ class TestKilled:
             if place == "renaming":
                 assert "progress.json" in names_in(folder / left[0])
         [(printed, said), _] = run_ranks(command_line, 2, command_line_of(config))
-        assert "going on from step 6" in said
+        assert "resuming from step 6" in said
         assert valid_of(json.loads(printed)) == valid_of(runs[self.RUN].kept[0].result)
         assert_same_end(config.out, runs[self.RUN])
 
@@ -579,7 +579,7 @@ class TestKilled:
         line = ["--max-restarts", "1", killed.__file__, "train", *command_line_of(config)]
         done = torchrun(*line, KILL="writing 1 9")
         assert done.returncode == 0, done.stderr[-4000:]
-        assert done.stderr.count("going on from step 6") == 2
+        assert done.stderr.count("resuming from step 6") == 2
         result = json.loads(done.stdout)
         assert valid_of(result) == valid_of(runs[self.RUN].kept[0].result)
         assert_same_end(config.out, runs[self.RUN])

@@ -106,7 +106,7 @@ def trained(log: EventLog, run: Path) -> Job:
 def test_training_goes_on_after_a_rank_was_killed(trained, run):
     assert trained.exit_code == 0, trained.log
     assert trained.attempts == 2
-    assert f"{run}/checkpoints: going on from step" in trained.log
+    assert f"{run}/checkpoints: resuming from step" in trained.log
     assert json.loads(trained.printed)["steps"] == EPOCHS * STEPS_AN_EPOCH
     assert checkpoints(run / "checkpoints")[-1].name.endswith(str(EPOCHS * STEPS_AN_EPOCH))
 

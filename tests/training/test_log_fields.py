@@ -239,7 +239,7 @@ def start_of(log: EventLog, out: Path, kind: str) -> dict[str, tuple[bool, bool]
     )
     trainer = Trainer(config)
     out.mkdir(parents=True, exist_ok=True)
-    trainer._start_anew()
+    trainer._initialise()
     touched = by_hand(log)
     found = {}
     for name, value in trainer.model.state_dict().items():

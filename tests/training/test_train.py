@@ -462,13 +462,13 @@ class TestResume:
         train(plain)
         assert "starting" not in capsys.readouterr().err
         config = dataclasses.replace(config, checkpoint_every=2, validate=False, resume=True)
-        for stop, said in ((5, "no checkpoint here; starting"), (9, "going on from step 4")):
+        for stop, said in ((5, "no checkpoint here; starting"), (9, "resuming from step 4")):
             train_stopped(config, monkeypatch, stop)
             printed = capsys.readouterr()
             assert f"{config.out / 'checkpoints'}: {said}\n" in printed.err
             assert said not in printed.out
         assert train(config)["steps"] == 12
-        assert "going on from step 8" in capsys.readouterr().err
+        assert "resuming from step 8" in capsys.readouterr().err
         assert_same_weights(config.out, plain.out)
 
     def test_half_written_checkpoints_do_not_count(self, config: TrainConfig, monkeypatch) -> None:
@@ -761,7 +761,7 @@ class TestDamage:
         capsys.readouterr()
         with pytest.warns(UserWarning, match=r"step-000000006 is damaged.*trying another"):
             resumed = train(dataclasses.replace(damaged, resume=True))
-        assert "going on from step 4" in capsys.readouterr().err
+        assert "resuming from step 4" in capsys.readouterr().err
         assert resumed["steps"] == 6 and resumed["valid_ne"] == valid
         assert steps_of(damaged.out) == [4, 6]
         assert_same_weights(damaged.out, whole.out)  # without a warning: it is whole again
