@@ -14,13 +14,15 @@ from ifa_torchrec.data.schema import EXPOSED
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.models.calibration import calibrate
 from ifa_torchrec.modules import CandidateSetLossConfig, Task
-from ifa_torchrec.training.metrics import Total, one_rank
+from ifa_torchrec.training.metrics import Total, local_sum
 from ifa_torchrec.training.own import OwnRequests, own_requests
 
 _STEPS = 100  # limit for LBFGS, which needs about ten
 
 
-def fit(logits: Tensor, labels: Tensor, weights: Tensor, total: Total = one_rank) -> tuple[float, float]:
+def fit(
+    logits: Tensor, labels: Tensor, weights: Tensor, total: Total = local_sum
+) -> tuple[float, float]:
     """The scale and the shift with which logits predict best: Platt scaling.
 
     Minimises the log loss, with a prior on the log scale that weighs as much as one candidate, so that

@@ -10,7 +10,7 @@ from ifa_torchrec.data import RankingDataset
 from ifa_torchrec.data.schema import EXPOSED, OFFSETS
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules import CandidateSetLossConfig
-from ifa_torchrec.training.own import over_parts
+from ifa_torchrec.training.own import sum_over_parts
 
 
 def check_loss(dataset: RankingDataset, loss: CandidateSetLossConfig, rank: int) -> None:
@@ -58,4 +58,4 @@ def _check_negatives(dataset: RankingDataset) -> None:
 
 def _any(dataset: RankingDataset, found: np.ndarray) -> bool:
     """Whether anything was found in a split's columns, on any rank that has parts of it."""
-    return bool(over_parts(dataset.log)(np.array([found.sum()]))[0])
+    return bool(sum_over_parts(dataset.log)(np.array([found.sum()]))[0])

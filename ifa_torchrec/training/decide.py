@@ -18,7 +18,7 @@ from ifa_torchrec.modules import IFAConfig
 from ifa_torchrec.modules.config import MOST_IDENTITY_KEYS
 from ifa_torchrec.training.build import tasks_of
 from ifa_torchrec.training.options import MOST_REQUESTS, TrainConfig, from_json, to_json
-from ifa_torchrec.training.own import over_parts
+from ifa_torchrec.training.own import sum_over_parts
 from ifa_torchrec.training.validations import LAST, check_metric
 
 STEPS_A_PASS = 500
@@ -128,7 +128,7 @@ def amounts(config: TrainConfig, dataset: RankingDataset) -> tuple[int, int]:
         dataset: the requests to train on.
     """
     lengths = np.minimum(dataset.history_lengths, config.max_events)
-    requests, events = over_parts(dataset.log)(np.array([len(lengths), lengths.sum()]))
+    requests, events = sum_over_parts(dataset.log)(np.array([len(lengths), lengths.sum()]))
     return int(requests), int(events)
 
 
@@ -250,5 +250,5 @@ def unknown_items(log: EventLog, config: TrainConfig) -> float:
         return 0.0
     candidates = log.requests("valid")[CANDIDATES]
     found = np.array([(log.item_rows(candidates) == 0).sum(), len(candidates)])
-    new, of = over_parts(log)(found).tolist()
+    new, of = sum_over_parts(log)(found).tolist()
     return min(new / max(of, 1), MOST_UNKNOWN)

@@ -10,7 +10,7 @@ import torch
 
 from ifa_torchrec.data import RankingDataset
 from ifa_torchrec.data.schema import CANDIDATES, EXPOSED, LIST_OFFSETS, TIME, USER
-from ifa_torchrec.training.own import OwnRequests, counted, over_parts, own_requests
+from ifa_torchrec.training.own import OwnRequests, counted, own_requests, sum_over_parts
 
 Count = Callable[[np.ndarray], np.ndarray]
 Shares = dict[str, float]
@@ -31,7 +31,7 @@ def shares(dataset: RankingDataset) -> dict[str, Any]:
         list, among all its entries. A share of nothing is NaN.
     """
     schema, requests, log = dataset.log.schema, dataset.requests, dataset.log
-    total = over_parts(log)
+    total = sum_over_parts(log)
 
     def share(part: int, whole: int) -> float:
         of_part, of_whole = total(np.array([part, whole])).tolist()

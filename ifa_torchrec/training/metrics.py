@@ -27,12 +27,12 @@ _BITS = 22  # leading bits of a float32 by which ranks bin scores: sign, exponen
 _BLOCK = 1 << 10  # bins per block; only blocks that some rank uses are summed
 
 
-def one_rank(figures: np.ndarray) -> np.ndarray:
+def local_sum(figures: np.ndarray) -> np.ndarray:
     """The Total of a rank that has all requests: returns its argument."""
     return figures
 
 
-def auc(score: np.ndarray, label: np.ndarray, total: Total = one_rank) -> float:
+def auc(score: np.ndarray, label: np.ndarray, total: Total = local_sum) -> float:
     """Area under the ROC curve over all candidates; ties count half; NaN if all labels are equal.
 
     Over several ranks, scores tie if the first 22 bits of their float32 are equal, a relative resolution
@@ -59,7 +59,7 @@ def auc(score: np.ndarray, label: np.ndarray, total: Total = one_rank) -> float:
     return float((positives * (below + negatives / 2)).sum() / pairs) if pairs else np.nan
 
 
-def gauc(request: np.ndarray, score: np.ndarray, label: np.ndarray, total: Total = one_rank) -> float:
+def gauc(request: np.ndarray, score: np.ndarray, label: np.ndarray, total: Total = local_sum) -> float:
     """Mean over requests of the area under the ROC curve; NaN if no request can be ranked.
 
     Args:
@@ -94,7 +94,7 @@ def ndcg(
     score: np.ndarray,
     label: np.ndarray,
     k: int = 10,
-    total: Total = one_rank,
+    total: Total = local_sum,
 ) -> float:
     """Mean over requests of NDCG@k; ties share their positions; NaN if no request can be ranked.
 
@@ -129,7 +129,7 @@ def recall(
     score: np.ndarray,
     label: np.ndarray,
     k: int = 10,
-    total: Total = one_rank,
+    total: Total = local_sum,
 ) -> float:
     """Mean over requests of recall@k; ties share their positions.
 
@@ -161,7 +161,7 @@ def ranking_metrics(
     logit: np.ndarray,
     label: np.ndarray,
     probabilities: bool = True,
-    total: Total = one_rank,
+    total: Total = local_sum,
 ) -> dict[str, float]:
     """AUC, GAUC, NDCG@10, recall@10, NE and calibration of one task.
 
@@ -212,7 +212,7 @@ def ranking_metrics(
 
 
 def correlation(
-    request: np.ndarray, score: np.ndarray, label: np.ndarray, total: Total = one_rank
+    request: np.ndarray, score: np.ndarray, label: np.ndarray, total: Total = local_sum
 ) -> float:
     """Mean over requests of Pearson's correlation of score and label; NaN if no request can be ranked.
 
@@ -242,7 +242,7 @@ def correlation(
 
 
 def regression_metrics(
-    request: np.ndarray, prediction: np.ndarray, label: np.ndarray, total: Total = one_rank
+    request: np.ndarray, prediction: np.ndarray, label: np.ndarray, total: Total = local_sum
 ) -> dict[str, float]:
     """Errors of predicted numbers, and how well they order each request's candidates.
 
@@ -280,7 +280,7 @@ def regression_metrics(
     }
 
 
-def why_unranked(request: np.ndarray, label: np.ndarray, total: Total = one_rank) -> str | None:
+def why_unranked(request: np.ndarray, label: np.ndarray, total: Total = local_sum) -> str | None:
     """Why no request can be ranked, so that GAUC, NDCG and the correlation are NaN; None if one can.
 
     Args:
@@ -306,7 +306,7 @@ def why_unranked(request: np.ndarray, label: np.ndarray, total: Total = one_rank
     return "in every request all labels are equal, so no order is better than another"
 
 
-def bins_of(score: np.ndarray, total: Total = one_rank) -> tuple[np.ndarray, int]:
+def bins_of(score: np.ndarray, total: Total = local_sum) -> tuple[np.ndarray, int]:
     """The position of each score in ascending order: one bin per distinct score. Over several ranks, one
     bin per value of a score's first 22 bits, of the blocks of bins in which any rank has a score.
 
@@ -323,7 +323,7 @@ def bins_of(score: np.ndarray, total: Total = one_rank) -> tuple[np.ndarray, int
         >>> bins_of(np.array([0.5, -1.0, 0.5]))[0].tolist()
         [1, 0, 1]
     """
-    if total is one_rank:
+    if total is local_sum:
         places, bins = np.unique(score, return_inverse=True)
         return bins, len(places)
     bits = (score.astype(np.float32) + np.float32(0)).view(np.uint32)  # -0 is 0
@@ -332,7 +332,7 @@ def bins_of(score: np.ndarray, total: Total = one_rank) -> tuple[np.ndarray, int
     return (np.cumsum(used) - 1)[bins // _BLOCK] * _BLOCK + bins % _BLOCK, _BLOCK * int(used.sum())
 
 
-def mean(values: np.ndarray | pd.Series, total: Total = one_rank) -> float:
+def mean(values: np.ndarray | pd.Series, total: Total = local_sum) -> float:
     """The mean over all ranks; NaN if there are no values.
 
     Args:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from ifa_torchrec.data import EventLog, RankingDataset
 from ifa_torchrec.data.order import PartByPart
-from ifa_torchrec.training.metrics import Total, one_rank
+from ifa_torchrec.training.metrics import Total, local_sum
 
 
 class OwnRequests:
@@ -17,7 +17,7 @@ class OwnRequests:
     Args:
         dataset: the split.
         requests: [n] int64, their numbers.
-        total: sums over ranks; ``one_rank`` if these are all requests.
+        total: sums over ranks; ``local_sum`` if these are all requests.
 
     Attributes:
         rows: [m] int64, the rows of their candidates in the split's flat candidate columns.
@@ -64,16 +64,16 @@ def own_requests(split: RankingDataset | OwnRequests) -> OwnRequests:
     """
     if isinstance(split, OwnRequests):
         return split
-    return OwnRequests(split, np.arange(len(split)), over_parts(split.log))
+    return OwnRequests(split, np.arange(len(split)), sum_over_parts(split.log))
 
 
-def over_parts(log: EventLog) -> Total:
-    """The Total for a log: sums over the ranks if each has its own parts open, otherwise ``one_rank``.
+def sum_over_parts(log: EventLog) -> Total:
+    """The Total for a log: sums over the ranks if each has its own parts open, otherwise ``local_sum``.
 
     Args:
         log: as this rank has it open.
     """
-    return one_rank if log.whole else over_ranks()
+    return local_sum if log.whole else all_reduce_sum
 
 
 def order_of(dataset: RankingDataset, seed: int | None) -> int | PartByPart | None:
@@ -110,24 +110,19 @@ def _gathered(values: np.ndarray) -> list[np.ndarray]:
     return found
 
 
-def over_ranks() -> Total:
-    """The Total of the process group: sums over its ranks.
+def all_reduce_sum(figures: np.ndarray) -> np.ndarray:
+    """The Total of the process group: the sum over its ranks, as float64. Called by all ranks.
 
     Example:
         >>> import numpy as np
         >>> from ifa_torchrec.distributed import init_process_group
-        >>> from ifa_torchrec.training.own import over_ranks
+        >>> from ifa_torchrec.training.own import all_reduce_sum
         >>> device = init_process_group()
-        >>> over_ranks()(np.array([2.0, 3.0])).tolist()
+        >>> all_reduce_sum(np.array([2.0, 3.0])).tolist()
         [2.0, 3.0]
     """
-
     # the process group's device; the model may be on another (int8 tables are on the CPU)
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-
-    def total(figures: np.ndarray) -> np.ndarray:
-        sums = torch.from_numpy(np.asarray(figures, np.float64).copy()).to(device)
-        dist.all_reduce(sums)
-        return sums.cpu().numpy()
-
-    return total
+    sums = torch.from_numpy(np.asarray(figures, np.float64).copy()).to(device)
+    dist.all_reduce(sums)
+    return sums.cpu().numpy()

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 
 from ifa_torchrec.errors import require, writing
-from ifa_torchrec.training.metrics import Total, bins_of, one_rank
+from ifa_torchrec.training.metrics import Total, bins_of, local_sum
 
 _GROUPS = 10
 
 
-def reliability(logit: np.ndarray, label: np.ndarray, total: Total = one_rank) -> list[dict[str, float]]:
+def reliability(
+    logit: np.ndarray, label: np.ndarray, total: Total = local_sum
+) -> list[dict[str, float]]:
     """Mean predictions and labels of up to ten groups of candidates of equal size, by prediction.
 
     Args:

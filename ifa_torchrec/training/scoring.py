@@ -23,15 +23,15 @@ from ifa_torchrec.training.groups import by_history
 from ifa_torchrec.training.metrics import (
     correlation,
     gauc,
+    local_sum,
     mean,
     ndcg,
-    one_rank,
     ranking_metrics,
     recall,
     regression_metrics,
     why_unranked,
 )
-from ifa_torchrec.training.own import OwnRequests, counted, order_of, over_ranks, own_requests
+from ifa_torchrec.training.own import OwnRequests, all_reduce_sum, counted, order_of, own_requests
 from ifa_torchrec.training.progress import progress_bar
 
 _OF_EXPOSED = ("gauc", "ne", "calibration", "mae", "correlation")
@@ -54,7 +54,7 @@ def predict(
         [M, T] float32 on every rank, and this rank's milliseconds per request, loading included.
     """
     with _evaluating(model):
-        mine = of_own(dataset, device, max_events, max_requests, lambda batch: model(batch)[1][1])
+        mine = apply_to_own(dataset, device, max_events, max_requests, lambda batch: model(batch)[1][1])
     gathered = [mine]
     if dist.get_world_size() > 1:
         gathered *= dist.get_world_size()
@@ -79,10 +79,10 @@ def predict_own(
         ``predict``.
     """
     with _evaluating(model):
-        requests, logits, milliseconds = of_own(
+        requests, logits, milliseconds = apply_to_own(
             dataset, device, max_events, max_requests, lambda batch: model(batch)[1][1]
         )
-    total = over_ranks() if dist.get_world_size() > 1 else one_rank
+    total = all_reduce_sum if dist.get_world_size() > 1 else local_sum
     return OwnRequests(dataset, requests, total), logits, milliseconds
 
 
@@ -117,10 +117,10 @@ def predict_alone(
         logits[exposed] = model.set_arch(model.describe(batch).only(exposed)).to(logits.dtype)
         return logits
 
-    return of_own(dataset, device, max_events, max_requests, score)[1]
+    return apply_to_own(dataset, device, max_events, max_requests, score)[1]
 
 
-def of_own(
+def apply_to_own(
     dataset: RankingDataset,
     device: torch.device,
     max_events: int,

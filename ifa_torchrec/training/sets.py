@@ -17,9 +17,9 @@ from ifa_torchrec.data.schema import CANDIDATES
 from ifa_torchrec.data.synthetic_truth import SetTruth
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.modules import Task, generate_set, ranking_score
-from ifa_torchrec.training.metrics import Total, mean, one_rank
+from ifa_torchrec.training.metrics import Total, local_sum, mean
 from ifa_torchrec.training.own import OwnRequests, counted, own_requests
-from ifa_torchrec.training.scoring import of_own
+from ifa_torchrec.training.scoring import apply_to_own
 
 
 def best_by_score(
@@ -66,7 +66,7 @@ def chosen_one_by_one(
         chosen = generate_set(model.set_gain(candidates), whole, k, "greedy")
         return places(chosen, len(candidates.tokens))[:, None]
 
-    return of_own(dataset, device, *budget, choose)[1][:, 0].astype(np.int64)
+    return apply_to_own(dataset, device, *budget, choose)[1][:, 0].astype(np.int64)
 
 
 def places(chosen: JaggedTensor, rows: int) -> Tensor:
@@ -159,7 +159,7 @@ def rewards(
 
 
 def set_metrics(
-    request: np.ndarray, place: np.ndarray, label: np.ndarray, total: Total = one_rank
+    request: np.ndarray, place: np.ndarray, label: np.ndarray, total: Total = local_sum
 ) -> dict[str, float]:
     """How well sets collect the positives; means over the requests whose labels are not all equal.
 
@@ -200,7 +200,7 @@ def variety(
     place: np.ndarray,
     group: np.ndarray,
     known: np.ndarray | None = None,
-    total: Total = one_rank,
+    total: Total = local_sum,
 ) -> dict[str, float]:
     """How varied sets are, by a grouping of their members.
 

@@ -41,7 +41,7 @@ from ifa_torchrec.training.decide import (
     unknown_items,
 )
 from ifa_torchrec.training.options import MOST_REQUESTS, TrainConfig, to_json, write_options
-from ifa_torchrec.training.own import order_of, over_parts, over_ranks
+from ifa_torchrec.training.own import all_reduce_sum, order_of, sum_over_parts
 from ifa_torchrec.training.precision import (
     autocast,
     check_precision,
@@ -386,7 +386,7 @@ class Trainer:
         Raises:
             DivergedError: on all ranks, if ``all_are`` is false on any of them.
         """
-        if over_ranks()(np.array([not all_are]))[0]:
+        if all_reduce_sum(np.array([not all_are]))[0]:
             raise _diverged(self.step, f"{what} is not finite", self._checkpoints)
 
     def _report(self) -> None:
@@ -404,7 +404,7 @@ def batch_size(dataset: RankingDataset, max_events: int, max_requests: int) -> B
     """A rank's largest batch, for the planner: the budget, and candidates in proportion to the requests.
     Called by all ranks."""
     found = np.array([len(dataset), len(dataset.requests[CANDIDATES])])
-    requests, candidates = over_parts(dataset.log)(found).tolist()
+    requests, candidates = sum_over_parts(dataset.log)(found).tolist()
     return BatchSize(max_requests, max_events, math.ceil(candidates / max(requests, 1) * max_requests))
 
 
