@@ -10,13 +10,13 @@ import torch
 
 from ifa_torchrec.data import RankingDataset
 from ifa_torchrec.data.schema import CANDIDATES, EXPOSED, LIST_OFFSETS, TIME, USER
+from ifa_torchrec.training.metrics import decile_cuts
 from ifa_torchrec.training.own import OwnRequests, counted, own_requests, sum_over_parts
 
 Count = Callable[[np.ndarray], np.ndarray]
 Shares = dict[str, float]
 
 _BLOCK = 1 << 22  # events per block
-_GROUPS = 10
 
 
 def shares(dataset: RankingDataset) -> dict[str, Any]:
@@ -95,9 +95,7 @@ def by_history(
     values, counts = counted(own.dataset.log, lengths)  # of all ranks' requests
     if not len(values):
         return {}
-    before = np.cumsum(counts)
-    deciles = np.ceil((before[-1] - 1) * (np.arange(1, _GROUPS) / _GROUPS)).astype(np.int64)
-    cuts = np.unique(values[np.searchsorted(before, deciles, side="right")])
+    cuts = values[decile_cuts(np.cumsum(counts))]
     of_candidate, shown = np.searchsorted(cuts, lengths)[own.request], own.column(EXPOSED)
     group = np.searchsorted(cuts, values)
     result: dict[str, Any] = {}

@@ -332,6 +332,25 @@ def bins_of(score: np.ndarray, total: Total = local_sum) -> tuple[np.ndarray, in
     return (np.cumsum(used) - 1)[bins // _BLOCK] * _BLOCK + bins % _BLOCK, _BLOCK * int(used.sum())
 
 
+def decile_cuts(cumulative: np.ndarray) -> np.ndarray:
+    """Where numpy's deciles by the method "higher" fall among ascending distinct values.
+
+    Args:
+        cumulative: [n], n > 0, how many of the counted things are at most each value.
+
+    Returns:
+        Up to nine int64, ascending indices into the values, without duplicates.
+
+    Example:
+        >>> import numpy as np
+        >>> from ifa_torchrec.training.metrics import decile_cuts
+        >>> decile_cuts(np.array([50, 100])).tolist()
+        [0, 1]
+    """
+    nth = np.ceil((cumulative[-1] - 1) * (np.arange(1, 10) / 10))
+    return np.unique(np.searchsorted(cumulative, nth, side="right"))
+
+
 def mean(values: np.ndarray | pd.Series, total: Total = local_sum) -> float:
     """The mean over all ranks; NaN if there are no values.
 

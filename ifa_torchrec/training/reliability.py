@@ -9,9 +9,7 @@ import numpy as np
 import torch
 
 from ifa_torchrec.errors import require, writing
-from ifa_torchrec.training.metrics import Total, bins_of, local_sum
-
-_GROUPS = 10
+from ifa_torchrec.training.metrics import Total, bins_of, decile_cuts, local_sum
 
 
 def reliability(
@@ -39,9 +37,7 @@ def reliability(
     counts = np.cumsum(total(np.bincount(bins, minlength=places).astype(np.float64)))
     if not places:
         return []
-    # numpy's quantiles by the method "higher", by the places of the logits
-    nth = np.ceil((counts[-1] - 1) * (np.arange(1, _GROUPS) / _GROUPS))
-    cuts = np.unique(np.searchsorted(counts, nth, side="right"))
+    cuts = decile_cuts(counts)
     group = np.searchsorted(cuts, bins, side="right")
     probability = torch.from_numpy(logit.astype(np.float64)).sigmoid().numpy()
     count, predicted, true = total(
