@@ -10,7 +10,8 @@ import torch
 
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.models import DLRM_IFA
-from ifa_torchrec.modules import SequenceInteraction
+from ifa_torchrec.modules import IFAConfig, SequenceInteraction
+from ifa_torchrec.modules.interactions import INTERACTIONS
 
 Precision = Literal["fp32", "tf32", "bf16"]
 
@@ -104,12 +105,23 @@ def compile_dense(model: torch.nn.Module, backend: str = "inductor") -> None:
     for module in model.modules():
         if isinstance(module, DLRM_IFA):
             config = module.config
-            if any(isinstance(m, SequenceInteraction) and m.reads_sizes for m in module.modules()):
+            if _reads_sizes(module):
+                attention = config.candidate_set.attention
                 raise ConfigError(
-                    f"--compile: interaction {config.interaction!r}, candidate_set attention "
-                    f"{config.candidate_set.attention!r}: softmax, low_rank, eta, twin, sdim, solar "
-                    "and hstu read sizes from the batch, which breaks a graph; train without --compile, "
-                    "or with another"
+                    f"--compile: interaction {config.interaction!r} or candidate_set attention "
+                    f"{attention!r} reads sizes from the batch, which breaks a graph; train without "
+                    f"--compile, or with one of {_compilable()} and attention 'none' or 'linear'"
                 )
             for dense in (module.candidate_arch, module.set_arch):
                 dense.compile(fullgraph=True, dynamic=True, backend=backend)
+
+
+def _reads_sizes(module: torch.nn.Module) -> bool:
+    """Whether an interaction in the module reads sizes from the batch."""
+    return any(isinstance(m, SequenceInteraction) and m.reads_sizes for m in module.modules())
+
+
+def _compilable() -> list[str]:
+    """The names of the interactions that can be compiled."""
+    built = {name: build(IFAConfig(8), 1, "item") for name, build in INTERACTIONS.items()}
+    return [name for name, module in built.items() if module is None or not _reads_sizes(module)]

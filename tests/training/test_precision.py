@@ -50,7 +50,7 @@ def test_precision_may_change_where_a_run_goes_on(config):
 
 
 def test_tf32_is_for_gpus(config):
-    with pytest.raises(ConfigError, match=r"--precision tf32: .*the device is cpu; give fp32 or bf16"):
+    with pytest.raises(ConfigError, match=r"--precision tf32 needs .*got device cpu; give fp32 or bf16"):
         check_precision("tf32", torch.device("cpu"))
     check_precision("tf32", torch.device("cuda"))
     before = torch.backends.cuda.matmul.fp32_precision
