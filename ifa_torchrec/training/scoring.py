@@ -36,6 +36,8 @@ from ifa_torchrec.training.progress import progress_bar
 
 _OF_EXPOSED = ("gauc", "ne", "calibration", "mae", "correlation")
 """Metrics that are also reported for exposed candidates only."""
+_TIMED_BATCHES, _TIMED_EVENTS, _TIMED_REQUESTS = 30, 32768, 32
+"""Number of batches that ``time_per_request`` times, and the budget of each."""
 
 
 @torch.no_grad()
@@ -155,39 +157,29 @@ def apply_to_own(
 
 @torch.no_grad()
 def time_per_request(
-    models: dict[str, nn.Module],
-    dataset: RankingDataset,
-    device: torch.device,
-    batches: int = 30,
-    max_events: int = 32768,
-    max_requests: int = 32,
+    models: dict[str, nn.Module], dataset: RankingDataset, device: torch.device
 ) -> dict[str, float]:
-    """What a request costs each model, the models taking turns; one process.
-
-    From the batch in memory to the scores: lookup, attention, dense layers.
+    """The time per request of each model, from the batch in memory to the scores: lookup, attention,
+    dense layers. The models take turns on the same batches; one process.
 
     Args:
         models: sharded DLRM_IFATrains by name.
-        dataset: where requests are drawn from, in an order of its own.
-        device: the models'.
-        batches: batches timed.
-        max_events, max_requests: budget of a batch.
+        dataset: the split to draw requests from, in random order.
+        device: the models' device.
 
     Returns:
-        Milliseconds a request, the median over batches.
+        Milliseconds per request by name, the median over 30 batches.
     """
     order = np.random.default_rng(0).permutation(len(dataset))
-    sampler = EventBudgetSampler(dataset.history_lengths[order], max_events, max_requests)
+    sampler = EventBudgetSampler(dataset.history_lengths[order], _TIMED_EVENTS, _TIMED_REQUESTS)
     times: dict[str, list[float]] = {name: [] for name in models}
-    for _, indices in zip(range(batches), sampler, strict=False):
+    for _, indices in zip(range(_TIMED_BATCHES), sampler, strict=False):
         batch = dataset[order[indices]].to(device)
         for name, model in models.items():
-            training = model.training
-            model.eval()
-            start = time.perf_counter()
-            model(batch)[0].item()
-            times[name].append(1000 * (time.perf_counter() - start) / len(indices))
-            model.train(training)
+            with _evaluating(model):
+                start = time.perf_counter()
+                model(batch)[0].item()
+                times[name].append(1000 * (time.perf_counter() - start) / len(indices))
     return {name: float(np.median(values)) for name, values in times.items()}
 
 

@@ -24,7 +24,7 @@ from ifa_torchrec.training.metrics import (
     regression_metrics,
 )
 from ifa_torchrec.training.metrics_table import as_table
-from ifa_torchrec.training.scoring import TaskScores, measure
+from ifa_torchrec.training.scoring import TaskScores, measure, time_per_request
 
 WATCH = Task("watch", "regression", scale=Scale(2.0, 1.0, log=True))
 LABEL = Task("label")
@@ -235,6 +235,28 @@ class TestByHistory:
         label = np.zeros_like(dataset.requests["label"])
         parts = by_history(dataset, logits(dataset, 1)[:, 0], label)
         assert np.isnan([part["calibration"] for part in parts.values()]).all()
+
+
+class Noted(torch.nn.Module):
+    """A model that notes its mode and its batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modes: list[bool] = []
+
+    def forward(self, batch: RankingBatch) -> tuple[torch.Tensor, None]:
+        self.modes.append(self.training)
+        return torch.zeros(()), None
+
+
+def test_time_per_request(split: RankingDataset) -> None:
+    """Models are timed in evaluation mode, on the same batches, and keep their mode."""
+    models: dict[str, torch.nn.Module] = {"training": Noted(), "evaluating": Noted().eval()}
+    times = time_per_request(models, split, torch.device("cpu"))
+    assert times.keys() == models.keys() and min(times.values()) > 0
+    assert [model.training for model in models.values()] == [True, False]
+    assert models["training"].modes == models["evaluating"].modes
+    assert not any(models["training"].modes)
 
 
 class TestTable:
