@@ -251,32 +251,17 @@ def make_planner(
             if sharding.tables.get(table.name) == "row_wise" and _fills(table.num_embeddings, ranks)
         }
         for table in _configs(module):
-            asked = sharding.tables.get(table.name)
             possible = _possible(module, device)
             if device == "cpu" and id(module) in items:
                 # its collectives need the same number of rows on each rank, and the items differ
                 possible = [kind for kind in possible if kind != "row_wise"]
             if device == "cpu" and not _fills(table.num_embeddings, ranks):
                 possible = [k for k in possible if k != "row_wise" or table.embedding_dim in filled]
-            if asked is None:
-                allowed = [kind for kind in possible if not (whole_rows and kind in _SPLIT_ROWS)]
-                # its collectives need equal batch sizes, which loaders other than ours may not have
-                if device == "cpu" and isinstance(module, EmbeddingBagCollection):
-                    allowed = [kind for kind in allowed if kind != "row_wise"]
-            elif asked not in possible:
-                raise ShardingError(
-                    f"sharding: {table.name} cannot be {asked!r} on {ranks} {device} ranks; use one of "
-                    f"{possible}"
-                )
-            elif whole_rows and asked in _SPLIT_ROWS:
-                raise ShardingError(
-                    f"sharding: {table.name} cannot be {asked!r} with row-wise Adagrad, which keeps one "
-                    "state per whole row; use table optimizer 'adagrad' or 'sgd'"
-                )
-            else:
-                allowed = [asked]
+            asked = sharding.tables.get(table.name)
+            if asked is not None:
+                _check_asked(asked, table.name, possible, whole_rows, f"{ranks} {device} ranks")
             constraints[table.name] = ParameterConstraints(
-                sharding_types=allowed,
+                sharding_types=[asked] if asked else _default(module, possible, whole_rows, device),
                 compute_kernels=kernels,
                 min_partition=_narrowest(table.embedding_dim, ranks),
                 pooling_factors=[values(name) for name in table.feature_names],
@@ -367,6 +352,26 @@ def _configs(module: Collection) -> Sequence[BaseEmbeddingConfig]:
     if isinstance(module, EmbeddingBagCollection):
         return module.embedding_bag_configs()
     return tables_of(module)
+
+
+def _check_asked(asked: str, name: str, possible: list[str], whole_rows: bool, where: str) -> None:
+    """Refuse a sharding type that a table cannot have."""
+    if asked not in possible:
+        raise ShardingError(f"sharding: {name} cannot be {asked!r} on {where}; use one of {possible}")
+    if whole_rows and asked in _SPLIT_ROWS:
+        raise ShardingError(
+            f"sharding: {name} cannot be {asked!r} with row-wise Adagrad, which keeps one state per "
+            "whole row; use table optimizer 'adagrad' or 'sgd'"
+        )
+
+
+def _default(module: Collection, possible: list[str], whole_rows: bool, device: str) -> list[str]:
+    """The sharding types among which the planner chooses for a table."""
+    allowed = [kind for kind in possible if not (whole_rows and kind in _SPLIT_ROWS)]
+    if device == "cpu" and isinstance(module, EmbeddingBagCollection):
+        # its collectives need equal batch sizes, which loaders other than ours may not have
+        allowed = [kind for kind in allowed if kind != "row_wise"]
+    return allowed
 
 
 def _possible(module: Collection, device: str) -> list[str]:
