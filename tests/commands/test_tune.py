@@ -86,7 +86,7 @@ def test_a_calibration_is_best_near_one(config: TuneConfig, tried: list[TrainCon
     result = tune(dataclasses.replace(config, train=base))
     values = [c.ifa.num_heads - c.optimizers.dense_lr for c in tried]
     assert result["value"] == min(values, key=lambda value: abs(math.log(value)))
-    with pytest.raises(ConfigError, match=r"--train\.keep-best last: trials are judged by a metric"):
+    with pytest.raises(ConfigError, match=r"--train\.keep-best last: trials are compared by a metric"):
         TuneConfig(dataclasses.replace(config.train, keep_best="last"))
 
 
@@ -96,9 +96,9 @@ def test_a_search_of_other_options_is_not_taken_up(
 ) -> None:
     tune(config)
     other = dataclasses.replace(config, train=dataclasses.replace(config.train, **change))
-    with pytest.raises(ConfigError, match=f"holds a search of another {next(iter(change))}"):
+    with pytest.raises(ConfigError, match=f"has a search with another {next(iter(change))}"):
         tune(other)
-    with pytest.raises(ConfigError, match="holds a search of another search"):
+    with pytest.raises(ConfigError, match="has a search with another search"):
         tune(dataclasses.replace(config, search=SEARCH[:2]))
 
 
@@ -137,7 +137,7 @@ def test_values_that_do_not_go_together_are_no_trial(
         ("dropout=0.3..0.1", "LOW below HIGH"),
         ("dropout=a..b", "give NAME=LOW..HIGH"),
         ("dropout=0..inf", "give NAME=LOW..HIGH"),
-        ("epochs=0.4..5", "epochs=0.4..5: it is a whole number"),
+        ("epochs=0.4..5", "epochs=0.4..5: the option is an integer"),
     ],
 )
 def test_what_cannot_be_searched(text: str, message: str) -> None:
