@@ -11,11 +11,12 @@ import sys
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from ifa_torchrec.errors import UserError
+from ifa_torchrec.errors import ConfigError, UserError
 
 
 @contextmanager
@@ -61,6 +62,27 @@ def _stdout_has_a_reader() -> bool:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return False
     return True
+
+
+def check_picture(path: Path | None) -> None:
+    """Refuse the file of a picture whose suffix names none of the formats.
+
+    Args:
+        path: as --picture gives it; None for no picture.
+
+    Raises:
+        ConfigError: the suffix is not .png, .svg or .pdf.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.commands.command_line import check_picture
+        >>> check_picture(Path("curves.PNG"))
+        >>> check_picture(Path("curves"))
+        Traceback (most recent call last):
+        ifa_torchrec.errors.ConfigError: --picture curves: the name must end in .png, .svg or .pdf
+    """
+    if path is not None and path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"--picture {path}: the name must end in .png, .svg or .pdf")
 
 
 def result_as_json(result: Mapping[str, Any]) -> str:

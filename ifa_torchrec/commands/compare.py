@@ -17,6 +17,7 @@ import pandas as pd
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ifa_torchrec.commands.command_line import check_picture
 from ifa_torchrec.errors import ConfigError, require, writing
 from ifa_torchrec.training.validations import LAST, read_validations
 
@@ -39,8 +40,7 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if not self.runs:
             raise ConfigError("give the folders of one or more runs, e.g. ifa compare runs/a runs/b")
-        if self.picture is not None and self.picture.suffix.lower() not in (".png", ".svg", ".pdf"):
-            raise ConfigError(f"--picture {self.picture}: its name must end in .png, .svg or .pdf")
+        check_picture(self.picture)
 
 
 def compare(config: CompareConfig) -> pd.DataFrame:

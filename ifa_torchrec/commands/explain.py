@@ -18,6 +18,7 @@ import torch.distributed as dist
 import tyro
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
+from ifa_torchrec.commands.command_line import check_picture
 from ifa_torchrec.commands.explain_picture import draw_explanation, head_names
 from ifa_torchrec.data import RankingDataset
 from ifa_torchrec.data.vocabulary import Ids
@@ -47,8 +48,7 @@ class ExplainConfig:
     def __post_init__(self) -> None:
         if self.events < 1:
             raise ConfigError(f"--events must be at least 1, got {self.events}")
-        if self.picture is not None and self.picture.suffix.lower() not in (".png", ".svg", ".pdf"):
-            raise ConfigError(f"--picture {self.picture}: its name must end in .png, .svg or .pdf")
+        check_picture(self.picture)
 
 
 @torch.no_grad()

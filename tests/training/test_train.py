@@ -1136,7 +1136,7 @@ class TestExplain:
         drawn = (tmp_path / "why.svg").read_text()
         for name in ("dense 1", "item", first.split(maxsplit=2)[2]):
             assert f"<!-- {name}" in drawn  # how an SVG keeps its texts
-        with pytest.raises(ConfigError, match=r"why.txt: its name must end in .png, .svg or .pdf"):
+        with pytest.raises(ConfigError, match=r"why.txt: the name must end in .png, .svg or .pdf"):
             dataclasses.replace(config, picture=tmp_path / "why.txt")
 
     def test_a_request_without_history(self, trained: Path, toy: Toy) -> None:
