@@ -27,7 +27,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *options: object) -> None:
 def test_both_models_learn(monkeypatch, capsys, tmp_path: Path) -> None:
     run(monkeypatch, "--out", tmp_path, "--rows", 42_000)
     printed = capsys.readouterr().out
-    assert "These rows are made up" in printed and "36,000 rows to train on, 6,000 to test" in printed
+    assert "These rows are synthetic" in printed and "36,000 rows to train on, 6,000 to test" in printed
     aucs = [float(line.split()[-3]) for line in printed.splitlines()[-2:]]
     assert all(0.7 < auc < 0.9 for auc in aucs) and abs(aucs[0] - aucs[1]) < 0.03
 
@@ -47,15 +47,15 @@ def test_rows_are_what_the_file_says(tmp_path: Path) -> None:
 def test_what_is_no_criteo_file_is_refused(monkeypatch, tmp_path: Path) -> None:
     file = tmp_path / "train.txt"
     compare.make_up(file, 100)
-    with pytest.raises(SystemExit, match=r"has 100 rows; --rows asks for 240,000"):
+    with pytest.raises(SystemExit, match=r"has 100 rows, but --rows is 240,000"):
         run(monkeypatch, "--file", file)
     frame = pd.read_csv(file, sep="\t", header=None)
     frame[3] = -7
     frame.to_csv(file, sep="\t", header=False, index=False)
-    with pytest.raises(SystemExit, match=r"int_2 has -7; Criteo's numbers are -3 or more"):
+    with pytest.raises(SystemExit, match=r"int_2 has -7; Criteo's numbers are at least -3"):
         run(monkeypatch, "--file", file, "--rows", 100)
     file.write_text("1,2,3\n")
     with pytest.raises(
-        SystemExit, match=r"train.txt is no file of Criteo's layout: .*Expected 40 columns"
+        SystemExit, match=r"train.txt does not have Criteo's layout: .*Expected 40 columns"
     ):
         run(monkeypatch, "--file", file, "--rows", 1)

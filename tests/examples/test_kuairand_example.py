@@ -29,7 +29,7 @@ def test_every_task_of_every_model_is_measured(tmp_path, monkeypatch, capsys) ->
     models = ["no history", "softmax", "IFA", "IFA, identity heads"]
     assert [model for _, model, _ in rows] == models * 3
     assert [task for task, *_ in rows if task] == ["is_click", "long_view", "is_like"]
-    assert printed.endswith("These files were made up: the figures say nothing of KuaiRand.\n")
+    assert printed.endswith("These files are synthetic: the figures say nothing about KuaiRand.\n")
 
 
 def test_what_is_made_up(tmp_path: Path) -> None:
