@@ -14,7 +14,7 @@ from ifa_torchrec.training.validations import Validations
 
 
 def made(folder: Path, losses: list[float], valid: dict[int, float] | None = None) -> Path:
-    """A run of a training that wrote these, ten steps apart."""
+    """A training run with these losses, ten steps apart."""
     curves = Curves(folder / "tensorboard", 0)
     for number, loss in enumerate(losses, 1):
         curves.show({"train/loss": loss}, 10 * number)

@@ -1,4 +1,4 @@
-"""The search: what is tried, that it goes on where it was stopped, and one real trial."""
+"""The search: its trials, continuing a stopped search, and one real trial."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def config(log: EventLog, tmp_path: Path) -> TuneConfig:
 
 @pytest.fixture
 def tried(monkeypatch) -> list[TrainConfig]:
-    """Filled with the trials' options, in place of a training; more heads are better."""
+    """Filled with the trials' options instead of training; more heads are better."""
     trials: list[TrainConfig] = []
 
     def trains(config: TrainConfig) -> dict[str, float]:
@@ -65,7 +65,7 @@ def test_the_least_error_is_best(config: TuneConfig, tried: list[TrainConfig]) -
 
 
 def test_it_goes_on_where_it_was_stopped(config: TuneConfig, tried: list[TrainConfig]) -> None:
-    """The trial that was stopped comes again; those that are done do not."""
+    """The stopped trial is repeated; finished trials are not."""
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1))
     with pytest.raises(KeyboardInterrupt):
         tune(config)
@@ -121,7 +121,7 @@ def test_a_trial_that_diverges_is_none(config: TuneConfig, tried: list[TrainConf
 def test_values_that_do_not_go_together_are_no_trial(
     config: TuneConfig, tried: list[TrainConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A search would be at its end with them: they would come again at every start."""
+    """They count as trials; otherwise they would be tried again at every start."""
     tune(dataclasses.replace(config, trials=8, search=("ifa.num-heads=1,3", "dropout=0,0.1,0.2,0.3")))
     said = capsys.readouterr().err.splitlines()
     wrong = [line for line in said if "cannot be trained: IFAConfig: embedding_dim 8" in line]

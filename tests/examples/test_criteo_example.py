@@ -1,4 +1,4 @@
-"""examples/criteo: both models learn the made-up rows, and a file that is not Criteo's is refused."""
+"""examples/criteo: both models learn the synthetic rows, and other files than Criteo's are refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_both_models_learn(monkeypatch, capsys, tmp_path: Path) -> None:
 
 
 def test_rows_are_what_the_file_says(tmp_path: Path) -> None:
-    """Numbers as logarithms, none as 0, the same id in the same row, an id that is none as any other."""
+    """Numbers become logarithms, missing ones 0; equal ids get equal rows, missing ids as well."""
     file = tmp_path / "train.txt"
     row = ["1", "0", "-2", "", *["5"] * 10, "68fd1e64", "80e26c9b", *["fb936136"] * 23, ""]
     file.write_text("\n".join("\t".join(fields) for fields in (row, ["0", *row[1:]])) + "\n")

@@ -1,4 +1,4 @@
-"""The components: what TorchX makes of them, and the torchrun line that comes out."""
+"""The components: TorchX's jobs, and their torchrun command lines."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class TestFiles(ComponentTestCase):
 
 
 def torchrun(app: AppDef) -> Namespace:
-    """What torchrun makes of a job's command line."""
+    """torchrun's arguments, parsed from a job's command line."""
     entrypoint, *arguments = shlex.split(app.roles[0].args[1])
     assert app.roles[0].entrypoint == "bash" and app.roles[0].args[0] == "-c"
     assert entrypoint == "torchrun"

@@ -1,4 +1,4 @@
-"""Training without end: each log measured before it is trained, trained once, whatever stops it."""
+"""Continual training: each log is measured first and trained once, also after interruptions."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from ifa_torchrec.training.options import TrainConfig
 from ifa_torchrec.training.run import load_run
 
 DAYS = ("2024-04-01", "2024-04-02", "2024-04-03")
-NEW_ITEMS = 4  # a day
+NEW_ITEMS = 4  # per day
 
 
 def write_day(path: Path, number: int, tables_grow: bool = True) -> EventLog:
-    """A day's log: new items each day and, where tables grow, one more category and one more action."""
+    """A day's log: new items each day and, if tables grow, one more category and one more action."""
     toy, items = make_toy(seed=number + 1), 32 + NEW_ITEMS * number
     grown = number if tables_grow else 0
     actions = np.random.default_rng(number + 1).integers(0, 3 + grown, len(toy.events))
     requests = {"train": toy.requests["train"] if number == 0 else toy.requests["test"]}
     if number == 0:
         requests["valid"] = toy.requests["valid"]
-    for frame in requests.values():  # an item's category, by which it is clicked, stays
+    for frame in requests.values():  # items keep their category, which decides clicks
         frame["candidates"] = [candidates % items for candidates in frame["candidates"]]
     schema = dataclasses.replace(
         SCHEMA,
@@ -54,7 +54,7 @@ def logs(tmp_path_factory) -> Path:
 
 
 def config_of(logs: Path, out: Path) -> TrainConfig:
-    """Twelve batches of the first day, three of each other."""
+    """Twelve batches for the first day, three for each other day."""
     return TrainConfig(
         data=logs,
         out=out,
@@ -75,7 +75,7 @@ def config(logs: Path, tmp_path: Path) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def whole(logs: Path, tmp_path_factory) -> TrainConfig:
-    """All days, trained without a stop, for tests that only read them."""
+    """All days, trained without interruption, for tests that only read the runs."""
     config = config_of(logs, tmp_path_factory.mktemp("whole") / "runs")
     assert list(follow(config)) == list(DAYS)
     return config
@@ -86,7 +86,7 @@ def table(config: TrainConfig) -> pd.DataFrame:
 
 
 def test_a_part_is_measured_as_the_run_before_serves_it(config: TrainConfig, tmp_path: Path) -> None:
-    """Its calibration included; new items are unknown to that run."""
+    """Including its calibration; new items are unknown to that run."""
     data = tmp_path / "days"
     for number, day in enumerate(DAYS[:2]):
         write_day(data / day, number, tables_grow=False)
@@ -117,7 +117,7 @@ def test_tables_and_gates_grow_and_what_was_known_stays(whole: TrainConfig) -> N
     for name in grown:
         assert len(now[name]) - len(was[name]) == (NEW_ITEMS if "item_table" in name else 1)
     (category,) = [name for name in tables if "category_table" in name]
-    # no item is of it yet: as the unknown category when the day began
+    # no item has it yet: it equals the unknown category as it was when the day began
     assert torch.equal(now[category][-1], was[category][0])
 
 
@@ -135,7 +135,7 @@ def test_a_part_is_trained_in_order_of_time(whole: TrainConfig, config: TrainCon
 def test_what_is_killed_ends_as_what_never_stopped(
     whole: TrainConfig, config: TrainConfig, monkeypatch, tmp_path: Path, every: int, step: int
 ) -> None:
-    """And the logs come one after the other."""
+    """And the logs arrive one after the other."""
     data = tmp_path / "days"
     config = dataclasses.replace(config, data=data, checkpoint_every=every)
     shutil.copytree(Path(whole.data) / DAYS[0], data / DAYS[0])
@@ -153,7 +153,7 @@ def test_what_is_killed_ends_as_what_never_stopped(
 
 @pytest.mark.slow
 def test_two_ranks_measure_what_one_measures(whole: TrainConfig, config: TrainConfig) -> None:
-    """The tables that grow lie on both."""
+    """The growing tables are sharded over both ranks."""
     kinds = {f"{name}_table": "row_wise" for name in ("item", "category", "action")}
     shutil.copytree(whole.out / DAYS[0], config.out / DAYS[0])
     config = dataclasses.replace(config, sharding=ShardingConfig(tables=kinds))

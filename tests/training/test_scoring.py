@@ -1,4 +1,4 @@
-"""Metrics of a split by task, and of what the model does not know apart."""
+"""Metrics of a split by task, also for items that the model does not know."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LABEL = Task("label")
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory) -> EventLog:
-    """Its lists have ids that are unknown."""
+    """A log whose lists contain unknown ids."""
     toy = make_rich()
     toy.items["tag"] = [
         ids if item % 3 else [0] * bool(item) for item, ids in enumerate(toy.items["tag"])
@@ -44,7 +44,7 @@ def log(tmp_path_factory) -> EventLog:
 
 @pytest.fixture
 def split(log: EventLog) -> RankingDataset:
-    """Of two tasks, of which one is a number that nobody knows of the unexposed."""
+    """A split with two tasks, one of them a regression without labels for unexposed candidates."""
     dataset = RankingDataset(log, "train")
     requests = dataset.requests
     watch = np.where(requests["exposed"], requests["watch"], np.float32(1e30))
@@ -115,7 +115,7 @@ class TestExposed:
         for name in ("gauc", "ne", "calibration"):
             assert metrics["label"][f"{name}_exposed"] == wanted[name] != metrics["label"][name]
         assert not [name for name in metrics["watch"] if "exposed" in name]
-        assert "gauc_exposed" in measure(split, scores)["label"]  # of no model: the order alone
+        assert "gauc_exposed" in measure(split, scores)["label"]  # only the order counts
         assert "ne_exposed" not in measure(split, scores)["label"]
 
     def test_where_all_are_exposed_there_is_one_view(self, split: RankingDataset) -> None:
@@ -238,7 +238,7 @@ class TestByHistory:
 
 
 class Noted(torch.nn.Module):
-    """A model that notes its mode and its batches."""
+    """A model that records its mode in each call."""
 
     def __init__(self) -> None:
         super().__init__()

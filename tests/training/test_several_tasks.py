@@ -1,4 +1,4 @@
-"""A click and a number of seconds, from the log to the table, the ranking and the explanation."""
+"""Two tasks, clicks and seconds, from the log to the table, the ranking and the explanation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ifa_torchrec.training.trainer import train
 
 @pytest.fixture(scope="module")
 def toy() -> Toy:
-    """Items of category 1 are clicked; the seconds go by category, from half a minute to ten."""
+    """Items of category 1 are clicked; the seconds depend on the category, from half a minute to ten."""
     toy, rng = make_rich(), np.random.default_rng(3)
     category = toy.items["category"].to_numpy()
     for frame in toy.requests.values():
