@@ -115,17 +115,18 @@ def report(options: Options, rates: Rates) -> str:
             f"{options.cores} cores",
             f"from: {rates.measured}",
             f"disk: {parquet / 1e12:,.1f} TB of Parquet, {columns / 1e12:,.1f} TB of columns",
-            "  on a host, whose ranks open parts of their own: "
+            "  on a host, whose ranks open only their own parts: "
             f"{columns / options.hosts / 1e12:,.2f} TB of columns",
             "network, to copy a host's parts to it, as Parquet: "
             f"{parquet / options.hosts / speed / 60:,.1f} minutes",
             f"a step of {options.step_events:,} events in {options.step_ms:g} ms: "
-            f"{of_gpu / 1e6:,.1f} million events a second a GPU, {of_host / 1e6:,.0f} a host",
-            f"  loader: {loaders:,.2f} cores a GPU, {options.gpus * loaders:,.1f} of a host's "
+            f"{of_gpu / 1e6:,.1f} million events per second and GPU, "
+            f"{of_host / 1e6:,.0f} million per host",
+            f"  loader: {loaders:,.2f} cores per GPU, {options.gpus * loaders:,.1f} of a host's "
             f"{options.cores}; measured on histories of {rates.loaded_history:,.0f} events, longer ones "
-            "take less an event",
-            f"  read from columns: {of_host * rates.column_bytes / 1e9:,.1f} GB a second a host, from "
-            "the page cache or, where the columns do not fit it, from disk",
+            "cost less per event",
+            f"  read from columns: {of_host * rates.column_bytes / 1e9:,.1f} GB per second and host, "
+            "from the page cache, or from disk if the columns do not fit into it",
             f"preparation: {prepare / 3600:,.0f} core-hours; {prepare / cores / 3600:,.1f} hours on all "
             f"{cores:,} cores at DuckDB's rate",
         ]

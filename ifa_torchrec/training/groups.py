@@ -101,8 +101,8 @@ def by_history(
     result: dict[str, Any] = {}
     for number in np.unique(group):
         mine, rows = values[group == number], (of_candidate == number) & shown
-        said = torch.from_numpy(logit[rows].astype(np.float64)).sigmoid().sum()
-        figures = (rows.sum(), label[rows].sum(), float(said))
+        predicted_sum = torch.from_numpy(logit[rows].astype(np.float64)).sigmoid().sum()
+        figures = (rows.sum(), label[rows].sum(), float(predicted_sum))
         candidates, positives, predicted = own.total(np.array(figures, np.float64)).tolist()
         least, most = mine[0], mine[-1]
         result[f"{least}-{most}" if least < most else f"{least}"] = {

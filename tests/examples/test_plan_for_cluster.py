@@ -30,11 +30,11 @@ def test_what_a_log_takes_by_hand() -> None:
     text = log_size.report(options, rates)
     for told in (
         "16.0 TB of Parquet, 48.0 TB of columns",
-        "parts of their own: 0.48 TB of columns",
+        "only their own parts: 0.48 TB of columns",
         "as Parquet: 1.3 minutes",
-        "4.0 million events a second a GPU, 16 a host",
-        "loader: 0.20 cores a GPU, 0.8 of a host's 50; measured on histories of 12 events",
-        "0.4 GB a second a host",
+        "4.0 million events per second and GPU, 16 million per host",
+        "loader: 0.20 cores per GPU, 0.8 of a host's 50; measured on histories of 12 events",
+        "0.4 GB per second and host",
         "preparation: 11,111 core-hours; 2.2 hours on all 5,000 cores",
     ):
         assert told in text, text
