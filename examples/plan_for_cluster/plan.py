@@ -110,12 +110,12 @@ def tables_of(options: Sequence[ShardingOption]) -> pd.DataFrame:
             "sharding": [o.sharding_type for o in options],
             "kernel": [o.compute_kernel for o in options],
             "ranks": [len({shard.rank for shard in o.shards}) for o in options],
-            "rows a shard": [f"{max(shard.size[0] for shard in o.shards):,}" for o in options],
+            "rows per shard": [f"{max(shard.size[0] for shard in o.shards):,}" for o in options],
             "weights, GB": [f"{o.tensor.numel() * 4 / GB:.2f}" for o in options],
-            "GB a rank": [
+            "GB per rank": [
                 f"{max((s.storage.hbm + s.storage.ddr) / GB for s in o.shards):.2f}" for o in options
             ],
-            "ms a step": [f"{max(s.perf.total for s in o.shards):.2f}" for o in options],
+            "ms per step": [f"{max(s.perf.total for s in o.shards):.2f}" for o in options],
         }
     )
 
@@ -161,16 +161,16 @@ def report(options: Options) -> str:
         "",
         tables_of(found).to_string(index=False),
         "",
-        f"memory of a rank: tables, optimiser states and lookups {min(memory):.1f} to "
+        f"memory per rank: tables, optimiser states and lookups {min(memory):.1f} to "
         f"{max(memory):.1f} GB of {options.hbm_gb:.0f}",
-        "planner's estimate of a step's tables (the busiest rank): "
+        "planner's estimate for the tables in a step (busiest rank): "
         + ", ".join(f"{name} {max(of_ranks):.1f}" for name, of_ranks in milliseconds.items())
         + f"; all {max(map(sum, zip(*milliseconds.values(), strict=True))):.1f} ms",
         "",
         "sent by a rank in a step, by formula (MB): "
         + ", ".join(f"{name} {value / 1e6:,.1f}" for name, value in traffic.items() if value),
         f"vectors forward at the links' full bandwidth: {1000 * max(slow, fast):.1f} ms; backward "
-        "as much",
+        "the same",
     ]
     return "\n".join(lines)
 

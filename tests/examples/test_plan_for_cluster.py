@@ -94,7 +94,7 @@ def test_the_report_names_tables_memory_time_and_traffic(tmp_path) -> None:
     text = plan.report(options)
     assert "<!-- user_id_table: row_wise, 32 of 32 ranks -->" in picture.read_text()
     assert "user_id_table row_wise" in " ".join(text.split())
-    for part in ("memory of a rank", "planner's estimate", "vectors, forward"):
+    for part in ("memory per rank", "planner's estimate", "vectors, forward"):
         assert part in text
 
 
