@@ -9,6 +9,7 @@ import pytest
 
 from ifa_torchrec.training.metrics import (
     correlation,
+    decile_cuts,
     gauc,
     ndcg,
     ranking_metrics,
@@ -246,3 +247,13 @@ def test_why_nothing_can_be_ranked(request_: list[int], label: list[float], told
         score = np.zeros(len(label), np.float32)
         assert (ranking_metrics(request, score, labels)["requests_ranked"] == 0) == (told is not None)
         assert math.isnan(gauc(request, score, labels)) == (told is not None)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_decile_cuts_are_numpys(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for size in (1, 2, 9, 10, 11, 200):
+        drawn = rng.integers(0, 30, size)
+        values, counts = np.unique(drawn, return_counts=True)
+        wanted = np.unique(np.quantile(drawn, np.arange(1, 10) / 10, method="higher"))
+        assert np.array_equal(values[decile_cuts(np.cumsum(counts))], wanted)
