@@ -134,7 +134,10 @@ class TestAnotherModel:
     @pytest.mark.parametrize(
         ("change", "named"),
         [
-            ({"over_arch_layer_sizes": (8,)}, r"over_arch\S+ is \[16, \d+\], the model's \[8, \d+\]"),
+            (
+                {"over_arch_layer_sizes": (8,)},
+                r"over_arch\S+ has shape \[16, \d+\], the model's \[8, \d+\]",
+            ),
             ({"over_arch_layer_sizes": (16, 8)}, r"over_arch\S+ is not in it"),
         ],
         ids=["sizes", "a layer more"],

@@ -555,5 +555,5 @@ def test_the_decay_of_tables_is_of_touched_rows_alone() -> None:
     (0 * model(ids)["item"].values()).sum().backward()
     (rows,) = model.state_dict()["embeddings.item.weight"].local_shards()
     assert rows.tensor[:, 0].tolist() == pytest.approx([1, 0.95, 1])
-    with pytest.raises(ConfigError, match=r"table_weight_decay 0\.5: 'sgd' has none"):
+    with pytest.raises(ConfigError, match=r"table_weight_decay 0\.5: 'sgd' does not support it"):
         OptimizerConfig("sgd", table_weight_decay=0.5)
