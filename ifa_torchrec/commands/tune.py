@@ -25,9 +25,11 @@ import torch.distributed as dist
 import tyro
 
 from ifa_torchrec.commands.command_line import result_as_json
+from ifa_torchrec.data import EventLog
 from ifa_torchrec.data.remote import full_name
 from ifa_torchrec.distributed import checkpoint, init_process_group
 from ifa_torchrec.errors import ConfigError, DivergedError, UserError, require, writing
+from ifa_torchrec.training.decide import keep_best_of
 from ifa_torchrec.training.options import TrainConfig, from_json, to_json
 from ifa_torchrec.training.trainer import train
 from ifa_torchrec.training.validations import LAST, gain
@@ -134,7 +136,8 @@ def tune(config: TuneConfig) -> dict[str, Any]:
         value; "options", the searched options. Also written to OUT/best.json.
 
     Raises:
-        ConfigError: the metric cannot be measured on the log, or OUT has a search with other options.
+        ConfigError: there are several ranks, the metric cannot be measured on the log, or OUT has a
+            search with other options.
         CheckpointError: another search or training writes to OUT.
         DivergedError: no trial was completed.
         WriteError: OUT cannot be written.
@@ -154,7 +157,9 @@ def tune(config: TuneConfig) -> dict[str, Any]:
     from optuna.trial import TrialState
 
     init_process_group()
-    out, metric = config.train.out, config.train.keep_best or "gauc"
+    if dist.get_world_size() > 1:
+        raise ConfigError("ifa tune runs on one rank: start it without torchrun")
+    out, metric = config.train.out, _metric(config.train)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with checkpoint.locked(out):
         study = optuna.create_study(
@@ -193,10 +198,19 @@ def tune(config: TuneConfig) -> dict[str, Any]:
     return result
 
 
+def _metric(config: TrainConfig) -> str:
+    """The metric of --train.keep-best, or the one that a training would choose."""
+    metric = keep_best_of(config, EventLog(config.data))
+    if metric == LAST:
+        raise ConfigError(f"{config.data} has no split `valid` that can be ranked: nothing to search by")
+    return metric
+
+
 def _check_same(study: Any, config: TuneConfig, metric: str) -> None:
     """Refuse a study with other options, whose trials are not comparable; store those of a new one."""
-    options = {**config.train.fixed(), "data": full_name(config.train.data), "keep_best": metric}
-    now = to_json({**options, "search": config.search})
+    options = {**dataclasses.asdict(config.train), "data": full_name(config.train.data)}
+    options = {k: v for k, v in options.items() if k not in ("out", "resume")}
+    now = to_json({**options, "keep_best": metric, "search": config.search})
     before = study.user_attrs.get("options", {})
     if before == now:
         return
@@ -226,11 +240,8 @@ def _reached(config: TuneConfig, trial: Any, metric: str) -> float | UserError:
     try:
         for name, value in chosen.items():
             base = with_option(base, name, value)
-    except ConfigError as error:
-        return error
-    try:
         return train(base)[f"valid_{metric}"]
-    except DivergedError as error:
+    except (ConfigError, DivergedError) as error:
         return error
 
 

@@ -179,12 +179,14 @@ def checkpoints_of_rank_0(folder: Path) -> list[Path]:
     return on_rank_0(lambda: checkpoints(folder))
 
 
-def latest_progress(folder: Path) -> dict[str, Any] | None:
+def latest_progress(folder: Path, whole: bool = False) -> dict[str, Any] | None:
     """The progress of the latest checkpoint whose progress.json is undamaged; None if there is none.
-    No weights are read. Called by all ranks.
+    Called by all ranks.
 
     Args:
         folder: the folder of the checkpoints.
+        whole: all its files must be undamaged, so that ``load`` would take it; otherwise no weights are
+            read.
 
     Raises:
         CheckpointError: that checkpoint has another format, or is a renamed copy.
@@ -193,7 +195,7 @@ def latest_progress(folder: Path) -> dict[str, Any] | None:
     def find() -> dict[str, Any] | None:
         for path in reversed(checkpoints(folder)):
             with suppress(DamagedError, OSError):
-                verify(path, ["progress.json"])
+                verify(path, None if whole else ["progress.json"])
                 return read_progress(path)
         return None
 
@@ -206,9 +208,15 @@ def version(folder: Path, progress: dict[str, Any]) -> str:
     Args:
         folder: the folder of the checkpoints.
         progress: what ``load`` returned.
+
+    Raises:
+        CheckpointError: the checkpoint is not there any more.
     """
     name = step_name(progress["step"])
-    sums = (folder / name / "checksums.json").read_bytes()
+    try:
+        sums = (folder / name / "checksums.json").read_bytes()
+    except FileNotFoundError as error:
+        raise _deleted(folder / name) from error
     return f"{name}-{hashlib.sha256(sums).hexdigest()[:12]}"
 
 
@@ -246,6 +254,8 @@ def load(
             that DCP does not write. Or it has managed collisions, and there are too many ranks.
     """
     found = sorted(checkpoints_of_rank_0(folder), key=lambda path: step_of(path) == step)
+    if found and step not in (None, step_of(found[-1])) and dist.get_rank() == 0:
+        warnings.warn(f"{folder} has no {step_name(step)}; loading {found[-1].name}", stacklevel=2)
     damaged: list[Path] = []
     for path in reversed(found):
         try:
@@ -260,11 +270,20 @@ def load(
             if dist.get_rank() == 0:
                 warnings.warn(f"{damage}; trying another", stacklevel=2)
         else:
-            _load(path, progress, model, optimizer, config, grow)
+            try:
+                _load(path, progress, model, optimizer, config, grow)
+            except Exception as error:
+                if path.exists():
+                    raise
+                raise _deleted(path) from error
             if optimizer is not None:  # otherwise training would write steps below the damaged ones
                 on_rank_0(lambda: _rename_damaged(damaged))
             return progress
     raise CheckpointError(f"{folder}: no checkpoint here; train first")
+
+
+def _deleted(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} was deleted by a training while it was read; try again")
 
 
 def _rename_damaged(damaged: Sequence[Path]) -> None:

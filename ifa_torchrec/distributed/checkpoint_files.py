@@ -86,19 +86,19 @@ def read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def verify(path: Path, names: Sequence[str]) -> None:
+def verify(path: Path, names: Sequence[str] | None) -> None:
     """Compare a checkpoint's files with their checksums.
 
     Args:
         path: the checkpoint's folder.
-        names: the files to compare.
+        names: the files to compare; None for all.
 
     Raises:
         DamagedError: one of them, or checksums.json, is not what was written.
         OSError: one of them cannot be read.
     """
     files = read_object(path / "checksums.json")
-    for name in names:
+    for name in files if names is None else names:
         if checksum_of(path / name) != files.get(name):
             raise DamagedError(f"{name} is not what was written")
 

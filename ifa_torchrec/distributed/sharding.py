@@ -182,6 +182,7 @@ def shard(
                 # a new dict each time, since it is mutated
                 {"lr": optimizers.table_lr, **options},
             )
+    buffers = _dense_buffers(model)
     with warnings.catch_warnings():
         # TorchRec warns about its own use of deprecated arguments
         warnings.simplefilter("ignore", FutureWarning)
@@ -196,6 +197,10 @@ def shard(
             plan=plan,
             sharders=sharders(sharding.exchange, device.type),
         )
+    # TorchRec gives all ranks rank 0's dense parameters, but not its buffers, e.g. a random hash
+    for name, buffer in sharded.named_buffers():
+        if name in buffers:
+            dist.broadcast(buffer, src=0)
     dense = dict(in_backward_optimizer_filter(sharded.named_parameters()))
     matrices = [p for p in dense.values() if p.dim() > 1]
     vectors = [p for p in dense.values() if p.dim() <= 1]
@@ -219,6 +224,13 @@ def shard(
             dense_optimizer, GradientClipping.NORM, optimizers.clip_norm
         )
     return sharded, CombinedOptimizer([sharded.fused_optimizer, ("dense", dense_optimizer)])
+
+
+def _dense_buffers(model: nn.Module) -> set[str]:
+    """The names of all buffers outside the tables."""
+    kinds = (EmbeddingBagCollection, EmbeddingCollection, ManagedCollisionEmbeddingCollection)
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, kinds))
+    return {name for name, _ in model.named_buffers() if not name.startswith(inside)}
 
 
 _TABLE_OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {

@@ -70,10 +70,9 @@ def decided(config: TrainConfig, dataset: RankingDataset, found: tuple[int, int]
     """
     begun = _begun(config) if config.resume else {}
     rate = begun.pop("optimizers", config.optimizers).dense_lr
+    keep_best = keep_best_of(config, dataset.log, begun.pop("keep_best", None))
     begun = {name: value for name, value in begun.items() if getattr(config, name) is None}
-    config = dataclasses.replace(config, **begun)
-    if "keep_best" not in begun:
-        config = dataclasses.replace(config, keep_best=_keep_best(config, dataset.log))
+    config = dataclasses.replace(config, **begun, keep_best=keep_best)
     config = dataclasses.replace(config, ifa=_with_identity(config, dataset.log))
     if config.max_requests is None:
         config = dataclasses.replace(config, max_requests=_max_requests(found[0]))
@@ -218,22 +217,33 @@ def _begun(config: TrainConfig) -> dict[str, Any]:
     return {name: from_json(hints[name], progress["config"][name], name) for name in _DECIDED}
 
 
-def _keep_best(config: TrainConfig, log: EventLog) -> str:
+def keep_best_of(config: TrainConfig, log: EventLog, begun: str | None = None) -> str:
+    """The metric that decides which checkpoint is best.
+
+    Args:
+        config: TrainConfig.
+        log: the event log.
+        begun: the metric with which a run that is resumed began.
+
+    Raises:
+        ConfigError: an option needs a validation, and there is none; or the metric cannot be measured.
+    """
     if not config.validate or "valid" not in log.splits:
         why = f"{log.place} has no split `valid`" if config.validate else "--no-validate turns it off"
-        for option in ("keep_best", "patience"):
+        for option in ("keep_best", "patience", "validate_every"):
             value = getattr(config, option)
             if value not in (None, LAST):
                 raise ConfigError(f"--{option.replace('_', '-')} {value} needs validation: {why}")
-        return LAST
-    if config.keep_best == LAST:
+        return begun or LAST
+    keep_best = config.keep_best or begun
+    if keep_best == LAST:
         if config.patience is not None:
             raise ConfigError(
                 f"--patience {config.patience} uses the metric of --keep-best; name one, not {LAST}"
             )
         return LAST
     dataset = RankingDataset(log, "valid", config.history_length)
-    return check_metric(config.keep_best, dataset, tasks_of(log.schema, config, log.scales))
+    return check_metric(keep_best, dataset, tasks_of(log.schema, config, log.scales))
 
 
 def unknown_items(log: EventLog, config: TrainConfig) -> float:

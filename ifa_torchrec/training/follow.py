@@ -13,7 +13,6 @@ import dataclasses
 import io
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +206,7 @@ def going_on(config: TrainConfig, before: Path) -> TrainConfig:
         keep_best=LAST,
         patience=None,
         validate=False,
+        validate_every=None,
     )
 
 
@@ -248,33 +248,52 @@ class Table:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.rows: dict[str, dict[str, str]] = {}
-        with suppress(FileNotFoundError), (folder / TABLE).open(newline="") as file:
-            self.rows = {row["part"]: row for row in csv.DictReader(file)}
+        self.rows = checkpoint.on_rank_0(lambda: _rows(folder / TABLE))
 
     def put(self, part: str, metrics: Mapping[str, float]) -> None:
         """Add a part, if it is not there yet; rank 0 writes the files and prints the main metrics.
+        Called by all ranks.
 
         Raises:
             WriteError: the folder cannot be written.
         """
         if part in self.rows:
             return
-        if dist.get_rank() == 0 and metrics:
-            curves = Curves(self._folder / "tensorboard", len(self.rows))
-            curves.show({f"part/{name}": value for name, value in metrics.items()}, len(self.rows))
+        number = len(self.rows)
+        self.rows[part] = {"part": part, **{name: repr(value) for name, value in metrics.items()}}
+        checkpoint.on_rank_0(lambda: self._write(part, metrics, number))
+
+    def _write(self, part: str, metrics: Mapping[str, float], number: int) -> None:
+        if metrics:
+            curves = Curves(self._folder / "tensorboard", number)
+            curves.show({f"part/{name}": value for name, value in metrics.items()}, number)
             curves.close()
             found = {n: v for n, v in metrics.items() if n.rpartition("_")[2] in _PRINTED}
             text = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
             print(f"{part}, before its training: {text}", file=sys.stderr)
-        self.rows[part] = {"part": part, **{name: repr(value) for name, value in metrics.items()}}
-        if dist.get_rank() == 0:
-            columns = dict.fromkeys(name for row in self.rows.values() for name in row)
-            text = io.StringIO()
-            writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows.values())
-            write_whole(self._folder / TABLE, text.getvalue())
+        columns = dict.fromkeys(name for row in self.rows.values() for name in row)
+        content = io.StringIO()
+        writer = csv.DictWriter(content, list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows.values())
+        write_whole(self._folder / TABLE, content.getvalue())
+
+
+def _rows(file: Path) -> dict[str, dict[str, str]]:
+    """The rows of a parts.csv by part; empty if there is none."""
+    try:
+        with file.open(newline="") as stream:
+            rows = list(csv.DictReader(stream))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, csv.Error) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    for number, row in enumerate(rows, start=1):
+        if not row.get("part") or None in row or None in row.values():
+            raise CheckpointError(
+                f"{file}: row {number} is not what a training writes; delete the file to start a new one"
+            )
+    return {row["part"]: row for row in rows}
 
 
 def _check(config: TrainConfig) -> None:
@@ -313,7 +332,7 @@ def _left(config: TrainConfig, table: Table) -> tuple[list[str], str | None]:
     late = [name for name in logs if name < last and name not in table.rows]
     if late and dist.get_rank() == 0:
         print(f"skipped, since they came after {last} was trained: {', '.join(late)}", file=sys.stderr)
-    progress = _progress_of(config.out / last)
+    progress = _progress_of(config.out / last, whole=True)
     names, before = [name for name in logs if name > last], progress.get("before")
     if progress["epoch"] >= (config.epochs if before is None else 1):
         table.put(last, measured_before(config.out / last))
@@ -323,13 +342,13 @@ def _left(config: TrainConfig, table: Table) -> tuple[list[str], str | None]:
     return [last, *names], before
 
 
-def _progress_of(run: Path) -> dict[str, Any]:
-    """The progress of a run's latest readable checkpoint. Called by all ranks.
+def _progress_of(run: Path, whole: bool = False) -> dict[str, Any]:
+    """The progress of a run's latest readable checkpoint, see ``latest_progress``. Called by all ranks.
 
     Raises:
         CheckpointError: no checkpoint can be read, or it has another format.
     """
-    progress = checkpoint.latest_progress(run / "checkpoints")
+    progress = checkpoint.latest_progress(run / "checkpoints", whole)
     if progress is None:
         raise CheckpointError(f"{run}: no readable checkpoint here")
     return progress

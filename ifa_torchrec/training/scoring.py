@@ -228,7 +228,7 @@ def measure(
         of_task = TaskScores(own, task, score, logits=tasks is not None)
         metrics: dict[str, Any] = of_task.metrics()
         if ranking is not None and ranking_weights(known).keys() != {task.name}:
-            metrics |= {f"ranked_{name}": value for name, value in of_task.order(ranking).items()}
+            metrics |= of_task.ranked(ranking)
         metrics |= of_task.against_tags() | of_task.exposed()
         if alone is not None:
             metrics |= of_task.exposed_alone(by_itself)
@@ -315,17 +315,22 @@ class TaskScores:
         names = [name for name in _OF_EXPOSED if name in found]
         return {**{f"{name}_exposed_alone": found[name] for name in names}, "gap_exposed_alone": gap}
 
-    def order(self, ranking: np.ndarray) -> dict[str, float]:
-        """The metrics of the order that another score, [M], gives to the task's labels."""
+    def ranked(self, ranking: np.ndarray) -> dict[str, float]:
+        """The metrics of the order that another score, [M], gives to the task's labels, as
+        "ranked_NAME"; if not all candidates are exposed, also "ranked_gauc_exposed"."""
         if self.task.kind == "regression":
             rows = self._counted
             given = (self.request[rows], ranking[rows], self.label[rows])
-            return {"correlation": correlation(*given, self._total)}
+            return {"ranked_correlation": correlation(*given, self._total)}
         measures = {"gauc": gauc, "ndcg@10": ndcg, "recall@10": recall}
-        return {
-            name: measured(self.request, ranking, self.label, total=self._total)
+        result = {
+            f"ranked_{name}": measured(self.request, ranking, self.label, total=self._total)
             for name, measured in measures.items()
         }
+        if self._own.any(~self.shown):
+            given = (self.request[self.shown], ranking[self.shown], self.label[self.shown])
+            result["ranked_gauc_exposed"] = gauc(*given, total=self._total)
+        return result
 
     def against_tags(self) -> dict[str, float]:
         """GAUC of a binary task's positives against the negatives of each tag's value."""

@@ -28,6 +28,7 @@ from ifa_torchrec.distributed.rows import finite
 from ifa_torchrec.distributed.saver import CheckpointSaver
 from ifa_torchrec.errors import DivergedError, writing
 from ifa_torchrec.models import DLRM_IFATrain
+from ifa_torchrec.modules import predictions
 from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.calibrate import calibrated, fit_tasks
 from ifa_torchrec.training.check_loss import check_loss
@@ -126,8 +127,7 @@ class Trainer:
         self.dataset = RankingDataset(
             self.log, "train", config.history_length, self._unknown, config.seed
         )
-        self._given = config
-        found = amounts(config, self.dataset)
+        self._given, found = config, amounts(config, self.dataset)
         self.config = config = decided(config, self.dataset, found)
         check_loss(self.dataset, config.loss, self.rank)
         self._steps_in_all = steps(config, *found)
@@ -157,6 +157,7 @@ class Trainer:
         self._unread: list[torch.Tensor] = []  # read in batches: reading waits for the device
         self._events, self._seconds, self._start, self._waited = 0, 0.0, 0.0, 0.0
         self._checkpoints = config.out / "checkpoints"
+        self._curves: Curves | None = None  # on rank 0
         # a position in the data is only valid for the same data
         self._belongs_to = {
             **to_json(config.fixed()),
@@ -206,10 +207,12 @@ class Trainer:
         """What ``validate`` returns, for any split, with metrics of calibrated logits."""
         config = self.config
         dataset = RankingDataset(self.log, split, config.history_length)
-        budget = (config.max_events, config.scored_requests)
+        budget = config.max_events, config.scored_requests
         own, scores, _ = predict_own(self.model, dataset, self.device, *budget)
-        self._check_finite(bool(np.isfinite(scores).all()), f"a score of the split {split!r}")
         tasks = self._model_config.tasks
+        # in the labels' units: a finite logit of a log-scaled task can be an infinite number
+        predicted = predictions(torch.from_numpy(scores), tasks)
+        self._check_finite(bool(predicted.isfinite().all()), f"a prediction of the split {split!r}")
         metrics = flat(measure(own, calibrated(scores, tasks, calibration), tasks), len(tasks))
         found = [(metrics, fit_tasks(own, scores, tasks, config.loss) if config.calibrate else {})]
         dist.broadcast_object_list(found)  # ranks on other processors may differ in the last digit
@@ -269,14 +272,7 @@ class Trainer:
         else:
             self._initialise()
         self._validations = Validations.read(config.out, config.keep_best or LAST, self.step)
-        self._curves = None
-        checkpoint.on_rank_0(lambda: write_options(config))
-        if self.rank == 0:
-            if config.resume:
-                found = f"resuming from step {self.step}" if self.step else self._nothing_found
-                print(f"{folder}: {found}", file=sys.stderr)
-            self._tell()
-            self._curves = Curves(config.out / "tensorboard", self.step + 1)
+        checkpoint.on_rank_0(self._open)
         self._bar = progress_bar(
             self.rank,
             total=config.epochs * self.sampler.order.requests,
@@ -284,6 +280,15 @@ class Trainer:
             desc=config.out.name,
             unit="request",
         )
+
+    def _open(self) -> None:
+        """On rank 0: write the options, say how the training starts and open the curves."""
+        write_options(self.config)
+        if self.config.resume:
+            found = f"resuming from step {self.step}" if self.step else self._nothing_found
+            print(f"{self._checkpoints}: {found}", file=sys.stderr)
+        self._tell()
+        self._curves = Curves(self.config.out / "tensorboard", self.step + 1)
 
     _nothing_found = "no checkpoint here; starting"
 
@@ -377,8 +382,7 @@ class Trainer:
     def _save(self) -> None:
         self._seconds += time.perf_counter() - self._start
         self._check_finite(finite(self.model), "a weight")
-        best = self._validations.best
-        self._saver.save(self.model, self.optimizer, self.state_dict(), best)
+        self._saver.save(self.model, self.optimizer, self.state_dict(), self._validations.best)
         self._start = time.perf_counter()
 
     def _check_finite(self, all_are: bool, what: str) -> None:

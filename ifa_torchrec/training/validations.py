@@ -24,7 +24,8 @@ VALIDATIONS_FILE = "validations.json"
 Fitted = Mapping[str, Sequence[float]]
 """Scale and shift of the logits, by task name."""
 _SMALLER_IS_BETTER = ("ne", "mae", "rmse")
-_PREFERRED = ("ranked_gauc", "ranked_correlation", "gauc_exposed", "gauc", "correlation", "ne", "mae")
+_OF_RANKING = ("ranked_gauc_exposed", "ranked_gauc", "ranked_correlation")
+_PREFERRED = (*_OF_RANKING, "gauc_exposed", "gauc", "correlation", "ne", "mae")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Validation:
     metrics: dict[str, float | None]
     calibration: dict[str, tuple[float, ...]]
 
+    def __post_init__(self) -> None:
+        for task, pair in self.calibration.items():
+            if len(pair) != 2 or not (0 < pair[0] < math.inf and math.isfinite(pair[1])):
+                raise ConfigError(f"calibration of {task!r} must be a scale > 0 and a shift, got {pair}")
+
 
 @dataclass(frozen=True)
 class ValidationsFile:
@@ -44,6 +50,11 @@ class ValidationsFile:
     metric: str = LAST
     best: int | None = None
     validations: tuple[Validation, ...] = ()
+
+    def __post_init__(self) -> None:
+        steps = [validation.step for validation in self.validations]
+        if self.best is not None and self.best not in steps:
+            raise ConfigError(f"best must be one of the validated steps {steps}, got {self.best}")
 
 
 def read_validations(folder: Path) -> ValidationsFile:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import run_ranks
+from toy import Toy, make_toy
 
 from ifa_torchrec import IFAConfig
 from ifa_torchrec.commands import tune as tune_module
@@ -72,7 +75,7 @@ def test_it_goes_on_where_it_was_stopped(config: TuneConfig, tried: list[TrainCo
     tune(config)
     assert len(tried) == 5
     assert tried[2] == dataclasses.replace(tried[1], out=tried[2].out)
-    assert tune(config)["metric"] == "gauc" and len(tried) == 5
+    assert tune(config)["metric"] == "gauc_exposed" and len(tried) == 5
 
 
 def test_a_search_that_goes_on_tries_what_is_new(config: TuneConfig, tried: list[TrainConfig]) -> None:
@@ -90,11 +93,15 @@ def test_a_calibration_is_best_near_one(config: TuneConfig, tried: list[TrainCon
         TuneConfig(dataclasses.replace(config.train, keep_best="last"))
 
 
-@pytest.mark.parametrize("change", [{"keep_best": "ne"}, {"epochs": 2}, {"data": Path("other")}])
+@pytest.mark.parametrize(
+    "change", [{"keep_best": "ne"}, {"epochs": 2}, {"data": "copy"}, {"max_requests": 2}]
+)
 def test_a_search_of_other_options_is_not_taken_up(
-    config: TuneConfig, tried: list[TrainConfig], change: dict[str, Any]
+    config: TuneConfig, tried: list[TrainConfig], change: dict[str, Any], tmp_path: Path
 ) -> None:
     tune(config)
+    if "data" in change:
+        change = {"data": Path(shutil.copytree(config.train.data, tmp_path / change["data"]))}
     other = dataclasses.replace(config, train=dataclasses.replace(config.train, **change))
     with pytest.raises(ConfigError, match=f"has a search with another {next(iter(change))}"):
         tune(other)
@@ -126,6 +133,43 @@ def test_values_that_do_not_go_together_are_no_trial(
     said = capsys.readouterr().err.splitlines()
     wrong = [line for line in said if "cannot be trained: IFAConfig: embedding_dim 8" in line]
     assert wrong and tried and len(wrong) + len(tried) == len(said) == 8
+
+
+def test_options_that_a_training_refuses_are_no_trial(config: TuneConfig, capsys) -> None:
+    """As the same trial would be refused at every start."""
+    search = ("candidate-set.attention=none,softmax", "loss.consistency=0.1,0.2")
+    with pytest.raises(DivergedError, match="no trial was completed"):
+        tune(dataclasses.replace(config, trials=1, search=("candidate-set.attention=none", search[1])))
+    out = config.train.out.with_name("second")
+    train = dataclasses.replace(config.train, out=out)
+    assert tune(TuneConfig(train, trials=4, search=search))["value"] > 0
+    assert "cannot be trained: " in capsys.readouterr().err
+
+
+def test_the_default_metric_is_that_of_a_training(
+    config: TuneConfig, tried: list[TrainConfig], tmp_path: Path
+) -> None:
+    """Over exposed candidates; of the first task, if there are several."""
+    toy = make_toy()
+    schema = dataclasses.replace(toy.schema, tasks={"label": "binary", "buy": "binary"})
+    for frame in toy.requests.values():
+        frame["buy"] = frame["label"]
+    log = Toy(toy.events, toy.items, toy.requests, schema).write(tmp_path / "tasks")
+    train = dataclasses.replace(config.train, data=log.path, out=tmp_path / "of tasks")
+    assert tune(dataclasses.replace(config, train=train))["metric"] == "label_gauc_exposed"
+    requests = {name: frame for name, frame in toy.requests.items() if name != "valid"}
+    log = Toy(toy.events, toy.items, requests, schema).write(tmp_path / "without valid")
+    with pytest.raises(ConfigError, match="nothing to search by"):
+        tune(dataclasses.replace(config, train=dataclasses.replace(train, data=log.path)))
+
+
+def search_on_a_rank(config: TuneConfig) -> None:
+    with pytest.raises(ConfigError, match="one rank: start it without torchrun"):
+        tune(config)
+
+
+def test_several_ranks_are_refused(config: TuneConfig) -> None:
+    run_ranks(search_on_a_rank, 2, config)
 
 
 @pytest.mark.parametrize(

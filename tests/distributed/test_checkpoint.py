@@ -730,6 +730,30 @@ class TestDamage:
         (folder / "step-000000009" / "progress.json").write_text("[]")
         assert checkpoint.latest_progress(folder) is None
 
+    def test_a_checkpoint_that_is_deleted_while_it_is_read(self, run: Saved, monkeypatch) -> None:
+        """As by a training that continues, which keeps only its latest checkpoints."""
+        folder = run.whole.out / "checkpoints"
+        progress = checkpoint.latest_progress(folder)
+        check = checkpoint._check  # pyright: ignore[reportPrivateUsage]
+
+        def deletes(path: Path) -> dict[str, Any]:
+            progress = check(path)
+            shutil.rmtree(path)
+            return progress
+
+        monkeypatch.setattr(checkpoint, "_check", deletes)
+        with pytest.raises(CheckpointError, match=r"step-000000012 was deleted by a training while"):
+            load_all([run.whole])
+        with pytest.raises(CheckpointError, match=r"step-000000012 was deleted by a training while"):
+            checkpoint.version(folder, progress)
+
+    def test_the_whole_of_the_latest_is_looked_at_where_asked(self, run: Saved) -> None:
+        init_process_group()
+        folder = run.whole.out / "checkpoints"
+        truncate(next((folder / "step-000000012").glob("*.distcp")))
+        steps = [checkpoint.latest_progress(folder, whole)["step"] for whole in (False, True)]
+        assert steps == [12, 9]
+
     def test_no_checkpoint_is_whole_on_the_command_line(self, run: Saved) -> None:
         """Python ends a process by printing the SystemExit's text, with exit code 1."""
         for step in checkpoint.checkpoints(run.whole.out / "checkpoints"):

@@ -46,7 +46,7 @@ from ifa_torchrec.training import trainer as train_module
 from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.options import TrainConfig
 from ifa_torchrec.training.touched import touched_rows
-from ifa_torchrec.training.trainer import train
+from ifa_torchrec.training.trainer import Trainer, train
 
 STEP = 8
 DENSE_LR = 0.01
@@ -557,3 +557,17 @@ def test_the_decay_of_tables_is_of_touched_rows_alone() -> None:
     assert rows.tensor[:, 0].tolist() == pytest.approx([1, 0.95, 1])
     with pytest.raises(ConfigError, match=r"table_weight_decay 0\.5: 'sgd' does not support it"):
         OptimizerConfig("sgd", table_weight_decay=0.5)
+
+
+def buffers(log: Path, out: Path) -> dict[str, Tensor]:
+    config = TrainConfig(log, out, ifa=IFAConfig(8, num_heads=2), interaction="eta")
+    return dict(Trainer(config).model.named_buffers())
+
+
+def test_all_ranks_have_the_same_random_buffers(log: EventLog, tmp_path: Path) -> None:
+    """A search's hash, for one: a checkpoint keeps that of one rank."""
+    first, second = run_ranks(buffers, 2, log.path, tmp_path / "run")
+    assert any(name.endswith("hyperplanes") for name in first)
+    assert first.keys() == second.keys()
+    for name, buffer in first.items():
+        assert torch.equal(buffer, second[name]), name

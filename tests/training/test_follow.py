@@ -16,9 +16,14 @@ from toy import SCHEMA, make_toy
 
 from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.data import EventLog, LogError
-from ifa_torchrec.distributed import CheckpointError, OptimizerConfig, ShardingConfig
+from ifa_torchrec.distributed import (
+    CheckpointError,
+    OptimizerConfig,
+    ShardingConfig,
+    init_process_group,
+)
 from ifa_torchrec.errors import ConfigError
-from ifa_torchrec.training.follow import Follower, follow, going_on
+from ifa_torchrec.training.follow import Follower, Table, follow, going_on
 from ifa_torchrec.training.options import TrainConfig
 from ifa_torchrec.training.run import load_run
 
@@ -162,6 +167,35 @@ def test_two_ranks_measure_what_one_measures(whole: TrainConfig, config: TrainCo
     for name in ("ne", "gauc"):
         two, one = (table(c).loc[DAYS[1], name] for c in (config, whole))
         assert two == pytest.approx(one, abs=1e-5)
+
+
+def test_a_part_whose_last_checkpoint_is_damaged_is_trained_to_its_end(
+    whole: TrainConfig, config: TrainConfig, tmp_path: Path
+) -> None:
+    """Otherwise its last requests would never be trained."""
+    data = tmp_path / "days"
+    config = dataclasses.replace(config, data=data, checkpoint_every=1)
+    for day in DAYS[:2]:
+        shutil.copytree(Path(whole.data) / day, data / day)
+    follow(config)
+    last = config.out / DAYS[1] / "checkpoints" / "step-000000003"
+    file = next(last.glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1])
+    shutil.copytree(Path(whole.data) / DAYS[2], data / DAYS[2])
+    with pytest.warns(UserWarning, match="step-000000003 is damaged"):
+        assert list(follow(config)) == list(DAYS[1:])
+    for day in DAYS[1:]:
+        assert_same_weights(config.out / day, whole.out / day)
+
+
+@pytest.mark.parametrize(
+    "text", ["a,b\n1,2\n", "part,ne\nmonday,0.5,7\n", "part,ne\nmonday\n", "part,ne\n,0.5\n"]
+)
+def test_a_damaged_table_is_told_of(tmp_path: Path, text: str) -> None:
+    init_process_group()
+    (tmp_path / "parts.csv").write_text(text)
+    with pytest.raises(CheckpointError, match=r"parts\.csv: row 1 is not what a training writes"):
+        Table(tmp_path)
 
 
 def test_a_log_that_comes_too_late_is_left_out_and_said(

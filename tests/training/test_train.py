@@ -618,6 +618,13 @@ def trained_step(config: TrainConfig) -> tuple[float, int]:
     return train(config)["best_step"], load_run(config.out).step
 
 
+CALIBRATED = (
+    '{"metric": "ne", "best": null, "validations": '
+    '[{"step": 4, "metrics": {}, "calibration": {"label": %s}}]}'
+)
+BAD_PAIRS = ("[]", "[1.0]", "[1.0, 2.0, 3.0]", "[NaN, 0.0]", "[1.0, Infinity]", "[-1.0, 0.0]")
+
+
 class TestKeepBest:
     def test_the_best_is_kept_and_used(self, config: TrainConfig, monkeypatch) -> None:
         measured(monkeypatch, [0.6, 0.8, 0.7, 0.75, 0.5, 0.65])
@@ -653,6 +660,8 @@ class TestKeepBest:
                 r"validations\[0\]\.calibration",
             ),
             ('{"metric": "ne", "best": 4}', "validations is missing"),
+            ('{"metric": "ne", "best": 3, "validations": []}', r"best must be one of .* \[\], got 3"),
+            *((CALIBRATED % pair, "'label' must be a scale > 0") for pair in BAD_PAIRS),
         ],
     )
     def test_a_damaged_file_is_told_of(self, tmp_path: Path, text: str, message: str) -> None:
@@ -660,6 +669,13 @@ class TestKeepBest:
         (tmp_path / "validations.json").write_text(text)
         with pytest.raises(CheckpointError, match=rf"validations\.json: not what .*{message}"):
             in_use(tmp_path)
+
+    def test_a_best_step_without_its_checkpoint_is_told_of(self, config: TrainConfig) -> None:
+        train(dataclasses.replace(config, validate_every=4, epochs=1))
+        best = in_use(config.out)[0]
+        shutil.rmtree(config.out / "checkpoints" / f"step-{best:09d}")
+        with pytest.warns(UserWarning, match=f"has no step-{best:09d}; loading step-"):
+            assert load_run(config.out).step != best
 
     def test_patience(self, config: TrainConfig, monkeypatch) -> None:
         """It stops, and does not continue when resumed."""
@@ -705,12 +721,29 @@ class TestKeepBest:
                 "--keep-best gauc needs validation: --no-validate",
             ),
             ({"patience": 3, "keep_best": "last"}, "--patience 3 uses the metric"),
+            ({"validate_every": 3, "validate": False}, "--validate-every 3 needs validation"),
         ],
     )
     def test_what_cannot_be(self, config: TrainConfig, change: dict, message: str) -> None:
         with pytest.raises(ConfigError, match=message):
             train(dataclasses.replace(config, **change))
         assert not config.out.exists()
+
+    @pytest.mark.parametrize(
+        ("begun", "change", "message"),
+        [
+            ({"keep_best": "last"}, {"patience": 1}, "--patience 1 uses the metric"),
+            ({}, {"patience": 1, "validate": False}, "--patience 1 needs validation"),
+        ],
+    )
+    def test_nor_when_resumed(
+        self, config: TrainConfig, begun: dict, change: dict, message: str
+    ) -> None:
+        train(dataclasses.replace(config, epochs=1, **begun))
+        with pytest.raises(ConfigError, match=message):
+            train(dataclasses.replace(config, resume=True, **change))
+        plain = {"validate": False} if "validate" in change else {}
+        train(dataclasses.replace(config, epochs=1, resume=True, **plain))
 
     def test_a_log_without_valid_keeps_the_last(
         self, toy: Toy, config: TrainConfig, tmp_path: Path
