@@ -1,11 +1,11 @@
-"""Speed and memory of the attention alone: IFA's backends, softmax and other linear attention.
+"""Speed and memory of the attention only: IFA's backends, softmax and other linear attention.
 
     python benchmarks/attention.py           # about 5 minutes on 2 cores
     python benchmarks/attention.py --smoke   # small cases, no page
 
 Writes docs/attention.md and its picture. Every contestant does the same work, from jagged tokens to
-jagged answers, projections included; all take turns in one process. Refuses to print if the results of
-those that compute the same thing differ.
+jagged answers, projections included; they take turns in one process. Stops without figures if the
+results of contestants that compute the same thing differ.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from ifa_torchrec.ops.kernels import native
 D, H, WIDTH = 64, 4, 16
 EPS = 1e-6
 SLOW = 1.0
-"""Seconds from which one run of a contestant has to do, instead of the median of several."""
+"""If a run takes longer (seconds), it is the contestant's only run, instead of a median of several."""
 
 
 @dataclass
 class Case:
-    """B requests."""
+    """A batch of B requests."""
 
     name: str
     history: Tensor
@@ -54,7 +54,7 @@ class Case:
     candidates: Tensor
     candidate_lengths: Tensor
     weights: tuple[Tensor, Tensor, Tensor]
-    """Of queries, keys and values, [H, d, D]."""
+    """Weights of queries, keys and values, each [H, d, D]."""
 
     @property
     def offsets(self) -> tuple[Tensor, Tensor]:
@@ -62,7 +62,7 @@ class Case:
 
     @cached_property
     def longest(self) -> tuple[int, int]:
-        """Of histories and candidate sets; found once, as a loader would tell it with the batch."""
+        """Longest history and candidate set; computed once, as a loader would supply them."""
         return int(self.history_lengths.max()), int(self.candidate_lengths.max())
 
 
@@ -84,14 +84,14 @@ def make_case(name: str, history_lengths: Tensor, candidate_lengths: Tensor) -> 
 
 
 def uniform(n: int, m: int, events: int) -> Case:
-    """As many requests as there are ``events`` for, or half as many candidates."""
+    """Requests with n events and m candidates, up to ``events`` events or half as many candidates."""
     requests = max(1, min(events // n, events // 2 // m))
     lengths = torch.full((requests,), n), torch.full((requests,), m)
     return make_case(f"n = {n:,}, m = {m:,}", *lengths)
 
 
 def log_normal(requests: int) -> Case:
-    """Heavy tails, as users have them: the longest history is some 14 times the mean."""
+    """Heavy-tailed lengths, like real users': the longest history is about 14 times the mean."""
     generator = torch.Generator().manual_seed(1)
     spread = torch.randn(2, requests, generator=generator)
     history = (500 * (1.25 * spread[0]).exp()).long() + 1
@@ -109,7 +109,7 @@ def project(tokens: Tensor, weight: Tensor) -> Tensor:
 
 
 def pad(tokens: Tensor, lengths: Tensor) -> Tensor:
-    """[B, longest, ...]; a view where all are as long."""
+    """[B, longest, ...]; a view if all lengths are equal."""
     if bool((lengths == lengths[0]).all()):
         return tokens.unflatten(0, (len(lengths), -1))
     return pad_sequence(tokens.split(lengths.tolist()), batch_first=True)
@@ -122,7 +122,7 @@ def unpad(padded: Tensor, lengths: Tensor) -> Tensor:
 
 
 def softmax_padded(history: Tensor, candidates: Tensor, weights, case: Case) -> Tensor:
-    """To the longest; the mask only where lengths differ."""
+    """Padded to the longest; with a mask only if lengths differ."""
     q, k, v = (
         project(pad(x, lengths), w).transpose(1, 2)
         for x, lengths, w in zip(
@@ -177,7 +177,7 @@ def linear_padded(history: Tensor, candidates: Tensor, weights, case: Case) -> T
 
 
 def linear_fbgemm(history: Tensor, candidates: Tensor, weights, case: Case) -> Tensor:
-    """A request and head as one jagged row: fbgemm's products take one matrix a row."""
+    """One call per head: fbgemm's jagged products take one matrix per request."""
     history_offsets, candidate_offsets = case.offsets
     longest, most = case.longest
     jagged = torch.ops.fbgemm
@@ -203,7 +203,7 @@ def ifa(backend: str, history: Tensor, candidates: Tensor, weights, case: Case) 
 
 CONTESTANTS: dict[str, Callable[..., Tensor]] = {
     "native": partial(ifa, "native"),
-    "native bf16": partial(ifa, "native"),  # given bfloat16 tokens, see inputs_of
+    "native bf16": partial(ifa, "native"),  # with bfloat16 tokens, see inputs_of
     "torch": partial(ifa, "torch"),
     "linear, padded": linear_padded,
     "linear, fbgemm": linear_fbgemm,
@@ -213,23 +213,23 @@ CONTESTANTS: dict[str, Callable[..., Tensor]] = {
 }
 TOLERANCE = {"native bf16": 0.02}
 MOST_SCORES = 200_000_000
-"""Padded scores from which nested tensors, which keep them all, are left out."""
+"""Above this number of padded scores, nested tensors, which store them all, are left out."""
 
 
 def contestants_of(case: Case) -> dict[str, Callable[..., Tensor]]:
-    """Those whose memory suffices."""
+    """The contestants that fit into memory."""
     scores = H * len(case.history_lengths) * math.prod(case.longest)
     return {n: c for n, c in CONTESTANTS.items() if n != "softmax, nested" or scores <= MOST_SCORES}
 
 
 def inputs_of(name: str, case: Case) -> tuple[Tensor, Tensor]:
-    """Tokens in the dtype of the contestant; leaves of the graph."""
+    """Tokens in the contestant's dtype; leaves of the autograd graph."""
     dtype = torch.bfloat16 if name == "native bf16" else torch.float32
     return case.history.to(dtype).requires_grad_(), case.candidates.to(dtype).requires_grad_()
 
 
 def check_agreement(case: Case, contestants: dict[str, Callable[..., Tensor]]) -> None:
-    """Softmax with softmax, linear with linear: answers and gradients of the tokens."""
+    """Compare softmax with softmax and linear with linear: answers and gradients of the tokens."""
     truth: dict[bool, list[Tensor]] = {}
     for name, contestant in contestants.items():
         tokens = inputs_of(name, case)
@@ -242,7 +242,7 @@ def check_agreement(case: Case, contestants: dict[str, Callable[..., Tensor]]) -
 def compare(
     case: Case, name: str, values: list[Tensor], expected: list[Tensor], tolerance: float
 ) -> None:
-    """End the program where a contestant's results are off by more than this share of the largest."""
+    """Exit if a contestant's results are off by more than ``tolerance``, relative to the largest."""
     for value, right in zip(values, expected, strict=True):
         error = float((value.float() - right).abs().max() / right.abs().max())
         if not error <= tolerance:
@@ -267,7 +267,7 @@ PASSES = {"forward": forward, "forward + backward": forward_backward}
 
 
 def seconds_of(case: Case, contestants: dict, rounds: int) -> dict[tuple[str, str], float]:
-    """Medians, by pass and contestant; the contestants take turns."""
+    """Median seconds by pass and contestant; the contestants take turns."""
     tokens = {name: inputs_of(name, case) for name in contestants}
     times: dict[tuple[str, str], list[float]] = {}
     for number in range(rounds + 1):
@@ -292,7 +292,7 @@ def status_kilobytes(field: str) -> int:
 
 
 def peak_megabytes(run: Callable[[], None]) -> float:
-    """How far resident memory rises above what it was, at most."""
+    """The peak rise of resident memory during a run."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -312,11 +312,11 @@ def median_seconds(run: Callable[[], object], rounds: int = 7) -> float:
 
 @dataclass
 class Machine:
-    """What this machine can do, measured in this run."""
+    """This machine's rates, measured in this run."""
 
     flops: float
     copied: float
-    """Floats a second that are read and written to fresh memory, as an operator's result is."""
+    """Floats per second, read and written to new memory, like an operator's result."""
 
     @classmethod
     def measure(cls) -> Machine:
@@ -325,11 +325,11 @@ class Machine:
         return cls(2 * 2048**3 / median_seconds(lambda: a @ b), len(x) / median_seconds(x.clone))
 
     def floor(self, case: Case) -> dict[str, float]:
-        """Seconds that the arithmetic of linear attention takes at the rate of a large matrix
-        product, and its inputs and results at that of a copy.
+        """Seconds for the arithmetic of linear attention at the rate of a large matrix product, plus its
+        inputs and results at the rate of a copy.
 
-        Backward: the gradients of phi(k), of the tokens (by values and by keys) and of the keys'
-        weight, a product of the size of a projection each; nothing is computed again.
+        Backward: the gradients of phi(k), of the tokens (through values and through keys) and of the
+        keys' weight, each a product of the size of a projection; nothing is recomputed.
         """
         n, m, b = len(case.history), len(case.candidates), len(case.history_lengths)
         state, projection = H * WIDTH * WIDTH, D * H * WIDTH
@@ -350,7 +350,7 @@ class Machine:
 
 @torch.no_grad()
 def serving_table(events: tuple[int, ...], candidates: int = 1000, calls: int = 60) -> pd.DataFrame:
-    """One request on one thread: milliseconds at the median and at the 99th of 100."""
+    """Milliseconds of one request on one thread, at the median and the 99th percentile."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -371,7 +371,7 @@ def serving_table(events: tuple[int, ...], candidates: int = 1000, calls: int = 
             return F.scaled_dot_product_attention(*heads)
 
         def retrieval(q=q, k=k, v=v, x=tokens):
-            """Each candidate's 100 events of the highest inner product, then softmax over them."""
+            """Softmax over each candidate's 100 events with the highest inner product."""
             found = (asked.values() @ x.T).topk(min(100, len(x)), dim=1).indices
             query = q(asked.values()).unflatten(-1, (H, WIDTH))
             key, value = (p(x).unflatten(-1, (H, WIDTH))[found] for p in (k, v))
@@ -408,7 +408,7 @@ def serving_table(events: tuple[int, ...], candidates: int = 1000, calls: int = 
 
 
 def table_of(kind: str, results: dict[str, dict], floors: dict[str, dict[str, float]]) -> pd.DataFrame:
-    """Milliseconds of native, its ratio to the floor, and the others as multiples of it."""
+    """Milliseconds of native, its ratio to the lower bound, and the others as multiples of it."""
     rows = []
     for case, seconds in results.items():
         mine, floor = seconds[kind, "native"], floors[case][kind]
@@ -424,7 +424,7 @@ def table_of(kind: str, results: dict[str, dict], floors: dict[str, dict[str, fl
 
 
 def draw(by_n: dict[int, dict], by_m: dict[int, dict]) -> None:
-    """Microseconds a request against n and against m."""
+    """Plot microseconds per request against n and against m."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", sharey=True)
     for ax, points, label in zip(
         axes, (by_n, by_m), ("n, events a request (m = 50)", "m, candidates (n = 10,000)"), strict=True
@@ -444,9 +444,9 @@ class Options:
     """How much to run."""
 
     events: int = 100_000
-    """Events in all, of each case of uniform lengths."""
+    """Total events of each case with uniform lengths."""
     rounds: int = 3
-    """Turns of each contestant, after one to warm up."""
+    """Timed runs per contestant, after one to warm up."""
     smoke: bool = False
     """Small cases, no page."""
 

@@ -1,12 +1,12 @@
-"""The attention alone on a GPU: IFA's backends, softmax and padded linear attention.
+"""Speed and memory of the attention only, on a GPU: IFA's backends, softmax and padded linear attention.
 
     python benchmarks/attention_gpu.py           # two minutes
     python benchmarks/attention_gpu.py --smoke   # small cases, on any device; no page
 
-Writes docs/attention_gpu.md. The contestants are those of attention.py, all in bfloat16, so that
-softmax has PyTorch's flash kernels; where lengths differ it has them by nested tensors and by
-varlen_attn. Refuses to print where the results of those that compute the same thing differ. Beside
-them what the arithmetic and the memory of linear attention take at the rates measured in the same run,
+Writes docs/attention_gpu.md. The contestants are those of attention.py, all in bfloat16, so that softmax
+can use PyTorch's flash kernels; with differing lengths it does so through nested tensors and
+varlen_attn. Stops without figures if the results of contestants that compute the same thing differ. Also
+measures a lower bound for linear attention, from arithmetic and memory rates measured in the same run,
 and the identity heads' operator, ``match``, by backend.
 """
 
@@ -52,7 +52,7 @@ def softmax_varlen(history: Tensor, candidates: Tensor, weights, case: Case) -> 
     q, k, v = (project(x, w) for x, w in zip((candidates, history, history), weights, strict=True))
     history_offsets, candidate_offsets = (offsets.int() for offsets in case.offsets)
     out = varlen_attn(q, k, v, candidate_offsets, history_offsets, *case.longest[::-1])
-    assert isinstance(out, Tensor)  # a pair where asked for
+    assert isinstance(out, Tensor)  # a pair only on request
     return out.flatten(1)
 
 
@@ -62,16 +62,16 @@ CONTESTANTS: dict[str, Callable[..., Tensor]] = {
     "linear, padded": linear_padded,
     "softmax, padded": softmax_padded,
     "softmax, nested": softmax_nested,
-    **({"softmax, varlen": softmax_varlen} if GPU else {}),  # has no kernel for a CPU
+    **({"softmax, varlen": softmax_varlen} if GPU else {}),  # has no CPU kernel
 }
 TOLERANCE = 0.03
-"""Of results in bfloat16 against those in float32, relative to the largest."""
+"""Tolerance of bfloat16 results against float32 ones, relative to the largest."""
 MEMORY = 40e9
-"""Bytes of padded tokens and scores from which a contestant is left out."""
+"""A contestant that needs more bytes for padded tokens and scores is left out."""
 
 
 def on(case: Case, device: torch.device, dtype: torch.dtype) -> Case:
-    """The case on a device."""
+    """The case on a device, in a dtype."""
     return dataclasses.replace(
         case,
         history=case.history.to(device, dtype),
@@ -83,7 +83,8 @@ def on(case: Case, device: torch.device, dtype: torch.dtype) -> Case:
 
 
 def fitting(case: Case) -> dict[str, Callable[..., Tensor]]:
-    """Those whose memory suffices: a mask costs softmax its flash kernels, and it keeps all scores."""
+    """The contestants that fit into memory: with a mask, softmax has no flash kernel and stores all
+    scores."""
     same = bool((case.history_lengths == case.history_lengths[0]).all())
     requests, longest = len(case.history_lengths), int(case.history_lengths.max())
     padded = 2 * requests * longest * D * 4
@@ -98,12 +99,12 @@ def fitting(case: Case) -> dict[str, Callable[..., Tensor]]:
 
 
 def tokens_of(case: Case) -> tuple[Tensor, Tensor]:
-    """Leaves of the graph."""
+    """The tokens as leaves of the autograd graph."""
     return case.history.clone().requires_grad_(), case.candidates.clone().requires_grad_()
 
 
 def check_agreement(case: Case, device: torch.device) -> None:
-    """With the reference and with padded softmax in float32 on the CPU: answers and gradients."""
+    """Compare answers and gradients with the reference and padded softmax in float32 on the CPU."""
     truths = {"IFA": partial(ifa, "reference"), "softmax": softmax_padded}
     exact, here = on(case, torch.device("cpu"), torch.float32), on(case, device, torch.bfloat16)
     for name, contestant in CONTESTANTS.items():
@@ -119,7 +120,7 @@ def check_agreement(case: Case, device: torch.device) -> None:
 
 
 def milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    """One run's."""
+    """Milliseconds of one run."""
     if device.type == "cpu":
         start = time.perf_counter()
         run()
@@ -133,7 +134,7 @@ def milliseconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def megabytes_of(run: Callable[[], object], device: torch.device) -> float:
-    """How far a GPU's memory in use rises above what it was, at most; 0 on a CPU."""
+    """The peak rise of a GPU's allocated memory in a run; 0 on a CPU."""
     if device.type == "cpu":
         run()
         return 0.0
@@ -144,7 +145,7 @@ def megabytes_of(run: Callable[[], object], device: torch.device) -> float:
 
 
 def rates_of(device: torch.device) -> Machine:
-    """Operations a second of a large product, and numbers copied, both of bfloat16."""
+    """FLOP per second of a large product, and numbers copied per second, both in bfloat16."""
     size, numbers = (8192, 2**29) if device.type == "cuda" else (256, 10**6)
     a, b = torch.randn(2, size, size, device=device).bfloat16()
     x = torch.zeros(numbers, device=device, dtype=torch.bfloat16)
@@ -156,7 +157,7 @@ def rates_of(device: torch.device) -> Machine:
 
 
 def of_match(case: Case, backend: str, backward: bool) -> None:
-    """Each candidate against the events of its id, at three half-lives; ids are spread over 10,000."""
+    """Match each candidate with the events of its id, at three half-lives; there are 10,000 ids."""
     device, tokens = case.history.device, case.history.detach().requires_grad_(backward)
     history_offsets, candidate_offsets = case.offsets
     ids = torch.arange(max(len(case.history), len(case.candidates)), device=device) * 7919 % 10_000
@@ -175,7 +176,7 @@ Table = list[dict[str, str]]
 def timed(
     runs: dict[str, Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[str, tuple[float, float]]:
-    """By name, milliseconds at the median of turns, and megabytes, after two turns to warm up."""
+    """Median milliseconds and megabytes by name; the runs take turns, after two rounds to warm up."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     memory = {}
     for _ in range(rounds + 2):
@@ -187,9 +188,9 @@ def timed(
 
 
 def row_of(case: Case, found: dict[str, tuple[float, float]], names: list[str]) -> dict[str, str]:
-    """Milliseconds and megabytes."""
-    told = {name: f"{found[name][0]:.2f} ({found[name][1]:,.0f})" for name in names if name in found}
-    return {"case": case.name} | {name: told.get(name, "-") for name in names}
+    """A row with milliseconds and megabytes."""
+    cells = {name: f"{found[name][0]:.2f} ({found[name][1]:,.0f})" for name in names if name in found}
+    return {"case": case.name} | {name: cells.get(name, "-") for name in names}
 
 
 @dataclass(frozen=True)
@@ -197,9 +198,9 @@ class Options:
     """How much to run."""
 
     events: int = 1_000_000
-    """Events in all, of each case of uniform lengths."""
+    """Total events of each case with uniform lengths."""
     rounds: int = 10
-    """Turns of each contestant, after two to warm up."""
+    """Timed runs per contestant, after two to warm up."""
     smoke: bool = False
     """Small cases, no page."""
 

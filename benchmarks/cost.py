@@ -1,4 +1,4 @@
-"""What a request costs beside time: arithmetic a candidate, and bytes of the history to read."""
+"""The cost of a request other than time: FLOP per candidate, and bytes of the history to read."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from ifa_torchrec.modules import (
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a request.
+    """The cost of a request.
 
     Args:
-        flop: of one candidate: all products of the model that rank the request, by its candidates.
+        flop: FLOP per candidate: of all products that rank the request, divided by its candidates.
         read: bytes of the user's history that must be read.
     """
 
@@ -42,19 +42,19 @@ class Cost:
 
 @torch.no_grad()
 def cost_of(model: DLRM_IFA, requests: list[RankingFeatures], from_state: bool = False) -> Cost:
-    """The mean cost of requests, one a batch.
+    """The mean cost of requests.
 
-    FLOP are those of products of matrices (torch.utils.flop_counter, which knows the shapes), two a
-    multiplication; of the operators of this package from their arguments' shapes. An eigendecomposition
-    of n rows counts as 9 n^3. Lookups, sums, exponentials and sorting count nothing.
+    FLOP are those of matrix products, two per multiplication, computed from the shapes: by
+    torch.utils.flop_counter, and for this package's operators by the formulas below. An
+    eigendecomposition of n rows counts as 9 n^3; lookups, sums, exponentials and sorting as 0.
 
     Args:
-        model: any interaction.
+        model: with any interaction.
         requests: batches of one request each.
-        from_state: rank from user states that were made before; of an "ifa" model alone.
+        from_state: rank from precomputed user states; only for an "ifa" model.
 
     Returns:
-        Cost.
+        The mean Cost.
     """
     interaction = model.candidate_arch.sequence_interaction
     flop, read = 0.0, 0.0
@@ -83,19 +83,19 @@ def cost_of(model: DLRM_IFA, requests: list[RankingFeatures], from_state: bool =
 def history_bytes(
     interaction: SequenceInteraction | None, events: int, candidates: int, ids: Tensor | None
 ) -> float:
-    """Bytes of a user's history that must be read to rank a request, by the module's sizes.
+    """Bytes of a user's history that must be read to rank a request, from the module's sizes.
 
-    Where an interaction can be answered from a summary of fixed size, that summary, whether this
-    package keeps one or not; else the events that it meets, a token of D numbers each and its age, of a
-    search at most so many a candidate; of identity heads a row each id that the user met. A
-    number is 4 bytes, a key 8. The item tables themselves, ids and what is read of the candidates count
-    nothing.
+    If an interaction can be computed from a summary of fixed size, this is that summary, whether or not
+    this package stores one; otherwise the events that it attends to, each a token of D numbers and its
+    age (for a search, at most its number per candidate). Identity heads add one row per distinct id of
+    the user. A number is 4 bytes, a key 8. Item tables, ids and the candidates' data are not counted.
 
     Args:
         interaction: None for no history.
-        events: n of the request.
-        candidates: m.
-        ids: [n, K], the history's ids that the interaction compares, 0 for none; None without any.
+        events: n, the request's events.
+        candidates: m, the request's candidates.
+        ids: [n, K], the history's ids that the interaction compares, 0 for none; None if it compares
+            none.
     """
     if interaction is None:
         return 0.0
@@ -118,7 +118,7 @@ def _weightings(peer: SequenceInteraction) -> int:
 
 
 def _event(peer: SequenceInteraction) -> int:
-    """Numbers of an event: its token and, where it matters, its age."""
+    """Numbers per event: its token and, if it is used, its age."""
     return peer.config.embedding_dim + (peer.config.half_lives is not None)
 
 
@@ -145,7 +145,7 @@ def _sdim(peer: Any, n: int, m: int) -> float:
 
 
 def _hstu(peer: Any, n: int, m: int) -> float:
-    # keys and values after the first layer, and the age for the bias of time
+    # keys and values after the first layer, and the age for the time bias
     return min(n, peer.recent_length) * (2 * _width(peer) + 1)
 
 
@@ -177,9 +177,9 @@ _DENSE: list[tuple[type, Callable[[Any, int, int], float]]] = [
     (SIMAttention, _sim),
     (LowRankAttention, _low_rank),
     (ETAAttention, _eta),
-    (SoftmaxAttention, _softmax),  # TWIN is one, which must score all events
+    (SoftmaxAttention, _softmax),  # also TWIN, a subclass, which must score all events
 ]
-"""Of each kind, the numbers that its dense heads read of a history; a subclass before its base."""
+"""For each type, the numbers that its dense heads read from a history; subclasses before their bases."""
 
 
 def _named(given: tuple[Any, ...]) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""A training step of the dense part, from the tables' answers to its gradients: IFA and its peers.
+"""Times a training step of the dense part, from looked-up embeddings to gradients, for IFA and peers.
 
     python benchmarks/dense_step.py            # a minute on a GPU
     python benchmarks/dense_step.py --smoke    # a small batch, on any device
 
-Prints a table. Every model is that of ``ifa train`` without options, but for its interaction, on the
-same batch of log-normal histories (benchmarks/scaling.py) with 64 candidates a request. What the tables
-give is looked up once, on the CPU: neither they nor their optimiser are part of the step.
+Prints a table. Every model is the default model of ``ifa train``, except for its interaction, on the
+same batch of log-normal histories (benchmarks/scaling.py) with 64 candidates per request. Embeddings are
+looked up once, on the CPU: the tables and their optimiser are not part of the step.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ class Options:
     """What to measure."""
 
     events: int = 262_144
-    """Events of the batch, about."""
+    """Approximate number of events in the batch."""
     rounds: int = 10
-    """Turns of each model, after two to warm up; medians are told."""
+    """Timed steps per model, after two to warm up; medians are reported."""
     precision: Precision = "bf16"
-    """As ``ifa train`` has it."""
+    """Precision, as for ``ifa train``."""
     compiled: bool = False
-    """IFA under torch.compile, too; compiling takes a minute or two."""
+    """Also measure IFA under torch.compile; compiling takes a minute or two."""
     smoke: bool = False
-    """4,000 events, one round."""
+    """Use 4,000 events and one round."""
 
 
 def models(log: EventLog, dataset: RankingDataset, compiled: bool) -> dict[str, DLRM_IFATrain]:
-    """By the row's name. Softmax and mean pooling have IFA's identity heads and masses beside them."""
+    """The models by row name. Softmax and mean pooling also have IFA's identity heads and masses."""
     backends = ["triton", "torch"] if torch.cuda.is_available() else ["auto"]
     rows = {f"IFA, {name}": ("ifa", name) for name in backends}
     rows |= {"IFA, compiled": ("ifa", "auto")} if compiled else {}
@@ -71,7 +71,8 @@ def models(log: EventLog, dataset: RankingDataset, compiled: bool) -> dict[str, 
 
 
 def with_rows(train: DLRM_IFATrain, batch: RankingBatch, device: torch.device) -> Callable[[], Tensor]:
-    """The model's loss of the batch on a device, the tables' answers in the place of tables."""
+    """A function that computes the model's loss on a device, with looked-up embeddings instead of
+    tables."""
     model = train.model
     for tables in (model.sparse_arch, model.item_sparse_arch, model.sequence_arch):
         if tables is not None:
@@ -96,7 +97,7 @@ def with_rows(train: DLRM_IFATrain, batch: RankingBatch, device: torch.device) -
 
 
 def requests_of(dataset: RankingDataset, events: int) -> np.ndarray:
-    """The first requests of a random order, up to so many events."""
+    """The first requests of a random order, with at most this many events."""
     order = np.random.default_rng(0).permutation(len(dataset))
     return order[: max(1, int((dataset.history_lengths[order].cumsum() <= events).sum()))]
 

@@ -1,10 +1,10 @@
-"""What the kind and the numbers of an event are worth, and what a model makes of new items.
+"""The value of event features, and how models handle new items.
 
     python benchmarks/events.py              # about 10 minutes on 2 cores
     python benchmarks/events.py --smoke      # every run once, tiny, no page
 
-Synthetic logs whose best reachable scores are known. Writes docs/events.md. Runs are kept under --out,
-and are not trained again.
+Uses synthetic logs whose best possible scores are known. Writes docs/events.md. Runs are stored under
+--out and not trained again.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ class Options:
     """What to run."""
 
     out: Path = Path("runs/events")
-    """Where logs and runs are kept."""
+    """Folder of the logs and runs."""
     seeds: int = 2
-    """Seeds of each run."""
+    """Seeds per run."""
     epochs: int = 3
     """Passes over the requests."""
     jobs: int = 2
-    """Runs at a time, of one thread each."""
+    """Parallel runs, each with one thread."""
     smoke: bool = False
     """Tiny logs, one seed, one pass, no page."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: which log, and the options that it is trained with."""
+    """A row of a table: its log and training options."""
 
     log: str
     name: str
@@ -84,7 +84,7 @@ ROWS = [
 
 
 def logs(options: Options) -> dict[str, tuple[EventLog, synthetic.SyntheticConfig]]:
-    """The logs by name; "plain" is "kinds" with the actions and amounts left out."""
+    """The logs by name; "plain" is "kinds" without actions and amounts."""
     configs = {"kinds": KINDS, "new": NEW, "old": OLD}
     if options.smoke:
         configs = {name: replace(c, train=60, test=40, mean_events=300) for name, c in configs.items()}
@@ -111,10 +111,10 @@ def logs(options: Options) -> dict[str, tuple[EventLog, synthetic.SyntheticConfi
 
 
 def run(options: Options, row: Row, seed: int) -> dict[str, Any]:
-    """Train and measure, where it was not done before; the metrics of the split `test`."""
+    """Train and measure, unless done before; returns the metrics of the split `test`."""
     torch.set_num_threads(1)
     settings = dict(ifa=IFA, epochs=1 if options.smoke else options.epochs, seed=seed, validate=False)
-    if row.log == "old":  # its topics have no name
+    if row.log == "old":  # its topics have no ids
         settings["ifa"] = replace(IFA, identity_features=("item", "category"))
     settings |= row.options
     name = "".join(c if c.isalnum() else "_" for c in f"{row.log} {row.name}")
@@ -131,7 +131,7 @@ def run(options: Options, row: Row, seed: int) -> dict[str, Any]:
 def table(
     log: str, results: dict[tuple[str, str], list[dict[str, Any]]], best: dict[str, Any]
 ) -> pd.DataFrame:
-    """The rows of one log, means over the seeds, below the best that can be reached."""
+    """The rows of one log, means over the seeds, after the best possible scores."""
 
     def cells(name: str, runs: list[dict[str, Any]]) -> dict[str, str]:
         gaucs = [metrics["gauc"] for metrics in runs]
@@ -154,7 +154,7 @@ def table(
 
 
 def main(options: Options) -> None:
-    """Train everything, and write the page."""
+    """Run everything and write the page."""
     options.out.mkdir(parents=True, exist_ok=True)
     made = logs(options)
     results: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -173,7 +173,7 @@ def main(options: Options) -> None:
         dataset = RankingDataset(log, "test")
         scores = synthetic.best_scores(dataset, config)
         logits = np.log(scores / (1 - scores))[:, None]
-        # of a model whose one task is the log's: the truth's probabilities are calibrated, too
+        # given as logits of the log's task, so that the truth's calibration is measured, too
         best = measure(dataset, logits, binary_tasks(1), apart=True)
         found = markdown(table(name, results, best))
         text = text.replace(f"TABLE_{name.upper()}", found)

@@ -1,10 +1,10 @@
-"""What each treatment of unexposed candidates in the loss is worth, where what was shown is biased.
+"""Compares treatments of unexposed candidates in the loss, if exposure is biased.
 
     python benchmarks/exposure.py              # half an hour on 2 cores
     python benchmarks/exposure.py --smoke      # every run once, tiny, no page
 
-Synthetic logs of which the label of every candidate of the split `test` is known, shown or not. Writes
-docs/exposure.md. Runs are kept under --out, and are not trained again.
+Uses synthetic logs in which all candidates of the split `test`, exposed or not, have known labels.
+Writes docs/exposure.md. Runs are stored under --out and not trained again.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ IFA = IFAConfig(
     identity_buckets=4096,
     identity_half_lives=(math.inf,),
 )
-# without noise a history tells a user's interests, and so the probability that a candidate was shown
+# without noise a history reveals a user's interests, and so each candidate's exposure probability
 LOG = synthetic.SyntheticConfig(
     train=2000,
     test=2000,
@@ -65,7 +65,7 @@ LOGS = {
 }
 PROPENSITY = "propensity"
 LEAST = 0.05
-"""Propensities below it are taken for it: one candidate then weighs at most 20 times another."""
+"""Smaller propensities are raised to it, so that one candidate weighs at most 20 times another."""
 
 
 @dataclass(frozen=True)
@@ -73,22 +73,22 @@ class Options:
     """What to run."""
 
     out: Path = Path("runs/exposure")
-    """Where logs and runs are kept."""
+    """Folder of the logs and runs."""
     seeds: int = 2
-    """Seeds of each run."""
+    """Seeds per run."""
     epochs: int = 3
     """Passes over the requests."""
     jobs: int = 2
-    """Runs at a time, of one thread each."""
+    """Parallel runs, each with one thread."""
     logs: tuple[str, ...] = tuple(LOGS)
-    """Which logs."""
+    """Logs to use."""
     smoke: bool = False
     """Tiny logs, one seed, one pass, no page."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the tables: a treatment of the unexposed."""
+    """A row of the tables: a treatment of unexposed candidates."""
 
     name: str
     loss: CandidateSetLossConfig
@@ -115,8 +115,8 @@ ROWS = [
 
 
 class InversePropensity(nn.Module):
-    """The cross entropy of the exposed, each weighted by one over its probability of being shown, which
-    the log knows; in place of a CandidateSetLoss."""
+    """Cross entropy of the exposed candidates, weighted by the inverse of their exposure probability,
+    which the log contains; replaces a CandidateSetLoss."""
 
     def __init__(self, config: CandidateSetLossConfig) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class InversePropensity(nn.Module):
 
 
 def prepare(options: Options, name: str) -> tuple[EventLog, synthetic.SyntheticConfig]:
-    """The log, with the probability of each candidate's exposure as a task that is not trained."""
+    """The log, with each candidate's exposure probability as a task that is not trained."""
     config = LOGS[name]
     if options.smoke:
         config = replace(config, train=60, test=40)
@@ -159,7 +159,7 @@ def prepare(options: Options, name: str) -> tuple[EventLog, synthetic.SyntheticC
 
 
 def run(options: Options, log: str, row: Row, seed: int) -> dict[str, Any]:
-    """Train and measure, where it was not done before; the metrics of the split `test`."""
+    """Train and measure, unless done before; returns the metrics of the split `test`."""
     torch.set_num_threads(1)
     config = TrainConfig(
         data=options.out / f"log_{log}",
@@ -186,7 +186,7 @@ def run(options: Options, log: str, row: Row, seed: int) -> dict[str, Any]:
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
-    """A row each, means over the seeds."""
+    """One row per treatment, means over the seeds."""
 
     def mean(runs: list[dict[str, Any]], name: str, digits: int = 4) -> str:
         values = [metrics[name] for metrics in runs if name in metrics]
@@ -210,7 +210,7 @@ def table(results: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
 
 
 def main(options: Options) -> None:
-    """Train everything, and write the page."""
+    """Run everything and write the page."""
     options.out.mkdir(parents=True, exist_ok=True)
     tables: dict[str, str] = {}
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:

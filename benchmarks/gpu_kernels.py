@@ -1,11 +1,11 @@
-"""The Triton kernels compiled ahead of time, for GPUs that are not there.
+"""Compiles the Triton kernels ahead of time, for GPUs that are not present.
 
-    python benchmarks/gpu_kernels.py 0,1 80,90   a line of JSON for each kernel, of two cases
-    python benchmarks/gpu_kernels.py estimate    of the first case on an H200: what kernels need, and the
-                                                 time that they take at least
+    python benchmarks/gpu_kernels.py 0,1 80,90   one line of JSON per kernel, for two cases
+    python benchmarks/gpu_kernels.py estimate    for the first case on an H200: the kernels' resources,
+                                                 and a lower bound of their time
 
-``launches`` calls the backend as training would, with nothing run: what it would start is noted, and
-``compiled`` makes a cubin of it. tests/ops/test_triton.py looks at what it says.
+``launches`` calls the backend as training would, without running anything, and records the launches;
+``compiled`` compiles one to a cubin. tests/ops/test_triton.py checks the results.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from ifa_torchrec.ops.kernels import triton as kernels
 
 CAPABILITIES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""The most bytes of shared memory that a program can have, by compute capability."""
+"""Maximum bytes of shared memory per program, by compute capability."""
 _TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -49,7 +49,7 @@ _TYPES = {
 
 
 class Launch(NamedTuple):
-    """What ``common.launch`` was given, and the name of the kernel."""
+    """The arguments of a call of ``common.launch``."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -64,7 +64,7 @@ class Launch(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A model's D, H and d, its feature map, how its events are weighed, and its tokens' dtype."""
+    """A model's D, H and d, its feature map, the kind of its event weights, and its tokens' dtype."""
 
     dim: int
     heads: int
@@ -75,7 +75,7 @@ class Case(NamedTuple):
 
 
 def launches(case: Case, capability: int, events: int = 5000, candidates: int = 500) -> list[Launch]:
-    """All that forward and backward of the operators would start on a GPU."""
+    """All launches of the operators' forward and backward passes on a GPU."""
     noted: list[Launch] = []
 
     def note(kernel, grid, arguments, constants, warps=4, stages=1):
@@ -121,7 +121,7 @@ def _call(case: Case, events: int, candidates: int) -> None:
 
 
 def compiled(launch: Launch, capability: int) -> Any:
-    """The kernel for GPUs of this compute capability (90 is 9.0)."""
+    """The kernel, compiled for GPUs of this compute capability (90 is 9.0)."""
     signature, attributes, constants = {}, {}, dict(launch.constants)
     for i, name in enumerate(launch.kernel.arg_names):
         if name in launch.constants:
@@ -131,7 +131,7 @@ def compiled(launch: Launch, capability: int) -> Any:
         if isinstance(value, Tensor):
             signature[name] = _TYPES[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
-        elif value == 1:  # the number one is compiled in, as it is where a kernel is run
+        elif value == 1:  # the number 1 is compiled in, as when a kernel is run
             signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
@@ -152,22 +152,22 @@ CASES = [
     Case(256, 1, 256, "elu", 1, torch.bfloat16),
     Case(128, 2, 128, "hedgehog", 2, torch.float32),
 ]
-"""The first is that of the benchmarks; together they have every map, weighting and dtype, and the last
-two heads above 64."""
+"""The first is the benchmarks' case. Together they cover every feature map, weighting and dtype; the
+last two have heads above 64."""
 
 
 def resources(kernel: Any) -> tuple[int, int]:
-    """Bytes that a thread keeps outside its registers, none where none are spilled; and registers."""
+    """A thread's bytes outside its registers (0 without spills), and its number of registers."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    used = dict(re.findall(r"(\w+):(\d+)", told))
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = dict(re.findall(r"(\w+):(\d+)", output))
     return int(used["STACK"]) + int(used["LOCAL"]), int(used["REG"])
 
 
 def report(launch: Launch, capability: int) -> dict[str, Any]:
-    """What a program of a kernel needs, and how many of its instructions are tensor cores'."""
+    """The resources of a kernel's program, and its number of tensor-core instructions."""
     kernel = compiled(launch, capability)
     ptx, (local, registers) = kernel.asm["ptx"], resources(kernel)
     return {
@@ -182,7 +182,7 @@ def report(launch: Launch, capability: int) -> dict[str, Any]:
 
 
 def different(case: Case, capability: int) -> list[Launch]:
-    """The launches of a case, one of each kernel that is compiled."""
+    """The launches of a case, one per compiled kernel."""
     kernels: dict[str, Launch] = {}
     for launch in launches(case, capability):
         kernels.setdefault(f"{launch.name} {launch.constants}", launch)
@@ -191,19 +191,19 @@ def different(case: Case, capability: int) -> list[Launch]:
 
 # ------------------------------------------------------------------------------------ the estimate
 
-# Of an H200's data sheet: bytes and operations of bfloat16 a second; and what a multiprocessor has.
+# From an H200's data sheet: bytes and bfloat16 operations per second; a multiprocessor's resources.
 _BYTES, _OPERATIONS = 4.8e12, 989e12
 _REGISTERS, _SHARED = 65536, 228 * 1024
 
 
-def programs_at_once(told: dict[str, Any]) -> int:
-    """How many programs of a kernel a multiprocessor has room for at a time."""
-    by_registers = _REGISTERS // (max(told["registers"], 32) * told["warps"] * 32)
-    return min(by_registers, _SHARED // (told["shared"] + 1024), 64 // told["warps"])
+def programs_at_once(found: dict[str, Any]) -> int:
+    """How many programs of a kernel fit on a multiprocessor at a time."""
+    by_registers = _REGISTERS // (max(found["registers"], 32) * found["warps"] * 32)
+    return min(by_registers, _SHARED // (found["shared"] + 1024), 64 // found["warps"])
 
 
 def work(launch: Launch) -> tuple[float, float]:
-    """Bytes that a launch must move, each tensor once, and the operations of its products."""
+    """The bytes that a launch must move (each tensor once), and the operations of its products."""
     moved = sum(x.nbytes for x in launch.arguments.values() if isinstance(x, Tensor))
     if "PRECISION" not in launch.constants:
         return moved, 0.0
@@ -217,7 +217,7 @@ def work(launch: Launch) -> tuple[float, float]:
 
 
 def _of_row(launch: Launch) -> int:
-    """Multiplications of a row in encode and attend."""
+    """Multiplications per row in encode and attend."""
     sizes = launch.constants
     columns, dim = sizes["HEADS"] * sizes["PADDED"], sizes["D"]
     maps = 2 if sizes["MAP"] == 2 else 1
@@ -235,7 +235,7 @@ def _of_row(launch: Launch) -> int:
 
 
 def _of_wide_row(launch: Launch) -> int:
-    """Multiplications of a row in encode and attend of heads above 64."""
+    """Multiplications per row in encode and attend, for heads above 64."""
     sizes = launch.constants
     dim, tile = sizes["D"], sizes["TILE"]
     beside = sizes.get("E", sizes["WIDTH"])  # entries of the rows y
@@ -253,7 +253,7 @@ def _of_wide_row(launch: Launch) -> int:
 
 
 def _of_softmax_row(launch: Launch) -> int:
-    """Multiplications of a row in attend_softmax: a head at a time, its summaries in whole ranges."""
+    """Multiplications per row in attend_softmax: one head at a time, its summaries in whole ranges."""
     sizes = launch.constants
     width, dim = sizes["PADDED"], sizes["D"]
     parts, ranges = -(-dim // sizes["TILE"]), -(-sizes["R"] // sizes["RANGE"])
@@ -271,19 +271,19 @@ def _of_softmax_row(launch: Launch) -> int:
 
 
 def estimate(events: int, candidates: int) -> None:
-    """Print, for the first case on 9.0, a row of each kernel."""
+    """Print one row per kernel, for the first case on capability 9.0."""
     print("| kernel | programs | registers | shared KB | at once | MB | GFLOP | at least, us |")
     print("|---|---|---|---|---|---|---|---|")
     for launch in launches(CASES[0], 90, events, candidates):
-        told = report(launch, 90)
+        found = report(launch, 90)
         moved, operations = work(launch)
         least = max(moved / _BYTES, operations / _OPERATIONS) * 1e6
         programs = 1
         for size in launch.grid:
             programs *= size
         print(
-            f"| {launch.name} | {programs:,} | {told['registers']} | {told['shared'] / 1024:.0f} "
-            f"| {programs_at_once(told)} | {moved / 1e6:.1f} | {operations / 1e9:.2f} | {least:.0f} |",
+            f"| {launch.name} | {programs:,} | {found['registers']} | {found['shared'] / 1024:.0f} "
+            f"| {programs_at_once(found)} | {moved / 1e6:.1f} | {operations / 1e9:.2f} | {least:.0f} |",
             flush=True,
         )
 

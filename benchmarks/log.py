@@ -1,11 +1,11 @@
-"""What a large log takes on one machine: to prepare, to open, to the first batch, and to read.
+"""Time and memory that a large log needs on one machine: to prepare, open, get a first batch, and read.
 
-    python benchmarks/log.py                     # half an hour or so on 2 cores, 5 GB of disk
+    python benchmarks/log.py                     # about half an hour on 2 cores, 5 GB of disk
     python benchmarks/log.py --events 2_000_000  # four minutes
 
-Writes docs/log.md, and examples/plan_for_cluster/log.json, from which that example reckons. A made-up
-log, and one of a tenth of it beside, to see what grows; each stage runs in a process of its own, whose
-memory is told.
+Writes docs/log.md, and examples/plan_for_cluster/log.json, the input of that example. Measures a
+synthetic log, and one of a tenth of its size to see what grows. Each stage runs in its own process,
+whose memory is reported.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ SCHEMA = {
 
 @dataclass(frozen=True)
 class Options:
-    """The larger log; the other has a tenth of each."""
+    """The larger log; the other has a tenth of its events, users and requests."""
 
     events: int = 20_000_000
-    """Events, of a twentieth as many users, unevenly: the share of user u falls with the root of u."""
+    """Number of events, by a twentieth as many users: user u's share falls with the square root of u."""
     candidates: int = 20
-    """Candidates of a request; there are as many requests as users."""
+    """Candidates per request; there is one request per user on average."""
     items: int = 500_000
-    """Items, of 1,000 categories; of both logs."""
+    """Number of items of both logs, in 1,000 categories."""
     parts: int = 8
-    """Parts that the log is cut into in the last case."""
+    """Number of parts of the log in the last case."""
 
 
 def make_tables(folder: Path, events: int, options: Options) -> None:
-    """The files that are prepared."""
+    """Write the files to prepare."""
     users, sql = events // 20, duckdb.connect()
     sql.execute("SELECT setseed(0.5)")
     day, second = "TIMESTAMP '2024-01-01'", "INTERVAL 1 SECOND"
@@ -134,31 +134,31 @@ STAGES: dict[str, Callable[[Path, int], object]] = {
     f"sample {STEPS:,} steps": sample,
     f"load {LOADED} batches": load,
 }
-"""Those after "prepare" open the log; what they do beside is what differs from "open"."""
+"""The stages after "prepare" also open the log; the difference to "open" is their own cost."""
 
 
 def stage(name: str, folder: str, parts: int) -> dict[str, float]:
-    """Run a stage here: its seconds, imports left out, and of cores; how far this process's memory rises
-    by it at most, in MB; and what else the stage tells."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of imports is forgotten; see proc(5)
+    """Run a stage in this process. Returns its seconds and core seconds without imports, the peak rise
+    of this process's memory in MB, and the stage's own figures."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak after the imports; see proc(5)
     before, start, core = peak_megabytes(), time.perf_counter(), time.process_time()
-    told = STAGES[name](Path(folder), parts)
+    result = STAGES[name](Path(folder), parts)
     return {
         "seconds": time.perf_counter() - start,
         "core_seconds": time.process_time() - core,
         "megabytes": peak_megabytes() - before,
-        **(told if isinstance(told, dict) else {}),
+        **(result if isinstance(result, dict) else {}),
     }
 
 
 def peak_megabytes() -> float:
-    """The most resident memory that this process had (Linux)."""
+    """This process's peak resident memory (Linux)."""
     [line] = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
 
 
 def measure(name: str, folder: Path, parts: int) -> dict[str, float]:
-    """``stage`` in a process of its own."""
+    """Run ``stage`` in its own process."""
     code = f"import json, log; print(json.dumps(log.stage({name!r}, {str(folder)!r}, {parts})))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True
@@ -171,7 +171,7 @@ def measure(name: str, folder: Path, parts: int) -> dict[str, float]:
 
 
 def rates_of(whole: dict[str, dict[str, float]], events: int) -> dict[str, float]:
-    """What an event takes; Rates in examples/plan_for_cluster/log_size.py says what each is."""
+    """The cost per event; the fields are those of Rates in examples/plan_for_cluster/log_size.py."""
     prepared, loaded = whole["prepare"], whole[f"load {LOADED} batches"]
     return {
         "parquet_bytes": round(prepared["parquet_bytes"], 2),

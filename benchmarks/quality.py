@@ -1,11 +1,11 @@
-"""Every sequence interaction, trained under the same budget on real and on synthetic histories.
+"""Compares all sequence interactions, trained under the same budget on real and synthetic histories.
 
     python benchmarks/quality.py             # 4 to 8 hours on 2 cores
     python benchmarks/quality.py --smoke     # every run once, tiny: seconds each, no page
 
-Writes docs/quality.md and its pictures. Each trained run is kept under --out, and is not trained
-again as long as its options are the same: a study that was stopped goes on. Refuses to run if the
-tests of the modules fail.
+Writes docs/quality.md and its pictures. Trained runs are stored under --out and not trained again as
+long as their options are the same, so a stopped study can be continued. Refuses to run if the tests of
+the modules fail.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from cost import Cost, cost_of
 from report import ROOT, commit, markdown, measured_by
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-sys.path.insert(0, str(ROOT))  # the examples are no package
+sys.path.insert(0, str(ROOT))  # the examples are not an installed package
 from examples.baselines import measured
 from ifa_torchrec import IFAConfig
 from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
@@ -68,17 +68,17 @@ SYNTHETIC_LOG = synthetic.SyntheticConfig(train=8000)
 JOURNEY_LOG = complete_journey.CompleteJourneyConfig(train=10000, valid=500, test=3000)
 
 IFA = TrainConfig(Path(), Path()).ifa
-"""IFA as `ifa train` has it without options."""
+"""IFA with the default options of `ifa train`."""
 AS_PUBLISHED: dict[str, Any] = dict(interest_mass=False, readout="linear")
-"""IFA's attention without any addition of ours, in that configuration."""
+"""Changes to that configuration for plain linear attention, without our additions."""
 PEER = {
     JOURNEY: IFAConfig(64, num_heads=2, half_lives=(math.inf, 30.0), interest_mass=False),
     SYNTHETIC: IFAConfig(64, num_heads=1, interest_mass=False),
 }
-"""The peers as published: attention alone. Half-lives, in days, where they help; all peers have them."""
+"""The peers as published: attention only. Half-lives (in days) are set where they help all peers."""
 HEADS: dict[str, Any] = dict(interest_mass=True, identity_head_dim=IFA.identity_head_dim)
-"""Masses and identity heads as IFA has them, given to the peers in the second comparison: the features,
-half-lives and buckets are those that `ifa train` decides from the log, the same for all."""
+"""IFA's masses and identity heads, which the peers get in the second comparison. The features,
+half-lives and buckets are those that `ifa train` chooses from the log, the same for all."""
 EPOCHS = {JOURNEY: 1, SYNTHETIC: 3}
 LENGTHS = (50, 200, 1000)
 BESIDE = "+ identity"
@@ -89,7 +89,7 @@ BASELINES = {
     "recency_count": "the user's own, recency",
     "lightgbm": "LightGBM, features by hand",
 }
-"""Without a neural net (examples/baselines.py): one run each, beside the interactions as published."""
+"""Baselines without a neural net (examples/baselines.py); one run each, shown as published."""
 LABELS = {
     **BASELINES,
     "none": "no history",
@@ -119,7 +119,7 @@ SETTINGS = {
     "SOLAR-style, rank 64, all": ("solar", lambda c, *_: SOLARAttention(c, 64)),
     "HSTU-style, latest 50": ("hstu", lambda c, *_: HSTUAttention(c, 50)),
 }
-"""Other settings of the peers, and the row of the main tables that each varies."""
+"""Other settings of the peers, with the row of the main tables that each varies."""
 INTERACTIONS.update({name: make for name, (_, make) in SETTINGS.items()})
 
 
@@ -128,17 +128,17 @@ class Options:
     """What to run."""
 
     out: Path = Path("runs/quality")
-    """Where logs and trained runs are kept."""
+    """Folder of the logs and runs."""
     seeds: int = 3
-    """Seeds of each run of the main tables."""
+    """Seeds per run of the main tables."""
     ablation_seeds: int = 2
-    """Seeds of each ablation and each history length; other settings of the peers have one."""
+    """Seeds per ablation and history length; other settings of the peers have one."""
     jobs: int = 2
-    """Runs at a time, of one thread each."""
+    """Parallel runs, each with one thread."""
     minutes: float = math.inf
-    """Start no run later than this; the page then has what there is."""
+    """Start no run after this many minutes; the page then has the finished runs."""
     smoke: bool = False
-    """Tiny logs, one seed, no page: do all runs work?"""
+    """Tiny logs, one seed, no page, to check that all runs work."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Job:
     variant: str
     seed: int
     options: dict[str, Any] = field(hash=False)
-    """Of TrainConfig; of a baseline there are none."""
+    """Fields of TrainConfig; none for a baseline."""
 
 
 def variants(data: str) -> dict[str, dict[str, Any]]:
@@ -169,7 +169,7 @@ def variants(data: str) -> dict[str, dict[str, Any]]:
 
 
 def lengths(data: str) -> dict[str, dict[str, Any]]:
-    """IFA and softmax on the latest events alone."""
+    """IFA and softmax on only the latest events."""
     main = variants(data)
     return {
         f"{name}, latest {length}": dict(main[name], history_length=length)
@@ -179,7 +179,7 @@ def lengths(data: str) -> dict[str, dict[str, Any]]:
 
 
 def settings(data: str) -> dict[str, dict[str, Any]]:
-    """The peers as published, in other settings than the main tables'."""
+    """The peers as published, with other settings than in the main tables."""
     main = variants(data)
     return {name: dict(main[row], interaction=name) for name, (row, _) in SETTINGS.items()}
 
@@ -224,7 +224,7 @@ def ablations(data: str) -> dict[str, dict[str, Any]]:
 
 
 def jobs(options: Options) -> list[Job]:
-    """All runs: the main comparison's first seed first, the ablations last."""
+    """All runs, the first seed of the main comparison first and the ablations last."""
     main, others = (1, 1) if options.smoke else (options.seeds, options.ablation_seeds)
     result = []
     for seed in range(main):
@@ -243,14 +243,14 @@ def log_path(options: Options, data: str) -> Path:
 
 
 def prepare(options: Options) -> dict[str, EventLog]:
-    """The logs, written once."""
-    journey, made_up = JOURNEY_LOG, SYNTHETIC_LOG
+    """Write the logs, unless done before."""
+    journey, generated = JOURNEY_LOG, SYNTHETIC_LOG
     if options.smoke:
         journey = replace(journey, train=64, valid=32, test=64)
-        made_up = replace(made_up, train=64, test=32)
+        generated = replace(generated, train=64, test=32)
     return {
         JOURNEY: complete_journey.prepare(log_path(options, JOURNEY), journey),
-        SYNTHETIC: synthetic.prepare(log_path(options, SYNTHETIC), made_up),
+        SYNTHETIC: synthetic.prepare(log_path(options, SYNTHETIC), generated),
     }
 
 
@@ -260,7 +260,7 @@ def folder_of(options: Options, job: Job) -> Path:
 
 
 def run(options: Options, job: Job, deadline: float) -> dict[str, float] | None:
-    """Train and measure, or read what was measured; None after the deadline. Of a worker process."""
+    """Train and measure, or read the stored result; None after the deadline. Run in a worker process."""
     torch.set_num_threads(1)
     folder = folder_of(options, job)
     config = TrainConfig(
@@ -294,11 +294,11 @@ def run(options: Options, job: Job, deadline: float) -> dict[str, float] | None:
 
 
 Results = dict[str, dict[str, list[dict[str, float]]]]
-"""By data and variant, the metrics of each seed."""
+"""The metrics of each seed, by data set and variant."""
 
 
 def run_all(options: Options) -> Results:
-    """Every job, ``options.jobs`` at a time."""
+    """Run all jobs, ``options.jobs`` in parallel."""
     results: Results = {JOURNEY: {}, SYNTHETIC: {}}
     todo, start = jobs(options), time.perf_counter()
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -318,7 +318,7 @@ def run_all(options: Options) -> Results:
 
 
 def mean_and_deviation(runs: list[dict[str, float]], metric: str, digits: int = 4) -> str:
-    """ "mean ± standard deviation" over seeds; "-" where nothing was run."""
+    """ "mean ± standard deviation" over seeds; "-" if there are no runs."""
     values = [metrics[metric] for metrics in runs if metric in metrics]
     if not values:
         return "-"
@@ -329,7 +329,7 @@ def mean_and_deviation(runs: list[dict[str, float]], metric: str, digits: int = 
 def main_table(
     of_data: dict[str, list[dict[str, float]]], cost: dict[str, float], sizes: dict[str, Cost]
 ) -> pd.DataFrame:
-    """Quality and cost of every interaction, as published and with the identity heads."""
+    """Quality and cost of every interaction, as published and with identity heads."""
     rows = []
     for name, label in LABELS.items():
         row = {"interaction": label}
@@ -347,14 +347,14 @@ def main_table(
 
 
 def size_columns(title: str, cost: Cost | None) -> dict[str, str]:
-    """Millions of FLOP of a candidate, and thousands of bytes of the history."""
+    """MFLOP per candidate, and kB read from the history."""
     names = f"MFLOP a candidate, {title}", f"kB read a request, {title}"
     values = ("-", "-") if cost is None else (f"{cost.flop / 1e6:.2f}", f"{cost.read / 1000:,.1f}")
     return dict(zip(names, values, strict=True))
 
 
 def length_table(of_data: dict[str, list[dict[str, float]]]) -> pd.DataFrame:
-    """GAUC by the events that a model is given."""
+    """GAUC by the length to which histories are cut."""
     rows = []
     for name in (f"ifa {BESIDE}", f"softmax {BESIDE}", "softmax"):
         row = {
@@ -369,7 +369,7 @@ def length_table(of_data: dict[str, list[dict[str, float]]]) -> pd.DataFrame:
 
 
 def settings_table(results: Results) -> pd.DataFrame:
-    """The peers' other settings, each below the one of the main tables."""
+    """The peers' other settings, each after that of the main tables."""
     rows = []
     for name in PEERS:
         shown = {f"{LABELS[name]} (main tables)": name}
@@ -415,14 +415,14 @@ def trained(options: Options, data: str) -> dict[str, Run]:
 
 
 def request_cost(runs: dict[str, Run]) -> dict[str, float]:
-    """Milliseconds a test request of each run's model."""
+    """Milliseconds per test request of each run's model."""
     first = next(iter(runs.values()))
     models: dict[str, torch.nn.Module] = {name: r.model for name, r in runs.items()}
     return time_per_request(models, first.dataset("test"), first.device)
 
 
 def request_sizes(runs: dict[str, Run], requests: int = 32) -> dict[str, Cost]:
-    """FLOP and bytes of test requests spread over the split; of IFA from stored states too."""
+    """FLOP and bytes of test requests spread over the split; for IFA also from stored states."""
     result: dict[str, Cost] = {}
     for name, of_run in runs.items():
         test = of_run.dataset("test")
@@ -436,9 +436,9 @@ def request_sizes(runs: dict[str, Run], requests: int = 32) -> dict[str, Cost]:
 
 @torch.no_grad()
 def scaling_table(events: tuple[int, ...] = (1000, 10_000, 100_000), rounds: int = 5) -> pd.DataFrame:
-    """Milliseconds of one request's interaction alone, by history and candidate set.
+    """Median milliseconds of only the interaction for one request, by history and candidate set.
 
-    The models take turns, medians. Random tokens of width 64, as many categories as events / 50.
+    The models take turns. Tokens are random, of width 64; there are events / 50 categories.
     """
     torch.manual_seed(0)
     modules = {
@@ -483,13 +483,13 @@ def scaling_table(events: tuple[int, ...] = (1000, 10_000, 100_000), rounds: int
 
 
 def commits(options: Options) -> set[str]:
-    """The commits at which the kept runs were trained."""
+    """The commits at which the stored runs were trained."""
     kept = (folder_of(options, job) / "result.json" for job in jobs(options))
     return {json.loads(file.read_text())["commit"] for file in kept if file.exists()}
 
 
 def draw_cost(results: Results, costs: dict[str, dict[str, float]]) -> None:
-    """GAUC against milliseconds, both data sets."""
+    """Plot GAUC against milliseconds, for both data sets."""
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     colours = plt.get_cmap("tab20")
     for ax, (data, of_data) in zip(axes, results.items(), strict=True):
@@ -510,7 +510,7 @@ def draw_cost(results: Results, costs: dict[str, dict[str, float]]) -> None:
 
 
 def draw_lengths(results: Results, best: float) -> None:
-    """GAUC by the events given, both data sets."""
+    """Plot GAUC against the history length, for both data sets."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for ax, (data, of_data) in zip(axes, results.items(), strict=True):
         for name in (f"ifa {BESIDE}", f"softmax {BESIDE}", "softmax"):
@@ -531,7 +531,7 @@ def draw_lengths(results: Results, best: float) -> None:
 
 
 def report(options: Options, logs: dict[str, EventLog], results: Results) -> str:
-    """The page, with its pictures written."""
+    """Draw the pictures and return the page's text."""
     source = measured_by("python benchmarks/quality.py")  # before the pictures change the tree
     runs = {data: trained(options, data) for data in results}
     costs = {data: request_cost(of_data) for data, of_data in runs.items()}
@@ -574,8 +574,8 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     tests = [sys.executable, "-m", "pytest", "-q", "-x", "tests/modules", "tests/models"]
     if subprocess.run(tests, cwd=ROOT, check=False).returncode:
-        raise SystemExit("error: the tests fail; no figures of a wrong model")
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the runs
+        raise SystemExit("error: the tests fail; not measuring a wrong model")
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the runs' processes
     logs = prepare(options)
     results = run_all(options)
     if options.smoke:

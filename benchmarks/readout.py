@@ -1,10 +1,10 @@
-"""The two read-outs of the user state beside softmax over everything and low-rank attention.
+"""Compares the two read-outs of the user state with softmax over all events and low-rank attention.
 
-    python benchmarks/readout.py             # some 40 minutes on 2 cores
+    python benchmarks/readout.py             # about 40 minutes on 2 cores
     python benchmarks/readout.py --smoke     # every run once, tiny
 
-Small logs: what to expect of a read-out before the study (benchmarks/quality.py) has it.
-Prints the table of docs/howto/options.md; what was trained is kept under --out and is not trained again.
+Uses small logs, for a first estimate before the full study (benchmarks/quality.py). Prints the table of
+docs/howto/options.md. Runs are stored under --out and not trained again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SYNTHETIC_LOG = synthetic.SyntheticConfig(train=6000, test=1000, mean_events=220
 JOURNEY_LOG = complete_journey.CompleteJourneyConfig(train=4000, valid=200, test=1500)
 EPOCHS = {"synthetic": 2, "journey": 1}
 DENSE = IFAConfig(64, num_heads=1, feature_map="hedgehog", interest_mass=False)
-"""The dense heads alone: one head of 128 features, no masses, no identity heads."""
+"""Dense heads only: one head of 128 features, no masses, no identity heads."""
 IDENTITY: dict[str, Any] = dict(
     interest_mass=True,
     identity_features=("item", "category"),
@@ -49,19 +49,19 @@ class Options:
     """What to run."""
 
     out: Path = Path("runs/readout")
-    """Where logs and results are kept."""
+    """Folder of the logs and results."""
     seeds: int = 1
-    """Seeds of each run; the table has their mean."""
+    """Seeds per run; the table has their mean."""
     smoke: bool = False
-    """Tiny logs: do all runs work?"""
+    """Tiny logs, to check that all runs work."""
     only: tuple[str, ...] = ()
-    """Names of variants; all by default."""
+    """Names of the variants to run; all by default."""
     logs: tuple[str, ...] = tuple(EPOCHS)
-    """Which of the logs."""
+    """Logs to use."""
 
 
 def variants() -> dict[str, tuple[str, IFAConfig]]:
-    """Each run's interaction and its configuration."""
+    """Each variant's interaction and its configuration, by name."""
     softmax = replace(DENSE, readout="softmax")
     two = dict(num_heads=2, head_dim=64)
     return {
@@ -83,24 +83,24 @@ def variants() -> dict[str, tuple[str, IFAConfig]]:
 
 
 def prepare(options: Options) -> None:
-    """The logs, written once."""
-    made_up, journey = SYNTHETIC_LOG, JOURNEY_LOG
+    """Write the logs, unless done before."""
+    generated, journey = SYNTHETIC_LOG, JOURNEY_LOG
     if options.smoke:
-        made_up, journey = (
-            replace(made_up, train=64, test=32),
+        generated, journey = (
+            replace(generated, train=64, test=32),
             replace(journey, train=64, valid=32, test=64),
         )
-    log = synthetic.prepare(options.out / "data" / "synthetic", made_up)
+    log = synthetic.prepare(options.out / "data" / "synthetic", generated)
     complete_journey.prepare(options.out / "data" / "journey", journey)
     test = RankingDataset(log, "test")
     rows, counts = test.candidate_rows(np.arange(len(test)))
     request, label = np.repeat(np.arange(len(test)), counts), np.asarray(test.requests["label"][rows])
-    truth = gauc(request, synthetic.best_scores(test, made_up), label)
-    print(f"The synthetic log's own truth: GAUC {truth:.4f}", flush=True)
+    truth = gauc(request, synthetic.best_scores(test, generated), label)
+    print(f"The synthetic log's true scores: GAUC {truth:.4f}", flush=True)
 
 
 def run(options: Options, data: str, name: str, seed: int) -> dict[str, float]:
-    """Train and measure, or read what was measured."""
+    """Train and measure, or read the stored result."""
     folder = options.out / data / "".join(c if c.isalnum() else "-" for c in name) / f"seed-{seed}"
     kept = folder / "result.json"
     if kept.exists():

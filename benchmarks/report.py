@@ -1,4 +1,4 @@
-"""What every page under docs/ that a benchmark writes has: a table, and where it was measured."""
+"""Helpers for the pages that benchmarks write under docs/: tables, and how they were measured."""
 
 from __future__ import annotations
 
@@ -22,15 +22,14 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's name."""
+    """The CPU's name."""
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
     return found[1] if found else platform.processor() or platform.machine()
 
 
 def commit() -> str:
-    """The commit that is checked out; "-dirty" behind it where files differ from it, but for the pages,
-    which benchmarks write."""
+    """The current commit; with "-dirty" if files other than the pages differ from it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -42,8 +41,8 @@ def commit() -> str:
 
 
 def measured_by(command: str | None = None) -> str:
-    """A sentence with the command, by default the one that started this process with all its options,
-    the commit and the machine."""
+    """A text with the command (by default the one that started this process, with its options), the
+    commit and the machine."""
     if command is None:
         script = Path(sys.argv[0]).resolve().relative_to(ROOT)
         command = shlex.join(["python", str(script), *sys.argv[1:]])
@@ -51,7 +50,7 @@ def measured_by(command: str | None = None) -> str:
 
 
 def over_seeds(seeds: int) -> str:
-    """What a page's figures are: behind "figures are"."""
+    """What a page's figures are, to follow the words "figures are"."""
     if seeds == 1:
         return "of one seed"
     return "means over the seeds, with half the distance between the extremes"

@@ -1,10 +1,10 @@
-"""Training throughput on 1, 2 and 4 ranks of this machine, where its time goes, how even the ranks are.
+"""Training throughput on 1, 2 and 4 ranks of this machine, a time profile, and the ranks' imbalance.
 
     python benchmarks/scaling.py
 
 Writes docs/scaling.md and docs/scaling.png. The work is the same in every case: the same requests in
-the same order, with as many events a step over all ranks. Refuses to run if the sharded model's
-tests fail.
+the same order, with the same number of events per step over all ranks. Refuses to run if the sharded
+model's tests fail.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ KINDS = {
     "lookup": re.compile(r"fbgemm::|\[lookup\]|Lookup"),
     "loading": re.compile(r"DataLoader"),
 }
-"""What an operator's time counts as, if its own name or that of one that it is called by fits; other
-operators are "dense", and what is no operator is "other", Python above all."""
+"""Kinds of an operator's time, by patterns for its own name or a caller's; other operators are "dense",
+and everything else, mostly Python, is "other"."""
 COLOURS = {
     "lookup": "#4477aa",
     "communication": "#ee6677",
@@ -69,18 +69,18 @@ class Options:
     """What to measure."""
 
     rounds: int = 3
-    """Times that each case is run, by turns; medians are reported."""
+    """Runs per case; the cases take turns, and medians are reported."""
     steps: int = 30
-    """Steps timed a run."""
+    """Timed steps per run."""
     events: int = 32768
-    """Events a step, over all ranks."""
+    """Events per step, over all ranks."""
     items: int = 200_000
     """Rows of the item table."""
 
 
 def make_log(path: Path, items: int) -> EventLog:
-    """Log-normal histories, 1,000 events on average, the longest some 20 times that; items drawn
-    by Zipf's law."""
+    """Write a log with log-normal histories, 1,000 events on average, the longest about 20 times that;
+    items are drawn by Zipf's law."""
     rng = np.random.default_rng(0)
     lengths = np.minimum(rng.lognormal(np.log(1000) - 0.5, 1.0, 600).astype(int), 30_000)
     start = pd.Timestamp("2024-01-01")
@@ -118,7 +118,8 @@ def make_log(path: Path, items: int) -> EventLog:
 
 
 def work(log_path: str, options: Options) -> tuple[float, dict[str, float]]:
-    """What a rank does: events a second over all ranks, and its milliseconds a step by kind."""
+    """The work of a rank. Returns events per second over all ranks, and its milliseconds per step by
+    kind."""
     warnings.simplefilter("ignore")
     device = init_process_group()
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -180,7 +181,7 @@ def kind_of(event) -> str:
 
 
 def run(log: Path, ranks: int, threads: int, options: Options) -> tuple[float, dict[str, float]]:
-    """One run of one case: events a second, and the ranks' mean milliseconds a step by kind."""
+    """Run one case once: events per second, and the ranks' mean milliseconds per step by kind."""
     os.environ.update(OMP_NUM_THREADS=str(threads), GLOO_SOCKET_IFNAME="lo")
     config = LaunchConfig(
         min_nodes=1,
@@ -196,7 +197,7 @@ def run(log: Path, ranks: int, threads: int, options: Options) -> tuple[float, d
 
 
 def imbalance_table(lengths: np.ndarray) -> pd.DataFrame:
-    """Most events of a rank over the mean, averaged over the steps, for three ways to cut batches."""
+    """Most events of a rank over the mean, averaged over the steps, for three ways to make batches."""
     budget, requests = 32768, 32
     order = np.random.default_rng([0, 0]).permutation(len(lengths))
     rows = []
@@ -228,7 +229,7 @@ def _imbalance(events: list[list[int]]) -> str:
 
 
 def report(options: Options) -> str:
-    """Measure, draw the picture, and give the page's text."""
+    """Measure, draw the picture, and return the page's text."""
     cores = os.cpu_count() or 1
     cases = [(1, 1), (1, 2), (2, 1), (4, 1)]
     speeds: dict[tuple[int, int], list[float]] = {case: [] for case in cases}
@@ -287,7 +288,7 @@ training does.
 
 
 def draw(kinds: pd.DataFrame) -> None:
-    """The stacked bars."""
+    """Draw the stacked bars."""
     axes = kinds.plot.barh(stacked=True, color=COLOURS, figsize=(8, 3), width=0.7)
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds a step and rank")
@@ -302,7 +303,7 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     tests = [sys.executable, "-m", "pytest", "-q", "-x", "tests/distributed/test_sharding.py"]
     if subprocess.run(tests, cwd=ROOT).returncode:
-        raise SystemExit("error: the tests fail; no figures of a wrong model")
+        raise SystemExit("error: the tests fail; not measuring a wrong model")
     page = report(options)
     (ROOT / "docs" / "scaling.md").write_text(page)
     print(page)

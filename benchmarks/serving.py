@@ -1,10 +1,10 @@
-"""What a ranking request costs, against the length of the history: states beside raw histories.
+"""The time of a ranking request by length of the history, for stored states and for raw histories.
 
     python benchmarks/serving.py            # about 7 minutes on 2 cores; needs a C++ compiler
 
-Writes docs/serving.md and docs/serving.png. Users of 10^2 to 10^6 made-up events; the models are
-as large as the demo's and not trained, since time is all that is looked at. Before anything is timed,
-each user's scores from the state are compared with those of the same model on the raw history.
+Writes docs/serving.md and docs/serving.png. Users have 10^2 to 10^6 synthetic events. The models have
+the demo's sizes and are not trained, since only time is measured. Before the timing, each user's scores
+from the state are compared with the same model's scores from the raw history.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import tyro
 from report import ROOT, markdown, measured_by
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-sys.path.insert(0, str(ROOT))  # the examples are no package
+sys.path.insert(0, str(ROOT))  # the examples are not an installed package
 from examples.complete_journey.demo import MODELS
 from ifa_torchrec.batch import RankingFeatures
 from ifa_torchrec.commands.build_states import BuildStatesConfig, build_states
@@ -68,17 +68,17 @@ SERVICES: dict[str, tuple[str, ...]] = {
     "--compiled": ("--compiled",),
     "--compiled --workers 2": ("--compiled", "--workers", "2"),
 }
-"""Of which requests a second are measured, and their options."""
+"""The services whose requests per second are measured, and their options."""
 HOST, PORT = "127.0.0.1", 8765
-"""Of the first service; the next ones have the ports behind it."""
+"""Address of the first service; the next ones use the following ports."""
 SEARCHED = 50
 """Events of a candidate's category that SIM attends to."""
 _TURN = 20
-"""Requests that a cell is asked before the next one."""
+"""Requests to a cell before the next cell's turn."""
 _ROUNDS = 5
-"""Times that each service is saturated by requests of each size, by turns; the median counts."""
+"""Rounds in which each service in turn is saturated with requests of each size; medians are used."""
 _APPENDED = (1, 64)
-"""Events of an append."""
+"""Numbers of events per append."""
 Cell = tuple[int, int]
 """The events of the user's history, and the candidates of a request or the events of an append."""
 
@@ -88,17 +88,17 @@ class Options:
     """What to measure."""
 
     histories: tuple[int, ...] = (100, 1000, 10_000, 100_000, 1_000_000)
-    """Events of a user."""
+    """Numbers of events per user."""
     candidates: tuple[int, ...] = (50, 200, 1000, 5000)
-    """Candidates of a request."""
+    """Numbers of candidates per request."""
     requests: int = 200
-    """Requests timed of each system in each cell; fewer where they take more than --seconds."""
+    """Timed requests per system and cell; fewer if they take longer than --seconds."""
     seconds: float = 1.0
-    """Time of each system in each cell."""
+    """Seconds per system and cell."""
 
 
 class System(Protocol):
-    """Something that answers a request."""
+    """A system that scores requests."""
 
     def score(self, requests: Sequence[RankingRequest]) -> list[np.ndarray]:
         """As Scorer.score."""
@@ -106,11 +106,11 @@ class System(Protocol):
 
 
 class RawHistories:
-    """The same Scorer, but for the history: raw events, fetched and encoded at every request.
+    """A Scorer that fetches and encodes the raw history at every request.
 
-    A user's events lie as one value, so that they are fetched at the speed of memory. For SIM
-    (``by_category``) they lie by category, the latest SEARCHED of each, as its index keeps them: only
-    those of the candidates' categories are fetched.
+    A user's events are stored as one value, so that they are fetched at the speed of memory. For SIM
+    (``by_category``) they are stored by category, the latest SEARCHED of each, as in its index: only the
+    events of the candidates' categories are fetched.
     """
 
     def __init__(self, model: DLRM_IFA, log: EventLog, store: KeyValueStore, by_category: bool) -> None:
@@ -128,7 +128,7 @@ class RawHistories:
 
     @staticmethod
     def key(user: int, category: int = -1) -> bytes:
-        """Where events lie."""
+        """The key of a user's events."""
         return b"%d/%d" % (user, category)
 
     def fetch(self, request: RankingRequest) -> np.ndarray:
@@ -143,7 +143,7 @@ class RawHistories:
 
     @torch.no_grad()
     def score(self, requests: Sequence[RankingRequest]) -> list[np.ndarray]:
-        """As Scorer.score, of one request."""
+        """As Scorer.score, for one request."""
         (request,) = requests
         events, asked = self.fetch(request), np.asarray(request.candidates)
         items = self.log.items
@@ -169,14 +169,14 @@ class RawHistories:
 
 
 def make_log(path: Path, histories: Sequence[int]) -> EventLog:
-    """One user for each history length, whose number is that length; items by popularity."""
+    """A log with one user per history length, whose id is that length; items are drawn by popularity."""
     rng = np.random.default_rng(0)
     user = np.repeat(histories, histories)
     times = NOW - 1 - rng.integers(0, 730 * DAY, len(user))
     day = pd.to_datetime([NOW], unit="us")
     requests = {"user": [int(histories[0])], "time": day, "candidates": [[1, 2]]}
     item = np.arange(ITEMS)
-    category = np.where(item > 0, item % CATEGORIES + 1, 0)  # item 0 is the unknown one
+    category = np.where(item > 0, item % CATEGORIES + 1, 0)  # item 0 is the unknown item
     return EventLog.from_pandas(
         path,
         events=pd.DataFrame(
@@ -189,12 +189,12 @@ def make_log(path: Path, histories: Sequence[int]) -> EventLog:
 
 
 def draw(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Items whose popularity falls with their number, as 1 over it."""
+    """Random items whose popularity is inversely proportional to their number."""
     return (ITEMS ** rng.random(count)).astype(np.int64)
 
 
 def untrained(run: Run, interaction: str) -> DLRM_IFA:
-    """The run's model with another interaction, the peers' plain one."""
+    """The run's model with another interaction, in the peers' plain configuration."""
     config = replace(run.config, interaction=interaction, ifa=MODELS["softmax"][1])
     model = build_model(
         run.log.schema, replace(config, recent_length=SEARCHED, search_feature="category")
@@ -210,7 +210,7 @@ def check(scorer: System, raw: RawHistories, requests: Sequence[RankingRequest])
     """The largest difference between scores from a state and from the raw history.
 
     Raises:
-        AssertionError: it is more than rounding.
+        AssertionError: the difference is larger than rounding errors.
     """
     worst = 0.0
     for request in requests:
@@ -223,10 +223,10 @@ def check(scorer: System, raw: RawHistories, requests: Sequence[RankingRequest])
 def timed(
     cells: dict[Cell, dict[str, Callable[[int], object]]], options: Options
 ) -> dict[tuple[Cell, str], list[float]]:
-    """Milliseconds of each system in each cell; a slow one is called less often.
+    """Milliseconds of each system in each cell; slow ones are called less often.
 
-    The systems of a cell take turns, and so do the cells, a few requests at a time: a slow minute of the
-    machine is then no cell's own.
+    The systems of a cell take turns, and so do the cells, a few requests at a time, so that a slow
+    minute of the machine does not count against one cell.
     """
     times: dict[tuple[Cell, str], list[float]] = {
         (cell, name): [] for cell, calls in cells.items() for name in calls
@@ -245,7 +245,7 @@ def timed(
 
 
 def p50_p99(milliseconds: Sequence[float]) -> str:
-    """Both percentiles; of few requests the median alone."""
+    """The median and the 99th percentile; for few requests only the median."""
     median = np.median(milliseconds)
     if len(milliseconds) < 50:
         return f"{median:,.3g} / -"
@@ -253,7 +253,7 @@ def p50_p99(milliseconds: Sequence[float]) -> str:
 
 
 class Server:
-    """``ifa serve`` in a process of its own, and a client of it."""
+    """``ifa serve`` in its own process, and a client for it."""
 
     def __init__(self, run: Path, store: Path, log: Path, port: int, further: Sequence[str]) -> None:
         self.port = port
@@ -293,10 +293,10 @@ class Server:
         return answer
 
     def saturation(self, bodies: Sequence[dict], connections: int = 16, seconds: float = 3.0) -> float:
-        """Requests a second over many connections, each with one under way at any time.
+        """Requests per second over many connections, each with one request in flight at any time.
 
-        The client shares the cores with the service, and so does little: its requests are bytes from the
-        start, and one thread sends the next as soon as the last one's answer has come.
+        The client shares the cores with the service, so it does little: its requests are prepared as
+        bytes, and one thread sends the next request as soon as a connection's answer has arrived.
         """
         asked = []
         for body in bodies:
@@ -325,28 +325,28 @@ class Server:
         return answered / seconds
 
     def close(self) -> None:
-        """Stop it, as a scheduler would."""
+        """Stop the service, as a scheduler would."""
         self.process.send_signal(signal.SIGTERM)
         assert self.process.wait(30) == 0
 
 
 def body_of(request: RankingRequest) -> dict:
-    """A request as JSON; without a time it is of now, which is after all events."""
+    """A request as JSON; without a time, the service uses now, which is after all events."""
     return {"requests": [{"user": request.user, "candidates": list(request.candidates), "k": 10}]}
 
 
 def requests_of(n: int, m: int, count: int = 20) -> list[RankingRequest]:
-    """Requests of the user with n events, for m candidates each."""
+    """Requests of the user with n events, with m candidates each."""
     rng = np.random.default_rng([n, m])
     return [RankingRequest(n, draw(rng, m).tolist(), NOW) for _ in range(count)]
 
 
 def measure_systems(systems: dict[str, System], options: Options) -> pd.DataFrame:
-    """Milliseconds of each system for each history length and number of candidates."""
+    """Milliseconds of each system by history length and number of candidates."""
     cells: dict[Cell, dict[str, Callable[[int], object]]] = {}
     for cell in itertools.product(options.histories, options.candidates):
         asked = requests_of(*cell)
-        systems[IFA].score(asked[:1])  # its pages come into memory
+        systems[IFA].score(asked[:1])  # brings the state's pages into memory
         cells[cell] = {
             name: lambda i, system=system, asked=asked: system.score([asked[i % len(asked)]])
             for name, system in systems.items()
@@ -359,7 +359,7 @@ def measure_systems(systems: dict[str, System], options: Options) -> pd.DataFram
 
 
 def state_bytes(store: StateStore, user: int) -> int:
-    """What a user's state takes: keys and values of all its records."""
+    """The size of a user's state: keys and values of all its records."""
     keys, key_values = Keys(store.version), store.key_values
     mine = [keys.head(user), keys.before(user), *key_values.scan(keys.all_pages(user))]
     return sum(
@@ -368,7 +368,7 @@ def state_bytes(store: StateStore, user: int) -> int:
 
 
 def measure_appends(scorer: Scorer, options: Options) -> pd.DataFrame:
-    """What an append costs to a state of each history length, and what that takes before it."""
+    """The time of an append to a state, by history length, and the state's size before it."""
     rng, position, rows = np.random.default_rng(2), scorer.store.positions[0], []
     every_key = np.arange(scorer.store.layout.identity_key_range)
     cells: dict[Cell, dict[str, Callable[[int], object]]] = {}
@@ -395,7 +395,7 @@ def measure_appends(scorer: Scorer, options: Options) -> pd.DataFrame:
 
 
 def measure_latency(server: Server, options: Options) -> dict[Cell, list[float]]:
-    """Milliseconds of POST /rank over one connection, by length of the history and candidates."""
+    """Milliseconds of POST /rank over one connection, by history length and number of candidates."""
     connection = server.connection()
     cells: dict[Cell, dict[str, Callable[[int], object]]] = {}
     for cell in itertools.product(options.histories, options.candidates):
@@ -409,7 +409,7 @@ def measure_latency(server: Server, options: Options) -> dict[Cell, list[float]]
 
 
 def measure_saturation(servers: dict[str, Server], options: Options) -> pd.DataFrame:
-    """Requests a second over many connections, for each number of candidates: the services by turns."""
+    """Requests per second over many connections, by number of candidates; the services take turns."""
     n = options.histories[len(options.histories) // 2]
     rates: dict[tuple[int, str], list[float]] = {}
     for _ in range(_ROUNDS):
@@ -424,7 +424,7 @@ def measure_saturation(servers: dict[str, Server], options: Options) -> pd.DataF
 
 
 def picture(rows: pd.DataFrame, file: Path) -> None:
-    """Median latency against history length, a panel for each of some numbers of candidates."""
+    """Plot median latency against history length; one panel for every second number of candidates."""
     shown = sorted(rows["m"].unique())[::2]
     figure, panels = plt.subplots(
         1, len(shown), figsize=(4.5 * len(shown), 3.6), sharey=True, squeeze=False
@@ -473,7 +473,7 @@ def main() -> None:
             options,
         )
         appends = measure_appends(scorer, options)
-        states.close()  # the service opens it
+        states.close()  # so that the service can open them
         with ExitStack() as stack:
             servers: dict[str, Server] = {}
             for port, (name, further) in enumerate(SERVICES.items(), PORT):

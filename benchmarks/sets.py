@@ -1,14 +1,14 @@
-"""What relations between candidates are worth, what they cost, and where they do no harm.
+"""The benefit and the cost of relations between candidates, and whether they harm if there are none.
 
     python benchmarks/sets.py              # 20 to 40 minutes on 2 cores
-    python benchmarks/sets.py --costs      # what they cost alone, into the page as it stands
+    python benchmarks/sets.py --costs      # only their cost, written into the existing page
     python benchmarks/sets.py --smoke      # every run once, tiny, no page
-    python benchmarks/sets.py --journey LOG  # on real requests too, of which all is exposed
+    python benchmarks/sets.py --journey LOG  # also on real requests, with all candidates exposed
 
-A synthetic log whose users pick from the set that is shown (data/synthetic_sets.py), and logs whose
-labels know no relations: a synthetic one and, with --journey, a log of The Complete Journey, such as
-runs/data/complete_journey_demo of `make demo`, of whose requests a part is used. Writes docs/sets.md.
-Runs are kept under --out, and are not trained again.
+Uses a synthetic log whose users pick from the shown set (data/synthetic_sets.py), and logs whose labels
+do not depend on relations: a synthetic one and, with --journey, part of a log of The Complete Journey,
+e.g. runs/data/complete_journey_demo from `make demo`. Writes docs/sets.md. Runs are stored under --out
+and not trained again.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from ifa_torchrec.training.trainer import train
 
 SET_SIZE = 10
 COSTS = "## What they cost to train\n"
-"""Where the page's part of costs begins."""
+"""Heading of the page's section on costs."""
 IFA = IFAConfig(
     embedding_dim=32,
     num_heads=1,
@@ -75,7 +75,7 @@ RELATIONS = synthetic.SyntheticConfig(
     relations=True,
 )
 JOURNEY = {"train": 4000, "test": 2000}
-"""Requests of each split that are used, evenly spread over all."""
+"""Number of requests used from each split, evenly spread."""
 JOURNEY_PART = f"""
 Requests of the Complete Journey, real baskets ({JOURNEY["train"]:,} of the split `train`, one pass, and
 {JOURNEY["test"]:,} of `test`; 60 to 100 candidates each, all exposed):
@@ -99,19 +99,19 @@ class Options:
     """What to run."""
 
     out: Path = Path("runs/sets")
-    """Where logs and runs are kept."""
+    """Folder of the logs and runs."""
     seeds: int = 3
-    """Seeds of each run where labels know no relations, and of "generate" where they do."""
+    """Seeds per run on logs without relations, and of "generate" on the log with relations."""
     journey: Path | None = None
-    """Log of the Complete Journey, all candidates exposed; without it the page has no such table."""
+    """Log of The Complete Journey with all candidates exposed; without it the page has no such table."""
     costs: bool = False
-    """Train nothing: the last two tables alone, into the page as it stands."""
+    """Train nothing: write only the last two tables, into the existing page."""
     smoke: bool = False
     """Tiny logs, one seed, no page."""
 
 
 def part_of(whole: Path, path: Path, requests: dict[str, int]) -> EventLog:
-    """A log with so many of another one's requests, or that log if it is there."""
+    """A log with this many of another log's requests per split; written if it does not exist."""
     if path.exists():
         return EventLog(path)
     with drafting(path) as draft:
@@ -127,7 +127,7 @@ def part_of(whole: Path, path: Path, requests: dict[str, int]) -> EventLog:
 
 
 def run(options: Options, log: str, name: str, seed: int) -> Path:
-    """Train where it was not done before; the run's folder."""
+    """Train, unless done before; returns the run's folder."""
     folder = options.out / "".join(c if c.isalnum() else "_" for c in f"{log} {name} {seed}")
     done = folder / "done.json"
     if not done.exists():
@@ -149,7 +149,7 @@ def run(options: Options, log: str, name: str, seed: int) -> Path:
 
 @dataclass(frozen=True)
 class Split:
-    """The split `test` of the log with relations, and what is best there."""
+    """The split `test` of the log with relations, and its best possible scores."""
 
     dataset: RankingDataset
     truth: SetTruth
@@ -166,9 +166,9 @@ class Split:
         return Split(dataset, truth, truth.scores_alone(), truth.scores_given(exposed), best)
 
     def gauc(self, score: np.ndarray) -> float:
-        """Of the exposed, by the true probabilities that they are picked in place of labels, which were
-        drawn by these and would add their noise: of two candidates one picked and the other not, how
-        often the first has the higher score; the mean over the requests."""
+        """GAUC of the exposed candidates by their true probabilities of being picked instead of drawn
+        labels, which would add noise: how often, of a picked and an unpicked candidate, the picked one
+        has the higher score; mean over the requests."""
         exposed = np.asarray(self.dataset.requests[EXPOSED])
         picked, score = (rows[exposed].reshape(-1, SHOWN) for rows in (self.given, score))
         weight = picked[:, :, None] * (1 - picked[:, None, :]) * (1 - np.eye(SHOWN))
@@ -176,13 +176,13 @@ class Split:
         return float(((weight * before).sum((1, 2)) / weight.sum((1, 2))).mean())
 
     def drawn(self, score: np.ndarray) -> float:
-        """GAUC of the exposed by the labels that were drawn."""
+        """GAUC of the exposed candidates by drawn labels."""
         exposed = np.asarray(self.dataset.requests[EXPOSED])
         labels = np.asarray(self.dataset.requests["label"])[exposed]
         return gauc(np.repeat(np.arange(len(labels) // SHOWN), SHOWN), score[exposed], labels)
 
     def share(self, sets: list[np.ndarray]) -> float:
-        """Of the best sets' expected reward."""
+        """The sets' share of the best sets' expected reward."""
         return float(np.mean([self.truth.reward(rows) for rows in sets])) / self.best
 
     def by_topk(self, score: np.ndarray) -> list[np.ndarray]:
@@ -190,7 +190,7 @@ class Split:
         return [a + np.argsort(-score[a:b], kind="stable")[:SET_SIZE] for a, b in spans]
 
     def by_greedy(self) -> list[np.ndarray]:
-        """What the truth itself would take one by one."""
+        """The sets that the true scores choose one by one."""
         sets = []
         for first, last in zip(self.truth.offsets[:-1], self.truth.offsets[1:], strict=True):
             chosen = np.empty(0, np.int64)
@@ -206,8 +206,8 @@ class Split:
 
 @torch.no_grad()
 def measured(split: Split, folder: Path) -> dict[str, float]:
-    """A run's GAUC of the exposed, given the others that were shown where it knows what these do, by
-    true probabilities and by drawn labels; and the shares of the best sets' reward."""
+    """A run's GAUC of the exposed candidates by true probabilities and by drawn labels, given the others
+    that were shown if the model can use them; and its shares of the best sets' reward."""
     model = load_run(folder).dlrm.eval()
     requests = split.dataset
     given = np.zeros(len(split.alone))
@@ -233,7 +233,7 @@ def measured(split: Split, folder: Path) -> dict[str, float]:
 
 
 def relations_table(options: Options, split: Split) -> pd.DataFrame:
-    """What each model makes of the log with relations, between the two truths."""
+    """Each model's metrics on the log with relations, between those of the two truths."""
     low, high = split.gauc(split.alone), split.gauc(split.given)
     drawn_low, drawn_high = split.drawn(split.alone), split.drawn(split.given)
     rows = [
@@ -273,7 +273,7 @@ def relations_table(options: Options, split: Split) -> pd.DataFrame:
 
 @torch.no_grad()
 def plain_gauc(folder: Path) -> float:
-    """GAUC of the split `test` with nothing taken."""
+    """GAUC of the split `test` with no candidate taken."""
     model, dataset = (loaded := load_run(folder)).dlrm.eval(), loaded.dataset("test")
     score = np.zeros(len(dataset.requests["candidates"]))
     sampler = EventBudgetSampler(dataset.history_lengths, 32768, 32)
@@ -284,7 +284,7 @@ def plain_gauc(folder: Path) -> float:
 
 
 def harm_table(options: Options, log: str) -> pd.DataFrame:
-    """GAUC where labels know no relations, by seed, and what the relations cost."""
+    """GAUC by seed on a log whose labels do not depend on relations, and the loss by the relations."""
     found: dict[str, list[float]] = {name: [] for name in SETS if name != "softmax, generate"}
     for seed in range(options.seeds):
         for name, scores in found.items():
@@ -306,7 +306,7 @@ def harm_table(options: Options, log: str) -> pd.DataFrame:
 
 
 def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call on its one core, the calls taking turns; other work is not counted."""
+    """Median CPU seconds of each call on one core; the calls take turns."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -317,7 +317,7 @@ def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, f
 
 
 def made(log: EventLog, relations: CandidateSetConfig) -> DLRM_IFA:
-    """A model of random weights on the CPU."""
+    """A model with random weights on the CPU."""
     torch.manual_seed(0)
     config = TrainConfig(log.path, log.path, ifa=IFA, candidate_set=relations)
     model = build_model(log.schema, config, log.scales)
@@ -327,8 +327,8 @@ def made(log: EventLog, relations: CandidateSetConfig) -> DLRM_IFA:
 
 
 def step_table(options: Options) -> pd.DataFrame:
-    """What a training step costs, its update included, against that of the model whose candidates do not
-    see each other."""
+    """The time of a training step, update included, relative to the model whose candidates do not see
+    each other."""
     log, device = EventLog(options.out / "log_plain"), init_process_group()
     models = {name: DLRM_IFATrain(made(log, relations)) for name, relations in SETS.items()}
     rows: dict[str, dict[str, str]] = {name: {"": name} for name in SETS}
@@ -350,10 +350,11 @@ def step_table(options: Options) -> pd.DataFrame:
 
 @torch.no_grad()
 def greedy_table(options: Options) -> pd.DataFrame:
-    """What ten of a thousand candidates cost, against ranking the thousand, histories included."""
+    """The time of choosing ten of a thousand candidates, relative to ranking the thousand, histories
+    included."""
     log = EventLog(options.out / "log_plain")
     dataset = RankingDataset(log, "test")
-    batch = dataset[np.arange(32)]  # 1,024 candidates, now of one request
+    batch = dataset[np.arange(32)]  # 1,024 candidates, moved to one request below
     sequence = batch.sequence_features
     m = len(batch.labels)
     one = replace_requests(batch, sequence, m)
@@ -385,7 +386,7 @@ def greedy_table(options: Options) -> pd.DataFrame:
 
 
 def replace_requests(batch: Any, sequence: Any, m: int) -> Any:
-    """The first request of a batch, with the candidates of all."""
+    """The first request of a batch, with the candidates of all requests."""
     keys, values, lengths = sequence.keys(), [], []
     for key in keys:
         part = sequence[key]
@@ -401,7 +402,7 @@ def replace_requests(batch: Any, sequence: Any, m: int) -> Any:
 
 
 def write_costs(options: Options) -> None:
-    """The page's last sections anew."""
+    """Rewrite the page's last sections."""
     page, template = ROOT / "docs" / "sets.md", (Path(__file__).parent / "sets_page.md").read_text()
     synthetic.prepare(options.out / "log_plain", PLAIN)
     text = COSTS + template.split(COSTS)[1]
@@ -413,7 +414,7 @@ def write_costs(options: Options) -> None:
 
 
 def main(options: Options) -> None:
-    """Train everything, and write the page."""
+    """Run everything and write the page."""
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.costs:

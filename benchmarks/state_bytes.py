@@ -1,4 +1,4 @@
-"""What the states in a store take an event, part by part.
+"""Bytes per event of the states in a store, part by part.
 
     make demo
     ifa build-states --run runs/demo/ifa --store runs/bytes --position 0
@@ -24,7 +24,7 @@ PARTS = ("dense heads before the last time", "the last time's events", "identity
 
 
 def records(store: KeyValueStore, keys: Keys) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values of all records of a version's states, read some at a time."""
+    """Keys and values of all records of a version's states, read in batches."""
     for kind in (b"s", b"u", b"i"):
         of_version = (key for key in store.scan(kind) if keys.are_of(key))
         while some := list(islice(of_version, 1000)):
@@ -34,7 +34,7 @@ def records(store: KeyValueStore, keys: Keys) -> Iterator[tuple[bytes, bytes]]:
 
 
 def measure(store: KeyValueStore, header: dict) -> tuple[int, int, Counter[str]]:
-    """Users, events and the bytes of each part."""
+    """The numbers of users and events, and the bytes of each part."""
     codec = RecordCodec(store, header)
     before, last, rows, rest = PARTS
     users, events, size = 0, 0, Counter[str]()

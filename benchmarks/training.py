@@ -1,10 +1,10 @@
-"""What the native op and bfloat16 give a training step of the demo's model, and where its time goes.
+"""The speed-up of a training step by the native op and bfloat16, on the demo's model, with a profile.
 
     python benchmarks/training.py            # about 8 minutes on 2 cores
 
-Writes docs/training.md. The same requests of The Complete Journey in the same order in every run; the
-cases take turns, each run in a process of its own. Of each step the median over the runs counts, so
-that a slow minute of the machine, which is longer than a run, is no case's own.
+Writes docs/training.md. Every run trains on the same requests of The Complete Journey in the same order.
+The cases take turns, each run in its own process. For each step the median over the runs is used, so
+that a slow minute of the machine, which is longer than a run, does not count against one case.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from report import ROOT, markdown, measured_by
 from scaling import COLOURS, kind_of
 from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(ROOT))  # the examples are no package
+sys.path.insert(0, str(ROOT))  # the examples are not an installed package
 from examples.complete_journey.demo import MODELS
 from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data.public.complete_journey import CompleteJourneyConfig, prepare
@@ -50,19 +50,19 @@ class Options:
     """What to measure."""
 
     rounds: int = 7
-    """Times that each case is run, by turns; of each step the median counts."""
+    """Runs per case; the cases take turns, and the median of each step is used."""
     requests: int = 400
-    """Training requests."""
+    """Number of training requests."""
 
 
 @dataclass(frozen=True)
 class Times:
-    """What a run took."""
+    """The times of a run."""
 
     steps: list[float]
-    """Seconds of each step, with its batch."""
+    """Seconds of each step, including its batch."""
     events: float
-    """In all steps."""
+    """Events in all steps."""
     waited: float
     """Share of the time in which a step waited for its batch."""
 
@@ -84,7 +84,7 @@ def work(case: str, data: str) -> Times:
 
 
 def by_kind(case: str, data: str) -> dict[str, float]:
-    """Train once, profiled: milliseconds a step by kind."""
+    """Train once with the profiler: milliseconds per step by kind."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         steps = trainer.train(options_of(case, data))["steps"]
     kinds: Counter[str] = Counter()
@@ -106,7 +106,7 @@ def options_of(case: str, data: str) -> TrainConfig:
 
 
 def run(what: str, case: str, data: Path) -> Any:
-    """``work`` or ``by_kind`` in a process of its own."""
+    """Run ``work`` or ``by_kind`` in its own process."""
     call = f"t.{what}({case!r}, {str(data)!r})"
     code = f"import training as t, json; print(json.dumps({call}, default=vars))"
     done = subprocess.run(
@@ -132,7 +132,7 @@ def main() -> None:
             for case, done in times.items():
                 done.append(Times(**run("work", case, data)))
         profiles = {case: run("by_kind", case, data) for case in CASES}
-    # the first step makes what is made once
+    # without the first step, which does one-time work
     step = {case: np.median([t.steps[1:] for t in done], axis=0).mean() for case, done in times.items()}
     speeds = {case: done[0].events / len(done[0].steps) / step[case] for case, done in times.items()}
     rows = [

@@ -1,13 +1,13 @@
-"""What was tried against `ifa train`, log by log: a dense state a category beside IFA's, what a history
-says at full size, and no history at all.
+"""Compares variants with `ifa train`, log by log: an additional dense state per category, a history's
+interest at full size, and no history.
 
     python benchmarks/tried.py                           # 60 trainings of up to two minutes
     python benchmarks/tried.py --logs journey --seeds 1  # a part
     python benchmarks/tried.py --smoke                   # every run once, tiny
 
-Prints the tables of "Tried and left out" of docs/quality.md: a row a model, trained as `ifa train` does
-without options, with the mean over seeds of its GAUC and of the difference from `ifa train`'s, whose
-standard error is over requests, paired. What was trained is kept under --out and is not trained again.
+Prints the tables of "Tried and left out" of docs/quality.md: one row per model, trained with the default
+options of `ifa train`, with the mean over seeds of its GAUC and of the difference to `ifa train`'s,
+whose paired standard error is over requests. Runs are stored under --out and not trained again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from report import ROOT, commit, markdown, measured_by
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-sys.path.insert(0, str(ROOT))  # the examples are no package
+sys.path.insert(0, str(ROOT))  # the examples are not an installed package
 from examples.ml100k import fetch
 from examples.movielens.compare import steps
 from ifa_torchrec import IFAConfig, InteractionFidelityAttention
@@ -51,22 +51,22 @@ DENSE = dict(identity_features=(), identity_half_lives=(float("inf"),), identity
 
 
 class StateByCategory(InteractionFidelityAttention):
-    """IFA, and beside it a dense state of each category of events: phi(k) (x) one-hot(category).
+    """IFA with an additional dense state for each category of events: phi(k) (x) one-hot(category).
 
-    A candidate reads its own category's alone, as IFA's is read: the same operators, over histories cut
-    by category. What is read is added to IFA's through a matrix that starts at 0.
+    A candidate reads only its own category's state, in the same way as IFA's: the same operators, over
+    histories split by category. The result is added to IFA's through a matrix that starts at 0.
 
     Args:
         config: IFAConfig.
-        feature: the item feature that is the category; id 0, "unknown", has no state.
-        width: d of the one head.
+        feature: the item feature used as category; id 0, "unknown", has no state.
+        width: d of its single head.
     """
 
     def __init__(self, config: IFAConfig, feature: str, width: int) -> None:
         super().__init__(config)
         self.feature = feature
         config = replace(config, num_heads=1, head_dim=width, **DENSE)
-        with torch.random.fork_rng(devices=[]):  # all else starts the same with and without it
+        with torch.random.fork_rng(devices=[]):  # other parameters are initialised as without it
             self.within = InteractionFidelityAttention(config)
             masses = int(config.interest_mass)
             self.within.output_proj = ZeroLinear(width + masses, config.embedding_dim)
@@ -81,7 +81,7 @@ class StateByCategory(InteractionFidelityAttention):
         candidates: JaggedTensor,
         history: JaggedTensor,
         history_age: Tensor | None = None,
-        history_ids: Any = None,  # a Tensor, as there is always an id feature
+        history_ids: Any = None,  # a Tensor, since there is always an id feature
         candidate_ids: Any = None,
         history_gates: Tensor | None = None,
     ) -> JaggedTensor:
@@ -113,7 +113,7 @@ class StateByCategory(InteractionFidelityAttention):
 
 
 class FullSize(InterestArch):
-    """What a history says, of one size however few its events are."""
+    """An InterestArch that does not shrink the interest of short histories."""
 
     def forward(self, tokens: Tensor, interest: Tensor, events: Tensor, request: Tensor) -> Part:
         interest = self.norm(interest)
@@ -136,7 +136,7 @@ MODELS: dict[str, tuple[str, type[InterestArch]]] = {
     "a state a category, width 16": ("by_category_16", InterestArch),
     "a state a category, width 64": ("by_category_64", InterestArch),
 }
-"""Of each model the interaction, and what makes of its answer what is put beside a candidate."""
+"""For each model its interaction, and the InterestArch that prepares the answer for the over arch."""
 JOURNEY = complete_journey.CompleteJourneyConfig(train=6000, valid=1000, test=2000)
 SYNTHETIC = synthetic.SyntheticConfig(train=12000, mean_events=220, distance=100)
 
@@ -146,19 +146,19 @@ class Options:
     """What to run."""
 
     out: Path = Path("runs/tried")
-    """Where logs and results are kept."""
+    """Folder of the logs and results."""
     seeds: int = 3
-    """Seeds of each run."""
+    """Seeds per run."""
     logs: tuple[str, ...] = ("journey", "synthetic", "ml100k", "ml100k_half")
-    """Which logs."""
+    """Logs to use."""
     models: tuple[str, ...] = tuple(MODELS)
-    """Which models."""
+    """Models to train."""
     smoke: bool = False
-    """Tiny logs: do all runs work?"""
+    """Tiny logs, to check that all runs work."""
 
 
 def log_of(options: Options, name: str) -> EventLog:
-    """A log, written once."""
+    """A log; written if it does not exist."""
     folder = options.out / "data" / name
     if name == "journey":
         tiny = replace(JOURNEY, train=64, valid=32, test=64)
@@ -169,14 +169,14 @@ def log_of(options: Options, name: str) -> EventLog:
     if folder.exists():
         return EventLog(folder)
     _, schema = next(steps(recbole.schema_of(fetch(options.out / "recbole"))))
-    # half of the requests to learn from, so that more are left to rank
+    # train on fewer requests, so that more are left to rank
     splits = {"valid": 0.4, "test": 0.5} if name == "ml100k_half" else schema.splits
     return prepare(replace(schema, splits=splits), folder)
 
 
 def run(options: Options, name: str, model: str, seed: int) -> tuple[dict[str, float], np.ndarray]:
-    """Train and measure, or read what was measured: the metrics, and the area of each request, NaN of
-    those that cannot be ranked."""
+    """Train and measure, or read the stored result: the metrics, and the area under the ROC curve of
+    each request, NaN if it cannot be ranked."""
     folder = options.out / name / "".join(c if c.isalnum() else "-" for c in model) / f"seed-{seed}"
     kept = folder / "result.json"
     if not kept.exists():
@@ -204,7 +204,7 @@ def areas(folder: Path) -> np.ndarray:
 
 
 def row(of: list[tuple[dict[str, float], np.ndarray]], base: list[np.ndarray]) -> dict[str, str]:
-    """A model's figures on a log, beside the areas of `ifa train` with the same seeds."""
+    """A model's figures on a log, compared with the areas of `ifa train` with the same seeds."""
     gaucs = [metrics["gauc"] for metrics, _ in of]
     difference = np.mean([mine - its for (_, mine), its in zip(of, base, strict=False)], axis=0)
     difference = difference[~np.isnan(difference)]

@@ -1,9 +1,9 @@
-"""Scorers without a neural net, of any event log: most popular, recency, and LightGBM on features that a
-practitioner would make first.
+"""Scorers without a neural net for any event log: popularity, recency, and LightGBM on the features that
+a practitioner would try first.
 
-Every feature of a candidate and its user's history is a count by ``ops.match``: how often the user had
-the item before, or one of the same category and so on, each event halved every so many days; and the
-days since the last. A request's and a candidate's own numbers and ids stand beside them.
+The features of a candidate and its user's history are counts by ``ops.match`` (how often the user had
+the item before, or an item of the same category and so on, with half-lives), and the days since the last
+such event. The request's and the candidate's own numbers and ids are added.
 """
 
 from __future__ import annotations
@@ -25,23 +25,22 @@ from ifa_torchrec.training.metrics import gauc
 from ifa_torchrec.training.scoring import measure
 
 HALF_LIVES = (7.0, 15.0, 30.0, 60.0, 90.0, 180.0, 365.0)
-"""Days; recency takes the one that ranks the requests of `valid` best."""
+"""In days; recency uses the one that ranks the requests of `valid` best."""
 COUNTED = (math.inf, 90.0, 30.0, 7.0)
 """Half-lives of LightGBM's counts, in days."""
-_LAST = 2.0  # a day; the sum of exp(-_LAST age) is all but that of the latest event
+_LAST = 2.0  # per day; the latest event dominates the sum of exp(-_LAST age)
 _ROUNDS, _PATIENCE = 1000, 30
 _MOST_CATEGORIES = 1000
-_HELD_OUT = 0.1  # of the training requests, the latest, where a log has no split `valid`
+_HELD_OUT = 0.1  # share of the training requests, the latest, held out if a log has no split `valid`
 
 
 def counts(dataset: RankingDataset, feature: str, half_lives: tuple[float, ...]) -> np.ndarray:
-    """How often the user had each candidate's value of an item feature before, each event halved every
-    so many days.
+    """How often the user had each candidate's value of an item feature before, with half-lives.
 
     Args:
         dataset: the split.
-        feature: an id feature of the item. Row 0 of it, "unknown", counts like any other.
-        half_lives: L, in days.
+        feature: an id feature of the item. Its row 0, "unknown", counts like any other.
+        half_lives: L half-lives, in days.
 
     Returns:
         [M, L] float32.
@@ -52,15 +51,15 @@ def counts(dataset: RankingDataset, feature: str, half_lives: tuple[float, ...])
 
 def days_since(dataset: RankingDataset, feature: str) -> np.ndarray:
     """Days since the user's last event with the candidate's value of an item feature, [M] float64; NaN
-    where there is none, or it is more than a year ago."""
-    # float64 holds the sum of events as old as that
+    if there is none, or it was more than a year ago."""
+    # float64 can represent the sum for events of this age
     matched = _matched(dataset, feature, torch.tensor([_LAST], dtype=torch.float64))[:, 0]
     with np.errstate(divide="ignore"):
         return np.where(matched > 0, np.maximum(-np.log(matched) / _LAST, 0), np.nan)
 
 
 def _matched(dataset: RankingDataset, feature: str, decay: torch.Tensor) -> np.ndarray:
-    """The sums over the events with a candidate's value of exp(-decay age), [M, L] of decay's dtype."""
+    """The sums of exp(-decay age) over the events with a candidate's value, [M, L] in decay's dtype."""
     sums = []
     sampler = EventBudgetSampler(dataset.history_lengths, max_events=65536, max_requests=64)
     for batch in make_loader(dataset, sampler):
@@ -81,8 +80,8 @@ def _matched(dataset: RankingDataset, feature: str, decay: torch.Tensor) -> np.n
 
 
 def popularity(dataset: RankingDataset) -> np.ndarray:
-    """Of all events before each request, the share that was of the candidate, [M] float64: one event is
-    added to the item's, and to all, so that none is 0."""
+    """The candidate's share of all events before each request, [M] float64. One event is added to the
+    item's and to all events, so that no share is 0."""
     log, requests = dataset.log, dataset.requests
     start = min(np.min(log.events[TIME]), np.min(requests[TIME]))
     seconds = (np.asarray(log.events[TIME]) - start) // 1_000_000
@@ -97,7 +96,7 @@ def popularity(dataset: RankingDataset) -> np.ndarray:
 
 
 def features(dataset: RankingDataset) -> tuple[np.ndarray, list[str]]:
-    """What LightGBM is given of each candidate: [M, F] float64, and the features' names."""
+    """LightGBM's features of each candidate: [M, F] float64, and the features' names."""
     schema, requests = dataset.log.schema, dataset.requests
     columns: dict[str, np.ndarray] = {}
     for name in schema.item_features:
@@ -117,7 +116,7 @@ def features(dataset: RankingDataset) -> tuple[np.ndarray, list[str]]:
 
 
 def _categories(log: EventLog) -> list[str]:
-    """What describes an item by an id of few values, which LightGBM takes as a category."""
+    """The item's id features with few values, which LightGBM takes as categories."""
     schema = log.schema
     return [f for f, n in schema.item_features.items() if f != schema.item and n <= _MOST_CATEGORIES]
 
@@ -127,9 +126,9 @@ class Boosted:
     """LightGBM, trained on a log's first task, which must be binary; see ``boosted``.
 
     Attributes:
-        booster: of the package lightgbm.
+        booster: lightgbm's Booster.
         task: the task.
-        seconds: that the training took, features included.
+        seconds: time of the training, features included.
     """
 
     booster: Any
@@ -144,11 +143,11 @@ class Boosted:
 
 def boosted(log: EventLog, seed: int = 0) -> Boosted:
     """Train LightGBM on the log's training requests, with early stopping on `valid`, or without that
-    split on the latest tenth of them.
+    split on the latest tenth of the training requests.
 
     Args:
-        log: of a binary first task.
-        seed: LightGBM's.
+        log: the event log, whose first task is binary.
+        seed: LightGBM's seed.
 
     Raises:
         ModuleNotFoundError: the package lightgbm is not installed (extra `demo`).
@@ -165,7 +164,7 @@ def boosted(log: EventLog, seed: int = 0) -> Boosted:
         valid = RankingDataset(log, "valid")
         held_out = features(valid)[0], np.asarray(valid.requests[task.name])
     else:
-        # by rank, not by a time: requests may all be of one
+        # by rank, not by time: all requests may have the same time
         place = np.argsort(np.argsort(np.asarray(train.requests[TIME]), kind="stable"))
         is_late = place >= (1 - _HELD_OUT) * len(train)
         late = np.repeat(is_late, np.diff(train.requests[OFFSETS]))
@@ -193,8 +192,8 @@ def boosted(log: EventLog, seed: int = 0) -> Boosted:
 
 
 def best_half_life(log: EventLog) -> float:
-    """The half-life, in days, with which the user's own counts of an item rank the requests of `valid`
-    best, or without that split those of `train`."""
+    """The half-life in days with which the user's own counts of an item rank the requests of `valid`
+    (without that split, of `train`) best."""
     dataset = RankingDataset(log, "valid" if "valid" in log.splits else "train")
     request = np.repeat(np.arange(len(dataset)), np.diff(dataset.requests[OFFSETS]))
     label = np.asarray(dataset.requests[next(iter(log.schema.tasks))])
@@ -204,17 +203,18 @@ def best_half_life(log: EventLog) -> float:
 
 
 def measured(log: EventLog, name: str, seed: int = 0, by: tuple[str, ...] = ()) -> dict[str, Any]:
-    """One of these scorers on the split `test`, as ``measure`` has it.
+    """The metrics of one of these scorers on the split `test`.
 
     Args:
         log: the event log.
-        name: "popularity", "purchase_count" (the user's own, never forgotten), "recency_count" (halved
-            every ``best_half_life``) or "lightgbm".
-        seed: LightGBM's.
-        by: context features, as ``measure``'s.
+        name: "popularity", "purchase_count" (the user's own, without decay), "recency_count" (with
+            half-life ``best_half_life``) or "lightgbm".
+        seed: LightGBM's seed.
+        by: context features, as for ``measure``.
 
     Returns:
-        With "ms_per_request", the features' and the scorer's time; of LightGBM "train_seconds".
+        As from ``measure``, with "ms_per_request", the time of features and scorer; for LightGBM also
+        "train_seconds".
     """
     test, item = RankingDataset(log, "test"), log.schema.item
     half_life = best_half_life(log) if name == "recency_count" else math.inf
@@ -228,7 +228,7 @@ def measured(log: EventLog, name: str, seed: int = 0, by: tuple[str, ...] = ()) 
         scores = counts(test, item, (half_life,))
     milliseconds = 1000 * (time.perf_counter() - start) / len(test)
     if len(log.schema.tasks) > 1:
-        raise ValueError(f"{log.path} has the tasks {list(log.schema.tasks)}; give a log of one")
+        raise ValueError(f"{log.path} has the tasks {list(log.schema.tasks)}; give a log with one task")
     result = measure(test, scores, (model.task,) if model else None, by=by)
     result |= {"ms_per_request": milliseconds}
     if model is not None:

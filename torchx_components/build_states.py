@@ -1,6 +1,6 @@
 """The TorchX component that builds states."""
 
-# TorchX reads the annotations' source and knows no newer spelling.
+# TorchX reads the annotations' source and does not know newer spellings.
 # ruff: noqa: UP006, UP035, UP045
 import re
 from typing import Dict, List, Optional
@@ -33,35 +33,35 @@ def ddp(
 ) -> AppDef:
     """Build user states: ifa build-states under torchrun.
 
-    Options of the script that are not here go after "--", e.g. -- --until 2024-05-01. A job that is
-    started again goes on where it stopped.
+    Other options of the script go after "--", e.g. -- --until 2024-05-01. A job that is started again
+    continues where it stopped.
 
     Args:
         script_args: more options of ifa build-states
-        run: folder of a training run, its out; every node must see it
+        run: folder of a training run (its out); every node must see it
         store: where the states go: a folder on one node, or redis://HOST:PORT/NUMBER
-        position: first position of the event stream whose event the log has not; of several partitions
-            each and its position, e.g. "0 1200 1 981"
-        data: event log; by default the one the run was trained on
-        dtype: how states are stored, float32 or float16
+        position: position of the first event in the stream that the log lacks; for several partitions
+            each partition and its position, e.g. "0 1200 1 981"
+        data: event log; by default the log that the run was trained on
+        dtype: dtype of stored states, float32 or float16
         j: NODESxRANKS, e.g. 2x4 for two nodes with four ranks each
         h: a named resource, e.g. gpu.large, instead of cpu, gpu and memMB
-        cpu: CPUs a node
-        gpu: GPUs a node, one for each of its ranks
-        memMB: memory a node, in MB
+        cpu: CPUs per node
+        gpu: GPUs per node, one for each of its ranks
+        memMB: memory per node, in MB
         image: container image with this package; not used by local_cwd and slurm
         name: EXPERIMENT/RUN, EXPERIMENT/ or RUN; the job is called build-states if RUN is left out
         env: environment variables of the job, e.g. A=1,B=2
-        max_retries: times that the scheduler may start a failed job again
-        rdzv_port: port on the first node where the nodes meet; not used on one node
+        max_retries: how often the scheduler may restart a failed job
+        rdzv_port: rendezvous port on the first node; not used on one node
         mounts: mounts of the container, e.g. type=volume,src=CLAIM,dst=/shared
-        debug: set the environment variables that help to find errors of torch.distributed
+        debug: set torch.distributed's environment variables for debugging
 
     Returns:
         The job.
 
     Raises:
-        ValueError: an argument is out of range or empty, or several nodes are to share a folder.
+        ValueError: an argument is out of range or empty, or the store of several nodes is a folder.
 
     Example:
         >>> from torchx_components.build_states import ddp
@@ -70,18 +70,18 @@ def ddp(
         'ifa_torchrec build-states -- --run /shared/run --store redis://stat'
     """
     if not run.strip():
-        raise ValueError("run is empty; name the out of a training run, that every node can see")
+        raise ValueError("run is empty; give the out of a training run, which every node must see")
     if not store.strip():
-        raise ValueError("store is empty; name a folder, or redis://HOST:PORT/NUMBER")
+        raise ValueError("store is empty; give a folder, or redis://HOST:PORT/NUMBER")
     if dtype not in ("float32", "float16"):
-        raise ValueError(f"dtype must be float32 or float16, not {dtype!r}")
+        raise ValueError(f"dtype must be float32 or float16, got {dtype!r}")
     if not re.fullmatch(r"\d+|\d+ \d+( \d+ \d+)*", position):
         raise ValueError(
-            f"position must be a number, or partitions, each before its position, not {position!r}"
+            f"position must be a number, or partitions, each before its position, got {position!r}"
         )
     if dist.parse_nnodes(j)[1] > 1 and "://" not in store:
-        raise ValueError(f"store {store} is a folder, which serves one node; on several use redis://")
-    arguments = ["--", "--run", run]  # but for the "--" torchrun would take --run for its own --run-path
+        raise ValueError(f"store {store} is a folder, which works on one node; on several use redis://")
+    arguments = ["--", "--run", run]  # without "--" torchrun would take --run for its --run-path
     arguments += ["--store", store, "--position", *position.split()]
     arguments += [*(["--data", data] if data else []), "--dtype", dtype]
     return torchrun_job(

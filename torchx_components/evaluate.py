@@ -1,6 +1,6 @@
 """The TorchX component that evaluates."""
 
-# TorchX reads the annotations' source and knows no newer spelling.
+# TorchX reads the annotations' source and does not know newer spellings.
 # ruff: noqa: UP006, UP035, UP045
 from typing import Dict, List, Optional
 
@@ -29,25 +29,25 @@ def ddp(
 ) -> AppDef:
     """Score and measure a split: ifa evaluate under torchrun.
 
-    Options of the script that are not here go after "--", e.g. -- --by store.
+    Other options of the script go after "--", e.g. -- --by store.
 
     Args:
         script_args: more options of ifa evaluate
-        run: folder of a training run, its out; every node must see it
-        split: requests to score
-        data: event log; by default the one the run was trained on
+        run: folder of a training run (its out); every node must see it
+        split: split whose requests are scored
+        data: event log; by default the log that the run was trained on
         j: NODESxRANKS, e.g. 2x4 for two nodes with four ranks each
         h: a named resource, e.g. gpu.large, instead of cpu, gpu and memMB
-        cpu: CPUs a node
-        gpu: GPUs a node, one for each of its ranks
-        memMB: memory a node, in MB
+        cpu: CPUs per node
+        gpu: GPUs per node, one for each of its ranks
+        memMB: memory per node, in MB
         image: container image with this package; not used by local_cwd and slurm
         name: EXPERIMENT/RUN, EXPERIMENT/ or RUN; the job is called evaluate if RUN is left out
         env: environment variables of the job, e.g. A=1,B=2
-        max_retries: times that the scheduler may start a failed job again
-        rdzv_port: port on the first node where the nodes meet; not used on one node
+        max_retries: how often the scheduler may restart a failed job
+        rdzv_port: rendezvous port on the first node; not used on one node
         mounts: mounts of the container, e.g. type=volume,src=CLAIM,dst=/shared
-        debug: set the environment variables that help to find errors of torch.distributed
+        debug: set torch.distributed's environment variables for debugging
 
     Returns:
         The job.
@@ -62,10 +62,10 @@ def ddp(
         'ifa_torchrec evaluate -- --run /shared/run --split test --by store'
     """
     if not run.strip():
-        raise ValueError("run is empty; name the out of a training run, that every node can see")
+        raise ValueError("run is empty; give the out of a training run, which every node must see")
     if not split.strip():
-        raise ValueError("split is empty; name a split of the event log, e.g. test")
-    arguments = ["--", "--run", run]  # but for the "--" torchrun would take --run for its own --run-path
+        raise ValueError("split is empty; give a split of the event log, e.g. test")
+    arguments = ["--", "--run", run]  # without "--" torchrun would take --run for its --run-path
     arguments += ["--split", split, *(["--data", data] if data else [])]
     return torchrun_job(
         "evaluate",

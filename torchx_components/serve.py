@@ -1,6 +1,6 @@
 """The TorchX component that serves."""
 
-# TorchX reads the annotations' source and knows no newer spelling.
+# TorchX reads the annotations' source and does not know newer spellings.
 # ruff: noqa: UP006, UP035, UP045
 from typing import Dict, List, Optional
 
@@ -29,15 +29,15 @@ def server(
 ) -> AppDef:
     """Rank and take events over HTTP: one process of ifa serve.
 
-    Options of the script that are not here go after "--", e.g. -- --limits.timeout 1. It needs a bearer
-    token, unless host is 127.0.0.1: give token_file, or IFA_TOKEN in the environment of the job.
+    Other options of the script go after "--", e.g. -- --limits.timeout 1. The service needs a bearer
+    token, unless host is 127.0.0.1: give token_file, or IFA_TOKEN in the job's environment.
 
     Args:
         script_args: more options of ifa serve
-        run: folder of a training run, its out, or of a bundle of one, or a link to either
+        run: folder of a training run (its out), or of its bundle, or a link to either
         store: where its states are: a folder, or redis://HOST:PORT/NUMBER (password: IFA_REDIS_PASSWORD)
-        data: event log; by default the one the run was trained on
-        host: address to listen on; 0.0.0.0 for all of them
+        data: event log; by default the log that the run was trained on
+        host: address to listen on; 0.0.0.0 for all addresses
         port: port to listen on
         token_file: file with the bearer token, e.g. a mounted secret
         h: a named resource, e.g. cpu.large, instead of cpu and memMB
@@ -46,7 +46,7 @@ def server(
         image: container image with this package; not used by local_cwd and slurm
         name: EXPERIMENT/RUN, EXPERIMENT/ or RUN; the job is called serve if RUN is left out
         env: environment variables of the job, e.g. A=1,B=2
-        max_retries: times that the scheduler may start a failed job again
+        max_retries: how often the scheduler may restart a failed job
         mounts: mounts of the container, e.g. type=volume,src=CLAIM,dst=/shared
 
     Returns:
@@ -62,9 +62,9 @@ def server(
         ('python', ['-m', 'ifa_torchrec', 'serve'], {'http': 8080})
     """
     if not run.strip():
-        raise ValueError("run is empty; name the out of a training run")
+        raise ValueError("run is empty; give the out of a training run")
     if not store.strip():
-        raise ValueError("store is empty; name a folder, or redis://HOST:PORT/NUMBER")
+        raise ValueError("store is empty; give a folder, or redis://HOST:PORT/NUMBER")
     check_least(1, port=port, cpu=cpu, memMB=memMB)
     check_least(0, max_retries=max_retries)
     names = StructuredNameArgument.parse_from(name, m="serve")

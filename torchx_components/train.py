@@ -1,6 +1,6 @@
 """The TorchX component that trains."""
 
-# TorchX reads the annotations' source and knows no newer spelling.
+# TorchX reads the annotations' source and does not know newer spellings.
 # ruff: noqa: UP006, UP035, UP045
 from typing import Dict, List, Optional
 
@@ -31,29 +31,29 @@ def ddp(
 ) -> AppDef:
     """Train on an event log: ifa train under torchrun.
 
-    Options of the script that are not here go after "--", e.g. -- --interaction softmax --epochs 2.
-    A job that may be started again (max_retries, max_restarts, nodes that come and go) gets the
-    script's --resume: each start goes on from the last checkpoint in out, if there is one.
+    Other options of the script go after "--", e.g. -- --interaction softmax --epochs 2. A job that may
+    be restarted (max_retries, max_restarts, a varying number of nodes) gets the script's --resume: each
+    start continues from the last checkpoint in out, if there is one.
 
     Args:
         script_args: more options of ifa train
         data: event log to train on; every node must see it
         out: folder of the run; every node must see it
-        max_events: budget of history events a batch and rank
-        max_requests: most requests a batch and rank; 0 to decide it from the log
+        max_events: budget of history events per batch and rank
+        max_requests: maximum of requests per batch and rank; 0 to choose it from the log
         j: [MIN_NODES:]NODESxRANKS, e.g. 2x4 for two nodes with four ranks each
         h: a named resource, e.g. gpu.large, instead of cpu, gpu and memMB
-        cpu: CPUs a node
-        gpu: GPUs a node, one for each of its ranks
-        memMB: memory a node, in MB
+        cpu: CPUs per node
+        gpu: GPUs per node, one for each of its ranks
+        memMB: memory per node, in MB
         image: container image with this package; not used by local_cwd and slurm
         name: EXPERIMENT/RUN, EXPERIMENT/ or RUN; the job is called train if RUN is left out
         env: environment variables of the job, e.g. A=1,B=2
-        max_retries: times that the scheduler may start a failed job again
-        max_restarts: times that torchrun may start the ranks again within the job
-        rdzv_port: port on the first node where the nodes meet; not used on one node
+        max_retries: how often the scheduler may restart a failed job
+        max_restarts: how often torchrun may restart the ranks within the job
+        rdzv_port: rendezvous port on the first node; not used on one node
         mounts: mounts of the container, e.g. type=volume,src=CLAIM,dst=/shared
-        debug: set the environment variables that help to find errors of torch.distributed
+        debug: set torch.distributed's environment variables for debugging
 
     Returns:
         The job.
@@ -71,14 +71,14 @@ def ddp(
     """
     for option, path in (("data", data), ("out", out)):
         if not path.strip():
-            raise ValueError(f"{option} is empty; name a folder that every node can see")
+            raise ValueError(f"{option} is empty; give a folder that every node can see")
     check_least(1, max_events=max_events)
     check_least(0, max_requests=max_requests, max_restarts=max_restarts)
     env = dict(env or {})
     torchrun_may_restart = max_restarts > 0 or ":" in j
     if torchrun_may_restart:
         env["PET_MAX_RESTARTS"] = str(max_restarts)  # torchrun's --max-restarts
-        # else the new ranks may find the dead ranks' addresses in the store of torchrun, and fail
+        # otherwise the new ranks may find the dead ranks' addresses in torchrun's store, and fail
         env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     arguments = ["--data", data, "--out", out]
     arguments += ["--max-events", str(max_events)]

@@ -1,9 +1,9 @@
-"""Train, evaluate and compare on a year of real grocery purchases; what `make demo` runs.
+"""Train, evaluate and compare models on a year of real grocery purchases; `make demo` runs this.
 
 Prepares The Complete Journey once (ifa_torchrec/data/public/complete_journey.py has the recipe), scores
-the test requests by how lately a product was bought and with LightGBM, trains a DLRM with each of four
-ways for the candidates to meet the history, and leaves under runs/demo/: metrics.json,
-quality_cost.png, loss.png, and one folder a model (checkpoint, TensorBoard curves).
+the test requests by recency of purchase and with LightGBM, and trains a DLRM with each of four
+interactions between candidates and history. Writes to runs/demo/: metrics.json, quality_cost.png,
+loss.png, and one folder per model (checkpoint, TensorBoard curves).
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ BASELINES = ("recency_count", "lightgbm")
 """Scorers of examples/baselines.py: the first learns nothing."""
 
 IFA = TrainConfig(Path(), Path()).ifa
-"""What `ifa train` takes when its options are left alone."""
+"""The default configuration of `ifa train`."""
 PEER = IFAConfig(embedding_dim=64, num_heads=2, half_lives=(math.inf, 30.0), interest_mass=False)
-"""The peers: their attention alone, with one head that forgets by half in 30 days."""
+"""The peers: only their attention, with one head of half-life 30 days."""
 MODELS: dict[str, tuple[str, IFAConfig, bool]] = {
     "ifa": ("ifa", IFA, True),
     "no_history": ("none", PEER, False),
@@ -61,21 +61,21 @@ class DemoConfig:
     """Options of the demo."""
 
     data: Path = Path("runs/data/complete_journey_demo")
-    """Where the prepared event log lies, or will lie."""
+    """Folder of the prepared event log; prepared if it does not exist."""
     out: Path = Path("runs/demo")
-    """Where the results go; an earlier demo's results there are replaced."""
+    """Folder of the results; an earlier demo's results there are replaced."""
     requests: CompleteJourneyConfig = field(
         default_factory=lambda: CompleteJourneyConfig(train=6000, valid=1000, test=2000)
     )
     """How many requests to draw when the log is prepared."""
     models: tuple[str, ...] = tuple(MODELS)
-    """Which models to train."""
+    """Models to train."""
     seed: int = 0
     """Seed of the training runs."""
 
 
 def baselines(log: EventLog) -> dict[str, dict]:
-    """The scorers without a neural net, on the test requests."""
+    """Measure the scorers without a neural net on the test requests."""
     results = {}
     for name in BASELINES:
         results[name] = measured(log, name, by=("surface",))
@@ -95,7 +95,7 @@ def trained(config: DemoConfig, name: str) -> dict:
             interaction=interaction,
             ifa=ifa,
             identity=identity,
-            search_feature="category",  # of sim
+            search_feature="category",  # for sim
             seed=config.seed,
         )
     )
@@ -108,7 +108,7 @@ def trained(config: DemoConfig, name: str) -> dict:
 
 
 def milliseconds_per_request(config: DemoConfig) -> dict[str, float]:
-    """What a test request costs each model."""
+    """The time per test request of each model."""
     runs = {name: load_run(config.out / name) for name in config.models}
     run = next(iter(runs.values()))
     models: dict[str, torch.nn.Module] = {name: run.model for name, run in runs.items()}
@@ -140,7 +140,7 @@ def table(models: dict[str, dict]) -> str:
 
 
 def draw_quality_cost(models: dict[str, dict], file: Path) -> None:
-    """GAUC against the milliseconds that a test request takes."""
+    """Plot GAUC against milliseconds per test request."""
     figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
     for (name, metrics), marker in zip(models.items(), "vv^os<D*P>", strict=False):
         if "train_seconds" in metrics:
@@ -157,7 +157,7 @@ def draw_quality_cost(models: dict[str, dict], file: Path) -> None:
                 color="gray",
             )
     axes.set(
-        xlabel="milliseconds a test request (lookup, attention, dense layers; median, CPU)",
+        xlabel="milliseconds per test request (lookup, attention, dense layers; median, CPU)",
         ylabel="GAUC, all test requests",
         title="Quality against cost: The Complete Journey",
     )
@@ -168,7 +168,7 @@ def draw_quality_cost(models: dict[str, dict], file: Path) -> None:
 
 
 def draw_losses(out: Path, names: list[str], file: Path) -> None:
-    """The training loss of each model, from its TensorBoard log."""
+    """Plot the training loss of each model, from its TensorBoard log."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for name in names:
         events = EventAccumulator(str(out / name / "tensorboard"))
@@ -177,7 +177,7 @@ def draw_losses(out: Path, names: list[str], file: Path) -> None:
         axes.plot(points.rolling(5, min_periods=1).mean(), label=name)
     axes.set(
         xlabel="step",
-        ylabel="loss, the listwise term too (mean of 50 steps)",
+        ylabel="loss, listwise term included (mean of 50 steps)",
         title="Training loss",
     )
     axes.legend()
@@ -192,7 +192,7 @@ def main() -> None:
     if unknown:
         raise SystemExit(f"--models: {sorted(unknown)} are none of {list(MODELS)}")
     start = time.perf_counter()
-    print(f"The Complete Journey -> {config.data} (made once, about a minute)", flush=True)
+    print(f"The Complete Journey -> {config.data} (prepared once, about a minute)", flush=True)
     log = prepare(config.data, config.requests)
     test = RankingDataset(log, "test")
     surface = np.asarray(test.requests["surface"])
@@ -208,7 +208,7 @@ def main() -> None:
     for number, name in enumerate(config.models):
         models[name] = trained(config, name)
         if number == 0:
-            print(f"\nThe first of them, after {time.perf_counter() - start:.0f} s:\n{table(models)}\n")
+            print(f"\nThe first model, after {time.perf_counter() - start:.0f} s:\n{table(models)}\n")
     print("Timing the models, taking turns", flush=True)
     for name, milliseconds in milliseconds_per_request(config).items():
         models[name]["ms_per_request"] = milliseconds

@@ -1,11 +1,11 @@
-"""A set of products by their own scores beside one that is chosen one by one, drawn with their names.
+"""Compares a set of the products with the best scores with a set chosen one by one, and draws both.
 
     python examples/complete_journey/sets.py                # about 10 minutes on 2 cores
-    python examples/complete_journey/sets.py --run RUN      # of a run that is there already
+    python examples/complete_journey/sets.py --run RUN      # with an existing run
 
-Trains a model that scores products given those that are taken, on a few thousand requests of The
-Complete Journey, measures both kinds of sets and draws those of one test request: the request whose two
-sets have least in common, unless --request names another.
+Trains a model that scores products given those already taken, on a few thousand requests of The Complete
+Journey, measures both kinds of sets, and draws those of one test request: the one whose two sets have
+least in common, unless --request names another.
 """
 
 from __future__ import annotations
@@ -46,23 +46,23 @@ class Options:
     """What to train and to draw."""
 
     data: Path = Path("runs/data/complete_journey_sets")
-    """Where the prepared event log lies, or will lie."""
+    """Folder of the prepared event log; prepared if it does not exist."""
     run: Path = Path("runs/complete_journey_sets")
-    """The run; trained if it is not there."""
+    """Folder of the run; trained if it does not exist."""
     requests: CompleteJourneyConfig = field(
         default_factory=lambda: CompleteJourneyConfig(train=4000, valid=200, test=1000)
     )
     """How many requests to draw when the log is prepared."""
     size: int = 10
-    """Products of a set."""
+    """Products per set."""
     request: int | None = None
     """Number of the test request to draw."""
     picture: Path = Path("runs/sets.png")
-    """Where the picture goes."""
+    """File of the picture."""
 
 
 def chosen(options: Options) -> tuple[RankingDataset, dict[str, np.ndarray]]:
-    """The test requests, and each candidate's place in both kinds of sets."""
+    """The test requests, and each candidate's position in both kinds of sets."""
     run = load_run(options.run)
     dataset, model = run.dataset("test"), run.dlrm.eval()
     budget = run.config.max_events, run.config.scored_requests
@@ -74,7 +74,7 @@ def chosen(options: Options) -> tuple[RankingDataset, dict[str, np.ndarray]]:
 
 
 def least_in_common(dataset: RankingDataset, places: dict[str, np.ndarray]) -> int:
-    """The request whose sets share the fewest products; the first of several."""
+    """The first request whose sets share the fewest products."""
     one, other = places.values()
     shared = np.add.reduceat((one > 0) & (other > 0), dataset.requests["candidate_offsets"][:-1])
     return int(np.argmin(shared))
@@ -99,7 +99,7 @@ def table(dataset: RankingDataset, place: np.ndarray, number: int) -> pd.DataFra
 
 
 def draw(tables: dict[str, pd.DataFrame], number: int, file: Path) -> None:
-    """The sets side by side; products in one of them alone are bold."""
+    """Draw the sets side by side; products in only one of them are bold."""
     figure, panels = plt.subplots(1, len(tables), figsize=(12, 0.42 * 10 + 1.4), layout="constrained")
     colours = plt.get_cmap("tab20").colors
     types = list(dict.fromkeys(t for one in tables.values() for t in one["type"]))
@@ -113,8 +113,8 @@ def draw(tables: dict[str, pd.DataFrame], number: int, file: Path) -> None:
         axes.set(xlim=(0, 1), ylim=(len(one) - 0.5, -0.5), title=f"{title}: {one['again'].sum()} again")
         axes.axis("off")
     figure.suptitle(
-        f"Test request {number} of The Complete Journey. Colour: type of product; again: of a type "
-        "that stands before it; bold: in this set alone",
+        f"Test request {number} of The Complete Journey. Colour: type of product; again: same type as "
+        "one before it; bold: only in this set",
         fontsize=9,
     )
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ def draw(tables: dict[str, pd.DataFrame], number: int, file: Path) -> None:
 
 
 def main(options: Options) -> dict[str, Any]:
-    """Train, measure and draw; the sets' numbers."""
+    """Train, measure and draw; returns the metrics of the sets."""
     prepare(options.data, options.requests)
     if not options.run.exists():
         train(

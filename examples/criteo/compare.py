@@ -1,11 +1,11 @@
-"""TorchRec's DLRM beside DLRM_IFA without a history, on Criteo's click logs: is anything lost?
+"""Compares TorchRec's DLRM with DLRM_IFA without a history, on Criteo's click logs: is anything lost?
 
-    python examples/criteo/compare.py                                     # made-up rows
+    python examples/criteo/compare.py                                     # synthetic rows
     python examples/criteo/compare.py --file train.txt --rows 10000000    # Criteo's display challenge
 
-A row has 13 numbers and 26 ids and knows no user, so there is no history. DLRM takes the ids as they
-are. For DLRM_IFA a row is a request with one candidate: one of the 26 is the candidate's, the others
-are the request's context. Both have the same tables, layers, optimisers and batches.
+A row has 13 numbers and 26 ids but no user, so there is no history. DLRM takes the ids as they are. For
+DLRM_IFA a row is a request with one candidate: one of the 26 ids is the candidate's, the others are the
+request's context. Both have the same tables, layers, optimisers and batches.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from ifa_torchrec.distributed import OptimizerConfig, init_process_group, shard
 from ifa_torchrec.errors import UserError
 
 CANDIDATE, *CONTEXT = DEFAULT_CAT_NAMES
-"""Criteo does not say what its columns are; any of them may be the candidate's."""
+"""Criteo does not publish what its columns mean; any of them may be the candidate's."""
 META = torch.device("meta")
 
 
@@ -51,19 +51,19 @@ class Options:
     """Options of the example."""
 
     file: Path | None = None
-    """Criteo's train.txt, as it is or gzipped; by default a file of that layout is made up."""
+    """Criteo's train.txt, plain or gzipped; by default a synthetic file of that layout."""
     out: Path = Path("runs/criteo")
-    """Where the made-up file goes."""
+    """Folder of the synthetic file."""
     rows: int = 240_000
-    """Rows to read, from the first; the last seventh (the last of Criteo's seven days) is the test."""
+    """Number of rows to read; the last seventh (the last of Criteo's seven days) is the test set."""
     table_rows: int = 100_000
     """Rows of each table; the ids are hashed."""
     dim: int = 16
     """D, width of the embeddings."""
     batch: int = 512
-    """Rows a step."""
+    """Rows per step."""
     table_init: float = 0.25
-    """Tables start uniform in plus or minus this."""
+    """Tables start uniform in plus or minus this value."""
     optimizers: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(table_lr=0.1))
     """Row-wise Adagrad for the tables, AdamW for the rest."""
     seed: int = 0
@@ -85,17 +85,18 @@ class Rows:
         return len(self.labels)
 
     def features(self, names: list[str]) -> KeyedJaggedTensor:
-        """One id a row and feature."""
+        """One id per row and feature."""
         columns = [DEFAULT_CAT_NAMES.index(name) for name in names]
         values = self.ids[:, columns].T.flatten()
         return KeyedJaggedTensor(names, values, lengths=torch.ones_like(values))
 
 
 def read(file: Path, options: Options) -> Rows:
-    """The file's first rows: of a number x, log(4 + x), as Criteo's least is -3; of no number, 0.
+    """Read the file's first rows. A number x becomes log(4 + x), since Criteo's minimum is -3; a missing
+    number becomes 0.
 
     Raises:
-        ValueError: the file is not of Criteo's layout, or too short.
+        UserError: the file does not have Criteo's layout, or is too short.
     """
     kinds = {"label": pa.int8()}
     kinds |= dict.fromkeys(DEFAULT_INT_NAMES, pa.float32())
@@ -112,14 +113,14 @@ def read(file: Path, options: Options) -> Rows:
             if sum(map(len, parts)) >= options.rows:
                 break
     except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{file} is no file of Criteo's layout: {error}") from error
+        raise UserError(f"{file} does not have Criteo's layout: {error}") from error
     frame = pd.concat(parts).iloc[: options.rows]
     if len(frame) < options.rows:
-        raise UserError(f"{file} has {len(frame):,} rows; --rows asks for {options.rows:,}")
+        raise UserError(f"{file} has {len(frame):,} rows, but --rows is {options.rows:,}")
     numbers = frame[DEFAULT_INT_NAMES].to_numpy(np.float32)
     for name, least in frame[DEFAULT_INT_NAMES].min().items():
         if least < -3:
-            raise UserError(f"{file}: {name} has {least:g}; Criteo's numbers are -3 or more")
+            raise UserError(f"{file}: {name} has {least:g}; Criteo's numbers are at least -3")
     ids = [pd.util.hash_array(frame[name].to_numpy(object)) for name in DEFAULT_CAT_NAMES]
     return Rows(
         torch.from_numpy(np.nan_to_num(np.log(4 + numbers), nan=0.0)),
@@ -147,7 +148,7 @@ def make_up(file: Path, rows: int) -> None:
 
 
 def table(name: str, options: Options) -> dict[str, Any]:
-    """What configures a feature's table; `shard` makes it."""
+    """The configuration of a feature's table, which `shard` allocates."""
     return {
         "name": name,
         "embedding_dim": options.dim,
@@ -157,13 +158,13 @@ def table(name: str, options: Options) -> dict[str, Any]:
 
 
 def bags(names: list[str], options: Options) -> EmbeddingBagCollection:
-    """A table a feature."""
+    """One table per feature."""
     tables = [EmbeddingBagConfig(feature_names=[name], **table(name, options)) for name in names]
     return EmbeddingBagCollection(tables=tables, device=META)
 
 
 class ClassicDLRM(nn.Module):
-    """torchrec.models.dlrm.DLRM: logits [R, 1]."""
+    """torchrec.models.dlrm.DLRM; logits [R, 1]."""
 
     def __init__(self, options: Options) -> None:
         super().__init__()
@@ -176,7 +177,7 @@ class ClassicDLRM(nn.Module):
 
 
 class WithoutHistory(nn.Module):
-    """DLRM_IFA, each row a request with one candidate: logits [R, 1]."""
+    """DLRM_IFA with each row as a request with one candidate; logits [R, 1]."""
 
     def __init__(self, options: Options) -> None:
         super().__init__()
@@ -195,7 +196,7 @@ class WithoutHistory(nn.Module):
         self.dlrm = DLRM_IFA(bags(CONTEXT, options), tables, config)
 
     def forward(self, rows: Rows) -> Tensor:
-        """There are no events."""
+        """One id is the candidate's, the others are context; there are no events."""
         candidates = rows.features([CANDIDATE])
         return self.dlrm(
             RankingFeatures(
@@ -211,7 +212,7 @@ class WithoutHistory(nn.Module):
 
 
 def train(kind: type[nn.Module], training: Rows, test: Rows, options: Options) -> dict[str, float]:
-    """One pass, in an order that all models share; then the test rows."""
+    """Train for one pass, in the same order for all models, and measure the test rows."""
     torch.manual_seed(options.seed)
     model, optimizer = shard(kind(options), init_process_group(), options.optimizers)
     order = torch.randperm(len(training), generator=torch.Generator().manual_seed(options.seed))
@@ -238,7 +239,7 @@ def main() -> None:
     with as_command():
         file = options.file
         if file is None:
-            print("These rows are made up; name Criteo's file (--file) for figures that mean something.")
+            print("These rows are synthetic; give Criteo's file (--file) for meaningful figures.")
             file = options.out / "made_up.txt"
             options.out.mkdir(parents=True, exist_ok=True)
             make_up(file, options.rows)

@@ -1,10 +1,12 @@
-"""A shop's days: prepare a day, train on it, build states, switch the service over; no event is lost.
+"""A shop's daily routine: prepare a day's log, train, build states, switch the service; no event is
+lost.
 
     python examples/daily/daily.py        # some minutes on 2 cores
 
-The Complete Journey, as a shop would have it: a file of purchases a day, and one of what was shown. The
-service ranks and takes purchases as they come, also while the next weights are trained and loaded and
-their states built. At the end every household's state holds each of its purchases once.
+The Complete Journey, as a shop would have it: one file of purchases per day, and one of the products
+shown. The service ranks and takes purchases as they come, also while the next weights are trained and
+loaded and their states are built. At the end every household's state contains each of its purchases
+once.
 """
 
 from __future__ import annotations
@@ -35,15 +37,15 @@ from ifa_torchrec.training.follow import follow
 from ifa_torchrec.training.options import TrainConfig
 
 SHOWN = 30
-"""Products beside those bought, drawn by how often each was bought before."""
+"""Products shown besides those bought, drawn by popularity."""
 MOST_BOUGHT = 15
 MOST_EVENTS = 250
-"""Of a call."""
+"""Maximum of events per call."""
 PATIENCE = 600
 """Seconds for the service to load weights, or to answer a call."""
 SCHEMA = {
     "events": {
-        "files": "purchases/*.parquet",  # of all days until now
+        "files": "purchases/*.parquet",  # of all days so far
         "user": "household",
         "item": "product",
         "time": "time",
@@ -57,7 +59,7 @@ SCHEMA = {
         "labels": {"bought": "bought"},
         "context": {"store": "store"},
     },
-    "splits": {},  # all requests are to be trained
+    "splits": {},  # train on all requests
 }
 
 
@@ -66,17 +68,17 @@ class ExampleConfig:
     """Options of the example."""
 
     out: Path = Path("runs/daily")
-    """Where everything goes; must not be there yet."""
+    """Folder of all results; must not exist yet."""
     first: date = date(2017, 12, 1)
-    """The first of the days; what was before makes the first log."""
+    """The first day; earlier purchases are in the first log."""
     days: int = 3
-    """Days to follow."""
+    """Number of days."""
     requests: int = 3000
-    """The last requests before the first day, which the first log has."""
+    """Number of requests of the first log: the last ones before the first day."""
     unchanged: bool = False
-    """Keep the states of households that bought nothing that day, rather than encode all anew."""
+    """Keep the states of households that bought nothing that day, instead of encoding all again."""
     port: int = 8138
-    """Where the service listens."""
+    """Port of the service."""
 
 
 def complete_journey() -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -102,7 +104,7 @@ def complete_journey() -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def shown(bought: pd.DataFrame, before: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """A row a candidate: of each basket products that were bought, and popular ones that were not."""
+    """One row per candidate: each basket's products, and popular products that were not in it."""
     rng = np.random.default_rng(seed)
     popular, rows = before["product"].to_numpy(), []
     for _, basket in bought.groupby("basket", sort=False):
@@ -122,7 +124,7 @@ def shown(bought: pd.DataFrame, before: pd.DataFrame, seed: int) -> pd.DataFrame
 
 @dataclass
 class Service:
-    """`ifa serve`, and the stream of purchases that goes to it: a purchase's place is its row."""
+    """`ifa serve`, and the stream of purchases sent to it; a purchase's position is its row."""
 
     run: Path
     store: str
@@ -137,7 +139,7 @@ class Service:
         self.process = subprocess.Popen(command)
 
     def version(self) -> str | None:
-        """Of the weights that rank; None before it listens."""
+        """The version of the weights in use; None before the service listens."""
         if self.process.poll() is not None:
             raise SystemExit("error: the service ended; its message is above")
         try:
@@ -146,20 +148,20 @@ class Service:
             return None
 
     def wait(self, version: str) -> None:
-        """Until it ranks by these weights."""
+        """Wait until the service ranks with these weights."""
         deadline = time.monotonic() + PATIENCE
         while self.version() != version:
             if time.monotonic() > deadline:
-                raise SystemExit(f"error: the service does not come to {version}; see its log above")
+                raise SystemExit(f"error: the service does not switch to {version}; see its log above")
             time.sleep(0.2)
 
     def send(self, until: int) -> Counter[str]:
-        """Let the purchases before a row come that have not come yet."""
+        """Send the purchases before a row that were not sent yet."""
         self.sent, first = until, self.sent
         return self.send_rows(range(first, until))
 
     def send_rows(self, rows: Sequence[int]) -> Counter[str]:
-        """How many were taken, and how many had come before."""
+        """Send purchases; returns how many were taken, and how many were duplicates."""
         status: Counter[str] = Counter()
         for begin in range(0, len(rows), MOST_EVENTS):
             some = self.purchases.iloc[rows[begin : begin + MOST_EVENTS]]
@@ -177,7 +179,7 @@ class Service:
         return status
 
     def stop(self) -> None:
-        """End it."""
+        """Stop the service."""
         self.process.send_signal(signal.SIGTERM)
         self.process.wait()
 
@@ -192,7 +194,7 @@ class Service:
                 with urllib.request.urlopen(request, timeout=PATIENCE) as response:
                     return response.read()
             except urllib.error.HTTPError as error:
-                # it had no time; what it took none the less counts once, however often it comes
+                # it was busy; events that it took nevertheless count once, however often they are sent
                 if error.code not in (429, 503, 504) or time.monotonic() > deadline:
                     raise
                 time.sleep(0.2)
@@ -203,7 +205,7 @@ class Shop:
 
     Args:
         config: ExampleConfig.
-        purchases, products: as ``complete_journey``'s.
+        purchases, products: from ``complete_journey``.
     """
 
     def __init__(self, config: ExampleConfig, purchases: pd.DataFrame, products: pd.DataFrame) -> None:
@@ -215,11 +217,11 @@ class Shop:
         self.name, self.rows = "", 0
 
     def row(self, day: date) -> int:
-        """The first purchase of a day or after it."""
+        """The row of the first purchase on or after a day."""
         return int(self.purchases["time"].searchsorted(pd.Timestamp(day)))
 
     def close(self, name: str, until: date, requests: pd.DataFrame) -> None:
-        """When a day is over: its files, its log by the vocabulary of the log before, its run."""
+        """Close a day: write its files, its log with the vocabulary of the previous log, and its run."""
         last, rows = self.name, self.row(until)
         self.purchases[self.rows : rows].to_parquet(self.out / "purchases" / f"{name}.parquet")
         requests.to_parquet(self.out / "shown" / f"{name}.parquet", index=False)
@@ -232,9 +234,9 @@ class Shop:
         self.name, self.rows = name, rows
 
     def build(self) -> str:
-        """The states of the last run's weights, which get their name.
+        """Build the states for the last run's weights; returns their version.
 
-        The log has the purchases of the stream before ``rows``, and none from there on.
+        The log has the purchases of the stream before row ``rows``, and none from there on.
         """
         runs, before = self.out / "runs", None
         if self.config.unchanged and self.current.exists():
@@ -249,14 +251,19 @@ class Shop:
         return str(built["version"])
 
     def publish(self) -> None:
-        """Let ``current`` be the last run, at one stroke."""
+        """Atomically let ``current`` point to the last run."""
         link = self.out / ".current"
         link.symlink_to(Path("runs") / self.name)
         link.rename(self.current)
 
 
 def daily(config: ExampleConfig, purchases: pd.DataFrame, products: pd.DataFrame) -> None:
-    """All of it; the purchases as ``complete_journey``'s."""
+    """Run the example.
+
+    Args:
+        config: ExampleConfig.
+        purchases, products: from ``complete_journey``.
+    """
     shop = Shop(config, purchases, products)
     before = purchases[: shop.row(config.first)]
     print(f"\nBefore {config.first}: {len(before):,} purchases", flush=True)
@@ -282,19 +289,19 @@ def daily(config: ExampleConfig, purchases: pd.DataFrame, products: pd.DataFrame
 
 
 def follow_day(shop: Shop, service: Service, today: date) -> str:
-    """A day comes, purchase by purchase, and is trained when it is over, while the next one comes."""
+    """Send a day's purchases, then train on them while the next day's purchases come."""
     tomorrow = today + timedelta(1)
     begin, end, later = (shop.row(today + timedelta(days)) for days in range(3))
     print(f"\n{today}: {end - begin:,} purchases", flush=True)
     service.send(end)
     of_today, before = shop.purchases[begin:end], shop.purchases[:begin]
     shop.close(str(today), tomorrow, shown(of_today, before, seed=begin))
-    service.send((2 * end + later) // 3)  # tomorrow began while it was trained
+    service.send((2 * end + later) // 3)  # purchases during the training
     version = shop.build()
-    service.send((end + 2 * later) // 3)  # and goes on while the states are built
+    service.send((end + 2 * later) // 3)  # purchases while the states are built
     shop.publish()
     service.process.send_signal(signal.SIGHUP)
-    service.send(later)  # and while the weights are loaded
+    service.send(later)  # purchases while the weights are loaded
     service.wait(version)
     print(f"{version} serves; {service.sent - end:,} purchases came meanwhile")
     return version

@@ -1,11 +1,11 @@
-"""KuaiRand as an event log, and one model of all its tasks: no history, softmax, IFA.
+"""KuaiRand as an event log, and one model for all its tasks: no history, softmax, IFA.
 
     python examples/kuairand/compare_tasks.py --folder KuaiRand-Pure/data  # Pure, 1K or 27K, unpacked
-    python examples/kuairand/compare_tasks.py                              # made-up files
+    python examples/kuairand/compare_tasks.py                              # synthetic files
 
-The events are all videos that were shown; what the user did with each gates the history's heads.
-A request is what one sitting showed to a user; which videos are clicked, watched for long, liked? The
-reader's docstring (ifa_torchrec/data/public/kuairand.py) says what of this is ours.
+The events are all videos shown; the user's reaction to each gates the history's heads. A request is the
+videos shown to a user in one sitting: which are clicked, watched for long, liked? The reader's docstring
+(ifa_torchrec/data/public/kuairand.py) says which of these choices are ours.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ifa_torchrec.training.options import TrainConfig
 from ifa_torchrec.training.trainer import train
 
 TASKS = ["is_click", "long_view", "is_like"]
-"""Those that are printed; the model learns all of kuairand.TASKS."""
+"""Tasks whose metrics are printed; the model learns all of kuairand.TASKS."""
 METRICS = ["auc", "gauc", "ndcg@10", "ne", "calibration", "requests_ranked"]
 IDENTITY = ("author_id", "item")
 
@@ -36,13 +36,13 @@ class Options:
     """Options of the example."""
 
     folder: Path | None = None
-    """The folder `data` of an unpacked KuaiRand archive; by default files in its layout are made up."""
+    """Folder `data` of an unpacked KuaiRand archive; by default synthetic files in its layout."""
     out: Path = Path("runs/kuairand")
-    """Where everything goes; must not be there yet."""
+    """Folder of all results; must not exist yet."""
     epochs: int = 3
     """Passes over the training requests."""
     users: int = 120
-    """Users of the made-up files."""
+    """Number of users in the synthetic files."""
 
 
 def main() -> None:
@@ -76,7 +76,7 @@ def main() -> None:
         print("\nTest requests:")
         print(pd.DataFrame(rows).T.loc[TASKS].to_string(float_format="{:.4f}".format))
         if options.folder is None:
-            print("These files were made up: the figures say nothing of KuaiRand.")
+            print("These files are synthetic: the figures say nothing about KuaiRand.")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""A log in the published layout of KuaiRand-Pure, with users, videos and clicks that are made up.
+"""A synthetic log in the published layout of KuaiRand-Pure.
 
-What the example reads where the real files are not at hand; the reader's test writes its files with it
-too.
+The example reads it if the real files are not given; the reader's test writes its files with it too.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-# A file's columns, in their order, with the value of those that a caller does not give.
+# The columns of each file in order, with default values.
 _LOG = {
     "user_id": 0, "video_id": 0, "date": 0, "hourmin": 0, "time_ms": 0, "is_click": 0, "is_like": 0,
     "is_follow": 0, "is_comment": 0, "is_forward": 0, "is_hate": 0, "long_view": 0, "play_time_ms": 5000,
@@ -33,16 +32,16 @@ _USERS = {
 DAYS = pd.date_range("2022-04-08", "2022-05-08", tz="Asia/Shanghai")
 """The days of KuaiRand."""
 AUTHORS, VIDEOS_EACH, LIKED, SHOWN = 20, 10, 4, 10
-"""Authors, videos of each, authors that a user likes, videos that a sitting shows."""
+"""Numbers of authors, videos per author, authors that a user likes, and videos per sitting."""
 
 
 def write_archive(folder: Path, log: pd.DataFrame, videos: pd.DataFrame, users: pd.DataFrame) -> Path:
     """Write the files of KuaiRand-Pure.
 
     Args:
-        folder: where to; it is made.
-        log, videos, users: columns of the published files, some or all. Of the log, date and hourmin
-            are made of time_ms.
+        folder: the folder to create.
+        log, videos, users: some or all columns of the published files. The log's date and hourmin are
+            computed from time_ms.
 
     Returns:
         The folder.
@@ -65,11 +64,11 @@ def write_archive(folder: Path, log: pd.DataFrame, videos: pd.DataFrame, users: 
 
 
 def make(folder: Path, users: int) -> Path:
-    """Write a log in which the history matters, and nothing else tells users apart.
+    """Write a log in which only the history distinguishes users.
 
-    Each user likes LIKED authors, which no feature names. Each is shown SHOWN videos a day, a third of
-    them of authors that the user likes. Those are clicked, watched for long and liked more often; some
-    videos are clicked more often by everybody. From 22 April on one sitting in ten is random.
+    Each user likes LIKED authors, which are not in any feature. A user is shown SHOWN videos per day, a
+    third of them by liked authors. Those are clicked, watched for long and liked more often; some videos
+    are clicked more often by everybody. From 22 April on, one sitting in ten is random.
 
     Returns:
         The folder.
@@ -83,7 +82,7 @@ def make(folder: Path, users: int) -> Path:
     shape = (users, len(DAYS), SHOWN)
     user = np.broadcast_to(np.arange(users)[:, None, None], shape)
     random = (rng.random(shape[:2]) < 0.1) & (DAYS >= "2022-04-22")
-    # a video of a liked author at the place of some of those drawn evenly
+    # replace some of the uniformly drawn videos by a liked author's
     liked_authors = np.nonzero(likes)[1].reshape(users, LIKED)
     chosen = liked_authors[user, rng.integers(LIKED, size=shape)]
     video = chosen * VIDEOS_EACH + rng.integers(VIDEOS_EACH, size=shape)
@@ -92,7 +91,7 @@ def make(folder: Path, users: int) -> Path:
     liked = likes[user, author[video]]
 
     def happens(unliked: float, where_liked: float, extra: np.ndarray | float = 0.0) -> np.ndarray:
-        """Whether it does, with these log odds."""
+        """Draw events with these log odds."""
         odds = np.exp(np.where(liked, where_liked, unliked) + extra)
         return rng.random(shape) < odds / (1 + odds)
 

@@ -2,9 +2,9 @@
 
     python examples/lifelong_serving/serve_and_watch.py        # about 3 minutes on 2 cores
 
-The Complete Journey, as in examples/complete_journey, with fewer requests. States are built of what
-was bought before the test weeks. Then the service is asked for the test requests in the order of their
-times, each twice: before and after what the household has bought since was sent as events.
+Uses The Complete Journey, as in examples/complete_journey, with fewer requests. States are built from
+the purchases before the test weeks. Then the test requests are sent to the service in order of time,
+each twice: before and after the household's later purchases are sent as events.
 """
 
 from __future__ import annotations
@@ -51,21 +51,21 @@ class ExampleConfig:
     """Options of the example."""
 
     out: Path = Path("runs/lifelong_serving")
-    """Where everything goes; must not be there yet."""
+    """Folder of all results; must not exist yet."""
     train_requests: int = 4000
-    """Requests to train on."""
+    """Number of training requests."""
     test_requests: int = 400
-    """Requests of the split test."""
+    """Number of requests in the split `test`."""
     split: Literal["valid", "test"] = "test"
-    """Requests to serve."""
+    """Split whose requests are served."""
     dtype: Literal["float32", "float16"] = "float32"
-    """How the states are stored."""
+    """Dtype of the stored states."""
     port: int = 8137
-    """Where the service listens."""
+    """Port of the service."""
 
 
 class Client:
-    """Talks to the service; the token comes from the environment, as the service's does."""
+    """A client of the service; the token comes from the environment, as for the service."""
 
     def __init__(self, port: int, service: subprocess.Popen) -> None:
         self.connection = http.client.HTTPConnection("127.0.0.1", port)
@@ -94,7 +94,7 @@ class Client:
         return answer
 
     def send(self, events: list[dict]) -> Counter[str]:
-        """How many of the events were taken, and how many duplicates."""
+        """Send events; returns how many were taken, and how many were duplicates."""
         results = self.post("/events", {"events": events})["results"]
         for result in results:
             if result["status"] == "refused":
@@ -102,7 +102,7 @@ class Client:
         return Counter(result["status"] for result in results)
 
     def scores(self, question: dict) -> np.ndarray:
-        """Logits in the candidates' order."""
+        """The logits in the candidates' order."""
         (ranking,) = self.post("/rank", {"requests": [question]})["rankings"]
         of_item = dict(zip(ranking["items"], ranking["logits"]["bought"], strict=True))
         return np.array([of_item[item] for item in question["candidates"]])
@@ -125,8 +125,8 @@ def question_of(dataset: RankingDataset, number: int) -> dict:
 
 
 def events_between(log: EventLog, user: int, since: int, until: int) -> list[dict]:
-    """What a user did from ``since`` on and before ``until``, as JSON. An event's row in the log stands
-    for its position in a stream."""
+    """A user's events from ``since`` on and before ``until``, as JSON. An event's row in the log is used
+    as its position in the stream."""
     starts, ends = log.history_range(np.array([user, user]), np.array([since, until]))
     rows = range(max(int(ends[0]), int(starts[1])), int(ends[1]))
     items = external(log, log.schema.item, log.events[log.schema.item][rows])
@@ -138,19 +138,19 @@ def events_between(log: EventLog, user: int, since: int, until: int) -> list[dic
 
 
 def external(log: EventLog, name: str, rows: np.ndarray) -> list[int | str]:
-    """What the world calls these rows of users, items or a feature; 0 for what is unknown."""
+    """The external ids of these rows of users, items or a feature; 0 for the unknown row."""
     if name not in log.vocabulary.names:  # users that are numbers
         return rows.tolist()
     return [0 if found is None else found for found in log.vocabulary[name].at(rows)]
 
 
 def numbers(column: np.ndarray) -> list[float | None]:
-    """Numbers as JSON has them: null where one is missing."""
+    """Numbers for JSON: missing ones are null."""
     return [None if np.isnan(number) else number for number in column.tolist()]
 
 
 def utc(microseconds: int) -> str:
-    """A time as the service takes it."""
+    """A time in the service's format."""
     return pd.Timestamp(int(microseconds), unit="us").isoformat() + "Z"
 
 
@@ -165,11 +165,11 @@ def main() -> None:
     train(TrainConfig(log.path, run, ifa=IFA, validate=False))
     whole = evaluate(EvaluateConfig(run, config.split))["gauc"]
 
-    print("\n2. Build states of what was bought before the test weeks")
+    print("\n2. Build states from the purchases before the test weeks")
     dataset = RankingDataset(log, config.split)
     first = int(dataset.requests["time"].min())
     until = pd.Timestamp(first, unit="us").to_pydatetime()
-    # the stream of later events is read from its beginning: position 0
+    # the stream has only later events and is read from its beginning: position 0
     built = build_states(BuildStatesConfig(run, store, until=until, position=0, dtype=config.dtype))
     print(
         f"{built['users']:,} households, {built['events_per_user']:.0f} events and "
@@ -190,7 +190,7 @@ def main() -> None:
 
 
 def watch(client: Client, dataset: RankingDataset, first: int, whole: float) -> None:
-    """Ask, send what was bought since, ask again."""
+    """Rank, send the purchases since, and rank again."""
     print("\n4. Rank, send events, rank again")
     log, columns = dataset.log, dataset.requests
     names = log.item_names()
@@ -215,7 +215,7 @@ def watch(client: Client, dataset: RankingDataset, first: int, whole: float) -> 
             name = names[columns["candidates"][row]].strip()
             most = (
                 change.max(),
-                f"household {question['user']} bought {len(new)} things since, and {name!r} went from "
+                f"household {question['user']} bought {len(new)} items since, and {name!r} went from "
                 f"logit {before[row]:.2f} to {after[row]:.2f}",
             )
     request = np.repeat(np.arange(len(dataset)), np.diff(columns["candidate_offsets"]))

@@ -1,10 +1,10 @@
-"""MovieLens as an event log: what a history is worth, and each thing that the log knows of it.
+"""MovieLens as an event log: the value of the history, and of each kind of data in it.
 
-    python examples/movielens/compare.py                           # ml-100k, fetched
+    python examples/movielens/compare.py                           # ml-100k, downloaded
     python examples/movielens/compare.py --folder ml-25m           # an unpacked archive of GroupLens
 
-A request is a page of films that a user rated; which of them are liked (4 stars or more)? The readers'
-docstrings (ifa_torchrec/data/public/movielens.py, recbole.py) say what of this is ours.
+A request is a page of films that a user rated: which of them are liked (4 stars or more)? The readers'
+docstrings (ifa_torchrec/data/public/movielens.py, recbole.py) say which of these choices are ours.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from ml100k import fetch
 
 STEPS = OptimizerConfig(dense_lr=1e-3, table_lr=0.01, weight_decay=0.05)
-"""Few ratings: small steps, and weights that shrink."""
+"""Small learning rates and weight decay, since there are few ratings."""
 METRICS = ["auc", "gauc", "ndcg@10", "ne", "calibration", "requests_ranked"]
 
 
@@ -40,15 +40,15 @@ class Options:
     """Options of the example."""
 
     folder: Path | None = None
-    """An unpacked MovieLens archive; by default ml-100k is fetched, in RecBole's files."""
+    """An unpacked MovieLens archive; by default ml-100k is downloaded, in RecBole's format."""
     out: Path = Path("runs/movielens")
-    """Where everything goes; must not be there yet."""
+    """Folder of all results; must not exist yet."""
     epochs: int = 3
     """Passes over the training requests."""
 
 
 def steps(whole: PrepareSchema) -> Iterator[tuple[str, PrepareSchema]]:
-    """The log with ever more of what is known, up to all of it."""
+    """Schemas with more and more of the data, up to all of it."""
     assert whole.items is not None
     label = whole.requests.labels["liked"]
     assert isinstance(label, str)

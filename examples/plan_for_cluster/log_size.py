@@ -1,9 +1,9 @@
-"""What a log of any size takes on a cluster: disk, network, cores of the loader, preparation.
+"""Estimates what a log needs on a cluster: disk, network, cores of the loader, preparation.
 
     python examples/plan_for_cluster/log_size.py                      # 10^12 events, 512 GPUs
     python examples/plan_for_cluster/log_size.py --events 1_000_000_000 --hosts 2
 
-Reckons from log.json, which benchmarks/log.py measured on one machine.
+Computes from log.json, which benchmarks/log.py measured on one machine.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ FILE = Path(__file__).parent / "log.json"
 
 @dataclass(frozen=True)
 class Rates:
-    """What one event takes, as measured.
+    """The measured cost per event.
 
     Args:
-        measured: by which command, at which commit, on which machine.
-        parquet_bytes: of an event in the log's Parquet files.
-        column_bytes: of an event in the columns that are mapped to memory.
-        prepared_a_core_second: events, with as many candidates, that a core prepares in a second.
-        loaded_a_core_second: events that a core makes batches of in a second.
-        loaded_history: events of a request there; longer histories take less an event.
+        measured: command, commit and machine of the measurement.
+        parquet_bytes: bytes per event in the log's Parquet files.
+        column_bytes: bytes per event in the memory-mapped columns.
+        prepared_a_core_second: events, with as many candidates, prepared per core and second.
+        loaded_a_core_second: events put into batches per core and second.
+        loaded_history: mean events per request of that measurement; longer histories cost less per
+        event.
 
     Example:
         >>> from log_size import Rates
@@ -51,27 +52,27 @@ class Options:
     """The log and the cluster."""
 
     events: float = 1e12
-    """Events of the log."""
+    """Number of events in the log."""
     hosts: int = 64
-    """Hosts."""
+    """Number of hosts."""
     gpus: int = 8
-    """GPUs a host; a rank each."""
+    """GPUs per host, with one rank each."""
     cores: int = 96
-    """Cores a host."""
+    """Cores per host."""
     storage_gb_per_s: float = 3.0
-    """What a host reads from where the log lies, in 10^9 bytes a second."""
+    """A host's read bandwidth from the log's storage, in 10^9 bytes per second."""
     step_events: int = 256_000
-    """Events of a rank's batch; plan.py's are 64 requests of 4,000."""
+    """Events in a rank's batch; plan.py assumes 64 requests of 4,000."""
     step_ms: float = 25.0
-    """A training step; assumed, as no cluster was at hand to measure it: twice what plan.py's planner
-    expects of the tables alone."""
+    """Milliseconds per training step. An assumption, not measured: twice the estimate of plan.py's
+    planner for only the tables."""
 
 
 def read_rates(file: Path = FILE) -> Rates:
-    """The rates in a file that benchmarks/log.py wrote.
+    """Read the rates from a file that benchmarks/log.py wrote.
 
     Raises:
-        ConfigError: it is not there, or not such a file.
+        ConfigError: the file does not exist, or is not such a file.
     """
     names = {field.name for field in fields(Rates)}
     try:
@@ -87,10 +88,10 @@ def read_rates(file: Path = FILE) -> Rates:
 
 
 def report(options: Options, rates: Rates) -> str:
-    """All that this script prints.
+    """The text that this script prints.
 
     Raises:
-        ConfigError: a number of the options is not above 0.
+        ConfigError: an option is not above 0.
 
     Example:
         >>> from log_size import Options, Rates, report
@@ -104,7 +105,7 @@ def report(options: Options, rates: Rates) -> str:
     parquet, columns = options.events * rates.parquet_bytes, options.events * rates.column_bytes
     speed = options.storage_gb_per_s * 1e9
     cores = options.hosts * options.cores
-    of_gpu = 1000 * options.step_events / options.step_ms  # events a second
+    of_gpu = 1000 * options.step_events / options.step_ms  # events per second
     of_host = options.gpus * of_gpu
     loaders = of_gpu / rates.loaded_a_core_second
     prepare = options.events / rates.prepared_a_core_second
@@ -114,17 +115,18 @@ def report(options: Options, rates: Rates) -> str:
             f"{options.cores} cores",
             f"from: {rates.measured}",
             f"disk: {parquet / 1e12:,.1f} TB of Parquet, {columns / 1e12:,.1f} TB of columns",
-            "  on a host, whose ranks open parts of their own: "
+            "  on a host, whose ranks open only their own parts: "
             f"{columns / options.hosts / 1e12:,.2f} TB of columns",
             "network, to copy a host's parts to it, as Parquet: "
             f"{parquet / options.hosts / speed / 60:,.1f} minutes",
             f"a step of {options.step_events:,} events in {options.step_ms:g} ms: "
-            f"{of_gpu / 1e6:,.1f} million events a second a GPU, {of_host / 1e6:,.0f} a host",
-            f"  loader: {loaders:,.2f} cores a GPU, {options.gpus * loaders:,.1f} of a host's "
+            f"{of_gpu / 1e6:,.1f} million events per second and GPU, "
+            f"{of_host / 1e6:,.0f} million per host",
+            f"  loader: {loaders:,.2f} cores per GPU, {options.gpus * loaders:,.1f} of a host's "
             f"{options.cores}; measured on histories of {rates.loaded_history:,.0f} events, longer ones "
-            "take less an event",
-            f"  read from columns: {of_host * rates.column_bytes / 1e9:,.1f} GB a second a host, from "
-            "the page cache or, where the columns do not fit it, from disk",
+            "cost less per event",
+            f"  read from columns: {of_host * rates.column_bytes / 1e9:,.1f} GB per second and host, "
+            "from the page cache, or from disk if the columns do not fit into it",
             f"preparation: {prepare / 3600:,.0f} core-hours; {prepare / cores / 3600:,.1f} hours on all "
             f"{cores:,} cores at DuckDB's rate",
         ]

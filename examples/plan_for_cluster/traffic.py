@@ -1,10 +1,10 @@
-"""How many bytes a training step sends between ranks: by formula, and counted on local ranks.
+"""The bytes that a training step sends between ranks, by formula and counted on local ranks.
 
     torchrun --nproc-per-node 2 examples/plan_for_cluster/traffic.py
     torchrun --nproc-per-node 4 examples/plan_for_cluster/traffic.py --sharding row_wise
 
-Prints, for each part of a step, the bytes that a rank sends by the formula, those that its
-collectives were given for other ranks, and what its sockets really sent.
+Prints, for each part of a step, the bytes that a rank sends by the formula, the bytes that its
+collectives were given for other ranks, and the bytes that its sockets sent.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from ifa_torchrec.distributed import (
 
 @dataclass(frozen=True)
 class Traffic:
-    """What decides the traffic of a step.
+    """The sizes that determine the traffic of a step.
 
     Args:
-        ranks: W.
-        batch: BatchSize of a rank.
-        item_features: K, id features of an item, a table each.
-        context_features: Fs, pooled id features of a request, a table each.
-        dim: D.
-        dense_parameters: numbers outside the tables.
-        whole_lengths: every rank hears of all lengths, as row_wise has it; else only the owner of
+        ranks: W, number of ranks.
+        batch: a rank's BatchSize.
+        item_features: K, id features of an item, with one table each.
+        context_features: Fs, pooled id features of a request, with one table each.
+        dim: D, width of the embeddings.
+        dense_parameters: number of weights outside the tables.
+        whole_lengths: whether every rank gets all lengths, as with row_wise; otherwise only the rank of
             a table does.
 
     Example:
@@ -65,8 +65,8 @@ class Traffic:
     whole_lengths: bool = False
 
     def bytes_sent(self) -> dict[str, float]:
-        """Bytes that a rank sends in a step, on average over the ranks, by what they are."""
-        away = (self.ranks - 1) / self.ranks  # share of the rows that lie on other ranks
+        """Bytes that a rank sends in a step, by kind; mean over the ranks."""
+        away = (self.ranks - 1) / self.ranks  # share of the rows on other ranks
         tokens = self.item_features * (self.batch.events + self.batch.candidates)
         pooled = self.context_features * self.batch.requests
         lengths = (2 * self.item_features + self.context_features) * self.batch.requests
@@ -82,7 +82,7 @@ class Traffic:
 
 
 class CountBytes(TorchDispatchMode):
-    """Counts, while it is on, the bytes that this rank's collectives are given for other ranks."""
+    """While active, counts the bytes that this rank's collectives are given for other ranks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ def bytes_on_the_wire() -> int:
                 with socket.socket(fileno=os.dup(int(file))) as copy:
                     info = copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
                 total += struct.unpack_from("Q", info, 120)[0]  # tcpi_bytes_acked
-        except OSError:  # no TCP socket, or closed since
+        except OSError:  # not a TCP socket, or closed meanwhile
             continue
     return total
 
@@ -131,21 +131,21 @@ class Options:
     """What to measure."""
 
     sharding: Literal["table_wise", "row_wise"] = "table_wise"
-    """How all tables are sharded."""
+    """Sharding type of all tables."""
     requests: int = 16
-    """B of a rank."""
+    """B, requests per rank."""
     history: int = 500
-    """Events of a request."""
+    """Events per request."""
     candidates: int = 50
-    """Candidates of a request."""
+    """Candidates per request."""
     features: int = 4
-    """Item features, and context features; a multiple of the ranks, so that table_wise is even."""
+    """Number of item features and of context features; a multiple of the ranks balances table_wise."""
     dim: int = 32
-    """D."""
+    """D, width of the embeddings."""
 
 
 def random_batch(options: Options, rows: int) -> RankingBatch:
-    """Ids drawn evenly from all rows."""
+    """A batch of ids drawn uniformly from all rows."""
     b, features = options.requests, options.features
     events, candidates = b * options.history, b * options.candidates
     names = [f"f{k}" for k in range(features)]
@@ -174,7 +174,7 @@ def random_batch(options: Options, rows: int) -> RankingBatch:
 
 
 def measure(options: Options) -> pd.DataFrame:
-    """The bytes of one step, a row a part, averaged over the ranks. Called by all ranks."""
+    """The bytes of one step, one row per part, mean over the ranks. Called by all ranks."""
     device = init_process_group()
     world, rows = dist.get_world_size(), 10_000
     names = [f"f{k}" for k in range(options.features)]
@@ -211,7 +211,7 @@ def measure(options: Options) -> pd.DataFrame:
     train, _ = shard(DLRM_IFATrain(model), device, OptimizerConfig(), sharding, batch_size)
     torch.manual_seed(dist.get_rank())
 
-    train(random_batch(options, rows))[0].backward()  # the first step sets things up
+    train(random_batch(options, rows))[0].backward()  # the first step does one-time work
     batch = random_batch(options, rows)
     dist.barrier()
     before = bytes_on_the_wire()
@@ -248,7 +248,7 @@ def measure(options: Options) -> pd.DataFrame:
 
 
 def _dense_parameters(model: nn.Module) -> int:
-    """Numbers that DDP reduces: all but the tables."""
+    """The number of weights that DDP reduces: all outside the tables."""
     return sum(p.numel() for name, p in model.named_parameters() if "embedding_" not in name)
 
 

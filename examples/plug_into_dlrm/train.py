@@ -1,11 +1,10 @@
-"""TorchRec's own DLRM and DLRM_DCN, with a lifelong history beside them; the DLRM itself untouched.
+"""Adds a lifelong history to TorchRec's own DLRM and DLRM_DCN, which are not changed.
 
     python examples/plug_into_dlrm/train.py        # about a minute, 2 cores
 
-Which of the next ten films that a user rates are liked? MovieLens-100K. The DLRM sees a row a
-candidate: the user, the film, what is known of the user, and how often the film was rated.
-WithHistory is all that is added: at the start it is the DLRM to the bit, since what it adds starts at
-zero.
+Which of the next ten films that a user rates are liked? Uses MovieLens-100K. The DLRM gets one row per
+candidate: the user, the film, the user's features, and how often the film was rated. WithHistory is the
+only addition; at the start it equals the DLRM bit for bit, since its addend starts at zero.
 """
 
 from __future__ import annotations
@@ -43,11 +42,11 @@ class Options:
     """What to train."""
 
     data: Path = Path("runs/data/recbole")
-    """Where the files are, or will be put."""
+    """Folder of the files; downloaded if they do not exist."""
     epochs: int = 2
     """Passes over the requests."""
     requests: int | None = None
-    """Only so many requests to train on; None for all."""
+    """Number of training requests; None for all."""
     dim: int = 32
     """D, width of the embeddings."""
     seed: int = 0
@@ -55,10 +54,10 @@ class Options:
 
 
 class WithHistory(nn.Module):
-    """Any model of (dense_features, sparse_features) -> logits [M, 1], with a history beside it.
+    """Any model (dense_features, sparse_features) -> logits [M, 1], with a history added.
 
     Args:
-        dlrm: the model as it is, sharded or not; its rows are the candidates.
+        dlrm: the unchanged model, sharded or not; its rows are the candidates.
         tables: EmbeddingCollection with history_item and candidate_item.
         config: IFAConfig.
     """
@@ -82,7 +81,7 @@ class WithHistory(nn.Module):
         age: Tensor,
         liked: Tensor,
     ) -> Tensor:
-        """Logits [M, 1]: the DLRM's, and what the history adds to them."""
+        """Logits [M, 1]: the DLRM's plus the history's contribution."""
         tokens = self.tables(history)
         asked, events = tokens["candidate_item"], tokens["history_item"]
         asked = with_values(asked, self.norm(asked.values()))
@@ -92,7 +91,7 @@ class WithHistory(nn.Module):
 
 
 def with_values(rows: JaggedTensor, values: Tensor) -> JaggedTensor:
-    """Other values for the same rows."""
+    """The same rows with other values."""
     return JaggedTensor(values, lengths=rows.lengths(), offsets=rows.offsets())
 
 
@@ -100,7 +99,7 @@ SPARSE = ("user", "item", "age", "gender", "occupation")
 
 
 class Rows:
-    """The DLRM's inputs: a row a candidate."""
+    """Makes the DLRM's inputs: one row per candidate."""
 
     def __init__(self, training: Requests, users: pd.DataFrame) -> None:
         popularity = np.bincount(training.item.ravel(), minlength=10_000)
@@ -108,7 +107,7 @@ class Rows:
         self.codes = {name: users[name].astype("category").cat.codes for name in SPARSE[2:]}
 
     def __call__(self, requests: Requests) -> tuple[Tensor, KeyedJaggedTensor]:
-        """dense_features [M, 1] and sparse_features of stride M."""
+        """dense_features [M, 1], and sparse_features with stride M."""
         user = np.repeat(requests.user, CANDIDATES)
         item = requests.item.ravel()
         ids = [user, item, *(codes.loc[user].to_numpy() for codes in self.codes.values())]
@@ -121,7 +120,7 @@ class Rows:
 
 
 def make_dlrm(kind: Callable[..., nn.Module], rows: dict[str, int], dim: int) -> nn.Module:
-    """A DLRM as TorchRec has it."""
+    """TorchRec's DLRM or DLRM_DCN."""
     bags = EmbeddingBagCollection(
         tables=[
             EmbeddingBagConfig(
@@ -137,7 +136,7 @@ def make_dlrm(kind: Callable[..., nn.Module], rows: dict[str, int], dim: int) ->
 
 
 def train(options: Options, kind: Callable[..., nn.Module], with_history: bool) -> None:
-    """Train a model; prints its AUC on the test requests."""
+    """Train a model and print its AUC on the test requests."""
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
     training, test, tables, users = load(options.data)

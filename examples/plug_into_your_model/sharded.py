@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 examples/plug_into_your_model/sharded.py     # about a minute, 2 cores
 
-The Ranker of train.py as it is, by TorchRec's own means. Of ifa_torchrec there is the module alone, a
-dense part like any other, which every rank has whole; the item's table is split by rows.
+Shards the unchanged Ranker of train.py with TorchRec. From ifa_torchrec it uses only the module, a dense
+part like any other, of which every rank has a copy; the item table is sharded by rows.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from train import Options, Ranker, Requests, load
 
 @dataclass
 class Batch(Pipelineable):
-    """What a step takes, as the pipeline moves it to the device."""
+    """A step's inputs, which the pipeline moves to the device."""
 
     features: KeyedJaggedTensor
     age: Tensor
@@ -48,21 +48,21 @@ class Batch(Pipelineable):
 
     @classmethod
     def of(cls, requests: Requests) -> Batch:
-        """Of some requests."""
+        """The batch of some requests."""
         return cls(*requests.history(), torch.from_numpy(requests.label.ravel()).float())
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
-        """On another device."""
+        """The batch on another device."""
         return Batch(*(part.to(device, non_blocking=non_blocking) for part in vars(self).values()))
 
     def record_stream(self, stream: torch.Stream) -> None:
-        """Its memory is used on that stream too."""
+        """Mark its memory as used on that stream."""
         for part in vars(self).values():
             part.record_stream(stream)
 
 
 class WithLoss(nn.Module):
-    """What a pipeline calls: a batch in, the loss and the logits out."""
+    """The module that the pipeline calls: takes a batch, returns the loss and the logits."""
 
     def __init__(self, ranker: Ranker) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class WithLoss(nn.Module):
 
 
 def shard(model: WithLoss, device: torch.device) -> tuple[DistributedModelParallel, CombinedOptimizer]:
-    """The model with its table's rows spread over the ranks, and its optimisers."""
+    """The model with its table sharded by rows, and its optimisers."""
     tables = model.ranker.tables
     apply_optimizer_in_backward(RowWiseAdagrad, tables.parameters(), {"lr": 0.03})
     sharders, group = [EmbeddingCollectionSharder()], dist.group.WORLD
@@ -99,7 +99,7 @@ def shard(model: WithLoss, device: torch.device) -> tuple[DistributedModelParall
 
 
 def batches(requests: Requests, order: np.ndarray) -> Iterator[Batch]:
-    """This rank's share of each step's 32 requests; every rank has as many steps."""
+    """This rank's share of each step's 32 requests; all ranks have the same number of steps."""
     steps = len(order) // 32
     for step in np.array_split(order[: 32 * steps], steps):
         yield Batch.of(requests[step[dist.get_rank() :: dist.get_world_size()]])
@@ -113,7 +113,7 @@ def main() -> None:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if dist.get_rank() == 0:  # let TorchRec say which lookups run ahead
+    if dist.get_rank() == 0:  # let TorchRec log which lookups are pipelined
         logging.basicConfig()
         logging.getLogger("torchrec.distributed.train_pipeline.utils").setLevel(logging.INFO)
     torch.manual_seed(options.seed)
@@ -129,8 +129,8 @@ def main() -> None:
                 pipeline.progress(steps)
             except StopIteration:
                 break
-        pipeline.detach()  # the model looks up by itself again
-        with torch.no_grad():  # all ranks score all requests: a lookup needs each of them
+        pipeline.detach()  # the model does its lookups itself again
+        with torch.no_grad():  # all ranks score all requests, since a lookup needs every rank
             scored = [
                 model(Batch.of(test[part]).to(device))[1].cpu()
                 for part in np.array_split(np.arange(len(test)), 20)

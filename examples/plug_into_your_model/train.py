@@ -1,9 +1,9 @@
-"""The bare IFA module in a TorchRec model that is not ours: an EmbeddingCollection and an MLP.
+"""The IFA module in another TorchRec model: an EmbeddingCollection and an MLP.
 
     python examples/plug_into_your_model/train.py        # about a minute, 2 cores
 
-Which of the next ten films that a user rates are liked? MovieLens-100K, everything before as history.
-The lines that IFA needs are marked with "# IFA".
+Which of the next ten films that a user rates are liked? Uses MovieLens-100K, with all earlier ratings as
+history. The lines that IFA needs are marked with "# IFA".
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Options:
     """What to train."""
 
     data: Path = Path("runs/data/recbole")
-    """Where the files are, or will be put."""
+    """Folder of the files; downloaded if they do not exist."""
     epochs: int = 5
     """Passes over the requests."""
     requests: int | None = None
-    """Only so many requests to train on; None for all."""
+    """Number of training requests; None for all."""
     dim: int = 32
     """D, width of the embeddings."""
     seed: int = 0
@@ -43,7 +43,7 @@ class Options:
 
 
 class Ranker(nn.Module):
-    """Logits of candidates from their own embedding and, with IFA, from what the user liked."""
+    """Logits of candidates from their embeddings and, with IFA, from the user's history."""
 
     def __init__(self, items: int, dim: int, with_history: bool) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Ranker(nn.Module):
 
 
 class Scores(nn.Module):
-    """All but the tables; a module of its own, so that a pipeline's tracing of the model ends here."""
+    """Everything but the tables; a separate module, so that the pipeline's tracing stops here."""
 
     def __init__(self, dim: int, with_history: bool) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Scores(nn.Module):
 
 
 def with_values(rows: JaggedTensor, values: Tensor) -> JaggedTensor:
-    """Other values for the same rows."""
+    """The same rows with other values."""
     return JaggedTensor(values, lengths=rows.lengths(), offsets=rows.offsets())
 
 
@@ -102,7 +102,7 @@ def evaluate(model: Ranker, requests: Requests) -> float:
 
 
 def train(options: Options, with_history: bool) -> None:
-    """Train a model; prints its AUC on the test requests."""
+    """Train a model and print its AUC on the test requests."""
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
     training, test, tables, _ = load(options.data)

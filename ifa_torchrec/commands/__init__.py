@@ -1,1 +1,1 @@
-"""The commands of ``ifa``, a file each: options, what is done, and ``main``, which prints."""
+"""The commands of ``ifa``, one module each: options, a function that does the work, and ``main``."""

@@ -1,4 +1,4 @@
-"""Print which backends of the operators there are here, and why not where there are not.
+"""Print which backends of the operators are available here, and why others are not.
 
 ifa backends
 """
@@ -24,7 +24,7 @@ def main() -> None:
     about = {
         "auto": auto,
         "native": f"{'available' if native.LIBRARY else 'not available'}: {native.STATUS}",
-        "reference": "available: the plain truth, slow",
+        "reference": "available: slow, the definition that the others are tested against",
         "torch": f"available: torch {torch.__version__}, any device and dtype",
         "triton": f"{'available' if here else 'not available'}: Triton is {installed}, {gpus} GPUs",
     }

@@ -52,7 +52,7 @@ from ifa_torchrec.serving import (
     open_key_value_store,
 )
 from ifa_torchrec.serving.times import utc
-from ifa_torchrec.training.own import over_ranks
+from ifa_torchrec.training.own import all_reduce_sum
 from ifa_torchrec.training.progress import progress_bar
 from ifa_torchrec.training.run import Run, load_run, version_of
 
@@ -198,7 +198,7 @@ def _keep_unchanged(
         users, forgotten = [who.ids[row] for row in rows], [who.forgotten[row] for row in rows]
         found, size = store.take_over(before, users, events, forgotten)
         written += [found.sum(), size, lengths[rows][found].sum()]
-    return over_ranks()(written)
+    return all_reduce_sum(written)
 
 
 def _write(
@@ -223,7 +223,7 @@ def _write(
                 written += [count, size, events]
                 bar.update(done + sampler.requests_taken(step) - bar.n)
             done += len(some)
-    return over_ranks()(written)
+    return all_reduce_sum(written)
 
 
 def _by_turns(config: BuildStatesConfig, last: np.ndarray, left: np.ndarray) -> list[np.ndarray]:

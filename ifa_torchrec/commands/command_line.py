@@ -1,4 +1,4 @@
-"""What the commands share."""
+"""Functions that the commands share."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ import sys
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from ifa_torchrec.errors import UserError
+from ifa_torchrec.errors import ConfigError, UserError
 
 
 @contextmanager
 def as_command() -> Generator[None]:
-    """Run a program for its user: what it prints is meant for that user.
+    """Run a program as a command, whose output is meant for its user.
 
-    It ends with the message alone where the user is at fault (a UserError), and with a traceback where
-    the program is; and without torch's and torchrec's warnings of their own calls of each other. Under
-    torchrun, either is told to it, as by torch.distributed.elastic's ``record``: the summary
-    of the job then shows the first failure of all ranks. Where the reader of its output has gone, as
-    behind ``| head``, it ends without a word, with 141, as a program that SIGPIPE ended.
+    For a UserError only the message is printed, for other errors a traceback. torch's and TorchRec's
+    warnings about their own calls of each other are hidden. Under torchrun the error is recorded as by
+    torch.distributed.elastic's ``record``, so the job's summary shows the first failure of all ranks. If
+    the reader of the output has gone, as with ``| head``, the program exits silently with 141, like a
+    program ended by SIGPIPE.
 
     Example:
         >>> from ifa_torchrec.commands.command_line import as_command
@@ -46,7 +47,7 @@ def as_command() -> Generator[None]:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and not _stdout_has_a_reader():
             raise SystemExit(141) from None
-        # not by `record`, which takes the SystemExit of --help for an end without one
+        # not by `record`, which handles the SystemExit of --help wrongly
         get_error_handler().record_exception(error)
         if isinstance(error, UserError):
             raise SystemExit(f"error: {error}") from error
@@ -54,7 +55,7 @@ def as_command() -> Generator[None]:
 
 
 def _stdout_has_a_reader() -> bool:
-    """False where stdout is a pipe whose other end is closed; what it still holds is then dropped."""
+    """False if stdout is a pipe whose other end is closed; its buffered output is then dropped."""
     poll = select.poll()
     poll.register(1, select.POLLOUT)
     if any(event & select.POLLERR for _, event in poll.poll(0)):
@@ -63,8 +64,29 @@ def _stdout_has_a_reader() -> bool:
     return True
 
 
+def check_picture(path: Path | None) -> None:
+    """Refuse the file of a picture whose suffix names none of the formats.
+
+    Args:
+        path: as --picture gives it; None for no picture.
+
+    Raises:
+        ConfigError: the suffix is not .png, .svg or .pdf.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from ifa_torchrec.commands.command_line import check_picture
+        >>> check_picture(Path("curves.PNG"))
+        >>> check_picture(Path("curves"))
+        Traceback (most recent call last):
+        ifa_torchrec.errors.ConfigError: --picture curves: the name must end in .png, .svg or .pdf
+    """
+    if path is not None and path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"--picture {path}: the name must end in .png, .svg or .pdf")
+
+
 def result_as_json(result: Mapping[str, Any]) -> str:
-    """A command's result as JSON, which has no NaN: the GAUC of no request that has one is null.
+    """A command's result as JSON. JSON has no NaN: a metric that cannot be measured is null.
 
     Example:
         >>> from ifa_torchrec.commands.command_line import result_as_json

@@ -1,9 +1,9 @@
-"""How several trainings went, side by side.
+"""Compare several trainings side by side.
 
     ifa compare runs/ifa runs/softmax --picture curves.png
 
-Prints a row a run: its steps, its last training loss, and what its best checkpoint reached on the split
-`valid`. Works while the trainings still run. `tensorboard --logdir runs` shows these curves, and more.
+Prints one row per run: its steps, its last training loss, and its best checkpoint's metric on the split
+`valid`. Works while the trainings still run. `tensorboard --logdir runs` shows these and more curves.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import pandas as pd
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ifa_torchrec.commands.command_line import check_picture
 from ifa_torchrec.errors import ConfigError, require, writing
 from ifa_torchrec.training.validations import LAST, read_validations
 
-_LOSS, _SMOOTH = "train/loss", 5  # the loss is a mean of ten steps, of which five are shown as one
+_LOSS, _SMOOTH = "train/loss", 5  # each point is the mean of ten steps; five points are averaged
 
 
 @dataclass(frozen=True)
@@ -30,25 +31,24 @@ class CompareConfig:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of training runs (their --out)."""
     metric: str | None = None
-    """Metric of the split `valid` to compare by, e.g. gauc or ne; by default the one by which the first
-    run keeps its best checkpoint."""
+    """Metric of the split `valid` to compare by, e.g. gauc or ne; by default the metric by which the
+    first run keeps its best checkpoint."""
     picture: Path | None = None
-    """Draw the training loss and the metric by step, all runs in one, into this .png, .svg or .pdf.
-    Needs the extra `demo`."""
+    """Draw the training loss and the metric of all runs by step, to this .png, .svg or .pdf file. Needs
+    the extra `demo`."""
 
     def __post_init__(self) -> None:
         if not self.runs:
-            raise ConfigError("name the folders of one run or more, e.g. ifa compare runs/a runs/b")
-        if self.picture is not None and self.picture.suffix.lower() not in (".png", ".svg", ".pdf"):
-            raise ConfigError(f"--picture {self.picture}: its name must end in .png, .svg or .pdf")
+            raise ConfigError("give the folders of one or more runs, e.g. ifa compare runs/a runs/b")
+        check_picture(self.picture)
 
 
 def compare(config: CompareConfig) -> pd.DataFrame:
-    """A row a run: "steps", "loss" (its last), and where it was validated "best step" and the metric of
-    that step; drawn as curves if asked.
+    """One row per run: "steps", "loss" (the last), and if it was validated, "best step" and the metric
+    of that step; drawn as curves if asked.
 
     Raises:
-        ConfigError: a folder holds no training, or the metric was measured in none of the runs.
+        ConfigError: a folder is not a training run, or none of the runs measured the metric.
         ModuleNotFoundError: matplotlib is not installed (extra `demo`), for a picture.
         WriteError: the picture cannot be written.
 
@@ -83,14 +83,16 @@ def compare(config: CompareConfig) -> pd.DataFrame:
         rows[name] = row
     if config.metric is not None and not any(map(len, measured.values())):
         there = sorted({m for v in kept.values() for of in v.validations for m in of.metrics})
-        raise ConfigError(f"--metric {config.metric}: measured in none of the runs; there are {there}")
+        raise ConfigError(
+            f"--metric {config.metric}: none of the runs measured it; the metrics are {there}"
+        )
     if config.picture is not None:
         _draw(config.picture, losses, measured, metric)
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
 
 
 def _names(runs: tuple[Path, ...]) -> dict[Path, str]:
-    """What to call each run: its folder, with those above it where two have one name."""
+    """The name of each run: its folder's name, or its path if two folders have the same name."""
     last = [run.resolve().name for run in runs]
     return {
         run: name if last.count(name) == 1 else str(run) for run, name in zip(runs, last, strict=True)
@@ -98,25 +100,27 @@ def _names(runs: tuple[Path, ...]) -> dict[Path, str]:
 
 
 def _losses(run: Path) -> pd.Series:
-    """The training loss by step; smoothed."""
+    """The smoothed training loss by step."""
     curves = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     if (run / "tensorboard").is_dir():
         curves.Reload()
     try:
         points = pd.Series({p.step: p.value for p in curves.Scalars(_LOSS)})
     except KeyError as error:
-        raise ConfigError(f"{run} holds no training that has made ten steps; name its --out") from error
+        raise ConfigError(
+            f"{run} is not a training run with at least ten steps; give its --out"
+        ) from error
     return pd.Series(points.rolling(_SMOOTH, min_periods=1).mean())
 
 
 def _draw(
     file: Path, losses: dict[str, pd.Series], measured: dict[str, pd.Series], metric: str | None
 ) -> None:
-    """The losses and, where a run was validated, the metric, a line a run."""
+    """Draw the losses and, if any run was validated, the metric; one line per run."""
     require("demo", "matplotlib")
     from matplotlib.figure import Figure
 
-    panels = {"training loss, the mean of 50 steps": losses}
+    panels = {"training loss, mean of 50 steps": losses}
     if any(map(len, measured.values())):
         panels[f"{metric} of the split valid"] = measured
     figure = Figure(figsize=(1 + 5 * len(panels), 4), layout="constrained")

@@ -3,9 +3,9 @@
     ifa evaluate --run runs/mine --split test
     torchrun --nproc-per-node 2 -m ifa_torchrec evaluate -- --run runs/mine --split test
 
-Under torchrun (which takes a bare --run for its own --run-path) the ranks share the requests, and what
-is measured is sums over them; rank 0 writes: the metrics as JSON to the standard output and to a file,
-and as a table, for people, to the standard error.
+Under torchrun the ranks share the requests, and the metrics are of all of them. (The "--" is needed:
+torchrun would take --run for its own --run-path.) Rank 0 writes the metrics as JSON to standard output
+and to a file, and as a readable table to standard error.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ class EvaluateConfig:
     run: Path
     """Folder of a training run (its --out)."""
     split: str = "test"
-    """Requests to score."""
+    """Split whose requests are scored."""
     data: str | Path | None = None
-    """Event log, a folder or a URI; by default the one the run was trained on."""
+    """Event log, a folder or a URI; by default the log that the run was trained on."""
     by: tuple[str, ...] = ()
-    """Context features: metrics are also given for the requests of each of their values."""
+    """Context features: also measure the requests of each of their values."""
     set_size: int | None = None
-    """Also measure the sets of so many candidates that the model would show: the best by their own
-    scores and, where it was trained for that (ifa train --candidate-set.generate), those chosen one
-    by one."""
+    """Also measure sets of this many candidates that the model would show: the best by their own
+    scores and, if it was trained for that (ifa train --candidate-set.generate), sets chosen one by
+    one."""
     picture: bool = False
-    """Draw the reliability of binary tasks, what is predicted against what comes true:
-    RUN/reliability-SPLIT.png. Needs the extra `demo`."""
+    """Draw the reliability of binary tasks, predictions against labels, to RUN/reliability-SPLIT.png.
+    Needs the extra `demo`."""
     int8: bool = False
-    """Round the tables to 8 bits, as ``ifa serve --int8`` does; each rank holds all of them."""
+    """Round the tables to 8 bits, as ``ifa serve --int8`` does; each rank has all tables."""
 
     def __post_init__(self) -> None:
         if self.set_size is not None and self.set_size < 1:
@@ -68,28 +68,30 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     RUN/metrics-SPLIT.json, or metrics-SPLIT-int8.json.
 
     Returns:
-        ``measure``'s numbers, new and known items apart; "shares" of what the model does not know;
-        with a set size "sets", what ``measure_sets`` says of those by "topk" and by "greedy";
-        "reliability" of each binary task; "notes", of each task whose ranking cannot be measured why;
-        "ms_per_request"; and "step", that of the checkpoint.
+        ``measure``'s metrics, also for new and known items separately; "shares" of ids that the model
+        does not know; with a set size "sets", ``measure_sets``'s metrics for "topk" and "greedy";
+        "reliability" of each binary task; "notes", the reason for each task whose ranking cannot be
+        measured; "ms_per_request"; and the checkpoint's "step".
 
     Raises:
         CheckpointError: the run has no checkpoint.
-        LogError: the event log or the split is not there.
+        LogError: the event log or the split does not exist.
         WriteError: RUN cannot be written.
     """
     return _evaluate(config)[0]
 
 
 def _evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], tuple[Task, ...]]:
-    """What ``evaluate`` returns, and the tasks that it is of."""
+    """What ``evaluate`` returns, and the model's tasks."""
     run = load_run(config.run, config.data, sharded=not config.int8, whole_log=False)
     if config.int8:
         run.model = DLRM_IFATrain(quantize_tables(run.dlrm))
     known = list(run.log.schema.context_features)
     for feature in config.by:
         if feature not in known:
-            raise ConfigError(f"--by {feature}: no such context feature; there are {known}")
+            raise ConfigError(
+                f"--by {feature}: no such context feature; the context features are {known}"
+            )
     dataset = run.dataset(config.split)
     budget = run.config.max_events, run.config.scored_requests
     own, scores, milliseconds = predict_own(run.model, dataset, run.device, *budget)
@@ -121,7 +123,7 @@ def _evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], tuple[Task, ...]]
 def sets(
     run: Run, own: OwnRequests, truth: SetTruth | None, scores: np.ndarray, k: int
 ) -> dict[str, Any]:
-    """What sets of k candidates are worth, by the ways that the model can choose them, of all ranks."""
+    """The metrics of sets of k candidates, by each strategy that the model has, over all ranks."""
     model = run.dlrm.eval()
     chosen = {"topk": best_by_score(own, scores, model.config.tasks, k)}
     if model.config.candidate_set.generate:
@@ -135,7 +137,7 @@ def sets(
 
 
 def notes(own: OwnRequests, scores: np.ndarray, tasks: Sequence[Task]) -> dict[str, str]:
-    """Of each task whose ranking cannot be measured on a split, why, by the task's name."""
+    """The reason for each task whose ranking cannot be measured on a split, by task name."""
     reasons = {
         task.name: TaskScores(own, task, score, logits=True).why_unranked()
         for task, score in zip(tasks, scores.T, strict=True)

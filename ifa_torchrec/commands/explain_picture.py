@@ -1,4 +1,4 @@
-"""The explanation of a ranking as a picture: events on a time line, and the heads that weigh them."""
+"""The picture of ``ifa explain``: events on a time line, and their weights in each head."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from ifa_torchrec.errors import require, writing
 from ifa_torchrec.modules import IFAConfig
 
-_LONGEST = 40  # characters of an event's name
+_LONGEST = 40  # maximum number of characters of an event's name
 
 
 def head_names(config: IFAConfig) -> list[str]:
-    """What to call the heads of ``attention_weights``, H + K * L of them.
+    """The names of ``attention_weights``'s H + K * L heads.
 
     Example:
         >>> import math
@@ -39,14 +39,14 @@ def head_names(config: IFAConfig) -> list[str]:
 def draw_explanation(
     file: Path, title: str, heads: Sequence[str], events: Sequence[str], ages: Tensor, weights: Tensor
 ) -> None:
-    """Draw which events weigh how much in which head.
+    """Draw the weights of the events in each head.
 
     Args:
-        file: the picture; its suffix says the format, .png, .svg or .pdf.
-        title: above it.
+        file: the picture; its suffix sets the format: .png, .svg or .pdf.
+        title: title of the picture.
         heads: names of S heads.
-        events: what to call the events that weigh most, the first the most.
-        ages: [n] days before the request, of all events; those of ``events`` come first.
+        events: names of the events with the largest weights, in descending order.
+        ages: [n], days before the request, of all events; those of ``events`` come first.
         weights: [n, S], each head's shares.
 
     Raises:
@@ -78,9 +78,9 @@ def draw_explanation(
         mean = [share / len(heads) for share in shares[: len(events)]]
         bars.barh(range(len(events)), mean, left=left, color=colour, label=head)
         left = [a + b for a, b in zip(left, mean, strict=True)]
-    # a name with two dollar signs is no formula
+    # a name with two dollar signs is not a formula
     figure.suptitle(title.replace("; ", "\n"), parse_math=False)
-    line.set_xlabel("days before the request; the area is the event's share in the head")
+    line.set_xlabel("days before the request; area: the event's share in the head")
     line.set_yticks(range(len(heads)), heads, parse_math=False)
     line.set_ylim(len(heads) - 0.5, -0.5)
     line.invert_xaxis()
@@ -88,7 +88,7 @@ def draw_explanation(
     called = [f"{name}, {age:.1f} days" for name, age in zip(names, days[: len(events)], strict=True)]
     bars.set_yticks(range(len(events)), called, parse_math=False)
     bars.invert_yaxis()
-    bars.set_xlabel("weight, the mean over the heads")
+    bars.set_xlabel("weight: mean share over the heads")
     bars.legend(loc="lower right", fontsize="small")
     with writing(file):
         figure.savefig(file, dpi=110)

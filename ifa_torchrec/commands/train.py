@@ -4,15 +4,16 @@
     torchrun --nproc-per-node 2 -m ifa_torchrec train --data LOG --out runs/mine
     ifa train --data LOGS --out runs/mine --follow
 
-Writes OUT/config.json, OUT/checkpoints/, OUT/tensorboard/ and, where the log has a split `valid`,
-OUT/validations.json, by which the best checkpoint is kept and used (--keep-best). With --resume it goes
-on from the last checkpoint, if there is one, at the request where that was written; so the same command
-starts a run and restarts it. The number of ranks, the batches' size and the sharding may then be
-others. While it runs, no other training can write to OUT.
+Writes OUT/config.json, OUT/checkpoints/, OUT/tensorboard/ and, if the log has a split `valid`,
+OUT/validations.json, by which the best checkpoint is kept and used (--keep-best). With --resume it
+continues from the last checkpoint, if there is one, at the exact request; so the same command starts and
+restarts a run. The number of ranks, the batch size and the sharding may differ. While it runs, no other
+training can write to OUT.
 
-With --follow DATA is a folder of logs, one a day, say, in the order of their names. The first is trained
-as above; each later one is measured by the run before it, then trained once, in order of time. Each has
-its run in OUT/NAME, and its row in OUT/parts.csv. The same command takes up the logs that came since.
+With --follow, DATA is a folder of logs, for example one per day, taken in the order of their names. The
+first is trained as above; each later one is measured with the run before it, then trained once, in order
+of time. Each has its own run in OUT/NAME, and a row in OUT/parts.csv. Run the same command again to
+train on new logs.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from ifa_torchrec.training.trainer import train
 
 @dataclass(frozen=True)
 class TrainCommand:
-    """Options of ``ifa train``: those of a training, and whether it is one without end."""
+    """Options of ``ifa train``: those of a training, and --follow."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    """Of a training."""
+    """Options of the training."""
     follow: bool = False
-    """DATA is a folder of logs, a day each, say: train on those that are left, each measured before it
-    is trained, and trained once; OUT gets a run for each."""
+    """DATA is a folder of logs, for example one per day: train on the remaining ones, each measured
+    first and trained once; OUT gets one run per log."""
 
 
 def main(command: Annotated[TrainCommand, tyro.conf.arg(name="")]) -> None:

@@ -1,11 +1,11 @@
-"""Search the options of a training by what they reach on the split `valid`.
+"""Search for the training options with the best metric on the split `valid`.
 
     ifa tune --train.data LOG --train.out runs/tuned --trials 30
     ifa tune --train.data LOG --train.out runs/tuned --search ifa.num-heads=1,2,4 dropout=0..0.3
 
-Each trial is a run of its own, OUT/trial-NUMBER; OUT/study.log is Optuna's journal, so that the same
-line goes on where it was stopped, and OUT/best.json names the best trial and its options. What is not
-searched stays as ``--train`` has it.
+Each trial is a run in OUT/trial-NUMBER. OUT/study.log is Optuna's journal, so the same command continues
+a stopped search. OUT/best.json has the best trial and its options. Options that are not searched are
+those of ``--train``.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ import torch.distributed as dist
 import tyro
 
 from ifa_torchrec.commands.command_line import result_as_json
+from ifa_torchrec.data import EventLog
 from ifa_torchrec.data.remote import full_name
 from ifa_torchrec.distributed import checkpoint, init_process_group
 from ifa_torchrec.errors import ConfigError, DivergedError, UserError, require, writing
+from ifa_torchrec.training.decide import keep_best_of
 from ifa_torchrec.training.options import TrainConfig, from_json, to_json
 from ifa_torchrec.training.trainer import train
 from ifa_torchrec.training.validations import LAST, gain
@@ -38,17 +40,17 @@ class TuneConfig:
     """Options of ``ifa tune``."""
 
     train: TrainConfig
-    """Where and what to train; options that are searched are replaced."""
+    """Options of the trainings; searched options are replaced."""
     trials: int = 20
-    """Trials in all, those of an earlier start among them."""
+    """Number of trials, including those before the search was stopped."""
     search: tuple[str, ...] = (
         "optimizers.dense-lr=0.001..0.01",
         "optimizers.table-lr=0.01..0.1",
         "optimizers.weight-decay=0.001..0.1",
         "dropout=0,0.1,0.2",
     )
-    """Options of a training, as the command line has them, each with what to try: NAME=LOW..HIGH,
-    by their logarithm where both are positive, or NAME=A,B,C."""
+    """Training options, by their names on the command line, with what to try: NAME=LOW..HIGH (on a
+    logarithmic scale if both are positive), or NAME=A,B,C."""
 
     def __post_init__(self) -> None:
         if self.trials < 1:
@@ -57,14 +59,14 @@ class TuneConfig:
             raise ConfigError("--search: name an option to search, e.g. dropout=0,0.1")
         if self.train.keep_best == LAST:
             raise ConfigError(
-                "--train.keep-best last: trials are judged by a metric, such as gauc; name one"
+                "--train.keep-best last: trials are compared by a metric; name one, e.g. gauc"
             )
         for text in self.search:
             space_of(text)
 
 
 def space_of(text: str) -> tuple[str, list[str] | tuple[float, float]]:
-    """An option's name and what to try: a list of values, or the bounds of a range.
+    """An option's name and the values to try: a list, or the bounds of a range.
 
     Raises:
         ConfigError: it is not NAME=LOW..HIGH or NAME=A,B,C, or there is no such option.
@@ -86,12 +88,12 @@ def space_of(text: str) -> tuple[str, list[str] | tuple[float, float]]:
     if not -math.inf < bounds[0] < bounds[1] < math.inf:
         raise ConfigError(f"--search {text}: give NAME=LOW..HIGH, with LOW below HIGH, or NAME=A,B,C")
     if whole and not all(bound.is_integer() for bound in bounds):
-        raise ConfigError(f"--search {text}: it is a whole number; give bounds that are")
+        raise ConfigError(f"--search {text}: the option is an integer; give integer bounds")
     return name, (round(bounds[0]), round(bounds[1])) if whole else bounds
 
 
 def kind_of(name: str) -> Any:
-    """The type of an option of a training, e.g. of "ifa.num_heads".
+    """The type of a training option, e.g. of "ifa.num_heads".
 
     Raises:
         ConfigError: there is no such option.
@@ -121,23 +123,23 @@ def with_option(config: Any, name: str, value: Any) -> Any:
         return dataclasses.replace(config, **{first: with_option(getattr(config, first), rest, value)})
     kind = typing.get_type_hints(type(config))[first]
     if isinstance(value, str):
-        with suppress(ValueError):  # of text
+        with suppress(ValueError):  # text that is not JSON stays text
             value = json.loads(value)
     return dataclasses.replace(config, **{first: from_json(kind, value, first)})
 
 
 def tune(config: TuneConfig) -> dict[str, Any]:
-    """Go on with a search until it has as many trials as are wanted. On one rank.
+    """Start or continue a search until it has the given number of trials. On one rank.
 
     Returns:
-        "trial", the number of the best; "out", its run; "metric" and "value", what it was judged by and
-        reached; "options", those that were searched. Also in OUT/best.json.
+        "trial", the number of the best trial; "out", its run; "metric" and "value", the metric and its
+        value; "options", the searched options. Also written to OUT/best.json.
 
     Raises:
-        ConfigError: the log has not what the trials are judged by, or OUT holds a search of other
-            options.
-        CheckpointError: another search or training has OUT.
-        DivergedError: no trial came to an end.
+        ConfigError: there are several ranks, the metric cannot be measured on the log, or OUT has a
+            search with other options.
+        CheckpointError: another search or training writes to OUT.
+        DivergedError: no trial was completed.
         WriteError: OUT cannot be written.
 
     Example:
@@ -155,19 +157,21 @@ def tune(config: TuneConfig) -> dict[str, Any]:
     from optuna.trial import TrialState
 
     init_process_group()
-    out, metric = config.train.out, config.train.keep_best or "gauc"
+    if dist.get_world_size() > 1:
+        raise ConfigError("ifa tune runs on one rank: start it without torchrun")
+    out, metric = config.train.out, _metric(config.train)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with checkpoint.locked(out):
         study = optuna.create_study(
             study_name="ifa",
             storage=JournalStorage(JournalFileBackend(str(out / "study.log"))),
-            direction="maximize",  # of `gain`
+            direction="maximize",  # the value is `gain`
             load_if_exists=True,
         )
         _check_same(study, config, metric)
-        # a search that goes on must not draw what it drew at its start
+        # a continued search must not draw the same values as at its start
         study.sampler = optuna.samplers.TPESampler(seed=config.train.seed + len(study.trials))
-        for trial in study.get_trials(states=(TrialState.RUNNING,)):  # stopped amid it: it comes again
+        for trial in study.get_trials(states=(TrialState.RUNNING,)):  # was stopped: run it again
             study.tell(trial.number, state=TrialState.FAIL)
             study.enqueue_trial(trial.params)
         while len(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))) < config.trials:
@@ -175,15 +179,15 @@ def tune(config: TuneConfig) -> dict[str, Any]:
             value = _reached(config, trial, metric)
             if isinstance(value, UserError):
                 study.tell(trial, state=TrialState.PRUNED)
-                said = "diverged" if isinstance(value, DivergedError) else f"cannot be trained: {value}"
+                text = "diverged" if isinstance(value, DivergedError) else f"cannot be trained: {value}"
             else:
                 trial.set_user_attr("value", value)
                 study.tell(trial, gain(metric, value))
-                said = f"{metric} {value:.4f}"
-            print(f"trial {trial.number}: {said}, {trial.params}", file=sys.stderr)
+                text = f"{metric} {value:.4f}"
+            print(f"trial {trial.number}: {text}, {trial.params}", file=sys.stderr)
         if not study.get_trials(states=(TrialState.COMPLETE,)):
             raise DivergedError(
-                f"{out}: no trial came to its end, and its line says why; where they diverged, search "
+                f"{out}: no trial was completed; the lines above say why. If they diverged, search "
                 "lower learning rates"
             )
         best = study.best_trial
@@ -194,25 +198,34 @@ def tune(config: TuneConfig) -> dict[str, Any]:
     return result
 
 
+def _metric(config: TrainConfig) -> str:
+    """The metric of --train.keep-best, or the one that a training would choose."""
+    metric = keep_best_of(config, EventLog(config.data))
+    if metric == LAST:
+        raise ConfigError(f"{config.data} has no split `valid` that can be ranked: nothing to search by")
+    return metric
+
+
 def _check_same(study: Any, config: TuneConfig, metric: str) -> None:
-    """Refuse a study of other options, whose trials do not compare; write those of a new one down."""
-    options = {**config.train.fixed(), "data": full_name(config.train.data), "keep_best": metric}
-    now = to_json({**options, "search": config.search})
+    """Refuse a study with other options, whose trials are not comparable; store those of a new one."""
+    options = {**dataclasses.asdict(config.train), "data": full_name(config.train.data)}
+    options = {k: v for k, v in options.items() if k not in ("out", "resume")}
+    now = to_json({**options, "keep_best": metric, "search": config.search})
     before = study.user_attrs.get("options", {})
     if before == now:
         return
     if study.trials:
         other = next(name for name in now if before.get(name) != now[name])
         raise ConfigError(
-            f"{config.train.out} holds a search of another {other}, {before.get(other)} and not "
+            f"{config.train.out} has a search with another {other}: {before.get(other)}, now "
             f"{now[other]}; give another --train.out"
         )
     study.set_user_attr("options", now)
 
 
 def _reached(config: TuneConfig, trial: Any, metric: str) -> float | UserError:
-    """What a trial's best step reaches; or why it has none: its values do not go together, or its loss
-    was not finite."""
+    """The metric of a trial's best step; or the error that ended it: its options are not compatible, or
+    its loss was not finite."""
     folder = _folder(config, trial.number)
     shutil.rmtree(folder, ignore_errors=True)
     base = dataclasses.replace(config.train, out=folder, keep_best=metric, resume=False)
@@ -227,11 +240,8 @@ def _reached(config: TuneConfig, trial: Any, metric: str) -> float | UserError:
     try:
         for name, value in chosen.items():
             base = with_option(base, name, value)
-    except ConfigError as error:
-        return error
-    try:
         return train(base)[f"valid_{metric}"]
-    except DivergedError as error:
+    except (ConfigError, DivergedError) as error:
         return error
 
 

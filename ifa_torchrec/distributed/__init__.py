@@ -1,4 +1,4 @@
-"""Sharding, optimisers and checkpoints, on one process or many."""
+"""Sharding, optimisers and checkpoints, in one process or many."""
 
 from ifa_torchrec.distributed.errors import CheckpointError, ShardingError
 from ifa_torchrec.distributed.plan_picture import draw_plan

@@ -1,11 +1,11 @@
-"""Checkpoints that are whole or not there, by torch.distributed.checkpoint.
+"""Atomic checkpoints, written with torch.distributed.checkpoint (DCP).
 
 FOLDER/step-000400/   DCP's shards: model, tables, both optimisers, each rank's random number
-                      generators; progress.json, with the format's number; and checksums.json, of
-                      all these files
+                      generators; progress.json, with the format number; and checksums.json, with
+                      the checksums of all these files
 
-To load one runs no code of it: DCP's metadata, a pickle, may name only what DCP writes there, and all
-else is tensors and JSON. The checksums tell damage, not malice.
+Loading a checkpoint runs no code from it: DCP's metadata, a pickle, may name only the types that DCP
+writes, and everything else is tensors and JSON. The checksums detect damage, not tampering.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import warnings
-import zlib
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,18 +29,31 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
+from ifa_torchrec.distributed.checkpoint_files import (
+    FORMAT,
+    SMALL_FILES,
+    checkpoints,
+    checksum_of,
+    read_object,
+    read_progress,
+    step_name,
+    step_of,
+    verify,
+)
 from ifa_torchrec.distributed.checkpoint_reader import CheckpointPlanner, CheckpointReader
-from ifa_torchrec.distributed.checkpoint_writer import Aside, CheckpointWriter, sync, write_synced
+from ifa_torchrec.distributed.checkpoint_writer import (
+    BackgroundWrite,
+    CheckpointWriter,
+    sync,
+    write_synced,
+)
 from ifa_torchrec.distributed.errors import CheckpointError, DamagedError
 from ifa_torchrec.distributed.rows import rows_as_unknown
 from ifa_torchrec.errors import WriteError, writing
 
-FORMAT = 6
-"""Rises when this package could no longer read what it wrote before, or would build another model for
-it: 6 since the model learns how much a history says."""
 Result = TypeVar("Result")
 KEEP = 2
-"""Checkpoints kept; older ones are deleted once a newer one is whole."""
+"""Number of checkpoints kept; older ones are deleted once a newer one is complete."""
 
 
 def save(
@@ -52,19 +63,19 @@ def save(
     progress: dict[str, Any],
     best: int | None = None,
 ) -> Path:
-    """Write a checkpoint beside the others and publish it by a rename. Called by all ranks.
+    """Write a checkpoint next to the others and publish it by a rename. Called by all ranks.
 
     Args:
-        folder: where checkpoints lie.
+        folder: the folder of the checkpoints.
         model, optimizer: from ``shard``.
-        progress: JSON; holds "step", and whatever resuming needs.
-        best: the step of a checkpoint that is kept beside the last ones, however old it is.
+        progress: JSON; contains "step" and everything that resuming needs.
+        best: the step of a checkpoint that is kept besides the latest ones, however old it is.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        WriteError: it cannot be written; the checkpoints before are as they were.
+        WriteError: it cannot be written; the earlier checkpoints are unchanged.
 
     Example:
         >>> import tempfile, torch
@@ -86,7 +97,7 @@ def save(
 
 
 def state_of(model: DistributedModelParallel, optimizer: CombinedOptimizer) -> dict[str, Any]:
-    """What a checkpoint holds beside the progress, as DCP takes it.
+    """Everything in a checkpoint except the progress, as DCP takes it.
 
     Args:
         model, optimizer: from ``shard``.
@@ -99,28 +110,28 @@ def write(
     state: dict[str, Any],
     progress: dict[str, Any],
     best: int | None = None,
-    aside: Aside | None = None,
+    background: BackgroundWrite | None = None,
 ) -> Path:
-    """``save`` of a state.
+    """``save`` for a state from ``state_of``.
 
     Args:
-        folder, progress, best: as of ``save``.
+        folder, progress, best: as for ``save``.
         state: from ``state_of``.
-        aside: where training goes on meanwhile.
+        background: given if training continues during the write.
     """
-    group, planner = (aside.group, aside.planner) if aside else (None, None)
-    final = folder / f"step-{progress['step']:09d}"
+    group, planner = (background.group, background.planner) if background else (None, None)
+    final = folder / step_name(progress["step"])
     draft = folder / f".{final.name}"
 
     def prepare() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".step-*"):  # of a save that was killed
+        for left in folder.glob(".step-*"):  # left by a save that was killed
             shutil.rmtree(left)
 
     def publish() -> None:
         write_synced(draft / "progress.json", json.dumps({"format": FORMAT, **progress}))
         files = {name: value for of_rank in sums for name, value in of_rank.items()}
-        files |= {name: _checksum(draft / name) for name in _SMALL}
+        files |= {name: checksum_of(draft / name) for name in SMALL_FILES}
         write_synced(draft / "checksums.json", json.dumps(files))
         sync(draft)
         if final.exists():
@@ -142,58 +153,70 @@ def write(
             on_rank_0(publish, group)
     except WriteError:
         if dist.get_rank() == 0:
-            shutil.rmtree(draft, ignore_errors=True)  # a disk may be full of it
+            shutil.rmtree(draft, ignore_errors=True)  # it may have filled the disk
         raise
     return final
 
 
 def on_rank_0(work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
-    """Do it on rank 0, while the others wait: all return what it returns there, or raise its error."""
-    told: list[Any] = [None, None]
+    """Call ``work`` on rank 0 while the other ranks wait. All ranks return its result or raise its
+    error."""
+    outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            told[0] = work()
+            outcome[0] = work()
         except Exception as error:
-            told[1] = error
-    dist.broadcast_object_list(told, group=group)
-    if told[1] is not None:
-        raise told[1]
-    return told[0]
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in ``folder``, oldest first; other folders, such as step-best, are none."""
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-[0-9]{9,}", path.name)]
-    return sorted(found, key=step_of)
-
-
-def step_of(path: Path) -> int:
-    """The step of a checkpoint's folder.
-
-    Example:
-        >>> from pathlib import Path
-        >>> from ifa_torchrec.distributed.checkpoint import step_of
-        >>> step_of(Path("run/checkpoints/step-000000012"))
-        12
-    """
-    return int(path.name.removeprefix("step-"))
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, group=group)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def checkpoints_of_rank_0(folder: Path) -> list[Path]:
-    """The checkpoints in ``folder`` as rank 0 sees them: a shared file system need not show all
-    ranks the same at the same time. Called by all ranks."""
+    """The checkpoints in ``folder`` as rank 0 sees them: on a shared file system ranks may briefly see
+    different contents. Called by all ranks."""
     return on_rank_0(lambda: checkpoints(folder))
 
 
-def version(folder: Path, progress: dict[str, Any]) -> str:
-    """A name of a checkpoint's weights, which no other checkpoint has.
+def latest_progress(folder: Path, whole: bool = False) -> dict[str, Any] | None:
+    """The progress of the latest checkpoint whose progress.json is undamaged; None if there is none.
+    Called by all ranks.
 
     Args:
-        folder: where checkpoints lie.
-        progress: what ``load`` returned.
+        folder: the folder of the checkpoints.
+        whole: all its files must be undamaged, so that ``load`` would take it; otherwise no weights are
+            read.
+
+    Raises:
+        CheckpointError: that checkpoint has another format, or is a renamed copy.
     """
-    name = f"step-{progress['step']:09d}"
-    sums = (folder / name / "checksums.json").read_bytes()
+
+    def find() -> dict[str, Any] | None:
+        for path in reversed(checkpoints(folder)):
+            with suppress(DamagedError, OSError):
+                verify(path, None if whole else ["progress.json"])
+                return read_progress(path)
+        return None
+
+    return on_rank_0(find)
+
+
+def version(folder: Path, progress: dict[str, Any]) -> str:
+    """A unique name for a checkpoint's weights.
+
+    Args:
+        folder: the folder of the checkpoints.
+        progress: what ``load`` returned.
+
+    Raises:
+        CheckpointError: the checkpoint is not there any more.
+    """
+    name = step_name(progress["step"])
+    try:
+        sums = (folder / name / "checksums.json").read_bytes()
+    except FileNotFoundError as error:
+        raise _deleted(folder / name) from error
     return f"{name}-{hashlib.sha256(sums).hexdigest()[:12]}"
 
 
@@ -205,32 +228,34 @@ def load(
     step: int | None = None,
     grow: bool = False,
 ) -> dict[str, Any]:
-    """Load the latest whole checkpoint, or that of a step, into the model and, to go on training, the
-    optimiser and the random number generators. Called by all ranks; there may be more or fewer of them
-    than saved it, and the sharding plan may be another.
+    """Load the latest complete checkpoint, or that of a given step, into the model and, to resume
+    training, into the optimiser and the random number generators. Called by all ranks. The number of
+    ranks and the sharding plan may differ from when it was saved.
 
-    A damaged checkpoint, one that misses a file or has another than was written, is passed over for
-    the one before, with a warning; to go on training, it is renamed as well, to damaged-STEP. All else
-    that goes wrong is raised, and changes nothing.
+    A damaged checkpoint (a file is missing or changed) is skipped, with a warning, and the one before it
+    is loaded; if training resumes, it is also renamed to damaged-STEP. All other errors are raised and
+    change nothing.
 
     Args:
-        folder: where checkpoints lie.
+        folder: the folder of the checkpoints.
         model, optimizer: from ``shard``; or a model that is not sharded.
-        config: what the caller is configured as, in JSON's types; each entry must equal that of the
-            "config" that was saved.
-        step: of the checkpoint that is wanted; the latest where it is damaged or not there.
-        grow: let the model have more rows than were saved. They start as row 0, what is unknown, and
-            as new ones for the optimiser.
+        config: the caller's configuration, in JSON's types; each entry must equal that of the saved
+            "config".
+        step: the checkpoint to load; the latest if that one is damaged or missing.
+        grow: let the model have more rows than were saved. They start as row 0, the unknown id, and
+            without optimiser state.
 
     Returns:
         The progress that was saved.
 
     Raises:
-        CheckpointError: there is none, none is whole, it cannot be read now, or it is of another
-            format, configuration or model; the message names what differs. Or its metadata names what
-            DCP does not write. Or it has managed collisions, and the ranks are too many.
+        CheckpointError: there is no checkpoint, none is complete, it cannot be read now, or its format,
+            configuration or model differs; the message names what differs. Or its metadata names types
+            that DCP does not write. Or it has managed collisions, and there are too many ranks.
     """
     found = sorted(checkpoints_of_rank_0(folder), key=lambda path: step_of(path) == step)
+    if found and step not in (None, step_of(found[-1])) and dist.get_rank() == 0:
+        warnings.warn(f"{folder} has no {step_name(step)}; loading {found[-1].name}", stacklevel=2)
     damaged: list[Path] = []
     for path in reversed(found):
         try:
@@ -240,39 +265,48 @@ def load(
             damage = f"{path} is damaged ({error})"
             if path == found[0]:
                 raise CheckpointError(
-                    f"{damage}, and there is none before it; start anew in another folder"
+                    f"{damage}, and there is no earlier checkpoint; start again in another folder"
                 ) from error
             if dist.get_rank() == 0:
                 warnings.warn(f"{damage}; trying another", stacklevel=2)
         else:
-            _load(path, progress, model, optimizer, config, grow)
-            if optimizer is not None:  # else they would be the latest again once training passes them
-                on_rank_0(lambda: _put_aside(damaged))
+            try:
+                _load(path, progress, model, optimizer, config, grow)
+            except Exception as error:
+                if path.exists():
+                    raise
+                raise _deleted(path) from error
+            if optimizer is not None:  # otherwise training would write steps below the damaged ones
+                on_rank_0(lambda: _rename_damaged(damaged))
             return progress
     raise CheckpointError(f"{folder}: no checkpoint here; train first")
 
 
-def _put_aside(damaged: Sequence[Path]) -> None:
-    """Rename checkpoints to damaged-STEP; to damaged-STEP-2 and so on where that is there already."""
+def _deleted(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} was deleted by a training while it was read; try again")
+
+
+def _rename_damaged(damaged: Sequence[Path]) -> None:
+    """Rename checkpoints to damaged-STEP, or damaged-STEP-2 and so on if that name is taken."""
     for path in damaged:
-        number, aside = 1, path.with_name(f"damaged-{path.name}")
-        while aside.exists():
+        number, renamed = 1, path.with_name(f"damaged-{path.name}")
+        while renamed.exists():
             number += 1
-            aside = path.with_name(f"damaged-{path.name}-{number}")
+            renamed = path.with_name(f"damaged-{path.name}-{number}")
         with writing(path):
-            path.rename(aside)
+            path.rename(renamed)
 
 
 def _check(path: Path) -> dict[str, Any]:
-    """The progress of a checkpoint whose files are what was written. What one rank finds, all raise."""
+    """Verify a checkpoint's files and return its progress. An error on one rank is raised on all."""
     progress, error = {}, None
     try:
         progress = _check_files(path)
-    except Exception as raised:  # whatever it is, the other ranks are waiting to hear of it
+    except Exception as raised:  # any error: the other ranks wait for this one's outcome
         error = raised
     errors: list[Exception | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
-    # where a rank cannot read, what another finds damaged may be whole
+    # if one rank cannot read the folder, a file that another finds damaged may be intact
     for error in sorted(filter(None, errors), key=lambda error: isinstance(error, DamagedError)):
         raise error
     return progress
@@ -289,24 +323,24 @@ def _load(
     saved = progress.get("config") or {}
     if differing := sorted(_differences({k: saved.get(k) for k in config or {}}, config or {})):
         raise CheckpointError(
-            f"{path} is of another configuration: {'; '.join(differing)}; "
+            f"{path} has another configuration: {'; '.join(differing)}; "
             "use the same options, or another folder"
         )
     state: dict[str, Any] = {"model": model.state_dict()}
     rng, reader, planner = {}, CheckpointReader(path), CheckpointPlanner(path, grow)
     if optimizer is not None:
         state["optimizer"] = optimizer.state_dict()
-        # a rank that was not there when it was saved keeps its own
+        # a rank that did not exist when it was saved keeps its own generators
         names = reader.read_metadata().state_dict_metadata
         rng = {name: value for name, value in _rng_states().items() if name in names}
     with _dcp():
         dcp.load({**state, **rng}, storage_reader=reader, planner=planner)
     try:
         model.load_state_dict(state["model"])
-    except AssertionError as error:  # an id's row lies on the rank that its hash belongs to
+    except AssertionError as error:  # an id's hash decides which rank has its row
         raise CheckpointError(
-            f"{path}: managed collisions of another number of ranks ({error}); use as many ranks as "
-            "trained it, or one"
+            f"{path}: its managed-collision tables were trained on a different number of ranks "
+            f"({error}); load with that number, or with one"
         ) from error
     rows_as_unknown(model, {name.removeprefix("model."): n for name, n in planner.grown.items()})
     if optimizer is not None:
@@ -315,27 +349,12 @@ def _load(
         (torch.cuda if name.startswith("cuda") else torch).set_rng_state(value)
 
 
-_SMALL = (".metadata", "progress.json")
-"""Files that every rank reads, and checks."""
-
-
 def _check_files(path: Path) -> dict[str, Any]:
-    """The progress, if this rank's part of the files is as it was written."""
+    """Verify this rank's share of the files and return the progress."""
     try:
-        files = _json(path / "checksums.json")
-        shards = sorted(files.keys() - {*_SMALL})
-        for name in (*shards[dist.get_rank() :: dist.get_world_size()], *_SMALL):
-            if _checksum(path / name) != files.get(name):
-                raise DamagedError(f"{name} is not what was written")
-        progress = _json(path / "progress.json")
-        written = progress.pop("format", None)
-        if written != FORMAT:
-            raise CheckpointError(
-                f"{path} is of format {written}, this version of ifa_torchrec reads {FORMAT}; use the "
-                "version that wrote it, or train anew in another folder"
-            )
-        if path.name != (name := f"step-{progress['step']:09d}"):
-            raise CheckpointError(f"{path} is a copy of {name}; give it this name, or move it away")
+        shards = sorted(read_object(path / "checksums.json").keys() - {*SMALL_FILES})
+        verify(path, [*shards[dist.get_rank() :: dist.get_world_size()], *SMALL_FILES])
+        progress = read_progress(path)
         CheckpointReader(path).read_metadata()
     except FileNotFoundError as error:
         raise DamagedError(str(error)) from error
@@ -344,26 +363,8 @@ def _check_files(path: Path) -> dict[str, Any]:
     return progress
 
 
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise DamagedError(f"{file.name}: {error}") from error
-    if not isinstance(content, dict):
-        raise DamagedError(f"{file.name} holds no object")
-    return content
-
-
-def _checksum(file: Path) -> int:
-    result = 0
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 24):
-            result = zlib.crc32(block, result)
-    return result
-
-
 def _delete(path: Path) -> None:
-    """Delete a checkpoint; killed amid it, leave what the next save clears away."""
+    """Delete a checkpoint; if killed midway, the next save deletes the rest."""
     doomed = path.with_name(f".{path.name}-old")
     path.rename(doomed)
     shutil.rmtree(doomed)
@@ -389,8 +390,8 @@ def _differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -
 
 @contextmanager
 def _dcp() -> Generator[None]:
-    """DCP as others are: an exception is what a rank raised, not DCP's own, which is no Exception; and
-    without torch's warnings of its own use of ShardedTensor, which torchrec's tables are."""
+    """Raise what a rank raised instead of DCP's CheckpointException, which is not an Exception; and hide
+    torch's deprecation warnings about ShardedTensor, which TorchRec's tables use."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -401,13 +402,13 @@ def _dcp() -> Generator[None]:
 
 @contextmanager
 def locked(folder: Path) -> Generator[None]:
-    """Keep a run's folder for this training, so that no other writes into it. Called by all ranks.
+    """Lock a run's folder so that no other training writes to it. Called by all ranks.
 
-    The operating system opens the lock when the process of rank 0 ends, however it does.
+    The operating system releases the lock when the process of rank 0 ends, however it ends.
 
     Raises:
-        CheckpointError: another training has it.
-        WriteError: the folder cannot be made or written.
+        CheckpointError: another training holds the lock.
+        WriteError: the folder cannot be created or written.
 
     Example:
         >>> import tempfile
@@ -419,26 +420,25 @@ def locked(folder: Path) -> Generator[None]:
         Traceback (most recent call last):
         ifa_torchrec.distributed.errors.CheckpointError: ...: another training writes here; ...
     """
-    lock, error = None, None
-    if dist.get_rank() == 0:
+    lock: int | None = None
+
+    def acquire() -> None:
+        nonlocal lock
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            with writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except WriteError as raised:
-            error = raised
         except BlockingIOError:
-            error = CheckpointError(
-                f"{folder}: another training writes here; let it end, or give another --out"
-            )
-        except OSError as raised:
-            warnings.warn(f"{folder}: no lock, so start no second training here: {raised}", stacklevel=3)
-    errors = [error]
-    dist.broadcast_object_list(errors)
+            raise CheckpointError(
+                f"{folder}: another training writes here; wait for it to end, or give another --out"
+            ) from None
+        except OSError as error:
+            message = f"{folder} cannot be locked ({error}); do not start a second training here"
+            warnings.warn(message, stacklevel=5)
+
     try:
-        if errors[0] is not None:
-            raise errors[0]
+        on_rank_0(acquire)
         yield
     finally:
         if lock is not None:

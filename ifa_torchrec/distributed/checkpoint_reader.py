@@ -1,4 +1,4 @@
-"""Reading a checkpoint without trust: its metadata is a pickle, and so is what is no tensor."""
+"""Reading an untrusted checkpoint: its metadata and its non-tensor entries are pickles."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 from ifa_torchrec.distributed.errors import CheckpointError, DamagedError
 
-_OF_ITSELF = "_extra_state"
-"""How the name ends under which a module keeps its configuration."""
+_EXTRA_STATE = "_extra_state"
+"""Suffix of the state_dict key under which a module saves its configuration."""
 
 
 class _Unpickler(pickle.Unpickler):
-    """Of DCP's metadata: a pickle can name any function, and have it called."""
+    """Unpickles DCP's metadata, and only its types: a pickle can name any function and call it."""
 
     _ALLOWED = (
         *(
@@ -44,7 +44,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("pathlib", "pathlib._local") and name.endswith("Path"):
-            return _path  # where it was saved, which nobody reads
+            return _path  # the folder it was saved to, which is not used
         if (module, name) in self._ALLOWED:
             return super().find_class(module, name)
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
@@ -57,17 +57,17 @@ def _path(*parts: str) -> str:
 
 
 class CheckpointReader(dcp.FileSystemReader):
-    """Reads a checkpoint whose metadata it does not trust.
+    """Reads a checkpoint without trusting its metadata.
 
     Args:
         path: the checkpoint's folder.
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """DCP's metadata, of the kinds that DCP writes alone.
+        """DCP's metadata; only the types that DCP writes are allowed.
 
         Raises:
-            CheckpointError: it names anything else, which could run code.
+            CheckpointError: it names another type or function, which could run code.
             DamagedError: it is not what was written.
         """
         file = Path(self.path) / ".metadata"
@@ -76,28 +76,29 @@ class CheckpointReader(dcp.FileSystemReader):
                 metadata = _Unpickler(stream).load()
         except CheckpointError as error:
             raise CheckpointError(
-                f"{file} is no metadata of tensors: {error}, which could run code; do not use this "
+                f"{file} is not plain tensor metadata: {error}, which could run code; do not use this "
                 "folder, unless a newer version of torch wrote it"
             ) from error
         except (MemoryError, OSError):
             raise
-        except Exception as error:  # of many kinds
+        except Exception as error:  # unpickling garbage raises many types
             raise DamagedError(f".metadata: {type(error).__name__}: {error}") from error
         if not isinstance(metadata, Metadata):
-            raise DamagedError(f".metadata holds a {type(metadata).__name__}")
+            raise DamagedError(f".metadata is a {type(metadata).__name__}, not DCP's Metadata")
         return metadata
 
 
 class CheckpointPlanner(dcp.DefaultLoadPlanner):
-    """Says which weights differ, and loads what is no tensor without trust.
+    """Reports which weights differ, and loads non-tensor entries without trusting them.
 
     Args:
-        path: the checkpoint's folder, for errors.
-        grow: whether what the model has may have more rows than what was saved. What its modules say of
-            their configuration is then not compared.
+        path: the checkpoint's folder, for error messages.
+        grow: whether the model's weights may have more rows than the saved ones. The modules'
+            configurations are then not compared.
 
     Attributes:
-        grown: what has more, and how many rows were saved; the others are left as they were.
+        grown: saved number of rows by name, for each weight that has more rows now; loading leaves its
+            extra rows unchanged.
     """
 
     def __init__(self, path: Path, grow: bool = False) -> None:
@@ -114,24 +115,24 @@ class CheckpointPlanner(dcp.DefaultLoadPlanner):
                 size = list(self.state_dict[name].size())
                 if self._grow and size[1:] == list(value.size)[1:] and size > list(value.size):
                     self.grown[name] = value.size[0]
-                    # DCP reads what the parts of both have in common
+                    # DCP reads the overlap of the saved and the current shards
                     saved[name] = dataclasses.replace(value, size=torch.Size(size))
                 elif size != list(value.size):
-                    wrong.append(f"{name} is {list(value.size)}, the model's {size}")
+                    wrong.append(f"{name} has shape {list(value.size)}, the model's {size}")
         self._refuse(wrong)
         plan = super().create_local_plan()
         if not self._grow:
             return plan
-        # a module that has grown says so of itself, and keeps that
-        read = [item for item in plan.items if not item.dest_index.fqn.endswith(_OF_ITSELF)]
+        # the configuration of a module that has grown differs: keep the module's own
+        read = [item for item in plan.items if not item.dest_index.fqn.endswith(_EXTRA_STATE)]
         return dataclasses.replace(plan, items=read)
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         assert self.metadata is not None
         read = {item.storage_index.fqn for plan in global_plan for item in plan.items}
-        # a table need not lie on every rank; what is no weight is read only to go on training
+        # a rank may have no shard of a table; what is not a weight is read only to resume training
         left = [n for n in self.metadata.state_dict_metadata if n.startswith("model.") and n not in read]
-        left = [name for name in left if not (self._grow and name.endswith(_OF_ITSELF))]
+        left = [name for name in left if not (self._grow and name.endswith(_EXTRA_STATE))]
         self._refuse([f"the model has no {name}" for name in left])
         return super().create_global_plan(global_plan)
 
@@ -139,8 +140,8 @@ class CheckpointPlanner(dcp.DefaultLoadPlanner):
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise CheckpointError(
-                f"{self._path} is of another model: {'; '.join(sorted(wrong)[:3])}{more}; give the "
-                "options, the log and the kinds of sharding that it was trained with"
+                f"{self._path} is of another model: {'; '.join(sorted(wrong)[:3])}{more}; use the "
+                "options, the log and the sharding types that it was trained with"
             )
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
@@ -148,7 +149,7 @@ class CheckpointPlanner(dcp.DefaultLoadPlanner):
             loaded = torch.load(value, weights_only=True)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
-                f"{self._path}: {read_item.dest_index.fqn} is more than data, which could run code; do "
-                "not use this folder"
+                f"{self._path}: {read_item.dest_index.fqn} contains more than data and could run code; "
+                "do not use this folder"
             ) from error
         set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], loaded)

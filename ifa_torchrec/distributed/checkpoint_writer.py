@@ -1,4 +1,4 @@
-"""Writing a checkpoint: checksums as it is written, and from copies while training goes on."""
+"""Writing a checkpoint: checksums are computed during the write, and training may continue meanwhile."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.tensor import DTensor
+
+from ifa_torchrec.distributed.rows import local_parts
 
 _LARGE = 1 << 20
-"""Bytes of a tensor on the CPU from which on numpy, which writes past the caches, copies it faster:
-in 0.6 of the time, of 256 MB."""
+"""Size in bytes above which numpy, whose stores bypass the caches, copies a CPU tensor faster than
+torch: in 0.6 of the time at 256 MB."""
 
 
 def write_synced(file: Path, text: str) -> None:
-    """Write a text so that it outlasts a loss of power; its name does once the folder is in ``sync``.
+    """Write a text so that it survives a power loss; call ``sync`` on the folder for its name.
 
     Example:
         >>> import tempfile
@@ -46,7 +46,7 @@ def write_synced(file: Path, text: str) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Let the names in a folder outlast a loss of power."""
+    """Make the names in a folder survive a power loss."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -55,26 +55,26 @@ def sync(folder: Path) -> None:
 
 
 class CheckpointWriter(dcp.FileSystemWriter):
-    """Writes files and sums them up as it does, so that none is read again.
+    """Computes the checksums of files as it writes them, so that none is read again.
 
     Args:
         path: the checkpoint's folder.
 
     Attributes:
-        checksums: CRC-32 of each file of tensors that this rank wrote, by name.
+        checksums: CRC-32 of each tensor file that this rank wrote, by name.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.fs = _Summing()
+        self.fs = _ChecksumFileSystem()
 
     @property
     def checksums(self) -> dict[str, int]:
-        """Of the files of tensors that this rank wrote, by name."""
+        """CRC-32 of each tensor file that this rank wrote, by name."""
         return {name: value for name, value in self.fs.checksums.items() if name.endswith(".distcp")}
 
 
-class _Summing(FileSystem):
+class _ChecksumFileSystem(FileSystem):
     def __init__(self) -> None:
         self.checksums: dict[str, int] = {}
 
@@ -84,13 +84,13 @@ class _Summing(FileSystem):
             if "w" not in mode:
                 yield stream
                 return
-            summed = _Summed(cast(io.BufferedWriter, stream))
-            yield summed
-            self.checksums[Path(path).name] = summed.checksum
+            checked = _ChecksumFile(cast(io.BufferedWriter, stream))
+            yield checked
+            self.checksums[Path(path).name] = checked.checksum
 
 
-class _Summed(io.IOBase):
-    """A file that is written from its beginning to its end."""
+class _ChecksumFile(io.IOBase):
+    """A file that is written sequentially, and the CRC-32 of its bytes."""
 
     def __init__(self, stream: io.BufferedWriter) -> None:
         self._stream, self.checksum = stream, 0
@@ -113,13 +113,13 @@ class _Summed(io.IOBase):
         self._stream.close()
 
 
-class Copies:
-    """Copies of a state on the CPU, in memory that is kept: new memory would take longer than the copy.
+class StateCopies:
+    """CPU copies of a state, in memory that is reused: allocating it takes longer than the copy.
 
     Example:
         >>> import torch
-        >>> from ifa_torchrec.distributed.checkpoint_writer import Copies
-        >>> copies, weight = Copies(), torch.zeros(2)
+        >>> from ifa_torchrec.distributed.checkpoint_writer import StateCopies
+        >>> copies, weight = StateCopies(), torch.zeros(2)
         >>> copies.take({"model": {"weight": weight}})
         >>> _ = weight.fill_(1)
         >>> copies.of["model.weight", ()]
@@ -130,23 +130,16 @@ class Copies:
         self.of: dict[tuple[str, tuple[int, ...]], Any] = {}
 
     def take(self, state: dict[str, Any]) -> None:
-        """Copy a state, in place of the one before.
+        """Copy a state over the previous one.
 
         Args:
-            state: as DCP takes it. Of a table that lies on several ranks, this rank's shards are copied.
+            state: as DCP takes it. Of a sharded table, this rank's shards are copied.
         """
         flat = flatten_state_dict(state)[0].items()
-        parts = {(name, offset): p for name, value in flat for offset, p in _parts(value).items()}
+        parts = {(name, offset): p for name, value in flat for offset, p in local_parts(value).items()}
         self.of = {key: _copied(part, self.of.get(key)) for key, part in parts.items()}
         if any(isinstance(part, torch.Tensor) and part.is_cuda for part in parts.values()):
-            torch.cuda.synchronize()  # copies to page-locked memory are begun, not made, by copy_
-
-
-def _parts(value: Any) -> dict[tuple[int, ...], Any]:
-    """The parts of a value that this rank has, by their offsets in it; one without any for a whole."""
-    if isinstance(value, ShardedTensor):
-        return {tuple(s.metadata.shard_offsets): s.tensor for s in value.local_shards()}
-    return {(): value.to_local() if isinstance(value, DTensor) else value}
+            torch.cuda.synchronize()  # copy_ to pinned memory is asynchronous
 
 
 def _copied(value: Any, into: Any) -> Any:
@@ -155,7 +148,7 @@ def _copied(value: Any, into: Any) -> Any:
     large = not value.is_cuda and value.is_contiguous() and value.nbytes >= _LARGE
     if not isinstance(into, torch.Tensor) or (into.shape, into.dtype) != (value.shape, value.dtype):
         into = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-        large = False  # pages that are new come into the caches anyway
+        large = False  # the first touch of new pages brings them into the caches anyway
     if not large:
         return into.copy_(value.detach(), non_blocking=True)
     np.copyto(_bytes_of(into), _bytes_of(value))
@@ -168,29 +161,29 @@ def _bytes_of(value: torch.Tensor) -> np.ndarray:
 
 
 class StagedPlanner(dcp.DefaultSavePlanner):
-    """Saves a state from copies, however it changes meanwhile. Its tensors keep their shapes.
+    """Saves a state from its copies, so that it may change during the write. Shapes must not change.
 
     Args:
-        copies: of the state that is saved.
+        copies: of the state to save.
     """
 
-    def __init__(self, copies: Copies) -> None:
+    def __init__(self, copies: StateCopies) -> None:
         super().__init__()
         self._copies = copies
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        """The copy of what DCP looks up."""
+        """The copy of the entry that DCP looks up."""
         whole = self._copies.of.get((index.fqn, ()))
         return self._copies.of[index.fqn, tuple(index.offset or ())] if whole is None else whole
 
 
 @dataclass(frozen=True)
-class Aside:
-    """What a checkpoint needs that is written while training goes on.
+class BackgroundWrite:
+    """What a checkpoint needs to be written while training continues.
 
     Args:
         group: a process group of all ranks that nothing else uses.
-        planner: has copies of the state.
+        planner: saves from copies of the state.
     """
 
     group: dist.ProcessGroup

@@ -1,4 +1,4 @@
-"""What sharding and checkpoints raise."""
+"""Errors of sharding and of checkpoints."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ifa_torchrec.errors import UserError
 
 
 class CheckpointError(UserError, RuntimeError):
-    """There is no usable checkpoint, or it is of another configuration."""
+    """There is no usable checkpoint, or it has another configuration."""
 
 
 class DamagedError(Exception):
@@ -14,4 +14,4 @@ class DamagedError(Exception):
 
 
 class ShardingError(UserError, ValueError):
-    """There is no sharding plan, the ranks do not agree on one, or cannot do what is asked of them."""
+    """There is no sharding plan, the ranks disagree on it, or they cannot do what the options ask."""

@@ -12,11 +12,11 @@ from ifa_torchrec.errors import require, writing
 
 
 def draw_plan(plan: ShardingPlan, file: Path) -> None:
-    """Draw a bar a rank, in it a piece a table: how many of its weights lie there.
+    """Draw one stacked bar per rank: how many weights of each table the rank holds.
 
     Args:
-        plan: TorchRec's, of any planner; that of a DistributedModelParallel is its ``plan``.
-        file: the picture; its suffix says the format, .png, .svg or .pdf.
+        plan: TorchRec's plan, from any planner; a DistributedModelParallel has it as its ``plan``.
+        file: the picture; its suffix sets the format: .png, .svg or .pdf.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed (extra `demo`).
@@ -49,19 +49,21 @@ def draw_plan(plan: ShardingPlan, file: Path) -> None:
         for name, sharding in module.items()
     }
     if not tables:
-        raise ShardingError("draw_plan: the plan has no table; has the model embedding collections?")
+        raise ShardingError(
+            "draw_plan: the plan has no table; does the model have embedding collections?"
+        )
     ranks = 1 + max(rank for sharding in tables.values() for rank in sharding.ranks or [0])
     figure = Figure(figsize=(max(6.0, 0.2 * ranks), 4 + 0.25 * len(tables)), layout="constrained")
     axes, below = figure.subplots(), [0.0] * ranks
     for number, ((name, _), sharding) in enumerate(tables.items()):
         weights = _millions_by_rank(sharding, ranks)
         held = f"{name}: {sharding.sharding_type}, {sum(w > 0 for w in weights)} of {ranks} ranks"
-        if sharding.sharding_spec is None:  # a plan does not say how large what is copied is
+        if sharding.sharding_spec is None:  # a plan does not say how large a replicated table is
             held = f"{name}: {sharding.sharding_type}, a copy on each rank, not drawn"
         colour = colormaps["tab20"](number % 20)
         axes.bar(range(ranks), weights, bottom=below, color=colour, label=held, width=0.9)
         below = [a + b for a, b in zip(below, weights, strict=True)]
-    axes.set(xlabel="rank", ylabel="millions of weights", title="What lies where")
+    axes.set(xlabel="rank", ylabel="millions of weights", title="Sharding plan: weights per rank")
     axes.locator_params(axis="x", integer=True)
     axes.grid(axis="y", alpha=0.3)
     for text in figure.legend(loc="outside lower center").get_texts():
@@ -71,7 +73,7 @@ def draw_plan(plan: ShardingPlan, file: Path) -> None:
 
 
 def _millions_by_rank(sharding: ParameterSharding, ranks: int) -> list[float]:
-    """How many of a table's weights each rank has."""
+    """Millions of a table's weights on each rank."""
     weights, spec = [0.0] * ranks, sharding.sharding_spec
     shards: list[ShardMetadata] = spec.shards if isinstance(spec, EnumerableShardingSpec) else []
     for shard in shards:

@@ -1,4 +1,4 @@
-"""Which rank holds which part of which table: TorchRec's planner, told of histories and dense parts."""
+"""Sharding plans by TorchRec's planner, which is given the sizes of histories and dense parts."""
 
 from __future__ import annotations
 
@@ -42,29 +42,29 @@ SHARDING_TYPES = {
         "grid_shard",
     ),
 }
-"""What a table may be sharded by, by kind of device. Copies (data_parallel) are never made: TorchRec's
-lie outside the fused optimiser, and on a CPU they pool sequences."""
+"""Sharding types that a table may have, by device type. data_parallel is left out: its copies are
+outside TorchRec's fused optimiser, and on a CPU they pool sequences."""
 
 DENSE_COPIES = 5
-"""A dense parameter's weight, gradient, AdamW's two moments and DDP's bucket."""
+"""Copies per dense parameter: its weight, gradient, AdamW's two moments and DDP's bucket."""
 
 EVENT_COPIES, CANDIDATE_COPIES = 11, 32
-"""Vectors of width D, in float32, that a training step holds at its peak for an event and for a
-candidate; measured on models of the default configuration (tests/distributed/test_planning.py). A
-softmax's matrices, of events times candidates, come on top where the sets are large."""
+"""float32 vectors of width D per event and per candidate that a training step holds at its peak,
+measured on models of the default configuration (tests/distributed/test_planning.py). The [events,
+candidates] matrices of a softmax come on top if the sets are large."""
 
 
 @dataclass(frozen=True)
 class ShardingConfig:
-    """What the planner may do.
+    """Constraints on the planner.
 
     Args:
-        tables: sharding type by table name; for other tables the planner chooses.
-        memory_gb: memory of a rank, in 2^30 bytes; None for what is there (a GPU's, or the
-            machine's shared by its ranks).
-        exchange: in what ranks send each other embeddings and their gradients, by TorchRec's codecs:
-            "fp32", or of half the bytes "fp16", whose gradients are sent 4,096 times as large, or
-            "bf16", on GPUs alone. Tables and what is computed keep their types.
+        tables: sharding type by table name; the planner chooses for other tables.
+        memory_gb: memory per rank, in 2^30 bytes; None for the available memory (the GPU's, or the
+            machine's divided by its ranks).
+        exchange: dtype in which ranks exchange embeddings and their gradients, by TorchRec's codecs:
+            "fp32"; or half the bytes: "fp16", with gradients scaled by 4,096 for the transfer, or
+            "bf16", only on GPUs. Tables and computations keep their dtypes.
 
     Example:
         >>> from ifa_torchrec.distributed import ShardingConfig
@@ -79,7 +79,8 @@ class ShardingConfig:
     def __post_init__(self) -> None:
         if self.exchange not in get_args(Exchange):
             raise ConfigError(
-                f"ShardingConfig: exchange {self.exchange!r} is none of {list(get_args(Exchange))}"
+                f"ShardingConfig: exchange must be one of {list(get_args(Exchange))}, "
+                f"got {self.exchange!r}"
             )
         if self.memory_gb is not None and not 0 < self.memory_gb < math.inf:
             raise ConfigError(f"ShardingConfig: memory_gb must be positive, got {self.memory_gb}")
@@ -87,12 +88,12 @@ class ShardingConfig:
 
 @dataclass(frozen=True)
 class BatchSize:
-    """A rank's largest batch, by which the planner reckons time and memory.
+    """A rank's largest batch, from which the planner estimates time and memory.
 
     Args:
-        requests: B.
-        events: N, history events of all its requests.
-        candidates: M, candidates of all its requests.
+        requests: B, number of requests.
+        events: N, history events of all requests.
+        candidates: M, candidates of all requests.
 
     Example:
         >>> from ifa_torchrec.distributed import BatchSize
@@ -106,11 +107,11 @@ class BatchSize:
 
 
 class DenseAndTokenReservation(FixedPercentageStorageReservation):
-    """Keeps a rank's memory free for the dense part and for the tokens of a batch.
+    """Reserves memory on each rank for the dense part and for the tokens of a batch.
 
-    Reserved are DENSE_COPIES times the parameters outside the embedding collections, and 4 * D bytes
-    for each of EVENT_COPIES * N + CANDIDATE_COPIES * M vectors. What the lookups themselves take,
-    the planner reckons by itself.
+    It reserves DENSE_COPIES times the parameters outside the embedding collections, and 4 * D bytes for
+    each of EVENT_COPIES * N + CANDIDATE_COPIES * M vectors. The planner itself accounts for the memory
+    of the lookups.
 
     Args:
         batch: BatchSize.
@@ -138,10 +139,10 @@ class DenseAndTokenReservation(FixedPercentageStorageReservation):
         sharders: list[ModuleSharder[nn.Module]],
         constraints: dict[str, ParameterConstraints] | None = None,
     ) -> Topology:
-        """TorchRec's interface: the topology without what is reserved.
+        """TorchRec's interface: the topology minus the reserved memory.
 
         Raises:
-            PlannerError: a rank has not even memory for that.
+            PlannerError: a rank has less memory than is to be reserved.
         """
         tables = {id(p) for m in _collections(module) for p in m.parameters()}
         dense = sum(p.numel() * p.element_size() for p in module.parameters() if id(p) not in tables)
@@ -165,7 +166,7 @@ class DenseAndTokenReservation(FixedPercentageStorageReservation):
 
 
 def topology(device: torch.device, sharding: ShardingConfig) -> Topology:
-    """The process group's ranks and the memory they have.
+    """The ranks of the process group and their memory.
 
     Example:
         >>> import torch
@@ -183,7 +184,7 @@ def topology(device: torch.device, sharding: ShardingConfig) -> Topology:
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
         memory = _memory_of_machine() // local
-    # torchrec warns of a factory that its own examples do not use
+    # TorchRec recommends a factory that its own examples do not use
     logging.getLogger("torchrec.distributed.planner.types").setLevel(logging.ERROR)
     return Topology(
         world_size=world,
@@ -201,22 +202,23 @@ def make_planner(
     batch: BatchSize,
     whole_rows: bool = True,
 ) -> EmbeddingShardingPlanner:
-    """TorchRec's planner for this model; it needs no process group, so that it plans for any cluster.
+    """TorchRec's planner for this model. It needs no process group, so it can plan for any cluster.
 
-    A DLRM_IFA's features of histories are reckoned with N/B values a request, those of candidates with
-    M/B, those of items' lists with (N + M)/B, others with one. In another model those named
-    ``history_*`` and ``candidate_*`` are.
+    For a DLRM_IFA the planner assumes N/B values per request for history features, M/B for candidate
+    features, (N + M)/B for item lists, and one for the others. For another model it goes by the names
+    ``history_*`` and ``candidate_*``.
 
     Args:
-        model: holds embedding (bag) collections, on any device.
-        topology: from ``topology``, or a cluster's that is not there.
+        model: has embedding (bag) collections, on any device.
+        topology: from ``topology``, or that of any cluster.
         sharding: ShardingConfig.
         batch: BatchSize.
-        whole_rows: an optimiser of one state a row, as row-wise Adagrad is, needs the rows whole:
-            columns are then not sharded.
+        whole_rows: whether rows must stay whole, as an optimiser with one state per row (row-wise
+            Adagrad) needs: columns are then not sharded.
 
     Raises:
-        ShardingError: ``sharding`` names no table, or a type that the device or optimiser has not.
+        ShardingError: ``sharding`` names an unknown table, or a sharding type that the device or the
+            optimiser does not support.
 
     Example:
         >>> import torch
@@ -236,45 +238,30 @@ def make_planner(
     known = [table.name for module in _collections(model) for table in _configs(module)]
     for name in sharding.tables:
         if name not in known:
-            raise ShardingError(f"sharding: there is no table {name!r}; there are {known}")
+            raise ShardingError(f"sharding: there is no table {name!r}; the tables are {known}")
     kernels = [EmbeddingComputeKernel.FUSED.value]
     if device == "cuda":
         kernels.append(EmbeddingComputeKernel.FUSED_UVM_CACHING.value)
     constraints, values, items = {}, _values_a_request(model, batch), _item_collections(model)
     for module in _collections(model):
-        # on a CPU fbgemm fails on a rank that has no row of any table of a width
+        # on a CPU fbgemm fails on a rank that has no row of any of the tables of one width
         filled = {
             table.embedding_dim
             for table in _configs(module)
             if sharding.tables.get(table.name) == "row_wise" and _fills(table.num_embeddings, ranks)
         }
         for table in _configs(module):
-            asked = sharding.tables.get(table.name)
             possible = _possible(module, device)
             if device == "cpu" and id(module) in items:
-                # its collectives want equally many rows of each rank, and no two have as many items
+                # its collectives need the same number of rows on each rank, and the items differ
                 possible = [kind for kind in possible if kind != "row_wise"]
             if device == "cpu" and not _fills(table.num_embeddings, ranks):
                 possible = [k for k in possible if k != "row_wise" or table.embedding_dim in filled]
-            if asked is None:
-                allowed = [kind for kind in possible if not (whole_rows and kind in _SPLIT_ROWS)]
-                # its collectives want batches of equally many requests, which others' loaders have not
-                if device == "cpu" and isinstance(module, EmbeddingBagCollection):
-                    allowed = [kind for kind in allowed if kind != "row_wise"]
-            elif asked not in possible:
-                raise ShardingError(
-                    f"sharding: {table.name} cannot be {asked!r} on {ranks} ranks of {device}: use one "
-                    f"of {possible}"
-                )
-            elif whole_rows and asked in _SPLIT_ROWS:
-                raise ShardingError(
-                    f"sharding: {table.name} cannot be {asked!r} with an optimiser of one state a row, "
-                    "which would become another optimiser; use table optimizer 'adagrad' or 'sgd'"
-                )
-            else:
-                allowed = [asked]
+            asked = sharding.tables.get(table.name)
+            if asked is not None:
+                _check_asked(asked, table.name, possible, whole_rows, f"{ranks} {device} ranks")
             constraints[table.name] = ParameterConstraints(
-                sharding_types=allowed,
+                sharding_types=[asked] if asked else _default(module, possible, whole_rows, device),
                 compute_kernels=kernels,
                 min_partition=_narrowest(table.embedding_dim, ranks),
                 pooling_factors=[values(name) for name in table.feature_names],
@@ -288,19 +275,19 @@ def make_planner(
 
 
 def plan_on_all_ranks(make_plan: Callable[[], ShardingPlan]) -> ShardingPlan:
-    """Each rank plans by itself; then all go on, or none does. Called by all ranks.
+    """Let each rank plan by itself; then all continue, or all raise. Called by all ranks.
 
-    Where only one rank planned, the others would wait for it, long, if it failed.
+    If only one rank planned and failed, the others would wait for it until a timeout.
 
     Args:
-        make_plan: comes to the same plan on every rank.
+        make_plan: makes the same plan on every rank.
 
     Returns:
         The plan.
 
     Raises:
-        ShardingError: on every rank, if one has no plan or another plan than rank 0.
-        RuntimeError: on every rank, if ``make_plan`` failed on one for a reason that is not the user's.
+        ShardingError: on every rank, if one has no plan or its plan differs from rank 0's.
+        RuntimeError: on every rank, if ``make_plan`` failed on one with an error that is not the user's.
 
     Example:
         >>> from ifa_torchrec.distributed import init_process_group
@@ -315,14 +302,14 @@ def plan_on_all_ranks(make_plan: Callable[[], ShardingPlan]) -> ShardingPlan:
         plan = make_plan()
     except (ShardingError, PlannerError) as raised:
         error = str(raised).strip() or repr(raised)
-    except Exception as raised:  # the other ranks are waiting to hear of it
+    except Exception as raised:  # the other ranks wait for this one's outcome
         bug = raised
     digest = hashlib.sha256(str(plan).encode()).hexdigest()
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, (error, digest, repr(bug) if bug else None))
     for rank, (_, _, failure) in enumerate(outcomes):
         if failure is not None:
-            raise RuntimeError(f"rank {rank} failed while it planned: {failure}") from bug
+            raise RuntimeError(f"rank {rank} failed during planning: {failure}") from bug
     if error is not None and all(failure == error for failure, _, _ in outcomes):
         raise ShardingError(error)
     for rank, (failure, digest, _) in enumerate(outcomes):
@@ -330,7 +317,7 @@ def plan_on_all_ranks(make_plan: Callable[[], ShardingPlan]) -> ShardingPlan:
             raise ShardingError(f"rank {rank} finds no sharding plan: {failure}")
         if digest != outcomes[0][1]:
             raise ShardingError(
-                f"rank {rank} comes to another sharding plan than rank 0: give all ranks the same "
+                f"rank {rank} has another sharding plan than rank 0; give all ranks the same "
                 "options and memory (memory_gb)"
             )
     assert plan is not None
@@ -341,7 +328,7 @@ _SPLIT_ROWS = ("column_wise", "table_column_wise", "grid_shard")
 
 
 def _memory_of_machine() -> int:
-    """Bytes of memory, or of what the container may use of it."""
+    """Bytes of the machine's memory, or of the container's limit."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for file in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroups, version 2 and 1
         path = Path("/sys/fs/cgroup") / file
@@ -351,7 +338,7 @@ def _memory_of_machine() -> int:
 
 
 def _collections(model: nn.Module) -> list[Collection]:
-    """The outermost: where collisions are managed around a collection, that which manages them."""
+    """The outermost collections: a managed-collision collection instead of the one inside it."""
     inner = {
         id(child)
         for module in model.modules()
@@ -367,25 +354,45 @@ def _configs(module: Collection) -> Sequence[BaseEmbeddingConfig]:
     return tables_of(module)
 
 
+def _check_asked(asked: str, name: str, possible: list[str], whole_rows: bool, where: str) -> None:
+    """Refuse a sharding type that a table cannot have."""
+    if asked not in possible:
+        raise ShardingError(f"sharding: {name} cannot be {asked!r} on {where}; use one of {possible}")
+    if whole_rows and asked in _SPLIT_ROWS:
+        raise ShardingError(
+            f"sharding: {name} cannot be {asked!r} with row-wise Adagrad, which keeps one state per "
+            "whole row; use table optimizer 'adagrad' or 'sgd'"
+        )
+
+
+def _default(module: Collection, possible: list[str], whole_rows: bool, device: str) -> list[str]:
+    """The sharding types among which the planner chooses for a table."""
+    allowed = [kind for kind in possible if not (whole_rows and kind in _SPLIT_ROWS)]
+    if device == "cpu" and isinstance(module, EmbeddingBagCollection):
+        # its collectives need equal batch sizes, which loaders other than ours may not have
+        allowed = [kind for kind in allowed if kind != "row_wise"]
+    return allowed
+
+
 def _possible(module: Collection, device: str) -> list[str]:
-    """What a collection's tables can be sharded by."""
+    """Sharding types that a collection's tables can have."""
     sharder = next(s for s in sharders() if isinstance(module, s.module_type))
     return [kind for kind in SHARDING_TYPES[device] if kind in sharder.sharding_types(device)]
 
 
 def _fills(rows: int, ranks: int) -> bool:
-    """Whether each rank gets a row: row_wise gives each ceil(rows / ranks) until there are no more."""
+    """Whether each rank gets a row: row_wise gives each ceil(rows / ranks) until none are left."""
     return -(-rows // ranks) * (ranks - 1) < rows
 
 
 def _item_collections(model: nn.Module) -> set[int]:
-    """The collections that pool lists of items: a row an item, not a request."""
+    """Ids of the collections that pool items' lists: one row per item, not per request."""
     archs = [m.item_sparse_arch for m in model.modules() if isinstance(m, DLRM_IFA)]
     return {id(arch.embedding_bag_collection) for arch in archs if arch is not None}
 
 
 def _values_a_request(model: nn.Module, batch: BatchSize) -> Callable[[str], float]:
-    """How many values a request has of a feature, by its name."""
+    """The number of values per request, as a function of the feature's name."""
     events, candidates = batch.events / batch.requests, batch.candidates / batch.requests
     known: dict[str, float] = {}
     for module in model.modules():
@@ -407,5 +414,6 @@ def _values_a_request(model: nn.Module, batch: BatchSize) -> Callable[[str], flo
 
 
 def _narrowest(dim: int, world: int) -> int:
-    """Columns of a shard: a divisor of ``dim`` that fbgemm takes (4), for as many ranks as can be."""
+    """Fewest columns of a shard, to use as many ranks as possible: a divisor of ``dim`` and, for fbgemm,
+    a multiple of 4."""
     return min((c for c in range(4, dim + 1, 4) if dim % c == 0 and c * world >= dim), default=dim)

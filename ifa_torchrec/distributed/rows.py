@@ -1,4 +1,4 @@
-"""Rows of tables, wherever they lie."""
+"""Changes to rows of tables, sharded or not."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.tensor import DTensor
 
 
 @torch.no_grad()
 def zero_rows(model: nn.Module, zeroed: Mapping[str, torch.Tensor]) -> None:
-    """Set rows of tables to 0, wherever they lie. Called by all ranks.
+    """Set rows of tables to 0, whichever rank has them. Called by all ranks.
 
     Args:
-        model: of embedding (bag) collections, sharded or not.
-        zeroed: by name of a table [rows] bool; other tables are left as they are.
+        model: has embedding (bag) collections, sharded or not.
+        zeroed: by table name, [rows] bool; other tables are unchanged.
 
     Example:
         >>> import torch
@@ -35,13 +36,14 @@ def zero_rows(model: nn.Module, zeroed: Mapping[str, torch.Tensor]) -> None:
         if not place.endswith(("embeddings", "embedding_bags")) or table not in zeroed:
             continue
         rows = zeroed[table]
-        for (first, *_), part in _parts(value):
+        for offsets, part in local_parts(value).items():
+            first = offsets[0] if offsets else 0
             part[rows[first : first + len(part)].to(part.device)] = 0
 
 
 @torch.no_grad()
 def finite(model: nn.Module) -> bool:
-    """Whether all weights that this rank has, parts of tables among them, are finite numbers.
+    """Whether all weights on this rank, shards of tables included, are finite.
 
     Args:
         model: sharded or not.
@@ -55,22 +57,21 @@ def finite(model: nn.Module) -> bool:
         >>> before, finite(linear)
         (True, False)
     """
-    parts = [part for value in model.state_dict().values() for _, part in _parts(value)]
+    parts = [part for value in model.state_dict().values() for part in local_parts(value).values()]
     numbers = [part for part in parts if part.is_floating_point() and part.numel()]
-    # the greatest, without a copy of a table
+    # the largest magnitude, without a copy of a table
     greatest = [torch.linalg.vector_norm(part, torch.inf).float() for part in numbers]
     return all(math.isfinite(value) for value in torch.stack(greatest).tolist()) if greatest else True
 
 
 @torch.no_grad()
 def rows_as_unknown(model: nn.Module, known: Mapping[str, int]) -> None:
-    """Let the rows behind the known ones be as row 0, which stands for what is unknown. Called by all
-    ranks.
+    """Copy row 0, the unknown id, over the rows after the known ones. Called by all ranks.
 
     Args:
         model: sharded or not.
-        known: by name of a weight in its ``state_dict`` how many rows are known; a rank need not name
-            what it has no part of, and what is no weight is passed over.
+        known: number of known rows by name of a weight in its ``state_dict``; a rank may leave out
+            weights of which it has no part, and other names are ignored.
 
     Example:
         >>> import torch
@@ -82,7 +83,12 @@ def rows_as_unknown(model: nn.Module, known: Mapping[str, int]) -> None:
         >>> table.weight.flatten().tolist()
         [5.0, 6.0, 5.0]
     """
-    mine = {name: _parts(v) for name, v in model.state_dict().items() if name in known}
+    # the offsets of a whole tensor, which local_parts leaves out, are 0
+    mine = {
+        name: [(offsets or (0,) * value.ndim, part) for offsets, part in local_parts(value).items()]
+        for name, value in model.state_dict().items()
+        if name in known
+    }
     first = {
         name: [(columns, part[0].cpu()) for (row, *columns), part in parts if row == 0 and len(part)]
         for name, parts in mine.items()
@@ -97,8 +103,15 @@ def rows_as_unknown(model: nn.Module, known: Mapping[str, int]) -> None:
                     part[max(known[name] - start, 0) :] = row.to(part)
 
 
-def _parts(value: Any) -> list[tuple[tuple[int, ...], torch.Tensor]]:
-    """What this rank has of a weight: where each part begins, and the part."""
+def local_parts(value: Any) -> dict[tuple[int, ...], Any]:
+    """The parts of a state_dict's value on this rank, by their offsets; () for a value that is whole.
+
+    Example:
+        >>> import torch
+        >>> from ifa_torchrec.distributed.rows import local_parts
+        >>> local_parts(torch.ones(2))
+        {(): tensor([1., 1.])}
+    """
     if isinstance(value, ShardedTensor):
-        return [(tuple(s.metadata.shard_offsets), s.tensor) for s in value.local_shards()]
-    return [((0,) * value.ndim, value)]
+        return {tuple(s.metadata.shard_offsets): s.tensor for s in value.local_shards()}
+    return {(): value.to_local() if isinstance(value, DTensor) else value}

@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on."""
+"""Checkpoints that are written while training continues."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from torchrec.optim.keyed import CombinedOptimizer
 from typing_extensions import Self
 
 from ifa_torchrec.distributed import checkpoint
-from ifa_torchrec.distributed.checkpoint_writer import Aside, Copies, StagedPlanner
+from ifa_torchrec.distributed.checkpoint_writer import BackgroundWrite, StagedPlanner, StateCopies
 
 
 class CheckpointSaver:
     """Writes checkpoints in a thread: training waits while the state is copied, not while it is written.
 
-    One is written at a time: the next waits for it. A checkpoint appears when it is whole, so a run that
-    dies meanwhile has the one before. Made, used and closed by all ranks; a context manager, which waits
-    for the last checkpoint at its end. It takes memory for a copy of the rank's part of the state.
+    One checkpoint is written at a time; the next waits for it. It appears only when it is complete, so a
+    run that dies during the write still has the previous one. Created, used and closed by all ranks. It
+    is a context manager, which waits for the last checkpoint on exit. It needs memory for a copy of the
+    rank's part of the state.
 
     Args:
-        folder: where checkpoints lie.
+        folder: the folder of the checkpoints.
 
     Attributes:
-        waited: seconds for which training waited.
+        waited: seconds that training has waited.
 
     Example:
         >>> import tempfile, torch
@@ -51,9 +52,9 @@ class CheckpointSaver:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.waited = folder, 0.0
-        # its own: training uses the usual group meanwhile
+        # a group of its own, since training uses the default group at the same time
         self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
-        self._copies = Copies()
+        self._copies = StateCopies()
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._pending: Future[Path] | None = None
 
@@ -64,24 +65,26 @@ class CheckpointSaver:
         progress: dict[str, Any],
         best: int | None = None,
     ) -> None:
-        """Begin to write a checkpoint of what is now; see ``checkpoint.save``.
+        """Start writing a checkpoint of the current state; see ``checkpoint.save``.
 
         Raises:
-            WriteError: that before could not be written.
+            WriteError: the previous checkpoint could not be written.
         """
         self.wait()
         start = time.perf_counter()
         state = checkpoint.state_of(model, optimizer)
         self._copies.take(state)
-        aside = Aside(self._group, StagedPlanner(self._copies))
-        self._pending = self._thread.submit(checkpoint.write, self.folder, state, progress, best, aside)
+        background = BackgroundWrite(self._group, StagedPlanner(self._copies))
+        self._pending = self._thread.submit(
+            checkpoint.write, self.folder, state, progress, best, background
+        )
         self.waited += time.perf_counter() - start
 
     def wait(self) -> None:
-        """Until the last checkpoint is there.
+        """Wait until the last checkpoint is written.
 
         Raises:
-            WriteError: it could not be written; the checkpoints before are as they were.
+            WriteError: it could not be written; the earlier checkpoints are unchanged.
         """
         start = time.perf_counter()
         pending, self._pending = self._pending, None
@@ -96,7 +99,7 @@ class CheckpointSaver:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            with suppress(*([BaseException] if error else [])):  # the first error is what went wrong
+            with suppress(*([BaseException] if error else [])):  # keep the first error, the cause
                 self.wait()
         finally:
             self._thread.shutdown()

@@ -1,4 +1,4 @@
-"""TorchRec's sharders, and in what their ranks send each other rows and gradients."""
+"""TorchRec's sharders, and the number formats in which ranks exchange rows and gradients."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _HALF_GRADIENTS_TIMES = 4096.0
 
 
 class _ScaledCodec(QuantizedCommCodec):
-    """float16 of gradients that are 4,096 times as large: it ends at 6e-8, and a row's may be less.
+    """float16 for gradients scaled by 4,096: float16 ends at 6e-8, and a row's gradient may be smaller.
 
-    fbgemm's own scale is taken back in float16, where they are then lost after all. What is above
-    65,504 is clamped.
+    fbgemm undoes its own scale in float16, which loses small gradients after all. Scaled values above
+    65,504 are clamped.
     """
 
     def encode(self, input_tensor: Tensor, ctx: QuantizationContext | None = None) -> Tensor:
@@ -39,7 +39,7 @@ class _ScaledCodec(QuantizedCommCodec):
 
 
 class _BagSharder(EmbeddingBagCollectionSharder):
-    """TorchRec leaves row_wise out for bags on a CPU, where it works."""
+    """Adds row_wise for bags on a CPU, which TorchRec leaves out although it works."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         types = super().sharding_types(compute_device_type)
@@ -47,14 +47,14 @@ class _BagSharder(EmbeddingBagCollectionSharder):
 
 
 def sharders(exchange: Exchange = "fp32", device: str = "cpu") -> list[ModuleSharder[Any]]:
-    """TorchRec's sharders of the kinds of collections.
+    """TorchRec's sharders, one for each type of collection.
 
     Args:
-        exchange: ShardingConfig's.
+        exchange: as in ShardingConfig.
         device: "cpu" or "cuda".
 
     Raises:
-        ShardingError: ranks of this device cannot exchange that.
+        ShardingError: this device's ranks cannot exchange that format.
 
     Example:
         >>> from ifa_torchrec.distributed.sharders import sharders
@@ -62,10 +62,10 @@ def sharders(exchange: Exchange = "fp32", device: str = "cpu") -> list[ModuleSha
         ['EmbeddingBagCollection', 'EmbeddingCollection', 'ManagedCollisionEmbeddingCollection']
     """
     if exchange == "bf16" and device == "cpu":
-        # TorchRec would take fp16 in its place, and say so in a log
+        # TorchRec would fall back to fp16 and only log it
         raise ShardingError(
-            'sharding: exchange "bf16" is for GPUs: gloo, between ranks of a CPU, has none; use "fp16" '
-            'or "fp32"'
+            'sharding: exchange "bf16" needs GPUs: gloo, which connects CPU ranks, cannot send it; use '
+            '"fp16" or "fp32"'
         )
     kind = CommType(exchange)
     codecs = get_qcomm_codecs_registry(QCommsConfig(kind, kind), device=torch.device(device))

@@ -1,4 +1,4 @@
-"""From a plain model to a sharded one, on one process or many."""
+"""From a plain model to a sharded one, in one process or many."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from ifa_torchrec.distributed.sharders import sharders
 from ifa_torchrec.errors import ConfigError
 
 DENSE_LR = 3e-3
-"""Learning rate of all but the tables, unless the options say more."""
+"""Default learning rate of everything but the tables."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,18 @@ class OptimizerConfig:
     """A fused optimiser for the tables, AdamW for the rest.
 
     Args:
-        table_optimizer: "rowwise_adagrad" has one state a row, so rows are not split among ranks;
-            "adagrad" has one a number; "sgd" none.
+        table_optimizer: "rowwise_adagrad" keeps one state per row, so rows are not split among ranks;
+            "adagrad" keeps one per weight; "sgd" keeps none.
         table_lr: learning rate of the tables.
-        dense_lr: learning rate of everything else; None for 3e-3, though ``ifa train`` then takes less
-            where its steps have few requests.
-        weight_decay: of the dense matrices; biases and norms have none.
-        table_weight_decay: of the rows of tables that a step touches, by table_lr table_weight_decay of
-            what they are; of "rowwise_adagrad" alone, the only optimiser for which fbgemm has it.
-        clip_norm: most that the norm of the gradient of the dense part, over all its parameters, may be:
-            a longer one is scaled down to it. Tables are updated as the backward reaches them, before
-            any norm is known, and are not clipped. None for any.
+        dense_lr: learning rate of everything else; None for 3e-3, which ``ifa train`` lowers if its
+            steps have few requests.
+        weight_decay: weight decay of the dense matrices; biases and norms have none.
+        table_weight_decay: decoupled weight decay of the table rows that a step touches: each shrinks
+            by the fraction table_lr * table_weight_decay. Only with "rowwise_adagrad", the only
+            optimiser for which fbgemm has it.
+        clip_norm: maximum norm of the gradient over all dense parameters; a longer gradient is scaled
+            down to it. Tables are updated during the backward pass, before the norm is known, and are
+            not clipped. None for no limit.
 
     Example:
         >>> from ifa_torchrec.distributed import OptimizerConfig
@@ -69,13 +70,13 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.table_optimizer not in _TABLE_OPTIMIZERS:
             raise ConfigError(
-                f"OptimizerConfig: table_optimizer {self.table_optimizer!r} is none of "
-                f"{list(_TABLE_OPTIMIZERS)}"
+                f"OptimizerConfig: table_optimizer must be one of {list(_TABLE_OPTIMIZERS)}, "
+                f"got {self.table_optimizer!r}"
             )
         if self.table_weight_decay and self.table_optimizer != "rowwise_adagrad":
             raise ConfigError(
                 f"OptimizerConfig: table_weight_decay {self.table_weight_decay:g}: "
-                f"{self.table_optimizer!r} has none; take 'rowwise_adagrad'"
+                f"{self.table_optimizer!r} does not support it; use 'rowwise_adagrad'"
             )
         for name in ("table_lr", "dense_lr", "weight_decay", "table_weight_decay"):
             value = getattr(self, name)
@@ -86,15 +87,15 @@ class OptimizerConfig:
 
     @property
     def dense_rate(self) -> float:
-        """``dense_lr``, or what stands for None."""
+        """``dense_lr``, or its default."""
         return DENSE_LR if self.dense_lr is None else self.dense_lr
 
 
 def init_process_group() -> torch.device:
-    """Join the process group that torchrun describes, or make one of this process alone.
+    """Join the process group that torchrun describes, or create one with only this process.
 
     Returns:
-        The device of this rank: a GPU under NCCL, else the CPU under gloo.
+        The device of this rank: a GPU with NCCL, otherwise the CPU with gloo.
 
     Example:
         >>> from ifa_torchrec.distributed import init_process_group
@@ -111,8 +112,8 @@ def init_process_group() -> torch.device:
         if "RANK" not in os.environ:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         elif restarts != "0" and os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun's store still holds the addresses of the ranks that died (pytorch issue
-            # 135712); on several nodes the count is not the same on each
+            # torchrun's store still has the addresses of the ranks that died (pytorch issue 135712);
+            # on several nodes the restart count differs between nodes
             store, rank, world = next(dist.rendezvous("env://"))
             store = dist.PrefixStore(f"restart-{restarts}", store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world)
@@ -121,7 +122,7 @@ def init_process_group() -> torch.device:
     return device
 
 
-@torch.enable_grad()  # the fused optimisers hang on the tables' autograd, also for a model to score
+@torch.enable_grad()  # the fused optimisers attach to the tables' autograd graph, even for scoring only
 def shard(
     model: nn.Module,
     device: torch.device,
@@ -129,26 +130,26 @@ def shard(
     sharding: ShardingConfig | None = None,
     batch: BatchSize | None = None,
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
-    """Shard the model's embedding collections by the planner's plan and give it its optimisers.
+    """Shard the model's embedding collections by the planner's plan and create its optimisers.
 
-    The model's tables may be on the meta device: they are made, and initialised by their
-    configs' ``init_fn``, where the plan puts them. Table weights set before are lost. Called by
-    all ranks; the dense part starts as it is on rank 0.
+    The model's tables may be on the meta device: they are allocated where the plan puts them and
+    initialised by their configs' ``init_fn``. Table weights set before are lost. Called by all ranks;
+    all dense parts start with rank 0's weights.
 
     Args:
-        model: a model of embedding (bag) collections and dense parts.
+        model: a model with embedding (bag) collections and dense parts.
         device: this rank's device.
         optimizers: OptimizerConfig.
-        sharding: ShardingConfig; None leaves all to the planner.
-        batch: BatchSize that the planner reckons with; None for its defaults.
+        sharding: ShardingConfig; None leaves everything to the planner.
+        batch: BatchSize for the planner's estimates; None for its defaults.
 
     Returns:
-        The sharded model, and one optimiser over both kinds of parameters. The tables are
-        updated during backward; its ``step`` updates the rest.
+        The sharded model, and one optimiser for tables and dense parameters. The tables are updated
+        during the backward pass; ``step`` updates the rest.
 
     Raises:
-        ShardingError: the tables do not fit the ranks' memory, or the device or the optimiser
-            cannot do what ``sharding`` asks for. All ranks raise it.
+        ShardingError: the tables do not fit into the ranks' memory, or the device or the optimiser
+            does not support what ``sharding`` asks for. All ranks raise it.
 
     Example:
         >>> import torch
@@ -167,22 +168,23 @@ def shard(
     managed = any(isinstance(m, ManagedCollisionEmbeddingCollection) for m in model.modules())
     if managed and fused is RowWiseAdagrad and device.type == "cpu":
         raise ShardingError(
-            "managed collisions: where a row gets another id, fbgemm can clear its state of row-wise "
-            "Adagrad on GPUs alone; on a CPU use table optimizer 'adagrad' or 'sgd'"
+            "managed collisions: fbgemm can reset a reassigned row's row-wise Adagrad state on GPUs "
+            "only; on a CPU use table optimizer 'adagrad' or 'sgd'"
         )
     if decay := optimizers.table_weight_decay:
-        # not as a part of the gradient, which Adagrad would scale to the same step whatever its size
+        # decoupled: as part of the gradient, Adagrad would normalise its size away
         options = {**options, "weight_decay": decay, "weight_decay_mode": WeightDecayMode.DECOUPLE}
     for module in model.modules():
         if isinstance(module, (EmbeddingBagCollection, EmbeddingCollection)):
             apply_optimizer_in_backward(
                 fused,
                 module.parameters(),
-                # a dict of its own each time: it is mutated
+                # a new dict each time, since it is mutated
                 {"lr": optimizers.table_lr, **options},
             )
+    buffers = _dense_buffers(model)
     with warnings.catch_warnings():
-        # torchrec warns of its own calls to deprecated arguments
+        # TorchRec warns about its own use of deprecated arguments
         warnings.simplefilter("ignore", FutureWarning)
         plan = plan_on_all_ranks(
             lambda: make_planner(
@@ -195,6 +197,10 @@ def shard(
             plan=plan,
             sharders=sharders(sharding.exchange, device.type),
         )
+    # TorchRec gives all ranks rank 0's dense parameters, but not its buffers, e.g. a random hash
+    for name, buffer in sharded.named_buffers():
+        if name in buffers:
+            dist.broadcast(buffer, src=0)
     dense = dict(in_backward_optimizer_filter(sharded.named_parameters()))
     matrices = [p for p in dense.values() if p.dim() > 1]
     vectors = [p for p in dense.values() if p.dim() <= 1]
@@ -206,8 +212,8 @@ def shard(
         lr=0.0,
     )
     dense_optimizer = KeyedOptimizerWrapper(dense, lambda _: adamw)
-    # Without state the dense optimiser's part of a checkpoint would be skipped in silence.
-    # torchrec makes it by a step with zero gradients, which must not count nor decay a weight.
+    # Without state, the dense optimiser would silently be left out of checkpoints. TorchRec creates the
+    # state by a step with zero gradients, which must neither count nor decay a weight.
     dense_optimizer.init_state()
     for group in adamw.param_groups:
         group["lr"] = optimizers.dense_rate
@@ -218,6 +224,13 @@ def shard(
             dense_optimizer, GradientClipping.NORM, optimizers.clip_norm
         )
     return sharded, CombinedOptimizer([sharded.fused_optimizer, ("dense", dense_optimizer)])
+
+
+def _dense_buffers(model: nn.Module) -> set[str]:
+    """The names of all buffers outside the tables."""
+    kinds = (EmbeddingBagCollection, EmbeddingCollection, ManagedCollisionEmbeddingCollection)
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, kinds))
+    return {name for name, _ in model.named_buffers() if not name.startswith(inside)}
 
 
 _TABLE_OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {

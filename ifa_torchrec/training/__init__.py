@@ -1,4 +1,4 @@
-"""Training: options, the model they describe, the loop, runs loaded again, scores and metrics."""
+"""Training: options, the model they describe, the loop, reloading of runs, scores and metrics."""
 
 from ifa_torchrec.errors import require
 

@@ -1,4 +1,4 @@
-"""The model that a training's options describe, for the features of a log."""
+"""Builds the model that a training's options and a log's features describe."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from ifa_torchrec.modules import Task
 from ifa_torchrec.training.options import TrainConfig
 
 EVICTION_INTERVAL = 10
-"""Steps after which managed collisions give rows to new ids."""
+"""Steps between the times when managed collisions give rows to new ids."""
 MOST_GATE_VALUES = 64
-"""Values of an event feature that gates unless it is told otherwise."""
+"""An event feature with at most this many values gates by default."""
 
 
 def build_model(
     schema: LogSchema, config: TrainConfig, scales: Mapping[str, Scale] | None = None
 ) -> DLRM_IFA:
-    """The model for a log: one table an id feature, on the meta device until it is sharded.
+    """The model for a log: one table per id feature, on the meta device until it is sharded.
 
     Args:
-        schema: the log's.
+        schema: the log's schema.
         config: the training's options.
-        scales: how numbers are standardised, by column; EventLog.scales.
+        scales: how numbers are standardised, by column (EventLog.scales).
 
     Raises:
-        ConfigError: an option names what the log has not.
+        ConfigError: an option names something that is not in the log.
 
     Example:
         >>> from pathlib import Path
@@ -81,7 +81,7 @@ def build_model(
             **table,
         )
         for f, n in rows.items()
-        if any(f in keys for keys in sides)  # without histories nothing is known of events
+        if any(f in keys for keys in sides)  # a model without histories does not use event features
     ]
     tables = EmbeddingCollection(tables=sequences, device=meta)
     context, lists = bags(schema.context_features | schema.context_lists), bags(schema.item_lists)
@@ -96,7 +96,7 @@ def model_config(schema: LogSchema, config: TrainConfig, scales: Mapping[str, Sc
     """The configuration of the model for a log.
 
     Args:
-        schema, config, scales: as ``build_model``'s.
+        schema, config, scales: as for ``build_model``.
 
     Example:
         >>> from pathlib import Path
@@ -136,14 +136,14 @@ def model_config(schema: LogSchema, config: TrainConfig, scales: Mapping[str, Sc
 
 
 def gates_of(schema: LogSchema, config: TrainConfig) -> dict[str, int]:
-    """The event features that gate the model's heads, with the numbers of their values.
+    """The event features that gate the model's heads, with their numbers of values.
 
     Args:
-        schema: the log's.
-        config: with --gate.
+        schema: the log's schema.
+        config: the training's options, with --gate.
 
     Raises:
-        ConfigError: --gate names no event feature.
+        ConfigError: --gate names something that is not an event feature.
 
     Example:
         >>> from pathlib import Path
@@ -159,20 +159,23 @@ def gates_of(schema: LogSchema, config: TrainConfig) -> dict[str, int]:
         return {name: values for name, values in features.items() if values <= MOST_GATE_VALUES}
     for name in names:
         if name not in features:
-            raise ConfigError(f"--gate {name}: no such event feature; there are {list(features)}")
+            raise ConfigError(
+                f"--gate {name}: no such event feature; the event features are {list(features)}"
+            )
     return {name: features[name] for name in names}
 
 
 def tasks_of(schema: LogSchema, config: TrainConfig, scales: Mapping[str, Scale]) -> tuple[Task, ...]:
-    """The model's tasks, in the order of the log's.
+    """The model's tasks, in the order of the log's tasks.
 
     Args:
-        schema: the log's.
-        config: with the tasks' weights.
-        scales: of regression tasks; one that is not there is taken as it is.
+        schema: the log's schema.
+        config: the training's options, with the tasks' weights.
+        scales: scales of regression tasks, by name; a task without one is not standardised.
 
     Raises:
-        ConfigError: --task-weights or --rank-by names no task, or a weight is not one it can be.
+        ConfigError: --task-weights or --rank-by names something that is not a task, or a weight is out
+            of range.
 
     Example:
         >>> from pathlib import Path
@@ -189,9 +192,11 @@ def tasks_of(schema: LogSchema, config: TrainConfig, scales: Mapping[str, Scale]
     for option, weights in (("task-weights", config.task_weights), ("rank-by", config.rank_by)):
         for name in weights:
             if name not in schema.tasks:
-                raise ConfigError(f"--{option} {name}: no such task; there are {list(schema.tasks)}")
+                raise ConfigError(f"--{option} {name}: no such task; the tasks are {list(schema.tasks)}")
     if config.rank_by and not any(config.rank_by.values()):
-        raise ConfigError("--rank-by: all weights are 0; give one that is not, or leave the option out")
+        raise ConfigError(
+            "--rank-by: all weights are 0; give at least one other weight, or leave the option out"
+        )
     return tuple(
         Task(
             name,
@@ -205,14 +210,15 @@ def tasks_of(schema: LogSchema, config: TrainConfig, scales: Mapping[str, Scale]
 
 
 def _managed(tables: EmbeddingCollection, rows: dict[str, int]) -> ManagedCollisionEmbeddingCollection:
-    """Tables of so many rows; those not named keep a row for each id, and one for ids not met yet."""
+    """Managed-collision tables with the given numbers of rows; other tables keep one row per id, and one
+    for ids not seen yet."""
     configs = {table.name: table for table in tables.embedding_configs()}
     for name, count in rows.items():
         if name not in configs or not 2 <= count <= configs[name].num_embeddings:
             ids = {name: table.num_embeddings for name, table in configs.items()}
             raise ConfigError(
-                f"--managed-rows: {name} {count}: name an item table and at least 2 rows, at most as "
-                f"many as it has ids; there are {ids}"
+                f"--managed-rows: {name} {count}: give an item table and a number of rows from 2 to its "
+                f"number of ids; the tables and their ids are {ids}"
             )
     managed = [
         dataclasses.replace(table, num_embeddings=rows.get(name, table.num_embeddings + 1))
@@ -225,7 +231,9 @@ def _managed(tables: EmbeddingCollection, rows: dict[str, int]) -> ManagedCollis
             eviction_policy=DistanceLFU_EvictionPolicy(),
             eviction_interval=EVICTION_INTERVAL,
             input_hash_size=configs[table.name].num_embeddings,
-            buckets=dist.get_world_size() if dist.is_initialized() else 1,  # a rank's ids are its own
+            buckets=dist.get_world_size()
+            if dist.is_initialized()
+            else 1,  # each rank manages its own ids
         )
         for table in managed
     }

@@ -1,17 +1,18 @@
-"""A bundle: all that serving needs of a training run, in one folder, without the log.
+"""A bundle: everything that serving needs from a training run, in one folder, without the log.
 
     BUNDLE/
       bundle.json        format, version of the weights, size and SHA-256 of each file; written last
       config.json        the training's options
-      schema.json        the log's schema, and by which figures numbers are standardised
-      vocabulary.json, vocabulary/   which external id has which row, but for the users'
-      items/COLUMN.npy   what describes the items
-      weights.pt         of the whole model, tables and all, in their own types
-      dense.pt2          the compiled dense part, where the run has one
+      schema.json        the log's schema, and the means and deviations that standardise numbers
+      vocabulary.json, vocabulary/   the row of each external id, users' ids excluded
+      items/COLUMN.npy   the items' features
+      weights.pt         all weights of the model, tables included, in their own dtypes
+      dense.pt2          the compiled dense part, if the run has one
 
-No event and no user's id is in it. Arrays and weights are mapped to memory, so that the processes of a
-machine share them. To open one runs no code of it: tensors, arrays without objects, and JSON. The
-digests tell damage, not malice, and dense.pt2 is code, which ``ifa serve --compiled`` alone runs.
+It contains no events and no users' ids. Arrays and weights are memory-mapped, so the processes of a
+machine share them. Opening a bundle runs no code from it: it is tensors, arrays without objects, and
+JSON. The digests detect damage, not tampering. dense.pt2 is code, which only ``ifa serve --compiled``
+runs.
 """
 
 from __future__ import annotations
@@ -41,16 +42,16 @@ from ifa_torchrec.training.run import Run
 FORMAT = "ifa-bundle/3"
 BUNDLE_FILE = "bundle.json"
 _SCHEMA, _WEIGHTS, _ITEMS = "schema.json", "weights.pt", "items"
-_REMEDY = "copy the whole bundle anew, or write another (ifa export --run RUN --bundle DIR)"
+_REMEDY = "copy the whole bundle again, or write a new one (ifa export --run RUN --bundle DIR)"
 
 
 class BundleError(UserError, ValueError):
-    """A folder is no bundle, or not the one that was written; the message names the file."""
+    """A folder is not a bundle, or has changed since it was written; the message names the file."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """What a bundle holds: the model, what its log says of items and ids, and the weights' version."""
+    """An opened bundle: the items and ids of its log, the model, and the weights' version."""
 
     log: LogItems
     dlrm: DLRM_IFA
@@ -58,7 +59,7 @@ class Bundle:
 
 
 def is_bundle(folder: Path) -> bool:
-    """Whether a folder holds a bundle, and not a training run.
+    """Whether a folder is a bundle rather than a training run.
 
     Example:
         >>> import tempfile
@@ -71,18 +72,18 @@ def is_bundle(folder: Path) -> bool:
 
 
 def write_bundle(run: Run, folder: Path, beside: Sequence[Path] = ()) -> dict[str, Any]:
-    """Write a run's bundle, which appears when it is whole.
+    """Write a run's bundle, which appears only when it is complete.
 
     Args:
         run: from ``load_run(..., sharded=False)``.
-        folder: which does not exist yet.
+        folder: the bundle's folder, which must not exist yet.
         beside: files to copy into it.
 
     Returns:
-        What bundle.json says.
+        The content of bundle.json.
 
     Raises:
-        ExistsError: the folder is there.
+        ExistsError: the folder exists.
         WriteError: it cannot be written.
 
     Example:
@@ -101,11 +102,11 @@ def write_bundle(run: Run, folder: Path, beside: Sequence[Path] = ()) -> dict[st
             _write_parts(run, draft)
             for file in beside:
                 shutil.copyfile(file, draft / file.name)
-            said = {"format": FORMAT, "version": run.version, "files": _files(draft)}
-            said = {**said, "digest": _digest(said)}
-            (draft / BUNDLE_FILE).write_text(json.dumps(said, indent=2))
+            content = {"format": FORMAT, "version": run.version, "files": _files(draft)}
+            content = {**content, "digest": _digest(content)}
+            (draft / BUNDLE_FILE).write_text(json.dumps(content, indent=2))
             draft.rename(folder)
-    return said
+    return content
 
 
 def _write_parts(run: Run, folder: Path) -> None:
@@ -122,20 +123,19 @@ def _write_parts(run: Run, folder: Path) -> None:
 
 
 def read_bundle(folder: Path) -> Bundle:
-    """Open a bundle, once each of its files is seen to be what was written.
+    """Verify a bundle's files and open it.
 
     Raises:
-        BundleError: there is none, it is of another format, or a file is missing, damaged or was not in
-            it.
+        BundleError: there is none, it has another format, or a file is missing, damaged or was added.
 
     Example: see ``write_bundle``.
     """
-    said = _checked(folder)
+    content = _checked(folder)
     header = read_header(folder / _SCHEMA)
-    names = [Path(name) for name in said["files"]]
+    names = [Path(name) for name in content["files"]]
     columns = [name for name in names if name.parent.name == _ITEMS]
     items = {
-        # refuses what np.load would unpickle
+        # open_memmap refuses object arrays, which np.load might unpickle
         name.stem: np.asarray(np.lib.format.open_memmap(folder / name, mode="r"))
         for name in columns
     }
@@ -143,39 +143,41 @@ def read_bundle(folder: Path) -> Bundle:
     model = build_model(header.schema, read_options(folder), header.scales)
     weights = torch.load(folder / _WEIGHTS, map_location="cpu", mmap=True, weights_only=True)
     model.load_state_dict(weights, assign=True)
-    return Bundle(log, model.eval(), said["version"])
+    return Bundle(log, model.eval(), content["version"])
 
 
 def _checked(folder: Path) -> dict[str, Any]:
-    """What bundle.json says, where it holds for the folder."""
+    """The content of bundle.json, once the folder's files were verified against it."""
     file = folder / BUNDLE_FILE
     try:
-        said = json.loads(file.read_text())
-        if said["format"] != FORMAT:
-            raise BundleError(f"{file}: format {said['format']!r}, this version reads {FORMAT!r}")
-        if said.pop("digest") != _digest(said):
+        content = json.loads(file.read_text())
+        if content["format"] != FORMAT:
+            raise BundleError(f"{file}: format {content['format']!r}, this version reads {FORMAT!r}")
+        if content.pop("digest") != _digest(content):
             raise BundleError(f"{file} is not what was written; {_REMEDY}")
-        written, found = said["files"], _names(folder)
+        written, found = content["files"], _names(folder)
     except FileNotFoundError as error:
         raise BundleError(f"{folder}: no bundle here ({BUNDLE_FILE} is missing); {_REMEDY}") from error
     except BundleError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise BundleError(f"{file}: not readable as a bundle's ({error!r}); {_REMEDY}") from error
+        raise BundleError(f"{file}: not a bundle's file ({error!r}); {_REMEDY}") from error
     if strange := sorted(found - {*written}):
         raise BundleError(f"{folder / strange[0]} was not in the bundle; {_REMEDY}")
     if missing := sorted({*written} - found):
         raise BundleError(f"{folder / missing[0]} is missing; {_REMEDY}")
-    for name, told in written.items():
-        if (size := (folder / name).stat().st_size) != told["bytes"]:
-            raise BundleError(f"{folder / name} has {size} bytes of {told['bytes']}; {_REMEDY}")
-        if sha256_of(folder / name) != told["sha256"]:
-            raise BundleError(f"{folder / name} is damaged, its SHA-256 is another; {_REMEDY}")
-    return said
+    for name, expected in written.items():
+        if (size := (folder / name).stat().st_size) != expected["bytes"]:
+            raise BundleError(
+                f"{folder / name} has {size} bytes, expected {expected['bytes']}; {_REMEDY}"
+            )
+        if sha256_of(folder / name) != expected["sha256"]:
+            raise BundleError(f"{folder / name} is damaged: its SHA-256 differs; {_REMEDY}")
+    return content
 
 
 def _names(folder: Path) -> set[str]:
-    """The files of a bundle, as ``bundle.json`` calls them."""
+    """The files of a bundle, by their names in ``bundle.json``."""
     files = [file.relative_to(folder) for file in folder.rglob("*") if not file.is_dir()]
     return {file.as_posix() for file in files} - {BUNDLE_FILE}
 
@@ -187,6 +189,6 @@ def _files(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def _digest(said: Mapping[str, Any]) -> str:
-    """Of bundle.json itself."""
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+def _digest(content: Mapping[str, Any]) -> str:
+    """The SHA-256 of bundle.json's content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Calibration: a temperature and a bias of each binary task, fitted on the split `valid`."""
+"""Calibration: a temperature and a bias for each binary task, fitted on the split `valid`."""
 
 from __future__ import annotations
 
@@ -14,26 +14,29 @@ from ifa_torchrec.data.schema import EXPOSED
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.models.calibration import calibrate
 from ifa_torchrec.modules import CandidateSetLossConfig, Task
-from ifa_torchrec.training.metrics import Total, one_rank
+from ifa_torchrec.training.metrics import Total, local_sum
 from ifa_torchrec.training.own import OwnRequests, own_requests
 
-_STEPS = 100  # of LBFGS, which needs about ten
+_STEPS = 100  # limit for LBFGS, which needs about ten
 
 
-def fit(logits: Tensor, labels: Tensor, weights: Tensor, total: Total = one_rank) -> tuple[float, float]:
-    """The scale and the shift with which logits predict best: Platt's scaling.
+def fit(
+    logits: Tensor, labels: Tensor, weights: Tensor, total: Total = local_sum
+) -> tuple[float, float]:
+    """The scale and the shift with which logits predict best: Platt scaling.
 
-    By the log loss, with one candidate's weight on the scale 1, so that labels which can be told apart
-    give no infinite scale. The shift is free, so that the mean prediction is the mean label.
+    Minimises the log loss, with a prior on the log scale that weighs as much as one candidate, so that
+    separable labels do not give an infinite scale. The shift has no prior, so the mean prediction equals
+    the mean label.
 
     Args:
         logits: [M].
         labels: [M] 0 or 1.
-        weights: [M], how much each counts.
-        total: sums over ranks, where each has candidates of its own.
+        weights: [M], the weight of each candidate.
+        total: sums over ranks, if each has candidates of its own.
 
     Returns:
-        The scale, positive, and the shift; 1 and 0 of labels that are all equal.
+        The scale, which is positive, and the shift; 1 and 0 if all labels are equal.
 
     Example:
         >>> import torch
@@ -73,13 +76,13 @@ def fit_tasks(
     tasks: Sequence[Task],
     loss: CandidateSetLossConfig,
 ) -> dict[str, tuple[float, float]]:
-    """``fit`` of each binary task on a split; a candidate counts as in the pointwise term of the loss.
+    """``fit`` for each binary task on a split; candidates weigh as in the pointwise term of the loss.
 
     Args:
         split: the split, or this rank's requests of it.
         scores: [M, T], the logits of ``tasks``.
-        tasks: the model's.
-        loss: what it was trained by, which says what an unexposed candidate counts.
+        tasks: the model's tasks.
+        loss: the loss of the training, which sets the weight of unexposed candidates.
     """
     own = own_requests(split)
     exposed = torch.from_numpy(own.column(EXPOSED))
@@ -97,11 +100,11 @@ def fit_tasks(
 
 
 def apply(model: DLRM_IFA, fitted: Mapping[str, Sequence[float]]) -> None:
-    """Calibrate a model by what ``fit_tasks`` gave; tasks that are not there stay as they are.
+    """Calibrate a model with the result of ``fit_tasks``; tasks that are not in it stay unchanged.
 
     Args:
         model: not calibrated yet.
-        fitted: scale and shift by the name of the task.
+        fitted: scale and shift by task name.
     """
     pairs = torch.tensor([list(fitted.get(task.name, (1.0, 0.0))) for task in model.config.tasks])
     calibrate(model, pairs[:, 0], pairs[:, 1])
@@ -110,12 +113,12 @@ def apply(model: DLRM_IFA, fitted: Mapping[str, Sequence[float]]) -> None:
 def calibrated(
     scores: np.ndarray, tasks: Sequence[Task], fitted: Mapping[str, Sequence[float]]
 ) -> np.ndarray:
-    """The logits that a model would give if it were calibrated by what ``fit_tasks`` gave.
+    """The logits of a model after calibration with the result of ``fit_tasks``.
 
     Args:
-        scores: [M, T], those that it gives.
-        tasks: the model's.
-        fitted: scale and shift by the name of the task.
+        scores: [M, T], the model's logits before calibration.
+        tasks: the model's tasks.
+        fitted: scale and shift by task name.
 
     Example:
         >>> import numpy as np

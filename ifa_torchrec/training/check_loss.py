@@ -1,4 +1,4 @@
-"""Terms of the loss that a log leaves nothing to do, or that it turns to the wrong."""
+"""Checks for terms of the loss that have no effect on a log, or a wrong one."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ from ifa_torchrec.data import RankingDataset
 from ifa_torchrec.data.schema import EXPOSED, OFFSETS
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.modules import CandidateSetLossConfig
-from ifa_torchrec.training.own import over_parts
+from ifa_torchrec.training.own import sum_over_parts
 
 
 def check_loss(dataset: RankingDataset, loss: CandidateSetLossConfig, rank: int) -> None:
-    """Tell of terms of the loss that have nothing to do on a split. Called by all ranks.
+    """Warn of terms of the loss that have no effect on a split, or refuse them. Called by all ranks.
 
     Args:
         dataset: the split.
-        loss: its terms.
-        rank: this process's; the first alone warns.
+        loss: the loss's configuration.
+        rank: this process's rank; only rank 0 warns.
 
     Raises:
-        ConfigError: there is a consistency term, which costs half of the time again, but all candidates
-            are exposed. Or the unexposed are left out, and of the exposed all have the label 1.
+        ConfigError: there is a consistency term, which adds half of a step's time, but all candidates
+            are exposed. Or unexposed candidates are left out, and all exposed ones have the label 1.
     """
     requests = dataset.requests
     if not loss.unexposed or not loss.pointwise_unexposed:
         _check_negatives(dataset)
     if loss.consistency and not _any(dataset, ~requests[EXPOSED]):
         raise ConfigError(
-            f"--loss.consistency {loss.consistency:g}: all candidates of the split `train` were "
-            "exposed, and the term compares sets with and without those that were not; give it the "
-            "weight 0, or a log with unexposed candidates"
+            f"--loss.consistency {loss.consistency:g}: the term compares sets with and without the "
+            "unexposed candidates, and the split `train` has none; set its weight to 0, or use a log "
+            "with unexposed candidates"
         )
     if loss.listwise and not _any(dataset, np.diff(requests[OFFSETS]) >= 2) and rank == 0:
         warnings.warn(
-            f"--loss.listwise {loss.listwise:g} has nothing to do: no request of the split `train` has "
+            f"--loss.listwise {loss.listwise:g} has no effect: no request of the split `train` has "
             "two candidates to compare",
             stacklevel=2,
         )
 
 
 def _check_negatives(dataset: RankingDataset) -> None:
-    """Refuse a log that has the negatives among the unexposed, where these are left out of the loss."""
+    """Refuse a log whose negatives are all unexposed, if the loss leaves unexposed candidates out."""
     exposed = np.asarray(dataset.requests[EXPOSED])
     if not _any(dataset, ~exposed):
         return
@@ -51,11 +51,11 @@ def _check_negatives(dataset: RankingDataset) -> None:
         negative = np.asarray(dataset.requests[task]) == 0
         if kind == "binary" and not _any(dataset, negative & exposed) and _any(dataset, negative):
             raise ConfigError(
-                f"--loss.unexposed 0: in the split `train` all exposed candidates have {task} 1; where "
-                "a 0 is true of the others give --loss.unexposed 1, or prepare them as exposed"
+                f"--loss.unexposed 0: in the split `train` all exposed candidates have {task} 1; if the "
+                "0 of the others is a true label, give --loss.unexposed 1, or prepare them as exposed"
             )
 
 
 def _any(dataset: RankingDataset, found: np.ndarray) -> bool:
-    """Whether anything was found in a split's columns, by any rank that has parts of it."""
-    return bool(over_parts(dataset.log)(np.array([found.sum()]))[0])
+    """Whether anything was found in a split's columns, on any rank that has parts of it."""
+    return bool(sum_over_parts(dataset.log)(np.array([found.sum()]))[0])

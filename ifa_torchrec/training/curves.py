@@ -1,4 +1,4 @@
-"""The curves of a run, as TensorBoard shows them."""
+"""A run's curves for TensorBoard."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ifa_torchrec.errors import writing
 
 
 class Curves:
-    """What TensorBoard shows of a run; an error names the folder.
+    """Writes a run's curves for TensorBoard; errors name the folder.
 
     Args:
-        folder: where they lie.
-        step: the first; what a killed run wrote after its last checkpoint is not shown twice.
+        folder: the folder of the event files.
+        step: the first step; points that a killed run wrote from this step on are dropped.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -29,6 +29,6 @@ class Curves:
                 self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Write the rest."""
+        """Write the remaining points."""
         with writing(self.folder):
             self._writer.close()

@@ -1,11 +1,9 @@
-"""What a training's options leave open, decided from the log."""
+"""Chooses the options that a training leaves open, from the log."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from contextlib import suppress
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -20,38 +18,37 @@ from ifa_torchrec.modules import IFAConfig
 from ifa_torchrec.modules.config import MOST_IDENTITY_KEYS
 from ifa_torchrec.training.build import tasks_of
 from ifa_torchrec.training.options import MOST_REQUESTS, TrainConfig, from_json, to_json
-from ifa_torchrec.training.own import over_parts
+from ifa_torchrec.training.own import sum_over_parts
 from ifa_torchrec.training.validations import LAST, check_metric
 
 STEPS_A_PASS = 500
-"""Steps that a pass should have: with fewer, batches are smaller."""
+"""Steps that an epoch should have; batches are made smaller to reach it."""
 FEWEST_REQUESTS = 4
-"""Of a step's, on all ranks together, however few there are to train on."""
+"""Minimum number of requests per step, over all ranks, however small the log is."""
 WARM_UP = 0.08
-"""Share of the steps in which the dense learning rate rises."""
+"""Share of the steps during which the dense learning rate rises."""
 IDENTITY_HALF_LIVES = (math.inf, 30.0, 7.0)
-"""Days."""
+"""Default half-lives of identity heads, in days."""
 TOO_FEW_STEPS = 200
-"""With fewer, a run says so."""
+"""A run with fewer steps prints a warning."""
 MOST_UNKNOWN = 0.95
-"""Of the items, that are made unknown: the others are what their rows learn from."""
+"""Largest share of the items that are made unknown: the rows of items learn from the others."""
 _DECIDED = ("keep_best", "warmup_steps", "optimizers")
-"""Options that a run must not change once it has begun."""
+"""Options that must not change once a run has begun."""
 
 
 def decided(config: TrainConfig, dataset: RankingDataset, found: tuple[int, int]) -> TrainConfig:
-    """The options with a value for each that was None and means "as the log has it". Called by all
-    ranks.
+    """The options, with those that are None chosen from the log. Called by all ranks.
 
-    A run that goes on takes what was decided when it began.
+    A run that is resumed keeps the values that were chosen when it began.
 
     Args:
         config: TrainConfig.
-        dataset: the requests that it trains on.
-        found: requests and events, from ``amounts``.
+        dataset: the requests to train on.
+        found: numbers of requests and events, from ``amounts``.
 
     Raises:
-        ConfigError: an option asks for what the log has not.
+        ConfigError: an option asks for something that is not in the log.
 
     Example:
         >>> import tempfile
@@ -73,10 +70,9 @@ def decided(config: TrainConfig, dataset: RankingDataset, found: tuple[int, int]
     """
     begun = _begun(config) if config.resume else {}
     rate = begun.pop("optimizers", config.optimizers).dense_lr
+    keep_best = keep_best_of(config, dataset.log, begun.pop("keep_best", None))
     begun = {name: value for name, value in begun.items() if getattr(config, name) is None}
-    config = dataclasses.replace(config, **begun)
-    if "keep_best" not in begun:
-        config = dataclasses.replace(config, keep_best=_keep_best(config, dataset.log))
+    config = dataclasses.replace(config, **begun, keep_best=keep_best)
     config = dataclasses.replace(config, ifa=_with_identity(config, dataset.log))
     if config.max_requests is None:
         config = dataclasses.replace(config, max_requests=_max_requests(found[0]))
@@ -91,20 +87,20 @@ def decided(config: TrainConfig, dataset: RankingDataset, found: tuple[int, int]
     return config
 
 
-def told(given: TrainConfig, config: TrainConfig) -> str:
-    """What was decided, as options of the command.
+def as_options(given: TrainConfig, config: TrainConfig) -> str:
+    """The values that ``decided`` chose, as command-line options.
 
     Args:
-        given: as the user gave them.
+        given: the options that the user gave.
         config: from ``decided``.
 
     Example:
         >>> from dataclasses import replace
         >>> from pathlib import Path
-        >>> from ifa_torchrec.training.decide import told
+        >>> from ifa_torchrec.training.decide import as_options
         >>> from ifa_torchrec.training.options import TrainConfig
         >>> given = TrainConfig(Path("log"), Path("run"), max_requests=8)
-        >>> told(given, replace(given, warmup_steps=40, keep_best="gauc"))
+        >>> as_options(given, replace(given, warmup_steps=40, keep_best="gauc"))
         '--warmup-steps 40 --keep-best gauc'
     """
     return " ".join(_differing(to_json(dataclasses.asdict(given)), to_json(dataclasses.asdict(config))))
@@ -123,23 +119,23 @@ def _differing(given: dict[str, Any], config: dict[str, Any], prefix: str = "--"
 
 
 def amounts(config: TrainConfig, dataset: RankingDataset) -> tuple[int, int]:
-    """How many requests a training has, and how many events, of a history at most a batch's. Called by
-    all ranks.
+    """The numbers of requests and of events of a training, each history cut to a batch's budget. Called
+    by all ranks.
 
     Args:
         config: TrainConfig.
-        dataset: the requests that it trains on.
+        dataset: the requests to train on.
     """
     lengths = np.minimum(dataset.history_lengths, config.max_events)
-    requests, events = over_parts(dataset.log)(np.array([len(lengths), lengths.sum()]))
+    requests, events = sum_over_parts(dataset.log)(np.array([len(lengths), lengths.sum()]))
     return int(requests), int(events)
 
 
 def steps(config: TrainConfig, requests: int, events: int) -> int:
-    """About how many steps a training has, on as many ranks as there are.
+    """The approximate number of steps of a training, on the current number of ranks.
 
     Args:
-        config: with max_requests.
+        config: TrainConfig, with max_requests.
         requests, events: from ``amounts``.
 
     Example:
@@ -156,11 +152,11 @@ def steps(config: TrainConfig, requests: int, events: int) -> int:
 
 
 def too_few_steps(config: TrainConfig, count: int) -> str:
-    """What to say of a training of fewer than 200 steps, and "" of a longer one.
+    """A warning for a training of fewer than 200 steps; "" for a longer one.
 
     Args:
         config: from ``decided``.
-        count: its ``steps``.
+        count: its number of ``steps``.
 
     Example:
         >>> from pathlib import Path
@@ -168,26 +164,26 @@ def too_few_steps(config: TrainConfig, count: int) -> str:
         >>> from ifa_torchrec.training.options import TrainConfig
         >>> config = TrainConfig(Path("log"), Path("run"), keep_best="gauc")
         >>> too_few_steps(config, 75)
-        '75 steps in all, which is few to learn from: give --epochs 3'
+        'only 75 steps in all, too few to learn much: give --epochs 3'
         >>> too_few_steps(config, 200)
         ''
     """
     if count >= TOO_FEW_STEPS:
         return ""
     epochs = math.ceil(TOO_FEW_STEPS * config.epochs / count)
-    advice = f"{count} steps in all, which is few to learn from: give --epochs {epochs}"
+    advice = f"only {count} steps in all, too few to learn much: give --epochs {epochs}"
     if config.keep_best != LAST:
         return advice
-    return f"{advice}, and validate on a split `valid`: a pass can rank better and predict worse"
+    return f"{advice}, and validate on a split `valid`: an epoch can rank better but predict worse"
 
 
 def _with_identity(config: TrainConfig, log: EventLog) -> IFAConfig:
-    """The interaction's configuration, with what is left open of its identity heads."""
+    """The interaction's configuration, with the open options of its identity heads chosen."""
     ifa, of_items = config.ifa, log.schema.item_features
     features = ifa.identity_features or (tuple(of_items) if config.identity else ())
     if not features or config.interaction == "none":
         return ifa
-    # the item's own ids go on where its table has no more rows: those are new items
+    # items beyond the rows of the item's table are new items; their own ids still count
     ids = max(log.num_items, *of_items.values())
     buckets = min(1 << (ids - 1).bit_length(), MOST_IDENTITY_KEYS // len(features))
     lives = ifa.identity_half_lives
@@ -206,44 +202,52 @@ def _max_requests(requests: int) -> int:
 
 
 def _dense_lr(config: TrainConfig, requests: int, events: int) -> float:
-    """Of steps of fewer than MOST_REQUESTS requests it falls with the square root of their number: the
-    fewer they are, the more of a step is noise."""
+    """The dense learning rate; below MOST_REQUESTS requests per step it falls with the square root of
+    their number, since steps get noisier."""
     of_step = config.epochs * requests / max(steps(config, requests, events), 1)
     return float(f"{DENSE_LR * min(math.sqrt(of_step / MOST_REQUESTS), 1):.2g}")
 
 
 def _begun(config: TrainConfig) -> dict[str, Any]:
-    """What was decided for the run that is to go on; empty if no checkpoint says it."""
+    """What was decided when the run to resume began; empty if it has no readable checkpoint."""
     hints = get_type_hints(TrainConfig)
-    for path in reversed(checkpoint.checkpoints_of_rank_0(config.out / "checkpoints")):
-        with suppress(OSError, ValueError, LookupError, TypeError):  # of one that is damaged
-            options = json.loads((path / "progress.json").read_text())["config"]
-            return {name: from_json(hints[name], options[name], name) for name in _DECIDED}
-    return {}
+    progress = checkpoint.latest_progress(config.out / "checkpoints")
+    if progress is None:
+        return {}
+    return {name: from_json(hints[name], progress["config"][name], name) for name in _DECIDED}
 
 
-def _keep_best(config: TrainConfig, log: EventLog) -> str:
+def keep_best_of(config: TrainConfig, log: EventLog, begun: str | None = None) -> str:
+    """The metric that decides which checkpoint is best.
+
+    Args:
+        config: TrainConfig.
+        log: the event log.
+        begun: the metric with which a run that is resumed began.
+
+    Raises:
+        ConfigError: an option needs a validation, and there is none; or the metric cannot be measured.
+    """
     if not config.validate or "valid" not in log.splits:
-        why = (
-            f"{log.place} has no split `valid`" if config.validate else "--no-validate measures nothing"
-        )
-        for option in ("keep_best", "patience"):
+        why = f"{log.place} has no split `valid`" if config.validate else "--no-validate turns it off"
+        for option in ("keep_best", "patience", "validate_every"):
             value = getattr(config, option)
             if value not in (None, LAST):
-                raise ConfigError(f"--{option.replace('_', '-')} {value}: {why}")
-        return LAST
-    if config.keep_best == LAST:
+                raise ConfigError(f"--{option.replace('_', '-')} {value} needs validation: {why}")
+        return begun or LAST
+    keep_best = config.keep_best or begun
+    if keep_best == LAST:
         if config.patience is not None:
             raise ConfigError(
-                f"--patience {config.patience} goes by the metric of --keep-best; name one, not {LAST}"
+                f"--patience {config.patience} uses the metric of --keep-best; name one, not {LAST}"
             )
         return LAST
     dataset = RankingDataset(log, "valid", config.history_length)
-    return check_metric(config.keep_best, dataset, tasks_of(log.schema, config, log.scales))
+    return check_metric(keep_best, dataset, tasks_of(log.schema, config, log.scales))
 
 
 def unknown_items(log: EventLog, config: TrainConfig) -> float:
-    """The share of items that are made unknown while training; see TrainConfig, unknown_items. Called by
+    """The share of items that are made unknown during training; see TrainConfig.unknown_items. Called by
     all ranks.
 
     Args:
@@ -256,5 +260,5 @@ def unknown_items(log: EventLog, config: TrainConfig) -> float:
         return 0.0
     candidates = log.requests("valid")[CANDIDATES]
     found = np.array([(log.item_rows(candidates) == 0).sum(), len(candidates)])
-    new, of = over_parts(log)(found).tolist()
+    new, of = sum_over_parts(log)(found).tolist()
     return min(new / max(of, 1), MOST_UNKNOWN)

@@ -1,8 +1,8 @@
-"""Training without end: one log after the other, each measured before it is trained, and trained once.
+"""Continual training on one log after the other; each is measured first and then trained once.
 
-DATA/NAME/             a log a part (a day, an hour), taken in the order of their names
-OUT/NAME/              the run that has been trained up to that part
-OUT/parts.csv          what was measured of each part before it was trained
+DATA/NAME/             one log per part (a day, an hour), taken in the order of their names
+OUT/NAME/              the run trained up to and including that part
+OUT/parts.csv          the metrics of each part before it was trained
 OUT/tensorboard/       the same, as curves
 """
 
@@ -11,10 +11,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,33 +35,33 @@ from ifa_torchrec.training.validations import LAST, Fitted, Validations, calibra
 
 TABLE = "parts.csv"
 RATE = 0.5
-"""Share of its highest dense learning rate that a run goes on with; there is no last step for which the
-rate could fall."""
-_OF_THE_FIRST = {"epochs", "warmup_steps", "keep_best", "unknown_items", "gate", "table_init", "seed"}
-"""Options that a run need not share with the one that it goes on from."""
-_TOLD = ("ne", "gauc", "mae", "correlation")
+"""Share of the peak dense learning rate that later runs train with; there is no last step towards which
+the rate could fall."""
+_MAY_DIFFER = {"epochs", "warmup_steps", "keep_best", "unknown_items", "gate", "table_init", "seed"}
+"""Options in which a run may differ from the one that it continues."""
+_PRINTED = ("ne", "gauc", "mae", "correlation")
 
 
 def follow(config: TrainConfig) -> dict[str, dict[str, float]]:
-    """Train on the logs of a folder that are left, one after the other. Called by all ranks.
+    """Train on the remaining logs of a folder, one after the other. Called by all ranks.
 
-    The first is trained as ``train`` does. Each further one goes on from the run before it: its split
-    `train` is measured by that run's weights, and then trained once, in order of time, by a dense
-    learning rate that stays. Tables grow to the log's; a new row begins as row 0.
+    The first is trained as by ``train``. Each later one continues the run before it: its split `train`
+    is measured with that run's weights, and then trained once, in order of time, with a constant dense
+    learning rate. Tables grow to the log's sizes; a new row starts as row 0.
 
     Args:
-        config: TrainConfig; ``data`` is a folder of logs, each prepared by the vocabulary of the one
-            before, and ``out`` gets a run for each.
+        config: TrainConfig; ``data`` is a folder of logs, each prepared with the vocabulary of the
+            previous one, and ``out`` gets one run per log.
 
     Returns:
-        Of each log that was trained now, by its name, what ``train`` returns; of those that are not the
-        first with "before_METRIC", what was measured of it before, and no validation.
+        For each log that was trained now, by name, what ``train`` returns; for all but the first log,
+        "before_METRIC" (measured before its training) instead of a validation.
 
     Raises:
-        LogError: there are no logs, or one is bad, or its ids have other rows than those before.
-        ConfigError: an option does not go with this, or with a log.
-        CheckpointError: the options are others than those that the runs began with, or another
-            training writes to ``out``.
+        LogError: there are no logs, one is bad, or its ids have other rows than in the logs before.
+        ConfigError: an option is not compatible with this training, or with a log.
+        CheckpointError: the options differ from those that the runs began with, or another training
+            writes to ``out``.
         WriteError, ShardingError, DivergedError: as ``train``.
 
     Example:
@@ -74,7 +72,7 @@ def follow(config: TrainConfig) -> dict[str, dict[str, float]]:
         >>> from ifa_torchrec.training.follow import follow
         >>> from ifa_torchrec.training.options import TrainConfig
         >>> folder, days = Path(tempfile.mkdtemp()), pd.date_range("2024-01-01", periods=4)
-        >>> for n in (2, 3):  # each day's log has one item more
+        >>> for n in (2, 3):  # each day's log has one more item
         ...     _ = EventLog.from_pandas(
         ...         folder / "days" / str(days[n].date()),
         ...         schema=LogSchema(item_features={"item": n + 1}),
@@ -109,30 +107,30 @@ def follow(config: TrainConfig) -> dict[str, dict[str, float]]:
 
 
 class Follower(Trainer):
-    """A training that goes on from an earlier run with a later log. ``follow`` has an example.
+    """A training that continues an earlier run with a later log. ``follow`` has an example.
 
     Args:
         config: from ``going_on``.
-        before: the run that it goes on from.
+        before: the run that it continues.
 
     Raises:
         LogError, ShardingError, ConfigError: see ``follow``.
     """
 
-    _nothing_found = "no checkpoint here; going on from the run before"
+    _nothing_found = "no checkpoint here; continuing from the previous run"
 
     def __init__(self, config: TrainConfig, before: Path) -> None:
         self.before = before
         super().__init__(config)
 
     def validate(self) -> tuple[dict[str, float], Fitted]:
-        """Measure the log's split `train` as the run before predicts it, and fit a calibration on it."""
+        """Measure the log's split `train` with the previous run's weights, and fit a calibration."""
         calibration = calibration_of(in_use(self.before)[1], self._step_before)
         metrics, fitted = self._measured("train", calibration)
         return {"requests": len(self.dataset), "new_items": self._new, **metrics}, fitted
 
     def state_dict(self) -> dict[str, Any]:
-        """As the Trainer's, with what it goes on from."""
+        """As for the Trainer, with the name of the run that it continues."""
         return {**super().state_dict(), "before": self.before.name}
 
     def _is_due(self) -> bool:
@@ -142,12 +140,12 @@ class Follower(Trainer):
         return {f"before_{name}": v for name, v in measured_before(self.config.out).items()}
 
     def _tell(self) -> None:
-        """All was decided before."""
+        """Print nothing: all options come from the previous run."""
 
     def _of_log(self, config: TrainConfig) -> tuple[Mapping[str, Scale], float]:
         was = check_log(self.before / "checkpoints", self.log, grow=True)
         if was is None:
-            raise CheckpointError(f"{self.before}: no checkpoint here that can be read")
+            raise CheckpointError(f"{self.before}: no readable checkpoint here")
         items = self.log.requests("train")[CANDIDATES]
         known = dict(was["config"]["schema"]["item_features"])[self.log.schema.item]
         self._new = float(((items >= known) | (items == 0)).mean())
@@ -155,7 +153,7 @@ class Follower(Trainer):
         return {name: Scale(**figures) for name, figures in was["scales"].items()}, share
 
     def _shard(self) -> tuple[int, int]:
-        """All parts: in order of time a step's requests may be of any."""
+        """All parts: in order of time, a step's requests may come from any of them."""
         return 0, 1
 
     def _order(self) -> InTime:
@@ -164,10 +162,10 @@ class Follower(Trainer):
     def _progress(self) -> float:
         return 1 - RATE
 
-    def _start_anew(self) -> None:
-        """Take over the weights and the optimisers' state of the run before."""
+    def _initialise(self) -> None:
+        """Load the weights and the optimisers' state of the previous run."""
         self._keep_vocabulary()
-        options = {k: v for k, v in self.config.fixed().items() if k not in _OF_THE_FIRST}
+        options = {k: v for k, v in self.config.fixed().items() if k not in _MAY_DIFFER}
         progress = checkpoint.load(
             self.before / "checkpoints", self.model, self.optimizer, to_json(options), grow=True
         )
@@ -175,14 +173,15 @@ class Follower(Trainer):
 
 
 def going_on(config: TrainConfig, before: Path) -> TrainConfig:
-    """The options of a run that goes on from another: what they leave open is as it was there.
+    """The options of a run that continues another; open ones are taken from that run. Called by all
+    ranks.
 
     Args:
-        config: as they were given, for its log and its folder.
-        before: the run that it goes on from.
+        config: the options as given, with the run's log and folder.
+        before: the run that it continues.
 
     Raises:
-        CheckpointError: there is no run, or its options cannot be read.
+        CheckpointError: there is no such run, or its options or checkpoints cannot be read.
     """
     was = read_options(before)
     ifa, gate = config.ifa, config.gate
@@ -190,7 +189,7 @@ def going_on(config: TrainConfig, before: Path) -> TrainConfig:
         names = ("identity_features", "identity_buckets", "identity_half_lives")
         left_open = {name: getattr(was.ifa, name) for name in names if not getattr(ifa, name)}
         ifa = dataclasses.replace(ifa, **left_open)
-    if gate is None:  # a feature gates as before, though it may have too many values by now
+    if gate is None:  # the same features gate, even if one has too many values by now
         values = dict(_progress_of(before)["config"]["schema"]["event_features"])
         few = tuple(name for name, count in values.items() if count <= MOST_GATE_VALUES)
         gate = few if was.gate is None else was.gate
@@ -207,14 +206,15 @@ def going_on(config: TrainConfig, before: Path) -> TrainConfig:
         keep_best=LAST,
         patience=None,
         validate=False,
+        validate_every=None,
     )
 
 
 def measured_before(run: Path) -> dict[str, float]:
-    """What was measured of a run's log before it was trained; empty of the first. Called by all ranks.
+    """The metrics of a run's log before it was trained; empty for the first run. Called by all ranks.
 
     Args:
-        run: its folder.
+        run: the run's folder.
 
     Raises:
         CheckpointError: its validations.json is damaged.
@@ -223,13 +223,13 @@ def measured_before(run: Path) -> dict[str, float]:
 
 
 class Table:
-    """What was measured of each part: OUT/parts.csv, and OUT/tensorboard, where a step is a part.
+    """The metrics of each part: OUT/parts.csv, and OUT/tensorboard, with one step per part.
 
     Args:
         folder: OUT.
 
     Attributes:
-        rows: of each part, in the order in which they were trained; numbers as text.
+        rows: one row per part, in the order of their training; numbers as text.
 
     Example:
         >>> import tempfile
@@ -248,84 +248,107 @@ class Table:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.rows: dict[str, dict[str, str]] = {}
-        with suppress(FileNotFoundError), (folder / TABLE).open(newline="") as file:
-            self.rows = {row["part"]: row for row in csv.DictReader(file)}
+        self.rows = checkpoint.on_rank_0(lambda: _rows(folder / TABLE))
 
     def put(self, part: str, metrics: Mapping[str, float]) -> None:
-        """Add a part, if it is not there yet; rank 0 writes, and says so.
+        """Add a part, if it is not there yet; rank 0 writes the files and prints the main metrics.
+        Called by all ranks.
 
         Raises:
             WriteError: the folder cannot be written.
         """
         if part in self.rows:
             return
-        if dist.get_rank() == 0 and metrics:
-            curves = Curves(self._folder / "tensorboard", len(self.rows))
-            curves.show({f"part/{name}": value for name, value in metrics.items()}, len(self.rows))
-            curves.close()
-            found = {n: v for n, v in metrics.items() if n.rpartition("_")[2] in _TOLD}
-            told = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
-            print(f"{part}, before it was trained: {told}", file=sys.stderr)
+        number = len(self.rows)
         self.rows[part] = {"part": part, **{name: repr(value) for name, value in metrics.items()}}
-        if dist.get_rank() == 0:
-            columns = dict.fromkeys(name for row in self.rows.values() for name in row)
-            text = io.StringIO()
-            writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows.values())
-            write_whole(self._folder / TABLE, text.getvalue())
+        checkpoint.on_rank_0(lambda: self._write(part, metrics, number))
+
+    def _write(self, part: str, metrics: Mapping[str, float], number: int) -> None:
+        if metrics:
+            curves = Curves(self._folder / "tensorboard", number)
+            curves.show({f"part/{name}": value for name, value in metrics.items()}, number)
+            curves.close()
+            found = {n: v for n, v in metrics.items() if n.rpartition("_")[2] in _PRINTED}
+            text = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+            print(f"{part}, before its training: {text}", file=sys.stderr)
+        columns = dict.fromkeys(name for row in self.rows.values() for name in row)
+        content = io.StringIO()
+        writer = csv.DictWriter(content, list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows.values())
+        write_whole(self._folder / TABLE, content.getvalue())
+
+
+def _rows(file: Path) -> dict[str, dict[str, str]]:
+    """The rows of a parts.csv by part; empty if there is none."""
+    try:
+        with file.open(newline="") as stream:
+            rows = list(csv.DictReader(stream))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, csv.Error) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    for number, row in enumerate(rows, start=1):
+        if not row.get("part") or None in row or None in row.values():
+            raise CheckpointError(
+                f"{file}: row {number} is not what a training writes; delete the file to start a new one"
+            )
+    return {row["part"]: row for row in rows}
 
 
 def _check(config: TrainConfig) -> None:
-    """Refuse what does not go with a training without end."""
+    """Refuse options that are not compatible with --follow."""
     if is_uri(config.data):
-        raise ConfigError(f"--follow: --data {config.data}: give a folder of logs; a URI has no list")
+        raise ConfigError(
+            f"--follow: --data {config.data}: give a local folder of logs; a URI cannot be listed"
+        )
     if config.managed_rows:
         raise ConfigError("--follow: tables of --managed-rows cannot grow; hash the ids instead")
     if config.keep_best not in (None, LAST) or config.patience is not None:
-        raise ConfigError("--follow: the last checkpoint counts; leave out --keep-best and --patience")
+        raise ConfigError(
+            "--follow always uses the last checkpoint; leave out --keep-best and --patience"
+        )
     if (config.out / "checkpoints").exists():
-        raise ConfigError(f"--out {config.out} is a run; --follow wants a folder that it puts runs in")
+        raise ConfigError(f"--out {config.out} is a run; --follow needs a folder to put runs in")
     if (Path(config.data) / "schema.json").exists():
-        raise ConfigError(f"--data {config.data} is a log; --follow wants the folder that logs lie in")
+        raise ConfigError(f"--data {config.data} is a log; --follow needs the folder that contains logs")
 
 
 def _left(config: TrainConfig, table: Table) -> tuple[list[str], str | None]:
-    """The logs that are left to train, and the run that goes before."""
+    """The remaining logs, and the run that the first of them continues; None for the first run."""
 
-    def look() -> tuple[list[str], str, dict[str, Any]]:
+    def look() -> tuple[list[str], str]:
         logs = [path.parent.name for path in Path(config.data).glob("*/schema.json")]
         runs = [path.parent.name for path in config.out.glob("*/checkpoints")]
         runs = [name for name in runs if checkpoint.checkpoints(config.out / name / "checkpoints")]
-        logs = sorted(name for name in logs if not name.startswith("."))  # one that is being written
-        last = max(runs, default="")
-        return logs, last, _progress_of(config.out / last) if last else {}
+        logs = sorted(name for name in logs if not name.startswith("."))  # not those still being written
+        return logs, max(runs, default="")
 
-    logs, last, progress = checkpoint.on_rank_0(look)
+    logs, last = checkpoint.on_rank_0(look)
     if not logs:
-        raise LogError(f"{config.data}: no logs here; --follow takes a folder of them, a part each")
+        raise LogError(f"{config.data}: no logs here; --follow takes a folder with one log per part")
     if not last:
         return logs, None
     late = [name for name in logs if name < last and name not in table.rows]
     if late and dist.get_rank() == 0:
-        print(f"left out, as they came after {last} was trained: {', '.join(late)}", file=sys.stderr)
+        print(f"skipped, since they came after {last} was trained: {', '.join(late)}", file=sys.stderr)
+    progress = _progress_of(config.out / last, whole=True)
     names, before = [name for name in logs if name > last], progress.get("before")
     if progress["epoch"] >= (config.epochs if before is None else 1):
         table.put(last, measured_before(config.out / last))
         return names, last
     if last not in logs:
-        raise LogError(f"{config.data} has no {last}, which is half trained; give that log back")
+        raise LogError(f"{config.data} has no {last}, which is half trained; put that log back")
     return [last, *names], before
 
 
-def _progress_of(run: Path) -> dict[str, Any]:
-    """What the last readable checkpoint of a run says of itself.
+def _progress_of(run: Path, whole: bool = False) -> dict[str, Any]:
+    """The progress of a run's latest readable checkpoint, see ``latest_progress``. Called by all ranks.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: no checkpoint can be read, or it has another format.
     """
-    for path in reversed(checkpoint.checkpoints(run / "checkpoints")):
-        with suppress(OSError, ValueError):
-            return json.loads((path / "progress.json").read_text())
-    raise CheckpointError(f"{run}: no checkpoint here that can be read")
+    progress = checkpoint.latest_progress(run / "checkpoints", whole)
+    if progress is None:
+        raise CheckpointError(f"{run}: no readable checkpoint here")
+    return progress

@@ -1,4 +1,4 @@
-"""What of a split the training never saw: new items, unknown values, users without a history."""
+"""How much of a split the training never saw: new items, unknown values, users without a history."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ import torch
 
 from ifa_torchrec.data import RankingDataset
 from ifa_torchrec.data.schema import CANDIDATES, EXPOSED, LIST_OFFSETS, TIME, USER
-from ifa_torchrec.training.own import OwnRequests, counted, over_parts, own_requests
+from ifa_torchrec.training.metrics import decile_cuts
+from ifa_torchrec.training.own import OwnRequests, counted, own_requests, sum_over_parts
 
-Told = Callable[[np.ndarray], np.ndarray]
+Count = Callable[[np.ndarray], np.ndarray]
 Shares = dict[str, float]
 
-_BLOCK = 1 << 22  # events looked at at once
-_GROUPS = 10
+_BLOCK = 1 << 22  # events per block
 
 
 def shares(dataset: RankingDataset) -> dict[str, Any]:
-    """How much of a split the model's tables do not know. Called by all ranks.
+    """The shares of a split that the model's tables do not know. Called by all ranks.
 
-    Events are those of the requests' histories, each as often as it stands in one.
+    Events are those in the requests' histories; an event counts once per history that contains it.
 
     Returns:
-        "new_items": the share of candidates and of events whose item has no row of its own;
-        "requests_without_history": the share of requests; "unknown_values": of each other id feature
-        the share of row 0, "unknown", among what it describes: requests, candidates or events; of a
-        list, among all that the lists hold. NaN of none.
+        "new_items": the shares of candidates and of events whose item has no row of its own;
+        "requests_without_history": the share of requests; "unknown_values": for each other id feature,
+        the share of row 0 (unknown) among the requests, candidates or events that it describes; for a
+        list, among all its entries. A share of nothing is NaN.
     """
     schema, requests, log = dataset.log.schema, dataset.requests, dataset.log
-    total = over_parts(log)
+    total = sum_over_parts(log)
 
     def share(part: int, whole: int) -> float:
         of_part, of_whole = total(np.array([part, whole])).tolist()
         return of_part / of_whole if of_whole else np.nan
 
-    def of_items(told: Told, counted: Told = np.ones_like) -> Shares:
+    def of_items(unknown: Count, counted: Count = np.ones_like) -> Shares:
         numbers = np.asarray(requests[CANDIDATES])
-        events = [_sum_of_events(dataset, schema.item, each) for each in (told, counted)]
+        events = [_sum_of_events(dataset, schema.item, each) for each in (unknown, counted)]
         return {
-            "candidates": share(told(numbers).sum(), counted(numbers).sum()),
+            "candidates": share(unknown(numbers).sum(), counted(numbers).sum()),
             "events": share(*events),
         }
 
@@ -79,33 +79,30 @@ def shares(dataset: RankingDataset) -> dict[str, Any]:
 def by_history(
     split: RankingDataset | OwnRequests, logit: np.ndarray, label: np.ndarray
 ) -> dict[str, Any]:
-    """The calibration of a binary task among the exposed, by the deciles of the requests' histories'
-    lengths.
+    """The calibration of a binary task on exposed candidates, by decile of the history length.
 
     Args:
-        split: the split; or this rank's requests of it, with those of the other ranks then, by sums.
-        logit: [m] of their candidates; label: [m] 0 or 1.
+        split: the split; or this rank's requests of it, whose figures are summed over the ranks.
+        logit: [m], of the candidates; label: [m] 0 or 1.
 
     Returns:
-        For each group, named "FEWEST-MOST" by its histories' events, or by their one number,
-        "requests", "candidates", those exposed, and "calibration", mean prediction over mean label; NaN
-        without a label 1. Lengths that are equal are in one group, so there may be fewer than ten.
+        For each group, named "FEWEST-MOST" by the lengths of its histories (or by a single length):
+        "requests"; "candidates", the number of exposed ones; and "calibration", mean prediction over
+        mean label, NaN without a label 1. Equal lengths share a group, so there may be fewer than ten.
     """
     own = own_requests(split)
     lengths = own.dataset.history_lengths
     values, counts = counted(own.dataset.log, lengths)  # of all ranks' requests
     if not len(values):
         return {}
-    before = np.cumsum(counts)
-    deciles = np.ceil((before[-1] - 1) * (np.arange(1, _GROUPS) / _GROUPS)).astype(np.int64)
-    cuts = np.unique(values[np.searchsorted(before, deciles, side="right")])
+    cuts = values[decile_cuts(np.cumsum(counts))]
     of_candidate, shown = np.searchsorted(cuts, lengths)[own.request], own.column(EXPOSED)
     group = np.searchsorted(cuts, values)
     result: dict[str, Any] = {}
     for number in np.unique(group):
         mine, rows = values[group == number], (of_candidate == number) & shown
-        said = torch.from_numpy(logit[rows].astype(np.float64)).sigmoid().sum()
-        figures = (rows.sum(), label[rows].sum(), float(said))
+        predicted_sum = torch.from_numpy(logit[rows].astype(np.float64)).sigmoid().sum()
+        figures = (rows.sum(), label[rows].sum(), float(predicted_sum))
         candidates, positives, predicted = own.total(np.array(figures, np.float64)).tolist()
         least, most = mine[0], mine[-1]
         result[f"{least}-{most}" if least < most else f"{least}"] = {
@@ -116,13 +113,13 @@ def by_history(
     return result
 
 
-def _sum_of_events(dataset: RankingDataset, column: str, told: Told) -> int:
-    """The sum over the events of all histories of what ``told`` makes of the column's values."""
+def _sum_of_events(dataset: RankingDataset, column: str, count: Count) -> int:
+    """The sum of ``count`` of the column's values over the events of all histories."""
     requests, log = dataset.requests, dataset.log
     end = log.history_range(requests[USER], requests[TIME])[1]
     start, values, total = end - dataset.history_lengths, log.events[column], 0
     for first in range(0, len(values), _BLOCK):
-        numbers = told(np.asarray(values[first : first + _BLOCK]))
+        numbers = count(np.asarray(values[first : first + _BLOCK]))
         before = np.concatenate([[0], np.cumsum(numbers)])
         last, begin = (before[np.clip(rows - first, 0, len(numbers))] for rows in (end, start))
         total += int((last - begin).sum())

@@ -1,14 +1,14 @@
-"""Metrics over predictions grouped by request: of rankings, and of numbers.
+"""Metrics over predictions grouped by request, for rankings and for regressions.
 
-Normalised entropy is torchrec's. AUC, GAUC and NDCG@k are computed here, since scores that count tie
-often: torchrec's GAUC and torchmetrics' NDCG order ties by their position, so that a scorer which cannot
-tell two candidates apart is paid by chance. Here ties share.
+Normalised entropy is TorchRec's. AUC, GAUC and NDCG@k are computed here, since counting scorers often
+tie: TorchRec's GAUC and torchmetrics' NDCG order ties by position, so a scorer that cannot tell two
+candidates apart is rewarded by chance. Here ties share their positions.
 
-All of them are made of sums over requests or candidates. Where each rank has whole requests of its own,
-``total`` adds the ranks' sums up, and no rank needs another's scores.
+All metrics are computed from sums over requests or candidates. If each rank has whole requests of its
+own, ``total`` sums the figures over the ranks, and no rank needs another rank's scores.
 
-Requests whose labels are all equal have no ranking to judge: GAUC, NDCG and the correlation leave them
-out, and `requests_ranked` says how many are left.
+Requests whose labels are all equal have no order to judge: GAUC, NDCG and the correlation leave them
+out, and `requests_ranked` is the number of the others.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ import torch
 from torchrec.metrics.ne import compute_ne
 
 Total = Callable[[np.ndarray], np.ndarray]
-"""Gives the sum over all ranks of an array of float64. Called by all ranks."""
-_BITS = 22  # of a score's float32, by which ranks count it: its sign, its exponent, 13 of its digits
-_BLOCK = 1 << 10  # numbers that they begin with, summed up together where there is one of them
+"""Returns the sum of a float64 array over all ranks. Called by all ranks."""
+_BITS = 22  # leading bits of a float32 by which ranks bin scores: sign, exponent, 13 of the mantissa
+_BLOCK = 1 << 10  # bins per block; only blocks that some rank uses are summed
 
 
-def one_rank(figures: np.ndarray) -> np.ndarray:
-    """The Total of a rank that has all requests: what it is given."""
+def local_sum(figures: np.ndarray) -> np.ndarray:
+    """The Total of a rank that has all requests: returns its argument."""
     return figures
 
 
-def auc(score: np.ndarray, label: np.ndarray, total: Total = one_rank) -> float:
-    """Area under the ROC curve over all candidates; ties share; NaN where all labels are equal.
+def auc(score: np.ndarray, label: np.ndarray, total: Total = local_sum) -> float:
+    """Area under the ROC curve over all candidates; ties count half; NaN if all labels are equal.
 
-    Over several ranks scores tie whose float32 begin with the same 22 bits, which tells two apart that
-    differ by an eight thousandth.
+    Over several ranks, scores tie if the first 22 bits of their float32 are equal, a relative resolution
+    of 1/8,192.
 
     Args:
         score: [M] float, higher is better; label: [M] 0 or 1.
@@ -49,7 +49,7 @@ def auc(score: np.ndarray, label: np.ndarray, total: Total = one_rank) -> float:
         0.75
     """
     bins, count = bins_of(score, total)
-    # of each score, in ascending order
+    # per score, in ascending order
     positives, all_ = total(
         np.stack([np.bincount(bins, label, count), np.bincount(bins, minlength=count)])
     )
@@ -59,8 +59,8 @@ def auc(score: np.ndarray, label: np.ndarray, total: Total = one_rank) -> float:
     return float((positives * (below + negatives / 2)).sum() / pairs) if pairs else np.nan
 
 
-def gauc(request: np.ndarray, score: np.ndarray, label: np.ndarray, total: Total = one_rank) -> float:
-    """Mean over requests of the area under the ROC curve; NaN when no request can be ranked.
+def gauc(request: np.ndarray, score: np.ndarray, label: np.ndarray, total: Total = local_sum) -> float:
+    """Mean over requests of the area under the ROC curve; NaN if no request can be ranked.
 
     Args:
         request: [M] request number of each candidate.
@@ -84,7 +84,7 @@ def gauc(request: np.ndarray, score: np.ndarray, label: np.ndarray, total: Total
     )
     p, n = sums["positives"], sums["n"]
     ranked = (p > 0) & (p < n)
-    # Mann-Whitney: the rank sum of the positives, less the least it can be
+    # Mann-Whitney: the rank sum of the positives minus its minimum
     area = (sums["ranks"] - p * (p + 1) / 2)[ranked] / (p * (n - p))[ranked]
     return mean(area, total)
 
@@ -94,9 +94,9 @@ def ndcg(
     score: np.ndarray,
     label: np.ndarray,
     k: int = 10,
-    total: Total = one_rank,
+    total: Total = local_sum,
 ) -> float:
-    """Mean over requests of NDCG@k; ties share their positions; NaN when none can be ranked.
+    """Mean over requests of NDCG@k; ties share their positions; NaN if no request can be ranked.
 
     Args:
         request: [M] request number of each candidate.
@@ -129,12 +129,12 @@ def recall(
     score: np.ndarray,
     label: np.ndarray,
     k: int = 10,
-    total: Total = one_rank,
+    total: Total = local_sum,
 ) -> float:
-    """Mean over requests of the share of positives among the k best; ties share their positions.
+    """Mean over requests of recall@k; ties share their positions.
 
-    Of min(k, positives), so that 1.0 can be reached. Requests whose labels are all equal are left
-    out; NaN when no other is there.
+    It is relative to min(k, positives), so that 1.0 can be reached. Requests whose labels are all equal
+    are left out; NaN if there are no others.
 
     Args:
         request: [M] request number of each candidate.
@@ -161,7 +161,7 @@ def ranking_metrics(
     logit: np.ndarray,
     label: np.ndarray,
     probabilities: bool = True,
-    total: Total = one_rank,
+    total: Total = local_sum,
 ) -> dict[str, float]:
     """AUC, GAUC, NDCG@10, recall@10, NE and calibration of one task.
 
@@ -169,14 +169,14 @@ def ranking_metrics(
         request: [M] request number of each candidate.
         logit: [M] float32.
         label: [M] 0 or 1.
-        probabilities: whether the logits claim to be log odds; counts and the like do not, and
-            get no NE and no calibration.
+        probabilities: whether the logits are log odds; for others, such as counts, NE and calibration
+            are left out.
         total: sums over ranks.
 
     Returns:
         "auc" (1.0 is best), "gauc", "ndcg@10", "recall@10", "requests_ranked"; and "ne", the log
-        loss over that of the mean label (below 1 is better than no model), and "calibration",
-        mean prediction over mean label. Where all labels are equal the first four are NaN and the
+        loss relative to that of the mean label (below 1 is better than no model), and "calibration",
+        mean prediction over mean label. If all labels are equal, the first four are NaN and the
         last two are left out.
 
     Raises:
@@ -200,7 +200,7 @@ def ranking_metrics(
         "recall@10": recall(request, logit, label, total=total),
         "requests_ranked": int(ranked),
     }
-    if probabilities and 0 < positives < count:  # else there is nothing to rank or to predict
+    if probabilities and 0 < positives < count:  # otherwise NE is undefined
         logits, target = (torch.from_numpy(x.astype(np.float64)) for x in (logit, label))
         entropy = torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="sum")
         sums = total(np.array([float(entropy), float(logits.sigmoid().sum())]))
@@ -212,11 +212,11 @@ def ranking_metrics(
 
 
 def correlation(
-    request: np.ndarray, score: np.ndarray, label: np.ndarray, total: Total = one_rank
+    request: np.ndarray, score: np.ndarray, label: np.ndarray, total: Total = local_sum
 ) -> float:
-    """Mean over requests of Pearson's correlation of score and label; NaN when no request can be ranked.
+    """Mean over requests of Pearson's correlation of score and label; NaN if no request can be ranked.
 
-    Requests whose labels are all equal are left out. Of equal scores it is 0.
+    Requests whose labels are all equal are left out. If all scores are equal, it is 0.
 
     Args:
         request: [M] request number of each candidate.
@@ -236,27 +236,26 @@ def correlation(
     x, y = (_centred(index, count, values) for values in (score, label))
     xy, xx, yy = (np.bincount(index, a * b, len(count)) for a, b in ((x, y), (x, x), (y, y)))
     apart, ranked = _differ(index, count, score), _differ(index, count, label)
-    # what differs may still be too close for the squares of float64
+    # values that differ may still be so close that their squares underflow in float64
     norm = np.where(apart, np.sqrt(xx) * np.sqrt(yy), np.inf)[ranked]
     return mean(xy[ranked] / np.maximum(norm, np.finfo(float).tiny), total)
 
 
 def regression_metrics(
-    request: np.ndarray, prediction: np.ndarray, label: np.ndarray, total: Total = one_rank
+    request: np.ndarray, prediction: np.ndarray, label: np.ndarray, total: Total = local_sum
 ) -> dict[str, float]:
-    """Errors of predicted numbers, and how they order each request's candidates.
+    """Errors of predicted numbers, and how well they order each request's candidates.
 
     Args:
         request: [M] request number of each candidate.
-        prediction: [M] float, in the labels' unit.
+        prediction: [M] float, in the label's unit.
         label: [M] float.
         total: sums over ranks.
 
     Returns:
-        "mae", the mean absolute error, and "rmse", the root of the mean squared one, both in the labels'
-        unit; "correlation", the mean of Pearson's within the requests whose labels are not all equal;
-        "requests_ranked", how many those are. The first three are NaN where there is nothing to take
-        them of.
+        "mae", the mean absolute error, and "rmse", the root mean squared error, both in the label's
+        unit; "correlation", the mean of Pearson's over the requests whose labels are not all equal;
+        "requests_ranked", the number of these. The first three are NaN if they are of nothing.
 
     Raises:
         ValueError: a prediction is not finite.
@@ -281,8 +280,8 @@ def regression_metrics(
     }
 
 
-def why_unranked(request: np.ndarray, label: np.ndarray, total: Total = one_rank) -> str | None:
-    """Why no request can be ranked, so that GAUC, NDCG and the correlation are NaN; None where one can.
+def why_unranked(request: np.ndarray, label: np.ndarray, total: Total = local_sum) -> str | None:
+    """Why no request can be ranked, so that GAUC, NDCG and the correlation are NaN; None if one can.
 
     Args:
         request: [M] request number of each candidate.
@@ -293,7 +292,7 @@ def why_unranked(request: np.ndarray, label: np.ndarray, total: Total = one_rank
         >>> import numpy as np
         >>> from ifa_torchrec.training.metrics import why_unranked
         >>> why_unranked(np.array([0, 1]), np.array([1, 0]))
-        'each request has one candidate alone, so there is no order within it'
+        'each request has only one candidate, so there is no order within it'
     """
     index, count = _numbered(request)
     figures = (len(label), _differ(index, count, label).sum(), (count > 1).sum())
@@ -303,20 +302,20 @@ def why_unranked(request: np.ndarray, label: np.ndarray, total: Total = one_rank
     if ranked:
         return None
     if not several:
-        return "each request has one candidate alone, so there is no order within it"
+        return "each request has only one candidate, so there is no order within it"
     return "in every request all labels are equal, so no order is better than another"
 
 
-def bins_of(score: np.ndarray, total: Total = one_rank) -> tuple[np.ndarray, int]:
-    """Where each score stands in the order of all: one place a score; over several ranks, one for its
-    first 22 bits, in the blocks of such places in which any rank has a score.
+def bins_of(score: np.ndarray, total: Total = local_sum) -> tuple[np.ndarray, int]:
+    """The position of each score in ascending order: one bin per distinct score. Over several ranks, one
+    bin per value of a score's first 22 bits, of the blocks of bins in which any rank has a score.
 
     Args:
         score: [M] float.
         total: sums over ranks.
 
     Returns:
-        [M] int64, and how many places there are, of which some may be empty.
+        [M] int64, each score's bin, and the number of bins, some of which may be empty.
 
     Example:
         >>> import numpy as np
@@ -324,7 +323,7 @@ def bins_of(score: np.ndarray, total: Total = one_rank) -> tuple[np.ndarray, int
         >>> bins_of(np.array([0.5, -1.0, 0.5]))[0].tolist()
         [1, 0, 1]
     """
-    if total is one_rank:
+    if total is local_sum:
         places, bins = np.unique(score, return_inverse=True)
         return bins, len(places)
     bits = (score.astype(np.float32) + np.float32(0)).view(np.uint32)  # -0 is 0
@@ -333,8 +332,27 @@ def bins_of(score: np.ndarray, total: Total = one_rank) -> tuple[np.ndarray, int
     return (np.cumsum(used) - 1)[bins // _BLOCK] * _BLOCK + bins % _BLOCK, _BLOCK * int(used.sum())
 
 
-def mean(values: np.ndarray | pd.Series, total: Total = one_rank) -> float:
-    """Over all ranks; NaN of none.
+def decile_cuts(cumulative: np.ndarray) -> np.ndarray:
+    """Where numpy's deciles by the method "higher" fall among ascending distinct values.
+
+    Args:
+        cumulative: [n], n > 0, how many of the counted things are at most each value.
+
+    Returns:
+        Up to nine int64, ascending indices into the values, without duplicates.
+
+    Example:
+        >>> import numpy as np
+        >>> from ifa_torchrec.training.metrics import decile_cuts
+        >>> decile_cuts(np.array([50, 100])).tolist()
+        [0, 1]
+    """
+    nth = np.ceil((cumulative[-1] - 1) * (np.arange(1, 10) / 10))
+    return np.unique(np.searchsorted(cumulative, nth, side="right"))
+
+
+def mean(values: np.ndarray | pd.Series, total: Total = local_sum) -> float:
+    """The mean over all ranks; NaN if there are no values.
 
     Args:
         values: [n] float.
@@ -351,7 +369,7 @@ def mean(values: np.ndarray | pd.Series, total: Total = one_rank) -> float:
 
 
 def _numbered(request: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each row the place of its request among those that have rows, and how many rows each has."""
+    """For each row the index of its request among those with rows, and each request's number of rows."""
     _, index, count = np.unique(request, return_inverse=True, return_counts=True)
     return index, count
 
@@ -362,7 +380,7 @@ def _centred(index: np.ndarray, count: np.ndarray, values: np.ndarray) -> np.nda
 
 
 def _differ(index: np.ndarray, count: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Whether each request has two rows of different values."""
+    """Whether each request has rows with different values."""
     first = np.empty(len(count), values.dtype)
     first[index] = values
     return np.bincount(index, values != first[index], len(count)) > 0
@@ -373,9 +391,9 @@ def _double(value: float) -> torch.Tensor:
 
 
 def _check_finite(request: np.ndarray, score: np.ndarray, total: Total) -> None:
-    """Raised by all ranks, lest the others wait for the one that has it."""
+    """Raise ValueError on all ranks, so that the others do not wait for the one that found it."""
     bad = np.flatnonzero(~np.isfinite(score))
     if total(np.array([len(bad)], np.float64))[0]:
         if not len(bad):
-            raise ValueError("a score of another rank is not a finite number")
+            raise ValueError("a score on another rank is not a finite number")
         raise ValueError(f"request {request[bad[0]]}: a score is {score[bad[0]]}, not a finite number")

@@ -1,4 +1,4 @@
-"""What was measured of a split, as a table for people."""
+"""The metrics of a split as a readable table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NAMES = {
     "gauc": "GAUC",
     "ndcg@10": "NDCG@10",
     "recall@10": "recall@10",
-    "ne": "log loss / that of the mean label",
+    "ne": "log loss / log loss of the mean label",
     "calibration": "mean prediction / mean label",
     "mae": "mean absolute error, in the label's unit",
     "rmse": "root mean squared error, in the label's unit",
@@ -26,29 +26,29 @@ _NAMES = {
 }
 _RANKED, _AGAINST = "ranked_", "gauc_"
 _VIEWS = {"_exposed": "exposed", "_exposed_alone": "exposed, without the others"}
-"""Ends of the numbers that are of the exposed candidates, and these columns' names."""
+"""Suffixes of metrics of exposed candidates, and the columns' names."""
 
 _STRATEGIES = {"topk": "sets by top-k", "greedy": "chosen one by one"}
 
 
 def as_table(metrics: Mapping[str, Any], tasks: Sequence[Task]) -> str:
-    """Each task by its kind, in words, and what the model does not know.
+    """Each task's metrics by readable names, then the sets and the unknown shares.
 
     Args:
         metrics: what ``evaluate`` returns.
-        tasks: the model's.
+        tasks: the model's tasks.
 
     Example:
         >>> from ifa_torchrec.modules import Task
         >>> from ifa_torchrec.training.metrics_table import as_table
-        >>> reason = "each request has one candidate alone, so there is no order within it"
+        >>> reason = "each request has only one candidate, so there is no order within it"
         >>> metrics = {"auc": 0.75, "gauc": float("nan"), "notes": {"like": reason}}
         >>> print(as_table(metrics, [Task("like")]))
         like (0 or 1)
                  all
         AUC   0.7500
         GAUC    none
-        No order to measure: each request has one candidate alone, so there is no order within it.
+        No order to measure: each request has only one candidate, so there is no order within it.
     """
     parts: list[str] = []
     for task in tasks:
@@ -80,7 +80,7 @@ def as_table(metrics: Mapping[str, Any], tasks: Sequence[Task]) -> str:
 
 
 def _of_task(values: Mapping[str, Any]) -> dict[str, str]:
-    """The numbers of a task under readable names; those of groups are left out."""
+    """A task's metrics by readable names, without those of groups."""
     named = {key: name for key, name in _NAMES.items() if key in values}
     named |= {
         key: f"GAUC against {key.removeprefix(_AGAINST)}"
@@ -88,7 +88,7 @@ def _of_task(values: Mapping[str, Any]) -> dict[str, str]:
         if key.startswith(_AGAINST) and not key.endswith(tuple(_VIEWS))
     }
     named |= {
-        _RANKED + key: f"{name}, by the score that ranks"
+        _RANKED + key: f"{name}, by the ranking score"
         for key, name in _NAMES.items()
         if _RANKED + key in values
     }
@@ -96,7 +96,7 @@ def _of_task(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _of_sets(values: Mapping[str, Any]) -> dict[str, str]:
-    """The numbers of sets; those by item feature have a row each."""
+    """The metrics of sets; one row per item feature for those by item feature."""
     rows: dict[str, str] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
@@ -125,7 +125,7 @@ def _number(value: float) -> str:
 
 
 def _text(columns: Mapping[str, Mapping[str, str]], transposed: bool = False) -> str:
-    # reversed, as a part has a row that the whole has not: how many candidates it is of
+    # reversed, since only the columns of parts have the row with the number of candidates, the first one
     backwards = dict(reversed(list(columns.items())))
     frame = pd.DataFrame(backwards, dtype=object)[list(columns)].fillna("")
     return (frame.T if transposed else frame).to_string()

@@ -1,4 +1,4 @@
-"""The options of a training, and how a run's folder keeps them: ``config.json``."""
+"""The options of a training, and the file that stores them in a run's folder: ``config.json``."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from ifa_torchrec.modules.interactions import INTERACTIONS, InteractionName
 from ifa_torchrec.training.precision import Precision
 
 OPTIONS = "config.json"
-"""Of a run, in its folder."""
+"""The file with a run's options, in its folder."""
 MOST_REQUESTS = 32
-"""Requests a batch and rank unless the options say more."""
+"""Default maximum of requests per batch and rank."""
 
-# a command line lists the choices; a name that a program adds to INTERACTIONS is read from a run as well
+# the command line lists the choices; names that a program adds to INTERACTIONS are valid as well
 _ONE_OF_THEM = tyro.conf.arg(constructor=InteractionName, help_behavior_hint="(default: ifa)")
 
 
@@ -39,97 +39,97 @@ class TrainConfig:
     out: Path
     """Folder of this run."""
     interaction: Annotated[str, _ONE_OF_THEM] = "ifa"
-    """How candidates meet the history."""
+    """The interaction between candidates and the history."""
     ifa: IFAConfig = field(
         default_factory=lambda: IFAConfig(
             64, num_heads=1, feature_map="hedgehog", readout="softmax", identity_head_dim=0
         )
     )
-    """The sequence interaction, by default what measured best; the other interactions use what applies
-    to them."""
+    """The sequence interaction; the defaults are what measured best. Other interactions use the options
+    that apply to them."""
     identity: bool = True
-    """Identity heads on every id feature of the item, where --ifa.identity-features names none. Unless
-    they are given, --ifa.identity-buckets are as many as there are items, or rows in the largest table,
-    rounded up to a power of two, and --ifa.identity-half-lives infinity, 30 and 7 days. By default the
-    heads say how often, without mean values (--ifa.identity-head-dim)."""
+    """Use identity heads on every id feature of the item, unless --ifa.identity-features names some. By
+    default --ifa.identity-buckets is the number of items, or of rows in the largest table if more,
+    rounded up to a power of two, and --ifa.identity-half-lives are infinity, 30 and 7 days. By default
+    the heads give counts without mean values (--ifa.identity-head-dim)."""
     gate: tuple[str, ...] | None = None
-    """Event features by whose value each head learns what an event weighs; by default those of at
-    most 64 values."""
+    """Event features whose value gates an event's weight in each head; by default those with at most 64
+    values."""
     recent_length: int = 50
     """Events that softmax_recent and din (the latest), sim, eta and twin (those found) attend to."""
     search_feature: str | None = None
     """Item feature that sim searches by; by default the last."""
     history_length: int | None = None
-    """Latest events of a history that the model is given; None for all."""
+    """Use only this many latest events of each history; None for all."""
     candidate_set: CandidateSetConfig = field(default_factory=CandidateSetConfig)
     """Whether and how the candidates of a request see each other."""
     loss: CandidateSetLossConfig = field(default_factory=CandidateSetLossConfig)
     """Weights of the loss's terms."""
     task_weights: dict[str, float] = field(default_factory=dict)
-    """Weights of tasks in the loss, 1 where not named, e.g. click 1 watch 0.2."""
+    """Weights of tasks in the loss, e.g. click 1 watch 0.2; 1 for tasks that are not named."""
     rank_by: dict[str, float] = field(default_factory=dict)
-    """Weights of tasks in the score that ranks, 0 where not named; by default the first task alone
-    ranks. Of several, probabilities and standardised numbers are summed."""
+    """Weights of tasks in the ranking score, 0 for tasks that are not named; by default only the first
+    task ranks. With several, probabilities and standardised numbers are summed."""
     over_arch_layer_sizes: tuple[int, ...] = (64, 32)
-    """Hidden layers over the interactions."""
+    """Sizes of the hidden layers of the over arch."""
     dropout: float = 0.0
-    """Share of the inputs of those layers that are 0 in a step of the training."""
+    """Dropout on the inputs of those layers during training."""
     managed_rows: dict[str, int] = field(default_factory=dict)
-    """Item tables of fewer rows than ids, e.g. item_table 20000: TorchRec's managed collisions give
-    rows of their own to the ids that are met often and lately; the others share the last row."""
+    """Item tables with fewer rows than ids, e.g. item_table 20000: TorchRec's managed collisions give
+    own rows to ids that occur often and recently; the other ids share the last row."""
     unknown_items: float | None = None
-    """Share of the items that are made unknown to a request while training, so that new items have a
-    row that is trained; by default the share of new items among the candidates of the split `valid`, at
+    """Share of the items that are made unknown to a request during training, so that the row of new
+    items is trained; by default the share of new items among the candidates of the split `valid`, at
     most 0.95."""
     table_init: float = 0.3
-    """Rows of tables that the training will use start uniform in plus or minus this; the others
-    start at 0."""
+    """Table rows that the training uses start uniform in plus or minus this value; the others start at
+    0."""
     table_dtype: Literal["fp32", "fp16"] = "fp32"
-    """In what the rows of tables are kept; fp16 is half the memory. What is looked up, gradients and
-    the optimiser's state are float32 in any case."""
+    """Dtype of the tables' rows; fp16 halves their memory. Looked-up embeddings, gradients and the
+    optimiser's state are always float32."""
     optimizers: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimisers and learning rates."""
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
-    """Where the tables may lie, e.g. --sharding.tables item_table row_wise."""
+    """How the tables are sharded, e.g. --sharding.tables item_table row_wise."""
     precision: Precision = "fp32"
-    """In what the dense part multiplies while training: fp32; tf32, on NVIDIA GPUs; or bf16, by
-    autocast, in which tokens of events are. Weights, sums, what is made of candidates alone, the loss,
-    tables, and all that is measured are float32 in any case."""
+    """Precision of the dense part's matrix products during training: fp32; tf32, on NVIDIA GPUs; or
+    bf16, by autocast, with event tokens in bfloat16. Weights, sums, layers that see only candidates, the
+    loss, tables and all metrics are always float32."""
     compile: bool = False
-    """Let torch.compile make one graph each of what describes and of what scores a candidate. The first
-    step then waits for it, which can take minutes."""
+    """Compile the dense part with torch.compile: one graph that describes candidates and one that scores
+    them. The first step waits for the compilation, which can take minutes."""
     warmup_steps: int | None = None
     """Steps in which the dense learning rate rises to its value; it then falls to 5% of it. By default
     8% of all steps."""
     epochs: int = 1
     """Passes over the requests."""
     max_events: int = 32768
-    """Budget of history events a batch and rank."""
+    """Budget of history events per batch and rank."""
     max_requests: int | None = None
-    """Most requests a batch and rank; by default so many that a pass has at least 500 steps, but 4 to
-    32 in all."""
+    """Maximum of requests per batch and rank; by default so few that an epoch has at least 500 steps,
+    but at least 4 over all ranks, and at most 32."""
     validate: bool = True
     """Measure the split `valid`, if there is one, after each epoch."""
     validate_every: int | None = None
-    """Steps after which it is measured within an epoch too."""
+    """Also validate every so many steps within an epoch."""
     keep_best: str | None = None
-    """Metric of the split `valid` by which the best checkpoint is kept and used, e.g. gauc, ne, or of
-    several tasks click_ne; last for the last checkpoint. By default the order within the requests
-    (gauc), or where none can be ranked ne; last without that split."""
+    """Metric of the split `valid` by which the best checkpoint is kept and used, e.g. gauc, ne, or with
+    several tasks click_ne; last for the last checkpoint. By default gauc, the order within requests, or
+    ne if no request can be ranked; last without that split."""
     patience: int | None = None
-    """End after so many validations in a row that were no better; by default none."""
+    """Stop after this many consecutive validations without improvement; by default never."""
     calibrate: bool = True
-    """Fit a temperature and a bias of each binary task on the split `valid`, if there is one, by which
-    all that uses the run predicts."""
+    """Fit a temperature and a bias for each binary task on the split `valid`, if there is one; all
+    predictions of the run use them."""
     checkpoint_every: int = 500
-    """Steps between checkpoints; there is one at the end of each pass and with each validation, too."""
+    """Steps between checkpoints; there is also one at the end of each epoch and with each validation."""
     resume: bool = False
-    """Go on from the last checkpoint in OUT, if there is one."""
+    """Resume from the last checkpoint in OUT, if there is one."""
     seed: int = 0
     """Seed of the weights and of the order of the requests."""
 
     def __post_init__(self) -> None:
-        # a Path, but for a URI, which it would take a slash of; also where a run's options are read
+        # a Path, except for a URI, from which Path would drop a slash
         place = str(self.data) if is_uri(self.data) else Path(self.data)
         object.__setattr__(self, "data", place)
         at_least = dict.fromkeys(("epochs", "max_events", "max_requests", "checkpoint_every"), 1)
@@ -137,7 +137,7 @@ class TrainConfig:
         at_least |= {"validate_every": 1, "patience": 1}
         if self.interaction not in INTERACTIONS:
             names = list(INTERACTIONS)
-            raise ConfigError(f"--interaction {self.interaction!r} is none of {names}")
+            raise ConfigError(f"--interaction must be one of {names}, got {self.interaction!r}")
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -151,21 +151,22 @@ class TrainConfig:
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"--dropout must be 0 or more and below 1, got {self.dropout}")
         if self.ifa.gates:
-            raise ConfigError("--ifa.gates: name the event features by --gate; the log has their values")
+            raise ConfigError(
+                "--ifa.gates: name the event features with --gate; their values come from the log"
+            )
         sizes = self.over_arch_layer_sizes
         if not sizes or min(sizes) < 1:
-            raise ConfigError(f"--over-arch-layer-sizes: give sizes of at least 1, got {sizes}")
+            raise ConfigError(f"--over-arch-layer-sizes must be sizes of at least 1, got {sizes}")
         if self.seed >= 1 << 63:
             raise ConfigError(f"--seed must be below 2^63, got {self.seed}")
 
     @property
     def scored_requests(self) -> int:
-        """Most requests of a batch that is scored alone: where few are trained at a time, still as many
-        as are scored fast."""
+        """Maximum of requests per batch when scoring: at least 32, since small batches score slowly."""
         return max(self.max_requests or 0, MOST_REQUESTS)
 
     def fixed(self) -> dict[str, Any]:
-        """What must not change between a checkpoint and its resumption."""
+        """The options that must not change when a run is resumed."""
         free = {"data", "out", "resume", "checkpoint_every", "validate", "validate_every", "patience"}
         free |= {"calibrate", "max_events", "max_requests", "sharding", "rank_by"}
         free |= {"precision", "compile"}
@@ -173,7 +174,7 @@ class TrainConfig:
 
 
 def to_json(value: Any) -> Any:
-    """JSON of a config's dict; paths, and infinities and NaN, which JSON has not, become strings."""
+    """JSON types for a config's dict; paths, infinities and NaN become strings."""
     if isinstance(value, dict):
         return {name: to_json(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -183,7 +184,7 @@ def to_json(value: Any) -> Any:
 
 
 def write_options(config: TrainConfig) -> None:
-    """Write a run's options into its folder, whole, also where this is killed.
+    """Write a run's options into its folder, atomically.
 
     Raises:
         WriteError: the folder cannot be written.
@@ -192,13 +193,13 @@ def write_options(config: TrainConfig) -> None:
 
 
 def options_text(config: TrainConfig) -> str:
-    """The options as ``read_options`` reads them."""
+    """The options as JSON that ``read_options`` reads."""
     saved = dataclasses.replace(config, data=full_name(config.data))
     return json.dumps(to_json(dataclasses.asdict(saved)), indent=2, allow_nan=False)
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a text into a file that has all of it or what it had before, also where this is killed.
+    """Write a text into a file atomically: if killed, the file keeps its old content.
 
     Raises:
         WriteError: the file cannot be written.
@@ -220,33 +221,38 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def read_options(folder: Path) -> TrainConfig:
-    """The options of the run in a folder.
+    """Read the options of the run in a folder.
 
     Raises:
-        CheckpointError: there is no run, or its options cannot be read; the message says which.
+        CheckpointError: there is no run, or its options cannot be read.
     """
     file = folder / OPTIONS
     try:
         return from_json(TrainConfig, json.loads(file.read_text()), "")
     except FileNotFoundError:
-        error = checkpoint.CheckpointError(f"{folder}: no run here; name the --out of a training")
+        error = checkpoint.CheckpointError(f"{folder}: no run here; give the --out of a training")
         raise error from None
-    except (OSError, ValueError) as error:  # a ConfigError too, of a value that cannot be
+    except (OSError, ValueError) as error:  # a ConfigError, of an invalid value, is a ValueError
         raise checkpoint.CheckpointError(f"{file}: not a run's options: {error}") from error
 
 
 def from_json(kind: Any, value: Any, name: str) -> Any:
-    """What ``to_json`` made a string, a list or an object of, by the type that it had.
+    """Inverse of ``to_json``: convert a JSON value to a type.
+
+    Args:
+        kind: the type.
+        value: from ``to_json``.
+        name: the option's name, for error messages.
 
     Raises:
-        ConfigError: it is of another type, or an object has other fields; the message names which.
+        ConfigError: the value has another type, or an object has other fields; the message names it.
     """
     arguments = typing.get_args(kind)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
         prefix = f"{name}." if name else ""
         for field_name in sorted(hints.keys() ^ value.keys()):
-            wrong = "is missing" if field_name in hints else "is no option of this version"
+            wrong = "is missing" if field_name in hints else "is not an option of this version"
             raise ConfigError(f"{prefix}{field_name} {wrong}")
         return kind(**{k: from_json(hints[k], v, prefix + k) for k, v in value.items()})
     origin = typing.get_origin(kind)
@@ -264,4 +270,4 @@ def from_json(kind: Any, value: Any, name: str) -> Any:
         return float(value)
     if type(value) is kind:
         return value
-    raise ConfigError(f"{name or 'it'} is {value!r}, not of type {getattr(kind, '__name__', kind)}")
+    raise ConfigError(f"{name or 'it'} is {value!r}, expected type {getattr(kind, '__name__', kind)}")

@@ -1,4 +1,4 @@
-"""Requests of a split that a rank has scored, and sums over what all ranks have."""
+"""Requests of a split that a rank has scored, and sums over all ranks."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import torch.distributed as dist
 
 from ifa_torchrec.data import EventLog, RankingDataset
 from ifa_torchrec.data.order import PartByPart
-from ifa_torchrec.training.metrics import Total, one_rank
+from ifa_torchrec.training.metrics import Total, local_sum
 
 
 class OwnRequests:
-    """Whole requests of a split, and how figures of them are summed with those of other ranks.
+    """Whole requests of a split on one rank, and the sum of their figures over all ranks.
 
     Args:
         dataset: the split.
         requests: [n] int64, their numbers.
-        total: sums over ranks; ``one_rank`` where these are all requests.
+        total: sums over ranks; ``local_sum`` if these are all requests.
 
     Attributes:
         rows: [m] int64, the rows of their candidates in the split's flat candidate columns.
-        counts: [n] int64, how many each request has.
+        counts: [n] int64, number of candidates per request.
         request: [m] int64, the number of each candidate's request.
     """
 
@@ -34,12 +34,12 @@ class OwnRequests:
         """[m], the candidates' values in a column of the split.
 
         Args:
-            name: of the column, which has a value a candidate.
+            name: the column's name; it has one value per candidate.
         """
         return self.dataset.requests[name][self.rows]
 
     def any(self, of_candidate: np.ndarray) -> bool:
-        """Whether it is so of a candidate of any rank.
+        """Whether ``of_candidate`` is true for any candidate on any rank.
 
         Args:
             of_candidate: [k] bool.
@@ -47,7 +47,7 @@ class OwnRequests:
         return self.count(of_candidate) > 0
 
     def count(self, of_candidate: np.ndarray) -> int:
-        """Of how many candidates of all ranks it is so.
+        """For how many candidates of all ranks ``of_candidate`` is true.
 
         Args:
             of_candidate: [k] bool.
@@ -56,31 +56,32 @@ class OwnRequests:
 
 
 def own_requests(split: RankingDataset | OwnRequests) -> OwnRequests:
-    """A rank's requests as they are; of a split, all of them, of a log's parts of its own as well.
+    """``split`` itself if it is a rank's requests; all requests of a split, or of the parts that this
+    rank has open.
 
     Args:
-        split: the one or the other.
+        split: a split or a rank's requests.
     """
     if isinstance(split, OwnRequests):
         return split
-    return OwnRequests(split, np.arange(len(split)), over_parts(split.log))
+    return OwnRequests(split, np.arange(len(split)), sum_over_parts(split.log))
 
 
-def over_parts(log: EventLog) -> Total:
-    """Sums over the ranks, where each has parts of its own of a log open; else what is given.
+def sum_over_parts(log: EventLog) -> Total:
+    """The Total for a log: sums over the ranks if each has its own parts open, otherwise ``local_sum``.
 
     Args:
         log: as this rank has it open.
     """
-    return one_rank if log.whole else over_ranks()
+    return local_sum if log.whole else all_reduce_sum
 
 
 def order_of(dataset: RankingDataset, seed: int | None) -> int | PartByPart | None:
-    """The order of a split's requests as the sampler takes it.
+    """The order of a split's requests, for the sampler.
 
     Args:
         dataset: the split.
-        seed: shuffles with this seed; None keeps the order.
+        seed: shuffles with this seed; None keeps the split's order.
     """
     if len(dataset.of_parts) == 1:
         return seed
@@ -88,12 +89,12 @@ def order_of(dataset: RankingDataset, seed: int | None) -> int | PartByPart | No
 
 
 def counted(log: EventLog, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct numbers among whole numbers of a split, ascending, and how often each is there; those
-    of all ranks, where each has parts of its own open.
+    """The distinct values of a split's integers, ascending, and their counts; over all ranks if each has
+    its own parts open.
 
     Args:
         log: as this rank has it open.
-        values: [n] int64, of what is open.
+        values: [n] int64, of the open parts.
     """
     numbers, counts = np.unique(values, return_counts=True)
     if log.whole:
@@ -109,24 +110,19 @@ def _gathered(values: np.ndarray) -> list[np.ndarray]:
     return found
 
 
-def over_ranks() -> Total:
-    """Sums over the ranks of the process group.
+def all_reduce_sum(figures: np.ndarray) -> np.ndarray:
+    """The Total of the process group: the sum over its ranks, as float64. Called by all ranks.
 
     Example:
         >>> import numpy as np
         >>> from ifa_torchrec.distributed import init_process_group
-        >>> from ifa_torchrec.training.own import over_ranks
+        >>> from ifa_torchrec.training.own import all_reduce_sum
         >>> device = init_process_group()
-        >>> over_ranks()(np.array([2.0, 3.0])).tolist()
+        >>> all_reduce_sum(np.array([2.0, 3.0])).tolist()
         [2.0, 3.0]
     """
-
-    # the group's, which the model may not be on: rounded tables are on the CPU
+    # the process group's device; the model may be on another (int8 tables are on the CPU)
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-
-    def total(figures: np.ndarray) -> np.ndarray:
-        sums = torch.from_numpy(np.asarray(figures, np.float64).copy()).to(device)
-        dist.all_reduce(sums)
-        return sums.cpu().numpy()
-
-    return total
+    sums = torch.from_numpy(np.asarray(figures, np.float64).copy()).to(device)
+    dist.all_reduce(sums)
+    return sums.cpu().numpy()

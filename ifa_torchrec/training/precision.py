@@ -1,4 +1,4 @@
-"""In what the dense part of a training multiplies: float32, TF32 or bfloat16; and what is compiled."""
+"""Precision of the dense part during training (float32, TF32 or bfloat16), and its compilation."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import torch
 
 from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.models import DLRM_IFA
-from ifa_torchrec.modules import SequenceInteraction
+from ifa_torchrec.modules import IFAConfig, SequenceInteraction
+from ifa_torchrec.modules.interactions import INTERACTIONS
 
 Precision = Literal["fp32", "tf32", "bf16"]
 
 
 def check_precision(precision: Precision, device: torch.device) -> None:
-    """Refuse a precision that the device has not.
+    """Refuse a precision that the device does not support.
 
     Args:
-        precision: of the training.
-        device: this rank's.
+        precision: the training's precision.
+        device: this rank's device.
 
     Raises:
-        ConfigError: it is TF32, and the device no GPU.
+        ConfigError: the precision is TF32, and the device is not a GPU.
 
     Example:
         >>> import torch
@@ -32,18 +33,18 @@ def check_precision(precision: Precision, device: torch.device) -> None:
     """
     if precision == "tf32" and device.type != "cuda":
         raise ConfigError(
-            f"--precision tf32: TF32 is NVIDIA GPUs', and the device is {device.type}; give fp32 or bf16"
+            f"--precision tf32 needs an NVIDIA GPU, got device {device.type}; give fp32 or bf16"
         )
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
-    """What a forward pass and its loss run in: of "bf16" autocast, in which the tokens of the operators,
-    and products that are made for every event, are bfloat16; weights, sums, what is made of candidates
-    alone (SetArch) and the loss stay float32. Of the others it does nothing.
+    """The context for a forward pass and its loss. For "bf16" it is autocast: the operators' tokens and
+    the products for every event are bfloat16; weights, sums, layers that see only candidates (SetArch)
+    and the loss stay float32. For other precisions it does nothing.
 
     Args:
-        precision: as ``check_precision`` lets it pass.
-        device: where the model is.
+        precision: checked by ``check_precision``.
+        device: the model's device.
 
     Example:
         >>> import torch
@@ -57,11 +58,11 @@ def autocast(precision: Precision, device: torch.device) -> torch.autocast:
 
 @contextmanager
 def tf32_where_asked(precision: Precision) -> Generator[None]:
-    """What a whole step, the backward too, runs in: of "tf32" float32 is multiplied in TF32 on GPUs, the
-    operators' kernels included; the others leave torch's setting as it is.
+    """The context for a whole step, including the backward pass. For "tf32", GPUs multiply float32 in
+    TF32, also in the operators' kernels; for other precisions torch's setting is unchanged.
 
     Args:
-        precision: of the training.
+        precision: the training's precision.
 
     Example:
         >>> import torch
@@ -81,16 +82,16 @@ def tf32_where_asked(precision: Precision) -> Generator[None]:
 
 
 def compile_dense(model: torch.nn.Module, backend: str = "inductor") -> None:
-    """Let torch.compile make of the dense part of every DLRM_IFA in a model graphs without a break, for
-    batches of any size: what describes a candidate, and what scores it. Tables and loss stay as they
-    are.
+    """Compile the dense part of every DLRM_IFA in a model with torch.compile, for batches of any size:
+    one graph without breaks that describes candidates and one that scores them. Tables and loss are not
+    compiled.
 
     Args:
-        model: a DLRM_IFA, or what holds some.
-        backend: torch.compile's.
+        model: a DLRM_IFA, or a module that contains some.
+        backend: torch.compile's backend.
 
     Raises:
-        ConfigError: its interaction, or the candidate set's attention, reads sizes from the batch.
+        ConfigError: the interaction, or the candidate set's attention, reads sizes from the batch.
 
     Example:
         >>> from torchrec import EmbeddingCollection, EmbeddingConfig
@@ -104,12 +105,23 @@ def compile_dense(model: torch.nn.Module, backend: str = "inductor") -> None:
     for module in model.modules():
         if isinstance(module, DLRM_IFA):
             config = module.config
-            if any(isinstance(m, SequenceInteraction) and m.reads_sizes for m in module.modules()):
+            if _reads_sizes(module):
+                attention = config.candidate_set.attention
                 raise ConfigError(
-                    f"--compile: interaction {config.interaction!r}, candidate_set attention "
-                    f"{config.candidate_set.attention!r}: softmax, low_rank, eta, twin, sdim, solar "
-                    "and hstu read sizes from the batch, which breaks a graph; train without --compile, "
-                    "or with another"
+                    f"--compile: interaction {config.interaction!r} or candidate_set attention "
+                    f"{attention!r} reads sizes from the batch, which breaks a graph; train without "
+                    f"--compile, or with one of {_compilable()} and attention 'none' or 'linear'"
                 )
             for dense in (module.candidate_arch, module.set_arch):
                 dense.compile(fullgraph=True, dynamic=True, backend=backend)
+
+
+def _reads_sizes(module: torch.nn.Module) -> bool:
+    """Whether an interaction in the module reads sizes from the batch."""
+    return any(isinstance(m, SequenceInteraction) and m.reads_sizes for m in module.modules())
+
+
+def _compilable() -> list[str]:
+    """The names of the interactions that can be compiled."""
+    built = {name: build(IFAConfig(8), 1, "item") for name, build in INTERACTIONS.items()}
+    return [name for name, module in built.items() if module is None or not _reads_sizes(module)]

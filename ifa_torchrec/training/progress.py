@@ -1,4 +1,4 @@
-"""The bar that shows how far a loop is."""
+"""The progress bar of a loop."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from tqdm import tqdm
 
 
 def progress_bar(rank: int, *arguments: Any, **options: Any) -> tqdm[Any]:
-    """tqdm's bar, shown on rank 0 alone, and there unless the environment's TQDM_DISABLE says no.
+    """tqdm's bar, shown only on rank 0, unless TQDM_DISABLE is set in the environment.
 
     Args:
-        rank: this process's.
-        arguments, options: tqdm's; without ``disable``, which given would overrule the environment.
+        rank: this process's rank.
+        arguments, options: tqdm's, except ``disable``, which would override the environment.
 
     Example:
         >>> from ifa_torchrec.training.progress import progress_bar

@@ -1,4 +1,4 @@
-"""Whether predicted probabilities come true: the reliability of binary tasks, as numbers and picture."""
+"""The reliability of binary tasks, predictions against labels, as numbers and as a picture."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import numpy as np
 import torch
 
 from ifa_torchrec.errors import require, writing
-from ifa_torchrec.training.metrics import Total, bins_of, one_rank
-
-_GROUPS = 10
+from ifa_torchrec.training.metrics import Total, bins_of, decile_cuts, local_sum
 
 
-def reliability(logit: np.ndarray, label: np.ndarray, total: Total = one_rank) -> list[dict[str, float]]:
-    """Candidates in up to ten groups of equal size, by what was predicted of them.
+def reliability(
+    logit: np.ndarray, label: np.ndarray, total: Total = local_sum
+) -> list[dict[str, float]]:
+    """Mean predictions and labels of up to ten groups of candidates of equal size, by prediction.
 
     Args:
         logit: [M]; label: [M] 0 or 1.
-        total: sums over ranks. Over several, predictions are equal whose float32 begin with the same
-            22 bits.
+        total: sums over ranks. Over several ranks, predictions are equal if the first 22 bits of their
+            float32 logits are.
 
     Returns:
-        For each group, the least likely first, how many "candidates" it has, and the means of their
-        "prediction" and "label". Equal predictions are in one group, so there may be fewer than ten.
+        For each group, in ascending order of prediction, the number of "candidates" and their mean
+        "prediction" and "label". Equal predictions share a group, so there may be fewer than ten.
 
     Example:
         >>> import numpy as np
@@ -37,16 +37,14 @@ def reliability(logit: np.ndarray, label: np.ndarray, total: Total = one_rank) -
     counts = np.cumsum(total(np.bincount(bins, minlength=places).astype(np.float64)))
     if not places:
         return []
-    # numpy's quantiles by the method "higher", by the places of the logits
-    nth = np.ceil((counts[-1] - 1) * (np.arange(1, _GROUPS) / _GROUPS))
-    cuts = np.unique(np.searchsorted(counts, nth, side="right"))
+    cuts = decile_cuts(counts)
     group = np.searchsorted(cuts, bins, side="right")
-    said = torch.from_numpy(logit.astype(np.float64)).sigmoid().numpy()
+    probability = torch.from_numpy(logit.astype(np.float64)).sigmoid().numpy()
     count, predicted, true = total(
         np.stack(
             [
                 np.bincount(group, weights, len(cuts) + 1)
-                for weights in (np.ones(len(logit)), said, label.astype(np.float64))
+                for weights in (np.ones(len(logit)), probability, label.astype(np.float64))
             ]
         )
     )
@@ -58,10 +56,10 @@ def reliability(logit: np.ndarray, label: np.ndarray, total: Total = one_rank) -
 
 
 def draw(tasks: Mapping[str, Sequence[Mapping[str, float]]], file: Path) -> None:
-    """Mean labels against mean predictions, of each task's groups.
+    """Plot mean labels against mean predictions for each task's groups.
 
     Args:
-        tasks: what ``reliability`` gave, by the name of the task.
+        tasks: the result of ``reliability`` by task name.
         file: the picture, a PNG.
 
     Raises:
@@ -87,7 +85,7 @@ def draw(tasks: Mapping[str, Sequence[Mapping[str, float]]], file: Path) -> None
         axes.plot(predicted, true, marker="o", label=name)
     every = [g for groups in tasks.values() for g in groups]
     most = max((max(g["prediction"], g["label"]) for g in every), default=1)
-    axes.plot([0, most], [0, most], linestyle=":", color="gray", label="what is predicted comes true")
+    axes.plot([0, most], [0, most], linestyle=":", color="gray", label="perfect calibration")
     axes.set(
         xlabel="mean prediction of a tenth of the candidates",
         ylabel="mean label",

@@ -1,4 +1,4 @@
-"""A training run that is loaded again: its options, log and weights."""
+"""Loading a training run: its options, log and weights."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _TABLES = (
     "context_lists",
     "candidate_features",
 )
-"""Fields of a log's schema that name tables, with the rows of each."""
+"""Fields of a log's schema that name tables and their numbers of rows."""
 
 
 @dataclass
 class Run:
-    """A trained model and what it belongs to; ``version`` names its weights, of the step ``step``;
-    ``scales`` are those by which it standardises numbers."""
+    """A trained model with its options and log. ``version`` names its weights, which are from step
+    ``step``; ``scales`` are the means and deviations with which it standardises numbers."""
 
     config: TrainConfig
     log: EventLog
@@ -55,15 +55,15 @@ class Run:
         return next(m for m in self.model.modules() if isinstance(m, DLRM_IFA))
 
     def dataset(self, split: str) -> RankingDataset:
-        """A split as the model takes it."""
+        """A split as input for the model."""
         return RankingDataset(self.log, split, self.config.history_length)
 
 
 def inputs_of(log: EventLog) -> dict[str, Any]:
-    """What a log must share with that of the training, for the model to mean something; as JSON."""
+    """What a log must have in common with the training's log for the model to apply; as JSON."""
     schema = dataclasses.asdict(log.schema)
     del schema["candidate_tags"]  # the model does not see them
-    # of features and tasks the order counts, which is lost where JSON's objects are compared
+    # lists, since the order of features and tasks matters and comparing JSON objects ignores it
     ordered = {name: [*v.items()] if isinstance(v, dict) else v for name, v in schema.items()}
     return {"schema": json.loads(json.dumps(ordered)), "vocabulary": log.vocabulary.digests()}
 
@@ -76,59 +76,57 @@ def check_log(
 ) -> dict[str, Any] | None:
     """Refuse a log that a run's model cannot read. Called by all ranks.
 
-    A log that the run is not to be resumed on may know more ids than that of the training: its
-    vocabulary, then, begins with the run's; and its item's table may have more rows, since those that
-    the run has not are new items.
+    Unless training is resumed on it, the log may have more ids than the training's log: its vocabulary
+    must then begin with the run's, and its item table may have more rows, which are new items.
 
     Args:
-        checkpoints: those of the run; where they are damaged, whoever loads them says so.
-        log: the log that it is to read.
-        belongs_to: what a checkpoint made now would belong to, where ``log`` must be the very log of the
-            training, to go on with it.
+        checkpoints: the folder of the run's checkpoints; damage is reported when they are loaded.
+        log: the log for the model to read.
+        belongs_to: the configuration that a checkpoint would have now, if ``log`` must be exactly the
+            training's log, to resume it.
         grow: whether all tables may have more rows, since the model will have them.
 
     Returns:
-        What the last checkpoint says of itself, as ``Trainer.state_dict``; None if none can be read.
+        The progress in the last checkpoint, as from ``Trainer.state_dict``; None if none can be read.
 
     Raises:
-        LogError: its features, table sizes or vocabulary are not those of the training or, with
-            ``belongs_to``, anything else is not.
+        LogError: its features, table sizes or vocabulary differ from the training's or, with
+            ``belongs_to``, its content does.
+        CheckpointError: the last checkpoint has another format.
     """
     now = belongs_to or inputs_of(log)
-    for path in reversed(checkpoint.checkpoints_of_rank_0(checkpoints)):
-        try:
-            progress = json.loads((path / "progress.json").read_text())
-            was, data = progress["config"], progress["data"]
-            schema = json.loads(json.dumps(now["schema"]))
-            if not belongs_to:
-                _let_grow(schema, was["schema"], grow)
-            fields = [name for name in schema if schema[name] != was["schema"][name]]
-            ids = {f for f, _ in now["vocabulary"].items() ^ was["vocabulary"].items()}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            continue
-        known = f"the log that {checkpoints.parent} was trained on ({data})"
-        if fields:
-            told = "; ".join(f"{f} {schema[f]}, there {was['schema'][f]}" for f in fields)
-            raise LogError(f"{log.place} has another schema than {known}: {told}; prepare it alike")
-        ids -= {USER} if not belongs_to else set()  # users have no table
-        if ids and (belongs_to or not _extends(log.vocabulary, Vocabulary.load(checkpoints.parent))):
-            raise LogError(
-                f"{log.place} has another vocabulary than {known}: rows of {sorted(ids)} stand for "
-                "other ids; prepare it by that vocabulary (ifa data prepare --vocabulary), which "
-                f"{checkpoints.parent} keeps"
-            )
-        if belongs_to and belongs_to["log"] != was["log"]:
-            raise LogError(
-                f"{log.place} has other content than {known}, so that a position in it means nothing; "
-                "give that log as it was, or train anew with another --out"
-            )
-        return progress
-    return None
+    progress = checkpoint.latest_progress(checkpoints)
+    if progress is None:
+        return None
+    was, schema = progress["config"], json.loads(json.dumps(now["schema"]))
+    if not belongs_to:
+        _let_grow(schema, was["schema"], grow)
+    fields = [name for name in schema if schema[name] != was["schema"][name]]
+    ids = {f for f, _ in now["vocabulary"].items() ^ was["vocabulary"].items()}
+    known = f"the log that {checkpoints.parent} was trained on ({progress['data']})"
+    if fields:
+        differing = "; ".join(f"{f} {schema[f]}, there {was['schema'][f]}" for f in fields)
+        raise LogError(
+            f"{log.place} has another schema than {known}: {differing}; prepare it with the same schema"
+        )
+    ids -= {USER} if not belongs_to else set()  # users have no table
+    if ids and (belongs_to or not _extends(log.vocabulary, Vocabulary.load(checkpoints.parent))):
+        raise LogError(
+            f"{log.place} has another vocabulary than {known}: rows of {sorted(ids)} belong to other "
+            "ids; prepare it with the vocabulary that the run keeps (ifa data prepare --vocabulary "
+            f"{checkpoints.parent})"
+        )
+    if belongs_to and belongs_to["log"] != was["log"]:
+        raise LogError(
+            f"{log.place} has other content than {known}, so a position in it means nothing; give that "
+            "log unchanged, or start a new training with another --out"
+        )
+    return progress
 
 
 def _let_grow(schema: dict[str, Any], was: Mapping[str, Any], grow: bool) -> None:
-    """Write the rows that tables had in place of those that they have now, where these are more: of the
-    item's table, or of all."""
+    """Replace the numbers of rows that have grown by the earlier ones: for the item's table, or for all
+    tables."""
     for field in _TABLES if grow else _TABLES[:1]:
         pairs = list(zip(schema[field], was[field], strict=False))
         for table, (name, rows) in pairs if grow else pairs[:1]:
@@ -137,7 +135,7 @@ def _let_grow(schema: dict[str, Any], was: Mapping[str, Any], grow: bool) -> Non
 
 
 def _extends(vocabulary: Vocabulary, of_run: Vocabulary) -> bool:
-    """Whether the one has all that the run's has where that has it, users apart."""
+    """Whether a vocabulary begins with the run's vocabulary, users excluded."""
     return vocabulary.begins_with(
         Vocabulary({name: of_run[name] for name in of_run.names if name != USER})
     )
@@ -146,23 +144,23 @@ def _extends(vocabulary: Vocabulary, of_run: Vocabulary) -> bool:
 def load_run(
     folder: Path, data: str | Path | None = None, sharded: bool = True, whole_log: bool = True
 ) -> Run:
-    """Build a run's model, load its best checkpoint, or where none was measured its last, and calibrate
-    it, if that was fitted. Called by all ranks.
+    """Build a run's model, load its best checkpoint (its last if none was validated), and apply its
+    calibration, if one was fitted. Called by all ranks.
 
-    There may be more or fewer ranks than trained it; where the tables lie, the planner decides.
+    The number of ranks may differ from the training's; the planner decides where the tables go.
 
     Args:
         folder: the run's --out.
         data: event log; None for the one it was trained on.
-        sharded: whether the tables are spread over the ranks; else each rank holds all of them, on
+        sharded: whether the tables are sharded over the ranks; otherwise each rank has all of them, on
             the CPU, as plain modules that can be quantised and exported.
-        whole_log: whether each rank opens all parts of the log, or its own alone; see EventLog.
+        whole_log: whether each rank opens all parts of the log, or only its own; see EventLog.
 
     Raises:
-        CheckpointError: there is no run or no checkpoint, or config.json is damaged or has other
-            options than the checkpoint.
-        LogError: the log is missing or bad, or the model cannot read it: it has other features or table
-            sizes than the log of the training, or a vocabulary that does not begin with its.
+        CheckpointError: there is no run or no checkpoint, or config.json is damaged or differs from the
+            options in the checkpoint.
+        LogError: the log is missing or bad, or the model cannot read it: its features or table sizes
+            differ from the training's, or its vocabulary does not begin with the run's.
     """
     config = read_options(folder)
     device = init_process_group()
@@ -170,7 +168,7 @@ def load_run(
     log = EventLog(data or config.data, shard_of_log)
     trained = check_log(folder / "checkpoints", log) or {}
     _narrow(log, trained)
-    # by the figures of the log that it was trained on, whatever those of this one are
+    # the scales of the training's log, not of this one
     scales = {name: Scale(**figures) for name, figures in trained.get("scales", {}).items()}
     model: nn.Module = DLRM_IFATrain(build_model(log.schema, config, scales), config.loss)
     if sharded:
@@ -179,9 +177,9 @@ def load_run(
         device = torch.device("cpu")
         for module in model.modules():
             if isinstance(module, (EmbeddingBagCollection, EmbeddingCollection)):
-                module.to_empty(device=device)  # from the meta device; its rows are loaded below
+                module.to_empty(device=device)  # from the meta device; the rows are loaded below
     checkpoints = folder / "checkpoints"
-    # config.json may be another training's, begun here before there was a checkpoint
+    # the options are compared, since config.json may be from a later training without checkpoints
     best, fitted = in_use(folder)
     progress = checkpoint.load(checkpoints, model, config=to_json(config.fixed()), step=best)
     step, version = progress["step"], checkpoint.version(checkpoints, progress)
@@ -191,7 +189,7 @@ def load_run(
 
 
 def version_of(folder: Path) -> str:
-    """The name of the weights that ``load_run`` would load, without loading them. Called by all ranks.
+    """The version of the weights that ``load_run`` would load; loads nothing. Called by all ranks.
 
     Args:
         folder: the run's --out.
@@ -202,12 +200,12 @@ def version_of(folder: Path) -> str:
     checkpoints, (best, _) = folder / "checkpoints", in_use(folder)
     steps = [checkpoint.step_of(path) for path in checkpoint.checkpoints_of_rank_0(checkpoints)]
     if not steps:
-        raise checkpoint.CheckpointError(f"{folder}: no checkpoint here; name the --out of a training")
+        raise checkpoint.CheckpointError(f"{folder}: no checkpoint here; give the --out of a training")
     return checkpoint.version(checkpoints, {"step": best if best in steps else steps[-1]})
 
 
 def _narrow(log: EventLog, trained: Mapping[str, Any]) -> None:
-    """Let the items that the run's table has no row for be new ones."""
+    """Cut the log's item table to the run's rows, so that further items are new items."""
     if trained:
         rows = dict(trained["config"]["schema"]["item_features"])
         log.schema = dataclasses.replace(log.schema, item_features=rows)

@@ -1,4 +1,4 @@
-"""Score the requests of a split with a model, and measure the ranking."""
+"""Scores the requests of a split with a model, and measures the ranking."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ from ifa_torchrec.training.groups import by_history
 from ifa_torchrec.training.metrics import (
     correlation,
     gauc,
+    local_sum,
     mean,
     ndcg,
-    one_rank,
     ranking_metrics,
     recall,
     regression_metrics,
     why_unranked,
 )
-from ifa_torchrec.training.own import OwnRequests, counted, order_of, over_ranks, own_requests
+from ifa_torchrec.training.own import OwnRequests, all_reduce_sum, counted, order_of, own_requests
 from ifa_torchrec.training.progress import progress_bar
 
 _OF_EXPOSED = ("gauc", "ne", "calibration", "mae", "correlation")
-"""What is told of the exposed apart."""
+"""Metrics that are also reported for exposed candidates only."""
+_TIMED_BATCHES, _TIMED_EVENTS, _TIMED_REQUESTS = 30, 32768, 32
+"""Number of batches that ``time_per_request`` times, and the budget of each."""
 
 
 @torch.no_grad()
@@ -46,15 +48,15 @@ def predict(
 
     Args:
         model: a sharded DLRM_IFATrain.
-        dataset: the split, of a log of which all parts are open; ``predict_own`` takes any.
-        device: this rank's.
+        dataset: the split, with all parts of its log open (``predict_own`` takes any).
+        device: this rank's device.
         max_events, max_requests: budget of a batch.
 
     Returns:
-        [M, T] float32 on every rank, and this rank's milliseconds a request, loading included.
+        [M, T] float32 on every rank, and this rank's milliseconds per request, loading included.
     """
     with _evaluating(model):
-        mine = of_own(dataset, device, max_events, max_requests, lambda batch: model(batch)[1][1])
+        mine = apply_to_own(dataset, device, max_events, max_requests, lambda batch: model(batch)[1][1])
     gathered = [mine]
     if dist.get_world_size() > 1:
         gathered *= dist.get_world_size()
@@ -69,20 +71,20 @@ def predict(
 def predict_own(
     model: nn.Module, dataset: RankingDataset, device: torch.device, max_events: int, max_requests: int
 ) -> tuple[OwnRequests, np.ndarray, float]:
-    """Logits of the candidates of those requests of a split that are this rank's share. Called by all
-    ranks.
+    """Logits of the candidates in this rank's share of a split's requests. Called by all ranks.
 
     Args:
-        model, dataset, device, max_events, max_requests: as ``predict``.
+        model, dataset, device, max_events, max_requests: as for ``predict``.
 
     Returns:
-        The requests, [m, T] float32 of their candidates, and milliseconds a request as ``predict``.
+        The requests; [m, T] float32, their candidates' logits; and milliseconds per request, as from
+        ``predict``.
     """
     with _evaluating(model):
-        requests, logits, milliseconds = of_own(
+        requests, logits, milliseconds = apply_to_own(
             dataset, device, max_events, max_requests, lambda batch: model(batch)[1][1]
         )
-    total = over_ranks() if dist.get_world_size() > 1 else one_rank
+    total = all_reduce_sum if dist.get_world_size() > 1 else local_sum
     return OwnRequests(dataset, requests, total), logits, milliseconds
 
 
@@ -100,15 +102,15 @@ def _evaluating(model: nn.Module) -> Generator[None]:
 def predict_alone(
     model: DLRM_IFA, dataset: RankingDataset, device: torch.device, max_events: int, max_requests: int
 ) -> np.ndarray:
-    """Logits of the exposed candidates where the unexposed do not stand beside them; by all ranks.
+    """Logits of the exposed candidates, scored in sets without the unexposed ones. Called by all ranks.
 
     Args:
-        model: in evaluation mode, sharded or whole.
-        dataset, device, max_events, max_requests: as ``predict``.
+        model: in evaluation mode, sharded or not.
+        dataset, device, max_events, max_requests: as for ``predict``.
 
     Returns:
-        [m, T] float32, of the candidates of the requests that ``predict_own`` gives this rank; 0 for
-        the unexposed.
+        [m, T] float32, for the candidates of the requests that ``predict_own`` gives this rank; 0 for
+        unexposed ones.
     """
 
     def score(batch: RankingBatch) -> Tensor:
@@ -117,77 +119,67 @@ def predict_alone(
         logits[exposed] = model.set_arch(model.describe(batch).only(exposed)).to(logits.dtype)
         return logits
 
-    return of_own(dataset, device, max_events, max_requests, score)[1]
+    return apply_to_own(dataset, device, max_events, max_requests, score)[1]
 
 
-def of_own(
+def apply_to_own(
     dataset: RankingDataset,
     device: torch.device,
     max_events: int,
     max_requests: int,
     answer: Callable[[RankingBatch], Tensor],
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """What a function of a batch says of the candidates of this rank's share of a split. Called by all
-    ranks.
+    """Apply a function to the batches of this rank's share of a split. Called by all ranks.
 
     Args:
-        dataset, device, max_events, max_requests: as ``predict``; with the same ones a rank's share
-            is the same.
-        answer: gives [m, width] for a batch of m candidates.
+        dataset, device, max_events, max_requests: as for ``predict``; a rank's share is the same each
+            time that these are the same.
+        answer: returns [m, width] for a batch of m candidates.
 
     Returns:
-        [n] int64, the share's requests, in the split's order where it is all of them; [m, width]
-        float32 of their candidates; and milliseconds a request, loading included.
+        [n] int64, the share's requests, in the split's order if it is the whole split; [m, width]
+        float32, the function's result for their candidates; and milliseconds per request, loading
+        included.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     start = time.perf_counter()
     order = order_of(dataset, seed=None)
     sampler = EventBudgetSampler(dataset.histories, max_events, max_requests, order, (rank, world))
     lists = list(sampler)
-    told: list[np.ndarray] = []
+    answers: list[np.ndarray] = []
     bar = progress_bar(rank, lists, desc="score", unit="batch", leave=False)
     for _, batch in zip(bar, make_loader(dataset, lists), strict=True):
-        told.append(answer(batch.to(device, non_blocking=True)).float().cpu().numpy())
+        answers.append(answer(batch.to(device, non_blocking=True)).float().cpu().numpy())
     requests = np.array([r for some in lists for r in some if r != EMPTY_REQUEST], np.int64)
     milliseconds = 1000 * (time.perf_counter() - start) / max(len(requests), 1)
-    return requests, np.concatenate(told), milliseconds
+    return requests, np.concatenate(answers), milliseconds
 
 
 @torch.no_grad()
 def time_per_request(
-    models: dict[str, nn.Module],
-    dataset: RankingDataset,
-    device: torch.device,
-    batches: int = 30,
-    max_events: int = 32768,
-    max_requests: int = 32,
+    models: dict[str, nn.Module], dataset: RankingDataset, device: torch.device
 ) -> dict[str, float]:
-    """What a request costs each model, the models taking turns; one process.
-
-    From the batch in memory to the scores: lookup, attention, dense layers.
+    """The time per request of each model, from the batch in memory to the scores: lookup, attention,
+    dense layers. The models take turns on the same batches; one process.
 
     Args:
         models: sharded DLRM_IFATrains by name.
-        dataset: where requests are drawn from, in an order of its own.
-        device: the models'.
-        batches: batches timed.
-        max_events, max_requests: budget of a batch.
+        dataset: the split to draw requests from, in random order.
+        device: the models' device.
 
     Returns:
-        Milliseconds a request, the median over batches.
+        Milliseconds per request by name, the median over 30 batches.
     """
     order = np.random.default_rng(0).permutation(len(dataset))
-    sampler = EventBudgetSampler(dataset.history_lengths[order], max_events, max_requests)
+    sampler = EventBudgetSampler(dataset.history_lengths[order], _TIMED_EVENTS, _TIMED_REQUESTS)
     times: dict[str, list[float]] = {name: [] for name in models}
-    for _, indices in zip(range(batches), sampler, strict=False):
+    for _, indices in zip(range(_TIMED_BATCHES), sampler, strict=False):
         batch = dataset[order[indices]].to(device)
         for name, model in models.items():
-            training = model.training
-            model.eval()
-            start = time.perf_counter()
-            model(batch)[0].item()
-            times[name].append(1000 * (time.perf_counter() - start) / len(indices))
-            model.train(training)
+            with _evaluating(model):
+                start = time.perf_counter()
+                model(batch)[0].item()
+                times[name].append(1000 * (time.perf_counter() - start) / len(indices))
     return {name: float(np.median(values)) for name, values in times.items()}
 
 
@@ -202,32 +194,33 @@ def measure(
     """The metrics of one split.
 
     Args:
-        split: the split; or this rank's requests of it, with those of the other ranks then, by sums;
-            called by all ranks, which get the same numbers.
+        split: the split; or this rank's requests of it: the figures are then summed over the ranks. In
+            that case called by all ranks, which get the same metrics.
         scores: [M, T], the logits of ``tasks``, or any scores, of all its candidates.
-        tasks: the model's; None where the scores are none of a model's and only their order counts.
-        by: context features; "by" then holds the metrics of each value's requests.
-        apart: whether to measure new and known items apart, and requests by their histories' lengths.
-        alone: [M, T], the logits of exposed candidates where the unexposed do not stand beside them.
+        tasks: the model's tasks; None if the scores are not logits and only their order counts.
+        by: context features; the entry "by" then has the metrics of the requests of each value.
+        apart: whether to measure new and known items separately, and requests by history length.
+        alone: [M, T], the logits of exposed candidates scored without the unexposed ones.
 
     Returns:
-        For a log of one task its numbers; for more, a dict of them by task. Of a binary task
-        ``ranking_metrics``'; of a regression ``regression_metrics``', over the exposed candidates alone,
-        since nobody knows the numbers of the others. Where a task does not rank alone, "ranked_gauc" and
-        so on say how the score that ranks orders that task's labels.
-        For each candidate tag's value V of a binary task: "gauc_V", of the positives against V's
-        negatives. Of a binary task, where not all candidates are exposed: "gauc_exposed",
-        "ne_exposed" and "calibration_exposed", of the exposed alone.
-        With ``alone``, what training and inference differ by: the numbers of the exposed, scored
-        without the others, as "gauc_exposed_alone" and so on; and "gap_exposed_alone", the mean
+        The metrics of the task; for several tasks, a dict of metrics by task name.
+        For a binary task, those of ``ranking_metrics``; for a regression, those of
+        ``regression_metrics``, only over exposed candidates, since the others have no label. If the task
+        is not the only one that ranks, "ranked_gauc" and so on measure how the ranking score orders its
+        labels.
+        For a binary task and each value V of a candidate tag: "gauc_V", of the positives against V's
+        negatives. For a binary task, if not all candidates are exposed: "gauc_exposed", "ne_exposed" and
+        "calibration_exposed", over exposed candidates only.
+        With ``alone``, the difference between training and inference: the metrics of exposed candidates
+        scored without the others, as "gauc_exposed_alone" and so on; and "gap_exposed_alone", the mean
         absolute difference between the two predictions of an exposed candidate.
-        With ``apart`` "items", the numbers of "new" and of "known" candidates, and of a binary task
+        With ``apart``: "items", the metrics of "new" and of "known" candidates, and for a binary task
         "by_history" (see ``by_history``).
     """
     own = own_requests(split)
     dataset, schema = own.dataset, own.dataset.log.schema
     known = tasks or tuple(Task(name, kind) for name, kind in schema.tasks.items())
-    # of no model: each column is of its own task alone
+    # without a model, each column is the score of its own task
     ranking = ranking_score(torch.from_numpy(scores), tasks).numpy() if tasks else None
     result: dict[str, dict[str, Any]] = {}
     columns = scores.T if alone is None else alone.T
@@ -235,14 +228,14 @@ def measure(
         of_task = TaskScores(own, task, score, logits=tasks is not None)
         metrics: dict[str, Any] = of_task.metrics()
         if ranking is not None and ranking_weights(known).keys() != {task.name}:
-            metrics |= {f"ranked_{name}": value for name, value in of_task.order(ranking).items()}
+            metrics |= of_task.ranked(ranking)
         metrics |= of_task.against_tags() | of_task.exposed()
         if alone is not None:
             metrics |= of_task.exposed_alone(by_itself)
         for feature in by:
             of_request = np.asarray(dataset.requests[feature])
             with_candidates = of_request[np.diff(dataset.requests[OFFSETS]) > 0]
-            values, _ = counted(dataset.log, with_candidates)  # of all ranks
+            values, _ = counted(dataset.log, with_candidates)  # over all ranks
             metrics.setdefault("by", {})[feature] = {
                 int(value): of_task.metrics(of_request[own.request] == value) for value in values
             }
@@ -259,11 +252,11 @@ def measure(
 
 
 class TaskScores:
-    """The scores and labels of one task of a split, and what they are worth.
+    """The scores and labels of one task of a split, and their metrics.
 
     Args:
         split: the split, or this rank's requests of it.
-        task: Task, of the log.
+        task: one of the log's tasks.
         score: [M].
         logits: whether the scores are the task's logits.
 
@@ -287,51 +280,57 @@ class TaskScores:
         self._counted = self.shown if task.kind == "regression" else np.ones_like(score, bool)
 
     def metrics(self, kept: np.ndarray | None = None) -> dict[str, Any]:
-        """Of all candidates, or of those that are kept, [M] bool."""
+        """The metrics of all candidates, or of those that are kept, [M] bool."""
         kept = self._counted if kept is None else self._counted & kept
         request, score, label = self.request[kept], self.score[kept], self.label[kept]
         if self.task.kind == "binary":
             return {**ranking_metrics(request, score, label, self._logits, self._total)}
         if not self._logits:
             return {"correlation": correlation(request, score, label, self._total)}
-        said = predictions(torch.from_numpy(score[:, None].copy()), (self.task,))
-        return {**regression_metrics(request, said[:, 0].numpy(), label, self._total)}
+        predicted = predictions(torch.from_numpy(score[:, None].copy()), (self.task,))
+        return {**regression_metrics(request, predicted[:, 0].numpy(), label, self._total)}
 
     def exposed(self) -> dict[str, float]:
-        """The numbers of a binary task that say whether the exposed are ranked and promised well; empty
-        where all candidates are exposed. A regression's numbers are of the exposed in any case."""
+        """A binary task's metrics over exposed candidates; empty if all candidates are exposed. A
+        regression's metrics are over exposed candidates anyway."""
         if self.task.kind == "regression" or not self._own.any(~self.shown):
             return {}
         found = self.metrics(self.shown)
         return {f"{name}_exposed": found[name] for name in _OF_EXPOSED if name in found}
 
     def exposed_alone(self, score: np.ndarray) -> dict[str, float]:
-        """What the exposed get, and how far they are off, by logits [M] that know of no others."""
+        """The metrics of exposed candidates by logits [M] that were computed without the others, and the
+        mean change of their predictions."""
         shown = self.shown
-        told = [
+        predicted = [
             predictions(torch.from_numpy(s[shown, None].copy()), (self.task,)).numpy()
             for s in (self.score, score)
         ]
-        gap = mean(np.abs(told[0] - told[1]).astype(np.float64)[:, 0], self._total)
+        gap = mean(np.abs(predicted[0] - predicted[1]).astype(np.float64)[:, 0], self._total)
         request, label = self.request[shown], self.label[shown]
         if self.task.kind == "regression":
-            found = regression_metrics(request, told[1][:, 0], label, self._total)
+            found = regression_metrics(request, predicted[1][:, 0], label, self._total)
         else:
             found = ranking_metrics(request, score[shown], label, total=self._total)
         names = [name for name in _OF_EXPOSED if name in found]
         return {**{f"{name}_exposed_alone": found[name] for name in names}, "gap_exposed_alone": gap}
 
-    def order(self, ranking: np.ndarray) -> dict[str, float]:
-        """How another score, [M], orders the task's labels."""
+    def ranked(self, ranking: np.ndarray) -> dict[str, float]:
+        """The metrics of the order that another score, [M], gives to the task's labels, as
+        "ranked_NAME"; if not all candidates are exposed, also "ranked_gauc_exposed"."""
         if self.task.kind == "regression":
             rows = self._counted
             given = (self.request[rows], ranking[rows], self.label[rows])
-            return {"correlation": correlation(*given, self._total)}
+            return {"ranked_correlation": correlation(*given, self._total)}
         measures = {"gauc": gauc, "ndcg@10": ndcg, "recall@10": recall}
-        return {
-            name: measured(self.request, ranking, self.label, total=self._total)
+        result = {
+            f"ranked_{name}": measured(self.request, ranking, self.label, total=self._total)
             for name, measured in measures.items()
         }
+        if self._own.any(~self.shown):
+            given = (self.request[self.shown], ranking[self.shown], self.label[self.shown])
+            result["ranked_gauc_exposed"] = gauc(*given, total=self._total)
+        return result
 
     def against_tags(self) -> dict[str, float]:
         """GAUC of a binary task's positives against the negatives of each tag's value."""
@@ -346,5 +345,5 @@ class TaskScores:
         return result
 
     def why_unranked(self) -> str | None:
-        """Why no request can be ranked by the task's labels; None where one can."""
+        """Why no request can be ranked by the task's labels; None if one can."""
         return why_unranked(self.request[self._counted], self.label[self._counted], self._total)

@@ -1,4 +1,4 @@
-"""The sets that a model chooses from a split's candidates, and what they are worth."""
+"""The sets that a model chooses from a split's candidates, and their metrics."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ifa_torchrec.data.schema import CANDIDATES
 from ifa_torchrec.data.synthetic_truth import SetTruth
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.modules import Task, generate_set, ranking_score
-from ifa_torchrec.training.metrics import Total, mean, one_rank
+from ifa_torchrec.training.metrics import Total, local_sum, mean
 from ifa_torchrec.training.own import OwnRequests, counted, own_requests
-from ifa_torchrec.training.scoring import of_own
+from ifa_torchrec.training.scoring import apply_to_own
 
 
 def best_by_score(
@@ -29,11 +29,12 @@ def best_by_score(
 
     Args:
         split: the split, or this rank's requests of it.
-        logits: [M, T], and tasks: T of them.
-        k: how many.
+        logits: [M, T], the logits of ``tasks``.
+        tasks: the T tasks.
+        k: size of a set.
 
     Returns:
-        [M] int64: each candidate's place in its request's set, from 1; 0 for those not in it.
+        [M] int64: each candidate's position in its request's set, from 1; 0 if it is not in it.
     """
     score = ranking_score(torch.from_numpy(logits), tasks)
     lengths = torch.from_numpy(np.asarray(own_requests(split).counts, np.int64))
@@ -45,17 +46,17 @@ def best_by_score(
 def chosen_one_by_one(
     model: DLRM_IFA, dataset: RankingDataset, device: torch.device, budget: tuple[int, int], k: int
 ) -> np.ndarray:
-    """The sets that a model that was trained for it chooses one by one. Called by all ranks.
+    """The sets that a model trained for greedy generation chooses one by one. Called by all ranks.
 
     Args:
-        model: in evaluation mode, sharded or whole.
+        model: in evaluation mode, sharded or not.
         dataset: the split.
-        device: this rank's.
-        budget: most events and most requests of a batch.
-        k: how many.
+        device: this rank's device.
+        budget: maximum of events and of requests per batch.
+        k: size of a set.
 
     Returns:
-        As ``best_by_score``, of the requests that ``predict_own`` gives this rank.
+        As from ``best_by_score``, for the requests that ``predict_own`` gives this rank.
     """
 
     def choose(batch: RankingBatch) -> Tensor:
@@ -65,14 +66,14 @@ def chosen_one_by_one(
         chosen = generate_set(model.set_gain(candidates), whole, k, "greedy")
         return places(chosen, len(candidates.tokens))[:, None]
 
-    return of_own(dataset, device, *budget, choose)[1][:, 0].astype(np.int64)
+    return apply_to_own(dataset, device, *budget, choose)[1][:, 0].astype(np.int64)
 
 
 def places(chosen: JaggedTensor, rows: int) -> Tensor:
-    """The place of each of ``rows`` candidates in the sets that ``generate_set`` gave.
+    """The position of each of ``rows`` candidates in the sets from ``generate_set``.
 
     Returns:
-        [rows] int64, from 1; 0 for those in no set.
+        [rows] int64, from 1; 0 for candidates in no set.
 
     Example:
         >>> import torch
@@ -90,18 +91,18 @@ def places(chosen: JaggedTensor, rows: int) -> Tensor:
 
 
 def measure_sets(split: RankingDataset | OwnRequests, place: np.ndarray, k: int) -> dict[str, Any]:
-    """What the sets of a split are worth by its labels and its items' features.
+    """The metrics of a split's sets, by its labels and its items' features.
 
     Args:
-        split: the split; or this rank's requests of it, with those of the other ranks then, by sums;
-            called by all ranks, which get the same numbers.
-        place: [M] of each candidate in its request's set, from 1; 0 for those not in it.
-        k: how many a set was to have; the names of the numbers have it.
+        split: the split; or this rank's requests of it: the figures are then summed over the ranks. In
+            that case called by all ranks, which get the same metrics.
+        place: [M], each candidate's position in its request's set, from 1; 0 if it is not in it.
+        k: size of a set, which is part of the metrics' names.
 
     Returns:
-        ``set_metrics`` of the labels, "ndcg@K" and "recall@K", or "TASK_ndcg@K" for several tasks;
-        and by item feature "diversity", "duplicates" and "coverage" (see ``variety``), the last of
-        the items too.
+        ``set_metrics`` of the labels, as "ndcg@K" and "recall@K", or "TASK_ndcg@K" for several tasks;
+        and by item feature "diversity", "duplicates" and "coverage" (see ``variety``), coverage also for
+        the items themselves.
     """
     own = own_requests(split)
     log, schema = own.dataset.log, own.dataset.log.schema
@@ -112,7 +113,7 @@ def measure_sets(split: RankingDataset | OwnRequests, place: np.ndarray, k: int)
             found = set_metrics(own.request, place, own.column(task), own.total)
             result |= {f"{prefix}{name}@{k}": value for name, value in found.items()}
     by_feature: dict[str, dict[str, float]] = {}
-    every, _ = counted(log, own.dataset.requests[CANDIDATES])  # of all ranks
+    every, _ = counted(log, own.dataset.requests[CANDIDATES])  # over all ranks
     for name in schema.item_features:
         groups = np.arange(log.num_items) if name == schema.item else np.asarray(log.items[name])
         of_candidate, known = groups[own.column(CANDIDATES)], np.unique(groups[every])
@@ -129,17 +130,17 @@ def measure_sets(split: RankingDataset | OwnRequests, place: np.ndarray, k: int)
 def rewards(
     split: RankingDataset | OwnRequests, places: Mapping[str, np.ndarray], k: int, truth: SetTruth
 ) -> dict[str, dict[str, float]]:
-    """What users are expected to pick of the sets of a synthetic log, whose truth is known.
+    """The expected number of items that users pick from the sets, for a synthetic log with known truth.
 
     Args:
-        split: as ``measure_sets``'.
-        places: by name, as ``measure_sets``'.
-        k: how many a set was to have.
-        truth: of this split.
+        split: as for ``measure_sets``.
+        places: the positions by name of a strategy, each as for ``measure_sets``.
+        k: size of a set.
+        truth: the truth of this split.
 
     Returns:
-        For each name "reward", the mean number of items picked of a set in its order, and
-        "reward_share", its share of the best sets'.
+        For each name: "reward", the mean expected number of items picked from a set in its order, and
+        "reward_share", its share of the best sets' reward.
     """
 
     own = own_requests(split)
@@ -158,19 +159,19 @@ def rewards(
 
 
 def set_metrics(
-    request: np.ndarray, place: np.ndarray, label: np.ndarray, total: Total = one_rank
+    request: np.ndarray, place: np.ndarray, label: np.ndarray, total: Total = local_sum
 ) -> dict[str, float]:
-    """How well sets gather the positives; means over the requests whose labels are not all equal.
+    """How well sets collect the positives; means over the requests whose labels are not all equal.
 
     Args:
         request: [M] request number of each candidate.
-        place: [M], its place in the request's set, from 1; 0 if it is not in it.
+        place: [M], its position in the request's set, from 1; 0 if it is not in it.
         label: [M] 0 or 1.
         total: sums over ranks.
 
     Returns:
-        "ndcg", and "recall" of the positives that the set's places can hold. NaN where there is no such
-        request with a set.
+        "ndcg"; and "recall", relative to the number of positives that fit into the set. NaN if there is
+        no such request with a set.
 
     Example:
         >>> import numpy as np
@@ -199,22 +200,22 @@ def variety(
     place: np.ndarray,
     group: np.ndarray,
     known: np.ndarray | None = None,
-    total: Total = one_rank,
+    total: Total = local_sum,
 ) -> dict[str, float]:
-    """How varied sets are by what groups their members.
+    """How varied sets are, by a grouping of their members.
 
     Args:
-        request, place: as ``set_metrics``'.
-        group: [M], an id; 0 is unknown, and like no other.
-        known: [G], the ids among the candidates of all ranks, ascending, without 0; None for those of
+        request, place: as for ``set_metrics``.
+        group: [M], an id; 0 is unknown, and differs from every other.
+        known: [G], the ids among the candidates of all ranks, ascending, without 0; None for those in
             ``group``.
         total: sums over ranks.
 
     Returns:
-        "diversity", the share of a set's pairs that are of different groups, the mean over the sets of
-        two or more; "duplicates", how many members of a set are of a group that stands before them in
-        it, the mean over the sets; "coverage", how many of the groups among all candidates
-        stand in some set, as a share. NaN where there is none.
+        "diversity", the share of a set's pairs with different groups, mean over the sets of two or more;
+        "duplicates", the number of a set's members whose group already occurs before them, mean over the
+        sets; "coverage", the share of all candidates' groups that occur in some set. NaN if they are of
+        nothing.
 
     Example:
         >>> import numpy as np

@@ -1,4 +1,4 @@
-"""Which rows of the tables a training will touch."""
+"""Which rows of the tables a training uses."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ifa_torchrec.data.schema import CANDIDATES, LIST_OFFSETS, TIME, USER, Colum
 def touched_rows(
     dataset: RankingDataset, histories: bool, unknown_items: bool
 ) -> dict[str, torch.Tensor]:
-    """The rows that the requests of a split use: their own ids, those of their candidates and those of
-    the events in their histories. Called by all ranks, where each has parts of its own of the log.
+    """The rows that the requests of a split use: their own ids, their candidates' ids and the ids of the
+    events in their histories. Called by all ranks if each has its own parts of the log.
 
     Args:
-        dataset: the split, with histories as long as the model is given them.
-        histories: whether the model looks at histories.
-        unknown_items: whether items are made unknown while training, so that row 0 is used.
+        dataset: the split, with histories cut to the length that the model gets.
+        histories: whether the model uses histories.
+        unknown_items: whether items are made unknown during training, so that row 0 is used.
 
     Returns:
-        By id feature [rows] bool, whether its table's row is used.
+        By id feature, [rows] bool: whether each row of its table is used.
 
     Example:
         >>> import pandas as pd, tempfile
@@ -67,7 +67,7 @@ def touched_rows(
 
 
 def _used_by_any(used: np.ndarray) -> torch.Tensor:
-    """The rows that are used on any rank."""
+    """The rows used on any rank."""
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
     rows = torch.from_numpy(used.astype(np.uint8)).to(device)
     dist.all_reduce(rows, dist.ReduceOp.MAX)
@@ -75,5 +75,5 @@ def _used_by_any(used: np.ndarray) -> torch.Tensor:
 
 
 def _of_lists(items: Columns, name: str, kept: np.ndarray) -> np.ndarray:
-    """The ids of the lists of those items that are kept, [I] bool."""
+    """The ids in the lists of the items that are kept, [I] bool."""
     return items[name][np.repeat(kept, np.diff(items[f"{name}{LIST_OFFSETS}"]))]

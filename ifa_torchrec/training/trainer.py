@@ -28,13 +28,21 @@ from ifa_torchrec.distributed.rows import finite
 from ifa_torchrec.distributed.saver import CheckpointSaver
 from ifa_torchrec.errors import DivergedError, writing
 from ifa_torchrec.models import DLRM_IFATrain
+from ifa_torchrec.modules import predictions
 from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.calibrate import calibrated, fit_tasks
 from ifa_torchrec.training.check_loss import check_loss
 from ifa_torchrec.training.curves import Curves
-from ifa_torchrec.training.decide import amounts, decided, steps, told, too_few_steps, unknown_items
+from ifa_torchrec.training.decide import (
+    amounts,
+    as_options,
+    decided,
+    steps,
+    too_few_steps,
+    unknown_items,
+)
 from ifa_torchrec.training.options import MOST_REQUESTS, TrainConfig, to_json, write_options
-from ifa_torchrec.training.own import order_of, over_parts, over_ranks
+from ifa_torchrec.training.own import all_reduce_sum, order_of, sum_over_parts
 from ifa_torchrec.training.precision import (
     autocast,
     check_precision,
@@ -54,20 +62,20 @@ def train(config: TrainConfig) -> dict[str, float]:
     """Train, checkpoint and validate. Called by all ranks.
 
     Returns:
-        "steps", "seconds" (training alone); if there was a step to make, "events_per_second" and
-        "waited" (this rank's; the latter are the seconds in which steps waited for batches), "loss"
-        (mean of the last tenth, all ranks'), and "imbalance" (see EventBudgetSampler); if validated,
-        "best_step", which is the one that counts from now on, and its "valid_gauc" and others.
+        "steps", "seconds" (only training); if any step was made, this rank's "events_per_second" and
+        "waited" (seconds in which steps waited for batches), "loss" (mean of the last tenth of the
+        steps, over all ranks), and "imbalance" (see EventBudgetSampler); if validated, "best_step", the
+        step that is used from now on, and its metrics, "valid_gauc" and others.
 
     Raises:
         LogError: the event log is missing or bad.
         ShardingError: the tables cannot be sharded as asked, or do not fit.
-        ConfigError: the options do not fit the log, or the precision the device.
-        CheckpointError: OUT holds checkpoints and --resume was not given, or none of them is whole,
-            or they are of another configuration. Or another training writes to OUT.
-        WriteError: OUT cannot be written; the last checkpoint is left as it was.
+        ConfigError: the options do not match the log, or the device does not support the precision.
+        CheckpointError: OUT has checkpoints and --resume was not given, or none of them is complete, or
+            they have another configuration. Or another training writes to OUT.
+        WriteError: OUT cannot be written; the last checkpoint is unchanged.
         DivergedError: the loss, a weight or a score of `valid` is not finite; the last checkpoint is
-            left as it was.
+            unchanged.
 
     Example:
         >>> import pandas as pd, tempfile
@@ -94,7 +102,7 @@ def train(config: TrainConfig) -> dict[str, float]:
 
 
 class Trainer:
-    """A training: the model, its optimiser, the requests it takes, and how far it is. Of all ranks.
+    """A training: the model, its optimiser, its requests and its position. Used by all ranks.
 
     ``train`` has an example.
 
@@ -105,9 +113,9 @@ class Trainer:
         LogError, ShardingError, ConfigError: see ``train``.
 
     Attributes:
-        model, optimizer: what ``shard`` gave.
-        step: steps made; epoch: epochs finished; taken: requests taken of the next one.
-        losses: of the steps made here, the mean over all ranks.
+        model, optimizer: from ``shard``.
+        step: steps made; epoch: epochs finished; taken: requests taken from the current epoch.
+        losses: mean over all ranks for each step made since the start or resumption.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -119,8 +127,7 @@ class Trainer:
         self.dataset = RankingDataset(
             self.log, "train", config.history_length, self._unknown, config.seed
         )
-        self._given = config
-        found = amounts(config, self.dataset)
+        self._given, found = config, amounts(config, self.dataset)
         self.config = config = decided(config, self.dataset, found)
         check_loss(self.dataset, config.loss, self.rank)
         self._steps_in_all = steps(config, *found)
@@ -132,7 +139,7 @@ class Trainer:
             seed=self._order(),
             shard=(self.rank, self.world),
         )
-        torch.manual_seed(config.seed + dist.get_rank())  # ranks draw different shards of tables
+        torch.manual_seed(config.seed + dist.get_rank())  # ranks initialise different shards of tables
         model = build_model(self.log.schema, config, self._scales)
         self._model_config = model.config
         self.model, self.optimizer = shard(
@@ -145,12 +152,13 @@ class Trainer:
         if config.compile:
             compile_dense(self.model)
         self.step = self.epoch = self.taken = 0
-        self._in_pass = 0  # steps made of the sampler's pass
+        self._in_pass = 0  # steps made in the sampler's current pass
         self.losses: list[float] = []
-        self._unread: list[torch.Tensor] = []  # reading a loss waits for the device
+        self._unread: list[torch.Tensor] = []  # read in batches: reading waits for the device
         self._events, self._seconds, self._start, self._waited = 0, 0.0, 0.0, 0.0
         self._checkpoints = config.out / "checkpoints"
-        # a position in the data means nothing for other data
+        self._curves: Curves | None = None  # on rank 0
+        # a position in the data is only valid for the same data
         self._belongs_to = {
             **to_json(config.fixed()),
             "log": self.log.fingerprint(),
@@ -158,10 +166,10 @@ class Trainer:
         }
 
     def train(self) -> dict[str, float]:
-        """Go on to the last epoch's end, from the last checkpoint where there is one. See ``train``."""
+        """Train to the end of the last epoch, from the last checkpoint if there is one."""
         with checkpoint.locked(self.config.out), CheckpointSaver(self._checkpoints) as self._saver:
             self._begin()
-            self._validate_if_due()  # a run may have been stopped when this was all that was left to do
+            self._validate_if_due()  # a run may have been stopped just before its last validation
             while self.epoch < self.config.epochs and not self._is_enough():
                 self._train_to_validation()
             self._bar.close()
@@ -177,7 +185,7 @@ class Trainer:
         return {"steps": self.step, "seconds": self._seconds, **result}
 
     def train_step(self, batches: Iterator[RankingBatch]) -> None:
-        """Make a step by the next of the rank's batches."""
+        """Make one step on the rank's next batch."""
         set_learning_rate(self.optimizer, self.config, self.step, self._progress())
         with tf32_where_asked(self.config.precision):
             self._pipeline.progress(batches)
@@ -187,8 +195,8 @@ class Trainer:
         """Measure the split `valid`.
 
         Returns:
-            Its metrics, for several tasks as "TASK_METRIC", and the calibration that is fitted on it;
-            the same on all ranks.
+            Its metrics, named "TASK_METRIC" for several tasks, and the calibration fitted on it; the
+            same on all ranks.
         """
         metrics, fitted = self._measured("valid", {})
         if self._curves is not None:
@@ -196,20 +204,22 @@ class Trainer:
         return metrics, fitted
 
     def _measured(self, split: str, calibration: Fitted) -> tuple[dict[str, float], Fitted]:
-        """Of a split what ``validate`` returns, its metrics by logits that are calibrated."""
+        """What ``validate`` returns, for any split, with metrics of calibrated logits."""
         config = self.config
         dataset = RankingDataset(self.log, split, config.history_length)
-        budget = (config.max_events, config.scored_requests)
+        budget = config.max_events, config.scored_requests
         own, scores, _ = predict_own(self.model, dataset, self.device, *budget)
-        self._check_finite(bool(np.isfinite(scores).all()), f"a score of the split {split!r}")
         tasks = self._model_config.tasks
+        # in the labels' units: a finite logit of a log-scaled task can be an infinite number
+        predicted = predictions(torch.from_numpy(scores), tasks)
+        self._check_finite(bool(predicted.isfinite().all()), f"a prediction of the split {split!r}")
         metrics = flat(measure(own, calibrated(scores, tasks, calibration), tasks), len(tasks))
         found = [(metrics, fit_tasks(own, scores, tasks, config.loss) if config.calibrate else {})]
-        dist.broadcast_object_list(found)  # or another processor's last digit would part the ranks
+        dist.broadcast_object_list(found)  # ranks on other processors may differ in the last digit
         return found[0]
 
     def _is_due(self) -> bool:
-        """Whether this step is to be validated: an epoch's end, and every ``validate_every`` steps."""
+        """Whether to validate after this step: at an epoch's end, and every ``validate_every`` steps."""
         config, every = self.config, self.config.validate_every
         due = self.step and (not self.taken or (every and self.step % every == 0))
         return bool(due) and config.validate and "valid" in self.log.splits
@@ -217,19 +227,19 @@ class Trainer:
     def _validate_if_due(self) -> None:
         if self._is_due() and self.step not in self._validations.by_step:
             metrics, fitted = self.validate()
-            self._saver.wait()  # a step that is measured has its checkpoint
+            self._saver.wait()  # a validated step must have its checkpoint
             self._validations.by_step[self.step] = metrics
             self._validations.fitted[self.step] = fitted
             checkpoint.on_rank_0(self._validations.write)
 
     def _is_enough(self) -> bool:
-        """Whether it has been no better for as long as the config's patience lasts."""
+        """Whether the last ``patience`` validations brought no improvement."""
         patience = self.config.patience
         return patience is not None and self._validations.without_gain >= patience
 
     def _best(self) -> dict[str, float]:
-        """What was measured of the step that counts, as "valid_METRIC", and "best_step"; empty if
-        nothing was measured."""
+        """The metrics of the step that is used, as "valid_METRIC", and "best_step"; empty without
+        validations."""
         if not self._validations.by_step:
             return {}
         best = self._validations.best
@@ -238,7 +248,7 @@ class Trainer:
         return {"best_step": step, **{f"valid_{name}": value for name, value in metrics.items()}}
 
     def state_dict(self) -> dict[str, Any]:
-        """How far it is and what it belongs to; as JSON, beside the weights in a checkpoint."""
+        """The position and the configuration, as JSON; stored with the weights in a checkpoint."""
         return {
             "step": self.step,
             **self.sampler.state_dict(self._in_pass),
@@ -248,28 +258,21 @@ class Trainer:
         }
 
     def _begin(self) -> None:
-        """Take up the last checkpoint, write down the options, open what shows the progress."""
+        """Load the last checkpoint, write the options, open the progress bar and the curves."""
         config, folder = self.config, self._checkpoints
         if checkpoint.checkpoints_of_rank_0(folder):
             if not config.resume:
                 raise checkpoint.CheckpointError(
-                    f"{folder} holds checkpoints: give --resume to go on, or another --out"
+                    f"{folder} has checkpoints: give --resume to continue, or another --out"
                 )
             check_log(folder, self.log, self._belongs_to)
             progress = checkpoint.load(folder, self.model, self.optimizer, self._belongs_to)
             self.sampler.load_state_dict(progress)
             self.step, self.epoch, self.taken = (progress[k] for k in ("step", "epoch", "request"))
         else:
-            self._start_anew()
+            self._initialise()
         self._validations = Validations.read(config.out, config.keep_best or LAST, self.step)
-        self._curves = None
-        checkpoint.on_rank_0(lambda: write_options(config))
-        if self.rank == 0:
-            if config.resume:
-                found = f"going on from step {self.step}" if self.step else self._nothing_found
-                print(f"{folder}: {found}", file=sys.stderr)
-            self._tell()
-            self._curves = Curves(config.out / "tensorboard", self.step + 1)
+        checkpoint.on_rank_0(self._open)
         self._bar = progress_bar(
             self.rank,
             total=config.epochs * self.sampler.order.requests,
@@ -278,44 +281,53 @@ class Trainer:
             unit="request",
         )
 
+    def _open(self) -> None:
+        """On rank 0: write the options, say how the training starts and open the curves."""
+        write_options(self.config)
+        if self.config.resume:
+            found = f"resuming from step {self.step}" if self.step else self._nothing_found
+            print(f"{self._checkpoints}: {found}", file=sys.stderr)
+        self._tell()
+        self._curves = Curves(self.config.out / "tensorboard", self.step + 1)
+
     _nothing_found = "no checkpoint here; starting"
 
     def _tell(self) -> None:
-        """Say what was decided, and whether there will be few steps."""
-        if options := told(self._given, self.config):
+        """Print the options that were chosen, and a warning if there are few steps."""
+        if options := as_options(self._given, self.config):
             print(f"decided from the log: {options}", file=sys.stderr)
         if few := too_few_steps(self.config, self._steps_in_all):
             print(few, file=sys.stderr)
 
     def _shard(self) -> tuple[int, int]:
-        """Whose parts of the log this rank opens."""
+        """The share of the log's parts that this rank opens."""
         return self.rank, self.world
 
     def _of_log(self, config: TrainConfig) -> tuple[Mapping[str, Scale], float]:
-        """How numbers are standardised, and the share of items that are made unknown."""
+        """The scales that standardise numbers, and the share of items that are made unknown."""
         return self.log.scales, unknown_items(self.log, config)
 
     def _order(self) -> int | InTime | PartByPart | None:
-        """The requests' order, as the sampler takes it."""
+        """The order of the requests, for the sampler."""
         return order_of(self.dataset, self.config.seed)
 
     def _progress(self) -> float:
-        """The share of all steps that is made, by which the dense learning rate falls."""
+        """The share of all requests taken so far, with which the dense learning rate falls."""
         return (self.epoch + self.taken / self.sampler.order.requests) / self.config.epochs
 
-    def _start_anew(self) -> None:
-        """Where there is no checkpoint: let rows that no step will touch be zeros."""
+    def _initialise(self) -> None:
+        """Start without a checkpoint: set the rows that no step will use to 0."""
         self._keep_vocabulary()
         histories = bool(self._model_config.history_keys)
         touched = touched_rows(self.dataset, histories, self._unknown > 0)
-        if self.config.managed_rows:  # ids get rows as they are met, whatever they are
+        if self.config.managed_rows:  # ids get rows in the order in which they occur
             schema = self.log.schema
             pooled = (*schema.context_features, *schema.context_lists, *schema.item_lists)
             touched = {name: touched[name] for name in pooled}
         zero_rows(self.model, {f"{name}_table": ~rows for name, rows in touched.items()})
 
     def _keep_vocabulary(self) -> None:
-        """Keep the log's with the run, in place of what one that was killed left."""
+        """Store the log's vocabulary with the run, over anything that a killed run left."""
 
         def keep() -> None:
             shutil.rmtree(self.config.out / "vocabulary", ignore_errors=True)
@@ -326,7 +338,7 @@ class Trainer:
         checkpoint.on_rank_0(keep)
 
     def _forward(self, batch: Any) -> tuple[torch.Tensor, Any]:
-        """The pipeline's call of the model by a RankingBatch; keeps what the curves show."""
+        """The pipeline's call of the model on a RankingBatch; collects the values for the curves."""
         self._events += len(batch.history_age)
         with autocast(self.config.precision, self.device):
             loss, output = self.model(batch)
@@ -336,9 +348,9 @@ class Trainer:
         return loss, output
 
     def _train_to_validation(self) -> None:
-        """From where it is to the next validation, at the end of the epoch at the latest."""
+        """Train to the next validation, at the latest to the end of the epoch."""
         every = self.config.validate_every
-        # a new one each time: TorchRec's does not go on with the batches that it has begun
+        # a new pipeline each time: TorchRec's does not continue with batches that it has prefetched
         self._pipeline = TrainPipelineSparseDist(
             self.model, self.optimizer, self.device, custom_model_fwd=self._forward
         )
@@ -370,16 +382,15 @@ class Trainer:
     def _save(self) -> None:
         self._seconds += time.perf_counter() - self._start
         self._check_finite(finite(self.model), "a weight")
-        best = self._validations.best
-        self._saver.save(self.model, self.optimizer, self.state_dict(), best)
+        self._saver.save(self.model, self.optimizer, self.state_dict(), self._validations.best)
         self._start = time.perf_counter()
 
     def _check_finite(self, all_are: bool, what: str) -> None:
         """
         Raises:
-            DivergedError: by all ranks, where not all are on any of them.
+            DivergedError: on all ranks, if ``all_are`` is false on any of them.
         """
-        if over_ranks()(np.array([not all_are]))[0]:
+        if all_reduce_sum(np.array([not all_are]))[0]:
             raise _diverged(self.step, f"{what} is not finite", self._checkpoints)
 
     def _report(self) -> None:
@@ -394,15 +405,15 @@ class Trainer:
 
 
 def batch_size(dataset: RankingDataset, max_events: int, max_requests: int) -> BatchSize:
-    """A rank's largest batch, for the planner: the budget, and as many candidates as usual. Called by
-    all ranks."""
+    """A rank's largest batch, for the planner: the budget, and candidates in proportion to the requests.
+    Called by all ranks."""
     found = np.array([len(dataset), len(dataset.requests[CANDIDATES])])
-    requests, candidates = over_parts(dataset.log)(found).tolist()
+    requests, candidates = sum_over_parts(dataset.log)(found).tolist()
     return BatchSize(max_requests, max_events, math.ceil(candidates / max(requests, 1) * max_requests))
 
 
 def _finite(losses: list[torch.Tensor], step: int, folder: Path) -> list[float]:
-    """The latest losses, up to that of ``step``.
+    """The latest losses as numbers; the last is that of ``step``.
 
     Raises:
         DivergedError: one of them is not finite.
@@ -416,15 +427,15 @@ def _finite(losses: list[torch.Tensor], step: int, folder: Path) -> list[float]:
 
 def _diverged(step: int, what: str, folder: Path) -> DivergedError:
     return DivergedError(
-        f"step {step}: {what}; train anew with lower learning rates; the last checkpoint in {folder}, "
-        "if there is one, is whole"
+        f"step {step}: {what}; train again with lower learning rates; the last checkpoint in {folder}, "
+        "if there is one, is complete"
     )
 
 
 def set_learning_rate(
     optimizer: CombinedOptimizer, config: TrainConfig, step: int, progress: float
 ) -> None:
-    """Warm the dense parameters' rate up, then let it fall in a line to 5%; tables keep theirs.
+    """Set the dense learning rate: linear warm-up, linear decay to 5%. The tables' rate is constant.
 
     Args:
         optimizer: from ``shard``.

@@ -1,4 +1,4 @@
-"""What a run measured on the split `valid`, and which of its steps was best; RUN/validations.json."""
+"""A run's metrics on the split `valid`, and its best step; RUN/validations.json."""
 
 from __future__ import annotations
 
@@ -19,41 +19,52 @@ from ifa_torchrec.training.options import from_json, write_whole
 from ifa_torchrec.training.scoring import measure
 
 LAST = "last"
-"""In place of a metric's name: the last checkpoint counts, whatever was measured."""
+"""In place of a metric's name: use the last checkpoint, whatever its metrics."""
 VALIDATIONS_FILE = "validations.json"
 Fitted = Mapping[str, Sequence[float]]
-"""Scale and shift of the logits, by the name of the task."""
+"""Scale and shift of the logits, by task name."""
 _SMALLER_IS_BETTER = ("ne", "mae", "rmse")
-_PREFERRED = ("ranked_gauc", "ranked_correlation", "gauc_exposed", "gauc", "correlation", "ne", "mae")
+_OF_RANKING = ("ranked_gauc_exposed", "ranked_gauc", "ranked_correlation")
+_PREFERRED = (*_OF_RANKING, "gauc_exposed", "gauc", "correlation", "ne", "mae")
 
 
 @dataclass(frozen=True)
 class Validation:
-    """One of a file's: the step, what was measured and what was fitted; JSON has no NaN, so the GAUC of
-    no request that has one is None."""
+    """One validation in the file: its step, metrics and fitted calibration. JSON has no NaN: a metric
+    that cannot be measured is None."""
 
     step: int
     metrics: dict[str, float | None]
     calibration: dict[str, tuple[float, ...]]
 
+    def __post_init__(self) -> None:
+        for task, pair in self.calibration.items():
+            if len(pair) != 2 or not (0 < pair[0] < math.inf and math.isfinite(pair[1])):
+                raise ConfigError(f"calibration of {task!r} must be a scale > 0 and a shift, got {pair}")
+
 
 @dataclass(frozen=True)
 class ValidationsFile:
-    """What RUN/validations.json holds."""
+    """The content of RUN/validations.json."""
 
     metric: str = LAST
     best: int | None = None
     validations: tuple[Validation, ...] = ()
 
+    def __post_init__(self) -> None:
+        steps = [validation.step for validation in self.validations]
+        if self.best is not None and self.best not in steps:
+            raise ConfigError(f"best must be one of the validated steps {steps}, got {self.best}")
+
 
 def read_validations(folder: Path) -> ValidationsFile:
-    """The file of a run; with nothing in it where there is none, so that the last step counts.
+    """Read a run's file; without one the content is empty, so that the last step is used.
 
     Args:
-        folder: the run's.
+        folder: the run's folder.
 
     Raises:
-        CheckpointError: it is damaged; the message says in what.
+        CheckpointError: the file is damaged; the message says how.
 
     Example:
         >>> import tempfile
@@ -69,20 +80,19 @@ def read_validations(folder: Path) -> ValidationsFile:
         return ValidationsFile()
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{file}: not what a training writes ({error}); without that file the last step counts, "
-            "uncalibrated"
+            f"{file}: not what a training writes ({error}); delete it to use the last step, uncalibrated"
         ) from error
 
 
 @dataclass
 class Validations:
-    """The numbers of each validation of a run, by step, and the best of them by one metric.
+    """The metrics of each validation of a run, by step, and the best of them by one metric.
 
     Args:
-        folder: the run's, in which they are kept.
-        metric: name of the metric that decides, as in ``flat``; LAST if the last step counts.
-        by_step: what was measured.
-        fitted: the calibration that was fitted, see ``fit_tasks``, where one was.
+        folder: the run's folder, in which they are stored.
+        metric: name of the deciding metric, as in ``flat``; LAST to use the last step.
+        by_step: the metrics by step.
+        fitted: the fitted calibrations by step, see ``fit_tasks``.
 
     Example:
         >>> import tempfile
@@ -106,7 +116,7 @@ class Validations:
 
     @classmethod
     def read(cls, folder: Path, metric: str, last: int) -> Validations:
-        """Those that were kept, up to the step ``last``: a run that goes on makes the others again.
+        """Read the stored validations up to step ``last``: a resumed run makes the later ones again.
         Called by all ranks.
 
         Raises:
@@ -121,7 +131,7 @@ class Validations:
         return cls(folder, metric, metrics, {v.step: v.calibration for v in kept})
 
     def write(self) -> None:
-        """Keep them, whole also where this is killed; of one rank.
+        """Store them atomically; called by one rank.
 
         Raises:
             WriteError: the folder cannot be written.
@@ -139,15 +149,15 @@ class Validations:
 
     @property
     def best(self) -> int | None:
-        """The step that counts: the last of those with the best value, which was trained longest; None
-        if nothing was measured or the last step counts."""
+        """The step to use: of those with the best value the last, which was trained longest; None to use
+        the last step, also if nothing was measured."""
         if self.metric == LAST or not self.by_step:
             return None
         return max(self.by_step, key=lambda step: (self._gain(step), step))
 
     @property
     def without_gain(self) -> int:
-        """Validations since the first with the best value."""
+        """Number of validations since the first with the best value."""
         if self.metric == LAST or not self.by_step:
             return 0
         first = max(self.by_step, key=lambda step: (self._gain(step), -step))
@@ -158,14 +168,13 @@ class Validations:
 
 
 def in_use(folder: Path) -> tuple[int | None, dict[int, Fitted]]:
-    """The step of a run that counts, None if it is the last, and the calibrations by step. Called by all
-    ranks.
+    """The step of a run to use, None for the last, and the calibrations by step. Called by all ranks.
 
     Args:
-        folder: the run's.
+        folder: the run's folder.
 
     Raises:
-        CheckpointError: what was kept of them is damaged.
+        CheckpointError: validations.json is damaged.
 
     Example:
         >>> import tempfile
@@ -181,12 +190,12 @@ def in_use(folder: Path) -> tuple[int | None, dict[int, Fitted]]:
 
 
 def calibration_of(fitted: Mapping[int, Fitted], step: int) -> Fitted:
-    """That of a step: where it was not measured, the one that was fitted before the first step, which a
-    run has that goes on from another.
+    """The calibration of a step. A step that was not validated has the one fitted before the first step,
+    which a run has if it continues another.
 
     Args:
-        fitted: by step, as ``in_use`` gives them.
-        step: of a checkpoint.
+        fitted: calibrations by step, from ``in_use``.
+        step: a checkpoint's step.
 
     Example:
         >>> from ifa_torchrec.training.validations import calibration_of
@@ -197,11 +206,11 @@ def calibration_of(fitted: Mapping[int, Fitted], step: int) -> Fitted:
 
 
 def flat(metrics: dict[str, Any], tasks: int) -> dict[str, float]:
-    """``measure``'s numbers by one name each: of several tasks, with the task's before the metric's.
+    """``measure``'s metrics in one dict; with several tasks, their names are TASK_METRIC.
 
     Args:
         metrics: from ``measure``, of all candidates together.
-        tasks: how many tasks the log has.
+        tasks: the log's number of tasks.
 
     Example:
         >>> from ifa_torchrec.training.validations import flat
@@ -214,7 +223,7 @@ def flat(metrics: dict[str, Any], tasks: int) -> dict[str, float]:
 
 
 def gain(name: str, value: float) -> float:
-    """A metric's value, so that more is better; what cannot be measured is worst.
+    """A metric's value, turned so that more is better; NaN is worst.
 
     Example:
         >>> from ifa_torchrec.training.validations import gain
@@ -223,7 +232,7 @@ def gain(name: str, value: float) -> float:
         >>> gain("calibration", 0.5) == gain("calibration", 2.0) < gain("calibration", 1.1)
         True
     """
-    if base_name(name) == "calibration":  # 1 is best, and half is as bad as twice
+    if base_name(name) == "calibration":  # 1 is best; 0.5 is as bad as 2
         value = -abs(math.log(value)) if value > 0 else math.nan
     elif base_name(name) in _SMALLER_IS_BETTER:
         value = -value
@@ -231,7 +240,7 @@ def gain(name: str, value: float) -> float:
 
 
 def base_name(name: str) -> str:
-    """The metric of a name: without a task's before it and a tag's behind it.
+    """The metric in a name, without the task's name before it and the tag's after it.
 
     Example:
         >>> from ifa_torchrec.training.validations import base_name
@@ -243,23 +252,23 @@ def base_name(name: str) -> str:
 
 
 def check_metric(name: str | None, dataset: RankingDataset, tasks: tuple[Task, ...]) -> str:
-    """A metric that the split can be judged by.
+    """Check or choose the metric that a split is judged by.
 
     Args:
-        name: the one that is wanted; None for the order within the requests by the score that ranks, of
-            the exposed where some are not, or where no request can be ranked for the error of the first
-            task that ranks.
+        name: the metric; None for the order within requests by the ranking score (over exposed
+            candidates, if some are not), or if no request can be ranked, the error of the first task
+            that ranks.
         dataset: the split.
-        tasks: the model's.
+        tasks: the model's tasks.
 
     Returns:
         The metric's name, as in ``flat``.
 
     Raises:
-        ConfigError: there is no such metric, or the split has not what it is measured by.
+        ConfigError: there is no such metric, or it cannot be measured on the split.
     """
     candidates = len(dataset.requests["candidates"])
-    # of a model that says 0 of everything: NaN where the labels leave nothing to measure
+    # with all logits 0: metrics that the labels do not allow are NaN
     metrics = flat(measure(dataset, np.zeros((candidates, len(tasks)), np.float32), tasks), len(tasks))
     there = [n for n, v in metrics.items() if n != "requests_ranked" and not math.isnan(v)]
     there = [n for n in there if not n.endswith("_requests_ranked")]
@@ -269,5 +278,7 @@ def check_metric(name: str | None, dataset: RankingDataset, tasks: tuple[Task, .
         wanted = [f"{prefix}{metric}" for metric in _PREFERRED]
         return next((metric for metric in wanted if metric in there), LAST)
     if name not in there:
-        raise ConfigError(f"--keep-best {name}: not measured on the split `valid`; there are {there}")
+        raise ConfigError(
+            f"--keep-best {name}: not measured on the split `valid`; the metrics are {there}"
+        )
     return name

@@ -1,4 +1,4 @@
-"""What benchmarks/cost.py counts, against what the sizes say."""
+"""benchmarks/cost.py's counts, compared with formulas of the sizes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def cost(config: IFAConfig, interaction: str, events: int, **how: bool) -> Cost:
 
 
 def test_an_event_costs_what_its_products_do():
-    """Of softmax keys, values, scores and sums; of IFA keys, values and their product, 2 d_phi = 4 d."""
+    """For softmax keys, values, scores and sums; for IFA keys, values, their product; 2 d_phi = 4 d."""
     more = {
         name: cost(CONFIG, name, 30).flop - cost(CONFIG, name, 20).flop for name in ("softmax", "ifa")
     }
@@ -62,7 +62,7 @@ def test_an_event_costs_what_its_products_do():
 def test_bytes_of_a_state_are_those_of_its_tensors():
     config = IFAConfig(D, num_heads=2, identity_features=("item",), identity_half_lives=(7.0, 30.0))
     ifa = INTERACTIONS["ifa"](config, 50, None)
-    ids = torch.arange(12)[:, None] % 5  # of which 0 is unknown
+    ids = torch.arange(12)[:, None] % 5  # id 0 is unknown
     state = ifa.encode(JaggedTensor(torch.randn(12, D), lengths=torch.tensor([12])), history_ids=ids)
     kept = (state.key_value, state.key_sum, state.identity_key, state.identity_value, state.identity_sum)
     expected = sum(x.numel() * x.element_size() for x in kept)

@@ -1,4 +1,4 @@
-"""What a log takes that is ten times as large: prepare in proportion, hardly more for what opens it."""
+"""The cost of a log ten times as large: proportional for prepare, hardly more for opening it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from log import STAGES, Options, make_tables, measure
 
 EVENTS = 1_000_000
-GROWTH = {  # seconds: at most so many times a tenth's, and so many more; megabytes likewise
+GROWTH = {  # limits (factor, addend) relative to the small log, for seconds and for megabytes
     "prepare": ((15, 0), (6, 0)),
     "open": ((3, 0.2), (1, 5)),
     "first batch": ((10, 0.2), (1, 60)),
     "sample 1,000 steps": ((15, 0.2), (1, 30)),
     "load 100 batches": ((10, 0.5), (1, 60)),
 }
-"""Two or three times what it is. A copy of the log's events, 24 MB, and an index of as much are seen in
-megabytes, and what takes the square of the events in seconds."""
+"""Two or three times the actual growth. A copy of the log's events (24 MB) or an index of that size
+would exceed the megabytes, quadratic time the seconds."""
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The benchmarks for GPUs run to their end on whatever device there is, on small cases."""
+"""The benchmarks for GPUs run on any device, on small cases."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What benchmarks/peers writes for other libraries, read back and compared with what ours are given."""
+"""The files that benchmarks/peers writes for other libraries, read back and compared with our inputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ifa_torchrec.errors import ConfigError
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
-    """The toy, with an hour missing and candidates of `train` that were not shown."""
+    """The toy with a missing hour and unexposed candidates in `train`."""
     made = toy.make_toy()
     train = made.requests["train"]
     train.loc[0, "hour"] = np.nan

@@ -1,4 +1,4 @@
-"""How commands end: with a message where the user is at fault, with a traceback where the program is."""
+"""How commands end: with a message for the user's errors, with a traceback for the program's."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_what_the_user_did_ends_with_its_message(kind: type[UserError]) -> None:
     [ValueError, FileExistsError, FloatingPointError, MemoryError, OSError, RuntimeError, KeyError],
 )
 def test_all_else_is_raised_as_it_is(kind: type[Exception]) -> None:
-    """numpy's and torch's ValueErrors are the program's fault."""
+    """numpy's and torch's ValueErrors are the program's errors."""
     with pytest.raises(kind, match="of a library") as error, as_command():
         raise kind("of a library")
     assert type(error.value) is kind
@@ -54,7 +54,7 @@ def test_all_else_is_raised_as_it_is(kind: type[Exception]) -> None:
 
 @pytest.mark.parametrize("kind", [ConfigError, KeyError])
 def test_torchrun_is_told(kind: type[Exception], tmp_path: Path, monkeypatch) -> None:
-    """By the file from which it makes the job's summary."""
+    """Through the file from which torchrun makes the job's summary."""
     file = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
     with pytest.raises((SystemExit, KeyError)), as_command():
@@ -74,7 +74,7 @@ def test_help_is_no_failure(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_an_option_that_cannot_be(tmp_path: Path, monkeypatch, capsys) -> None:
-    """Whoever finds it: tyro makes the configuration."""
+    """Also if the configuration's class finds it, which tyro calls."""
     options = ["--data", str(tmp_path), "--out", str(tmp_path / "run"), "--optimizers.dense-lr", "-1"]
     monkeypatch.setattr(sys, "argv", ["ifa", "train", *options])
     with pytest.raises(SystemExit) as end:
@@ -124,7 +124,7 @@ main()
     ids=["a bug on one rank", "the user's fault on all"],
 )
 def test_under_torchrun(log, tmp_path: Path, of_all: bool, said: str) -> None:
-    """The summary at the end has the first failure."""
+    """The summary at the end shows the first failure."""
     (tmp_path / "fails.py").write_text(FAILS)
     data = tmp_path / "nowhere" if of_all else log.path
     options = [
@@ -166,7 +166,7 @@ def test_another_pipe_that_breaks_is_an_error() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_examples_of_a_help_have_a_line_each(command: str) -> None:
-    """The help joins lines of a paragraph that are not indented once their common indentation is cut."""
+    """The help joins the lines of a paragraph unless they are indented."""
     module = importlib.import_module(f"ifa_torchrec.commands.{command.replace('-', '_')}")
     lines = inspect.cleandoc(module.main.__doc__).splitlines()
     examples = [line for line in lines if line.lstrip().startswith(f"ifa {command}")]

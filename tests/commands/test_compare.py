@@ -14,7 +14,7 @@ from ifa_torchrec.training.validations import Validations
 
 
 def made(folder: Path, losses: list[float], valid: dict[int, float] | None = None) -> Path:
-    """A run of a training that wrote these, ten steps apart."""
+    """A training run with these losses, ten steps apart."""
     curves = Curves(folder / "tensorboard", 0)
     for number, loss in enumerate(losses, 1):
         curves.show({"train/loss": loss}, 10 * number)
@@ -50,13 +50,13 @@ def test_two_runs_of_one_name_are_told_apart(runs, tmp_path) -> None:
 
 
 def test_what_is_wrong_is_named(runs, tmp_path) -> None:
-    with pytest.raises(ConfigError, match="nothing holds no training"):
+    with pytest.raises(ConfigError, match="nothing is not a training run"):
         compare(CompareConfig((tmp_path / "nothing",)))
-    with pytest.raises(ConfigError, match=r"--metric ne: .* there are \['gauc'\]"):
+    with pytest.raises(ConfigError, match=r"--metric ne: .* the metrics are \['gauc'\]"):
         compare(CompareConfig(runs, metric="ne"))
     with pytest.raises(ConfigError, match=r"\.png, \.svg or \.pdf"):
         CompareConfig(runs, picture=tmp_path / "curves.jpg")
-    with pytest.raises(ConfigError, match="one run or more"):
+    with pytest.raises(ConfigError, match="one or more runs"):
         CompareConfig(())
     with pytest.raises(WriteError, match=r"curves\.png"):
         compare(CompareConfig(runs, picture=tmp_path / "no folder" / "curves.png"))

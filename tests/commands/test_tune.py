@@ -1,14 +1,17 @@
-"""The search: what is tried, that it goes on where it was stopped, and one real trial."""
+"""The search: its trials, continuing a stopped search, and one real trial."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import run_ranks
+from toy import Toy, make_toy
 
 from ifa_torchrec import IFAConfig
 from ifa_torchrec.commands import tune as tune_module
@@ -30,7 +33,7 @@ def config(log: EventLog, tmp_path: Path) -> TuneConfig:
 
 @pytest.fixture
 def tried(monkeypatch) -> list[TrainConfig]:
-    """Filled with the trials' options, in place of a training; more heads are better."""
+    """Filled with the trials' options instead of training; more heads are better."""
     trials: list[TrainConfig] = []
 
     def trains(config: TrainConfig) -> dict[str, float]:
@@ -65,14 +68,14 @@ def test_the_least_error_is_best(config: TuneConfig, tried: list[TrainConfig]) -
 
 
 def test_it_goes_on_where_it_was_stopped(config: TuneConfig, tried: list[TrainConfig]) -> None:
-    """The trial that was stopped comes again; those that are done do not."""
+    """The stopped trial is repeated; finished trials are not."""
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1))
     with pytest.raises(KeyboardInterrupt):
         tune(config)
     tune(config)
     assert len(tried) == 5
     assert tried[2] == dataclasses.replace(tried[1], out=tried[2].out)
-    assert tune(config)["metric"] == "gauc" and len(tried) == 5
+    assert tune(config)["metric"] == "gauc_exposed" and len(tried) == 5
 
 
 def test_a_search_that_goes_on_tries_what_is_new(config: TuneConfig, tried: list[TrainConfig]) -> None:
@@ -86,19 +89,23 @@ def test_a_calibration_is_best_near_one(config: TuneConfig, tried: list[TrainCon
     result = tune(dataclasses.replace(config, train=base))
     values = [c.ifa.num_heads - c.optimizers.dense_lr for c in tried]
     assert result["value"] == min(values, key=lambda value: abs(math.log(value)))
-    with pytest.raises(ConfigError, match=r"--train\.keep-best last: trials are judged by a metric"):
+    with pytest.raises(ConfigError, match=r"--train\.keep-best last: trials are compared by a metric"):
         TuneConfig(dataclasses.replace(config.train, keep_best="last"))
 
 
-@pytest.mark.parametrize("change", [{"keep_best": "ne"}, {"epochs": 2}, {"data": Path("other")}])
+@pytest.mark.parametrize(
+    "change", [{"keep_best": "ne"}, {"epochs": 2}, {"data": "copy"}, {"max_requests": 2}]
+)
 def test_a_search_of_other_options_is_not_taken_up(
-    config: TuneConfig, tried: list[TrainConfig], change: dict[str, Any]
+    config: TuneConfig, tried: list[TrainConfig], change: dict[str, Any], tmp_path: Path
 ) -> None:
     tune(config)
+    if "data" in change:
+        change = {"data": Path(shutil.copytree(config.train.data, tmp_path / change["data"]))}
     other = dataclasses.replace(config, train=dataclasses.replace(config.train, **change))
-    with pytest.raises(ConfigError, match=f"holds a search of another {next(iter(change))}"):
+    with pytest.raises(ConfigError, match=f"has a search with another {next(iter(change))}"):
         tune(other)
-    with pytest.raises(ConfigError, match="holds a search of another search"):
+    with pytest.raises(ConfigError, match="has a search with another search"):
         tune(dataclasses.replace(config, search=SEARCH[:2]))
 
 
@@ -121,11 +128,48 @@ def test_a_trial_that_diverges_is_none(config: TuneConfig, tried: list[TrainConf
 def test_values_that_do_not_go_together_are_no_trial(
     config: TuneConfig, tried: list[TrainConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A search would be at its end with them: they would come again at every start."""
+    """They count as trials; otherwise they would be tried again at every start."""
     tune(dataclasses.replace(config, trials=8, search=("ifa.num-heads=1,3", "dropout=0,0.1,0.2,0.3")))
     said = capsys.readouterr().err.splitlines()
     wrong = [line for line in said if "cannot be trained: IFAConfig: embedding_dim 8" in line]
     assert wrong and tried and len(wrong) + len(tried) == len(said) == 8
+
+
+def test_options_that_a_training_refuses_are_no_trial(config: TuneConfig, capsys) -> None:
+    """As the same trial would be refused at every start."""
+    search = ("candidate-set.attention=none,softmax", "loss.consistency=0.1,0.2")
+    with pytest.raises(DivergedError, match="no trial was completed"):
+        tune(dataclasses.replace(config, trials=1, search=("candidate-set.attention=none", search[1])))
+    out = config.train.out.with_name("second")
+    train = dataclasses.replace(config.train, out=out)
+    assert tune(TuneConfig(train, trials=4, search=search))["value"] > 0
+    assert "cannot be trained: " in capsys.readouterr().err
+
+
+def test_the_default_metric_is_that_of_a_training(
+    config: TuneConfig, tried: list[TrainConfig], tmp_path: Path
+) -> None:
+    """Over exposed candidates; of the first task, if there are several."""
+    toy = make_toy()
+    schema = dataclasses.replace(toy.schema, tasks={"label": "binary", "buy": "binary"})
+    for frame in toy.requests.values():
+        frame["buy"] = frame["label"]
+    log = Toy(toy.events, toy.items, toy.requests, schema).write(tmp_path / "tasks")
+    train = dataclasses.replace(config.train, data=log.path, out=tmp_path / "of tasks")
+    assert tune(dataclasses.replace(config, train=train))["metric"] == "label_gauc_exposed"
+    requests = {name: frame for name, frame in toy.requests.items() if name != "valid"}
+    log = Toy(toy.events, toy.items, requests, schema).write(tmp_path / "without valid")
+    with pytest.raises(ConfigError, match="nothing to search by"):
+        tune(dataclasses.replace(config, train=dataclasses.replace(train, data=log.path)))
+
+
+def search_on_a_rank(config: TuneConfig) -> None:
+    with pytest.raises(ConfigError, match="one rank: start it without torchrun"):
+        tune(config)
+
+
+def test_several_ranks_are_refused(config: TuneConfig) -> None:
+    run_ranks(search_on_a_rank, 2, config)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +181,7 @@ def test_values_that_do_not_go_together_are_no_trial(
         ("dropout=0.3..0.1", "LOW below HIGH"),
         ("dropout=a..b", "give NAME=LOW..HIGH"),
         ("dropout=0..inf", "give NAME=LOW..HIGH"),
-        ("epochs=0.4..5", "epochs=0.4..5: it is a whole number"),
+        ("epochs=0.4..5", "epochs=0.4..5: the option is an integer"),
     ],
 )
 def test_what_cannot_be_searched(text: str, message: str) -> None:

@@ -1,10 +1,10 @@
-"""``ifa train``, in which one rank kills itself, once.
+"""``ifa train``, in which one rank kills itself once.
 
     KILL="PLACE RANK STEP" python killed.py OPTIONS
 
-PLACE is where: ``training`` before that step, ``writing`` when its part of that step's checkpoint is
-written, ``renaming`` when all of the checkpoint is written and only its name is a draft's. Where
-torchrun has restarted the ranks, none is killed.
+PLACE is ``training``: before that step; ``writing``: when the rank has written its part of that step's
+checkpoint; or ``renaming``: when the whole checkpoint is written but not renamed yet. After a restart by
+torchrun, no rank is killed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ifa_torchrec.training import trainer as train
 
 
 def arm(place: str, rank: int, step: int) -> None:
-    """Lay the trap, if this is the rank."""
+    """Set the trap on the rank that is to be killed."""
     if int(os.environ["RANK"]) != rank or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return
 

@@ -1,6 +1,6 @@
-"""Checkpoints outlive killed processes, other numbers of ranks, other sharding plans and damage.
+"""Checkpoints survive killed processes, other numbers of ranks, other sharding plans and damage.
 
-Runs are of two ranks and twelve steps, six an epoch, that save every third.
+Runs have two ranks and twelve steps, six per epoch, and save every third step.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ RUNS = [
     ("adagrad", "table_wise"),
     ("adagrad", "column_wise"),
 ]
-"""Table optimiser and sharding type of the runs that others are loaded from."""
+"""Table optimiser and sharding type of the runs that are loaded."""
 MIDDLE, END = 3, 12
-"""Steps: the first checkpoint, in the midst of the first of two epochs, and the last."""
+"""Steps of the first checkpoint, in the middle of the first of two epochs, and of the last."""
 
 State = dict[str, np.ndarray]
 
@@ -98,7 +98,7 @@ def sharding_of(kind: str) -> ShardingConfig:
 
 
 def command_line_of(config: TrainConfig) -> list[str]:
-    """The options that ``config_of`` sets; the line that starts the run, and restarts it."""
+    """The options that ``config_of`` sets, as the command line that starts and restarts the run."""
     options = (
         f"--data {config.data} --out {config.out} --ifa.embedding-dim 8 --ifa.num-heads 2 "
         "--ifa.feature-map elu --ifa.readout linear --ifa.half-lives inf 30 "
@@ -120,19 +120,19 @@ def names_in(folder: Path) -> list[str]:
 
 @dataclass
 class Kept:
-    """What a rank saw of a training."""
+    """What a rank recorded of a training."""
 
     result: dict[str, float]
     states: dict[int, State]
-    """By step, what was saved: weights and states in full, from all ranks."""
+    """By step, the saved weights and states, gathered from all ranks."""
     generators: dict[int, np.ndarray]
-    """By step, the state of this rank's random number generator when it was saved."""
+    """By step, this rank's random number generator state at the save."""
     requests: list[list[int]]
-    """By step, what this rank trained on; the empty ones left out."""
+    """By step, the requests that this rank trained on, without empty ones."""
 
 
 def full_state(model: torch.nn.Module, optimizer: Any = None) -> State:
-    """Every weight, and every number of the optimisers' state, gathered from the ranks' shards."""
+    """All weights and optimiser states, gathered from the ranks' shards."""
     found: State = {}
 
     def walk(name: str, value: Any) -> None:
@@ -155,7 +155,7 @@ def full_state(model: torch.nn.Module, optimizer: Any = None) -> State:
     of_ranks: list[State] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(of_ranks, found)
     result: State = {}
-    for state in of_ranks:  # a state of a table that lies on other ranks is missing here
+    for state in of_ranks:  # states of tables on other ranks are missing here
         for name, value in state.items():
             result[name] = np.where(np.isnan(value), result.get(name, value), value)
     assert not [name for name, value in result.items() if np.isnan(value).any()]
@@ -163,7 +163,7 @@ def full_state(model: torch.nn.Module, optimizer: Any = None) -> State:
 
 
 def train_and_keep(config: TrainConfig, copy_to: Path | None = None) -> Kept:
-    """Train, and keep what happens; a copy of OUT as it is at step MIDDLE goes to ``copy_to``."""
+    """Train and record; OUT at step MIDDLE is copied to ``copy_to``."""
     kept = Kept({}, {}, {}, [])
     save, forward = CheckpointSaver.save, CandidateArch.forward
     seasons = EventLog(config.data).requests("train")["season"]
@@ -171,7 +171,7 @@ def train_and_keep(config: TrainConfig, copy_to: Path | None = None) -> Kept:
     assert len(number_of) == SPLITS["train"]
 
     def saves(self, model, optimizer, progress, *best):
-        torch.rand(1 + dist.get_rank())  # no rank's generator is where it started
+        torch.rand(1 + dist.get_rank())  # move each rank's generator from its start
         kept.generators[progress["step"]] = torch.get_rng_state().numpy()
         save(self, model, optimizer, progress, *best)
         self.wait()
@@ -195,7 +195,7 @@ def train_and_keep(config: TrainConfig, copy_to: Path | None = None) -> Kept:
 
 
 def train_all(configs: list[TrainConfig], copies: list[Path] | None = None) -> list[Kept]:
-    """``train_and_keep``, one run after the other."""
+    """Call ``train_and_keep`` for one run after the other."""
     return [
         train_and_keep(config, copy)
         for config, copy in zip(configs, copies or [None] * len(configs), strict=True)
@@ -204,7 +204,7 @@ def train_all(configs: list[TrainConfig], copies: list[Path] | None = None) -> l
 
 @dataclass
 class Loaded:
-    """A rank after a load."""
+    """A rank's state after a load."""
 
     progress: dict[str, Any]
     state: State
@@ -214,7 +214,7 @@ class Loaded:
 
 
 def load_all(configs: list[TrainConfig]) -> list[Loaded]:
-    """Each run's last checkpoint, loaded into a model that started from other weights."""
+    """Load each run's last checkpoint into a model that started from other weights."""
     device = init_process_group()
     result = []
     for config in configs:
@@ -234,14 +234,14 @@ def load_all(configs: list[TrainConfig]) -> list[Loaded]:
 
 @dataclass
 class Seen:
-    """What a rank saw of all that is done with the runs on its number of ranks."""
+    """What a rank recorded of all loads, resumed runs and runs on its number of ranks."""
 
     loaded: list[Loaded]
-    """LOADS'."""
+    """The results of LOADS."""
     resumed: list[Kept]
-    """RESUMES'."""
+    """The results of RESUMES."""
     scores: list[np.ndarray]
-    """RUNS'."""
+    """The results of RUNS."""
 
 
 def load_resume_score(loads: list[TrainConfig], resumes: list[TrainConfig], runs: list[Path]) -> Seen:
@@ -249,7 +249,7 @@ def load_resume_score(loads: list[TrainConfig], resumes: list[TrainConfig], runs
 
 
 def refusal(config: TrainConfig, wanted: dict[str, Any] | None) -> str:
-    """The error of a load that must fail; a warning of having passed a checkpoint over is another."""
+    """The error of a load that must fail; a warning that a checkpoint was skipped is also an error."""
     with warnings.catch_warnings(), pytest.raises(CheckpointError) as error:
         warnings.simplefilter("error", UserWarning)
         model = DLRM_IFATrain(build_model(EventLog(config.data).schema, config))
@@ -259,7 +259,7 @@ def refusal(config: TrainConfig, wanted: dict[str, Any] | None) -> str:
 
 
 def scores_of(runs: list[Path]) -> list[np.ndarray]:
-    """Of each run, the test split's candidates, in batches of at most three requests a rank."""
+    """Score each run's test candidates, in batches of at most three requests per rank."""
     result = []
     for run in map(load_run, runs):
         dataset = RankingDataset(run.log, "test")
@@ -268,7 +268,7 @@ def scores_of(runs: list[Path]) -> list[np.ndarray]:
 
 
 def command_line(arguments: list[str]) -> tuple[str, str]:
-    """What ``ifa train`` prints."""
+    """The output of ``ifa train``."""
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch.object(sys, "argv", ["ifa", "train", *arguments]),
@@ -280,7 +280,7 @@ def command_line(arguments: list[str]) -> tuple[str, str]:
 
 
 def on_rank(rank: int, environment: dict[str, str], trap: tuple, arguments: list[str]) -> None:
-    """A rank of ``killed.py``, without torchrun around it."""
+    """A rank of ``killed.py``, without torchrun."""
     os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
     torch.set_num_threads(1)
     killed.arm(*trap)
@@ -295,14 +295,14 @@ class Saved:
     """A run of two ranks."""
 
     stopped: TrainConfig
-    """Its OUT as it was at step MIDDLE, to be resumed."""
+    """A copy of its OUT at step MIDDLE, to be resumed."""
     whole: TrainConfig
     """Its OUT at the end."""
     kept: list[Kept]
-    """What its ranks saw."""
+    """What its ranks recorded."""
 
     def copy(self, to: Path, **changes) -> TrainConfig:
-        """``stopped``, to go on with."""
+        """The run ``stopped``, to be resumed."""
         shutil.copytree(self.stopped.out, to)
         return dataclasses.replace(self.stopped, out=to, resume=True, **changes)
 
@@ -320,7 +320,7 @@ def runs(log: EventLog, tmp_path_factory) -> dict[tuple[str, str], Saved]:
 
 
 def assert_same(actual: State, expected: State, relative: float = 0.0) -> None:
-    """Each is the same number by number, or to ``relative`` of its largest."""
+    """All values are equal, or within ``relative`` of the largest."""
     assert actual.keys() == expected.keys() and len(actual) > 80
     wrong = {}
     for name, value in expected.items():
@@ -332,7 +332,7 @@ def assert_same(actual: State, expected: State, relative: float = 0.0) -> None:
 
 
 def assert_same_end(out: Path, saved: Saved) -> None:
-    """OUT holds what the run that was never stopped came to; read by one rank."""
+    """OUT has the result of the uninterrupted run, when read by one rank."""
     [loaded] = load_all([dataclasses.replace(saved.whole, out=out)])
     assert loaded.progress["step"] == END and not loaded.warned
     assert_same(loaded.state, saved.kept[0].states[END])
@@ -366,8 +366,8 @@ LOADS = {
         ("adagrad", "column_wise", "table_wise"),
     ],
 }
-"""By number of ranks: table optimiser, sharding type that was saved, and that is loaded; "" is the
-planner's choice."""
+"""By number of ranks: table optimiser, sharding type when saved, and sharding type when loaded; "" is
+the planner's choice."""
 
 
 RESUMES = {
@@ -387,7 +387,7 @@ RESUMES = {
         ("adagrad", "column_wise", "", 2),
     ],
 }
-"""The same, for runs that go on, and their max_requests."""
+"""The same for resumed runs, and their max_requests."""
 
 
 def cases(of_world: dict[int, list], only=lambda case: True) -> pytest.MarkDecorator:
@@ -408,7 +408,7 @@ def cases(of_world: dict[int, list], only=lambda case: True) -> pytest.MarkDecor
 class TestOtherRanksAndPlans:
     @pytest.fixture(scope="class")
     def on_ranks(self, runs, tmp_path_factory):
-        """On ``world`` ranks, what each has seen."""
+        """What each of ``world`` ranks recorded."""
 
         @functools.cache
         def of(world: int) -> list[Seen]:
@@ -430,7 +430,7 @@ class TestOtherRanksAndPlans:
 
     @cases(LOADS)
     def test_all_that_was_saved_is_loaded(self, runs, on_ranks, world: int, number: int) -> None:
-        """Number by number: weights, tables' states, dense states."""
+        """Weights, tables' states and dense states are equal."""
         optimizer, saved, _ = LOADS[world][number]
         wanted = runs[optimizer, saved].kept[0].states[MIDDLE]
         assert len(on_ranks(world)) == world
@@ -442,19 +442,19 @@ class TestOtherRanksAndPlans:
             assert_same(loaded.state, wanted)
 
     def test_what_is_compared_moves_in_training(self, runs) -> None:
-        """Else to load nothing would pass."""
+        """Otherwise loading nothing would pass."""
         for saved in runs.values():
             states = saved.kept[0].states
             arrays = [n for n, value in states[END].items() if value.ndim and "_extra_state" not in n]
             for kind in ("weight", "bias", "exp_avg", "exp_avg_sq", "item_table.momentum1"):
                 assert [name for name in arrays if name.endswith(kind)], kind
             still = [n for n in arrays if np.array_equal(states[MIDDLE][n], states[END][n])]
-            # what stands for missing numbers, of which this log has none
+            # the weight for missing numbers, which this log does not have
             assert [n for n in still if ".missing" not in n] == []
 
     @cases(LOADS)
     def test_generators_are_each_ranks_own(self, runs, on_ranks, world: int, number: int) -> None:
-        """A rank that was not there when it was saved keeps what it has."""
+        """A rank that did not exist at the save keeps its generator."""
         optimizer, saved, _ = LOADS[world][number]
         kept = runs[optimizer, saved].kept
         assert not np.array_equal(kept[0].generators[MIDDLE], kept[1].generators[MIDDLE])
@@ -470,7 +470,7 @@ class TestOtherRanksAndPlans:
     def test_the_same_ranks_and_plan_train_on_as_if_never_stopped(
         self, runs, on_ranks, world: int, number: int
     ) -> None:
-        """To the last bit: losses, weights and states of each checkpoint, validation."""
+        """Bit for bit: losses, weights and states of each checkpoint, validation."""
         optimizer, saved, *_ = RESUMES[world][number]
         for seen, whole in zip(on_ranks(world), runs[optimizer, saved].kept, strict=True):
             resumed = seen.resumed[number]
@@ -485,7 +485,7 @@ class TestOtherRanksAndPlans:
     def test_other_ranks_and_plans_train_on_the_same_to_rounding(
         self, runs, on_ranks, world: int, number: int
     ) -> None:
-        """Where the ranks together take the same requests a step, they train the same: the loss
+        """If the ranks together take the same requests per step, they train the same: the loss
         and its gradients do not depend on how many share them."""
         optimizer, saved, *_ = RESUMES[world][number]
         whole = runs[optimizer, saved].kept
@@ -519,7 +519,7 @@ class TestOtherRanksAndPlans:
 
 
 def steps_of(ranks: list[Kept]) -> list[list[int]]:
-    """For each step the requests that all ranks took together."""
+    """For each step, the requests of all ranks together."""
     return [sorted(chain(*step)) for step in zip(*(kept.requests for kept in ranks), strict=True)]
 
 
@@ -540,12 +540,12 @@ class TestWhatIsWritten:
 
 @pytest.mark.slow
 class TestKilled:
-    """By SIGKILL, in a run that was started with --resume and is restarted by the same line."""
+    """By SIGKILL, in a run started with --resume and restarted by the same command."""
 
     RUN = ("rowwise_adagrad", "row_wise")
 
     def test_the_other_rank_ends_and_the_run_goes_on(self, runs, tmp_path: Path) -> None:
-        """However often it is killed. By itself: no launcher ends the other rank here."""
+        """However often it is killed. No launcher ends the other rank here."""
         config = dataclasses.replace(runs[self.RUN].whole, out=tmp_path / "run")
         folder = config.out / "checkpoints"
         for (place, rank, step), left in [
@@ -559,13 +559,13 @@ class TestKilled:
             if place == "renaming":
                 assert "progress.json" in names_in(folder / left[0])
         [(printed, said), _] = run_ranks(command_line, 2, command_line_of(config))
-        assert "going on from step 6" in said
+        assert "resuming from step 6" in said
         assert valid_of(json.loads(printed)) == valid_of(runs[self.RUN].kept[0].result)
         assert_same_end(config.out, runs[self.RUN])
 
     @pytest.mark.slow
     def test_under_torchrun(self, runs, tmp_path: Path) -> None:
-        """Without restarts the job ends, soon; with restarts the same line does all by itself."""
+        """Without restarts the job ends soon; with restarts the same command finishes by itself."""
         config = dataclasses.replace(runs[self.RUN].whole, out=tmp_path / "run")
         folder = config.out / "checkpoints"
         died = torchrun(killed.__file__, "train", *command_line_of(config), KILL="training 1 8")
@@ -573,24 +573,24 @@ class TestKilled:
         assert died.returncode == 1 and "SIGKILL" in died.stderr
         assert "no checkpoint here; starting" in died.stderr
         last = folder / "step-000000006" / "progress.json"
-        # one that waited for the rank that is gone would take minutes
+        # waiting for the dead rank would take minutes
         assert ended - last.stat().st_mtime < 120
 
         line = ["--max-restarts", "1", killed.__file__, "train", *command_line_of(config)]
         done = torchrun(*line, KILL="writing 1 9")
         assert done.returncode == 0, done.stderr[-4000:]
-        assert done.stderr.count("going on from step 6") == 2
+        assert done.stderr.count("resuming from step 6") == 2
         result = json.loads(done.stdout)
         assert valid_of(result) == valid_of(runs[self.RUN].kept[0].result)
         assert_same_end(config.out, runs[self.RUN])
-        # one process finds the numbers that two have found
+        # one process measures the same as two
         metrics = evaluate(EvaluateConfig(config.out, split="valid"))
         for name in ("gauc", "auc", "ndcg@10", "ne", "calibration"):
             assert metrics[name] == pytest.approx(result[f"valid_{name}"], abs=1e-4)
 
 
 def run_killed(trap: tuple[str, int, int], arguments: list[str], timeout: float = 60) -> list[int]:
-    """The exit codes of two ranks of which one is killed; the other must end by itself."""
+    """The exit codes of two ranks, one of which is killed; the other must end by itself."""
     environment = rendezvous(2)
     context = get_context("forkserver")
     with mock.patch.dict(os.environ, SMALL):
@@ -611,7 +611,7 @@ def run_killed(trap: tuple[str, int, int], arguments: list[str], timeout: float 
 
 
 def flip(file: Path) -> None:
-    """One bit, in the middle."""
+    """Flip one bit in the middle."""
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -630,7 +630,7 @@ def no_object(file: Path) -> None:
 
 
 def other_digit(file: Path) -> None:
-    """What a flipped bit makes of the position."""
+    """A position changed by a flipped bit."""
     text = file.read_text()
     assert text.count('"step": 12') == 1
     file.write_text(text.replace('"step": 12', '"step": 13'))
@@ -656,7 +656,7 @@ def damaged_id(value: Any) -> str:
 class TestDamage:
     @pytest.fixture
     def run(self, runs, tmp_path: Path) -> Saved:
-        """A copy of a run that has checkpoints at 9 and 12."""
+        """A copy of a run with checkpoints at steps 9 and 12."""
         saved = runs["rowwise_adagrad", "row_wise"]
         out = shutil.copytree(saved.whole.out, tmp_path / "run")
         return dataclasses.replace(saved, whole=dataclasses.replace(saved.whole, out=out))
@@ -688,11 +688,11 @@ class TestDamage:
         assert np.array_equal(loaded.generator, run.kept[0].generators[9])
 
     def test_training_sets_it_aside(self, run: Saved) -> None:
-        """Else it would be the latest again once training has passed it."""
+        """Otherwise training would write steps below the damaged one."""
         folder = run.whole.out / "checkpoints"
         flip(folder / "step-000000012" / "__0_0.distcp")
         with pytest.warns(UserWarning, match="step-000000012 is damaged"):
-            load_run(run.whole.out)  # to score: changes nothing
+            load_run(run.whole.out)  # loading for scoring changes nothing
         assert names_in(folder) == ["step-000000009", "step-000000012"]
         (folder / "damaged-step-000000012").mkdir()
         (folder / "damaged-step-000000012" / "of before").touch()
@@ -716,11 +716,46 @@ class TestDamage:
         truncate(folder / "step-000000009" / "progress.json")
         with pytest.raises(CheckpointError) as error:
             load_all([run.whole])
-        for word in (str(folder / "step-000000009"), "none before it", "another folder"):
+        for word in (str(folder / "step-000000009"), "no earlier checkpoint", "another folder"):
             assert word in str(error.value)
 
+    @pytest.mark.parametrize("how", [how for file, how in DAMAGE if file == "progress.json"])
+    def test_the_latest_progress_is_that_of_the_checkpoint_before(self, run: Saved, how) -> None:
+        init_process_group()
+        folder = run.whole.out / "checkpoints"
+        assert checkpoint.latest_progress(folder)["step"] == 12
+        how(folder / "step-000000012" / "progress.json")
+        assert checkpoint.latest_progress(folder)["step"] == 9
+
+        (folder / "step-000000009" / "progress.json").write_text("[]")
+        assert checkpoint.latest_progress(folder) is None
+
+    def test_a_checkpoint_that_is_deleted_while_it_is_read(self, run: Saved, monkeypatch) -> None:
+        """As by a training that continues, which keeps only its latest checkpoints."""
+        folder = run.whole.out / "checkpoints"
+        progress = checkpoint.latest_progress(folder)
+        check = checkpoint._check  # pyright: ignore[reportPrivateUsage]
+
+        def deletes(path: Path) -> dict[str, Any]:
+            progress = check(path)
+            shutil.rmtree(path)
+            return progress
+
+        monkeypatch.setattr(checkpoint, "_check", deletes)
+        with pytest.raises(CheckpointError, match=r"step-000000012 was deleted by a training while"):
+            load_all([run.whole])
+        with pytest.raises(CheckpointError, match=r"step-000000012 was deleted by a training while"):
+            checkpoint.version(folder, progress)
+
+    def test_the_whole_of_the_latest_is_looked_at_where_asked(self, run: Saved) -> None:
+        init_process_group()
+        folder = run.whole.out / "checkpoints"
+        truncate(next((folder / "step-000000012").glob("*.distcp")))
+        steps = [checkpoint.latest_progress(folder, whole)["step"] for whole in (False, True)]
+        assert steps == [12, 9]
+
     def test_no_checkpoint_is_whole_on_the_command_line(self, run: Saved) -> None:
-        """Python ends a process of which a SystemExit holds a text with that text and code 1."""
+        """Python ends a process by printing the SystemExit's text, with exit code 1."""
         for step in checkpoint.checkpoints(run.whole.out / "checkpoints"):
             flip(step / "__1_0.distcp")
         ends = run_ranks(command_line, 2, command_line_of(run.whole), check=False)
@@ -743,11 +778,11 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> dict[str, An
 
 
 class TestAnotherConfiguration:
-    """Is no damage: it is refused by name, even where the checkpoint before would fit."""
+    """Not damage: it is refused with its name, even if the previous checkpoint would fit."""
 
     @pytest.fixture
     def run(self, runs, tmp_path: Path) -> tuple[TrainConfig, dict[str, Any]]:
-        """A copy of a run whose checkpoint 9 is of seed 7, and what would fit that one."""
+        """A copy of a run whose checkpoint 9 has seed 7, and the configuration that fits it."""
         config = runs["rowwise_adagrad", "row_wise"].whole
         out = shutil.copytree(config.out, tmp_path / "run")
         progress = rewrite(
@@ -759,28 +794,28 @@ class TestAnotherConfiguration:
     def test_on_all_ranks(self, run) -> None:
         config, wanted = run
         for error in [refusal(config, wanted), *run_ranks(refusal, 2, config, wanted)]:
-            assert "step-000000012 is of another configuration: seed was 0, is 7;" in error
+            assert "step-000000012 has another configuration: seed was 0, is 7;" in error
 
     def test_what_differs_is_named_to_its_depth(self, run) -> None:
         config, wanted = run
         wanted = {**wanted, "seed": 0, "ifa": {**wanted["ifa"], "num_heads": 4}, "more": 1}
-        del wanted["warmup_steps"]  # whoever does not care is not asked
+        del wanted["warmup_steps"]  # options that the caller does not give are not compared
         error = refusal(config, wanted)
         assert "configuration: ifa.num_heads was 2, is 4; more was None, is 1; use" in error
         assert "use the same options, or another folder" in error
 
     @pytest.mark.parametrize("written", [None, FORMAT - 1, FORMAT + 1])
     def test_another_format(self, run, written: int | None) -> None:
-        """Of a version before there were numbers, of another model, or of one to come."""
+        """From before formats had numbers, from an older version, or from a newer one."""
         config, wanted = run
         last = config.out / "checkpoints" / "step-000000012"
         rewrite(last, lambda progress: progress.update(format=written))
         for error in [refusal(config, wanted), *run_ranks(refusal, 2, config, wanted)]:
-            assert f"{last} is of format {written}, this version of ifa_torchrec reads {FORMAT}" in error
-            assert "use the version that wrote it, or train anew in another folder" in error
+            assert f"{last} has format {written}, this version of ifa_torchrec reads {FORMAT}" in error
+            assert "use the version that wrote it, or train again in another folder" in error
 
     def test_a_model_of_another_shape(self, run, tmp_path: Path) -> None:
-        """Without a configuration to compare, it is told from what is there."""
+        """Without a configuration to compare, the weights' shapes show it."""
         config, _ = run
         config = dataclasses.replace(config, ifa=dataclasses.replace(config.ifa, embedding_dim=16))
         with pytest.raises(CheckpointError, match="of another model"):

@@ -1,5 +1,5 @@
-"""What is wrong with a checkpoint that is not damaged: it cannot be read or written now, is of another
-model, or holds code. One process; a run of six steps that has checkpoints at 4 and 6."""
+"""Errors of checkpoints other than damage: it cannot be read or written now, is of another
+model, or contains code. One process; a run of six steps with checkpoints at 4 and 6."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.commands.explain import ExplainConfig, explain
 from ifa_torchrec.commands.export import ExportConfig, export
 from ifa_torchrec.data import EventLog
-from ifa_torchrec.distributed import CheckpointError, OptimizerConfig, checkpoint
+from ifa_torchrec.distributed import CheckpointError, OptimizerConfig, checkpoint, checkpoint_files
 from ifa_torchrec.distributed.checkpoint import checkpoints
 from ifa_torchrec.errors import WriteError
 from ifa_torchrec.training.options import TrainConfig
@@ -57,7 +57,7 @@ def whole(log: EventLog, tmp_path_factory) -> TrainConfig:
 
 @pytest.fixture
 def run(whole: TrainConfig, tmp_path: Path) -> TrainConfig:
-    """A copy, to go on with."""
+    """A copy of the run, to be resumed."""
     return dataclasses.replace(whole, out=shutil.copytree(whole.out, tmp_path / "run"), resume=True)
 
 
@@ -74,22 +74,22 @@ def last_of(run: TrainConfig) -> Path:
 
 
 def rewrite_sums(path: Path) -> None:
-    """As whoever changes a checkpoint's files can."""
+    """As anybody can who changes a checkpoint's files."""
     names = [name for name in names_in(path) if name != "checksums.json"]
-    sums = {name: checkpoint._checksum(path / name) for name in names}
+    sums = {name: checkpoint_files.checksum_of(path / name) for name in names}
     (path / "checksums.json").write_text(json.dumps(sums))
 
 
 @contextmanager
 def no_warning() -> Iterator[None]:
-    """Of a checkpoint that is passed over."""
+    """No checkpoint is skipped."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         yield
 
 
 class TestCannotBeRead:
-    """Is no damage: the checkpoint is not set aside, and none before it is taken."""
+    """Not damage: the checkpoint is not renamed, and no earlier one is loaded."""
 
     @pytest.mark.parametrize(
         "error",
@@ -105,7 +105,7 @@ class TestCannotBeRead:
     @pytest.mark.parametrize("number", [errno.ESTALE, errno.ETIMEDOUT, errno.EIO, errno.EACCES])
     def test_by_the_file_system(self, run: TrainConfig, number: int) -> None:
         error = OSError(number, os.strerror(number), "somewhere")
-        with mock.patch.object(checkpoint, "_checksum", side_effect=error), no_warning():
+        with mock.patch.object(checkpoint_files, "checksum_of", side_effect=error), no_warning():
             for call in (lambda: train(run), lambda: load_run(run.out)):
                 with pytest.raises(CheckpointError, match="step-000000006 cannot be read now") as told:
                     call()
@@ -113,16 +113,16 @@ class TestCannotBeRead:
         assert_untouched(run)
 
     def test_by_one_rank_of_two(self, run: TrainConfig) -> None:
-        """All ranks raise it."""
+        """All ranks raise the error."""
         assert run_ranks(out_of_memory_on_rank_1, 2, run) == ["MemoryError"] * 2
         assert_untouched(run)
 
 
 def out_of_memory_on_rank_1(run: TrainConfig) -> str:
     error = MemoryError("no more") if os.environ["RANK"] == "1" else None
-    read = checkpoint._checksum
+    read = checkpoint_files.checksum_of
     with (
-        mock.patch.object(checkpoint, "_checksum", side_effect=error or read),
+        mock.patch.object(checkpoint_files, "checksum_of", side_effect=error or read),
         no_warning(),
         pytest.raises(MemoryError) as raised,
     ):
@@ -134,13 +134,16 @@ class TestAnotherModel:
     @pytest.mark.parametrize(
         ("change", "named"),
         [
-            ({"over_arch_layer_sizes": (8,)}, r"over_arch\S+ is \[16, \d+\], the model's \[8, \d+\]"),
+            (
+                {"over_arch_layer_sizes": (8,)},
+                r"over_arch\S+ has shape \[16, \d+\], the model's \[8, \d+\]",
+            ),
             ({"over_arch_layer_sizes": (16, 8)}, r"over_arch\S+ is not in it"),
         ],
         ids=["sizes", "a layer more"],
     )
     def test_what_differs_is_named(self, run: TrainConfig, change: dict[str, Any], named: str) -> None:
-        """Where config.json and the checkpoint say the same, and the weights are others."""
+        """config.json and the checkpoint agree, but the weights differ."""
         config = dataclasses.replace(run, **change)
         with no_warning(), pytest.raises(CheckpointError, match=named) as error:
             load_with(config)
@@ -148,7 +151,7 @@ class TestAnotherModel:
         assert_untouched(run)
 
     def test_weights_that_the_model_has_not(self, run: TrainConfig) -> None:
-        """DCP would leave them out in silence."""
+        """DCP would silently leave them out."""
         metadata: Metadata = pickle.loads((last_of(run) / ".metadata").read_bytes())
         weights = metadata.state_dict_metadata
         weights["model.model.more"] = next(iter(weights.values()))
@@ -158,7 +161,7 @@ class TestAnotherModel:
             load_run(run.out)
 
     def test_options_of_another_training(self, run: TrainConfig) -> None:
-        """One that was begun in the same folder before there was a checkpoint; of the same shapes."""
+        """A training begun in the same folder, before there was a checkpoint, with the same shapes."""
         file = run.out / "config.json"
         options = json.loads(file.read_text())
         options["ifa"]["mass_scale"], options["seed"] = 2.0, 5
@@ -168,7 +171,7 @@ class TestAnotherModel:
         assert "ifa.mass_scale was 1.0, is 2.0; seed was 0, is 5" in str(error.value)
 
     def test_a_copy_is_no_checkpoint(self, run: TrainConfig) -> None:
-        """It would be the latest for ever, or be deleted as the oldest."""
+        """It would always be the latest, or be deleted as the oldest."""
         folder = run.out / "checkpoints"
         for name in ("step-best", "step-6", "step-000000006-old"):
             shutil.copytree(last_of(run), folder / name)
@@ -186,7 +189,7 @@ class TestAnotherModel:
 
 
 def load_with(config: TrainConfig) -> None:
-    """A run's checkpoint, into the model of these options."""
+    """Load a run's checkpoint into the model of these options."""
     from ifa_torchrec.distributed import init_process_group, shard
     from ifa_torchrec.models import DLRM_IFATrain
     from ifa_torchrec.training.build import build_model
@@ -198,7 +201,7 @@ def load_with(config: TrainConfig) -> None:
 
 class TestCannotBeWritten:
     def test_a_full_disk(self, whole: TrainConfig, tmp_path: Path) -> None:
-        """At the second of two checkpoints; the first stays, and training goes on from it."""
+        """At the second of two checkpoints; the first stays, and training resumes from it."""
         config = dataclasses.replace(whole, out=tmp_path / "run")
         folder, write = config.out / "checkpoints", FileSystemWriter.write_data
 
@@ -219,13 +222,13 @@ class TestCannotBeWritten:
             pytest.raises(WriteError, match=r"\.step-000000006 cannot be written: .*"),
         ):
             train(config)
-        assert names_in(folder) == ["step-000000004"]  # and no draft, of which the disk is full
+        assert names_in(folder) == ["step-000000004"]  # and no draft that fills the disk
         assert train(dataclasses.replace(config, resume=True))["steps"] == 6
         assert names_in(folder) == ["step-000000004", "step-000000006"]
 
     @pytest.mark.parametrize("part", ["", "checkpoints", "tensorboard", ".config.json", ".lock"])
     def test_a_place_that_is_taken(self, whole: TrainConfig, tmp_path: Path, part: str) -> None:
-        """By a file where a folder is wanted, or the reverse: fails for root as well."""
+        """A file in place of a folder, or the reverse: fails even for root."""
         config = dataclasses.replace(whole, out=tmp_path / "run")
         if part.startswith("."):
             (config.out / part).mkdir(parents=True)
@@ -273,7 +276,7 @@ class TestLock:
 
     def test_a_file_system_without_locks(self, tmp_path: Path) -> None:
         no_locks = mock.patch("fcntl.flock", side_effect=OSError(errno.ENOLCK, "No locks available"))
-        with no_locks, pytest.warns(UserWarning, match="no second training here"):
+        with no_locks, pytest.warns(UserWarning, match="do not start a second training here"):
             assert lock(tmp_path) == "locked"
 
 
@@ -286,7 +289,7 @@ def lock(folder: Path) -> str:
 
 
 class Code:
-    """Pickled, a call that leaves a trace."""
+    """Unpickling it calls a function that leaves a trace."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -300,14 +303,14 @@ def code_in_metadata(path: Path, code: Code) -> None:
 
 
 def code_beside_metadata(path: Path, code: Code) -> None:
-    """As an attribute of what is otherwise whole."""
+    """As an attribute of otherwise intact metadata."""
     metadata = pickle.loads((path / ".metadata").read_bytes())
     metadata.planner_data = code
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def code_in_an_entry(path: Path, code: Code) -> None:
-    """As something other than a tensor, which DCP loads by pickle."""
+    """As a non-tensor entry, which DCP loads by pickle."""
     metadata: Metadata = pickle.loads((path / ".metadata").read_bytes())
     name = next(name for name in metadata.state_dict_metadata if name.startswith("model."))
     metadata.state_dict_metadata[name] = BytesStorageMetadata()

@@ -1,4 +1,4 @@
-"""float16 between ranks and in tables: it trains to about the same, and is loaded by other ranks."""
+"""float16 between ranks and in tables: trains to about the same, and loads on other numbers of ranks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CASES = [
     *(("table_wise", "fp32"), ("table_wise", "exchange"), ("table_wise", "tables")),
     *(("row_wise", "fp32"), ("row_wise", "both")),
 ]
-"""The kind of sharding, and what has half the bytes."""
+"""The sharding type, and what is in float16."""
 
 
 def config_with(log: Path, folder: Path, kind: str, half: str) -> TrainConfig:
@@ -46,7 +46,7 @@ def config_with(log: Path, folder: Path, kind: str, half: str) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def runs(log: EventLog, tmp_path_factory) -> dict[tuple[str, str], tuple[TrainConfig, Kept]]:
-    """By case, what rank 0 of two kept of a training, whose states are of all ranks."""
+    """By case, what rank 0 of two recorded of a training, with the states of all ranks."""
     folder = tmp_path_factory.mktemp("half")
     configs = [config_with(log.path, folder, *case) for case in CASES]
     kept, _ = run_ranks(train_all, 2, configs)
@@ -100,7 +100,7 @@ def test_it_goes_on_on_another_number_of_ranks(runs):
 
 
 def rows_after_a_small_gradient(exchange: str) -> float:
-    """How far the first number of a row goes whose gradient is 1e-8."""
+    """The change of a row's first number for a gradient of 1e-8."""
     torch.manual_seed(0)
     config = EmbeddingConfig(name="item", embedding_dim=4, num_embeddings=8, feature_names=["item"])
     tables = torch.nn.ModuleDict({"seq": EmbeddingCollection([config], torch.device("meta"))})
@@ -113,13 +113,13 @@ def rows_after_a_small_gradient(exchange: str) -> float:
 
 
 def test_small_gradients_arrive():
-    """Of float16, 1e-8 alone is none."""
+    """In float16, 1e-8 underflows to 0."""
     for moved in run_ranks(rows_after_a_small_gradient, 2, "fp16"):
         assert moved > 0.01
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ShardingError, match=r'exchange "bf16" is for GPUs: .*use "fp16"'):
+    with pytest.raises(ShardingError, match=r'exchange "bf16" needs GPUs: .*use "fp16"'):
         shard(
             torch.nn.Linear(1, 1),
             torch.device("cpu"),
@@ -127,7 +127,7 @@ def test_what_cannot_be_is_refused():
             ShardingConfig(exchange="bf16"),
         )
     assert len(sharders("bf16", "cuda")) == 3
-    with pytest.raises(ConfigError, match="exchange 'int8' is none of"):
+    with pytest.raises(ConfigError, match=r"exchange must be one of .*, got 'int8'"):
         ShardingConfig(exchange="int8")
     with pytest.raises(ConfigError, match="--table-dtype must be fp32 or fp16, got 'bf16'"):
         TrainConfig(Path("log"), Path("run"), table_dtype="bf16")

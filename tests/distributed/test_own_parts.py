@@ -1,4 +1,4 @@
-"""Ranks that open parts of their own of a log train and measure all of it, each request once."""
+"""Ranks that open only their own parts of a log train on and measure each request once."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def copies(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The log of each of two ranks, without the other's parts."""
+    """The log of each of two ranks, without the other rank's parts."""
     folder = tmp_path_factory.mktemp("copies")
     for rank in (0, 1):
         path = folder / str(rank) / "log"
@@ -60,7 +60,7 @@ def config_of(data: Path, out: Path, **changes) -> TrainConfig:
 
 
 class Watched:
-    """A sampler, and the lists that it gave, by the requests' numbers in the whole split."""
+    """Records a sampler's lists, by the requests' numbers in the whole split."""
 
     def __init__(self, dataset: RankingDataset, sampler: EventBudgetSampler, seen: list[Lists]) -> None:
         self.sampler, self.lists = sampler, Lists()
@@ -76,7 +76,7 @@ class Watched:
 
 
 def train_here(data: list[Path], out: Path, changes: dict) -> tuple[list[Lists], dict]:
-    """The lists of each pass, and the result, of a training by the rank's own copy."""
+    """The lists of each epoch and the result of a training on the rank's own copy."""
     init_process_group()
     seen: list[Lists] = []
 
@@ -116,7 +116,7 @@ def test_the_validation_is_that_of_the_whole_log(ranks: list, out: Path, whole: 
     (_, one), (_, two) = ranks
     measured = [{k: v for k, v in result.items() if k.startswith("valid_")} for result in (one, two)]
     assert measured[0] == measured[1]
-    # the run's checkpoint that counts, by one process that opens all
+    # the run's best checkpoint, measured by one process that opens all parts
     again = evaluate(EvaluateConfig(out, split="valid", data=whole))
     for name in ("gauc", "ne", "calibration", "ndcg@10"):
         assert measured[0][f"valid_{name}"] == pytest.approx(again[name], rel=1e-5)
@@ -142,7 +142,7 @@ def test_what_is_evaluated_is_the_whole_log(
 
 
 def numbers(metrics: dict, prefix: str = "") -> dict:
-    """What is measured by one name each, the time apart."""
+    """The metrics in one dict, without the time."""
     found = {}
     for name, value in metrics.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""TrainPipelineSparseDist pipelines both collections, on a CPU too, and changes no result."""
+"""TrainPipelineSparseDist pipelines both collections, also on a CPU, without changing results."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ STEPS = 6
 
 @torch.fx.wrap
 def folded(features: KeyedJaggedTensor, rows: int) -> KeyedJaggedTensor:
-    """Ids beyond the table's rows, if there are any, come in again from below."""
+    """Ids beyond the table's rows wrap around."""
     return KeyedJaggedTensor(features.keys(), features.values() % rows, lengths=features.lengths())
 
 
 class Folding(DLRM_IFA):
-    """Changes its ids before it looks them up, so that the lookup cannot run ahead."""
+    """Changes its ids before the lookup, so that the lookup cannot be pipelined."""
 
     def look_up(self, batch: RankingBatch) -> Lookups:
         context = self.sparse_arch(batch.context_features)
@@ -90,7 +90,7 @@ def pipeline_losses(pipeline: TrainPipelineSparseDist, batches: Iterator[Ranking
 
 @contextmanager
 def pipeline_log() -> Iterator[list[logging.LogRecord]]:
-    """What the pipelines' loggers say meanwhile."""
+    """Record the messages of the pipelines' loggers."""
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = records.append
@@ -124,13 +124,13 @@ def modules(model: nn.Module) -> list[str]:
 
 
 def in_both_ways(path: Path, interaction: str) -> dict:
-    """Losses of the plain loop and of the pipeline, and what the latter says of itself."""
+    """Losses of the plain loop and of the pipeline, and the pipeline's log."""
     log = EventLog(path)
     return both_ways(log, lambda: sharded(log, interaction))
 
 
 def both_ways(log: EventLog, made: Callable[[], tuple[nn.Module, Any]]) -> dict:
-    """Losses of the plain loop and of the pipeline, of models and optimizers made alike."""
+    """Losses of the plain loop and of the pipeline, with equal models and optimisers."""
     plain = plain_losses(*made(), batches_of(log))
     model, optimizer = made()
     pipeline = TrainPipelineSparseDist(model, optimizer, init_process_group())
@@ -201,7 +201,7 @@ def of_all_fields(path: Path) -> dict:
 
 
 def test_three_collections_are_pipelined_on_two_ranks(tmp_path):
-    """That of the lists of items too, whose rows are as many as the items of a rank's batch."""
+    """Also the collection of item lists, which has one row per item in a rank's batch."""
     log = make_rich().write(tmp_path / "log")
     for found in run_ranks(of_all_fields, 2, log.path):
         assert found["complaints"] == []
@@ -211,7 +211,7 @@ def test_three_collections_are_pipelined_on_two_ranks(tmp_path):
 
 
 def test_ids_changed_before_the_lookup_would_be_noticed(log):
-    """The tests above would fail for a model that cannot be pipelined, though it trains as well."""
+    """The tests above fail for a model that trains but cannot be pipelined."""
     init_process_group()
     plain = plain_losses(*sharded(log, "ifa"), batches_of(log))
     model, optimizer = sharded(log, "ifa", kind=Folding)
@@ -262,7 +262,7 @@ def test_detached_the_model_scores_as_a_fresh_one_with_its_weights(interaction, 
 
 
 def test_an_epoch_after_a_detachment_is_pipelined_again(log):
-    """As ``train`` goes on after it has measured the model between two epochs."""
+    """As in ``train`` after a validation between two epochs."""
     device = init_process_group()
     model, optimizer = sharded(log, "ifa")
     plain = [plain_losses(model, optimizer, batches_of(log)) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""A plan's picture has the weights that the plan gives to each rank."""
+"""A plan's picture shows the weights that the plan puts on each rank."""
 
 from __future__ import annotations
 

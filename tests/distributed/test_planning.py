@@ -1,4 +1,4 @@
-"""Plans: what is refused, on one rank or on all; what is reserved; a cluster that is not there."""
+"""Plans: refused options, on one rank or all; reserved memory; a hypothetical cluster."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def model_of(
         Path("data"),
         Path("out"),
         interaction=interaction,
-        # the reserve is for GPUs too, which run this backend; native holds less
+        # the reserve is also for GPUs, which run this backend; native needs less
         ifa=IFAConfig(dim, num_heads=2, identity_features=identity, backend="torch"),
     )
     return DLRM_IFATrain(build_model(schema, config))
@@ -129,7 +129,7 @@ def test_columns_are_not_split_under_an_optimizer_of_one_state_a_row_on_gpus(kin
 
 @pytest.mark.parametrize("kind", ["table_row_wise", "table_column_wise", "grid_shard"])
 def test_a_type_that_sequences_have_not_is_refused_with_those_they_have(kind):
-    """TorchRec has these for bags alone."""
+    """TorchRec supports these only for bags."""
     with pytest.raises(ShardingError, match=rf"item_table.*{kind}.*\['table_wise', 'row_wise'"):
         plan_of(model_of(), gpus(16), ShardingConfig({"item_table": kind}), whole_rows=False)
 
@@ -151,7 +151,7 @@ def test_too_little_memory_for_a_batch_names_what_needs_it():
 
 @pytest.mark.parametrize("collection", ["item", "context"])
 def test_rows_are_not_split_where_a_rank_would_get_none(collection):
-    """Of five rows four ranks would hold 2, 2, 1 and 0; on a CPU the last one's lookup fails in the
+    """With five rows, four ranks would get 2, 2, 1 and 0; on a CPU the last one's lookup fails in the
     first step, and the others wait for it."""
     five = {"few": 5}
     model = model_of(item={"item": 1000} | five) if collection == "item" else model_of(context=five)
@@ -167,7 +167,7 @@ def test_rows_are_not_split_where_a_rank_would_get_none(collection):
 def shard_in_vain(
     config: ShardingConfig, batch: BatchSize = SMALL, error: type[Exception] = ShardingError
 ) -> tuple[str, float]:
-    """The message of this rank's error, and the seconds it took to come."""
+    """The message of this rank's error, and the seconds until it was raised."""
     start = time.perf_counter()
     with pytest.raises(error) as refused:
         shard(model_of(), torch.device("cpu"), OptimizerConfig(), config, batch)
@@ -175,7 +175,7 @@ def shard_in_vain(
 
 
 def failures() -> tuple[dict[str, tuple[str, float]], list[int]]:
-    """By what is wrong, what comes of it on this rank; and the memory each rank is said to have."""
+    """This rank's outcome for each kind of error, and the memory that each rank reports."""
     rank, last = dist.get_rank(), dist.get_world_size() - 1
     good = ShardingConfig({"item_table": "table_wise"})
     bad = ShardingConfig({"item_table": "grid_shard"})
@@ -192,9 +192,9 @@ def failures() -> tuple[dict[str, tuple[str, float]], list[int]]:
     }
     broken = mock.Mock(side_effect=MemoryError("no room to plan"))
     with mock.patch.object(sharding_module, "make_planner", broken if rank == last else make_planner):
-        # nothing that the user could mend
+        # an error that the user cannot fix
         found["the last rank's planner breaks"] = shard_in_vain(good, error=RuntimeError)
-    # whatever went before, the ranks are in step
+    # the ranks are still in step
     shard(model_of(), torch.device("cpu"), OptimizerConfig(), good, SMALL)
     there = topology(torch.device("cpu"), ShardingConfig())
     return found, [device.storage.ddr for device in there.devices]
@@ -202,7 +202,7 @@ def failures() -> tuple[dict[str, tuple[str, float]], list[int]]:
 
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda world: f"{world} ranks")
 def failed(request) -> list[tuple[dict[str, tuple[str, float]], list[int]]]:
-    """Of each rank: its ``failures``."""
+    """The ``failures`` of each rank."""
     return run_ranks(failures, request.param)
 
 
@@ -235,7 +235,7 @@ def test_ranks_of_a_machine_share_its_memory(failed):
 
 
 def machine_memory() -> int:
-    """Of the machine, or what the container may use of it."""
+    """The machine's memory, or the container's limit."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.exists() and limit.read_text().strip() != "max":
@@ -276,7 +276,7 @@ def test_dense_copies_and_tokens_are_reserved_on_each_device(device):
 
 def test_what_is_reserved_may_be_all_but_no_more():
     batch, model = BatchSize(1, 100, 10), torch.nn.Linear(5, 2)
-    needed = DENSE_COPIES * 12 * 4  # no tables: no tokens
+    needed = DENSE_COPIES * 12 * 4  # without tables there are no tokens
     left, _ = reserve(cpus(1, needed), batch, model)
     assert left.devices[0].storage.ddr == 0
     with pytest.raises(PlannerError, match="dense part needs"):
@@ -284,7 +284,7 @@ def test_what_is_reserved_may_be_all_but_no_more():
 
 
 def batch_of(requests: int, events: int, candidates: int) -> RankingBatch:
-    """``events`` and ``candidates`` of each of the requests."""
+    """A batch with ``events`` and ``candidates`` per request."""
     generator = torch.Generator().manual_seed(0)
     n, m = requests * events, requests * candidates
     ids = [torch.randint(rows, (k,), generator=generator) for k in (n, m) for rows in (1000, 50)]
@@ -309,13 +309,13 @@ def batch_of(requests: int, events: int, candidates: int) -> RankingBatch:
 def test_tokens_reserved_cover_the_peak_of_a_training_step(
     interaction, requests=20, events=1024, candidates=80
 ):
-    """Bytes that a step of the defaults' proportions holds beyond weights and batch, what was looked
-    up included, against what is reserved for its tokens."""
+    """The peak memory of a step with the defaults' proportions, beyond weights and batch but with
+    looked-up embeddings, compared with the memory reserved for its tokens."""
     model = model_of(dim=64, interaction=interaction)
     model, optimizer = shard(model, init_process_group(), OptimizerConfig())
     batch = batch_of(requests, events, candidates)
-    gc.collect()  # what other tests left is not to be freed within the measurement
-    for _ in range(2):  # the first step makes what later ones find
+    gc.collect()  # so that leftovers of other tests are not freed during the measurement
+    for _ in range(2):  # the first step does one-time work
         optimizer.zero_grad()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             model(batch)[0].backward()
@@ -339,7 +339,7 @@ def test_and_that_of_other_proportions(requests, events, candidates):
 
 
 def bytes_a_device(plan, world: int) -> list[int]:
-    """Of the tables' weights, and of row-wise Adagrad's states."""
+    """The tables' weights and row-wise Adagrad's states."""
     held = [0] * world
     for table in plan.values():
         for part in table.sharding_spec.shards:

@@ -1,4 +1,4 @@
-"""Checkpoints written while training goes on: of the state as it was, whole or not there."""
+"""Checkpoints written while training continues: of the state at the save, complete or absent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torchrec import EmbeddingCollection, EmbeddingConfig
 
 from ifa_torchrec.distributed import OptimizerConfig, checkpoint, init_process_group, shard
-from ifa_torchrec.distributed.checkpoint_writer import CheckpointWriter, Copies
+from ifa_torchrec.distributed.checkpoint_writer import CheckpointWriter, StateCopies
 from ifa_torchrec.distributed.saver import CheckpointSaver
 from ifa_torchrec.errors import WriteError
 
@@ -48,7 +48,7 @@ def values(model) -> set[float]:
 
 @pytest.fixture
 def held() -> Iterator[threading.Event]:
-    """Nothing is written before it is set."""
+    """Nothing is written before the event is set."""
     gate, write_data = threading.Event(), CheckpointWriter.write_data
 
     def waits(self, *arguments):
@@ -67,7 +67,7 @@ def names(folder: Path) -> list[str]:
 def test_it_is_of_the_state_as_it_was(sharded, held: threading.Event, tmp_path: Path) -> None:
     model, optimizer = sharded
     with CheckpointSaver(tmp_path) as saver:
-        for step in (1, 2):  # the second is copied to where the first was
+        for step in (1, 2):  # the second copy reuses the first one's memory
             fill(model, step)
             saver.save(model, optimizer, {"step": step})
             fill(model, 7.0)
@@ -82,7 +82,7 @@ def test_it_is_of_the_state_as_it_was(sharded, held: threading.Event, tmp_path: 
 @pytest.mark.parametrize(
     "value",
     [
-        torch.rand(600, 1000),  # large enough to be copied past the caches
+        torch.rand(600, 1000),  # large enough for the copy that bypasses the caches
         torch.rand(600, 1000).bfloat16(),
         torch.nn.Parameter(torch.rand(600, 1000)),
         torch.rand(1000, 600).t(),
@@ -92,7 +92,7 @@ def test_it_is_of_the_state_as_it_was(sharded, held: threading.Event, tmp_path: 
     ],
 )
 def test_a_copy_is_of_what_was_and_its_memory_is_kept(value: torch.Tensor) -> None:
-    copies, was = Copies(), value.detach().clone()
+    copies, was = StateCopies(), value.detach().clone()
     copies.take({"value": value})
     first = copies.of["value", ()]
     assert first.dtype == was.dtype
@@ -107,7 +107,7 @@ def test_a_copy_is_of_what_was_and_its_memory_is_kept(value: torch.Tensor) -> No
 def test_training_goes_on_while_it_is_written(sharded, held: threading.Event, tmp_path: Path) -> None:
     with CheckpointSaver(tmp_path) as saver:
         saver.save(*sharded, {"step": 1})
-        assert not checkpoint.checkpoints(tmp_path)  # and yet here we are
+        assert not checkpoint.checkpoints(tmp_path)  # save returned before the write
         threading.Timer(0.2, held.set).start()
     assert names(tmp_path) == ["step-000000001"]
 
@@ -139,12 +139,12 @@ def test_a_training_that_fails_leaves_its_last_checkpoint(
 
 
 def test_checksums_are_those_of_the_files(sharded, tmp_path: Path) -> None:
-    """Which ``load`` compares with what it reads."""
+    """``load`` compares them with what it reads."""
     path = checkpoint.save(tmp_path, *sharded, {"step": 1})
     read: list[Path] = []
-    checksum = checkpoint._checksum
-    with mock.patch.object(checkpoint, "_checksum", lambda file: read.append(file) or checksum(file)):
+    checksum = checkpoint.checksum_of
+    with mock.patch.object(checkpoint, "checksum_of", lambda file: read.append(file) or checksum(file)):
         checkpoint.save(tmp_path, *sharded, {"step": 2})
-        assert {file.name for file in read} == {".metadata", "progress.json"}  # the others are not read
+        assert {file.name for file in read} == {".metadata", "progress.json"}  # not the others
     checkpoint.load(tmp_path, *sharded)
     assert "__0_0.distcp" in names(path)

@@ -1,8 +1,8 @@
-"""A sharded model trains as the unsharded one does, whatever the plan, the ranks and the optimiser.
+"""A sharded model trains like the unsharded one, for any plan, number of ranks and optimiser.
 
-What is sharded is trained by ``train`` itself; what it must equal, by a plain loop in float64 on the
+The sharded model is trained by ``train`` itself; the expected one by a plain loop in float64 on the
 union of the ranks' batches, with optimisers written out here. The largest error may be 1e-5 of the
-largest value; logits and tables come to 5e-7, dense weights to 2e-6.
+largest value; it is 5e-7 for logits and tables, 2e-6 for dense weights.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ from ifa_torchrec.training import trainer as train_module
 from ifa_torchrec.training.build import build_model
 from ifa_torchrec.training.options import TrainConfig
 from ifa_torchrec.training.touched import touched_rows
-from ifa_torchrec.training.trainer import train
+from ifa_torchrec.training.trainer import Trainer, train
 
 STEP = 8
 DENSE_LR = 0.01
-"""Requests of a step, of all ranks together."""
+"""Requests per step, over all ranks."""
 BUSY, ONE_EVENT, SOME_EVENTS, NEW = 1, 2, 3, 4
 NUM_EVENTS = {BUSY: 10_000, ONE_EVENT: 1, SOME_EVENTS: 30}
 USERS = [NEW, BUSY, ONE_EVENT, NEW, SOME_EVENTS, NEW, BUSY, SOME_EVENTS] * 3 + [NEW]
 """Of the requests: four steps, of which the last has a single request."""
 WITHOUT_CANDIDATES = (1, 3, 4, 13)
 SCHEMA = LogSchema(
-    # no multiples of the ranks; and fewer rows than ranks
+    # not multiples of the ranks; and fewer rows than ranks
     item_features={"item": 37, "category": 7},
     context_features={"store": 3, "weekday": 7},
     dense_features=("hour",),
@@ -73,9 +73,9 @@ SCHEMA = LogSchema(
     log_scaled=("dwell",),
 )
 ITEMS, UNKNOWN = 41, 0.2
-"""Of them the last have no row; a fifth is made unknown besides."""
+"""Number of items, the last of which have no row, and the share made unknown."""
 WIDTHS = {"sequences": 24, "store": 8, "weekday": 16, "interest": 16, "genre": 8, "tag": 16}
-"""Of the tables, where D is 16."""
+"""Widths of the tables; D is 16."""
 OF_SEQUENCES = ("item_table", "category_table", "action_table", "place_table")
 OF_ITEMS = ("genre_table", "tag_table")
 TABLES = (*OF_SEQUENCES, "store_table", "weekday_table", "interest_table", *OF_ITEMS)
@@ -120,7 +120,7 @@ CASES = {
 
 
 class Dataset(RankingDataset):
-    """Some requests have no candidates, which a log does not allow but a model does."""
+    """Some requests have no candidates, which a log forbids but a model allows."""
 
     def candidate_rows(self, indices):
         rows, lengths = super().candidate_rows(indices)
@@ -130,13 +130,13 @@ class Dataset(RankingDataset):
 
 @dataclass
 class Trained:
-    """What came of a training; of a sharded one, on one rank."""
+    """The result of a training; for a sharded one, on one rank."""
 
     losses: list[float] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     dense: dict[str, Tensor] = field(default_factory=dict)
     tables: dict[str, list[tuple[list[int], Tensor]]] = field(default_factory=dict)
-    """By name, the parts that the rank has and where they begin."""
+    """By name, the rank's parts and their offsets."""
     kinds: dict[str, str] = field(default_factory=dict)
     """The sharding type of each table."""
     optimized: dict[str, set[str]] = field(default_factory=dict)
@@ -221,7 +221,7 @@ def config_of(data: Path, out: Path, world: int, sharding: str, optimizer: str) 
 
 
 def model_of(schema: LogSchema, config: TrainConfig, scales: dict[str, Scale]) -> DLRM_IFA:
-    """``build_model``'s, with tables of other widths."""
+    """``build_model``'s model, with tables of other widths."""
     model, meta = build_model(schema, config, scales), torch.device("meta")
     context, lists = (
         EmbeddingBagCollection(
@@ -241,7 +241,7 @@ def model_of(schema: LogSchema, config: TrainConfig, scales: dict[str, Scale]) -
 
 
 def unsharded(config: TrainConfig) -> DLRM_IFATrain:
-    """The model with the weights that all begin with."""
+    """The model with the weights from which all start."""
     log = EventLog(config.data)
     model = DLRM_IFATrain(model_of(SCHEMA, config, log.scales), config.loss)
     for arch in (model.model.sparse_arch, model.model.item_sparse_arch, model.model.sequence_arch):
@@ -249,7 +249,7 @@ def unsharded(config: TrainConfig) -> DLRM_IFATrain:
     model.double()
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
-        # of float32, which the sharded model must hold exactly
+        # in float32, which the sharded model must have exactly
         start = torch.randn(parameter.shape, generator=generator) * 0.3
         parameter.data.copy_(start)
     touched = touched_rows(RankingDataset(log, "train"), histories=True, unknown_items=True)
@@ -259,7 +259,7 @@ def unsharded(config: TrainConfig) -> DLRM_IFATrain:
 
 
 def train_on_this_rank(config: TrainConfig) -> Trained:
-    """``train``, from the weights of ``unsharded``, watched."""
+    """``train`` from the weights of ``unsharded``, with records."""
     start = {name: value.float() for name, value in unsharded(config).state_dict().items()}
     result, made = Trained(), []
 
@@ -345,7 +345,7 @@ def train_unsharded(data: Path, world: int, optimizer: str) -> Trained:
         rates = SimpleNamespace(optimizers=[("dense", adamw)])
         train_module.set_learning_rate(rates, config, step, taken / len(dataset))
         taken += len(requests)
-        # plain collections turn what they look up to float32
+        # plain collections convert looked-up rows to float32
         with mock.patch.object(Tensor, "float", Tensor.double):
             loss, (_, logits, _) = model(in_float64(dataset[requests]))
         model.zero_grad()
@@ -362,7 +362,7 @@ def train_unsharded(data: Path, world: int, optimizer: str) -> Trained:
 
 
 def table_update(optimizer: str, gradient: Tensor, squares: Tensor) -> Tensor:
-    """What a table's optimiser takes from it, but for the rate; ``squares`` is its state."""
+    """A table optimiser's update without the learning rate; ``squares`` is its state."""
     if optimizer == "sgd":
         return gradient
     square = gradient**2
@@ -377,7 +377,7 @@ def in_float64(batch: RankingBatch) -> RankingBatch:
 
 
 def train_cases(folder: Path, data: Path, world: int) -> list[Trained]:
-    """All CASES, on this rank."""
+    """Run all CASES on this rank."""
     results = []
     for number, case in enumerate(CASES[world]):
         config = config_of(data, folder / str(number), world, *case)
@@ -389,7 +389,7 @@ def train_cases(folder: Path, data: Path, world: int) -> list[Trained]:
 
 
 def train_on_ranks(world: int, log: EventLog, folder: Path) -> dict[tuple[str, str], list[Trained]]:
-    """By case, what came of it on each rank."""
+    """By case, the result on each rank."""
     ranks = run_ranks(train_cases, world, folder, log.path, world, timeout=300)
     return dict(zip(CASES[world], zip(*ranks, strict=True), strict=True))
 
@@ -406,7 +406,7 @@ def four_ranks(log, tmp_path_factory):
 
 @pytest.fixture
 def trained(request, world, case) -> list[Trained]:
-    """What came of the case on each of ``world`` ranks."""
+    """The case's result on each of ``world`` ranks."""
     return request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[world])[case]
 
 
@@ -443,7 +443,7 @@ def test_weights_after_four_steps_equal_those_of_the_unsharded_model(world, case
         assert rank.dense.keys() == truth.dense.keys()
         off = 0
         for name, weight in truth.dense.items():
-            # Adam divides a gradient by its own size: where that is rounding alone, which may happen
+            # Adam divides a gradient by its own size: if that is only rounding, which may happen
             # to a few of some 10,000 weights, the step may go either way
             error = (rank.dense[name] - weight).abs()
             off += int((error > 1e-5 * weight.abs().max()).sum())
@@ -473,7 +473,7 @@ def test_tables_are_sharded_as_asked(world, case, trained):
 
 @each_case
 def test_tables_have_the_fused_optimiser_and_the_dense_part_adamw(world, case, trained, log):
-    """A table left to AdamW would get a gradient of its full size, and no plan would say so."""
+    """A table left to AdamW would get a gradient of its full size, which no plan shows."""
     truth = train_unsharded(log.path, world, case[1])
     for rank in trained:
         assert rank.optimized.keys() == {"", "dense"}
@@ -484,7 +484,7 @@ def test_tables_have_the_fused_optimiser_and_the_dense_part_adamw(world, case, t
 
 @pytest.mark.parametrize("world", CASES)
 def test_the_steps_hold_the_uneven_cases(world, log):
-    """The cases that the tests above are for do occur in what they train on."""
+    """The special cases of the tests above occur in their data."""
     dataset = Dataset(log, "train")
     steps = requests_of_steps(log, world)
     real = [[[r for r in rank if r != EMPTY_REQUEST] for rank in step] for step in steps]
@@ -536,7 +536,7 @@ def test_batches_of_all_ranks_hold_each_request_once_an_epoch(world, max_request
 
 
 def test_the_decay_of_tables_is_of_touched_rows_alone() -> None:
-    """And the same whatever the gradient: here none."""
+    """And the same for any gradient: here 0."""
     tables = EmbeddingCollection(
         device=torch.device("meta"),
         tables=[
@@ -555,5 +555,19 @@ def test_the_decay_of_tables_is_of_touched_rows_alone() -> None:
     (0 * model(ids)["item"].values()).sum().backward()
     (rows,) = model.state_dict()["embeddings.item.weight"].local_shards()
     assert rows.tensor[:, 0].tolist() == pytest.approx([1, 0.95, 1])
-    with pytest.raises(ConfigError, match=r"table_weight_decay 0\.5: 'sgd' has none"):
+    with pytest.raises(ConfigError, match=r"table_weight_decay 0\.5: 'sgd' does not support it"):
         OptimizerConfig("sgd", table_weight_decay=0.5)
+
+
+def buffers(log: Path, out: Path) -> dict[str, Tensor]:
+    config = TrainConfig(log, out, ifa=IFAConfig(8, num_heads=2), interaction="eta")
+    return dict(Trainer(config).model.named_buffers())
+
+
+def test_all_ranks_have_the_same_random_buffers(log: EventLog, tmp_path: Path) -> None:
+    """A search's hash, for one: a checkpoint keeps that of one rank."""
+    first, second = run_ranks(buffers, 2, log.path, tmp_path / "run")
+    assert any(name.endswith("hyperplanes") for name in first)
+    assert first.keys() == second.keys()
+    for name, buffer in first.items():
+        assert torch.equal(buffer, second[name]), name

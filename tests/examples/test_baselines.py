@@ -1,4 +1,4 @@
-"""The scorers without a neural net, against plain loops."""
+"""The scorers without a neural net, compared with plain loops."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_split(log: EventLog) -> RankingDataset:
 
 
 def rows(toy: Toy) -> list[tuple[int, pd.DataFrame]]:
-    """Each candidate of the test requests, and the user's events before, with their ages in days."""
+    """Each candidate of the test requests, with the user's earlier events and their ages in days."""
     found = []
     for request in toy.requests["test"].itertuples():
         mine = toy.events[(toy.events["user"] == request.user) & (toy.events["time"] < request.time)]
@@ -43,7 +43,7 @@ def test_counts_and_days_are_the_plain_loops(toy: Toy, test_split: RankingDatase
         assert found[number] == pytest.approx([len(ages), (0.5 ** (ages / 7)).sum()], rel=1e-4)
         same = mine["age"][mine["item"] == item]
         assert np.isnan(days[number]) == same.empty
-        if len(same):  # as near as the sum of several tells the latest
+        if len(same):  # within the precision of the sum over several events
             assert same.min() - np.log(len(same)) / 2 - 1e-3 <= days[number] <= same.min() + 1e-3
 
 
@@ -72,7 +72,7 @@ def test_lightgbm_learns(log: EventLog) -> None:
 
 
 def test_lightgbm_learns_where_all_requests_are_of_one_time(tmp_path: Path) -> None:
-    """And there is no split `valid` to stop by."""
+    """And there is no split `valid` for early stopping."""
     pytest.importorskip("lightgbm")
     config = SyntheticConfig(train=60, test=20, mean_events=30)
     log = prepare(tmp_path / "log", config)

@@ -1,4 +1,4 @@
-"""examples/criteo: both models learn the made-up rows, and a file that is not Criteo's is refused."""
+"""examples/criteo: both models learn the synthetic rows, and other files than Criteo's are refused."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def run(monkeypatch: pytest.MonkeyPatch, *options: object) -> None:
 def test_both_models_learn(monkeypatch, capsys, tmp_path: Path) -> None:
     run(monkeypatch, "--out", tmp_path, "--rows", 42_000)
     printed = capsys.readouterr().out
-    assert "These rows are made up" in printed and "36,000 rows to train on, 6,000 to test" in printed
+    assert "These rows are synthetic" in printed and "36,000 rows to train on, 6,000 to test" in printed
     aucs = [float(line.split()[-3]) for line in printed.splitlines()[-2:]]
     assert all(0.7 < auc < 0.9 for auc in aucs) and abs(aucs[0] - aucs[1]) < 0.03
 
 
 def test_rows_are_what_the_file_says(tmp_path: Path) -> None:
-    """Numbers as logarithms, none as 0, the same id in the same row, an id that is none as any other."""
+    """Numbers become logarithms, missing ones 0; equal ids get equal rows, missing ids as well."""
     file = tmp_path / "train.txt"
     row = ["1", "0", "-2", "", *["5"] * 10, "68fd1e64", "80e26c9b", *["fb936136"] * 23, ""]
     file.write_text("\n".join("\t".join(fields) for fields in (row, ["0", *row[1:]])) + "\n")
@@ -47,15 +47,15 @@ def test_rows_are_what_the_file_says(tmp_path: Path) -> None:
 def test_what_is_no_criteo_file_is_refused(monkeypatch, tmp_path: Path) -> None:
     file = tmp_path / "train.txt"
     compare.make_up(file, 100)
-    with pytest.raises(SystemExit, match=r"has 100 rows; --rows asks for 240,000"):
+    with pytest.raises(SystemExit, match=r"has 100 rows, but --rows is 240,000"):
         run(monkeypatch, "--file", file)
     frame = pd.read_csv(file, sep="\t", header=None)
     frame[3] = -7
     frame.to_csv(file, sep="\t", header=False, index=False)
-    with pytest.raises(SystemExit, match=r"int_2 has -7; Criteo's numbers are -3 or more"):
+    with pytest.raises(SystemExit, match=r"int_2 has -7; Criteo's numbers are at least -3"):
         run(monkeypatch, "--file", file, "--rows", 100)
     file.write_text("1,2,3\n")
     with pytest.raises(
-        SystemExit, match=r"train.txt is no file of Criteo's layout: .*Expected 40 columns"
+        SystemExit, match=r"train.txt does not have Criteo's layout: .*Expected 40 columns"
     ):
         run(monkeypatch, "--file", file, "--rows", 1)

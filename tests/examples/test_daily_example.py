@@ -1,4 +1,4 @@
-"""The example, on made-up households: a day is measured, trained and served, no purchase is lost."""
+"""The example on synthetic households: a day is measured, trained and served; no purchase is lost."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FIRST = date(2024, 3, 1)
 
 
 def purchases(households: int = 30, baskets: int = 400) -> pd.DataFrame:
-    """Of twenty days before the first and two from it on; some products come late."""
+    """Purchases of twenty days before the first day and of two days after; some products come late."""
     rng = np.random.default_rng(0)
     begin = pd.Timestamp(FIRST) - pd.Timedelta(days=10)
     times = begin + pd.to_timedelta(np.sort(rng.integers(0, 22 * 86400, baskets)), unit="s")

@@ -1,4 +1,4 @@
-"""The KuaiRand example on its made-up files, few of them."""
+"""The KuaiRand example on its synthetic files, with few users."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def test_every_task_of_every_model_is_measured(tmp_path, monkeypatch, capsys) ->
     models = ["no history", "softmax", "IFA", "IFA, identity heads"]
     assert [model for _, model, _ in rows] == models * 3
     assert [task for task, *_ in rows if task] == ["is_click", "long_view", "is_like"]
-    assert printed.endswith("These files were made up: the figures say nothing of KuaiRand.\n")
+    assert printed.endswith("These files are synthetic: the figures say nothing about KuaiRand.\n")
 
 
 def test_what_is_made_up(tmp_path: Path) -> None:
-    """A sitting a day; who clicked an author before clicks it more often; nothing is refused."""
+    """One sitting per day; users click authors again that they clicked before; no row is refused."""
     log = kuairand.prepare(made_up.make(tmp_path / "data", users=30), tmp_path / "log")
     assert sorted(path.name for path in (tmp_path / "data").iterdir())[:3] == [
         "log_random_4_22_to_5_08_pure.csv",

@@ -1,4 +1,4 @@
-"""The example, on the purchases that the parity test prepared: it ends where the trained model is."""
+"""The example on the parity test's purchases: it ends at the trained model's GAUC."""
 
 from __future__ import annotations
 

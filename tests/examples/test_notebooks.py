@@ -1,4 +1,4 @@
-"""The notebooks run, and say what they said when they were committed with their outputs."""
+"""The notebooks run and print the outputs with which they were committed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ FOLDER = Path(__file__).parents[2] / "examples" / "notebooks"
 
 
 def said(notebook: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """Of each cell what it printed, without the numbers, which a processor may round otherwise, and the
-    kinds of its other outputs."""
+    """Each cell's printed text without numbers, which depend on the processor's rounding, and the kinds
+    of its other outputs."""
     found = []
     for cell in notebook["cells"]:
         outputs = cell.get("outputs", [])
-        # a stream comes in as many pieces as the kernel happens to send
+        # the kernel may split a stream arbitrarily
         streams = [output for output in outputs if output["output_type"] == "stream"]
         streams.sort(key=lambda output: output["name"])
         text = "".join("".join(output["text"]) for output in streams)

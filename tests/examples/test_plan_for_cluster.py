@@ -1,4 +1,4 @@
-"""The plan of a cluster that is not there, and its formulae against what ranks really send."""
+"""The plan for a hypothetical cluster, and its formulas compared with what ranks send."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def test_what_a_log_takes_by_hand() -> None:
     text = log_size.report(options, rates)
     for told in (
         "16.0 TB of Parquet, 48.0 TB of columns",
-        "parts of their own: 0.48 TB of columns",
+        "only their own parts: 0.48 TB of columns",
         "as Parquet: 1.3 minutes",
-        "4.0 million events a second a GPU, 16 a host",
-        "loader: 0.20 cores a GPU, 0.8 of a host's 50; measured on histories of 12 events",
-        "0.4 GB a second a host",
+        "4.0 million events per second and GPU, 16 million per host",
+        "loader: 0.20 cores per GPU, 0.8 of a host's 50; measured on histories of 12 events",
+        "0.4 GB per second and host",
         "preparation: 11,111 core-hours; 2.2 hours on all 5,000 cores",
     ):
         assert told in text, text
@@ -62,12 +62,12 @@ def measured(sharding: str):
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("sharding", "tolerance"), [("table_wise", 0.003), ("row_wise", 0.03)])
 def test_the_formulae_give_what_ranks_send(sharding: str, tolerance: float, world: int) -> None:
-    """With row_wise the rows are drawn at random, so the share that lies elsewhere is too."""
+    """With row_wise the rows are random, so the share on other ranks is random, too."""
     table = run_ranks(measured, world, sharding)[0]
     parts = table.drop(index="all")
     assert len(parts) == 4 and (parts["formula"] > 1000).all()
     assert parts["collectives"].to_numpy() == pytest.approx(parts["formula"], rel=tolerance)
-    # the sockets carry gloo's own messages besides
+    # the sockets also carry gloo's own messages
     everything = table.loc["all"]
     assert everything["collectives"] * 0.98 < everything["sockets"] < everything["collectives"] * 1.1
 
@@ -84,7 +84,7 @@ def test_every_table_is_planned_and_fits() -> None:
     memory = plan.memory_of_ranks(found, cluster.world_size)
     assert min(memory) > 0
     assert max(memory) < options.hbm_gb
-    # 2e9 rows of 64 floats and a state each are spread over all
+    # 2e9 rows of 64 floats and a state each, over all ranks
     assert sum(memory) > 2e9 * (64 + 1) * 4 / plan.GB
 
 
@@ -94,7 +94,7 @@ def test_the_report_names_tables_memory_time_and_traffic(tmp_path) -> None:
     text = plan.report(options)
     assert "<!-- user_id_table: row_wise, 32 of 32 ranks -->" in picture.read_text()
     assert "user_id_table row_wise" in " ".join(text.split())
-    for part in ("memory of a rank", "planner's estimate", "vectors, forward"):
+    for part in ("memory per rank", "planner's estimate", "vectors, forward"):
         assert part in text
 
 

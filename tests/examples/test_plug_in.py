@@ -1,4 +1,4 @@
-"""IFA in models that are not ours: the examples run, and a DLRM is itself until training moves on."""
+"""IFA in other models: the examples run, and a DLRM with history starts equal to the DLRM."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import ml100k  # noqa: E402
 
 
 def module_of(folder: str) -> ModuleType:
-    """An example's train.py; both have that name."""
+    """An example's train.py, by folder; both have that name."""
     spec = importlib.util.spec_from_file_location(f"{folder}_train", EXAMPLES / folder / "train.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -69,7 +69,7 @@ def test_the_example_runs(module, folder, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_model_trains_on_two_ranks(folder):
-    """By TorchRec's own means, in its pipeline; the test is scored alike by both."""
+    """With TorchRec's own pipeline; both models score the test the same."""
     script = EXAMPLES / "plug_into_your_model" / "sharded.py"
     done = torchrun(script, "--data", folder, "--epochs", "1", "--requests", "400")
     assert done.returncode == 0, done.stderr[-4000:]

@@ -1,4 +1,4 @@
-"""examples/complete_journey/sets.py: trained a little on real purchases, it draws two sets of them."""
+"""examples/complete_journey/sets.py: after a short training on real purchases it draws two sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""examples/torchx: the script, as it stands."""
+"""examples/torchx: the unchanged script."""
 
 from __future__ import annotations
 

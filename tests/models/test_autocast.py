@@ -54,7 +54,9 @@ def test_bfloat16_of_the_softmax_read_out_and_of_sets():
 
 def test_what_breaks_a_graph_is_refused():
     for model in (make_model("twin"), make_model(candidate_set=CandidateSetConfig("softmax"))):
-        with pytest.raises(ConfigError, match=r"--compile: interaction .* train without --compile"):
+        with pytest.raises(
+            ConfigError, match=r"--compile: interaction .* or with one of \['ifa', 'none', "
+        ):
             compile_dense(model)
 
 

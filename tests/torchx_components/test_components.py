@@ -1,4 +1,4 @@
-"""The components: what TorchX makes of them, and the torchrun line that comes out."""
+"""The components: TorchX's jobs, and their torchrun command lines."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class TestFiles(ComponentTestCase):
 
 
 def torchrun(app: AppDef) -> Namespace:
-    """What torchrun makes of a job's command line."""
+    """torchrun's arguments, parsed from a job's command line."""
     entrypoint, *arguments = shlex.split(app.roles[0].args[1])
     assert app.roles[0].entrypoint == "bash" and app.roles[0].args[0] == "-c"
     assert entrypoint == "torchrun"
@@ -279,42 +279,42 @@ def test_max_restarts_is_torchruns(monkeypatch):
 @pytest.mark.parametrize(
     "component, own, options, message",
     [
-        (train.ddp, TRAIN, {"data": ""}, "data is empty; name a folder"),
-        (train.ddp, TRAIN, {"out": " "}, "out is empty; name a folder"),
-        (train.ddp, TRAIN, {"max_events": 0}, "max_events must be at least 1, not 0"),
-        (train.ddp, TRAIN, {"max_requests": -1}, "max_requests must be at least 0, not -1"),
-        (train.ddp, TRAIN, {"max_restarts": -1}, "max_restarts must be at least 0, not -1"),
-        (evaluate.ddp, EVALUATE, {"run": ""}, "run is empty; name the out of a training run"),
-        (evaluate.ddp, EVALUATE, {"split": ""}, "split is empty; name a split"),
-        (build_states.ddp, BUILD, {"run": ""}, "run is empty; name the out of a training run"),
-        (build_states.ddp, BUILD, {"store": " "}, "store is empty; name a folder, or redis://"),
+        (train.ddp, TRAIN, {"data": ""}, "data is empty; give a folder"),
+        (train.ddp, TRAIN, {"out": " "}, "out is empty; give a folder"),
+        (train.ddp, TRAIN, {"max_events": 0}, "max_events must be at least 1, got 0"),
+        (train.ddp, TRAIN, {"max_requests": -1}, "max_requests must be at least 0, got -1"),
+        (train.ddp, TRAIN, {"max_restarts": -1}, "max_restarts must be at least 0, got -1"),
+        (evaluate.ddp, EVALUATE, {"run": ""}, "run is empty; give the out of a training run"),
+        (evaluate.ddp, EVALUATE, {"split": ""}, "split is empty; give a split"),
+        (build_states.ddp, BUILD, {"run": ""}, "run is empty; give the out of a training run"),
+        (build_states.ddp, BUILD, {"store": " "}, "store is empty; give a folder, or redis://"),
         (
             build_states.ddp,
             BUILD,
             {"position": "0 12 1"},
             "position must be a number, or partitions, each",
         ),
-        (build_states.ddp, BUILD, {"dtype": "int8"}, "dtype must be float32 or float16, not 'int8'"),
+        (build_states.ddp, BUILD, {"dtype": "int8"}, "dtype must be float32 or float16, got 'int8'"),
         (
             build_states.ddp,
             BUILD,
             {"store": "/shared/states", "j": "2x1"},
-            "store /shared/states is a folder, which serves one node",
+            "store /shared/states is a folder, which works on one node",
         ),
-        (serve.server, STATES, {"run": ""}, "run is empty; name the out of a training run"),
-        (serve.server, STATES, {"store": ""}, "store is empty; name a folder, or redis://"),
-        (serve.server, STATES, {"port": 0}, "port must be at least 1, not 0"),
-        (serve.server, STATES, {"cpu": 0}, "cpu must be at least 1, not 0"),
+        (serve.server, STATES, {"run": ""}, "run is empty; give the out of a training run"),
+        (serve.server, STATES, {"store": ""}, "store is empty; give a folder, or redis://"),
+        (serve.server, STATES, {"port": 0}, "port must be at least 1, got 0"),
+        (serve.server, STATES, {"cpu": 0}, "cpu must be at least 1, got 0"),
         *(
             (component, own, options, message)
             for component, own in UNDER_TORCHRUN
             for options, message in (
-                ({"max_retries": -1}, "max_retries must be at least 0, not -1"),
-                ({"cpu": 0}, "cpu must be at least 1, not 0"),
-                ({"gpu": -1}, "gpu must be at least 0, not -1"),
-                ({"memMB": 0}, "memMB must be at least 1, not 0"),
-                ({"j": "0x2"}, "nodes in j must be at least 1, not 0"),
-                ({"j": "2x0"}, "ranks in j must be at least 1, not 0"),
+                ({"max_retries": -1}, "max_retries must be at least 0, got -1"),
+                ({"cpu": 0}, "cpu must be at least 1, got 0"),
+                ({"gpu": -1}, "gpu must be at least 0, got -1"),
+                ({"memMB": 0}, "memMB must be at least 1, got 0"),
+                ({"j": "0x2"}, "nodes in j must be at least 1, got 0"),
+                ({"j": "2x0"}, "ranks in j must be at least 1, got 0"),
                 ({"j": "two"}, "Invalid format for -j, usage example: 1:2x4"),
             )
         ),

@@ -1,4 +1,4 @@
-"""The service's files in docs/launch/service: the dashboard's metrics are there, the command is one."""
+"""The service's files in docs/launch/service: the dashboard's metrics and the command exist."""
 
 from __future__ import annotations
 
@@ -88,4 +88,4 @@ def test_kustomize_is_given_files_that_there_are_and_the_image():
     assert {*given, "kustomization.yaml"} == {file.name for file in FOLDER.iterdir()}
     assert kustomization["labels"][0]["includeSelectors"]
     image = manifest("deployment.yaml")["spec"]["template"]["spec"]["containers"][0]["image"]
-    assert image == "ifa-torchrec"  # what an overlay's `images` names
+    assert image == "ifa-torchrec"  # the name in an overlay's `images`

@@ -1,4 +1,4 @@
-"""The commands that the pages in docs/launch print, as dry runs."""
+"""The commands in the pages of docs/launch, as dry runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SCRIPTS = {
 
 
 def commands(page: Path, program: str) -> list[str]:
-    """The page's command lines that run a program, each on one line and without what it is piped to."""
+    """The page's command lines that run a program, each on one line and without its pipe."""
     blocks = re.findall(r"^```\n(.*?)^```", page.read_text(), re.M | re.S)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [line.split(" | ")[0] for line in lines if re.match(rf"([A-Z_]+=\S+ )*{program} ", line)]
@@ -46,9 +46,9 @@ BY_HAND = [(name, line) for name, page in PAGES.items() for line in commands(pag
 
 @pytest.fixture
 def dry_run(monkeypatch, capsys):
-    """Runs a command line of ``torchx run`` as a dry run."""
+    """Run a ``torchx run`` command line as a dry run."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # else torchrun sets it, here
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # otherwise torchrun sets it in this process
     jobs: list[AppDef] = []
     dryrun = Runner.dryrun
 
@@ -69,7 +69,7 @@ def dry_run(monkeypatch, capsys):
 
 
 def meaning(words: list[str], environment: dict[str, str], monkeypatch) -> dict[str, Any]:
-    """What a torchrun line does, however it is written."""
+    """A torchrun command line, normalised."""
     with monkeypatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
@@ -115,7 +115,7 @@ def test_a_printed_torchrun_line_does_what_one_of_the_components_does(page, line
     for name, command in ALL:
         if name == page:
             (role,) = dry_run(command).roles
-            if role.entrypoint == "python":  # a server needs no torchrun
+            if role.entrypoint == "python":  # a server does not need torchrun
                 continue
             own = {k: v for k, v in role.env.items() if k.startswith(("PET_", "TORCH_"))}
             made.append(meaning(shlex.split(role.args[1]), own, monkeypatch))

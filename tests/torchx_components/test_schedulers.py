@@ -1,4 +1,4 @@
-"""What slurm and kubernetes would be asked for: dry runs, two nodes with four ranks each."""
+"""Requests to slurm and kubernetes, as dry runs; two nodes with four ranks each."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ EVALUATE_SCRIPT = "ifa_torchrec evaluate -- --run /shared/run --split test --by 
 def runner(monkeypatch, tmp_path):
     for variable in ("LOGLEVEL", "TORCHX_PARENT_RUN_ID"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.chdir(tmp_path)  # no .torchxconfig here
+    monkeypatch.chdir(tmp_path)  # a folder without .torchxconfig
     with get_runner() as runner:
         yield runner
 

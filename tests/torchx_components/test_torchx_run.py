@@ -27,18 +27,18 @@ TIMEOUT = 240
 
 @dataclass
 class Job:
-    """A job that has ended."""
+    """A finished job."""
 
     exit_code: int
     log: str
     attempts: int
     printed: str
-    """What rank 0 printed in the last attempt."""
+    """Rank 0's output in the last attempt."""
 
 
 @contextmanager
 def torchx_run(folder: Path, *arguments: str) -> Iterator[subprocess.Popen]:
-    """Start a job in a folder; it does not outlive the block."""
+    """Start a job in a folder; it is stopped at the end of the block."""
     folder.mkdir(exist_ok=True)
     programs = Path(sys.executable).parent  # torchrun must be found by name
     environment = {
@@ -79,7 +79,7 @@ def kill_rank_1(run: Path) -> None:
         try:
             command_line = (process / "cmdline").read_bytes().split(b"\0")
             environment = (process / "environ").read_bytes().split(b"\0")
-        except OSError:  # it has ended, or is somebody else's
+        except OSError:  # it has ended, or belongs to another user
             continue
         if os.fsencode(run) in command_line and b"LOCAL_RANK=1" in environment:
             os.kill(int(process.name), signal.SIGKILL)
@@ -94,7 +94,7 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(log: EventLog, run: Path) -> Job:
-    """A training of two ranks, one of which is killed on the way."""
+    """A training on two ranks, one of which is killed midway."""
     folder = run.parent / "train"
     options = ["--data", str(log.path), "--out", str(run), "--max_requests", "4", "--max_restarts", "1"]
     script_options = [*SMALL, "--epochs", str(EPOCHS)]
@@ -106,7 +106,7 @@ def trained(log: EventLog, run: Path) -> Job:
 def test_training_goes_on_after_a_rank_was_killed(trained, run):
     assert trained.exit_code == 0, trained.log
     assert trained.attempts == 2
-    assert f"{run}/checkpoints: going on from step" in trained.log
+    assert f"{run}/checkpoints: resuming from step" in trained.log
     assert json.loads(trained.printed)["steps"] == EPOCHS * STEPS_AN_EPOCH
     assert checkpoints(run / "checkpoints")[-1].name.endswith(str(EPOCHS * STEPS_AN_EPOCH))
 

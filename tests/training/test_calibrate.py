@@ -1,4 +1,4 @@
-"""Calibration: what is fitted, and that all who use a run predict by it."""
+"""Calibration: the fit, and that everything that uses a run predicts with it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class TestFit:
 
 @pytest.mark.parametrize("attention", ["none", "softmax"])
 def test_all_ways_to_a_logit(attention: str) -> None:
-    """From histories, from states, beside a set and given what is taken."""
+    """From histories, from states, within a set, and given candidates already taken."""
     tables = EmbeddingCollection(
         tables=[
             EmbeddingConfig(
@@ -76,7 +76,7 @@ def test_all_ways_to_a_logit(attention: str) -> None:
     )
     model = DLRM_IFA(None, tables, config)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)  # what starts at 0 does nothing yet
+        torch.nn.init.normal_(parameter, std=0.3)  # weights that start at 0 have no effect
     sequence = KeyedJaggedTensor.from_lengths_sync(
         keys=["history_item", "candidate_item", "history_category", "candidate_category"],
         values=torch.arange(18),
@@ -112,7 +112,7 @@ def test_a_run_predicts_by_what_was_fitted(toy: Toy, log: EventLog, tmp_path: Pa
     true = np.array([g["label"] for g in groups])
     assert (said * count).sum() / (true * count).sum() == pytest.approx(moved["calibration_exposed"])
     assert moved["gauc"] == raw["gauc"]
-    assert abs(np.log(raw["calibration_exposed"])) > 0.05  # the others have no part in the loss
+    assert abs(np.log(raw["calibration_exposed"])) > 0.05  # unexposed candidates are not in the loss
     assert moved["calibration_exposed"] == pytest.approx(1, abs=1e-3)
     assert moved["ne_exposed"] <= raw["ne_exposed"]
     kept = [

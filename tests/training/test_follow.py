@@ -1,4 +1,4 @@
-"""Training without end: each log measured before it is trained, trained once, whatever stops it."""
+"""Continual training: each log is measured first and trained once, also after interruptions."""
 
 from __future__ import annotations
 
@@ -16,25 +16,30 @@ from toy import SCHEMA, make_toy
 
 from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.data import EventLog, LogError
-from ifa_torchrec.distributed import CheckpointError, OptimizerConfig, ShardingConfig
+from ifa_torchrec.distributed import (
+    CheckpointError,
+    OptimizerConfig,
+    ShardingConfig,
+    init_process_group,
+)
 from ifa_torchrec.errors import ConfigError
-from ifa_torchrec.training.follow import Follower, follow, going_on
+from ifa_torchrec.training.follow import Follower, Table, follow, going_on
 from ifa_torchrec.training.options import TrainConfig
 from ifa_torchrec.training.run import load_run
 
 DAYS = ("2024-04-01", "2024-04-02", "2024-04-03")
-NEW_ITEMS = 4  # a day
+NEW_ITEMS = 4  # per day
 
 
 def write_day(path: Path, number: int, tables_grow: bool = True) -> EventLog:
-    """A day's log: new items each day and, where tables grow, one more category and one more action."""
+    """A day's log: new items each day and, if tables grow, one more category and one more action."""
     toy, items = make_toy(seed=number + 1), 32 + NEW_ITEMS * number
     grown = number if tables_grow else 0
     actions = np.random.default_rng(number + 1).integers(0, 3 + grown, len(toy.events))
     requests = {"train": toy.requests["train"] if number == 0 else toy.requests["test"]}
     if number == 0:
         requests["valid"] = toy.requests["valid"]
-    for frame in requests.values():  # an item's category, by which it is clicked, stays
+    for frame in requests.values():  # items keep their category, which decides clicks
         frame["candidates"] = [candidates % items for candidates in frame["candidates"]]
     schema = dataclasses.replace(
         SCHEMA,
@@ -54,7 +59,7 @@ def logs(tmp_path_factory) -> Path:
 
 
 def config_of(logs: Path, out: Path) -> TrainConfig:
-    """Twelve batches of the first day, three of each other."""
+    """Twelve batches for the first day, three for each other day."""
     return TrainConfig(
         data=logs,
         out=out,
@@ -75,7 +80,7 @@ def config(logs: Path, tmp_path: Path) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def whole(logs: Path, tmp_path_factory) -> TrainConfig:
-    """All days, trained without a stop, for tests that only read them."""
+    """All days, trained without interruption, for tests that only read the runs."""
     config = config_of(logs, tmp_path_factory.mktemp("whole") / "runs")
     assert list(follow(config)) == list(DAYS)
     return config
@@ -86,7 +91,7 @@ def table(config: TrainConfig) -> pd.DataFrame:
 
 
 def test_a_part_is_measured_as_the_run_before_serves_it(config: TrainConfig, tmp_path: Path) -> None:
-    """Its calibration included; new items are unknown to that run."""
+    """Including its calibration; new items are unknown to that run."""
     data = tmp_path / "days"
     for number, day in enumerate(DAYS[:2]):
         write_day(data / day, number, tables_grow=False)
@@ -117,7 +122,7 @@ def test_tables_and_gates_grow_and_what_was_known_stays(whole: TrainConfig) -> N
     for name in grown:
         assert len(now[name]) - len(was[name]) == (NEW_ITEMS if "item_table" in name else 1)
     (category,) = [name for name in tables if "category_table" in name]
-    # no item is of it yet: as the unknown category when the day began
+    # no item has it yet: it equals the unknown category as it was when the day began
     assert torch.equal(now[category][-1], was[category][0])
 
 
@@ -135,7 +140,7 @@ def test_a_part_is_trained_in_order_of_time(whole: TrainConfig, config: TrainCon
 def test_what_is_killed_ends_as_what_never_stopped(
     whole: TrainConfig, config: TrainConfig, monkeypatch, tmp_path: Path, every: int, step: int
 ) -> None:
-    """And the logs come one after the other."""
+    """And the logs arrive one after the other."""
     data = tmp_path / "days"
     config = dataclasses.replace(config, data=data, checkpoint_every=every)
     shutil.copytree(Path(whole.data) / DAYS[0], data / DAYS[0])
@@ -153,7 +158,7 @@ def test_what_is_killed_ends_as_what_never_stopped(
 
 @pytest.mark.slow
 def test_two_ranks_measure_what_one_measures(whole: TrainConfig, config: TrainConfig) -> None:
-    """The tables that grow lie on both."""
+    """The growing tables are sharded over both ranks."""
     kinds = {f"{name}_table": "row_wise" for name in ("item", "category", "action")}
     shutil.copytree(whole.out / DAYS[0], config.out / DAYS[0])
     config = dataclasses.replace(config, sharding=ShardingConfig(tables=kinds))
@@ -162,6 +167,35 @@ def test_two_ranks_measure_what_one_measures(whole: TrainConfig, config: TrainCo
     for name in ("ne", "gauc"):
         two, one = (table(c).loc[DAYS[1], name] for c in (config, whole))
         assert two == pytest.approx(one, abs=1e-5)
+
+
+def test_a_part_whose_last_checkpoint_is_damaged_is_trained_to_its_end(
+    whole: TrainConfig, config: TrainConfig, tmp_path: Path
+) -> None:
+    """Otherwise its last requests would never be trained."""
+    data = tmp_path / "days"
+    config = dataclasses.replace(config, data=data, checkpoint_every=1)
+    for day in DAYS[:2]:
+        shutil.copytree(Path(whole.data) / day, data / day)
+    follow(config)
+    last = config.out / DAYS[1] / "checkpoints" / "step-000000003"
+    file = next(last.glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1])
+    shutil.copytree(Path(whole.data) / DAYS[2], data / DAYS[2])
+    with pytest.warns(UserWarning, match="step-000000003 is damaged"):
+        assert list(follow(config)) == list(DAYS[1:])
+    for day in DAYS[1:]:
+        assert_same_weights(config.out / day, whole.out / day)
+
+
+@pytest.mark.parametrize(
+    "text", ["a,b\n1,2\n", "part,ne\nmonday,0.5,7\n", "part,ne\nmonday\n", "part,ne\n,0.5\n"]
+)
+def test_a_damaged_table_is_told_of(tmp_path: Path, text: str) -> None:
+    init_process_group()
+    (tmp_path / "parts.csv").write_text(text)
+    with pytest.raises(CheckpointError, match=r"parts\.csv: row 1 is not what a training writes"):
+        Table(tmp_path)
 
 
 def test_a_log_that_comes_too_late_is_left_out_and_said(
@@ -174,7 +208,7 @@ def test_a_log_that_comes_too_late_is_left_out_and_said(
     assert list(follow(config)) == [DAYS[0], DAYS[2]]
     shutil.copytree(Path(whole.data) / DAYS[1], data / DAYS[1])
     assert follow(config) == {}
-    assert f"left out, as they came after {DAYS[2]} was trained: {DAYS[1]}" in capsys.readouterr().err
+    assert f"skipped, since they came after {DAYS[2]} was trained: {DAYS[1]}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -195,12 +229,23 @@ def test_what_does_not_go_with_it(config: TrainConfig, change: dict, message: st
 def test_folders_that_are_not_what_is_wanted(
     whole: TrainConfig, config: TrainConfig, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="is a log; --follow wants the folder"):
+    with pytest.raises(ConfigError, match="is a log; --follow needs the folder"):
         follow(dataclasses.replace(config, data=Path(config.data) / DAYS[0]))
-    with pytest.raises(ConfigError, match="is a run; --follow wants a folder"):
+    with pytest.raises(ConfigError, match="is a run; --follow needs a folder"):
         follow(dataclasses.replace(config, out=whole.out / DAYS[0]))
     with pytest.raises(LogError, match="no logs here"):
         follow(dataclasses.replace(config, data=tmp_path))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"config": {}}'])
+def test_damaged_progress_of_the_run_before(
+    whole: TrainConfig, config: TrainConfig, content: str
+) -> None:
+    shutil.copytree(whole.out / DAYS[0], config.out / DAYS[0])
+    for file in (config.out / DAYS[0]).glob("checkpoints/*/progress.json"):
+        file.write_text(content)
+    with pytest.raises(CheckpointError, match="no readable checkpoint here"):
+        follow(config)
 
 
 def test_other_options_or_other_ids_than_before(

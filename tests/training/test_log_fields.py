@@ -1,4 +1,4 @@
-"""A training on a log with all that a schema can name; new items, vocabularies, untouched rows."""
+"""Training on a log with everything that a schema can name; new items, vocabularies, unused rows."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def item_vocabulary(first: str, count: int = NUM_ITEMS - 1) -> Vocabulary:
 
 
 def write_named(path: Path, toy: Toy, vocabulary: Vocabulary, first: str = "p") -> EventLog:
-    """The toy's log, its items called by strings."""
+    """The toy's log, with strings as item ids."""
     name = np.array([None, *(f"{first}{i}" for i in range(1, NUM_ITEMS))], dtype=object)
     requests = {
         split: frame.assign(candidates=[name[np.maximum(c, 1)] for c in frame["candidates"]])
@@ -62,7 +62,7 @@ def write_named(path: Path, toy: Toy, vocabulary: Vocabulary, first: str = "p") 
 
 @pytest.fixture(scope="module")
 def named(tmp_path_factory) -> EventLog:
-    """Its vocabulary has names of items."""
+    """The log's vocabulary has item names."""
     folder = tmp_path_factory.mktemp("named")
     return write_named(folder / "log", make_toy(), item_vocabulary("p"))
 
@@ -98,7 +98,7 @@ class TestTraining:
         assert build_model(log.schema, none).config.gates == ()
         with pytest.raises(ConfigError, match=r"--gate shop: no such event feature; .*'action'"):
             build_model(log.schema, dataclasses.replace(config, gate=("shop",)))
-        with pytest.raises(ConfigError, match="by --gate"):
+        with pytest.raises(ConfigError, match="with --gate"):
             config_of(log, tmp_path, ifa=IFAConfig(8, num_heads=2, gates={"action": 4}))
 
     def test_as_many_items_are_made_unknown_as_are_new_in_the_validation(
@@ -135,11 +135,11 @@ class TestTermsWithNothingToDo:
             loss=CandidateSetLossConfig(consistency=0.2),
             candidate_set=CandidateSetConfig("softmax"),
         )
-        with pytest.raises(ConfigError, match=r"--loss.consistency 0.2: all candidates .* were exposed"):
+        with pytest.raises(ConfigError, match=r"--loss.consistency 0.2: .* the split `train` has none"):
             Trainer(config)
 
     def test_exposed_candidates_of_one_label_are_refused(self, tmp_path: Path) -> None:
-        """All that was not taken is unexposed."""
+        """Everything that was not clicked is unexposed."""
         toy = make_toy()
         for frame in toy.requests.values():
             frame["exposed"] = [np.asarray(label) > 0 for label in frame["label"]]
@@ -158,7 +158,7 @@ class TestTermsWithNothingToDo:
                 frame[name] = [values[:1] for values in frame[name]]
         log = toy.write(tmp_path / "log")
         config = config_of(log, tmp_path / "run", loss=CandidateSetLossConfig(listwise=0.5))
-        with pytest.warns(UserWarning, match=r"--loss.listwise 0.5 has nothing to do: no request"):
+        with pytest.warns(UserWarning, match=r"--loss.listwise 0.5 has no effect: no request"):
             Trainer(config)
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
@@ -167,7 +167,7 @@ class TestTermsWithNothingToDo:
     def test_a_bar_leaves_it_to_the_environment_whether_it_is_shown(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """tqdm reads TQDM_DISABLE, unless it is told otherwise."""
+        """tqdm reads TQDM_DISABLE, unless it is passed as an argument."""
         given = []
         monkeypatch.setattr(progress, "tqdm", lambda *_, **options: given.append(options))
         for rank in (0, 1):
@@ -180,7 +180,7 @@ class TestVocabulary:
         assert Vocabulary.load(named_run).digest == named.vocabulary.digest
 
     def test_another_is_refused(self, named_run: Path, tmp_path: Path) -> None:
-        """All sizes are the same, but the rows stand for other items."""
+        """All sizes are the same, but the rows belong to other items."""
         other = write_named(tmp_path / "other", make_toy(), item_vocabulary("q"), "q")
         with pytest.raises(LogError, match=rf"{other.path} has another vocabulary than .*\['item'\]"):
             evaluate(EvaluateConfig(named_run, data=other.path))
@@ -209,11 +209,11 @@ class TestVocabulary:
 
 
 def by_hand(log: EventLog) -> dict[str, set[int]]:
-    """The rows that the batches of an epoch hold."""
+    """The rows that occur in the batches of an epoch."""
     found: dict[str, set[int]] = {}
     batch = RankingDataset(log, "train")[range(len(RankingDataset(log, "train")))]
     for features in (batch.sequence_features, batch.context_features, batch.item_lists):
-        for key in features.keys():  # noqa: SIM118 a KJT is no dict
+        for key in features.keys():  # noqa: SIM118 a KJT is not a dict
             name = key.removeprefix("history_").removeprefix("candidate_")
             found.setdefault(name, set()).update(features[key].values().tolist())
     return found
@@ -228,7 +228,7 @@ def test_touched_rows_are_those_of_the_batches(log: EventLog) -> None:
 
 
 def start_of(log: EventLog, out: Path, kind: str) -> dict[str, tuple[bool, bool]]:
-    """Of each table, on all ranks together: whether its untouched rows are zeros and all others not."""
+    """For each table, over all ranks: whether exactly the unused rows are zero."""
     tables = (*log.schema.item_features, *log.schema.event_features, *log.schema.candidate_features)
     config = config_of(
         log,
@@ -239,7 +239,7 @@ def start_of(log: EventLog, out: Path, kind: str) -> dict[str, tuple[bool, bool]
     )
     trainer = Trainer(config)
     out.mkdir(parents=True, exist_ok=True)
-    trainer._start_anew()
+    trainer._initialise()
     touched = by_hand(log)
     found = {}
     for name, value in trainer.model.state_dict().items():
@@ -273,7 +273,7 @@ def test_rows_that_no_step_touches_start_at_zero_wherever_they_lie(
 
 
 def test_rows_of_whole_tables_are_zeroed_too(log: EventLog, tmp_path: Path) -> None:
-    """Where a model is not sharded, and a projection is called as its table is."""
+    """In a model that is not sharded, with a projection of the same name as a table."""
     tables = torch.nn.ModuleDict(
         {"embeddings": torch.nn.ModuleDict({"item_table": torch.nn.Embedding(3, 2)})}
     )

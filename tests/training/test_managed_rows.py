@@ -1,4 +1,4 @@
-"""Tables of fewer rows than ids, by TorchRec's managed collisions: --managed-rows."""
+"""Tables with fewer rows than ids, by TorchRec's managed collisions: --managed-rows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROWS = 12
 
 
 def configured(log: EventLog, out: Path) -> TrainConfig:
-    """Six steps an epoch; a third of the items get rows."""
+    """Six steps per epoch; a third of the items get rows."""
     return TrainConfig(
         data=log.path,
         out=out,
@@ -43,7 +43,7 @@ def configured(log: EventLog, out: Path) -> TrainConfig:
 
 
 def trained(config: TrainConfig) -> np.ndarray:
-    """Train, giving rows to new ids in each step, and score the split `test`; on every rank."""
+    """Train, with rows for new ids in each step, and score the split `test`; run on every rank."""
     with mock.patch.object(build, "EVICTION_INTERVAL", 1):
         train(config)
     return scores(config.out)
@@ -61,7 +61,7 @@ def run(log: EventLog, tmp_path_factory) -> tuple[Path, np.ndarray]:
 
 
 def remapped(dlrm: DLRM_IFA, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-    """What the collection that manages collisions makes of the ids."""
+    """The ids after the managed-collision collection has mapped them."""
     manager = next(m for m in dlrm.modules() if isinstance(m, ManagedCollisionCollection))
     order = manager(features)
     return KeyedJaggedTensor.from_jt_dict({key: order[key] for key in features.keys()})  # noqa: SIM118
@@ -69,7 +69,7 @@ def remapped(dlrm: DLRM_IFA, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
 
 @torch.no_grad()
 def test_rows_are_given_to_the_ids_that_are_met(run) -> None:
-    """The scores are those of plain tables under the ids' rows; what has no row has the last one."""
+    """The scores are those of plain tables with the ids' rows; ids without a row use the last one."""
     loaded = load_run(run[0], sharded=False)
     dlrm = loaded.dlrm.eval()
     assert [table.num_embeddings for table in tables_of(dlrm.sequence_arch.embedding_collection)] == [
@@ -108,18 +108,18 @@ def test_training_goes_on_from_a_checkpoint(run, log: EventLog, tmp_path: Path) 
 
 
 def test_on_two_ranks(log: EventLog, tmp_path: Path) -> None:
-    """Each rank has half of the rows, and of the ids."""
+    """Each rank has half of the rows and half of the ids."""
     config = configured(log, tmp_path / "run")
     first, second = run_ranks(trained, 2, config)
     np.testing.assert_array_equal(first, second)
-    alone = scores(config.out)  # ids without a row share one, and not one a rank
+    alone = scores(config.out)  # ids without a row share one row, not one per rank
     assert np.isfinite(alone).all() and np.corrcoef(alone[:, 0], first[:, 0])[0, 1] > 0.8
 
 
 def test_more_ranks_than_trained_it_are_refused(run) -> None:
     for error in run_ranks(scores, 2, run[0], check=False):
         assert isinstance(error, CheckpointError)
-        assert "managed collisions of another number of ranks" in str(error)
+        assert "managed-collision tables were trained on a different number of ranks" in str(error)
 
 
 @pytest.mark.parametrize(

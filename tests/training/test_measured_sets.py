@@ -1,4 +1,4 @@
-"""Sets that a model chose from a split, against loops over each of them."""
+"""Metrics of sets chosen from a split, compared with plain loops."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from ifa_torchrec.training.sets import (
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory) -> RankingDataset:
-    """Of a binary task and a number."""
+    """A split with a binary task and a regression."""
     return RankingDataset(make_rich().write(tmp_path_factory.mktemp("log") / "log"), "train")
 
 
 def random_sets(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Request, place in its set and label of candidates; some requests have no set."""
+    """Request, position in the set and label of each candidate; some requests have no set."""
     rng = np.random.default_rng(seed)
     request = np.repeat(np.arange(30), rng.integers(0, 9, 30))
     place = np.zeros(len(request), np.int64)
@@ -80,7 +80,7 @@ def test_of_nothing() -> None:
     none = np.zeros(0, np.int64)
     found = set_metrics(none, none, none) | variety(none, none, none)
     assert len(found) == 5 and all(np.isnan(value) for value in found.values())
-    sets = variety(np.zeros(3, int), np.zeros(3, int), np.ones(3, int))  # a request without one
+    sets = variety(np.zeros(3, int), np.zeros(3, int), np.ones(3, int))  # a request without a set
     assert np.isnan([sets["diversity"], sets["duplicates"]]).all() and sets["coverage"] == 0
 
 

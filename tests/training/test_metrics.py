@@ -9,6 +9,7 @@ import pytest
 
 from ifa_torchrec.training.metrics import (
     correlation,
+    decile_cuts,
     gauc,
     ndcg,
     ranking_metrics,
@@ -19,7 +20,7 @@ from ifa_torchrec.training.metrics import (
 
 
 def random_requests(seed: int, levels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """40 requests of 1 to 12 candidates; the fewer the levels of the score, the more ties."""
+    """40 requests with 1 to 12 candidates; fewer score levels give more ties."""
     rng = np.random.default_rng(seed)
     request = np.repeat(np.arange(40), rng.integers(1, 13, 40))
     score = rng.integers(0, levels, len(request)).astype(np.float32)
@@ -33,7 +34,7 @@ def naive_auc(score: np.ndarray, label: np.ndarray) -> float:
 
 
 def naive_ndcg(score: np.ndarray, label: np.ndarray, k: int) -> float:
-    """Candidates of one score share evenly what their positions gain."""
+    """Candidates with equal scores share the gain of their positions evenly."""
     discount = [1 / math.log2(place + 2) if place < k else 0.0 for place in range(len(score))]
     gain, place = 0.0, 0
     for value in sorted(set(score), reverse=True):
@@ -82,7 +83,7 @@ def test_ndcg_is_the_mean_gain_over_the_best_gain(levels: int, k: int) -> None:
 @pytest.mark.parametrize("k", [1, 3, 10])
 @pytest.mark.parametrize("levels", [2, 1000], ids=["many ties", "few ties"])
 def test_recall_is_the_mean_share_of_positives_found(levels: int, k: int) -> None:
-    """Of tied candidates each is as likely as another to be among the k: drawn a thousand times."""
+    """Tied candidates are equally likely to be among the k best: simulated by a thousand draws."""
     request, score, label = random_requests(2, levels)
     rng = np.random.default_rng(0)
     drawn = []
@@ -153,13 +154,13 @@ class TestRankingMetrics:
         assert metrics["ndcg@10"] == ndcg(request, score, label)
 
     def test_large_counts_are_not_ties(self) -> None:
-        """A sigmoid of 40, 41, ... is 1.0 in float32, whatever comes after."""
+        """The sigmoid of 40, 41, ... is 1.0 in float32."""
         count = np.arange(40, 45, dtype=np.float32)
         label = np.array([0, 0, 0, 1, 1])
         assert ranking_metrics(np.zeros(5, np.int64), count, label, probabilities=False)["auc"] == 1.0
 
     def test_close_scores_are_not_ties(self) -> None:
-        """1,000 candidates, each one float apart: no rounding of the ranks makes them equal."""
+        """1,000 candidates, one float apart: rounding must not make their ranks equal."""
         score = np.ones(1000, np.float32)
         for i in range(1, 1000):
             score[i] = np.nextafter(score[i - 1], np.float32(2))
@@ -232,7 +233,7 @@ class TestRegression:
     ("request_", "label", "told"),
     [
         ([], [], "there is no candidate"),
-        ([0, 1, 4], [1, 0, 1], "one candidate alone"),
+        ([0, 1, 4], [1, 0, 1], "only one candidate"),
         ([0, 0, 1], [1, 1, 0], "all labels are equal"),
         ([0, 0, 1], [1, 0, 0], None),
         ([0, 0], [2.5, 2.6], None),
@@ -246,3 +247,13 @@ def test_why_nothing_can_be_ranked(request_: list[int], label: list[float], told
         score = np.zeros(len(label), np.float32)
         assert (ranking_metrics(request, score, labels)["requests_ranked"] == 0) == (told is not None)
         assert math.isnan(gauc(request, score, labels)) == (told is not None)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_decile_cuts_are_numpys(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for size in (1, 2, 9, 10, 11, 200):
+        drawn = rng.integers(0, 30, size)
+        values, counts = np.unique(drawn, return_counts=True)
+        wanted = np.unique(np.quantile(drawn, np.arange(1, 10) / 10, method="higher"))
+        assert np.array_equal(values[decile_cuts(np.cumsum(counts))], wanted)

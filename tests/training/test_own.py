@@ -1,4 +1,4 @@
-"""What ranks measure by sums of their own requests is what one measures that has them all."""
+"""Ranks that sum figures of their own requests measure the same as one rank with all requests."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def scores(split: RankingDataset) -> np.ndarray:
 def on_ranks(
     split: RankingDataset, shares: list[list[int]], work: Callable[[OwnRequests, np.ndarray], Found]
 ) -> list[Found]:
-    """What it gives on each rank, a thread each, by its requests and the rows of their candidates."""
+    """The result on each rank (one thread each), by its requests and their candidates' rows."""
     given: list[np.ndarray] = [np.empty(0)] * len(shares)
     meeting = threading.Barrier(len(shares), timeout=20)
 
@@ -80,7 +80,7 @@ def test_metrics_are_those_of_the_whole(split: RankingDataset, scores: np.ndarra
     for task, metrics in wanted.items():
         assert found[0][task].keys() == metrics.keys() and len(metrics) >= 4
         for name, value in metrics.items():
-            near = 2e-4 if name == "auc" else 1e-9  # see auc: scores tie there that are nearly equal
+            near = 2e-4 if name == "auc" else 1e-9  # nearly equal scores tie, see auc
             assert found[0][task][name] == pytest.approx(value, abs=near, nan_ok=True), name
 
 
@@ -135,7 +135,7 @@ def test_reliability_of_ranks_is_near_that_of_the_whole(split: RankingDataset) -
     found = on_ranks(split, shares, lambda own, mine: reliability(logit[mine], label[mine], own.total))
     assert found[0] == found[1] == found[2]
     for one, other in zip(found[0], wanted, strict=True):
-        assert one == pytest.approx(other, abs=1e-6)  # no two of these scores share their first bits
+        assert one == pytest.approx(other, abs=1e-6)  # no two of these scores have the same leading bits
 
 
 def test_a_score_that_is_not_finite_is_told_by_all_ranks(
@@ -151,7 +151,7 @@ def test_a_score_that_is_not_finite_is_told_by_all_ranks(
 
     first, second = on_ranks(split, [[0, 1], [2, 3]], told)
     assert first == "request 0: a score is nan, not a finite number"
-    assert second == "a score of another rank is not a finite number"
+    assert second == "a score on another rank is not a finite number"
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6])

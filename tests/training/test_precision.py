@@ -1,4 +1,4 @@
-"""Training in bfloat16, with a compiled dense part, and with a clipped gradient."""
+"""Training in bfloat16, with a compiled dense part, and with gradient clipping."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SOFTMAX = IFAConfig(16, num_heads=1, feature_map="hedgehog", readout="softmax")
 
 @pytest.fixture
 def config(log: EventLog, tmp_path: Path) -> TrainConfig:
-    """Six batches, as ``ifa train`` makes them."""
+    """Six batches, with the defaults of ``ifa train``."""
     options = {"max_requests": 8, "warmup_steps": 2, "validate": False}
     return TrainConfig(log.path, tmp_path / "run", ifa=SOFTMAX, **options)
 
 
 def trained(config: TrainConfig, out: str, **changes) -> tuple[dict[str, float], dict]:
-    """The result, and the weights."""
+    """The result and the weights of a training."""
     config = dataclasses.replace(config, out=config.out / out, **changes)
     return train(config), load_run(config.out, sharded=False).model.state_dict()
 
@@ -50,7 +50,7 @@ def test_precision_may_change_where_a_run_goes_on(config):
 
 
 def test_tf32_is_for_gpus(config):
-    with pytest.raises(ConfigError, match=r"--precision tf32: .*the device is cpu; give fp32 or bf16"):
+    with pytest.raises(ConfigError, match=r"--precision tf32 needs .*got device cpu; give fp32 or bf16"):
         check_precision("tf32", torch.device("cpu"))
     check_precision("tf32", torch.device("cuda"))
     before = torch.backends.cuda.matmul.fp32_precision

@@ -1,4 +1,4 @@
-"""Metrics of a split by task, and of what the model does not know apart."""
+"""Metrics of a split by task, also for items that the model does not know."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ifa_torchrec.training.metrics import (
     regression_metrics,
 )
 from ifa_torchrec.training.metrics_table import as_table
-from ifa_torchrec.training.scoring import TaskScores, measure
+from ifa_torchrec.training.scoring import TaskScores, measure, time_per_request
 
 WATCH = Task("watch", "regression", scale=Scale(2.0, 1.0, log=True))
 LABEL = Task("label")
@@ -32,7 +32,7 @@ LABEL = Task("label")
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory) -> EventLog:
-    """Its lists have ids that are unknown."""
+    """A log whose lists contain unknown ids."""
     toy = make_rich()
     toy.items["tag"] = [
         ids if item % 3 else [0] * bool(item) for item, ids in enumerate(toy.items["tag"])
@@ -44,7 +44,7 @@ def log(tmp_path_factory) -> EventLog:
 
 @pytest.fixture
 def split(log: EventLog) -> RankingDataset:
-    """Of two tasks, of which one is a number that nobody knows of the unexposed."""
+    """A split with two tasks, one of them a regression without labels for unexposed candidates."""
     dataset = RankingDataset(log, "train")
     requests = dataset.requests
     watch = np.where(requests["exposed"], requests["watch"], np.float32(1e30))
@@ -115,7 +115,7 @@ class TestExposed:
         for name in ("gauc", "ne", "calibration"):
             assert metrics["label"][f"{name}_exposed"] == wanted[name] != metrics["label"][name]
         assert not [name for name in metrics["watch"] if "exposed" in name]
-        assert "gauc_exposed" in measure(split, scores)["label"]  # of no model: the order alone
+        assert "gauc_exposed" in measure(split, scores)["label"]  # only the order counts
         assert "ne_exposed" not in measure(split, scores)["label"]
 
     def test_where_all_are_exposed_there_is_one_view(self, split: RankingDataset) -> None:
@@ -237,6 +237,28 @@ class TestByHistory:
         assert np.isnan([part["calibration"] for part in parts.values()]).all()
 
 
+class Noted(torch.nn.Module):
+    """A model that records its mode in each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modes: list[bool] = []
+
+    def forward(self, batch: RankingBatch) -> tuple[torch.Tensor, None]:
+        self.modes.append(self.training)
+        return torch.zeros(()), None
+
+
+def test_time_per_request(split: RankingDataset) -> None:
+    """Models are timed in evaluation mode, on the same batches, and keep their mode."""
+    models: dict[str, torch.nn.Module] = {"training": Noted(), "evaluating": Noted().eval()}
+    times = time_per_request(models, split, torch.device("cpu"))
+    assert times.keys() == models.keys() and min(times.values()) > 0
+    assert [model.training for model in models.values()] == [True, False]
+    assert models["training"].modes == models["evaluating"].modes
+    assert not any(models["training"].modes)
+
+
 class TestTable:
     def test_says_what_each_number_is(self, split: RankingDataset) -> None:
         tasks = (dataclasses.replace(LABEL, rank=1.0), dataclasses.replace(WATCH, rank=1.0))
@@ -253,7 +275,7 @@ class TestTable:
         mae = [metrics["watch"]["mae"], *(metrics["watch"]["items"][k]["mae"] for k in ("new", "known"))]
         assert numbers("mean absolute error, in the label's unit", watch) == [f"{v:.4f}" for v in mae]
         wanted = metrics["label"]["ranked_gauc"]
-        assert numbers("GAUC, by the score that ranks", lines)[0] == f"{wanted:.4f}"
+        assert numbers("GAUC, by the ranking score", lines)[0] == f"{wanted:.4f}"
         assert numbers("new items", lines)[0] == f"{metrics['shares']['new_items']['candidates']:.1%}"
         assert len([line for line in lines if "events in the history" in line]) > 3
 
@@ -268,4 +290,4 @@ class TestTable:
         assert np.isnan(metrics["label"]["gauc"]) and metrics["label"]["auc"] > 0
         reason = TaskScores(split, LABEL, scores[:, 0], logits=True).why_unranked()
         table = as_table({**metrics, "notes": {"label": reason}}, (LABEL, WATCH))
-        assert "No order to measure: each request has one candidate alone" in table
+        assert "No order to measure: each request has only one candidate" in table

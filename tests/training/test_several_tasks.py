@@ -1,4 +1,4 @@
-"""A click and a number of seconds, from the log to the table, the ranking and the explanation."""
+"""Two tasks, clicks and seconds, from the log to the table, the ranking and the explanation."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,21 +19,23 @@ from ifa_torchrec.__main__ import main
 from ifa_torchrec.commands.build_states import BuildStatesConfig, build_states
 from ifa_torchrec.commands.evaluate import EvaluateConfig, evaluate
 from ifa_torchrec.commands.explain import ExplainConfig, explain
-from ifa_torchrec.data import EventLog
+from ifa_torchrec.data import EventLog, RankingDataset
 from ifa_torchrec.distributed import OptimizerConfig
-from ifa_torchrec.errors import ConfigError
+from ifa_torchrec.errors import ConfigError, DivergedError
 from ifa_torchrec.modules import predictions, ranking_score
 from ifa_torchrec.serving import RankingRequest, Scorer, StateStore, open_key_value_store
+from ifa_torchrec.training import trainer as train_module
 from ifa_torchrec.training.build import tasks_of
 from ifa_torchrec.training.options import TrainConfig
 from ifa_torchrec.training.run import load_run
-from ifa_torchrec.training.scoring import predict
+from ifa_torchrec.training.scoring import predict, predict_own
 from ifa_torchrec.training.trainer import train
+from ifa_torchrec.training.validations import check_metric
 
 
 @pytest.fixture(scope="module")
 def toy() -> Toy:
-    """Items of category 1 are clicked; the seconds go by category, from half a minute to ten."""
+    """Items of category 1 are clicked; the seconds depend on the category, from half a minute to ten."""
     toy, rng = make_rich(), np.random.default_rng(3)
     category = toy.items["category"].to_numpy()
     for frame in toy.requests.values():
@@ -92,6 +95,28 @@ def test_the_model_has_the_logs_figures(run: Path, log: EventLog) -> None:
     assert (label.kind, label.weight, label.rank) == ("binary", 1.0, 0.5)
     assert (watch.kind, watch.weight, watch.rank) == ("regression", 2.0, 1.0)
     assert watch.scale == log.scales["watch"] and watch.scale.log
+
+
+def test_the_default_metric_orders_exposed_candidates(run: Path, log: EventLog) -> None:
+    """The labels of the others are unknown, also if several tasks rank."""
+    split, tasks = RankingDataset(log, "valid"), load_run(run).dlrm.config.tasks
+    assert not split.requests["exposed"].all()
+    assert check_metric(None, split, tasks) == "label_ranked_gauc_exposed"
+    metrics = evaluate(EvaluateConfig(run))["label"]
+    assert metrics["ranked_gauc_exposed"] != metrics["ranked_gauc"]
+
+
+def test_a_regression_that_diverges_is_told_of(log: EventLog, tmp_path: Path, monkeypatch) -> None:
+    """Its logits are finite, but not the seconds that they stand for."""
+
+    def far_too_high(*given: Any) -> Any:
+        own, scores, batches = predict_own(*given)
+        return own, scores + 300, batches
+
+    monkeypatch.setattr(train_module, "predict_own", far_too_high)
+    config = TrainConfig(log.path, tmp_path / "run", ifa=IFAConfig(8), epochs=1)
+    with pytest.raises(DivergedError, match="a prediction of the split 'valid' is not finite"):
+        train(config)
 
 
 def test_the_table_is_for_people_and_the_json_for_programs(run: Path, monkeypatch, capsys) -> None:

@@ -72,7 +72,7 @@ IFA = IFAConfig(
 
 @pytest.fixture
 def config(log: EventLog, tmp_path: Path) -> TrainConfig:
-    """Six batches an epoch."""
+    """Six batches per epoch."""
     return TrainConfig(
         data=log.path,
         out=tmp_path / "run",
@@ -83,7 +83,7 @@ def config(log: EventLog, tmp_path: Path) -> TrainConfig:
         max_requests=8,
         max_events=10_000,
         epochs=2,
-        calibrate=False,  # the weights are compared
+        calibrate=False,  # since weights are compared
     )
 
 
@@ -101,7 +101,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     """All weights of a run's last checkpoint."""
     state = load_run(run).model.state_dict()
     return {
-        # of a table this rank holds the whole, being alone
+        # the only rank has whole tables
         name: value.local_shards()[0].tensor if hasattr(value, "local_shards") else value
         for name, value in state.items()
     }
@@ -112,7 +112,7 @@ def steps_of(run: Path) -> list[int]:
 
 
 class Stopped(Exception):
-    """Stands for whatever ends a process."""
+    """Simulates the end of a process."""
 
 
 def stop_before_step(monkeypatch, step: int) -> None:
@@ -127,7 +127,7 @@ def stop_before_step(monkeypatch, step: int) -> None:
 
 
 def requests_trained(monkeypatch, toy: Toy) -> list[list[int]]:
-    """Filled as the model is trained: the requests of each step, known by their season."""
+    """Filled during training: the requests of each step, identified by their season."""
     steps: list[list[int]] = []
     forward = CandidateArch.forward
     number_of = {np.float32(s): n for n, s in enumerate(toy.requests["train"]["season"])}
@@ -158,7 +158,7 @@ class TestTrain:
         ],
     )
     def test_learns_what_can_be_learnt(self, config: TrainConfig, toy: Toy, interaction: str) -> None:
-        """Which category is clicked; no more is to be learnt."""
+        """Only the clicked category can be learnt."""
         clicked = np.concatenate(list(toy.requests["train"]["label"])).mean()
         no_model = -(clicked * math.log(clicked) + (1 - clicked) * math.log(1 - clicked))
         loss = CandidateSetLossConfig(listwise=0.0)
@@ -171,7 +171,7 @@ class TestTrain:
     def test_an_interaction_added_to_the_registry_is_trained_and_read_again(
         self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        with pytest.raises(ConfigError, match="--interaction 'latest one' is none of"):
+        with pytest.raises(ConfigError, match=r"--interaction must be one of .*, got 'latest one'"):
             dataclasses.replace(config, interaction="latest one")
         monkeypatch.setitem(INTERACTIONS, "latest one", lambda c, *_: SoftmaxAttention(c, 1))
         train(dataclasses.replace(config, interaction="latest one"))
@@ -198,7 +198,7 @@ class TestTrain:
         result = train(dataclasses.replace(config, data=log.path))
         for task in ("label", "bought"):
             assert [name for name in result if task in name and "gauc" in name], list(result)
-        # what no task can be called
+        # names that a task cannot have
         assert {*evaluate(EvaluateConfig(config.out, set_size=2))} == {"label", "bought", *BESIDE_TASKS}
 
     def test_the_seed_decides_the_weights(self, config: TrainConfig) -> None:
@@ -216,9 +216,9 @@ class TestTrain:
         wild = dataclasses.replace(
             config, optimizers=OptimizerConfig(dense_lr=1e30), warmup_steps=1, checkpoint_every=1
         )
-        with pytest.raises(DivergedError, match=r"step \d+.*learning rates.*whole"):
+        with pytest.raises(DivergedError, match=r"step \d+.*learning rates.*complete"):
             train(wild)
-        # the step that went wrong is in no checkpoint
+        # no checkpoint contains the step that diverged
         assert steps_of(config.out) and max(steps_of(config.out)) < 12
 
     @pytest.mark.parametrize(
@@ -227,11 +227,11 @@ class TestTrain:
     def test_weights_that_are_not_finite_are_not_kept(
         self, config: TrainConfig, dense_lr: float, table_lr: float, what: str
     ) -> None:
-        """The loss of the only step is that of the weights before it."""
+        """The loss of the only step is computed with the weights before it."""
         wild = OptimizerConfig(dense_lr=dense_lr, table_lr=table_lr)
         one = dataclasses.replace(config, optimizers=wild, epochs=1, max_requests=1000, warmup_steps=0)
         one = dataclasses.replace(one, max_events=10**6, checkpoint_every=10**6)
-        with pytest.raises(DivergedError, match=f"step 1: a {what}.* is not finite; train anew"):
+        with pytest.raises(DivergedError, match=f"step 1: a {what}.* is not finite; train again"):
             train(one)
 
     @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ class TestTrain:
         ],
     )
     def test_options_out_of_range(self, config: TrainConfig, option: str, value: object) -> None:
-        """Named before anything is read or written."""
+        """It is reported before anything is read or written."""
         with pytest.raises(ConfigError, match=f"^--{option.replace('_', '-')}.*(at least|below)"):
             dataclasses.replace(config, **{option: value})
 
@@ -256,7 +256,9 @@ class TestTrain:
         for name in ("table_lr", "dense_lr", "weight_decay", "table_weight_decay"):
             with pytest.raises(ConfigError, match=f"OptimizerConfig: {name} must be a number of at"):
                 OptimizerConfig(**{name: value})
-        with pytest.raises(ConfigError, match=r"table_optimizer 'adam' is none of .*'adagrad'"):
+        with pytest.raises(
+            ConfigError, match=r"table_optimizer must be one of .*'adagrad'.*, got 'adam'"
+        ):
             OptimizerConfig(table_optimizer=typing.cast(Any, "adam"))
         with pytest.raises(ConfigError, match="memory_gb must be positive"):
             ShardingConfig(memory_gb=value)
@@ -274,7 +276,7 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 
 def curves_of(run: Path) -> dict[str, dict[int, float]]:
-    """What TensorBoard shows of some curves, by step."""
+    """The points of some TensorBoard curves, by step."""
     curves = EventAccumulator(str(run / "tensorboard")).Reload()
     names = ("train/loss", "valid/gauc")
     return {name: {point.step: point.value for point in curves.Scalars(name)} for name in names}
@@ -311,7 +313,7 @@ class TestResume:
     def test_a_split_of_several_windows_goes_on_within_one(
         self, config: TrainConfig, monkeypatch
     ) -> None:
-        """As long splits are, which are not shuffled whole; see data/order.py."""
+        """As for long splits, which are shuffled in windows; see data/order.py."""
         monkeypatch.setattr(order, "WINDOW", 16)
         monkeypatch.setattr(order, "BLOCK", 4)
         config = dataclasses.replace(config, validate=False)
@@ -329,7 +331,7 @@ class TestResume:
     def test_a_position_is_asked_for_where_a_checkpoint_is_written(
         self, config: TrainConfig, monkeypatch
     ) -> None:
-        """Of a log in parts it takes time for all parts, which a step has not."""
+        """For a log in parts it takes time for all parts, too much for one step."""
         asked: list[int] = []
         state_dict = EventBudgetSampler.state_dict
 
@@ -343,7 +345,7 @@ class TestResume:
         assert asked == [0, 4, 6, 6, 2, 6]
 
     def test_dropout_and_decay_go_on_where_they_were(self, config: TrainConfig, monkeypatch) -> None:
-        """The masks are those of a run that never stopped, and validation draws none."""
+        """The masks are those of an uninterrupted run, and validation draws none."""
         optimizers = OptimizerConfig(dense_lr=0.01, table_weight_decay=0.1)
         config = dataclasses.replace(
             config, dropout=0.5, optimizers=optimizers, epochs=1, checkpoint_every=2, validate=False
@@ -355,7 +357,7 @@ class TestResume:
         assert_same_weights(config.out, whole.out)
 
     def test_a_run_stopped_while_it_validates(self, config: TrainConfig, monkeypatch) -> None:
-        """All its steps are done and saved; the numbers are not known yet."""
+        """All steps are done and saved, but not validated yet."""
         whole = train(dataclasses.replace(config, out=config.out / "whole", epochs=1))
         halves = dataclasses.replace(config, out=config.out / "halves", epochs=1)
         with monkeypatch.context() as patch:
@@ -389,13 +391,13 @@ class TestResume:
         flat = [request for step in trained for request in step]
         everything = list(range(SPLITS["train"]))
         assert sorted(flat[:48]) == sorted(flat[48:]) == everything
-        assert flat[:48] != flat[48:]  # of another order
+        assert flat[:48] != flat[48:]  # in another order
         if "max_requests" in change:
             left = min(change["max_requests"], 32)
             assert len(trained[2]) == left
 
     def test_the_learning_rate_goes_on_where_it_was(self, config: TrainConfig, monkeypatch) -> None:
-        """It falls with the requests that were taken, however they are cut into steps."""
+        """It falls with the requests taken, independently of the batch sizes."""
         rates = []
         set_learning_rate = train_module.set_learning_rate
 
@@ -448,25 +450,25 @@ class TestResume:
     ) -> None:
         config = dataclasses.replace(config, checkpoint_every=1)
         train_stopped(config, monkeypatch, 2)
-        with pytest.raises(CheckpointError, match=r"holds checkpoints.*--resume.*another --out"):
+        with pytest.raises(CheckpointError, match=r"has checkpoints.*--resume.*another --out"):
             train(config)
         assert steps_of(config.out) == [1, 2]
 
     def test_one_line_starts_a_run_and_goes_on_with_it(
         self, config: TrainConfig, monkeypatch, capsys
     ) -> None:
-        """And says which it does, where it spoils no output."""
+        """And prints which it does, on standard error."""
         plain = dataclasses.replace(config, out=config.out / "plain", validate=False)
         train(plain)
         assert "starting" not in capsys.readouterr().err
         config = dataclasses.replace(config, checkpoint_every=2, validate=False, resume=True)
-        for stop, said in ((5, "no checkpoint here; starting"), (9, "going on from step 4")):
+        for stop, said in ((5, "no checkpoint here; starting"), (9, "resuming from step 4")):
             train_stopped(config, monkeypatch, stop)
             printed = capsys.readouterr()
             assert f"{config.out / 'checkpoints'}: {said}\n" in printed.err
             assert said not in printed.out
         assert train(config)["steps"] == 12
-        assert "going on from step 8" in capsys.readouterr().err
+        assert "resuming from step 8" in capsys.readouterr().err
         assert_same_weights(config.out, plain.out)
 
     def test_half_written_checkpoints_do_not_count(self, config: TrainConfig, monkeypatch) -> None:
@@ -475,7 +477,7 @@ class TestResume:
         config = dataclasses.replace(config, checkpoint_every=2, validate=False)
         train_stopped(config, monkeypatch, 5)
         folder = config.out / "checkpoints"
-        draft = folder / ".step-000000005"  # of a step that is not saved again
+        draft = folder / ".step-000000005"  # from a step that is not saved again
         draft.mkdir()
         for name in ("__0_0.distcp", "progress.json"):
             (draft / name).write_text("half")
@@ -505,7 +507,7 @@ class TestResume:
 
 
 class TestDecided:
-    """What the options leave open follows from the log."""
+    """Open options are chosen from the log."""
 
     @pytest.mark.parametrize(
         ("requests", "batch", "warm", "rate"),
@@ -536,7 +538,7 @@ class TestDecided:
         )
         found = decided(config, dataset, amounts(config, dataset))
         assert (found.max_requests, found.warmup_steps) == (batch, warm)
-        assert found.optimizers == config.optimizers  # which were given
+        assert found.optimizers == config.optimizers  # as given
         config = dataclasses.replace(config, optimizers=OptimizerConfig())
         found = decided(config, dataset, amounts(config, dataset))
         assert found.optimizers == OptimizerConfig(dense_lr=rate)
@@ -578,7 +580,7 @@ class TestDecided:
         assert ifa.identity_buckets == given.get("identity_buckets", 64)
 
     def test_it_is_told_and_kept(self, config: TrainConfig, monkeypatch, capsys) -> None:
-        """Also where another log, or another number of ranks, would have it otherwise."""
+        """Even if another log, or another number of ranks, would give other values."""
         config = dataclasses.replace(
             config, warmup_steps=None, optimizers=OptimizerConfig(), checkpoint_every=2, validate=False
         )
@@ -588,7 +590,7 @@ class TestDecided:
             "decided from the log: --optimizers.dense-lr 0.0015 --warmup-steps 1 --keep-best last"
             in told
         )
-        assert "12 steps in all, which is few to learn from: give --epochs 34, and validate" in told
+        assert "only 12 steps in all, too few to learn much: give --epochs 34, and validate" in told
         options = json.loads((config.out / "config.json").read_text())
         assert (options["warmup_steps"], options["keep_best"]) == (1, "last")
         monkeypatch.setattr(decide, "WARM_UP", 0.9)
@@ -599,7 +601,7 @@ class TestDecided:
 
 
 def measured(monkeypatch, values: list[float]) -> list[int]:
-    """Let the validations find these GAUCs, and keep how many there were."""
+    """Let the validations return these GAUCs, and count the validations."""
     made: list[int] = []
 
     def finds(dataset, scores, tasks):
@@ -612,8 +614,15 @@ def measured(monkeypatch, values: list[float]) -> list[int]:
 
 
 def trained_step(config: TrainConfig) -> tuple[float, int]:
-    """The step that a training says is best, and the one that is loaded."""
+    """The step that a training reports as best, and the step that is loaded."""
     return train(config)["best_step"], load_run(config.out).step
+
+
+CALIBRATED = (
+    '{"metric": "ne", "best": null, "validations": '
+    '[{"step": 4, "metrics": {}, "calibration": {"label": %s}}]}'
+)
+BAD_PAIRS = ("[]", "[1.0]", "[1.0, 2.0, 3.0]", "[NaN, 0.0]", "[1.0, Infinity]", "[-1.0, 0.0]")
 
 
 class TestKeepBest:
@@ -651,16 +660,25 @@ class TestKeepBest:
                 r"validations\[0\]\.calibration",
             ),
             ('{"metric": "ne", "best": 4}', "validations is missing"),
+            ('{"metric": "ne", "best": 3, "validations": []}', r"best must be one of .* \[\], got 3"),
+            *((CALIBRATED % pair, "'label' must be a scale > 0") for pair in BAD_PAIRS),
         ],
     )
     def test_a_damaged_file_is_told_of(self, tmp_path: Path, text: str, message: str) -> None:
-        """Else a run would be loaded by another step than the best, uncalibrated, without a word."""
+        """Otherwise another step than the best would silently be loaded, uncalibrated."""
         (tmp_path / "validations.json").write_text(text)
         with pytest.raises(CheckpointError, match=rf"validations\.json: not what .*{message}"):
             in_use(tmp_path)
 
+    def test_a_best_step_without_its_checkpoint_is_told_of(self, config: TrainConfig) -> None:
+        train(dataclasses.replace(config, validate_every=4, epochs=1))
+        best = in_use(config.out)[0]
+        shutil.rmtree(config.out / "checkpoints" / f"step-{best:09d}")
+        with pytest.warns(UserWarning, match=f"has no step-{best:09d}; loading step-"):
+            assert load_run(config.out).step != best
+
     def test_patience(self, config: TrainConfig, monkeypatch) -> None:
-        """It ends, and stays ended where it is resumed."""
+        """It stops, and does not continue when resumed."""
         config = dataclasses.replace(config, validate_every=1, patience=2)
         made = measured(monkeypatch, [0.6, 0.8, 0.7, 0.75, 0.9])
         assert train(config)["steps"] == 4
@@ -688,7 +706,7 @@ class TestKeepBest:
 
     @pytest.mark.slow
     def test_on_two_ranks(self, config: TrainConfig) -> None:
-        """They find the same, and whoever reads the run takes it."""
+        """They find the same best step, and it is the one that is loaded."""
         config = dataclasses.replace(config, validate_every=2, keep_best="ne", epochs=1, max_requests=4)
         first, second = run_ranks(trained_step, 2, config)
         assert first == second
@@ -698,14 +716,34 @@ class TestKeepBest:
         ("change", "message"),
         [
             ({"keep_best": "click"}, r"--keep-best click: not measured.*'gauc'.*'ne'"),
-            ({"keep_best": "gauc", "validate": False}, "--keep-best gauc: --no-validate"),
-            ({"patience": 3, "keep_best": "last"}, "--patience 3 goes by the metric"),
+            (
+                {"keep_best": "gauc", "validate": False},
+                "--keep-best gauc needs validation: --no-validate",
+            ),
+            ({"patience": 3, "keep_best": "last"}, "--patience 3 uses the metric"),
+            ({"validate_every": 3, "validate": False}, "--validate-every 3 needs validation"),
         ],
     )
     def test_what_cannot_be(self, config: TrainConfig, change: dict, message: str) -> None:
         with pytest.raises(ConfigError, match=message):
             train(dataclasses.replace(config, **change))
         assert not config.out.exists()
+
+    @pytest.mark.parametrize(
+        ("begun", "change", "message"),
+        [
+            ({"keep_best": "last"}, {"patience": 1}, "--patience 1 uses the metric"),
+            ({}, {"patience": 1, "validate": False}, "--patience 1 needs validation"),
+        ],
+    )
+    def test_nor_when_resumed(
+        self, config: TrainConfig, begun: dict, change: dict, message: str
+    ) -> None:
+        train(dataclasses.replace(config, epochs=1, **begun))
+        with pytest.raises(ConfigError, match=message):
+            train(dataclasses.replace(config, resume=True, **change))
+        plain = {"validate": False} if "validate" in change else {}
+        train(dataclasses.replace(config, epochs=1, resume=True, **plain))
 
     def test_a_log_without_valid_keeps_the_last(
         self, toy: Toy, config: TrainConfig, tmp_path: Path
@@ -721,7 +759,7 @@ class TestKeepBest:
 
 class TestWhatMayNotChange:
     def test_another_log(self, config: TrainConfig, toy: Toy, tmp_path: Path) -> None:
-        """A position in one log means nothing in another."""
+        """A position in one log is invalid in another."""
         train(dataclasses.replace(config, epochs=1))
         fewer = Toy(toy.events.iloc[1:], toy.items, toy.requests, toy.schema).write(tmp_path / "fewer")
         assert train(dataclasses.replace(config, epochs=1, resume=True))["steps"] == 6
@@ -740,7 +778,7 @@ class TestWhatMayNotChange:
 
 
 class TestDamage:
-    """What is damaged is tested with the checkpoints."""
+    """The kinds of damage are tested with the checkpoints."""
 
     @pytest.fixture
     def damaged(self, config: TrainConfig) -> TrainConfig:
@@ -759,7 +797,7 @@ class TestDamage:
         capsys.readouterr()
         with pytest.warns(UserWarning, match=r"step-000000006 is damaged.*trying another"):
             resumed = train(dataclasses.replace(damaged, resume=True))
-        assert "going on from step 4" in capsys.readouterr().err
+        assert "resuming from step 4" in capsys.readouterr().err
         assert resumed["steps"] == 6 and resumed["valid_ne"] == valid
         assert steps_of(damaged.out) == [4, 6]
         assert_same_weights(damaged.out, whole.out)  # without a warning: it is whole again
@@ -777,20 +815,20 @@ class TestDamage:
             with (
                 pytest.warns(UserWarning, match=r"step-000000006 is damaged"),
                 pytest.raises(
-                    CheckpointError, match=r"step-000000004 is damaged.*there is none before it"
+                    CheckpointError, match=r"step-000000004 is damaged.*there is no earlier checkpoint"
                 ),
             ):
                 call()
 
 
 def tear(path: Path) -> None:
-    """As a file system that loses its last writes."""
+    """Simulate a file system that loses its last writes."""
     shard = next(path.glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-100])
 
 
 def test_every_table_is_updated_by_the_fused_optimiser(trained: Path) -> None:
-    """Small ones too, which the planner would rather copy and leave to AdamW."""
+    """Also small ones, which the planner would otherwise copy and leave to AdamW."""
     run = load_run(trained)
     _, optimizer = shard(
         DLRM_IFATrain(build_model(run.log.schema, run.config)), run.device, run.config.optimizers
@@ -802,12 +840,12 @@ def test_every_table_is_updated_by_the_fused_optimiser(trained: Path) -> None:
 def test_a_run_can_be_loaded_to_score_without_gradients(trained: Path) -> None:
     with torch.no_grad():
         run = load_run(trained)
-        assert not torch.is_grad_enabled()  # as the caller had it
+        assert not torch.is_grad_enabled()  # as the caller set it
     assert run.config.ifa == IFA
 
 
 def test_what_a_run_writes_is_json(config: TrainConfig) -> None:
-    """Infinite half-lives too; NaN and Infinity are no JSON."""
+    """Also infinite half-lives; NaN and Infinity are not JSON."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
@@ -821,7 +859,7 @@ def test_what_a_run_writes_is_json(config: TrainConfig) -> None:
 
 
 def fields_of(config: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
-    """Names and types of all options, those of their parts as well."""
+    """Names and types of all options, including nested ones."""
     result = []
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
@@ -846,7 +884,7 @@ st.register_type_strategy(Path, st.text(st.characters(exclude_characters="\0")).
 @settings(deadline=None)
 @given(st.data())
 def test_any_options_come_back_as_they_were(data: st.DataObject) -> None:
-    """Infinity and NaN too, names that read like them, and each as of its type."""
+    """Also infinity and NaN, names that look like them, each with its type."""
     config = TrainConfig(data=Path("log"), out=Path("run"), ifa=IFA)
     path, hint = data.draw(st.sampled_from(OPTIONS))
     values = st.from_type(hint)
@@ -882,11 +920,14 @@ def test_a_single_value_that_json_has_not(kind: type, value: Any) -> None:
     [
         (lambda options: options.pop("max_events"), "max_events is missing"),
         (lambda options: options["ifa"].pop("eps"), r"ifa\.eps is missing"),
-        (lambda options: options.update(depth=3), "depth is no option of this version"),
-        (lambda options: options["loss"].update(margin=1), r"loss\.margin is no option of this"),
-        (lambda options: options.update(epochs="two"), "epochs is 'two', not of type int"),
-        (lambda options: options.update(validate=1), "validate is 1, not of type bool"),
-        (lambda options: options.update(interaction="telepathy"), "interaction 'telepathy' is none of"),
+        (lambda options: options.update(depth=3), "depth is not an option of this version"),
+        (lambda options: options["loss"].update(margin=1), r"loss\.margin is not an option of this"),
+        (lambda options: options.update(epochs="two"), "epochs is 'two', expected type int"),
+        (lambda options: options.update(validate=1), "validate is 1, expected type bool"),
+        (
+            lambda options: options.update(interaction="telepathy"),
+            "interaction must be one of .*, got 'telepathy'",
+        ),
         (lambda options: options["ifa"].update(half_lives=[7.0, "x"]), r"ifa\.half_lives\[1\] is 'x'"),
         (lambda options: options.update(ifa=None), "ifa is None"),
         (lambda options: options["ifa"].update(num_heads=3), "is no multiple of num_heads 3"),
@@ -954,7 +995,7 @@ class TestEvaluate:
     def test_the_exposed_alone_are_scored_as_if_there_were_no_others(
         self, config: TrainConfig, toy: Toy, tmp_path: Path
     ) -> None:
-        """As in a log from which the unexposed are gone."""
+        """As in a log without unexposed candidates."""
         related = dataclasses.replace(
             config, out=tmp_path / "related", candidate_set=CandidateSetConfig("softmax"), epochs=1
         )
@@ -1034,7 +1075,7 @@ class TestEvaluate:
         for feature, of_value in metrics["by"].items():
             wanted = mixed.groupby(requests[feature]).sum().to_dict()
             assert {value: m["requests_ranked"] for value, m in of_value.items()} == wanted
-            # GAUC is a mean over requests, so the parts weigh as they have requests
+            # GAUC is a mean over requests, so each part's weight is its number of requests
             parts = [m["gauc"] * m["requests_ranked"] for m in of_value.values() if m["requests_ranked"]]
             assert sum(parts) == pytest.approx(metrics["gauc"] * mixed.sum())
 
@@ -1063,7 +1104,7 @@ class TestEvaluate:
             evaluate(EvaluateConfig(trained, data=other.path))
 
     def test_candidate_tags_choose_the_negatives(self, toy: Toy, log: EventLog) -> None:
-        """A scorer that puts positives above the popular, and below the promoted."""
+        """A scorer that ranks positives above the popular and below the promoted items."""
         dataset = RankingDataset(log, "train")
         label, source = dataset.requests["label"], dataset.requests["source"]
         scores = np.where(label > 0, 0.0, np.where(source == 0, -1.0, 1.0)).astype(np.float32)
@@ -1118,7 +1159,7 @@ class TestExplain:
         assert [shape[0] for shape in shapes] == [1]
 
     def test_shares_of_all_events_sum_to_one_or_less(self, trained: Path, toy: Toy) -> None:
-        """Less where an identity head found no event of the same item."""
+        """The weights sum to less if an identity head found no event of the same item."""
         number = int(np.flatnonzero(toy.requests["test"]["user"] == BUSY_USER)[0])
         _, _, *rows = explain(ExplainConfig(trained, request=number, events=10**6)).splitlines()
         assert len(rows) > 10
@@ -1130,8 +1171,8 @@ class TestExplain:
         _, _, first, *_ = explain(config).splitlines()
         drawn = (tmp_path / "why.svg").read_text()
         for name in ("dense 1", "item", first.split(maxsplit=2)[2]):
-            assert f"<!-- {name}" in drawn  # how an SVG keeps its texts
-        with pytest.raises(ConfigError, match=r"why.txt: its name must end in .png, .svg or .pdf"):
+            assert f"<!-- {name}" in drawn  # how an SVG stores its texts
+        with pytest.raises(ConfigError, match=r"why.txt: the name must end in .png, .svg or .pdf"):
             dataclasses.replace(config, picture=tmp_path / "why.txt")
 
     def test_a_request_without_history(self, trained: Path, toy: Toy) -> None:
@@ -1146,7 +1187,7 @@ class TestExplain:
 
     def test_another_interaction_does_not_explain(self, config: TrainConfig) -> None:
         train(dataclasses.replace(config, interaction="mean", epochs=1, validate=False))
-        with pytest.raises(ValueError, match=r"'mean'.*only 'ifa'"):
+        with pytest.raises(ValueError, match=r"needs interaction 'ifa', got 'mean'"):
             explain(ExplainConfig(config.out))
 
 
