@@ -29,14 +29,15 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The current commit; with "-dirty" if files other than the pages differ from it."""
+    """The current commit; with "-dirty" if files differ from it that no benchmark writes."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
             ["git", *arguments], cwd=ROOT, capture_output=True, text=True
         ).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)docs")
+    written = [f":(exclude){path}" for path in ("docs", "examples/plan_for_cluster/log.json")]
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
     return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
