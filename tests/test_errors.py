@@ -17,7 +17,7 @@ from ifa_torchrec.data.public import complete_journey
 def lacks(monkeypatch: pytest.MonkeyPatch, module: str, extra: str):
     """A block in which a module cannot be imported, and that must end with the line for it."""
     monkeypatch.setitem(sys.modules, module, None)
-    said = f"{module} is not installed; uv pip install 'ifa-torchrec[{extra}]' brings it"
+    said = f"{module} is not installed; install it with: uv pip install 'ifa-torchrec[{extra}]'"
     return pytest.raises(ModuleNotFoundError, match=f"^{re.escape(said)}$")
 
 

@@ -165,7 +165,7 @@ def test_backends_agree_or_refuse(op, data):
             assert isinstance(found, ValueError), f"{kernels} takes what is refused: {truth}"
             continue
         if isinstance(found, ValueError):
-            assert kernels in NATIVE and '"native" does not serve' in str(found)
+            assert kernels in NATIVE and '"native" does not support' in str(found)
             continue
         assert {x.dtype for x in found[:2]} == {torch.promote_types(ruling, torch.float32)}
         for actual, expected in zip(found, truth, strict=True):

@@ -265,7 +265,7 @@ def test_a_state_whose_entries_an_int_does_not_count_is_refused():
 
 def test_auto_takes_native_where_it_serves_and_torch_elsewhere():
     inputs = encode_inputs([5, 3])
-    with pytest.raises(ValueError, match=r'"native" does not serve torch\.float64 on cpu'):
+    with pytest.raises(ValueError, match=r'"native" does not support torch\.float64 on cpu'):
         ops.encode(*inputs.values(), "elu", "native")
     assert ops.encode(*inputs.values(), "elu")[0].dtype == torch.float64
     inputs = encode_inputs([500, 3], torch.float32)

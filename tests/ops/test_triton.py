@@ -283,7 +283,7 @@ def test_a_module_takes_it():
 
 def test_what_it_does_not_serve_is_refused(monkeypatch):
     inputs = on_device(encode_inputs([5, 3]))
-    with pytest.raises(ValueError, match=r'"triton" does not serve torch\.float64 on'):
+    with pytest.raises(ValueError, match=r'"triton" does not support torch\.float64 on'):
         ops.encode(*inputs.values(), "elu", "triton")
     asking = on_device(attend_inputs([5, 3], "elu", torch.float32, torch.float64))
     with pytest.raises(ValueError, match=r"torch\.float32 and a state of torch\.float64"):
