@@ -330,7 +330,7 @@ def test_an_exported_graph_takes_the_kernels_of_where_it_runs(here, monkeypatch)
 
 def test_kernels_built_of_other_sources_are_not_called(monkeypatch):
     monkeypatch.setattr(native, "_VERSION", native._VERSION + 1)
-    assert native.built() == (None, "not loaded: built of other sources; install the package again")
+    assert native.built() == (None, "not loaded: built from other sources; install the package again")
 
 
 @pytest.mark.skipif(NATIVE[-1] != "avx512_bf16", reason="the processor does not multiply bfloat16")
@@ -352,7 +352,7 @@ def test_ifa_kernels_takes_a_set_or_none_and_says_what_cannot_be(monkeypatch):
         native.load()
     monkeypatch.setenv("IFA_KERNELS", "avx512")
     monkeypatch.setattr(native, "built", lambda: (native.LIBRARY, "avx2"))
-    with pytest.raises(UserError, match="this processor has plain, avx2; take one of these or none"):
+    with pytest.raises(UserError, match="this processor has plain, avx2; use one of these or none"):
         native.load()
     monkeypatch.setattr(native, "built", lambda: (None, "not built: a reason"))
     with pytest.raises(UserError, match="IFA_KERNELS=avx512: the kernels are not built: a reason"):
