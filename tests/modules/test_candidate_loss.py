@@ -210,9 +210,9 @@ def test_seconds_are_learnt_by_their_logarithm_and_come_back_in_seconds(regressi
 
 def test_tasks_that_the_loss_cannot_be_of() -> None:
     watch = Task("watch", "regression")
-    with pytest.raises(ConfigError, match="listwise is the loss's only term"):
+    with pytest.raises(ConfigError, match="listwise is the only term"):
         CandidateSetLoss(CandidateSetLossConfig(pointwise=0.0, listwise=1.0), tasks=[watch])
-    with pytest.raises(ConfigError, match="listwise is the loss's only term"):
+    with pytest.raises(ConfigError, match="listwise is the only term"):
         CandidateSetLoss(
             CandidateSetLossConfig(pointwise=0.0, listwise=1.0), tasks=[watch, Task("click", weight=0.0)]
         )

@@ -563,7 +563,7 @@ def test_gates_that_the_configuration_has_not_are_refused():
     inputs = Inputs.random(config, [2, 1], [1, 2])
     inputs.history_gates = torch.zeros(3, 1, dtype=torch.int64)
     for method, arguments in (("forward", inputs.forward), ("encode", inputs.encode)):
-        with pytest.raises(ValueError, match="the configuration has no gates: name them there"):
+        with pytest.raises(ValueError, match="the configuration has no gates; add gates to it"):
             getattr(new_ifa(config), method)(*arguments)
 
 

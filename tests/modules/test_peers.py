@@ -427,7 +427,7 @@ def test_a_peer_that_gives_no_masses_is_refused_where_they_are_wanted():
 
     inputs = Inputs.random(PLAIN, [4], [2])
     assert Massless(PLAIN).double()(*inputs.forward).values().shape == (2, 6)
-    with pytest.raises(ValueError, match=r"Massless\.dense_heads gave no masses"):
+    with pytest.raises(ValueError, match=r"Massless\.dense_heads returned no masses"):
         Massless(CONFIGS["masses"]).double()(*inputs.forward)
 
 

@@ -3,8 +3,8 @@
 # pyright: reportGeneralTypeIssues=false, reportMissingImports=false, reportOperatorIssue=false
 """attend: a block of candidates against its request's state, all heads of a group in one product.
 
-S of a group of heads is one block-diagonal matrix: products of single heads of width 16 are too small for
-tensor cores. The backward reads the state as the forward does and recomputes phi.
+S of a group of heads is one block-diagonal matrix: products of single heads of width 16 are too small
+for tensor cores. The backward reads the state as the forward does and recomputes phi.
 """
 
 from __future__ import annotations

@@ -78,8 +78,7 @@ def _softmax(x, inside, HEADS: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit
 def features(x, inside, MAP: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr):
-    """phi of projections [R, COLUMNS]: for hedgehog the softmax of x and that of -x; for the other maps
-    phi, returned twice.
+    """phi of projections [R, COLUMNS]: hedgehog's softmax of x and that of -x; other maps' phi twice.
 
     ``inside`` [1, COLUMNS] is false where a head is padded. A NaN stays NaN.
     """
