@@ -109,8 +109,6 @@ class SequenceInteraction(nn.Module):
             ConfigError: they differ; the message lists the fields with both values.
         """
         saved = json.loads(bytes(state.to("cpu", torch.uint8).tolist()))
-        # all were so, before there was a choice
-        saved = {"readout": "linear", "identity_head_dim": saved["head_dim"]} | saved
         mine = _meaning(self.config)
         if len(saved["identity_features"]) != len(mine["identity_features"]):
             # their shapes differ: the rest may still be loaded (strict=False)
