@@ -147,7 +147,7 @@ def test_no_attention_needs_no_encoder() -> None:
         CandidateSetConfig("cubic")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="num_heads must be at least 1, got 0"):
         CandidateSetConfig("softmax", num_heads=0)
-    with pytest.raises(ConfigError, match="embedding_dim 8 is no multiple of num_heads 3"):
+    with pytest.raises(ConfigError, match="embedding_dim 8 is not a multiple of num_heads 3"):
         CandidateSetEncoder(8, CandidateSetConfig("linear", num_heads=3))
 
 
@@ -186,7 +186,7 @@ class TestTakenRelation:
         for taken in (torch.ones(3).bool(), torch.ones(12)):
             with pytest.raises(ValueError, match=r"taken must be \[12\] bool"):
                 TakenRelation(DIM, 1).double()(make_tokens(), taken)
-        with pytest.raises(ValueError, match="ids must be of 2 features, got 0"):
+        with pytest.raises(ValueError, match="ids must have 2 features, got 0"):
             self.make()(make_tokens(), torch.ones(12).bool())
 
 

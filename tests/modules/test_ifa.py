@@ -616,7 +616,7 @@ BAD_INPUTS = {
         "history_gates: event 2 has device -1; the gate 'device' has values 0 to 3",
         {"history_gates": torch.tensor([[2, 3], [0, 0], [0, -1]], dtype=torch.int8)},
     ),
-    "requests mismatch": ("candidates are of 3 requests", {"candidates": jagged(TOKENS, [1, 1, 1])}),
+    "requests mismatch": ("candidates have 3 requests", {"candidates": jagged(TOKENS, [1, 1, 1])}),
 }
 
 
@@ -727,7 +727,7 @@ def test_encode_of_parts_of_different_requests_is_refused():
     [
         ("embedding_dim", {"embedding_dim": 0}),
         ("num_heads", {"num_heads": 0}),
-        ("num_heads", {"num_heads": 3}),  # 8 is no multiple of it
+        ("num_heads", {"num_heads": 3}),  # 8 is not a multiple of it
         ("head_dim", {"head_dim": 0}),
         ("feature_map", {"feature_map": "softmax"}),
         ("readout", {"readout": "quadratic"}),
@@ -739,16 +739,16 @@ def test_encode_of_parts_of_different_requests_is_refused():
         ("identity_buckets", {"identity_buckets": 0}),
         ("identity_head_dim must be 0 or more", {"identity_head_dim": -1}),
         (
-            "identity_head_dim 0 have their masses alone",
+            "identity_head_dim 0 have only masses",
             {"identity_features": ("item",), "identity_head_dim": 0, "interest_mass": False},
         ),
         ("mass_scale", {"mass_scale": 0.0}),
         ("eps", {"eps": 0.0}),
-        ("gates: 'action' must have", {"gates": {"action": 0}}),
-        ("gates: 'action' must have", {"gates": {"action": 2.0}}),
-        ("gates: 'action' must have", {"gates": {"action": True}}),
-        ("gates: a name must be text, got ''", {"gates": {"": 3}}),
-        ("gates: a name must be text, got 7", {"gates": {7: 3}}),
+        ("gates: the number of values of 'action' must", {"gates": {"action": 0}}),
+        ("gates: the number of values of 'action' must", {"gates": {"action": 2.0}}),
+        ("gates: the number of values of 'action' must", {"gates": {"action": True}}),
+        ("gates: a name must be a non-empty string, got ''", {"gates": {"": 3}}),
+        ("gates: a name must be a non-empty string, got 7", {"gates": {7: 3}}),
         ("backend", {"backend": "cuda"}),
     ],
     ids=str,

@@ -108,7 +108,7 @@ BAD = {
         "weights are on meta",
         {"history": jagged(HISTORY, [5, 0, 3], torch.ones(8, device="meta"))},
     ),
-    "other requests": ("candidates are of 2", {"candidates": jagged(torch.zeros(6, 8), [2, 4])}),
+    "other requests": ("candidates have 2", {"candidates": jagged(torch.zeros(6, 8), [2, 4])}),
 }
 
 
