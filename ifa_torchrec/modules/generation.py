@@ -11,12 +11,12 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec.ops.jagged import request_of_row
 
-Scorer = Callable[[Tensor], Tensor]
+ScoreFn = Callable[[Tensor], Tensor]
 """Maps which candidates are taken, [M] bool, to the logits [M] of all candidates."""
 
 
 def generate_set(
-    logits: Tensor | Scorer,
+    logits: Tensor | ScoreFn,
     candidates: JaggedTensor,
     k: int,
     strategy: Literal["topk", "greedy"] = "topk",
