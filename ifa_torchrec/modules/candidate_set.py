@@ -116,18 +116,16 @@ class CandidateSetEncoder(nn.Module):
         """(Re)initialise all parameters; call after ``to_empty``."""
         reset_all(self)
 
-    def forward(self, candidates: JaggedTensor, context: JaggedTensor | None = None) -> JaggedTensor:
+    def forward(self, candidates: JaggedTensor) -> JaggedTensor:
         """
         Args:
             candidates: tokens [M, D] of B requests.
-            context: tokens that the candidates attend to, of the same requests; None for the candidates
-                themselves.
 
         Returns:
             JaggedTensor with the candidates' offsets and values [M, D], what each candidate finds in its
             set; to be used with the tokens, not instead of them.
         """
-        return self.attention(candidates, candidates if context is None else context)
+        return self.attention(candidates, candidates)
 
 
 class Related(NamedTuple):
