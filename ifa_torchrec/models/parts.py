@@ -317,7 +317,7 @@ class InterestArch(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start anew; also after ``to_empty``."""
+        """(Re)initialise the parameters; call after ``to_empty``."""
         nn.init.constant_(self.log_scale, math.log(self.start) / SCALE_RATE)
 
     def forward(self, tokens: Tensor, interest: Tensor, events: Tensor, request: Tensor) -> Part:

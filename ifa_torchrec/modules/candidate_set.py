@@ -292,8 +292,8 @@ def check_taken(taken: Tensor, rows: Tensor) -> None:
 
 
 def _alike(ids: Tensor, taken: Tensor, request: Tensor, dtype: torch.dtype) -> Tensor:
-    """For each id [M, F] of a candidate, how many other taken candidates of its request share it; [M, F].
-    No size depends on values."""
+    """For each id [M, F] of a candidate, how many other taken candidates of its request share it,
+    [M, F]. No size depends on values."""
     order = ids.argsort(dim=0, stable=True)
     order = order.gather(0, request[order].argsort(dim=0, stable=True))  # by request, then by id
     ranked, of = ids.gather(0, order), request[order]

@@ -695,7 +695,7 @@ def test_bad_elapsed_is_named(elapsed):
 def test_update_of_another_number_of_requests_is_refused():
     ifa, inputs = new_ifa(CONFIG), Inputs.random(CONFIG, [2, 1], [1, 2])
     state = ifa.encode(*inputs.encode)
-    with pytest.raises(ValueError, match="new_history is of 2 requests, the state of 1"):
+    with pytest.raises(ValueError, match="new_history has 2 requests, the state has 1"):
         ifa.update(state[[0]], inputs.history, None, *inputs.encode[1:])
 
 
