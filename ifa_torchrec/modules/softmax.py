@@ -210,7 +210,7 @@ class _Block:
             group == list(range(group[0], group[0] + len(group)))
             and all(sizes[b] == largest for b in group)
         ):
-            # the sum of an empty list is a constant: it fixes no size in a graph exported for one request
+            # the sum of an empty list is a constant: it fixes no size when one request is exported
             return _Block(sum(sizes[: group[0]]), (len(group), largest))
         rows, there = _padded(sizes, group, device)
         padded = any(sizes[b] != rows.shape[1] for b in group)

@@ -311,16 +311,19 @@ def test_keys_are_a_map_or_follow_from_names() -> None:
     [
         ({"item_features": "item"}, "item_features must be a tuple of names"),
         ({"item_features": {}}, "item_features must be a tuple of names"),
-        ({"item_features": {"item": "hist_iid"}}, "item_features must map each name to the keys"),
+        ({"item_features": {"item": "hist_iid"}}, "item_features must map each name to a pair of keys"),
         ({"item_features": {"item": ("iid", "iid")}}, "the key 'iid' is given twice"),
         ({"event_features": {"item": "hist_action"}}, "the name 'item' is given twice"),
         ({"event_features": "action"}, "event_features must be a tuple of names"),
-        ({"event_features": ("kind",)}, r"gates \['action'\] are no event_features.*\['kind'\]"),
-        ({"search_feature": "place"}, r"search_feature \['place'\] are no item_features"),
+        (
+            {"event_features": ("kind",)},
+            r"gates \['action'\] must be among the event_features \['kind'\]",
+        ),
+        ({"search_feature": "place"}, r"search_feature \['place'\] must be among the item_features"),
         ({"item_dense_in_features": -1}, "item_dense_in_features must be 0 or more, got -1"),
         ({"item_vectors": {"text": 0}}, r"item_vectors\['text'\] must be 1 or more"),
-        ({"scales": {"item_dense": (Scale(),)}}, "1 scales of item_dense, but .* is 2"),
-        ({"scales": {"numbers": ()}}, "scales of 'numbers'"),
+        ({"scales": {"item_dense": (Scale(),)}}, "item_dense has 1 scales, but .* is 2"),
+        ({"scales": {"numbers": ()}}, "scales are for the fields .* got 'numbers'"),
     ],
     ids=str,
 )
@@ -332,13 +335,13 @@ def test_a_configuration_that_cannot_be_is_refused(change: dict, message: str) -
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("history_dense", None, "history_dense is None, the model takes 1 columns"),
+        ("history_dense", None, "history_dense is None, but the model takes 1 columns"),
         ("history_dense", torch.zeros(EVENTS - 1, 1), "history_dense has 6 rows for 7 events"),
-        ("history_dense", torch.zeros(EVENTS, 2), "history_dense has 2 columns, the model takes 1"),
+        ("history_dense", torch.zeros(EVENTS, 2), "history_dense has 2 columns, but the model takes 1"),
         ("item_dense", None, "item_dense is None"),
         ("item_dense", torch.zeros(ITEMS + 1, 2), "item_dense has 7 rows for 6 items"),
-        ("item_vectors", torch.zeros(ITEMS, 4), "item_vectors has 4 columns, the model takes 5"),
-        ("item_lists", None, r"tables of \['genre', 'tag'\]; give them"),
+        ("item_vectors", torch.zeros(ITEMS, 4), "item_vectors has 4 columns, but the model takes 5"),
+        ("item_lists", None, r"tables for \['genre', 'tag'\]; pass"),
         ("history_items", None, "history_items is None"),
         (
             "candidate_items",
