@@ -69,7 +69,7 @@ class Candidates:
     Args:
         tokens: [M, D].
         offsets: [B + 1]; request b has the candidates offsets[b]:offsets[b + 1].
-        vectors, beside: as in Part.
+        interaction_vectors, concat_features: as in Part.
         ids: [M, item features] int64, of their items; None if no module compares them.
         logits: [M, T], the output of SetArch; None if not computed yet.
 
@@ -83,21 +83,22 @@ class Candidates:
 
     tokens: Tensor
     offsets: Tensor
-    vectors: tuple[Tensor, ...]
-    beside: tuple[Tensor, ...]
+    interaction_vectors: tuple[Tensor, ...]
+    concat_features: tuple[Tensor, ...]
     ids: Tensor | None = None
     logits: Tensor | None = None
 
     def members(self, norm: nn.LayerNorm) -> JaggedTensor:
-        """The candidates as members of a set, [M, D]: tokens plus the request's vectors and what the
-        candidates found in the history."""
-        return JaggedTensor(norm(reduce(torch.add, (self.tokens, *self.vectors))), offsets=self.offsets)
+        """The candidates as members of a set, [M, D]: tokens plus interaction vectors."""
+        return JaggedTensor(norm(sum(self.interaction_vectors, self.tokens)), offsets=self.offsets)
 
     def detach(self) -> Candidates:
         """A copy without gradients."""
-        vectors, beside = ([rows.detach() for rows in part] for part in (self.vectors, self.beside))
-        tokens = self.tokens.detach()
-        return Candidates(tokens, self.offsets, tuple(vectors), tuple(beside), self.ids)
+        vectors, concat = (
+            tuple(rows.detach() for rows in part)
+            for part in (self.interaction_vectors, self.concat_features)
+        )
+        return Candidates(self.tokens.detach(), self.offsets, vectors, concat, self.ids)
 
     def only(self, kept: Tensor, rows: Tensor | None = None) -> Candidates:
         """A subset of the candidates, as if there were no others.
@@ -110,8 +111,8 @@ class Candidates:
         return Candidates(
             self.tokens[rows],
             counted(kept, self.offsets),
-            tuple(columns[rows] for columns in self.vectors),
-            tuple(columns[rows] for columns in self.beside),
+            tuple(columns[rows] for columns in self.interaction_vectors),
+            tuple(columns[rows] for columns in self.concat_features),
             None if self.ids is None else self.ids[rows],
         )
 
@@ -201,8 +202,7 @@ class CandidateArch(nn.Module):
         return self._described(lookups.context, candidates, features, found)
 
     def attend(self, lookups: Lookups, features: RankingFeatures, state: UserState) -> Candidates:
-        """What ``forward`` returns, computed from the state of B requests instead of their histories,
-        which may be empty."""
+        """What ``forward`` returns, from a state instead of the histories, which may be empty."""
         items = self._items(lookups, features, CANDIDATES)
         candidates = self._candidate_tokens(lookups, items, features)
         interest = self.ifa.attend(candidates, state, self.candidate_ids(features))
@@ -232,8 +232,7 @@ class CandidateArch(nn.Module):
     def history_ids(self, features: RankingFeatures) -> Tensor | None:
         """The events' ids [N, K] int64 that the interaction compares; None if it compares none.
 
-        For the item itself these are ``history_item_ids``, if given. Id 0 is "unknown" and matches
-        nothing.
+        The item's own are ``history_item_ids``, if given. Id 0 is "unknown" and matches nothing.
         """
         return self._ids(features, self.config.history_keys, features.history_item_ids)
 
@@ -320,27 +319,27 @@ class CandidateArch(nn.Module):
         tokens, offsets = candidates.values(), candidates.offsets()
         request = request_of_row(offsets, tokens.shape[0])
         with without_autocast(tokens):  # candidates, not events: see SetArch
-            vectors, beside = self.request_arch(features.dense_features, context, tokens, request)
+            vectors, concat = self.request_arch(features.dense_features, context, tokens, request)
             if self.candidate_dense_arch is not None:
                 vectors += (self.candidate_dense_arch(features.candidate_dense),)
             if self.interest_arch is not None and found is not None:
                 interest, events = found
                 part = self.interest_arch(tokens, interest, events.to(tokens.dtype), request)
-                vectors, beside = vectors + part.vectors, beside + part.beside
+                vectors += part.interaction_vectors
+                concat += part.concat_features
         ids = None
         if self.config.candidate_set.generate:
             keys, items = self.config.candidate_keys, features.candidate_item_ids
             ids = self._columns(features, keys, items, self.config.item_names)
-        return Candidates(tokens, offsets, vectors, beside, ids)
+        return Candidates(tokens, offsets, vectors, concat, ids)
 
 
 class SetArch(nn.Module):
     """Computes logits from independently described candidates; only here may they attend to each other.
 
-    What a candidate finds among the others is a term added to its own logits. The term starts at 0 and
-    learns the residual, see ``DLRM_IFATrain``. Autocast is off here and in everything else that is
-    computed from candidates only: they are few compared with the events, so bfloat16 saves little and
-    makes gradients less accurate.
+    What a candidate finds among the others is a term added to its own logits. It starts at 0 and learns
+    the residual, see ``DLRM_IFATrain``. Autocast is off here and in everything else computed only from
+    candidates: they are few, so bfloat16 would save little and make gradients less accurate.
 
     Args:
         config: DLRM_IFAConfig.
@@ -369,32 +368,33 @@ class SetArch(nn.Module):
             self.relation_arch = RelationArch(config) if related else None
 
     def forward(
-        self, candidates: Candidates, related: bool = True, alone: Tensor | None = None
+        self, candidates: Candidates, with_relation: bool = True, base_logits: Tensor | None = None
     ) -> Tensor:
         """
         Args:
             candidates: M candidates of B requests.
-            related: whether to add the term of the other candidates.
-            alone: [M, T], the logits without that term, if already computed.
+            with_relation: whether to add the term of the other candidates.
+            base_logits: [M, T], the logits without that term, if already computed.
 
         Returns:
             Logits [M, T].
         """
         with without_autocast(candidates.tokens):
-            logits = self._alone(candidates) if alone is None else alone
-            if self.relation_arch is None or not related:
+            logits = self._base_logits(candidates) if base_logits is None else base_logits
+            if self.relation_arch is None or not with_relation:
                 return logits
             return logits + self.relation_arch(candidates)
 
-    def _alone(self, candidates: Candidates) -> Tensor:
-        tokens, vectors, beside = candidates.tokens, candidates.vectors, candidates.beside
+    def _base_logits(self, candidates: Candidates) -> Tensor:
+        tokens, concat = candidates.tokens, candidates.concat_features
         if self.interaction_arch is None:
-            inputs = torch.cat([tokens, *beside], dim=1)
+            inputs = torch.cat([tokens, *concat], dim=1)
         else:
             # scaled so that the dot product of two normed vectors is about as large as their entries
             scale = tokens.shape[1] ** -0.25
-            crossed = self.interaction_arch(tokens * scale, torch.stack(vectors, dim=1) * scale)
-            inputs = torch.cat([crossed, *beside], dim=1)
+            vectors = torch.stack(candidates.interaction_vectors, dim=1)
+            crossed = self.interaction_arch(tokens * scale, vectors * scale)
+            inputs = torch.cat([crossed, *concat], dim=1)
         return self.over_arch(self.dropout(inputs))
 
 

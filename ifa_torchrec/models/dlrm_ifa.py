@@ -384,11 +384,11 @@ class DLRM_IFATrain(nn.Module):
         """
         candidates, set_arch = self.model.describe(batch), self.model.set_arch
         labels, shown, offsets = batch.labels, batch.exposed, candidates.offsets
-        logits = set_arch(candidates, related=False)
+        logits = set_arch(candidates, with_relation=False)
         if set_arch.relation_arch is None:
             loss = self.loss(logits, labels, shown, offsets)
         else:
-            loss, logits = self._beside_others(logits, candidates, batch)
+            loss, logits = self._with_relation(logits, candidates, batch)
         taken_arch = self.model.taken_arch
         if taken_arch and self.taken_sample and self.taken_loss and self.training:
             taken = self.taken_sample(shown, offsets)
@@ -397,21 +397,21 @@ class DLRM_IFATrain(nn.Module):
             loss = loss + self.taken_loss(given, labels, shown, offsets)
         return loss, (loss.detach(), logits.detach(), labels.detach())
 
-    def _beside_others(
+    def _with_relation(
         self, learnt: Tensor, candidates: Candidates, batch: RankingBatch
     ) -> tuple[Tensor, Tensor]:
         """The loss of the logits [M, T] without the other candidates' term (``learnt``) and with it; and
         the logits with it."""
         # the relation learns the residual of these logits, and does not change them
-        set_arch, alone = self.model.set_arch, learnt.detach()
+        set_arch, base = self.model.set_arch, learnt.detach()
         labels, shown, offsets = batch.labels, batch.exposed, candidates.offsets
-        logits = set_arch(candidates, alone=alone)
+        logits = set_arch(candidates, base_logits=base)
         alone_loss = self.alone_loss if self.training else None
         exposed_logits = None
         if self.loss.config.consistency:  # the exposed candidates, scored without the others
             rows = batch.exposed_rows
             exposed_logits = set_arch(
-                candidates.only(shown, rows), alone=alone[shown if rows is None else rows]
+                candidates.only(shown, rows), base_logits=base[shown if rows is None else rows]
             )
         elif alone_loss:  # both have the same loss, in one pass: twice the mean over twice the requests
             ends = torch.cat([offsets, offsets[1:] + logits.shape[0]])

@@ -212,12 +212,12 @@ class Part(NamedTuple):
     """One arch's description of each candidate.
 
     Attributes:
-        vectors: [M, D] each, to be crossed with the token and with each other.
-        beside: [M, *] each, to be concatenated with the products.
+        interaction_vectors: [M, D] each, to be crossed with the token and with each other.
+        concat_features: [M, *] each, to be concatenated with the products.
     """
 
-    vectors: tuple[Tensor, ...]
-    beside: tuple[Tensor, ...]
+    interaction_vectors: tuple[Tensor, ...]
+    concat_features: tuple[Tensor, ...]
 
 
 class RequestArch(nn.Module):
@@ -228,8 +228,8 @@ class RequestArch(nn.Module):
         num_context_features: Fs.
 
     Attributes:
-        num_vectors: number of vectors in its Part.
-        out_features: total width of ``beside`` in its Part.
+        num_vectors: number of ``interaction_vectors`` in its Part.
+        out_features: total width of ``concat_features`` in its Part.
 
     Example:
         >>> from ifa_torchrec import DLRM_IFAConfig, IFAConfig
@@ -260,17 +260,17 @@ class RequestArch(nn.Module):
             context: [B, Fs, D] or None.
             tokens: [M, D], and request: [M] int64, the request of each.
         """
-        vectors, beside = [], []
+        vectors, concat = [], []
         dense = None if self.dense_arch is None else self.dense_arch(dense_features)
         if dense is not None:
             vectors.append(dense[request])
-            beside.append(vectors[-1])
+            concat.append(vectors[-1])
         if context is not None:
             first, others = (context[:, 0], context[:, 1:]) if dense is None else (dense, context)
             crossed = self.interaction_arch(first, others)
-            beside.append(crossed[:, tokens.shape[1] :][request])  # without `first` itself
-            beside.append(torch.einsum("mfd,md->mf", context[request], tokens))
-        return Part(tuple(vectors), tuple(beside))
+            concat.append(crossed[:, tokens.shape[1] :][request])  # without `first` itself
+            concat.append(torch.einsum("mfd,md->mf", context[request], tokens))
+        return Part(tuple(vectors), tuple(concat))
 
 
 SHRINKAGE = 10.0
@@ -303,7 +303,7 @@ class InterestArch(nn.Module):
         >>> from ifa_torchrec.models.parts import InterestArch
         >>> arch, rows = InterestArch(8), torch.randn(3, 8)
         >>> part = arch(rows, rows, torch.tensor([4.0, 0.0]), torch.tensor([0, 0, 1]))
-        >>> sum(columns.shape[1] for columns in part.beside) == arch.out_features
+        >>> sum(columns.shape[1] for columns in part.concat_features) == arch.out_features
         True
     """
 

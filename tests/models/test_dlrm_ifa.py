@@ -582,7 +582,7 @@ def test_the_loss_is_the_sum_of_each_alone_of_all_beside_each_other_and_of_somet
     plain = CandidateSetLoss(config)
     offsets = counted(shown, candidates.offsets)
     wanted = plain(logits, batch.labels, shown, candidates.offsets)
-    alone = model.set_arch(candidates, related=False)
+    alone = model.set_arch(candidates, with_relation=False)
     wanted = wanted + plain(alone, batch.labels, shown, candidates.offsets)
     no_order = CandidateSetLoss(dataclasses.replace(config, listwise=0.0))
     wanted = wanted + no_order(given[shown], batch.labels[shown], shown[shown], offsets)
