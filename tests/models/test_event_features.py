@@ -1,4 +1,4 @@
-"""What a DLRM_IFA makes of all that an event, an item and a candidate can have, beside plain sums."""
+"""DLRM_IFA with all features that events, items and candidates can have, compared with plain sums."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def make_config(interaction: str = "ifa", **changes) -> DLRM_IFAConfig:
 
 
 def make_model(interaction: str = "ifa", width: int = 12, **changes) -> DLRM_IFA:
-    """Its tables are of other widths than D."""
+    """A model whose tables have other widths than D."""
     torch.manual_seed(0)
     keys = KEYS if interaction != "none" else {n: k[-1:] for n, k in KEYS.items() if n != "action"}
     tables = [
@@ -73,7 +73,7 @@ def make_model(interaction: str = "ifa", width: int = 12, **changes) -> DLRM_IFA
     )
     for module in model.modules():
         if isinstance(module, NumberArch):
-            torch.nn.init.normal_(module.missing)  # it starts at 0, which could stand for anything
+            torch.nn.init.normal_(module.missing)  # it starts at 0, which could hide an error
     return model
 
 
@@ -86,7 +86,7 @@ def jagged(lists: dict[str, list[list[int]]]) -> KeyedJaggedTensor:
 
 
 def make_features() -> RankingFeatures:
-    """Items 4 and 5 are new: they have row 0, and are told apart by their numbers."""
+    """Items 4 and 5 are new: both have row 0, but different item ids."""
     g = torch.Generator().manual_seed(1)
     history_items = torch.tensor([0, 1, 4, 2, 3, 4, 5])
     candidate_items = torch.tensor([4, 1, 5, 2, 0, 5])
@@ -167,7 +167,7 @@ class TestNumberArch:
 
 
 class TestTokens:
-    """What the interaction is given."""
+    """The inputs of the interaction."""
 
     @staticmethod
     def parts(model: DLRM_IFA, features: RankingFeatures) -> tuple[Tensor, Tensor]:
@@ -208,7 +208,7 @@ class TestTokens:
         assert torch.equal(history.weights(), features.history_weight)
         assert candidates.weights_or_none() is None
         assert torch.equal(age, features.history_age)
-        # the item's true numbers, where its row is 0
+        # the item's own id, although its row is 0
         assert history_ids.flatten().tolist() == [11, 12, 21, 13, 18, 21, 22]
         assert candidate_ids.flatten().tolist() == [21, 12, 22, 13, 11, 22]
         gates = features.sequence_features["hist_action"].values()
@@ -231,13 +231,13 @@ class TestEveryInteraction:
     def test_gradients_reach_all_parameters_and_no_vector(self, interaction: str) -> None:
         model, features = make_model(interaction), make_features()
         for module in model.modules():
-            if isinstance(module, ZeroLinear):  # lets nothing through before the first step
+            if isinstance(module, ZeroLinear):  # it outputs 0 before the first step
                 torch.nn.init.normal_(module.weight)
         logits = model(features)
         assert logits.shape == (ASKED, 1) and logits.isfinite().all()
         logits.square().sum().backward()
         without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-        # a single event of weight 0 or value "unknown" need not be met
+        # a single event of weight 0 or value "unknown" may be unused
         assert [name for name in without if "gates" not in name] == []
         assert all(p.grad.isfinite().all() for p in model.parameters())
         assert features.item_vectors.grad is None
@@ -255,7 +255,7 @@ class TestEveryInteraction:
                 assert not torch.allclose(model(features), before), name
 
     def test_a_batch_of_nothing(self, interaction: str) -> None:
-        """As a rank has it that was left without a request."""
+        """Like a rank that got no request."""
         model, none = make_model(interaction), torch.zeros(0, dtype=torch.int64)
         keys = make_features().sequence_features.keys()
         zeros = torch.zeros(len(keys), dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""What is the native backend's own: instruction sets, widths, threads, bfloat16, refusals, memory."""
+"""Specific to the native backend: instruction sets, widths, threads, bfloat16, errors, memory."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def instruction_set(request, monkeypatch):
 
 
 def softmax_inputs(candidates, sizes, summaries: int, dtype=torch.float32) -> dict:
-    """Of attend_softmax, some of the summaries not there."""
+    """Inputs of attend_softmax, with some absent summaries."""
     _, asking = wide_inputs([1] * len(candidates), candidates, sizes, dtype)
     _, heads, width = sizes
     generator = torch.Generator().manual_seed(1)
@@ -107,7 +107,7 @@ def test_small_and_large_projections(instruction_set, feature_map, size):
     state = ops.encode(*inputs.values(), feature_map, "native")
     truth = ops.encode(*to_float64(inputs).values(), feature_map, "reference")
     for actual, expected in zip(state, truth, strict=True):
-        # the arguments of exp are themselves only good to float32 of their size
+        # the arguments of exp are themselves only exact to float32's relative precision
         assert_near(actual, expected, 2e-5 * max(size / 10, 1))
     assert ops.attend(*asking.values(), *state, feature_map, EPS, "native")[0].isfinite().all()
 
@@ -135,7 +135,7 @@ def test_an_infinite_age_counts_nothing_where_there_is_decay(instruction_set):
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 @weighted_by_event_or_head
 def test_bfloat16_tokens(instruction_set, feature_map, sizes, weighted):
-    """float32 states and answers; where the processor multiplies bfloat16, phi is rounded to it."""
+    """float32 states and outputs; if the processor multiplies bfloat16, phi is rounded to it."""
     inputs, asking = wide_inputs(HISTORY, CANDIDATES, sizes, torch.bfloat16, weighted)
     truth = run(to_float64(inputs), to_float64(asking), feature_map, "reference")
     paired = instruction_set.endswith("bf16") and sizes[0] % 2 == 0
@@ -171,7 +171,7 @@ def test_results_are_the_same_to_the_bit_with_any_number_of_threads_and_at_every
 
 
 def test_float32_error_of_a_million_events():
-    """Stated in kernels/native.py: 1e-6 of the largest sum."""
+    """As kernels/native.py states: 1e-6 of the largest sum."""
     generator = torch.Generator().manual_seed(0)
     history = torch.randn(1_000_000, 16, generator=generator)
     key = torch.randn(1, 16, 16, generator=generator) / 4
@@ -297,7 +297,7 @@ def test_the_command_says_what_there_is(capsys):
 
 
 class All(torch.nn.Module):
-    """Every operator, by "auto"."""
+    """Every operator, with backend "auto"."""
 
     def forward(self, history, asking, matching):
         key_value, key_sum = ops.encode(*history, "elu")
@@ -365,7 +365,7 @@ def test_ifa_kernels_takes_a_set_or_none_and_says_what_cannot_be(monkeypatch):
 
 
 def under_sanitizers(path: str) -> None:
-    """Every kernel of every instruction set, on every shape; the process dies at the first error."""
+    """Every kernel of every instruction set with every shape; the process exits at the first error."""
     native.LIBRARY = ctypes.CDLL(path)
     for native.STATUS in NATIVE:
         for (history, candidates), dtype, weighted in itertools.product(

@@ -1,4 +1,4 @@
-"""The torch backend as it is on a GPU, run on a CPU: without a look at a value, and the reference's."""
+"""The torch backend's GPU code, run on a CPU: it reads no values and gives the reference's results."""
 
 from __future__ import annotations
 
