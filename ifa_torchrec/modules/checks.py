@@ -85,7 +85,7 @@ def check_ids(ids: Tensor | None, features: tuple[str, ...], tokens: JaggedTenso
         got = "None" if ids is None else list(ids.shape)
         raise ValueError(f"{name} must be {list(wanted)}, one for each of {features}, got {got}")
     if ids.dtype not in _ID_DTYPES:
-        raise ValueError(f"{name} must be uint8 or signed integers, got {ids.dtype}")
+        raise ValueError(f"{name} must be integers (uint8 or signed), got {ids.dtype}")
     if ids.device != values.device:
         raise ValueError(f"{name} is on {ids.device}, the tokens on {values.device}")
 

@@ -218,7 +218,7 @@ def test_tasks_that_the_loss_cannot_be_of() -> None:
         )
     with pytest.raises(ConfigError, match="weight 0 in the loss"):
         CandidateSetLoss(tasks=[Task("click", weight=0.0)])
-    with pytest.raises(ConfigError, match="one name"):
+    with pytest.raises(ConfigError, match="same name"):
         CandidateSetLoss(tasks=[watch, watch])
     with pytest.raises(ConfigError, match="'huber' or 'squared', got 'cubic'"):
         CandidateSetLossConfig(regression="cubic")  # type: ignore[arg-type]

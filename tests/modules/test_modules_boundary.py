@@ -92,7 +92,7 @@ BAD = {
     ),
     "infinite weight": ("infinite", {"history": jagged(HISTORY, [5, 0, 3], torch.full((8,), math.inf))}),
     "bool weights": (
-        "weights are torch.bool",
+        "weights must be floating point or None, got torch.bool",
         {"history": jagged(HISTORY, [5, 0, 3], torch.ones(8).bool())},
     ),
     "integer tokens": (

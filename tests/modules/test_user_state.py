@@ -95,7 +95,7 @@ def test_cat_undoes_slices(identity):
 
 
 def test_cat_of_unlike_states_is_refused():
-    with pytest.raises(ValueError, match="several configurations"):
+    with pytest.raises(ValueError, match="different configurations"):
         UserState.cat([new_state(1), new_state(1, identity=False)])
 
 
