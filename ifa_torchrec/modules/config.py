@@ -123,15 +123,7 @@ class InteractionConfig:
             f"identity_buckets {self.num_identity_buckets} for {len(self.identity_features)} features "
             f"are {self.identity_key_range} keys; there can be at most 2^36",
         )
-        for name, values in self.gates.items():
-            check(
-                isinstance(name, str) and name != "",
-                f"gates: a name must be a non-empty string, got {name!r}",
-            )
-            check(
-                type(values) is int and values > 0,
-                f"gates: the number of values of {name!r} must be 1 or more, got {values!r}",
-            )
+        self._check_gates()
         check(
             self.backend in ops.BACKENDS,
             f"backend must be one of {list(ops.BACKENDS)}, got {self.backend!r}",
@@ -170,6 +162,17 @@ class InteractionConfig:
     def _check(self, good: bool, message: str) -> None:
         if not good:
             raise ConfigError(f"{type(self).__name__}: {message}")
+
+    def _check_gates(self) -> None:
+        for name, values in self.gates.items():
+            self._check(
+                isinstance(name, str) and name != "",
+                f"gates: a name must be a non-empty string, got {name!r}",
+            )
+            self._check(
+                type(values) is int and values > 0,
+                f"gates: the number of values of {name!r} must be 1 or more, got {values!r}",
+            )
 
     def _check_scale(self, name: str) -> None:
         value = getattr(self, name)

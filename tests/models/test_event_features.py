@@ -346,7 +346,7 @@ def test_a_configuration_that_cannot_be_is_refused(change: dict, message: str) -
         (
             "candidate_items",
             torch.full((ASKED,), ITEMS),
-            "candidate_items has 6, there are",
+            "candidate_items has 6, but items are 0 to 5",
         ),
         ("history_items", torch.full((EVENTS,), -1), "history_items has -1"),
         ("history_items", torch.zeros(EVENTS), r"history_items must be \[7\] int64.*float32"),
