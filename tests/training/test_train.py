@@ -886,7 +886,7 @@ def test_a_single_value_that_json_has_not(kind: type, value: Any) -> None:
         (lambda options: options["loss"].update(margin=1), r"loss\.margin is no option of this"),
         (lambda options: options.update(epochs="two"), "epochs is 'two', not of type int"),
         (lambda options: options.update(validate=1), "validate is 1, not of type bool"),
-        (lambda options: options.update(interaction="telepathy"), "interaction must be one of"),
+        (lambda options: options.update(interaction="telepathy"), "interaction 'telepathy' is none of"),
         (lambda options: options["ifa"].update(half_lives=[7.0, "x"]), r"ifa\.half_lives\[1\] is 'x'"),
         (lambda options: options.update(ifa=None), "ifa is None"),
         (lambda options: options["ifa"].update(num_heads=3), "is not a multiple of num_heads 3"),
