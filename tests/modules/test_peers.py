@@ -323,7 +323,7 @@ def test_peer_is_the_plain_loop(peer, config, weighted, aged):
 @every_config
 def test_din_as_on_a_gpu_is_the_plain_loop(config, monkeypatch):
     """On a GPU every possible pair is computed, with rows of zeros for pairs that do not exist."""
-    monkeypatch.setattr(din, "looks", lambda x: False)
+    monkeypatch.setattr(din, "on_cpu", lambda x: False)
     test_peer_is_the_plain_loop("din of the latest 3", config, True, True)
     test_an_empty_history_is_exactly_zeros_before_the_output("din of the latest 3", config)
 

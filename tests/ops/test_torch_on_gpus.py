@@ -33,7 +33,7 @@ EDGES = [[], [0, 0], [1], [0, 5000, 1]]
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
     for module in (joining, tiling):
-        monkeypatch.setattr(module, "looks", lambda x: False)
+        monkeypatch.setattr(module, "on_cpu", lambda x: False)
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, *EDGES], ids=str)
