@@ -1,7 +1,7 @@
-"""The native kernels; all else is in pyproject.toml.
+"""Builds the native kernels; everything else is in pyproject.toml.
 
-They need a C++17 compiler with OpenMP and nothing else: no header of Python or PyTorch. Where the
-build fails the package is installed without them.
+They need only a C++17 compiler with OpenMP, no Python or PyTorch headers. If the build fails, the
+package is installed without them.
 """
 
 from pathlib import Path

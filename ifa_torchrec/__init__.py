@@ -1,4 +1,4 @@
-"""IFA, Interaction Fidelity Attention, for TorchRec: whole histories at linear cost."""
+"""IFA (Interaction Fidelity Attention) for TorchRec: attention over whole histories at linear cost."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    # imported at their first use: torch and torchrec take seconds, which ``ifa --help`` need not
+    # imported on first use: torch and torchrec take seconds to import, and ``ifa --help`` needs neither
     if name not in _FROM:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_FROM[name]}"), name)

@@ -1,4 +1,4 @@
-"""RankingFeatures, what a model scores, and RankingBatch, which adds what it learns from."""
+"""RankingFeatures, the inputs of a model, and RankingBatch, which adds labels and exposure."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ifa_torchrec.errors import ConfigError
 
 @dataclass(frozen=True)
 class Scale:
-    """How a column of numbers is standardised: (x - mean) / deviation, of log(1 + x) where it says so.
+    """How a column of numbers is standardised: (x - mean) / deviation, after log(1 + x) if ``log``.
 
     Args:
-        mean, deviation: of the training split's numbers, after the logarithm.
+        mean, deviation: statistics of the column in the training split, after the logarithm.
         log: take log(1 + x) first.
 
     Raises:
-        ConfigError: a figure is not finite, or the deviation is not positive.
+        ConfigError: mean or deviation is not finite, or the deviation is not positive.
 
     Example:
         >>> from ifa_torchrec.batch import Scale
@@ -39,8 +39,8 @@ class Scale:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.mean) and math.isfinite(self.deviation) and self.deviation > 0):
             raise ConfigError(
-                f"Scale: mean {self.mean} and deviation {self.deviation} must be finite, the deviation "
-                "above 0"
+                f"Scale: mean and deviation must be finite and the deviation above 0, got mean "
+                f"{self.mean} and deviation {self.deviation}"
             )
 
 
@@ -48,36 +48,36 @@ class Scale:
 class RankingFeatures(Pipelineable):
     """B ranking requests with M candidates and N history events in all.
 
-    The request is the unit: a history stands once in the batch, however many candidates its
+    The batch is organised by request: each history is stored once, however many candidates its
     request has.
 
-    Numbers are as they were found, and NaN where one is missing; the model standardises them. What
-    describes an item beyond its ids stands once for each of the U distinct items of the batch, and
-    events and candidates name their item's row.
+    Numbers are raw, with NaN for a missing one; the model standardises them. Item features other than
+    ids are stored once for each of the U distinct items of the batch; events and candidates refer to
+    them by row.
 
     Args:
         dense_features: [B, F] float, numbers that describe the request.
-        context_features: KJT of stride B, ids that describe the request, any number of a feature;
+        context_features: KJT of stride B, ids that describe the request, any number per feature;
             pooled.
-        sequence_features: KJT of stride B; its keys are the history features (N values each: of the
-            events' items and of the events themselves) and the candidate features (M values each: of
-            the candidates' items and of the candidates themselves). All history features have the
-            same lengths, and so have all candidate features. It has no weights.
+        sequence_features: KJT of stride B; its keys are the history features (N values each, ids of
+            the events' items and of the events themselves) and the candidate features (M values each,
+            ids of the candidates' items and of the candidates themselves). All history features have
+            the same lengths, and so do all candidate features. It has no weights.
         candidate_dense: [M, Fc] float, numbers that describe a candidate.
-        history_age: [N] float >= 0, age of each event when the request was made, in the unit
-            of the model's half-lives (the loader's is days).
+        history_age: [N] float >= 0, age of each event at the time of the request, in the unit
+            of the model's half-lives (days, if the batch comes from the loader).
         history_weight: [N] float >= 0, event weights a_i; None for 1.
-        history_dense: [N, Fe] float, numbers that describe an event; None without any.
-        item_lists: KJT of stride U >= 1, several ids of an item a feature; pooled. None, as the fields
-            that follow, where the model's items have nothing of the kind.
+        history_dense: [N, Fe] float, numbers that describe an event; None if there are none.
+        item_lists: KJT of stride U >= 1, any number of ids per item and feature; pooled. This field and
+            those that follow are None if the model's items have no features of that kind.
         item_dense: [U, Fi] float, numbers that describe an item.
-        item_vectors: [U, V] float, frozen vectors of an item, one kind after the other.
-        history_items: [N] int64, which of the U items each event is of.
-        candidate_items: [M] int64, which of the U items each candidate is.
-        history_item_ids: [N] int64, the events' items by numbers that tell them apart also where the
-            table has row 0 for them, "unknown", since they are new; what identity heads compare. None
-            where the table's rows do.
-        candidate_item_ids: [M] int64, likewise of the candidates.
+        item_vectors: [U, V] float, the frozen vectors of an item, concatenated.
+        history_items: [N] int64, row of each event's item among the U items.
+        candidate_items: [M] int64, row of each candidate's item among the U items.
+        history_item_ids: [N] int64, numbers that identify the events' items, for the identity heads to
+            compare. Unlike table rows they also distinguish new items, which all have row 0, "unknown".
+            None to compare the table rows.
+        candidate_item_ids: [M] int64, the same for the candidates.
 
     Example:
         >>> import torch
@@ -134,23 +134,22 @@ class RankingFeatures(Pipelineable):
         return type(self)(**{name: value.pin_memory() for name, value in self._fields()})
 
     def _fields(self) -> list[tuple[str, Any]]:
-        """Names and values that are there: tensors and KJTs, which have the methods above in common."""
+        """Names and values of the fields that are set: tensors and KJTs, which share those methods."""
         fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
         return [(name, value) for name, value in fields if value is not None]
 
 
 @dataclass
 class RankingBatch(RankingFeatures):
-    """RankingFeatures with what happened: what the loader gives and DLRM_IFATrain takes.
+    """RankingFeatures with labels and exposure: what the loader yields and DLRM_IFATrain takes.
 
     Args:
-        labels: [M, T] float, one column a task: 0 or 1, or the number of a regression task as it was
-            found.
-        exposed: [M] bool, whether the user was shown the candidate; CandidateSetLoss can tell the
-            two apart.
-        exposed_rows: [E] int64, the rows of those that were, in order, which the loader gives: so their
-            number is known without a look at ``exposed``, which on a GPU waits for the device. None,
-            and they are found where they are needed.
+        labels: [M, T] float, one column per task: 0 or 1, or the raw number of a regression task.
+        exposed: [M] bool, whether the user was shown the candidate; CandidateSetLoss can treat
+            exposed and unexposed candidates differently.
+        exposed_rows: [E] int64, the rows of the exposed candidates, in order; the loader provides them.
+            Their number is then known without reading ``exposed``, which on a GPU waits for the
+            device. If None, they are computed where they are needed.
 
     Example:
         >>> import torch

@@ -1,6 +1,6 @@
-"""What is raised where the user, not the program, is at fault.
+"""Errors that are the user's to fix, not bugs in the program.
 
-A command prints the message of a UserError and ends; every other exception keeps its traceback.
+A command prints the message of a UserError and exits; every other exception keeps its traceback.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """What was given cannot be used; the message names it and says what would be right.
+    """An input cannot be used; the message names it and says what would be right.
 
-    Raised where input enters: a file, an option, a request, an argument. Its subclasses are a
-    ValueError, a RuntimeError or an OSError too, whichever a caller in Python would expect.
+    Raised where input enters: a file, an option, a request, an argument. Each subclass is also the
+    built-in exception that a caller in Python would expect, such as ValueError or OSError.
 
     Example:
         >>> from ifa_torchrec.data import LogError
@@ -26,7 +26,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError, ValueError):
-    """A value of a configuration, or of a command's option, is not one that it can have.
+    """A configuration field or a command-line option has an invalid value.
 
     Example:
         >>> from ifa_torchrec import IFAConfig
@@ -37,23 +37,24 @@ class ConfigError(UserError, ValueError):
 
 
 class ExistsError(UserError, FileExistsError):
-    """What would be written is there already."""
+    """The file or folder to be written already exists."""
 
 
 class WriteError(UserError, OSError):
-    """A file or folder cannot be written: a full disk, a read-only file system, rights."""
+    """A file or folder cannot be written: full disk, read-only file system, missing permission."""
 
 
 class DivergedError(UserError, FloatingPointError):
-    """A training's numbers are not finite any more: its learning rates are too high."""
+    """The numbers of a training run are no longer finite: its learning rates are too high."""
 
 
 @contextmanager
 def writing(place: Path) -> Generator[None]:
-    """What goes wrong with files inside is told with the place that was to be written.
+    """Turn file errors inside the block into a WriteError that names ``place``.
 
     Raises:
-        WriteError: in place of any other OSError, and of what torch's own writer makes of one.
+        WriteError: instead of any other OSError, or of the RuntimeError that torch's own writer raises
+            for one.
 
     Example:
         >>> from pathlib import Path
@@ -68,31 +69,31 @@ def writing(place: Path) -> Generator[None]:
     except UserError:
         raise
     except (OSError, RuntimeError) as error:
-        # torch writes tensors by C++, in which a full disk is a RuntimeError of inline_container.cc
+        # torch writes tensors in C++, where a full disk is a RuntimeError from inline_container.cc
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
         raise WriteError(f"{place} cannot be written: {error}") from error
 
 
 def require(extra: str, *modules: str) -> None:
-    """Name what is not installed, and the line that installs it, before an import fails on it.
+    """Check that modules are installed, so that the error names the command that installs them.
 
     Args:
-        extra: of this package, that brings the modules.
-        modules: names of modules at the top.
+        extra: the extra of this package that installs the modules.
+        modules: names of top-level modules.
 
     Raises:
         ModuleNotFoundError: one of them is not installed.
 
     Example:
         >>> from ifa_torchrec.errors import require
-        >>> require("demo", "torch", "no_module")
+        >>> require("x", "torch", "nowhere")
         Traceback (most recent call last):
-        ModuleNotFoundError: no_module is not installed; uv pip install 'ifa-torchrec[demo]' brings it
+        ModuleNotFoundError: nowhere is not installed; install it with: uv pip install 'ifa-torchrec[x]'
     """
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise ModuleNotFoundError(
-                f"{module} is not installed; uv pip install 'ifa-torchrec[{extra}]' brings it",
+                f"{module} is not installed; install it with: uv pip install 'ifa-torchrec[{extra}]'",
                 name=module,
             )

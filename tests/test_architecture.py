@@ -1,6 +1,6 @@
-"""The table of docs/architecture.md is what the code does: each part imports what its row says, no more.
+"""The table of docs/architecture.md matches the code: each part imports what its row lists, no more.
 
-And no file or function has grown past what can be read at once.
+And no file or function is too long to read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MOST_LINES_OF_A_FUNCTION = 60  # without its docstring and its signature
 
 
 def table() -> dict[str, set[str]]:
-    """The parts of the package and what each imports, as the page has them, in the page's order."""
+    """The parts of the package and their imports according to the page, in its order."""
     page = (ROOT / "docs" / "architecture.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", page, re.M)
     return {part: set(re.findall(r"`(\w+)`", imported)) for part, imported in rows}
@@ -32,7 +32,8 @@ TABLE = table()
 def part_of(module: str) -> str:
     """The part that a module belongs to.
 
-    Names that the package itself exports belong to it: inside it they are imported from where they are.
+    Names that the package itself exports belong to it: its own modules import them from where they are
+    defined.
     """
     names = module.split(".")
     if names[0] != PACKAGE:
@@ -41,7 +42,7 @@ def part_of(module: str) -> str:
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and full name of all that a file imports, wherever in it the import stands."""
+    """Line and full name of everything that a file imports, anywhere in it."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -51,7 +52,7 @@ def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def parts_imported(module: str, source: str) -> dict[str, str]:
-    """The other parts, and what else of this repository, that a module imports, and a place of each."""
+    """Other parts, and other code of this repository, that a module imports, each with a location."""
     part = part_of(module)
     return {
         part_of(name): f"{module}, line {line}, imports {name}"
@@ -61,7 +62,7 @@ def parts_imported(module: str, source: str) -> dict[str, str]:
 
 
 def modules() -> dict[str, str]:
-    """The source of each module of the package and of the TorchX components, by full name."""
+    """The sources of the package's modules and of the TorchX components, by full name."""
     result = {}
     for top in (PACKAGE, "torchx_components"):
         for file in sorted((ROOT / top).rglob("*.py")):

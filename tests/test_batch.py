@@ -1,4 +1,4 @@
-"""RankingBatch is what TorchRec's pipelines move: to a device, to pinned memory, across streams."""
+"""RankingBatch can be moved by TorchRec's pipelines: to a device, to pinned memory, across streams."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def batch(tmp_path: Path) -> RankingBatch:
 
 @pytest.fixture
 def mocks() -> RankingBatch:
-    """A batch of fields that write down what is called."""
+    """A batch of mocks that record their calls."""
     return RankingBatch(**{name: Mock(name=name) for name in FIELDS})
 
 

@@ -1,7 +1,7 @@
-"""The pages' own code: Python blocks are run, and so are the lines that run the package's commands.
+"""Runs the pages' code: Python blocks, and the lines that call the package's commands.
 
-The pages are read in the order of PAGES and in one folder: the later ones go on from the log and the run
-that docs/index.md makes.
+The pages run in the order of PAGES and in one folder: later ones use the log and the run that
+docs/index.md makes.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ OPTIONS = {
 
 
 def blocks(page: str) -> list[tuple[str, int, str]]:
-    """Language, line and text of a page's blocks of code."""
+    """Language, line and text of each code block of a page."""
     text = (ROOT / page).read_text()
     found = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
     return [(block[1], text[: block.start(2)].count("\n"), block[2]) for block in found]
 
 
 def commands(text: str) -> list[list[str]]:
-    """The lines of a block that run a command of the package: its name, then its arguments."""
+    """The lines of a block that call a command of the package: its name, then its arguments."""
     lines = text.replace("\\\n", " ").splitlines()
     found = (
         re.search(r"(?:^|bin/|\s)ifa(?:_torchrec)? ([a-z][a-z-]*)(?: --(?= ))?(.*)", line)
@@ -68,7 +68,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def run_python(page: str, line: int, text: str, names: dict) -> None:
-    """Run a block, so that an error shows the page's line."""
+    """Run a block so that an error shows the page's line."""
     exec(compile("\n" * line + text, ROOT / page, "exec"), names)
 
 
@@ -86,8 +86,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 def is_run(name: str, arguments: list[str]) -> bool:
-    """Whether a printed command is run here: not a server, which does not end; nor what is of files that
-    are not here; nor what compiles for a minute, which tests/serving has."""
+    """Whether a printed command is run here: not servers, which do not end, commands that need files not
+    available here, or those that compile for a minute, which tests/serving covers."""
     return name in OPTIONS.keys() - {"serve", "data", "tune"} and "--package" not in arguments
 
 
@@ -99,7 +99,7 @@ def test_a_page_runs(page, folder, monkeypatch, capsys):
     for language, line, text in blocks(page):
         if language == "python":
             run_python(page, line, text, names)
-        # tests/distributed has ranks, tests/commands a bucket
+        # tests/distributed covers ranks, tests/commands a bucket
         elif language == "sh" and not re.search("torchrun|s3://", text):
             for name, *arguments in commands(text):
                 if is_run(name, arguments):
@@ -132,7 +132,7 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
 
 
 def printed(page: str) -> list[list[str]]:
-    """The commands on a page whose options can be looked up; a variable of the shell is 0."""
+    """The commands on a page whose options can be checked; shell variables are replaced by 0."""
     text = "".join(text for language, _, text in blocks(page) if language != "python")
     text = re.sub(r"\$\w+", "0", text)
     return [command for command in commands(text) if command[0] in OPTIONS]

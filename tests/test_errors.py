@@ -1,4 +1,4 @@
-"""An optional package that is not installed is named, with the line that installs it."""
+"""An error for a missing optional package names it and the command that installs it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ifa_torchrec.data.public import complete_journey
 
 
 def lacks(monkeypatch: pytest.MonkeyPatch, module: str, extra: str):
-    """A block in which a module cannot be imported, and that must end with the line for it."""
+    """A block in which a module cannot be imported, and which must raise the error for it."""
     monkeypatch.setitem(sys.modules, module, None)
-    said = f"{module} is not installed; uv pip install 'ifa-torchrec[{extra}]' brings it"
-    return pytest.raises(ModuleNotFoundError, match=f"^{re.escape(said)}$")
+    message = f"{module} is not installed; install it with: uv pip install 'ifa-torchrec[{extra}]'"
+    return pytest.raises(ModuleNotFoundError, match=f"^{re.escape(message)}$")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A wheel and an sdist are built, and the wheel works in an environment that has no clone beside it."""
+"""A wheel and an sdist are built, and the wheel works in an environment without the clone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    """What a command prints; where it fails, the test does, and shows it."""
+    """The output of a command; if it fails, so does the test, and shows the output."""
     done = subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -31,15 +31,15 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """A folder with the sdist, and the wheel that was built from it."""
+    """A folder with the sdist and the wheel built from it."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
-    # a copy, since setuptools leaves files behind; and without the kernels that were built in the clone
+    # a copy, since setuptools leaves files behind, and without the kernels built in the clone
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("ifa_torchrec", "torchx_components"):
         ignore = shutil.ignore_patterns("*.so", "__pycache__")
         shutil.copytree(ROOT / name, source / name, ignore=ignore)
-    # this environment has all that the build needs: nothing is fetched
+    # this environment has everything that the build needs: nothing is downloaded
     run(
         *UV,
         "build",
@@ -56,14 +56,14 @@ def built(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def python(built, tmp_path_factory) -> Path:
-    """The interpreter of a new environment with the wheel; what it depends on is this environment's."""
+    """The interpreter of a new environment with the wheel; its dependencies are this environment's."""
     home = tmp_path_factory.mktemp("environment")
     run(sys.executable, "-m", "venv", "--without-pip", home, cwd=home)
     interpreter = home / "bin" / "python"
     (wheel,) = built.glob("*.whl")
     run(*UV, "pip", "install", "--offline", "--no-deps", "--python", interpreter, wheel, cwd=home)
     (packages,) = home.glob("lib/python*/site-packages")
-    # a folder that a .pth file adds has its own .pth files left unread: the clone stays out
+    # .pth files in a folder that a .pth file adds are not read, so the clone stays out
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     return interpreter
 

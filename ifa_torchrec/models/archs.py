@@ -1,4 +1,4 @@
-"""The parts of a DLRM_IFA, in the order in which a request passes them."""
+"""The modules of a DLRM_IFA, in the order in which a request passes through them."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ from ifa_torchrec.ops.jagged import request_of_row
 
 @dataclass(frozen=True)
 class Lookups:
-    """What the tables have of a batch of B requests, M candidates, N events and U distinct items.
+    """The embeddings of a batch of B requests, M candidates, N events and U distinct items.
 
     Args:
-        context: [B, Fs, D], of the context features; None without any.
-        lists: [U, Fl, D], of the items' lists; None without any.
-        history: [N, D] of B requests, of the events' ids; None where no history is looked up.
-        candidates: [M, D] of B requests, of the candidates' ids.
+        context: [B, Fs, D], of the context features; None if there are none.
+        lists: [U, Fl, D], of the items' lists; None if there are none.
+        history: values [N, D], of the B requests' events; None if no history is looked up.
+        candidates: values [M, D], of the B requests' candidates.
 
     Example:
         >>> import torch
@@ -64,14 +64,14 @@ class Lookups:
 
 @dataclass(frozen=True)
 class Candidates:
-    """M candidates of B requests, each described by itself.
+    """M candidates of B requests, each described independently of the others.
 
     Args:
         tokens: [M, D].
-        offsets: [B + 1]; request b has the candidates offsets[b] up to offsets[b + 1].
-        vectors, beside: as a Part's.
-        ids: [M, item features] int64, of their items; None where nobody compares them.
-        logits: [M, T], what SetArch says of them; None where it was not asked yet.
+        offsets: [B + 1]; request b has the candidates offsets[b]:offsets[b + 1].
+        interaction_vectors, concat_features: as in Part.
+        ids: [M, item features] int64, of their items; None if no module compares them.
+        logits: [M, T], the output of SetArch; None if not computed yet.
 
     Example:
         >>> import torch
@@ -83,53 +83,55 @@ class Candidates:
 
     tokens: Tensor
     offsets: Tensor
-    vectors: tuple[Tensor, ...]
-    beside: tuple[Tensor, ...]
+    interaction_vectors: tuple[Tensor, ...]
+    concat_features: tuple[Tensor, ...]
     ids: Tensor | None = None
     logits: Tensor | None = None
 
     def members(self, norm: nn.LayerNorm) -> JaggedTensor:
-        """As members of a set, [M, D]: with the request and what the history answered to them."""
-        return JaggedTensor(norm(reduce(torch.add, (self.tokens, *self.vectors))), offsets=self.offsets)
+        """The candidates as members of a set, [M, D]: tokens plus interaction vectors."""
+        return JaggedTensor(norm(sum(self.interaction_vectors, self.tokens)), offsets=self.offsets)
 
     def detach(self) -> Candidates:
-        """The same, as what is known of them: what is learnt of these numbers does not change them."""
-        vectors, beside = ([rows.detach() for rows in part] for part in (self.vectors, self.beside))
-        tokens = self.tokens.detach()
-        return Candidates(tokens, self.offsets, tuple(vectors), tuple(beside), self.ids)
+        """A copy without gradients."""
+        vectors, concat = (
+            tuple(rows.detach() for rows in part)
+            for part in (self.interaction_vectors, self.concat_features)
+        )
+        return Candidates(self.tokens.detach(), self.offsets, vectors, concat, self.ids)
 
     def only(self, kept: Tensor, rows: Tensor | None = None) -> Candidates:
-        """Some of them, as if there were no others.
+        """A subset of the candidates, as if there were no others.
 
         Args:
-            kept: [M] bool, which.
-            rows: [E] int64, the numbers of those; None to find them, which on a GPU waits for it.
+            kept: [M] bool, which to keep.
+            rows: [E] int64, their row numbers; None to compute them, which on a GPU waits for it.
         """
         rows = kept.nonzero()[:, 0] if rows is None else rows
         return Candidates(
             self.tokens[rows],
             counted(kept, self.offsets),
-            tuple(columns[rows] for columns in self.vectors),
-            tuple(columns[rows] for columns in self.beside),
+            tuple(columns[rows] for columns in self.interaction_vectors),
+            tuple(columns[rows] for columns in self.concat_features),
             None if self.ids is None else self.ids[rows],
         )
 
 
 class CandidateArch(nn.Module):
-    """Describes each candidate by itself: the token, the request and what the history says of it.
+    """Describes each candidate independently: its token, its request, and what it finds in the history.
 
-    A token is the normed sum of what is known of an event or of a candidate: of its ids, of its item,
-    and an event's numbers. A module of its own, as SetArch is, so that tracing the model for a pipeline
-    meets it as a leaf.
+    A token is the normed sum of the parts that describe an event or candidate: its ids, its item, and an
+    event's numbers. Like SetArch it is a module of its own, so that tracing the model for a pipeline
+    treats it as a leaf.
 
     Args:
         config: DLRM_IFAConfig.
         num_context_features: Fs, context features of the Lookups.
-        interaction: as DLRM_IFA's.
+        interaction: as for DLRM_IFA.
 
     Attributes:
-        num_vectors, out_features: as RequestArch's.
-        weighted: the fields of a batch whose ids may have weights, as their tables heed them.
+        num_vectors, out_features: as for RequestArch.
+        weighted: the fields of a batch whose ids may have weights, because their tables use them.
 
     Raises:
         ConfigError: the interaction does not fit the configuration.
@@ -177,8 +179,8 @@ class CandidateArch(nn.Module):
     def forward(self, lookups: Lookups, features: RankingFeatures) -> Candidates:
         """
         Args:
-            lookups: what the tables have of the features' ids.
-            features: for its numbers, vectors, ages and ids.
+            lookups: the embeddings of the features' ids.
+            features: provides numbers, vectors, ages and ids.
 
         Raises:
             ValueError: the features do not fit each other or the model.
@@ -200,15 +202,14 @@ class CandidateArch(nn.Module):
         return self._described(lookups.context, candidates, features, found)
 
     def attend(self, lookups: Lookups, features: RankingFeatures, state: UserState) -> Candidates:
-        """What ``forward`` gives, from the state of B requests in place of their histories, which may be
-        empty."""
+        """What ``forward`` returns, from a state instead of the histories, which may be empty."""
         items = self._items(lookups, features, CANDIDATES)
         candidates = self._candidate_tokens(lookups, items, features)
         interest = self.ifa.attend(candidates, state, self.candidate_ids(features))
         return self._described(lookups.context, candidates, features, (interest.values(), state.count))
 
     def encode(self, lookups: Lookups, features: RankingFeatures) -> UserState:
-        """The state that ``attend`` takes in place of the history; see DLRM_IFA.encode."""
+        """The state that ``attend`` takes instead of the history; see DLRM_IFA.encode."""
         ifa = self.ifa
         items = self._items(lookups, features, HISTORY)
         history = self._event_tokens(lookups, items, features)
@@ -217,10 +218,10 @@ class CandidateArch(nn.Module):
 
     @property
     def ifa(self) -> InteractionFidelityAttention:
-        """The interaction, where it is "ifa": the only one with a user state.
+        """The interaction if it is "ifa", the only one with a user state.
 
         Raises:
-            ConfigError: it is another.
+            ConfigError: the interaction is another one.
         """
         if not isinstance(self.sequence_interaction, InteractionFidelityAttention):
             raise ConfigError(
@@ -229,15 +230,14 @@ class CandidateArch(nn.Module):
         return self.sequence_interaction
 
     def history_ids(self, features: RankingFeatures) -> Tensor | None:
-        """The ids [N, K] int64 of the events that the interaction compares; None if it compares none.
+        """The events' ids [N, K] int64 that the interaction compares; None if it compares none.
 
-        Of the item itself they are ``history_item_ids``, if those are given. Id 0 is "unknown", and
-        matches nothing.
+        The item's own are ``history_item_ids``, if given. Id 0 is "unknown" and matches nothing.
         """
         return self._ids(features, self.config.history_keys, features.history_item_ids)
 
     def candidate_ids(self, features: RankingFeatures) -> Tensor | None:
-        """Likewise [M, K] of the candidates."""
+        """The candidates' ids [M, K] int64 that the interaction compares; see ``history_ids``."""
         return self._ids(features, self.config.candidate_keys, features.candidate_item_ids)
 
     def _ids(
@@ -272,15 +272,15 @@ class CandidateArch(nn.Module):
         return {"history_gates": torch.stack(columns, dim=1)} if columns else {}
 
     def _items(self, lookups: Lookups, features: RankingFeatures, *sides: str) -> Tensor | None:
-        """What describes each item [U, D], if the features fit where they are used."""
+        """Check the features and return the description of each item [U, D], if there is one."""
         lists = lookups.lists
         check_features(features, self.config, None if lists is None else lists.shape[0], sides)
         for name in ("sequence_features", "context_features", "item_lists"):
             ids: KeyedJaggedTensor | None = getattr(features, name)
             if ids is not None and name not in self.weighted and ids.weights_or_none() is not None:
                 raise ValueError(
-                    f"batch: {name} has weights, which this model would not heed; give a "
-                    "KeyedJaggedTensor without them"
+                    f"batch: {name} has weights, but this model ignores them; pass a KeyedJaggedTensor "
+                    "without weights"
                 )
         return self.item_arch(lists, features)
 
@@ -288,7 +288,7 @@ class CandidateArch(nn.Module):
         self, lookups: Lookups, items: Tensor | None, features: RankingFeatures
     ) -> JaggedTensor:
         if lookups.history is None:
-            raise ValueError("CandidateArch: give the tokens of the histories")
+            raise ValueError("CandidateArch: lookups.history is None; the interaction needs histories")
         parts = [lookups.history.values()]
         if items is not None and features.history_items is not None:
             parts.append(items.index_select(0, features.history_items))
@@ -315,36 +315,35 @@ class CandidateArch(nn.Module):
         features: RankingFeatures,
         found: tuple[Tensor, Tensor] | None,
     ) -> Candidates:
-        """``found`` is what the candidates found in the histories, [M, D], and how many events these
-        have, [B]."""
+        """``found``: what the candidates found in the histories, [M, D], and the event counts [B]."""
         tokens, offsets = candidates.values(), candidates.offsets()
         request = request_of_row(offsets, tokens.shape[0])
-        with without_autocast(tokens):  # of candidates, not of events: see SetArch
-            vectors, beside = self.request_arch(features.dense_features, context, tokens, request)
+        with without_autocast(tokens):  # candidates, not events: see SetArch
+            vectors, concat = self.request_arch(features.dense_features, context, tokens, request)
             if self.candidate_dense_arch is not None:
                 vectors += (self.candidate_dense_arch(features.candidate_dense),)
             if self.interest_arch is not None and found is not None:
                 interest, events = found
                 part = self.interest_arch(tokens, interest, events.to(tokens.dtype), request)
-                vectors, beside = vectors + part.vectors, beside + part.beside
+                vectors += part.interaction_vectors
+                concat += part.concat_features
         ids = None
         if self.config.candidate_set.generate:
             keys, items = self.config.candidate_keys, features.candidate_item_ids
             ids = self._columns(features, keys, items, self.config.item_names)
-        return Candidates(tokens, offsets, vectors, beside, ids)
+        return Candidates(tokens, offsets, vectors, concat, ids)
 
 
 class SetArch(nn.Module):
-    """From candidates, each described by itself, to logits; they see each other here, if at all.
+    """Computes logits from independently described candidates; only here may they attend to each other.
 
-    What a candidate finds among the others is a term beside the logits that it has by itself, and starts
-    at 0. It learns what these leave, see ``DLRM_IFATrain``. Autocast does not reach it, nor whatever
-    else is made of candidates alone: they are few beside the events, and what bfloat16 saves there it
-    costs in the gradients.
+    What a candidate finds among the others is a term added to its own logits. It starts at 0 and learns
+    the residual, see ``DLRM_IFATrain``. Autocast is off here and in everything else computed only from
+    candidates: they are few, so bfloat16 would save little and make gradients less accurate.
 
     Args:
         config: DLRM_IFAConfig.
-        num_vectors, in_features: what CandidateArch reports of its output.
+        num_vectors, in_features: CandidateArch's num_vectors and out_features.
 
     Example:
         >>> import torch
@@ -365,41 +364,42 @@ class SetArch(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.over_arch = OverArch(dim + products + in_features, layers)
         related = config.candidate_set.attention != "none"
-        with torch.random.fork_rng(devices=[]):  # all else starts the same with and without it
+        with torch.random.fork_rng(devices=[]):  # so that later random draws do not depend on it
             self.relation_arch = RelationArch(config) if related else None
 
     def forward(
-        self, candidates: Candidates, related: bool = True, alone: Tensor | None = None
+        self, candidates: Candidates, with_relation: bool = True, base_logits: Tensor | None = None
     ) -> Tensor:
         """
         Args:
-            candidates: M of B requests.
-            related: with what the candidates do to each other, or without.
-            alone: [M, T], logits without, which are then not computed again.
+            candidates: M candidates of B requests.
+            with_relation: whether to add the term of the other candidates.
+            base_logits: [M, T], the logits without that term, if already computed.
 
         Returns:
             Logits [M, T].
         """
         with without_autocast(candidates.tokens):
-            logits = self._alone(candidates) if alone is None else alone
-            if self.relation_arch is None or not related:
+            logits = self._base_logits(candidates) if base_logits is None else base_logits
+            if self.relation_arch is None or not with_relation:
                 return logits
             return logits + self.relation_arch(candidates)
 
-    def _alone(self, candidates: Candidates) -> Tensor:
-        tokens, vectors, beside = candidates.tokens, candidates.vectors, candidates.beside
+    def _base_logits(self, candidates: Candidates) -> Tensor:
+        tokens, concat = candidates.tokens, candidates.concat_features
         if self.interaction_arch is None:
-            inputs = torch.cat([tokens, *beside], dim=1)
+            inputs = torch.cat([tokens, *concat], dim=1)
         else:
-            # scaled so that the dot product of two normed vectors is of the size of their entries
+            # scaled so that the dot product of two normed vectors is about as large as their entries
             scale = tokens.shape[1] ** -0.25
-            crossed = self.interaction_arch(tokens * scale, torch.stack(vectors, dim=1) * scale)
-            inputs = torch.cat([crossed, *beside], dim=1)
+            vectors = torch.stack(candidates.interaction_vectors, dim=1)
+            crossed = self.interaction_arch(tokens * scale, vectors * scale)
+            inputs = torch.cat([crossed, *concat], dim=1)
         return self.over_arch(self.dropout(inputs))
 
 
 class RelationArch(nn.Module):
-    """What the candidates of a request do to each other's logits, by a CandidateSetEncoder.
+    """How the candidates of a request change each other's logits, by a CandidateSetEncoder.
 
     Args:
         config: DLRM_IFAConfig, with a candidate_set attention.
@@ -418,7 +418,7 @@ class RelationArch(nn.Module):
     def __init__(self, config: DLRM_IFAConfig) -> None:
         super().__init__()
         dim, heads = config.ifa.embedding_dim, config.candidate_set.num_heads
-        # half the tokens' width: as good, and all that follows costs a third
+        # half the tokens' width: as good, at a third of the cost
         width = max(dim // (2 * heads), 1) * heads
         self.member_norm = nn.LayerNorm(dim)
         self.member_proj = nn.Linear(dim, width)
@@ -428,7 +428,7 @@ class RelationArch(nn.Module):
         self.output_proj = ZeroLinear(width, config.num_tasks)
 
     def forward(self, candidates: Candidates) -> Tensor:
-        """What is added to the logits, [M, T]."""
+        """The term to add to the logits, [M, T]."""
         member = self.member_proj(candidates.members(self.member_norm).values())
         found = self.candidate_set_encoder(JaggedTensor(member, offsets=candidates.offsets))
         relation = self.relation_norm(found.values())
@@ -443,8 +443,8 @@ def _check_interaction(interaction: SequenceInteraction, config: DLRM_IFAConfig)
     gates, events = interaction.config.gates, config.event_features
     if dim != wanted or unknown or set(gates) - set(events) or config.interaction == "none":
         raise ConfigError(
-            f"{type(interaction).__name__}: it is of width {dim}, compares {interaction.id_features}, "
-            f"and its gates are {list(gates)}; the configuration's width is {wanted}, its item_features "
-            f"{config.item_names}, its event_features {list(events)}, and its interaction "
+            f"{type(interaction).__name__}: it has width {dim}, compares {interaction.id_features}, "
+            f"and has gates {list(gates)}; the configuration has width {wanted}, item_features "
+            f"{config.item_names} and event_features {list(events)}, and its interaction "
             f"{config.interaction!r} must not be 'none'"
         )

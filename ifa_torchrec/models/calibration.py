@@ -1,4 +1,4 @@
-"""Logits moved by two numbers a task, in the layers that make them."""
+"""Calibration: an affine map of the logits per task, folded into the model's last layers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ifa_torchrec.models.dlrm_ifa import DLRM_IFA
 
 @torch.no_grad()
 def calibrate(model: DLRM_IFA, scale: Tensor, shift: Tensor) -> None:
-    """Let a model's logits z be scale z + shift, from histories as from states, beside a set and given
-    what is taken; in place.
+    """Replace a model's logits z by scale z + shift, in place: from histories and from states, with the
+    other candidates of the set and given taken candidates.
 
-    The last layers are linear, so they hold it: nothing is added to what a score costs, nor to an
-    exported graph. With one task, and a positive scale, no order changes.
+    The map is folded into the last layers, which are linear, so it adds nothing to the cost of scoring
+    or to an exported graph. With one task and a positive scale the order does not change.
 
     Args:
-        model: its dense part on one device.
+        model: a model with its dense part on one device.
         scale: [T] floating point, positive; shift: [T].
 
     Example:
@@ -39,17 +39,17 @@ def calibrate(model: DLRM_IFA, scale: Tensor, shift: Tensor) -> None:
         True
     """
     set_arch, taken_arch = model.set_arch, model.taken_arch
-    last: Any = next(reversed(list(set_arch.over_arch.modules())))  # a linear layer
+    last: Any = next(reversed(list(set_arch.over_arch.modules())))  # an nn.Linear
     scale, shift = scale.to(last.bias), shift.to(last.bias)
     last.weight.mul_(scale[:, None])
     last.bias.mul_(scale).add_(shift)
     if set_arch.relation_arch is not None:
         set_arch.relation_arch.output_proj.weight.mul_(scale[:, None])
     if taken_arch is not None:
-        query = taken_arch.relation.query_proj.weight  # of each task D rows
+        query = taken_arch.relation.query_proj.weight  # D rows per task
         query.mul_(scale.repeat_interleave(len(query) // len(scale))[:, None])
         if taken_arch.relation.same_proj is not None:
             taken_arch.relation.same_proj.weight.mul_(scale[:, None])
         if taken_arch.relation.pair_queries is not None:
-            pairs = taken_arch.relation.pair_queries.weight  # of each task BUCKETS columns
+            pairs = taken_arch.relation.pair_queries.weight  # BUCKETS columns per task
             pairs.mul_(scale.repeat_interleave(pairs.shape[1] // len(scale)))

@@ -1,4 +1,4 @@
-"""Whether what a batch holds fits each other and the model."""
+"""Checks that the fields of a batch fit each other and the model."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def check_features(
     num_items: int | None,
     sides: tuple[str, ...] = (HISTORY, CANDIDATES),
 ) -> None:
-    """Refuse features that do not fit each other or the model.
+    """Raise a ValueError for features that do not fit each other or the model.
 
-    Values are looked at on the CPU alone, and in no compiled graph: on a GPU that would wait for the
-    device.
+    Values are only checked on the CPU and outside compiled graphs: reading them on a GPU would wait for
+    the device.
 
     Args:
-        features: of B requests.
-        config: the model's.
-        num_items: U, the items that the tables of their lists know; None without such tables.
-        sides: what is used of them.
+        features: features of B requests.
+        config: the model's configuration.
+        num_items: U, the number of items in the pooled lists; None if the model has no item lists.
+        sides: which parts of the features are used.
 
     Raises:
-        ValueError: a field is missing, of another size or out of range; the message names it.
+        ValueError: a field is missing, has the wrong size or is out of range; the message names it.
 
     Example:
         >>> import torch
@@ -50,7 +50,7 @@ def check_features(
     requests, sequences = features.num_requests, features.sequence_features
     if sequences.stride() != requests:
         raise ValueError(
-            f"batch: sequence_features are of {sequences.stride()} requests, dense_features of "
+            f"batch: sequence_features have {sequences.stride()} requests, dense_features have "
             f"{requests}"
         )
     events, candidates = features.history_age.shape[0], features.candidate_dense.shape[0]
@@ -83,13 +83,13 @@ def check_features(
 
 
 def _columns(features: RankingFeatures, name: str, wanted: int) -> Tensor | None:
-    """The field, if the model takes it and it has so many columns."""
+    """The field, checked to have the wanted number of columns; None if the model does not take it."""
     value: Tensor | None = getattr(features, name)
     if value is None and wanted:
-        raise ValueError(f"batch: {name} is None, the model takes {wanted} columns")
+        raise ValueError(f"batch: {name} is None, but the model takes {wanted} columns")
     if value is not None and (value.dim() != 2 or value.shape[1] != wanted):
         found = f"{value.shape[1]} columns" if value.dim() == 2 else f"shape {list(value.shape)}"
-        raise ValueError(f"batch: {name} has {found}, the model takes {wanted}")
+        raise ValueError(f"batch: {name} has {found}, but the model takes {wanted} columns")
     return value if wanted else None
 
 
@@ -99,16 +99,16 @@ def _check_rows(name: str, value: Tensor, rows: int, what: str) -> None:
 
 
 def _check_items(features: RankingFeatures, name: str, rows: int, items: int | None) -> None:
-    """Which of the items that are described each event, or candidate, is of."""
+    """Check the item rows of the events or candidates."""
     if items is None:
         return
     value: Tensor | None = getattr(features, name)
     if value is None:
-        raise ValueError(f"batch: {name} is None, but the model describes items; give their rows")
+        raise ValueError(f"batch: {name} is None, but the model has item features; pass the items' rows")
     _check_integers(name, value, rows)
     if checkable(value) and len(value) and not 0 <= int(value.min()) <= int(value.max()) < items:
         wrong = value[(value < 0) | (value >= items)][0]
-        raise ValueError(f"batch: {name} has {int(wrong)}, there are items 0 to {items - 1}")
+        raise ValueError(f"batch: {name} has {int(wrong)}, but items are 0 to {items - 1}")
 
 
 def _check_ids(features: RankingFeatures, name: str, rows: int) -> None:
@@ -123,7 +123,7 @@ def _check_integers(name: str, value: Tensor, rows: int) -> None:
 
 
 def _check_lengths(features: RankingFeatures, keys: Iterable[str], rows: int, of: str) -> None:
-    """Whether all these features have the lengths of the first."""
+    """Check that all these features have the same lengths."""
     sequences = features.sequence_features
     first, *others = keys
     if not checkable(sequences.values()):

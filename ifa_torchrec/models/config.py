@@ -14,41 +14,42 @@ from ifa_torchrec.modules.tasks import binary_tasks, check_tasks
 
 @dataclass(frozen=True)
 class DLRM_IFAConfig:
-    """The dense part of a DLRM_IFA; the tables come with the embedding collections.
+    """The configuration of a DLRM_IFA's dense part; the embedding collections define the tables.
 
     Args:
         item_features: names f of the item's id features, whose keys in the sequence features are
             ``history_f`` and ``candidate_f``, sharing one table; or a map from each name to its two
-            keys, where they are called otherwise. The first is the item itself.
-        dense_in_features: F, numbers a request.
-        candidate_dense_in_features: Fc, numbers a candidate.
-        item_dense_in_features: Fi, numbers an item.
-        event_dense_in_features: Fe, numbers an event.
+            keys, if these are named differently. The first is the item itself.
+        dense_in_features: F, numbers per request.
+        candidate_dense_in_features: Fc, numbers per candidate.
+        item_dense_in_features: Fi, numbers per item.
+        event_dense_in_features: Fe, numbers per event.
         event_features: names of the events' own id features, whose keys in the sequence features are
             ``history_NAME``; or a map from each name to its key.
-        candidate_features: of the candidates' own, ``candidate_NAME``; likewise.
-        item_vectors: names of the items' frozen vectors, in the order of the batch's columns, each with
-            its width.
+        candidate_features: names of the candidates' own id features, with keys ``candidate_NAME``; or a
+            map from each name to its key.
+        item_vectors: width of each of the items' frozen vectors, by name, in the order of the batch's
+            columns.
         scales: how the columns of ``dense_features``, ``candidate_dense``, ``item_dense`` and
-            ``history_dense`` are standardised, a Scale a column; a name that is not there is taken as it
-            is.
-        interaction: how candidates meet the history, a key of INTERACTIONS.
+            ``history_dense`` are standardised, one Scale per column; fields without scales are used as
+            they are.
+        interaction: how candidates attend to the history, a key of INTERACTIONS.
         ifa: IFAConfig, shared by all interactions; its identity_features are names of
-            item_features, and its embedding_dim is that of the tables.
-        recent_length: events that a candidate attends to, where not to all: of "softmax_recent" and
-            "din" the latest, of "sim", "eta" and "twin" those found.
+            item_features, and its embedding_dim is that of the tokens.
+        recent_length: the number of events that a candidate attends to, if not all: the latest for
+            "softmax_recent" and "din", those found for "sim", "eta" and "twin".
         search_feature: the item feature that "sim" searches by; None for the last.
-        candidate_set: CandidateSetConfig, whether and how candidates see each other.
-        dense_arch_layer_sizes: hidden layers of both dense archs; a last one of width D is added.
+        candidate_set: CandidateSetConfig, whether and how candidates attend to each other.
+        dense_arch_layer_sizes: hidden layers of the dense archs; a last one of width D is added.
         over_arch_layer_sizes: hidden layers of the over arch; a last one of width T is added.
         num_tasks: T.
         tasks: the T Tasks; () for binary ones called "label", or "label_0" and so on, of which the first
             ranks.
-        dropout: share of the over arch's inputs that are 0 in a step of the training, 0 to 1.
+        dropout: probability of zeroing an input of the over arch in training, 0 to below 1.
 
     Raises:
-        ConfigError: a name is unknown or used twice, a number is out of range, scales are not one a
-            column, or the tasks are not T that a model can be trained on; the message names the field.
+        ConfigError: a name is unknown or used twice, a number is out of range, scales are not one per
+            column, or the tasks cannot be trained or are not T; the message names the field.
 
     Example:
         >>> from ifa_torchrec import DLRM_IFAConfig, IFAConfig
@@ -81,7 +82,8 @@ class DLRM_IFAConfig:
     def __post_init__(self) -> None:
         if self.interaction not in INTERACTIONS:
             raise ConfigError(
-                f"DLRM_IFAConfig: interaction {self.interaction!r} is none of {list(INTERACTIONS)}"
+                f"DLRM_IFAConfig: interaction must be one of {list(INTERACTIONS)}, got "
+                f"{self.interaction!r}"
             )
         self._check_keys()
         self._check_names()
@@ -91,7 +93,7 @@ class DLRM_IFAConfig:
         if len(self.tasks) != self.num_tasks:
             names = [task.name for task in self.tasks]
             raise ConfigError(
-                f"DLRM_IFAConfig: num_tasks is {self.num_tasks}, but the tasks are {names}; give "
+                f"DLRM_IFAConfig: num_tasks is {self.num_tasks}, but the tasks are {names}; set "
                 f"num_tasks={len(names)}"
             )
 
@@ -102,15 +104,14 @@ class DLRM_IFAConfig:
 
     @property
     def history_keys(self) -> dict[str, str]:
-        """Key of each feature of an event: of its item's and of its own. None where no history is looked
-        up."""
+        """Key of each feature of an event, its item's and its own; empty if no history is looked up."""
         if self.interaction == "none":
             return {}
         return self._item_keys(0) | _keys("event_features", self.event_features)
 
     @property
     def candidate_keys(self) -> dict[str, str]:
-        """Key of each feature of a candidate: of its item's and of its own."""
+        """Key of each feature of a candidate, its item's and its own."""
         return self._item_keys(1) | _keys("candidate_features", self.candidate_features)
 
     @property
@@ -120,16 +121,16 @@ class DLRM_IFAConfig:
 
     @property
     def vector_columns(self) -> int:
-        """V, columns of all frozen vectors of an item together."""
+        """V, total columns of an item's frozen vectors."""
         return sum(self.item_vectors.values())
 
     def columns(self, field_name: str) -> int:
-        """Numbers of a RankingFeatures' field: "dense_features", "candidate_dense", "item_dense" or
-        "history_dense"."""
+        """Number of columns of a field of RankingFeatures: "dense_features", "candidate_dense",
+        "item_dense" or "history_dense"."""
         return getattr(self, _COLUMNS[field_name])
 
     def scales_of(self, field_name: str) -> tuple[Scale, ...]:
-        """A Scale for each of these columns."""
+        """The Scale of each column of the field."""
         return self.scales.get(field_name) or (Scale(),) * self.columns(field_name)
 
     def _item_keys(self, side: int) -> dict[str, str]:
@@ -148,12 +149,14 @@ class DLRM_IFAConfig:
         ):
             if unknown := set(given) - set(known):
                 raise ConfigError(
-                    f"DLRM_IFAConfig: {name} {sorted(unknown)} are no {where}; there are {list(known)}"
+                    f"DLRM_IFAConfig: {name} {sorted(unknown)} must be among the {where} {list(known)}"
                 )
 
     def _check_numbers(self) -> None:
         if not 0 <= self.dropout < 1:
-            raise ConfigError(f"DLRM_IFAConfig: dropout must be 0 to below 1, got {self.dropout}")
+            raise ConfigError(
+                f"DLRM_IFAConfig: dropout must be at least 0 and below 1, got {self.dropout}"
+            )
         numbers = {f"item_vectors[{name!r}]": width for name, width in self.item_vectors.items()}
         numbers |= {"num_tasks": self.num_tasks, "recent_length": self.recent_length}
         least = dict.fromkeys(numbers, 1) | dict.fromkeys(_COLUMNS.values(), 0)
@@ -167,25 +170,27 @@ class DLRM_IFAConfig:
                 raise ConfigError(f"DLRM_IFAConfig: {name} must be positive sizes, got {sizes!r}")
         for name, scales in self.scales.items():
             if name not in _COLUMNS:
-                raise ConfigError(f"DLRM_IFAConfig: scales of {name!r}; there are {list(_COLUMNS)}")
+                raise ConfigError(
+                    f"DLRM_IFAConfig: scales are for the fields {list(_COLUMNS)}, got {name!r}"
+                )
             if len(scales) != self.columns(name):
                 raise ConfigError(
-                    f"DLRM_IFAConfig: {len(scales)} scales of {name}, but {_COLUMNS[name]} is "
-                    f"{self.columns(name)}; give one a column"
+                    f"DLRM_IFAConfig: {name} has {len(scales)} scales, but {_COLUMNS[name]} is "
+                    f"{self.columns(name)}; give one per column"
                 )
 
     def _check_keys(self) -> None:
         if isinstance(self.item_features, str) or not self.item_features:
             raise ConfigError(
-                "DLRM_IFAConfig: item_features must be a tuple of names, or map them to their two keys; "
-                f"the item's own id at least; got {self.item_features!r}"
+                "DLRM_IFAConfig: item_features must be a tuple of names, or map them to their two keys, "
+                f"and include at least the item's own id; got {self.item_features!r}"
             )
         pairs = self.item_features.values() if isinstance(self.item_features, dict) else ()
         for pair in pairs:
             if isinstance(pair, str) or len(pair) != 2:
                 raise ConfigError(
-                    "DLRM_IFAConfig: item_features must map each name to the keys of history and "
-                    f"candidates, a pair, got {pair!r}"
+                    "DLRM_IFAConfig: item_features must map each name to a pair of keys, of history and "
+                    f"candidates, got {pair!r}"
                 )
         keys = [*self._item_keys(0).values(), *self._item_keys(1).values()]
         keys += _keys("event_features", self.event_features).values()
@@ -200,7 +205,7 @@ _COLUMNS = {
     "item_dense": "item_dense_in_features",
     "history_dense": "event_dense_in_features",
 }
-"""The fields of RankingFeatures that hold numbers, and those here that count them."""
+"""The fields of RankingFeatures that contain numbers, and the fields here that count their columns."""
 _PREFIXES = {"event_features": "history_", "candidate_features": "candidate_"}
 
 
@@ -214,5 +219,5 @@ def _once(what: str, names: Iterable[Any]) -> None:
     seen = set[str]()
     for name in names:
         if not isinstance(name, str) or name in seen:
-            raise ConfigError(f"DLRM_IFAConfig: {what} {name!r} is given twice, or is no string")
+            raise ConfigError(f"DLRM_IFAConfig: {what} {name!r} is given twice, or is not a string")
         seen.add(name)

@@ -9,19 +9,20 @@ Data flow, for B requests, M candidates and N events in all:
                          items, events +- history tokens [N, D] -> interaction [M, D] --+
                                                    InteractionArch -> OverArch [M, T] <-+---+
         the sum of these four -> CandidateSetEncoder -> RelationArch [M, T], added to it
-        and, given what is taken into a set already -> TakenArch [M, T], added too
+        and, given the candidates already taken into a set -> TakenArch [M, T], also added
 
-What describes an item beyond its ids (item_lists -> PooledArch, item_dense, item_vectors: ItemArch) is
-reckoned once for each of the U distinct items of the batch, [U, D], and added to the tokens of its
-events and candidates; an event's numbers are added to its own.
+Item features other than ids (item_lists -> PooledArch, item_dense, item_vectors: ItemArch) are computed
+once for each of the U distinct items of the batch, [U, D], and added to the tokens of its events and
+candidates; an event's numbers are added to its own token.
 
-As in a DLRM every two features meet by a dot product: those of the request with each other, once a
-request; and with the candidate's token.
+As in a DLRM, every pair of features interacts by a dot product: the request's features with each other,
+once per request, and with the candidate's token.
 
-Everything on the left of a [B, D] or [N, D] happens once a request, not once a candidate. Only the
-RelationArch and the TakenArch let candidates of a request see each other, and both start at 0.
-SparseArch, which PooledArch is, DenseArch, InteractionArch and OverArch are TorchRec's. What stands
-above the InteractionArch at the end is CandidateArch; it, OverArch and RelationArch are SetArch.
+Everything left of a [B, D] or [N, D] is computed once per request, not once per candidate. Only the
+RelationArch and the TakenArch let candidates of a request influence each other, and both start at 0.
+SparseArch (the base of PooledArch), DenseArch, InteractionArch and OverArch are TorchRec's. Everything
+above the last InteractionArch is CandidateArch; that InteractionArch, OverArch and RelationArch are
+SetArch.
 """
 
 from __future__ import annotations
@@ -53,17 +54,18 @@ from ifa_torchrec.modules.projections import reset_all
 
 
 class DLRM_IFA(nn.Module):
-    """A DLRM whose candidates meet the user's whole history.
+    """A DLRM whose candidates attend to the user's whole history.
 
     Args:
-        embedding_bag_collection: tables of the context features; None where the batch has none; or a
-            pair of this and a second collection, of tables of the items' lists: TorchRec pools the
-            features of a collection for equally many rows, and there are as many as items here.
+        embedding_bag_collection: tables of the context features; None if there are none; or a pair of
+            this and a second collection, with tables of the items' lists. These need their own
+            collection because TorchRec pools all features of a collection for the same number of rows,
+            and lists are pooled per item.
         embedding_collection: tables of the sequence features, each item feature's shared by history
-            and candidates; or a ManagedCollisionEmbeddingCollection. Rows of tables of another width
-            than D are projected, here as there.
+            and candidates; or a ManagedCollisionEmbeddingCollection. In all collections, rows of tables
+            with another width than D are projected.
         config: DLRM_IFAConfig.
-        interaction: a SequenceInteraction, in place of the one that the configuration names.
+        interaction: a SequenceInteraction to use instead of the one that the configuration names.
         dense_device: of the dense part; None for torch's default.
 
     Raises:
@@ -116,19 +118,19 @@ class DLRM_IFA(nn.Module):
             self.candidate_arch = CandidateArch(config, features, interaction)
             widths = self.candidate_arch.num_vectors, self.candidate_arch.out_features
             self.set_arch = SetArch(config, *widths)
-            with torch.random.fork_rng(devices=[]):  # all else starts the same with and without it
+            with torch.random.fork_rng(devices=[]):  # so that later random draws do not depend on it
                 self.taken_arch = TakenArch(config) if config.candidate_set.generate else None
         pooled = {"context_features": self.sparse_arch, "item_lists": self.item_sparse_arch}
         self.candidate_arch.weighted = tuple(n for n, arch in pooled.items() if arch and arch.weighted)
 
     def reset_parameters(self) -> None:
-        """Give all parameters their start again, tables as well; also after ``to_empty``."""
+        """(Re)initialise all parameters, including tables; call after ``to_empty``."""
         reset_all(self)
 
     def forward(self, features: RankingFeatures) -> Tensor:
         """
         Args:
-            features: of B requests, M candidates and N events; a RankingBatch is some, too.
+            features: RankingFeatures (or a RankingBatch) of B requests, M candidates and N events.
 
         Returns:
             Logits [M, T].
@@ -139,15 +141,15 @@ class DLRM_IFA(nn.Module):
         return self.set_arch(self.describe(features))
 
     def describe(self, features: RankingFeatures, state: UserState | None = None) -> Candidates:
-        """Each candidate by itself; ``set_arch`` scores them, or some of them as if there were no
-        others.
+        """Describe each candidate independently; ``set_arch`` then scores all or some of them.
 
         Args:
-            features: as ``forward``'s; with a state, as ``attend``'s.
-            state: what ``encode`` gave for the B histories, in their place; None to read these.
+            features: as for ``forward``; with a state, as for ``attend``.
+            state: the result of ``encode`` for the B histories, used instead of them; None to read the
+                histories.
 
         Raises:
-            ValueError: as ``forward``; or there is a state, and the interaction is not "ifa".
+            ValueError: as ``forward``; or a state is given and the interaction is not "ifa".
         """
         lookups = self.look_up(features)
         if state is None:
@@ -155,24 +157,24 @@ class DLRM_IFA(nn.Module):
         return self.candidate_arch.attend(lookups, features, state)
 
     def scored(self, candidates: Candidates) -> Candidates:
-        """Candidates that keep their logits with nothing taken, which ``logits_given`` and ``set_gain``
-        then do not reckon again."""
+        """The candidates with their logits (with nothing taken), which ``logits_given`` and ``set_gain``
+        then need not compute again."""
         return dataclasses.replace(candidates, logits=self.set_arch(candidates))
 
     def logits_given(self, candidates: Candidates, taken: Tensor | None = None) -> Tensor:
-        """The logits of every candidate beside its set, given those that are taken already: placed in
+        """The logits of every candidate in its request's set, given the candidates already taken into
         the set that will be shown.
 
         Args:
-            candidates: what ``describe`` gave; of ``scored`` ones the logits are not reckoned again.
-            taken: [M] bool; None for nothing. A candidate that is taken is scored given the other ones.
+            candidates: the result of ``describe``, or of ``scored`` to reuse its logits.
+            taken: [M] bool; None for nothing taken. A taken candidate is scored given the other ones.
 
         Returns:
             Logits [M, T]; with nothing taken, those of ``forward``.
 
         Raises:
-            ConfigError: something is taken, and the model knows no relation to it.
-            ValueError: ``taken`` is not one bool a candidate.
+            ConfigError: ``taken`` is given, but the model was not trained to generate sets.
+            ValueError: ``taken`` is not one bool per candidate.
         """
         logits = self.set_arch(candidates) if candidates.logits is None else candidates.logits
         if taken is None:
@@ -180,23 +182,23 @@ class DLRM_IFA(nn.Module):
         return logits + self._taken_arch()(candidates, taken)
 
     def set_gain(self, candidates: Candidates) -> SetGain:
-        """What the set that will be shown is worth more with each candidate, given those that are taken
-        already: what to add greedily.
+        """A function that computes how much each candidate would add to the worth of the set that will
+        be shown, given the candidates already taken; used to generate the set greedily.
 
-        Its worth is the sum over what it holds of the predictions that rank (``set_worth``: of one
-        binary task the expected number of positives). A candidate adds its own, given those taken
-        already, and changes theirs: the second of two near-duplicates takes from the first. With
+        The worth of a set is the sum of its candidates' ranking predictions (``set_worth``; for one
+        binary task, the expected number of positives). A candidate adds its own prediction, given those
+        already taken, and changes theirs: the second of two near-duplicates lowers the first's. With
         nothing taken the order is that of ``ranking_score``.
 
         Args:
-            candidates: what ``describe`` or ``scored`` gave.
+            candidates: the result of ``describe`` or ``scored``.
 
         Returns:
-            A function of ``taken``, [M] bool, for ``generate_set``. A step of it costs what the one that
-            it takes changes, and not what the model costs.
+            A function of ``taken``, [M] bool, for ``generate_set``. A step only computes what the newly
+            taken candidate changes, without running the model.
 
         Raises:
-            ConfigError: the model knows no relation to what is taken.
+            ConfigError: the model was not trained to generate sets.
 
         Example:
             >>> import torch
@@ -228,24 +230,24 @@ class DLRM_IFA(nn.Module):
     def _taken_arch(self) -> TakenArch:
         if self.taken_arch is None:
             raise ConfigError(
-                "DLRM_IFA: the model knows no relation to what is taken, so no set can be generated "
-                "greedily; train it with CandidateSetConfig(generate=True), --candidate-set.generate"
+                "DLRM_IFA: the model was not trained to generate sets; train it with "
+                "CandidateSetConfig(generate=True), or --candidate-set.generate on the command line"
             )
         return self.taken_arch
 
     def look_up(self, features: RankingFeatures) -> Lookups:
-        """What the tables have of the features' ids."""
+        """The embeddings of the features' ids."""
         context = self.sparse_arch(features.context_features) if self.sparse_arch else None
         lists = self.item_sparse_arch(features.item_lists) if self.item_sparse_arch else None
         history, candidates = self.sequence_arch(features.sequence_features)
         return Lookups(context, lists, history, candidates)
 
     def attend(self, features: RankingFeatures, state: UserState) -> Tensor:
-        """What ``forward`` gives, from the state of the histories when the requests were made.
+        """What ``forward`` returns, computed from the histories' state at the time of the requests.
 
         Args:
-            features: their own histories, which may be empty, are not used.
-            state: what ``encode`` gave for the B histories.
+            features: as for ``forward``; their histories are not used and may be empty.
+            state: the result of ``encode`` for the B histories.
 
         Returns:
             Logits [M, T].
@@ -256,17 +258,16 @@ class DLRM_IFA(nn.Module):
         return self.set_arch(self.describe(features, state))
 
     def encode(self, features: RankingFeatures) -> UserState:
-        """Sum B histories into what ``attend`` takes in their place.
+        """Sum B histories into a user state, which ``attend`` takes instead of the histories.
 
         Args:
-            features: of B requests; their candidates, which may be none, and their context, which may be
-                empty, are not used.
+            features: of B requests; their candidates and context are not used and may be empty.
 
         Returns:
             UserState of B requests.
 
         Raises:
-            ValueError: the interaction is not "ifa", or what ``forward`` raises.
+            ValueError: the interaction is not "ifa", or as ``forward``.
 
         Example:
             >>> import torch
@@ -303,22 +304,23 @@ def _check_tables(tables: Sequence[EmbeddingConfig], config: DLRM_IFAConfig) -> 
 class DLRM_IFATrain(nn.Module):
     """DLRM_IFA with its loss, CandidateSetLoss, for TorchRec's train pipelines.
 
-    A model that generates sets learns in the same pass what the taken do to the others: of each request
-    some of the exposed are taken, drawn anew each time (TakenSample), and the logits of the exposed
-    given these have the pointwise and listwise terms too, as much as those with nothing taken. So models
-    that re-rank are trained on what was shown together (DLCM, arXiv 1804.05936; PRM, arXiv 1904.06813),
-    and Seq2Slate (arXiv 1810.02019) on what was placed already; the drawing is our own. The unexposed
-    take no part: whatever their labels may be, they say nothing of what was beside them.
+    A model that generates sets also learns, in the same pass, how taken candidates change the others.
+    For each request a new random subset of the exposed candidates is taken (TakenSample). The logits of
+    the exposed given these get a pointwise term or, if the loss has none, a listwise term, with the same
+    weight as without taken candidates. Re-ranking models are trained in this way on what was shown
+    together (DLCM, arXiv 1804.05936; PRM, arXiv 1904.06813), and Seq2Slate (arXiv 1810.02019) on what
+    was already placed; the sampling is our own. Unexposed candidates are left out: their labels, if any,
+    say nothing about what they were shown with.
 
     Args:
         dlrm_module: DLRM_IFA.
-        loss: CandidateSetLossConfig; None for its default, the mean binary cross entropy of the exposed
-            candidates and half a listwise term among them, and of regression tasks their Huber error.
+        loss: CandidateSetLossConfig; None for its default: the mean binary cross entropy of the exposed
+            candidates plus half a listwise term among them, and the Huber error of regression tasks.
         across_ranks: see CandidateSetLoss.
 
     Raises:
-        ConfigError: the loss has a consistency term but candidates do not see each other; or nothing
-            else, and the model generates sets.
+        ConfigError: the loss has a consistency term but candidates do not attend to each other; or the
+            loss has only that term and the model generates sets.
 
     Example:
         >>> import torch
@@ -355,8 +357,8 @@ class DLRM_IFATrain(nn.Module):
         self.loss = CandidateSetLoss(loss, across_ranks, dlrm_module.config.tasks)
         if self.loss.config.consistency and dlrm_module.config.candidate_set.attention == "none":
             raise ConfigError(
-                "DLRM_IFATrain: without a candidate_set attention no candidate sees another, and a "
-                "consistency term has nothing to do; give the model one, or the term the weight 0"
+                "DLRM_IFATrain: the consistency term needs a candidate_set attention; configure one, or "
+                "set the term's weight to 0"
             )
         self.alone_loss = self.taken_sample = self.taken_loss = None
         config, tasks = self.loss.config, dlrm_module.config.tasks
@@ -367,7 +369,9 @@ class DLRM_IFATrain(nn.Module):
             self.alone_loss = CandidateSetLoss(alone, across_ranks, tasks)
         if dlrm_module.taken_arch is not None:
             given = dataclasses.replace(config, consistency=0.0, unexposed=0.0)
-            if given.pointwise:  # a set is worth the sum of its probabilities, which orders spoil
+            if (
+                given.pointwise
+            ):  # a set's worth is a sum of probabilities, which a listwise term distorts
                 given = dataclasses.replace(given, listwise=0.0)
             self.taken_sample = TakenSample()
             self.taken_loss = CandidateSetLoss(given, across_ranks, tasks)
@@ -375,41 +379,41 @@ class DLRM_IFATrain(nn.Module):
     def forward(self, batch: RankingBatch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """
         Returns:
-            The loss, a scalar, and (loss, logits [M, T], labels [M, T]) detached. A batch without
-            candidates has loss 0.
+            The loss, a scalar, and (loss, logits [M, T], labels [M, T]), detached. The loss of a batch
+            without candidates is 0.
         """
         candidates, set_arch = self.model.describe(batch), self.model.set_arch
         labels, shown, offsets = batch.labels, batch.exposed, candidates.offsets
-        logits = set_arch(candidates, related=False)
+        logits = set_arch(candidates, with_relation=False)
         if set_arch.relation_arch is None:
             loss = self.loss(logits, labels, shown, offsets)
         else:
-            loss, logits = self._beside_others(logits, candidates, batch)
+            loss, logits = self._with_relation(logits, candidates, batch)
         taken_arch = self.model.taken_arch
         if taken_arch and self.taken_sample and self.taken_loss and self.training:
             taken = self.taken_sample(shown, offsets)
-            # changes nothing of what it stands on: a model that can generate sets ranks as the one
-            # that cannot
+            # detached, so that a model that can generate sets ranks like one that cannot
             given = logits.detach() + taken_arch(candidates.detach(), taken)
             loss = loss + self.taken_loss(given, labels, shown, offsets)
         return loss, (loss.detach(), logits.detach(), labels.detach())
 
-    def _beside_others(
+    def _with_relation(
         self, learnt: Tensor, candidates: Candidates, batch: RankingBatch
     ) -> tuple[Tensor, Tensor]:
-        """The loss of logits [M, T] of each by itself and of those beside all others; and the latter."""
-        # the relation learns what these leave, and does not move them
-        set_arch, alone = self.model.set_arch, learnt.detach()
+        """The loss of the logits [M, T] without the other candidates' term (``learnt``) and with it; and
+        the logits with it."""
+        # the relation learns the residual of these logits, and does not change them
+        set_arch, base = self.model.set_arch, learnt.detach()
         labels, shown, offsets = batch.labels, batch.exposed, candidates.offsets
-        logits = set_arch(candidates, alone=alone)
+        logits = set_arch(candidates, base_logits=base)
         alone_loss = self.alone_loss if self.training else None
         exposed_logits = None
-        if self.loss.config.consistency:  # the exposed, where the others do not stand beside them
+        if self.loss.config.consistency:  # the exposed candidates, scored without the others
             rows = batch.exposed_rows
             exposed_logits = set_arch(
-                candidates.only(shown, rows), alone=alone[shown if rows is None else rows]
+                candidates.only(shown, rows), base_logits=base[shown if rows is None else rows]
             )
-        elif alone_loss:  # the same loss of both, in one pass: twice the mean over twice the requests
+        elif alone_loss:  # both have the same loss, in one pass: twice the mean over twice the requests
             ends = torch.cat([offsets, offsets[1:] + logits.shape[0]])
             both = torch.cat([learnt, logits])
             return 2 * self.loss(both, labels.repeat(2, 1), shown.repeat(2), ends), logits

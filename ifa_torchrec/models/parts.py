@@ -1,5 +1,4 @@
-"""What is known of requests, items, events and candidates beside ids: numbers, vectors, what histories
-say."""
+"""Features of requests, items, events and candidates other than ids: numbers, vectors, interests."""
 
 from __future__ import annotations
 
@@ -17,12 +16,12 @@ from ifa_torchrec.ops.jagged import checkable
 
 
 class PairInteractionArch(InteractionArch):
-    """TorchRec's, with its table of pairs made anew where the meta device or ``to_empty`` lose it: of
-    zeros, as DistributedModelParallel makes it, each product would be that of the first vector with
-    itself.
+    """TorchRec's InteractionArch, but its table of pairs is rebuilt after the meta device or
+    ``to_empty`` lose it. DistributedModelParallel would fill it with zeros, and each product would be
+    that of the first vector with itself.
 
     Args:
-        num_sparse_features: F vectors that meet each other and the first one.
+        num_sparse_features: F, the vectors that are crossed with each other and with the first one.
 
     Example:
         >>> from ifa_torchrec.models.parts import PairInteractionArch
@@ -37,7 +36,7 @@ class PairInteractionArch(InteractionArch):
 
     @property
     def num_products(self) -> int:
-        """Columns that ``forward`` puts behind the first vector: a product for each pair."""
+        """Columns that ``forward`` appends to the first vector: a product for each pair."""
         return self.F * (self.F + 1) // 2
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PairInteractionArch:
@@ -48,13 +47,13 @@ class PairInteractionArch(InteractionArch):
 
 
 class NumberArch(nn.Module):
-    """Standardises columns of numbers; where one is missing stands a learnt number of its column.
+    """Standardises columns of numbers and replaces missing ones by a learnt number per column.
 
-    The scales are of the configuration, not of a state_dict: no cast rounds them.
+    The scales come from the configuration, not from a state_dict, so that no cast rounds them.
 
     Args:
-        name: of the RankingFeatures' field, for messages.
-        scales: a Scale a column.
+        name: of the field of RankingFeatures, for messages.
+        scales: one Scale per column.
 
     Example:
         >>> import math, torch
@@ -69,22 +68,22 @@ class NumberArch(nn.Module):
         super().__init__()
         self.name, self.scales = name, scales
         self.missing = nn.Parameter(torch.zeros(len(scales)))
-        self._figures = self._made()  # no buffer: the meta device, and what empties it, would lose it
+        self._figures = self._made()  # not a buffer: the meta device and ``to_empty`` would lose it
 
     def reset_parameters(self) -> None:
-        """Start anew: what is missing is as the mean."""
+        """(Re)initialise the parameters: a missing number counts as the mean."""
         nn.init.zeros_(self.missing)
 
     def forward(self, numbers: Tensor) -> Tensor:
         """
         Args:
-            numbers: [n, columns], NaN where one is missing.
+            numbers: [n, columns], NaN for a missing number.
 
         Returns:
-            [n, columns] of the parameters' dtype.
+            [n, columns] in the parameters' dtype.
 
         Raises:
-            ValueError: on the CPU, where there is no log(1 + x) of a number.
+            ValueError: on the CPU, if log(1 + x) of a number does not exist.
         """
         mean, deviation, logarithmic = self._figures
         missing, scaled = numbers.isnan(), numbers.to(mean.dtype)
@@ -100,12 +99,12 @@ class NumberArch(nn.Module):
         if bool(wrong.any()):
             row, column = wrong.nonzero()[0].tolist()
             raise ValueError(
-                f"batch: {self.name}: row {row}, column {column} is {numbers[row, column].item():g}, of "
-                "which there is no log(1 + x); numbers that are scaled by it are above -1"
+                f"batch: {self.name}: row {row}, column {column} is {numbers[row, column].item():g}; "
+                "numbers scaled by log(1 + x) must be above -1"
             )
 
     def _made(self) -> Tensor:
-        """Mean, deviation and whether it is of the logarithm, of each column: [3, columns]."""
+        """Mean, deviation and log flag of each column: [3, columns]."""
         rows = [(scale.mean, scale.deviation, float(scale.log)) for scale in self.scales]
         device = "cpu" if self.missing.is_meta else self.missing.device
         return torch.tensor(rows, dtype=torch.float64, device=device).T
@@ -117,7 +116,7 @@ class NumberArch(nn.Module):
 
 
 class ItemArch(nn.Module):
-    """What describes an item beyond its ids, once for each distinct item of a batch.
+    """Item features other than ids, computed once for each distinct item of a batch.
 
     Args:
         config: DLRM_IFAConfig.
@@ -145,11 +144,11 @@ class ItemArch(nn.Module):
     def forward(self, lists: Tensor | None, features: RankingFeatures) -> Tensor | None:
         """
         Args:
-            lists: [U, lists, D], what the tables of the items' lists have; None without any.
-            features: for the items' numbers and vectors.
+            lists: [U, lists, D], the pooled embeddings of the items' lists; None if there are none.
+            features: provides the items' numbers and vectors.
 
         Returns:
-            [U, D]; None where nothing describes an item.
+            [U, D]; None if the model has no such item features.
         """
         parts: list[Tensor] = []
         if lists is not None:
@@ -162,11 +161,11 @@ class ItemArch(nn.Module):
 
 
 def token_numbers(config: DLRM_IFAConfig, name: str) -> nn.Sequential | None:
-    """Numbers to a part of a token, [n, columns] to [n, D]; None where there are none.
+    """A module from numbers [n, columns] to a part of a token [n, D]; None without such numbers.
 
     Args:
         config: DLRM_IFAConfig.
-        name: of the RankingFeatures' field.
+        name: of the field of RankingFeatures.
 
     Example:
         >>> import torch
@@ -182,17 +181,17 @@ def token_numbers(config: DLRM_IFAConfig, name: str) -> nn.Sequential | None:
     return nn.Sequential(
         NumberArch(name, config.scales_of(name)),
         DenseArch(columns, hidden),
-        nn.Linear([columns, *hidden][-1], config.ifa.embedding_dim),  # also below 0
+        nn.Linear([columns, *hidden][-1], config.ifa.embedding_dim),  # can be negative, unlike DenseArch
     )
 
 
 def vector_numbers(config: DLRM_IFAConfig, name: str) -> nn.Sequential | None:
-    """Numbers to a vector that is crossed with others, [n, columns] to [n, D], by a DLRM's dense arch;
-    None where there are none.
+    """A DLRM's dense arch from numbers [n, columns] to a vector [n, D] that is crossed with others; None
+    without such numbers.
 
     Args:
         config: DLRM_IFAConfig.
-        name: of the RankingFeatures' field.
+        name: of the field of RankingFeatures.
 
     Example:
         >>> import torch
@@ -210,27 +209,27 @@ def vector_numbers(config: DLRM_IFAConfig, name: str) -> nn.Sequential | None:
 
 
 class Part(NamedTuple):
-    """What one arch says of each candidate.
+    """One arch's description of each candidate.
 
     Attributes:
-        vectors: [M, D] each, to be crossed with the token and with each other.
-        beside: [M, *] each, to be put beside the products.
+        interaction_vectors: [M, D] each, to be crossed with the token and with each other.
+        concat_features: [M, *] each, to be concatenated with the products.
     """
 
-    vectors: tuple[Tensor, ...]
-    beside: tuple[Tensor, ...]
+    interaction_vectors: tuple[Tensor, ...]
+    concat_features: tuple[Tensor, ...]
 
 
 class RequestArch(nn.Module):
-    """What is known of a request, for each of its candidates.
+    """The features of a request, for each of its candidates.
 
     Args:
         config: DLRM_IFAConfig.
         num_context_features: Fs.
 
     Attributes:
-        num_vectors: vectors of its Part.
-        out_features: width of what its Part puts beside.
+        num_vectors: number of ``interaction_vectors`` in its Part.
+        out_features: total width of ``concat_features`` in its Part.
 
     Example:
         >>> from ifa_torchrec import DLRM_IFAConfig, IFAConfig
@@ -259,52 +258,52 @@ class RequestArch(nn.Module):
         Args:
             dense_features: [B, F].
             context: [B, Fs, D] or None.
-            tokens: [M, D], and request: [M] int64, which one's they are.
+            tokens: [M, D], and request: [M] int64, the request of each.
         """
-        vectors, beside = [], []
+        vectors, concat = [], []
         dense = None if self.dense_arch is None else self.dense_arch(dense_features)
         if dense is not None:
             vectors.append(dense[request])
-            beside.append(vectors[-1])
+            concat.append(vectors[-1])
         if context is not None:
             first, others = (context[:, 0], context[:, 1:]) if dense is None else (dense, context)
             crossed = self.interaction_arch(first, others)
-            beside.append(crossed[:, tokens.shape[1] :][request])  # behind `first` itself
-            beside.append(torch.einsum("mfd,md->mf", context[request], tokens))
-        return Part(tuple(vectors), tuple(beside))
+            concat.append(crossed[:, tokens.shape[1] :][request])  # without `first` itself
+            concat.append(torch.einsum("mfd,md->mf", context[request], tokens))
+        return Part(tuple(vectors), tuple(concat))
 
 
 SHRINKAGE = 10.0
-"""Events of a history at which what it says counts half: that of fewer is mostly chance, which a model
-learns to fit (docs/quality.md, "Where the history tells little")."""
+"""Number of events at which the interest counts half: with fewer it is mostly chance, which a model
+would fit (docs/quality.md, "Where the history tells little")."""
 SMALL_START = 0.3
-"""The scale at which training starts where identity heads stand beside the attention. An attention alone
-learns too slowly behind it and starts at 1 (same page)."""
+"""Initial scale if there are identity heads. An attention without them learns too slowly with it and
+starts at 1 (same page)."""
 SCALE_RATE = 10.0
-"""How much faster than other parameters the scale's logarithm learns: as Adam moves a parameter by the
-learning rate or so in a step, the scale would otherwise hardly move in a short training."""
+"""How much faster the scale's logarithm learns than other parameters: Adam changes a parameter by about
+the learning rate per step, so the scale would otherwise hardly change in a short training."""
 
 
 class InterestArch(nn.Module):
-    """What a candidate found in the history, beside the candidate.
+    """The interest: what a candidate found in the history.
 
-    It is normed, and so of one size however little was found; then times a learnt scale, and shrunk to
-    n / (n + 10) of it, n being the number of events. Without events it is 0, whatever the
-    interaction's bias has learnt.
+    It is normed, so its size does not depend on how much was found, then multiplied by a learnt scale
+    and shrunk by n / (n + 10), where n is the number of events. Without events it is 0, whatever bias
+    the interaction has learnt.
 
     Args:
         dim: D.
-        start: the scale at the start of training.
+        start: the initial scale.
 
     Attributes:
-        num_vectors, out_features: as RequestArch's.
+        num_vectors, out_features: as for RequestArch.
 
     Example:
         >>> import torch
         >>> from ifa_torchrec.models.parts import InterestArch
         >>> arch, rows = InterestArch(8), torch.randn(3, 8)
         >>> part = arch(rows, rows, torch.tensor([4.0, 0.0]), torch.tensor([0, 0, 1]))
-        >>> sum(columns.shape[1] for columns in part.beside) == arch.out_features
+        >>> sum(columns.shape[1] for columns in part.concat_features) == arch.out_features
         True
     """
 
@@ -317,14 +316,14 @@ class InterestArch(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start anew; also after ``to_empty``."""
+        """(Re)initialise the parameters; call after ``to_empty``."""
         nn.init.constant_(self.log_scale, math.log(self.start) / SCALE_RATE)
 
     def forward(self, tokens: Tensor, interest: Tensor, events: Tensor, request: Tensor) -> Part:
         """
         Args:
-            tokens: [M, D], interest: [M, D], and request: [M] int64, which one's they are.
-            events: [B] floating point, how many each request's history has.
+            tokens: [M, D], interest: [M, D], and request: [M] int64, the request of each.
+            events: [B] floating point, the number of events in each request's history.
         """
         scale = torch.exp(SCALE_RATE * self.log_scale) * events / (events + SHRINKAGE)
         interest = self.norm(interest) * scale[request, None]

@@ -1,4 +1,4 @@
-"""The parts of a DLRM_IFA that look ids up: in pooled tables, and in those of the sequences."""
+"""The modules of a DLRM_IFA that look up ids: in pooled tables and in tables of the sequences."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ifa_torchrec.models.config import DLRM_IFAConfig
 def tables_of(
     collection: EmbeddingCollection | ManagedCollisionEmbeddingCollection,
 ) -> list[EmbeddingConfig]:
-    """The tables' configs, also where collisions are managed around them.
+    """The tables' configs, also within a ManagedCollisionEmbeddingCollection.
 
     Example:
         >>> from torchrec import EmbeddingCollection, EmbeddingConfig
@@ -34,10 +34,10 @@ def tables_of(
 
 
 class TableProjections(nn.Module):
-    """Brings the rows of tables of another width to the model's, by a matrix for each table.
+    """Projects the rows of tables with another width to width D, by one matrix per table.
 
     Args:
-        tables: their configs; those of width D are left as they are.
+        tables: the tables' configs; rows of width D are not projected.
         dim: D.
 
     Example:
@@ -99,16 +99,18 @@ class PooledArch(SparseArch):
     def forward(self, features: KeyedJaggedTensor | None) -> Tensor:
         """
         Args:
-            features: KJT of stride S, any number of ids of a feature.
+            features: KJT of stride S, any number of ids per feature.
 
         Returns:
             [S, features, D].
 
         Raises:
-            ValueError: there are none.
+            ValueError: ``features`` is None.
         """
         if features is None:
-            raise ValueError(f"batch: the model has tables of {self.sparse_feature_names}; give them")
+            raise ValueError(
+                f"batch: the model has tables for {self.sparse_feature_names}; pass these features"
+            )
         pooled = self.embedding_bag_collection(features)
         names = self.sparse_feature_names
         return torch.stack([self.projections(pooled[name], name) for name in names], dim=1)
@@ -117,12 +119,12 @@ class PooledArch(SparseArch):
 class SequenceArch(nn.Module):
     """Looks up events and candidates in shared tables and sums each one's features.
 
-    Each event is looked up once a request, whatever the number of candidates.
+    Each event is looked up once per request, whatever the number of candidates.
 
     Args:
-        embedding_collection: holds the history and candidate keys of the configuration. TorchRec's
-            ManagedCollisionEmbeddingCollection gives ids rows of their own while they are frequent.
-        config: DLRM_IFAConfig; of interaction "none" the histories are not looked up.
+        embedding_collection: tables with the configuration's history and candidate keys. TorchRec's
+            ManagedCollisionEmbeddingCollection gives frequent ids their own rows.
+        config: DLRM_IFAConfig; with interaction "none" the histories are not looked up.
 
     Example:
         >>> import torch
@@ -158,11 +160,11 @@ class SequenceArch(nn.Module):
             features: KJT of stride B.
 
         Returns:
-            What the tables have of the events [N, D] (None where no history is looked up) and of the
-            candidates [M, D], each as a JaggedTensor of B requests.
+            The embeddings of the events [N, D] (None if no history is looked up) and of the candidates
+            [M, D], each as a JaggedTensor of B requests.
         """
         embeddings = self.embedding_collection(features)
-        if self.managed:  # beside the rows it returns the ids that it made
+        if self.managed:  # it returns a pair: the rows and the remapped ids
             embeddings = embeddings[0]
         keys = self.config.history_keys.values()
         history = self._summed(embeddings, keys) if keys else None

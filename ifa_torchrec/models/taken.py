@@ -1,4 +1,4 @@
-"""What is taken into a set already, and what one more candidate is worth to it."""
+"""How taken candidates change the others' logits, and what one more candidate adds to a set's worth."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from ifa_torchrec.modules.tasks import ranking_weights
 
 
 class TakenArch(nn.Module):
-    """What those that are taken already do to the logits of the candidates.
+    """How the candidates already taken change the logits of all candidates.
 
-    A module beside SetArch, which it does not touch: of a set that grows it is all that changes.
+    It is separate from SetArch, whose output does not change: while a set grows, only this is computed
+    again.
 
     Args:
         config: DLRM_IFAConfig.
@@ -42,27 +43,27 @@ class TakenArch(nn.Module):
         self.relation = TakenRelation(dim, config.num_tasks, len(config.item_names))
 
     def forward(self, candidates: Candidates, taken: Tensor) -> Tensor:
-        """What is added to the logits, [M, T], of ``taken`` [M] bool; 0 where nothing is taken."""
+        """The term to add to the logits, [M, T], for ``taken`` [M] bool; 0 if nothing is taken."""
         return self.relation.terms(self.related(candidates), taken)
 
     def related(self, candidates: Candidates) -> Related:
-        """What does not depend on what is taken."""
+        """The part of the computation that does not depend on what is taken."""
         return self.relation.related(candidates.members(self.member_norm), candidates.ids)
 
     def step(
         self, logits: Tensor, related: Related, rows: Tensor, tasks: Sequence[Task]
     ) -> tuple[Tensor, Tensor]:
-        """A step of one request's set that grows; what SetGain does, without a memory.
+        """One step of growing one request's set; what SetGain computes, but without its memory.
 
         Args:
             logits: [M, T] with nothing taken.
-            related: what ``related`` gave.
-            rows: [K] int64, those that are taken, each once.
+            related: the result of ``related``.
+            rows: [K] int64, the taken candidates, each once.
             tasks: T of them.
 
         Returns:
-            Logits [M, T] given these, and what the set is worth more with each candidate, [M], float32
-            at least; of those that are taken it means nothing.
+            Logits [M, T] given the taken candidates, and what each candidate would add to the set's
+            worth, [M], at least float32, meaningless for taken ones.
         """
         other = rows[:, None]
         to, back = self.relation.all_pairs(related, rows)
@@ -72,16 +73,16 @@ class TakenArch(nn.Module):
 
 
 class SetGain:
-    """What a set is worth more with each candidate: what that one is worth given the taken, and what it
-    does to these. For ``generate_set``.
+    """What each candidate would add to a set's worth: its own worth given the taken candidates, and the
+    change in theirs. For ``generate_set``.
 
-    It remembers what was taken when it was last called: one more costs what that one changes, whatever
-    the model costs, and however many are taken already.
+    It remembers what was taken in the previous call, so that a step only computes what the newly taken
+    candidate changes, without running the model and however many are already taken.
 
     Args:
         arch: TakenArch.
-        candidates: M of B requests, with their logits [M, T].
-        tasks: T of them; worth are the tasks that rank, see ``set_worth``.
+        candidates: M candidates of B requests, with their logits [M, T].
+        tasks: T of them; the tasks that rank define the worth, see ``set_worth``.
 
     Raises:
         ValueError: the candidates have no logits.
@@ -103,7 +104,9 @@ class SetGain:
 
     def __init__(self, arch: TakenArch, candidates: Candidates, tasks: Sequence[Task]) -> None:
         if candidates.logits is None:
-            raise ValueError("SetGain: the candidates have no logits; give scored ones")
+            raise ValueError(
+                "SetGain: the candidates have no logits; pass the result of DLRM_IFA.scored"
+            )
         self._relation, self._tasks = arch.relation, tasks
         related, numbers = arch.related(candidates), arch.relation.pair_queries
         self._related = related._replace(numbers=None if numbers is None else numbers.table())
@@ -111,10 +114,10 @@ class SetGain:
 
     def _start(self, logits: Tensor) -> None:
         rows = logits.shape[0]
-        self._alone = self._logits = logits  # with nothing taken, and given what is
+        self._alone = self._logits = logits  # with nothing taken, and given what is taken
         self._taken = torch.zeros(rows, dtype=torch.bool, device=logits.device)
         self._row = torch.arange(rows, device=logits.device)
-        # of each step which candidate each has beside it, and what it does to the terms of that one
+        # for each step: the candidate taken in each row's request, and each row's term for it
         self._members: list[Tensor] = []
         self._back = logits.new_empty(0, *logits.shape)
 
@@ -125,10 +128,10 @@ class SetGain:
             taken: [M] bool.
 
         Returns:
-            [M], float32 at least; of a candidate that is taken, nothing that means anything.
+            [M], at least float32; meaningless for taken candidates.
 
         Raises:
-            ValueError: ``taken`` is not one bool a candidate.
+            ValueError: ``taken`` is not one bool per candidate.
         """
         check_taken(taken, self._row)
         if bool((self._taken & ~taken).any()):
@@ -144,7 +147,7 @@ class SetGain:
         return _gain(self._logits, members, self._back, self._tasks)
 
     def _take(self, other: Tensor) -> None:
-        """Take the candidate ``other[i]`` beside i, [M] or [1]; M for none."""
+        """Take candidate ``other[i]`` in the request of candidate i; [M] or [1]; M for none."""
         none = (other == self._row.shape[0]) | (other == self._row)
         if self._related.offsets.shape[0] == 2:
             to, back = (terms[0] for terms in self._relation.all_pairs(self._related, other))
@@ -157,24 +160,24 @@ class SetGain:
 
 
 def _gain(logits: Tensor, members: Tensor, back: Tensor, tasks: Sequence[Task]) -> Tensor:
-    """Of logits [M, T] given the members of the set, S rows [S, M] or [S, 1], and what each candidate
-    adds to the terms of these, back [S, M, T]."""
+    """What each candidate would add to the set's worth, from logits [M, T] given its members, rows
+    [S, M] or [S, 1], and what each candidate adds to the terms of the members, ``back`` [S, M, T]."""
     worth = set_worth(logits, tasks)
     return worth + (set_worth(logits[members] + back, tasks) - worth[members]).sum(0)
 
 
 def set_worth(logits: Tensor, tasks: Sequence[Task]) -> Tensor:
-    """What each of the candidates of a set adds to its worth: the sum over the tasks that rank of rank
-    times the probability of a binary task, or the standardised prediction of a regression.
+    """What each candidate of a set contributes to its worth: the sum over the tasks that rank of rank
+    times the probability for a binary task, or the standardised prediction for a regression.
 
-    Unlike ``ranking_score``, which of one task is its logit, this can be added up over a set.
+    Unlike ``ranking_score``, which for one task is its logit, this can be summed over a set.
 
     Args:
         logits: [..., T] floating point.
         tasks: T of them.
 
     Returns:
-        [...], float32 at least.
+        [...], at least float32.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""IFA as a module, the candidate set, and the interactions that IFA is compared with."""
+"""IFA as a module, the candidate set modules, and the interactions that IFA is compared with."""
 
 from ifa_torchrec.modules.base import SequenceInteraction
 from ifa_torchrec.modules.candidate_loss import CandidateSetLoss, CandidateSetLossConfig

@@ -1,7 +1,7 @@
-"""What every sequence interaction shares: the call, the identity heads, the masses, the output.
+"""What all sequence interactions share: the call, the identity heads, the masses, the output.
 
-IFA and the peers it is compared with differ in their dense heads alone, so that a comparison
-changes one word, and what is credited to an attention is that attention's.
+IFA and the peers it is compared with differ only in their dense heads. So a comparison changes one
+option, and a difference in quality is due to the attention.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from ifa_torchrec.ops.autocast import without_autocast
 
 
 class SequenceInteraction(nn.Module):
-    """Base of IFA and its peers: dense heads (of the subclass), identity heads, masses, output.
+    """Base of IFA and its peers: dense heads (defined by the subclass), identity heads, masses, output.
 
     ``output_proj`` maps [dense head outputs | identity head outputs | masses] to D. The mass of a
     head is log(1 + matched / mass_scale), where matched is the head's normaliser: for IFA
     phi(q)^T z, for softmax the sum of w_i exp(q k_i), for mean pooling the sum of w_i. The
-    projections start by likeness, see TokenProjection.
+    projections are initialised so that similar tokens attend to each other, see TokenProjection.
 
-    An event of weight 0 is as good as not there. A state_dict holds the configuration too (as
-    ``_extra_state``, JSON in a uint8 tensor): one of another configuration is refused, where the weights
-    would fit and mean something else.
+    An event of weight 0 is treated as absent. A state_dict also contains the configuration (as
+    ``_extra_state``, JSON in a uint8 tensor). Loading one of another configuration raises an error,
+    since its weights may fit but mean something else.
 
     Args:
         config: InteractionConfig.
-        device: of the parameters; after the meta device, ``to_empty`` and ``reset_parameters``.
+        device: of the parameters. If "meta", call ``to_empty`` and ``reset_parameters`` later.
 
     Example:
         >>> import torch
         >>> from torchrec.sparse.jagged_tensor import JaggedTensor
         >>> from ifa_torchrec.modules import InteractionConfig, SequenceInteraction
-        >>> class LatestEvent(SequenceInteraction):  # a peer is its dense heads
+        >>> class LatestEvent(SequenceInteraction):  # a peer only defines its dense heads
         ...     def dense_heads(self, candidates, history, candidate_ids):
         ...         latest = self.value_proj(history.tokens[history.offsets[1:] - 1])
         ...         heads = latest.repeat_interleave(candidates.lengths(), dim=0)
@@ -62,12 +62,12 @@ class SequenceInteraction(nn.Module):
     """
 
     reaches_every_parameter = False
-    """Whether a batch without events gives every parameter a gradient by itself. As
-    DistributedDataParallel waits for all of them, each is else given one of 0, which costs a small
-    kernel a parameter."""
+    """Whether every parameter gets a gradient even from a batch without events. If not, missing
+    gradients are set to 0, because DistributedDataParallel waits for all of them; this costs a small
+    kernel per parameter."""
 
     reads_sizes = False
-    """Whether it reads sizes from the batch, which breaks a graph of torch.compile."""
+    """Whether it reads sizes from the batch, which causes a graph break in torch.compile."""
 
     def __init__(self, config: InteractionConfig, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -82,46 +82,46 @@ class SequenceInteraction(nn.Module):
 
     @property
     def half_lives(self) -> tuple[float, ...]:
-        """Of the dense heads, [H]."""
+        """The half-lives of the dense heads, [H]."""
         return self.config.half_lives or (math.inf,) * self.config.num_heads
 
     @property
     def decay(self) -> Tensor:
-        """The dense heads' rates, [H] float32 on the CPU."""
+        """The dense heads' decay rates, [H] float32 on the CPU."""
         return decay_rates(self.half_lives)
 
     def reset_parameters(self) -> None:
-        """Give all parameters their start again; also after ``to_empty``."""
+        """(Re)initialise all parameters; call after ``to_empty``."""
         reset_all(self)
 
     def get_extra_state(self) -> Tensor:
         """The configuration, for a state_dict."""
         text = json.dumps(_meaning(self.config)).encode()
-        text += b" " * (-len(text) % 1024)  # so that a loader that compares shapes lets it come here
+        text += b" " * (
+            -len(text) % 1024
+        )  # so that shapes agree and loaders that compare them pass it on
         return torch.tensor(list(text), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Compare a state_dict's configuration with this one.
+        """Check that a state_dict's configuration is this module's.
 
         Raises:
-            ConfigError: they differ; the message names the fields with both values.
+            ConfigError: they differ; the message lists the fields with both values.
         """
         saved = json.loads(bytes(state.to("cpu", torch.uint8).tolist()))
-        # all were so, before there was a choice
-        saved = {"readout": "linear", "identity_head_dim": saved["head_dim"]} | saved
         mine = _meaning(self.config)
         if len(saved["identity_features"]) != len(mine["identity_features"]):
-            # of other shapes: without them the rest may be loaded (strict=False)
+            # their shapes differ: the rest may still be loaded (strict=False)
             saved, mine = ({n: v for n, v in c.items() if "identity" not in n} for c in (saved, mine))
         differing = [f"{n} was {saved.get(n)}, is {mine[n]}" for n in mine if saved.get(n) != mine[n]]
         if differing:
             raise ConfigError(
-                f"{type(self).__name__}: the state_dict is of another {type(self.config).__name__}: "
+                f"{type(self).__name__}: the state_dict has another {type(self.config).__name__}: "
                 f"{'; '.join(differing)}; build the module with the configuration it was trained with"
             )
 
     def _projection(self, gain: float = 1.0, device: torch.device | str | None = None) -> nn.Linear:
-        """Of tokens to the dense heads."""
+        """A projection of tokens to the dense heads."""
         width = self.config.num_heads * self.config.head_width
         return TokenProjection(self.config.embedding_dim, width, gain, device)
 
@@ -136,23 +136,23 @@ class SequenceInteraction(nn.Module):
     ) -> JaggedTensor:
         """
         Args:
-            candidates: B requests' candidate tokens, values [M, D].
-            history: B requests' event tokens, values [N, D], oldest first; its weights, if it
-                has any, are the event weights a_i >= 0, [N] floating point.
+            candidates: candidate tokens of B requests, values [M, D].
+            history: event tokens of B requests, values [N, D], oldest first; its weights, if any, are
+                the event weights a_i >= 0, [N] floating point.
             history_age: [N] >= 0, or None for 0.
-            history_ids: [N, K] and candidate_ids: [M, K], integers of any width to int64, a
-                column for each of id_features (the config's identity_features, but for a peer that
-                searches by one more); needed where there are any. Id 0 is "unknown".
-            history_gates: [N, G], integers as these, a column for each of the config's gates, in their
-                order; needed where there are any. Value 0 is "unknown".
+            history_ids: [N, K] and candidate_ids: [M, K], uint8 or signed integers, one column for each
+                of id_features (the config's identity_features, plus one more for some peers that search
+                by it); required if there are any. Id 0 is "unknown".
+            history_gates: [N, G], integers of the same dtypes, one column for each of the config's
+                gates, in their order; required if there are any. Value 0 is "unknown".
 
         Returns:
             JaggedTensor with the candidates' offsets and values [M, D].
 
         Raises:
             ValueError: shapes, dtypes or devices do not fit, lengths do not sum to the number of
-                rows, an age or an event weight is negative, weights are ids, or a gate has not the
-                value.
+                rows, an age or an event weight is negative, weights are ids, or a gate value is out of
+                range.
         """
         events = self._history(history, history_age, history_ids, history_gates)
         self._check_candidates(candidates, candidate_ids, len(events))
@@ -164,23 +164,23 @@ class SequenceInteraction(nn.Module):
 
     @property
     def id_features(self) -> tuple[str, ...]:
-        """The id features whose ids ``forward`` takes, a column each; the identity features first."""
+        """The id features whose ids ``forward`` takes, one column each; the identity features first."""
         return self.config.identity_features
 
     def dense_heads(
         self, candidates: JaggedTensor, history: History, candidate_ids: Tensor | None, /
     ) -> tuple[Tensor, Tensor | None]:
-        """What the dense heads answer to each candidate; the one thing that an interaction must have.
+        """The output of the dense heads for each candidate; the one method that a subclass must define.
 
         Args:
             candidates: B sets with M rows of width D.
-            history: History of B requests, N events of width D, checked. Events of weight 0 stand in it
-                as well: ``history.present()`` leaves them out.
-            candidate_ids: [M, K] integers, where identity features compare items; else None.
+            history: the checked History of B requests, N events of width D. It includes events of weight
+                0; ``history.present()`` drops them.
+            candidate_ids: [M, K] integers if there are id features; else None.
 
         Returns:
-            Outputs [M, H, d], and masses [M, H]; None is allowed for the latter where the config asks
-            for no masses.
+            Outputs [M, H, d], and masses [M, H], which may be None if the config has
+            interest_mass=False.
         """
         raise NotImplementedError
 
@@ -201,13 +201,13 @@ class SequenceInteraction(nn.Module):
         if self.config.interest_mass:
             if mass is None:
                 raise ValueError(
-                    f"{type(self).__name__}.dense_heads gave no masses; interest_mass asks for them"
+                    f"{type(self).__name__}.dense_heads returned no masses, which interest_mass requires"
                 )
             parts.append(mass)
             if identity is not None:
                 parts.append(self._mass(identity[1]))
         dtype = self.output_proj.weight.dtype
-        with without_autocast(heads):  # an answer's error is every candidate's, at no gain: they are few
+        with without_autocast(heads):  # candidates are few: bfloat16 would add error and save nothing
             values = self.output_proj(torch.cat([part.to(dtype) for part in parts], dim=1))
         if torch.is_grad_enabled() and not self.reaches_every_parameter:
             values = _Reached.apply(values, *self.parameters())
@@ -218,12 +218,12 @@ class SequenceInteraction(nn.Module):
         return torch.log1p(matched / self.config.mass_scale)
 
     def _mass_of_log(self, log_matched: Tensor) -> Tensor:
-        """The same of a logarithm, which may be far beyond what exp can give."""
+        """``_mass`` of the exponential of ``log_matched``, which exp may not be able to represent."""
         log_ratio = log_matched - math.log(self.config.mass_scale)
         return torch.logaddexp(log_ratio, torch.zeros_like(log_ratio))
 
     def _log_weights(self, history: History) -> Tensor | None:
-        """log w_hi, [H, N]; None where every weight is 1. No weight is 0, see ``History.present``."""
+        """log w_hi, [H, N]; None if every weight is 1. No weight may be 0, see ``History.present``."""
         tokens, weights, age = history.tokens, history.weights, history.ages
         if weights is None and (age is None or self.config.half_lives is None):
             return None
@@ -239,7 +239,7 @@ class SequenceInteraction(nn.Module):
     def _history(
         self, tokens: JaggedTensor, ages: Tensor | None, ids: Tensor | None, gates: Tensor | None
     ) -> History:
-        """The checked arguments of ``forward`` in one."""
+        """Check the arguments of ``forward`` and combine them."""
         check_tokens(tokens, self.config.embedding_dim, "history")
         check_weights(tokens, "history")
         check_ages(ages, tokens)
@@ -253,12 +253,12 @@ class SequenceInteraction(nn.Module):
         check_ids(ids, self.id_features, candidates, "candidate_ids")
         found = len(candidates.offsets()) - 1
         if found != requests:
-            raise ValueError(f"candidates are of {found} requests, the histories of {requests}")
+            raise ValueError(f"candidates have {found} requests, the histories have {requests}")
 
 
 class _Reached(torch.autograd.Function):
-    """The values, with a gradient for every parameter, 0 where they have no other: a batch without
-    events gives most of them none, and DDP waits for all."""
+    """Passes values through and gives every parameter a gradient, 0 where there is no other: without
+    events most parameters have none, and DDP waits for all."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, *parameters: Tensor) -> Tensor:
@@ -272,15 +272,15 @@ class _Reached(torch.autograd.Function):
 
 
 def _meaning(config: InteractionConfig) -> dict[str, Any]:
-    """What the weights mean, in JSON's types, where their shapes do not say it. Two ways to say the same
-    are one."""
+    """The fields that determine what the weights mean, beyond their shapes, as JSON types. Equivalent
+    settings become equal."""
     fields = asdict(config) | {
         "head_dim": config.head_width,
         "identity_head_dim": config.identity_width,
         "identity_buckets": config.num_identity_buckets,
         "identity_half_lives": config.identity_head_half_lives,
         "half_lives": config.half_lives or (math.inf,) * config.num_heads,
-        "gates": list(config.gates.items()),  # in order, as the columns of their values are
+        "gates": list(config.gates.items()),  # in the order of their columns
     }
     del fields["backend"], fields["interest_mass"]
     return json.loads(json.dumps(fields))

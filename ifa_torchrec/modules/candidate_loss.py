@@ -1,6 +1,6 @@
-"""CandidateSetLoss: training on what was exposed, consistent with ranking everything.
+"""CandidateSetLoss: training on exposed candidates, consistent with ranking all of them.
 
-The paper's formula was not at hand (only its abstract and introduction): the terms are our own
+The paper's formula was not available (only its abstract and introduction), so the terms are our own
 construction.
 """
 
@@ -22,7 +22,7 @@ from ifa_torchrec.ops.checks import check_offsets
 from ifa_torchrec.ops.jagged import request_of_row
 
 LISTWISE = 0.5
-"""Weight of the listwise term over that of the pointwise one, by default."""
+"""Default ratio of the listwise term's weight to the pointwise term's."""
 
 
 @dataclass(frozen=True)
@@ -30,20 +30,22 @@ class CandidateSetLossConfig:
     """Weights of the terms of CandidateSetLoss.
 
     Args:
-        pointwise: of the binary cross entropy, and of the error of regression tasks.
-        listwise: of the softmax within a request, of binary tasks; None for half of ``pointwise``.
-        consistency: of the divergence between the scores with and without the unexposed.
-        unexposed: how much an unexposed candidate counts, 0 to 1, where its missing label is taken
-            for a 0: in the softmax's denominator and, with ``pointwise_unexposed``, in the cross
-            entropy. 0: labels of the exposed alone, which teach no model what is shown
-            (docs/exposure.md). 1 for a log whose unexposed candidates have true labels. Of a log of
-            exposed candidates alone it says nothing.
-        pointwise_unexposed: whether the cross entropy takes in the unexposed at all.
-        regression: error of a regression task whose standardised label is missed by d: "huber", d^2 / 2
-            up to 1 and |d| - 1 / 2 beyond, which labels far out do not rule; "squared", d^2 / 2.
+        pointwise: weight of the binary cross entropy, and of the error of regression tasks.
+        listwise: weight of the softmax within a request, for binary tasks; None for half of
+            ``pointwise``.
+        consistency: weight of the divergence between the scores with and without the unexposed
+            candidates.
+        unexposed: how much an unexposed candidate counts, 0 to 1, with its missing label taken as 0: in
+            the softmax's denominator and, with ``pointwise_unexposed``, in the cross entropy. With 0
+            only labels of exposed candidates count, so the model does not learn what was shown
+            (docs/exposure.md). Use 1 for a log whose unexposed candidates have true labels. It has no
+            effect on a log of exposed candidates only.
+        pointwise_unexposed: whether the cross entropy includes unexposed candidates at all.
+        regression: error of a regression task for a standardised residual d: "huber", d^2 / 2 up to
+            |d| = 1 and |d| - 1 / 2 beyond, which limits the influence of outliers; "squared", d^2 / 2.
 
     Raises:
-        ConfigError: a weight is negative, all terms are 0, or the error is unknown.
+        ConfigError: a weight is negative, all weights are 0, or the error is unknown.
 
     Example:
         >>> from ifa_torchrec.modules import CandidateSetLossConfig
@@ -79,49 +81,47 @@ class CandidateSetLossConfig:
 
     @property
     def listwise_weight(self) -> float:
-        """``listwise``, or what it is by default. It has nothing to do where no request has both a 0 and
-        a 1 of a binary task."""
+        """``listwise``, or its default. The term is 0 if no request has both a 0 and a 1 of a binary
+        task."""
         return LISTWISE * self.pointwise if self.listwise is None else self.listwise
 
 
 class CandidateSetLoss(nn.Module):
-    """A loss over whole candidate sets: calibrated, ranking, and the same as at inference.
+    """A loss over whole candidate sets, for calibration, ranking and consistency with inference.
 
-    With s the logits of a request and task, u_c = 1 for an exposed candidate and ``unexposed`` for
-    another, P its positives and N its negatives with u_c > 0:
+    Let s be the logits of a request and task, u_c = 1 for an exposed candidate and ``unexposed`` for any
+    other, and P the request's positives and N its negatives with u_c > 0:
 
     - pointwise, for calibration: binary cross entropy, the mean over candidates weighted by u_c
-      (over the exposed alone by default, and with pointwise_unexposed=False).
+      (only over the exposed by default, and with pointwise_unexposed=False).
     - listwise, for the order: the mean over p in P of -log(e^s_p / (e^s_p + sum_{c in N} u_c e^s_c)).
-      The labels of the unexposed are missing, not 0: by default they do not stand in the
-      denominator. One positive does not compete with
-      another. Mean over the requests that have both; a request without a positive, or of
-      positives alone, has no order to learn and is left out.
-    - consistency, against a train-inference gap: with p and p' the softmax over a request's exposed
-      candidates of their logits with and without the unexposed beside them, the symmetric
-      divergence sum (p - p') (log p - log p') / 2. Training sees labels of the exposed, inference
-      ranks all: where candidates influence each other, what ranks well in the one set must in
-      the other. Mean over the requests with two exposed candidates or more.
+      Labels of unexposed candidates are missing, not 0: by default these are not in the denominator.
+      Positives do not compete with each other. Mean over the requests that have both positives and
+      negatives; the others have no order to learn and are left out.
+    - consistency, against a train-inference gap: let p and p' be the softmax over the logits of a
+      request's exposed candidates, scored with and without the unexposed candidates in the set; the
+      term is the symmetric divergence sum (p - p') (log p - log p') / 2. Training has labels of the
+      exposed, inference ranks all candidates: if candidates influence each other, what ranks well in
+      one set must rank well in the other. Mean over the requests with at least two exposed candidates.
 
-    A regression task has another pointwise error (``CandidateSetLossConfig.regression``, of the exposed
-    candidates alone: a number that nobody observed is not 0), no listwise term, and as its divergence
-    half the squared difference of the two standardised predictions, the mean over a request's exposed
-    candidates and over the requests that have one.
+    A regression task has another pointwise error (``CandidateSetLossConfig.regression``, only over
+    exposed candidates: an unobserved number is not 0) and no listwise term. Its divergence is half the
+    squared difference of the two standardised predictions, averaged over a request's exposed candidates
+    and over the requests that have any.
 
-    A term that nothing in the batch takes part in is 0. Every term is the mean over the tasks too, in
-    which whatever is of a task counts ``Task.weight`` times; a task of weight 0 is as if it were not
-    there.
-    Computed in float32 at least, whatever the logits' dtype: float16 cannot count 65,520 candidates.
+    A term to which nothing in the batch contributes is 0. Each term is also averaged over tasks,
+    weighted by ``Task.weight``; a task of weight 0 is ignored.
+    Computed in at least float32, whatever the logits' dtype: float16 cannot count 65,520 candidates.
 
     Args:
         config: CandidateSetLossConfig.
-        across_ranks: while training, take the means over the candidates and requests of all ranks
-            of the default process group: the ranks' mean loss, and so their mean gradient, is then
-            that of one large batch, however unevenly they share it. All ranks must call.
-        tasks: the Tasks of the logits' columns; () for binary ones of weight 1, as many as there are.
+        across_ranks: while training, average over the candidates and requests of all ranks of the
+            default process group: the ranks' mean loss, and so their mean gradient, is then that of one
+            large batch, however unevenly it is divided. All ranks must call.
+        tasks: the Tasks of the logits' columns; () for binary tasks of weight 1, one per column.
 
     Raises:
-        ConfigError: two tasks have one name, all weigh 0, or none has a term of the loss.
+        ConfigError: two tasks have the same name, all weights are 0, or no task has a term in the loss.
 
     Example:
         >>> import torch
@@ -149,8 +149,8 @@ class CandidateSetLoss(nn.Module):
         listed = not self.tasks or any(t.weight and t.kind == "binary" for t in self.tasks)
         if self.config.pointwise == self.config.consistency == 0 and not listed:
             raise ConfigError(
-                "CandidateSetLoss: listwise is the loss's only term, and no binary task has a weight; "
-                "give pointwise one, or weigh a binary task"
+                "CandidateSetLoss: listwise is the only term, and no binary task has a weight; set "
+                "pointwise above 0, or give a binary task a weight"
             )
 
     def forward(
@@ -164,18 +164,18 @@ class CandidateSetLoss(nn.Module):
         """
         Args:
             logits: [M, T] floating point, of the whole sets.
-            labels: [M, T], 0 or 1, or a regression's numbers in the log's unit.
+            labels: [M, T], 0 or 1, or for a regression task numbers in the log's unit.
             exposed: [M] bool.
-            offsets: [B + 1], the requests' candidates.
-            exposed_logits: [E, T], logits of the E exposed candidates where the unexposed were
-                not there; needed for the consistency term.
+            offsets: [B + 1], request b has the candidates offsets[b]:offsets[b + 1].
+            exposed_logits: [E, T], logits of the E exposed candidates, scored without the unexposed;
+                required for the consistency term.
 
         Returns:
-            A scalar, float32; float64 of float64 logits.
+            A scalar, float32; float64 for float64 logits.
 
         Raises:
-            ValueError: shapes do not fit each other or the tasks, or the consistency term lacks
-                exposed_logits.
+            ValueError: shapes do not fit each other or the tasks, or exposed_logits is missing for the
+                consistency term.
         """
         for name, value, wanted in (
             ("labels", labels, logits.shape),
@@ -204,7 +204,7 @@ class CandidateSetLoss(nn.Module):
             total = total + config.listwise_weight * self._mean(each, _times(weight, listed))
         if config.consistency:
             alone = _exposed_logits(exposed_logits, exposed, len(tasks)).to(dtype)
-            # as many as there are logits: on a GPU a look at how many are exposed would wait for it
+            # the number is known from exposed_logits: counting the exposed on a GPU would wait for it
             rows = exposed.nonzero_static(size=len(alone))[:, 0]
             each, weight = _consistency(logits[rows], alone, request[rows], requests, tasks)
             weight = _times(weight, [task.weight for task in tasks])
@@ -221,7 +221,7 @@ class CandidateSetLoss(nn.Module):
         for task, logit, label in zip(tasks, logits.unbind(1), labels.unbind(1), strict=True):
             if not task.weight:
                 continue
-            # a label that does not count, or that nobody observed, may be anything
+            # a label that does not count, or was not observed, may be anything
             if task.kind == "binary":
                 label = torch.where(counts > 0, label, 0.0)
                 each.append(F.binary_cross_entropy_with_logits(logit, label, reduction="none"))
@@ -234,7 +234,7 @@ class CandidateSetLoss(nn.Module):
         return self._mean(torch.stack(each, dim=1), torch.stack(weight, dim=1))
 
     def _mean(self, values: Tensor, weight: Tensor) -> Tensor:
-        """The weighted mean, over all ranks where asked; 0 where all weights are."""
+        """The weighted mean, over all ranks if ``across_ranks``; 0 if all weights are 0."""
         total = weight.sum()
         if self.across_ranks and self.training:
             dist.all_reduce(total)
@@ -243,7 +243,7 @@ class CandidateSetLoss(nn.Module):
 
 
 def _exposed_logits(given: Tensor | None, exposed: Tensor, tasks: int) -> Tensor:
-    """Refuse logits that are not of the exposed candidates, whose number is looked at on a CPU alone."""
+    """Raise a ValueError unless there are logits for each exposed candidate; only counted on a CPU."""
     shown = int(exposed.sum()) if exposed.device.type == "cpu" else None
     if given is None or given.shape[1:] != (tasks,) or shown not in (None, len(given)):
         rows, found = "E" if shown is None else shown, None if given is None else list(given.shape)
@@ -256,10 +256,10 @@ def _exposed_logits(given: Tensor | None, exposed: Tensor, tasks: int) -> Tensor
 def _listwise(
     logits: Tensor, labels: Tensor, counts: Tensor, request: Tensor, requests: int
 ) -> tuple[Tensor, Tensor]:
-    """The listwise term of each candidate, and what it counts; [M, T] both."""
+    """The listwise term of each candidate and its weight; both [M, T]."""
     counted = counts > 0
     positive, negative = counted & (labels > 0), counted & (labels <= 0)
-    # a request without negatives has no finite sum: its rows are left out below
+    # without negatives the logarithm is -inf: such requests are left out below
     shifted = torch.where(negative, logits + counts.clamp(min=1e-30).log(), -math.inf)
     against = segment_logsumexp(shifted, request, requests)
     both = (against > -math.inf)[request] & positive
@@ -270,34 +270,37 @@ def _listwise(
 
 
 def _consistency(
-    beside: Tensor, alone: Tensor, segment: Tensor, segments: int, tasks: Sequence[Task]
+    in_whole_set: Tensor, alone: Tensor, segment: Tensor, segments: int, tasks: Sequence[Task]
 ) -> tuple[Tensor, Tensor]:
-    """How far the scores of each request's candidates are apart, and what it counts; [segments, T]."""
-    shown = _sum(torch.ones_like(beside[:, :1]), segment, segments)
-    divergence = _divergence(beside, alone, segment, segments)
-    squared = _sum((beside - alone).square() / 2, segment, segments) / shown.clamp(min=1)
+    """The divergence between the two scores of each request's candidates, and its weight; both
+    [segments, T]."""
+    shown = _sum(torch.ones_like(in_whole_set[:, :1]), segment, segments)
+    divergence = _divergence(in_whole_set, alone, segment, segments)
+    squared = _sum((in_whole_set - alone).square() / 2, segment, segments) / shown.clamp(min=1)
     regression = [task.kind == "regression" for task in tasks]
     each = torch.stack([(squared if r else divergence)[:, t] for t, r in enumerate(regression)], dim=1)
-    # a softmax of one candidate is 1, whatever its logit
-    weight = torch.cat([(shown > 0 if r else shown > 1).to(beside.dtype) for r in regression], dim=1)
+    # the softmax over a single candidate is 1, whatever its logit
+    weight = torch.cat(
+        [(shown > 0 if r else shown > 1).to(in_whole_set.dtype) for r in regression], dim=1
+    )
     return each, weight
 
 
 def _times(weight: Tensor, factors: Sequence[float]) -> Tensor:
-    """[rows, T], each column times its factor; by numbers, which need not go to the device first."""
+    """[rows, T], each column times its factor; Python numbers, which need no copy to the device."""
     return torch.stack([f * column for f, column in zip(factors, weight.unbind(1), strict=True)], dim=1)
 
 
 def segment_logsumexp(values: Tensor, segment: Tensor, segments: int) -> Tensor:
-    """log of the sum of exp(values) by segment.
+    """The logarithm of the sum of exp(values) for each segment.
 
     Args:
-        values: [rows, T]; -inf counts nothing.
+        values: [rows, T]; -inf adds nothing.
         segment: [rows] int64.
         segments: S.
 
     Returns:
-        [S, T]; -inf where a segment has nothing.
+        [S, T]; -inf for an empty segment.
 
     Example:
         >>> import torch
@@ -311,12 +314,12 @@ def segment_logsumexp(values: Tensor, segment: Tensor, segments: int) -> Tensor:
     there = top > -math.inf
     top = torch.where(there, top, 0.0)
     total = _sum((values - top[segment]).exp(), segment, segments)
-    # log(0) would be right forward, and spoil the gradient
+    # log(0) would be right in the forward, but spoil the gradient
     return torch.where(there, torch.where(there, total, 1.0).log() + top, -math.inf)
 
 
 def _divergence(one: Tensor, other: Tensor, segment: Tensor, segments: int) -> Tensor:
-    """The symmetric divergence between two softmaxes, by segment; [segments, T]."""
+    """The symmetric divergence between two softmaxes for each segment; [segments, T]."""
     log_p = one - segment_logsumexp(one, segment, segments)[segment]
     log_q = other - segment_logsumexp(other, segment, segments)[segment]
     return _sum((log_p.exp() - log_q.exp()) * (log_p - log_q) / 2, segment, segments)

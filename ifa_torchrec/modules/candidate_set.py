@@ -1,7 +1,7 @@
-"""The candidate set as a set: relations between its candidates, and the best k of them together.
+"""The candidate set as a set: relations between its candidates, for finding the best k together.
 
-The paper names the goal, the best set and not m independent scores; its construction was not at
-hand (only the abstract and the introduction), so this one is ours.
+The paper states the goal, the best set instead of m independent scores. Its construction was not
+available (only the abstract and the introduction), so this one is ours.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ class CandidateSetConfig:
     """How the candidates of a request see each other.
 
     Args:
-        attention: how each is seen beside all others: "softmax", O(m^2), for sets of some hundreds;
-            "linear", O(m), for larger ones, the same op that meets the history; "none": not.
-        num_heads: heads of this attention; they share the width of what it is given. In a DLRM_IFA
-            this is D / 2, rounded down to a multiple of the heads, but at least 1 a head.
-        generate: whether each is also seen beside those that are taken already, so that a set can be
-            generated greedily; with any attention, "none" too.
+        attention: how a candidate attends to the other candidates: "softmax", O(m^2), for sets of some
+            hundreds; "linear", O(m), for larger ones, by the same operator as for the history; "none":
+            not at all.
+        num_heads: heads of this attention; they divide the width of its input. In a DLRM_IFA that is
+            D / 2, rounded down to a multiple of the heads, but at least 1 per head.
+        generate: whether a candidate is also scored given the candidates already taken, so that a set
+            can be generated greedily; works with any attention, also "none".
 
     Raises:
-        ConfigError: attention is none of these, or there is no head.
+        ConfigError: attention is not one of these, or num_heads is less than 1.
 
     Example:
         >>> from ifa_torchrec.modules import CandidateSetConfig
@@ -54,27 +55,29 @@ class CandidateSetConfig:
     def __post_init__(self) -> None:
         known = ["none", *ATTENTIONS]
         if self.attention not in known:
-            raise ConfigError(f"CandidateSetConfig: attention {self.attention!r} is none of {known}")
+            raise ConfigError(
+                f"CandidateSetConfig: attention must be one of {known}, got {self.attention!r}"
+            )
         if self.num_heads < 1:
             raise ConfigError(f"CandidateSetConfig: num_heads must be at least 1, got {self.num_heads}")
 
 
 class CandidateSetEncoder(nn.Module):
-    """Self-attention among the candidates of a request: each is seen beside the others.
+    """Self-attention among the candidates of a request.
 
-    Jagged, for sets of 0 to 10^4; independent of other requests and of the order of the
-    candidates. It is user-aware where the tokens are: DLRM_IFA hands it each candidate's token
-    plus what the user's history answered to it.
+    Jagged, for sets of 0 to 10^4 candidates; independent of other requests and of the order of the
+    candidates. It is user-aware if the tokens are: DLRM_IFA passes each candidate's token plus what the
+    candidate found in the user's history.
 
     Args:
         embedding_dim: D.
-        config: CandidateSetConfig, with an attention.
+        config: CandidateSetConfig with an attention other than "none".
         backend: of the linear attention, one of ops.BACKENDS.
-        device: of the parameters; after the meta device, ``to_empty`` and ``reset_parameters``.
+        device: of the parameters. If "meta", call ``to_empty`` and ``reset_parameters`` later.
 
     Raises:
         ValueError: config.attention is "none".
-        ConfigError: embedding_dim is no multiple of config.num_heads.
+        ConfigError: embedding_dim is not a multiple of config.num_heads.
 
     Example:
         >>> import torch
@@ -99,10 +102,10 @@ class CandidateSetEncoder(nn.Module):
             raise ValueError("CandidateSetEncoder: attention 'none' needs no encoder")
         if embedding_dim % config.num_heads:
             raise ConfigError(
-                f"CandidateSetEncoder: embedding_dim {embedding_dim} is no multiple of num_heads "
+                f"CandidateSetEncoder: embedding_dim {embedding_dim} is not a multiple of num_heads "
                 f"{config.num_heads}"
             )
-        # by softmax without masses, for which a matrix of scores would have to be kept
+        # softmax has no masses, which would need the matrix of scores
         masses = config.attention == "linear"
         self.attention = ATTENTIONS[config.attention](
             IFAConfig(embedding_dim, num_heads=config.num_heads, backend=backend, interest_mass=masses),
@@ -110,31 +113,29 @@ class CandidateSetEncoder(nn.Module):
         )
 
     def reset_parameters(self) -> None:
-        """Give all parameters their start again; also after ``to_empty``."""
+        """(Re)initialise all parameters; call after ``to_empty``."""
         reset_all(self)
 
-    def forward(self, candidates: JaggedTensor, context: JaggedTensor | None = None) -> JaggedTensor:
+    def forward(self, candidates: JaggedTensor) -> JaggedTensor:
         """
         Args:
             candidates: tokens [M, D] of B requests.
-            context: tokens that the candidates are seen beside, of the same requests; None for
-                the candidates themselves. To build a set item by item, those taken so far.
 
         Returns:
-            JaggedTensor with the candidates' offsets and values [M, D], what each finds in its
-            context; to be put beside the tokens, not in their place.
+            JaggedTensor with the candidates' offsets and values [M, D], what each candidate finds in its
+            set; to be used with the tokens, not instead of them.
         """
-        return self.attention(candidates, candidates if context is None else context)
+        return self.attention(candidates, candidates)
 
 
 class Related(NamedTuple):
-    """What TakenRelation makes of M candidates of B requests before it knows which are taken.
+    """What TakenRelation computes for M candidates of B requests before it knows which are taken.
 
     Attributes:
         query: [M, T, D]; key: [M, D].
         offsets: [B + 1]; request: [M].
-        ids: [M, F]; None without any.
-        numbers: of pairs of ids, their ``table``; None without, or to be made where it is needed.
+        ids: [M, F]; None if there are none.
+        numbers: the ``table`` of PairNumbers; None if there is none, or to compute it when needed.
     """
 
     query: Tensor
@@ -146,27 +147,28 @@ class Related(NamedTuple):
 
 
 class TakenRelation(nn.Module):
-    """What those already taken into the set do to the logits of a request's candidates.
+    """How the candidates already taken into the set change the logits of a request's candidates.
 
-    A term for each pair, summed over what is taken, so that two near-duplicates count twice:
+    There is a term for each pair, summed over the taken candidates, so that two near-duplicates count
+    twice:
 
         term_it = sum_{j taken, j != i} q_it . k_j + sum_f u_tf [id_f of i = id_f of j]
                                         + sum_{f > 0} p_tf [id_f of i, id_f of j]
         with q_it = W_t x_i and k_j = V x_j + b
 
-    p is a number for each pair of ids, by their remainders of ``BUCKETS``: the cross-product
-    transformation of Wide & Deep learning (Cheng et al. 2016, arXiv 1606.07792), of one feature with
-    itself. What tokens say of a pair, a mixture of all that they hold, does not tell one complement from
-    another; p does as soon as a pair of categories was shown some hundred times. Not of the first
-    feature, the item itself, whose pairs are too rare to be anything but noise.
+    p is a number for each pair of ids, taken modulo ``BUCKETS``: the cross-product transformation of
+    Wide & Deep learning (Cheng et al. 2016, arXiv 1606.07792) of one feature with itself. Tokens mix all
+    that is known of a candidate and do not tell one complement from another; p does once a pair of
+    categories was shown a few hundred times. The first feature, the item itself, has no such numbers:
+    its pairs are too rare to be anything but noise.
 
-    A candidate that is taken itself is seen beside the other ones. Linear in candidates and in what is
-    taken, and exactly 0 where nothing is. Id 0 is "unknown", is like no other, and has no pairs. The
-    whole is our own; W, u and p start at 0.
+    A candidate that is taken gets the terms of the other taken ones. The cost is linear in the number of
+    candidates and of taken ones, and the terms are exactly 0 if nothing is taken. Id 0 is "unknown",
+    equals no other id, and has no pairs. The construction is our own; W, u and p start at 0.
 
     Args:
         embedding_dim: D.
-        num_outputs: T, terms of a candidate.
+        num_outputs: T, terms per candidate.
         num_ids: F, id features that are compared; the first is the item itself.
         device: of the parameters.
 
@@ -202,30 +204,30 @@ class TakenRelation(nn.Module):
         Args:
             candidates: tokens [M, D] of B requests.
             taken: [M] bool.
-            ids: [M, F] integers; needed where there are id features.
+            ids: [M, F] integers; required if there are id features.
 
         Returns:
             [M, T].
 
         Raises:
-            ValueError: ``taken`` is not one bool a candidate, or the ids are not F.
+            ValueError: ``taken`` is not one bool per candidate, or ids does not have F columns.
         """
         return self.terms(self.related(candidates, ids), taken)
 
     def related(self, candidates: JaggedTensor, ids: Tensor | None = None) -> Related:
-        """What ``terms`` and ``pairs`` need of the candidates, whatever is taken; as ``forward``'s."""
+        """What ``terms`` and ``pairs`` need, whatever is taken; arguments as for ``forward``."""
         tokens, offsets = candidates.values(), candidates.offsets()
         wanted = 0 if self.same_proj is None else self.same_proj.in_features
         found = 0 if ids is None else ids.shape[1]
         if found != wanted:
-            raise ValueError(f"ids must be of {wanted} features, got {found}")
+            raise ValueError(f"ids must have {wanted} features, got {found}")
         query = self.query_proj(tokens).unflatten(1, (self.num_outputs, tokens.shape[1]))
         # no len(), which would fix a size in an exported graph
         request = request_of_row(offsets, tokens.shape[0])
         return Related(query, self.key_proj(tokens), offsets, request, ids)
 
     def terms(self, related: Related, taken: Tensor) -> Tensor:
-        """What ``forward`` gives, [M, T], of ``taken`` [M] bool."""
+        """What ``forward`` returns, [M, T], for ``taken`` [M] bool."""
         query, key, offsets, request, ids, _ = related
         check_taken(taken, request)
         given = key * taken[:, None]
@@ -240,15 +242,15 @@ class TakenRelation(nn.Module):
         return term + self.pair_queries.of_taken(ids[:, 1:], taken, request, offsets.shape[0] - 1)
 
     def pairs(self, related: Related, other: Tensor) -> tuple[Tensor, Tensor]:
-        """What each of M candidates and one other do to each other.
+        """The terms between each of M candidates and one other candidate.
 
         Args:
             related: of M candidates.
-            other: [M] rows of them, which one stands beside each.
+            other: [M], the row of the other candidate for each.
 
         Returns:
-            What the other one adds to the terms of each, and each to those of the other; [M, T] both. Of
-            a candidate beside itself that means nothing.
+            What the other one adds to the terms of each candidate, and what each adds to those of the
+            other; both [M, T]. Meaningless for a candidate paired with itself.
         """
         query, key, ids = related.query, related.key, related.ids
         to = (query * key[other].unsqueeze(1)).sum(-1)
@@ -256,8 +258,8 @@ class TakenRelation(nn.Module):
         return self._with_ids(to, back, related, None if ids is None else ids[other])
 
     def all_pairs(self, related: Related, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """What ``pairs`` gives with each of ``rows`` [K] beside all M, by products of matrices;
-        [K, M, T] both."""
+        """What ``pairs`` returns for each of ``rows`` [K] paired with all M, by matrix products; both
+        [K, M, T]."""
         query, key, ids = related.query, related.key, related.ids
         tasks = self.num_outputs
         to = (key[rows] @ query.flatten(0, 1).T).unflatten(1, (-1, tasks))
@@ -267,7 +269,7 @@ class TakenRelation(nn.Module):
     def _with_ids(
         self, to: Tensor, back: Tensor, related: Related, others: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The terms of pairs, with those of their ids, [M, F], and the other ones', [..., M, F]."""
+        """Add to the terms of pairs those of their ids, [M, F] and, of the other ones, [..., M, F]."""
         ids = related.ids
         if self.same_proj is None or ids is None or others is None:
             return to, back
@@ -284,14 +286,14 @@ def check_taken(taken: Tensor, rows: Tensor) -> None:
     """Raise a ValueError unless ``taken`` is one bool for each of the rows [M]."""
     if taken.shape != rows.shape or taken.dtype != torch.bool:
         raise ValueError(
-            f"taken must be [{rows.shape[0]}] bool, one a candidate; got {list(taken.shape)} "
+            f"taken must be [{rows.shape[0]}] bool, one per candidate, got {list(taken.shape)} "
             f"{taken.dtype}"
         )
 
 
 def _alike(ids: Tensor, taken: Tensor, request: Tensor, dtype: torch.dtype) -> Tensor:
-    """How many of those of a candidate's request that are taken, other than itself, have its id, of
-    ids [M, F]; [M, F]. No size depends on what is in a tensor."""
+    """For each id [M, F] of a candidate, how many other taken candidates of its request share it,
+    [M, F]. No size depends on values."""
     order = ids.argsort(dim=0, stable=True)
     order = order.gather(0, request[order].argsort(dim=0, stable=True))  # by request, then by id
     ranked, of = ids.gather(0, order), request[order]
@@ -305,15 +307,15 @@ def _alike(ids: Tensor, taken: Tensor, request: Tensor, dtype: torch.dtype) -> T
 
 
 _WHOLE = 0.75
-"""Share of the requests of which TakenSample takes all that were exposed."""
+"""Share of the requests for which TakenSample takes all exposed candidates."""
 
 
 class TakenSample(nn.Module):
-    """Draws which of the exposed candidates are taken while training: of three requests of four all E of
-    them, so that each is seen beside what it was shown with, which says most; and of the rest a number
-    between 0 and E - 1, each as likely, and any of them, as in a set that grows.
+    """Draws which of the exposed candidates are taken while training. For three requests in four these
+    are all E exposed candidates, so that each is scored with what it was shown with, which is the most
+    informative. For the others it is a random subset of uniform size 0 to E - 1, as in a growing set.
 
-    A module, so that tracing a model for a pipeline meets it as a leaf.
+    It is a module so that tracing a model for a pipeline treats it as a leaf.
 
     Example:
         >>> import torch
@@ -328,7 +330,7 @@ class TakenSample(nn.Module):
         """
         Args:
             exposed: [M] bool.
-            offsets: [B + 1], the requests' candidates.
+            offsets: [B + 1], request b has the candidates offsets[b]:offsets[b + 1].
 
         Returns:
             [M] bool.
@@ -337,7 +339,7 @@ class TakenSample(nn.Module):
         shown = counted(exposed, offsets).diff()
         share, whole = torch.rand(2, shown.shape[0], device=offsets.device)
         wanted = torch.where(whole < _WHOLE, shown, (share * shown).to(shown.dtype))
-        # the exposed of each request in an order of their own, the others behind them
+        # the exposed candidates of each request in random order, the others behind them
         lot = torch.rand(exposed.shape[0], device=offsets.device, dtype=torch.float64)
         order = (request + torch.where(exposed, lot / 2, 0.5)).argsort(stable=True)
         place = torch.arange(exposed.shape[0], device=offsets.device) - offsets[:-1][request]

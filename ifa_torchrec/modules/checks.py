@@ -1,4 +1,4 @@
-"""Whether the arguments of an interaction fit each other."""
+"""Checks of an interaction's arguments."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec.ops.jagged import checkable
 
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_ID_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+"""Fewer than the operators take: torch cannot compare values of the wider unsigned dtypes."""
 
 
 def check_tokens(tokens: JaggedTensor, dim: int, name: str) -> None:
-    """Raise a ValueError unless values are floating point [rows, dim], as many as the lengths say."""
+    """Raise a ValueError unless values are floating point [rows, dim] and lengths sum to rows."""
     if not isinstance(tokens, JaggedTensor):
         raise ValueError(f"{name} must be a JaggedTensor, got {type(tokens).__name__}")
     values = tokens.values()
@@ -29,20 +30,20 @@ def check_tokens(tokens: JaggedTensor, dim: int, name: str) -> None:
 
 
 def check_weights(tokens: JaggedTensor, name: str) -> None:
-    """Raise a ValueError unless these are event weights, or none."""
+    """Raise a ValueError unless the weights are None or event weights."""
     weights, values = tokens.weights_or_none(), tokens.values()
     if weights is None:
         return
     if not weights.is_floating_point():
         raise ValueError(
-            f"{name}: its weights are {weights.dtype}, ids it seems, as of an EmbeddingCollection with "
-            "need_indices=True; weights must be floating point, or none"
+            f"{name}: weights must be floating point or None, got {weights.dtype}; these seem to be ids "
+            "from an EmbeddingCollection with need_indices=True"
         )
     if name != "history":
         raise ValueError(f"{name}: candidates have no weights; make a JaggedTensor without them")
     if weights.shape != values.shape[:1]:
         raise ValueError(
-            f"{name}: weights must be [{len(values)}], one an event, got {list(weights.shape)}"
+            f"{name}: weights must be [{len(values)}], one per event, got {list(weights.shape)}"
         )
     if weights.device != values.device:
         raise ValueError(f"{name}: weights are on {weights.device}, the values on {values.device}")
@@ -54,12 +55,14 @@ def check_weights(tokens: JaggedTensor, name: str) -> None:
 
 
 def check_ages(age: Tensor | None, history: JaggedTensor) -> None:
-    """Raise a ValueError unless these are ages of the events, or none."""
+    """Raise a ValueError unless ``age`` is None or has an age for each event."""
     if age is None:
         return
     values = history.values()
     if age.shape != values.shape[:1]:
-        raise ValueError(f"history_age must be [{len(values)}], one age an event, got {list(age.shape)}")
+        raise ValueError(
+            f"history_age must be [{len(values)}], one age per event, got {list(age.shape)}"
+        )
     if age.dtype == torch.bool or age.is_complex():
         raise ValueError(f"history_age must be numbers, got {age.dtype}")
     if age.device != values.device:
@@ -73,7 +76,7 @@ def check_ages(age: Tensor | None, history: JaggedTensor) -> None:
 
 
 def check_ids(ids: Tensor | None, features: tuple[str, ...], tokens: JaggedTensor, name: str) -> None:
-    """Raise a ValueError unless these, ``name``, have a column of integers for each of the features."""
+    """Raise a ValueError unless ``ids`` has a column of integers for each feature."""
     if not features:
         return
     values = tokens.values()
@@ -81,18 +84,18 @@ def check_ids(ids: Tensor | None, features: tuple[str, ...], tokens: JaggedTenso
     if ids is None or tuple(ids.shape) != wanted:
         got = "None" if ids is None else list(ids.shape)
         raise ValueError(f"{name} must be {list(wanted)}, one for each of {features}, got {got}")
-    if ids.dtype not in _INTEGERS:
-        raise ValueError(f"{name} must be integers, int64 or narrower, got {ids.dtype}")
+    if ids.dtype not in _ID_DTYPES:
+        raise ValueError(f"{name} must be integers (uint8 or signed), got {ids.dtype}")
     if ids.device != values.device:
         raise ValueError(f"{name} is on {ids.device}, the tokens on {values.device}")
 
 
 def check_gates(ids: Tensor | None, gates: Mapping[str, int], history: JaggedTensor) -> None:
-    """Raise a ValueError unless there is a column for each gate, of values that its table has."""
+    """Raise a ValueError unless ``ids`` has a column for each gate, with values of the gate's table."""
     if not gates and ids is not None:
         raise ValueError(
-            f"history_gates is {list(ids.shape)}, but the configuration has no gates: name them there, "
-            "or give no history_gates"
+            f"history_gates is {list(ids.shape)}, but the configuration has no gates; add gates to it, "
+            "or do not pass history_gates"
         )
     check_ids(ids, tuple(gates), history, "history_gates")
     if ids is None or not checkable(history.values()):

@@ -1,4 +1,4 @@
-"""Event gates: what an event of some kind weighs in each head."""
+"""Event gates: how much an event of each kind weighs in each head."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import nn
 from ifa_torchrec.modules.history import History
 
 LEAN, SPREAD = 0.5, 0.2
-"""How log gates start: a head has LEAN for the values that are its own and -LEAN for the others, and a
-normal deviate of SPREAD, so that no two heads start alike, which would stay so."""
+"""Initialisation of the log gates: a head has LEAN for its own values and -LEAN for the others, plus
+normal noise of standard deviation SPREAD, since heads that start equal would stay equal."""
 
 
 class EventGates(nn.Module):
     """A learnt positive weight for each value of some event features, for each head.
 
-    Where events are of several kinds (shown, clicked, bought), one head counts the purchases and another
-    the clicks, of one history. A gate is exp of a table's row, several gates of an event are multiplied.
-    Row 0, "unknown", has its gate as the others. As the gates multiply the event weights, sums over
+    If a history has events of several kinds (shown, clicked, bought), one head can count the purchases
+    and another the clicks. A gate is exp of a table's row; several gates of an event are multiplied.
+    Row 0, "unknown", has a gate like the others. The gates multiply the event weights, so sums over
     events stay additive and decay as before. Our own addition to the paper's algebra.
 
     Args:
-        gates: the number of values of each event feature that gates, by its name.
-        heads: their number, or numbers: (K, L) for K features that have L heads each.
+        gates: the number of values of each gating event feature, by name.
+        heads: the shape of the heads: (H,), or (K, L) for K features with L heads each.
         device: of the tables.
 
     Example:
@@ -47,8 +47,8 @@ class EventGates(nn.Module):
     ) -> None:
         super().__init__()
         for column, values in enumerate(gates.values()):
-            # the module's own, not a ParameterList's, whose meta tensors DistributedModelParallel would
-            # fill with memory as it is
+            # not in a ParameterList: DistributedModelParallel would allocate its meta tensors without
+            # initialising them
             table = nn.Parameter(torch.empty(values, *heads, device=device))
             self.register_parameter(f"log_gate_{column}", table)
         self.reset_parameters()
@@ -59,8 +59,9 @@ class EventGates(nn.Module):
         return list(self.parameters())
 
     def reset_parameters(self) -> None:
-        """Start anew; also after ``to_empty``. Values are dealt out to the heads, or the heads to the
-        values where these are fewer; a head that is alone has none of its own."""
+        """(Re)initialise the parameters; call after ``to_empty``. The values are distributed over the
+        heads, or the heads over the values if there are fewer values; a single head has no values of its
+        own."""
         for table in self.log_gates:
             nn.init.normal_(table, std=SPREAD)
             values, heads = table.shape[0], table.shape[-1]
@@ -71,9 +72,9 @@ class EventGates(nn.Module):
                 table.data.view(values, -1, heads).add_(torch.where(own, LEAN, -LEAN)[:, None])
 
     def forward(self, history: History) -> History:
-        """The history with weights a_i g_h(e_i) of each head, [N, *heads] float32 (or float64)."""
+        """The history with weights a_i g_h(e_i) for each head, [N, *heads] float32 (or float64)."""
         if history.gates is None:
-            raise ValueError("history: it has no gates, which its events' weights are multiplied by")
+            raise ValueError("history has no gates, but the configuration has; pass history_gates")
         tables = self.log_gates
         weights: float | torch.Tensor = 1.0
         if history.weights is not None:

@@ -1,4 +1,4 @@
-"""Which candidates to show together: the best of each, or a set that grows one by one."""
+"""Which candidates to show together: the k best ones, or a set generated greedily."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec.ops.jagged import request_of_row
 
-Scorer = Callable[[Tensor], Tensor]
-"""Logits [M] of all candidates, given which are taken, [M] bool."""
+ScoreFn = Callable[[Tensor], Tensor]
+"""Maps which candidates are taken, [M] bool, to the logits [M] of all candidates."""
 
 
 def generate_set(
-    logits: Tensor | Scorer,
+    logits: Tensor | ScoreFn,
     candidates: JaggedTensor,
     k: int,
     strategy: Literal["topk", "greedy"] = "topk",
@@ -24,16 +24,16 @@ def generate_set(
     """The k candidates of each request that are best together, best first.
 
     Args:
-        logits: [M], or a function of which candidates are taken, [M] bool, that gives [M]. Of several
-            tasks, ``ranking_score`` of theirs.
-        candidates: of B requests; its lengths say which rows belong together.
-        k: how many to take; a request with fewer gives all it has.
-        strategy: "topk" takes the k highest logits, with nothing taken. "greedy" takes one, scores
-            the others in the context of those already taken, takes the next, and so on: k calls
-            of the function. With fixed logits both are the same.
+        logits: [M], or a function that maps which candidates are taken, [M] bool, to [M] logits. With
+            several tasks, pass their ``ranking_score``.
+        candidates: candidates of B requests; its lengths say which rows belong together.
+        k: how many to take; all candidates of a request with fewer.
+        strategy: "topk" takes the k highest logits, computed with nothing taken. "greedy" takes one
+            candidate, scores the others given those already taken, takes the next, and so on, with k
+            calls of the function. With fixed logits both are the same.
 
     Returns:
-        JaggedTensor of B requests whose values are row numbers of the candidates, int64. Of
+        JaggedTensor of B requests whose values are row numbers of the candidates, int64. Among
         equal logits the lower row comes first.
 
     Raises:
@@ -46,7 +46,7 @@ def generate_set(
         >>> candidates = JaggedTensor(torch.zeros(4, 8), lengths=torch.tensor([3, 1]))
         >>> generate_set(torch.tensor([0.1, 0.9, 0.5, 0.3]), candidates, k=2).values().tolist()
         [1, 2, 3]
-        >>> def twins(taken):  # rows 1 and 2 are worth little beside each other
+        >>> def twins(taken):  # rows 1 and 2 are worth little together
         ...     return torch.tensor([0.1, 0.9, 0.5, 0.3]) - taken[[0, 2, 1, 3]].float()
         >>> generate_set(twins, candidates, k=2, strategy="greedy").values().tolist()
         [1, 0, 3]
@@ -64,7 +64,7 @@ def generate_set(
         if values.shape != (rows,):
             raise ValueError(f"logits must be [{rows}], got {list(values.shape)}")
         if (nan := values.isnan()).any():
-            raise ValueError(f"logits[{int(nan.nonzero()[0])}] is NaN; a ranking wants numbers")
+            raise ValueError(f"logits[{int(nan.nonzero()[0])}] is NaN; a ranking needs numbers")
         return values
 
     lengths = offsets.diff().clamp(max=k)
@@ -78,31 +78,31 @@ def generate_set(
     picks = []
     for _ in range(int(lengths.max()) if len(lengths) else 0):
         pick = first_rows(_best(score(), taken, request, len(lengths)), request, len(lengths))
-        taken = taken.index_fill(0, pick[pick < rows], True)  # anew: the function may have kept it
+        taken = taken.index_fill(0, pick[pick < rows], True)  # a copy: the function may have kept it
         picks.append(pick)
     chosen = torch.stack(picks, dim=1).flatten() if picks else offsets.new_empty(0)
     return JaggedTensor(chosen[chosen < rows], lengths=lengths)
 
 
 def _best(values: Tensor, taken: Tensor, request: Tensor, requests: int) -> Tensor:
-    """Which candidates have the highest value of those of their request that are not taken, [M] bool."""
+    """Which candidates have the highest value among those of their request not yet taken, [M] bool."""
     left = values.masked_fill(taken, -torch.inf)
-    if requests == 1:  # a tenth of what scatter_reduce costs
+    if requests == 1:  # a tenth of the cost of scatter_reduce
         return (left == left.amax()) & ~taken
     top = left.new_full((requests,), -torch.inf).scatter_reduce(0, request, left, "amax")
     return (left == top[request]) & ~taken
 
 
 def first_rows(wanted: Tensor, request: Tensor, requests: int) -> Tensor:
-    """The first row of each request that is wanted.
+    """The first wanted row of each request.
 
     Args:
         wanted: [M] bool.
-        request: [M] int64, which of the requests a row is of.
+        request: [M] int64, the request of each row.
         requests: B.
 
     Returns:
-        [B] int64; M of a request without any.
+        [B] int64; M for a request without a wanted row.
 
     Example:
         >>> import torch
@@ -118,7 +118,7 @@ def first_rows(wanted: Tensor, request: Tensor, requests: int) -> Tensor:
 
 
 def _ranked(values: Tensor, offsets: Tensor) -> Tensor:
-    """Row numbers, request by request, the highest value first and of equal ones the lower row."""
+    """Row numbers by request, then by descending value, then by row."""
     order = torch.sort(values, descending=True, stable=True).indices
     request = request_of_row(offsets, values.shape[0])
     return order[torch.sort(request[order], stable=True).indices]

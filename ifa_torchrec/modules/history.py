@@ -1,4 +1,4 @@
-"""The histories of a batch as the heads take them, and what each event weighs."""
+"""The histories of a batch in the form that the heads take, and the weights of their events."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from ifa_torchrec.modules.config import FORGOTTEN
 
 @dataclass(frozen=True)
 class History:
-    """B requests' histories of N events in all.
+    """The histories of B requests, with N events in total.
 
     Args:
         tokens: [N, D].
-        offsets: [B + 1]; request b has the events offsets[b] up to offsets[b + 1], oldest first.
-        weights: event weights a_i >= 0, [N]; None for 1. [N, H] where gates have multiplied them.
+        offsets: [B + 1]; request b has the events offsets[b]:offsets[b + 1], oldest first.
+        weights: event weights a_i >= 0, [N]; None for 1. [N, H] once gates have multiplied them.
         ages: [N] >= 0; None for 0.
-        ids: [N, K] integers, a column for each of the interaction's id_features; None without any.
-        gates: [N, G] integers, a column for each of the configuration's gates; None without any.
+        ids: [N, K] integers, one column for each of the interaction's id_features; None if there are
+            none.
+        gates: [N, G] integers, one column for each of the configuration's gates; None if there are none.
 
     Example:
         >>> import torch
@@ -62,7 +63,7 @@ class History:
         return self._of_rows(rows, self.offsets[number : number + 2] - self.offsets[number])
 
     def present(self) -> History:
-        """Without the events of weight 0, which softmax has no logarithm for."""
+        """The history without the events of weight 0, which has no logarithm for softmax."""
         return self if self.weights is None else self._only(self.weights > 0)
 
     def latest(self, length: int) -> History:
@@ -76,10 +77,11 @@ class History:
             [2, 3, 4]
         """
         rows = self.tokens.shape[0]
-        # where the event's request ends
-        behind = self.offsets[1:].repeat_interleave(self.lengths, output_size=rows)
-        row = torch.arange(rows, device=behind.device)
-        return self._only(row >= behind - length)
+        end = self.offsets[1:].repeat_interleave(
+            self.lengths, output_size=rows
+        )  # of the event's request
+        row = torch.arange(rows, device=end.device)
+        return self._only(row >= end - length)
 
     def _only(self, kept: Tensor) -> History:
         return self._of_rows(kept.nonzero()[:, 0], counted(kept, self.offsets))
@@ -91,12 +93,12 @@ class History:
         )
 
     def widened(self) -> History:
-        """With tokens of float32 at least, for sums over many of them."""
+        """The history with tokens in at least float32, for sums over many of them."""
         dtype = torch.promote_types(self.tokens.dtype, torch.float32)
         return dataclasses.replace(self, tokens=self.tokens.to(dtype))
 
     def event_weights(self, half_lives: tuple[float, ...]) -> Tensor:
-        """w_hi = a_i exp(-lambda_h t_i), [N, len(half_lives)], of the tokens' dtype.
+        """w_hi = a_i exp(-lambda_h t_i), [N, len(half_lives)], in the tokens' dtype.
 
         Example:
             >>> import math, torch
@@ -113,12 +115,12 @@ class History:
 def decay_rates(half_lives: tuple[float, ...], tokens: Tensor | None = None) -> Tensor:
     """lambda = ln 2 / half-life; 0 for an infinite half-life.
 
-    They are made where they are used, and are no buffer: casting a module would round them, and a
-    module built on the meta device would lose them.
+    They are computed where they are used instead of kept in a buffer: casting a module would round a
+    buffer, and a module built on the meta device would lose it.
 
     Args:
         half_lives: positive.
-        tokens: what they are used with; None for float32 on the CPU.
+        tokens: the tokens that they are used with; None for float32 on the CPU.
 
     Returns:
         [len(half_lives)] float32 (float64 for float64 tokens), on the tokens' device.
@@ -132,14 +134,15 @@ def decay_rates(half_lives: tuple[float, ...], tokens: Tensor | None = None) -> 
     double = tokens is not None and tokens.dtype == torch.float64
     device = torch.device("cpu") if tokens is None else tokens.device
     dtype = torch.float64 if double else torch.float32
-    # filled in on the device: to copy them from the host would make it wait for a GPU
+    # filled on the device: copying them from the host would wait for a GPU
     return torch.stack(
         [torch.full((), math.log(2.0) / h, dtype=dtype, device=device) for h in half_lives]
     )
 
 
 def normalised(sums: Tensor, weight: Tensor) -> Tensor:
-    """Means [..., d] of sums [..., d] of weighted rows, 0 where the weight [...] is none.
+    """Means [..., d] from weighted sums [..., d] and their total weights [...]; 0 where these are
+    negligible (FORGOTTEN).
 
     Example:
         >>> import torch
@@ -151,7 +154,7 @@ def normalised(sums: Tensor, weight: Tensor) -> Tensor:
 
 
 def counted(kept: Tensor, offsets: Tensor) -> Tensor:
-    """The offsets [B + 1] of the rows that are kept, [rows] bool.
+    """The offsets [B + 1] of the kept rows; ``kept`` is [rows] bool.
 
     Example:
         >>> import torch

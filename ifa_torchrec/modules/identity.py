@@ -1,4 +1,4 @@
-"""The identity heads: how much of a history is of the candidate's own id."""
+"""The identity heads: how much of a history has the candidate's own id."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from ifa_torchrec.ops.jagged import request_of_row
 
 
 class IdentityHeads(nn.Module):
-    """Linear attention whose phi is the one-hot of an id's bucket: "the same item?".
+    """Linear attention whose phi is the one-hot encoding of an id's bucket: "is it the same item?".
 
-    For each identity feature and half-life: how much of the history has the candidate's id and, but
-    where identity_head_dim is 0, the mean value of those events. Id 0 is "unknown": two unknown ids are
-    not the same, and a state has no row for them. Bucket 0 is a bucket as the others, of the ids R,
-    2 R, ... Our own addition to the paper's algebra.
+    For each identity feature and half-life: how much of the history has the candidate's id and, unless
+    identity_head_dim is 0, the mean value of those events. Id 0 is "unknown": two unknown ids do not
+    match, and a state has no row for them. Bucket 0 is a normal bucket, for the ids R, 2 R, ... Our own
+    addition to the paper's algebra.
 
     Args:
         config: InteractionConfig with identity_features.
@@ -57,7 +57,7 @@ class IdentityHeads(nn.Module):
 
     @property
     def decay(self) -> Tensor:
-        """The rates of the half-lives, [L] float32 on the CPU."""
+        """The decay rates for the half-lives, [L] float32 on the CPU."""
         return decay_rates(self.config.identity_head_half_lives)
 
     def forward(
@@ -65,7 +65,7 @@ class IdentityHeads(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Join the candidates' ids with those of their history's events.
 
-        Nothing of the size of the buckets is built.
+        Nothing of the size of the bucket range is allocated.
 
         Args:
             candidates: B sets with M rows of width D.
@@ -78,13 +78,13 @@ class IdentityHeads(nn.Module):
         outputs, matched, buckets = [], [], self.config.num_identity_buckets
         rates = decay_rates(self.config.identity_head_half_lives, history.tokens)
         ids, tokens = _given(history), history.tokens
-        if self.value_proj is None:  # what the join sums is not asked for
+        if self.value_proj is None:  # the sums of tokens are not used
             tokens = tokens.new_zeros(len(tokens), 1)
         for k, (weight, events) in enumerate(
             zip(self._value_weights(), self._gated(history), strict=True)
         ):
             token_sum, weight_sum = ops.match(
-                # the unknown of either side fall into buckets of their own, beyond all others
+                # unknown ids of either side get a bucket of their own, beyond all others
                 self.bucket(candidate_ids[:, k], unknown=buckets),
                 candidates.offsets(),
                 tokens,
@@ -105,12 +105,12 @@ class IdentityHeads(nn.Module):
         return torch.cat(outputs, dim=1), torch.cat(matched, dim=1)
 
     def encode(self, history: History) -> dict[str, Any]:
-        """The state's tables: UserState's fields whose names begin with identity."""
+        """The state's tables: UserState's fields whose names begin with ``identity_``."""
         history = history.widened()
         tokens, half_lives = history.tokens, self.config.identity_head_half_lives
         key_range = self.config.identity_key_range
         keys = self.keys(_given(history))
-        keys = torch.where(keys < 0, key_range, keys)  # the unknown, whose row is left out below
+        keys = torch.where(keys < 0, key_range, keys)  # unknown ids, whose row is dropped below
         offsets, key, row = distinct_keys(
             request_of_row(history.offsets, tokens.shape[0])[:, None].expand_as(keys).flatten(),
             keys.flatten(),
@@ -141,10 +141,10 @@ class IdentityHeads(nn.Module):
     def attend(
         self, candidates: JaggedTensor, state: UserState, candidate_ids: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What ``forward`` gives, read from the state's tables in place of the history.
+        """What ``forward`` returns, computed from the state's tables instead of the history.
 
         Args:
-            candidates, candidate_ids: as ``forward``'s.
+            candidates, candidate_ids: as for ``forward``.
             state: UserState of B requests.
         """
         offsets, key, values, weights = state.identity_tables()
@@ -154,7 +154,7 @@ class IdentityHeads(nn.Module):
         keys = self.keys(candidate_ids)
         wanted = torch.where(keys < 0, -1, wanted + keys)  # [M, K]
         row = torch.searchsorted(there, wanted)
-        # what is not there reads one more row, of zeros
+        # ids that are not in the table read an extra row of zeros
         found = F.pad(there, (0, 1), value=-1)[row] == wanted
         row = torch.where(found, row, there.shape[0])
         total = F.pad(weights, (0, 0, 0, 1))[row]  # [M, K, L]
@@ -162,7 +162,7 @@ class IdentityHeads(nn.Module):
         return normalised(value, total).flatten(1, 2), total.flatten(1)
 
     def attention_weights(self, history: History, candidate_ids: Tensor) -> list[Tensor]:
-        """What each event of one request weighs, [m, n, L] for each identity feature."""
+        """The weight of each event of one request, [m, n, L] for each identity feature."""
         result = []
         buckets = self.bucket(candidate_ids).T, self.bucket(_given(history)).T
         for asked, had, events in zip(*buckets, self._gated(history), strict=True):
@@ -172,8 +172,8 @@ class IdentityHeads(nn.Module):
         return result
 
     def keys(self, ids: Tensor) -> Tensor:
-        """The key of each id in a state's tables: feature number times R plus bucket, and -1 for the
-        unknown; [n, K]."""
+        """The key of each id in a state's tables: feature number times R plus bucket, or -1 for an
+        unknown id; [n, K]."""
         config = self.config
         first = torch.arange(
             0, config.identity_key_range, config.num_identity_buckets, device=ids.device
@@ -186,14 +186,14 @@ class IdentityHeads(nn.Module):
         return torch.where(ids == 0, unknown, ids.to(torch.int64) % self.config.num_identity_buckets)
 
     def _gated(self, history: History) -> list[History]:
-        """The history as each identity feature's heads weigh it: with gates, its weights are [N, L]."""
+        """The history for each identity feature; with gates, its weights are [N, L]."""
         if self.gates is None:
             return [history] * len(self.config.identity_features)
         weights: Any = self.gates(history).weights  # [N, K, L]
         return [dataclasses.replace(history, weights=w) for w in weights.unbind(1)]
 
     def _value_weights(self) -> Sequence[Tensor | None]:
-        """Of each identity feature, [d, D]; None where it has no values."""
+        """The value projection of each identity feature, [d, D]; None without values."""
         if self.value_proj is None:
             return [None] * len(self.config.identity_features)
         return self.value_proj.weight.unflatten(0, (-1, self.config.identity_width)).unbind()
@@ -201,5 +201,5 @@ class IdentityHeads(nn.Module):
 
 def _given(history: History) -> Tensor:
     if history.ids is None:
-        raise ValueError("history: it has no ids, which identity heads compare")
+        raise ValueError("history has no ids, which the identity heads compare")
     return history.ids

@@ -21,37 +21,38 @@ from ifa_torchrec.ops.autocast import as_autocast
 from ifa_torchrec.ops.jagged import request_of_row
 
 _GAINS = {"elu": 1.5, "relu": 1.5, "hedgehog": 3.0}
-"""Queries and keys start as this times the (normed) tokens; larger is more selective, and learns more
-slowly where it is too large."""
+"""Initial gain: queries and keys start as this times the (normed) tokens. A larger gain is more
+selective; one that is too large learns more slowly."""
 _SOFT = 1.2
-"""The same of keys under the softmax read-out, whose sharpness is the softmax's: soft features."""
+"""The initial gain of keys under the softmax read-out, where the softmax provides the selectivity and
+features can be soft."""
 
 
 class InteractionFidelityAttention(SequenceInteraction):
-    """Every candidate attends every event, at a cost linear in both (arXiv 2406.09742, idea 2).
+    """Every candidate attends to every event, at a cost linear in both (arXiv 2406.09742, idea 2).
 
         out_hc = phi(q_hc)^T S_h / (phi(q_hc)^T z_h + eps s_h)
 
     with the user state S_h = sum_i w_hi phi(k_hi) v_hi^T and z_h = sum_i w_hi phi(k_hi), event
     weights w_hi = a_i g_h(e_i) exp(-lambda_h t_i), and s_h = sum_f z_hf. The gate g_h(e_i) of the
-    event's kind is 1 where the config has no gates. The result is that of the quadratic form; no event
+    event's kind is 1 if the config has no gates. The result equals that of the quadratic form; no event
     is dropped. ``forward(candidates, history)`` equals ``attend(candidates, encode(history))``. Interest
     masses, identity heads and gates are our own additions.
 
-    With ``readout="softmax"`` the same state is read otherwise: a candidate attends by softmax to the
+    With ``readout="softmax"`` the same state is read differently: a candidate attends by softmax to the
     d_phi summaries mu_hr = S_hr / z_hr of a head, each the mean value of the events that have feature r,
 
         out_hc = sum_r E_hcr S_hr / sum_r E_hcr z_hr        E_hcr = exp(q_hc^T mu_hr / sqrt(d))
 
-    which is the linear read-out with features of the candidate that the history has made. The mass is
-    the denominator's either way.
+    This is the linear read-out with candidate features E that depend on the history. In both cases the
+    mass is computed from the denominator.
 
-    As numerator and denominator decay together, a history answers the same however old it is, and only
-    its mass says that it is old: for 80 half-lives, after which a head answers as if there were none.
+    As numerator and denominator decay together, the output does not depend on the age of the history as
+    a whole; only the mass does. After 80 half-lives a head's output is that of an empty history.
 
     Args:
         config: IFAConfig.
-        device: of the parameters; after the meta device, ``to_empty`` and ``reset_parameters``.
+        device: of the parameters. If "meta", call ``to_empty`` and ``reset_parameters`` later.
 
     Example:
         >>> import torch
@@ -69,7 +70,7 @@ class InteractionFidelityAttention(SequenceInteraction):
     """
 
     config: IFAConfig
-    reaches_every_parameter = True  # the operators' gradients of no rows are zeros
+    reaches_every_parameter = True  # the operators return zero gradients for empty inputs
 
     def __init__(self, config: IFAConfig, device: torch.device | str | None = None) -> None:
         super().__init__(config, device)
@@ -105,18 +106,20 @@ class InteractionFidelityAttention(SequenceInteraction):
     ) -> UserState:
         """Sum B histories into a user state.
 
+        Histories that do not fit into memory at once can be passed in parts: every argument is then an
+        iterable, and each part has some of the events of all B requests.
+
         Args:
-            history: event tokens, values [N, D]; or an iterable of such, the parts of histories
-                that are too long to be held at once, all of the same B requests.
-            history_age: [N], or an iterable of such, a part each.
-            history_ids: [N, K] integers, or an iterable of such, a part each.
-            history_gates: [N, G] integers, or an iterable of such, a part each.
+            history: event tokens, values [N, D]; or an iterable of one JaggedTensor per part.
+            history_age: [N]; or an iterable of one tensor per part.
+            history_ids: [N, K] integers; or an iterable of one tensor per part.
+            history_gates: [N, G] integers; or an iterable of one tensor per part.
 
         Returns:
             UserState of B requests.
 
         Raises:
-            ValueError: as ``forward``; or there is no part.
+            ValueError: as ``forward``; or there are no parts, or the arguments differ in their number.
         """
         if not isinstance(history, (JaggedTensor, Tensor, str)):
             return self._encode_parts(
@@ -140,12 +143,12 @@ class InteractionFidelityAttention(SequenceInteraction):
         history_ids: Tensor | None = None,
         history_gates: Tensor | None = None,
     ) -> UserState:
-        """Let time pass and add new events, at a cost that old events do not enter.
+        """Decay a state by the elapsed time and add new events, at a cost independent of the old events.
 
         Args:
-            state: B users' state at some time.
-            new_history: the events since, values [N, D].
-            elapsed: [B] >= 0, the time that has passed since; None for none.
+            state: the state of B users at some time.
+            new_history: the events since then, values [N, D].
+            elapsed: [B] >= 0, the time passed since then; None for 0.
             history_age: [N], ages of the new events at the new time; None for 0.
             history_ids: [N, K] integers.
             history_gates: [N, G] integers.
@@ -165,11 +168,11 @@ class InteractionFidelityAttention(SequenceInteraction):
             [6]
 
         Raises:
-            ValueError: as ``forward``; or ``elapsed`` is of another shape or negative.
+            ValueError: as ``forward``; or ``elapsed`` has another shape or is negative.
         """
         if len(new_history.offsets()) - 1 != len(state):
             raise ValueError(
-                f"new_history is of {len(new_history.offsets()) - 1} requests, the state of {len(state)}"
+                f"new_history has {len(new_history.offsets()) - 1} requests, the state has {len(state)}"
             )
         self._check_state(state)
         new = self.encode(new_history, history_age, history_ids, history_gates)
@@ -178,18 +181,18 @@ class InteractionFidelityAttention(SequenceInteraction):
     def attend(
         self, candidates: JaggedTensor, state: UserState, candidate_ids: Tensor | None = None
     ) -> JaggedTensor:
-        """What ``forward`` gives, from the state instead of the history.
+        """What ``forward`` returns, computed from the state instead of the history.
 
         Args:
-            candidates: B requests' candidate tokens, values [M, D].
+            candidates: candidate tokens of B requests, values [M, D].
             state: UserState of B requests.
-            candidate_ids: [M, K] integers; needed where the config has identity features.
+            candidate_ids: [M, K] integers; required if the config has identity features.
 
         Returns:
             JaggedTensor with values [M, D].
 
         Raises:
-            ValueError: as ``forward``; or the state is of another configuration.
+            ValueError: as ``forward``; or the state does not fit the configuration.
         """
         self._check_candidates(candidates, candidate_ids, len(state))
         self._check_state(state)
@@ -208,22 +211,22 @@ class InteractionFidelityAttention(SequenceInteraction):
         candidate_ids: Tensor | None = None,
         history_gates: Tensor | None = None,
     ) -> list[Tensor]:
-        """How much each event weighs in each head's answer to each candidate.
+        """The weight of each event in each head's output for each candidate.
 
-        For explanation and for tests: it is the quadratic form, O(n m) a request; give it the
-        candidates that you ask about.
+        For explanations and tests: it is the quadratic form, O(n m) per request, so pass only the
+        candidates of interest.
 
         Args:
-            candidates, history, history_age, history_ids, candidate_ids, history_gates: as
-                ``forward``'s.
+            candidates, history, history_age, history_ids, candidate_ids, history_gates: as for
+                ``forward``.
 
         Raises:
             ValueError: as ``forward``.
 
         Returns:
-            For each request, [m, n, H + K * L]: the weights with which a head (the dense ones,
+            For each request, [m, n, H + K * L]: the weights with which a head (first the dense heads,
             then the identity heads) averages the events' values. They sum to 1 over the events
-            where anything matched, and are 0 where nothing did.
+            if anything matched, and are 0 if nothing did.
 
         Example:
             >>> import torch
@@ -256,12 +259,12 @@ class InteractionFidelityAttention(SequenceInteraction):
     def _history(
         self, tokens: JaggedTensor, ages: Tensor | None, ids: Tensor | None, gates: Tensor | None
     ) -> History:
-        # cast here once, not by each operator that takes them
+        # cast once here instead of in each operator
         events = super()._history(tokens, ages, ids, gates)
         return dataclasses.replace(events, tokens=as_autocast(events.tokens))
 
     def _gated(self, history: History) -> History:
-        """The history as the dense heads weigh it, with weights [N, H] where there are gates."""
+        """The history for the dense heads; with gates, its weights are [N, H]."""
         return history if self.gates is None else self.gates(history)
 
     def _encode_dense(self, history: History) -> tuple[Tensor, Tensor]:
@@ -289,7 +292,7 @@ class InteractionFidelityAttention(SequenceInteraction):
                 self.config.backend,
             )
             return heads, self._mass_of_log(log_matched)
-        # the op's eps is absolute: scaled to 1, a state of any age is read out as one of today
+        # the operator's eps is absolute: after scaling to 1, the age of a state does not matter
         scale = _scale(key_sum)
         heads, matched = ops.attend(
             candidates.values(),
@@ -305,7 +308,7 @@ class InteractionFidelityAttention(SequenceInteraction):
         return heads, self._mass(matched * scale[request])
 
     def _dense_weights(self, asking: Tensor, event: History) -> Tensor:
-        """What each event of one request weighs for the candidates asking [m, D]: [m, n, H]."""
+        """The weight of each event of one request for the candidates ``asking`` [m, D]: [m, n, H]."""
         config, reference = self.config, ops.reference
         weight = self._gated(event).event_weights(self.half_lives)
         projections = [self.heads(p) for p in (self.query_proj, self.key_proj, self.value_proj)]
@@ -325,6 +328,7 @@ class InteractionFidelityAttention(SequenceInteraction):
     def _encode_parts(
         self, history: Iterable[JaggedTensor], **given: Iterable[Tensor] | None
     ) -> UserState:
+        """The sum of the parts' states; holds one part at a time."""
         state = None
         end: Any = object()
         parts = {name: iter(x) for name, x in given.items() if x is not None}
@@ -339,7 +343,7 @@ class InteractionFidelityAttention(SequenceInteraction):
             if next(rest, end) is not end:
                 raise ValueError(f"{name}: more parts than history has")
         if state is None:
-            raise ValueError("history: no part given; an empty history is a JaggedTensor of length 0")
+            raise ValueError("history: no parts given; an empty history is a JaggedTensor of length 0")
         return state
 
     def _check_state(self, state: UserState) -> None:
@@ -348,17 +352,17 @@ class InteractionFidelityAttention(SequenceInteraction):
         shapes = (tuple(state.key_value.shape[1:]), tuple(state.key_sum.shape[1:]))
         if shapes != (wanted, wanted[:2]):
             raise ValueError(
-                f"state: key_value is [B, *{list(state.key_value.shape[1:])}], this configuration's "
-                f"is [B, *{list(wanted)}]; encode the histories with this module"
+                f"state: key_value must be [B, *{list(wanted)}] for this configuration, got "
+                f"[B, *{list(state.key_value.shape[1:])}]; encode the histories with this module"
             )
         if self.identity is not None:
             tables = (len(config.identity_head_half_lives), config.identity_width)
             found = None if state.identity_value is None else tuple(state.identity_value.shape[1:])
             if (found, state.identity_key_range) != (tables, config.identity_key_range):
                 raise ValueError(
-                    f"state: its identity tables are [U, L, d] = [U, {found}] of keys below "
-                    f"{state.identity_key_range}, this configuration's are [U, {tables}] of keys below "
-                    f"{config.identity_key_range}; encode the histories with this module"
+                    f"state: identity tables must have [L, d] = {tables} and keys below "
+                    f"{config.identity_key_range} for this configuration, got {found} and "
+                    f"{state.identity_key_range}; encode the histories with this module"
                 )
 
     def _decayed(self, state: UserState, elapsed: Tensor) -> UserState:
@@ -384,14 +388,14 @@ class InteractionFidelityAttention(SequenceInteraction):
 
 
 def summaries(key_value: Tensor, key_sum: Tensor) -> tuple[Tensor, Tensor]:
-    """A state's features as summaries of the history, which the softmax read-out attends to.
+    """A state's features as summaries of the history, to which the softmax read-out attends.
 
     Args:
         key_value: S [..., H, d_phi, d]; key_sum: z [..., H, d_phi].
 
     Returns:
-        The means S / z [..., H, d_phi, d], and log z [..., H, d_phi]; zeros and -inf of a feature that
-        no event has, or next to none of a head's: 2^-80 of it.
+        The means S / z [..., H, d_phi, d], and log z [..., H, d_phi]; zeros and -inf for a feature that
+        no event has, or that is at most 2^-80 of its head's sum.
 
     Example:
         >>> import torch
@@ -401,7 +405,7 @@ def summaries(key_value: Tensor, key_sum: Tensor) -> tuple[Tensor, Tensor]:
         ([3.0, 0.0], [2.0, 0.0])
     """
     total = key_sum.sum(-1, keepdim=True)
-    # said so that a NaN is not "none"
+    # these comparisons are False for NaN, which so stays NaN
     none = (total <= FORGOTTEN) | (key_sum / _scale(key_sum)[..., None] <= FORGOTTEN)
     weight = key_sum.masked_fill(none, 1.0)
     mean = key_value.masked_fill(none[..., None], 0.0) / weight[..., None]
@@ -409,7 +413,7 @@ def summaries(key_value: Tensor, key_sum: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scale(key_sum: Tensor) -> Tensor:
-    """s_h = sum_f z_hf [..., H] of z [..., H, d_phi]: all the features that a history holds; 1 where it
-    holds none."""
+    """s_h = sum_f z_hf [..., H] for z [..., H, d_phi]: the sum of a history's features, or 1 if that is
+    negligible (FORGOTTEN)."""
     total = key_sum.sum(-1)
     return torch.where(total > FORGOTTEN, total, 1.0)

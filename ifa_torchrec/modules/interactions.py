@@ -1,4 +1,4 @@
-"""The interactions by name: a new one is added here, and models and commands know it."""
+"""The registry of interactions: add a new one here to make it available to models and commands."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ INTERACTIONS: dict[str, Callable[[IFAConfig, int, str | None], SequenceInteracti
     "solar": lambda config, *_: SOLARAttention(config),
     "hstu": lambda config, *_: HSTUAttention(config),
 }
-"""By name, what builds it from the configuration that all share, the number of events that a candidate
-attends to where not to all, and the id feature to search by."""
+"""Constructors by name. Arguments: the shared configuration, the number of events that a candidate
+attends to (if not all), and the id feature to search by."""
 
 if TYPE_CHECKING:
     InteractionName = str
 else:
     InteractionName = Literal[tuple(INTERACTIONS)]
-    """The names as a type, by which a command line lists them as choices."""
+    """The names as a type, from which a command line lists the choices."""

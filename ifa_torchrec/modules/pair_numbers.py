@@ -1,4 +1,4 @@
-"""A number for each pair of ids, without a vector of them for each candidate."""
+"""A learnt number for each pair of ids, without materialising a vector of them per candidate."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import torch
 from torch import Tensor, nn
 
 BUCKETS = 64
-"""Of the ids of a feature whose pairs are told apart; of a feature of fewer values each has its own."""
+"""Buckets of a feature's ids; with fewer ids than this, each has its own."""
 _SCALE = 3.0
-"""Of the numbers over the parameters, so that they are learnt as fast as products of tokens."""
+"""Factor from parameters to numbers, so that these are learnt as fast as products of tokens."""
 
 
 class PairNumbers(nn.Module):
-    """A number for each pair of an id feature's ids, by their remainders of ``BUCKETS``.
+    """A learnt number for each pair of ids of a feature, taken modulo ``BUCKETS``.
 
-    The cross-product transformation of Wide & Deep learning (Cheng et al. 2016, arXiv 1606.07792), of
-    one feature with itself. Id 0 is "unknown", and has no pairs. All start at 0.
+    The cross-product transformation of Wide & Deep learning (Cheng et al. 2016, arXiv 1606.07792) of
+    one feature with itself. Id 0 is "unknown" and has no pairs. All numbers start at 0.
 
     Args:
         features: F.
-        outputs: T, numbers of a pair.
+        outputs: T, numbers per pair.
         device: of the weight.
 
     Example:
@@ -38,26 +38,26 @@ class PairNumbers(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start anew; also after ``to_empty``."""
+        """(Re)initialise the parameters; call after ``to_empty``."""
         nn.init.zeros_(self.weight)
 
     def _numbers(self) -> Tensor:
-        """[F, BUCKETS, T, BUCKETS], of an id and of the other one."""
+        """[F, BUCKETS, T, BUCKETS]: feature, bucket of an id, output, bucket of the other id."""
         return self.weight.view(self.features, BUCKETS, self.outputs, BUCKETS)
 
     def table(self) -> Tensor:
-        """What ``both`` looks up, [F BUCKETS^2, T]: made once for many calls."""
+        """The table that ``both`` looks up, [F BUCKETS^2, T]; computed once for many calls."""
         return _SCALE * self._numbers().transpose(2, 3).reshape(-1, self.outputs)
 
     def both(self, table: Tensor, ids: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
         """
         Args:
-            table: what ``table`` gave.
-            ids: [M, F] integers, and others: [..., M, F], or of a shape that fits it.
+            table: the result of ``table``.
+            ids: [M, F] integers, and others: [..., M, F], or a shape that broadcasts to it.
 
         Returns:
-            What the others add to the terms of each, and each to those of the others, summed over the
-            features; [..., M, T] both.
+            What the others add to the terms of each, and what each adds to those of the others, summed
+            over the features; both [..., M, T].
         """
         first = torch.arange(0, self.features * BUCKETS**2, BUCKETS**2, device=ids.device)
         one, other = ids % BUCKETS, others % BUCKETS
@@ -68,15 +68,15 @@ class PairNumbers(nn.Module):
         return to, back
 
     def of_taken(self, ids: Tensor, taken: Tensor, request: Tensor, requests: int) -> Tensor:
-        """What those that are taken add to the terms of the other candidates of their request.
+        """What the taken candidates add to the terms of the other candidates of their request.
 
-        Each request's taken are counted by bucket, and the counts multiplied by the numbers once a
-        request.
+        Each request's taken candidates are counted by bucket, and the counts are multiplied by the
+        numbers once per request.
 
         Args:
             ids: [M, F] integers.
             taken: [M] bool.
-            request: [M] int64, which of the requests a candidate is of.
+            request: [M] int64, the request of each candidate.
             requests: B.
 
         Returns:

@@ -1,4 +1,4 @@
-"""The linear maps of an interaction, with the start that their place asks for, and random hashes."""
+"""The linear maps of an interaction, with their initialisations, and random hashes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 def hyperplanes(dim: int, bits: int, device: torch.device | str | None) -> Tensor:
-    """Random ones of a frozen hash, [dim, bits].
+    """Random hyperplanes of a frozen hash, [dim, bits].
 
-    They are made on the CPU where the device, or torch's default device, is meta:
-    DistributedModelParallel fills buffers that it finds there with zeros.
+    They are created on the CPU if the device, or torch's default device, is meta:
+    DistributedModelParallel fills meta buffers with zeros.
 
     Example:
         >>> from ifa_torchrec.modules.projections import hyperplanes
@@ -24,7 +24,7 @@ def hyperplanes(dim: int, bits: int, device: torch.device | str | None) -> Tenso
 
 
 def reset_all(module: nn.Module) -> None:
-    """Call ``reset_parameters`` of all modules in a module.
+    """Call ``reset_parameters`` of all submodules of a module.
 
     Example:
         >>> import torch
@@ -42,17 +42,17 @@ def reset_all(module: nn.Module) -> None:
 
 
 class TokenProjection(nn.Linear):
-    """Tokens to heads; where the heads' width is D, or a multiple of it, it starts as ``gain`` times
-    the identity, or as many of them.
+    """Projects tokens to heads. If the heads' total width is a multiple of D, the weight starts as
+    ``gain`` times stacked identity matrices.
 
-    So, before any training, an event counts as it resembles the candidate, and the answer lies in the
-    tokens' own space, where comparing it with the candidate means something. From a random start neither
-    softmax nor linear attention finds that in a million rows.
+    So before any training an event's weight reflects its similarity to the candidate, and the output is
+    in the tokens' own space, where it can be compared with the candidate. From a random start, neither
+    softmax nor linear attention learns that in a million rows.
 
     Args:
-        dim: D, of the tokens.
-        width: H d, of the heads together.
-        gain: what the identity is scaled by.
+        dim: D, width of the tokens.
+        width: H d, total width of the heads.
+        gain: factor of the identity.
         device: of the weight.
 
     Example:
@@ -68,8 +68,8 @@ class TokenProjection(nn.Linear):
         super().__init__(dim, width, bias=False, device=device)
 
     def reset_parameters(self) -> None:
-        """Start anew; also after ``to_empty``."""
-        super().reset_parameters()  # drawn in any case: what is drawn next depends on no width
+        """(Re)initialise the parameters; call after ``to_empty``."""
+        super().reset_parameters()  # always drawn, so that later random draws do not depend on widths
         copies, rest = divmod(self.out_features, self.in_features)
         if rest == 0:
             with torch.no_grad():
@@ -78,13 +78,13 @@ class TokenProjection(nn.Linear):
 
 
 class OutputProjection(nn.Linear):
-    """Heads and masses to D; starts as the mean of the dense heads' outputs, the first ``width``
-    columns, where that is D or a multiple of it.
+    """Projects heads and masses to D. If the first ``width`` columns, the dense heads' outputs, are a
+    multiple of D, it starts as their mean.
 
     Args:
-        features: of the heads and masses together.
+        features: total width of heads and masses.
         dim: D.
-        width: H d, of the dense heads.
+        width: H d, total width of the dense heads.
         device: of the parameters.
 
     Example:
@@ -100,7 +100,7 @@ class OutputProjection(nn.Linear):
         super().__init__(features, dim, device=device)
 
     def reset_parameters(self) -> None:
-        """Start anew; also after ``to_empty``."""
+        """(Re)initialise the parameters; call after ``to_empty``."""
         super().reset_parameters()
         copies, rest = divmod(self.width, self.out_features)
         if rest == 0:
@@ -111,13 +111,13 @@ class OutputProjection(nn.Linear):
 
 
 class ZeroLinear(nn.Linear):
-    """A linear layer that starts at 0: what it adds is nothing until training finds something.
+    """A linear layer without bias that starts at 0, so that it adds nothing before training.
 
-    The start of ReZero (Bachlechner et al. 2020, arXiv 2003.04887), of a matrix. Without a bias.
+    The initialisation of ReZero (Bachlechner et al. 2020, arXiv 2003.04887) for a matrix.
 
     Args:
-        features: width of what comes in.
-        outputs: width of what goes out.
+        features: width of the input.
+        outputs: width of the output.
         device: of the weight.
 
     Example:
@@ -131,5 +131,5 @@ class ZeroLinear(nn.Linear):
         super().__init__(features, outputs, bias=False, device=device)
 
     def reset_parameters(self) -> None:
-        """Start anew; also after ``to_empty``."""
+        """(Re)initialise the parameters; call after ``to_empty``."""
         nn.init.zeros_(self.weight)

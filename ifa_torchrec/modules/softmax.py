@@ -1,4 +1,4 @@
-"""Softmax target attention, over everything or over the latest events."""
+"""Softmax target attention over all or only the latest events."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ifa_torchrec.modules.history import History
 from ifa_torchrec.ops.jagged import rows_of_requests
 
 _MOST_SCORES = 1 << 16
-"""Scores of a head that a group of several requests may have."""
+"""Most scores per head in a group of several requests."""
 
 
 def softmax_gain(config: InteractionConfig) -> float:
-    """What queries and keys start as, times the (normed) tokens: the score of a token with itself is
-    then 12, enough to stand out among 10^4.
+    """The initial gain of queries and keys over the (normed) tokens. The score of a token with itself is
+    then 12, enough to stand out among 10^4 events.
 
     Example:
         >>> from ifa_torchrec.modules import InteractionConfig
@@ -35,15 +35,15 @@ def softmax_gain(config: InteractionConfig) -> float:
 class SoftmaxAttention(SequenceInteraction):
     """Multi-head softmax target attention over the history (Vaswani et al. 2017), O(n m d).
 
-    Requests of about the same sizes are attended together, padded to the largest of them, in groups of a
-    bounded size; one of 10^4 candidates and events is a group of its own. Half-lives and event weights
-    enter as log w_i beside the scores, the softmax form of the same weighting; an event of weight 0 is
-    not there. Without interest masses no matrix of scores is kept.
+    Requests of similar size are processed together, padded to the largest of them, in groups of bounded
+    size; one with 10^4 candidates and events is a group of its own. Half-lives and event weights are
+    added to the scores as log w_i, the softmax form of the same weighting; an event of weight 0 is
+    treated as absent. Without interest masses no matrix of scores is kept.
 
     Args:
         config: InteractionConfig.
-        recent_length: attend only to the latest so many events; None for all. Identity heads, if
-            the config has any, see the whole history all the same.
+        recent_length: the number of latest events to attend to; None for all. Identity heads, if
+            the config has any, still see the whole history.
         device: of the parameters.
 
     Example:
@@ -58,7 +58,7 @@ class SoftmaxAttention(SequenceInteraction):
 
     reads_sizes = True
     _together = True
-    """Whether ``_attend`` takes several requests as heads of one; not where heads differ from it."""
+    """Whether ``_attend`` may treat several requests as further heads; False if its heads differ."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class SoftmaxAttention(SequenceInteraction):
     def dense_heads(
         self, candidates: JaggedTensor, history: History, candidate_ids: Tensor | None, /
     ) -> tuple[Tensor, Tensor | None]:
-        """Outputs [M, H, d], and masses [M, H] if the config asks for them."""
+        """Outputs [M, H, d], and masses [M, H] if the config has interest_mass."""
         history = history.present()
         if self.recent_length is not None:
             history = history.latest(self.recent_length)
@@ -91,7 +91,7 @@ class SoftmaxAttention(SequenceInteraction):
         shape = (-1, self.config.num_heads, self.config.head_width)
         query, keys, values = (rows.view(shape).transpose(0, 1) for rows in (query, keys, values))
         if len(asked) == 1 and asked[0] > 0 and found[0] > 0:
-            output, log_sum = self._attend(query, keys, values, bias)  # as in an exported graph
+            output, log_sum = self._attend(query, keys, values, bias)  # for exported graphs
             return self._with_masses(output, log_sum)
         places, outputs, log_sums = [], [], []
         for group in _groups(asked, found, self._together):
@@ -101,7 +101,7 @@ class SoftmaxAttention(SequenceInteraction):
             if not event_there.all():
                 weight = torch.zeros_like(keys[..., 0][:, events]) if weight is None else weight
                 weight = weight.masked_fill(~event_there, -torch.inf)
-            # requests beside heads: what each of them does, it does by itself
+            # requests become further heads, which are independent of each other
             output, log_sum = self._attend(
                 _of_group(query, rows),
                 _of_group(keys, events),
@@ -112,7 +112,7 @@ class SoftmaxAttention(SequenceInteraction):
             outputs.append(output.unflatten(0, (len(query), -1))[:, row_there])
             log_sums.append(log_sum.unflatten(0, (len(query), -1))[:, row_there])
         output, log_sum = torch.zeros_like(query), torch.full_like(query[..., 0], -torch.inf)
-        if places:  # those that found nothing stay as they are
+        if places:  # candidates without events keep zeros and -inf
             place = torch.cat(places)
             output = output.index_copy(1, place, torch.cat(outputs, 1).to(output.dtype))
             log_sum = log_sum.index_copy(1, place, torch.cat(log_sums, 1).to(log_sum.dtype))
@@ -120,7 +120,7 @@ class SoftmaxAttention(SequenceInteraction):
 
     def _projected(self, candidates: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
         """Queries [M, H d], keys and values [N, H d]."""
-        if candidates is tokens:  # rows among themselves, in one pass
+        if candidates is tokens:  # self-attention: one matrix product
             maps = (self.query_proj, self.key_proj, self.value_proj)
             return F.linear(tokens, torch.cat([p.weight for p in maps])).chunk(3, dim=1)
         return self.query_proj(candidates), self.key_proj(tokens), self.value_proj(tokens)
@@ -134,14 +134,13 @@ class SoftmaxAttention(SequenceInteraction):
         asked: list[int],
         found: list[int],
     ) -> Tensor:
-        """Outputs [M, H, d] of query [M, H d], keys and values [N, H d] and bias [H, N], without masses:
-        a group's requests beside each other, with no matrix of scores."""
+        """Outputs [M, H, d] for query [M, H d], keys and values [N, H d] and bias [H, N], without
+        masses: a group's requests in one batch, without a matrix of scores."""
         heads = (self.config.num_heads, self.config.head_width)
         parts: list[Tensor] = []
         places: list[Tensor] = []
         for group in _groups(asked, found, True):
             rows = _Block.of(asked, group, query.device)
-            # candidates among themselves
             events = rows if asked == found else _Block.of(found, group, query.device)
             q = rows.take(query).unflatten(-1, heads).transpose(1, 2)
             k, v = (events.take(x).unflatten(-1, heads).transpose(1, 2) for x in (keys, values))
@@ -153,31 +152,31 @@ class SoftmaxAttention(SequenceInteraction):
                 mask = mask[:, :, None].expand(-1, -1, q.shape[2], -1)
             part = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(0, 1)
             if part.shape[0] == query.shape[0] and rows.rows is None:
-                return part  # all rows, in their order
+                return part  # all rows, already in order
             place, kept = rows.places(query.device)
             places.append(place)
             parts.append(part if kept is None else part.index_select(0, kept))
         output = query.new_zeros(query.shape[0], *heads)
-        if not parts:  # nobody found anything
+        if not parts:  # no candidate has events
             return output
         return output.index_copy(0, torch.cat(places), torch.cat(parts).to(output.dtype))
 
     def _with_masses(self, outputs: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor | None]:
-        """From [H, M, d] and [H, M] to what ``dense_heads`` gives."""
+        """From [H, M, d] and [H, M] to the result of ``dense_heads``."""
         masses = self._mass_of_log(log_sums.T) if self.config.interest_mass else None
         return outputs.transpose(0, 1), masses
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, log_weight: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """One request, or several beside each other as further heads, from q [H, m, d], k and v
-        [H, n, d] and log_weight [H, n], -inf where padding is.
+        """Attention for one request, or for several as further heads, with q [H, m, d], k and v
+        [H, n, d] and log_weight [H, n], -inf for padding.
 
         Returns:
-            Outputs [H, m, d], and the logarithms of the sums of the weights [H, m] (not to be read
-            where the config asks for no masses).
+            Outputs [H, m, d], and the logarithms of the sums of the weights [H, m] (unused if the config
+            has interest_mass=False).
         """
-        # the fused kernel does not give the sum of the exponentials, which the mass needs
+        # the fused kernel does not return the sum of the exponentials, which the mass needs
         score = self._scores(q, k, log_weight)
         log_sum = score.logsumexp(-1)
         return (score - log_sum[..., None]).exp() @ v, log_sum
@@ -190,13 +189,13 @@ class SoftmaxAttention(SequenceInteraction):
 
 @dataclass(frozen=True)
 class _Block:
-    """The rows of a group's requests beside each other, filled up to the largest of them.
+    """The rows of a group's requests as one padded batch.
 
     Args:
-        first: row; where all are as large and follow each other.
-        size: requests, and rows of the largest.
-        rows: [requests * largest], what to gather where they are not; what fills up repeats a row.
-        there: [requests, largest] bool, what is no filling; None where nothing is.
+        first: the first row, if all requests have the same size and are consecutive.
+        size: number of requests, and rows of the largest.
+        rows: [requests * largest], the rows to gather otherwise; padding repeats a row.
+        there: [requests, largest] bool, False for padding; None without padding.
     """
 
     first: int
@@ -211,15 +210,15 @@ class _Block:
             group == list(range(group[0], group[0] + len(group)))
             and all(sizes[b] == largest for b in group)
         ):
-            # the sum of none is a number, which in an exported graph of one request fixes no size
+            # the sum of an empty list is a constant: it fixes no size when one request is exported
             return _Block(sum(sizes[: group[0]]), (len(group), largest))
         rows, there = _padded(sizes, group, device)
-        filled = any(sizes[b] != rows.shape[1] for b in group)
+        padded = any(sizes[b] != rows.shape[1] for b in group)
         size = (len(group), rows.shape[1])
-        return _Block(0, size, rows.flatten(), there if filled else None)
+        return _Block(0, size, rows.flatten(), there if padded else None)
 
     def take(self, x: Tensor) -> Tensor:
-        """[requests, largest, W] of x [rows, W]."""
+        """The block of x [rows, W]: [requests, largest, W]."""
         if self.rows is not None:
             return x.index_select(0, self.rows).unflatten(0, self.size)
         number = self.size[0] * self.size[1]
@@ -227,7 +226,8 @@ class _Block:
         return mine.unflatten(0, self.size)
 
     def places(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Which rows the block's are, and which of these are no filling; None for all."""
+        """The rows that the block's entries come from, and the indices of entries that are not padding;
+        None for all entries."""
         if self.rows is None:
             number = self.size[0] * self.size[1]
             return torch.arange(self.first, self.first + number, device=device), None
@@ -238,8 +238,8 @@ class _Block:
 
 
 def _of_group(tokens: Tensor, rows: Tensor) -> Tensor:
-    """The rows [g, longest] of heads [H, n, d], as [H g, longest, d]; of one request, whose rows follow
-    each other, no copy."""
+    """The rows [g, longest] of heads [H, n, d], as [H g, longest, d]; a view for one request, whose rows
+    are consecutive."""
     if len(rows) == 1:
         first = int(rows[0, 0])
         return tokens[:, first : first + rows.shape[1]]
@@ -247,8 +247,8 @@ def _of_group(tokens: Tensor, rows: Tensor) -> Tensor:
 
 
 def _groups(asked: list[int], found: list[int], together: bool) -> Iterator[list[int]]:
-    """Numbers of the requests to attend together: of those that have both candidates and events, alike
-    in size, so that at most half as many scores again are padding."""
+    """Numbers of the requests to process together. Only requests with both candidates and events are
+    included; those in a group have similar sizes, so that padding adds at most half as many scores."""
     order = [b for b in range(len(asked)) if asked[b] and found[b]]
     order.sort(key=lambda b: (asked[b], found[b]))
     group: list[int] = []
@@ -266,8 +266,8 @@ def _groups(asked: list[int], found: list[int], together: bool) -> Iterator[list
 
 
 def _padded(sizes: list[int], group: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The rows of a group's requests, [g, longest], and which of them are there; the others repeat a
-    request's last."""
+    """The rows of a group's requests, [g, longest], and which of them exist; padding repeats a request's
+    last row."""
     ends = torch.tensor(sizes, device=device).cumsum(0)
     mine = torch.tensor(group, device=device)
     size = torch.tensor([sizes[b] for b in group], device=device)

@@ -1,4 +1,4 @@
-"""Task: what a model predicts of a candidate, and what its logits say in the units of the labels."""
+"""Task: what a model predicts for a candidate, and how its logits map to the units of the labels."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Task:
     """One label of a candidate.
 
     Args:
-        name: of the labels.
-        kind: "binary", of a label 0 or 1, whose logit is the log odds; "regression", of a number, whose
+        name: of the label.
+        kind: "binary" for a label 0 or 1, whose logit is the log odds; "regression" for a number, whose
             logit is the standardised number.
-        weight: >= 0, of the task in the loss; 0 to predict it untrained, and so to leave it out.
-        rank: weight of the task in the score that ranks, of either sign (see ``ranking_score``). Where
-            no task has one, the first alone ranks.
+        weight: weight of the task in the loss, >= 0; with 0 the task is not trained.
+        rank: weight of the task in the ranking score, of either sign (see ``ranking_score``). If no task
+            has one, only the first task ranks.
         scale: how a regression's labels are standardised.
 
     Raises:
@@ -46,10 +46,12 @@ class Task:
 
     def __post_init__(self) -> None:
         if self.kind not in ("binary", "regression"):
-            raise ConfigError(f"task {self.name!r}: kind {self.kind!r} is not 'binary' or 'regression'")
+            raise ConfigError(
+                f"task {self.name!r}: kind must be 'binary' or 'regression', got {self.kind!r}"
+            )
         if not 0 <= self.weight < math.inf:
             raise ConfigError(
-                f"task {self.name!r}: its weight in the loss must be a number of at least 0, got "
+                f"task {self.name!r}: its weight in the loss must be finite and at least 0, got "
                 f"{self.weight}"
             )
         if not math.isfinite(self.rank):
@@ -58,7 +60,8 @@ class Task:
             )
 
     def standardised(self, labels: Tensor) -> Tensor:
-        """What a regression's logit should be, of labels in the log's unit; any shape, floating point.
+        """The logits that a regression should predict for labels in the log's unit; floating point, any
+        shape.
 
         Example:
             >>> import torch
@@ -72,7 +75,7 @@ class Task:
 
 
 def binary_tasks(count: int) -> tuple[Task, ...]:
-    """Tasks of a model that was given their number alone: binary ones, the first of which ranks.
+    """The tasks of a model for which only their number is configured: binary, and the first one ranks.
 
     Example:
         >>> from ifa_torchrec.modules.tasks import binary_tasks
@@ -83,10 +86,10 @@ def binary_tasks(count: int) -> tuple[Task, ...]:
 
 
 def check_tasks(tasks: Sequence[Task]) -> None:
-    """Refuse tasks that a model cannot be trained on.
+    """Raise a ConfigError for tasks that a model cannot be trained on.
 
     Raises:
-        ConfigError: there is none, two have one name, or all weigh 0 in the loss.
+        ConfigError: there are none, two have the same name, or all have weight 0 in the loss.
 
     Example:
         >>> from ifa_torchrec.modules import Task
@@ -95,26 +98,26 @@ def check_tasks(tasks: Sequence[Task]) -> None:
     """
     names = [task.name for task in tasks]
     if not names:
-        raise ConfigError("tasks: there is none; give at least one")
+        raise ConfigError("tasks: there must be at least one")
     if len(set(names)) < len(names):
-        raise ConfigError(f"tasks: two of {names} have one name; rename one")
+        raise ConfigError(f"tasks: two of {names} have the same name; rename one")
     if not any(task.weight for task in tasks):
-        raise ConfigError(f"tasks: all of {names} have weight 0 in the loss; give one of them more")
+        raise ConfigError(f"tasks: all of {names} have weight 0 in the loss; set one above 0")
 
 
 def predictions(logits: Tensor, tasks: Sequence[Task]) -> Tensor:
-    """What logits say in the labels' own units.
+    """Convert logits to the labels' own units.
 
-    Of a regression whose scale takes logarithms it is the mean logarithm brought back, which lies below
-    the mean of numbers that scatter, and can come out below 0 by less than 1.
+    For a regression whose scale takes logarithms, the result is exp of the mean logarithm minus 1. It is
+    below the mean of scattered numbers, and may be negative, but above -1.
 
     Args:
         logits: [M, T] floating point.
         tasks: T of them.
 
     Returns:
-        [M, T], float32 at least: of a binary task the probability of a 1, of a regression the number in
-        the unit of the log.
+        [M, T], at least float32: for a binary task the probability of a 1, for a regression the number
+        in the unit of the log.
 
     Raises:
         ValueError: there are not T tasks.
@@ -138,18 +141,18 @@ def predictions(logits: Tensor, tasks: Sequence[Task]) -> Tensor:
 
 
 def ranking_score(logits: Tensor, tasks: Sequence[Task]) -> Tensor:
-    """What candidates are ranked by, higher is better; also what ``generate_set`` takes.
+    """The score by which candidates are ranked, higher is better; also the input of ``generate_set``.
 
-    With one task that ranks it is that task's logit times its weight. With several it is the sum of
-    rank times the probability of a binary task, and rank times the standardised prediction of a
-    regression, so that a regression's weight does not depend on its unit.
+    If one task ranks, it is that task's logit times its weight. If several rank, it is the sum of
+    rank times the probability for binary tasks, and rank times the standardised prediction for
+    regressions, so that a regression's weight does not depend on its unit.
 
     Args:
         logits: [M, T] floating point.
         tasks: T of them.
 
     Returns:
-        [M], float32 at least.
+        [M], at least float32.
 
     Raises:
         ValueError: there are not T tasks.
@@ -158,14 +161,14 @@ def ranking_score(logits: Tensor, tasks: Sequence[Task]) -> Tensor:
         >>> import torch
         >>> from ifa_torchrec.modules import Task, ranking_score
         >>> logits = torch.tensor([[2.0, 0.0], [-2.0, 3.0]])
-        >>> ranking_score(logits, (Task("click"), Task("buy"))).tolist()  # the first alone
+        >>> ranking_score(logits, (Task("click"), Task("buy"))).tolist()  # only the first
         [2.0, -2.0]
         >>> ranking_score(logits, (Task("click", rank=1.0), Task("buy", rank=5.0))).argmax().item()
         1
     """
     ranking = ranking_weights(tasks)
     columns = [(task, logit) for task, logit in _columns(logits, tasks) if task.name in ranking]
-    alone = len(ranking) == 1  # then no sigmoid, in which large logits are all alike
+    alone = len(ranking) == 1  # then no sigmoid, which saturates for large logits
     parts = [
         ranking[task.name] * (logit if alone or task.kind == "regression" else logit.sigmoid())
         for task, logit in columns
@@ -174,7 +177,7 @@ def ranking_score(logits: Tensor, tasks: Sequence[Task]) -> Tensor:
 
 
 def ranking_weights(tasks: Sequence[Task]) -> dict[str, float]:
-    """The tasks that rank, by name, each with its weight: those that have one, or the first.
+    """The tasks that rank and their weights, by name: those with a rank, or else the first task.
 
     Example:
         >>> from ifa_torchrec.modules import Task
@@ -188,7 +191,7 @@ def ranking_weights(tasks: Sequence[Task]) -> dict[str, float]:
 
 
 def _columns(logits: Tensor, tasks: Sequence[Task]) -> list[tuple[Task, Tensor]]:
-    """Each task with its logits [M], float32 at least."""
+    """Each task with its logits [M], at least float32."""
     if logits.dim() != 2 or logits.shape[1] != len(tasks) or not tasks:
         names = [task.name for task in tasks]
         raise ValueError(

@@ -15,23 +15,24 @@ from ifa_torchrec.ops.jagged import request_of_row
 
 @dataclass(frozen=True)
 class UserState:
-    """What is kept of B users' histories: sums over events, additive, of a size that is bounded.
+    """The states of B users' histories: additive sums over events, of bounded size.
 
-    The dense heads' part has the same size for every user. The identity heads' tables hold only the
-    U buckets that any of the users' events fell into, as rows ordered by request, then key; they
-    have at most K R rows a user.
+    The dense heads' part has the same size for every user. The identity heads' tables contain only the
+    U buckets into which events of the users fell, as rows ordered by request and key; they have at most
+    K R rows per user.
 
     Args:
         key_value: [B, H, d_phi, d], S of each dense head, float32 or float64.
         key_sum: [B, H, d_phi], z of each dense head.
-        count: [B] int64, the events summed.
-        identity_offsets: [B + 1] int64, request b has the rows identity_offsets[b] up to
-            identity_offsets[b + 1]; None, as all that follows, without identity features.
+        count: [B] int64, the number of events summed.
+        identity_offsets: [B + 1] int64, request b has the rows
+            identity_offsets[b]:identity_offsets[b + 1]. This and the following fields are None without
+            identity features.
         identity_key: [U] int64, feature number times R plus bucket; ascending within a request.
-        identity_value: [U, L, d], the sums of values of a bucket for each half-life; d is 0 where
-            identity heads have masses alone.
+        identity_value: [U, L, d], the sums of values of a bucket for each half-life; d is 0 if the
+            identity heads have only masses.
         identity_sum: [U, L], the sums of weights.
-        identity_key_range: K R, which every identity_key is below.
+        identity_key_range: K R, the exclusive bound of identity_key.
 
     Example:
         >>> import tempfile, torch
@@ -55,7 +56,7 @@ class UserState:
     identity_key_range: int = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The fields that are there, for torch.save; ``UserState(**saved)`` brings the state back."""
+        """The fields that are not None, for torch.save; ``UserState(**saved)`` restores the state."""
         fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
         return {name: value for name, value in fields if value is not None}
 
@@ -71,7 +72,7 @@ class UserState:
         """identity_offsets, identity_key, identity_value and identity_sum.
 
         Raises:
-            ValueError: one of them is not there.
+            ValueError: one of them is None.
 
         Example:
             >>> import torch
@@ -87,15 +88,15 @@ class UserState:
             or self.identity_value is None
             or self.identity_sum is None
         ):
-            raise ValueError("state: it has no identity tables, or not all four parts of them")
+            raise ValueError("state has no identity tables, or not all four parts of them")
         return self.identity_offsets, self.identity_key, self.identity_value, self.identity_sum
 
     def __len__(self) -> int:
         return len(self.count)
 
     def __getitem__(self, requests: slice | Sequence[int] | Tensor) -> UserState:
-        """The states of some requests: a slice, a list of numbers, or a tensor of numbers or
-        of bool. A plain int is refused, since a state always has its first dimension."""
+        """The states of some requests, selected by a slice, a list of numbers, or a tensor of numbers or
+        bool. A plain int raises a TypeError, since a state always keeps its first dimension."""
         if not isinstance(requests, slice) and torch.as_tensor(requests).dim() == 0:
             raise TypeError(f"index a UserState with [[{requests}]], not [{requests}]")
         dense = (self.key_value[requests], self.key_sum[requests], self.count[requests])
@@ -110,13 +111,11 @@ class UserState:
         return UserState(*dense, bounds, key[rows], value[rows], weight[rows], self.identity_key_range)
 
     def __add__(self, other: UserState) -> UserState:
-        """The state of both histories together, request by request."""
+        """The states of both histories combined, request by request."""
         mine, theirs = self._shapes(), other._shapes()
         for name in mine:
             if mine[name] != theirs[name]:
-                raise ValueError(
-                    f"states of histories in parts differ in {name}: {mine[name]} and {theirs[name]}"
-                )
+                raise ValueError(f"states to be added differ in {name}: {mine[name]} and {theirs[name]}")
         dense = (
             self.key_value + other.key_value,
             self.key_sum + other.key_sum,
@@ -133,7 +132,7 @@ class UserState:
 
     @staticmethod
     def cat(states: Sequence[UserState]) -> UserState:
-        """The states of several batches, one after the other."""
+        """Concatenate the states of several batches."""
         if not states:
             raise ValueError("UserState.cat needs at least one state")
         columns = {
@@ -141,7 +140,7 @@ class UserState:
         }
         key_range, offsets = columns.pop("identity_key_range"), columns.pop("identity_offsets")
         if len(set(key_range)) > 1:
-            raise ValueError(f"states of several configurations: identity_key_range is {key_range}")
+            raise ValueError(f"states have different configurations: identity_key_range is {key_range}")
         joined: dict[str, Any] = {
             name: torch.cat(parts) for name, parts in columns.items() if parts[0] is not None
         }
@@ -150,7 +149,7 @@ class UserState:
         return UserState(**joined, identity_key_range=key_range[0])
 
     def _shapes(self) -> dict[str, Any]:
-        """What two states must have in common to be added."""
+        """The shapes that must be equal for two states to be added."""
         tensors = (
             "key_value", "key_sum", "count", "identity_offsets", "identity_value", "identity_sum"
         )  # fmt: skip
@@ -170,10 +169,10 @@ def distinct_keys(
     Args:
         request: [n] int64, 0..requests - 1; key: [n] int64, 0..key_range - 1.
         requests: B.
-        key_range: bound of the keys.
+        key_range: exclusive bound of the keys.
 
     Returns:
-        offsets [B + 1] and key [U], the distinct ones, and row [n], where each one given is.
+        offsets [B + 1] and key [U] of the distinct keys, and row [n], the row in ``key`` of each input.
 
     Example:
         >>> import torch
@@ -188,7 +187,7 @@ def distinct_keys(
 
 
 def summed_rows(row: Tensor, values: Tensor, rows: int) -> Tensor:
-    """Sums [rows, ...] of the values [n, ...] that go to each row; row is [n] int64."""
+    """Sums [rows, ...] of the values [n, ...] by target row; ``row`` is [n] int64."""
     return values.new_zeros(rows, *values.shape[1:]).index_add(0, row, values)
 
 

@@ -1,4 +1,4 @@
-"""What the operators hand to the kernels, and what of it the operators' autograd and fakes need.
+"""The kernels' arguments, and helpers that the operators' autograd and fakes share.
 
 The functions of ``ifa_torchrec.ops`` document each argument.
 """
@@ -12,30 +12,31 @@ from torch import Tensor
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the sums over tokens of this dtype: float32, or float64 for float64."""
+    """The dtype of sums over tokens of this dtype: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def like(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """For an operator's fake: outputs of the tensors' shapes and dtypes, contiguous."""
+    """For an operator's fake: contiguous outputs with the tensors' shapes and dtypes."""
     return tuple(x.new_empty(x.shape) for x in tensors)
 
 
 def grad_like(weights: Tensor | None, history: Tensor) -> Tensor:
-    """The memory of the gradient of weights; empty without, since an operator cannot return None."""
+    """Memory for the gradient of weights; an empty tensor without weights, since an operator cannot
+    return None."""
     if weights is None:
         return history.new_empty(0, dtype=sum_dtype(history.dtype))
     return weights.new_empty(weights.shape)
 
 
 def save_arguments(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Autograd's setup_context: all tensors, and the rest, by which the backward is called."""
+    """Autograd's setup_context: saves the tensors, and the other arguments as ``ctx.options``."""
     ctx.save_for_backward(*(x for x in inputs if x is None or isinstance(x, Tensor)))
     ctx.options = tuple(x for x in inputs if not (x is None or isinstance(x, Tensor)))
 
 
 class EncodeArguments(NamedTuple):
-    """Of ``encode``."""
+    """The arguments of ``encode``."""
 
     history: Tensor
     offsets: Tensor
@@ -48,7 +49,7 @@ class EncodeArguments(NamedTuple):
 
 
 class AttendArguments(NamedTuple):
-    """Of ``attend``."""
+    """The arguments of ``attend``."""
 
     candidates: Tensor
     offsets: Tensor
@@ -60,7 +61,7 @@ class AttendArguments(NamedTuple):
 
 
 class AttendSoftmaxArguments(NamedTuple):
-    """Of ``attend_softmax``."""
+    """The arguments of ``attend_softmax``."""
 
     candidates: Tensor
     offsets: Tensor
@@ -70,7 +71,7 @@ class AttendSoftmaxArguments(NamedTuple):
 
 
 class MatchArguments(NamedTuple):
-    """Of ``match``."""
+    """The arguments of ``match``."""
 
     candidate_buckets: Tensor
     candidate_offsets: Tensor
@@ -83,7 +84,7 @@ class MatchArguments(NamedTuple):
 
 
 class JoinedArguments(NamedTuple):
-    """Of ``match``'s backward: the join that the forward found, and the events."""
+    """The arguments of ``match``'s backward: the join that the forward found, and the events."""
 
     candidate_first: Tensor
     event_candidate: Tensor

@@ -1,4 +1,4 @@
-"""``ifa::attend``: candidates against a user state."""
+"""``ifa::attend``: attend from candidates to a user state."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def attend(
         out [M, H, d] and normalizer [M, H], float32 (float64 for a float64 key_value).
 
     Raises:
-        ValueError: a size, dtype or device does not fit, or the backend does not serve it.
-        TypeError: an argument is no tensor.
+        ValueError: a size, dtype or device does not fit, or the backend does not support it.
+        TypeError: an argument is not a tensor.
 
     Example:
         >>> import torch

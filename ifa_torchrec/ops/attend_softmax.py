@@ -1,4 +1,4 @@
-"""``ifa::attend_softmax``: candidates against the summaries of a user state."""
+"""``ifa::attend_softmax``: attend from candidates to the summaries of a user state."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ def attend_softmax(
         log_sum_hc = log sum_r exp(score_hcr)
         out_hc = sum_r exp(score_hcr - log_sum_hc) mu_hr
 
-    A summary is key and value at once. Of a user state it is the mean mu_hr = S_hr / z_hr of a feature,
-    and its weight z_hr: our own read-out of the paper's state.
+    A summary is both key and value. The summaries of a user state are the means mu_hr = S_hr / z_hr of
+    its features, with weights z_hr: our own read-out of the paper's state.
 
     Args:
         candidates: [M, D] floating point, the candidate tokens of all requests.
         offsets: [B + 1] integers, request b's candidates are rows offsets[b]:offsets[b + 1].
         query_weight: [H, d, D], the projection.
         summaries: mu [B, H, R, d].
-        log_weight: [B, H, R], -inf for a summary that is not there.
+        log_weight: [B, H, R], -inf for an absent summary.
         backend: one of BACKENDS.
 
     Returns:
         out [M, H, d] and log_sum [M, H], float32 (float64 for float64 summaries); zeros and -inf where
-        no summary is there.
+        a request has no summaries.
 
     Raises:
-        ValueError: a size, dtype or device does not fit, or the backend does not serve it.
-        TypeError: an argument is no tensor.
+        ValueError: a size, dtype or device does not fit, or the backend does not support it.
+        TypeError: an argument is not a tensor.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""What torch.autocast does to the operators: tokens are cast, and nothing else."""
+"""What torch.autocast does to the operators: it casts the tokens and nothing else."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def as_autocast(tokens: Tensor) -> Tensor:
-    """Tokens in the dtype that autocast multiplies in, where it is on: the operators' rule of it.
+    """Cast tokens to autocast's dtype if autocast is on for their device.
 
-    Of an operator's arguments it is the tokens alone, which are many and what is multiplied.
-    Projections, event weights and states stay as they are, and sums are float32 whatever tokens are.
-    float64 stays float64, as everywhere under autocast.
+    Of an operator's arguments only the tokens are cast: they are many, and they are what is multiplied.
+    Projections, event weights and states keep their dtype, and sums are float32 whatever the tokens
+    are. float64 stays float64, as everywhere under autocast.
 
     Example:
         >>> import torch
@@ -29,10 +29,10 @@ def as_autocast(tokens: Tensor) -> Tensor:
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """Within it autocast is off on the tensor's device.
+    """A context in which autocast is off for the tensor's device.
 
-    Not torch.library's register_autocast for the operators: that casts all arguments to one dtype, while
-    here it is the tokens alone (``as_autocast``), and sums are float32 whatever they are.
+    torch.library's register_autocast would cast all arguments of an operator to one dtype; the
+    operators only cast the tokens (``as_autocast``) and always sum in float32.
 
     Example:
         >>> import torch

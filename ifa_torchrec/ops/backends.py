@@ -1,4 +1,4 @@
-"""Which kernels run: by the name of a backend, or for "auto" the fastest that serve."""
+"""Which kernels run: those of the named backend, or for "auto" the fastest available."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def triton_serves(tokens: Tensor, state: Tensor | None = None) -> bool:
-    """Is Triton there, and its kernels for tokens and a state of this device and dtype?
+    """Whether Triton is installed and has kernels for tokens and a state of this device and dtype.
 
-    On CPU it is its interpreter, for tests. Triton itself is imported when the first kernel is called.
+    On CPU its interpreter serves, for tests. Triton itself is imported when the first kernel is called.
     """
     device = tokens.device.type
     if not TRITON_IS_INSTALLED or (state is not None and state.dtype == torch.float64):
@@ -44,46 +44,46 @@ def triton_serves(tokens: Tensor, state: Tensor | None = None) -> bool:
 
 
 def check_backend(backend: str, tokens: Tensor, state: Tensor | None = None) -> None:
-    """Refuse a backend that there is not, or that does not serve these tokens.
+    """Raise a ValueError if the backend is unknown or does not support these tokens.
 
     Args:
         backend: its name.
         tokens: the history or the candidates.
-        state: the key_value of attend.
+        state: attend's key_value or attend_softmax's summaries.
 
     Raises:
-        ValueError: it says why, and what would serve.
+        ValueError: the backend cannot be used; the message says why and what would work.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {list(BACKENDS)}, got {backend!r}")
     if backend == "reference" and tokens.is_meta:
-        raise ValueError('backend "reference" reads values, which meta tensors lack: take "torch"')
+        raise ValueError('backend "reference" reads values, which meta tensors lack: use "torch"')
     if backend == "native" and not native.serves(tokens, state):
         dtypes = tokens.dtype if state is None else f"{tokens.dtype} and a state of {state.dtype}"
         raise ValueError(
-            f'backend "native" does not serve {dtypes} on {tokens.device.type}: it is for '
+            f'backend "native" does not support {dtypes} on {tokens.device.type}: it is for '
             f"float32 and bfloat16 on CPU; the kernels: {native.STATUS}"
         )
     if backend == "triton" and not triton_serves(tokens, state):
         dtypes = tokens.dtype if state is None else f"{tokens.dtype} and a state of {state.dtype}"
         installed = "installed" if TRITON_IS_INSTALLED else "not installed"
         raise ValueError(
-            f'backend "triton" does not serve {dtypes} on {tokens.device.type}: it is for float32, '
+            f'backend "triton" does not support {dtypes} on {tokens.device.type}: it is for float32, '
             f"bfloat16 and float16 on CUDA, on CPU with TRITON_INTERPRET=1; Triton is {installed}"
         )
 
 
 @contextmanager
 def kernels_for(backend: str, tokens: Tensor, state: Tensor | None = None) -> Generator[ModuleType]:
-    """The file of ``ops/kernels`` that runs here and now, with autocast off while it does.
+    """The module of ``ops/kernels`` to call, with autocast off inside the context.
 
-    The operators' bodies ask it when they run, so that an exported graph, which holds the name alone,
-    takes the kernels of the machine that runs it.
+    The operators resolve it each time they run, so that an exported graph, which stores only the
+    backend's name, uses the kernels of the machine that runs it.
 
     Args:
         backend: its name.
         tokens: the history or the candidates.
-        state: the key_value of attend.
+        state: attend's key_value or attend_softmax's summaries.
 
     Raises:
         ValueError: as ``check_backend``.
@@ -102,14 +102,17 @@ def fastest(tokens: Tensor, state: Tensor | None = None) -> str:
     """The backend that "auto" stands for, for tokens and a state of this device and dtype."""
     if tokens.device.type == "cpu":
         if native.LIBRARY is None:
-            warn_once(f"ifa_torchrec.ops: the native kernels are {native.STATUS}; torch serves, slower")
+            warn_once(
+                f"ifa_torchrec.ops: the native kernels are {native.STATUS}; "
+                "using the slower torch backend"
+            )
         return "native" if native.serves(tokens, state) else "torch"
     if tokens.device.type == "cuda" and not TRITON_IS_INSTALLED:
-        warn_once("ifa_torchrec.ops: Triton is not installed; torch serves, slower")
+        warn_once("ifa_torchrec.ops: Triton is not installed; using the slower torch backend")
     return "triton" if triton_serves(tokens, state) else "torch"
 
 
 @cache
 def warn_once(message: str) -> None:
-    """A UserWarning, the first time that it is said in a process."""
+    """Issue a UserWarning, once per process and message."""
     warnings.warn(message, stacklevel=2)

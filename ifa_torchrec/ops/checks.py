@@ -1,4 +1,4 @@
-"""What the arguments of the operators must be: one look, ahead of every backend."""
+"""Checks of the operators' arguments, made once before any backend runs."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ _TOKENS = ("history", "candidates")
 def checked(
     shapes: dict[str, str], given: tuple[Tensor | None, ...], feature_map: str | None = None
 ) -> list[Tensor]:
-    """The tensors of a call: of one device and of sizes that agree, integers made int64.
+    """Check the tensors of a call: one device, and sizes that agree. Integers become int64.
 
     Args:
-        shapes: of its arguments by name, in order, as "H d D", or "N | N H" where either will do; a
-            letter is one size wherever it stands.
-        given: its tensors, in the same order.
-        feature_map: of encode and attend.
+        shapes: the shape of each argument by name, in order: "H d D", or "N | N H" where either is
+            allowed; a letter is the same size wherever it appears.
+        given: the call's tensors, in the same order.
+        feature_map: for encode and attend.
 
     Returns:
-        The tensors, None where None may be given. Ages and decay are cut off from autograd, since no
-        backend has a gradient for them. Tokens are as ``as_autocast`` gives them.
+        The tensors, None for an optional one that is not given. Ages and decay are detached, since no
+        backend computes gradients for them. Tokens are cast by ``as_autocast``.
 
     Raises:
-        ValueError: an argument does not fit; it says which, and what would.
-        TypeError: an argument is no tensor.
+        ValueError: an argument does not fit; the message says which, and what would be right.
+        TypeError: an argument is not a tensor.
     """
     if feature_map is not None and feature_map not in FEATURE_MAPS:
         raise ValueError(f"feature_map must be one of {sorted(FEATURE_MAPS)}, got {feature_map!r}")
-    sizes: dict[str, tuple[int, str]] = {}  # of each letter, and the argument that has it
+    sizes: dict[str, tuple[int, str]] = {}  # of each letter, with the argument that defined it
     device = None
     result = []
     for (name, letters), x in zip(shapes.items(), given, strict=True):
@@ -58,7 +58,7 @@ def checked(
             raise ValueError(f"{name} must be dense (torch.strided), got {x.layout}")
         device = device or x.device
         if x.device != device:
-            raise ValueError(f"{name} must be on {device}, as the other tensors, got {x.device}")
+            raise ValueError(f"{name} must be on {device}, like the other tensors, got {x.device}")
         forms = [form.split() for form in letters.split(" | ")]
         must_be = f"{name} must be " + " or ".join(f"[{', '.join(form)}]" for form in forms)
         shape = next((form for form in forms if len(form) == x.ndim), None)
@@ -75,11 +75,9 @@ def checked(
             if letter in ("H", "d", "D", "R") and guard_or_false(size < 1):
                 raise ValueError(f"{must_be}, {letter} > 0, got {list(x.shape)}")
             wanted, by = sizes.setdefault(letter, (size, name))
-            # sizes that a trace does not know pass here; the operators look again when they run
+            # sizes unknown to a trace pass here; the operators check again when they run
             if guard_or_false(size != wanted):
-                raise ValueError(
-                    f"{must_be} with {letter} = {wanted}, as {by} has it, got {list(x.shape)}"
-                )
+                raise ValueError(f"{must_be} with {letter} = {wanted} as in {by}, got {list(x.shape)}")
         if integer:
             x = x.to(torch.int64)
         if name in _TOKENS:
@@ -89,15 +87,15 @@ def checked(
 
 
 def check_offsets(name: str, offsets: Tensor, rows: int) -> None:
-    """Refuse offsets that do not rise from 0 to the number of rows.
+    """Raise a ValueError if offsets do not rise from 0 to the number of rows.
 
-    Only values on the CPU are looked at, since on a GPU a look waits for the device, and none that a
-    trace (torch.compile, torch.export, FakeTensorMode) stands in for.
+    Only CPU values are checked, since reading them on a GPU waits for the device, and nothing is
+    checked while tracing (torch.compile, torch.export, FakeTensorMode).
 
     Args:
         name: of the argument.
         offsets: [B + 1] int64.
-        rows: how many rows they share out.
+        rows: the number of rows that they divide among requests.
 
     Raises:
         ValueError: they do not rise from 0 to ``rows``.
@@ -107,18 +105,18 @@ def check_offsets(name: str, offsets: Tensor, rows: int) -> None:
 
 
 def check_offset_values(name: str, offsets: Tensor, rows: int) -> None:
-    """As ``check_offsets``, of offsets that are on the CPU and are read next, whatever their class."""
-    bounds = offsets.detach().numpy()  # for a few numbers ten times as fast as tensors
+    """Like ``check_offsets``, but always, for offsets on the CPU that a kernel reads next."""
+    bounds = offsets.detach().numpy()  # ten times as fast as tensors for a few numbers
     if bounds[0] != 0 or bounds[-1] != rows or (bounds[1:] < bounds[:-1]).any():
         raise ValueError(f"{name} must rise from 0 to {rows}, the number of rows, got {offsets}")
 
 
 def check_eps(eps: float) -> None:
-    """Refuse an eps that float32 cannot divide by.
+    """Raise a ValueError if float32 cannot divide by eps.
 
     Raises:
-        ValueError: it is not from 1.2e-38, the smallest normal float32, to 3.4e38.
+        ValueError: eps is not between 1.2e-38, the smallest normal float32, and 3.4e38.
     """
     limits = torch.finfo(torch.float32)
     if not limits.tiny <= eps <= limits.max:
-        raise ValueError(f"eps must be from {limits.tiny} to {limits.max}, float32's ends, got {eps}")
+        raise ValueError(f"eps must be from {limits.tiny} to {limits.max}, the float32 range, got {eps}")

@@ -1,4 +1,4 @@
-"""``ifa::encode``: a jagged history into a user state."""
+"""``ifa::encode``: encode a jagged history into a user state."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def encode(
         history: [N, D] floating point, the event tokens of all requests.
         offsets: [B + 1] integers, request b's events are rows offsets[b]:offsets[b + 1].
         key_weight: [H, d, D], and value_weight: [H, d, D], the projections.
-        weights: a_hi >= 0, [N, H], or [N] where an event weighs the same for every head, or None for 1.
+        weights: a_hi >= 0, [N, H], or [N] if an event weighs the same in every head, or None for 1.
         ages: [N] or None, t_i >= 0; None means 0.
         decay: [H], lambda_h >= 0 per unit of age.
         feature_map: a key of FEATURE_MAPS.
@@ -57,8 +57,8 @@ def encode(
         S [B, H, d_phi, d] and z [B, H, d_phi], float32 (float64 for a float64 history).
 
     Raises:
-        ValueError: a size, dtype or device does not fit, or the backend does not serve it.
-        TypeError: an argument is no tensor.
+        ValueError: a size, dtype or device does not fit, or the backend does not support it.
+        TypeError: an argument is not a tensor.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Feature maps phi >= 0, each with the derivative that the backends' backward uses."""
+"""Feature maps phi >= 0, each with the derivative that the backends' backward passes use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 class FeatureMap(NamedTuple):
     """A map from head vectors of width d to expansion * d features, all >= 0.
 
-    ``forward(x, dim)`` gives phi(x) along ``dim``; ``backward(grad, x, phi, dim)`` gives the
+    ``forward(x, dim)`` returns phi(x) along ``dim``; ``backward(grad, x, phi, dim)`` returns the
     gradient of x.
     """
 
@@ -37,7 +37,7 @@ FEATURE_MAPS: dict[str, FeatureMap] = {
         1,
     ),
     "relu": FeatureMap(lambda x, dim: x.relu(), lambda grad, x, phi, dim: grad * (x > 0), 1),
-    # Zhang et al. 2024 (Hedgehog): softmax over the features of x and of -x. Its learned linear
-    # map precedes the softmax; here the learned projections of queries and keys are that map.
+    # Zhang et al. 2024 (Hedgehog): softmax over the features of x and of -x, after a learned linear
+    # map. Here the learned projections of queries and keys are that map.
     "hedgehog": FeatureMap(_hedgehog, _hedgehog_backward, 2),
 }

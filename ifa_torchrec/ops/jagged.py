@@ -1,4 +1,4 @@
-"""What jagged rows need everywhere."""
+"""Helpers for jagged rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def on_cpu(x: Tensor) -> bool:
-    """Whether values may be looked at without a wait.
+    """Whether values can be read without waiting for a device.
 
     Example:
         >>> import torch
@@ -19,8 +19,8 @@ def on_cpu(x: Tensor) -> bool:
 
 
 def checkable(x: Tensor) -> bool:
-    """Whether values may be looked at to check them: on a GPU, and in a compiled graph, that would wait
-    for the device.
+    """Whether values can be read to check them; not on a GPU, where that waits for the device, nor in a
+    compiled graph.
 
     Example:
         >>> import torch
@@ -36,8 +36,8 @@ def request_of_row(offsets: Tensor, rows: int | None = None) -> Tensor:
 
     Args:
         offsets: [B + 1] int64, request b's rows are offsets[b]:offsets[b + 1].
-        rows: offsets[-1], where that is known without a look at the tensor, which on a GPU waits for
-            the device and in an exported graph makes a size of its own.
+        rows: offsets[-1], if known; without it the tensor is read, which on a GPU waits for the device
+            and in an exported graph creates a new dynamic size.
 
     Returns:
         [rows] int64.
@@ -55,8 +55,8 @@ def request_of_row(offsets: Tensor, rows: int | None = None) -> Tensor:
 def rows_of_requests(offsets: Tensor, rows: int) -> list[int]:
     """How many rows each request has.
 
-    Of one request these are all rows, for which no tensor is looked at: in an exported graph of one
-    request no size becomes one of its own.
+    For a single request that is ``rows``, and no tensor is read, so that an exported graph of one
+    request gets no new dynamic size.
 
     Args:
         offsets: [B + 1] int64, request b's rows are offsets[b]:offsets[b + 1].

@@ -1,4 +1,4 @@
-"""``ifa::match``: candidates against the events that have their id."""
+"""``ifa::match``: match candidates with the events of the same id."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def match(
 ) -> tuple[Tensor, Tensor]:
     """Sum, for each candidate, the events of its request that fall into its bucket.
 
-    Linear attention whose phi is the one-hot of the bucket, without a table of buckets: the
-    request's candidates are joined with its events. One head for each decay rate. Our own
+    Linear attention whose phi is the one-hot encoding of the bucket, without a table of buckets: the
+    request's candidates are joined with its events. There is one head per decay rate. Our own
     addition to the paper's algebra.
 
     Args:
         candidate_buckets: [M] integers; candidate_offsets: [B + 1] integers.
         history: [N, D] floating point; history_buckets: [N] integers; history_offsets: [B + 1].
-        weights: a_li, [N, L], or [N] where an event weighs the same for every head, or None for 1.
+        weights: a_li, [N, L], or [N] if an event weighs the same in every head, or None for 1.
         ages: [N] or None, t_i; decay: [L], rates per unit of age. w_li is a_li exp(-lambda_l t_i).
         backend: one of BACKENDS.
 
@@ -52,8 +52,8 @@ def match(
         matching events; float32 (float64 for a float64 history).
 
     Raises:
-        ValueError: a size, dtype or device does not fit, or the backend does not serve it.
-        TypeError: an argument is no tensor.
+        ValueError: a size, dtype or device does not fit, or the backend does not support it.
+        TypeError: an argument is not a tensor.
 
     Example:
         >>> import torch
@@ -79,8 +79,8 @@ def match(
     return torch.ops.ifa.match(*given, backend)[:2]
 
 
-# The join goes out beside the sums, since the backward needs it again: of each candidate the first row
-# of its request that has its bucket, and of each event the first candidate that has its bucket, or -1.
+# The join is returned with the sums, since the backward needs it: for each candidate the first candidate
+# of its request with the same bucket, and for each event the first candidate with its bucket, or -1.
 @torch.library.custom_op(
     "ifa::match",
     mutates_args=(),

@@ -44,7 +44,7 @@ class SetGraph(nn.Module):
         inputs, outputs: a GraphTensor for each argument of ``forward``, and for each of its results.
 
     Raises:
-        ConfigError: the model knows no relation to what is taken.
+        ConfigError: the model was not trained to generate sets.
 
     Example:
         >>> import torch

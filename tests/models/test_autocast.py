@@ -62,9 +62,9 @@ def test_what_breaks_a_graph_is_refused():
 
 @pytest.mark.slow
 def test_the_dense_part_compiles_without_a_break_for_batches_of_any_size():
-    """fullgraph refuses a break; the traced graphs run as they are, which takes less than a compiler."""
+    """fullgraph raises an error at a graph break; the traced graphs run uncompiled, which is faster."""
     model = make_model(**DEFAULT)
-    # no two sizes alike: the first batch's would be taken for one size
+    # all sizes differ, since equal sizes in the first batch would be treated as one size
     batches = make_batch([5, 0, 8, 1], [3, 4, 2, 6]), make_batch([9, 70, 2], [8, 2, 5])
     expected = [model(batch) for batch in batches]
     torch.compiler.reset()

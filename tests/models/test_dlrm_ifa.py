@@ -1,4 +1,4 @@
-"""DLRM_IFA: numbers where they can be worked out by hand, and what must hold for every interaction."""
+"""DLRM_IFA: results that can be computed by hand, and properties of every interaction."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def make_batch(
 
 
 def with_gaps(batch: RankingBatch) -> RankingBatch:
-    """With a number missing in each column."""
+    """The batch with a missing number in each column."""
     batch.dense_features[1] = batch.candidate_dense[1] = math.nan
     return batch
 
@@ -134,7 +134,7 @@ def flat(rows: Sequence[Sequence[int]]) -> list[int]:
 
 
 def take(batch: RankingBatch, events: list[list[int]], candidates: list[list[int]], requests: list[int]):
-    """A batch of these requests, with these rows of the events and of the candidates, a list each."""
+    """A batch of these requests, each with the listed rows of events and candidates."""
     event_rows, candidate_rows = (
         torch.tensor(flat(rows), dtype=torch.int64) for rows in (events, candidates)
     )
@@ -173,7 +173,7 @@ class TestSequenceArch:
     def test_correctness(self) -> None:
         tables = make_tables(dim=2)
         with torch.no_grad():
-            # row i of the items is (i, 10 i), row i of the categories (100 i, 1000 i)
+            # row i of items is (i, 10 i), row i of categories is (100 i, 1000 i)
             for name, scale in (("item", (1, 10)), ("category", (100, 1000))):
                 weight = tables.embeddings[name].weight
                 weight.copy_(torch.arange(len(weight))[:, None] * torch.tensor(scale))
@@ -198,7 +198,7 @@ class TestSequenceArch:
 
 class TestComposition:
     def test_a_candidate_alone_is_its_normed_token_and_the_over_arch(self) -> None:
-        """No interaction and no other feature: the whole model in plain numbers."""
+        """No interaction and no other features: the whole model computed by hand."""
         config = DLRM_IFAConfig(
             ("item",), interaction="none", ifa=make_ifa(), over_arch_layer_sizes=(4,), num_tasks=1
         )
@@ -260,7 +260,7 @@ class TestComposition:
 
     @every_interaction
     def test_context_features_alone_reach_the_candidates(self, interaction: str) -> None:
-        """Where a request has no numbers, and a candidate none."""
+        """Without numbers of requests or candidates."""
         batch = make_batch()
         model = make_model(interaction, dense_in_features=0, candidate_dense_in_features=0)
         batch.dense_features, batch.candidate_dense = torch.zeros(4, 0), torch.zeros(sum(CANDIDATES), 0)
@@ -286,7 +286,7 @@ class TestComposition:
         for b, count in enumerate(CANDIDATES):
             for _ in range(count):
                 seen = caught["all"][candidate]
-                token, store, weekday = seen[:DIM] * DIM**0.25, *context[b]  # it is seen scaled
+                token, store, weekday = seen[:DIM] * DIM**0.25, *context[b]  # the input is scaled
                 request = caught["request"][b]
                 pairs = [(store, weekday), (store, token), (weekday, token)]
                 for one, other in [*pairs, (store, request), (weekday, request)]:
@@ -312,7 +312,7 @@ class TestEveryInteraction:
     def test_shape_and_finite_gradients_everywhere(self, interaction: str) -> None:
         model = make_model(interaction)
         for module in model.modules():
-            if isinstance(module, ZeroLinear):  # lets nothing through before the first step
+            if isinstance(module, ZeroLinear):  # it outputs 0 before the first step
                 torch.nn.init.normal_(module.weight)
         logits = model(with_gaps(make_batch()))
         assert logits.shape == (sum(CANDIDATES), 2) and logits.isfinite().all()
@@ -342,7 +342,7 @@ class TestEveryInteraction:
         torch.testing.assert_close(logits, model(batch)[flat(fewer)])
 
     def test_histories_matter_but_for_none(self, interaction: str) -> None:
-        """And where the history is empty they cannot."""
+        """And they do not if they are empty."""
         model, batch = make_model(interaction), make_batch()
         without = model(take(batch, [[], [], [], []], CANDIDATE_ROWS, [0, 1, 2, 3]))
         moved = (without - model(batch)).abs().amax(dim=1) > 1e-6
@@ -350,7 +350,7 @@ class TestEveryInteraction:
         assert moved.tolist() == [had_events[b] for b, rows in enumerate(CANDIDATE_ROWS) for _ in rows]
 
     def test_without_events_the_interaction_has_no_part_in_the_logits(self, interaction: str) -> None:
-        """Whatever it has learnt; its bias and the norm's are what it would say of nothing."""
+        """Whatever it has learnt, including its bias and the norm's."""
         model, batch = make_model(interaction), make_batch()
         before = model(batch)
         arch = model.candidate_arch
@@ -373,7 +373,7 @@ class TestEveryInteraction:
         loss, (_, logits, labels) = train(make_batch([2] * requests, [0] * requests))
         assert loss.item() == 0 and logits.shape == labels.shape == (0, 2)
         loss.backward()
-        # zeros, but there: DistributedDataParallel waits for the gradient of every parameter
+        # zeros instead of None: DistributedDataParallel waits for the gradient of every parameter
         dense = train.model.candidate_arch.parameters()
         assert all(p.grad is not None and not p.grad.any() for p in dense)
 
@@ -423,13 +423,13 @@ class TestEveryInteraction:
                 break
             losses.append(loss.item())
         assert len(losses) == 30
-        # the same batch again and again can be learnt by heart
+        # a repeated batch can be memorised
         assert losses[-1] < 0.6 * losses[0]
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.1])
 def test_what_a_history_says_counts_by_its_events(scale: float) -> None:
-    """Half at 10, in all that is said of it, and nearly whole at many more; times the scale."""
+    """Half with 10 events, in all outputs, and almost fully with many more; times the scale."""
     arch, rows = InterestArch(DIM, scale), torch.randn(4, DIM)
     request, events = torch.tensor([0, 1, 2, 2]), torch.tensor([0.0, 10.0, 990.0])
     (crossed,), (beside, product, count) = arch(rows, rows.flip(0), events, request)
@@ -457,7 +457,7 @@ def test_a_history_starts_small_where_identity_heads_are(
 
 
 def with_relations(model: DLRM_IFA) -> DLRM_IFA:
-    """As if training had found relations, which start at 0."""
+    """The model with random relations, as if trained; they start at 0."""
     generator = torch.Generator().manual_seed(3)
     for module in model.modules():
         if isinstance(module, (PairNumbers, ZeroLinear)):
@@ -467,7 +467,7 @@ def with_relations(model: DLRM_IFA) -> DLRM_IFA:
 
 
 def test_relations_start_at_nothing() -> None:
-    """So that a model with them begins as the one without."""
+    """So that a model with them starts like one without."""
     batch, plain = make_batch(), make_model()
     for attention in ("none", "softmax", "linear"):
         model = make_model(candidate_set=CandidateSetConfig(attention, generate=True))
@@ -495,7 +495,7 @@ class TestWhatIsTaken:
         model, batch = self.make(attention), make_batch()
         candidates = model.scored(model.describe(batch))
         taken = torch.zeros(sum(CANDIDATES)).bool()
-        taken[4] = True  # of the second request's 3 to 6
+        taken[4] = True  # in the second request, rows 3 to 6
         moved = (model.logits_given(candidates, taken) - model(batch)).abs().amax(dim=1) > 1e-6
         assert moved.nonzero().flatten().tolist() == [3, 5, 6]
 
@@ -535,7 +535,7 @@ class TestWhatIsTaken:
             make_batch(),
         )
         train = DLRM_IFATrain(model, CandidateSetLossConfig(listwise=0.5))
-        torch.manual_seed(0)  # of what is taken
+        torch.manual_seed(0)  # for the draw of taken candidates
         loss, _ = train(batch)
         loss.backward()
         assert model.taken_arch.relation.query_proj.weight.grad.any()
@@ -543,13 +543,14 @@ class TestWhatIsTaken:
         assert first == second < loss.item()
 
     def test_nothing_else_is_trained_otherwise(self, attention: str) -> None:
-        """A model that can generate sets ranks, bit by bit, as the one that cannot."""
+        """A model that can generate sets ranks bitwise like one that cannot."""
         weights, drawn = [], []
         for generate in (True, False):
             config = make_config("ifa", candidate_set=CandidateSetConfig(attention, generate=generate))
             torch.manual_seed(0)
             model = DLRM_IFA(make_bags(), make_tables(), config)
-            drawn.append(torch.rand(1))  # as the start of what is made after it, the tables of a run
+            # like the initialisation of later modules, such as a run's tables
+            drawn.append(torch.rand(1))
             train = DLRM_IFATrain(model)
             optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
             for _ in range(3):
@@ -582,7 +583,7 @@ def test_the_loss_is_the_sum_of_each_alone_of_all_beside_each_other_and_of_somet
     plain = CandidateSetLoss(config)
     offsets = counted(shown, candidates.offsets)
     wanted = plain(logits, batch.labels, shown, candidates.offsets)
-    alone = model.set_arch(candidates, related=False)
+    alone = model.set_arch(candidates, with_relation=False)
     wanted = wanted + plain(alone, batch.labels, shown, candidates.offsets)
     no_order = CandidateSetLoss(dataclasses.replace(config, listwise=0.0))
     wanted = wanted + no_order(given[shown], batch.labels[shown], shown[shown], offsets)
@@ -594,7 +595,7 @@ def test_a_model_that_was_not_trained_for_it_refuses_what_is_taken() -> None:
     candidates = model.describe(make_batch())
     assert torch.equal(model.logits_given(candidates), model(make_batch()))
     for scored in (model.logits_given, lambda candidates, _: model.set_gain(candidates)):
-        with pytest.raises(ConfigError, match=r"greedily; train it with .*generate"):
+        with pytest.raises(ConfigError, match=r"not trained to generate sets; .*generate"):
             scored(candidates, torch.zeros(sum(CANDIDATES)).bool())
     given = make_model(candidate_set=CandidateSetConfig(generate=True))
     with pytest.raises(ValueError, match=r"taken must be \[15\] bool"):
@@ -609,11 +610,11 @@ def self_seeing() -> DLRM_IFA:
 
 @pytest.mark.parametrize("attention", ["softmax", "linear"])
 class TestCandidateSet:
-    """The candidates see each other."""
+    """Models whose candidates attend to each other."""
 
     @staticmethod
     def make(attention: str, interaction: str = "ifa") -> DLRM_IFA:
-        """After some training: what starts at 0 does something."""
+        """As if trained: what starts at 0 has an effect."""
         model = make_model(interaction, candidate_set=CandidateSetConfig(attention, generate=True))
         return with_relations(model)
 
@@ -647,7 +648,7 @@ class TestCandidateSet:
         assert moved.tolist() == [True] * 2 + [False] * 12
 
     def test_the_history_enters_the_relations(self, attention: str) -> None:
-        """User-aware: what the encoder is given differs with the history."""
+        """User-aware: the encoder's input depends on the history."""
         model, batch = self.make(attention), make_batch()
         caught = []
         encoder = model.set_arch.relation_arch.candidate_set_encoder
@@ -668,7 +669,7 @@ class TestCandidateSet:
 
     @pytest.mark.slow
     def test_training_by_consistency_closes_the_gap(self, attention: str) -> None:
-        """Labels depend on the rest of the set, so that the unexposed move the scores."""
+        """Labels depend on the rest of the set, so that unexposed candidates change the scores."""
 
         def relative(seed: int) -> RankingBatch:
             batch = make_batch(candidates=[8] * 4, seed=seed)
@@ -682,7 +683,7 @@ class TestCandidateSet:
 
         gap_of = CandidateSetLoss(CandidateSetLossConfig(pointwise=0.0, consistency=1.0))
         gaps = {0.0: 0.0, 10.0: 0.0}
-        # three trainings and 20 batches each: one of each differs by more than the term gains
+        # three trainings with 20 batches each: a single one varies by more than the term gains
         for weight, trial in itertools.product(gaps, range(3)):
             train_on, measure_on = (
                 [relative(1000 * trial + n) for n in numbers]
@@ -706,7 +707,7 @@ class TestCandidateSet:
 
 
 def test_a_consistency_term_needs_candidates_that_see_each_other() -> None:
-    with pytest.raises(ValueError, match="no candidate sees another"):
+    with pytest.raises(ValueError, match="consistency term needs a candidate_set attention"):
         DLRM_IFATrain(make_model(), CandidateSetLossConfig(consistency=0.1))
 
 
@@ -726,7 +727,7 @@ def test_unexposed_candidates_count_as_the_loss_says() -> None:
 def test_sim_searches_by_the_feature_it_is_told() -> None:
     model = make_model("sim", search_feature="category")
     assert model.candidate_arch.sequence_interaction.id_features == ("item", "category")
-    with pytest.raises(ValueError, match=r"search_feature \['brand'\] are no item_features"):
+    with pytest.raises(ValueError, match=r"search_feature \['brand'\] must be among the item_features"):
         make_model("sim", search_feature="brand")
 
 
@@ -749,7 +750,7 @@ def test_an_interaction_is_given_in_place_of_a_name() -> None:
     ],
 )
 def test_an_interaction_that_does_not_fit_is_refused(given: InteractionConfig, name: str) -> None:
-    with pytest.raises(ConfigError, match=r"MeanPooling: it is of width .* compares"):
+    with pytest.raises(ConfigError, match=r"MeanPooling: it has width .* compares"):
         DLRM_IFA(make_bags(), make_tables(), make_model(name).config, MeanPooling(given))
 
 
@@ -772,7 +773,7 @@ def test_the_dense_part_is_made_where_it_is_asked_for() -> None:
     ids=str,
 )
 def test_identity_and_mass_are_given_to_every_peer_alike(interaction: str, change: dict) -> None:
-    """They change the width of output_proj's input, and nothing of the dense heads or the rest."""
+    """They only change the width of output_proj's input, not the dense heads or the rest."""
     plain = make_model(interaction, ifa=make_ifa())
     changed = make_model(interaction, ifa=dataclasses.replace(make_ifa(), **change))
     shapes = [
@@ -790,7 +791,7 @@ def test_identity_and_mass_are_given_to_every_peer_alike(interaction: str, chang
     }
     assert differing == {"candidate_arch.sequence_interaction.output_proj.weight"}
 
-    # with the same weights the dense heads hand over the same numbers
+    # with the same weights the dense heads return the same numbers
     changed.load_state_dict(
         {
             name: value
@@ -810,10 +811,10 @@ def test_identity_and_mass_are_given_to_every_peer_alike(interaction: str, chang
 
 
 def test_events_of_the_candidates_own_item_are_counted_by_identity_heads() -> None:
-    """The ids reach the identity heads in the order of the config, events and candidates apart."""
+    """The ids reach the identity heads in the order of the config, for events and for candidates."""
     model = make_model("mean", ifa=make_ifa(identity_features=("category", "item")))
     batch = make_batch()
-    for feature in ("category", "item"):  # row 0 is "unknown", and matches nothing
+    for feature in ("category", "item"):  # row 0 is "unknown" and matches nothing
         for key in (f"history_{feature}", f"candidate_{feature}"):
             batch.sequence_features[key].values()[:2] = 0
     caught = []
@@ -835,7 +836,7 @@ def test_events_of_the_candidates_own_item_are_counted_by_identity_heads() -> No
 
 class TestErrors:
     def test_unknown_interaction(self) -> None:
-        with pytest.raises(ValueError, match=r"'telepathy'.*ifa.*softmax"):
+        with pytest.raises(ValueError, match=r"ifa.*softmax.*got 'telepathy'"):
             DLRM_IFAConfig(("item",), interaction="telepathy")
 
     def test_unknown_identity_feature(self) -> None:
@@ -851,7 +852,7 @@ class TestErrors:
         tables = make_tables(keys=("candidate_",))
         with pytest.raises(ValueError, match="'history_item'"):
             DLRM_IFA(None, tables, DLRM_IFAConfig(("item",), ifa=make_ifa()))
-        # which is what "none" wants
+        # as for "none"
         DLRM_IFA(None, tables, DLRM_IFAConfig(("item",), ifa=make_ifa(), interaction="none"))
 
     def test_an_own_interaction_that_the_configuration_does_not_feed(self) -> None:
@@ -863,12 +864,12 @@ class TestErrors:
 
 
 class TestBadBatch:
-    """What would give a number, but a wrong one."""
+    """Batches that would silently give wrong numbers."""
 
     def test_features_of_one_event_in_different_requests(self) -> None:
         batch = make_batch(histories=[4, 0, 2, 1])
         lengths = batch.sequence_features.lengths().clone()
-        lengths[4:8] = torch.tensor([3, 1, 2, 1])  # of the second history feature; as many in all
+        lengths[4:8] = torch.tensor([3, 1, 2, 1])  # of the second history feature, with the same sum
         batch.sequence_features = KeyedJaggedTensor.from_lengths_sync(
             keys=batch.sequence_features.keys(),
             values=batch.sequence_features.values(),
@@ -880,13 +881,13 @@ class TestBadBatch:
     def test_columns_that_the_model_does_not_take(self) -> None:
         batch = make_batch()
         batch.candidate_dense = torch.zeros(sum(CANDIDATES), 3)
-        with pytest.raises(ValueError, match="candidate_dense has 3 columns, the model takes 1"):
+        with pytest.raises(ValueError, match="candidate_dense has 3 columns, but the model takes 1"):
             make_model("ifa")(batch)
 
     def test_dense_features_of_more_requests(self) -> None:
         batch = make_batch()
         batch.dense_features = torch.zeros(5, 2)
-        with pytest.raises(ValueError, match=r"sequence_features are of 4 requests.*5"):
+        with pytest.raises(ValueError, match=r"sequence_features have 4 requests.*5"):
             make_model("ifa")(batch)
 
     @pytest.mark.parametrize("interaction", ["none", "softmax"])
@@ -900,7 +901,7 @@ class TestBadBatch:
         model, batch = make_model("ifa"), make_batch()
         context = model.sparse_arch(batch.context_features)
         _, candidates = model.sequence_arch(batch.sequence_features)
-        with pytest.raises(ValueError, match="tokens of the histories"):
+        with pytest.raises(ValueError, match="the interaction needs histories"):
             model.candidate_arch(Lookups(context, None, None, candidates), batch)
 
 
@@ -972,7 +973,7 @@ def test_int32_ids_give_what_int64_ids_give(interaction: str) -> None:
 
 
 def lost(model: torch.nn.Module) -> torch.nn.Module:
-    """As it is after ``to_empty``, with the memory of something else."""
+    """The model as after ``to_empty``, with arbitrary memory contents."""
     model.to_empty(device="cpu")
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
@@ -1010,7 +1011,7 @@ def test_from_the_meta_device_by_load_state_dict(interaction: str) -> None:
 def test_from_the_meta_device_by_distributed_model_parallel(interaction: str) -> None:
     device, meta = init_process_group(), torch.device("meta")
     bags, tables = make_bags().embedding_bag_configs(), make_tables().embedding_configs()
-    with meta:  # torchrec's collections want it said
+    with meta:  # torchrec's collections need it explicitly
         model = DLRM_IFA(
             EmbeddingBagCollection(tables=bags, device=meta),
             EmbeddingCollection(tables=tables, device=meta),
@@ -1021,7 +1022,7 @@ def test_from_the_meta_device_by_distributed_model_parallel(interaction: str) ->
     with torch.no_grad():
         saved = plain.state_dict()
         for name, tensor in sharded.state_dict().items():
-            if isinstance(tensor, ShardedTensor):  # the tables, whole on this one rank
+            if isinstance(tensor, ShardedTensor):  # the tables, entirely on this one rank
                 saved[name].copy_(tensor.local_shards()[0].tensor)
             else:
                 saved[name].copy_(tensor)

@@ -1,4 +1,4 @@
-"""What a DLRM_IFA makes of all that an event, an item and a candidate can have, beside plain sums."""
+"""DLRM_IFA with all features that events, items and candidates can have, compared with plain sums."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def make_config(interaction: str = "ifa", **changes) -> DLRM_IFAConfig:
 
 
 def make_model(interaction: str = "ifa", width: int = 12, **changes) -> DLRM_IFA:
-    """Its tables are of other widths than D."""
+    """A model whose tables have other widths than D."""
     torch.manual_seed(0)
     keys = KEYS if interaction != "none" else {n: k[-1:] for n, k in KEYS.items() if n != "action"}
     tables = [
@@ -73,7 +73,7 @@ def make_model(interaction: str = "ifa", width: int = 12, **changes) -> DLRM_IFA
     )
     for module in model.modules():
         if isinstance(module, NumberArch):
-            torch.nn.init.normal_(module.missing)  # it starts at 0, which could stand for anything
+            torch.nn.init.normal_(module.missing)  # it starts at 0, which could hide an error
     return model
 
 
@@ -86,7 +86,7 @@ def jagged(lists: dict[str, list[list[int]]]) -> KeyedJaggedTensor:
 
 
 def make_features() -> RankingFeatures:
-    """Items 4 and 5 are new: they have row 0, and are told apart by their numbers."""
+    """Items 4 and 5 are new: both have row 0, but different item ids."""
     g = torch.Generator().manual_seed(1)
     history_items = torch.tensor([0, 1, 4, 2, 3, 4, 5])
     candidate_items = torch.tensor([4, 1, 5, 2, 0, 5])
@@ -167,7 +167,7 @@ class TestNumberArch:
 
 
 class TestTokens:
-    """What the interaction is given."""
+    """The inputs of the interaction."""
 
     @staticmethod
     def parts(model: DLRM_IFA, features: RankingFeatures) -> tuple[Tensor, Tensor]:
@@ -208,7 +208,7 @@ class TestTokens:
         assert torch.equal(history.weights(), features.history_weight)
         assert candidates.weights_or_none() is None
         assert torch.equal(age, features.history_age)
-        # the item's true numbers, where its row is 0
+        # the item's own id, although its row is 0
         assert history_ids.flatten().tolist() == [11, 12, 21, 13, 18, 21, 22]
         assert candidate_ids.flatten().tolist() == [21, 12, 22, 13, 11, 22]
         gates = features.sequence_features["hist_action"].values()
@@ -231,13 +231,13 @@ class TestEveryInteraction:
     def test_gradients_reach_all_parameters_and_no_vector(self, interaction: str) -> None:
         model, features = make_model(interaction), make_features()
         for module in model.modules():
-            if isinstance(module, ZeroLinear):  # lets nothing through before the first step
+            if isinstance(module, ZeroLinear):  # it outputs 0 before the first step
                 torch.nn.init.normal_(module.weight)
         logits = model(features)
         assert logits.shape == (ASKED, 1) and logits.isfinite().all()
         logits.square().sum().backward()
         without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-        # a single event of weight 0 or value "unknown" need not be met
+        # a single event of weight 0 or value "unknown" may be unused
         assert [name for name in without if "gates" not in name] == []
         assert all(p.grad.isfinite().all() for p in model.parameters())
         assert features.item_vectors.grad is None
@@ -255,7 +255,7 @@ class TestEveryInteraction:
                 assert not torch.allclose(model(features), before), name
 
     def test_a_batch_of_nothing(self, interaction: str) -> None:
-        """As a rank has it that was left without a request."""
+        """Like a rank that got no request."""
         model, none = make_model(interaction), torch.zeros(0, dtype=torch.int64)
         keys = make_features().sequence_features.keys()
         zeros = torch.zeros(len(keys), dtype=torch.int64)
@@ -311,16 +311,19 @@ def test_keys_are_a_map_or_follow_from_names() -> None:
     [
         ({"item_features": "item"}, "item_features must be a tuple of names"),
         ({"item_features": {}}, "item_features must be a tuple of names"),
-        ({"item_features": {"item": "hist_iid"}}, "item_features must map each name to the keys"),
+        ({"item_features": {"item": "hist_iid"}}, "item_features must map each name to a pair of keys"),
         ({"item_features": {"item": ("iid", "iid")}}, "the key 'iid' is given twice"),
         ({"event_features": {"item": "hist_action"}}, "the name 'item' is given twice"),
         ({"event_features": "action"}, "event_features must be a tuple of names"),
-        ({"event_features": ("kind",)}, r"gates \['action'\] are no event_features.*\['kind'\]"),
-        ({"search_feature": "place"}, r"search_feature \['place'\] are no item_features"),
+        (
+            {"event_features": ("kind",)},
+            r"gates \['action'\] must be among the event_features \['kind'\]",
+        ),
+        ({"search_feature": "place"}, r"search_feature \['place'\] must be among the item_features"),
         ({"item_dense_in_features": -1}, "item_dense_in_features must be 0 or more, got -1"),
         ({"item_vectors": {"text": 0}}, r"item_vectors\['text'\] must be 1 or more"),
-        ({"scales": {"item_dense": (Scale(),)}}, "1 scales of item_dense, but .* is 2"),
-        ({"scales": {"numbers": ()}}, "scales of 'numbers'"),
+        ({"scales": {"item_dense": (Scale(),)}}, "item_dense has 1 scales, but .* is 2"),
+        ({"scales": {"numbers": ()}}, "scales are for the fields .* got 'numbers'"),
     ],
     ids=str,
 )
@@ -332,18 +335,18 @@ def test_a_configuration_that_cannot_be_is_refused(change: dict, message: str) -
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("history_dense", None, "history_dense is None, the model takes 1 columns"),
+        ("history_dense", None, "history_dense is None, but the model takes 1 columns"),
         ("history_dense", torch.zeros(EVENTS - 1, 1), "history_dense has 6 rows for 7 events"),
-        ("history_dense", torch.zeros(EVENTS, 2), "history_dense has 2 columns, the model takes 1"),
+        ("history_dense", torch.zeros(EVENTS, 2), "history_dense has 2 columns, but the model takes 1"),
         ("item_dense", None, "item_dense is None"),
         ("item_dense", torch.zeros(ITEMS + 1, 2), "item_dense has 7 rows for 6 items"),
-        ("item_vectors", torch.zeros(ITEMS, 4), "item_vectors has 4 columns, the model takes 5"),
-        ("item_lists", None, r"tables of \['genre', 'tag'\]; give them"),
+        ("item_vectors", torch.zeros(ITEMS, 4), "item_vectors has 4 columns, but the model takes 5"),
+        ("item_lists", None, r"tables for \['genre', 'tag'\]; pass"),
         ("history_items", None, "history_items is None"),
         (
             "candidate_items",
             torch.full((ASKED,), ITEMS),
-            "candidate_items has 6, there are",
+            "candidate_items has 6, but items are 0 to 5",
         ),
         ("history_items", torch.full((EVENTS,), -1), "history_items has -1"),
         ("history_items", torch.zeros(EVENTS), r"history_items must be \[7\] int64.*float32"),

@@ -1,6 +1,6 @@
-"""Nothing on the way of a training step of the dense part looks at a value, which on a GPU would wait.
+"""No part of the dense part's training step reads a value, which on a GPU would wait for the device.
 
-On the meta device there are no values: what asks for one, or for a size that depends on them, raises.
+The meta device has no values: reading one, or a size that depends on values, raises an error.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MODELS = {
 
 
 class Copies(TorchFunctionMode):
-    """Counts the tensors that are made of Python numbers: to a GPU they are copied, which waits."""
+    """Counts tensors made from Python numbers: copying them to a GPU waits for it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Copies(TorchFunctionMode):
 
 
 def lookups_on(device: torch.device, found: Lookups) -> Lookups:
-    """What tables gave, there."""
+    """The lookups on another device."""
 
     def rows(given: JaggedTensor) -> JaggedTensor:
         return JaggedTensor(
@@ -67,13 +67,13 @@ def dense_parts(train: DLRM_IFATrain) -> list[torch.nn.Module]:
 def moved(
     train: DLRM_IFATrain, batch: RankingBatch, device: torch.device
 ) -> tuple[DLRM_IFATrain, RankingBatch]:
-    """The dense part and the batch on a device, with the tables' answers in the place of tables."""
+    """The dense part and the batch on a device, with precomputed lookups instead of tables."""
     found = lookups_on(device, train.model.look_up(batch))
     train.model.look_up = lambda features: found
     for part in dense_parts(train):
         part.to(device)
         for module in part.modules():
-            if isinstance(module, NumberArch):  # whose figures do not go to the meta device
+            if isinstance(module, NumberArch):  # its figures stay off the meta device
                 module._figures = module._figures.to(device)
     batch = dataclasses.replace(batch, exposed_rows=batch.exposed.nonzero()[:, 0])
     return train, batch.to(device)
@@ -91,7 +91,7 @@ def test_a_step_of_the_dense_part_looks_at_no_value(name):
 
 
 def test_what_would_wait_is_found():
-    """The measurement itself."""
+    """The measurement works."""
     train, batch = moved(DLRM_IFATrain(make_model(), None), make_batch(), META)
     candidates = train.model.describe(batch)
     with pytest.raises((RuntimeError, NotImplementedError)):

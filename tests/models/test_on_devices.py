@@ -1,5 +1,5 @@
-"""A training step of the dense part by the Triton backend: on a GPU where there is one, else in Triton's
-interpreter; its loss, logits and gradients are those of the reference on the CPU."""
+"""A training step of the dense part with the Triton backend, on a GPU if there is one, else in Triton's
+interpreter: its loss, logits and gradients equal the reference's on the CPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 
 
 def same_on_every_device() -> Callable[..., torch.Tensor]:
-    """torch.rand, by which the sets are drawn that a model learns from: a GPU draws other numbers."""
+    """torch.rand for drawing taken candidates: a GPU would draw other numbers."""
     draw = partial(torch.rand, generator=torch.Generator().manual_seed(0))
     return lambda *sizes, device, dtype=None: draw(*sizes, dtype=dtype).to(device)
 

@@ -1,4 +1,4 @@
-"""The ways in which people build a module, each of which must give the same answers."""
+"""Every way of building a module must give the same results."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def some(dtype: torch.dtype = torch.float32) -> Inputs:
 
 
 def assert_same_start(module: nn.Module, other: nn.Module, random: tuple[str, ...]) -> None:
-    """All that does not start at random, and that all of the rest is of the right size."""
+    """Compare everything that does not start at random, and the scale of everything that does."""
     expected = other.state_dict()
     assert module.state_dict().keys() == expected.keys()
     for name, value in module.state_dict().items():
@@ -81,7 +81,7 @@ def assert_same_start(module: nn.Module, other: nn.Module, random: tuple[str, ..
 
 
 RANDOM = ("identity.value_proj", "log_gate", "hyperplanes", "latents", "activation_unit", "event_proj")
-"""What starts at random; the mass and identity columns of output_proj do as well."""
+"""Parameters that start at random; so do the mass and identity columns of output_proj."""
 
 
 def without_masses(module: nn.Module) -> nn.Module:
@@ -134,7 +134,7 @@ def test_from_the_meta_device_by_distributed_model_parallel(kind):
     sharded, _ = shard(nn.ModuleDict({"peer": module}), device, OptimizerConfig())
     made = sharded.module.module["peer"] if hasattr(sharded.module, "module") else sharded.module["peer"]
     assert_same_start(without_masses(made), without_masses(new(kind)), RANDOM)
-    # and a state_dict comes back, its configuration with it
+    # and a state_dict can be loaded again, with its configuration
     saved = {name: value.clone() for name, value in sharded.state_dict().items()}
     sharded.load_state_dict(saved)
     assert torch.equal(sharded.state_dict()["peer._extra_state"], module.get_extra_state())
@@ -147,7 +147,7 @@ def test_from_the_meta_device_by_distributed_model_parallel(kind):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_a_cast_does_not_touch_the_half_lives(kind, dtype):
     module = randomised(new(kind))
-    if dtype != torch.float64:  # weights that the cast does not round, so that all else is the same
+    if dtype != torch.float64:  # weights that the cast does not round, so that only the cast differs
         module.to(dtype).float()
     plain = copy.deepcopy(module)
     cast, back = module.to(dtype), copy.deepcopy(module).float()
@@ -158,13 +158,13 @@ def test_a_cast_does_not_touch_the_half_lives(kind, dtype):
     assert torch.equal(back(*some().forward).values(), plain(*some().forward).values())
     answers = cast(*some(dtype).forward).values()
     assert answers.dtype == dtype
-    if kind not in (ETAAttention, SDIMAttention, TWINAttention):  # whose choices are discrete
+    if kind not in (ETAAttention, SDIMAttention, TWINAttention):  # these make discrete choices
         assert_near(answers, plain(*some().forward).values(), 0.1 if dtype == torch.bfloat16 else 0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_an_old_event_weighs_the_same_after_a_cast(dtype):
-    """1,000 days at a half-life of 300: rounded to bfloat16 the rate would be off by 3.4%."""
+    """1,000 days at a half-life of 300: a rate rounded to bfloat16 would be off by 3.4%."""
     inputs = Inputs.random(CONFIG, [1], [1], weighted=False)
     inputs.history._values = inputs.history.values().to(dtype)
     inputs.history_age = torch.tensor([1000.0])
@@ -279,7 +279,7 @@ def test_a_state_dict_is_tensors_that_torch_loads_as_weights_only():
     loaded = torch.load(file, weights_only=True)
     assert loaded["_extra_state"].dtype == torch.uint8
     new(InteractionFidelityAttention).load_state_dict(loaded)
-    del loaded["_extra_state"]  # as before there was one
+    del loaded["_extra_state"]  # as in a state_dict without a configuration
     with pytest.raises(RuntimeError, match="_extra_state"):
         new(InteractionFidelityAttention).load_state_dict(loaded)
     new(InteractionFidelityAttention).load_state_dict(loaded, strict=False)

@@ -1,4 +1,4 @@
-"""CandidateSetLoss of tasks of several kinds and weights, against its formulae in plain loops."""
+"""CandidateSetLoss with tasks of several kinds and weights, compared with its formulae in loops."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TASKS = (
     Task("buy", weight=0.25),
     Task("stars", "regression", scale=Scale(3.0, 0.5)),
 )
-# a usual request, one without, one shown candidate, none shown, two shown, one candidate
+# a usual request, an empty one, one candidate shown, none shown, two shown, a single candidate
 REQUESTS = [6, 0, 3, 2, 2, 1]
 EXPOSED = [1, 1, 1, 0, 1, 0, 0, 1, 0, 0, 0, 1, 1, 1]
 
@@ -43,7 +43,7 @@ def error(missed: float, kind: str) -> float:
 
 
 def plain(config: CandidateSetLossConfig, tasks, logits, labels, exposed, offsets, alone) -> float:
-    """Each term as what it sums and what that counts, over all tasks."""
+    """Each term as a sum of values and a sum of weights over all tasks."""
     sums = {"pointwise": [0.0, 0.0], "listwise": [0.0, 0.0], "consistency": [0.0, 0.0]}
     place = {row: n for n, row in enumerate(exposed.nonzero().flatten().tolist())}
 
@@ -155,7 +155,7 @@ def test_by_default_the_unexposed_teach_nothing(terms: dict[str, float]) -> None
     assert loss(logits, labels, exposed, offsets).item() == wanted.item()
     counted = CandidateSetLoss(CandidateSetLossConfig(**terms, unexposed=1.0), tasks=TASKS)
     assert counted(logits, labels, exposed, offsets).item() != wanted.item()
-    # where all are exposed there is nothing to decide
+    # if all are exposed, the weight has no effect
     every = torch.ones_like(exposed)
     assert loss(logits, labels, every, offsets) == counted(logits, labels, every, offsets)
 
@@ -173,7 +173,7 @@ def test_what_stands_for_a_number_that_nobody_saw_counts_nothing() -> None:
 
 
 def test_a_label_that_does_not_count_may_be_nan() -> None:
-    """Of the unexposed, and of a task without weight."""
+    """For unexposed candidates, and for a task without weight."""
     tasks = (*TASKS, Task("off", weight=0.0), Task("none", "regression", weight=0.0))
     logits, labels, exposed, offsets, _ = inputs()
     loss = CandidateSetLoss(tasks=tasks)
@@ -202,23 +202,23 @@ def test_seconds_are_learnt_by_their_logarithm_and_come_back_in_seconds(regressi
         optimizer.zero_grad()
         loss(model(items), seconds[:, None], exposed, offsets).backward()
         optimizer.step()
-    said = predictions(model(items), (watch,))[:, 0]
-    missed = (said - seconds).abs().mean()
+    predicted = predictions(model(items), (watch,))[:, 0]
+    missed = (predicted - seconds).abs().mean()
     noise = (seconds - torch.linspace(1, 7, 20)[items].exp()).abs().mean()
     assert missed < 1.1 * noise < 0.3 * (seconds - seconds.mean()).abs().mean()
 
 
 def test_tasks_that_the_loss_cannot_be_of() -> None:
     watch = Task("watch", "regression")
-    with pytest.raises(ConfigError, match="listwise is the loss's only term"):
+    with pytest.raises(ConfigError, match="listwise is the only term"):
         CandidateSetLoss(CandidateSetLossConfig(pointwise=0.0, listwise=1.0), tasks=[watch])
-    with pytest.raises(ConfigError, match="listwise is the loss's only term"):
+    with pytest.raises(ConfigError, match="listwise is the only term"):
         CandidateSetLoss(
             CandidateSetLossConfig(pointwise=0.0, listwise=1.0), tasks=[watch, Task("click", weight=0.0)]
         )
     with pytest.raises(ConfigError, match="weight 0 in the loss"):
         CandidateSetLoss(tasks=[Task("click", weight=0.0)])
-    with pytest.raises(ConfigError, match="one name"):
+    with pytest.raises(ConfigError, match="same name"):
         CandidateSetLoss(tasks=[watch, watch])
     with pytest.raises(ConfigError, match="'huber' or 'squared', got 'cubic'"):
         CandidateSetLossConfig(regression="cubic")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The candidate set encoder, the loss over whole sets, and the sets that are generated."""
+"""The candidate set encoder, the loss over whole sets, and generated sets."""
 
 from __future__ import annotations
 
@@ -84,13 +84,6 @@ class TestEncoder:
         few = encoder(jagged(tokens.values()[10_000:], [3])).values()
         torch.testing.assert_close(out[10_000:], few, rtol=1e-4, atol=1e-4)
 
-    def test_context_is_what_is_seen(self, attention: str) -> None:
-        encoder, tokens = make_encoder(attention), make_tokens()
-        itself = encoder(tokens, context=tokens).values()
-        assert torch.equal(itself, encoder(tokens).values())
-        nothing = encoder(tokens, context=make_tokens([0] * 4)).values()
-        torch.testing.assert_close(nothing, nothing[:1].expand_as(nothing))
-
 
 @pytest.mark.parametrize("masses", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
@@ -102,12 +95,12 @@ class TestEncoder:
         ([], []),
         ([5], [0]),
         ([0, 3], [1, 9]),
-        ([3, 3], [10, 5]),  # one group, by the events from the few to the many
+        ([3, 3], [10, 5]),  # one group, sorted by number of events
     ],
     ids=str,
 )
 def test_softmax_of_many_requests_is_that_of_each(sizes, weighted: bool, masses: bool) -> None:
-    """In outputs and gradients, whatever is padded; without masses too."""
+    """For outputs and gradients and any padding, with and without masses."""
     asked, found = sizes
     config = InteractionConfig(DIM, num_heads=2, interest_mass=masses)
     attention = randomised(SoftmaxAttention(config).double())
@@ -143,11 +136,11 @@ def test_softmax_of_many_requests_is_that_of_each(sizes, weighted: bool, masses:
 def test_no_attention_needs_no_encoder() -> None:
     with pytest.raises(ValueError, match="needs no encoder"):
         CandidateSetEncoder(DIM, CandidateSetConfig("none"))
-    with pytest.raises(ValueError, match="none of"):
+    with pytest.raises(ValueError, match="must be one of"):
         CandidateSetConfig("cubic")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="num_heads must be at least 1, got 0"):
         CandidateSetConfig("softmax", num_heads=0)
-    with pytest.raises(ConfigError, match="embedding_dim 8 is no multiple of num_heads 3"):
+    with pytest.raises(ConfigError, match="embedding_dim 8 is not a multiple of num_heads 3"):
         CandidateSetEncoder(8, CandidateSetConfig("linear", num_heads=3))
 
 
@@ -164,7 +157,7 @@ class TestTakenRelation:
         taken = torch.arange(sum(sizes)) % 3 != 1
         x, offsets = tokens.values(), tokens.offsets().tolist()
         ids = torch.randint(3, (sum(sizes), 2), generator=torch.Generator().manual_seed(1))
-        ids *= torch.tensor([1, 65])  # the second's in buckets 0, unknown, 1 and 2
+        ids *= torch.tensor([1, 65])  # the second feature's are in buckets 0, unknown, 1 and 2
         assert relation.pair_queries is not None
         pairs = relation.pair_queries.weight.view(BUCKETS, 3, BUCKETS)
         expected = torch.zeros(sum(sizes), 3).double()
@@ -186,7 +179,7 @@ class TestTakenRelation:
         for taken in (torch.ones(3).bool(), torch.ones(12)):
             with pytest.raises(ValueError, match=r"taken must be \[12\] bool"):
                 TakenRelation(DIM, 1).double()(make_tokens(), taken)
-        with pytest.raises(ValueError, match="ids must be of 2 features, got 0"):
+        with pytest.raises(ValueError, match="ids must have 2 features, got 0"):
             self.make()(make_tokens(), torch.ones(12).bool())
 
 
@@ -205,7 +198,7 @@ def test_what_is_taken_in_training_is_all_of_the_exposed_or_any_number_of_them()
     assert nothing.shape == (0,)
 
 
-# two tasks; a usual request, none exposed, no positive, all positive, one candidate, none
+# two tasks; a usual request, none exposed, no positive, all positive, one candidate, no candidate
 REQUESTS = [5, 3, 4, 3, 1, 0]
 LABELS = [1, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1]
 EXPOSED = [1, 1, 1, 0, 0, 0, 0, 0, 1, 1, 0, 1, 1, 1, 0, 1]
@@ -224,7 +217,7 @@ def loss_inputs():
 
 
 def naive_loss(config: CandidateSetLossConfig, logits, labels, exposed, offsets, alone) -> float:
-    """The docstring's formulae in plain loops."""
+    """The docstring's formulae in loops."""
     u = [1.0 if e else config.unexposed for e in exposed.tolist()]
     pointwise, weights, listwise, divergences = 0.0, 0.0, [], []
     of_exposed = {row: number for number, row in enumerate(exposed.nonzero().flatten().tolist())}
@@ -329,7 +322,7 @@ class TestLoss:
         logits, labels, exposed, offsets, _ = loss_inputs()
         loss = CandidateSetLoss(CandidateSetLossConfig(pointwise=0.0, consistency=1.0))
         assert loss(logits, labels, exposed, offsets, logits[exposed]).item() == 0
-        # nor does a shift of a whole request count, which changes no ranking
+        # nor does shifting all scores of a request, which does not change the ranking
         assert loss(logits, labels, exposed, offsets, logits[exposed] + 5).item() < 1e-12
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -418,14 +411,14 @@ TOPICS, FADE, SET_SIZE, REQUESTS_SIMULATED = 5, 0.3, 12, 40
 
 
 def set_reward(probability: np.ndarray, topic: np.ndarray, rows: np.ndarray, fade: float) -> float:
-    """The expected number of items that are taken: that in place i with its probability times fade to
-    the power of how many of its topic stand before it."""
+    """The expected number of items that the user takes: the item in place i with its probability times
+    fade to the power of the number of earlier items of its topic."""
     before = np.array([(topic[rows[:i]] == topic[row]).sum() for i, row in enumerate(rows)])
     return float((probability[rows] * fade**before).sum())
 
 
 class Simulated:
-    """Requests of the simulator: each candidate's probability alone and its topic."""
+    """Simulated requests: each candidate's own probability and its topic."""
 
     def __init__(self, seed: int) -> None:
         rng = np.random.default_rng(seed)
@@ -438,14 +431,14 @@ class Simulated:
         token[:, TOPICS] = torch.from_numpy(np.log(self.probability))
         self.tokens = jagged(token, [SET_SIZE] * REQUESTS_SIMULATED)
 
-    def beside(self, taken: torch.Tensor) -> torch.Tensor:
-        """[M]: how many of a candidate's topic are taken in its request."""
+    def same_topic(self, taken: torch.Tensor) -> torch.Tensor:
+        """[M]: how many candidates of the same topic are taken in its request."""
         key = torch.from_numpy(self.request * TOPICS + self.topic)
         counts = torch.zeros(REQUESTS_SIMULATED * TOPICS).index_add(0, key[taken], taken[taken].float())
         return counts[key]
 
     def log_wish(self, taken: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(np.log(self.probability)) + math.log(FADE) * self.beside(taken)
+        return torch.from_numpy(np.log(self.probability)) + math.log(FADE) * self.same_topic(taken)
 
     def reward(self, chosen) -> float:
         sets = [chosen.values()[a:b].numpy() for a, b in itertools.pairwise(chosen.offsets().tolist())]
@@ -453,7 +446,7 @@ class Simulated:
 
 
 def test_greedy_beats_topk_where_items_touch_each_other() -> None:
-    """By the truth; and no set of the same size is worth more than the greedy one."""
+    """By the true probabilities; and no set of the same size is worth more than the greedy one."""
     simulated = Simulated(0)
     rewards = {
         strategy: simulated.reward(generate_set(simulated.log_wish, simulated.tokens, 4, strategy))
@@ -474,7 +467,7 @@ def test_greedy_beats_topk_where_items_touch_each_other() -> None:
 
 @every_attention
 def test_an_encoder_that_learnt_from_accepted_items_generates_better_sets(attention: str) -> None:
-    """Nobody tells it of the fading: it sees which items were accepted beside which others."""
+    """The encoder does not know the fading: it only sees which items were accepted with which others."""
     torch.manual_seed(0)
     encoder = CandidateSetEncoder(DIM, CandidateSetConfig(attention))
     head = nn.Sequential(nn.Linear(2 * DIM, 32), nn.ReLU(), nn.Linear(32, 1))
@@ -482,7 +475,7 @@ def test_an_encoder_that_learnt_from_accepted_items_generates_better_sets(attent
     def score(simulated: Simulated, taken: torch.Tensor) -> torch.Tensor:
         tokens = simulated.tokens
         sizes = taken.view(-1, SET_SIZE).sum(1).tolist()
-        found = encoder(tokens, context=jagged(tokens.values()[taken], sizes)).values()
+        found = encoder.attention(tokens, jagged(tokens.values()[taken], sizes)).values()
         return head(torch.cat([tokens.values(), found], dim=1))[:, 0]
 
     optimizer = torch.optim.Adam([*encoder.parameters(), *head.parameters()], lr=0.01)

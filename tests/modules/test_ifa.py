@@ -48,12 +48,12 @@ def configs(draw) -> IFAConfig:
         interest_mass=mass,
         mass_scale=draw(st.sampled_from([1.0, 0.3])),
         identity_features=features,
-        # ids are -3..8: all collide, some collide, none collides
+        # ids are -3..8: all collide, some do, none do
         identity_buckets=draw(st.sampled_from([1, 4, 12])),
         identity_half_lives=draw(st.lists(HALF_LIVES, min_size=1, max_size=2).map(tuple)),
         identity_head_dim=draw(st.sampled_from([None, 3, 0] if mass else [None, 3])),
         gates=draw(st.sampled_from([{}, {"action": 3}, {"action": 1, "device": 4}])),
-        # a relu head may match next to nothing: its answer is then as large as 1 / eps
+        # a relu head may match almost nothing: its output is then as large as 1 / eps
         eps=1e-3,
         readout=draw(st.sampled_from(["linear", "softmax"])),
     )
@@ -80,7 +80,7 @@ def new_ifa(config: IFAConfig, seed: int = 0) -> InteractionFidelityAttention:
 
 
 def naive_ifa(ifa: InteractionFidelityAttention, inputs: Inputs) -> Tensor:
-    """IFA, every candidate against every event; the softmax read-out in its own words."""
+    """IFA for each pair of candidate and event; the softmax read-out by its own formula."""
     config = ifa.config
     phi = {
         "elu": lambda x: F.elu(x) + 1,
@@ -108,7 +108,7 @@ def naive_ifa(ifa: InteractionFidelityAttention, inputs: Inputs) -> Tensor:
 
 
 def naive_matched(ifa: InteractionFidelityAttention, inputs: Inputs, gates: Tensor) -> Tensor:
-    """[M, H], phi(q)^T z of the dense heads, which do not decay; of gates [N, H]."""
+    """[M, H], phi(q)^T z of the dense heads without decay, with gates [N, H]."""
     phi = ops.FEATURE_MAPS[ifa.config.feature_map].forward
     query, key = (
         torch.einsum("nD,hdD->nhd", tokens.values(), ifa.heads(projection))
@@ -198,7 +198,7 @@ def test_update_of_the_old_by_the_new_is_encode_of_all(problem, data):
     new = inputs.with_events([r[split:] for r, split in zip(rows, splits, strict=True)])
     elapsed = None
     if inputs.history_age is not None:
-        # the old state is from between its youngest event and now
+        # the old state's time lies between its latest event and now
         share = data.draw(st.floats(0, 1), label="share of the youngest age")
         youngest = [old.history_age[old.event_rows(b)].tolist() for b in range(len(inputs))]
         elapsed = torch.tensor(
@@ -217,7 +217,7 @@ def test_encode_of_parts_is_encode_of_the_whole(problem, data):
     rows = [inputs.event_rows(b) for b in range(len(inputs))]
     size = data.draw(st.integers(1, 3), label="events of a request in a part")
     longest = max(len(r) for r in rows)
-    # generators, since parts are for what does not fit into memory; a request may run out early
+    # generators, since parts are for histories that do not fit into memory; parts may be empty
     cuts = [inputs.with_events([r[i : i + size] for r in rows]) for i in range(0, longest + 1, size)]
     state = ifa.encode(
         (part.history for part in cuts),
@@ -265,7 +265,7 @@ def test_a_request_is_answered_alone_as_among_others(problem, data):
 def test_an_empty_history_is_exactly_zeros_before_the_output(config, weighted):
     ifa = new_ifa(config)
     inputs = Inputs.random(config, [0, 5, 0], [2, 1, 3], weighted=weighted)
-    if config.identity_features:  # something matches, whatever the dense heads say
+    if config.identity_features:  # something matches even if nothing does in the dense heads
         inputs.history_ids[1], inputs.candidate_ids[2] = 7, 7
     read = ifa.attend(inputs.candidates, ifa.encode(*inputs.encode), inputs.candidate_ids)
     for out in (ifa(*inputs.forward).values(), read.values()):
@@ -295,7 +295,7 @@ def test_attention_weights_reproduce_the_heads(problem):
         events, candidates = inputs.event_rows(b), inputs.candidate_rows(b)
         assert weights.shape == (len(candidates), len(events), len(values))
         assert (weights >= 0).all()
-        # 1, but for a linear head's eps, where anything matched, and 0 where nothing did
+        # 1 (less a linear head's eps) if anything matched, and 0 if nothing did
         total, added = matched[candidates], torch.zeros_like(matched[candidates])
         if config.readout == "linear":
             added[:, : config.num_heads] = config.eps * ifa.encode(*inputs.encode).key_sum[b].sum(1)
@@ -351,7 +351,7 @@ def test_bfloat16_tokens_are_summed_in_float32():
     state = ifa.encode(*inputs.encode)
     tensors = [value for value in state.state_dict().values() if isinstance(value, torch.Tensor)]
     assert {x.dtype for x in tensors} == {torch.float32, torch.int64}
-    # unit weights: counts up to 2000, which bfloat16 could not count to
+    # unit weights: counts up to 2000, which bfloat16 cannot represent
     plain = new_ifa(dataclasses.replace(CONFIG, gates={})).bfloat16()
     ones = plain.encode(jagged(inputs.history.values(), [2000, 3]), None, inputs.history_ids)
     of_item = ones.identity_key < 5  # the first feature's buckets
@@ -412,7 +412,7 @@ def test_state_dict_round_trips():
     assert not torch.equal(other(*inputs.forward).values(), ifa(*inputs.forward).values())
     other.load_state_dict(ifa.state_dict())
     assert torch.equal(other(*inputs.forward).values(), ifa(*inputs.forward).values())
-    assert set(ifa.state_dict()) == {  # public names, which checkpoints hold
+    assert set(ifa.state_dict()) == {  # public names, which are in checkpoints
         "query_proj.weight",
         "key_proj.weight",
         "value_proj.weight",
@@ -428,7 +428,7 @@ def test_state_dict_round_trips():
 
 
 class OfTensors(torch.nn.Module):
-    """The module as torch.compile and torch.export take it: tensors in, a tensor out."""
+    """The module for torch.compile and torch.export: tensors in, a tensor out."""
 
     def __init__(self, ifa: InteractionFidelityAttention, by_state: bool) -> None:
         super().__init__()
@@ -466,7 +466,7 @@ def test_compiles_into_one_graph_for_any_size(by_state, readout):
 
 
 @by_state_or_not
-@pytest.mark.parametrize(  # by the backend torch, and native
+@pytest.mark.parametrize(  # with the backends torch and native
     ("readout", "dtype"), [("linear", torch.float64), ("softmax", torch.float32)], ids=str
 )
 def test_exports_for_any_number_of_events_and_candidates(by_state, readout, dtype):
@@ -489,7 +489,7 @@ def test_exports_for_any_number_of_events_and_candidates(by_state, readout, dtyp
 
 
 def test_gates_multiply_the_event_weights_head_by_head():
-    """An event whose kind weighs nothing in a head is not there for it; one of double weight is two."""
+    """An event of a kind with weight 0 in a head is absent for it; one with weight 2 counts twice."""
     config = dataclasses.replace(CONFIG, gates={"action": 3}, half_lives=None)
     ifa, inputs = new_ifa(config), Inputs.random(config, [12, 0, 5], [3, 1, 2])
     gates = torch.tensor([[1.0, 1.0], [0.0, 2.0], [1.0, 0.0]]).double()
@@ -500,7 +500,7 @@ def test_gates_multiply_the_event_weights_head_by_head():
         times = [[i] * int(gates[kinds[i], h]) for i in range(17)]
         rows = [[i for row in inputs.event_rows(b) for i in times[row]] for b in range(3)]
         counted = inputs.with_events(rows)
-        counted.history_gates = torch.zeros_like(counted.history_gates)  # of gate 1
+        counted.history_gates = torch.zeros_like(counted.history_gates)  # with gate 1
         expected = ifa.encode(*counted.encode)
         assert_same(state.key_sum[:, h], expected.key_sum[:, h])
         assert_same(state.key_value[:, h], expected.key_value[:, h])
@@ -543,7 +543,7 @@ def test_an_event_of_weight_0_is_not_there(problem):
         (4, (2,), [[1, 0], [0, 1], [1, 0], [0, 1]]),
         (2, (4,), [[1, 0, 1, 0], [0, 1, 0, 1]]),
         (3, (2, 3), [[[1, 0, 0]] * 2, [[0, 1, 0]] * 2, [[0, 0, 1]] * 2]),
-        (3, (2, 1), None),  # a head alone prefers none
+        (3, (2, 1), None),  # a single head prefers none
         (1, (3,), None),
     ],
     ids=str,
@@ -563,7 +563,7 @@ def test_gates_that_the_configuration_has_not_are_refused():
     inputs = Inputs.random(config, [2, 1], [1, 2])
     inputs.history_gates = torch.zeros(3, 1, dtype=torch.int64)
     for method, arguments in (("forward", inputs.forward), ("encode", inputs.encode)):
-        with pytest.raises(ValueError, match="the configuration has no gates: name them there"):
+        with pytest.raises(ValueError, match="the configuration has no gates; add gates to it"):
             getattr(new_ifa(config), method)(*arguments)
 
 
@@ -616,7 +616,7 @@ BAD_INPUTS = {
         "history_gates: event 2 has device -1; the gate 'device' has values 0 to 3",
         {"history_gates": torch.tensor([[2, 3], [0, 0], [0, -1]], dtype=torch.int8)},
     ),
-    "requests mismatch": ("candidates are of 3 requests", {"candidates": jagged(TOKENS, [1, 1, 1])}),
+    "requests mismatch": ("candidates have 3 requests", {"candidates": jagged(TOKENS, [1, 1, 1])}),
 }
 
 
@@ -695,7 +695,7 @@ def test_bad_elapsed_is_named(elapsed):
 def test_update_of_another_number_of_requests_is_refused():
     ifa, inputs = new_ifa(CONFIG), Inputs.random(CONFIG, [2, 1], [1, 2])
     state = ifa.encode(*inputs.encode)
-    with pytest.raises(ValueError, match="new_history is of 2 requests, the state of 1"):
+    with pytest.raises(ValueError, match="new_history has 2 requests, the state has 1"):
         ifa.update(state[[0]], inputs.history, None, *inputs.encode[1:])
 
 
@@ -727,7 +727,7 @@ def test_encode_of_parts_of_different_requests_is_refused():
     [
         ("embedding_dim", {"embedding_dim": 0}),
         ("num_heads", {"num_heads": 0}),
-        ("num_heads", {"num_heads": 3}),  # 8 is no multiple of it
+        ("num_heads", {"num_heads": 3}),  # 8 is not a multiple of it
         ("head_dim", {"head_dim": 0}),
         ("feature_map", {"feature_map": "softmax"}),
         ("readout", {"readout": "quadratic"}),
@@ -739,16 +739,16 @@ def test_encode_of_parts_of_different_requests_is_refused():
         ("identity_buckets", {"identity_buckets": 0}),
         ("identity_head_dim must be 0 or more", {"identity_head_dim": -1}),
         (
-            "identity_head_dim 0 have their masses alone",
+            "identity_head_dim 0 have only masses",
             {"identity_features": ("item",), "identity_head_dim": 0, "interest_mass": False},
         ),
         ("mass_scale", {"mass_scale": 0.0}),
         ("eps", {"eps": 0.0}),
-        ("gates: 'action' must have", {"gates": {"action": 0}}),
-        ("gates: 'action' must have", {"gates": {"action": 2.0}}),
-        ("gates: 'action' must have", {"gates": {"action": True}}),
-        ("gates: a name must be text, got ''", {"gates": {"": 3}}),
-        ("gates: a name must be text, got 7", {"gates": {7: 3}}),
+        ("gates: the number of values of 'action' must", {"gates": {"action": 0}}),
+        ("gates: the number of values of 'action' must", {"gates": {"action": 2.0}}),
+        ("gates: the number of values of 'action' must", {"gates": {"action": True}}),
+        ("gates: a name must be a non-empty string, got ''", {"gates": {"": 3}}),
+        ("gates: a name must be a non-empty string, got 7", {"gates": {7: 3}}),
         ("backend", {"backend": "cuda"}),
     ],
     ids=str,
@@ -762,8 +762,8 @@ def test_bad_config_is_named(name, changes):
 
 
 def test_a_softmax_reads_the_summary_that_is_like_the_candidate():
-    """Events of two kinds, a feature each: a candidate gets the value of its own kind, though the other
-    is a hundred times as frequent, and its mass says how often it was there."""
+    """Events of two kinds, one feature each: a candidate gets the value of its own kind, although the
+    other is a hundred times as frequent, and its mass is its own kind's frequency."""
     config = IFAConfig(2, num_heads=1, feature_map="relu", readout="softmax")
     ifa = InteractionFidelityAttention(config).double()
     for projection, factor in ((ifa.query_proj, 20.0), (ifa.key_proj, 1.0), (ifa.value_proj, 1.0)):
@@ -773,7 +773,7 @@ def test_a_softmax_reads_the_summary_that_is_like_the_candidate():
     candidates = jagged(torch.eye(2).double(), [2])
     heads, mass = ifa.dense_heads(candidates, Inputs(candidates, history, None, None, None).events, None)
     torch.testing.assert_close(heads[:, 0], torch.eye(2).double(), rtol=0, atol=1e-3)
-    alike = math.exp(20 / math.sqrt(2))  # E of a candidate's own kind; of the other it is 1
+    alike = math.exp(20 / math.sqrt(2))  # E for a candidate's own kind; 1 for the other
     expected = torch.tensor([100 * alike + 1, alike + 100]).double().log1p()
     torch.testing.assert_close(mass[:, 0], expected)
 

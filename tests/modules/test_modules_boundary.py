@@ -1,4 +1,4 @@
-"""What may come into a module, and what it means: weights, ids, unknown ids, very old events."""
+"""A module's inputs and their meaning: weights, ids, unknown ids, very old events."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONFIG = IFAConfig(
     identity_half_lives=(7.0, math.inf),
 )
 BACKENDS = ["reference", "torch", *(["native"] if ops.native.LIBRARY is not None else [])]  # on the CPU
-NATIVE_SETS = ops.native.INSTRUCTION_SETS  # those that can be had here
+NATIVE_SETS = ops.native.INSTRUCTION_SETS  # those available here
 if ops.native.LIBRARY is None:
     NATIVE_SETS = ()
 else:
@@ -92,7 +92,7 @@ BAD = {
     ),
     "infinite weight": ("infinite", {"history": jagged(HISTORY, [5, 0, 3], torch.full((8,), math.inf))}),
     "bool weights": (
-        "weights are torch.bool",
+        "weights must be floating point or None, got torch.bool",
         {"history": jagged(HISTORY, [5, 0, 3], torch.ones(8).bool())},
     ),
     "integer tokens": (
@@ -108,7 +108,7 @@ BAD = {
         "weights are on meta",
         {"history": jagged(HISTORY, [5, 0, 3], torch.ones(8, device="meta"))},
     ),
-    "other requests": ("candidates are of 2", {"candidates": jagged(torch.zeros(6, 8), [2, 4])}),
+    "other requests": ("candidates have 2", {"candidates": jagged(torch.zeros(6, 8), [2, 4])}),
 }
 
 
@@ -142,7 +142,7 @@ def test_narrow_ids_are_read_as_what_they_are(backend, dtype):
 
 @pytest.mark.parametrize("kernels", [*(b for b in BACKENDS if b != "native"), *NATIVE_SETS])
 def test_unknown_matches_nothing(kernels, monkeypatch):
-    """Id 0, in all four ways: by joining, in a state, read from it, and in the weights that explain."""
+    """Id 0 in all four uses: join, state, reading the state, and attention weights."""
     backend = "native" if kernels in NATIVE_SETS else kernels
     if backend == "native":
         monkeypatch.setattr(ops.native, "STATUS", kernels)
@@ -151,7 +151,7 @@ def test_unknown_matches_nothing(kernels, monkeypatch):
     inputs.candidate_ids = torch.tensor([[0, 5], [5, 0], [0, 0], [0, 0], [5, 5], [7, 10]])
     inputs.history = jagged(inputs.history.values(), [5, 0, 3])
     _, matched = ifa.identity(inputs.candidates, inputs.events, inputs.candidate_ids)
-    # without decay, of item and category; bucket 0 holds 5 and 10, never the unknown
+    # without decay, for item and category; bucket 0 has ids 5 and 10, never the unknown id
     assert matched[:, [1, 3]].tolist() == [[0, 2], [1, 0], [0, 0], [0, 0], [0, 1], [0, 1]]
     state = ifa.encode(*inputs.encode)
     assert state.identity_offsets.tolist() == [0, 3, 3, 4]
@@ -169,7 +169,7 @@ def test_unknown_matches_nothing(kernels, monkeypatch):
 
 @pytest.mark.parametrize("column", [0, 1], ids=CONFIG.identity_features)
 def test_unknown_finds_nothing_in_sim_by_any_column(column):
-    """Though the other column is of the same known id."""
+    """Even if the other column has the same known id."""
     sim = new(kind=lambda c: SIMAttention(c, CONFIG.identity_features[column]))
     ids = {
         known: torch.tensor([[1 if other != column else known for other in (0, 1)]]) for known in (0, 1)
@@ -212,7 +212,7 @@ def aged(days: float, weighted: bool = True) -> Inputs:
 @pytest.mark.parametrize("readout", ["linear", "softmax"])
 @pytest.mark.parametrize("days", [365.0, 500.0])
 def test_an_old_history_answers_as_a_young_one(backend, feature_map, readout, days):
-    """Masses aside, all weights are the same times a constant, which is 2e-16 after a year."""
+    """Except for masses: all weights change by the same factor, 2e-16 after a year."""
     given = dict(feature_map=feature_map, readout=readout, interest_mass=False, eps=1e-3)
     ifa = new(backend=backend, **given)
     young, old = aged(0.0), aged(days)
@@ -226,7 +226,7 @@ def test_an_old_history_answers_as_a_young_one(backend, feature_map, readout, da
     torch.testing.assert_close(answer, expected, rtol=1e-3, atol=1e-4)
     gradients = torch.autograd.grad(answer.square().sum(), leaves)
     assert all(g.isfinite().all() for g in gradients) and gradients[-2].any()
-    # from its state; from a state of its youth that time passed over; with young events beside it
+    # from its state; from an earlier state after time has passed; in a batch with recent events
     state = ifa.encode(*old.encode)
     read = ifa.attend(old.candidates, state, old.candidate_ids).values()
     torch.testing.assert_close(read, expected, rtol=1e-3, atol=1e-4)
@@ -273,7 +273,7 @@ def test_long_beyond_80_half_lives_a_head_that_decays_has_no_history(backend):
         ({"mass_scale": 1e-45}, "mass_scale"),
         ({"mass_scale": math.nan}, "mass_scale"),
         ({"identity_buckets": 2**62}, "identity_buckets"),
-        ({"identity_buckets": 2**36}, "identity_buckets"),  # of two features
+        ({"identity_buckets": 2**36}, "identity_buckets"),  # for two features
     ],
     ids=str,
 )

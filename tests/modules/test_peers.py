@@ -1,4 +1,4 @@
-"""The peers against plain loops."""
+"""The peers, compared with plain loops."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CONFIGS = {
         identity_features=("item", "brand"),
         identity_buckets=4,
         identity_half_lives=(math.inf, LN2),
-        gates={"action": 3, "device": 2},  # of the identity heads
+        gates={"action": 3, "device": 2},  # in the identity heads
     ),
 }
 PEERS = {
@@ -95,7 +95,7 @@ def averaged(module: torch.nn.Module, share: Tensor, events: Tensor, h: int) -> 
 
 
 def naive_softmax(module: SoftmaxAttention, inputs: Inputs) -> Tensor:
-    """softmax of q k / sqrt(d) + log w, written w exp(q k / sqrt(d)) / sum."""
+    """softmax of q k / sqrt(d) + log w, computed as w exp(q k / sqrt(d)) / sum."""
     latest = module.recent_length
 
     def head(candidates, events, weights, h):
@@ -107,7 +107,7 @@ def naive_softmax(module: SoftmaxAttention, inputs: Inputs) -> Tensor:
 
 
 def keep(share: Tensor, order: Tensor, count: int) -> Tensor:
-    """The share of the ``count`` events that come first in each candidate's order; 0 for others."""
+    """The weights of the first ``count`` events in each candidate's order; 0 for the others."""
     kept = torch.zeros_like(share)
     for c in range(len(share)):
         for event in order[c, :count].tolist():
@@ -125,7 +125,7 @@ def naive_twin(module: TWINAttention, inputs: Inputs) -> Tensor:
 
 
 def naive_eta(module: ETAAttention, inputs: Inputs) -> Tensor:
-    """By Hamming distance of the signatures, of equal ones the later event."""
+    """By Hamming distance of the signatures; the later event in a tie."""
 
     def head(candidates, events, weights, h):
         bits = [
@@ -159,7 +159,7 @@ def naive_sim(module: SIMAttention, inputs: Inputs) -> Tensor:
 
 
 def naive_sdim(module: SDIMAttention, inputs: Inputs) -> Tensor:
-    """A pair's weight is the number of groups all of whose bits agree."""
+    """A pair's weight is the number of groups in which all bits agree."""
 
     def head(candidates, events, weights, h):
         bits = [(x @ module.hyperplanes > 0).view(len(x), 5, 2) for x in (candidates, events)]
@@ -206,7 +206,7 @@ def naive_low_rank(module: LowRankAttention, inputs: Inputs) -> Tensor:
 
 
 def naive_solar(module: SOLARAttention, inputs: Inputs) -> Tensor:
-    """By the SVD itself, of as many directions as it has."""
+    """By the SVD itself, with all its directions."""
 
     def head(candidates, events, weights, h):
         total = weights.sum()
@@ -236,14 +236,14 @@ def silu(x: Tensor) -> Tensor:
 
 
 def naive_hstu(module: HSTUAttention, inputs: Inputs) -> Tensor:
-    """A pair of events, and of a candidate and an event, at a time."""
+    """Pair by pair: of two events, and of a candidate and an event."""
     calls, latest, config = count(), module.recent_length, module.config
 
     def bias(table, h: int, back: int, days: Tensor) -> Tensor:
         return table.place[h, back] + table.time[h, min(int(torch.log2(1 + days.clamp(min=0))), 15)]
 
     def met(events: Tensor, age: Tensor, b: int) -> Tensor:
-        """The latest events after those before them."""
+        """The latest events after attending to those before them."""
         half_lives = config.half_lives or (math.inf,) * config.num_heads
         weight = naive_event_weights(inputs, half_lives, inputs.event_rows(b), None)[-latest:]
         parts = [
@@ -322,14 +322,14 @@ def test_peer_is_the_plain_loop(peer, config, weighted, aged):
 
 @every_config
 def test_din_as_on_a_gpu_is_the_plain_loop(config, monkeypatch):
-    """There every pair that could be is in work, and those that are not there are rows of zeros."""
-    monkeypatch.setattr(din, "looks", lambda x: False)
+    """On a GPU every possible pair is computed, with rows of zeros for pairs that do not exist."""
+    monkeypatch.setattr(din, "on_cpu", lambda x: False)
     test_peer_is_the_plain_loop("din of the latest 3", config, True, True)
     test_an_empty_history_is_exactly_zeros_before_the_output("din of the latest 3", config)
 
 
 def those_of_weight(inputs: Inputs) -> Inputs:
-    """Without the events of weight 0, which are as good as not there."""
+    """Without the events of weight 0, which are treated as absent."""
     weights = inputs.history.weights_or_none()
     if weights is None:
         return inputs
@@ -381,7 +381,7 @@ def test_nothing_in_gives_nothing_out(peer, lengths):
 @every_config
 @pytest.mark.parametrize("scale", [1.0, 100.0], ids=["small tokens", "large tokens"])
 def test_gradients_are_finite(peer, config, scale):
-    """In float32, also where exp(q k) is beyond it, and where events weigh nothing."""
+    """In float32, even if exp(q k) overflows or events have weight 0."""
     module = new_peer(peer, CONFIGS[config]).float()
     inputs = inputs_of(module, HISTORIES, CANDIDATES, dtype=torch.float32, seed=2)
     inputs.history.values().mul_(scale)
@@ -427,7 +427,7 @@ def test_a_peer_that_gives_no_masses_is_refused_where_they_are_wanted():
 
     inputs = Inputs.random(PLAIN, [4], [2])
     assert Massless(PLAIN).double()(*inputs.forward).values().shape == (2, 6)
-    with pytest.raises(ValueError, match=r"Massless\.dense_heads gave no masses"):
+    with pytest.raises(ValueError, match=r"Massless\.dense_heads returned no masses"):
         Massless(CONFIGS["masses"]).double()(*inputs.forward)
 
 
@@ -439,7 +439,7 @@ def test_mean_pooling_answers_all_candidates_of_a_request_alike():
 
 
 def test_solar_of_full_rank_and_like_events_is_finite_and_learns():
-    """Equal singular values, one event many times, and no event: where an SVD has no derivative."""
+    """Equal singular values, one repeated event, and no event: an SVD has no derivative there."""
     module = randomised(SOLARAttention(CONFIGS["masses"], rank=32)).double()
     tokens = torch.cat([torch.eye(6), torch.ones(9, 6), torch.zeros(2, 6)]).double().requires_grad_()
     history = JaggedTensor(tokens, lengths=torch.tensor([6, 9, 2, 0]))
@@ -450,7 +450,7 @@ def test_solar_of_full_rank_and_like_events_is_finite_and_learns():
 
 
 def test_solar_has_one_event_exactly():
-    """Its one direction is the event: softmax attention to it."""
+    """Its only direction is the event: this is softmax attention to it."""
     module = new_peer("solar", CONFIGS["masses"])
     tokens = torch.randn(3, 6, generator=torch.Generator().manual_seed(0)).double()
     history = JaggedTensor(tokens[:1].expand(4, -1), lengths=torch.tensor([4]))

@@ -1,4 +1,4 @@
-"""What logits say: predictions in the labels' units, and the score that ranks."""
+"""What logits mean: predictions in the labels' units, and the ranking score."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class TestPredictions:
 
     def test_each_task_by_its_kind(self) -> None:
         logits = torch.tensor([[0.0, 1.0, -2.0], [3.0, 0.0, 0.0]])
-        said = predictions(logits, (CLICK, WATCH, STARS))
+        predicted = predictions(logits, (CLICK, WATCH, STARS))
         wanted = [[0.5, math.expm1(4.5), 3.0], [1 / (1 + math.exp(-3)), math.expm1(3.0), 4.0]]
-        np.testing.assert_allclose(said.numpy(), wanted, rtol=1e-6)
+        np.testing.assert_allclose(predicted.numpy(), wanted, rtol=1e-6)
 
     def test_of_no_candidates(self) -> None:
         assert predictions(torch.empty(0, 2), (CLICK, WATCH)).shape == (0, 2)
 
     def test_bfloat16_is_computed_in_float32(self) -> None:
-        said = predictions(torch.ones(1, 1, dtype=torch.bfloat16), (WATCH,))
-        assert said.dtype == torch.float32 and said.item() == pytest.approx(math.expm1(4.5))
+        predicted = predictions(torch.ones(1, 1, dtype=torch.bfloat16), (WATCH,))
+        assert predicted.dtype == torch.float32 and predicted.item() == pytest.approx(math.expm1(4.5))
 
 
 class TestRankingScore:
@@ -48,7 +48,7 @@ class TestRankingScore:
         assert torch.equal(score, self.LOGITS[:, 0])
 
     def test_a_task_alone_ranks_by_its_logit(self) -> None:
-        """Whose probabilities of 40 and 50 would be alike."""
+        """The probabilities for logits 40 and 50 would be equal."""
         tasks = (CLICK, BUY, dataclasses.replace(WATCH, rank=-2.0))
         assert torch.equal(ranking_score(self.LOGITS, tasks), -2 * self.LOGITS[:, 2])
         alone = (dataclasses.replace(CLICK, rank=3.0), BUY, WATCH)
@@ -81,17 +81,17 @@ def test_logits_of_other_tasks(function) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
-        ({"kind": "ordinal"}, "kind 'ordinal'"),
+        ({"kind": "ordinal"}, "kind must be .* got 'ordinal'"),
         ({"weight": -1.0}, "in the loss must be"),
         ({"weight": math.inf}, "in the loss must be"),
         ({"weight": math.nan}, "in the loss must be"),
         ({"rank": math.nan}, "in the ranking must be finite"),
     ],
 )
-def test_a_task_that_cannot_be(options: dict, told: str) -> None:
-    with pytest.raises(ConfigError, match=f"task 'like'.*{told}"):
+def test_a_task_that_cannot_be(options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"task 'like'.*{message}"):
         Task("like", **options)
 
 
@@ -107,14 +107,14 @@ class TestModelConfig:
         assert self.make(num_tasks=2, tasks=(CLICK, WATCH)).tasks == (CLICK, WATCH)
 
     @pytest.mark.parametrize(
-        ("options", "told"),
+        ("options", "message"),
         [
-            ({"tasks": (CLICK, WATCH)}, "num_tasks is 1.*give num_tasks=2"),
+            ({"tasks": (CLICK, WATCH)}, "num_tasks is 1.*set num_tasks=2"),
             ({"num_tasks": 0}, "num_tasks must be 1 or more"),
-            ({"num_tasks": 2, "tasks": (CLICK, CLICK)}, "one name"),
+            ({"num_tasks": 2, "tasks": (CLICK, CLICK)}, "same name"),
             ({"tasks": (Task("click", weight=0.0),)}, "weight 0 in the loss"),
         ],
     )
-    def test_tasks_that_do_not_fit(self, options: dict, told: str) -> None:
-        with pytest.raises(ConfigError, match=told):
+    def test_tasks_that_do_not_fit(self, options: dict, message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
             self.make(**options)

@@ -1,4 +1,4 @@
-"""UserState: a batch of states that is cut, joined, added, moved and saved."""
+"""UserState: indexing, concatenating, adding, moving and saving."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def new_state(requests: int, seed: int = 0, identity: bool = True) -> UserState:
 
 
 def dense_tables(state: UserState) -> tuple[torch.Tensor, torch.Tensor]:
-    """identity_value [B, keys, L, d] and identity_sum [B, keys, L] with zeros where there is no row."""
+    """identity_value [B, keys, L, d] and identity_sum [B, keys, L] with zeros for missing rows."""
     value = torch.zeros(len(state), 10, 2, 3)
     total = torch.zeros(len(state), 10, 2)
     for b in range(len(state)):
@@ -95,7 +95,7 @@ def test_cat_undoes_slices(identity):
 
 
 def test_cat_of_unlike_states_is_refused():
-    with pytest.raises(ValueError, match="several configurations"):
+    with pytest.raises(ValueError, match="different configurations"):
         UserState.cat([new_state(1), new_state(1, identity=False)])
 
 

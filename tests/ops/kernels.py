@@ -1,4 +1,4 @@
-"""Every backend, the native one with each instruction set that this machine has; encode, then attend."""
+"""All backends, the native one with each instruction set of this machine; encode, then attend."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EVERY_KERNEL = [*KERNELS, pytest.param("triton", marks=triton_is_there)]
 
 @contextmanager
 def backend_of(kernels: str) -> Iterator[str]:
-    """The backend that a name of KERNELS stands for, its instruction set chosen."""
+    """The backend that an entry of KERNELS names, with its instruction set selected."""
     if kernels not in NATIVE:
         yield kernels
         return
@@ -34,7 +34,7 @@ def backend_of(kernels: str) -> Iterator[str]:
 
 
 def wide_inputs(history, candidates, sizes, dtype=torch.float32, weighted: bool | str = True):
-    """Of encode and attend, with D, H and d from ``sizes``."""
+    """Inputs of encode and attend, with D, H and d from ``sizes``."""
     dim, heads, width = sizes
     generator = torch.Generator().manual_seed(0)
     random = partial(torch.randn, generator=generator)
@@ -57,7 +57,7 @@ def wide_inputs(history, candidates, sizes, dtype=torch.float32, weighted: bool 
 
 
 def run(inputs, asking, feature_map, backend):
-    """State and answers, and the gradients of a sum of squares of the answers, by name."""
+    """State and outputs, and the gradients of the sum of squared outputs, by name."""
     inputs = {name: x if x is None else x.clone() for name, x in inputs.items()}
     asking = {name: x.clone() for name, x in asking.items()}
     leaves = {

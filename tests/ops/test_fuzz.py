@@ -1,6 +1,6 @@
-"""Every operator, of anything: every backend refuses it, or all give the same.
+"""Every operator with arbitrary inputs: all backends raise an error, or all give the same result.
 
-``FUZZ_EXAMPLES=1500 python -m pytest tests/ops/test_fuzz.py`` runs for some ten minutes.
+``FUZZ_EXAMPLES=1500 python -m pytest tests/ops/test_fuzz.py`` takes about ten minutes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SIZES = st.integers(0, 3) | st.integers(1, 20)
 
 @st.composite
 def arguments(draw, op: str) -> tuple[dict, tuple]:
-    """The tensors of a call that is right, and what follows them."""
+    """The tensors of a valid call, and the arguments after them."""
     requests = draw(st.integers(0, 4))
     rows = st.lists(st.integers(0, 5) | st.sampled_from([70, 300]), min_size=requests, max_size=requests)
     history, candidates = draw(rows), draw(rows)
@@ -81,7 +81,7 @@ def arguments(draw, op: str) -> tuple[dict, tuple]:
 
 @st.composite
 def faults(draw, x: Tensor) -> Tensor:
-    """The tensor with something about it that may not fit the others."""
+    """The tensor with a change that may not fit the others."""
     kind = draw(st.sampled_from(["size", "rank", "dtype", "device", "values"]))
     if kind == "size":
         dim = draw(st.integers(0, x.ndim - 1))
@@ -95,14 +95,14 @@ def faults(draw, x: Tensor) -> Tensor:
         return x.to("meta")
     if x.is_floating_point() or not x.numel():
         return x
-    spoilt = x.to(torch.int64, copy=True)  # uint32 knows no addition
+    spoilt = x.to(torch.int64, copy=True)  # uint32 has no addition
     spoilt[draw(st.integers(0, x.numel() - 1))] += draw(st.sampled_from([-1000, -1, 1, 1000, 2**40]))
     return spoilt
 
 
 @st.composite
 def calls(draw, op: str) -> tuple[dict, tuple]:
-    """Of any dtypes and strides, some with a fault or a NaN."""
+    """Calls with any dtypes and strides, some with a fault or a NaN."""
     inputs, extra = draw(arguments(op))
     dtype, mixed = draw(st.sampled_from(FLOATS)), draw(st.booleans())
     for name, x in inputs.items():
@@ -110,7 +110,7 @@ def calls(draw, op: str) -> tuple[dict, tuple]:
             continue
         types = FLOATS if x.is_floating_point() else INTEGERS
         if not x.is_floating_point():
-            # 300 rows are more than a byte counts
+            # more rows than a byte can count
             types = types[: 3 if x.numel() and x.max() > 100 else None]
         plain = dtype if x.is_floating_point() else torch.int64
         x = x.to(draw(st.sampled_from(types)) if mixed else plain)
@@ -165,7 +165,7 @@ def test_backends_agree_or_refuse(op, data):
             assert isinstance(found, ValueError), f"{kernels} takes what is refused: {truth}"
             continue
         if isinstance(found, ValueError):
-            assert kernels in NATIVE and '"native" does not serve' in str(found)
+            assert kernels in NATIVE and '"native" does not support' in str(found)
             continue
         assert {x.dtype for x in found[:2]} == {torch.promote_types(ruling, torch.float32)}
         for actual, expected in zip(found, truth, strict=True):

@@ -1,4 +1,4 @@
-"""What is the native backend's own: instruction sets, widths, threads, bfloat16, refusals, memory."""
+"""Specific to the native backend: instruction sets, widths, threads, bfloat16, errors, memory."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def instruction_set(request, monkeypatch):
 
 
 def softmax_inputs(candidates, sizes, summaries: int, dtype=torch.float32) -> dict:
-    """Of attend_softmax, some of the summaries not there."""
+    """Inputs of attend_softmax, with some absent summaries."""
     _, asking = wide_inputs([1] * len(candidates), candidates, sizes, dtype)
     _, heads, width = sizes
     generator = torch.Generator().manual_seed(1)
@@ -107,7 +107,7 @@ def test_small_and_large_projections(instruction_set, feature_map, size):
     state = ops.encode(*inputs.values(), feature_map, "native")
     truth = ops.encode(*to_float64(inputs).values(), feature_map, "reference")
     for actual, expected in zip(state, truth, strict=True):
-        # the arguments of exp are themselves only good to float32 of their size
+        # the arguments of exp are themselves only exact to float32's relative precision
         assert_near(actual, expected, 2e-5 * max(size / 10, 1))
     assert ops.attend(*asking.values(), *state, feature_map, EPS, "native")[0].isfinite().all()
 
@@ -135,7 +135,7 @@ def test_an_infinite_age_counts_nothing_where_there_is_decay(instruction_set):
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 @weighted_by_event_or_head
 def test_bfloat16_tokens(instruction_set, feature_map, sizes, weighted):
-    """float32 states and answers; where the processor multiplies bfloat16, phi is rounded to it."""
+    """float32 states and outputs; if the processor multiplies bfloat16, phi is rounded to it."""
     inputs, asking = wide_inputs(HISTORY, CANDIDATES, sizes, torch.bfloat16, weighted)
     truth = run(to_float64(inputs), to_float64(asking), feature_map, "reference")
     paired = instruction_set.endswith("bf16") and sizes[0] % 2 == 0
@@ -171,7 +171,7 @@ def test_results_are_the_same_to_the_bit_with_any_number_of_threads_and_at_every
 
 
 def test_float32_error_of_a_million_events():
-    """Stated in kernels/native.py: 1e-6 of the largest sum."""
+    """As kernels/native.py states: 1e-6 of the largest sum."""
     generator = torch.Generator().manual_seed(0)
     history = torch.randn(1_000_000, 16, generator=generator)
     key = torch.randn(1, 16, 16, generator=generator) / 4
@@ -265,7 +265,7 @@ def test_a_state_whose_entries_an_int_does_not_count_is_refused():
 
 def test_auto_takes_native_where_it_serves_and_torch_elsewhere():
     inputs = encode_inputs([5, 3])
-    with pytest.raises(ValueError, match=r'"native" does not serve torch\.float64 on cpu'):
+    with pytest.raises(ValueError, match=r'"native" does not support torch\.float64 on cpu'):
         ops.encode(*inputs.values(), "elu", "native")
     assert ops.encode(*inputs.values(), "elu")[0].dtype == torch.float64
     inputs = encode_inputs([500, 3], torch.float32)
@@ -297,7 +297,7 @@ def test_the_command_says_what_there_is(capsys):
 
 
 class All(torch.nn.Module):
-    """Every operator, by "auto"."""
+    """Every operator, with backend "auto"."""
 
     def forward(self, history, asking, matching):
         key_value, key_sum = ops.encode(*history, "elu")
@@ -330,7 +330,7 @@ def test_an_exported_graph_takes_the_kernels_of_where_it_runs(here, monkeypatch)
 
 def test_kernels_built_of_other_sources_are_not_called(monkeypatch):
     monkeypatch.setattr(native, "_VERSION", native._VERSION + 1)
-    assert native.built() == (None, "not loaded: built of other sources; install the package again")
+    assert native.built() == (None, "not loaded: built from other sources; install the package again")
 
 
 @pytest.mark.skipif(NATIVE[-1] != "avx512_bf16", reason="the processor does not multiply bfloat16")
@@ -352,7 +352,7 @@ def test_ifa_kernels_takes_a_set_or_none_and_says_what_cannot_be(monkeypatch):
         native.load()
     monkeypatch.setenv("IFA_KERNELS", "avx512")
     monkeypatch.setattr(native, "built", lambda: (native.LIBRARY, "avx2"))
-    with pytest.raises(UserError, match="this processor has plain, avx2; take one of these or none"):
+    with pytest.raises(UserError, match="this processor has plain, avx2; use one of these or none"):
         native.load()
     monkeypatch.setattr(native, "built", lambda: (None, "not built: a reason"))
     with pytest.raises(UserError, match="IFA_KERNELS=avx512: the kernels are not built: a reason"):
@@ -365,7 +365,7 @@ def test_ifa_kernels_takes_a_set_or_none_and_says_what_cannot_be(monkeypatch):
 
 
 def under_sanitizers(path: str) -> None:
-    """Every kernel of every instruction set, on every shape; the process dies at the first error."""
+    """Every kernel of every instruction set with every shape; the process exits at the first error."""
     native.LIBRARY = ctypes.CDLL(path)
     for native.STATUS in NATIVE:
         for (history, candidates), dtype, weighted in itertools.product(

@@ -1,4 +1,4 @@
-"""The backends against the reference, and the reference against the quadratic form."""
+"""The backends compared with the reference, and the reference with the quadratic form."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ifa_torchrec.ops.kernels.tiling import LONGEST_CHUNK, TILE
 
 D, H, WIDTH = 6, 3, 4
 DECAY = [0.0, 0.5, 3.0]
-# Where nothing matches, outputs and gradients are as large as 1 / eps: one that float32 can follow.
+# Without a match, outputs and gradients are as large as 1 / eps: use an eps for which float32 suffices.
 EPS = 0.01
 FEATURE_MAPS = sorted(ops.FEATURE_MAPS)
 
@@ -69,7 +69,7 @@ def attend_inputs(lengths, feature_map, dtype=torch.float64, state_dtype=None) -
         "offsets": offsets_of(lengths),
         "query_weight": random(H, WIDTH, D, seed=7, dtype=dtype),
         "key_value": random(len(lengths), H, features, WIDTH, seed=8, dtype=state_dtype),
-        # a sum of features that are >= 0
+        # a sum of features >= 0
         "key_sum": random(len(lengths), H, features, seed=9, dtype=state_dtype).abs(),
     }
 
@@ -90,7 +90,7 @@ def match_inputs(
     n, m = sum(history_lengths), sum(candidate_lengths)
     generator = torch.Generator().manual_seed(10)
     return {
-        # 5 buckets: most candidates match, and large sets hold duplicates
+        # 5 buckets: most candidates match, and large sets have duplicates
         "candidate_buckets": torch.randint(0, 5, (m,), generator=generator),
         "candidate_offsets": offsets_of(candidate_lengths),
         "history": random(n, D, seed=11, dtype=dtype),
@@ -117,7 +117,7 @@ def to_float64(inputs: dict) -> dict:
 
 
 def called(op: str, inputs: dict, *extra, backend: str) -> list[Tensor]:
-    """The op's outputs: of the Triton backend computed on the GPU, where there is one."""
+    """The operator's outputs; the Triton backend runs on the GPU if there is one."""
     on_cpu = all(x is None or x.device.type == "cpu" for x in inputs.values())
     if backend != "triton" or not on_cpu or DEVICE == "cpu":
         return [*getattr(ops, op)(*inputs.values(), *extra, backend=backend)]
@@ -126,7 +126,7 @@ def called(op: str, inputs: dict, *extra, backend: str) -> list[Tensor]:
 
 
 def outputs_and_gradients(op: str, inputs: dict, *extra, backend: str) -> dict[str, Tensor]:
-    """The op's two outputs, and the gradients of a random sum of both."""
+    """The operator's two outputs, and the gradients of a randomly weighted sum of both."""
     inputs = {name: None if x is None else x.clone() for name, x in inputs.items()}
     leaves = [name for name in DIFFERENTIABLE[op] if inputs[name] is not None]
     for name in leaves:
@@ -134,7 +134,7 @@ def outputs_and_gradients(op: str, inputs: dict, *extra, backend: str) -> dict[s
     outputs = called(op, inputs, *extra, backend=backend)
     upstream = [random(*out.shape, seed=20 + i, dtype=out.dtype) for i, out in enumerate(outputs)]
     loss = sum((out * up).sum() for out, up in zip(outputs, upstream, strict=True))
-    # the reference's outputs for no request come from no input: their gradients are zeros
+    # without requests the reference's outputs depend on no input: the gradients are zeros
     loss = loss + sum(0 * inputs[name].sum() for name in leaves)
     gradients = torch.autograd.grad(loss, [inputs[name] for name in leaves])
     result = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
@@ -143,7 +143,7 @@ def outputs_and_gradients(op: str, inputs: dict, *extra, backend: str) -> dict[s
 
 
 def assert_backend_is_true(op: str, inputs: dict, *extra, tolerance: float, backend: str) -> None:
-    """The backend in the inputs' dtype against the reference in float64."""
+    """Compare the backend in the inputs' dtype with the reference in float64."""
     truth = outputs_and_gradients(op, to_float64(inputs), *extra, backend="reference")
     actual = outputs_and_gradients(op, inputs, *extra, backend=backend)
     assert actual.keys() == truth.keys()
@@ -152,7 +152,7 @@ def assert_backend_is_true(op: str, inputs: dict, *extra, tolerance: float, back
 
 
 native_is_built = pytest.mark.skipif(native.LIBRARY is None, reason=native.STATUS)
-# all of them in Triton's interpreter take minutes: tests/ops/test_triton.py has a selection
+# Triton's interpreter takes minutes for all of them: tests/ops/test_triton.py has a selection
 triton_is_there = [pytest.mark.skipif(not TRITON, reason="Triton is not installed")]
 triton_is_there += [pytest.mark.slow] if INTERPRETED else []
 FLOAT32 = [
@@ -163,7 +163,7 @@ FLOAT32 = [
 
 
 def many(rows: int, backend: str) -> int:
-    """So many rows, and a thirtieth of them where Triton's interpreter would take minutes."""
+    """``rows``, or a thirtieth of them if Triton's interpreter would take minutes."""
     return rows // 30 if backend == "triton" and INTERPRETED else rows
 
 
@@ -322,7 +322,7 @@ def test_linear_form_is_the_quadratic_form_of_each_request(feature_map):
 
 
 def with_gaps(lengths, dtype=torch.float64) -> dict:
-    """Of the first request no summary is there, of the second's head 1 some are not."""
+    """The first request has no summaries, the second lacks some in head 1."""
     inputs = attend_softmax_inputs(lengths, dtype)
     inputs["log_weight"][0], inputs["log_weight"][1, 1, ::2] = -torch.inf, -torch.inf
     return inputs
@@ -398,7 +398,7 @@ def test_only_the_head_without_decay_ignores_ages(backend):
 
 @EVERY_BACKEND
 def test_weights_by_head_are_those_of_the_head_alone(backend):
-    """Head h of weights [N, H] is head h of the weights [N] of its column."""
+    """Head h with weights [N, H] equals head h with the weights [N] of column h."""
     inputs = encode_inputs([9, 0, 3], torch.float32, "by head")
     together = ops.encode(*inputs.values(), "elu", backend)
     matching = match_inputs([9, 0, 3], [4, 1, 2], torch.float32, "by head")
@@ -421,7 +421,7 @@ def test_weights_by_head_are_those_of_the_head_alone(backend):
 def test_match_joins_within_a_request_only(backend):
     tokens = torch.tensor([[1.0], [10.0], [100.0], [1000.0]])
     token_sum, weight_sum = ops.match(
-        torch.tensor([7, 7, 8, 9, 7]),  # 7 twice in the first request's set
+        torch.tensor([7, 7, 8, 9, 7]),  # 7 is twice in the first request's set
         torch.tensor([0, 4, 4, 5]),
         tokens,
         torch.tensor([7, 8, 7, 8]),
@@ -460,7 +460,7 @@ def test_match_among_many_other_buckets(backend, dtype, tolerance):
 @pytest.mark.parametrize("bucket", [-1, 2**40, 2**62, 2**63 - 1], ids=str)
 @EVERY_BACKEND
 def test_match_tells_requests_apart_whatever_the_buckets(backend, bucket):
-    """Every request has one event in ``bucket`` and one beside it, and asks for buckets 0 to 9."""
+    """Each request has one event in ``bucket`` and one in 5, and candidates in buckets 0 to 9."""
     requests = 6
     asked = [*range(10), bucket]
     _, weight_sum = ops.match(
@@ -482,7 +482,7 @@ def test_match_tells_requests_apart_whatever_the_buckets(backend, bucket):
 
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 def test_bfloat16_inputs_give_a_float32_state(feature_map):
-    # 3000 events: a sum kept in bfloat16 would stop growing after some 256 of them
+    # 3000 events: a bfloat16 sum would stop growing after about 256 of them
     inputs = encode_inputs([3000, 0, 7], torch.bfloat16)
     truth = ops.encode(*to_float64(inputs).values(), feature_map, backend="reference")
     state = ops.encode(*inputs.values(), feature_map, backend="torch")
@@ -522,7 +522,7 @@ def test_bfloat16_inputs_get_bfloat16_gradients(feature_map):
 
 
 def peak_bytes(function, path) -> int:
-    """The most bytes that ``function`` held at once of what it allocated, as the profiler saw it."""
+    """The peak number of bytes that ``function`` allocated, according to the profiler."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     profiler.export_chrome_trace(str(path))
@@ -547,13 +547,13 @@ def test_encode_needs_no_memory_that_grows_with_the_history(feature_map, tmp_pat
 
         history_bytes = inputs["history"].nbytes
         peak = peak_bytes(forward_and_backward, tmp_path / "trace.json")
-        assert peak >= history_bytes  # the gradient itself was seen
+        assert peak >= history_bytes  # the measurement includes the gradient itself
         return peak - history_bytes
 
     few, many = 10 * TILE, 40 * TILE
     growth = peak_beyond_the_gradient(many, "torch") - peak_beyond_the_gradient(few, "torch")
-    assert growth < (many - few)  # not a byte an event
-    # the same measurement of what does keep phi(k) of all events
+    assert growth < (many - few)  # less than one byte per event
+    # the same measurement for a backend that does keep phi(k) of all events
     growth = peak_beyond_the_gradient(many, "reference") - peak_beyond_the_gradient(few, "reference")
     assert growth > (many - few) * H * WIDTH * 4
 

@@ -1,4 +1,4 @@
-"""What no backend may be brought to: a wrong number in silence, foreign memory, a hang."""
+"""No backend may silently give wrong numbers, access foreign memory, or hang."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ LENGTHS, SETS = [70, 0, 5, 3], [3, 2, 0, 9]
 EXTRA = {"encode": ("hedgehog",), "attend": ("hedgehog", EPS)}
 EXTRA |= {"attend_softmax": (), "match": ()}
 RULING = {"attend": "key_value", "attend_softmax": "summaries"}
-"""The argument whose dtype the sums take; else the history."""
+"""The argument that determines the dtype of sums, where it is not the history."""
 
 
 def inputs_of(op: str, weighted: bool | str = True, feature_map: str = "hedgehog") -> dict:
-    """Of float32; weighted as ``weights_of`` takes it."""
+    """float32 inputs; ``weighted`` as for ``weights_of``."""
     if op == "attend":
         return attend_inputs(SETS, feature_map, torch.float32)
     if op == "attend_softmax":
@@ -54,7 +54,7 @@ def results(op: str, inputs: dict, backend: str, extra: tuple | None = None) -> 
     }
     outputs = called(op, inputs, *(EXTRA[op] if extra is None else extra), backend=backend)
     leaves = [x for x in inputs.values() if x is not None and x.requires_grad]
-    # outputs of no row may come from no input: their gradients are zeros
+    # outputs without rows may depend on no input: the gradients are zeros
     loss = sum(0 * x.sum() for x in leaves)
     for x in outputs:
         upstream = torch.arange(x.numel(), dtype=x.dtype, device=x.device).cos().view(x.shape)
@@ -80,11 +80,11 @@ every_op_and_weighting = pytest.mark.parametrize(
 
 
 def resized(x: Tensor, dim: int) -> Tensor:
-    """One entry less along ``dim``."""
+    """The tensor with one entry less along ``dim``."""
     return x.narrow(dim, 0, x.shape[dim] - 1)
 
 
-# offsets are told by their values where that is the fault, and by B where it is not
+# an error for offsets names their values if these are wrong, else B
 SIZES = [
     *[("encode", name, 0) for name in ("offsets", "key_weight", "weights", "ages", "decay")],
     *[("encode", "history", 1), ("encode", "value_weight", 0), ("encode", "value_weight", 1)],
@@ -112,12 +112,12 @@ def test_sizes_that_do_not_agree_are_refused(op, name, dim):
 @pytest.mark.parametrize("shape", [(78, 1), (78, 2), (77, 3), (3, 78), (78, 3, 1), (77,), ()], ids=str)
 @pytest.mark.parametrize(("op", "letter"), [("encode", "H"), ("match", "L")])
 def test_weights_of_another_shape_are_refused_with_both_that_will_do(op, letter, shape):
-    """Of 78 events and 3 heads."""
+    """For 78 events and 3 heads."""
     inputs = inputs_of(op) | {"weights": torch.ones(shape)}
-    told = "decay" if op == "match" and shape in ((78, 1), (78, 2)) else "weights"
-    wanted = rf"\[{letter}\] with" if told == "decay" else rf"\[N\] or \[N, {letter}\]"
+    named = "decay" if op == "match" and shape in ((78, 1), (78, 2)) else "weights"
+    wanted = rf"\[{letter}\] with" if named == "decay" else rf"\[N\] or \[N, {letter}\]"
     for backend in ops.BACKENDS:
-        with pytest.raises(ValueError, match=f"^{told} must be {wanted}"):
+        with pytest.raises(ValueError, match=f"^{named} must be {wanted}"):
             getattr(ops, op)(*inputs.values(), *EXTRA[op], backend)
 
 
@@ -132,9 +132,9 @@ def test_every_argument_of_another_rank_dtype_device_or_kind_is_refused_by_its_n
         ):
             inputs = inputs_of(op, weighted) | {name: wrong}
             first = next(iter(inputs)) == name
-            told = next(iter([*inputs][1:])) if first and wrong.is_meta else name
+            named = next(iter([*inputs][1:])) if first and wrong.is_meta else name
             for backend in ops.BACKENDS:
-                with pytest.raises(ValueError, match=f"^{told} must be "):
+                with pytest.raises(ValueError, match=f"^{named} must be "):
                     getattr(ops, op)(*inputs.values(), *EXTRA[op], backend)
         for wrong in ([1.0], None) if name not in ("weights", "ages") else ([1.0],):
             with pytest.raises(TypeError, match=f"^{name} must be a tensor, got"):
@@ -169,7 +169,7 @@ def test_unknown_names_are_refused():
 @pytest.mark.skipif(not NATIVE, reason="no kernels")
 @pytest.mark.parametrize("weighted", [True, "by head"], ids=["weighted", "by head"])
 def test_the_native_operators_themselves_read_no_foreign_memory(weighted):
-    """Called past ops.encode and its like, as an exported graph calls them."""
+    """Called without ops.encode and the other functions, as in an exported graph."""
     ifa = torch.ops.ifa
     calls = []
     for op, operator, backward in (
@@ -193,12 +193,12 @@ def test_the_native_operators_themselves_read_no_foreign_memory(weighted):
                 wrong += [x[:, None, None], x.flatten()[0]]
             if name in ("history", "candidates"):
                 wrong += [x.double(), x.half()]
-            if x.dtype == torch.int64:  # a join, offsets; buckets may be any number
+            if x.dtype == torch.int64:  # the join and offsets; buckets may be any number
                 wrong += [] if str(name).endswith("buckets") else [x + 1000, x - 1000]
             if operator == ifa.match and name in ("history", "decay"):
-                del wrong[x.ndim - 1]  # D and L are theirs alone to say
+                del wrong[x.ndim - 1]  # only this argument defines D or L
             for spoilt in wrong:
-                with pytest.raises(ValueError, match=r"must|does not serve"):
+                with pytest.raises(ValueError, match=r"must|does not support"):
                     operator(*(inputs | {name: spoilt}).values(), *extra)
 
 
@@ -247,7 +247,7 @@ def test_autocast_changes_the_tokens_and_no_sum(op, weighted, backend):
     for i, (one, other) in enumerate(zip(actual, expected, strict=True)):
         assert one.dtype == torch.float32
         other = other.float()
-        # autocast reaches what PyTorch's own backward multiplies
+        # autocast affects the products in PyTorch's own backward
         own = i > 1 and backend == "reference"
         assert_near(one, other, 2e-2 if own else 0)
 
@@ -275,7 +275,7 @@ def test_inputs_of_any_layout(op, weighted, backend):
 
 @every_op_and_weighting
 def test_expanded_inputs_and_gradients(op, weighted, backend):
-    """Of stride 0, as a sum's gradient is; and outputs of which one alone is asked for."""
+    """With stride 0, like a sum's gradient; also if only one output is used."""
     inputs, extra = inputs_of(op, weighted, feature_map="elu"), EXTRA[op] and ("elu", *EXTRA[op][1:])
     token, *_ = (name for name in ("history", "candidates") if name in inputs)
     inputs[token] = inputs[token][:1].expand_as(inputs[token])
@@ -298,7 +298,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 @every_op_and_weighting
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mixed_dtypes(op, weighted, dtype, backend):
-    """Sums are as wide as the ruling argument, float32 at least; gradients as what they are of."""
+    """Sums have the dtype of one argument, but at least float32; gradients that of their input."""
     ruling = RULING.get(op, "history")
     tokens = "candidates" if op in RULING else "history"
     for name in [name for name, x in inputs_of(op, weighted).items() if x.is_floating_point()]:
@@ -307,7 +307,7 @@ def test_mixed_dtypes(op, weighted, dtype, backend):
         wide = name in (tokens, ruling) and dtype == torch.float64
         half = name == tokens and dtype == torch.float16
         if (backend == "native" and (wide or half)) or (backend == "triton" and wide):
-            with pytest.raises(ValueError, match=f'"{backend}" does not serve'):
+            with pytest.raises(ValueError, match=f'"{backend}" does not support'):
                 results(op, inputs, backend)
             continue
         actual = results(op, inputs, backend)
@@ -350,7 +350,7 @@ def test_no_gradient_flows_to_ages_and_decay(op, weighted, backend):
 
 
 def assert_equal_where(rows: Tensor, actual: Tensor, expected: Tensor) -> None:
-    # not to the bit: the kernels take hedgehog's softmax in another way where a tile has large values
+    # not bitwise: the kernels compute hedgehog's softmax differently if a tile has large values
     assert_near(actual[rows], expected[rows], 1e-6)
 
 
@@ -441,7 +441,7 @@ def test_a_spoilt_event_spoils_the_candidates_that_match_it_alone(backend):
         assert 0 < matching.sum() < SETS[0]
         assert_equal_where(~matching, found[0], clean[0])
         assert torch.equal(found[0].isfinite(), truth[0].isfinite())
-        assert torch.equal(found[1], clean[1])  # sums of weights have no token in them
+        assert torch.equal(found[1], clean[1])  # sums of weights do not depend on tokens
         assert_equal_where(torch.arange(78) > 0, found[2], clean[2])
 
 
@@ -474,7 +474,7 @@ def test_a_spoilt_weight_spoils_its_own_head_of_its_own_request_alone(value, bac
 
 
 def test_a_nan_does_not_hide_large_values_of_other_requests(backend):
-    """Hedgehog's kernels subtract the maximum where |x| is large anywhere in a tile."""
+    """Hedgehog's kernels subtract the maximum if |x| is large anywhere in a tile."""
     inputs = encode_inputs([1, 1, 1], torch.float32)
     inputs["history"][0] *= 1000
     expected = ops.encode(*to_float64(inputs).values(), "hedgehog", "reference")
@@ -532,7 +532,7 @@ def test_gradients_have_the_strides_that_a_trace_expects(op, weighted):
 
 
 def several(backend: str) -> list[Tensor]:
-    """Enough rows for several threads to have work."""
+    """Results for enough rows to use several threads."""
     return [
         *results("encode", encode_inputs([3000, 5], torch.float32), backend),
         *results("attend", attend_inputs([900, 5], "hedgehog", torch.float32), backend),
@@ -567,7 +567,7 @@ def put_several(queue, backend: str) -> None:
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
 @pytest.mark.parametrize("backend", ["reference", "torch", *["native"][: len(NATIVE)]])
 def test_a_forked_process_does_not_wait_for_threads_that_the_fork_lost(backend, two_threads):
-    expected = several(backend)  # OpenMP's threads are there now
+    expected = several(backend)  # OpenMP's threads exist now
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     process = context.Process(target=put_several, args=(queue, backend))

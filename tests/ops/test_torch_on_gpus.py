@@ -1,4 +1,4 @@
-"""The torch backend as it is on a GPU, run on a CPU: without a look at a value, and the reference's."""
+"""The torch backend's GPU code, run on a CPU: it reads no values and gives the reference's results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EDGES = [[], [0, 0], [1], [0, 5000, 1]]
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
     for module in (joining, tiling):
-        monkeypatch.setattr(module, "looks", lambda x: False)
+        monkeypatch.setattr(module, "on_cpu", lambda x: False)
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, *EDGES], ids=str)

@@ -1,7 +1,7 @@
-"""What is the Triton backend's own, on a GPU where there is one and else in Triton's interpreter.
+"""What is specific to the Triton backend, on a GPU if there is one, else in Triton's interpreter.
 
-The interpreter is slow: here is a selection that covers the kernels. The tests of every backend run over
-this one as well, those that the interpreter takes long for among the slow ones.
+The interpreter is slow: these tests are a selection that covers the kernels. The tests of all backends
+include this one; those that take long in the interpreter are among the slow tests.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ifa_torchrec.ops.kernels.triton import wide
 
 triton_attend = sys.modules["ifa_torchrec.ops.kernels.triton.attend"]
 WIDE_CASES = [i for i, case in enumerate(gpu_kernels.CASES) if case.width > 64]
-MOST_SPILLED = 128  # bytes of a thread
+MOST_SPILLED = 128  # bytes per thread
 needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 MAP_AND_WEIGHTS = pytest.mark.parametrize(
     ("feature_map", "weighted"),
@@ -53,7 +53,7 @@ def on_device(inputs: dict) -> dict:
 
 
 def softmax_inputs(lengths, summaries: int, dim: int, heads: int, width: int) -> dict:
-    """Of attend_softmax."""
+    """Inputs of attend_softmax."""
     generator = torch.Generator().manual_seed(0)
     random = partial(torch.randn, generator=generator)
     return {
@@ -153,7 +153,7 @@ WIDE = [
 
 @pytest.mark.parametrize(("sizes", "feature_map", "weighted"), WIDE)
 def test_wide_heads(sizes, feature_map, weighted):
-    """Above 64, where a program has a tile of a head's features."""
+    """Widths above 64, for which a program has a tile of a head's features."""
     inputs, asking = wide_inputs([5, 0], [2, 0], sizes, weighted=weighted)
     if not weighted:
         inputs |= {"weights": None, "ages": None}
@@ -213,7 +213,7 @@ def test_before_capability_9_hedgehogs_heads_above_32_take_the_wide_backward(mon
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("feature_map", ["elu", "hedgehog"])
 def test_tokens_of_16_bits(dtype, feature_map):
-    """float32 states and answers; what is multiplied as bfloat16 is rounded to it."""
+    """float32 states and outputs; factors of bfloat16 products are rounded to it."""
     inputs, asking = wide_inputs([130, 0, 3], [3, 2, 1], (32, 2, 16), dtype)
     truth = run(to_float64(inputs), to_float64(asking), feature_map, "reference")
     for name, value in run(on_device(inputs), on_device(asking), feature_map, "triton").items():
@@ -283,7 +283,7 @@ def test_a_module_takes_it():
 
 def test_what_it_does_not_serve_is_refused(monkeypatch):
     inputs = on_device(encode_inputs([5, 3]))
-    with pytest.raises(ValueError, match=r'"triton" does not serve torch\.float64 on'):
+    with pytest.raises(ValueError, match=r'"triton" does not support torch\.float64 on'):
         ops.encode(*inputs.values(), "elu", "triton")
     asking = on_device(attend_inputs([5, 3], "elu", torch.float32, torch.float64))
     with pytest.raises(ValueError, match=r"torch\.float32 and a state of torch\.float64"):
@@ -300,7 +300,7 @@ def test_auto_takes_it_on_gpus_alone():
 
 
 def test_the_operators_themselves_refuse_sizes_that_do_not_agree():
-    """Called past ops.encode and its like, as an exported graph calls them."""
+    """Called without ops.encode and the other functions, as in an exported graph."""
     for operator, inputs, extra in (
         (torch.ops.ifa.encode, encode_inputs([5, 3], torch.float32, "by head"), ("elu", "triton")),
         (torch.ops.ifa.attend, attend_inputs([5, 3], "elu", torch.float32), ("elu", EPS, "triton")),
@@ -309,12 +309,12 @@ def test_the_operators_themselves_refuse_sizes_that_do_not_agree():
     ):
         for name, x in on_device(inputs).items():
             if DEVICE == "cuda" and name.endswith("offsets"):
-                continue  # a look at them would wait for the device
+                continue  # reading them would wait for the device
             if (operator, name) == (torch.ops.ifa.match, "candidate_buckets") and DEVICE == "cuda":
                 continue
             wrong = inputs | {name: x.narrow(0, 0, x.shape[0] - 1)}
             if operator == torch.ops.ifa.match and name == "decay":
-                continue  # L is its alone to say
+                continue  # only this argument defines L
             with pytest.raises(ValueError, match=r"must"):
                 operator(*wrong.values(), *extra)
 
@@ -329,7 +329,7 @@ def test_nothing_on_the_host_looks_at_a_value():
         assert waits.seen == []
         with waits:
             torch.ones(3)[torch.ones(3) > 0]
-        assert waits.seen != []  # the measurement itself
+        assert waits.seen != []  # the measurement works
 
 
 @needs_gpu
@@ -364,7 +364,7 @@ def test_results_are_the_same_to_the_bit_at_every_run():
 
 
 def test_operations_of_an_estimate_are_those_of_the_products():
-    """A product of [a, b] and [b, c] has 2 a b c; the numbers here are written out from the formulas."""
+    """A product of [a, b] and [b, c] has 2 a b c; the numbers here come from the formulas."""
     case, rows = gpu_kernels.CASES[0], 500
     dim, heads, width, summaries = case.dim, case.heads, case.width, case.width
     features = heads * width  # one group of heads, in one tile of D
@@ -376,7 +376,7 @@ def test_operations_of_an_estimate_are_those_of_the_products():
     assert found["attend_kernel"] == 2 * rows * (features * dim + features**2)
     read = heads * width * (dim + 2 * summaries)
     assert found["attend_softmax_kernel"] == 2 * rows * read
-    # the candidates' gradients and the projection's, each after a look at the summaries of its own
+    # the gradients of candidates and projection, each with its own pass over the summaries
     backward = 2 * (read + heads * width * 3 * summaries) + 2 * features * dim
     assert found["attend_softmax_backward_kernel"] == 2 * rows * backward
     assert found["attend_softmax_summaries_kernel"] == 2 * rows * (
@@ -386,22 +386,22 @@ def test_operations_of_an_estimate_are_those_of_the_products():
 
 
 def test_operations_of_wide_heads():
-    """One of 256, of 256 entries, in tiles of 64."""
+    """One head of width 256, D = 256, in tiles of 64."""
     events, rows = 5000, 500
     found: dict[str, float] = {}
     for launch in gpu_kernels.launches(gpu_kernels.CASES[WIDE_CASES[0]], 90, events, rows):
         found[launch.name] = found.get(launch.name, 0.0) + gpu_kernels.work(launch)[1]
     product = 2 * 256 * 256
-    assert found["wide_attend_kernel"] == 2 * rows * product * (4 + 1)  # the backward's first look, too
-    # encode, its backward, and that of attend
+    assert found["wide_attend_kernel"] == 2 * rows * product * (4 + 1)  # the backward's first pass, too
+    # encode, its backward, and attend's backward
     assert found["wide_sums_kernel"] == (2 * events + rows) * product * (4 + 1)
     assert found["wide_totals_kernel"] == events * product * 2
-    of_events = 4 * 2 * 2 + 2 + 1  # two looks at both products; the gradients of rows and of sums
+    of_events = 4 * 2 * 2 + 2 + 1  # two passes over both products; the gradients of rows and of sums
     assert found["wide_backward_kernel"] == product * (events * of_events + rows * (of_events - 1))
 
 
 def compiled(cases: str, capabilities: str, cache: Path) -> list[dict]:
-    """What benchmarks/gpu_kernels.py prints, in a process without the interpreter."""
+    """The output of benchmarks/gpu_kernels.py, in a process without the interpreter."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(cache)}
     done = subprocess.run(
@@ -418,7 +418,7 @@ def compiled(cases: str, capabilities: str, cache: Path) -> list[dict]:
 @pytest.mark.parametrize("capability", gpu_kernels.CAPABILITIES)
 @pytest.mark.parametrize("wide", [None, *WIDE_CASES])
 def test_every_kernel_compiles_and_fits_a_gpu(capability, wide, tmp_path):
-    """Products are tensor cores', shared memory is what there is, and nothing or little is spilled."""
+    """Products use tensor cores, shared memory suffices, and little or nothing is spilled."""
     cases = range(WIDE_CASES[0]) if wide is None else [wide]
     kernels = compiled(",".join(map(str, cases)), str(capability), tmp_path)
     of = {"encode"} if wide is None else {"wide"}
@@ -429,7 +429,7 @@ def test_every_kernel_compiles_and_fits_a_gpu(capability, wide, tmp_path):
         if kernel["kernel"].startswith(("encode", "attend", "wide")):
             assert kernel["tensor_cores"] > 0, kernel
         assert kernel["shared"] <= gpu_kernels.SHARED_MEMORY[capability], kernel
-    # attend_softmax has no tiles of a head's features: of heads above 64 it spills (docs/howto/gpus.md)
+    # attend_softmax does not tile a head's features: it spills for heads above 64 (docs/howto/gpus.md)
     spilled = [x for x in kernels if x["local"] > MOST_SPILLED]
     if wide is None:
         assert not spilled

@@ -1,4 +1,4 @@
-"""Counts what would wait for a GPU, where there is none."""
+"""Counts operations that would wait for a GPU, without needing one."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ WAITS = {
     *("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "item"),
     *("unique_consecutive", "is_nonzero", "equal", "bincount"),
 }
-"""Operators whose results' sizes, or Python numbers, depend on values: on a GPU they wait for it."""
+"""Operators whose result sizes or Python numbers depend on values: on a GPU they wait for it."""
 
 
 class Waits(TorchDispatchMode):
-    """Notes the operators that would wait; an index by a boolean tensor is a nonzero."""
+    """Records the operators that would wait; indexing by a boolean tensor is a nonzero."""
 
     def __init__(self):
         super().__init__()

@@ -930,7 +930,7 @@ def test_a_single_value_that_json_has_not(kind: type, value: Any) -> None:
         ),
         (lambda options: options["ifa"].update(half_lives=[7.0, "x"]), r"ifa\.half_lives\[1\] is 'x'"),
         (lambda options: options.update(ifa=None), "ifa is None"),
-        (lambda options: options["ifa"].update(num_heads=3), "is no multiple of num_heads 3"),
+        (lambda options: options["ifa"].update(num_heads=3), "is not a multiple of num_heads 3"),
     ],
 )
 def test_options_that_are_not_a_runs(trained: Path, tmp_path: Path, change: Any, named: str) -> None:

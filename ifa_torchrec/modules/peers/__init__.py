@@ -1,7 +1,7 @@
-"""The interactions that IFA is compared with, under the same call and configuration.
+"""The interactions that IFA is compared with, with the same call and configuration.
 
-Each is the dense heads of a published system. Identity heads and masses come from the base class
-and are the same for all.
+Each implements the dense heads of a published system. Identity heads and masses come from the base
+class and are the same for all.
 """
 
 from ifa_torchrec.modules.peers.din import DINAttention

@@ -17,12 +17,13 @@ from ifa_torchrec.ops.jagged import on_cpu, request_of_row
 class DINAttention(SequenceInteraction):
     """Target attention by an MLP over the latest events (DIN, Zhou et al. 2018, arXiv 1706.06978).
 
-    The MLP sees event, candidate, their difference and their product, and gives each head's
-    weight, 0 to 1; a head is the weighted sum of the events' values, not normalised, as there.
+    The input of the MLP is event, candidate, their difference and their product; its output is a weight
+    between 0 and 1 for each head. A head is the weighted sum of the events' values, not normalised, as
+    in the paper.
 
     Args:
         config: InteractionConfig.
-        recent_length: events, the latest, that a candidate meets.
+        recent_length: the number of latest events that a candidate attends to.
         device: of the parameters.
 
     Raises:
@@ -63,13 +64,13 @@ class DINAttention(SequenceInteraction):
         history = history.present()
         tokens = history.tokens
         request = request_of_row(candidates.offsets(), candidates.values().shape[0])
-        # a row a pair: [P] candidates and, latest first, their events
+        # one row per pair: [P] candidates and their events, latest first
         back = torch.arange(self.recent_length, device=tokens.device)
         there = back < history.lengths[request][:, None]
-        # where there is no more, a row of zeros behind the last event
+        # padding refers to a row of zeros after the last event
         event = torch.where(there, history.offsets[1:][request][:, None] - 1 - back, tokens.shape[0])
         candidate = torch.arange(request.shape[0], device=tokens.device)[:, None].expand_as(event)
-        # on a GPU, where to count those that are there would wait, all that there could be
+        # drop the padding, but not on a GPU, where counting the rest would wait for the device
         event, candidate = (
             rows[there] if on_cpu(rows) else rows.flatten() for rows in (event, candidate)
         )

@@ -1,4 +1,4 @@
-"""HSTU: the latest events attend to each other, and the candidates to what comes of it."""
+"""HSTU: the latest events attend to each other, and the candidates to the result."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from ifa_torchrec.modules.peers.padding import padded
 from ifa_torchrec.modules.projections import ZeroLinear
 
 _TIMES = 16
-"""Buckets of the time between two events: by its logarithm to the base 2, of days."""
+"""Buckets of the time between two events, by its base-2 logarithm in days."""
 
 
 class HSTUAttention(SequenceInteraction):
-    """Self-attention over the latest events with HSTU's pointwise attention, and the candidates
-    attending to the result (Zhai et al. 2024, arXiv 2402.17152): the peer to which the order of events
-    says something. O(l^2 d + m l d).
+    """HSTU's pointwise self-attention over the latest events, to whose result the candidates attend
+    (Zhai et al. 2024, arXiv 2402.17152). It is the one peer that uses the order of events.
+    O(l^2 d + m l d).
 
-    From the paper: queries, keys, values and gates by one projection and silu; attention silu(q k +
-    bias) / l without a softmax, its bias of positions and of times; the output, normed, times the gate.
-    Ours: one causal layer among the events and one of the candidates, which do not see each other; norms
-    of a head by itself; scores over sqrt(d); event weights and half-lives times the attention; the mass
-    from the sum of w_i sigmoid(q k_i + bias), the gate that silu has in it. Before any training events
-    are what they are without the first layer.
+    From the paper: queries, keys, values and gates come from one projection and silu; attention is
+    silu(q k + bias) / l without a softmax, with position and time biases; the normed output is
+    multiplied by the gate.
+    Ours: one causal layer among the events and one for the candidates, which do not attend to each
+    other; norms per head; scores divided by sqrt(d); the attention multiplied by event weights and
+    half-life decay; the mass from the sum of w_i sigmoid(q k_i + bias), the sigmoid within silu. The
+    first layer starts as the identity.
 
     Args:
         config: InteractionConfig.
-        recent_length: l, events, the latest.
+        recent_length: l, the number of latest events.
         device: of the parameters.
 
     Example:
@@ -87,7 +88,7 @@ class HSTUAttention(SequenceInteraction):
         return outputs.transpose(1, 2)[asked], mass.transpose(1, 2)[asked]
 
     def _among_events(self, events: Tensor, weight: Tensor, time: Tensor) -> Tensor:
-        """Events [B, n, D] that have met those before them, of weights [B, H, 1, n], ages [B, n]."""
+        """Events [B, n, D] after causal self-attention, with weights [B, H, 1, n] and ages [B, n]."""
         gate, values, query, keys = (
             self._heads(part) for part in F.silu(self.event_proj(_normed(events))).chunk(4, -1)
         )
@@ -108,7 +109,7 @@ class HSTUAttention(SequenceInteraction):
 
 
 class _Bias(nn.Module):
-    """What is added to the score of an event so many places and days back; starts at 0."""
+    """The bias of an event's score by its distance in places and in days; starts at 0."""
 
     def __init__(self, heads: int, length: int, device: torch.device | str | None) -> None:
         super().__init__()
@@ -120,7 +121,7 @@ class _Bias(nn.Module):
         nn.init.zeros_(self.time)
 
     def forward(self, place: Tensor, time: Tensor) -> Tensor:
-        """[B, H, ...] of places [B, ...] or [1, ...] and times [B, ...]"""
+        """[B, H, ...] for places [B, ...] or [1, ...] and times [B, ...]"""
         bucket = time.log1p().div(torch.log(time.new_tensor(2.0))).long().clamp(max=_TIMES - 1)
         bias = self.place[:, place] + self.time[:, bucket]
         return bias.transpose(0, 1)

@@ -1,4 +1,4 @@
-"""Low-rank attention: a history becomes r summaries, which all candidates attend to."""
+"""Low-rank attention: r summaries of the history, to which all candidates attend."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ifa_torchrec.modules.softmax import SoftmaxAttention
 
 
 class LowRankAttention(SoftmaxAttention):
-    """r learned latents summarise the history, candidates attend to the summaries.
+    """r learned latents summarise the history, and candidates attend to the summaries.
 
-    O((n + m) r d), and a cached state of r keys and values a head: the low-rank factorisation of
-    attention over long histories, in the manner of LREA (Low-Rank Efficient Attention, 2025), with
+    O((n + m) r d), with a cacheable state of r keys and values per head: a low-rank factorisation of
+    attention over long histories in the manner of LREA (Low-Rank Efficient Attention, 2025), with
     the latents of the Set Transformer (Lee et al. 2019) as the factor.
 
     Args:
@@ -45,7 +45,7 @@ class LowRankAttention(SoftmaxAttention):
         )
 
     def reset_parameters(self) -> None:
-        """Give all parameters their start again; also after ``to_empty``."""
+        """(Re)initialise all parameters; call after ``to_empty``."""
         super().reset_parameters()
         nn.init.normal_(self.latents)
 
@@ -56,6 +56,6 @@ class LowRankAttention(SoftmaxAttention):
         score = self._scores(q, share @ k, None)
         log_sum = score.logsumexp(-1)
         outputs = (score - log_sum[..., None]).exp() @ (share @ v)
-        # the summaries stand for the events' weight in equal parts
+        # each summary represents an equal part of the events' total weight
         each = math.log(k.shape[1]) if log_weight is None else log_weight.logsumexp(-1)[:, None]
         return outputs, log_sum - math.log(self.latents.shape[1]) + each

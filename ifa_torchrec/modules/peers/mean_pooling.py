@@ -14,7 +14,7 @@ from ifa_torchrec.ops.jagged import request_of_row
 class MeanPooling(SequenceInteraction):
     """The weighted mean of the events' values, the same for all candidates of a request.
 
-    Heads of different half-lives are means over different stretches of time.
+    Heads with different half-lives are means over different time spans.
 
     Args:
         config: InteractionConfig.
@@ -39,7 +39,7 @@ class MeanPooling(SequenceInteraction):
         owner = request_of_row(history.offsets, tokens.shape[0])
         weight = history.event_weights(self.half_lives)
         total = tokens.new_zeros(requests, weight.shape[1]).index_add(0, owner, weight)
-        if self.config.half_lives is None:  # every head's mean is over the same weights
+        if self.config.half_lives is None:  # all heads have the same weights
             sums = tokens.new_zeros(requests, 1, tokens.shape[1])
             sums = sums.index_add(0, owner, (tokens * weight[:, :1])[:, None])
         else:

@@ -1,4 +1,4 @@
-"""Jagged rows beside each other, for attention that is products of dense matrices."""
+"""Padding of jagged rows, for attention by dense matrix products."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 def padded(rows: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Each request's rows, filled up to those of the longest.
+    """Pad each request's rows to the length of the longest.
 
     Args:
         rows: [N, ...].
         offsets: [B + 1] int64, request b's rows are offsets[b]:offsets[b + 1].
 
     Returns:
-        [B, longest, ...], which repeats rows where there are no more, and which of them are there,
-        [B, longest] bool: indexed by it, they are the rows again.
+        [B, longest, ...], padded with repeated rows, and [B, longest] bool, False for padding; indexing
+        the former with the latter gives ``rows`` again.
 
     Example:
         >>> import torch
@@ -29,5 +29,5 @@ def padded(rows: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     place = torch.arange(longest, device=rows.device)
     there = place < lengths[:, None]
     row = (offsets[:-1, None] + place).clamp(max=max(len(rows) - 1, 0))
-    # not rows[row], whose gradient is slow
+    # faster than rows[row], whose gradient is slow
     return rows.index_select(0, row.flatten()).unflatten(0, row.shape), there

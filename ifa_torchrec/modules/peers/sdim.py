@@ -1,4 +1,4 @@
-"""SDIM: events that fall into a candidate's hash buckets."""
+"""SDIM: candidates average the events in their hash buckets."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from ifa_torchrec.modules.projections import hyperplanes
 class SDIMAttention(SequenceInteraction):
     """Sampling by hash collision (SDIM, Cao et al. 2022, arXiv 2205.10249).
 
-    Tokens are hashed by G groups of bits, random and frozen (a buffer of the checkpoint). A
-    candidate averages the events that share its bucket, over all groups: attention whose weight is
-    the share of groups in which two tokens collide. Buckets are additive over events, as IFA's
-    state is.
+    Tokens are hashed by G groups of random bits, frozen in a buffer of the checkpoint. A candidate
+    averages the events that share its bucket, over all groups: attention whose weight is the share of
+    groups in which two tokens collide. Buckets are additive over events, like IFA's state.
 
     Args:
         config: InteractionConfig.
         num_groups: G.
-        group_bits: bits of a group, 2^bits buckets.
+        group_bits: bits per group, for 2^bits buckets.
         device: of the parameters.
 
     Example:
@@ -52,7 +51,7 @@ class SDIMAttention(SequenceInteraction):
         self.num_groups, self.group_bits = num_groups, group_bits
 
     def reset_parameters(self) -> None:
-        """Give all parameters, and the hash, their start again; also after ``to_empty``."""
+        """(Re)initialise all parameters and the hash; call after ``to_empty``."""
         super().reset_parameters()
         self.hyperplanes.normal_()
 
@@ -70,10 +69,10 @@ class SDIMAttention(SequenceInteraction):
         asked = self._buckets(candidates.values()).split(sets)
         parts = (asked, had.split(events), tokens.split(events), weight.split(events))
         for ask, bucket, x, w in zip(*parts, strict=True):
-            # [n, G 2^bits]: dense products beat scattering
+            # [n, G 2^bits]: dense products are faster than scattering
             member = x.new_zeros(len(x), self.num_groups << self.group_bits).scatter(1, bucket, 1.0)
             weighted = torch.cat([(w[..., None] * x[:, None]).flatten(1), w], dim=1)
-            table = member.T @ weighted  # a row a bucket: H sums of tokens, H sums of weights
+            table = member.T @ weighted  # one row per bucket: H sums of tokens, H sums of weights
             found = table[ask].sum(1)
             total = found[:, -w.shape[1] :]
             sums = found[:, : -w.shape[1]].unflatten(1, (w.shape[1], -1))
@@ -84,7 +83,7 @@ class SDIMAttention(SequenceInteraction):
         return heads, self._mass(torch.cat(matched))
 
     def _buckets(self, tokens: Tensor) -> Tensor:
-        """[rows, G] int64, each group's bucket among those of all groups."""
+        """[rows, G] int64, each group's bucket, numbered across all groups."""
         bits = (tokens.detach() @ self.hyperplanes > 0).unflatten(1, (self.num_groups, -1))
         powers = 2 ** torch.arange(self.group_bits, device=tokens.device)
         first = torch.arange(self.num_groups, device=tokens.device) << self.group_bits

@@ -18,14 +18,14 @@ from ifa_torchrec.ops.jagged import request_of_row
 
 
 class TWINAttention(SoftmaxAttention):
-    """The search has the metric of the attention (TWIN, Chang et al. 2023, arXiv 2302.02352).
+    """Search by the attention's own scores (TWIN, Chang et al. 2023, arXiv 2302.02352).
 
-    Each head of each candidate attends to the events of its own highest scores. TWIN's cheaper
-    keys, projected once per item and cached, are not part of this.
+    Each head of each candidate attends to the events with its highest scores. TWIN's cheaper keys,
+    projected once per item and cached, are not implemented.
 
     Args:
         config: InteractionConfig.
-        search_length: events that the search leaves.
+        search_length: events that the search keeps.
         device: of the parameters.
 
     Example:
@@ -58,15 +58,15 @@ class TWINAttention(SoftmaxAttention):
 
 
 class ETAAttention(SoftmaxAttention):
-    """Locality-sensitive hashing finds the events (ETA, Chen et al. 2021, arXiv 2108.04468).
+    """Search by locality-sensitive hashing (ETA, Chen et al. 2021, arXiv 2108.04468).
 
-    The search compares SimHash signatures of queries and keys, and leaves the events of the
-    smallest Hamming distance, of equal ones the later. The hash is random and frozen, a buffer of
-    the checkpoint. Distances are matrix products of signs, as torch counts no bits.
+    The search compares SimHash signatures of queries and keys, and keeps the events with the smallest
+    Hamming distance, the later ones in a tie. The hash is random and frozen in a buffer of the
+    checkpoint. Distances are matrix products of signs, since torch cannot count bits.
 
     Args:
         config: InteractionConfig.
-        search_length: events that the search leaves.
+        search_length: events that the search keeps.
         num_hashes: bits of a signature.
         device: of the parameters.
 
@@ -96,7 +96,7 @@ class ETAAttention(SoftmaxAttention):
         self.register_buffer("hyperplanes", hyperplanes(config.head_width, num_hashes, device))
 
     def reset_parameters(self) -> None:
-        """Give all parameters, and the hash, their start again; also after ``to_empty``."""
+        """(Re)initialise all parameters and the hash; call after ``to_empty``."""
         super().reset_parameters()
         self.hyperplanes.normal_()
 
@@ -105,7 +105,7 @@ class ETAAttention(SoftmaxAttention):
     ) -> tuple[Tensor, Tensor]:
         n = k.shape[1]
         with torch.no_grad():
-            same = self._signature(q) @ self._signature(k).mT  # bits that agree less those that do not
+            same = self._signature(q) @ self._signature(k).mT  # bits that agree minus bits that differ
             later = torch.arange(n, device=k.device, dtype=same.dtype) / n  # less than one bit
             event = (same + later).topk(min(self.search_length, n), dim=-1).indices
         score = torch.einsum("hmd,hmld->hml", q, _taken(k, event)) / self.config.head_width**0.5
@@ -114,7 +114,7 @@ class ETAAttention(SoftmaxAttention):
         return _over(score, _taken(v, event))
 
     def _signature(self, x: Tensor) -> Tensor:
-        # bfloat16 could not tell 63 bits that agree from 64
+        # bfloat16 cannot represent all counts of agreeing bits
         dtype = torch.promote_types(x.dtype, torch.float32)
         return torch.where(x @ self.hyperplanes > 0, 1.0, -1.0).to(dtype)
 
@@ -127,7 +127,7 @@ class SIMAttention(SequenceInteraction):
         config: InteractionConfig.
         search_feature: the id feature that events and candidates must share; None for the last
             of config.identity_features.
-        search_length: events that the search leaves.
+        search_length: events that the search keeps.
         device: of the parameters.
 
     Raises:
@@ -153,7 +153,7 @@ class SIMAttention(SequenceInteraction):
     ) -> None:
         super().__init__(config, device)
         if search_feature is None and not config.identity_features:
-            raise ValueError("SIMAttention: give search_feature, the id feature to search by")
+            raise ValueError("SIMAttention: set search_feature, the id feature to search by")
         self.search_feature = search_feature or config.identity_features[-1]
         self.search_length = at_least_one("search_length", search_length)
         gain = softmax_gain(config)
@@ -162,7 +162,7 @@ class SIMAttention(SequenceInteraction):
 
     @property
     def id_features(self) -> tuple[str, ...]:
-        """The identity features and, where it is none of them, the one to search by."""
+        """The identity features and, if it is not one of them, the feature to search by."""
         identity = self.config.identity_features
         return identity if self.search_feature in identity else (*identity, self.search_feature)
 
@@ -186,10 +186,10 @@ class SIMAttention(SequenceInteraction):
         )
         tokens = history.tokens
         found = rows >= 0
-        # what is not found is a row of zeros behind the last event
+        # missing events refer to a row of zeros after the last event
         rows = torch.where(found, rows, len(tokens))
         padded = torch.cat([tokens, tokens.new_zeros(1, tokens.shape[1])])
-        # not padded[rows], whose gradient takes five times as long
+        # faster than padded[rows], whose gradient takes five times as long
         events = F.embedding(rows, padded, padding_idx=len(tokens))  # [M, L, D]
         query = self.query_proj(candidates.values()).unflatten(1, (self.config.num_heads, -1))
         query = torch.einsum("mhd,hdD->mhD", query, self.heads(self.key_proj))
@@ -209,12 +209,12 @@ class SIMAttention(SequenceInteraction):
 def same_id_rows(
     request: Tensor, ids: Tensor, event_request: Tensor, event_ids: Tensor, length: int
 ) -> Tensor:
-    """For each candidate the events of its request that have its id, the latest first.
+    """For each candidate the events of its request that have its id, latest first.
 
     Args:
         request, ids: [M] integers, of the candidates; id 0 has no events.
         event_request, event_ids: [N] integers, of the events, oldest first in each request.
-        length: L, most events of a candidate.
+        length: L, most events per candidate.
 
     Returns:
         [M, L] int64, rows of events; -1 where there are no more.
@@ -227,7 +227,7 @@ def same_id_rows(
         [[2, 0, -1], [-1, -1, -1]]
     """
     both = torch.cat([event_ids.to(torch.int64), ids.to(torch.int64)])
-    # numbers of the ids in their order; not torch.unique, whose size waits for a GPU
+    # ranks of the ids; torch.unique would wait for a GPU to know its size
     ranked, order = torch.sort(both)
     number = torch.zeros_like(both)
     number[order[1:]] = (ranked[1:] != ranked[:-1]).cumsum(0)
@@ -246,7 +246,7 @@ def _taken(x: Tensor, event: Tensor) -> Tensor:
     """x [H, n, ...] at event [H, m, l]: [H, m, l, ...]."""
     first = torch.arange(0, x.shape[0] * x.shape[1], x.shape[1], device=x.device)
     rows = (first[:, None, None] + event).flatten()
-    # not by x[head, event], whose gradient takes twice as long
+    # faster than x[head, event], whose gradient takes twice as long
     return x.flatten(0, 1).index_select(0, rows).unflatten(0, event.shape)
 
 

@@ -1,4 +1,4 @@
-"""SOLAR: a history becomes its strongest directions, which all candidates attend to."""
+"""SOLAR: the strongest directions of a history, to which all candidates attend."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from ifa_torchrec.ops.autocast import without_autocast
 from ifa_torchrec.ops.jagged import request_of_row
 
 _NOTHING = 1e-6
-"""Share of the strongest direction's energy below which a direction is rounding."""
+"""Share of the strongest direction's energy below which a direction is only rounding error."""
 
 
 class SOLARAttention(SequenceInteraction):
-    """A truncated SVD of the user's events to rank r, softmax of the candidates over the r directions
-    (SOLAR, Zhang et al. 2026, arXiv 2603.02561, in part by the authors of IFA). O(n D^2 + m r d), and a
-    cached state of r rows.
+    """Softmax attention of the candidates to the r directions of a truncated SVD of the user's events
+    (SOLAR, Zhang et al. 2026, arXiv 2603.02561, in part by the authors of IFA). O(n D^2 + m r d), with a
+    cacheable state of r rows.
 
-    Only the paper's abstract was at hand: the SVD of the events, the softmax that stays, no event
-    dropped. The form is ours. Of events x_i with weights w_i, W their sum, sqrt(w_i / W) x_i are the
-    rows of U S V^T; a direction is a row of S V^T, of the strongest r, as an event is a token: keys and
-    values are projected from it. Scaled by 1 / sqrt(W) it does not grow with the history; its sign,
-    which an SVD leaves open, is the one that the events' mean has along it. A direction that does not
-    stand out from rounding is not there.
+    Only the paper's abstract was available: an SVD of the events, softmax kept, no event dropped. The
+    form is ours. For events x_i with weights w_i and their sum W, the rows sqrt(w_i / W) x_i form
+    U S V^T. The directions are the r strongest rows of S V^T, and are used like event tokens: keys and
+    values are projected from them. Through the factor 1 / sqrt(W) they do not grow with the history. The
+    sign, which an SVD leaves open, is that of the events' mean along the direction. Directions within
+    rounding error are dropped.
 
-    U and the signs are constants of the gradient, so that a direction is a fixed sum of events: finite
-    also of equal singular values and of fewer events than r, where the SVD has no derivative.
+    U and the signs are treated as constants in the gradient, so that a direction is a fixed sum of
+    events. The gradient is therefore finite even for equal singular values or fewer events than r, where
+    the SVD has no derivative.
 
     Args:
         config: InteractionConfig.
@@ -79,15 +80,15 @@ class SOLARAttention(SequenceInteraction):
         log_sum = score.logsumexp(-1)
         share = (score - log_sum[..., None]).exp() * there
         outputs = torch.einsum("bmhr,bhrd->bmhd", share, values)
-        # the directions stand for the events' weight in equal parts
+        # each direction represents an equal part of the events' total weight
         found = there.sum(-1, dtype=total.dtype)
         each = total.clamp(min=torch.finfo(total.dtype).tiny).log() - found.clamp(min=1).log()
         log_matched = (log_sum + each).masked_fill(found == 0, -torch.inf)
         return outputs[asked], self._mass_of_log(log_matched)[asked]
 
     def directions(self, history: History) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows of S V^T, [B, H, r, D] (one head's for all where none has a half-life; at most D of
-        them), which of them are there, [B, H, r] bool, and the weight of the events in all, [B, H]."""
+        """The rows of S V^T, [B, H, r, D] (H is 1 if no head has a half-life; at most D rows); which of
+        them exist, [B, H, r] bool; and the total weight of the events, [B, H]."""
         history = history.present().widened()
         tokens, owner = history.tokens, request_of_row(history.offsets)
         weight = history.event_weights(self.half_lives if self.config.half_lives else (math.inf,))
@@ -105,14 +106,14 @@ class SOLARAttention(SequenceInteraction):
 
     @torch.no_grad()
     def _basis(self, parts: list[tuple[Tensor, Tensor]], none: Tensor) -> tuple[Tensor, Tensor]:
-        """V S^-1 of the strongest r directions, [B, H, D, r], 0 where they are not there, of pairs of
-        tokens [n, D] and shares [H, n, 1]."""
+        """V S^-1 of the strongest r directions, [B, H, D, r], 0 for missing ones, and which exist;
+        from pairs of tokens [n, D] and shares [H, n, 1]."""
         dim = none.shape[-1]
         gram, mean = [none.new_zeros(0, none.shape[1], dim, dim)], [none]
         for x, p in parts:
             gram.append(((p * x).mT @ x)[None])
             mean.append((p * x).sum(1)[None])
-        # of sums in the tokens' dtype the solution is exact in float64
+        # the sums are in the tokens' dtype, their decomposition in float64
         energy, basis = torch.linalg.eigh(torch.cat(gram).double())
         energy, basis = energy.flip(-1)[..., : self.rank], basis.flip(-1)[..., : self.rank]
         there = energy > _NOTHING * energy[..., :1].clamp(min=torch.finfo(none.dtype).tiny)

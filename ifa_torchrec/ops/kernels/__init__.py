@@ -1,5 +1,6 @@
-"""The kernels, one backend a file or folder: plain functions beneath the operators of ``ops``.
+"""The kernels, one file or folder per backend: plain functions that the operators of ``ops`` call.
 
-Each has ``encode``, ``attend`` and ``match``; ``native``, ``torch`` and ``triton``, which run beneath
-autograd, have their backwards too. Arguments have passed ``ops/checks.py``.
+Each backend has ``encode``, ``attend``, ``attend_softmax`` and ``match``; ``native``, ``torch`` and
+``triton``, which run below autograd, also have their backwards. ``ops/checks.py`` has checked the
+arguments.
 """

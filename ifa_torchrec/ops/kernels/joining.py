@@ -1,7 +1,7 @@
-"""match of the `torch` backend: candidates and events of a request that have the same bucket.
+"""match of the `torch` backend: joins candidates and events of a request that have the same bucket.
 
-On a CPU few events match anything, and only those are worked on. Elsewhere their number is not known
-without a wait for the device: there all events are, and what matches nothing is added to rows of no use.
+Few events match anything. On a CPU only those are processed. Elsewhere their number is not known without
+waiting for the device, so all events are, and those that match nothing are added to unused rows.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from ifa_torchrec.ops.jagged import on_cpu, request_of_row
 from ifa_torchrec.ops.kernels.reference import event_weights
 
 _UNUSED = 1024
-"""Rows that sums of nothing go to: many, since additions to one row wait for each other on a GPU."""
+"""Unused rows for events without a match: many, since additions to one row are serialised on a GPU."""
 
 
 def row_weights(
     weights: Tensor | None, ages: Tensor | None, decay: Tensor, tokens: Tensor, row: Tensor
 ) -> Tensor:
-    """w of the events in rows [r], whose tokens [r, D] have the dtype to work in; [r, rates].
+    """w of the events in rows [r], in the dtype of their tokens [r, D]; [r, rates].
 
     Example:
         >>> import torch
@@ -38,7 +38,7 @@ def row_weights(
 
 
 def as_given(grad: Tensor, weights: Tensor) -> Tensor:
-    """The gradient of rows of weights [N, H] or [N], from that of each row and head [r, H].
+    """Reduce a gradient per row and head [r, H] to the layout and dtype of weights [N, H] or [N].
 
     Example:
         >>> import torch
@@ -62,7 +62,7 @@ def _join_few(
     both = torch.cat([candidate_buckets, buckets])
     low, high = (int(x) for x in both.aminmax()) if len(both) else (0, 0)
     if low < 0 or high >= 2**62 // max(len(offsets) - 1, 1):
-        # the keys below would wrap round: number the buckets instead
+        # the keys below would overflow: number the buckets instead
         distinct, both = both.unique(return_inverse=True)
         candidate_buckets, buckets = both.split([len(candidate_buckets), len(buckets)])
         high = len(distinct)
@@ -74,8 +74,8 @@ def _join_few(
     keys, key_of_candidate = candidate_key.unique(return_inverse=True)
     if len(keys) == 0:
         return key_of_candidate, key_of_candidate, key_of_candidate
-    # Few events match anything: a hashed set of the candidates' keys lets most of the others go
-    # before the search, which settles the rest exactly.
+    # Few events match anything: a hashed set of the candidates' keys discards most of the others before
+    # the search, which decides the rest exactly.
     bits = 3 + len(keys).bit_length()
     wanted = torch.zeros(1 << bits, dtype=torch.bool, device=key.device)
     wanted[_hash(keys, bits)] = True
@@ -88,41 +88,41 @@ def _join_few(
 
 
 def _hash(key: Tensor, bits: int) -> Tensor:
-    """Fibonacci hashing to 0..2^bits - 1; the product wraps, as it should."""
+    """Fibonacci hashing to 0..2^bits - 1; the product is meant to overflow."""
     return (key * -7046029254386353131 >> (64 - bits)) & ((1 << bits) - 1)
 
 
 def _join_all(
     candidate_buckets: Tensor, candidate_offsets: Tensor, buckets: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same without a look at a value, O((N + M) log (N + M)): event is all of [N], and candidate of
-    those that match none a number from M to M + _UNUSED - 1."""
+    """Like ``_join_few``, but without reading values, O((N + M) log (N + M)): event is all of [N], and
+    candidate is between M and M + _UNUSED - 1 for events without a match."""
     candidates, events = len(candidate_buckets), len(buckets)
     event = torch.arange(events, device=buckets.device)
     candidate = candidates + event % _UNUSED
     if not candidates:
         return candidate_buckets.clone(), event, candidate
-    # buckets numbered in order, so that a request's number beside one's is an int64, whatever they are
+    # buckets are numbered in order, so that request and bucket fit into one int64 for any buckets
     ordered, order = torch.cat([candidate_buckets, buckets]).sort(stable=True)
     number = torch.zeros_like(order)
     number[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
     number = torch.empty_like(number).index_copy_(0, order, number)
     key_of_candidate = number[:candidates] + len(order) * _request(candidate_offsets, candidates)
     key = number[candidates:] + len(order) * _request(offsets, events)
-    keys, row = key_of_candidate.sort(stable=True)  # of one key the first row stands first
+    keys, row = key_of_candidate.sort(stable=True)  # the first row of a key comes first
     found = torch.searchsorted(keys, key).clamp(max=candidates - 1)
     first = row[torch.searchsorted(keys, key_of_candidate)]
     return first, event, torch.where(keys[found] == key, row[found], candidate)
 
 
 def _request(offsets: Tensor, rows: int) -> Tensor:
-    """Whose each row is; of offsets that are wrong some number, but none that is too large."""
+    """The request of each row; for wrong offsets some request, but always a valid number."""
     row = torch.arange(rows, device=offsets.device)
     return (torch.searchsorted(offsets, row, right=True) - 1).clamp(0, max(len(offsets) - 2, 0))
 
 
 def match(given: MatchArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ``ifa_torchrec.ops.match``; and the join, candidate_first [M] and event_candidate [N]."""
+    """See ``ops.match``; also returns the join: candidate_first [M] and event_candidate [N]."""
     candidate_buckets, candidate_offsets, history, history_buckets, history_offsets = given[:5]
     weights, ages, decay = given[5:]
     dtype = sum_dtype(history.dtype)
@@ -150,10 +150,10 @@ def match_backward(
     if on_cpu(history):
         event = (event_candidate >= 0).nonzero()[:, 0]
         candidate = event_candidate[event]
-    else:  # of those that match none the gradient is that of a candidate more, of zeros
+    else:  # events without a match read the gradient of one extra candidate, which is zero
         event = torch.arange(len(history), device=history.device)
         candidate = torch.where(event_candidate < 0, len(first), event_candidate)
-    # the gradient of a sum is that of all candidates that read it
+    # the gradient of a sum is the sum over all candidates that read it
     grad_token, grad_weight = (
         x.new_zeros(len(x) + 1, *x.shape[1:]).index_add_(0, first, x) for x in (grad_token, grad_weight)
     )

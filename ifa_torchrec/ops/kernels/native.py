@@ -1,17 +1,17 @@
 """The `native` backend: C++ kernels on CPU, one pass over the rows.
 
-The kernels (csrc/) know nothing of Python or PyTorch: they are built with the package by any C++
-compiler, once for each instruction set, and the fastest that the processor has is taken when they are
-loaded, or the one, or none, that the environment variable IFA_KERNELS names. Float32, and bfloat16
-inputs with float32 sums. What they do not serve is the `torch` backend's. Sums are of blocks of rows, in
-an order that does not depend on the number of threads: results are the same to the bit at every run, and
-a million events' sum is off by less than 1e-6 of the largest. avx512_bf16, the default where it is not
-Intel's, rounds phi and the key's weight to bfloat16 in encode's forward of bfloat16 tokens: states are
+The kernels (csrc/) do not depend on Python or PyTorch. They are built with the package by any C++
+compiler, once per instruction set. When they are loaded, the processor's fastest instruction set is
+selected, unless the environment variable IFA_KERNELS names another one or none. They take float32, and
+bfloat16 inputs with float32 sums; the `torch` backend handles other dtypes. Blocks of rows are summed in
+an order that does not depend on the number of threads: results are bitwise reproducible, and the sum of
+a million events is off by less than 1e-6 of the largest. avx512_bf16, the default where available except
+on Intel, rounds phi and the key's weight to bfloat16 in encode's forward of bfloat16 tokens: states are
 off by up to 1 %.
 
-They are called by ctypes: a TORCH_LIBRARY, on the stable ABI too, is compiled against PyTorch's headers,
-so that the package could be built only where the torch of that build is installed already. A server in
-C++ links the same ``extern "C"`` functions, whose arguments ``_SIGNATURES`` lists.
+They are called through ctypes. A TORCH_LIBRARY, even one on the stable ABI, is compiled against the
+headers of PyTorch, so the package could only be built where that build's torch is already installed. A
+C++ server links the same ``extern "C"`` functions, whose arguments ``_SIGNATURES`` lists.
 """
 
 from __future__ import annotations
@@ -52,22 +52,22 @@ _SIGNATURES = {
 }
 """The arguments of csrc/'s kernels: pointers, int64, int, float."""
 _VERSION = 4
-"""Of the signatures, as csrc/isa_plain.cpp has it: kernels of others would be called with arguments that
-they do not have. To be raised in both with every change."""
+"""Version of the signatures, the same as in csrc/isa_plain.cpp: kernels of another version would be
+called with the wrong arguments. Increment it in both with every change."""
 
 
 INSTRUCTION_SETS = ("plain", "avx2", "avx512", "avx512_bf16")
-"""From the lowest; a processor that has one has those before it."""
+"""In ascending order; a processor that has one also has those before it."""
 
 
 def load() -> tuple[ctypes.CDLL | None, str]:
-    """The kernels, by the processor and IFA_KERNELS.
+    """Load the kernels for the processor and IFA_KERNELS.
 
     Returns:
-        The library, None where there is none; and the instruction set in use, or why there is none.
+        The library, or None; and the instruction set in use, or why there is none.
 
     Raises:
-        ConfigError: IFA_KERNELS is no instruction set, or not one that can be had here.
+        ConfigError: IFA_KERNELS is not an instruction set, or not one that is available here.
     """
     wanted = os.environ.get("IFA_KERNELS", "")
     if wanted not in ("", "none", *INSTRUCTION_SETS):
@@ -84,7 +84,7 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     usable = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(status) + 1]
     if wanted not in usable:
         raise ConfigError(
-            f"IFA_KERNELS={wanted}: this processor has {', '.join(usable)}; take one of these or none"
+            f"IFA_KERNELS={wanted}: this processor has {', '.join(usable)}; use one of these or none"
         )
     return library, wanted
 
@@ -99,18 +99,18 @@ def built() -> tuple[ctypes.CDLL | None, str]:
     except OSError as error:
         return None, f"not loaded: {error}"
     if not hasattr(library, "ifa_signatures") or library.ifa_signatures() != _VERSION:
-        return None, "not loaded: built of other sources; install the package again"
+        return None, "not loaded: built from other sources; install the package again"
     for name in ("ifa_instruction_set", "ifa_default_instruction_set"):
         getattr(library, name).restype = ctypes.c_char_p
     return library, library.ifa_instruction_set().decode()
 
 
 LIBRARY, STATUS = load()
-"""What ``load`` found when this was imported."""
+"""The result of ``load`` at import."""
 
 
 def serves(tokens: Tensor, state: Tensor | None = None) -> bool:
-    """Are the kernels there, and for tokens and a state of this device and dtype?"""
+    """Whether the kernels are loaded and support tokens and a state of this device and dtype."""
     if state is not None and state.dtype == torch.float64:
         return False
     return tokens.device.type == "cpu" and tokens.dtype in _DTYPES and LIBRARY is not None
@@ -125,17 +125,18 @@ def _kernel(name: str, instruction_set: str) -> Any:
 
 
 def _call(name: str, *arguments: Any) -> None:
-    """Tensors become pointers, kept alive by ``arguments``; the number of threads is added."""
+    """Call a kernel: tensors become pointers, kept alive by ``arguments``; appends the thread count."""
     given = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
     _kernel(name, STATUS)(*given, torch.get_num_threads())
 
 
-# The operators can be called past ops.encode and its like, from an exported graph for one. What the
-# kernels read and write is therefore made here, each tensor for the sizes that the kernel is told.
+# The operators can be called without ops.encode and the other functions, for example from an exported
+# graph. So every tensor that a kernel reads or writes is checked or allocated here with the sizes that
+# the kernel is given.
 
 
 def _given(x: Tensor | None, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
-    """As a kernel reads it: contiguous, of this shape and dtype."""
+    """The tensor as a kernel reads it: contiguous, with this shape and dtype."""
     if x is None:
         return None
     if x.shape != shape or x.device.type != "cpu":
@@ -144,24 +145,24 @@ def _given(x: Tensor | None, *shape: int, dtype: torch.dtype = torch.float32) ->
 
 
 def _weights(weights: Tensor | None, rows: int, heads: int) -> tuple[Tensor | None, int]:
-    """The kernels' arguments of event weights [rows, heads] or [rows]: them, and a row's columns."""
+    """The kernels' arguments for event weights [rows, heads] or [rows]: the weights and column count."""
     if weights is None or weights.ndim == 1:
         return _given(weights, rows), 1
     return _given(weights, rows, heads), heads
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """For a kernel to fill, whatever the default dtype and device."""
+    """Memory for a kernel to fill, independent of the default dtype and device."""
     return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _grad_weights(weights: Tensor | None) -> Tensor:
-    """For the gradient of event weights; without them of no size, which is a null pointer."""
+    """Memory for the gradient of event weights; empty without them, which becomes a null pointer."""
     return _empty(0) if weights is None else _empty(*weights.shape)
 
 
 def _tokens(tokens: Tensor) -> tuple[Tensor, int]:
-    """The kernels' arguments of tokens [rows, D]: them, and whether they are bfloat16."""
+    """The kernels' arguments for tokens [rows, D]: the tokens, and whether they are bfloat16."""
     if tokens.dtype not in _DTYPES or tokens.device.type != "cpu":
         raise ValueError(
             f"tokens must be float32 or bfloat16 on cpu, got {tokens.dtype} on {tokens.device}"
@@ -170,20 +171,20 @@ def _tokens(tokens: Tensor) -> tuple[Tensor, int]:
 
 
 def _offsets(offsets: Tensor, rows: int) -> tuple[Tensor, int]:
-    """The kernels' arguments of offsets: them, and B."""
+    """The kernels' arguments for offsets: the offsets and B."""
     offsets = offsets.to("cpu", torch.int64).contiguous()
-    check_offset_values("offsets", offsets, rows)  # always: what follows reads memory by them
+    check_offset_values("offsets", offsets, rows)  # always: the kernels index memory with them
     return offsets, len(offsets) - 1
 
 
 def _sizes(tokens: Tensor, weight: Tensor, feature_map: str) -> tuple[int, int, int, int]:
-    """The kernels' arguments of a projection [H, d, D]: D, H, d and the feature map."""
+    """The kernels' arguments for a projection [H, d, D]: D, H, d and the feature map."""
     heads, width, dim = weight.shape
     entries = (dim + 16) * heads * (width + 16)
     state = FEATURE_MAPS[feature_map].expansion * heads * (width + 16) ** 2
     if tokens.shape[1] != dim or entries > 2**27 or state >= 2**31:  # sizes are int in csrc
         raise ValueError(
-            f"a projection [H, d, D] must have D = {tokens.shape[1]} and not 2^27 entries, got "
+            f"a projection [H, d, D] must have D = {tokens.shape[1]} and less than 2^27 entries, got "
             f"{list(weight.shape)}"
         )
     return dim, heads, width, _MAPS[feature_map]
@@ -292,7 +293,7 @@ def attend_backward(
 
 
 def _summaries(given: AttendSoftmaxArguments) -> tuple[Any, ...]:
-    """The kernels' arguments from the candidates to the number of summaries R."""
+    """The kernels' arguments from the candidates up to the number of summaries R."""
     candidates, offsets, query_weight, mean, log_weight = given
     heads, width, dim = query_weight.shape
     bounds, requests = _offsets(offsets, len(candidates))
@@ -340,7 +341,7 @@ def attend_softmax_backward(
 
 
 def match(given: MatchArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ``ifa_torchrec.ops.match``; and the join, candidate_first [M] and event_candidate [N]."""
+    """See ``ops.match``; also returns the join: candidate_first [M] and event_candidate [N]."""
     candidate_buckets, candidate_offsets, history, history_buckets, history_offsets = given[:5]
     weights, ages, decay = given[5:]
     rates, candidates, (events, dim) = len(decay), len(candidate_buckets), history.shape
@@ -368,12 +369,12 @@ def match_backward(
     rates, candidates, (events, dim) = len(decay), len(candidate_first), history.shape
     for joined, least in ((candidate_first, 0), (event_candidate, -1)):
         if len(joined) and not least <= joined.min() <= joined.max() < candidates:
-            raise ValueError(f"the join must be of rows from {least} to {candidates - 1}, got {joined}")
+            raise ValueError(f"the join must have rows from {least} to {candidates - 1}, got {joined}")
     grad_history = _empty(*history.shape, dtype=history.dtype)
     grad_weights = _grad_weights(weights)
     _call(
         "match_backward",
-        # copies, since the kernel adds up in place
+        # copies, since the kernel adds in place
         _given(grad_token.clone(), candidates, rates, dim),
         *(_given(grad_weight.clone(), candidates, rates), candidates, events),
         _given(candidate_first, candidates, dtype=torch.int64),

@@ -1,6 +1,6 @@
-"""The plain truth: IFA written as its formulae, one request at a time, in float32 at least.
+"""The reference: IFA written out as its formulae, in at least float32.
 
-Every backend is tested against this file, outputs and gradients. Nothing here is fast.
+The outputs and gradients of every backend are tested against it. Nothing here is fast.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from ifa_torchrec.ops.jagged import request_of_row, rows_of_requests
 
 
 def features(tokens: torch.Tensor, weight: torch.Tensor, feature_map: str) -> torch.Tensor:
-    """phi of every head: tokens [n, D], weight [H, d, D] -> [n, H, d_phi]."""
+    """phi for every head: tokens [n, D], weight [H, d, D] -> [n, H, d_phi]."""
     return FEATURE_MAPS[feature_map].forward(torch.einsum("nD,hdD->nhd", tokens, weight), -1)
 
 
 def event_weights(
     weights: torch.Tensor | None, ages: torch.Tensor | None, decay: torch.Tensor, tokens: torch.Tensor
 ) -> torch.Tensor:
-    """w_hi = a_hi exp(-lambda_h t_i), [n, H]; of a_hi [n, H] or [n], 1 for None, and t_i, 0 for None."""
+    """w_hi = a_hi exp(-lambda_h t_i), [n, H]; ``weights`` is a_hi, [n, H] or [n], None for 1, and
+    ``ages`` is t_i, None for 0."""
     result = tokens.new_ones(tokens.shape[0], len(decay))
     if ages is not None:
-        # no decay is no decay at any age, an infinite one included
+        # a rate of 0 means no decay at any age, even an infinite one
         exponent = torch.where(decay > 0, decay * ages[:, None], 0.0)
         result = result * torch.exp(-exponent).to(result.dtype)
     if weights is None:
@@ -48,7 +49,7 @@ def quadratic(
     feature_map: str,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """IFA of one request in its quadratic form, O(n m d).
+    """IFA for one request in its quadratic form, O(n m d).
 
     Args:
         candidates: [m, D]; history: [n, D]; query_weight, key_weight, value_weight: [H, d, D].
@@ -77,13 +78,13 @@ def quadratic(
 
 
 def _of_rows(states: torch.Tensor, offsets: torch.Tensor, rows: int) -> torch.Tensor:
-    """Of each row its request's state, [rows, *]; of one request the state itself, [1, *], which is not
-    copied for each row."""
+    """The state of each row's request, [rows, *]; for a single request the state itself, [1, *], which
+    broadcasts over the rows without a copy."""
     return states if offsets.shape[0] == 2 else states[request_of_row(offsets, rows)]
 
 
 def _floats(dtype: torch.dtype, *tensors: torch.Tensor | None) -> list[Any]:
-    """The tensors in the dtype to work in: ``dtype``, float32 at least."""
+    """The tensors cast to ``dtype``, but at least float32."""
     dtype = torch.promote_types(dtype, torch.float32)
     return [None if x is None else x.to(dtype) for x in tensors]
 
@@ -119,17 +120,17 @@ def attend(given: AttendArguments) -> tuple[torch.Tensor, torch.Tensor]:
 def shares(
     query: torch.Tensor, mean: torch.Tensor, log_weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each query takes of each summary: the softmax of their scores.
+    """The softmax weight of each summary for each query.
 
     Args:
         query: [m, H, d]; mean: [m or 1, H, R, d], the summaries; log_weight: [m or 1, H, R].
 
     Returns:
-        [m, H, R], zeros where no summary is there; and the logarithm [m, H] of the sum of the
+        [m, H, R], zeros where there are no summaries; and the logarithm [m, H] of the sum of the
         exponentials.
     """
     score = torch.einsum("mhd,mhrd->mhr", query, mean)
-    # where no summary is there logsumexp has no gradient
+    # logsumexp has no gradient where there are no summaries
     nothing = (log_weight == -torch.inf).all(-1, keepdim=True)
     score = (score / query.shape[-1] ** 0.5 + log_weight).masked_fill(nothing, 0.0)
     log_sum = score.logsumexp(-1, keepdim=True).masked_fill(nothing, -torch.inf)
@@ -147,11 +148,11 @@ def attend_softmax(given: AttendSoftmaxArguments) -> tuple[torch.Tensor, torch.T
 
 
 def match(given: MatchArguments) -> tuple[torch.Tensor, torch.Tensor]:
-    """An identity feature's heads, one for each decay rate, a candidate at a time.
+    """The heads of an identity feature, one per decay rate, computed candidate by candidate.
 
     Returns:
         token_sum [M, L, D] and weight_sum [M, L], the sums of w_li x_i and of w_li over the
-        events of the candidate's request whose bucket is the candidate's.
+        events of the candidate's request that are in the candidate's bucket.
     """
     candidate_buckets, candidate_offsets, history, history_buckets, history_offsets, *others = given
     history, weights, ages, decay = _floats(history.dtype, history, *others)
@@ -163,7 +164,7 @@ def match(given: MatchArguments) -> tuple[torch.Tensor, torch.Tensor]:
     weight_sum = [weight.new_zeros(0, len(decay))]
     for tokens, event_weight, buckets, candidates in zip(*events, asked, strict=True):
         for candidate in candidates:
-            # picked, not multiplied by zero: a NaN is of the candidates alone that it matches
+            # selected, not multiplied by zero: a NaN must only reach the candidates that it matches
             same = buckets == candidate
             weight_sum.append(event_weight[same].sum(0, keepdim=True))
             token_sum.append((event_weight[same].T @ tokens[same])[None])

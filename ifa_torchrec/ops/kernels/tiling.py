@@ -1,7 +1,7 @@
-"""Jagged rows in tiles of about the same size, for the `torch` backend.
+"""Cuts jagged rows into tiles of about the same size, for the `torch` backend.
 
-On a CPU a look at the lengths costs nothing, and the chunks of a tile are of one length. Elsewhere a
-look would wait for the device: there the tiles come of sizes alone, at up to three times the rows.
+On a CPU reading the lengths costs nothing, and the chunks of a tile have about one length. Elsewhere
+reading would wait for the device, so tiles depend only on sizes and may have up to three times the rows.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from ifa_torchrec.ops.checks import check_offsets
 from ifa_torchrec.ops.jagged import on_cpu
 
 TILE = 4096
-"""Rows in work at a time: with D = 64 and 4 heads of 16 a tile's temporaries are some 4 MB."""
+"""Rows processed at a time: with D = 64 and 4 heads of 16, a tile's temporaries are about 4 MB."""
 GPU_TILE = 1 << 18
-"""The same on a GPU, which is done with 4096 rows before it hears of the next: 10^6 events, forward,
-took an H200 86 ms with those and 5.6 ms with these."""
+"""The same on a GPU, which finishes 4096 rows before the next tile is launched: the forward of 10^6
+events took an H200 86 ms with tiles of 4096 rows and 5.6 ms with these."""
 LONGEST_CHUNK = 1024
-"""The most rows of one request in a row of a tile."""
+"""The most rows of a request in one chunk, which is one row of a tile."""
 
 
 def tiles(offsets: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Cut the requests' rows into chunks, and the chunks into tiles.
 
     Args:
-        offsets: [B + 1] int64; looked at on a CPU alone. Elsewhere no row beyond ``rows`` is named,
-            whatever they are.
-        rows: of all requests.
+        offsets: [B + 1] int64; only read on a CPU. Elsewhere wrong offsets never yield a row beyond
+            ``rows``.
+        rows: number of rows of all requests.
 
     Yields:
-        request [b]: whose rows each chunk holds; row [b, L]: the rows, where padded another row; valid
-        [b, L] bool.
+        request [b]: the request of each chunk; row [b, L]: its rows, with some other row as padding;
+        valid [b, L] bool: False where padded.
 
     Raises:
-        ValueError: on a CPU, offsets do not rise from 0 to the number of rows.
+        ValueError: on a CPU, if offsets do not rise from 0 to the number of rows.
 
     Example:
         >>> import torch
@@ -48,8 +48,8 @@ def tiles(offsets: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]
 
 
 def tile_rows(x: Tensor, row: Tensor, valid: Tensor) -> Tensor:
-    """The rows [b, L, ...] of x. Zeros where padded, but on a CPU, where a chunk's padding is a row of
-    its own request and a NaN in it is no other's.
+    """The rows [b, L, ...] of x. Padding is zero, except on a CPU: there it is a row of the chunk's own
+    request, so that a NaN in it does not reach other requests.
 
     Example:
         >>> import torch
@@ -65,7 +65,7 @@ def tile_rows(x: Tensor, row: Tensor, valid: Tensor) -> Tensor:
 
 
 def room_for_rows(like: Tensor, rows: int, *shape: int) -> Tensor:
-    """Zeros [rows + 1, ...] to put rows into; the last is for what padding has, and to be left out.
+    """Zeros [rows + 1, ...] to put rows into; the last row is for padding, to be dropped.
 
     Example:
         >>> import torch
@@ -77,7 +77,7 @@ def room_for_rows(like: Tensor, rows: int, *shape: int) -> Tensor:
 
 
 def put_rows(room: Tensor, row: Tensor, valid: Tensor, values: Tensor) -> None:
-    """Values [b, L, ...] of a tile into the rows that they are of.
+    """Write the values [b, L, ...] of a tile to their rows.
 
     Example:
         >>> import torch
@@ -95,7 +95,7 @@ def put_rows(room: Tensor, row: Tensor, valid: Tensor, values: Tensor) -> None:
 
 
 def _of_lengths(offsets: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Longest first: chunks of a tile are of about the same length, so little is padded."""
+    """Tiles of chunks sorted by length, longest first, so that there is little padding."""
     device = offsets.device
     check_offsets("offsets", offsets, rows)
     starts, lengths = offsets[:-1], offsets.diff()
@@ -119,8 +119,9 @@ def _of_lengths(offsets: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor, Te
 
 
 def _of_sizes(offsets: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Chunks of about the mean length: request b has floor(offsets[b + 1] / size) - floor(offsets[b] /
-    size) + 1 of them, enough wherever its rows begin, so that their number is known. Some are empty."""
+    """Tiles of chunks of about the mean length. Request b has floor(offsets[b + 1] / size) -
+    floor(offsets[b] / size) + 1 chunks, enough wherever its rows begin, so that the total is known
+    without reading offsets. Some chunks are empty."""
     requests = offsets.shape[0] - 1
     if rows == 0 or requests == 0:
         return

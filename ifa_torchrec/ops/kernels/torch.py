@@ -1,8 +1,8 @@
 """The `torch` backend: jagged, tiled, absorbed, any device and dtype.
 
-Absorbed: S_h = (sum_i w_hi phi(k_hi) x_i^T) Wv_h, so the values are never projected per event,
-and the sums of all heads are one matrix product. Tiled: at most TILE rows are in work at a time;
-the backward projects the tile's keys again instead of keeping phi(k) of all N events.
+Absorbed: S_h = (sum_i w_hi phi(k_hi) x_i^T) Wv_h, so values are never projected per event, and the
+sums of all heads are one matrix product. Tiled: at most TILE rows are processed at a time; the
+backward projects a tile's keys again instead of keeping phi(k) of all N events.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ __all__ = [
 
 
 def _tile_features(tokens: Tensor, weight: Tensor, feature_map: str) -> tuple[Tensor, Tensor]:
-    """Projections [b, H, d, L] and phi of them [b, H, d_phi, L] of a tile's tokens [b, L, D].
+    """Projections [b, H, d, L] of a tile's tokens [b, L, D], and their phi [b, H, d_phi, L].
 
-    The rows lie innermost, so that sums over a head's few features run along whole vectors.
+    Rows are the innermost dimension, so that sums over a head's few features use whole vectors.
     """
     projected = torch.matmul(weight.flatten(0, 1), tokens.mT).unflatten(1, weight.shape[:2])
     return projected, FEATURE_MAPS[feature_map].forward(projected, -2)
@@ -50,7 +50,7 @@ def _tile_weights(
     row: Tensor,
     valid: Tensor,
 ) -> Tensor:
-    """w_hi of a tile, [b, H, 1, L], zero where padded."""
+    """w_hi for a tile, [b, H, 1, L], zero where padded."""
     weight = row_weights(weights, ages, decay, tokens.flatten(0, 1), row.flatten())
     return weight.unflatten(0, row.shape).masked_fill(~valid[..., None], 0).mT[:, :, None]
 
@@ -101,8 +101,8 @@ def encode_backward(
         grad_weighted = torch.bmm(grad_token[request], tokens.mT) + grad_sum[request][..., None]
         grad_weighted = grad_weighted.view_as(phi)
         grad_keys = backward(grad_weighted * weight, projected, phi, -2).flatten(1, 2)
-        # of keys and values at once, and of all the tile's rows: a product of many requests' few rows
-        # each is mostly writing
+        # one product for keys and values and all rows of the tile: a product per request, of few rows
+        # each, would mostly be writing
         grad_rows = torch.cat([x.transpose(0, 1) for x in (grad_keys, grad_values)]).flatten(1)
         grad_projections += grad_rows @ tokens.flatten(0, 1)
         grad_tokens = (grad_rows.T @ flat_weight).view_as(tokens)
@@ -173,7 +173,7 @@ def attend_backward(
         state, total = key_value[request].flatten(0, 1), key_sum[request].flatten(0, 1)
         divisor = torch.bmm(phi, total[..., None]) + eps
         out = torch.bmm(phi, state) / divisor
-        # a padded row repeats another, so its gradient is taken out here
+        # a padded row repeats another row, so its gradient is masked out
         upstream = _heads_first(grad_out[row].masked_fill(~valid[..., None, None], 0))
         upstream_normalizer = _heads_first(
             grad_normalizer[row].masked_fill(~valid[..., None], 0)[..., None]
@@ -204,14 +204,14 @@ def attend_backward(
 
 
 def _shares(query: Tensor, mean: Tensor, log_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """What each query [n, L, d] takes of each summary [n, R, d], [n, L, R]; and log_sum [n, L, 1]."""
+    """Softmax weights [n, L, R] of summaries [n, R, d] for queries [n, L, d], and log_sum [n, L, 1]."""
     score = torch.baddbmm(log_weight[:, None], query, mean.mT, alpha=query.shape[-1] ** -0.5)
     log_sum = score.logsumexp(-1, keepdim=True)
     return (score - log_sum.masked_fill(log_sum == -torch.inf, 0.0)).exp(), log_sum
 
 
 def _tile_queries(tokens: Tensor, weight: Tensor) -> Tensor:
-    """Projections of a tile's tokens [b, L, D], [b * H, L, d]."""
+    """Projections [b * H, L, d] of a tile's tokens [b, L, D]."""
     return torch.matmul(weight.flatten(0, 1), tokens.mT).unflatten(1, weight.shape[:2]).flatten(0, 1).mT
 
 
@@ -250,7 +250,7 @@ def attend_softmax_backward(
         tokens = tile_rows(candidates, row, valid).to(dtype)
         query, summaries = _tile_queries(tokens, weight), mean[request].flatten(0, 1)
         share, _ = _shares(query, summaries, log_weight[request].flatten(0, 1))
-        # a padded row repeats another, so its gradient is taken out here
+        # a padded row repeats another row, so its gradient is masked out
         upstream = _heads_first(grad_out[row].masked_fill(~valid[..., None, None], 0))
         upstream_log_sum = _heads_first(grad_log_sum[row].masked_fill(~valid[..., None], 0)[..., None])
         grad_share = torch.bmm(upstream, summaries.mT)

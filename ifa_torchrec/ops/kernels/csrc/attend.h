@@ -1,9 +1,9 @@
 // attend, forward and backward: one pass over the candidates.
 #pragma once
 
-constexpr int64_t MIN_CANDIDATES = 64;  // of a partition
+constexpr int64_t MIN_CANDIDATES = 64;  // per partition
 
-// Of rows of one request: normalizer = phi z [rows, H] and out = phi S / (normalizer + eps) [rows, Q].
+// For rows of one request: normalizer = phi z [rows, H] and out = phi S / (normalizer + eps) [rows, Q].
 static void read_out(const Shape& s, int64_t rows, const float* phi, const float* state, const float* sum,
                      float eps, float* out, float* normalizer) {
   const int64_t head = s.head();
@@ -66,8 +66,8 @@ IFA_KERNEL(attend)
   }
 }
 
-// Of out = numerator / (normalizer + eps) of heads from `first` of all rows' heads: the gradients of the
-// numerator, [heads, dp], and of the normalizer.
+// For out = numerator / (normalizer + eps): the gradients of the numerator, [heads, dp], and of the
+// normalizer. `heads` counts the heads of all rows in work, `first` is the index of the first of them.
 static void grad_of_quotient(const Shape& s, int64_t first, int64_t heads, const float* grad_out,
                              const float* grad_normalizer, float eps, const float* out,
                              const float* normalizer, float* grad_numerator, float* grad_total) {

@@ -1,7 +1,7 @@
 // attend_softmax, forward and backward: one pass over the candidates.
 #pragma once
 
-// A request's summaries mu of all heads, as the products take them: R padded to Rp, d to dp.
+// A request's summaries mu of all heads, in the layout of the matrix products: R padded to Rp, d to dp.
 struct Summaries {
   const Shape& s;
   const int R, Rp;
@@ -12,7 +12,7 @@ struct Summaries {
         log_weight(int64_t(s.H) * Rp) {
     rows.clear();
     columns.clear();
-    for (int i = 0; i < s.H * Rp; ++i) log_weight[i] = -__builtin_inff();  // of padding: not there
+    for (int i = 0; i < s.H * Rp; ++i) log_weight[i] = -__builtin_inff();  // padding is absent
   }
 
   void read(const float* mean, const float* weight) {
@@ -27,7 +27,7 @@ struct Summaries {
   }
 };
 
-// Scores [n] to shares of their softmax, in place; gives the logarithm of the sum of the exponentials.
+// Replaces scores [n] by their softmax, in place; returns the logarithm of the sum of the exponentials.
 static float softmax(int n, float* score) {
   vec most = load(score);
   for (int j = VL; j < n; j += VL) {
@@ -35,7 +35,7 @@ static float softmax(int n, float* score) {
     most = value > most ? value : most;
   }
   const float highest = max_of(most);
-  const float shift = highest > -__builtin_inff() ? highest : 0.0f;  // a NaN stays one, in the sum
+  const float shift = highest > -__builtin_inff() ? highest : 0.0f;  // a NaN stays NaN in the sum
   vec sum = vec{};
   for (int j = 0; j < n; j += VL) {
     vec value = exp_of(load(score + j) - shift);
@@ -47,8 +47,8 @@ static float softmax(int n, float* score) {
   return shift + __builtin_logf(total);
 }
 
-// Of rows of one request with queries [rows, Q], which are divided by sqrt(d): shares [rows, H, Rp], the
-// answers [rows, Q] and log_sum [rows, H].
+// For rows of one request with queries [rows, Q], already divided by sqrt(d): the softmax weights
+// `share` [rows, H, Rp], out [rows, Q] and log_sum [rows, H].
 static void read_summaries(const Shape& s, const Summaries& of, int64_t rows, const float* query,
                            float* share, float* out, float* log_sum) {
   const int64_t stride = int64_t(s.H) * of.Rp;
@@ -105,7 +105,7 @@ IFA_KERNEL(attend_softmax)
   }
 }
 
-// The gradients of scores [n], in place of those of their shares: of the softmax, and of log_sum.
+// Replaces the gradients of the softmax weights [n] by those of the scores, with log_sum's added.
 static void grad_of_softmax(int n, const float* share, float grad_log_sum, float* grad) {
   vec product = vec{};
   for (int j = 0; j < n; j += VL) product += load(grad + j) * load(share + j);
@@ -132,7 +132,7 @@ IFA_KERNEL(attend_softmax_backward)
   {
     Summaries summaries(s, R);
     const int Rp = summaries.Rp;
-    const int64_t row = int64_t(H) * Rp;  // of shares
+    const int64_t row = int64_t(H) * Rp;  // floats in a row of `share`
     Floats scratch(TILE * s.Dp), grad_scratch(TILE * s.Dp), projected(TILE * s.Q), read(TILE * s.Q);
     Floats upstream(TILE * s.Q), grad_projected(TILE * s.Q), total(TILE * H);
     Floats share(TILE * row), grad_score(TILE * row), grad_rows(row * s.dp), grad_weight(row);

@@ -1,10 +1,10 @@
 // encode, forward and backward: one pass over the events.
 #pragma once
 
-constexpr int64_t MIN_EVENTS = 256;  // of a partition
+constexpr int64_t MIN_EVENTS = 256;  // per partition
 
-// Event weights w_hi [rows, H], of the ages alone where a is null. Of a there are `columns` for an event:
-// H, or one for all heads.
+// Event weights w_hi [rows, H], from the ages only if a is null. a has `columns` entries per event: H, or
+// one for all heads.
 static void event_weights(const Shape& s, const float* a, int columns, const float* ages,
                           const float* decay, int64_t first, int64_t rows, float* w) {
   for (int h = 0; h < s.H; ++h) {
@@ -12,7 +12,7 @@ static void event_weights(const Shape& s, const float* a, int columns, const flo
     for (int64_t t = 0; t < rows; t += VL) {
       float lanes[VL];
       int count = int(min(VL, rows - t));
-      // no decay is no decay at any age, an infinite one included
+      // a rate of 0 means no decay at any age, even an infinite one
       if (ages && decay[h] > 0) {
         for (int i = 0; i < VL; ++i) lanes[i] = i < count ? -decay[h] * ages[first + t + i] : 0.0f;
         store(lanes, exp_of(load(lanes)));
@@ -40,8 +40,8 @@ static void add_rows(int width, int64_t rows, const float* x, float* sum) {
   }
 }
 
-// PAIRED: tokens are bfloat16, D is even, and the processor multiplies pairs of it, twice as fast; phi
-// and the key's weight are rounded to it.
+// PAIRED: tokens are bfloat16, D is even, and the processor multiplies pairs of bfloat16, twice as fast;
+// phi and the key's weight are rounded to bfloat16.
 template <bool PAIRED>
 static void encode_rows(const Shape& s, const Rows& events, const void* history, int is_bf16,
                         const float* key, const float* value, const float* a, int columns,
@@ -124,7 +124,7 @@ IFA_KERNEL(encode)
   encode_rows<false>(s, events, history, is_bf16, key, value, a, columns, ages, decay, sums, threads);
 }
 
-// Of each row of a tile the gradient of its a, `columns` of them, from phi without weights and the gradient
+// The gradient of a, `columns` entries for each row of a tile, from phi without weights and the gradient
 // of phi; decayed is scratch.
 static void grad_event_weights(const Shape& s, int columns, const float* ages, const float* decay,
                                const Tile& tile, const float* phi, const float* grad_phi, float* decayed,
@@ -167,7 +167,7 @@ IFA_KERNEL(encode_backward)
     Floats key_token(token_size), grad_key_token(token_size), grad_key_token_t(token_size);
     Floats grad_state(state_size), grad_state_t(state_size), grad_total(s.P);
     int64_t stride = 0;
-    const float *x = nullptr, *summed = nullptr;  // the tile's tokens, and what the state is the sum of
+    const float *x = nullptr, *summed = nullptr;  // the tile's tokens, and the features that the state sums
     float* grad_x = nullptr;
 
     auto features_of_tile = [&](const Tile& tile) {
@@ -216,7 +216,7 @@ IFA_KERNEL(encode_backward)
     };
     auto finish_tile = [&](const Tile& tile) {
       if (grad_a) grad_event_weights(s, columns, ages, decay, tile, phi, grad_phi, decayed, grad_a);
-      // the projections are read no more: their gradient takes their place
+      // the projections are not needed any more: their gradient overwrites them
       features_backward(s, tile.rows, phi, grad_phi, weighted ? w.data() : nullptr, projected);
       gemm<true>(tile.rows, s.Dp, s.Q, projected, s.Q, 1, padded_key, s.Dp, grad_x, s.Dp);
       gemm<true>(s.Q, s.Dp, tile.rows, projected, 1, s.Q, x, stride, key_sums.of(tile.partition), s.Dp);

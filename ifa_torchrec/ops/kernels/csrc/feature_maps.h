@@ -1,10 +1,10 @@
-// The feature maps, as feature_maps.py has them, and their derivatives.
+// The feature maps of feature_maps.py and their derivatives.
 #pragma once
 
-// phi [rows, P] of the projections [rows, Q], each head's times w[row, head] if w is given.
+// phi [rows, P] of the projections [rows, Q]; each head is multiplied by w[row, head] if w is given.
 static void features(const Shape& s, int64_t rows, float* projected, float* phi, const float* w) {
-  // All bits where the last vector of a head holds a feature, none where padding: of an infinite token
-  // the padding is NaN, which no product with zero would take away.
+  // A mask for the last vector of a head: all bits set for a feature, none for padding. The padding of an
+  // infinite token is NaN, which multiplying by zero would not remove.
   ivec last = ivec{};
   for (int j = 0; j < VL; ++j) last[j] = s.dp - VL + j < s.d ? -1 : 0;
   const int whole = s.dp - VL;
@@ -14,7 +14,7 @@ static void features(const Shape& s, int64_t rows, float* projected, float* phi,
       float* y = phi + i * s.dp;
       for (int j = 0; j < s.dp; j += VL) {
         vec value = load(x + j), none = vec{};
-        vec result = none > value ? none : value;  // in this order a NaN stays
+        vec result = none > value ? none : value;  // this order keeps a NaN
         if (s.map == ELU) result += exp_of(value < none ? value : none);
         if (j == whole) result = (vec)((ivec)result & last);
         store(y + j, w ? result * w[i] : result);
@@ -22,13 +22,13 @@ static void features(const Shape& s, int64_t rows, float* projected, float* phi,
     }
     return;
   }
-  // Softmax over x and over -x. Where all |x| are below 80 nothing need be subtracted first: exp
-  // and its inverse are far from the ends of float, and one exp serves both.
+  // Softmax over x and over -x. If all |x| are below 80, nothing needs to be subtracted first: exp and
+  // its inverse are well within the range of float, and one exp serves both.
   vec most = vec{};
   for (int64_t i = 0; i < rows * s.Q; i += VL) {
     vec value = load(projected + i);
     value = value < vec{} ? -value : value;
-    most = value > most ? value : most;  // not a NaN: its head comes out NaN either way
+    most = value > most ? value : most;  // ignores a NaN: its head becomes NaN either way
   }
   bool tame = max_of(most) < 80.0f;
   for (int64_t i = 0; i < rows * s.H; ++i) {
@@ -64,7 +64,7 @@ static void features(const Shape& s, int64_t rows, float* projected, float* phi,
   }
 }
 
-// The gradient [rows, Q] of the projections, from that of phi [rows, P]; phi without weights.
+// The gradient [rows, Q] of the projections, from that of phi [rows, P]; phi is without weights.
 // grad_phi is multiplied by w[row, head] if w is given.
 static void features_backward(const Shape& s, int64_t rows, const float* phi, const float* grad_phi,
                               const float* w, float* grad_projected) {

@@ -1,4 +1,4 @@
-// What every processor of the architecture has: SSE2, NEON.
+// The instructions that every processor of the architecture has: SSE2, NEON.
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -9,7 +9,7 @@
 #define IFA_ACCUMULATORS 12
 #include "isa.h"
 
-// The best instruction set that is both compiled in and understood by this processor.
+// The best instruction set that is compiled in and supported by this processor.
 extern "C" __attribute__((visibility("default"))) const char* ifa_instruction_set() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -22,7 +22,7 @@ extern "C" __attribute__((visibility("default"))) const char* ifa_instruction_se
   return "plain";
 }
 
-// The one to take unless another is asked for: Intel's processors multiply bfloat16 slower than float32.
+// The default instruction set: not avx512_bf16 on Intel, which multiplies bfloat16 slower than float32.
 extern "C" __attribute__((visibility("default"))) const char* ifa_default_instruction_set() {
   const char* best = ifa_instruction_set();
 #if defined(__x86_64__)
@@ -31,5 +31,5 @@ extern "C" __attribute__((visibility("default"))) const char* ifa_default_instru
   return best;
 }
 
-// Of the functions' arguments; see native.py.
+// Version of the functions' signatures; see native.py.
 extern "C" __attribute__((visibility("default"))) int ifa_signatures() { return 4; }

@@ -1,8 +1,8 @@
-// How what the caller gives lies in memory inside: padded to whole vectors, transposed, in pairs.
+// The kernels' internal memory layouts of the caller's data: padded to whole vectors, transposed, paired.
 //
-// Letters as in ops/__init__.py. The features of a head are padded to whole vectors: a head has
-// dp >= d columns, its phi e * dp (e = 2 for hedgehog, whose halves are padded each), all heads
-// Q = H * dp projections and P = H * e * dp features; a token has Dp >= D columns. Padding is zero.
+// Letters as in ops/__init__.py. The features of a head are padded to whole vectors: a head has dp >= d
+// columns and its phi e * dp (e = 2 for hedgehog, whose halves are padded separately); all heads together
+// have Q = H * dp projections and P = H * e * dp features; a token has Dp >= D columns. Padding is zero.
 #pragma once
 
 enum Map { ELU = 0, RELU = 1, HEDGEHOG = 2 };
@@ -15,12 +15,12 @@ struct Shape {
     Q = H * dp, P = Q * e;
   }
   int features() const { return e * d; }                        // d_phi
-  int64_t state() const { return sum() * d; }                   // of S of one request
-  int64_t sum() const { return int64_t(H) * features(); }        // of z of one request
-  int64_t head() const { return int64_t(e) * dp; }               // of phi of one head, padded
+  int64_t state() const { return sum() * d; }                   // size of S of one request
+  int64_t sum() const { return int64_t(H) * features(); }        // size of z of one request
+  int64_t head() const { return int64_t(e) * dp; }               // size of phi of one head, padded
 };
 
-// Memory for floats, which begins on a cache line.
+// Memory for floats, aligned to a cache line.
 class Floats {
  public:
   explicit Floats(int64_t count) : bytes_((max(count, 1) + 15) / 16 * 64) {
@@ -44,7 +44,7 @@ static void add(float* to, const float* from, int64_t count) {
 
 // ---------------------------------------------------------------------------------- tokens, weights
 
-// Rows of tokens as floats, Dp columns: where they lie, if they can be used so.
+// Rows of tokens as floats with Dp columns: the caller's memory if it has that layout, else a copy.
 static const float* tokens_of(const Shape& s, const void* x, bool is_bf16, int64_t first, int64_t rows,
                               float* scratch, int64_t* stride) {
   if (!is_bf16 && s.D == s.Dp) {
@@ -65,7 +65,7 @@ static const float* tokens_of(const Shape& s, const void* x, bool is_bf16, int64
   return scratch;
 }
 
-// Where to put the gradient of rows of tokens, Dp columns: to its place, if it can be written so.
+// Where to write the gradient of rows of tokens, Dp columns: the output if it has that layout, else scratch.
 static float* grad_tokens_of(const Shape& s, void* grad, bool is_bf16, int64_t first, float* scratch) {
   return !is_bf16 && s.D == s.Dp ? static_cast<float*>(grad) + first * s.D : scratch;
 }
@@ -83,7 +83,7 @@ static void write_tokens(const Shape& s, const float* from, int64_t rows, void* 
   }
 }
 
-// A projection's weight [H, d, D], padded: as it is [Q, Dp], and transposed [D, Q].
+// A projection's weight [H, d, D], padded to [Q, Dp], and below transposed to [D, Q].
 static void pad_weight(const Shape& s, const float* weight, float* padded_weight) {
   memset(padded_weight, 0, int64_t(s.Q) * s.Dp * 4);
   for (int h = 0; h < s.H; ++h)
@@ -100,7 +100,7 @@ static void transpose_weight(const Shape& s, const float* weight, float* transpo
 
 // ------------------------------------------------------------------------------------------- states
 
-// A request's S, as the caller has it [H, e d, d], and with padding [H, e dp, dp].
+// Pads a request's S from the caller's [H, e d, d] to [H, e dp, dp].
 static void pad_state(const Shape& s, const float* state, float* padded_state) {
   for (int block = 0; block < s.H * s.e; ++block)
     for (int f = 0; f < s.dp; ++f) {
@@ -136,14 +136,14 @@ static void unpad_sum(const Shape& s, const float* padded_sum, float* sum) {
 
 // --------------------------------------------------------------------------------- pairs of bfloat16
 
-// weight transposed [D, Q], as pairs of rows [D / 2, Q].
+// A transposed weight [D, Q] as pairs of rows [D / 2, Q].
 static inline void pair_weight(const Shape& s, const float* transposed, bf16_pair* pairs) {
   for (int i = 0; i < s.D / 2; ++i)
     for (int j = 0; j < s.Q; ++j)
       pairs[i * s.Q + j] = bf16_of(transposed[2 * i * s.Q + j]) | uint32_t(bf16_of(transposed[(2 * i + 1) * s.Q + j])) << 16;
 }
 
-// phi [rows, P], as pairs of rows [rows / 2, P]; behind an odd last row stand zeros.
+// phi [rows, P] as pairs of rows [rows / 2, P]; an odd last row is paired with zeros.
 static inline void pair_features(int P, int64_t rows, const float* phi, bf16_pair* pairs) {
   for (int64_t t = 0; t < rows; t += 2)
     for (int f = 0; f < P; f += VL) {
@@ -152,7 +152,7 @@ static inline void pair_features(int P, int64_t rows, const float* phi, bf16_pai
     }
 }
 
-// Tokens [rows, D], as pairs of rows [rows / 2, Dp].
+// Tokens [rows, D] as pairs of rows [rows / 2, Dp].
 static inline void pair_tokens(const Shape& s, int64_t rows, const bf16* x, bf16_pair* pairs) {
   for (int64_t t = 0; t < rows; t += 2) {
     const bf16 *one = x + t * s.D, *two = t + 1 < rows ? one + s.D : nullptr;

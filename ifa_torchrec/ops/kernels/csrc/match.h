@@ -6,8 +6,8 @@ constexpr int PARTS = 8;
 
 static inline uint64_t hash_of(int64_t bucket) { return uint64_t(bucket) * 0x9e3779b97f4a7c15u; }
 
-// w_l [L] of one event; of its age alone where a is null. Of a there are `columns` for an event: L, or one
-// for all rates.
+// w_l [L] of one event, from its age only if a is null. a has `columns` entries per event: L, or one for
+// all rates.
 static inline void rate_weights(int L, const float* a, int columns, const float* ages, const float* decay,
                                 int64_t event, float* w) {
   for (int l = 0; l < L; l += VL) {
@@ -35,8 +35,8 @@ static inline const float* event_token(int D, const void* history, int is_bf16, 
   return scratch;
 }
 
-// For each event the first candidate of its bucket in its request, or -1; for each candidate the
-// first of its own bucket. Both are rows of all candidates.
+// For each event the first candidate of its request with the same bucket, or -1; for each candidate the
+// first one with its own bucket. Both are indices into all candidates.
 static void join(const int64_t* buckets, const int64_t* offsets, const int64_t* event_buckets,
                  const int64_t* event_offsets, int64_t B, int64_t* candidate_first,
                  int64_t* event_candidate, int threads) {
@@ -83,7 +83,7 @@ IFA_KERNEL(match)
     Floats scratch(D), w(L);
 #pragma omp for schedule(dynamic, 8)
     for (int64_t task = 0; task < B * PARTS; ++task) {
-      // the parts of one request share out its candidates; each sums in the order of the events
+      // the parts of a request divide its candidates among them; each part sums in the order of the events
       const int64_t b = task / PARTS, part = task % PARTS;
       const int64_t first = event_offsets[b], last = event_offsets[b + 1];
       const int64_t parts = last - first < LONG_HISTORY ? 1 : PARTS;
@@ -113,14 +113,14 @@ IFA_KERNEL(match)
   }
 }
 
-// grad_token [M, L, D] and grad_weight [M, L] are written over.
+// Overwrites grad_token [M, L, D] and grad_weight [M, L].
 IFA_KERNEL(match_backward)
 (float* grad_token, float* grad_weight, int64_t M, int64_t N,
                            const int64_t* candidate_first, const int64_t* event_candidate,
                            const void* history, int is_bf16, const float* a, int columns,
                            const float* ages, const float* decay, int D, int L, void* grad_history,
                            float* grad_a, int threads) {
-  // the gradient of a sum is that of all candidates that read it
+  // the gradient of a sum is the sum over all candidates that read it
   for (int64_t row = 0; row < M; ++row) {
     const int64_t first = candidate_first[row];
     if (first == row) continue;

@@ -1,11 +1,11 @@
-// How rows are shared out: partitions, which threads take; tiles of a partition, which stay in cache;
-// segments of a tile, which are of one request.
+// How rows are divided: into partitions, which threads pick up; into tiles, which stay in cache; and into
+// segments of a tile, each of one request.
 #pragma once
 
 constexpr int TILE = 64;             // rows
-constexpr int MAX_PARTITIONS = 128;  // not by the number of threads, so that results do not depend on it
+constexpr int MAX_PARTITIONS = 128;  // fixed, so that results do not depend on the number of threads
 
-// The request that row belongs to: the last one that begins at or before it and is not empty.
+// The request that the row belongs to: the last non-empty one that begins at or before it.
 static int64_t request_of(const int64_t* offsets, int64_t B, int64_t row) {
   int64_t low = 0, high = B;  // offsets[low] <= row < offsets[high]
   while (high - low > 1) {
@@ -15,16 +15,16 @@ static int64_t request_of(const int64_t* offsets, int64_t B, int64_t row) {
   return low;
 }
 
-// Rows of one partition that are in work at a time.
+// The rows of one partition that are processed at a time.
 struct Tile {
   int partition;
   int64_t row, rows;
 };
 
-// Rows of a tile that are of one request; whether they are the request's first in the partition, and
-// its last.
+// The rows of a tile that belong to one request; whether they are the request's first in the partition,
+// and its last.
 struct Segment {
-  int64_t request, from, count;  // from: of the tile
+  int64_t request, from, count;  // from: index within the tile
   bool starts, ends;
 };
 
@@ -40,8 +40,8 @@ struct Rows {
 
   int64_t first(int partition) const { return count * partition / partitions; }
 
-  // Of each thread of a parallel region: before(tile), of_segment(tile, segment) of each of its
-  // segments, after(tile).
+  // To be called by each thread of a parallel region. For each tile it calls before(tile),
+  // of_segment(tile, segment) for each of its segments, and after(tile).
   template <class Before, class OfSegment, class After>
   void each_tile(Before before, OfSegment of_segment, After after) const {
 #pragma omp for schedule(dynamic, 1)
@@ -67,10 +67,10 @@ struct Rows {
   }
 };
 
-// The states [B, state_size] and their sums [B, sum_size] that the partitions' rows add up to.
+// Sums the partitions' rows into states [B, state_size] and sums [B, sum_size].
 //
-// What a partition sums for a request that began in an earlier one waits, and is added at the end,
-// partition by partition: the order, and so the result, is the same with any number of threads.
+// A partition's sum for a request that began in an earlier partition is kept aside and added at the end,
+// partition by partition: the order, and so the result, is the same for any number of threads.
 class StateSums {
  public:
   StateSums(const Rows& rows, float* state, int64_t state_size, float* sum, int64_t sum_size)
@@ -79,7 +79,7 @@ class StateSums {
     for (int i = 0; i < rows.partitions; ++i) request_[i] = -1;
   }
 
-  // Where a partition shall write a request's state and sum.
+  // Where a partition writes a request's state and sum.
   void place(int partition, int64_t request, float** state, float** sum) {
     *state = state_ + request * state_size_;
     *sum = sum_ + request * sum_size_;
@@ -89,7 +89,7 @@ class StateSums {
     *sum = *state + state_size_;
   }
 
-  // What no row adds to is zero. Of each thread of a parallel region.
+  // Zeroes the states of requests without rows. To be called by each thread of a parallel region.
   void clear_empty() const {
 #pragma omp for
     for (int64_t b = 0; b < rows_.requests; ++b)
@@ -113,10 +113,10 @@ class StateSums {
   float *state_, *sum_;
   int64_t state_size_, sum_size_;
   Floats partials_;
-  int64_t request_[MAX_PARTITIONS];  // whose partial sum each partition has; -1: nobody's
+  int64_t request_[MAX_PARTITIONS];  // the request whose partial sum each partition has; -1 for none
 };
 
-// The gradient of a weight [Q, Dp], padded, of each partition; and their sum, as the caller has it.
+// The gradient of a weight [Q, Dp], padded, for each partition; and their sum in the caller's layout.
 class WeightSums {
  public:
   WeightSums(const Shape& s, const Rows& rows)

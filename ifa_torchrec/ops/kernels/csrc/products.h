@@ -3,8 +3,8 @@
 
 constexpr int PANEL = IFA_PANEL;  // vectors in a row of a block
 
-// Elements are floats, or pairs of bf16 whose two products are both added, by one instruction where
-// IFA_BF16 says that there is one.
+// Elements are floats, or, with IFA_BF16, pairs of bf16 whose two products are both added by one
+// instruction.
 static inline void add_product(vec& sum, float a, vec b) { sum += a * b; }
 #if IFA_BF16
 static inline void add_product(vec& sum, uint32_t a, uvec b) {
@@ -58,7 +58,7 @@ static void gemm_panel(int64_t rows, int64_t K, const E* a, int64_t a_row, int64
 
 template <class E>
 struct Operand {
-  typedef const E* pointer;  // not deduced from an argument, which so may be Floats
+  typedef const E* pointer;  // not deduced from the argument, so that it may be Floats
 };
 
 // C [rows, columns] = or += A [rows, K] B [K, columns]; element (i, k) of A is a[i a_row + k a_col].

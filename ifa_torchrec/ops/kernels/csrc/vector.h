@@ -1,8 +1,8 @@
-// Vectors of floats, in the compiler's own terms, so that one text serves every processor.
+// Vectors of floats as compiler extensions, so that one source serves every processor.
 //
-// Included once for each of isa_*.cpp, which says how many floats a vector has and which
-// instructions the compiler may use. Nothing here or below includes a header of the C++ library:
-// its inline functions, compiled for one processor, could be linked into the code of another.
+// Included once by each isa_*.cpp, which sets how many floats a vector has and which instructions the
+// compiler may use. Nothing here or below includes a header of the C++ library: its inline functions,
+// compiled for one processor, could be linked into the code of another.
 #pragma once
 
 typedef float vec __attribute__((vector_size(4 * IFA_VECTOR)));
@@ -25,7 +25,7 @@ static inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int padded(int width) { return (width + VL - 1) / VL * VL; }
 
-// exp to 1 unit in the last place or two; 0 below -87.3, where floats end; NaN stays NaN.
+// exp, exact to 1 or 2 units in the last place; 0 below -87.3, where floats underflow; NaN stays NaN.
 static inline vec exp_of(vec x) {
   const vec low = broadcast(-87.3f), high = broadcast(88.3f), none = broadcast(0.0f);
   vec y = x > high ? high : x;
@@ -68,14 +68,14 @@ static inline float float_of(bf16 x) {
   return result;
 }
 
-static inline bf16 bf16_of(float x) {  // to the nearest, ties to even
+static inline bf16 bf16_of(float x) {  // rounds to nearest, ties to even
   uint32_t bits;
   __builtin_memcpy(&bits, &x, 4);
   if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;  // NaN
   return bf16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-static inline uvec bf16_bits_of(vec x) {  // as above, in the lower halves
+static inline uvec bf16_bits_of(vec x) {  // as above, bits in the lower halves
   uvec bits = (uvec)x, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   return x == x ? rounded : uvec{} + 0x7fc0;
 }

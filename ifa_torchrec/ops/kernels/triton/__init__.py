@@ -1,19 +1,20 @@
 """The `triton` backend: one pass over the rows on a GPU.
 
-No call looks at a value: the number of programs comes of sizes alone, and each finds its request by
-bisection. So nothing waits for the device, and a CUDA graph can hold every kernel. Sums of chunks of
-rows are added up in a fixed order, without atomics: results are the same to the bit at every run.
+The host never reads a value: the number of programs depends only on sizes, and each program finds its
+request by bisection. So nothing waits for the device, and every kernel can be captured in a CUDA graph.
+Sums of chunks of rows are added up in a fixed order, without atomics: results are bitwise reproducible.
 
-Products of bfloat16 tokens are of bfloat16, those of float16 of TF32, which holds them and does not
-overflow, those of float32 of TF32 where torch allows it for its own and else of three products of TF32,
-which are off by 1e-6; sums are float32. So of bfloat16 tokens phi, the weights of projections and
-gradients are rounded where they are multiplied: states are off by up to 1 %, as the native backend's.
-Heads wider than 64 have kernels of their own in encode and attend, which go through a head's features
-in tiles. attend_softmax's heads above 256 are the `torch` backend's, as are all on GPUs before compute
+bfloat16 tokens are multiplied in bfloat16. float16 tokens are multiplied in TF32, which represents them
+exactly and does not overflow. float32 tokens are multiplied in TF32 if torch allows it for its own
+products, else by three TF32 products, which are off by 1e-6. Sums are float32. For bfloat16 tokens, phi,
+the weights of projections and gradients are therefore rounded where they are multiplied: states are off
+by up to 1 %, as with the native backend's avx512_bf16.
+In encode and attend, heads wider than 64 have their own kernels, which process a head's features in
+tiles. The `torch` backend handles attend_softmax's heads wider than 256, and all GPUs before compute
 capability 8.0.
 
-Without a GPU the kernels run on CPU tensors in Triton's interpreter, slowly, where the environment
-variable TRITON_INTERPRET is 1 before the first import of them.
+Without a GPU the kernels run slowly on CPU tensors in Triton's interpreter if the environment variable
+TRITON_INTERPRET is 1 before they are first imported.
 """
 
 from ifa_torchrec.ops.kernels.triton.attend import attend, attend_backward

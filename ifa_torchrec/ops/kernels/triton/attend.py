@@ -1,10 +1,10 @@
-# Device code is Triton's language, not Python: its types are none that pyright knows.
+# Device code is written in Triton's language, whose types pyright does not know.
 # pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
 # pyright: reportGeneralTypeIssues=false, reportMissingImports=false, reportOperatorIssue=false
 """attend: a block of candidates against its request's state, all heads of a group in one product.
 
-S of a group of heads is one matrix with zeros between heads: products of single heads of 16 are below
-what tensor cores want. The backward reads the state as the forward does and recomputes phi.
+S of a group of heads is one block-diagonal matrix: products of single heads of width 16 are too small
+for tensor cores. The backward reads the state as the forward does and recomputes phi.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _HEDGEHOG = tl.constexpr(MAPS["hedgehog"])
 
 @triton.jit
 def _finite(phi):
-    """phi, zero where it is not finite, and zero where it is, NaN where it is not."""
+    """phi with zeros in place of non-finite values; and a fault mask: 0 where finite, NaN elsewhere."""
     fault = phi - phi
     return tl.where(fault == 0, phi, 0.0), fault
 
@@ -64,9 +64,10 @@ def _read(
     PRECISION: tl.constexpr, STATE: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Projections, phi twice, the numerator [R, COLUMNS], the normalizer [R, HEADS], and the last tile.
+    """Projections, both halves of phi, the numerator [R, COLUMNS], the normalizer [R, HEADS], and the
+    last tile of tokens.
 
-    A head whose phi is not finite must not spoil another's numerator by infinity times zero.
+    A head whose phi is not finite must not spoil another head's numerator by infinity times zero.
     """
     head, nth, real, inside = columns(group, H, WIDTH, HEADS, PADDED)
     MAP_COUNT: tl.constexpr = 2 if MAP == _HEDGEHOG else 1
@@ -96,7 +97,7 @@ def _attend_kernel(
     PRECISION: tl.constexpr, STATE: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr,
     PADDED: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The outputs and normalizers of a chunk of candidates, of a group of heads."""
+    """The outputs and normalizers of a chunk of candidates for a group of heads."""
     chunk, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     request, first, end = chunk_rows(offsets, firsts, chunk, requests, rows, CHUNK)
     head, nth, real, _ = columns(group, H, WIDTH, HEADS, PADDED)
@@ -124,7 +125,7 @@ def _grad_query(
     key_value, key_sum, group, H: tl.constexpr, WIDTH: tl.constexpr, MAP: tl.constexpr,
     STATE: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of projections, of the numerator and of the normalizer, all [R, COLUMNS]."""
+    """The gradients of the projections, the numerator and the normalizer, all [R, COLUMNS]."""
     head, nth, real, _ = columns(group, H, WIDTH, HEADS, PADDED)
     heads = group * HEADS + tl.arange(0, HEADS)
     MAP_COUNT: tl.constexpr = 2 if MAP == _HEDGEHOG else 1
@@ -155,8 +156,8 @@ def _attend_backward_kernel(
     PADDED: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, OF_ROWS: tl.constexpr,
     OF_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Of ``each`` chunks: OF_ROWS the gradients of their candidates, OF_SUMS those of the projection
-    and, by chunk, of the state; as encode's backward."""
+    """For ``each`` chunks: with OF_ROWS the gradients of their candidates, with OF_SUMS those of the
+    projection and, per chunk, of the state; like encode's backward."""
     program, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
     dim = part * TILE + tl.arange(0, TILE)
     MAP_COUNT: tl.constexpr = 2 if MAP == _HEDGEHOG else 1
@@ -223,7 +224,7 @@ def _attend_backward_kernel(
 
 
 def _prepared(given: AttendArguments, tile: Tile) -> tuple[dict[str, Any], dict[str, Any], Chunks]:
-    """What both kernels read, what they are compiled for, and how the candidates are cut."""
+    """Both kernels' arguments and constants, and the chunks of candidates."""
     heads, width, dim = given.query_weight.shape
     features = width * FEATURE_MAPS[given.feature_map].expansion
     chunks = Chunks.of(given.offsets, len(given.candidates))
@@ -267,11 +268,11 @@ def attend_backward(
     candidates, key_value = given.candidates, given.key_value
     heads, width, dim = given.query_weight.shape
     features = heads * width * FEATURE_MAPS[given.feature_map].expansion
-    # of two states of more than 32 columns, before 9.0, too many registers
+    # before compute capability 9.0, two states of more than 32 columns take too many registers
     crowded = features > 64 * heads and multiplies_in_registers(candidates.device)
     if width > WIDEST_HEAD or crowded:
         return wide.attend_backward(grad_out, grad_normalizer, given)
-    # a state of more columns takes too many registers
+    # a state with more columns takes too many registers
     light = is_light(given.feature_map, given.candidates.dtype)
     tile = Tile.of((heads, width, dim), 32 if light else 16, 32, light, candidates.device)
     arguments, constants, chunks = _prepared(given, tile)

@@ -1,12 +1,12 @@
-# Device code is Triton's language, not Python: its types are none that pyright knows.
+# Device code is written in Triton's language, whose types pyright does not know.
 # pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
 # pyright: reportGeneralTypeIssues=false, reportMissingImports=false, reportOperatorIssue=false
 """attend_softmax: a block of candidates against its request's summaries, one head at a time.
 
-The R summaries of a head are gone through RANGE at a time with a running maximum, as flash attention
-goes through keys; a summary is key and value at once, and is read once for both. The backward goes
-through them twice for the candidates' gradients; those of the summaries are another kernel's, whose
-programs have RANGE summaries each and go through the candidates.
+The R summaries of a head are processed RANGE at a time with a running maximum, like the keys in flash
+attention; a summary is both key and value, and is read once for both. The backward makes two passes over
+them for the candidates' gradients. Another kernel computes the summaries' gradients: each of its
+programs has RANGE summaries and loops over the candidates.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ifa_torchrec.ops.kernels.triton.common import (
 )
 
 WIDEST_HEAD = 256
-"""Its entries are in one program's registers at once, unlike its summaries."""
+"""All entries of a head are in one program's registers at once, unlike its summaries."""
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def _summaries(
     means, log_weights, first, R: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
     RANGE: tl.constexpr,
 ):  # fmt: skip
-    """A range of a head's summaries [RANGE, PADDED], zeros outside, and of log weights, -inf outside."""
+    """A range of a head's summaries [RANGE, PADDED], zero outside, and its log weights, -inf outside."""
     nth, r = tl.arange(0, PADDED), first + tl.arange(0, RANGE)
     mask = (r < R)[:, None] & (nth < WIDTH)[None, :]
     mean = tl.load(means + r[:, None] * WIDTH + nth[None, :], mask=mask, other=0.0)
@@ -57,7 +57,7 @@ def _read(
     query, means, log_weights, scale, R: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
     RANGE: tl.constexpr, STATE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """out [ROWS, PADDED] and log_sum [ROWS]: zeros and -inf where no summary is there."""
+    """out [ROWS, PADDED] and log_sum [ROWS]: zeros and -inf where there are no summaries."""
     top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
     out = tl.zeros([ROWS, PADDED], dtype=tl.float32)
@@ -81,9 +81,9 @@ def _read(
 def _grad_scores(
     query, grad, shift, log_sum, valid, mean, log_weight, scale, STATE: tl.constexpr,
 ):  # fmt: skip
-    """Shares and the gradients of scores [ROWS, RANGE]; zeros in rows that there are not.
+    """Softmax weights and the gradients of scores, both [ROWS, RANGE]; zeros in rows that are not valid.
 
-    ``shift`` is what a row's shares have in common: the gradient of log_sum minus that of out times out.
+    ``shift`` is the same for all weights of a row: grad_log_sum minus the dot product grad_out^T out.
     """
     score = tl.dot(query, tl.trans(mean), input_precision=STATE) * scale + log_weight[None, :]
     base = tl.where(log_sum == float("-inf"), 0.0, log_sum)
@@ -99,7 +99,7 @@ def _attend_softmax_kernel(
     PRECISION: tl.constexpr, STATE: tl.constexpr, CHUNK: tl.constexpr, PADDED: tl.constexpr,
     RANGE: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The outputs and log_sums of a chunk of candidates, of one head."""
+    """The outputs and log_sums of a chunk of candidates for one head."""
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     request, first, end = chunk_rows(offsets, firsts, chunk, requests, rows, CHUNK)
     nth, of_head = tl.arange(0, PADDED), request * H + head
@@ -127,7 +127,7 @@ def _grad_query(
     PRECISION: tl.constexpr, STATE: tl.constexpr, PADDED: tl.constexpr, RANGE: tl.constexpr,
     TILE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Of a head the gradient of projections [ROWS, PADDED], log_sum, shift, and the last tile of D."""
+    """A head's gradient of projections [ROWS, PADDED], log_sum, shift, and the last tile of tokens."""
     nth = tl.arange(0, PADDED)
     query, x = project(
         candidates, row, valid, query_weight, head * WIDTH + nth, nth < WIDTH, D, TILE, DOT, PRECISION
@@ -157,8 +157,9 @@ def _attend_softmax_backward_kernel(
     RANGE: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, OF_ROWS: tl.constexpr,
     OF_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Of ``each`` chunks: OF_ROWS the gradients of their candidates, OF_SUMS those of a head's
-    projection, and what the summaries' kernel needs of its rows; ``groups`` of heads, as encode's."""
+    """For ``each`` chunks: with OF_ROWS the gradients of their candidates, with OF_SUMS those of a
+    head's projection and each row's log_sum and shift for the summaries' kernel; ``groups`` as in
+    encode."""
     program, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
     dim, nth = part * TILE + tl.arange(0, TILE), tl.arange(0, PADDED)
     if OF_SUMS:
@@ -204,7 +205,7 @@ def _attend_softmax_summaries_kernel(
     PRECISION: tl.constexpr, STATE: tl.constexpr, CHUNK: tl.constexpr, PADDED: tl.constexpr,
     RANGE: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a range of a head's summaries and log weights, of a chunk of candidates."""
+    """The gradients of a range of a head's summaries and log weights from a chunk of candidates."""
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     request, first, end = chunk_rows(offsets, firsts, chunk, requests, rows, CHUNK)
     nth, of_head = tl.arange(0, PADDED), request * H + head
@@ -255,7 +256,7 @@ class _Tile(NamedTuple):
         width, dim = given.query_weight.shape[1:]
         padded = max(triton.next_power_of_2(width), 16)
         wide, light = padded > 64, given.candidates.dtype == torch.bfloat16
-        # what is multiplied with rows is held by every warp: of float32 half as much at once
+        # every warp holds the operand that rows are multiplied with: in float32, half as much at once
         summaries = min(max(triton.next_power_of_2(given.summaries.shape[2]), 16), 16 if wide else 32)
         tile = min(max(triton.next_power_of_2(dim), 16), 64 if light and not wide else 32)
         return _Tile(padded, summaries, tile, 32 if light and not wide else 16)
@@ -264,7 +265,7 @@ class _Tile(NamedTuple):
 def _prepared(
     given: AttendSoftmaxArguments, tile: _Tile
 ) -> tuple[dict[str, Any], dict[str, Any], Chunks]:
-    """What all kernels read, what they are compiled for, and how the candidates are cut."""
+    """All kernels' arguments and constants, and the chunks of candidates."""
     heads, width, dim = given.query_weight.shape
     summaries = given.summaries.shape[2]
     chunks = Chunks.of(given.offsets, len(given.candidates))

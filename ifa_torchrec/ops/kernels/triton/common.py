@@ -1,11 +1,10 @@
-# Device code is Triton's language, not Python: its types are none that pyright knows.
+# Device code is written in Triton's language, whose types pyright does not know.
 # pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
 # pyright: reportGeneralTypeIssues=false, reportMissingImports=false, reportOperatorIssue=false
-"""What the kernels share: rows cut into chunks, sums of chunks, feature maps, how a kernel is started.
+"""Shared by the kernels: chunks of rows and their sums, feature maps, and how a kernel is launched.
 
-Names in capitals are known when a kernel is compiled. A tile has COLUMNS = HEADS * PADDED columns: the
-features of HEADS heads, each padded from WIDTH to a power of two. The tokens' D entries are read TILE at
-a time.
+Names in capitals are compile-time constants. A tile has COLUMNS = HEADS * PADDED columns: the features
+of HEADS heads, each padded from WIDTH to a power of two. The tokens' D entries are read TILE at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import Tensor
 from ifa_torchrec.ops.checks import check_offsets
 
 WIDEST_HEAD = 64
-"""All of a head's features are in one program's registers; wider heads are ``wide``'s."""
+"""All of a head's features are in one program's registers; ``wide`` handles wider heads."""
 MAPS = {"elu": 0, "relu": 1, "hedgehog": 2}
 _HEDGEHOG = tl.constexpr(MAPS["hedgehog"])
 _ELU = tl.constexpr(MAPS["elu"])
@@ -31,9 +30,9 @@ _ELU = tl.constexpr(MAPS["elu"])
 
 @triton.jit
 def chunk_rows(offsets, firsts, chunk, requests, rows, CHUNK: tl.constexpr):
-    """The request that a chunk belongs to, by bisection, and its first row and its end.
+    """The request that a chunk belongs to, found by bisection, and the chunk's first row and end.
 
-    Rows are cut off at the number of rows: offsets that are wrong read no foreign memory.
+    Both are clamped to the number of rows, so that wrong offsets do not read outside the tensors.
     """
     low = chunk * 0
     high = low + requests
@@ -49,8 +48,8 @@ def chunk_rows(offsets, firsts, chunk, requests, rows, CHUNK: tl.constexpr):
 
 @triton.jit
 def columns(group, H: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr):
-    """Of a tile's columns the head, the feature in it, and whether it is one; and, [1, COLUMNS], whether
-    it would be one of a head that there is."""
+    """For each column of a tile: its head, its feature in the head, and whether both exist; and,
+    [1, COLUMNS], whether the feature exists, whatever the head."""
     column = tl.arange(0, HEADS * PADDED)
     head, nth = group * HEADS + column // PADDED, column % PADDED
     return head, nth, (nth < WIDTH) & (head < H), (nth < WIDTH)[None, :]
@@ -64,7 +63,7 @@ def head_sums(x, HEADS: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit
 def to_columns(x, HEADS: tl.constexpr, PADDED: tl.constexpr):
-    """[R, HEADS] -> [R, HEADS * PADDED], every head's value in all of its columns."""
+    """[R, HEADS] -> [R, HEADS * PADDED], each head's value in all of its columns."""
     wide = tl.broadcast_to(x[:, :, None], [x.shape[0], HEADS, PADDED])
     return tl.reshape(wide, [x.shape[0], HEADS * PADDED])
 
@@ -79,9 +78,9 @@ def _softmax(x, inside, HEADS: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit
 def features(x, inside, MAP: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr):
-    """phi of projections [R, COLUMNS]: hedgehog's softmax of x and that of -x; others' twice.
+    """phi of projections [R, COLUMNS]: hedgehog's softmax of x and that of -x; other maps' phi twice.
 
-    ``inside`` [1, COLUMNS] is false where a head is padded. A NaN stays one.
+    ``inside`` [1, COLUMNS] is false where a head is padded. A NaN stays NaN.
     """
     if MAP == _HEDGEHOG:
         return _softmax(x, inside, HEADS, PADDED), _softmax(-x, inside, HEADS, PADDED)
@@ -112,7 +111,7 @@ def features_backward(
 def event_weights(
     weights, ages, decay, start, row, valid, head, H, WEIGHTS: tl.constexpr, AGES: tl.constexpr
 ):
-    """exp(-lambda_h t_i) and w_hi of rows start + row [R] and heads [K], zero outside; both [R, K].
+    """exp(-lambda_h t_i) and w_hi for rows start + row [R] and heads [K], zero outside; both [R, K].
 
     WEIGHTS is 0 without weights, 1 for [N], 2 for [N, H].
     """
@@ -121,7 +120,7 @@ def event_weights(
     if AGES:
         age = tl.load(ages + start + row, mask=valid, other=0.0)
         rate = tl.load(decay + head, mask=head < H, other=0.0)
-        # no decay is no decay at any age, an infinite one included
+        # a rate of 0 means no decay at any age, even an infinite one
         exponent = tl.where((rate > 0)[None, :], rate[None, :] * age[:, None], 0.0)
         decayed = tl.where(inside, tl.exp(-exponent), 0.0)
     if WEIGHTS == 0:
@@ -141,7 +140,7 @@ def project(
 ):  # fmt: skip
     """tokens [R, D] times the rows [COLUMNS] of weight, [R, COLUMNS] float32; and the last tile of D.
 
-    Where D is one tile, that is all of the tokens, which need not be read again.
+    If D is one tile, that tile is the whole of the tokens, which need not be read again.
     """
     for part in tl.static_range((D + TILE - 1) // TILE):
         dim = part * TILE + tl.arange(0, TILE)
@@ -156,21 +155,21 @@ def project(
 
 @triton.jit
 def load_rows(tokens, row, valid, dim, D: tl.constexpr, DOT: tl.constexpr):
-    """[R, TILE] of rows of D entries, zeros outside, in the dtype of the products."""
+    """Load [R, TILE] from rows of D entries, zeros outside, in the dtype of the products."""
     mask = valid[:, None] & (dim < D)[None, :]
     return tl.load(tokens + row[:, None] * D + dim[None, :], mask=mask, other=0.0).to(DOT)
 
 
 @triton.jit
 def store_rows(out, values, row, valid, dim, D: tl.constexpr):
-    """[R, TILE] into rows of D entries."""
+    """Store [R, TILE] into rows of D entries."""
     mask = valid[:, None] & (dim < D)[None, :]
     tl.store(out + row[:, None] * D + dim[None, :], values, mask=mask)
 
 
 @triton.jit
 def load_state(key_value, key_sum, head, nth, real, feature, WIDTH: tl.constexpr):
-    """S of a group of heads as one matrix [COLUMNS, COLUMNS], zeros between heads, and z [COLUMNS]."""
+    """S of a group of heads as one block-diagonal matrix [COLUMNS, COLUMNS], and z [COLUMNS]."""
     mask = (head[:, None] == head[None, :]) & real[:, None] & real[None, :]
     state = tl.load(key_value + feature[:, None] * WIDTH + nth[None, :], mask=mask, other=0.0)
     return state, tl.load(key_sum + feature, mask=real, other=0.0)
@@ -180,7 +179,7 @@ def load_state(key_value, key_sum, head, nth, real, feature, WIDTH: tl.constexpr
 def store_state(
     out, state, total, head, nth, real, feature, total_too, FEATURES: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """The blocks of S that are within a head, and behind all of S z, zeros where not ``total_too``."""
+    """Store the diagonal blocks of S and, after all of S, z; zeros for z unless ``total_too``."""
     mask = (head[:, None] == head[None, :]) & real[:, None] & real[None, :]
     tl.store(out + feature[:, None] * WIDTH + nth[None, :], state, mask=mask)
     tl.store(out + FEATURES * WIDTH + feature, tl.where(total_too, total, 0.0), mask=real)
@@ -218,15 +217,15 @@ def launch(
     warps: int = 4,
     stages: int = 1,
 ) -> None:
-    """Start a kernel on the device of its tensors; of nothing to do, none.
+    """Launch a kernel on the device of its tensors; does nothing for an empty grid.
 
     Args:
         kernel: the function.
-        grid: how many programs.
-        arguments: by name; the first tensor of them says the device.
-        constants: by name, what it is compiled for.
-        warps: how many a program has.
-        stages: of loops, how many blocks of rows are in work at once, the next ones being loaded.
+        grid: number of programs along each axis.
+        arguments: by name; the first tensor determines the device.
+        constants: by name, the compile-time constants.
+        warps: warps per program.
+        stages: pipeline stages of loops: how many blocks of rows are loaded or processed at once.
     """
     if 0 in grid:
         return
@@ -237,11 +236,11 @@ def launch(
 
 
 BACKWARD_PROGRAMS = 512
-"""Of a backward that sums over all requests: the most partial sums of a projection's gradient."""
+"""Most partial sums of a projection's gradient in a backward that sums over all requests."""
 
 
 def backward_programs(chunks: int) -> tuple[int, int]:
-    """How many programs share the chunks of a backward, and how many of them each has."""
+    """How many programs share the chunks of a backward, and how many chunks each has."""
     each = max(triton.cdiv(chunks, BACKWARD_PROGRAMS), 1)
     return triton.cdiv(chunks, each), each
 
@@ -252,10 +251,10 @@ def launch_backward(
     constants: dict[str, Any],
     work: tuple[int, int, int],
 ) -> None:
-    """Start a backward's kernel, of rows and of sums at once where that is possible.
+    """Launch a backward's kernel, once for both rows and sums where possible, else once for each.
 
     Args:
-        kernel: with OF_ROWS and OF_SUMS.
+        kernel: with constants OF_ROWS and OF_SUMS.
         arguments: without count, each and groups.
         constants: without OF_ROWS and OF_SUMS.
         work: the numbers of chunks, of groups of heads and of tiles of D.
@@ -263,7 +262,7 @@ def launch_backward(
     chunks, groups, parts = work
     programs, each = backward_programs(chunks)
     of_sums = arguments | {"count": chunks, "each": each, "groups": 1}
-    fused = groups == parts == 1  # a program has all heads and entries: one look at the rows is enough
+    fused = groups == parts == 1  # a program has all heads and entries: one pass over the rows is enough
     sums = constants | {"OF_ROWS": fused, "OF_SUMS": True}
     launch(kernel, (programs, groups, parts), of_sums, sums, warps=8)
     if not fused:
@@ -276,9 +275,9 @@ class Chunks(NamedTuple):
     """Jagged rows cut into chunks of at most ``size`` rows, each of one request.
 
     Request b has floor(offsets[b + 1] / size) - floor(offsets[b] / size) + 1 of them, which is enough
-    wherever its rows begin; so their number is known without a look at offsets. Some are empty.
+    wherever its rows begin; so their number is known without reading offsets. Some chunks are empty.
 
-    Fields: firsts [B + 1] int64, each request's first chunk; count, of all; size.
+    Attributes: firsts [B + 1] int64, each request's first chunk; count, number of chunks; size.
     """
 
     offsets: Tensor
@@ -293,13 +292,13 @@ class Chunks(NamedTuple):
 
     @staticmethod
     def of(offsets: Tensor, rows: int, programs: int = 1) -> Chunks:
-        """Of offsets [B + 1] int64, on the device of the rows, as ``chunk_size``."""
+        """Chunks for offsets [B + 1] int64 on the rows' device; sized by ``chunk_size``."""
         check_offsets("offsets", offsets, rows)
         return Chunks.of_some(offsets.contiguous(), rows, programs)
 
     @staticmethod
     def of_some(offsets: Tensor, rows: int, programs: int = 1) -> Chunks:
-        """Of offsets that end at ``rows`` or before, where only the device knows."""
+        """The same for offsets that end at ``rows`` or before it, which only the device knows."""
         size = chunk_size(rows, programs)
         numbers = torch.arange(len(offsets), device=offsets.device, dtype=torch.int64)
         firsts = offsets.div(size, rounding_mode="floor") + numbers
@@ -307,7 +306,7 @@ class Chunks(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Of ``chunk_rows``."""
+        """The arguments of ``chunk_rows``."""
         return {
             "offsets": self.offsets,
             "firsts": self.firsts,
@@ -317,18 +316,18 @@ class Chunks(NamedTuple):
 
 
 def chunk_size(rows: int, programs: int = 1) -> int:
-    """Rows of a chunk that so many programs share: enough chunks to fill a card, few enough that their
-    sums are little memory."""
+    """Rows of a chunk that ``programs`` programs share: enough chunks to fill a GPU, few enough that
+    their sums need little memory."""
     return min(max(triton.next_power_of_2(rows * programs // 512), 64), 1024 * programs)
 
 
 def sum_segments(rows: Tensor, bounds: Tensor, order: Tensor | None = None) -> Tensor:
-    """Sums of rows [n, K] float32 by segment, deterministic: [S, K].
+    """Sum rows [n, K] float32 by segment, deterministically: [S, K].
 
     Args:
         rows: what is summed.
         bounds: [S + 1] int64, segment s is bounds[s]:bounds[s + 1].
-        order: [n] int64, the row at each place; None for the rows as they stand.
+        order: [n] int64, a permutation of the rows; None for the rows as they are.
     """
     segments, (length, stride) = len(bounds) - 1, rows.shape
     sums = rows.new_empty(segments, stride)
@@ -336,7 +335,7 @@ def sum_segments(rows: Tensor, bounds: Tensor, order: Tensor | None = None) -> T
     tile = min(triton.next_power_of_2(stride), 2048 // block)
     launch(
         _sum_segments_kernel,
-        (segments * triton.cdiv(stride, tile),),  # one axis: others have 65,535 programs at most
+        (segments * triton.cdiv(stride, tile),),  # the first axis: others have at most 65,535 programs
         {"rows": rows, "order": bounds if order is None else order, "bounds": bounds, "sums": sums}
         | {"length": length},
         {"STRIDE": stride, "ORDERED": order is not None, "ROWS": block, "TILE": tile},
@@ -345,15 +344,15 @@ def sum_segments(rows: Tensor, bounds: Tensor, order: Tensor | None = None) -> T
 
 
 class Products(NamedTuple):
-    """How tokens of a dtype are multiplied: in which dtype, and how exactly where that is float32."""
+    """How tokens of a dtype are multiplied: the dtype, and the precision if that is float32."""
 
     DOT: Any
     PRECISION: str
 
     @staticmethod
     def of(dtype: torch.dtype) -> Products:
-        """bfloat16 as it is; float16 in TF32, which holds it and does not overflow; float32 in TF32
-        where torch allows it, else as three products of TF32, which are off by 1e-6 at most."""
+        """bfloat16 as is; float16 in TF32, which represents it exactly and does not overflow; float32 in
+        TF32 if torch allows it, else as three TF32 products, which are off by at most 1e-6."""
         if dtype == torch.bfloat16:
             return Products(tl.bfloat16, "ieee")
         allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -362,23 +361,23 @@ class Products(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The same as ``DOT``."""
+        """``DOT`` as a torch.dtype."""
         return torch.bfloat16 if tl.bfloat16 == self.DOT else torch.float32
 
     @property
     def of_sums(self) -> str:
-        """How exactly float32 sums and states are multiplied: in TF32, where tokens are no better."""
+        """The precision of products with float32 sums and states: TF32 if tokens are bfloat16."""
         return "tf32" if tl.bfloat16 == self.DOT else self.PRECISION
 
 
 def is_light(feature_map: str, dtype: torch.dtype) -> bool:
-    """Is there little in a program's registers: one map, in products of 16 bits?"""
+    """Whether a program needs few registers: one feature map, and 16-bit products."""
     return feature_map != "hedgehog" and dtype == torch.bfloat16
 
 
 def multiplies_in_registers(device: torch.device) -> bool:
-    """Do tensor cores read both factors from registers, of which a tile must leave more? Those of 9.0
-    and later read them from shared memory."""
+    """Whether tensor cores read both factors from registers, so that tiles must be smaller. From compute
+    capability 9.0 on they read them from shared memory."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
 
 
@@ -394,7 +393,8 @@ class Tile(NamedTuple):
     def of(
         sizes: tuple[int, int, int], columns: int, rows: int, light: bool, device: torch.device
     ) -> Tile:
-        """For a projection [H, d, D]: about as many columns; rows at a time, half if not light."""
+        """The tile for a projection [H, d, D] with about ``columns`` columns, and ``rows`` rows at a
+        time, half as many if not ``light``."""
         heads, width, dim = sizes
         padded = triton.next_power_of_2(width)
         widest = 64
@@ -406,30 +406,30 @@ class Tile(NamedTuple):
         return Tile(columns // padded, padded, max(tile, 16), rows if light else rows // 2)
 
     def groups(self, heads: int) -> int:
-        """Of heads that work together."""
+        """Number of groups of heads that are processed together."""
         return triton.cdiv(heads, self.HEADS)
 
 
 def floats(x: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """As a kernel reads it: contiguous, of this shape and dtype."""
+    """The tensor as a kernel reads it: contiguous, with this shape and dtype."""
     if x.shape != shape:
         raise ValueError(f"a tensor must be {list(shape)}, got {list(x.shape)}")
     return x.to(dtype).contiguous()
 
 
 def tokens(x: Tensor, dim: int) -> Tensor:
-    """As a kernel reads them: contiguous, [rows, D]."""
+    """Tokens as a kernel reads them: contiguous, [rows, D]."""
     if x.shape[1:] != (dim,):
         raise ValueError(f"tokens must be [rows, {dim}], got {list(x.shape)}")
     return x.contiguous()
 
 
 def split_state(state: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor]:
-    """S [B, H, d_phi, d] and z [B, H, d_phi] of sums of rows that ``store_state`` wrote."""
+    """Split sums of rows that ``store_state`` wrote into S [B, H, d_phi, d] and z [B, H, d_phi]."""
     requests, features = len(state), state.shape[1] // (width + 1)
     shape = (requests, heads, features // heads)
     key_value, key_sum = state.split([features * width, features], 1)
-    # clones: of one request the parts are contiguous as they are, and outputs must not share memory
+    # clones: for one request the parts are contiguous views, and outputs must not share memory
     dense = torch.contiguous_format
     key_value = key_value.reshape(*shape, width).clone(memory_format=dense)
     return key_value, key_sum.reshape(shape).clone(memory_format=dense)
@@ -438,7 +438,7 @@ def split_state(state: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor]:
 def weighting(
     weights: Tensor | None, ages: Tensor | None, decay: Tensor, rows: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arguments and constants of ``event_weights``; what is not there is stood in for by decay."""
+    """The arguments and constants of ``event_weights``; decay is a placeholder for missing tensors."""
     heads = len(decay)
     kind = 0 if weights is None else weights.ndim
     decay = floats(decay, heads)

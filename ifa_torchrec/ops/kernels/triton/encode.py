@@ -1,12 +1,12 @@
-# Device code is Triton's language, not Python: its types are none that pyright knows.
+# Device code is written in Triton's language, whose types pyright does not know.
 # pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
 # pyright: reportGeneralTypeIssues=false, reportMissingImports=false, reportOperatorIssue=false
-"""encode: one pass over the history, its sums in registers.
+"""encode: one pass over the history, with its sums in registers.
 
-Forward, as in the torch backend, no value is projected: S_h = (sum_i w_hi phi(k_hi) x_i^T) Wv_h. A
+As in the torch backend, the forward does not project values: S_h = (sum_i w_hi phi(k_hi) x_i^T) Wv_h. A
 program sums a chunk of one request's rows, and the chunks of a request are added up afterwards. The
-backward projects keys and values again; each of its programs sums the weights' gradients of several
-chunks.
+backward projects keys and values again; each of its programs sums the gradients of the projections over
+several chunks.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _encode_kernel(
     CHUNK: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """S and z of a chunk and a group of heads; where D is several tiles, S is the sum over them."""
+    """S and z of a chunk for a group of heads; if D has several tiles, each stores its part of S."""
     chunk, group, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     _request, first, end = chunk_rows(offsets, firsts, chunk, requests, rows, CHUNK)
     head, nth, real, inside = columns(group, H, WIDTH, HEADS, PADDED)
@@ -113,9 +113,10 @@ def _encode_backward_kernel(
     HEADS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
     OF_ROWS: tl.constexpr, OF_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Of ``each`` chunks: OF_ROWS the gradients of their events, OF_SUMS those of both projections.
+    """For ``each`` chunks: with OF_ROWS the gradients of their events, with OF_SUMS those of both
+    projections.
 
-    ``groups`` of heads are gone through; the gradient of a projection is of one of them.
+    Loops over ``groups`` groups of heads; the gradients of projections are for one group.
     """
     program, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
     FEATURES: tl.constexpr = H * (2 if MAP == _HEDGEHOG else 1) * WIDTH
@@ -125,7 +126,7 @@ def _encode_backward_kernel(
         values = tl.zeros([HEADS * PADDED, TILE], dtype=tl.float32)
     for chunk in range(program * each, tl.minimum(program * each + each, count)):
         request, first, end = chunk_rows(offsets, firsts, chunk, requests, rows, CHUNK)
-        # what is loaded once for all rows stays in too many registers
+        # hoisting loads out of the loop would take too many registers
         for start in tl.range(first, end, ROWS, disable_licm=True):
             row = tl.arange(0, ROWS)
             valid = row < end - start
@@ -178,9 +179,9 @@ def _grad_projections(
     MAP: tl.constexpr, WEIGHTS: tl.constexpr, AGES: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Of a group of heads the gradients of keys and of values [R, COLUMNS], and of w [R, HEADS]; x.
+    """For a group of heads, the gradients of keys and values [R, COLUMNS] and of w [R, HEADS]; and x.
 
-    ``history`` is at row ``start`` of it, the gradients of S and z at the request's.
+    ``history`` points to its row ``start``, the gradients of S and z to those of the request.
     """
     head, nth, real, inside = columns(group, H, WIDTH, HEADS, PADDED)
     weight_row = head * WIDTH + nth
@@ -213,7 +214,7 @@ def _grad_projections(
 
 
 def _constants(given: EncodeArguments, tile: Tile, chunks: Chunks) -> dict[str, Any]:
-    """What both kernels are compiled for."""
+    """The constants of both kernels."""
     heads, width, dim = given.key_weight.shape
     sizes = {"D": dim, "H": heads, "WIDTH": width, "MAP": MAPS[given.feature_map]}
     products = Products.of(given.history.dtype)
@@ -223,7 +224,7 @@ def _constants(given: EncodeArguments, tile: Tile, chunks: Chunks) -> dict[str, 
 def _arguments(
     given: EncodeArguments, value_dtype: torch.dtype | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What both kernels read, and what of it they are compiled for."""
+    """Arguments of both kernels, and the constants that describe them."""
     heads, width, dim = given.key_weight.shape
     arguments, constants = weighting(given.weights, given.ages, given.decay, len(given.history))
     arguments["history"] = tokens(given.history, dim)

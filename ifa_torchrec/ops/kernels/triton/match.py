@@ -1,10 +1,10 @@
-# Device code is Triton's language, not Python: its types are none that pyright knows.
+# Device code is written in Triton's language, whose types pyright does not know.
 # pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
 # pyright: reportGeneralTypeIssues=false, reportMissingImports=false, reportOperatorIssue=false
-"""match: each event looks for its bucket among its request's sorted candidates, then hits are summed.
+"""match: each event searches for its bucket among its request's sorted candidates, then hits are summed.
 
 The candidates are sorted once by request and bucket, the hits once by candidate. Each candidate's hits
-are then a segment, cut into chunks as any jagged rows are; sums are float32.
+are then a segment, cut into chunks like any jagged rows; sums are float32.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _join_kernel(
     buckets, sorted_buckets, order, candidate_offsets, joined, offsets, firsts, requests, rows,
     candidates, steps, CHUNK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Of each event of a chunk the first candidate of its request that has its bucket, -1 without."""
+    """For each event of a chunk, the first candidate of its request with its bucket, or -1."""
     chunk = tl.program_id(0).to(tl.int64)
     request, start, end = chunk_rows(offsets, firsts, chunk, requests, rows, CHUNK)
     first = tl.maximum(tl.load(candidate_offsets + request), 0)
@@ -64,7 +64,7 @@ def _match_kernel(
     D: tl.constexpr, L: tl.constexpr, WEIGHTS: tl.constexpr, AGES: tl.constexpr, CHUNK: tl.constexpr,
     TILE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A chunk's sums of w x, and behind them those of w, of one rate."""
+    """A chunk's sums of w x, followed by those of w, for one rate."""
     chunk, rate = tl.program_id(0).to(tl.int64), tl.program_id(1)
     _request, first, end = chunk_rows(offsets, firsts, chunk, requests, rows, CHUNK)
     dim = tl.program_id(2) * TILE + tl.arange(0, TILE)
@@ -92,7 +92,7 @@ def _match_backward_kernel(
     D: tl.constexpr, L: tl.constexpr, WEIGHTS: tl.constexpr, AGES: tl.constexpr, TILE: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a block of events from those [M, L, D + 1] of the sums that they are in."""
+    """The gradients of a block of events, from the gradients [M, L, D + 1] of their sums."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
     candidate = tl.load(joined + row, mask=valid, other=-1)
@@ -131,8 +131,8 @@ def _match_backward_kernel(
 
 
 def _sorted_candidates(buckets: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The candidates by request, then bucket, then row: their buckets, their rows; and, by row, the
-    first of their request that has their bucket. All [M]."""
+    """Sort the candidates by request, bucket and row: their buckets and their rows in that order; and,
+    for each row, the first candidate of its request with its bucket. All [M]."""
     place = torch.arange(len(buckets), device=buckets.device, dtype=torch.int64)
     request = torch.searchsorted(offsets, place, right=True)
     order = buckets.sort(stable=True).indices
@@ -147,8 +147,8 @@ def _sorted_candidates(buckets: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor
 
 
 def _segments(key: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Of keys [n] from 0 to ``count`` the order [n] by key, then place, and the bounds [count + 1] in it
-    of those below ``count``."""
+    """For keys [n] from 0 to ``count``, the stable order [n] by key, and the bounds [count + 1] in it of
+    each key below ``count``."""
     ordered = key.sort(stable=True)
     numbers = torch.arange(count + 1, device=key.device, dtype=key.dtype)
     return ordered.indices, torch.searchsorted(ordered.values, numbers)
@@ -159,14 +159,14 @@ def _tile(dim: int) -> dict[str, int]:
 
 
 def match(given: MatchArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ``ifa_torchrec.ops.match``; and the join, candidate_first [M] and event_candidate [N]."""
+    """See ``ops.match``; also returns the join: candidate_first [M] and event_candidate [N]."""
     candidate_buckets, candidate_offsets, history, buckets, offsets, weights, ages, decay = given
     count, rates, (rows, dim) = len(candidate_buckets), len(decay), history.shape
     check_offsets("candidate_offsets", candidate_offsets, count)
     if len(buckets) != rows or len(candidate_offsets) != len(offsets):
         raise ValueError(f"history_buckets must be [{rows}], and candidate_offsets [{len(offsets)}]")
     ordered, order, first = _sorted_candidates(candidate_buckets, candidate_offsets)
-    if not count:  # there is no offset of a candidate for a program to read
+    if not count:  # without candidates there is nothing for a program to read
         token_sum, weight_sum = (
             history.new_empty(0, rates, *of, dtype=torch.float32) for of in ([dim], [])
         )
@@ -181,7 +181,7 @@ def match(given: MatchArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     constants = {"CHUNK": chunks.size, "ROWS": min(chunks.size, 256)}
     launch(_join_kernel, (chunks.count,), arguments | chunks.arguments, constants)
 
-    # 32-bit keys are sorted in half the passes; what matches nothing goes behind all candidates
+    # 32-bit keys are sorted in half the passes; events without a match are sorted behind all candidates
     key = torch.where(event_candidate < 0, count, event_candidate).to(torch.int32)
     hits, bounds = _segments(key, count)
     chunks = Chunks.of_some(bounds, rows)
@@ -213,7 +213,7 @@ def match_backward(
     ):
         if x.shape != shape:
             raise ValueError(f"{name} must be {list(shape)}, got {list(x.shape)}")
-    # the gradient of a sum is that of all candidates that read it
+    # the gradient of a sum is the sum over all candidates that read it
     grads = torch.cat([grad_token, grad_weight[..., None]], -1).to(torch.float32).flatten(1)
     order, bounds = _segments(first.to(torch.int32), count)
     grads = sum_segments(grads.contiguous(), bounds, order)

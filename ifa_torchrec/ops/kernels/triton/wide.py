@@ -1,16 +1,17 @@
-# Triton is not typed: its types are none that pyright knows.
+# Triton is not typed: pyright does not know its types.
 # pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
 # pyright: reportGeneralTypeIssues=false, reportMissingImports=false, reportOperatorIssue=false
-"""encode and attend of wide heads, of any width.
+"""encode and attend for wide heads, of any width.
 
-Both are sums over rows x [D] that are projected to features, each with a row y [E] beside it: of encode
-y is x again, of attend's backward the gradient of a head's numerator. So the same kernels are both's:
+Both sum over rows x [D] that are projected to features, each paired with a row y [E]: in encode y is x
+again, in attend's backward it is the gradient of a head's numerator. So they share their kernels:
 
-- sums phi(x) y^T, which are encode's S before Wv, and attend's gradient of S;
-- the gradient of phi is P y + p: in encode P = (the gradient of S) Wv and p that of z, in attend S and z
-  themselves. Values are never projected, and the gradient of Wv comes of those sums.
+- The sums phi(x) y^T are encode's S before Wv, and the gradient of S in attend.
+- The gradient of phi is P y + p. In encode, P is (the gradient of S) Wv and p the gradient of z; in
+  attend they are S and z themselves. Values are never projected: the gradient of Wv follows from those
+  sums.
 
-Wv is a product of dense matrices a request, not an event, and is left to torch.
+Multiplying by Wv is one product of dense matrices per request, not per event, and is left to torch.
 """
 
 from __future__ import annotations
@@ -42,11 +43,12 @@ from ifa_torchrec.ops.kernels.triton.common import (
 )
 
 _PROGRAMS = 8
-"""That share a chunk, about: it can be so much larger, and the sums of all chunks so much smaller."""
+"""About how many programs share a chunk: chunks can be larger by this factor, and so there are fewer
+sums of chunks."""
 
 
 class _Work(NamedTuple):
-    """What the kernels read, what they are compiled for, and how the rows are cut."""
+    """The kernels' arguments and constants, and the chunks of rows."""
 
     arguments: dict[str, Any]
     constants: dict[str, Any]
@@ -54,7 +56,7 @@ class _Work(NamedTuple):
 
     @staticmethod
     def of(given: EncodeArguments | AttendArguments, scales: Tensor) -> _Work:
-        """With what phi (of encode) or p (of attend) is multiplied by, [N, H] float32."""
+        """``scales`` [N, H] float32 multiplies phi in encode, and p in attend."""
         encodes = isinstance(given, EncodeArguments)
         rows, weight = given[0], given.key_weight if encodes else given.query_weight
         heads, width, dim = weight.shape
@@ -89,11 +91,11 @@ class _Work(NamedTuple):
         return self.constants["MAP"] == MAPS["hedgehog"]
 
     def tiles(self, of: str) -> int:
-        """Of WIDTH, D or E, how many there are."""
+        """Number of tiles along WIDTH, D or E."""
         return triton.cdiv(self.constants[of], self.constants["TILE"])
 
     def launch(self, kernel: Any, grid: tuple[int, ...]) -> None:
-        """Start a kernel, with those of the arguments and constants that it has."""
+        """Launch a kernel with those of the arguments and constants that it takes."""
         has = set(kernel.arg_names)
         arguments, constants = (
             {name: x for name, x in given.items() if name in has}
@@ -102,7 +104,7 @@ class _Work(NamedTuple):
         launch(kernel, grid, arguments, constants, warps=8)
 
     def _log_sums(self) -> Tensor:
-        """[N, H, 2], of hedgehog."""
+        """[N, H, 2] for hedgehog; a placeholder for the other maps."""
         rows = self.chunks.rows
         if not self.hedgehog:
             return self.arguments["scales"].new_empty(1)
@@ -112,7 +114,7 @@ class _Work(NamedTuple):
         return log_sums
 
     def sums(self, others: Tensor) -> tuple[Tensor, Tensor]:
-        """Of phi y^T [B, H, d_phi, E], and of phi [B, H, d_phi]."""
+        """The sums of phi y^T [B, H, d_phi, E] and of phi [B, H, d_phi]."""
         entries = self.constants["E"]
         features = self.heads * self.constants["WIDTH"] * (2 if self.hedgehog else 1)
         sums = self.arguments["scales"].new_empty(self.chunks.count, features * (entries + 1))
@@ -121,7 +123,7 @@ class _Work(NamedTuple):
         return split_state(sum_segments(sums, self.chunks.firsts), self.heads, entries)
 
     def totals(self) -> Tensor:
-        """[N, H, 2], the sums of the gradient of phi times phi, the second of hedgehog alone."""
+        """[N, H, 2], the sums of the gradient of phi times phi; the second is only used by hedgehog."""
         totals = self.arguments["scales"].new_empty(self.chunks.rows, self.heads, 2)
         grid = (self.chunks.count, self.heads)
         self.with_arguments(totals=totals).launch(kernels.wide_totals_kernel, grid)

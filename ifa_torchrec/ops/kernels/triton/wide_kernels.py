@@ -1,14 +1,14 @@
-# Device code is Triton's language, not Python: its types are none that pyright knows.
+# Device code is written in Triton's language, whose types pyright does not know.
 # pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
 # pyright: reportGeneralTypeIssues=false, reportMissingImports=false, reportOperatorIssue=false
-"""The kernels of wide heads: COLUMNS of a head's features at a time, of encode's and of attend's rows.
+"""Kernels for wide heads: COLUMNS of a head's features at a time, for the rows of encode and attend.
 
-A row x [D] is projected to features; beside it is a row y [E], of encode x itself (ENCODES), of attend's
-backward the gradient of a head's numerator, one y a head. ``wide`` says what of encode and attend is
-which. DOT and PRECISION are how x is multiplied, OTHER and OTHER_PRECISION how y and sums are.
+A row x [D] is projected to features and paired with a row y [E]: in encode x itself (ENCODES), in the
+backward of attend the gradient of a head's numerator, one y per head. See ``wide`` for how both map to
+these kernels. x is multiplied with DOT and PRECISION, y and sums with OTHER and OTHER_PRECISION.
 
-hedgehog's softmax over a head is exp(x - log_sum): with the log sums at hand, and for its backward the
-sums of gradient times phi, its features are no more tied to each other than elu's.
+hedgehog's softmax over a head is exp(x - log_sum). Once the log sums are known, and for the backward the
+sums of gradient times phi, its features are as independent of each other as elu's.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _project(
     inputs, row, valid, weight, weight_row, real,
     D: tl.constexpr, TILE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """As ``common.project``, in a loop that stays one: unrolled, D above 64 takes too many registers."""
+    """Like ``common.project``, but not unrolled: D above 64 would take too many registers."""
     product = tl.zeros([row.shape[0], real.shape[0]], dtype=tl.float32)
     for first in tl.range(0, D, TILE, disable_licm=True):
         dim = first + tl.arange(0, TILE)
@@ -45,7 +45,7 @@ def _project(
 
 @triton.jit
 def _add_exp(top, total, x):
-    """The maximum so far and the sum of exp(x - it), [R] both, with x [R, COLUMNS] added."""
+    """Add x [R, COLUMNS] to the running maximum and the sum of exp(x - maximum), both [R]."""
     higher = tl.maximum(top, tl.max(x, 1))
     return higher, total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher[:, None]), 1)
 
@@ -56,7 +56,7 @@ def wide_log_sums_kernel(
     D: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     COLUMNS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """[rows, H, 2] of ROWS rows and a head: the logarithms of the sums of exp(x) and of exp(-x)."""
+    """[rows, H, 2] for ROWS rows and a head: the logarithms of the sums of exp(x) and of exp(-x)."""
     start, head = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1)
     row = tl.arange(0, ROWS)
     valid = row < rows - start
@@ -81,7 +81,7 @@ def wide_log_sums_kernel(
 def _wide_features(
     x, log_sums, row, valid, head, real, H: tl.constexpr, MAP: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """phi of projections [R, COLUMNS] twice, as ``features``; ``log_sums`` is at the first row."""
+    """Both halves of phi [R, COLUMNS], as ``features`` returns; ``log_sums`` points to the first row."""
     if MAP == _HEDGEHOG:
         at = log_sums + row * (2 * H) + 2 * head
         log_sum = tl.load(at, mask=valid, other=0.0)[:, None]
@@ -93,8 +93,8 @@ def _wide_features(
 
 @triton.jit
 def _scales_of(scales, row, valid, head, H: tl.constexpr, ENCODES: tl.constexpr):
-    """Of a head what phi, and what p, is multiplied by, [R] both: w and 1 in encode, 1 and the gradient
-    of the normalizer in attend."""
+    """The factors of phi and of p for a head, both [R]: w and 1 in encode, 1 and the gradient of the
+    normalizer in attend."""
     scale = tl.load(scales + row * H + head, mask=valid, other=0.0)
     one = tl.where(valid, 1.0, 0.0)
     if ENCODES:
@@ -110,14 +110,14 @@ def wide_sums_kernel(
     OTHER_PRECISION: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Of a chunk, some features and a tile of y: the sums of phi y^T, and behind those of all of phi."""
+    """For a chunk, some features and a tile of y: the sums of phi y^T, and after all these, of phi."""
     chunk, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
     _request, first, end = chunk_rows(offsets, firsts, chunk, requests, rows, CHUNK)
     TILES: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     head = tl.program_id(1) // TILES
     nth = tl.program_id(1) % TILES * COLUMNS + tl.arange(0, COLUMNS)
     real, entry = nth < WIDTH, part * TILE + tl.arange(0, TILE)
-    GROUPS: tl.constexpr = 1 if ENCODES else H  # rows y of an x
+    GROUPS: tl.constexpr = 1 if ENCODES else H  # rows y per row x
     state = tl.zeros([COLUMNS, TILE], dtype=tl.float32)
     total = tl.zeros([COLUMNS], dtype=tl.float32)
     other_state, other_total = state, total
@@ -161,7 +161,7 @@ def wide_attend_kernel(
     PRECISION: tl.constexpr, OTHER_PRECISION: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
     TILE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Of a chunk of candidates and a head the normalizers and a tile of the outputs."""
+    """The normalizers and a tile of the outputs for a chunk of candidates and a head."""
     chunk, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     request, first, end = chunk_rows(offsets, firsts, chunk, requests, rows, CHUNK)
     MAP_COUNT: tl.constexpr = 2 if MAP == _HEDGEHOG else 1
@@ -202,7 +202,7 @@ def _grad_of_features(
     H: tl.constexpr, E: tl.constexpr, ENCODES: tl.constexpr, OTHER: tl.constexpr,
     OTHER_PRECISION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """P y + p, [R, COLUMNS]; ``others`` is at the first row, P and p are the request's."""
+    """P y + p, [R, COLUMNS]; ``others`` points to the first row, P and p are the request's."""
     GROUPS: tl.constexpr = 1 if ENCODES else H
     y_row = row * GROUPS + head % GROUPS
     grad = _project(others, y_row, valid, state, feature, real, E, TILE, OTHER, OTHER_PRECISION)
@@ -217,7 +217,7 @@ def wide_totals_kernel(
     OTHER_PRECISION: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """[rows, H, 2] of a chunk and a head: the sums of the gradient of phi times phi, by map."""
+    """[rows, H, 2] for a chunk and a head: the sums of the gradient of phi times phi, by half of phi."""
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     request, first, end = chunk_rows(offsets, firsts, chunk, requests, rows, CHUNK)
     MAP_COUNT: tl.constexpr = 2 if MAP == _HEDGEHOG else 1
@@ -265,8 +265,8 @@ def wide_backward_kernel(
     OTHER_PRECISION: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
     ROWS: tl.constexpr, OF_ROWS: tl.constexpr, OF_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Of ``each`` chunks: OF_ROWS the gradients of their rows x, OF_SUMS that of the projection to some
-    features; ``groups`` of these are gone through, as in encode's."""
+    """For ``each`` chunks: with OF_ROWS the gradients of their rows x, with OF_SUMS that of the
+    projection to some features; loops over ``groups`` groups of features, as in encode."""
     program, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
     dim = part * TILE + tl.arange(0, TILE)
     MAP_COUNT: tl.constexpr = 2 if MAP == _HEDGEHOG else 1
@@ -322,9 +322,9 @@ def _grad_projections(
     ENCODES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, OTHER: tl.constexpr,
     OTHER_PRECISION: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of some projections, and their phi twice as it is summed, all [R, COLUMNS].
+    """The gradient of some projections, and both halves of their scaled phi, all [R, COLUMNS].
 
-    What is of rows is at the first one, what is of requests at theirs.
+    Arguments per row point to the first row, arguments per request to those of the request.
     """
     x = _project(inputs, row, valid, weight, head * WIDTH + nth, real, D, TILE, DOT, PRECISION)
     phi, other = _wide_features(x, log_sums, row, valid, head, real, H, MAP, COLUMNS)
