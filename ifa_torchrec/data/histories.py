@@ -1,4 +1,4 @@
-"""Where the histories of requests lie among the events of a log."""
+"""Find the events of each request's history in a log."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Protocol
 import numpy as np
 
 AT_ONCE = 1 << 20
-"""Requests whose histories are looked for together, which bounds the memory for it. Those of a split of
-no more are looked for once."""
+"""The number of requests whose histories are looked up together, which bounds the memory. A split with
+no more requests is looked up once."""
 
 
 class FindsHistories(Protocol):
@@ -20,12 +20,13 @@ class FindsHistories(Protocol):
 
 
 class Histories:
-    """The rows of each request's history, in memory that does not grow with the requests.
+    """The rows of each request's history, in memory that does not grow with the number of requests.
 
     Args:
         log: the event log.
-        users: [R] int64; times: [R] int64, microseconds.
-        most: events of a history, the latest; None for all.
+        users: [R] int64.
+        times: [R] int64, microseconds.
+        most: keep only this many of the latest events of a history; None for all.
         since: [R] int64, microseconds: only events from this time on; None for all.
 
     Example:
@@ -56,10 +57,10 @@ class Histories:
         return len(self._users)
 
     def ranges(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The rows start:end of the events of each request's history.
+        """The event rows start:end of each request's history.
 
         Args:
-            requests: [n] int64, numbers of requests.
+            requests: [n] int64, request numbers.
 
         Returns:
             start and end, [n] int64.
@@ -70,10 +71,10 @@ class Histories:
         return start[requests], end[requests]
 
     def lengths(self, requests: np.ndarray) -> np.ndarray:
-        """[n] int64, the events in each request's history.
+        """[n] int64, the number of events in each request's history.
 
         Args:
-            requests: [n] int64, numbers of requests.
+            requests: [n] int64, request numbers.
         """
         start, end = self.ranges(requests)
         return end - start
