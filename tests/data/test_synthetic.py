@@ -108,7 +108,7 @@ def test_exposure_may_depend_on_the_item_and_the_interest_but_not_on_the_label(t
     for interest, rate in ((0.0, 0.119), (1.0, 0.881)):
         for shown in (True, False):
             assert label[(pull == interest) & (exposed == shown)].mean() == pytest.approx(rate, abs=0.04)
-    with pytest.raises(ValueError, match="where all are exposed, promotion and policy must be 0"):
+    with pytest.raises(ValueError, match="with exposure=1, promotion and policy must be 0"):
         replace(config, exposure=1.0)
 
 

@@ -127,5 +127,5 @@ def test_another_log_has_no_such_truth(tmp_path) -> None:
     plain = replace(CONFIG, train=5, test=5, relations=False)
     assert truth_of(prepare(tmp_path / "log", plain), "test") is None
     for change in ({"noise": 0.1}, {"kinds": True}, {"candidates": 5}):
-        with pytest.raises(ValueError, match="relations are of a log with"):
+        with pytest.raises(ValueError, match="relations needs noise=0, no kinds"):
             replace(CONFIG, **change)
