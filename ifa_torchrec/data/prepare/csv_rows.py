@@ -171,21 +171,21 @@ class CsvText:
             )
         if _UNREADABLE in taken:
             raise LogError(
-                f"{self.section}: {file} starts with {self.shown(taken)!r}, which is not "
+                f"{self.section}: {file} starts with {self.excerpt(taken)!r}, which is not "
                 f"{self.table.encoding}; say which `encoding` it has"
             )
         inner = [name.split("\n") for name in names]
         if any(line.count(self.delimiter) == len(names) - 1 for name in inner for line in name[1:]):
             raise LogError(
                 f"{self.section}: {file} has a header with a quote that opens in its first line and "
-                f"does not close there: {self.shown(taken)!r}"
+                f"does not close there: {self.excerpt(taken)!r}"
             )
         return [self.restored(name) for name in names], len(taken)
 
     def restored(self, text: str) -> str:
         return text.replace(_CR, "\r").replace(_DELIMITER, self.table.delimiter)
 
-    def shown(self, line: bytes) -> str:
+    def excerpt(self, line: bytes) -> str:
         return self.restored(line.decode("utf-8", "replace")).rstrip("\n")[:200]
 
 
@@ -380,10 +380,10 @@ class CsvRows:
         return bool(rows) and 2 * sum(rows) >= len(rows)
 
     def refuse(self, why: str, rows: int, file: str, text: bytes, place: str = "") -> None:
-        told = self.refused.setdefault(why, {"rows": 0, "examples": []})
-        told["rows"] += rows
-        if len(told["examples"]) < _EXAMPLES:
-            told["examples"].append(f"{Path(file).name}: {place}{self.text.shown(text)}")
+        reason = self.refused.setdefault(why, {"rows": 0, "examples": []})
+        reason["rows"] += rows
+        if len(reason["examples"]) < _EXAMPLES:
+            reason["examples"].append(f"{Path(file).name}: {place}{self.text.excerpt(text)}")
 
 
 def _opened(file: str) -> IO[bytes]:

@@ -202,7 +202,7 @@ class Numbering:
         self.old = old.vocabulary if old else Vocabulary({})
         self.known = old.known if old else 1
         self.ids: dict[str, Ids] = {}
-        self.told: dict[str, dict[str, Any]] = {}
+        self.report: dict[str, dict[str, Any]] = {}
         self.hashed = hashes_of(schema)
         for name in self.old.names:
             self._check_old(name)
@@ -270,7 +270,7 @@ class Numbering:
                 f"CREATE TABLE {table} AS SELECT id, {hash_in_sql('id', rows)} AS code FROM ({distinct})"
             )
             self.ids[name] = Ids("hashed", rows)
-            self.told[name] = {"ids": self._count(table), "rows": rows, **self._shared(table)}
+            self.report[name] = {"ids": self._count(table), "rows": rows, **self._shared(table)}
             return
         old = self.old[name].ids if name in self.old.names else None
         before = pa.array([], pa.string()) if old is None else old
@@ -289,7 +289,7 @@ class Numbering:
         if name == ITEM:  # the last row of its table is that of the last id that a training has
             last = f"SELECT max(code) FROM {table} SEMI JOIN (FROM ({distinct}) WHERE known) USING (id)"
             rows = max(self.known, 1 + (number(sql, last) or 0))
-        self.told[name] = {"ids": count, "rows": rows}
+        self.report[name] = {"ids": count, "rows": rows}
 
     def _listed(self, name: str, table: str, old: pa.Array | None) -> pa.Array:
         """The ids in the order of their rows: integers where all are."""

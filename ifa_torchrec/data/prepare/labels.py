@@ -60,7 +60,7 @@ def _labels(label: JoinedLabel) -> str:
 
 
 def joined_figures(sql: DuckDBPyConnection, section: str, label: JoinedLabel) -> dict[str, Any]:
-    """What became of the rows of a joined label, in figures that add up; see ``joined_told``."""
+    """What became of the rows of a joined label, in figures that add up; see ``joined_report``."""
     rows, users, items, in_time = (
         number(sql, f"SELECT count(*) FROM {section}_rows l {which}")
         for which in (
@@ -90,7 +90,7 @@ def joined_figures(sql: DuckDBPyConnection, section: str, label: JoinedLabel) ->
     }
 
 
-def joined_told(
+def joined_report(
     figures: Mapping[str, Any], task: str, section: str, label: JoinedLabel
 ) -> dict[str, int]:
     """What became of the rows of a joined label, for the report.
@@ -105,15 +105,15 @@ def joined_told(
             f"requests.labels.{task}: none of its {counts['rows']} rows labels a candidate; "
             f"{counts['of_a_user_of_the_requests']} have a user of the requests, "
             f"{counts['of_a_candidate']} that user's candidate, none within {label.within_seconds} "
-            f"seconds after it. Its users are like {its[USER].told()}, its items like "
-            f"{its[ITEM].told()}; those of the requests like {theirs[USER].told()} and "
-            f"{theirs[ITEM].told()}; are ids written alike, and times of one time zone?"
+            f"seconds after it. Its users are like {its[USER].to_report()}, its items like "
+            f"{its[ITEM].to_report()}; those of the requests like {theirs[USER].to_report()} and "
+            f"{theirs[ITEM].to_report()}; are ids written alike, and times of one time zone?"
         )
     return counts
 
 
 def listed_figures(sql: DuckDBPyConnection, task: str, each: bool) -> dict[str, Any]:
-    """How many items a label lists, and finds, in figures that add up; see ``listed_told``."""
+    """How many items a label lists, and finds, in figures that add up; see ``listed_report``."""
     listed = quoted(f"_listed_{task}")
     of_rows = f"SELECT any_value({listed}) AS n FROM requests_rows GROUP BY _at"
     of = number(
@@ -126,7 +126,7 @@ def listed_figures(sql: DuckDBPyConnection, task: str, each: bool) -> dict[str, 
     return {"listed": of, "found": found, "like": least(sql, ITEM, "requests")}
 
 
-def listed_told(figures: Mapping[str, Any], task: str) -> dict[str, int]:
+def listed_report(figures: Mapping[str, Any], task: str) -> dict[str, int]:
     """How many of the items that a label lists are among the candidates of their row, for the report.
 
     Raises:
@@ -136,6 +136,6 @@ def listed_told(figures: Mapping[str, Any], task: str) -> dict[str, int]:
     if of and not found:
         raise LogError(
             f"requests.labels.{task}: none of the {of} items that it lists is a candidate of its row; "
-            f"candidates are like {figures['like'].told()}; are ids written alike?"
+            f"candidates are like {figures['like'].to_report()}; are ids written alike?"
         )
     return {"listed": of, "found": found}

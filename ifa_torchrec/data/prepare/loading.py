@@ -63,7 +63,7 @@ class _Loading:
 
     def build(self, kinds: list[Any], section: str, values: Any) -> Any:
         """The first of some dataclasses whose fields an object has."""
-        told: list[str] = []
+        expected: list[str] = []
         for kind in kinds:
             fields = {f.name: f for f in dataclasses.fields(kind)}
             missing = dataclasses.MISSING
@@ -72,9 +72,10 @@ class _Loading:
             ]
             if isinstance(values, dict) and set(needed) <= set(values) <= set(fields):
                 return self._dataclass(kind, section, values)
-            told.append(f"{needed}, and perhaps {[n for n in fields if n not in needed]}")
+            optional = [n for n in fields if n not in needed]
+            expected.append(f"the keys {needed}, and optionally {optional}")
         raise LogError(
-            f"{self.path}: {section} must be an object with {'; or with '.join(told)}; got {values!r}"
+            f"{self.path}: {section} must be an object with {'; or with '.join(expected)}; got {values!r}"
         )
 
     def _dataclass(self, kind: Any, section: str, values: dict[str, Any]) -> Any:

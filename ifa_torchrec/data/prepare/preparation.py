@@ -117,8 +117,8 @@ def _write(
         sql.execute(f"CREATE VIEW {quoted(f'ids_{name}')} AS {query}")
     numbering.others()
     widths = write_items(sql, schema, draft / "items.parquet")
-    figures = write_rows(sql, schema, splits, numbering.told[ITEM]["rows"], draft, Parts(parts))
-    return report_of(figures, rows, joins, numbering.told, refused), widths
+    figures = write_rows(sql, schema, splits, numbering.report[ITEM]["rows"], draft, Parts(parts))
+    return report_of(figures, rows, joins, numbering.report, refused), widths
 
 
 def _read(sql: DuckDBPyConnection, schema: PrepareSchema, max_refused: float) -> dict[str, Refused]:

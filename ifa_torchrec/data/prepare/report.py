@@ -10,21 +10,21 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ifa_torchrec.data.prepare.histories import lists_figures
-from ifa_torchrec.data.prepare.labels import joined_figures, joined_told, listed_figures, listed_told
+from ifa_torchrec.data.prepare.labels import joined_figures, joined_report, listed_figures, listed_report
 from ifa_torchrec.data.prepare.new_ids import NewIds
 from ifa_torchrec.data.prepare.schema import ITEM, Listed, PrepareSchema, Requests
 from ifa_torchrec.data.prepare.splits import Splits
 from ifa_torchrec.data.prepare.sql import first_row, number, quoted
 from ifa_torchrec.data.prepare.tallies import (
+    NumberStats,
     Refused,
-    Scale,
     Share,
     Span,
     histogram,
     least,
     share,
     shares,
-    told,
+    to_report,
 )
 from ifa_torchrec.data.schema import TIME, USER, LogError
 
@@ -99,7 +99,7 @@ def report_of(
         codes: what ``Numbering`` told.
         refused: of each section.
     """
-    of_log = told(figures)
+    of_log = to_report(figures)
     report = {
         "users": of_log["users"],
         "items": codes[ITEM]["ids"],
@@ -109,7 +109,7 @@ def report_of(
         "requests": of_log["requests"],
         "vocabulary": codes,
         "doubled_rows": rows["doubled_rows"],
-        "refused": told(refused),
+        "refused": to_report(refused),
     }
     if "histories" in rows:
         report["histories_without_times"] = rows["histories"]
@@ -133,7 +133,7 @@ def joins_of(
         LogError: a join finds nothing at all.
     """
     joins: dict[str, Any] = {
-        "users_with_events": _found_told(
+        "users_with_events": _found_report(
             figures["users_with_events"], "events", "requests: no user of theirs has an event."
         ),
     }
@@ -141,18 +141,18 @@ def joins_of(
         missing = (
             "requests: no candidate of theirs is the item of an event (if that is so, describe `items`)."
         )
-        joins["items_with_events"] = _found_told(_found(sql, ITEM, "events"), "events", missing)
+        joins["items_with_events"] = _found_report(_found(sql, ITEM, "events"), "events", missing)
     else:
         missing = "items: no candidate of the requests is among them."
-        joins["items_described"] = _found_told(_found(sql, ITEM, "items"), "items", missing)
+        joins["items_described"] = _found_report(_found(sql, ITEM, "items"), "items", missing)
     if schema.users:
         missing = "users: no user of the requests is among them."
-        joins["users_described"] = _found_told(figures["users_described"], "users", missing)
+        joins["users_described"] = _found_report(figures["users_described"], "users", missing)
     for n, (task, label) in enumerate(schema.requests.joined_labels.items()):
-        joins[f"label_{task}"] = joined_told(figures[f"label_{task}"], task, f"label_{n}", label)
+        joins[f"label_{task}"] = joined_report(figures[f"label_{task}"], task, f"label_{n}", label)
     for task, label in schema.requests.labels.items():
         if isinstance(label, Listed):
-            joins[f"label_{task}"] = listed_told(figures[f"label_{task}"], task)
+            joins[f"label_{task}"] = listed_report(figures[f"label_{task}"], task)
     return joins
 
 
@@ -167,9 +167,9 @@ def _found(sql: DuckDBPyConnection, column: str, table: str) -> dict[str, Any]:
     return {"of": of, "found": there, "like": like}
 
 
-def _found_told(figures: Mapping[str, Any], table: str, missing: str) -> dict[str, int]:
+def _found_report(figures: Mapping[str, Any], table: str, missing: str) -> dict[str, int]:
     if figures["of"] and not figures["found"]:
-        theirs, its = (figures["like"][where].told() for where in ("requests", table))
+        theirs, its = (figures["like"][where].to_report() for where in ("requests", table))
         raise LogError(
             f"{missing} Those of the requests are like {theirs}, those of {table} like {its}; write "
             "them alike in all files"
@@ -270,12 +270,12 @@ def _same_times(sql: DuckDBPyConnection) -> dict[str, int]:
 
 def _scales(
     sql: DuckDBPyConnection, dense: Iterable[str], candidate_dense: Iterable[str]
-) -> dict[str, Scale]:
+) -> dict[str, NumberStats]:
     """How the dense columns of a split are scaled, and the share of their numbers that are missing."""
     columns = [(name, quoted(name), "requests_of_split") for name in dense]
     columns += [(name, f"_row.{quoted(name)}", "candidates_of_split") for name in candidate_dense]
     return {
-        name: Scale(
+        name: NumberStats(
             *first_row(
                 sql,
                 f"""SELECT count(*), count(x), avg(x), var_pop(x), min(x), max(x)
@@ -299,28 +299,28 @@ def _doubled_rows(sql: DuckDBPyConnection, requests: Requests) -> dict[str, Any]
     """Of each table's rows, those that equal one before them in every column of the schema."""
     tables = {"events": "events", "requests": "requests"}
     tables |= {f"label_{task}": f"label_{n}" for n, task in enumerate(requests.joined_labels)}
-    told: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for section, table in tables.items():
         rows, doubled = first_row(
             sql,
             f"""SELECT sum(_n)::BIGINT, sum(_n - 1)::BIGINT FROM (
             SELECT * EXCLUDE (_given, _refused), count(*) AS _n FROM {table}_rows GROUP BY ALL)""",
         )
-        told[section] = {"rows": rows or 0, "doubled": doubled or 0}
-    return told
+        figures[section] = {"rows": rows or 0, "doubled": doubled or 0}
+    return figures
 
 
 def _warnings(report: Mapping[str, Any]) -> list[str]:
     """What a report's figures say that somebody should look at, in words."""
-    said: list[str] = []
+    warnings: list[str] = []
     for split, figures in report["requests"].items():
         if (new := figures["new"]["items"]["candidates"] or 0) > _NEW:
-            said.append(
+            warnings.append(
                 f"{split}: {new:.1%} of the candidates are items that are new to the training: the "
                 "model knows them by their features alone, so describe them in `items`"
             )
         if (unknown := figures.get("candidates_not_described") or 0) > _UNDESCRIBED:
-            said.append(
+            warnings.append(
                 f"{split}: {unknown:.1%} of the candidates are not described in `items`: their features "
                 "are unknown"
             )
@@ -328,7 +328,7 @@ def _warnings(report: Mapping[str, Any]) -> list[str]:
             figures[f"positives_in_{span}"] or 0 for span in ("last_second", "last_day", "next_day")
         )
         if second > _DOUBLED or before - after > _LEAKED:
-            said.append(
+            warnings.append(
                 f"{split}: {before:.1%} of the positives have an event of their item within the day "
                 f"before the request, {second:.1%} within the second before, {after:.1%} within the day "
                 "from it on. Are these events the positives themselves, by a clock that is behind, in "
@@ -337,28 +337,28 @@ def _warnings(report: Mapping[str, Any]) -> list[str]:
     days = sum(figures["events_on_the_day_of_a_request"] for figures in report["requests"].values())
     for table, midnight in report["times_at_midnight"].items():
         if (midnight or 0) > _AT_MIDNIGHT:
-            said.append(
+            warnings.append(
                 f"{table}: {midnight:.1%} of the times are midnight, as of dates alone; what came first "
                 f"on a day cannot be told then, and {days} events are of the day of a request"
             )
     for section, figures in report["doubled_rows"].items():
         if figures["doubled"] > _DOUBLED * figures["rows"]:
-            said.append(
+            warnings.append(
                 f"{section}: {figures['doubled']} of {figures['rows']} rows equal one before them; each "
                 "counts"
             )
     for name, figures in report["joins"].items():
         ambiguous = figures.get("of_several_candidates", 0)
         if ambiguous > _AMBIGUOUS * figures.get("in_time", 0):
-            said.append(
+            warnings.append(
                 f"{name}: {ambiguous} of {figures['in_time']} rows may be of several candidates, since "
                 "the item was shown more than once within `within_seconds` before; the latest is "
                 "labelled 1, or all, where `mark_all` says so"
             )
     lists = report.get("histories_without_times", {})
     if several := lists.get("users_with_lists_of_several_lengths"):
-        said.append(
+        warnings.append(
             f"events: {several} of {lists['users']} users have lists of several lengths; the shortest "
             "is the history, since a longer one may hold what came after a request"
         )
-    return said
+    return warnings

@@ -251,11 +251,11 @@ class _Wanted:
             self.columns[name] = (column_of(column), list_in_sql(column))
             self.check_list(name, name)
 
-    def check_list(self, name: str, told: str) -> None:
+    def check_list(self, name: str, label: str) -> None:
         n = quoted(name)
-        remedy = f"{told} is not a list; name the `delimiter` of its text"
+        remedy = f"{label} is not a list; name the `delimiter` of its text"
         self.checks[f"_given.{n} IS NOT NULL AND {n} IS NULL"] = remedy
-        self.checks[f"len([_e for _e in {n} if _e IS NULL]) > 0"] = f"{told} holds an empty id"
+        self.checks[f"len([_e for _e in {n} if _e IS NULL]) > 0"] = f"{label} holds an empty id"
 
     def numbers(self, columns: Mapping[str, str]) -> None:
         for name, column in columns.items():

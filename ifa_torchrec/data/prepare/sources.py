@@ -241,13 +241,13 @@ def check_refused(section: str, refused: Refused, max_refused: float) -> None:
         >>> from ifa_torchrec.data.prepare.tallies import Refused
         >>> check_refused("events", Refused(4, {}, {}, None), max_refused=0)
     """
-    told = refused.told()
-    if told["refused"] > max_refused * told["rows"]:
+    report = refused.to_report()
+    if report["refused"] > max_refused * report["rows"]:
         why = "; ".join(
             f"{why} ({reason['rows']} rows, as {reason['examples'][0]})"
-            for why, reason in told["reasons"].items()
+            for why, reason in report["reasons"].items()
         )
         raise LogError(
-            f"{section}: {told['refused']} of {told['rows']} rows are refused, above the share of "
+            f"{section}: {report['refused']} of {report['rows']} rows are refused, above the share of "
             f"{max_refused}: {why}; repair them or the schema, or allow more with max_refused"
         )

@@ -113,10 +113,10 @@ class OnSpark:
         numbering.others()
         widths = write_items(sql, schema, self.job.draft / "items.parquet")
         self._write_codes()
-        known = numbering.told[ITEM]["rows"]
+        known = numbering.report[ITEM]["rows"]
         tasks = [WritePart(self.job, part, self.parts, splits, known) for part in parts]
         self._folders(splits)
-        report = report_of(self._sum(tasks), rows, joins, numbering.told, refused)
+        report = report_of(self._sum(tasks), rows, joins, numbering.report, refused)
         for left in self.job.draft.rglob(".part-*"):  # by a task that was given up
             left.unlink()
         return report, widths

@@ -106,14 +106,13 @@ def number(sql: DuckDBPyConnection, query: str) -> int:
     return first_row(sql, query)[0]
 
 
-def write_parquet(sql: DuckDBPyConnection, query: str, file: Path, options: str = "") -> None:
+def write_parquet(sql: DuckDBPyConnection, query: str, file: Path) -> None:
     """Write what a query gives; the file appears when it is whole.
 
     Args:
         sql: the connection.
         query: gives the rows, in their order.
         file: to be written.
-        options: further ones of COPY, with a comma in front.
 
     Example:
         >>> import duckdb, tempfile
@@ -124,7 +123,7 @@ def write_parquet(sql: DuckDBPyConnection, query: str, file: Path, options: str 
         3
     """
     draft = file.with_name(f".{file.name}-{secrets.token_hex(6)}")
-    sql.execute(f"COPY ({query}) TO {literal(str(draft))} (FORMAT parquet{options})")
+    sql.execute(f"COPY ({query}) TO {literal(str(draft))} (FORMAT parquet)")
     draft.rename(file)
 
 

@@ -97,7 +97,7 @@ def publish(
     """
     (draft / "report.json").write_text(json.dumps(report, indent=2))
     numbering.vocabulary().save(draft)
-    rows = {name: told["rows"] for name, told in numbering.told.items()}
+    rows = {name: ids["rows"] for name, ids in numbering.report.items()}
     schema = log_schema(numbering.schema, rows, widths)
     return EventLog.publish(draft, out, schema, list(report["requests"]))
 

@@ -30,17 +30,17 @@ def added(one: Any, other: Any) -> Any:
     return one + other
 
 
-def told(figures: Any) -> Any:
+def to_report(figures: Any) -> Any:
     """What the report says of figures: numbers, texts, lists and dicts of them.
 
     Example:
-        >>> from ifa_torchrec.data.prepare.tallies import Share, told
-        >>> told({"rows": 5, "seen": Share(1, 4)})
+        >>> from ifa_torchrec.data.prepare.tallies import Share, to_report
+        >>> to_report({"rows": 5, "seen": Share(1, 4)})
         {'rows': 5, 'seen': 0.25}
     """
     if isinstance(figures, Mapping):
-        return {name: told(value) for name, value in figures.items()}
-    return figures.told() if hasattr(figures, "told") else figures
+        return {name: to_report(value) for name, value in figures.items()}
+    return figures.to_report() if hasattr(figures, "to_report") else figures
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Share:
 
     Example:
         >>> from ifa_torchrec.data.prepare.tallies import Share
-        >>> (Share(1, 2) + Share(0, 2)).told()
+        >>> (Share(1, 2) + Share(0, 2)).to_report()
         0.25
     """
 
@@ -59,7 +59,7 @@ class Share:
     def __add__(self, other: Share) -> Share:
         return Share(self.total + other.total, self.of + other.of)
 
-    def told(self) -> float | None:
+    def to_report(self) -> float | None:
         """The mean; None of nothing."""
         return self.total / self.of if self.of else None
 
@@ -70,7 +70,7 @@ class Histogram:
 
     Example:
         >>> from ifa_torchrec.data.prepare.tallies import Histogram
-        >>> (Histogram({1: 9}) + Histogram({7: 1})).told()
+        >>> (Histogram({1: 9}) + Histogram({7: 1})).to_report()
         {'p50': 1, 'p90': 1, 'p99': 7, 'max': 7}
     """
 
@@ -79,7 +79,7 @@ class Histogram:
     def __add__(self, other: Histogram) -> Histogram:
         return Histogram(Counter(self.counts) + Counter(other.counts))
 
-    def told(self) -> dict[str, int | None]:
+    def to_report(self) -> dict[str, int | None]:
         """The least number that is not below 50, 90 and 99 of a hundred, and the greatest."""
         rows = sum(self.counts.values())
         found: dict[str, int | None] = {}
@@ -100,7 +100,7 @@ class Span:
 
     Example:
         >>> from ifa_torchrec.data.prepare.tallies import Span
-        >>> (Span(2, 3) + Span(None, None) + Span(1, 2)).told()
+        >>> (Span(2, 3) + Span(None, None) + Span(1, 2)).to_report()
         ['1', '3']
     """
 
@@ -112,7 +112,7 @@ class Span:
         lasts = [time for time in (self.last, other.last) if time is not None]
         return Span(min(firsts, default=None), max(lasts, default=None))
 
-    def told(self) -> list[str]:
+    def to_report(self) -> list[str]:
         """Both as text."""
         return [str(self.first), str(self.last)]
 
@@ -123,7 +123,7 @@ class Least:
 
     Example:
         >>> from ifa_torchrec.data.prepare.tallies import Least
-        >>> (Least("b") + Least(None) + Least("a")).told()
+        >>> (Least("b") + Least(None) + Least("a")).to_report()
         "'a'"
     """
 
@@ -133,13 +133,13 @@ class Least:
         texts = [text for text in (self.text, other.text) if text is not None]
         return Least(min(texts, default=None))
 
-    def told(self) -> str:
+    def to_report(self) -> str:
         """It, quoted."""
         return "none, since it has no rows" if self.text is None else repr(self.text)
 
 
 @dataclass(frozen=True)
-class Scale:
+class NumberStats:
     """How numbers are scaled.
 
     Args:
@@ -149,8 +149,9 @@ class Scale:
         least, greatest: of the numbers.
 
     Example:
-        >>> from ifa_torchrec.data.prepare.tallies import Scale
-        >>> (Scale(2, 1, 1.0, 0.0, 1.0, 1.0) + Scale(1, 1, 3.0, 0.0, 3.0, 3.0)).told()["mean"]
+        >>> from ifa_torchrec.data.prepare.tallies import NumberStats
+        >>> stats = NumberStats(2, 1, 1.0, 0.0, 1.0, 1.0) + NumberStats(1, 1, 3.0, 0.0, 3.0, 3.0)
+        >>> stats.to_report()["mean"]
         2.0
     """
 
@@ -161,26 +162,26 @@ class Scale:
     least: float | None
     greatest: float | None
 
-    def __add__(self, other: Scale) -> Scale:
+    def __add__(self, other: NumberStats) -> NumberStats:
         rows = self.rows + other.rows
         halves = [half for half in (self, other) if half.known]
         if len(halves) < 2:
             half = halves[0] if halves else self
-            return Scale(rows, half.known, half.mean, half.variance, half.least, half.greatest)
+            return NumberStats(rows, half.known, half.mean, half.variance, half.least, half.greatest)
         known = self.known + other.known
         assert self.mean is not None and other.mean is not None
         mean = self.mean + (other.mean - self.mean) * other.known / known
         squares = sum(h.known * ((h.variance or 0) + ((h.mean or 0) - mean) ** 2) for h in halves)
         least = min(h.least for h in halves if h.least is not None)
         greatest = max(h.greatest for h in halves if h.greatest is not None)
-        return Scale(rows, known, mean, squares / known, least, greatest)
+        return NumberStats(rows, known, mean, squares / known, least, greatest)
 
-    def told(self) -> dict[str, float | None]:
+    def to_report(self) -> dict[str, float | None]:
         """Mean, standard deviation, least and greatest number, and the share that is missing."""
         std = None if self.variance is None else math.sqrt(self.variance)
         missing = (self.rows - self.known) / self.rows if self.rows else None
-        told = {"mean": self.mean, "std": std, "min": self.least, "max": self.greatest}
-        return {**told, "missing": missing}
+        report = {"mean": self.mean, "std": std, "min": self.least, "max": self.greatest}
+        return {**report, "missing": missing}
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ class Refused:
     Example:
         >>> from ifa_torchrec.data.prepare.tallies import Refused
         >>> bad = Refused(4, {}, {"time is empty": {"rows": 1, "examples": ["ann"]}}, None)
-        >>> (bad + bad).told()["refused"]
+        >>> (bad + bad).to_report()["refused"]
         2
     """
 
@@ -224,13 +225,13 @@ class Refused:
         empty = None if self.empty is None else self.empty + (other.empty or 0)
         return Refused(self.rows + other.rows, lines, reasons, empty)
 
-    def told(self) -> dict[str, Any]:
+    def to_report(self) -> dict[str, Any]:
         """For the report; the most frequent reason first."""
         reasons = {**self.lines, **dict(sorted(self.reasons.items()))}
         reasons = dict(sorted(reasons.items(), key=lambda reason: -reason[1]["rows"]))
         refused = sum(reason["rows"] for reason in reasons.values())
-        told = {"rows": self.rows, "refused": refused, "reasons": reasons}
-        return told if self.empty is None else {**told, "rows_of_empty_lists": self.empty}
+        report = {"rows": self.rows, "refused": refused, "reasons": reasons}
+        return report if self.empty is None else {**report, "rows_of_empty_lists": self.empty}
 
 
 def share(condition: str) -> str:

@@ -49,8 +49,8 @@ def check_vectors(sql: DuckDBPyConnection, items: Items) -> None:
             most = first_row(sql, f"SELECT mode(len({n})) FROM items_rows")[0]
             wrong = f"len({n}) <> {most or 0}"
             why = f"{name} is a vector of another length than {most}"
-        told = n if isinstance(column, Npy) else f"len({n}) || ' numbers'"
-        given = f"concat('item: ', item, ', ', {literal(name)}, ': ', {told})"
+        found = n if isinstance(column, Npy) else f"len({n}) || ' numbers'"
+        given = f"concat('item: ', item, ', ', {literal(name)}, ': ', {found})"
         sql.execute(
             f"""UPDATE items_read SET _refused = {literal(why)}, _given = {given}
             WHERE _refused IS NULL AND {wrong}"""
