@@ -1,6 +1,6 @@
-"""Figures that add up: those of a log are the sum of those of its parts.
+"""Figures that can be added: the figures of a log are the sum of those of its parts.
 
-What is counted is a dict, of dicts or of what has a sum: numbers, and the classes of this file.
+Figures are nested dicts of values that have a sum: numbers, and the classes of this module.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def added(one: Any, other: Any) -> Any:
-    """The sum of two figures, or of two dicts of the same names.
+    """The sum of two figures, or of two dicts with the same keys.
 
     Example:
         >>> from ifa_torchrec.data.prepare.tallies import Share, added
@@ -31,7 +31,7 @@ def added(one: Any, other: Any) -> Any:
 
 
 def to_report(figures: Any) -> Any:
-    """What the report says of figures: numbers, texts, lists and dicts of them.
+    """Convert figures to numbers, texts, lists and dicts for the report.
 
     Example:
         >>> from ifa_torchrec.data.prepare.tallies import Share, to_report
@@ -45,7 +45,7 @@ def to_report(figures: Any) -> Any:
 
 @dataclass(frozen=True)
 class Share:
-    """A mean, as the sum and the number of what it is of.
+    """A mean, stored as the sum and the count.
 
     Example:
         >>> from ifa_torchrec.data.prepare.tallies import Share
@@ -60,13 +60,13 @@ class Share:
         return Share(self.total + other.total, self.of + other.of)
 
     def to_report(self) -> float | None:
-        """The mean; None of nothing."""
+        """The mean; None if the count is 0."""
         return self.total / self.of if self.of else None
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """How often each of some whole numbers is there.
+    """The number of occurrences of each integer.
 
     Example:
         >>> from ifa_torchrec.data.prepare.tallies import Histogram
@@ -80,7 +80,7 @@ class Histogram:
         return Histogram(Counter(self.counts) + Counter(other.counts))
 
     def to_report(self) -> dict[str, int | None]:
-        """The least number that is not below 50, 90 and 99 of a hundred, and the greatest."""
+        """The 50th, 90th and 99th percentile, and the maximum."""
         rows = sum(self.counts.values())
         found: dict[str, int | None] = {}
         for percent in (50, 90, 99):
@@ -96,7 +96,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Span:
-    """The first and the last of some times; None where there are none.
+    """The first and the last of some times; None if there are none.
 
     Example:
         >>> from ifa_torchrec.data.prepare.tallies import Span
@@ -119,7 +119,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Least:
-    """The least of some texts, as an example of them; None where there are none.
+    """The smallest of some texts, as an example; None if there are none.
 
     Example:
         >>> from ifa_torchrec.data.prepare.tallies import Least
@@ -134,19 +134,19 @@ class Least:
         return Least(min(texts, default=None))
 
     def to_report(self) -> str:
-        """It, quoted."""
-        return "none, since it has no rows" if self.text is None else repr(self.text)
+        """The text in quotes."""
+        return "nothing, since there are no rows" if self.text is None else repr(self.text)
 
 
 @dataclass(frozen=True)
 class NumberStats:
-    """How numbers are scaled.
+    """Statistics of a column of numbers.
 
     Args:
-        rows: of a column.
-        known: those that have a number.
+        rows: the number of rows.
+        known: the number of rows that have a number.
         mean, variance: of the numbers.
-        least, greatest: of the numbers.
+        least, greatest: the minimum and maximum of the numbers.
 
     Example:
         >>> from ifa_torchrec.data.prepare.tallies import NumberStats
@@ -177,7 +177,7 @@ class NumberStats:
         return NumberStats(rows, known, mean, squares / known, least, greatest)
 
     def to_report(self) -> dict[str, float | None]:
-        """Mean, standard deviation, least and greatest number, and the share that is missing."""
+        """Mean, standard deviation, minimum, maximum, and the share of missing numbers."""
         std = None if self.variance is None else math.sqrt(self.variance)
         missing = (self.rows - self.known) / self.rows if self.rows else None
         report = {"mean": self.mean, "std": std, "min": self.least, "max": self.greatest}
@@ -186,13 +186,13 @@ class NumberStats:
 
 @dataclass(frozen=True)
 class Refused:
-    """Rows of a section, and those that were refused.
+    """Counts of the rows of a section, and of the refused ones.
 
     Args:
-        rows: all of them.
-        lines: for each reason why lines of files were no rows, its `rows` and `examples`.
-        reasons: the same of rows; the examples are the least.
-        empty: rows whose lists are empty; None where rows are no lists' elements.
+        rows: the number of all rows.
+        lines: for each reason for which lines of files were refused, `rows` and `examples`.
+        reasons: for each reason for which rows were refused, `rows` and the smallest `examples`.
+        empty: the number of rows whose lists are empty; None unless rows are elements of lists.
 
     Example:
         >>> from ifa_torchrec.data.prepare.tallies import Refused
@@ -207,7 +207,7 @@ class Refused:
     empty: int | None
 
     EXAMPLES: ClassVar[int] = 3
-    """Of the rows that are refused for one reason."""
+    """The maximum number of examples per reason."""
 
     def __add__(self, other: Refused) -> Refused:
         lines, reasons = (
@@ -226,7 +226,7 @@ class Refused:
         return Refused(self.rows + other.rows, lines, reasons, empty)
 
     def to_report(self) -> dict[str, Any]:
-        """For the report; the most frequent reason first."""
+        """The counts for the report, most frequent reason first."""
         reasons = {**self.lines, **dict(sorted(self.reasons.items()))}
         reasons = dict(sorted(reasons.items(), key=lambda reason: -reason[1]["rows"]))
         refused = sum(reason["rows"] for reason in reasons.values())
@@ -235,7 +235,7 @@ class Refused:
 
 
 def share(condition: str) -> str:
-    """How many rows of a query a condition is true of, and how many rows there are, in SQL.
+    """SQL for the number of rows for which a condition is true, and the number of all rows.
 
     Example:
         >>> from ifa_torchrec.data.prepare.tallies import share
@@ -246,7 +246,7 @@ def share(condition: str) -> str:
 
 
 def shares(sql: DuckDBPyConnection, query: str) -> list[Share]:
-    """The means of a query of pairs, each a sum and the number of what it is of.
+    """The means of a query that returns pairs of sum and count.
 
     Example:
         >>> import duckdb
@@ -260,7 +260,7 @@ def shares(sql: DuckDBPyConnection, query: str) -> list[Share]:
 
 
 def histogram(sql: DuckDBPyConnection, counts: str) -> Histogram:
-    """The numbers `n` that a query gives.
+    """The histogram of the numbers `n` of a query.
 
     Example:
         >>> import duckdb
@@ -273,7 +273,7 @@ def histogram(sql: DuckDBPyConnection, counts: str) -> Histogram:
 
 
 def least(sql: DuckDBPyConnection, column: str, table: str) -> Least:
-    """An id of the rows of a table, for a message.
+    """An example of the ids in a table, for a message.
 
     Example:
         >>> import duckdb
