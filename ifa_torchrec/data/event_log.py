@@ -114,7 +114,7 @@ class EventLog(LogItems):
         remote = RemoteLog(place) if is_uri(path) else None
         path = Path(path) if remote is None else remote.folder
         if not path.is_dir():
-            raise LogError(f"{path}: no such folder; write a log there with EventLog.from_pandas")
+            raise LogError(f"{path}: no such event log; write one with EventLog.from_pandas")
         self._header = header = read_header(path / "schema.json")
         schema, self.scales = header.schema, header.scales
         self.parts = len(header.parts.get("events", [None]))

@@ -51,7 +51,7 @@ def drafting(path: str | Path) -> Generator[Path]:
         )
     path = Path(path)
     if path.exists():
-        raise ExistsError(f"{path} exists already; delete it or choose another folder")
+        raise ExistsError(f"{path} exists; delete it or choose another folder")
     with ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

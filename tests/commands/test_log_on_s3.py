@@ -114,5 +114,5 @@ def test_no_access(uri: str) -> None:
     def ask() -> None:
         EventLog(uri)
 
-    with pytest.raises(LogError, match=r"s3://shop/logs/may.*no access; give credentials"):
+    with pytest.raises(LogError, match=r"s3://shop/logs/may.*no access; set credentials"):
         ask()

@@ -61,7 +61,7 @@ def test_what_is_in_use_stays(tmp_path: Path, copies: dict[str, Path]) -> None:
     held = [Held(path) for path in (copies["a/log/events/part-00000.parquet"], columns)]
     cache = Cache(tmp_path, 4 * KB)
     assert left_by(cache, 0, copies) == [0, 2, 4, 5]
-    with pytest.raises(LogError, match=re.escape("3,000 bytes are in use and 3,000 more are wanted")):
+    with pytest.raises(LogError, match=re.escape("3,000 bytes are in use and 3,000 more are needed")):
         left_by(cache, 3 * KB, copies)
     assert [file.exists() for file in copies.values()] == [True, False, True, False, True, False]
     for each in held:
@@ -77,5 +77,5 @@ def test_a_bound_that_cannot_be(given: str) -> None:
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     cache = Cache.of({"IFA_LOG_CACHE": str(tmp_path / "file")})
-    with pytest.raises(LogError, match="another folder in IFA_LOG_CACHE"), cache.room_for(1):
+    with pytest.raises(LogError, match="set IFA_LOG_CACHE to a folder"), cache.room_for(1):
         pass

@@ -199,11 +199,11 @@ BAD = {
     ),
     "an infinite price": (
         change("items", "weight", 4, -np.inf),
-        (*at(4, "items", "weight"), "-inf", "finite", "null where it is missing"),
+        (*at(4, "items", "weight"), "-inf", "finite", "use null for a missing value"),
     ),
     "a number beyond a float32": (
         change("items", "weight", 4, 1e39),
-        (*at(4, "items", "weight"), "1e+39", "finite in a float32"),
+        (*at(4, "items", "weight"), "1e+39", "is not a finite float32"),
     ),
     "an unknown action": (
         change("events", "action", 9, 4),
@@ -318,7 +318,7 @@ def test_a_nan_of_a_file_is_not_a_missing_number(rich: Toy, tmp_path: Path) -> N
     weight = table["weight"].to_pylist()
     weight[8] = float("nan")
     table = table.set_column(table.column_names.index("weight"), "weight", pa.array(weight))
-    with refused("items", "row 8", "'weight'", "nan", "null where it is missing"):
+    with refused("items", "row 8", "'weight'", "nan", "use null for a missing value"):
         published(rich, tmp_path / "log", {"items": table})
 
 

@@ -559,7 +559,7 @@ class TestWhereItIsWritten:
 
     def test_an_empty_split(self, toy: Toy, tmp_path: Path) -> None:
         toy.requests["valid"] = toy.requests["valid"][:0]
-        with refused("requests/valid", "no requests", "leave the split out"):
+        with refused("requests/valid", "no requests", "leave out the split"):
             toy.write(tmp_path / "log")
 
 
@@ -679,5 +679,5 @@ def test_the_second_of_two_preparations_of_one_folder(tmp_path: Path) -> None:
     (tmp_path / "log").mkdir()
     (tmp_path / "log" / "schema.json").write_text("{}")
     (tmp_path / "draft").mkdir()
-    with pytest.raises(ExistsError, match=r"log was made meanwhile.*choose another folder"):
+    with pytest.raises(ExistsError, match=r"log was created meanwhile.*choose another folder"):
         publish_folder(tmp_path / "draft", tmp_path / "log")

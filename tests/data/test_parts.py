@@ -207,14 +207,14 @@ def test_a_user_in_another_part_is_refused(folder: Path, tmp_path: Path) -> None
 def test_a_folder_with_too_few_parts_is_not_published(folder: Path, tmp_path: Path) -> None:
     schema = EventLog(folder).schema
     (folder / "requests/valid/part-00002.parquet").unlink()
-    with refused("requests/valid", "part-00000", "part-00002", "as many as events"):
+    with refused("requests/valid", "part-00000", "part-00002", "as many parts as events"):
         EventLog.publish(folder, tmp_path / "new", schema, list(SPLITS))
 
 
 @pytest.mark.parametrize("parts", [0, -1, 2.0, True, 1 << 17])
 def test_a_number_of_parts_that_cannot_be(tmp_path: Path, parts) -> None:
     toy = make_toy()
-    with refused("parts must be a whole number", repr(parts)):
+    with refused("parts must be an integer", repr(parts)):
         EventLog.from_pandas(tmp_path / "log", toy.events, toy.schema, toy.items, parts=parts)
 
 

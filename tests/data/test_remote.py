@@ -145,10 +145,10 @@ def _change_a_value(folder: Path) -> None:
     ("spoil", "words"),
     [
         (lambda f: (f / "events/part-00002.parquet").unlink(), ["events/part-00002", "missing"]),
-        (_change_a_value, ["requests/train/part-00001.parquet", "SHA-256", "copy that there"]),
+        (_change_a_value, ["requests/train/part-00001.parquet", "SHA-256", "restore that part"]),
         (lambda f: (f / "schema.json").unlink(), ["no schema.json", "schema.json last"]),
         (lambda f: (f / "items.parquet").unlink(), ["items.parquet", "missing"]),
-        (shutil.rmtree, ["there is no such log"]),
+        (shutil.rmtree, ["no such log, folder or file"]),
     ],
 )
 def test_what_is_not_the_log_is_refused(folder: Path, cache: Path, spoil, words: list[str]) -> None:
@@ -162,7 +162,7 @@ def test_what_is_not_the_log_is_refused(folder: Path, cache: Path, spoil, words:
     ("uri", "words"),
     [
         ("ftp://host/log", ["ftp://host/log", "s3://BUCKET/LOG"]),
-        ("s3://key:secret@bucket/log", ["must have no key or password", "environment"]),
+        ("s3://key:secret@bucket/log", ["must not contain a key or password", "environment"]),
     ],
 )
 def test_uris_that_cannot_be_read(uri: str, words: list[str]) -> None:
@@ -175,7 +175,7 @@ def test_a_log_is_not_written_to_a_uri(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     # a Path, as the command line gives one, has a slash less
     for place in ("s3://bucket/log", Path("s3://bucket/log")):
-        with refused("a log is written to a folder"), drafting(place):
+        with refused("a log can only be written to a local folder"), drafting(place):
             pass
     assert os.listdir(tmp_path) == []
 
@@ -191,7 +191,7 @@ def test_what_stands_before_an_at_may_be_no_key(place: str, monkeypatch: pytest.
     monkeypatch.setattr(remote, "pafs", SimpleNamespace(FileSystem=files))
     assert remote._opened(f"{place}/log") == (f"{place}/log", "log")
     for secret in ("s3://key@bucket/log", "hdfs://user:secret@host/log"):
-        with refused("must have no key or password"):
+        with refused("must not contain a key or password"):
             remote._opened(secret)
 
 

@@ -278,7 +278,7 @@ class TestIds:
     def test_items_none_of_which_is_described(self, tmp_path: Path) -> None:
         (tmp_path / "items.csv").write_text("id\nT1\n")
         items = Items(files=str(tmp_path / "items.csv"), item="id")
-        with refused("items: no candidate of the requests is among them", "'T1'", "'cup'"):
+        with refused("items: none of them is a candidate of the requests", "'T1'", "'cup'"):
             prepare(described(tmp_path, items=items), tmp_path / "log")
 
 
@@ -334,11 +334,11 @@ class TestFiles:
             )
 
     def test_no_files(self, tmp_path: Path) -> None:
-        with refused("requests: no file is called", "nothing-*.csv"):
+        with refused("requests: no file matches", "nothing-*.csv"):
             prepare(described(tmp_path, files=str(tmp_path / "nothing-*.csv")), tmp_path / "log")
 
     def test_unknown_column(self, tmp_path: Path) -> None:
-        with refused("does not fit its files", "klicked"):
+        with refused("does not match its files", "klicked"):
             prepare(described(tmp_path, labels={"click": "klicked"}), tmp_path / "log")
         assert [f.name for f in tmp_path.iterdir()] == ["shown.csv"]  # no draft is left
 
@@ -348,9 +348,9 @@ BAD = {
     "item is empty": "ann,,2024-05-01 10:00:00,a,1,1",
     "time is empty": "ann,tea,,a,1,1",
     "time cannot be read": "ann,tea,yesterday,a,1,1",
-    "time is not of 1971 to 2200": "ann,tea,1970-01-20 10:00:00,a,1,1",
+    "time is not in 1971 to 2200": "ann,tea,1970-01-20 10:00:00,a,1,1",
     "label click is not 0 or 1": "ann,tea,2024-05-01 10:00:00,a,2,1",
-    "price is not a number, or not finite": "ann,tea,2024-05-01 10:00:00,a,1,cheap",
+    "price is not a finite number": "ann,tea,2024-05-01 10:00:00,a,1,cheap",
     "line cannot be read": "ann,tea",
 }
 
@@ -375,7 +375,7 @@ class TestRefusedRows:
 
     def test_a_condition_that_cannot_be_told(self, tmp_path: Path) -> None:
         schema = described(tmp_path, SHOWN + "ann,tea,2024-05-01 10:00:00,a,yes,1\n")
-        with refused("events: 1 of", "`where` cannot be told"):
+        with refused("events: 1 of", "`where` is neither true nor false"):
             prepare(schema, tmp_path / "log")
 
 
@@ -492,8 +492,8 @@ class TestSchemaFile:
 
     @pytest.mark.parametrize(
         ("change", "words"),
-        [("{", ["schema.json", "not readable as JSON"]),
-         ({"event": {}}, ["the schema must be an object with ['events', 'requests', 'splits']"]),
+        [("{", ["schema.json", "cannot be read as JSON"]),
+         ({"event": {}}, ["the schema must be an object with the keys ['events', 'requests', 'splits']"]),
          ({"events": {"files": "x"}}, ["events must be", "['files', 'user', 'item']", "'time'"]),
          ({"users": {**SCHEMA["events"]}}, ["users must be", "features"])],
         ids=["no JSON", "key", "missing", "users"],

@@ -217,11 +217,11 @@ class TestJoins:
     @pytest.mark.parametrize(
         ("file", "change", "words"),
         [
-            ("users.csv", {"users": USERS}, ["users: no user", "'10'", "'10.0'"]),
+            ("users.csv", {"users": USERS}, ["users: none of them", "'10'", "'10.0'"]),
             ("buys.csv", {"requests": {"labels": {"buy": BUYS}}},
              ["requests.labels.buy", "none of its 180 rows", "0 have a user", "'10.0'", "'10'"]),
             ("other.csv", {"events": {"files": "other.csv"}},
-             ["no user of theirs has an event", "'10.0'"]),
+             ["none of their users has an event", "'10.0'"]),
         ],
     )  # fmt: skip
     def test_of_users_written_otherwise(
@@ -235,9 +235,11 @@ class TestJoins:
             prepared(tmp_path, **change)
 
     def test_of_items_written_otherwise(self, tmp_path: Path) -> None:
-        with refused("no candidate", "'0'", "'i0'", "describe `items`"):
+        with refused("none of their candidates", "'0'", "'i0'", "add `items`"):
             prepared(tmp_path, events={"item": "'i' || i"})
-        with refused("requests.labels.buy", "180 have a user", "0 that user's candidate", "'i0'"):
+        with refused(
+            "requests.labels.buy", "180 have a user", "0 an item that is this user's candidate", "'i0'"
+        ):
             prepared(tmp_path, requests={"labels": {"buy": {**BUYS, "item": "'i' || i"}}})
         # whose items are described may have others in the histories than are ranked
         (tmp_path / "items.csv").write_text("i,kind\n0,a\n1,b\n2,a\ni0,a\ni1,b\ni2,c\n")
@@ -246,11 +248,13 @@ class TestJoins:
 
     def test_of_labels_in_another_time_zone(self, tmp_path: Path) -> None:
         label = {**BUYS, "time": "t || '+08'"}
-        with refused("180 that user's candidate, none within 60 seconds", "time zone"):
+        with refused(
+            "180 an item that is this user's candidate, and none is within 60 seconds", "time zone"
+        ):
             prepared(tmp_path, requests={"labels": {"buy": label}})
 
     def test_with_nothing(self, tmp_path: Path) -> None:
-        with refused("no user of theirs has an event", "none, since it has no rows"):
+        with refused("none of their users has an event", "nothing, since there are no rows"):
             prepared(tmp_path, events={"where": "c = 7"})
 
 
@@ -329,7 +333,7 @@ class TestTimes:
         assert told["requests"]["train"]["events_at_the_time_of_a_request"] == 60
         assert [w.split(":")[0] for w in told["warnings"]] == ["events", "requests"]
         assert "100.0% of the times are midnight" in told["warnings"][0]
-        assert "60 events are of the day of a request" in told["warnings"][0]
+        assert "60 events are on the day of a request" in told["warnings"][0]
 
     @pytest.mark.parametrize("there", ["s", "ms", "us", "ns"])
     @pytest.mark.parametrize("unit", ["s", "ms", "us", None])
@@ -362,8 +366,8 @@ class TestDoubledRows:
         }
         assert told["requests"]["train"]["candidates_given_again"] == 3
         assert told["warnings"] == [
-            "events: 2 of 63 rows equal one before them; each counts",
-            "requests: 2 of 183 rows equal one before them; each counts",
+            "events: 2 of 63 rows equal an earlier row; all of them are used",
+            "requests: 2 of 183 rows equal an earlier row; all of them are used",
         ]
         assert len(log.events["item"]) == 63  # counted, not dropped
 
@@ -415,7 +419,7 @@ class TestUserIds:
         schema = LogSchema(item_features={"item": 9})
         days = pd.date_range("2024-01-01", periods=4)
         events = pd.DataFrame({"user": users, "item": [1, 2, 3, 4], "time": days})
-        with refused("events", "integer" if events["user"].dtype == float else "beyond an int64"):
+        with refused("events", "integer" if events["user"].dtype == float else "fit an int64"):
             EventLog.from_pandas(tmp_path / "log", events, schema)
 
     def test_of_any_spread(self, tmp_path: Path) -> None:

@@ -229,19 +229,19 @@ def _set(table: str, column: str, row: int, value: Any) -> Callable[[dict], None
 
 
 BAD = {
-    "text is a vector of another length than 2": _set("items", "text", 1, [1.0, 2.0, 3.0]),
-    "text holds a number that is missing, NaN or infinite": _set(
-        "items", "text", 1, [1.0, float("inf")]
+    "text is a vector whose length is not 2, that of most items": _set(
+        "items", "text", 1, [1.0, 2.0, 3.0]
     ),
-    "picture is no row of its .npy, which has 3": _set("items", "row", 1, 3),
-    "price is negative, and in log_scaled": _set("items", "price", 1, -1.0),
-    "price is not a number, or not finite": _set("items", "price", 1, float("nan")),
-    "dwell is not a number, or not finite": _set("events", "dwell", 1, 1e300),
-    "weight is not a number from 0": _set("events", "weight", 1, -1.0),
+    "text has a missing, NaN or infinite number": _set("items", "text", 1, [1.0, float("inf")]),
+    "picture is not a row of its .npy file, which has 3": _set("items", "row", 1, 3),
+    "price is negative, but in log_scaled": _set("items", "price", 1, -1.0),
+    "price is not a finite number": _set("items", "price", 1, float("nan")),
+    "dwell is not a finite number": _set("events", "dwell", 1, 1e300),
+    "weight is not a finite number of at least 0": _set("events", "weight", 1, -1.0),
     "label watch is not a number": _set("shown", "watch", 2, None),
-    "bid is not a number, or not finite": _set("shown", "bid", 2, float("-inf")),
-    "interest holds an empty id": _set("shown", "interests", 2, ["hot", None]),
-    "colour holds an empty id": _set("items", "colours", 1, [None]),
+    "bid is not a finite number": _set("shown", "bid", 2, float("-inf")),
+    "interest has an empty id": _set("shown", "interests", 2, ["hot", None]),
+    "colour has an empty id": _set("items", "colours", 1, [None]),
 }
 
 
@@ -297,7 +297,7 @@ class TestBadInput:
             ({"requests": {"negatives": 2, "labels": {"click": "click"}, "candidate_dense": {}}},
              ["candidate_features", "['place']"]),
             ({"log_scaled": ["prices"]}, ["log_scaled", "'prices'"]),
-            ({"splits": {"test": {"users": 0.1}}}, ["splits.test", "splits are by time alone"]),
+            ({"splits": {"test": {"users": 0.1}}}, ["splits.test", "splits are only by time"]),
         ],
         ids=str,
     )  # fmt: skip

@@ -125,7 +125,7 @@ class TestLines:
     def test_of_other_columns_are_refused(self, tmp_path: Path) -> None:
         rows, source = read(write(tmp_path, "u,i\na,1\nb\nc,3,4\nd,4\n"))
         assert rows == [("a", "1"), ("d", "4")]
-        reason = "line cannot be read: 2 columns wanted, "
+        reason = "line cannot be read: expected 2 columns, "
         assert source.refused == {
             f"{reason}1 found": {"rows": 1, "examples": ["log.csv: b"]},
             f"{reason}3 found": {"rows": 1, "examples": ["log.csv: c,3,4"]},
@@ -399,9 +399,9 @@ class TestPlaces:
 
     def test_every_pattern_finds_something(self, tmp_path: Path) -> None:
         self.logs(tmp_path)
-        with refused("events: no file is called", "logs/b*.csv"):
+        with refused("events: no file matches", "logs/b*.csv"):
             read(f"{tmp_path}/logs/a.csv", f"{tmp_path}/logs/b*.csv")
-        with refused("events: `files` names none"):
+        with refused("events: `files` is empty"):
             read()
 
     def test_a_folder_is_no_file(self, tmp_path: Path) -> None:
@@ -478,5 +478,5 @@ class TestReaders:
 
 
 def test_read_header_names_its_section(tmp_path: Path) -> None:
-    with refused("items: no file is called"):
+    with refused("items: no file matches"):
         read_header("items", Table(files=str(tmp_path / "none.csv")))

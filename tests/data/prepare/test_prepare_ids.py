@@ -103,7 +103,7 @@ class TestEmptyTexts:
 
     def test_of_lists(self, tmp_path: Path) -> None:
         tags = [["a"], ["", "b"], []]
-        with refused("requests: 1 of 3", "tag holds an empty id"):
+        with refused("requests: 1 of 3", "tag has an empty id"):
             prepared(tmp_path, {"tags": tags}, requests={"context_lists": {"tag": "tags"}})
 
     def test_a_feature_is_unknown(self, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ class TestMissingColumns:
         ],
     )
     def test_are_none_of_ours(self, tmp_path: Path, change: dict[str, Any], column: str) -> None:
-        with refused("requests: the schema does not fit", "log.parquet", f'"{column}" not found'):
+        with refused("requests: the schema does not match", "log.parquet", f'"{column}" not found'):
             prepared(tmp_path, {}, requests=change)
 
 
@@ -148,7 +148,7 @@ def test_a_file_whose_name_is_a_pattern_is_read_as_itself(tmp_path: Path) -> Non
 
 
 def test_a_float_of_32_bits_is_no_time(tmp_path: Path) -> None:
-    with refused("events: 3 of 3", "time cannot be read as a number in s (a float of 32 bits is"):
+    with refused("events: 3 of 3", "time cannot be read as a number in s (a 32-bit float is"):
         prepared(tmp_path, {"t": pa.array([float(T)] * 3, pa.float32())})
     log = prepared(tmp_path, {"t": [T + 0.5, T + 1.0, T + 2.0]})
     assert log.events["time"].tolist()[0] == (10**6 * T + 500_000)
@@ -159,7 +159,7 @@ def test_a_row_of_an_npy_is_a_whole_number(tmp_path: Path) -> None:
     for rows in ([1.0, 1.6], ["1", "1.6"]):
         pq.write_table(pa.table({"i": [5, 6], "row": rows}), tmp_path / "items.parquet")
         items = {"files": "items.parquet", "item": "i", "vectors": {"v": {"npy": "v.npy", "row": "row"}}}
-        with refused("items: 1 of 2", "v is no row of a .npy", "1.6"):
+        with refused("items: 1 of 2", "v is not a row number", "1.6"):
             prepared(tmp_path, {}, items=items)
 
 

@@ -262,7 +262,9 @@ class TestJoinedLabels:
         assert [labels["tea"] for _, labels in requests_of(log, "train", "buy")] == [0, 1, 0]
         told = report(log)
         assert told["joins"]["label_buy"]["of_several_candidates"] == 1
-        assert any("label_buy: 1 of 1 rows may be of several candidates" in w for w in told["warnings"])
+        assert any(
+            "label_buy: 1 of 1 rows may belong to several candidates" in w for w in told["warnings"]
+        )
 
     def test_or_all(self, tmp_path: Path) -> None:
         (tmp_path / "shown.csv").write_text(SHOWN)

@@ -119,7 +119,10 @@ class TestNewIds:
         assert test["values"] == {
             "kind": 0.5, "tags": 0.25, "action": 0.5, "page": 1, "place": 1,
         }  # fmt: skip
-        assert any("66.7% of the candidates are items that are new" in w for w in told["warnings"])
+        assert any(
+            "66.7% of the candidates are items that are not in the training split" in w
+            for w in told["warnings"]
+        )
         assert told["vocabulary"]["item"] == {"ids": 7, "rows": 4}
 
     def test_min_count(self, tmp_path: Path) -> None:
@@ -204,7 +207,7 @@ class TestExtension:
 
     def test_what_cannot_be_extended(self, tmp_path: Path) -> None:
         old = prepare(load_schema(write(tmp_path)), tmp_path / "old")
-        with refused("ids of 'kind'", "has nothing of that name"):
+        with refused("ids of 'kind'", "which the schema does not name"):
             parts = {"items": {"files": "items.csv", "item": "item"}}
             prepare(load_schema(write(tmp_path, **parts)), tmp_path / "new", vocabulary=old.path)
         path = write(tmp_path)

@@ -338,7 +338,9 @@ def test_the_seed_decides_everything(tables, log: EventLog, tmp_path: Path) -> N
 
 
 def test_more_requests_than_there_are(tables, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="valid: 500 basket requests wanted, 20 to be had"):
+    with pytest.raises(
+        ValueError, match="valid: 500 basket requests were asked for, but only 20 can be drawn"
+    ):
         _Recipe(tables, CompleteJourneyConfig(train=4, valid=1000, test=4)).write(tmp_path / "log")
     assert list(tmp_path.iterdir()) == []
 

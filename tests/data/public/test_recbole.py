@@ -100,8 +100,8 @@ def test_every_column_that_a_header_types(tmp_path: Path) -> None:
     ("header", "message"),
     [("user_id:token\titem_id:token\ttimestamp:float", "no column rating or label"),
      ("user_id:token\titem_id:token\trating:float", "no column timestamp"),
-     ("user_id:token\titem_id:token\trating:int\ttimestamp:float", "'rating:int' must end in one of"),
-     (None, "there must be one .inter file")],
+     ("user_id:token\titem_id:token\trating:int\ttimestamp:float", "'rating:int' must end with a type, one of"),
+     (None, "expected exactly one .inter file")],
 )  # fmt: skip
 def test_what_is_missing_is_named(tmp_path: Path, header: str | None, message: str) -> None:
     if header:
@@ -113,5 +113,5 @@ def test_what_is_missing_is_named(tmp_path: Path, header: str | None, message: s
 def test_a_column_called_action_is_not_replaced(tmp_path: Path) -> None:
     header = "user_id:token\titem_id:token\trating:float\ttimestamp:float\taction:token\n"
     (tmp_path / "tiny.inter").write_text(header + "1\t2\t3\t881250000\tbuy\n")
-    with pytest.raises(LogError, match="'action:token' needs another name"):
+    with pytest.raises(LogError, match="'action:token' must be renamed"):
         recbole.schema_of(tmp_path)

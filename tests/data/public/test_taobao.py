@@ -81,15 +81,15 @@ def test_taobao(tmp_path: Path) -> None:
     assert refused["requests"]["refused"] == 2  # of those from December on
     assert refused["events"]["refused"] == 5
     ((why, told),) = refused["events"]["reasons"].items()
-    assert why == "time cannot be read as a number in s (a float of 32 bits is minutes off)"
-    assert "'time': -2134949234 is not of 25 November to 3 December 2017" in told["examples"][0]
+    assert why == "time cannot be read as a number in s (a 32-bit float is minutes off)"
+    assert "'time': -2134949234 is not from 25 November to 3 December 2017" in told["examples"][0]
 
 
 def test_many_strays(tmp_path: Path) -> None:
-    with pytest.raises(LogError, match=r"events: 20 of 1820 rows.*0 is not of 25 November"):
+    with pytest.raises(LogError, match=r"events: 20 of 1820 rows.*0 is not from 25 November"):
         taobao.prepare(write(tmp_path, list(range(20))), tmp_path / "log")
 
 
 def test_another_folder(tmp_path: Path) -> None:
-    with pytest.raises(LogError, match=r"no file is called .*UserBehavior\.csv"):
+    with pytest.raises(LogError, match=r"no file matches .*UserBehavior\.csv"):
         taobao.prepare(tmp_path, tmp_path / "log")
