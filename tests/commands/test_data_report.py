@@ -16,8 +16,8 @@ from ifa_torchrec.data import EventLog, LogError, RankingDataset
 def test_says_what_the_log_has(log: EventLog, tmp_path: Path) -> None:
     copy = tmp_path / "a <log>"
     shutil.copytree(log.path, copy)
-    told = {"warnings": ["2 > 1"], "refused": {"events": {"rows": 12345}}}
-    (copy / "report.json").write_text(json.dumps(told))
+    report = {"warnings": ["2 > 1"], "refused": {"events": {"rows": 12345}}}
+    (copy / "report.json").write_text(json.dumps(report))
     page = Report(copy).write()
     assert page == tmp_path / "a <log>.html"
     text = page.read_text()

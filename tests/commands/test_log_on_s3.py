@@ -91,8 +91,8 @@ def test_commands(uri: str, parts: EventLog, tmp_path: Path) -> None:
 
 def test_what_goes_wrong_is_told_by_its_name(parts: EventLog, options: str) -> None:
     def refused(uri: str, *words: str) -> None:
-        told = "".join(f"(?=.*{re.escape(word)})" for word in words)
-        with pytest.raises(LogError, match=told):
+        pattern = "".join(f"(?=.*{re.escape(word)})" for word in words)
+        with pytest.raises(LogError, match=pattern):
             EventLog(uri)
 
     refused(f"s3://nobodys/logs/may{options}", "s3://nobodys/logs/may", "no such bucket")

@@ -47,7 +47,7 @@ def rewrite(parquet: Path, change) -> None:
 
 
 def refused(*words: str):
-    """A LogError whose message holds all of the words."""
+    """Expect a LogError whose message contains all of the words."""
     return pytest.raises(LogError, match="".join(f"(?=.*{re.escape(word)})" for word in words))
 
 

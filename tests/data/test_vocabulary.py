@@ -21,7 +21,7 @@ SHOP = {"item": ["tea", "cup", "7"], "user": [70, -(2**63), 2**63 - 1]}
 
 
 def refused(*words: str):
-    """A LogError whose message holds all of the words."""
+    """Expect a LogError whose message contains all of the words."""
     return pytest.raises(LogError, match="".join(f"(?=.*{re.escape(word)})" for word in words))
 
 

@@ -1,4 +1,4 @@
-"""Every field of the log's schema from files: lists, numbers, vectors, weights, regressions."""
+"""Every field of the log's schema, from files: lists, numbers, vectors, weights, regressions."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write(
     change: Callable[[dict[str, dict[str, list[Any]]]], None] | None = None,
     **parts: Any,
 ) -> Path:
-    """Four tables in Parquet, with something of every kind; and their schema."""
+    """Four Parquet tables with every kind of field, and their schema."""
     tables = json.loads(json.dumps(TABLES))
     if change:
         change(tables)
@@ -55,7 +55,7 @@ def write(
         pq.write_table(pa.table(columns), folder / f"{name}.parquet")
     np.save(folder / "pictures.npy", np.arange(9, dtype=np.float16).reshape(3, 3))
     rows = {**ROWS, "unit": "s"}
-    year = f"{365 * 24 * 3600 * 40} + t"  # 2009, since times of 1970 are taken for a mistake
+    year = f"{365 * 24 * 3600 * 40} + t"  # 2009, since times in 1970 are refused as mistakes
     rows["time"] = year
     schema = {
         "events": {
@@ -96,7 +96,7 @@ def lists(columns: dict[str, np.ndarray], name: str) -> list[list[int]]:
 
 
 def refused(*words: str):
-    """A LogError whose message holds all of the words."""
+    """Expect a LogError whose message contains all of the words."""
     return pytest.raises(LogError, match="(?s)" + "".join(f"(?=.*{re.escape(word)})" for word in words))
 
 
@@ -104,7 +104,7 @@ def report(log: EventLog) -> dict[str, Any]:
     return json.loads((log.path / "report.json").read_text())
 
 
-def test_all_that_a_log_has(tmp_path: Path) -> None:
+def test_all_fields_of_a_log(tmp_path: Path) -> None:
     log = prepare(load_schema(write(tmp_path)), tmp_path / "log")
     schema, ids = log.schema, Vocabulary.load(log.path)
     assert schema.item_lists == {"genre": 3, "colour": 9} and schema.item_dense == ("price",)
@@ -140,7 +140,7 @@ def test_all_that_a_log_has(tmp_path: Path) -> None:
 
 
 def test_names_of_items_may_be_any(tmp_path: Path) -> None:
-    """They are columns of the files that prepare makes on its way, too."""
+    """Such names are also columns of intermediate files."""
 
     def named(tables: dict[str, dict[str, list[Any]]]) -> None:
         tables["items"] |= {"kind": ["drink", "ware", "ware"], "n": [1, 2, 2]}
@@ -248,22 +248,24 @@ BAD = {
 class TestBadInput:
     @pytest.mark.parametrize("why", BAD)
     def test_is_named(self, tmp_path: Path, why: str) -> None:
-        """By file, row and what stands there; and counted, where some may be refused."""
+        """The error names file, row and value; the row is counted if some may be refused."""
         schema = load_schema(write(tmp_path, BAD[why]))
         vector = why.startswith(("text is", "picture"))
         with refused("1 of 3", why, "cup", "max_refused", *([] if vector else [".parquet", "'_row'"])):
             prepare(schema, tmp_path / "log")
         log = prepare(schema, tmp_path / "allowed", max_refused=0.4)
-        (told,) = (t for t in report(log)["refused"].values() if t["refused"])
-        assert (told["rows"], told["refused"]) == (3, 1) and next(iter(told["reasons"])).startswith(why)
+        (figures,) = (t for t in report(log)["refused"].values() if t["refused"])
+        assert (figures["rows"], figures["refused"]) == (3, 1) and next(
+            iter(figures["reasons"])
+        ).startswith(why)
 
-    def test_a_text_that_is_no_list(self, tmp_path: Path) -> None:
+    def test_a_text_that_is_not_a_list(self, tmp_path: Path) -> None:
         path = write(tmp_path, items={"lists": {"genre": "genres"}})
         with refused("genre is not a list", "`delimiter`"):
             prepare(load_schema(path), tmp_path / "log")
 
     @pytest.mark.parametrize("kind", ["parquet", "feather"])
-    def test_a_column_typed_otherwise_in_the_second_file(self, tmp_path: Path, kind: str) -> None:
+    def test_a_column_with_another_type_in_the_second_file(self, tmp_path: Path, kind: str) -> None:
         path = write(tmp_path)
         path.write_text(path.read_text().replace("events.parquet", f"events-*.{kind}"))
         for number, i in enumerate([["tea", "cup", "tea"], [1, 2, 3]]):
