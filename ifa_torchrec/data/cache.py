@@ -35,10 +35,10 @@ class Held:
 
     Args:
         path: the file or folder.
-        alone: take it exclusively.
+        exclusive: fail if it is in use.
 
     Raises:
-        BlockingIOError: ``alone``, and another process uses it.
+        BlockingIOError: ``exclusive``, and another process uses it.
         OSError: it does not exist.
 
     Example:
@@ -51,11 +51,11 @@ class Held:
         (None, None)
     """
 
-    def __init__(self, path: Path, alone: bool = False) -> None:
+    def __init__(self, path: Path, exclusive: bool = False) -> None:
         file = os.open(path, os.O_RDONLY)
         self.close = weakref.finalize(self, os.close, file)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
         except OSError:
             self.close()
             raise
@@ -196,7 +196,7 @@ def drop(path: Path) -> int:
         (0, False)
     """
     try:
-        held = Held(path, alone=True)
+        held = Held(path, exclusive=True)
     except OSError:
         return 0
     size = _size(path)

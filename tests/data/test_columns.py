@@ -1,4 +1,4 @@
-"""What lists, vectors, numbers and event features must be: what is wrong is named with its remedy."""
+"""Checks of lists, vectors, numbers and event features: errors name the problem and the fix."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class TestRoundTrip:
         assert EventLog(log.path).schema == RICH_SCHEMA
         assert EventLog(log.path).scales == log.scales
 
-    def test_one_number_of_another_is_another_log(self, log: EventLog, tmp_path: Path) -> None:
+    def test_one_other_number_makes_another_log(self, log: EventLog, tmp_path: Path) -> None:
         other = make_rich()
         other.events.loc[3, "dwell"] = 1e6
         assert other.write(tmp_path / "log").fingerprint() != log.fingerprint()
@@ -112,33 +112,33 @@ def test_lists_of_every_type(lists: pa.Array) -> None:
 
 
 def change(table: str, column: str, row: int, value) -> Callable[[Toy], None]:
-    """Put a value, or what a function makes of the value that is there, into a row."""
+    """Set a row to a value, or to a function of its present value."""
 
-    def spoil(toy: Toy) -> None:
+    def damage(toy: Toy) -> None:
         frame = toy.requests["valid"] if table == VALID else getattr(toy, table)
         values = frame[column].astype(object).tolist()
         values[row] = value(values[row]) if callable(value) else value
         frame[column] = pd.Series(values, frame.index).infer_objects()
 
-    return spoil
+    return damage
 
 
 def make(table: str, column: str, value: Callable) -> Callable[[Toy], None]:
-    """Put what a function makes of a column in its place; None drops it."""
+    """Replace a column by a function of it; None drops it."""
 
-    def spoil(toy: Toy) -> None:
+    def damage(toy: Toy) -> None:
         frame = toy.requests["valid"] if table == VALID else getattr(toy, table)
         frame[column] = value(frame[column])
 
-    return spoil
+    return damage
 
 
 def without(table: str, column: str) -> Callable[[Toy], None]:
-    def spoil(toy: Toy) -> None:
+    def damage(toy: Toy) -> None:
         frame = toy.requests["valid"] if table == VALID else getattr(toy, table)
         del frame[column]
 
-    return spoil
+    return damage
 
 
 def at(row: int, table: str, column: str) -> tuple[str, ...]:
@@ -275,9 +275,9 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named_and_leaves_nothing_behind(case: str, tmp_path: Path) -> None:
-    spoil, words = BAD[case]
+    damage, words = BAD[case]
     rich = make_rich()
-    spoil(rich)
+    damage(rich)
     with refused(*words):
         rich.write(tmp_path / "log")
     assert list(tmp_path.iterdir()) == []
@@ -294,7 +294,7 @@ def test_columns_that_the_schema_does_not_name(table: str, tmp_path: Path) -> No
 
 
 def published(rich: Toy, path: Path, tables: dict[str, pa.Table]) -> EventLog:
-    """A log whose tables are given as other programs may write them."""
+    """A log whose tables are written as another program might."""
     frames = {"events": rich.events.sort_values(["user", "time"], kind="stable"), "items": rich.items}
     with drafting(path) as draft:
         for name, frame in frames.items():
@@ -346,7 +346,7 @@ class TestScales:
             assert scale.deviation == pytest.approx(np.nanstd(numbers), rel=1e-5), name
             assert scale.log == (name in RICH_SCHEMA.log_scaled)
 
-    def test_of_all_there_is_without_one(self, tmp_path: Path) -> None:
+    def test_of_all_splits_without_a_training_split(self, tmp_path: Path) -> None:
         toy = make_toy()
         del toy.requests["train"]
         hours = pd.concat([frame["hour"] for frame in toy.requests.values()])
@@ -358,7 +358,7 @@ class TestScales:
     @pytest.mark.parametrize(
         ("numbers", "mean"), [([0.1] * 1000, 0.1), ([np.nan] * 3, 0.0), ([1.7e9] * 7, 1.7e9)], ids=str
     )
-    def test_numbers_that_are_all_alike(self, tmp_path: Path, numbers: list, mean: float) -> None:
+    def test_numbers_that_are_all_equal(self, tmp_path: Path, numbers: list, mean: float) -> None:
         events = pd.DataFrame({"user": 1, "item": 1, "time": pd.Timestamp(2024, 1, 1), "dwell": numbers})
         schema = LogSchema(item_features={"item": 2}, event_dense=("dwell",))
         scale = EventLog.from_pandas(tmp_path / "log", events, schema).scales["dwell"]
@@ -398,6 +398,6 @@ class TestScales:
     ],
     ids=str,
 )
-def test_names_that_cannot_work_are_refused(changes: dict) -> None:
+def test_invalid_names_are_refused(changes: dict) -> None:
     with pytest.raises(LogError, match="schema: "):
         LogSchema(**({"item_features": {"item": 3}} | changes))

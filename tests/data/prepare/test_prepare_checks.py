@@ -276,7 +276,7 @@ class TestLeaks:
         ("clock", "shortest"),
         [("09:59:59.5", "second"), ("09:59:58", "minute"), ("09:55:00", "hour"), ("02:00:00", "day"),
          ("00:00:00", "day")],
-        ids=["half a second", "2 seconds", "5 minutes", "another zone", "dates alone"],
+        ids=["half a second", "2 seconds", "5 minutes", "another zone", "only dates"],
     )  # fmt: skip
     def test_whatever_the_clock(self, tmp_path: Path, clock: str, shortest: str) -> None:
         report = from_events(tmp_path, lambda day, item: f"2024-05-{day:02d} {clock}")
