@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from ifa_torchrec.data.event_log import EventLog
 
 AT_ONCE = 1 << 20
 """The number of requests whose histories are looked up together, which bounds the memory. A split with
 no more requests is looked up once."""
-
-
-class FindsHistories(Protocol):
-    """What an EventLog can do: say which rows are a user's events before a time."""
-
-    def history_range(self, user: np.ndarray, time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See ``EventLog.history_range``."""
-        ...
 
 
 class Histories:
@@ -44,7 +39,7 @@ class Histories:
 
     def __init__(
         self,
-        log: FindsHistories,
+        log: EventLog,
         users: np.ndarray,
         times: np.ndarray,
         most: int | None = None,

@@ -72,7 +72,7 @@ class BatchLoader:
 
     def __iter__(self) -> Generator[RankingBatch]:
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        makers = ThreadPoolExecutor(THREADS, "batches", _use, (device,))
+        makers = ThreadPoolExecutor(THREADS, "batches", _set_device, (device,))
         lists, numbers = _InTurn(self._sampler), count()
 
         def begin() -> Future[RankingBatch | None]:
@@ -118,7 +118,7 @@ class _InTurn:
             return next(self._lists, None)
 
 
-def _use(device: int | None) -> None:
+def _set_device(device: int | None) -> None:
     """Make a new thread page-lock memory for this process's GPU; by default it uses the first."""
     if device is not None:
         torch.cuda.set_device(device)
