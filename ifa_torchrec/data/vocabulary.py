@@ -346,11 +346,10 @@ class Vocabulary:
             raise
         except FileNotFoundError as error:
             raise LogError(
-                f"{folder}: the vocabulary's file {error.filename} is missing; restore it, or write the "
-                "log again"
+                f"{folder}: no vocabulary ({error.filename} is missing); restore it, or write it again"
             ) from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
-            raise LogError(f"{file}: not a valid vocabulary ({error}); write the log again") from error
+            raise LogError(f"{file}: not a valid vocabulary ({error}); write it again") from error
         return Vocabulary(ids)
 
 
