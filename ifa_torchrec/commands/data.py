@@ -58,11 +58,9 @@ class Prepare(Source):
     vocabulary: str | Path | None = None
     """A log, or a run, whose vocabulary to extend: the ids that it has keep their rows."""
     parts: int = 1
-    """The number of files for the events, and for the requests of each split; split by a hash of the
-    user."""
+    """The number of parts into which the events and requests are split, by a hash of the user."""
     engine: Literal["duckdb", "spark"] = "duckdb"
-    """Where to run: `duckdb` on this machine, or `spark` in a Spark session (needs the extra
-    `spark`)."""
+    """Run on this machine (duckdb), or in a Spark session (spark; needs the extra `spark`)."""
 
     def write(self) -> EventLog:
         """See Source."""

@@ -2,9 +2,8 @@
 
 Every row of the logs is a video that was shown, so all candidates are exposed. We construct the
 requests: the videos shown to a user in one tab, at most a minute apart. Labels are seven kinds of
-feedback, and
-`play_seconds`, a regression. Events are all videos that were shown, skipped or not: each kind of
-feedback is an event feature, and `played` is the time played in seconds. Both logs are read, the
+feedback, and `play_seconds`, a regression. Events are all videos that were shown, skipped or not: each
+kind of feedback is an event feature, and `played` is the time played in seconds. Both logs are read, the
 standard log and that of videos shown at random.
 
 Context features are the tab and the user's features; a video's features are its author, type, upload
