@@ -145,27 +145,27 @@ def publish_folder(draft: Path, path: str | Path) -> None:
 
 
 @contextmanager
-def recording(path: Path, file: str, asked: Mapping[str, Any]) -> Generator[Path]:
-    """A folder to write a log in; it appears as ``path``, with a file that records ``asked``.
+def recording(path: Path, file: str, options: Mapping[str, Any]) -> Generator[Path]:
+    """A folder to write a log in; it appears as ``path``, with a file that records ``options``.
 
     Example:
         >>> import tempfile
         >>> from pathlib import Path
         >>> from ifa_torchrec.data.writing import recording
         >>> path = Path(tempfile.mkdtemp()) / "log"
-        >>> with recording(path, "asked.json", {"seed": 1}) as draft:
+        >>> with recording(path, "options.json", {"seed": 1}) as draft:
         ...     draft.mkdir()
-        >>> (path / "asked.json").read_text()
+        >>> (path / "options.json").read_text()
         '{"seed": 1}'
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with draft_beside(path) as draft:
         yield draft / path.name
-        (draft / path.name / file).write_text(json.dumps(asked))
+        (draft / path.name / file).write_text(json.dumps(options))
         publish_folder(draft / path.name, path)
 
 
-def check_recorded(path: Path, file: str, asked: Mapping[str, Any]) -> None:
+def check_recorded(path: Path, file: str, options: Mapping[str, Any]) -> None:
     """Raise if a log was written with other options; a log without a record is accepted.
 
     Raises:
@@ -175,14 +175,14 @@ def check_recorded(path: Path, file: str, asked: Mapping[str, Any]) -> None:
         >>> import tempfile
         >>> from pathlib import Path
         >>> from ifa_torchrec.data.writing import check_recorded
-        >>> check_recorded(Path(tempfile.mkdtemp()), "asked.json", {"seed": 1})
+        >>> check_recorded(Path(tempfile.mkdtemp()), "options.json", {"seed": 1})
     """
     if not (path / file).exists():
         return
     there = json.loads((path / file).read_text())
     other = [
         f"{name} {there[name]!r}, not {value!r}"
-        for name, value in json.loads(json.dumps(asked)).items()
+        for name, value in json.loads(json.dumps(options)).items()
         if name in there and there[name] != value
     ]
     if other:
