@@ -222,7 +222,7 @@ def test_a_log_with_another_config_is_refused(tmp_path: Path) -> None:
     small = replace(CONFIG, train=20, test=10)
     prepare(tmp_path / "log", small)
     assert prepare(tmp_path / "log", small).splits == prepare(tmp_path / "log").splits
-    with pytest.raises(ConfigError, match=r"log is a log of train 20, not 30, seed .*; delete it"):
+    with pytest.raises(ConfigError, match=r"log was written with train 20, not 30, seed .*; delete it"):
         prepare(tmp_path / "log", replace(small, train=30, seed=small.seed + 1))
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
     (tmp_path / "log" / "synthetic.json").unlink()  # like older logs, which have no record
