@@ -162,7 +162,7 @@ BAD = {
     "a negative genre": (change("items", "genre", 5, [-1]), (*at(5, "items", "genre"), "id -1")),
     "genres null": (
         change("items", "genre", 5, None),
-        (*at(5, "items", "genre"), "null", "an empty one"),
+        (*at(5, "items", "genre"), "null", "put a list"),
     ),
     "a genre null": (
         change("items", "genre", 5, [1, None]),
@@ -174,7 +174,7 @@ BAD = {
     ),
     "genres no lists": (
         make("items", "genre", lambda c: c.map(len)),
-        ("items", "'genre'", "int64", "a list a row"),
+        ("items", "'genre'", "int64", "one list per row"),
     ),
     "genres of lists": (
         make("items", "genre", lambda c: c.map(lambda ids: [ids])),
@@ -182,7 +182,7 @@ BAD = {
     ),
     "a vector too short": (
         change("items", "text", 7, [1.0, 2.0]),
-        (*at(7, "items", "text"), "2 numbers", "3", "as long"),
+        (*at(7, "items", "text"), "2 numbers", "3", "that length"),
     ),
     "a vector too long": (
         change("items", "image", 7, [1.0, 2.0, 3.0]),
@@ -191,7 +191,7 @@ BAD = {
     "vectors null": (change("items", "text", 7, None), (*at(7, "items", "text"), "null")),
     "a vector with a NaN": (
         change("items", "text", 7, [1.0, float("nan"), 2.0]),
-        (*at(7, "items", "text"), "value 1 of the list", "null", "missing"),
+        (*at(7, "items", "text"), "value 1 of the list", "null", "may not be null"),
     ),
     "a vector with an infinity": (
         change("items", "text", 7, [1.0, 2.0, np.inf]),
@@ -227,7 +227,7 @@ BAD = {
     ),
     "a regression label missing": (
         change(VALID, "watch", 2, lambda v: [np.nan, *v[1:]]),
-        (*at(2, VALID, "watch"), "value 0 of the list", "null", "missing"),
+        (*at(2, VALID, "watch"), "value 0 of the list", "null", "may not be null"),
     ),
     "a regression label infinite": (
         change(VALID, "watch", 2, lambda v: [np.inf, *v[1:]]),
@@ -239,7 +239,7 @@ BAD = {
     ),
     "a weight missing": (
         change("events", "importance", 9, np.nan),
-        ("events", "'importance'", "null", "missing"),
+        ("events", "'importance'", "null", "may not be null"),
     ),
     "an infinite weight": (change("events", "importance", 9, np.inf), ("events", "'importance'")),
     "an interest outside its table": (
@@ -252,7 +252,7 @@ BAD = {
     ),
     "one place too few": (
         change(VALID, "place", 3, lambda v: v[1:]),
-        (*at(3, VALID, "place"), "as long"),
+        (*at(3, VALID, "place"), "equal length"),
     ),
     "an item that is not described": (
         change("events", "item", 3, NUM_ITEMS),

@@ -268,15 +268,15 @@ BAD = {
             _set("requests", column, _at(5, lambda v: v[:0]))(toy)
             for column in ("candidates", "exposed", "label", "price", "source")
         ],
-        (VALID, "row 5", "empty", "leave"),
+        (VALID, "row 5", "empty", "drop"),
     ),
     "one label too few": (
         _set("requests", "label", _at(3, lambda v: v[1:])),
-        (VALID, "row 3", "'label'", "as long"),
+        (VALID, "row 3", "'label'", "equal length"),
     ),
     "one price too many in the last row": (
         _set("requests", "price", _at(11, lambda v: [*v, 0.0])),
-        (VALID, "row 11", "'price'", "as long"),
+        (VALID, "row 11", "'price'", "equal length"),
     ),
     "dense infinite": (_set("requests", "season", _at(7, np.inf)), (VALID, "'season'", "7", "finite")),
     "price infinite": (
@@ -285,7 +285,7 @@ BAD = {
     ),
     "label NaN": (
         _set("requests", "label", _at(2, _first(float("nan")))),
-        (VALID, "'label'", "row 2", "value 0", "null", "missing"),
+        (VALID, "'label'", "row 2", "value 0", "null", "may not be null"),
     ),
     "label 2": (
         _set("requests", "label", _at(6, _first(2.0))),
@@ -346,7 +346,7 @@ class TestDamagedFolder:
 
     def test_incomplete(self, folder: Path) -> None:
         (folder / "schema.json").unlink()
-        with refused(str(folder), "schema.json", "write it again"):
+        with refused(str(folder), "schema.json", "write the log again"):
             EventLog(folder)
 
     def test_schema_cut_short(self, folder: Path) -> None:
@@ -364,7 +364,7 @@ class TestDamagedFolder:
     @pytest.mark.parametrize("name", ["events", "items", "requests/valid"])
     def test_missing_file(self, folder: Path, name: str) -> None:
         (folder / f"{name}.parquet").unlink()
-        with refused(f"{name}.parquet", "missing", "write it again"):
+        with refused(f"{name}.parquet", "missing", "write the log again"):
             EventLog(folder).requests("valid")
 
     @pytest.mark.parametrize(
@@ -542,7 +542,7 @@ class TestColumns:
 class TestWriting:
     def test_a_folder_that_cannot_be_written(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
-        with refused(str(tmp_path / "file" / "log"), "cannot be written", "another folder"):
+        with refused(str(tmp_path / "file" / "log"), "cannot write a log there", "another folder"):
             make_toy().write(tmp_path / "file" / "log")
 
     def test_a_full_disk(self, tmp_path: Path) -> None:
@@ -569,9 +569,9 @@ class TestHeader:
         [
             ({"schema": {"item_features": {"item": 40}, "colour": 1}}, ["colour", "item_features"]),
             ({"schema": {"tasks": ["label"]}}, ["item_features is empty"]),
-            ({"schema": {"item_features": {"item": "40"}}}, ["'item'", "'40'", "number"]),
-            ({"schema": None}, ["no schema"]),
-            ({"rows": {"items": 40}}, ["rows of events"]),
+            ({"schema": {"item_features": {"item": "40"}}}, ["'item'", "'40'", "integer"]),
+            ({"schema": None}, ["the schema"]),
+            ({"rows": {"items": 40}}, ["row counts of events"]),
             ({"rows": {"events": "195", "items": 40}}, ["events", "'195'"]),
             ({"rows": {"events": 195, "items": 40, "requests/../x": 1}}, ["split '../x'"]),
         ],

@@ -177,7 +177,7 @@ def _manifest(change):
     ("damage", "words"),
     [
         (lambda f: (f / "events/part-00002.parquet").unlink(), ["events/part-00002", "missing"]),
-        (_swap, ["events/part-00000.parquet", "it is part 1", "copy that back"]),
+        (_swap, ["events/part-00000.parquet", "it is part 1", "restore that part"]),
         (_change_a_value, ["requests/train/part-00001", "SHA-256"]),
         (_manifest(lambda h: h["parts"].pop("requests/valid")), ["schema.json", "requests/valid"]),
         (_manifest(lambda h: h["parts"]["events"].pop()), ["schema.json", "rows"]),

@@ -102,7 +102,7 @@ def test_parts_are_deleted_when_space_is_needed_and_columns_in_use_stay(
     assert not parquet_in(cache)
     assert again.fingerprint() == log.fingerprint()
     monkeypatch.setenv("IFA_LOG_CACHE_GB", str((size - of_parts - 1) / 1e9))
-    with refused("bytes are in use", "give more in IFA_LOG_CACHE_GB"):
+    with refused("bytes are in use", "raise IFA_LOG_CACHE_GB"):
         opened(folder)
     del log, again
     monkeypatch.setenv("IFA_LOG_CACHE_GB", "1e-6")
@@ -146,7 +146,7 @@ def _change_a_value(folder: Path) -> None:
     [
         (lambda f: (f / "events/part-00002.parquet").unlink(), ["events/part-00002", "missing"]),
         (_change_a_value, ["requests/train/part-00001.parquet", "SHA-256", "restore that part"]),
-        (lambda f: (f / "schema.json").unlink(), ["no schema.json", "schema.json last"]),
+        (lambda f: (f / "schema.json").unlink(), ["schema.json is missing", "schema.json last"]),
         (lambda f: (f / "items.parquet").unlink(), ["items.parquet", "missing"]),
         (shutil.rmtree, ["no such log, folder or file"]),
     ],

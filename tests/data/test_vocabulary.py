@@ -203,7 +203,7 @@ class TestOfALog:
         with refused(str(log.path), "no vocabulary"):
             EventLog(log.path).fingerprint()
         Vocabulary.numbered(RICH_SCHEMA, items=41).save(log.path)
-        with refused(str(log.path), "not the one", "copy that back"):
+        with refused(str(log.path), "not the one", "restore that one"):
             EventLog(log.path).fingerprint()
         assert log.fingerprint() == before
 
@@ -211,7 +211,7 @@ class TestOfALog:
         ("rows", "words"),
         [
             ({"item": 39}, ["'item'", "39 rows", "40 items"]),
-            ({"genre": 7}, ["'genre'", "7 rows", "in the schema 6", "enlarge"]),
+            ({"genre": 7}, ["'genre'", "7 rows", "in the schema has 6", "enlarge"]),
         ],
         ids=str,
     )
@@ -339,7 +339,7 @@ class TestExternalIds:
             ("events", {"action": [1.5, 2.0, 2.0]}, ["events", "row 0", "'action'", "1.5", "Int64"]),
             ("items", {"item": ["jug", "mug", "tea"]}, ["items", "row 1", "'item'", "extended"]),
             ("items", {"item": ["jug", "tea", "tea"]}, ["items", "row 2", "'item'", "same item"]),
-            ("items", {"genre": ["hot"] * 3}, ["items", "row 0", "'genre'", "must be a list"]),
+            ("items", {"genre": ["hot"] * 3}, ["items", "row 0", "'genre'", "expected a list"]),
             (
                 "test",
                 {"candidates": [["tea"], None]},

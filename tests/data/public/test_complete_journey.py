@@ -352,5 +352,7 @@ def test_prepare_opens_an_existing_log(log: EventLog) -> None:
 def test_a_log_with_another_config_is_refused(tmp_path: Path) -> None:
     asked = {"train": 20, "valid": 5, "test": 5, "seed": 0}
     (tmp_path / "complete_journey.json").write_text(json.dumps(asked))
-    with pytest.raises(ConfigError, match=r"was written with train 20, not 30, seed 0, not 1; delete it"):
+    with pytest.raises(
+        ConfigError, match=r"was written with train 20, not 30, seed 0, not 1; delete it"
+    ):
         complete_journey.prepare(tmp_path, CompleteJourneyConfig(train=30, valid=5, test=5, seed=1))
