@@ -211,7 +211,7 @@ class TestNegatives:
 
     @pytest.mark.parametrize("negatives", [-1, 1.5, "2"])
     def test_are_a_whole_number(self, tmp_path: Path, negatives) -> None:
-        with refused("negatives", "whole number", repr(negatives)):
+        with refused("negatives", "an integer", repr(negatives)):
             described(tmp_path, negatives=negatives)
 
     def test_have_no_numbers_of_their_own(self, tmp_path: Path) -> None:
@@ -389,7 +389,7 @@ class TestSplits:
         ("splits", "words"),
         [({"valid": "2024-06-01"}, ["'valid' has no requests", "2024-05-03"]),
          ({"valid": "2024-05-03", "test": "2024-05-02"}, ["'valid' has no requests", "in order"]),
-         ({"valid": "May"}, ["'valid'", "'May'", "no timestamp"]),
+         ({"valid": "May"}, ["'valid'", "'May'", "not a timestamp"]),
          ({"train": 0.5}, ["'train'", "leave it out"])],
     )  # fmt: skip
     def test_invalid_splits(self, tmp_path: Path, splits: dict, words: list[str]) -> None:

@@ -129,13 +129,13 @@ class TestValuesOfTheSchema:
             prepare(load_schema(write(tmp_path)), tmp_path / "log", max_refused=max_refused)
 
     def test_memory(self, tmp_path: Path) -> None:
-        with refused("memory='much'", "4GB"):
+        with refused("memory must be a size", "'4GB'", "'much'"):
             prepare(load_schema(write(tmp_path)), tmp_path / "log", memory="much")
 
     def test_a_key_given_twice(self, tmp_path: Path) -> None:
         path = write(tmp_path)
         path.write_text(path.read_text().replace('"splits"', '"splits": {}, "splits"'))
-        with refused("schema.json", "given twice", "splits"):
+        with refused("schema.json", "duplicate key", "splits"):
             load_schema(path)
 
 

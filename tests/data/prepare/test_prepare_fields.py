@@ -204,9 +204,9 @@ class TestVectors:
         ("array", "words"),
         [
             (None, ["gone.npy", "cannot be read"]),
-            (np.zeros((4, 3)), ["gone.npy has 4 rows", "items' table 3", "`row`"]),
+            (np.zeros((4, 3)), ["gone.npy has 4 rows", "items' table has 3", "`row`"]),
             (np.zeros(3), ["gone.npy", "(3,)", "floats [rows, width]"]),
-            (np.zeros((3, 3), np.int64), ["int64", "must be floats"]),
+            (np.zeros((3, 3), np.int64), ["int64", "expected floats"]),
             (np.array([[0, 0], [0, np.inf], [0, 0]]), ["row 1, column 1 is inf"]),
             (np.array([[0, 0], [0, 0], [1e300, 0]]), ["row 2, column 0 is 1e+300"]),
             (np.array([[None, {}]] * 3), ["cannot be read"]),
@@ -276,7 +276,7 @@ class TestBadInput:
             pq.write_table(table, file) if kind == "parquet" else pyarrow.feather.write_feather(
                 table, file
             )
-        with refused("events: the column 'i' is int64", f"events-1.{kind}", "string in", "alike"):
+        with refused("events: the column 'i' is int64", f"events-1.{kind}", "string in", "use one type"):
             prepare(load_schema(path), tmp_path / "log")
 
     @pytest.mark.parametrize(

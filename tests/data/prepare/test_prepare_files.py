@@ -90,7 +90,7 @@ class TestHeader:
     @pytest.mark.parametrize(
         ("content", "words"),
         [("", ["is empty", "columns"]),
-         ('u,"i\na,b\n', ["no line of CSV"]),
+         ('u,"i\na,b\n', ["is not valid CSV"]),
          ('u,"i\na,b\na,b"\n', ["quote", "does not close there"]),
          ("u,\u4e2d\na,b\n".encode("gbk"), ["not utf-8", "encoding"])],
         ids=["empty", "open", "rows in a name", "gbk"],
@@ -287,7 +287,7 @@ class TestNulls:
 
     def test_are_only_for_csv(self, tmp_path: Path) -> None:
         pd.DataFrame({"u": ["None"]}).to_parquet(tmp_path / "log.parquet")
-        with refused("log.parquet is parquet", "`nulls` is of CSV"):
+        with refused("log.parquet is parquet", "`nulls` is only for CSV"):
             read(tmp_path / "log.parquet", nulls=["None"])
 
 
@@ -317,8 +317,8 @@ class TestKinds:
 
     @pytest.mark.parametrize(
         ("name", "content", "words"),
-        [("log.parquet", b"u,i\na,b\n", ["is called parquet and is none"]),
-         ("log.feather", b"", ["is called feather and is none"]),
+        [("log.parquet", b"u,i\na,b\n", ["is named like a parquet file"]),
+         ("log.feather", b"", ["is named like a feather file"]),
          ("log.parquet", b"PAR1 and no more", ["cannot be read"]),
          ("log.feather", b"ARROW1 and no more", ["cannot be read"]),
          ("log.csv.gz", gzip.compress(b"u,i\n" + bytes(range(256)) * 99)[:-9], ["cannot be read"]),
@@ -473,7 +473,7 @@ class TestReaders:
         folder = tmp_path / "archive [1]"
         for name in ("video_features_basic_1k.csv", "all_stage/1.feather"):
             write(folder, "not,theirs\n", name)
-        with refused("archive [1]" if reader is recflow else "does not fit", "not"):
+        with refused("archive [1]" if reader is recflow else "does not match", "not"):
             reader.prepare(folder, tmp_path / "log")
 
 

@@ -143,10 +143,10 @@ class TestMind:
         with refused("requests: 4 of 4", "`each` is not a list", "`delimiter`", "N1-0 N2-1"):
             prepare(load_schema(written(tmp_path, bad)), tmp_path / "log")
         bad = changed(MIND_SCHEMA, requests={"each": {"at": "impressions"}})
-        with refused("requests.each", "'at' already"):
+        with refused("requests.each", "already have a column 'at'"):
             prepare(load_schema(written(tmp_path, bad)), tmp_path / "log")
         bad = changed(MIND_SCHEMA, requests={"each": {"shown": {"column": "impressions", "hash": 9}}})
-        with refused("requests.each.shown", "no hash"):
+        with refused("requests.each.shown", "must not have a hash"):
             load_schema(written(tmp_path, bad))
 
 

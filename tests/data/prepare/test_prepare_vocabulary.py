@@ -216,7 +216,7 @@ class TestExtension:
         )
         with refused("'page'", "hashed to 9 rows", "listed", "same hash"):
             prepare(load_schema(path), tmp_path / "new", vocabulary=old.path)
-        with refused("elsewhere", "no schema.json"):
+        with refused("elsewhere", "schema.json is missing"):
             prepare(load_schema(write(tmp_path)), tmp_path / "new", vocabulary=tmp_path / "elsewhere")
 
     def test_integers_stay_integers(self, tmp_path: Path) -> None:
