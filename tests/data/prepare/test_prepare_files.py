@@ -127,8 +127,8 @@ class TestLines:
         assert rows == [("a", "1"), ("d", "4")]
         reason = "line cannot be read: expected 2 columns, "
         assert source.refused == {
-            f"{reason}1 found": {"rows": 1, "examples": ["log.csv: b"]},
-            f"{reason}3 found": {"rows": 1, "examples": ["log.csv: c,3,4"]},
+            f"{reason}got 1": {"rows": 1, "examples": ["log.csv: b"]},
+            f"{reason}got 3": {"rows": 1, "examples": ["log.csv: c,3,4"]},
         }
 
     def test_none_is_longer_than_memory(self, tmp_path: Path, monkeypatch) -> None:
@@ -273,7 +273,7 @@ class TestEncodings:
         rows, source = read(write(tmp_path, "\n".join(lines).encode("latin-1")))
         assert len(rows) == before + 1 and rows[-1] == ("c", "d")
         (reason,) = source.refused
-        assert "is it utf-8?" in reason and refused_rows(source) == 1
+        assert "it is not utf-8" in reason and refused_rows(source) == 1
         assert source.refused[reason]["examples"] == ["log.csv: andr\ufffd,b"]
 
 
