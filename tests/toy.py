@@ -28,7 +28,7 @@ SCHEMA = LogSchema(
 
 @dataclass
 class Toy:
-    """The DataFrames of a log, to be spoilt by a test or written as they are."""
+    """The DataFrames of a log, to be written as they are, or damaged by a test."""
 
     events: pd.DataFrame
     items: pd.DataFrame
@@ -40,15 +40,15 @@ class Toy:
 
 
 def make_toy(seed: int = 0) -> Toy:
-    """Items of category 1 are the ones that get clicked, so every model can learn something.
+    """Items of category 1 are clicked, so every model can learn something.
 
-    Events are in no order. About half of the requests are made at the very time of an event of
+    Events are in no order. About half of the requests are made at exactly the time of an event of
     the same user; every user makes some.
     """
     rng = np.random.default_rng(seed)
     items = pd.DataFrame({"item": np.arange(NUM_ITEMS)})
     items["category"] = items["item"] % NUM_CATEGORIES + 1
-    items.loc[0, "category"] = 0  # of the unknown item
+    items.loc[0, "category"] = 0  # the unknown item
     items["name"] = [f"thing number {i}" for i in range(NUM_ITEMS)]
 
     user = np.repeat(list(NUM_EVENTS), list(NUM_EVENTS.values()))
@@ -59,7 +59,7 @@ def make_toy(seed: int = 0) -> Toy:
             "item": rng.integers(0, NUM_ITEMS, len(user)),
         }
     )
-    # in the middle, so that requests come before, at and after it
+    # in the middle, so that requests are before, at and after it
     events.loc[events["user"] == ONE_EVENT_USER, "time"] = START + pd.Timedelta(days=45)
     events = events.sample(frac=1, random_state=seed, ignore_index=True)
 

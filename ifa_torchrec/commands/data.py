@@ -1,4 +1,4 @@
-"""Write an event log, of any files that a schema describes or of a public data set; or look at one.
+"""Write an event log from files that a schema describes, or from a public data set; or report on one.
 
     ifa data prepare SCHEMA.json --out runs/data/mine
     ifa data prepare SCHEMA.json --out runs/data/june --vocabulary runs/data/may
@@ -7,7 +7,7 @@
     ifa data movielens ml-25m --out runs/data/ml-25m
     ifa data report runs/data/mine
 
-`ifa data prepare --help`, and so on, lists the options of each.
+`ifa data prepare --help`, and so on, lists the options of each command.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Given = Annotated[Path, tyro.conf.Positional]
 
 
 class Source(ABC):
-    """What an event log is written of."""
+    """A source from which an event log is written."""
 
     @abstractmethod
     def write(self) -> EventLog:
@@ -48,19 +48,19 @@ class Prepare(Source):
     """
 
     schema: Given
-    """A JSON file; ifa_torchrec.data.prepare.schema says what it holds."""
+    """A JSON file; ifa_torchrec.data.prepare.schema describes it."""
     out: Path
-    """Folder of the log; it must not exist."""
+    """The folder of the log; it must not exist yet."""
     memory: str = "4GB"
-    """What DuckDB may take before it goes on on disk; on Spark, in each task and in the driver."""
+    """Memory that DuckDB may use before it spills to disk; on Spark, in each task and in the driver."""
     max_refused: float = 0.01
-    """Greatest share of a table's rows that may be refused."""
+    """Maximum share of a table's rows that may be refused."""
     vocabulary: str | Path | None = None
-    """A log, or a run, whose vocabulary is extended: what it knows keeps its rows."""
+    """A log, or a run, whose vocabulary to extend: the ids that it has keep their rows."""
     parts: int = 1
-    """Files that the events, and the requests of each split, are cut into by a hash of the user."""
+    """The number of parts into which the events and requests are split, by a hash of the user."""
     engine: Literal["duckdb", "spark"] = "duckdb"
-    """Where it runs: on this machine, or on those of a Spark session. Needs the extra `spark`."""
+    """Run on this machine (duckdb), or in a Spark session (spark; needs the extra `spark`)."""
 
     def write(self) -> EventLog:
         """See Source."""
@@ -70,7 +70,7 @@ class Prepare(Source):
 
 @dataclass(frozen=True)
 class Report:
-    """Write what is in a log as an HTML page with pictures. Needs the extra `demo`.
+    """Write an HTML page with figures and plots of a log. Needs the extra `demo`.
 
     Example:
         >>> from ifa_torchrec.commands.data import Report
@@ -78,31 +78,31 @@ class Report:
     """
 
     log: Annotated[str | Path, tyro.conf.Positional]
-    """Folder of the log, or a URI of it."""
+    """The folder of the log, or its URI."""
     out: Path | None = None
-    """The page; by default LOG.html, beside the log, where that is a folder."""
+    """The page; by default LOG.html, next to the log's folder."""
 
     def write(self) -> Path:
-        """Write it.
+        """Write the page.
 
         Returns:
-            The page.
+            The path of the page.
 
         Raises:
-            LogError: the log is missing or bad.
+            LogError: the log is missing or damaged.
             WriteError: the page cannot be written.
-            ConfigError: the log is behind a URI, and no page is named.
+            ConfigError: the log is given by a URI, and ``out`` is missing.
         """
         place = full_name(self.log)  # "." has no name
         if self.out is None and is_uri(place):
-            raise ConfigError(f"{place}: the page cannot be written beside it; name it by --out")
+            raise ConfigError(f"{place}: the page cannot be written next to a URI; give --out")
         log, file = EventLog(place), self.out or Path(f"{place}.html")
         write_report(log, file)
         return file
 
 
 def _public(reader: ModuleType) -> Any:
-    """The options of a public data set, under the reader's name."""
+    """The command for a public data set, under the reader's name."""
     name = reader.__name__.rpartition(".")[2]
     about = (reader.prepare.__doc__ or "").split("\n    Args:")[0].strip()
     options = make_dataclass(
@@ -128,7 +128,7 @@ else:
 
 
 def main(source: Annotated[AnySource, tyro.conf.arg(name="")]) -> None:
-    """The command; its help is the top of this file."""
+    """Run the command; its help is the docstring of this module."""
     if isinstance(source, Report):
         print(f"Wrote {source.write()}")
         return

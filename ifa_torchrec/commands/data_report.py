@@ -1,4 +1,4 @@
-"""What is in an event log, as one HTML page with pictures: what to look at before a training."""
+"""Figures and plots of an event log in one HTML page, to look at before training."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _BINS = 30
 
 
 def write_report(log: EventLog, file: Path) -> None:
-    """Write the page: each split's requests, histories, candidates and label rates, and what was found
-    when the log was written (LOG/report.json), its warnings first.
+    """Write the page: the requests, histories, candidates and label rates of each split, and the report
+    written with the log (LOG/report.json), its warnings first.
 
     Args:
         log: the event log.
-        file: the page; nothing beside it is needed to read it.
+        file: the page; it is self-contained.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed (extra `demo`).
@@ -55,25 +55,27 @@ def write_report(log: EventLog, file: Path) -> None:
     require("demo", "matplotlib")
     found = log.path / "report.json"
     try:
-        told = json.loads(found.read_text()) if found.exists() else {}
+        report = json.loads(found.read_text()) if found.exists() else {}
     except ValueError as error:
-        raise LogError(f"{found}: no JSON ({error}); delete it, or write the log again") from error
-    warnings = told.pop("warnings", [])
+        raise LogError(
+            f"{found}: not valid JSON ({error}); delete it, or write the log again"
+        ) from error
+    warnings = report.pop("warnings", [])
     parts = [f"<h1>{escape(log.path.name)}</h1>"]
     if warnings:
         parts.append("<h2>Warnings</h2><ul>" + "".join(f"<li>{escape(w)}" for w in warnings) + "</ul>")
     for split in log.splits:
         numbers, picture = _of_split(log, split)
         parts.append(f"<h2>{escape(split)}</h2>{_table(numbers)}{picture}")
-    if told:
-        parts.append(f"<h2>What was found when the log was written</h2>{_table(told)}")
+    if report:
+        parts.append(f"<h2>Report written with the log</h2>{_table(report)}")
     title = f"<!doctype html><meta charset='utf-8'><title>{escape(log.path.name)}</title>"
     with writing(file):
         file.write_text(f"{title}<style>{_STYLE}</style>" + "\n".join(parts), encoding="utf-8")
 
 
 def _of_split(log: EventLog, split: str) -> tuple[dict[str, Any], str]:
-    """A split's numbers, and its pictures as SVG."""
+    """The numbers of a split, and its plots as SVG."""
     from matplotlib.figure import Figure
 
     dataset = RankingDataset(log, split)
@@ -87,21 +89,23 @@ def _of_split(log: EventLog, split: str) -> tuple[dict[str, Any], str]:
         "from": str(np.datetime64(int(time.min()), "us")),
         "to": str(np.datetime64(int(time.max()), "us")),
         "without a history": int((histories == 0).sum()),
-        "events of a history (mean, median, longest)": _spread(histories),
-        "candidates of a request (mean, median, most)": _spread(sizes),
+        "events per history (mean, median, max)": _spread(histories),
+        "candidates per request (mean, median, max)": _spread(sizes),
         "share exposed": f"{exposed.mean():.3g}",
     }
     for task in tasks:
-        numbers[f"mean {task} of the exposed"] = f"{np.asarray(requests[task])[exposed].mean():.4g}"
+        numbers[f"mean {task} of exposed candidates"] = (
+            f"{np.asarray(requests[task])[exposed].mean():.4g}"
+        )
     figure = Figure(figsize=(12, 3), layout="constrained")
     lengths, candidates, labels = figure.subplots(1, 3)
     lengths.hist(np.log10(1 + histories), _BINS)
-    lengths.set(xlabel="events of a history, log10(1 + n)", ylabel="requests")
+    lengths.set(xlabel="events per history, log10(1 + n)", ylabel="requests")
     candidates.hist(sizes, _BINS)
-    candidates.set(xlabel="candidates of a request")
+    candidates.set(xlabel="candidates per request")
     for task, rate in rates.items():
         labels.plot(rate, marker=".", label=task)
-    labels.set(xlabel="tenths of the requests, by time", ylabel="mean label of the exposed")
+    labels.set(xlabel="tenths of the requests, by time", ylabel="mean label of exposed candidates")
     if set(tasks.values()) <= {"binary"}:  # the mean of a regression may be negative
         labels.set(ylim=0)
     labels.legend()
@@ -112,7 +116,7 @@ def _of_split(log: EventLog, split: str) -> tuple[dict[str, Any], str]:
 
 
 def _rates(labels: np.ndarray, sizes: np.ndarray, exposed: np.ndarray, time: np.ndarray) -> list[float]:
-    """The mean label of the exposed, by tenths of the requests in order of time."""
+    """The mean label of exposed candidates, by tenths of the requests in order of time."""
     tenth = np.empty(len(time), np.int64)
     tenth[time.argsort(kind="stable")] = np.arange(len(time)) * 10 // len(time)
     tenth = np.repeat(tenth, sizes)[exposed]
@@ -125,9 +129,9 @@ def _spread(values: np.ndarray) -> str:
 
 
 def _table(of: Any) -> str:
-    """A dict as a table of two columns, dicts within as tables within."""
+    """A dict as an HTML table with two columns; nested dicts become nested tables."""
     if not isinstance(of, Mapping):
-        said = f"{of:,}" if isinstance(of, int) and not isinstance(of, bool) else str(of)
-        return escape(said)
+        text = f"{of:,}" if isinstance(of, int) and not isinstance(of, bool) else str(of)
+        return escape(text)
     rows = (f"<tr><th>{escape(str(name))}<td>{_table(value)}" for name, value in of.items())
     return f"<table>{''.join(rows)}</table>"

@@ -1,4 +1,4 @@
-"""Columns of numpy as the tensors of a batch: what the loader and a server have in common."""
+"""Convert numpy columns to the tensors of a batch; shared by the loader and by serving."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from ifa_torchrec.data.schema import LIST_OFFSETS, Columns, LogSchema
 
 _LONG = 256
-"""Rows of a range, on average, from which on it takes less to copy a range than to gather its rows."""
+"""Mean rows per range from which copying whole ranges is faster than gathering their rows."""
 
 
 def item_fields(
     items: Columns, schema: LogSchema, history: np.ndarray, candidates: np.ndarray
 ) -> dict[str, Any]:
-    """The fields of RankingFeatures that describe the distinct items of a batch beyond their ids; none
-    where nothing does.
+    """The fields of RankingFeatures that describe the distinct items of a batch beyond their ids.
+
+    Empty if the schema has no item lists, numbers or vectors.
 
     Args:
-        items: the columns of the log's items.
-        schema: which of them there are.
-        history: [N] int64, numbers of the events' items.
-        candidates: [M] int64, of the candidates' items.
+        items: the log's item columns.
+        schema: the log's schema.
+        history: [N] int64, the item number of each history event.
+        candidates: [M] int64, the item number of each candidate.
 
     Example:
         >>> import numpy as np
@@ -43,7 +44,7 @@ def item_fields(
     if not (schema.item_lists or schema.item_dense or schema.item_vectors):
         return {}
     places, distinct = pd.factorize(np.concatenate([history, candidates]))
-    distinct = np.asarray(distinct) if len(distinct) else np.zeros(1, np.int64)  # a KJT has a row
+    distinct = np.asarray(distinct) if len(distinct) else np.zeros(1, np.int64)  # a KJT needs a row
     fields: dict[str, Any] = {
         "history_items": tensor(places[: len(history)]),
         "candidate_items": tensor(places[len(history) :]),
@@ -67,8 +68,8 @@ class Ranges:
         start, end: [R] int64.
 
     Attributes:
-        lengths: [R] int64, rows of each range.
-        total: rows of all.
+        lengths: [R] int64, the number of rows in each range.
+        total: the number of rows in all ranges.
 
     Example:
         >>> import numpy as np
@@ -84,11 +85,11 @@ class Ranges:
         self.total = int(self._until[-1]) if len(start) else 0
 
     def of(self, column: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """The rows of a column.
+        """Take the rows of the ranges from a column.
 
         Args:
             column: [n].
-            out: [total] of the column's dtype, which they are written to; None for new memory.
+            out: [total], of the column's dtype, to write to; None allocates it.
         """
         if self.total < _LONG * len(self.lengths):
             return column.take(self.rows, out=out, mode="clip")  # "raise" would write to a buffer first
@@ -100,14 +101,14 @@ class Ranges:
 
     @cached_property
     def rows(self) -> np.ndarray:
-        """[total] int64, the rows' numbers."""
+        """[total] int64, the row numbers."""
         rows = (self._end - self._until).repeat(self.lengths)
         rows += np.arange(self.total)
         return rows
 
 
 def lists_of(columns: Columns, name: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of the rows' lists, one after the other, and how many each has.
+    """The ids of the lists in the given rows, concatenated, and the length of each list.
 
     Example:
         >>> import numpy as np
@@ -122,7 +123,7 @@ def lists_of(columns: Columns, name: str, rows: np.ndarray) -> tuple[np.ndarray,
 
 
 def jagged(ids: Mapping[str, np.ndarray], lengths: Sequence[np.ndarray]) -> KeyedJaggedTensor:
-    """Of the ids of each key, and of the lengths of each.
+    """A KeyedJaggedTensor from the ids and the lengths of each key.
 
     Example:
         >>> import numpy as np
@@ -138,19 +139,19 @@ def jagged(ids: Mapping[str, np.ndarray], lengths: Sequence[np.ndarray]) -> Keye
 
 @cache
 def _no_ids() -> KeyedJaggedTensor:
-    """Of no key: one for all batches, which a batch of few requests takes a while to make."""
+    """A KeyedJaggedTensor without keys; one for all batches, because creating it is slow."""
     return jagged_of({}, np.empty(0, np.int64), [])
 
 
 def jagged_of(
     sizes: Mapping[str, int], values: np.ndarray, lengths: Sequence[np.ndarray]
 ) -> KeyedJaggedTensor:
-    """Of the ids of all keys, one key's after another's, and of the lengths of each key.
+    """A KeyedJaggedTensor from the concatenated ids of all keys, and the lengths of each key.
 
     Args:
-        sizes: ids of each key.
-        values: int64.
-        lengths: [B] int64 a key.
+        sizes: the number of ids of each key.
+        values: int64, the ids, key by key.
+        lengths: [B] int64 for each key.
 
     Example:
         >>> import numpy as np
@@ -165,20 +166,21 @@ def jagged_of(
         values=tensor(values),
         lengths=tensor(np.concatenate([np.empty(0, np.int64), *lengths])),
         stride=len(lengths[0]) if lengths else 0,
-        length_per_key=ids,  # else TorchRec computes them when they are asked for
+        length_per_key=ids,  # otherwise TorchRec computes them on first use
         offset_per_key=[0, *accumulate(ids)],
     )
 
 
 def parts_of(sizes: Mapping[str, int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Memory for the ids of all keys, and the part of it that each key has: what is written there once
-    need not be moved again to stand beside the others.
+    """Allocate memory for the ids of all keys, and a view of it for each key.
+
+    Ids written to the views need no copy to concatenate them.
 
     Args:
-        sizes: ids of each key.
+        sizes: the number of ids of each key.
 
     Returns:
-        int64, not initialised.
+        The whole memory, int64, not initialised, and the view of each key.
 
     Example:
         >>> from ifa_torchrec.data.batches import parts_of
@@ -194,7 +196,7 @@ def parts_of(sizes: Mapping[str, int]) -> tuple[np.ndarray, dict[str, np.ndarray
 
 
 def stacked(columns: Sequence[np.ndarray], rows: int) -> torch.Tensor:
-    """Columns side by side, [rows, columns]; float32 where there are none.
+    """Stack columns side by side, [rows, columns]; float32 if there are no columns.
 
     Example:
         >>> import numpy as np
@@ -208,7 +210,7 @@ def stacked(columns: Sequence[np.ndarray], rows: int) -> torch.Tensor:
 
 
 def tensor(values: np.ndarray) -> torch.Tensor:
-    """An array as a tensor.
+    """Convert an array to a tensor; contiguous memory is shared, not copied.
 
     Example:
         >>> import numpy as np

@@ -1,14 +1,14 @@
-"""Copies of what lies elsewhere, on this machine's disk, up to a bound: the least recently used go.
+"""The local disk cache of remote logs. It has a size limit; the least recently used copies are deleted.
 
     CACHE/                 IFA_LOG_CACHE, by default ~/.cache/ifa_torchrec
-      .lock                held by who makes room
-      KEY/                 a log; see data/remote.py
-        FILES              small ones, which go when nothing else of the log is left
-        events/..., requests/...   parts, a file each
-        .columns/...       columns that were made of them, a folder each
+      .lock                held by the process that frees space
+      KEY/                 one log; see data/remote.py
+        FILES              its small files, deleted when nothing else of the log is left
+        events/..., requests/...   its parts, one file each
+        .columns/...       the columns made from them, one folder per table
 
-What somebody uses is locked (``hold``) and never dropped. Parts and columns go first, by when they were
-last used; then the other files of logs that nobody has open.
+A copy that is in use is locked (``Held``) and never deleted. Parts and columns are deleted first, least
+recently used first; then the small files of logs that no process has open.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from pathlib import Path
 from ifa_torchrec.data.schema import LogError
 
 FOLDER, BOUND = "IFA_LOG_CACHE", "IFA_LOG_CACHE_GB"
-"""Variables of the environment: where the cache is, and how many gigabytes (10^9 bytes) it may take."""
+"""Environment variables: the folder of the cache, and its maximum size in gigabytes (10^9 bytes)."""
 _DEFAULT_GB = 100.0
 _TABLES = ("events.parquet", "events/*", "requests/*.parquet", "requests/*/*")
 _COLUMNS = (".columns/*-*", ".columns/requests/*-*")
 
 
 class Held:
-    """A file or folder that is in use, until this is closed or forgotten, or the process ends.
+    """Marks a file or folder as in use until this object is closed or deleted, or the process ends.
 
     Args:
-        path: of the file or folder.
-        alone: with nobody else using it.
+        path: the file or folder.
+        exclusive: fail if it is in use.
 
     Raises:
-        BlockingIOError: ``alone``, and somebody uses it.
-        OSError: there is none.
+        BlockingIOError: ``exclusive``, and another process uses it.
+        OSError: it does not exist.
 
     Example:
         >>> import tempfile
@@ -51,22 +51,22 @@ class Held:
         (None, None)
     """
 
-    def __init__(self, path: Path, alone: bool = False) -> None:
+    def __init__(self, path: Path, exclusive: bool = False) -> None:
         file = os.open(path, os.O_RDONLY)
         self.close = weakref.finalize(self, os.close, file)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
         except OSError:
             self.close()
             raise
 
 
 class Cache:
-    """The folder of copies, and its bound.
+    """The cache folder and its size limit.
 
     Args:
-        folder: where they are.
-        bound: bytes that they may take together.
+        folder: where the copies are.
+        bound: maximum size of all copies in bytes.
 
     Example:
         >>> import tempfile
@@ -86,10 +86,10 @@ class Cache:
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Cache:
-        """The cache that the environment names.
+        """The cache that the environment variables name.
 
         Raises:
-            LogError: the bound is no positive number.
+            LogError: the size limit is not a positive number.
 
         Example:
             >>> from ifa_torchrec.data.cache import Cache
@@ -109,19 +109,20 @@ class Cache:
 
     @contextmanager
     def room_for(self, wanted: int) -> Generator[None]:
-        """Drop what is least recently used until so many bytes more are within the bound; nobody else
-        makes room, or takes it, inside.
+        """Delete the least recently used copies until ``wanted`` more bytes fit the size limit.
+
+        Inside the context no other process frees or takes space.
 
         Raises:
-            LogError: what is in use leaves no room, or the folder cannot be written.
+            LogError: the copies in use leave too little space, or the folder cannot be written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = (self.folder / ".lock").open("a")
         except OSError as error:
             raise LogError(
-                f"{self.folder}: copies of a log are kept there, which failed ({error}); name another "
-                f"folder in {FOLDER}"
+                f"{self.folder}: cannot write the cache of remote logs ({error}); set {FOLDER} to a "
+                "folder that can be written"
             ) from error
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -145,16 +146,16 @@ class Cache:
             if total + wanted <= self.bound:
                 return
         raise LogError(
-            f"{self.folder}: {total:,} bytes are in use and {wanted:,} more are wanted, above the bound "
-            f"of {self.bound:,}; give more in {BOUND}"
+            f"{self.folder}: {total:,} bytes are in use and {wanted:,} more are needed, above the limit "
+            f"of {self.bound:,} bytes; raise {BOUND}"
         )
 
 
 def use(path: Path) -> Held:
-    """Hold what is in the cache, and note that it was used now.
+    """Hold a file or folder of the cache, and record that it was used now.
 
     Raises:
-        OSError: it is not there.
+        OSError: it does not exist.
     """
     held = Held(path)
     os.utime(path)
@@ -168,7 +169,7 @@ def _used(path: Path) -> float:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
+    """The size in bytes of a file, or of all files in a folder."""
     total = 0
     for file in [path, *path.rglob("*")]:
         with suppress(OSError):  # dropped, or renamed, meanwhile
@@ -177,10 +178,10 @@ def _size(path: Path) -> int:
 
 
 def drop(path: Path) -> int:
-    """Delete a file or a folder, unless somebody uses it.
+    """Delete a file or a folder, unless it is in use.
 
     Returns:
-        Bytes that are free now.
+        The number of bytes freed.
 
     Example:
         >>> import tempfile
@@ -195,7 +196,7 @@ def drop(path: Path) -> int:
         (0, False)
     """
     try:
-        held = Held(path, alone=True)
+        held = Held(path, exclusive=True)
     except OSError:
         return 0
     size = _size(path)

@@ -1,6 +1,6 @@
-"""The tables of a log, checked against its schema on their way from Arrow to numpy.
+"""Check the tables of a log against its schema while converting them from Arrow to numpy.
 
-What cannot be right is refused with the table, the row, the column and the remedy.
+Every error names the table, the row, the column and the fix.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def check_items(table: pa.Table, schema: LogSchema) -> Columns:
     """The columns of items.parquet.
 
     Returns:
-        Of each item feature [I] int64; of each list its ids, flat, int64, and its offsets [I + 1] int64;
-        of each number [I] float32, NaN where it is missing; of each vector [I, width] float32.
+        For each item feature, [I] int64; for each list, its flat ids, int64, and its offsets [I + 1]
+        int64; for each number, [I] float32, NaN where missing; for each vector, [I, width] float32.
 
     Raises:
-        LogError: a column is missing, null, of another type or outside its table; row i is not item i;
-            a vector is of another length; or row 0, "unknown", is described.
+        LogError: a column is missing, null, of the wrong type or outside its table; row i is not item i;
+            a vector has the wrong length; or row 0, "unknown", is not empty.
 
     Example:
         >>> import pyarrow as pa
@@ -58,7 +58,7 @@ def check_items(table: pa.Table, schema: LogSchema) -> Columns:
         Column.of(table, name, "items").refuse(
             lengths != width,
             lambda i, of=lengths, w=width: (
-                f"a vector of {of[i]} numbers, the schema says {w}; make all vectors as long"
+                f"a vector of {of[i]} numbers, expected {w} (schema); all vectors must have that length"
             ),
         )
         columns[name] = vectors.numbers().reshape(len(table), width)
@@ -67,7 +67,7 @@ def check_items(table: pa.Table, schema: LogSchema) -> Columns:
 
 
 def _check_unknown(columns: Columns, schema: LogSchema) -> None:
-    """Raise where item 0 is described: it would be an item of a log whose items begin at 0."""
+    """Raise if row 0 describes an item: then the log's items are numbered from 0."""
     wanted: dict[str, tuple[bool, str]] = {
         name: (columns[name][0] == 0, "0") for name in schema.item_features
     }
@@ -88,13 +88,13 @@ def check_events(table: pa.Table, schema: LogSchema, num_items: int) -> Columns:
     """The columns of events.parquet.
 
     Returns:
-        user [U] int64, those that have events, ascending, and user_offsets [U + 1] int64, where each
-        one's events begin; time (microseconds), the item and each event feature [E] int64; each number
-        [E] float32, NaN where it is missing; and the weight [E] float32.
+        user [U] int64, the users that have events, ascending, and user_offsets [U + 1] int64, where the
+        events of each begin; time (microseconds), the item and each event feature, [E] int64; each
+        number, [E] float32, NaN where missing; and the weight, [E] float32.
 
     Raises:
-        LogError: a column is missing, null, of another type or outside its table; a weight is negative;
-            or the rows are not in the order of user and time.
+        LogError: a column is missing, null, of the wrong type or outside its table; a weight is
+            negative; or the rows are not sorted by user and time.
 
     Example:
         >>> import pandas as pd, pyarrow as pa
@@ -117,8 +117,8 @@ def check_events(table: pa.Table, schema: LogSchema, num_items: int) -> Columns:
     if schema.event_weight is not None:
         column = Column.of(table, schema.event_weight, "events")
         weight = columns[schema.event_weight] = column.numbers()
-        column.refuse(weight < 0, lambda i: f"the weight {weight[i]} is negative; 0 is the least")
-    # compared, not subtracted: ids may lie further apart than an int64 counts
+        column.refuse(weight < 0, lambda i: f"the weight {weight[i]} is negative; it must be at least 0")
+    # compared, not subtracted: a difference of ids may overflow an int64
     earlier, later = user[:-1], user[1:]
     late = np.flatnonzero((later < earlier) | ((later == earlier) & (time[1:] < time[:-1])))
     if len(late):
@@ -134,19 +134,19 @@ def check_events(table: pa.Table, schema: LogSchema, num_items: int) -> Columns:
 def check_requests(
     table: pa.Table, schema: LogSchema, num_items: int, where: str, may_be_empty: bool = False
 ) -> Columns:
-    """The columns of a split's requests, as ``EventLog.requests`` gives them.
+    """The columns of a split's requests, as returned by ``EventLog.requests``.
 
     Args:
-        table: of the split, or of a part of it.
-        schema: of the log.
-        num_items: of the log.
-        where: what to call the table in errors.
-        may_be_empty: whether there may be no requests, as in a part.
+        table: the requests of the split, or of one part of it.
+        schema: the log's schema.
+        num_items: the number of items in the log.
+        where: the name of the table in errors.
+        may_be_empty: whether the table may have no rows, as one part may.
 
     Raises:
-        LogError: there are none; a column is missing, null, of another type or outside its table; a
-            candidate set is empty; the lists of a request differ in length; or a label is not 0 or 1, or
-            of a regression task no number.
+        LogError: there are no requests; a column is missing, null, of the wrong type or outside its
+            table; a candidate set is empty; the lists of a request differ in length; or a label is not 0
+            or 1, or not a number for a regression task.
 
     Example:
         >>> import pandas as pd, pyarrow as pa
@@ -159,7 +159,7 @@ def check_requests(
         ([0, 1, 1], [0, 2, 3])
     """
     if not len(table) and not may_be_empty:
-        raise LogError(f"{where}: there are no requests; leave the split out")
+        raise LogError(f"{where}: there are no requests; leave out the split")
     columns = {
         USER: Column.of(table, USER, where).ids(),
         TIME: Column.of(table, TIME, where).times(),
@@ -177,7 +177,7 @@ def check_requests(
 
 
 def _candidate_column(column: Column, schema: LogSchema, num_items: int) -> np.ndarray:
-    """A column that holds a value a candidate."""
+    """A column with one value per candidate."""
     name, log_scaled = column.name, column.name in schema.log_scaled
     if name == CANDIDATES:
         return column.ids(num_items)
@@ -193,13 +193,13 @@ def _candidate_column(column: Column, schema: LogSchema, num_items: int) -> np.n
     if schema.tasks[name] == "binary":
         column.refuse(
             (labels != 0) & (labels != 1),
-            lambda i: f'the label {labels[i]} must be 0 or 1; or make the task a "regression"',
+            lambda i: f'the label {labels[i]} is not 0 or 1; fix it, or make the task a "regression"',
         )
     return labels
 
 
 def _lists(table: pa.Table, features: Mapping[str, int], where: str) -> Columns:
-    """List columns of ids: of each all ids, and where each row's begin."""
+    """List columns of ids: for each, the flat ids and the offsets of the rows."""
     columns: Columns = {}
     for name, rows in features.items():
         column = Column.of(table, name, where).flat()
@@ -214,24 +214,22 @@ def _numbers(table: pa.Table, name: str, where: str, schema: LogSchema) -> np.nd
 
 
 def _offsets(column: Column) -> np.ndarray:
-    assert column.offsets is not None, "of a column of lists"
+    assert column.offsets is not None, "not a column of lists"
     return column.offsets
 
 
 def _check_lengths(columns: Columns, column: Column) -> None:
-    """Raise unless the lists are as long as the candidate sets; the first column gives the offsets."""
+    """Raise unless each list is as long as its candidate set; the first column sets the offsets."""
     mine, where = _offsets(column), column.where
     if OFFSETS not in columns:
         columns[OFFSETS] = mine
         empty = np.flatnonzero(np.diff(mine) == 0)
         if len(empty):
-            raise LogError(
-                f"{where}: row {empty[0]} has an empty candidate set; leave such requests out"
-            )
+            raise LogError(f"{where}: row {empty[0]} has an empty candidate set; drop such requests")
     offsets = columns[OFFSETS]
     if not np.array_equal(mine, offsets):
         row = int(np.flatnonzero(mine != offsets)[0]) - 1
         raise LogError(
             f"{where}: row {row} has {mine[row + 1] - mine[row]} values in {column.name!r} for "
-            f"{offsets[row + 1] - offsets[row]} candidates; the lists must be as long"
+            f"{offsets[row + 1] - offsets[row]} candidates; the lists must have equal length"
         )

@@ -1,6 +1,6 @@
-"""One column on its way from Arrow to numpy: of which type it must be, and which values cannot be right.
+"""Convert one column from Arrow to numpy, and check its type and values.
 
-Every error names the table, the row, the column and the remedy.
+Every error names the table, the row, the column and the fix.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def require_column(names: Collection[str], column: str, where: str) -> None:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table, or all that a column of lists holds.
+    """A column of a table, or the flat values of a column of lists.
 
     Args:
-        values: of the column.
-        name, where: of the column, and of its table, for errors.
-        offsets: of lists, where each row's values begin.
+        values: the values.
+        name, where: the name of the column and of its table, for errors.
+        offsets: for lists, where the values of each row begin.
 
     Example:
         >>> import pyarrow as pa
@@ -55,24 +55,24 @@ class Column:
         """A column of a table.
 
         Raises:
-            LogError: there is none of the name.
+            LogError: the table has no column of that name.
         """
         require_column(table.column_names, name, where)
         return Column(table[name], name, where)
 
     def flat(self) -> Column:
-        """What the lists of a column hold, one row's after another's.
+        """The values of a column of lists, row by row.
 
         Raises:
-            LogError: the column is not of lists, or one is null.
+            LogError: the column does not contain lists, or one is null.
         """
         kind = self.values.type
         if not (
             pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
         ):
-            raise self._of_another_type("a list a row")
-        self._no_nulls("give it a list, an empty one where there is nothing")
-        # pyarrow-stubs has no functions for them
+            raise self._of_another_type("one list per row")
+        self._no_nulls("put a list there, empty if there are no values")
+        # pyarrow-stubs lacks these functions
         lengths = pc.call_function("list_value_length", [self.values]).to_numpy()
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         flat = pc.call_function("list_flatten", [self.values])
@@ -82,13 +82,13 @@ class Column:
         """Ids, [n] int64.
 
         Args:
-            rows: of their table; None for any int64.
+            rows: the number of rows of their table; None allows any int64.
 
         Raises:
             LogError: they are not integers, or one is null or outside the table.
         """
         if pa.types.is_null(self.values.type) and not len(self.values):
-            return np.empty(0, np.int64)  # of lists that are all empty
+            return np.empty(0, np.int64)  # lists that are all empty
         self._no_nulls('put 0, which is "unknown", or drop those rows')
         if not pa.types.is_integer(self.values.type):
             raise self._of_another_type("an integer")
@@ -97,7 +97,7 @@ class Column:
             self.refuse(
                 values > np.iinfo(np.int64).max,
                 lambda i: (
-                    f"{values[i]} is beyond an int64; number the ids anew, as pandas.factorize does"
+                    f"{values[i]} does not fit an int64; renumber the ids, e.g. with pandas.factorize"
                 ),
             )
         values = values.astype(np.int64)
@@ -115,25 +115,26 @@ class Column:
         """Times, [n] int64 microseconds.
 
         Raises:
-            LogError: they are no timestamps or of another zone than UTC, or one is null or does not fit.
+            LogError: they are not timestamps, their time zone is not UTC, or one is null or out of
+                range.
         """
         kind = self.values.type
         if not pa.types.is_timestamp(kind):
             raise self._of_another_type("a timestamp; convert it with pandas.to_datetime")
         if kind.tz not in (None, "UTC"):
-            # a request's local noon would see events of another zone's evening
+            # a request at local noon would see events of another zone's evening
             raise LogError(
-                f"{self.where}: column {self.name!r} is in the time zone {kind.tz}; make all times of "
-                "the log UTC with .dt.tz_convert('UTC')"
+                f"{self.where}: column {self.name!r} has the time zone {kind.tz}, expected UTC; convert "
+                "all times of the log with .dt.tz_convert('UTC')"
             )
         self._no_nulls("fill or drop those rows")
         values = self.values.to_numpy()
         coarse = {"s": 10**6, "ms": 10**3}.get(kind.unit)
-        if coarse:  # numpy wraps what an int64 does not hold, or raises for all, by its version
+        if coarse:  # on overflow numpy wraps, or raises without the row, depending on its version
             furthest = np.iinfo(np.int64).max // coarse
             self.refuse(
                 np.abs(values.astype(np.int64)) > furthest,
-                lambda i: "the time lies beyond the year 290,000; drop the row",
+                lambda i: "the time is beyond the year 290,000; drop the row",
             )
         return values.astype("datetime64[us]").astype(np.int64)
 
@@ -142,29 +143,30 @@ class Column:
 
         Args:
             missing: whether a null is allowed; it becomes NaN.
-            log_scaled: whether log(1 + x) will be taken, so that none may be negative.
+            log_scaled: whether log(1 + x) will be taken; then no number may be negative.
 
         Raises:
-            LogError: they are no numbers, or one is not allowed, not finite or beyond a float32.
+            LogError: they are not numbers, or one is null, negative, not finite or beyond a float32
+                where that is not allowed.
         """
         kind = self.values.type
         numeric = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
         if not any(of_kind(kind) for of_kind in numeric):
             raise self._of_another_type("a number")
         if not missing:
-            self._no_nulls("fill or drop those rows, it may not be missing")
+            self._no_nulls("this column may not be null; fill or drop those rows")
         narrow = pa.types.is_float16(kind) or pa.types.is_float32(kind)
         absent = self.values.is_null().to_numpy()
         filled = self.values.cast(pa.float32() if narrow else pa.float64(), safe=False).fill_null(0.0)
         values = filled.to_numpy()
-        remedy = "make it null where it is missing" if missing else "mend or drop the row"
+        remedy = "use null for a missing value" if missing else "fix or drop the row"
         self.refuse(
-            ~(np.abs(values) <= _MOST), lambda i: f"{values[i]} is not finite in a float32; {remedy}"
+            ~(np.abs(values) <= _MOST), lambda i: f"{values[i]} is not a finite float32; {remedy}"
         )
         if log_scaled:
             self.refuse(
                 values < 0,
-                lambda i: f"{values[i]} is negative; take the column out of log_scaled, or mend it",
+                lambda i: f"{values[i]} is negative; fix it, or remove the column from log_scaled",
             )
         numbers = values.astype(np.float32)
         numbers[absent] = np.nan
@@ -174,23 +176,25 @@ class Column:
         """Booleans, [n] bool.
 
         Raises:
-            LogError: they are no booleans, or one is null.
+            LogError: they are not booleans, or one is null.
         """
         if not pa.types.is_boolean(self.values.type):
             raise self._of_another_type("bool")
         self._no_nulls("fill or drop those rows")
         return self.values.to_numpy().astype(bool)
 
-    def refuse(self, wrong: np.ndarray, told: Callable[[int], str]) -> None:
-        """Raise LogError of the first value that is wrong, if one is.
+    def refuse(self, wrong: np.ndarray, describe: Callable[[int], str]) -> None:
+        """Raise a LogError for the first wrong value, if there is one.
 
         Args:
             wrong: [n] bool.
-            told: what is wrong with the value at an index, and the remedy.
+            describe: given an index, says what is wrong with that value and how to fix it.
         """
         if wrong.any():
             first = int(wrong.argmax())
-            raise LogError(f"{self.where}: {self._place(first)}, column {self.name!r}: {told(first)}")
+            raise LogError(
+                f"{self.where}: {self._place(first)}, column {self.name!r}: {describe(first)}"
+            )
 
     def _place(self, index: int) -> str:
         if self.offsets is None:
@@ -202,13 +206,13 @@ class Column:
         if self.values.null_count:
             first = pc.index(self.values.is_null(), True).as_py()
             raise LogError(
-                f"{self.where}: {self._place(first)}, column {self.name!r} is null, as are "
-                f"{self.values.null_count} of its values in all; {remedy}"
+                f"{self.where}: {self._place(first)}, column {self.name!r} is null (null values in the "
+                f"column: {self.values.null_count}); {remedy}"
             )
 
     def _of_another_type(self, wanted: str) -> LogError:
         within = "" if self.offsets is None else "lists of "
         return LogError(
-            f"{self.where}: column {self.name!r} has type {within}{self.values.type}, it must be "
+            f"{self.where}: column {self.name!r} has type {within}{self.values.type}, expected "
             f"{within}{wanted}"
         )

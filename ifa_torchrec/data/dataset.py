@@ -41,31 +41,30 @@ MICROSECONDS_PER_DAY = 86_400_000_000
 
 
 class RankingDataset(Dataset[RankingBatch]):
-    """The requests of one split; indexed by a list of request numbers, it gives a RankingBatch.
+    """The requests of one split; indexing it with a list of request numbers returns a RankingBatch.
 
     Each item feature ``f`` of the log becomes the keys ``history_f`` and ``candidate_f``, each event
     feature ``history_f``, each candidate feature ``candidate_f``. Events at or after the request's
     time are never in its history. Ages are in days.
 
-    New items, which the item's table has no row for, have row 0 there. So that this row learns what an
-    unknown item is like, a share of all items can be made unknown too: those drawn keep all else that
-    describes them.
+    New items, for which the item table has no row, use its row 0. To train that row, a random share of
+    all items can be made unknown too (``unknown_items``); they keep all other features.
 
     Args:
         log: the event log.
         split: name of the request split.
-        history_length: give only the latest so many events of each history; None for all.
-        unknown_items: probability that an item becomes unknown to a request: row 0 stands for it, in all
-            its events and as a candidate.
-        seed: draws them, together with the epoch.
+        history_length: keep only this many of the latest events of each history; None for all.
+        unknown_items: probability that an item is unknown to a request: it then has row 0 in all of the
+            request's events and as a candidate.
+        seed: seeds their draw, together with the epoch.
 
     Raises:
-        LogError: there is no such split.
+        LogError: the log has no such split.
         ValueError: history_length is less than 1, or unknown_items is not in [0, 1).
 
     Attributes:
-        histories: where the requests' histories lie.
-        of_parts: how many requests each part of the log has, be it open or not.
+        histories: the event rows of each request's history.
+        of_parts: the number of requests in each part of the log, open or not.
 
     Example:
         >>> import pandas as pd, tempfile
@@ -101,18 +100,19 @@ class RankingDataset(Dataset[RankingBatch]):
         self._before = sum(self.of_parts[: log.own.start])
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw other items to be unknown: those of this epoch."""
+        """Draw the unknown items for this epoch."""
         self._epoch = epoch
 
     @classmethod
     def of_users(
         cls, log: EventLog, users: np.ndarray, times: np.ndarray, since: np.ndarray | None = None
     ) -> RankingDataset:
-        """Requests without candidates, for their histories alone.
+        """Requests without candidates, used only for their histories.
 
         Args:
             log: the event log.
-            users: [R] int64; times: [R] int64, microseconds.
+            users: [R] int64.
+            times: [R] int64, microseconds.
             since: [R] int64, microseconds: only events from this time on; None for all.
 
         Example:
@@ -154,7 +154,7 @@ class RankingDataset(Dataset[RankingBatch]):
 
     @cached_property
     def history_lengths(self) -> np.ndarray:
-        """[R] int64, events in each request's history; takes time and memory for all requests."""
+        """[R] int64, the number of events in each history; time and memory grow with the requests."""
         return self.histories.lengths(np.arange(len(self)))
 
     def __len__(self) -> int:
@@ -165,8 +165,8 @@ class RankingDataset(Dataset[RankingBatch]):
         index = np.asarray(indices, dtype=np.int64)
         if index.ndim != 1 or len(index) == 0 or index.min() < EMPTY_REQUEST or index.max() >= len(self):
             raise IndexError(
-                f"index with a list of request numbers 0 to {len(self) - 1} (or {EMPTY_REQUEST} for an "
-                f"empty request), got {indices}"
+                f"index with a list of request numbers from 0 to {len(self) - 1} (or {EMPTY_REQUEST} "
+                f"for an empty request), got {indices}"
             )
         real = index != EMPTY_REQUEST
         rows, index = len(index), index[real]
@@ -207,7 +207,7 @@ class RankingDataset(Dataset[RankingBatch]):
         of: dict[str, Ranges],
         items: dict[str, np.ndarray],
     ) -> KeyedJaggedTensor:
-        """The ids of the requests' events and candidates, each written to where it stays."""
+        """The ids of the requests' events and candidates, written once, to their final place."""
         schema = self.log.schema
         own = {HISTORY: schema.event_features, CANDIDATE: schema.candidate_features}
         columns = {HISTORY: self.log.events, CANDIDATE: self.requests}
@@ -229,26 +229,26 @@ class RankingDataset(Dataset[RankingBatch]):
     def _item_rows(
         self, index: np.ndarray, items: np.ndarray, lengths: np.ndarray, out: np.ndarray
     ) -> None:
-        """Write the rows in the item's table of the items of requests, one request after the other."""
+        """Write the item-table row of each item of the requests, request by request."""
         out[:] = self.log.item_rows(items)
         if self._unknown_items:
             key = np.random.SeedSequence([self._seed, self._epoch]).generate_state(1, np.uint64)[0]
-            # by its number in the whole split, so that it is drawn alike on any number of ranks
+            # by the request's number in the whole split: the draw does not depend on the number of ranks
             number = (index + self._before).astype(np.uint64)
             request = np.repeat(_mixed(number + key), lengths)
             drawn = _mixed(request + items.astype(np.uint64) * np.uint64(ODD))
             out[drawn < int(self._unknown_items * 2**64)] = 0
 
     def _items(self, history: np.ndarray, candidates: np.ndarray) -> dict[str, Any]:
-        """What describes the distinct items of the batch, and tells items apart."""
+        """The fields that describe the distinct items of the batch, and the item numbers if needed."""
         schema, items = self.log.schema, self.log.items
-        told: dict[str, Any] = {}
+        fields: dict[str, Any] = {}
         if self._unknown_items or self.log.num_items > schema.item_features[schema.item]:
-            told |= {"history_item_ids": tensor(history), "candidate_item_ids": tensor(candidates)}
-        return told | item_fields(items, schema, history, candidates)
+            fields |= {"history_item_ids": tensor(history), "candidate_item_ids": tensor(candidates)}
+        return fields | item_fields(items, schema, history, candidates)
 
     def _context_features(self, index: np.ndarray, real: np.ndarray) -> KeyedJaggedTensor:
-        """The ids of the requests of ``index``, which stand where ``real`` is true."""
+        """The context ids of the requests ``index``, at the places where ``real`` is true."""
         schema = self.log.schema
         ids = {name: self.requests[name][index] for name in schema.context_features}
         lengths = [real.astype(np.int64) for _ in ids]
@@ -258,8 +258,8 @@ class RankingDataset(Dataset[RankingBatch]):
         return jagged(ids, lengths)
 
     def candidate_rows(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of the requests' candidates in the split's flat candidate columns, and how many
-        each request has."""
+        """The requests' candidates as rows of the split's flat candidate columns, and the number of
+        candidates of each request."""
         candidates = self._candidates(np.asarray(indices, dtype=np.int64))
         return candidates.rows, candidates.lengths
 
@@ -269,7 +269,7 @@ class RankingDataset(Dataset[RankingBatch]):
 
 
 def _spread(values: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """The values where ``real`` is true, and 0 elsewhere."""
+    """Put the values where ``real`` is true, and 0 elsewhere."""
     if len(values) == len(real):
         return values
     result = np.zeros(len(real), values.dtype)
@@ -278,7 +278,7 @@ def _spread(values: np.ndarray, real: np.ndarray) -> np.ndarray:
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
-    """Bits of uint64 numbers, mixed so that they are as good as random (SplitMix64's last step)."""
+    """Mix the bits of uint64 numbers so that they look random (the last step of SplitMix64)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

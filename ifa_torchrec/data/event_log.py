@@ -1,21 +1,21 @@
 """The event log: a folder of Parquet, opened as memory-mapped columns.
 
     LOG/
-      schema.json            what the columns are, and figures of them; written last, so a folder without
-                             it is half written
-      events.parquet         user, time, item, what an event has; sorted by user, then time
-      items.parquet          what describes an item; row i describes item i, row 0 is "unknown"
-      requests/SPLIT.parquet user, time, context, and per candidate lists
-      vocabulary.json, vocabulary/   which external id has which row; see data/vocabulary.py
-      .columns/              each column as a .npy file, made at the first opening
+      schema.json            the columns and their scales; written last, so a folder without it is
+                             incomplete
+      events.parquet         user, time, item, event features; sorted by user, then time
+      items.parquet          item features; row i describes item i, row 0 is "unknown"
+      requests/SPLIT.parquet user, time, context features, and lists with one value per candidate
+      vocabulary.json, vocabulary/   maps external ids to rows; see data/vocabulary.py
+      .columns/              each column as a .npy file, created when the log is first opened
 
 A log in parts has events/part-*.parquet and requests/SPLIT/part-*.parquet instead; see data/parts.py.
 
-The items that the item's table has no row for are new: training did not see them. They stand behind the
-others; row 0 is theirs in the table, all else describes them as it describes any.
+New items are those for which the item table has no row: training did not see them. They come after all
+other items and use row 0 of the item table; their other features are used like those of any item.
 
-A history is never copied into a request: a request names a user and a time, and its history is
-the slice of that user's events that lie strictly before that time.
+Histories are never copied into requests: a request has a user and a time, and its history is the slice
+of that user's events strictly before that time.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ from ifa_torchrec.data.schema import (
 from ifa_torchrec.data.vocabulary import Vocabulary
 from ifa_torchrec.data.writing import drafting, publish_folder, write_tables
 
-_USERS_OF_PART = "users-of-part"  # no column of a schema is called so
+_USERS_OF_PART = "users-of-part"  # not a valid column name in a schema
 
 
 class EventLog(LogItems):
@@ -74,28 +74,28 @@ class EventLog(LogItems):
 
     Args:
         path: the log's folder, or a URI of it (s3://, gs://, hdfs://, file://); see data/remote.py.
-        shard: (rank, world size): a rank opens parts of its own alone, where there are enough; see
+        shard: (rank, world size): the rank opens only its own parts if there are enough; see
             ``own_parts``. Events, requests and users are then those of these parts.
 
     Attributes:
-        place: what was given.
-        path: the folder; of a log behind a URI that of the copies of its small files.
+        place: the path or URI, as given.
+        path: the log's folder; for a URI, the local folder with copies of its small files.
         schema: the log's LogSchema.
-        users: [U] int64, the users that have events, ascending; of a log in parts, those of one part
-            after those of another.
+        users: [U] int64, the users that have events, ascending; in a log in parts, part by part and
+            ascending within each.
         user_offsets: [U + 1] int64, user u's events are rows user_offsets[u]:user_offsets[u + 1].
-        scales: how each of ``schema.scaled`` is standardised, by figures of the split `train`.
-        events: columns time [E] int64 (microseconds), the item's number and the event features [E]
+        scales: the scale that standardises each of ``schema.scaled``, computed on the split `train`.
+        events: columns time [E] int64 (microseconds), the item number and the event features [E]
             int64; numbers and the weight [E] float32, NaN where a number is missing.
-        items: the item features [I] int64; the numbers [I] float32, NaN where one is missing; the
-            vectors [I, width] float32; of each list its ids, int64, and NAME_offsets [I + 1] int64.
+        items: the item features [I] int64; the numbers [I] float32, NaN where missing; the vectors
+            [I, width] float32; for each list, its flat ids, int64, and NAME_offsets [I + 1] int64.
         num_items: I.
-        parts: how many parts the log has.
+        parts: the number of parts in the log.
         own: the parts that are open.
 
     Raises:
-        LogError: the folder is missing, half written, or a column is missing, of the wrong
-            type, null, out of order or outside its table.
+        LogError: the folder is missing or incomplete; or a column is missing, null, of the wrong type,
+            out of order or outside its table.
 
     Example:
         >>> import pandas as pd, tempfile
@@ -124,7 +124,7 @@ class EventLog(LogItems):
         items = self._columns.open("items", lambda table, _: check_items(table, schema))
         super().__init__(place, path, schema, items)
         self.events = self._columns.open("events", self._check_events, [USER_OFFSETS])
-        # where the users of each part begin
+        # the index of the first user of each part
         self._bounds = np.append(0, np.cumsum(self.events.pop(_USERS_OF_PART, [len(self.events[USER])])))
         self.users = self.events.pop(USER)
         self.user_offsets = self.events.pop(USER_OFFSETS)
@@ -142,29 +142,29 @@ class EventLog(LogItems):
     ) -> EventLog:
         """Write a log from DataFrames (events in any order) and open it.
 
-        The log appears under ``path`` only when it is complete. Each frame has the columns that the
-        schema names, and no other; a missing number is NaN or null.
+        The log appears at ``path`` only when it is complete. Each frame must have exactly the columns
+        that the schema names; a missing number is NaN or null.
 
         Args:
             path: a folder that does not exist yet.
             events: columns user (int), time (datetime64, no zone or UTC), the item id (int), and the
                 event features, numbers and weight.
             schema: names and table sizes.
-            items: one row an item, row i for item i and row 0 for "unknown", with all that describes an
-                item and, where there are any, what to call the items in a string column `name`; may be
-                left out when the item id is all that there is.
+            items: one row per item, row i for item i and row 0 for "unknown", with all item features
+                and, optionally, the items' display names in a string column `name`; may be omitted if
+                the item id is the only item feature.
             requests: for each split, a DataFrame with user, time, the context and dense columns,
-                and a list a row in each of the candidate columns and context lists.
-            vocabulary: of external ids. Given one, the users, items and ids in the frames are external
-                ones and their rows are looked up, 0 for what it does not have; those of names that it
-                lacks, and all without one, are rows. Items then come in any order, without row 0.
-            parts: how many parts the events and the requests are cut into, by a hash of the user; see
-                data/parts.py.
+                and one list per row in each candidate column and context list.
+            vocabulary: the external ids. With it, the users, items and ids in the frames are external
+                and are mapped to rows, 0 if not in the vocabulary; ids of names that it lacks, and all
+                ids without it, are rows already. Items then come in any order, without row 0.
+            parts: the number of parts that the events and the requests are split into, by a hash of
+                the user; see data/parts.py.
 
         Raises:
             LogError: a column is missing, unknown, null, of the wrong type or outside its table; a split
-                is empty, or its name is no file name; the vocabulary does not know an item that is
-                described, or the user of an event; or there is no room, or no right, to write there.
+                is empty, or its name is not a file name; the vocabulary lacks an item of ``items``, or
+                the user of an event; or there is no space or no permission to write there.
             FileExistsError: ``path`` exists.
         """
         check_splits(requests or {})
@@ -201,21 +201,22 @@ class EventLog(LogItems):
     def publish(
         cls, draft: str | Path, path: str | Path, schema: LogSchema, splits: Sequence[str]
     ) -> EventLog:
-        """Make a log of a folder of Parquet files: write its schema.json, run every check, rename it.
+        """Make a folder of Parquet files a log: write its schema.json, run every check, rename it.
 
         For programs that write the Parquet files themselves, in a folder of ``drafting``.
 
         Args:
             draft: a folder with events.parquet, items.parquet, requests/SPLIT.parquet for each split
                 and, unless all ids are rows, a vocabulary (``Vocabulary.save``), as the module
-                describes them; or with the files of data/parts.py; on the file system of ``path``.
-            path: what the folder will be called.
+                docstring describes; or with the files of data/parts.py. It must be on the same file
+                system as ``path``.
+            path: the final path of the log.
             schema: names and table sizes.
-            splits: the splits, in the order in which they are to be listed.
+            splits: the splits, in the order in which to list them.
 
         Raises:
-            LogError: a file is missing, a split's name is no file name, a column is not what the
-                schema says, or the vocabulary is another log's.
+            LogError: a file is missing, a split's name is not a file name, a column does not match the
+                schema, or the vocabulary belongs to another log.
 
         Example:
             >>> import pandas as pd, tempfile
@@ -240,7 +241,7 @@ class EventLog(LogItems):
         for name in ("events", "items", *tables[1:]):
             file = draft / f"{name}.parquet"
             if name not in rows and not file.exists():
-                raise LogError(f"{file}: missing; write it before the log is published")
+                raise LogError(f"{file}: the file is missing; write it before publishing the log")
             if name not in rows:
                 rows[name] = pq.read_metadata(file).num_rows
         if not (draft / "vocabulary.json").exists():
@@ -258,7 +259,7 @@ class EventLog(LogItems):
         return cls(path)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process opens the log itself: what is mapped to memory is not sent there."""
+        """Another process opens the log itself: memory-mapped columns are not pickled."""
         return _opened, (self.place, self.schema, self._shard)
 
     @property
@@ -268,7 +269,7 @@ class EventLog(LogItems):
 
     def fingerprint(self) -> str:
         """A digest of the schema, all columns of all tables (or the files of their parts) and the
-        vocabulary, to tell logs apart; the same on all ranks."""
+        vocabulary; identifies the log, and is the same on all ranks."""
         if self._header.parts:
             digests = [self._columns.digests["items"], sorted(self._header.parts.items())]
         else:
@@ -280,7 +281,7 @@ class EventLog(LogItems):
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """Which external id has which row.
+        """The mapping of external ids to rows.
 
         Raises:
             LogError: it is missing, damaged, or not the one that the log was written with.
@@ -288,19 +289,19 @@ class EventLog(LogItems):
         vocabulary = Vocabulary.load(self.path)
         if vocabulary.digest != self._header.vocabulary:
             raise LogError(
-                f"{self.place}: vocabulary.json is not the one that the log was written with; copy that "
-                "back, or write the log again"
+                f"{self.place}: vocabulary.json is not the one that the log was written with; restore "
+                "that one, or write the log again"
             )
         return vocabulary
 
     def new_items(self, split: str) -> dict[str, float]:
-        """The share of items that the item's table has no row for, row 0 "unknown" among them.
+        """The share of items for which the item table has no row, including row 0, "unknown".
 
         Args:
             split: name of the request split.
 
         Returns:
-            Of the split's `candidates`, and of the `events` of its requests' histories; 0 of none.
+            The share in the split's `candidates`, and in the `events` of its histories; 0 if empty.
 
         Example:
             >>> import pandas as pd, tempfile
@@ -327,40 +328,40 @@ class EventLog(LogItems):
         return [n.removeprefix("requests/") for n in self._header.rows if n.startswith("requests/")]
 
     def requests_of_parts(self, split: str) -> list[int]:
-        """How many requests of a split each part of the log has, be it open or not.
+        """The number of requests of a split in each part of the log, open or not.
 
         Raises:
-            LogError: no such split.
+            LogError: the log has no such split.
         """
         self._check_split(split)
         parts = self._header.parts.get(f"requests/{split}")
         return [part.rows for part in parts] if parts else [self._header.rows[f"requests/{split}"]]
 
     def item_names(self) -> list[str]:
-        """What to call each item: the items' column `name`, or else its external id, or its number where
-        it has none."""
+        """The display name of each item: the column `name` of the items, else its external id, else its
+        number."""
         file = pq.ParquetFile(self.path / "items.parquet")
         if NAME in file.schema_arrow.names:
             return file.read([NAME])[NAME].to_pylist()
         ids = self.vocabulary[self.schema.item].at(range(self.num_items))
-        called = (number if known is None else known for number, known in enumerate(ids))
-        return [f"{self.schema.item} {known}" for known in called]
+        names = (number if known is None else known for number, known in enumerate(ids))
+        return [f"{self.schema.item} {name}" for name in names]
 
     def requests(self, split: str) -> Columns:
         """The request columns of a split.
 
         Returns:
-            user and time [R] int64, the context features [R] int64, the dense features [R]
-            float32, of each context list its ids and NAME_offsets [R + 1] int64, candidate_offsets
-            [R + 1] int64 and the candidate lists flat, [M]. A missing number is NaN.
+            user and time [R] int64, the context features [R] int64, the dense features [R] float32, for
+            each context list its flat ids and NAME_offsets [R + 1] int64, candidate_offsets [R + 1]
+            int64, and the candidate lists flat, [M]. A missing number is NaN.
 
         Raises:
-            LogError: no such split, or a column is not what the schema says.
+            LogError: the log has no such split, or a column does not match the schema.
         """
         self._check_split(split)
         name = f"requests/{split}"
         if not self._header.rows[name]:
-            raise LogError(f"{name}: there are no requests; leave the split out")
+            raise LogError(f"{name}: there are no requests; leave out the split")
         offsets = [OFFSETS, *(f"{n}{LIST_OFFSETS}" for n in self.schema.context_lists)]
 
         def check(table: pa.Table, part: int) -> Columns:
@@ -374,7 +375,7 @@ class EventLog(LogItems):
 
     def _check_split(self, split: str) -> None:
         if split not in self.splits:
-            raise LogError(f"{self.place}: no split {split!r}, there are {self.splits}")
+            raise LogError(f"{self.place}: no split {split!r}; it has {self.splits}")
 
     def _check_events(self, table: pa.Table, part: int) -> Columns:
         columns = check_events(table, self.schema, self.num_items)
@@ -425,7 +426,7 @@ class EventLog(LogItems):
         return start, end
 
     def _places(self, user: np.ndarray) -> np.ndarray:
-        """Where each user is among ``users``, or would be among those of the part."""
+        """The index of each user in ``users``, or where it would be inserted within its part."""
         if self.parts == 1:
             return np.searchsorted(self.users, user)
         part = part_of(user, self.parts) - self.own.start
@@ -439,8 +440,7 @@ def _opened(place: str, schema: LogSchema, shard: tuple[int, int]) -> EventLog:
 
 
 def _first_at(values: np.ndarray, start: np.ndarray, end: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """The first row of each range of ascending values that is not less than a value; the range's end
-    where there is none."""
+    """The first row of each range whose value is at least ``value``, else its end; values ascend."""
     low, high = start.copy(), end.copy()
     while len(open_ := np.flatnonzero(low < high)):
         middle = (low[open_] + high[open_]) // 2

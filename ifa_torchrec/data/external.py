@@ -1,4 +1,4 @@
-"""DataFrames whose ids are external, as the world has them, made into DataFrames of rows."""
+"""Replace the external ids in DataFrames by rows of their tables."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ifa_torchrec.data.vocabulary import Ids, Vocabulary
 
 
 def check_columns(frame: pd.DataFrame, named: Iterable[str], where: str) -> None:
-    """Refuse columns that the schema does not name: they would be ignored without a word.
+    """Refuse columns that the schema does not name: they would be ignored silently.
 
     Raises:
-        LogError: there is one.
+        LogError: the frame has such a column.
 
     Example:
         >>> import pandas as pd
@@ -26,13 +26,13 @@ def check_columns(frame: pd.DataFrame, named: Iterable[str], where: str) -> None
     known = list(named)
     if unknown := [column for column in frame.columns if column not in known]:
         raise LogError(
-            f"{where}: the schema does not name the columns {unknown}; name them in it, or drop them. "
-            f"It names {known}"
+            f"{where}: the schema does not name the columns {unknown}; add them to it, or drop them. "
+            f"The schema names {known}"
         )
 
 
 def columns_of(schema: LogSchema) -> dict[str, list[str]]:
-    """The columns that each table may have, by the schema.
+    """The columns that each table may have according to the schema.
 
     Example:
         >>> from ifa_torchrec.data import LogSchema
@@ -55,14 +55,14 @@ def columns_of(schema: LogSchema) -> dict[str, list[str]]:
 
 
 class ExternalIds:
-    """Rows of the ids in DataFrames, by a vocabulary; ids of names that it lacks are rows already.
+    """Maps the ids in DataFrames to rows by a vocabulary; ids of names that it lacks are rows already.
 
     Args:
-        vocabulary: of external ids.
-        schema: of the log.
+        vocabulary: the external ids.
+        schema: the log's schema.
 
     Raises:
-        LogError: the vocabulary has a name that the schema has not.
+        LogError: the vocabulary has a name that is not in the schema.
 
     Example:
         >>> import pandas as pd
@@ -79,31 +79,31 @@ class ExternalIds:
         self._vocabulary, self._schema = vocabulary, schema
         if unknown := {*vocabulary.names} - {USER, *schema.tables}:
             raise LogError(
-                f"vocabulary: the schema does not name {sorted(unknown)}; it names "
-                f"{[USER, *schema.tables]}"
+                f"vocabulary: it has ids of {sorted(unknown)}, which the schema does not name; expected "
+                f"some of {[USER, *schema.tables]}"
             )
 
     def events(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """Events with rows for ids.
+        """Replace the ids of events by rows.
 
         Raises:
-            LogError: a user is not known, whose history would be that of all who are not.
+            LogError: a user is not in the vocabulary; all such users would share one history.
         """
         frame = self._mapped(frame, [USER, self._schema.item, *self._schema.event_features], "events")
         if self._ids(USER) is not None:
             unknown = np.flatnonzero(frame[USER].to_numpy() == 0)
             if len(unknown):
                 raise LogError(
-                    f"events: row {unknown[0]}, column {USER!r}: the vocabulary does not know the user; "
-                    "extend it with Vocabulary.extended, or drop the row"
+                    f"events: row {unknown[0]}, column {USER!r}: the user is not in the vocabulary; "
+                    "add it with Vocabulary.extended, or drop the row"
                 )
         return frame
 
     def items(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """Items with rows for ids, row i of item i; those that the frame lacks are described by nothing.
+        """Replace the ids of items by rows, row i for item i; items not in the frame get empty values.
 
         Raises:
-            LogError: an item is not known, or two have one row.
+            LogError: an item is not in the vocabulary, or two rows describe the same item.
         """
         schema = self._schema
         frame = self._mapped(frame, schema.item_features, "items")
@@ -112,12 +112,14 @@ class ExternalIds:
         if ids is None:
             return frame
         number = frame[schema.item]
-        for wrong, told in (
-            (number == 0, "the vocabulary does not know the item; extend it with Vocabulary.extended"),
-            (number.duplicated(), "another row describes the same item; drop one"),
+        for wrong, problem in (
+            (number == 0, "the item is not in the vocabulary; add it with Vocabulary.extended"),
+            (number.duplicated(), "an earlier row describes the same item; drop one of them"),
         ):
             if wrong.any():
-                raise LogError(f"items: row {wrong.to_numpy().argmax()}, column {schema.item!r}: {told}")
+                raise LogError(
+                    f"items: row {wrong.to_numpy().argmax()}, column {schema.item!r}: {problem}"
+                )
         missing = np.setdiff1d(np.arange(ids.rows), number)
         nothing = pd.DataFrame({schema.item: missing})
         for name in frame.columns.drop(schema.item):
@@ -132,7 +134,7 @@ class ExternalIds:
         return pd.concat([frame, nothing]).sort_values(schema.item, ignore_index=True)
 
     def requests(self, frame: pd.DataFrame, where: str) -> pd.DataFrame:
-        """Requests with rows for ids."""
+        """Replace the ids of requests by rows."""
         schema = self._schema
         frame = self._mapped(frame, [USER, *schema.context_features], where)
         return self._lists_mapped(
@@ -140,7 +142,7 @@ class ExternalIds:
         )
 
     def _ids(self, column: str) -> Ids | None:
-        """The ids of a column; None where they are rows already."""
+        """The vocabulary's ids for a column; None if its values are rows already."""
         name = self._schema.item if column == CANDIDATES else column
         ids = self._vocabulary[name] if name in self._vocabulary.names else None
         return None if ids is None or ids.kind == "numbered" else ids
@@ -162,7 +164,7 @@ class ExternalIds:
             for row, values in enumerate(frame[column]):
                 if not isinstance(values, (list, tuple, np.ndarray)):
                     raise LogError(
-                        f"{where}: row {row}, column {column!r} is {values!r}, it must be a list"
+                        f"{where}: row {row}, column {column!r} is {values!r}, expected a list"
                     )
             lengths = [len(values) for values in frame[column]]
             flat = [value for values in frame[column] for value in values]
@@ -173,13 +175,13 @@ class ExternalIds:
 
 
 def _rows(values: pd.Series, ids: Ids, column: str, where: str) -> np.ndarray:
-    """Row of each external id; 0 where it is missing."""
+    """The row of each external id; 0 if it is missing."""
     places, distinct = pd.factorize(values)  # looks up each id once
     for place, identifier in enumerate(distinct):
         if isinstance(identifier, bool) or not isinstance(identifier, (str, int, np.integer)):
             row = int(np.flatnonzero(places == place)[0])
             raise LogError(
-                f"{where}: row {row}, column {column!r}: the id {identifier!r} is no string and no "
-                "integer; integers beside missing ones are the type 'Int64' in pandas"
+                f"{where}: row {row}, column {column!r}: the id {identifier!r} is neither a string nor "
+                "an integer; if some integers are missing, use the pandas type 'Int64'"
             )
     return np.append(ids.rows_of(list(distinct)), 0)[places]

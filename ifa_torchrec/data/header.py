@@ -1,4 +1,4 @@
-"""What stands in a log's schema.json: Header."""
+"""Read and write a log's schema.json: Header."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from ifa_torchrec.data.schema import LogError, LogSchema, check_splits
 from ifa_torchrec.errors import ConfigError
 
 FORMAT, IN_PARTS = "ifa-event-log/2", "ifa-event-log/3"
-"""Of a log without parts, and of one in parts, which versions before them refuse by its name."""
+"""Formats of a log without parts, and of a log in parts. Versions that cannot read parts refuse the
+latter by its name."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What schema.json says.
+    """The content of schema.json.
 
     Args:
-        schema: of the log.
-        rows: number of rows of each table.
-        scales: of each of ``schema.scaled``.
-        vocabulary: digest of the log's vocabulary.
-        parts: of each table that is in parts.
+        schema: the log's schema.
+        rows: the number of rows of each table.
+        scales: the scale of each of ``schema.scaled``.
+        vocabulary: the digest of the log's vocabulary.
+        parts: the parts of each table that is in parts.
 
     Example:
         >>> from ifa_torchrec.data.header import Header
@@ -64,38 +65,42 @@ def write_header(file: Path, header: Header) -> None:
 
 
 def read_header(file: Path) -> Header:
-    """What schema.json says; see ``write_header``.
+    """Read schema.json; see ``write_header``.
 
     Raises:
-        LogError: the file is missing, of another format, or not what ``write_header`` writes.
+        LogError: the file is missing, has another format, or is not what ``write_header`` writes.
     """
     try:
         header = json.loads(file.read_text())
     except FileNotFoundError as error:
         raise LogError(
-            f"{file.parent}: no schema.json, so the folder was not written to the end; "
-            "delete it and write it again"
+            f"{file.parent}: schema.json is missing, so the log is incomplete; delete the folder and "
+            "write the log again"
         ) from error
     except OSError as error:
-        raise LogError(f"{file}: not readable ({error}); make it so, or copy the log") from error
+        raise LogError(f"{file}: cannot be read ({error}); check its permissions") from error
     except (ValueError, RecursionError) as error:
-        raise LogError(f"{file}: not readable as JSON ({error}); write the log again") from error
+        raise LogError(f"{file}: not valid JSON ({error}); write the log again") from error
     found = header.get("format") if isinstance(header, dict) else None
     if found not in (FORMAT, IN_PARTS):
         raise LogError(
-            f"{file}: format {found!r}, this version reads {FORMAT!r} and {IN_PARTS!r}; write "
-            "the log again"
+            f"{file}: format {found!r}, expected {FORMAT!r} or {IN_PARTS!r}; write the log again with "
+            "this version"
         )
     schema, rows = header.get("schema"), header.get("rows")
     if not isinstance(schema, dict) or not isinstance(rows, dict) or not {"events", "items"} <= {*rows}:
-        raise LogError(f"{file}: no schema, or no rows of events and items; write the log again")
+        raise LogError(
+            f"{file}: the schema or the row counts of events and items are missing; write the log again"
+        )
     for table, number in rows.items():
         if not isinstance(number, int):
-            raise LogError(f"{file}: {table} has {number!r} rows, which is no number; write it again")
+            raise LogError(
+                f"{file}: rows of {table}: got {number!r}, expected an integer; write the log again"
+            )
     names = {field.name for field in dataclasses.fields(LogSchema)}
     if unknown := {*schema} - names:
         raise LogError(
-            f"{file}: the schema has {sorted(unknown)}, which this version does not know; there are "
+            f"{file}: the schema has the unknown fields {sorted(unknown)}; this version knows "
             f"{sorted(names)}"
         )
     try:
@@ -110,10 +115,12 @@ def read_header(file: Path) -> Header:
 
 
 def _scales(given: Any, schema: LogSchema, file: Path) -> dict[str, Scale]:
-    """The scales of schema.json."""
+    """Read the scales of schema.json."""
     if not isinstance(given, dict) or {*given} != {*schema.scaled}:
-        raise LogError(f"{file}: scales must be those of {list(schema.scaled)}; write the log again")
+        raise LogError(
+            f"{file}: scales must have exactly the names {list(schema.scaled)}; write the log again"
+        )
     try:
         return {name: Scale(**given[name]) for name in schema.scaled}
     except (TypeError, ConfigError) as error:
-        raise LogError(f"{file}: a scale is none ({error}); write the log again") from error
+        raise LogError(f"{file}: a scale is not valid ({error}); write the log again") from error

@@ -1,31 +1,27 @@
-"""Where the histories of requests lie among the events of a log."""
+"""Find the events of each request's history in a log."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from ifa_torchrec.data.event_log import EventLog
+
 AT_ONCE = 1 << 20
-"""Requests whose histories are looked for together, which bounds the memory for it. Those of a split of
-no more are looked for once."""
-
-
-class FindsHistories(Protocol):
-    """What an EventLog can do: say which rows are a user's events before a time."""
-
-    def history_range(self, user: np.ndarray, time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See ``EventLog.history_range``."""
-        ...
+"""The number of requests whose histories are looked up together, which bounds the memory. A split with
+no more requests is looked up once."""
 
 
 class Histories:
-    """The rows of each request's history, in memory that does not grow with the requests.
+    """The rows of each request's history, in memory that does not grow with the number of requests.
 
     Args:
         log: the event log.
-        users: [R] int64; times: [R] int64, microseconds.
-        most: events of a history, the latest; None for all.
+        users: [R] int64.
+        times: [R] int64, microseconds.
+        most: keep only this many of the latest events of a history; None for all.
         since: [R] int64, microseconds: only events from this time on; None for all.
 
     Example:
@@ -43,7 +39,7 @@ class Histories:
 
     def __init__(
         self,
-        log: FindsHistories,
+        log: EventLog,
         users: np.ndarray,
         times: np.ndarray,
         most: int | None = None,
@@ -56,10 +52,10 @@ class Histories:
         return len(self._users)
 
     def ranges(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The rows start:end of the events of each request's history.
+        """The event rows start:end of each request's history.
 
         Args:
-            requests: [n] int64, numbers of requests.
+            requests: [n] int64, request numbers.
 
         Returns:
             start and end, [n] int64.
@@ -70,10 +66,10 @@ class Histories:
         return start[requests], end[requests]
 
     def lengths(self, requests: np.ndarray) -> np.ndarray:
-        """[n] int64, the events in each request's history.
+        """[n] int64, the number of events in each request's history.
 
         Args:
-            requests: [n] int64, numbers of requests.
+            requests: [n] int64, request numbers.
         """
         start, end = self.ranges(requests)
         return end - start

@@ -1,4 +1,4 @@
-"""Batches made ahead of the step that takes them."""
+"""A loader that prepares batches ahead of the training step."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from ifa_torchrec.batch import RankingBatch
 from ifa_torchrec.data.dataset import RankingDataset
 
 AHEAD = 4
-"""Batches that are made, or being made, before they are asked for."""
+"""The number of batches that are prepared before they are requested."""
 THREADS = 2
-"""Threads that make them, a batch each. Numpy and torch let others run while they copy."""
+"""The number of threads that prepare batches, one batch each. Numpy and torch release the GIL while
+they copy."""
 
 
 def make_loader(dataset: RankingDataset, sampler: Iterable[list[int]]) -> BatchLoader:
-    """The batches of ``dataset`` in the sampler's lists, made ahead of whoever takes them.
+    """The batches of ``dataset`` for the sampler's lists of requests, prepared ahead.
 
     Args:
-        dataset: gives the batch of a list of requests.
-        sampler: an EventBudgetSampler, or lists that it gave.
+        dataset: returns the batch of a list of requests.
+        sampler: an EventBudgetSampler, or lists from one.
 
     Example:
         >>> from ifa_torchrec.data import EventBudgetSampler, make_loader
@@ -39,22 +40,22 @@ def make_loader(dataset: RankingDataset, sampler: Iterable[list[int]]) -> BatchL
 
 
 class BatchLoader:
-    """The batches of a dataset, in the order of a sampler's lists, made ahead by threads.
+    """The batches of a dataset, in the order of a sampler's lists, prepared ahead by threads.
 
-    What goes wrong in making a batch is raised where that batch is taken. Up to AHEAD batches more than
-    were taken are made, so a position in the data is counted by what was taken:
-    ``EventBudgetSampler.state_dict(step)``. Threads end when the iterator is exhausted, closed or
-    forgotten. Where there is a card, batches come in page-locked memory.
+    An error in a batch is raised when that batch is taken. Up to AHEAD batches are prepared beyond those
+    taken, so a position in the data must count taken batches: ``EventBudgetSampler.state_dict(step)``.
+    The threads end when the iterator is exhausted, closed or deleted. If there is a GPU, batches are in
+    page-locked memory.
 
-    Nothing is forked, and making a batch runs no parallel region of OpenMP, so that a program may fork
-    before and after, and use the dataset in the workers of a torch DataLoader.
+    The loader does not fork, and preparing a batch runs no parallel region of OpenMP. So a program may
+    fork before and after, and may use the dataset in the workers of a torch DataLoader.
 
     Args:
-        dataset: gives the batch of a list of requests.
-        sampler: lists of requests; iterated anew each time, in the threads.
+        dataset: returns the batch of a list of requests.
+        sampler: lists of requests; a new iteration each time, in the threads.
 
     Attributes:
-        waited: seconds for which batches were asked for before they were made, of all iterations.
+        waited: seconds spent waiting for batches, over all iterations.
 
     Example:
         >>> from ifa_torchrec.data.loader import BatchLoader
@@ -71,7 +72,7 @@ class BatchLoader:
 
     def __iter__(self) -> Generator[RankingBatch]:
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        makers = ThreadPoolExecutor(THREADS, "batches", _use, (device,))
+        makers = ThreadPoolExecutor(THREADS, "batches", _set_device, (device,))
         lists, numbers = _InTurn(self._sampler), count()
 
         def begin() -> Future[RankingBatch | None]:
@@ -86,7 +87,7 @@ class BatchLoader:
             makers.shutdown(cancel_futures=True)
 
     def _make(self, lists: _InTurn, number: int) -> RankingBatch | None:
-        """The batch of this number; None behind the last."""
+        """The batch with this number; None after the last."""
         requests = lists.take(number)
         if requests is None:
             return None
@@ -102,14 +103,14 @@ class BatchLoader:
 
 
 class _InTurn:
-    """The lists of a sampler, for threads that take them: a thread that had them all would have to be
-    switched to and from for each batch."""
+    """The lists of a sampler, which the threads take in turn. A separate sampler thread would cost two
+    thread switches per batch."""
 
     def __init__(self, sampler: Iterable[list[int]]) -> None:
         self._lists, self._taken, self._turn = iter(sampler), 0, Condition()
 
     def take(self, number: int) -> list[int] | None:
-        """The list of this number, once all before it are taken; None behind the last."""
+        """Wait until all lists before this number are taken, then take it; None after the last."""
         with self._turn:
             self._turn.wait_for(lambda: self._taken == number)
             self._taken += 1
@@ -117,7 +118,7 @@ class _InTurn:
             return next(self._lists, None)
 
 
-def _use(device: int | None) -> None:
-    """Let a thread page-lock memory for this process's card; a new thread has the first."""
+def _set_device(device: int | None) -> None:
+    """Make a new thread page-lock memory for this process's GPU; by default it uses the first."""
     if device is not None:
         torch.cuda.set_device(device)

@@ -1,4 +1,4 @@
-"""What a log says of its items and its ids: all that serving needs of one."""
+"""The items and the vocabulary of a log: the part of it that serving needs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ifa_torchrec.data.vocabulary import Vocabulary
 
 
 class LogItems:
-    """The schema, items and vocabulary of a log, whose events and requests may be elsewhere.
+    """The schema, items and vocabulary of a log; its events and requests need not be present.
 
     Args:
-        place: what the log goes by.
-        path: a folder that has its vocabulary.
-        schema: the log's.
-        items: the columns of its items; see EventLog.
+        place: the path or URI of the log.
+        path: a folder that contains its vocabulary.
+        schema: the log's schema.
+        items: the log's item columns; see EventLog.
 
     Example:
         >>> import numpy as np
@@ -36,7 +36,7 @@ class LogItems:
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """Which external id has which row.
+        """The mapping of external ids to rows.
 
         Raises:
             LogError: it is missing or damaged.
@@ -44,10 +44,10 @@ class LogItems:
         return Vocabulary.load(self.path)
 
     def item_rows(self, items: np.ndarray) -> np.ndarray:
-        """The row of each item in the item's table: its number, and 0 where it is new.
+        """The row of each item in the item table: the item's number, or 0 for a new item.
 
         Args:
-            items: numbers of items, of any shape.
+            items: item numbers, of any shape.
         """
         rows = self.schema.item_features[self.schema.item]
         return items if self.num_items <= rows else items * (items < rows)  # faster than np.where

@@ -1,15 +1,15 @@
-"""The columns of a log's Parquet files as .npy files, which are mapped to memory.
+"""The columns of a log's Parquet files as memory-mapped .npy files.
 
     LOG/.columns/
-      events-CONTENT/    of events.parquet as it is now; CONTENT is a digest of it and of the schema
-        user.npy ...     its columns
-        made.json        what they were made of: the schema, and size, time and SHA-256 of each file
-      events@0-4-CONTENT/   of parts 0 to 3, which are opened together, of a log in parts
-      .draft-*           columns that are being made
-      .lock              held by who makes them
+      events-CONTENT/    columns of events.parquet; CONTENT is a digest of the file and the schema
+        user.npy ...     one file per column
+        made.json        their sources: the schema, and size, time and SHA-256 of each file
+      events@0-4-CONTENT/   columns of parts 0 to 3 of a log in parts, which are opened together
+      .draft-*           columns that are being written
+      .lock              held by the process that writes them
 
-They are made when a log is first opened, and anew where the Parquet file is another or they are damaged.
-Those of a table in parts are made a part at a time, so that memory is a part's.
+They are written when a log is first opened, and again when the Parquet file has changed or they are
+damaged. Those of a table in parts are written one part at a time, so memory is bounded by one part.
 """
 
 from __future__ import annotations
@@ -36,25 +36,26 @@ from ifa_torchrec.data.writing import new_folder
 
 _DIGEST = 16  # characters of the digest in a folder's name
 _COPIED = 1 << 24  # bytes at a time
-_LAYOUT = 2  # of the columns: made anew where another version made them
+_LAYOUT = 2  # version of the files; columns with another version are written again
 
 _Seen = list[Any]
-"""A file as it was: bytes, time of its last change (ns), SHA-256."""
+"""The state of a file: size in bytes, time of its last change (ns), SHA-256."""
 
 
 class MappedColumns:
-    """The columns of a log, made where they are not there.
+    """The columns of a log, written on first use.
 
     Args:
         path: the log's folder.
-        schema: by which columns are read and checked.
-        rows: how many rows each table must have, by its name: its Parquet file's without suffix.
-        parts: of each table that is in parts those that are opened, in a row, by their numbers.
-        remote: the log elsewhere that ``path`` is the copy of, if it is one: files are copied when
-            columns are made of them.
+        schema: the schema by which columns are read and checked.
+        rows: the number of rows that each table must have, by table name: that of its Parquet file
+            without suffix.
+        parts: for each table in parts, those to open, consecutive, by their numbers.
+        remote: the remote log of which ``path`` is the local copy, if any: a file is copied when its
+            columns are written.
 
     Attributes:
-        digests: of the content of each table that was opened.
+        digests: the digest of each opened table's content.
 
     Example:
         >>> import tempfile
@@ -89,19 +90,19 @@ class MappedColumns:
         """The columns of one table.
 
         Args:
-            name: of the table.
-            check: makes columns of a file's table, where they are to be made; given the part's number,
-                0 of a table without parts.
-            offsets: those columns that say where lists begin, each of which begins with 0.
+            name: the table.
+            check: converts a file's table to columns, when they must be written; it also gets the part's
+                number, 0 for a table without parts.
+            offsets: the columns of list offsets, each of which begins with 0.
 
         Raises:
-            LogError: a file is missing, is not readable, has another number of rows or, of a part,
-                another content; ``check`` refuses it; or columns must be made and cannot be written.
+            LogError: a file is missing or not readable, its number of rows or (for a part) its content
+                is wrong, or ``check`` refuses it; or the columns cannot be written.
         """
         files = self._files(name)
         for parquet in files:
             if self._remote is None and not parquet.exists():
-                raise LogError(f"{parquet}: missing; the log is incomplete, write it again")
+                raise LogError(f"{parquet}: the file is missing; write the log again")
         parquet = files[0] if len(files) == 1 else files[0].parent
         columns = self._load(name)
         if columns is not None:
@@ -109,7 +110,7 @@ class MappedColumns:
         try:
             self.root.mkdir(exist_ok=True)
             with _lock(self.root):
-                columns = self._load(name)  # another process may have made them meanwhile
+                columns = self._load(name)  # another process may have written them meanwhile
                 if columns is None:
                     self._make(name, check, offsets)
                     columns = self._load(name)
@@ -117,16 +118,16 @@ class MappedColumns:
                         self._remote.keep_within_bound()
         except OSError as error:
             raise LogError(
-                f"{self.root}: the columns of {parquet} must be made there, which failed ({error}); "
-                "make room, open the log once where it can be written, or copy it to such a place"
+                f"{self.root}: cannot write the columns of {parquet} there ({error}); free some space, "
+                "open the log once with write permission, or copy it to a folder that can be written"
             ) from error
         if columns is None:
-            raise LogError(f"{parquet}: it changed while it was read; open the log again")
+            raise LogError(f"{parquet}: the file changed while it was read; open the log again")
         return columns
 
     def _load(self, name: str) -> Columns | None:
-        """The columns that were made of a Parquet file as it is now; None if there are none, or if
-        they are not what was made."""
+        """The columns written from the Parquet files as they are now; None if there are none or they
+        are damaged."""
         for folder in self._made(name):
             try:
                 made = json.loads((folder / "made.json").read_text())
@@ -134,7 +135,7 @@ class MappedColumns:
                     continue
                 if self._remote is None:
                     parquet = _check_all(self._files(name), made["parquet"])
-                else:  # the copy is of files as they are now, and parts need not be there any more
+                else:  # copies are of the current files, and those of parts may be deleted by now
                     parquet, self._held[name] = made["parquet"], use(folder)
                 files = {column: folder / f"{column}.npy" for column in made["columns"]}
                 seen = {c: _check(file, made["columns"][c]) for c, file in files.items()}
@@ -143,10 +144,10 @@ class MappedColumns:
                     c: np.asarray(np.lib.format.open_memmap(file, mode="r"))
                     for c, file in files.items()
                 }
-            except Exception:  # whatever a damaged folder leads to: the columns are made anew
+            except Exception:  # any error from a damaged folder: the columns are written again
                 continue
             now = {**made, "parquet": parquet, "columns": seen}
-            if now != made:  # copied, say: lest all is read again at each opening
+            if now != made:  # e.g. copied; so that not everything is read at each opening
                 with suppress(OSError):
                     draft = folder / f".made-{secrets.token_hex(6)}"
                     draft.write_text(json.dumps(now))
@@ -159,7 +160,7 @@ class MappedColumns:
     def _make(
         self, name: str, check: Callable[[pa.Table, int], Columns], offsets: Collection[str]
     ) -> None:
-        """Make the columns of a table, in place of those that were made before."""
+        """Write the columns of a table, replacing any that were written before."""
         draft, sources = new_folder(self.root, ".draft-"), list[Any]()
         try:
             held = None if self._remote is None else use(draft)
@@ -172,12 +173,12 @@ class MappedColumns:
                 sources += source
             columns = joined.finish()
             seen = {column: _see(draft / f"{column}.npy") for column in columns}
-            # of a table without parts, the one file's size, time and digest
+            # for a table without parts, the size, time and digest of its file
             made = {"schema": self._schema, "parquet": sources, "columns": seen}
             (draft / "made.json").write_text(json.dumps(made))
             key = f"{self._schema} {' '.join(sources[2::3])}"
             content = hashlib.sha256(key.encode()).hexdigest()[:_DIGEST]
-            folder = self.root / f"{self._called(name)}-{content}"
+            folder = self.root / f"{self._prefix(name)}-{content}"
             folder.parent.mkdir(exist_ok=True)
             # Who has opened the old columns keeps them: files that are mapped outlive their names.
             for old in self._made(name):
@@ -196,25 +197,25 @@ class MappedColumns:
         sha256: str,
         check: Callable[[pa.Table, int], Columns],
     ) -> Columns:
-        """The columns of one file, which is as schema.json says."""
+        """Read the columns of one file, and check it against schema.json."""
         part = self.parts[name][number] if name in self.parts else None
         if part is not None and part.sha256 != sha256:
             same = [n for n, other in self.parts[name].items() if other.sha256 == sha256]
-            told = f"it is part {same[0]}" if same else "its SHA-256 is another"
+            found = f"it is part {same[0]}" if same else "its SHA-256 differs"
             raise LogError(
-                f"{parquet}: not the part that the log was written with, {told}; copy that back, or "
-                "write the log again"
+                f"{parquet}: not the part that the log was written with ({found}); restore that part, "
+                "or write the log again"
             )
         try:
             table = pq.read_table(parquet, page_checksum_verification=True)
         except (pa.ArrowException, OSError) as error:
             raise LogError(
-                f"{parquet}: not readable as Parquet ({error}); write the log again"
+                f"{parquet}: not a readable Parquet file ({error}); write the log again"
             ) from error
         rows = self.rows[name] if part is None else part.rows
         if table.num_rows != rows:
             raise LogError(
-                f"{parquet}: {table.num_rows} rows, schema.json says {rows}; write the log again"
+                f"{parquet}: {table.num_rows} rows, expected {rows} (schema.json); write the log again"
             )
         if part is None:
             return check(table, number)
@@ -224,31 +225,31 @@ class MappedColumns:
             raise LogError(f"{file_of(name, number)}: {error}") from error
 
     def _here(self, name: str, number: int, parquet: Path) -> AbstractContextManager[object]:
-        """Have a file on this machine, while columns are made of it."""
+        """Keep a file on this machine while its columns are written."""
         if self._remote is None:
             return nullcontext()
         part = self.parts[name][number] if name in self.parts else None
         return self._remote.file(str(parquet.relative_to(self.path)), part)
 
     def _files(self, name: str) -> list[Path]:
-        """The Parquet files of a table, of its parts those that are opened."""
+        """The Parquet files of a table; for a table in parts, those to open."""
         if name in self.parts:
             return [self.path / file_of(name, part) for part in self.parts[name]]
         return [self.path / f"{name}.parquet"]
 
-    def _called(self, name: str) -> str:
-        """What the folders of a table's columns begin with."""
+    def _prefix(self, name: str) -> str:
+        """The prefix of the folders with a table's columns."""
         if name not in self.parts:
             return name
         first, *_ = numbers = list(self.parts[name])
-        return f"{name}@{first}-{first + len(numbers)}"  # no split has an @ in its name
+        return f"{name}@{first}-{first + len(numbers)}"  # a split's name cannot have an @
 
     def _made(self, name: str) -> list[Path]:
-        """The folders of columns that were made of a Parquet file, as it is now or was before."""
-        return list(self.root.glob(f"{self._called(name)}-{'?' * _DIGEST}"))
+        """The folders of columns written from the current or an earlier Parquet file."""
+        return list(self.root.glob(f"{self._prefix(name)}-{'?' * _DIGEST}"))
 
     def _clear_drafts(self) -> None:
-        """Delete what killed openings left, unless it is another process at work."""
+        """Delete the drafts of killed processes, unless another process is writing."""
         if drafts := list(self.root.glob(".draft-*")):
             with suppress(OSError), _lock(self.root, wait=False):
                 for draft in drafts:
@@ -256,11 +257,11 @@ class MappedColumns:
 
 
 class _Joined:
-    """Columns of one part after the other, written to files as they come.
+    """Concatenates the columns of parts, writing each part to files as it comes.
 
     Args:
-        folder: of the files.
-        offsets: the columns that begin with 0 and end with the length of others.
+        folder: where to write the files.
+        offsets: the columns of list offsets, which begin with 0 and end with the length of the lists.
     """
 
     def __init__(self, folder: Path, offsets: Collection[str]) -> None:
@@ -285,10 +286,10 @@ class _Joined:
         self._append(columns)
 
     def finish(self) -> list[str]:
-        """Make a .npy file of each column.
+        """Write a .npy file for each column.
 
         Returns:
-            The columns' names.
+            The names of the columns.
         """
         if not self._rows:
             for name, values in (self._first or {}).items():
@@ -312,7 +313,7 @@ class _Joined:
 
 
 class _Changed(Exception):
-    """A file is not what it was."""
+    """A file has changed."""
 
 
 def _see(file: Path) -> _Seen:
@@ -321,10 +322,10 @@ def _see(file: Path) -> _Seen:
 
 
 def _check(file: Path, before: _Seen) -> _Seen:
-    """The file as it is now, where its content is what it was.
+    """The current state of a file whose content has not changed; read only if its time has changed.
 
     Raises:
-        _Changed: it is another; read only where its time is another.
+        _Changed: the content has changed.
     """
     stat = file.stat()
     if [stat.st_size, stat.st_mtime_ns] == before[:2]:
@@ -336,7 +337,7 @@ def _check(file: Path, before: _Seen) -> _Seen:
 
 
 def _check_all(files: Sequence[Path], before: _Seen) -> _Seen:
-    """``_check`` of the files of a table, one after the other."""
+    """Apply ``_check`` to each file of a table."""
     if len(before) != 3 * len(files):
         raise _Changed
     return [x for n, file in enumerate(files) for x in _check(file, before[3 * n : 3 * n + 3])]
@@ -344,16 +345,16 @@ def _check_all(files: Sequence[Path], before: _Seen) -> _Seen:
 
 @contextmanager
 def _lock(folder: Path, wait: bool = True) -> Generator[None]:
-    """Hold the folder's lock, which ends with the process.
+    """Hold the folder's lock; it is released when the process ends.
 
     Raises:
-        OSError: the folder cannot be written or, without ``wait``, the lock cannot be had.
+        OSError: the folder cannot be written or, without ``wait``, the lock is taken.
     """
     with (folder / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            # a file system without locks: what is made is published by a rename all the same
+            # a file system without locks: columns are published by a rename in any case
             if not wait:
                 raise
         yield

@@ -1,4 +1,4 @@
-"""The order in which an epoch takes the requests: shuffled, a window at a time."""
+"""The order of the requests in an epoch: shuffled, one window at a time."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 import numpy as np
 
 WINDOW = 1 << 18
-"""Requests that are shuffled together. A split of no more is shuffled whole."""
+"""The number of requests shuffled together. A split with no more requests is shuffled as a whole."""
 BLOCK = 1 << 10
-"""Requests that lie side by side in a longer split and come into a window together."""
+"""The number of adjacent requests of a longer split that enter a window together."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """The order of each epoch's requests, in memory and time of a window, however many there are.
+    """The order of each epoch's requests; memory is bounded by one window, for any number of requests.
 
-    A split that has more requests than a window is cut into blocks of requests that lie side by side.
-    Each epoch shuffles the blocks, takes a window of them after the other, and shuffles the requests of
-    a window. So reading stays near to where it was, and every request comes once an epoch.
+    A split with more requests than a window is cut into blocks of adjacent requests. Each epoch shuffles
+    the blocks, takes one window of them after another, and shuffles the requests of each window. So
+    reads stay mostly local, and every request comes once per epoch.
 
     Args:
-        requests: of the split.
-        seed: shuffles with this seed; None keeps the requests' own order.
+        requests: the number of requests of the split.
+        seed: shuffles with this seed; None keeps the order of the split.
 
     Example:
         >>> from ifa_torchrec.data.order import Order
@@ -39,11 +39,11 @@ class Order:
     seed: int | None
 
     def windows(self, epoch: int, first: int = 0) -> Iterator[np.ndarray]:
-        """The requests' numbers, int64, a window at a time.
+        """The request numbers, int64, one window at a time.
 
         Args:
-            epoch: its number, which decides the order together with the seed.
-            first: requests at the beginning of the order that are left out.
+            epoch: the epoch; it determines the order together with the seed.
+            first: the number of requests to skip at the start of the order.
         """
         if self.seed is None:
             for start in range(first, self.requests, WINDOW):
@@ -68,23 +68,23 @@ class Order:
             first = max(first - size, 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a position in the order depends on beside the epoch; as JSON."""
+        """What a position in the order depends on besides the epoch; as JSON."""
         cut = [WINDOW, BLOCK] if self.requests > WINDOW and self.seed is not None else None
         return {**asdict(self), "cut": cut}
 
 
 @dataclass(frozen=True)
 class PartByPart:
-    """The order of the requests of a log in parts: each epoch shuffles the parts, takes one after the
-    other, and the requests of each in an ``Order`` of their own.
+    """The order of the requests of a log in parts: each epoch shuffles the parts and takes them one
+    after another, the requests of each in an ``Order`` of its own.
 
-    So how many requests of each part were taken is a position for any number of ranks.
+    A position is the number of requests taken from each part; it is valid for any number of ranks.
 
     Args:
-        of_parts: requests of each part of the log.
+        of_parts: the number of requests in each part of the log.
         seed: shuffles with this seed; None keeps parts and requests in order.
-        gather: where a rank has the requests of its ``own_parts`` alone: gives the arrays of all ranks
-            for this rank's; called by all ranks.
+        gather: if a rank has only the requests of its ``own_parts``: a collective that takes this rank's
+            array and returns those of all ranks.
 
     Example:
         >>> import numpy as np
@@ -102,16 +102,16 @@ class PartByPart:
 
     @property
     def requests(self) -> int:
-        """Of the split."""
+        """The number of requests of the split."""
         return sum(self.of_parts)
 
     def windows(self, epoch: int, first: np.ndarray, own: range) -> Iterator[np.ndarray]:
-        """The numbers of the requests of some parts among those of these parts, int64, a window at a
-        time.
+        """The request numbers of some parts, int64, one window at a time; numbers count from the first
+        request of these parts.
 
         Args:
-            epoch: its number, which decides the order together with the seed.
-            first: [parts], requests at the beginning of each part's order that are left out.
+            epoch: the epoch; it determines the order together with the seed.
+            first: [parts], the number of requests to skip at the start of each part's order.
             own: the parts.
         """
         begin = np.append(0, np.cumsum(self.of_parts))
@@ -123,12 +123,12 @@ class PartByPart:
     def after(
         self, epoch: int, first: np.ndarray, owns: Sequence[range], taken: Sequence[int]
     ) -> np.ndarray:
-        """[parts], how many requests of each part were taken.
+        """[parts], the number of requests taken from each part.
 
         Args:
             epoch, first: as in ``windows``.
-            owns: the parts of each rank, or of all together, from the first part to the last.
-            taken: of the windows of each, the requests that were taken.
+            owns: the parts of each rank, or of all ranks together, from the first part to the last.
+            taken: for each of ``owns``, the number of requests taken from its windows.
         """
         first, left = first.copy(), list(taken)
         owner = [rank for rank, own in enumerate(owns) for _ in own]
@@ -139,7 +139,7 @@ class PartByPart:
         return first
 
     def state_dict(self) -> dict[str, Any]:
-        """What a position in the order depends on beside the epoch; as JSON."""
+        """What a position in the order depends on besides the epoch; as JSON."""
         cut = [WINDOW, BLOCK] if max(self.of_parts) > WINDOW and self.seed is not None else None
         return {"of_parts": list(self.of_parts), "seed": self.seed, "cut": cut}
 
@@ -151,12 +151,12 @@ class PartByPart:
 
 
 class InTime:
-    """Each request after those of earlier times, in every epoch: as they come to a service.
+    """The requests sorted by time, in every epoch: the order in which a service receives them.
 
-    Takes memory for all requests.
+    Memory grows with the number of requests.
 
     Args:
-        times: [R] int64, the requests'.
+        times: [R] int64, the times of the requests.
 
     Example:
         >>> import numpy as np
@@ -170,15 +170,15 @@ class InTime:
 
     @property
     def requests(self) -> int:
-        """Of the split."""
+        """The number of requests of the split."""
         return len(self._order)
 
     def windows(self, epoch: int, first: int = 0) -> Iterator[np.ndarray]:
-        """The requests' numbers, as ``Order.windows``.
+        """The request numbers, as in ``Order.windows``.
 
         Args:
-            epoch: all are in one order.
-            first: requests at the beginning of the order that are left out.
+            epoch: ignored; all epochs have the same order.
+            first: the number of requests to skip at the start of the order.
         """
         del epoch
         for start in range(first, self.requests, WINDOW):

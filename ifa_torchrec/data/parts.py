@@ -1,13 +1,13 @@
-"""A log in parts: its events and requests, cut by a hash of the user into files of their own.
+"""A log in parts: its events and requests are split into files by a hash of the user.
 
     LOG/
-      schema.json                          "parts" has rows and SHA-256 of each file
-      events/part-00000.parquet ...        in place of events.parquet
-      requests/SPLIT/part-00000.parquet    in place of requests/SPLIT.parquet
+      schema.json                          "parts" has the rows and SHA-256 of each file
+      events/part-00000.parquet ...        instead of events.parquet
+      requests/SPLIT/part-00000.parquet    instead of requests/SPLIT.parquet
 
-A user's events and requests are all in the parts of one number. The tables of a log in parts are its
-parts one after the other: events are in the order of part, user and time, requests in that of part and
-then of their table.
+All events and requests of a user are in parts with the same number. The tables of a log in parts are its
+parts concatenated: events are sorted by part, user and time, requests by part and then in the order of
+their table.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ import pyarrow.parquet as pq
 from ifa_torchrec.data.schema import LogError
 
 MOST = 1 << 10
-"""Parts of a log at most."""
-ODD = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio, so that users in a row are spread evenly
+"""The maximum number of parts of a log."""
+ODD = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio, which spreads consecutive users evenly
 
 
 @dataclass(frozen=True)
 class Part:
-    """What schema.json says of one file of a table.
+    """One file of a table, as recorded in schema.json.
 
     Args:
-        rows: of the file.
-        sha256: of its content.
+        rows: the number of rows of the file.
+        sha256: the SHA-256 of its content.
 
     Example:
         >>> from ifa_torchrec.data.parts import Part
@@ -48,11 +48,11 @@ class Part:
 
 
 def part_of(users: np.ndarray, parts: int) -> np.ndarray:
-    """The part that each user is in.
+    """The part of each user.
 
     Args:
         users: [n] int64.
-        parts: how many there are.
+        parts: the number of parts.
 
     Returns:
         [n] int64, 0 to parts - 1.
@@ -68,7 +68,7 @@ def part_of(users: np.ndarray, parts: int) -> np.ndarray:
 
 
 def part_in_sql(user: str, parts: int) -> str:
-    """``part_of`` in DuckDB's SQL, of a user who is not negative.
+    """``part_of`` as DuckDB SQL, for users that are not negative.
 
     Example:
         >>> import duckdb
@@ -78,18 +78,18 @@ def part_in_sql(user: str, parts: int) -> str:
     """
     low_bits = (1 << 32) - 1
     low, high = f"({user}::UBIGINT & {low_bits})", f"({user}::UBIGINT >> 32)"
-    # the product modulo 2^64, of halves, since DuckDB refuses one that does not fit
+    # the product modulo 2^64, computed in halves, since DuckDB raises on overflow
     carried = f"({low} * {ODD & low_bits} >> 32)"
     crossed = f"({low} * {ODD >> 32} & {low_bits}) + ({high} * {ODD & low_bits} & {low_bits})"
     return f"CAST(({carried} + {crossed} & {low_bits}) % {parts} AS INTEGER)"
 
 
 def own_parts(parts: int, shard: tuple[int, int]) -> range:
-    """The parts that a rank opens: as many as another rank's, or one more or less; all where there are
-    fewer parts than ranks.
+    """The parts that a rank opens: an equal share, give or take one; all if there are fewer parts than
+    ranks.
 
     Args:
-        parts: how many there are.
+        parts: the number of parts.
         shard: (rank, world size).
 
     Example:
@@ -115,10 +115,10 @@ def file_of(table: str, part: int) -> str:
 
 
 def check_parts(parts: Any) -> int:
-    """How many parts a log is to have.
+    """Check and return the number of parts that a log is to have.
 
     Raises:
-        LogError: it is no whole number from 1 to MOST.
+        LogError: it is not an integer from 1 to MOST.
 
     Example:
         >>> from ifa_torchrec.data.parts import check_parts
@@ -126,20 +126,20 @@ def check_parts(parts: Any) -> int:
         4
     """
     if not isinstance(parts, int) or isinstance(parts, bool) or not 1 <= parts <= MOST:
-        raise LogError(f"parts must be a whole number from 1 to {MOST}, got {parts!r}")
+        raise LogError(f"parts must be an integer from 1 to {MOST}, got {parts!r}")
     return parts
 
 
 def check_users(users: np.ndarray, part: int, parts: int) -> None:
-    """Refuse users who belong in another part.
+    """Refuse users that belong in another part.
 
     Args:
-        users: [n] int64, of the rows of a part.
-        part: its number.
-        parts: how many there are.
+        users: [n] int64, the users in a part.
+        part: the number of the part.
+        parts: the number of parts.
 
     Raises:
-        LogError: one of them does.
+        LogError: a user belongs in another part.
 
     Example:
         >>> import numpy as np
@@ -160,11 +160,11 @@ def check_open(users: np.ndarray, own: range, parts: int) -> None:
 
     Args:
         users: [n] int64.
-        own: the parts that are.
-        parts: how many there are.
+        own: the parts that are open.
+        parts: the number of parts.
 
     Raises:
-        LogError: those of one of them are.
+        LogError: a user's part is not open.
 
     Example:
         >>> import numpy as np
@@ -176,16 +176,16 @@ def check_open(users: np.ndarray, own: range, parts: int) -> None:
     if len(closed):
         user = users[closed[0]]
         raise LogError(
-            f"user {user} is in part {part[closed[0]]}, and of the log's {parts} parts {own.start} to "
-            f"{own.stop - 1} alone are open here; open the log without a shard"
+            f"user {user} is in part {part[closed[0]]}, but only parts {own.start} to {own.stop - 1} of "
+            f"the log's {parts} are open here; open the log without a shard"
         )
 
 
 def found_parts(draft: Path, tables: Iterable[str]) -> dict[str, list[Part]]:
-    """The parts of each table in a folder that is to be published; empty where it has none.
+    """The parts of each table in a folder that is to be published; empty if the log is not in parts.
 
     Raises:
-        LogError: a part of a table is missing, or a table has another number of parts.
+        LogError: a part of a table is missing, or the numbers of parts differ.
 
     Example:
         >>> import tempfile
@@ -202,24 +202,24 @@ def found_parts(draft: Path, tables: Iterable[str]) -> dict[str, list[Part]]:
         files = sorted((draft / table).glob("part-*.parquet"))
         if files != [draft / file_of(table, part) for part in range(count)]:
             raise LogError(
-                f"{draft / table}: must hold {file_of(table, 0)} to {file_of(table, count - 1)}, as "
-                f"many as events has; there are {[file.name for file in files]}"
+                f"{draft / table}: expected {file_of(table, 0)} to {file_of(table, count - 1)}, as many "
+                f"parts as events has; got {[file.name for file in files]}"
             )
         found[table] = [_part(file) for file in files]
     return found
 
 
 def read_parts(given: Any, rows: Mapping[str, int], file: Path) -> dict[str, list[Part]]:
-    """The parts that schema.json names.
+    """Read the parts in schema.json.
 
     Args:
-        given: what stands under "parts".
-        rows: of each table.
+        given: the value of "parts".
+        rows: the number of rows of each table.
         file: schema.json, for errors.
 
     Raises:
-        LogError: it is not what ``EventLog.publish`` writes: parts of a table are missing, differ in
-            number from the events', or do not add up to the table's rows.
+        LogError: it is not what ``EventLog.publish`` writes: parts of a table are missing, their number
+            differs from that of the events, or they do not add up to the table's rows.
 
     Example:
         >>> from pathlib import Path
@@ -233,25 +233,25 @@ def read_parts(given: Any, rows: Mapping[str, int], file: Path) -> dict[str, lis
         read = {table: [_read_part(part) for part in given[table]] for table in tables}
     except (LookupError, TypeError, ValueError) as error:
         raise LogError(
-            f"{file}: parts must have rows and sha256 of each part of {tables} ({error!r}); "
+            f"{file}: parts must have rows and sha256 for each part of {tables} ({error!r}); "
             "write the log again"
         ) from error
     for table, parts in read.items():
         if not parts or len(parts) != len(read["events"]):
             raise LogError(
-                f"{file}: {len(parts)} parts of {table}, {len(read['events'])} of events; write the log "
-                "again"
+                f"{file}: {len(parts)} parts of {table}, but {len(read['events'])} of events; write the "
+                "log again"
             )
         if (total := sum(part.rows for part in parts)) != rows[table]:
             raise LogError(
-                f"{file}: the parts of {table} have {total} rows, the table {rows[table]}; write "
-                "the log again"
+                f"{file}: the parts of {table} have {total} rows in total, expected {rows[table]}; "
+                "write the log again"
             )
     return read
 
 
 def sha256_of(file: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal digits.
+    """The SHA-256 of a file's content, as hexadecimal digits.
 
     Example:
         >>> import tempfile
@@ -273,7 +273,7 @@ def _part(file: Path) -> Part:
     try:
         rows = pq.read_metadata(file).num_rows
     except pa.ArrowInvalid as error:
-        raise LogError(f"{file}: no Parquet ({error}); write it again") from error
+        raise LogError(f"{file}: not a Parquet file ({error}); write it again") from error
     return Part(rows, sha256_of(file))
 
 

@@ -1,8 +1,9 @@
-"""A log that lies behind a URI (s3://, gs://, hdfs://, file://), read through pyarrow.fs.
+"""A remote log, given by a URI (s3://, gs://, hdfs://, file://), read through pyarrow.fs.
 
-Its small files are copied into the cache (data/cache.py) when it is opened. Parts follow one at a time,
-when columns are made of them; then these are what is used. A copy belongs to the log as it was: one that
-was written anew in the same place has another schema.json, or files of other times, and is copied anew.
+Its small files are copied into the cache (data/cache.py) when it is opened. Parts are copied one at a
+time, when their columns are written; from then on only the columns are used. A copy belongs to one
+version of the log: a log written again in the same place has another schema.json, or files with other
+times, and is copied again.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _BLOCK = 1 << 23  # bytes that are read at a time
 
 
 def is_uri(place: str | Path) -> bool:
-    """Whether a place is no folder of this machine but a URI.
+    """Whether a place is a URI, not a folder of this machine.
 
     Example:
         >>> from ifa_torchrec.data.remote import is_uri
@@ -44,7 +45,7 @@ def is_uri(place: str | Path) -> bool:
 
 
 def full_name(place: str | Path) -> str:
-    """The name of a log from anywhere: a URI as it is, a folder from the root on.
+    """The full name of a log: a URI unchanged, a folder as an absolute path.
 
     Example:
         >>> from ifa_torchrec.data.remote import full_name
@@ -55,16 +56,16 @@ def full_name(place: str | Path) -> str:
 
 
 class RemoteLog:
-    """A log behind a URI, and the copies of its files.
+    """A remote log, and the local copies of its files.
 
     Args:
-        uri: of the log's folder.
+        uri: the URI of the log's folder.
 
     Attributes:
-        folder: of the copies; whoever has this object keeps it from being dropped.
+        folder: the folder of the copies; it is not deleted while this object exists.
 
     Raises:
-        LogError: there is no such log, no access to it, or no room for copies.
+        LogError: there is no such log, no access to it, or no space for copies.
 
     Example:
         >>> import os, tempfile
@@ -83,13 +84,13 @@ class RemoteLog:
         listing = self._list()
         if "schema.json" not in listing:
             raise LogError(
-                f"{uri}: no schema.json, so that there is no log, or it was not copied to the end; copy "
-                "it there, schema.json last"
+                f"{uri}: schema.json is missing: no log, or an incomplete copy; copy the log there, "
+                "schema.json last"
             )
         with _asking(uri), self._files.open_input_stream(f"{self._root}/schema.json") as stream:
             header = stream.read()
-        # parts are known by their SHA-256, which schema.json has; other files by size and time
-        others = {name: told for name, told in listing.items() if not _PART.fullmatch(name)}
+        # parts are identified by their SHA-256 in schema.json; other files by size and time
+        others = {name: state for name, state in listing.items() if not _PART.fullmatch(name)}
         key = hashlib.sha256(header + repr((uri, sorted(others.items()))).encode()).hexdigest()[:16]
         self.folder = self._cache.folder / key / (Path(self._root).name or "log")
         self._sizes = {name: size for name, (size, _) in listing.items()}
@@ -99,25 +100,25 @@ class RemoteLog:
             self._held = use(self.folder)
         small = [name for name in listing if not _TABLE.fullmatch(name)]
         with (self.folder.parent / ".lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # a node's ranks copy them once
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one rank of a node copies them
             for name in small:
                 if not (self.folder / name).exists():
-                    # the header is what the key was made of, though the log be written anew meanwhile
+                    # the key was made from this header, even if the log was written again meanwhile
                     self._copy(
                         name, stream=io.BytesIO(header) if name == "schema.json" else None
                     ).close()
 
     @contextmanager
     def file(self, name: str, part: Part | None) -> Generator[Path]:
-        """The copy of a table's file, which stays while it is used inside.
+        """The local copy of a table's file, which is kept inside the context.
 
         Args:
-            name: in the log's folder.
-            part: what schema.json says of it; None of a table that is not in parts.
+            name: the file's name in the log's folder.
+            part: its entry in schema.json; None for a table that is not in parts.
 
         Raises:
             LogError: it is missing or is not the part that the log was written with, there is no
-                access, or no room.
+                access, or no space.
         """
         path = self.folder / name
         try:
@@ -125,7 +126,7 @@ class RemoteLog:
         except OSError:
             held = self._copy(name, part)
         else:
-            if part is not None and sha256_of(path) != part.sha256:  # damaged here
+            if part is not None and sha256_of(path) != part.sha256:  # the copy is damaged
                 held.close()
                 held = self._copy(name, part)
         try:
@@ -134,16 +135,16 @@ class RemoteLog:
             held.close()
 
     def keep_within_bound(self) -> None:
-        """Drop what is least recently used where the cache is above its bound.
+        """Delete the least recently used copies if the cache is above its size limit.
 
         Raises:
-            LogError: what is in use is above it.
+            LogError: the copies in use are above the limit.
         """
         with self._cache.room_for(0):
             pass
 
     def _list(self) -> Mapping[str, tuple[int, int | None]]:
-        """Size and time of last change of each file in the log's folder, by its name there."""
+        """Size and time of last change of each file in the log's folder, by name."""
         with _asking(self.uri):
             found = self._files.get_file_info(pafs.FileSelector(self._root, recursive=True))
         names = {os.path.relpath(info.path, self._root): info for info in found if info.is_file}
@@ -154,17 +155,17 @@ class RemoteLog:
         }
 
     def _copy(self, name: str, part: Part | None = None, stream: Any = None) -> Held:
-        """Copy a file, whole or not at all, and hold the copy; the stream, where it is read already."""
+        """Copy a file atomically and hold the copy; from ``stream`` if it is given."""
         place, size = f"{self.uri.partition('?')[0]}/{name}", self._sizes.get(name)
         if size is None:
-            raise LogError(f"{place}: missing; the log is incomplete, copy it there again")
+            raise LogError(f"{place}: the file is missing; copy the log there again")
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         draft, digest, read = path.with_name(f".draft-{secrets.token_hex(6)}"), hashlib.sha256(), 0
         with self._cache.room_for(size):
             draft.touch()
             held = use(draft)
-            os.truncate(draft, size)  # counts for who makes room
+            os.truncate(draft, size)  # counted by processes that free space
         try:
             with _asking(place):
                 stream = stream or self._files.open_input_stream(f"{self._root}/{name}")
@@ -173,11 +174,14 @@ class RemoteLog:
                     digest.update(block)
                     read += file.write(block)
             if read != size:
-                raise LogError(f"{place}: {read} of {size} bytes came; is it written meanwhile?")
+                raise LogError(
+                    f"{place}: got {read} bytes, expected {size}; was the log being written? "
+                    "open it again when it is complete"
+                )
             if part is not None and digest.hexdigest() != part.sha256:
                 raise LogError(
-                    f"{place}: not the part that the log was written with, its SHA-256 is another; copy "
-                    "that there, or write the log again"
+                    f"{place}: not the part that the log was written with (its SHA-256 differs); "
+                    "restore that part, or write the log again"
                 )
             draft.replace(path)
         except BaseException:
@@ -191,45 +195,45 @@ def _opened(uri: str) -> tuple[pafs.FileSystem, str]:
     """The file system of a URI, and the folder in it.
 
     Raises:
-        LogError: it is no URI that pyarrow knows, or it has a password in it.
+        LogError: pyarrow does not support the URI, or it contains a password.
     """
     parts = urlsplit(uri)
-    # what stands before an @ is a key in s3 alone; elsewhere it is a container or a user
+    # only in s3 is the text before an @ a key; elsewhere it is a container or a user
     if parts.password is not None or (parts.scheme == "s3" and "@" in parts.netloc):
         raise LogError(
-            "a log's URI stands in a run's files, so that it must have no key or password in it; give "
-            "them in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, say)"
+            "a log's URI is saved in a run's files, so it must not contain a key or password; set them "
+            "in the environment (such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
         )
     try:
         files, root = pafs.FileSystem.from_uri(uri)
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise LogError(
-            f"{uri}: not a place that a log can be read from ({reason}); give a folder, or a URI such "
-            "as s3://BUCKET/LOG, gs://BUCKET/LOG, hdfs://HOST:PORT/LOG or file:///LOG"
+            f"{uri}: a log cannot be read from there ({reason}); expected a folder, or a URI such as "
+            "s3://BUCKET/LOG, gs://BUCKET/LOG, hdfs://HOST:PORT/LOG or file:///LOG"
         ) from error
     return files, root.rstrip("/")
 
 
 @contextmanager
 def _asking(place: str) -> Generator[None]:
-    """What goes wrong elsewhere is told by its name.
+    """Turn errors of a remote file system into errors that name the place.
 
     Raises:
-        LogError: in place of any OSError.
+        LogError: instead of any OSError.
     """
     try:
         yield
     except FileNotFoundError as error:
-        raise LogError(f"{place}: there is no such log, folder or file; look for it there") from error
+        raise LogError(f"{place}: no such log, folder or file; check the URI") from error
     except OSError as error:
         text = str(error)
         if "NO_SUCH_BUCKET" in text:
-            what = "there is no such bucket; look at its name and region"
+            what = "no such bucket; check its name and region"
         elif isinstance(error, PermissionError) or re.search("ACCESS|SIGNATURE|40[13]", text):
-            what = "no access; give credentials that may list and read it"
+            what = "no access; set credentials with permission to list and read it"
         else:
-            what = "it cannot be reached or read; look at the address and the network"
+            what = "cannot be reached or read; check the address and the network"
         raise LogError(f"{place}: {what} ({text})") from error
 
 
@@ -240,9 +244,9 @@ def _read(stream: Any, place: str) -> bytes:
 
 @contextmanager
 def _writing(file: Any, path: Path) -> Generator[Any]:
-    """A file that is written; a full disk is told by its folder."""
+    """A file to write; an error such as a full disk names its folder."""
     try:
         with file:
             yield file
     except OSError as error:
-        raise LogError(f"{path.parent}: a copy cannot be written there ({error}); make room") from error
+        raise LogError(f"{path.parent}: cannot write a copy there ({error}); free some space") from error

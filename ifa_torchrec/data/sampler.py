@@ -1,4 +1,4 @@
-"""Which requests make a batch: as many as fit a budget of events, on each rank."""
+"""Choose the requests of each batch: as many as fit a budget of events, on each rank."""
 
 from __future__ import annotations
 
@@ -6,57 +6,48 @@ import heapq
 from array import array
 from collections.abc import Iterator, Sequence
 from itertools import islice, zip_longest
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
 
+from ifa_torchrec.data.histories import Histories
 from ifa_torchrec.data.order import InTime, Order, PartByPart
 from ifa_torchrec.data.parts import own_parts
 from ifa_torchrec.errors import ConfigError
 
 EMPTY_REQUEST = -1
-"""Stands in a list of requests for one without events and candidates: it pads the batch of a rank that
-has fewer requests than another, since some of TorchRec's collectives want equal batches."""
+"""In a list of requests, a request without events and candidates. It pads the batch of a rank that has
+fewer requests than another, since some of TorchRec's collectives need equal batch sizes."""
 
 
 _IMBALANCE_STEPS = 1000
 
 
-class FindsLengths(Protocol):
-    """Histories, or what stands for them: how many events the history of a request has."""
-
-    def __len__(self) -> int:
-        """R, the number of requests."""
-        ...
-
-    def lengths(self, requests: np.ndarray, /) -> np.ndarray:
-        """[n] int64, events in the history of each of [n] requests."""
-        ...
-
-
 class EventBudgetSampler(Sampler[list[int]]):
-    """Lists of requests whose histories hold at most ``max_events`` events together.
+    """Lists of requests whose histories contain at most ``max_events`` events in total.
 
-    Requests are taken in order (shuffled anew each epoch if asked; see ``Order``). A step takes as many
-    as fit all ranks' budgets and shares them so that each rank has about the same number of events: the
-    longest history first, each to the rank that has the fewest events so far. A single history
-    above the budget is a list of its own, but for requests without any event. So nothing is
-    dropped, cut or seen twice, and all ranks take the same number of steps; a rank that has fewer
-    requests in a step than another has EMPTY_REQUEST in their place.
+    Requests are taken in order (reshuffled each epoch if there is a seed; see ``Order``). A step takes
+    as many as fit the budgets of all ranks and distributes them so that each rank has about the same
+    number of events: longest history first, each to the rank with the fewest events so far. A single
+    history above the budget gets a list of its own, shared only with requests without events. So nothing
+    is dropped, cut or seen twice, and all ranks take the same number of steps; a rank with fewer
+    requests in a step is padded with EMPTY_REQUEST.
 
-    Steps are cut as they are taken, from a window of requests at a time, so that the first comes at once
-    and memory does not grow with the requests. Their number is known when the last was taken.
+    Steps are formed as they are taken, from one window of requests at a time. So the first comes at once
+    and memory does not grow with the number of requests. The number of steps is known after the last.
 
-    Where a rank has requests of its own parts of a log (``PartByPart.gather``), it fills its budget from
-    these, and ranks take as many steps as the one that needs most. They tell each other at the beginning
-    of a pass how many requests each of their steps has, for which they cut it once before.
+    If each rank has the requests of its own parts of a log (``PartByPart.gather``), it fills its budget
+    from these, and all ranks take as many steps as the rank that needs the most. At the start of a pass
+    the ranks exchange the number of requests in each of their steps; for this they form the steps of the
+    pass once in advance.
 
     Args:
-        history_lengths: [R], events in each request's history; or ``RankingDataset.histories``, which
-            finds them a window at a time. Of the requests that the rank has.
-        max_events: budget of events a rank's batch.
-        max_requests: most requests a rank's batch.
+        history_lengths: [R], the number of events in each request's history; or
+            ``RankingDataset.histories``, which finds them one window at a time. Only for the requests
+            that the rank has.
+        max_events: budget of events per rank and batch.
+        max_requests: maximum number of requests per rank and batch.
         seed: shuffles with this seed; None keeps the order; or the order itself, InTime or PartByPart.
         shard: (rank, world size).
 
@@ -71,7 +62,7 @@ class EventBudgetSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        history_lengths: Sequence[int] | np.ndarray | FindsLengths,
+        history_lengths: Sequence[int] | np.ndarray | Histories,
         max_events: int,
         max_requests: int,
         seed: int | InTime | PartByPart | None = None,
@@ -96,16 +87,16 @@ class EventBudgetSampler(Sampler[list[int]]):
         self.start_at(0)
 
     def start_at(self, epoch: int, request: int = 0) -> None:
-        """Begin the next pass at this epoch's order, ``request`` requests in (to resume a run).
+        """Begin the next pass in this epoch's order, after ``request`` requests (to resume a run).
 
-        The ranks together have taken that many, whatever their number was. In a log in parts a position
-        is more than a number; see ``load_state_dict``.
+        That is the number of requests that all ranks together have taken, for any number of ranks. A log
+        in parts needs more than a number for a position; see ``load_state_dict``.
         """
         if isinstance(self.order, PartByPart):
             if request:
                 raise ConfigError(
-                    f"request {request} is no position in a log in parts; give what state_dict gave to "
-                    "load_state_dict"
+                    f"request {request} is not a position in a log in parts; pass the result of "
+                    "state_dict to load_state_dict"
                 )
             self._of_parts = np.zeros(len(self.order.of_parts), np.int64)
         self._begin(epoch, request)
@@ -133,23 +124,23 @@ class EventBudgetSampler(Sampler[list[int]]):
             yield _padded(shares[rank], max(len(share) for share in shares))
 
     def _own_lists(self, widths: list[int]) -> Iterator[list[int]]:
-        """Of requests that this rank has alone, as long as the longest of any rank in that step."""
+        """Lists of this rank's own requests, each padded to the longest of any rank in that step."""
         steps, none = self._steps(), np.empty(0, np.int64)
         for width in widths:
             _, (mine,) = next(steps, (0, [none]))
             yield _padded(mine, width)
 
     def requests_taken(self, step: int) -> int:
-        """Requests of the epoch that all ranks have taken after ``step`` steps of this pass.
+        """The number of requests of the epoch taken by all ranks after ``step`` steps of this pass.
 
         Args:
-            step: at most as many as the pass has given lists.
+            step: at most the number of lists that the pass has yielded.
         """
         return self._start[1] + sum(taken[step] for taken in self._taken)
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """The position after ``step`` steps of this pass: of what was trained, however many lists were
-        taken ahead of it. As JSON; the same on all ranks.
+        """The position after ``step`` steps of this pass, as JSON; the same on all ranks. Count the
+        steps that were trained, not the lists that were taken ahead.
 
         Example:
             >>> from ifa_torchrec.data import EventBudgetSampler
@@ -176,31 +167,30 @@ class EventBudgetSampler(Sampler[list[int]]):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Begin the next pass at a position that ``state_dict`` gave: every request that was not taken
-        then is taken once. The number of ranks and the budgets may be others.
+        """Begin the next pass at a position from ``state_dict``: every request not taken by then is
+        taken once. The number of ranks and the budgets may differ.
 
         Args:
-            state: from ``state_dict``. Without "order", it is of a split that is shuffled whole.
+            state: from ``state_dict``.
 
         Raises:
-            ConfigError: the position is in another order.
+            ConfigError: the position belongs to another order of the requests.
         """
         now = self.order.state_dict()
-        saved = state.get("order", {**now, "cut": None})
-        if saved != now:
+        if state["order"] != now:
             raise ConfigError(
-                f"request {state['request']} is a position in another order of the requests, of "
-                f"{saved}, and this one is of {now}; go on with the split, the seed and the version of "
-                "ifa_torchrec that it is of, or begin anew"
+                f"the checkpoint's position (request {state['request']}) belongs to request order "
+                f"{state['order']}, this run uses {now}; resume with the same split, seed and "
+                "ifa_torchrec version, or start a new run"
             )
         if isinstance(self.order, PartByPart):
             self._of_parts = np.array(state["of_parts"], np.int64)
         self._begin(state["epoch"], state["request"])
 
     def imbalance(self) -> float:
-        """The most events of a rank over the mean of the ranks, averaged over the steps: how much
-        longer the ranks work than they would if their events were equal. Of a pass of more than 1,000
-        steps, over the first of these. Called by all ranks, where each has requests of its own.
+        """The maximum number of events of a rank over the mean of the ranks, averaged over the steps:
+        the factor by which a step takes longer than with equal ranks. Uses at most the first 1,000
+        steps of a pass. A collective if each rank has requests of its own.
 
         Example:
             >>> from ifa_torchrec.data import EventBudgetSampler
@@ -216,8 +206,8 @@ class EventBudgetSampler(Sampler[list[int]]):
         return float(np.mean(ratios)) if ratios else 1.0
 
     def _steps(self) -> Iterator[tuple[int, list[np.ndarray]]]:
-        """For each step of the pass, how many of its requests were taken after it, and those of each
-        of the ranks that share them."""
+        """For each step of the pass, the number of requests taken after it, and the requests of each
+        rank that shares them."""
         (epoch, first), most, taken = self._start, self._sharing * self.max_requests, 0
         if isinstance(self.order, PartByPart):
             own = self._owns(self.order)[self.shard[0] if self._gather else 0]
@@ -243,14 +233,14 @@ class EventBudgetSampler(Sampler[list[int]]):
                 return
 
     def _owns(self, order: PartByPart) -> list[range]:
-        """The parts of each rank, or of all ranks where they share the requests."""
+        """The parts of each rank, or all parts together if the ranks share the requests."""
         parts, world = len(order.of_parts), self.shard[1]
         if self._gather is None:
             return [range(parts)]
         return [own_parts(parts, (rank, world)) for rank in range(world)]
 
     def _cut(self, lengths: np.ndarray, total: np.ndarray, first: int) -> tuple[int, list[np.ndarray]]:
-        """Where the step ends that begins at a request, and the requests of each rank from there."""
+        """The end of the step that begins at ``first``, and the requests of each rank relative to it."""
         world = self._sharing
         last = np.searchsorted(total, total[first] + world * self.max_events, side="right") - 1
         last = min(int(last), first + world * self.max_requests)
@@ -261,7 +251,7 @@ class EventBudgetSampler(Sampler[list[int]]):
         return last, shares
 
     def _share(self, lengths: np.ndarray) -> list[np.ndarray] | None:
-        """Which of these requests each rank gets; None if they do not fit the ranks' budgets."""
+        """The requests of each rank; None if they do not fit the ranks' budgets."""
         shares: list[list[int]] = [[] for _ in range(self._sharing)]
         open_ranks = [(0, 0, rank) for rank in range(self._sharing)]  # events, requests, rank
         for request in np.argsort(-lengths, kind="stable").tolist():

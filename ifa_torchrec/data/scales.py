@@ -1,4 +1,4 @@
-"""Figures of the training split by which columns of numbers are standardised."""
+"""Compute the scales that standardise columns of numbers, from the training split."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 _TRAIN = "train"
 
-_BLOCK = 1 << 22  # numbers at a time: a mapped column need not fit in memory
+_BLOCK = 1 << 22  # numbers per block: a mapped column need not fit in memory
 
 
 def scales_of(log: EventLog) -> dict[str, Scale]:
-    """The scale of each of ``schema.scaled``, by the split `train`, or by all where there is none.
+    """The scale of each of ``schema.scaled``, from the split `train`, or from all splits without it.
 
-    Of requests and candidates: those of the split; of events: those before its last request; of items:
-    those that have a row in the item's table; of a regression task: the labels of exposed candidates.
+    Uses the requests and candidates of the split; the events before its last request; the items that
+    have a row in the item table; and, for a regression task, the labels of exposed candidates.
 
     Example:
         >>> import pandas as pd, tempfile
@@ -67,15 +67,15 @@ def scale_of(
     log: bool = False,
     kept: Callable[[slice], np.ndarray] | None = None,
 ) -> Scale:
-    """Mean and deviation of the numbers that are there.
+    """Mean and deviation of the numbers that are not missing.
 
     Args:
         values: [n] float32; NaN where one is missing.
-        log: take log(1 + x) of each first.
-        kept: which of a block's numbers count; all, by default.
+        log: take log(1 + x) of each number first.
+        kept: given the rows of a block, a mask of the numbers to use; None uses all.
 
     Returns:
-        Their Scale; of deviation 1 where they are all alike, and of mean 0 where there are none.
+        Their Scale; deviation 1 if all numbers are equal, and mean 0 if there are none.
 
     Example:
         >>> import numpy as np
@@ -98,6 +98,6 @@ def scale_of(
         return Scale(log=log)
     mean = float(sum(total for total, _ in sums)) / count
     variance = float(sum(((block - mean) ** 2).sum() for block in blocks())) / count
-    # what rounding leaves of numbers that are all alike is no deviation
+    # equal numbers have deviation 0 up to rounding
     alike = variance <= (1e-12 * mean) ** 2
     return Scale(mean, 1.0 if alike else variance**0.5, log)

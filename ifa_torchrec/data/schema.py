@@ -1,4 +1,4 @@
-"""What an event log holds: LogSchema, and the fixed columns' names."""
+"""The content of an event log: LogSchema, and the names of the fixed columns."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from ifa_torchrec.errors import UserError
 
 USER, TIME, CANDIDATES, EXPOSED = "user", "time", "candidates", "exposed"
 OFFSETS = "candidate_offsets"
-"""Where each request's candidates begin in the candidate columns of a split."""
+"""The offsets of each request's candidates in the candidate columns of a split."""
 LIST_OFFSETS = "_offsets"
-"""Behind a list column's name: where each row's ids begin in it."""
+"""Suffix of a list column's name: the offsets of each row's ids in it."""
 USER_OFFSETS = f"{USER}{LIST_OFFSETS}"
-"""Where each user's events begin in the events' columns."""
+"""The offsets of each user's events in the event columns."""
 NAME = "name"
-"""Column of the items that no model sees: what to call them."""
+"""The items' column of display names, which the model never sees."""
 
 Columns = dict[str, np.ndarray]
 """The columns of a table, by name."""
 
 BESIDE_TASKS = ("shares", "reliability", "notes", "sets", "ms_per_request", "step")
-"""What `ifa evaluate` tells beside the numbers of each task, under the task's name."""
-_LONGEST_NAME = 50  # names of columns and splits become names of files
+"""Keys that `ifa evaluate` reports next to the names of the tasks."""
+_LONGEST_NAME = 50  # names of columns and splits become file names
 
 
 class LogError(UserError, ValueError):
-    """An event log is not what its schema says; the message names the column and the remedy."""
+    """An event log does not match its schema; the message names the column and the fix."""
 
 
 TaskKind = Literal["binary", "regression"]
@@ -40,36 +40,36 @@ TaskKind = Literal["binary", "regression"]
 
 @dataclass(frozen=True)
 class LogSchema:
-    """What an event log holds, beyond the fixed columns user, time, candidates and exposed.
+    """The columns of an event log, besides the fixed columns user, time, candidates and exposed.
 
-    In every id feature row 0 is "unknown", which is not the same as another "unknown" (see IFAConfig,
-    identity_features). A number that is missing is null.
+    In every id feature row 0 is "unknown"; two unknown ids are not treated as the same (see IFAConfig,
+    identity_features). A missing number is null.
 
     Args:
         item_features: id features of an item, each with the number of rows of its table. The
-            first is the item itself: it is the events' item column, and `candidates` hold it.
+            first is the item itself: it is the item column of the events, and `candidates` contain it.
         context_features: id features of a request (int64 columns), each with its table's rows.
         dense_features: float columns of a request.
-        candidate_dense: float list columns of a request, one number a candidate.
-        tasks: label list columns of a request, a label for each candidate, and the kind of each:
-            "binary" (0 or 1) or "regression" (any number). A tuple of names means binary ones.
+        candidate_dense: float list columns of a request, one number per candidate.
+        tasks: label list columns of a request, one label per candidate, and the kind of each:
+            "binary" (0 or 1) or "regression" (any number). A tuple of names means binary tasks.
         candidate_tags: further int list columns, for analysis only (the model never sees them),
             each with the names of its values 0, 1, 2, ...: evaluation reports the positives
             against the negatives of each value.
-        item_lists: int list columns of an item, any number of ids each; with the table's rows.
+        item_lists: int list columns of an item, any number of ids each; with their table's rows.
         item_dense: float columns of an item.
         item_vectors: float list columns of an item, frozen vectors; with their width.
         event_features: id features of an event, each with its table's rows.
         event_dense: float columns of an event.
-        event_weight: float column of an event, its weight a_i >= 0; None where each weighs 1.
-        context_lists: int list columns of a request, any number of ids each; with the table's rows.
-        candidate_features: int list columns of a request, an id a candidate; with the table's rows.
-        log_scaled: those of all dense columns and regression tasks of which log(1 + x) is taken before
-            they are standardised; none of their numbers is negative.
+        event_weight: float column of an event, its weight a_i >= 0; None if all weights are 1.
+        context_lists: int list columns of a request, any number of ids each; with their table's rows.
+        candidate_features: int list columns of a request, one id per candidate; with their table's rows.
+        log_scaled: the dense columns and regression tasks of which log(1 + x) is taken before they are
+            standardised; their numbers must not be negative.
 
     Raises:
-        LogError: a name is used twice or is none, a number of rows is below 1, or there is no item or
-            no task.
+        LogError: a name is not valid or is used twice, a number of rows is below 1, or there is no item
+            or no task.
 
     Example:
         >>> from ifa_torchrec.data import LogSchema
@@ -102,7 +102,10 @@ class LogSchema:
             object.__setattr__(self, name, _table_rows(getattr(self, name), name))
         object.__setattr__(self, "tasks", _kinds(self.tasks))
         if not isinstance(self.candidate_tags, dict):
-            raise LogError("schema: candidate_tags must map names to the names of their values")
+            raise LogError(
+                "schema: candidate_tags must map each name to the names of its values, got "
+                f"{self.candidate_tags!r}"
+            )
         tags = {name: _names(values, f"{name!r}") for name, values in self.candidate_tags.items()}
         object.__setattr__(self, "candidate_tags", tags)
         if not self.item_features:
@@ -111,7 +114,9 @@ class LogSchema:
             raise LogError("schema: tasks is empty; name at least one column of labels")
         for name in BESIDE_TASKS:
             if name in self.tasks:
-                raise LogError(f"schema: no task can be called {name!r}, as a metric is; rename it")
+                raise LogError(
+                    f"schema: the task name {name!r} is reserved for a metric; rename the task"
+                )
         names = [name for fields in _TABLES for name in getattr(self, fields)]
         names += [*self.dense, *self.tasks, *self.candidate_tags]
         names += [USER, USER_OFFSETS, TIME, OFFSETS, CANDIDATES, EXPOSED]
@@ -124,15 +129,16 @@ class LogSchema:
         for name in names:
             if not isinstance(name, str) or not name.isidentifier() or len(name) > _LONGEST_NAME:
                 raise LogError(
-                    f"schema: {name!r} must be letters, digits and underscores, {_LONGEST_NAME} at most"
+                    f"schema: the name {name!r} must be at most {_LONGEST_NAME} letters, digits and "
+                    "underscores, and not begin with a digit"
                 )
             if taken.count(name) > 1:
-                raise LogError(f"schema: the name {name!r} is given twice or is reserved; rename it")
+                raise LogError(f"schema: the name {name!r} is used twice or is reserved; rename it")
         for name in self.log_scaled:
             if name not in self.scaled:
                 raise LogError(
-                    f"schema: log_scaled names {name!r}, which is no dense column and no regression "
-                    f"task; there are {list(self.scaled)}"
+                    f"schema: log_scaled: {name!r} is neither a dense column nor a regression task; "
+                    f"expected some of {list(self.scaled)}"
                 )
 
     @property
@@ -148,33 +154,33 @@ class LogSchema:
 
     @property
     def dense(self) -> tuple[str, ...]:
-        """All columns of numbers that the model standardises."""
+        """All number columns that the model standardises."""
         return tuple(name for fields in _DENSE for name in getattr(self, fields))
 
     @property
     def scaled(self) -> tuple[str, ...]:
-        """All columns of which the log has a Scale: the dense ones and the regression tasks."""
+        """All columns that have a Scale in the log: the dense columns and the regression tasks."""
         return (*self.dense, *(task for task, kind in self.tasks.items() if kind == "regression"))
 
     @property
     def candidate_lists(self) -> tuple[str, ...]:
-        """The request columns that hold one value a candidate."""
+        """The request columns with one value per candidate."""
         lists = (self.tasks, self.candidate_dense, self.candidate_tags, self.candidate_features)
         return (CANDIDATES, EXPOSED, *(name for names in lists for name in names))
 
 
 _DENSE = ("dense_features", "candidate_dense", "item_dense", "event_dense")
-"""The fields that name columns of numbers."""
+"""The fields that name number columns."""
 _TABLES = (
     *("item_features", "context_features", "item_lists", "item_vectors"),
     *("event_features", "context_lists", "candidate_features"),
 )
-"""The fields that map names to a number of rows, or of columns."""
+"""The fields that map names to a number of rows or columns."""
 
 
 def _names(values: Any, where: str) -> tuple[str, ...]:
     if not isinstance(values, (tuple, list)):
-        raise LogError(f"schema: {where} must be a tuple of names, not {values!r}")
+        raise LogError(f"schema: {where} must be a tuple of names, got {values!r}")
     return tuple(values)
 
 
@@ -183,27 +189,29 @@ def _kinds(tasks: Any) -> dict[str, TaskKind]:
         tasks = dict.fromkeys(tasks, "binary")
     kinds = typing.get_args(TaskKind)
     if not isinstance(tasks, dict) or not all(kind in kinds for kind in tasks.values()):
-        raise LogError(f"schema: tasks must map names to one of {list(kinds)}, got {tasks!r}")
+        raise LogError(f"schema: tasks must map each name to one of {list(kinds)}, got {tasks!r}")
     return tasks
 
 
 def _table_rows(features: Any, where: str) -> dict[str, int]:
     if not isinstance(features, dict):
-        raise LogError(f"schema: {where} must map names to numbers, like {{'item': 1000}}")
+        raise LogError(
+            f"schema: {where} must map names to numbers, like {{'item': 1000}}, got {features!r}"
+        )
     counted = "columns" if where == "item_vectors" else "table rows"
     for name, rows in features.items():
         if not isinstance(rows, Integral) or isinstance(rows, bool) or rows < 1:
             raise LogError(
-                f"schema: {where}: {name!r} has {rows!r} {counted}; it must be a number, 1 or more"
+                f"schema: {where}: {name!r} has {rows!r} {counted}; expected an integer, 1 or more"
             )
     return {name: int(rows) for name, rows in features.items()}
 
 
 def check_splits(names: Iterable[Any]) -> None:
-    """Refuse names of splits that would not stay file names in the log's folder.
+    """Refuse split names that are not safe as file names in the log's folder.
 
     Raises:
-        LogError: a name holds something else than letters, digits and ``_ - .``, begins with one of the
+        LogError: a name has a character other than letters, digits and ``_ - .``, begins with one of the
             last two, or is too long.
 
     Example:
@@ -214,6 +222,6 @@ def check_splits(names: Iterable[Any]) -> None:
         fits = isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name)
         if not fits or len(name) > _LONGEST_NAME:
             raise LogError(
-                f"split {name!r}: a split's name holds letters, digits, _, - and . alone, "
-                f"{_LONGEST_NAME} at most, and begins with one of the first three, like 'week-21'"
+                f"split {name!r}: a split's name must be at most {_LONGEST_NAME} letters, digits, _, - "
+                "and ., and begin with a letter, a digit or _, like 'week-21'"
             )

@@ -1,38 +1,36 @@
-"""A synthetic event log whose truth is known: what a user will want shows in rare events far back.
+"""A synthetic event log with a known ground truth: a user's interests show in rare events far back.
 
-The recipe, with everything random drawn from one seed:
+The recipe; all random draws come from one seed:
 
-- Rare items belong to topics, which no feature names: a model has to learn which items go together.
-  A category gathers ten topics and as large a share of the everyday items.
-- A user has some interests, topics drawn evenly. Each left `evidence` events on its items, drawn
-  evenly, all of them behind the latest `distance` events of the history. All other events are
-  everyday items, by a popularity that falls like 1 / rank and is everyone's; and of every topic,
-  at any place, Poisson(`noise`) events that mean nothing.
+- Rare items belong to topics, which are not a feature: a model has to learn which items go together.
+  A category consists of ten topics and a proportional share of the everyday items.
+- A user has some interests: topics, drawn uniformly. Each interest left `evidence` events on its items,
+  drawn uniformly, all of them before the latest `distance` events of the history. All other events are
+  everyday items, with a popularity of 1 / rank shared by all users; and, at any place, Poisson(`noise`)
+  chance events of every topic.
 - A request comes at the end of the history. A quarter of its candidates are of the user's
   interests, the rest of any topic; a label is 1 with the probability sigmoid(bias + strength *
   [of an interest]). Which items of a topic the user had does not matter.
-- A candidate is exposed with the probability `exposure`, whatever it is. In the split `train` the
-  label of an unexposed one is 0, as a real log would have it; in `test` all labels are true.
-- With `promotion` or `policy` the log of what was shown is biased: the probability is sigmoid(logit of
-  `exposure` + promotion * z + policy * [of an interest]), z of the item, standard normal, the same for
-  every user. Which label an exposed candidate has depends on neither. An item feature `topic` names the
-  topic of every rare item.
+- Every candidate is exposed with the probability `exposure`. In the split `train` the label of an
+  unexposed candidate is 0, as in a real log; in `test` all labels are true.
+- With `promotion` or `policy` exposure is biased: its probability is sigmoid(logit of `exposure` +
+  promotion * z + policy * [of an interest]), where z is standard normal per item, the same for all
+  users. The label of an exposed candidate depends on neither. The item feature `topic` gives the topic
+  of every rare item.
+- With `kinds`, each event has an `action` (bought, clicked or skipped) and an `amount`. A user has
+  interests, whose events were bought, and as many topics whose events were skipped; everyday events have
+  any action, and chance events were clicked or skipped. Amounts vary around a mean per topic. The
+  label's probability is sigmoid(bias + strength * pull); the pull of a topic is the sum of the amounts
+  of its bought events over `evidence`. A quarter of the candidates are of interests, a quarter of
+  skipped topics.
+- With `new_items`, that share of the candidates of `valid` and `test` are items without any event or
+  request in `train`. There are as many new items as rare items, with the same topics; and the item
+  feature `topic` gives the topic of every rare item.
+- With `relations` the user picks from the set that is shown (``synthetic_sets``); `topic` is a feature.
 
-- With `kinds`, each event has an `action` (bought, clicked or skipped) and an `amount`. A user has as
-  many topics whose events were skipped as interests, whose events were bought; everyday events are of
-  any kind, and those that mean nothing were clicked or skipped. Amounts of a topic lie around a mean of
-  its own. The label's probability is sigmoid(bias + strength * pull), the pull of a topic being the sum
-  of the amounts of its events that were bought, over `evidence`. A quarter of the candidates are of
-  interests, a quarter of skipped topics.
-- With `new_items`, that share of the candidates of `valid` and `test` are items that no event and no
-  request of `train` has, of as many as there are rare ones, with topics like theirs; and an item feature
-  `topic` names the topic of every rare item.
-- With `relations` the user picks from the set that is shown, see ``synthetic_sets``; the item feature
-  `topic` is there too.
-
-So a long history is worth as much as `strength`, `distance` and `noise` let it, and nothing but the
-history tells candidates apart. ``best_scores`` ranks as well as anyone can who knows this page but not
-the users' interests.
+So `strength`, `distance` and `noise` determine the value of a long history, and only the history
+distinguishes the candidates. ``best_scores`` is the best ranking possible given this recipe but not the
+users' interests.
 """
 
 from __future__ import annotations
@@ -54,37 +52,37 @@ from ifa_torchrec.errors import ConfigError
 _TOPICS_PER_CATEGORY = 10
 _START = pd.Timestamp("2024-01-01")
 CONFIG_FILE = "synthetic.json"
-"""In the log's folder, the SyntheticConfig that it was made with."""
+"""The file in the log's folder with its SyntheticConfig."""
 ACTIONS = ("unknown", "bought", "clicked", "skipped")
-"""What the values of the event feature `action` are."""
+"""The names of the values of the event feature `action`."""
 _BOUGHT, _CLICKED, _SKIPPED = 1, 2, 3
 
 
 @dataclass(frozen=True)
 class SyntheticConfig:
-    """Size and difficulty.
+    """The size and difficulty of a synthetic log.
 
     Args:
-        train, test: requests of each split, each of another user; with new items a quarter of `test` is
-            `valid`.
-        mean_events: of a history; log-normal, at least `distance` and all evidence.
-        topics, items_per_topic, everyday_items: of the item table, in this order behind row 0, unknown:
-            the rare items topic by topic, then the everyday items.
-        interests: topics of a user.
-        evidence: events that an interest left.
-        distance: latest events among which there is no evidence.
+        train, test: the number of requests of each split, each by a different user; with new items a
+            quarter of `test` is `valid`.
+        mean_events: mean length of a history; log-normal, at least `distance` and all evidence.
+        topics, items_per_topic, everyday_items: sizes of the item table: after row 0, unknown, come the
+            rare items topic by topic, then the everyday items.
+        interests: the number of a user's interests.
+        evidence: the number of events per interest.
+        distance: the number of latest events without evidence.
         strength: what an interest adds to the logit of a label.
-        noise: mean number of events of each topic that mean nothing.
+        noise: mean number of chance events per topic.
         bias: logit of a label without an interest.
-        candidates: of a request.
+        candidates: the number of candidates per request.
         exposure: probability that a candidate is exposed.
-        seed: of everything.
-        kinds: whether events are of several kinds, and have numbers, on which the labels depend.
+        seed: the seed of all random draws.
+        kinds: whether events have actions and amounts, on which the labels depend.
         new_items: share of the candidates of `valid` and `test` that are new items.
-        relations: whether the user picks from the set that is shown; noise, kinds and new items must
-            then be 0, and `exposure` means nothing.
-        promotion: deviation of what an item adds to the logit of its exposure.
-        policy: what an interest adds to it.
+        relations: whether the user picks from the set that is shown; then noise, kinds and new_items
+            must be 0, and `exposure` is not used.
+        promotion: standard deviation of what an item adds to the logit of its exposure.
+        policy: what an interest adds to the logit of exposure.
 
     Raises:
         ValueError: a value is out of range.
@@ -126,21 +124,23 @@ class SyntheticConfig:
                 f"topics, or to half of them with kinds; got {self.topics}, {self.interests}"
             )
         if not 0 < self.exposure <= 1 or self.noise < 0 or self.distance < 0:
-            raise ConfigError("SyntheticConfig: exposure is in (0, 1], noise and distance at least 0")
+            raise ConfigError(
+                "SyntheticConfig: exposure must be above 0 and at most 1, noise and distance at least "
+                f"0; got exposure={self.exposure}, noise={self.noise}, distance={self.distance}"
+            )
         if self.biased and self.exposure == 1:
-            raise ConfigError("SyntheticConfig: where all are exposed, promotion and policy must be 0")
+            raise ConfigError("SyntheticConfig: with exposure=1, promotion and policy must be 0")
         if not 0 <= self.new_items <= 1:
             raise ConfigError(f"SyntheticConfig: new_items must be 0 to 1, got {self.new_items}")
         if self.relations and (self.noise or self.kinds or self.new_items or self.candidates < SHOWN):
             raise ConfigError(
-                "SyntheticConfig: relations are of a log with noise=0, without kinds and new_items, and "
-                f"of {SHOWN} candidates or more"
+                "SyntheticConfig: relations needs noise=0, no kinds, new_items=0 and at least "
+                f"{SHOWN} candidates"
             )
 
     @property
     def names_topics(self) -> bool:
-        """Whether an item's topic is a feature of it, and not only to be learnt: where the log is about
-        something else, the kinds of events, new items or relations."""
+        """Whether `topic` is an item feature: in logs that test something other than learning topics."""
         return self.kinds or self.new_items > 0 or self.biased or self.relations
 
     @property
@@ -150,17 +150,17 @@ class SyntheticConfig:
 
     @property
     def num_items(self) -> int:
-        """Rare and everyday items, and the unknown one: rows of the item's table. New items follow."""
+        """The rows of the item table: unknown, rare and everyday items. New items follow."""
         return 1 + self.topics * self.items_per_topic + self.everyday_items
 
     @property
     def user_topics(self) -> int:
-        """Topics of a user: interests, and with kinds as many that were skipped."""
+        """The number of a user's topics: interests and, with kinds, as many skipped topics."""
         return self.interests * (2 if self.kinds else 1)
 
     @property
     def categories(self) -> int:
-        """Of items of both kinds."""
+        """The number of item categories."""
         return self.topics // _TOPICS_PER_CATEGORY
 
 
@@ -168,8 +168,8 @@ def prepare(path: str | Path, config: SyntheticConfig | None = None) -> EventLog
     """Write the log at ``path``, or open it if it is there.
 
     Raises:
-        LogError: the folder at ``path`` is not a whole log.
-        ConfigError: it is the log of another config.
+        LogError: the folder at ``path`` is not a complete log.
+        ConfigError: it is a log with another config.
 
     Example:
         >>> import tempfile
@@ -215,7 +215,7 @@ def prepare(path: str | Path, config: SyntheticConfig | None = None) -> EventLog
 
 
 def topic_of(config: SyntheticConfig, item: np.ndarray) -> np.ndarray:
-    """The topic of each item, -1 of an everyday item and of the unknown one.
+    """The topic of each item; -1 for everyday items and for the unknown item.
 
     Example:
         >>> import numpy as np
@@ -229,11 +229,11 @@ def topic_of(config: SyntheticConfig, item: np.ndarray) -> np.ndarray:
 
 
 def best_scores(dataset: RankingDataset, config: SyntheticConfig) -> np.ndarray:
-    """Probability of each label given all that can be seen: nobody can rank better.
+    """The probability of each label given all that is observed: the best possible ranking.
 
-    The evidence for an interest is the number of events on its topic behind the latest `distance`:
-    with an interest it is `evidence` + Poisson, without it Poisson alone. With kinds the history says
-    all: the scores are the probabilities that the labels were drawn with.
+    The evidence for an interest is the number of events on its topic before the latest `distance`: with
+    an interest it is `evidence` + Poisson, without it only Poisson. With kinds the history determines
+    the interests: the scores are the probabilities by which the labels were drawn.
 
     Returns:
         [M] float64.
@@ -270,8 +270,8 @@ def best_scores(dataset: RankingDataset, config: SyntheticConfig) -> np.ndarray:
 
 
 def _interest(config: SyntheticConfig, seen: np.ndarray, mean: float) -> np.ndarray:
-    """Probability that a candidate's topic is an interest, by the number of old events on it and the
-    mean number of those that mean nothing."""
+    """The probability that a candidate's topic is an interest, given the number of old events on it and
+    the mean number of chance events."""
     # Poisson(count - evidence) / Poisson(count), in logarithms
     counts = np.arange(config.evidence)
     odds = np.full(len(seen), -np.inf)
@@ -284,22 +284,22 @@ def _interest(config: SyntheticConfig, seen: np.ndarray, mean: float) -> np.ndar
 
 
 def _probability(config: SyntheticConfig, pull: np.ndarray) -> np.ndarray:
-    """Of a label, by the pull of the candidate's topic."""
+    """The probability of a positive label, given the pull of the candidate's topic."""
     return 1 / (1 + np.exp(-(config.bias + config.strength * pull)))
 
 
 def exposure_probability(
     config: SyntheticConfig, item: np.ndarray, pull: np.ndarray
 ) -> np.ndarray | float:
-    """With which probability each candidate was exposed.
+    """The probability with which each candidate was exposed.
 
     Args:
-        config: of the log.
-        item: rows of the item's table, below ``config.num_items``; any shape.
-        pull: of the candidates' topics, of that shape.
+        config: the config of the log.
+        item: rows of the item table, below ``config.num_items``; any shape.
+        pull: the pull of the candidates' topics, same shape.
 
     Returns:
-        Of that shape; ``config.exposure`` where it does not depend on the candidate.
+        The probabilities, same shape; ``config.exposure`` if it does not depend on the candidate.
 
     Example:
         >>> import numpy as np
@@ -310,7 +310,7 @@ def exposure_probability(
     """
     if not config.biased:
         return config.exposure
-    # drawn apart, so that a log without a bias stays what it was
+    # a separate generator: a log without bias does not change
     promoted = np.random.default_rng([config.seed, 1]).normal(size=config.num_items)
     odds = config.exposure / (1 - config.exposure)
     logit = np.log(odds) + config.promotion * promoted[item] + config.policy * pull
@@ -319,7 +319,7 @@ def exposure_probability(
 
 @dataclass(frozen=True)
 class _History:
-    """The events of a user, the user's topics, and the pull of every topic."""
+    """The events of a user, their topics, and the pull of every topic."""
 
     columns: dict[str, np.ndarray]
     topics: np.ndarray
@@ -330,7 +330,7 @@ def _item_table(config: SyntheticConfig) -> pd.DataFrame:
     new = config.topics * config.items_per_topic if config.new_items else 0
     item = np.arange(config.num_items + new)
     topic = topic_of(config, item)
-    # as many everyday items a category
+    # the everyday items are spread evenly over the categories
     everyday = (item - 1 - config.topics * config.items_per_topic) % config.categories
     category = 1 + np.where(topic >= 0, topic // _TOPICS_PER_CATEGORY, everyday)
     category[0] = 0
@@ -339,8 +339,8 @@ def _item_table(config: SyntheticConfig) -> pd.DataFrame:
 
 
 def _splits(config: SyntheticConfig) -> dict[str, slice]:
-    """The requests of each split; with new items a quarter of the test's is `valid`, which says how many
-    are to be expected."""
+    """The requests of each split; with new items the first quarter of `test` is `valid`, which shows
+    what share of new items to expect."""
     first = config.train + (config.test // 4 if config.new_items else 0)
     valid = {"valid": slice(config.train, first)} if config.new_items else {}
     return {"train": slice(config.train), **valid, "test": slice(first, None)}
@@ -387,9 +387,9 @@ def candidate_topics(rng: np.random.Generator, config: SyntheticConfig, own: np.
     """The topics of the candidates of n requests.
 
     Args:
-        rng: what is random.
-        config: SyntheticConfig.
-        own: [n, topics of a user].
+        rng: the random generator.
+        config: the config of the log.
+        own: [n, topics of a user], the topics of each request's user.
 
     Returns:
         [n, candidates].
@@ -412,7 +412,7 @@ def candidate_topics(rng: np.random.Generator, config: SyntheticConfig, own: np.
 def _picked(
     rng: np.random.Generator, config: SyntheticConfig, pull: np.ndarray, topics: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What was picked and what was shown, [n, candidates] both."""
+    """Which candidates were picked and which were shown, both [n, candidates]."""
     rows = synthetic_sets.show(rng, pull, topics, SHOWN)
     logit = config.bias + config.strength * np.take_along_axis(pull, rows, axis=1)
     picks = synthetic_sets.picked(rng, logit, np.take_along_axis(topics, rows, axis=1))

@@ -1,19 +1,20 @@
-"""Users who pick from the set that they are shown, where the truth is known.
+"""Users who pick from the set that they are shown, with a known ground truth.
 
-What the synthetic log's option `relations` adds to its recipe:
+What the option `relations` adds to the recipe of the synthetic log:
 
-- Of the candidates of a request `SHOWN` are shown, by a logging policy that is noisy and biased: it
-  draws them one by one in proportion to exp(policy logit), which rises with the pull of the topic and
-  with a liking of the policy's own for some topics, whatever the user wants.
-- The policy orders what it shows by such draws anew, and attention falls with the place, by the factor
-  `ATTENTION` each; a user sees the set as a whole, and picks what is in place i with the probability
+- `SHOWN` of the candidates of a request are shown, by a noisy and biased logging policy. It draws them
+  one by one with probability proportional to exp(policy logit), which grows with the pull of the topic
+  and with the policy's own preference for some topics, whatever the user wants.
+- The policy orders the shown items by a second such draw. Attention falls by the factor `ATTENTION` per
+  place. A user sees the set as a whole, and picks the item in place i with the probability
   attention(i) sigmoid(bias + strength pull - DUPLICATE near-duplicates + COMPLEMENT complements).
-  Near-duplicates are the other items of the set of the same topic, complements those of the partner
-  topic (0 and 1 are partners, 2 and 3, and so on). They take from each other, and lift each other.
-- Labels are what was picked; what was not shown has none, in no split.
+  Near-duplicates are the other items of the set with the same topic, complements those with the partner
+  topic (0 and 1 are partners, 2 and 3, and so on). Near-duplicates lower each other's probability,
+  complements raise it.
+- Labels are what was picked; items that were not shown have no label, in any split.
 
-The relations are ours, and as simple as they can be: symmetric, of pairs, alike for all topics. So the
-best set can be found, and what a scorer could know at best computed.
+The relations are our own, and as simple as possible: symmetric, pairwise, and the same for all topics.
+So the best set and the best possible scores can be computed.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ SHOWN = 10
 ATTENTION = 0.95
 DUPLICATE, COMPLEMENT = 0.7, 0.4
 _TILT, _LIKING = 1.0, 0.7
-"""Of the policy: what the pull of a topic adds to its logit, and how far its own likings go."""
+"""The policy's weights of the pull of a topic and of its own preferences."""
 
 
 def set_logits(logit: np.ndarray, topic: np.ndarray) -> np.ndarray:
-    """The logits of the items of sets, each beside the others.
+    """The logits of the items of sets, given the other items of the set.
 
     Args:
-        logit: [..., k], of each item alone.
+        logit: [..., k], the logit of each item on its own.
         topic: [..., k] integers.
 
     Returns:
@@ -50,7 +51,7 @@ def set_logits(logit: np.ndarray, topic: np.ndarray) -> np.ndarray:
 
 
 def attention(places: int) -> np.ndarray:
-    """How likely the user looks at each place, [places].
+    """The probability that the user looks at each place, [places].
 
     Example:
         >>> from ifa_torchrec.data.synthetic_sets import attention
@@ -61,10 +62,10 @@ def attention(places: int) -> np.ndarray:
 
 
 def set_reward(logit: np.ndarray, topic: np.ndarray) -> np.ndarray:
-    """The expected number of items that the user picks of sets, in the order in which they are shown.
+    """The expected number of items that the user picks from each set, given in the order shown.
 
     Args:
-        logit, topic: as ``set_logits``'.
+        logit, topic: as for ``set_logits``.
 
     Returns:
         [...].
@@ -80,12 +81,12 @@ def set_reward(logit: np.ndarray, topic: np.ndarray) -> np.ndarray:
 
 
 def best_set(logit: np.ndarray, topic: np.ndarray, k: int) -> np.ndarray:
-    """The set of the highest expected reward, as far as a search finds it: greedily by the truth, then
-    by exchanging one item for another as long as that helps.
+    """The set with the highest expected reward that a local search finds: greedy by the truth, then
+    exchanging one item for another while that helps.
 
     Args:
         logit, topic: [m], of the candidates of a request.
-        k: items of the set; all, where there are fewer.
+        k: the size of the set; at most all candidates.
 
     Returns:
         [k] rows of the candidates, best first.
@@ -125,10 +126,10 @@ def best_set(logit: np.ndarray, topic: np.ndarray, k: int) -> np.ndarray:
 
 
 def show(rng: np.random.Generator, pull: np.ndarray, topic: np.ndarray, shown: int) -> np.ndarray:
-    """What the logging policy shows of each request, in its order.
+    """The candidates that the logging policy shows for each request, in order.
 
     Args:
-        rng: what is random.
+        rng: the random generator.
         pull, topic: [..., m], of the candidates.
         shown: k.
 
@@ -150,7 +151,7 @@ def show(rng: np.random.Generator, pull: np.ndarray, topic: np.ndarray, shown: i
 
 
 def policy_logit(pull: np.ndarray, topic: np.ndarray) -> np.ndarray:
-    """What the logging policy draws by; of the shape of its arguments.
+    """The logits by which the logging policy draws; same shape as the arguments.
 
     Example:
         >>> import numpy as np
@@ -162,7 +163,7 @@ def policy_logit(pull: np.ndarray, topic: np.ndarray) -> np.ndarray:
 
 
 def picked(rng: np.random.Generator, logit: np.ndarray, topic: np.ndarray) -> np.ndarray:
-    """What the user picks of sets in their order, [..., k] bool, of ``set_logits``' arguments.
+    """Draw which items the user picks from sets in the order shown, [..., k] bool; see ``set_logits``.
 
     Example:
         >>> import numpy as np
@@ -175,7 +176,7 @@ def picked(rng: np.random.Generator, logit: np.ndarray, topic: np.ndarray) -> np
 
 
 def sigmoid(logit: np.ndarray) -> np.ndarray:
-    """1 / (1 + exp(-logit)), of the logit's shape.
+    """1 / (1 + exp(-logit)), elementwise.
 
     Example:
         >>> import numpy as np

@@ -1,4 +1,4 @@
-"""What is best, on a synthetic log whose users pick from sets: scores, and sets."""
+"""The best possible scores and sets on a synthetic log whose users pick from sets."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from ifa_torchrec.data.synthetic_sets import (
 )
 
 _ORDERS, _REQUESTS = 200, 1000
-"""Drawn of each request, for the means that the best scores are."""
+"""The number of orders and of requests drawn per request to compute the best scores as means."""
 
 
 @dataclass(frozen=True)
 class SetTruth:
-    """The truth of M candidates of B requests.
+    """The ground truth of the M candidates of B requests.
 
     Args:
-        topic: [M] int64.
-        pull: [M], of the candidate's topic on its user.
-        offsets: [B + 1].
-        interests: [B, topics], the pulls of all topics on each user.
-        config: the log's.
+        topic: [M] int64, the topic of each candidate.
+        pull: [M], the pull of the candidate's topic on its user.
+        offsets: [B + 1], where the candidates of each request begin.
+        interests: [B, topics], the pull of every topic on each user.
+        config: the config of the log.
 
     Example:
         >>> import tempfile
@@ -57,28 +57,27 @@ class SetTruth:
 
     @property
     def logit(self) -> np.ndarray:
-        """Of each candidate alone, [M]."""
+        """The logit of each candidate on its own, [M]."""
         return self.config.bias + self.config.strength * self.pull
 
     def reward(self, rows: np.ndarray) -> float:
-        """The expected number of items that are picked of a set, [k] rows, best first."""
+        """The expected number of items picked from a set, given as [k] rows, best first."""
         return float(set_reward(self.logit[rows], self.topic[rows]))
 
     def best_sets(self, k: int) -> list[np.ndarray]:
-        """``best_set`` of each request, as rows among all M."""
+        """``best_set`` of each request, as rows of all M candidates."""
         spans = zip(self.offsets[:-1], self.offsets[1:], strict=True)
         logit = self.logit
         return [first + best_set(logit[first:last], self.topic[first:last], k) for first, last in spans]
 
-    def scores_given(self, exposed: np.ndarray, seed: int = 0) -> np.ndarray:
-        """The best that a scorer can say who knows what is shown, though not in which order: the
-        probability that each of the exposed is picked, [M]; 0 of the others.
+    def scores_given(self, exposed: np.ndarray) -> np.ndarray:
+        """The best scores given which items are shown, but not their order: the probability that each
+        exposed item is picked, [M]; 0 for the others.
 
         Args:
             exposed: [M] bool.
-            seed: of the orders, over which the mean is taken.
         """
-        rng, result = np.random.default_rng(seed), np.zeros(len(self.topic))
+        rng, result = np.random.default_rng(0), np.zeros(len(self.topic))
         for first, last in zip(self.offsets[:-1], self.offsets[1:], strict=True):
             rows = first + np.flatnonzero(exposed[first:last])
             topic, pull = self.topic[rows], self.pull[rows]
@@ -89,14 +88,10 @@ class SetTruth:
             result[rows] = looked * sigmoid(set_logits(self.logit[rows], topic))
         return result
 
-    def scores_alone(self, seed: int = 0) -> np.ndarray:
-        """The best that a scorer can say who knows the user and the candidate and none of the others: of
-        each candidate the probability that it is picked where it is shown, [M].
-
-        Args:
-            seed: of the requests of the same users, over which the mean is taken.
-        """
-        rng, result = np.random.default_rng(seed), np.zeros(len(self.topic))
+    def scores_alone(self) -> np.ndarray:
+        """The best scores given only the user and the candidate, not the other items: the probability
+        that each candidate is picked when it is shown, [M]."""
+        rng, result = np.random.default_rng(0), np.zeros(len(self.topic))
         topics = self.interests.shape[1]
         for b, (first, last) in enumerate(zip(self.offsets[:-1], self.offsets[1:], strict=True)):
             interests = self.interests[b]
@@ -113,12 +108,12 @@ class SetTruth:
 
 
 def truth_of(log: EventLog, split: str) -> SetTruth | None:
-    """The truth of a split of a log that ``prepare`` wrote with the option `relations`; None of any
-    other log.
+    """The ground truth of a split of a log that ``prepare`` wrote with the option `relations`; None for
+    any other log.
 
     Args:
         log: the event log.
-        split: of its requests.
+        split: the name of a request split.
 
     Example:
         >>> import tempfile

@@ -1,10 +1,10 @@
-"""The vocabulary: which external id has which row.
+"""The vocabulary: maps external ids to rows.
 
-    FOLDER/vocabulary.json       of each name its kind, its rows and a digest; written last
-    FOLDER/vocabulary/NAME.parquet   column `id` of a listed name: the id of row 1, of row 2, ...
+    FOLDER/vocabulary.json       for each name its kind, its rows and a digest; written last
+    FOLDER/vocabulary/NAME.parquet   for a listed name, column `id`: the id of row 1, of row 2, ...
 
-External ids are what a shop, a stream or a client calls things: strings or integers of 64 bits. Rows are
-where they stand in tables. Row 0 is "unknown": what the vocabulary does not have.
+External ids are the ids used by a shop, a stream or a client: strings or 64-bit integers. Rows are their
+positions in embedding tables. Row 0 is "unknown": any id that is not in the vocabulary.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from ifa_torchrec.data.schema import LogError, LogSchema
 
 FORMAT = "ifa-vocabulary/1"
 ExternalId = str | int
-"""What the world calls a user, an item or a value."""
+"""The id of a user, an item or a value outside this library."""
 
 _UNLISTED = ("hashed", "withheld")
-HASH_DIGITS = 15  # of MD5's hexadecimals: an int64 holds them
+HASH_DIGITS = 15  # hexadecimal digits of the MD5 that fit an int64
 _LEAST, _MOST = -(2**63), 2**63 - 1
 _AT_ONCE = 10_000
-"""Ids that are made Python objects in one call, which stops all other threads."""
+"""The number of ids converted to Python objects in one call, which blocks all other threads."""
 
 
 def hash_row(identifier: ExternalId, rows: int) -> int:
-    """Row of an id that is hashed to a table, 1 to rows - 1.
+    """The row of an id that is hashed to a table, 1 to rows - 1.
 
     Args:
         identifier: the id; an integer and its decimal digits have the same row.
-        rows: of the table, at least 2.
+        rows: the number of rows of the table, at least 2.
 
     Raises:
         ValueError: rows is less than 2.
@@ -63,10 +63,10 @@ class Ids:
 
     Args:
         kind: "listed": row r has the id ids[r - 1]; "hashed": rows are hashes of ids; "numbered": an id
-            is its own row; "withheld": listed elsewhere, and none is known here.
-        rows: of the table, row 0 included.
-        ids: the listed ones, strings or int64.
-        told: of withheld ones, their digest and whether they are integers.
+            is its own row; "withheld": listed elsewhere, and not known here.
+        rows: the number of rows of the table, including row 0.
+        ids: the listed ids, strings or int64.
+        withheld: for withheld ids, their digest and whether they are integers.
 
     Example:
         >>> import pyarrow as pa
@@ -79,14 +79,14 @@ class Ids:
     kind: Literal["listed", "hashed", "numbered", "withheld"]
     rows: int
     ids: pa.Array | None = None
-    told: tuple[str, bool] | None = None
+    withheld: tuple[str, bool] | None = None
 
     @cached_property
     def digest(self) -> str:
-        """Of kind, ids and their rows; of a table that is hashed to, or numbered, only of the kind and
-        the rows."""
-        if self.told is not None:
-            return self.told[0]
+        """A digest of the kind, the ids and their rows; for hashed and numbered ids, only of the kind
+        and the number of rows."""
+        if self.withheld is not None:
+            return self.withheld[0]
         text = f"{self.kind} {self.rows}"
         if self.ids is not None:
             column = cast(Any, hash_pandas_object)(pd.Series(self.ids.to_pandas()), index=False)
@@ -96,14 +96,14 @@ class Ids:
 
     @property
     def integers(self) -> bool:
-        """Whether listed ids are integers, not strings."""
-        if self.told is not None:
-            return self.told[1]
+        """Whether the listed ids are integers, not strings."""
+        if self.withheld is not None:
+            return self.withheld[1]
         return self.ids is not None and pa.types.is_integer(self.ids.type)
 
     @cached_property
     def _rows(self) -> dict[ExternalId | None, int]:
-        # looks strings up several times as fast as pandas and Arrow do
+        # string lookups are several times as fast as in pandas and Arrow
         rows: dict[ExternalId | None, int] = {}
         ids = pa.array([]) if self.ids is None else self.ids
         for first in range(0, len(ids), _AT_ONCE):
@@ -112,16 +112,16 @@ class Ids:
         return rows
 
     def rows_of(self, ids: Sequence[ExternalId] | np.ndarray) -> np.ndarray:
-        """Row of each id, [n] int64; 0 for those that are not known.
+        """The row of each id, [n] int64; 0 for unknown ids.
 
-        A listed string is found by the string alone, a listed integer by the integer or its decimal
+        A listed string matches only that string; a listed integer matches the integer and its decimal
         digits.
         """
         if self.kind == "hashed":
             return np.array([hash_row(i, self.rows) for i in ids], np.int64)
         if self.kind == "numbered":
             given = np.asarray(ids)
-            if given.dtype.kind != "i":  # some are strings, or none is there
+            if given.dtype.kind != "i":  # some are strings, or it is empty
                 numbers = (integer_of(i) for i in ids)
                 given = np.array([0 if i is None else i for i in numbers], np.int64)
             return np.where((given >= 0) & (given < self.rows), given, 0).astype(np.int64)
@@ -131,7 +131,7 @@ class Ids:
         return np.array([row_of(i, 0) for i in ids], np.int64)
 
     def at(self, rows: Iterable[int]) -> list[ExternalId | None]:
-        """The id of each row; None for row 0, and where ids are hashed or withheld."""
+        """The id of each row; None for row 0, and if ids are hashed or withheld."""
         if self.kind == "numbered":
             return [int(row) or None for row in rows]
         if self.kind == "hashed" or self.ids is None:
@@ -139,11 +139,11 @@ class Ids:
         return [self.ids[int(row) - 1].as_py() if row else None for row in rows]
 
     def extended(self, ids: Iterable[ExternalId]) -> Ids:
-        """With further ids behind those that there are, whose rows stay; what is there already, and all
-        where ids are not listed, changes nothing.
+        """These ids with new ones appended; existing rows do not change. Ids that are present already
+        are ignored, and so are all ids unless this name is listed.
 
         Raises:
-            LogError: a new id is of another type than those that there are, null or an empty string.
+            LogError: a new id has another type than the existing ids, is null or an empty string.
         """
         if self.kind != "listed" or self.ids is None:
             return self
@@ -156,10 +156,10 @@ class Ids:
 
 
 class Vocabulary:
-    """Which external id has which row: of users, of items and of every id feature.
+    """Maps external ids to rows, for users, items and every id feature.
 
     Args:
-        ids: the Ids of each name. Users go by the name "user".
+        ids: the Ids of each name. The name of users is "user".
 
     Example:
         >>> import tempfile
@@ -177,78 +177,83 @@ class Vocabulary:
 
     @staticmethod
     def of(ids: Mapping[str, Iterable[ExternalId]]) -> Vocabulary:
-        """Of lists of ids, in the order of their rows.
+        """A vocabulary of listed ids, in the order of their rows.
 
         Raises:
-            LogError: ids of one name are of several types, null, not an int64 or empty strings.
+            LogError: the ids of one name have several types, or one is null, beyond an int64 or an empty
+                string.
         """
         return Vocabulary({}).extended(ids)
 
     @staticmethod
     def numbered(schema: LogSchema, items: int | None = None) -> Vocabulary:
-        """Of a log whose ids are rows already. Users are left out: they have no table, and the log's
-        number of one is what the world calls it.
+        """The vocabulary of a log whose ids are rows already. It has no users: they have no table, and
+        their numbers in the log are their external ids.
 
         Args:
-            schema: of the log.
-            items: how many items it has; None for as many as the item's table has rows.
+            schema: the log's schema.
+            items: the number of items; None for the number of rows of the item table.
         """
         rows = schema.tables | ({} if items is None else {schema.item: items})
         return Vocabulary({name: Ids("numbered", number) for name, number in rows.items()})
 
     def completed(self, schema: LogSchema, items: int) -> Vocabulary:
-        """With ids that are rows already where it has none of a name of the schema.
+        """This vocabulary, with numbered ids for each name of the schema that it lacks.
 
         Args:
-            schema, items: as of ``numbered``.
+            schema, items: as for ``numbered``.
         """
         return Vocabulary({**Vocabulary.numbered(schema, items)._ids, **self._ids})
 
     def check(self, schema: LogSchema, items: int) -> None:
-        """Refuse a log that it cannot be of.
+        """Refuse a log to which this vocabulary cannot belong.
 
         Args:
-            schema: of the log.
-            items: how many it has.
+            schema: the log's schema.
+            items: the number of items in the log.
 
         Raises:
-            LogError: a name of the schema is missing, an id has no row in its table, or there are other
-                items.
+            LogError: a name of the schema is missing, an id has no row in its table, or the number of
+                items differs.
         """
         for name, rows in schema.tables.items():
             mine = self[name].rows
             if name == schema.item and mine != items:
-                raise LogError(f"vocabulary: {name!r} has {mine} rows, but the log has {items} items")
+                raise LogError(
+                    f"vocabulary: {name!r} has {mine} rows, but the log has {items} items; use the "
+                    "vocabulary that the items were numbered with"
+                )
             if name != schema.item and mine > rows:
                 raise LogError(
-                    f"vocabulary: {name!r} has {mine} rows, its table in the schema {rows}; enlarge "
-                    f"the table to {mine}"
+                    f"vocabulary: {name!r} has {mine} rows, but its table in the schema has {rows}; "
+                    f"enlarge the table to {mine}"
                 )
 
     @property
     def names(self) -> list[str]:
-        """Of what it has ids."""
+        """The names that have ids."""
         return list(self._ids)
 
     def __getitem__(self, name: str) -> Ids:
         if name not in self._ids:
-            raise LogError(f"vocabulary: there are no ids of {name!r}; there are {self.names}")
+            raise LogError(f"vocabulary: no ids of {name!r}; it has ids of {self.names}")
         return self._ids[name]
 
     def digests(self) -> dict[str, str]:
-        """Of each name, its ids' digest."""
+        """The digest of each name's ids."""
         return {name: ids.digest for name, ids in sorted(self._ids.items())}
 
     @property
     def digest(self) -> str:
-        """Of all names."""
+        """A digest of the whole vocabulary."""
         return hashlib.sha256(json.dumps(self.digests()).encode()).hexdigest()[:16]
 
     def extended(self, ids: Mapping[str, Iterable[ExternalId]]) -> Vocabulary:
-        """With further ids; rows stay. Names that it has not are added.
+        """This vocabulary with new ids appended; existing rows do not change. Missing names are added.
 
         Raises:
-            LogError: ids of one name are of several types, null, not an int64 or empty strings.
+            LogError: the ids of one name have several types, or one is null, beyond an int64 or an empty
+                string.
         """
         new = dict(self._ids)
         for name, values in ids.items():
@@ -259,24 +264,25 @@ class Vocabulary:
         return Vocabulary(new)
 
     def withholding(self, name: str) -> Vocabulary:
-        """Without the listed ids of a name, of which it then knows the digest alone; its own digest is
-        that of the whole.
+        """This vocabulary without the listed ids of a name: it keeps only their digest, so its own
+        digest does not change.
 
         Example:
             >>> from ifa_torchrec.data.vocabulary import Vocabulary
             >>> vocabulary = Vocabulary.of({"item": ["tea", "cup"], "user": ["anna"]})
-            >>> told = vocabulary.withholding("user")
-            >>> told.digest == vocabulary.digest, told["user"].rows_of(["anna"]).tolist()
+            >>> public = vocabulary.withholding("user")
+            >>> public.digest == vocabulary.digest, public["user"].rows_of(["anna"]).tolist()
             (True, [0])
         """
         ids = self._ids.get(name)
         if ids is None or ids.kind != "listed":
             return self
-        withheld = Ids("withheld", ids.rows, told=(ids.digest, ids.integers))
+        withheld = Ids("withheld", ids.rows, withheld=(ids.digest, ids.integers))
         return Vocabulary({**self._ids, name: withheld})
 
     def begins_with(self, other: Vocabulary) -> bool:
-        """Whether it is ``other``, or an extension of it: tables of the one serve the other's rows."""
+        """Whether this is ``other`` or an extension of it: then its tables also fit rows of
+        ``other``."""
         for name in other.names:
             if name not in self._ids:
                 return False
@@ -290,10 +296,10 @@ class Vocabulary:
         return True
 
     def save(self, folder: Path) -> None:
-        """Write it into a folder.
+        """Write the vocabulary into a folder.
 
         Raises:
-            FileExistsError: the folder holds one.
+            FileExistsError: the folder contains one already.
         """
         (folder / "vocabulary").mkdir()
         for name, ids in self._ids.items():
@@ -301,7 +307,7 @@ class Vocabulary:
                 pq.write_table(pa.table({"id": ids.ids}), folder / "vocabulary" / f"{name}.parquet")
         described = {
             name: {"kind": ids.kind, "rows": ids.rows, "digest": ids.digest}
-            | ({} if ids.told is None else {"integers": ids.integers})
+            | ({} if ids.withheld is None else {"integers": ids.integers})
             for name, ids in self._ids.items()
         }
         text = json.dumps({"format": FORMAT, "ids": described}, indent=2)
@@ -309,44 +315,46 @@ class Vocabulary:
 
     @staticmethod
     def load(folder: Path) -> Vocabulary:
-        """Read it from a folder.
+        """Read a vocabulary from a folder.
 
         Raises:
-            LogError: there is none, it is of another format, damaged, or not what ``save`` writes.
+            LogError: there is none, it has another format, is damaged, or is not what ``save`` writes.
         """
         file = folder / "vocabulary.json"
         try:
             saved = json.loads(file.read_text())
             if saved["format"] != FORMAT:
-                raise LogError(f"{file}: format {saved['format']!r}, this version reads {FORMAT!r}")
+                raise LogError(f"{file}: format {saved['format']!r}, expected {FORMAT!r}")
             ids: dict[str, Ids] = {}
             for name, described in saved["ids"].items():
                 kind, rows = described["kind"], described["rows"]
                 least = 2 if kind == "hashed" else 1
                 if not isinstance(rows, int) or rows < least or not str(name).isidentifier():
                     raise ValueError(f"{name!r} is described as {described!r}")
-                listed = told = None
+                listed = withheld = None
                 if kind == "withheld":
-                    told = str(described["digest"]), bool(described["integers"])
+                    withheld = str(described["digest"]), bool(described["integers"])
                 elif kind == "listed":
                     table = pq.read_table(folder / "vocabulary" / f"{name}.parquet", columns=["id"])
                     listed = table["id"].combine_chunks()
                 elif kind not in ("hashed", "numbered"):
-                    raise ValueError(f"{name!r} is of the kind {kind!r}")
-                ids[name] = Ids(kind, rows, listed, told)
+                    raise ValueError(f"{name!r} has the unknown kind {kind!r}")
+                ids[name] = Ids(kind, rows, listed, withheld)
                 if ids[name].digest != described["digest"]:
-                    raise ValueError(f"the ids of {name!r} are not those that were written")
+                    raise ValueError(f"the ids of {name!r} have changed since they were written")
         except LogError:
             raise
         except FileNotFoundError as error:
-            raise LogError(f"{folder}: no vocabulary ({error.filename} is missing)") from error
+            raise LogError(
+                f"{folder}: no vocabulary ({error.filename} is missing); restore it, or write it again"
+            ) from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
-            raise LogError(f"{file}: not readable as a vocabulary ({error}); write it again") from error
+            raise LogError(f"{file}: not a valid vocabulary ({error}); write it again") from error
         return Vocabulary(ids)
 
 
 def integer_of(identifier: Any) -> int | None:
-    """An id as an int64, where it is one or its decimal digits; None elsewhere.
+    """Convert an id to an int64 if it is one, or its decimal digits; else None.
 
     Example:
         >>> from ifa_torchrec.data.vocabulary import integer_of
@@ -370,15 +378,18 @@ def _listed(ids: Iterable[ExternalId]) -> Ids:
 
 
 def _array(ids: list[Any], kind: pa.DataType) -> pa.Array:
-    """Ids of one type.
+    """Convert ids to an array of one type.
 
     Raises:
-        LogError: one is of another type, null or an empty string.
+        LogError: an id has another type, is null or an empty string.
     """
     for value in ids:
         if isinstance(value, bool) or not isinstance(value, (str, int, np.integer)) or value == "":
-            raise LogError(f"{value!r} is none; leave it out, row 0 stands for what has no id")
+            raise LogError(
+                f"{value!r} is not an id; expected a non-empty string or an integer. Leave it out: row "
+                "0 is for what has no id"
+            )
     try:
         return pa.array(ids, kind)
     except (pa.ArrowException, OverflowError, TypeError) as error:
-        raise LogError(f"they must all be strings or all integers of 64 bits ({error})") from error
+        raise LogError(f"they must all be strings, or all 64-bit integers ({error})") from error

@@ -1,4 +1,4 @@
-"""Writing a log: in a folder beside it, which is renamed to it once it is whole."""
+"""Write a log to a draft folder next to its path, and rename it when it is complete."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _RANDOM_BYTES = 6
 
 @contextmanager
 def drafting(path: str | Path) -> Generator[Path]:
-    """A folder beside ``path`` to write a log in, gone again unless ``EventLog.publish`` renamed it.
+    """A folder next to ``path`` to write a log in; deleted unless ``EventLog.publish`` renamed it.
 
     Raises:
         FileExistsError: ``path`` exists.
-        LogError: there is no room, or no right, to write there, or it is a URI.
+        LogError: there is no space or no permission to write there, or it is a URI.
 
     Example:
         >>> import tempfile
@@ -45,7 +45,10 @@ def drafting(path: str | Path) -> Generator[Path]:
         False
     """
     if is_uri(path):
-        raise LogError(f"{path}: a log is written to a folder; copy that there, schema.json last")
+        raise LogError(
+            f"{path}: a log can only be written to a local folder; write it there, then copy it, "
+            "schema.json last"
+        )
     path = Path(path)
     if path.exists():
         raise ExistsError(f"{path} exists; delete it or choose another folder")
@@ -55,7 +58,7 @@ def drafting(path: str | Path) -> Generator[Path]:
             draft = stack.enter_context(draft_beside(path))
         except OSError as error:
             raise LogError(
-                f"{path}: the log cannot be written there ({error}); choose another folder"
+                f"{path}: cannot write a log there ({error}); choose another folder"
             ) from error
         try:
             (draft / "requests").mkdir()
@@ -64,24 +67,24 @@ def drafting(path: str | Path) -> Generator[Path]:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise LogError(
-                f"{path}: no room to write the log ({error}); free some, or choose another folder"
+                f"{path}: no space to write the log ({error}); free some, or choose another folder"
             ) from error
 
 
 @contextmanager
 def draft_beside(path: Path) -> Generator[Path]:
-    """A new folder beside ``path``, gone at the end unless it was renamed. Those of ``path`` that
-    processes left which were killed are removed.
+    """A new folder next to ``path``, deleted at the end unless it was renamed. Drafts of ``path`` left
+    by killed processes are deleted.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the folder cannot be created.
 
     Example:
         >>> import tempfile
         >>> from pathlib import Path
         >>> from ifa_torchrec.data.writing import draft_beside
         >>> path = Path(tempfile.mkdtemp()) / "log"
-        >>> (path.parent / ".log-0123456789ab").mkdir()  # of one that was killed
+        >>> (path.parent / ".log-0123456789ab").mkdir()  # left by a killed process
         >>> with draft_beside(path) as draft:
         ...     list(path.parent.iterdir()) == [draft]
         True
@@ -91,7 +94,7 @@ def draft_beside(path: Path) -> Generator[Path]:
         if of_path.fullmatch(left.name):
             drop(left)
     draft, held = new_folder(path.parent, f".{path.name}-"), None
-    with suppress(OSError):  # where there are no locks nothing is removed, either
+    with suppress(OSError):  # without locks nothing is deleted either
         held = Held(draft)
     try:
         yield draft
@@ -102,7 +105,7 @@ def draft_beside(path: Path) -> Generator[Path]:
 
 
 def new_folder(parent: Path, prefix: str) -> Path:
-    """A new folder in ``parent``; unlike tempfile's, open to whom the umask lets in.
+    """Create a folder in ``parent``; its permissions follow the umask, unlike those of tempfile.
 
     Example:
         >>> import tempfile
@@ -117,10 +120,10 @@ def new_folder(parent: Path, prefix: str) -> Path:
 
 
 def publish_folder(draft: Path, path: str | Path) -> None:
-    """Rename a draft to what it is to be called.
+    """Rename a draft to its final path.
 
     Raises:
-        FileExistsError: another preparation was there first.
+        FileExistsError: the path was created meanwhile.
 
     Example:
         >>> import tempfile
@@ -137,67 +140,69 @@ def publish_folder(draft: Path, path: str | Path) -> None:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
         raise ExistsError(
-            f"{path} was made meanwhile, by another preparation; delete it or choose another folder"
+            f"{path} was created meanwhile, by another process; delete it or choose another folder"
         ) from error
 
 
 @contextmanager
-def recording(path: Path, file: str, asked: Mapping[str, Any]) -> Generator[Path]:
-    """Where to write a log that appears as ``path`` with a file in it of what was asked for.
+def recording(path: Path, file: str, options: Mapping[str, Any]) -> Generator[Path]:
+    """A folder to write a log in; it appears as ``path``, with a file that records ``options``.
 
     Example:
         >>> import tempfile
         >>> from pathlib import Path
         >>> from ifa_torchrec.data.writing import recording
         >>> path = Path(tempfile.mkdtemp()) / "log"
-        >>> with recording(path, "asked.json", {"seed": 1}) as draft:
+        >>> with recording(path, "options.json", {"seed": 1}) as draft:
         ...     draft.mkdir()
-        >>> (path / "asked.json").read_text()
+        >>> (path / "options.json").read_text()
         '{"seed": 1}'
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with draft_beside(path) as draft:
         yield draft / path.name
-        (draft / path.name / file).write_text(json.dumps(asked))
+        (draft / path.name / file).write_text(json.dumps(options))
         publish_folder(draft / path.name, path)
 
 
-def check_recorded(path: Path, file: str, asked: Mapping[str, Any]) -> None:
-    """Raise where a log was written for something else; one that does not say is taken as it is.
+def check_recorded(path: Path, file: str, options: Mapping[str, Any]) -> None:
+    """Raise if a log was written with other options; a log without a record is accepted.
 
     Raises:
-        ConfigError: names the fields that differ.
+        ConfigError: an option differs; the message names it.
 
     Example:
         >>> import tempfile
         >>> from pathlib import Path
         >>> from ifa_torchrec.data.writing import check_recorded
-        >>> check_recorded(Path(tempfile.mkdtemp()), "asked.json", {"seed": 1})
+        >>> check_recorded(Path(tempfile.mkdtemp()), "options.json", {"seed": 1})
     """
     if not (path / file).exists():
         return
     there = json.loads((path / file).read_text())
     other = [
         f"{name} {there[name]!r}, not {value!r}"
-        for name, value in json.loads(json.dumps(asked)).items()
+        for name, value in json.loads(json.dumps(options)).items()
         if name in there and there[name] != value
     ]
     if other:
         raise ConfigError(
-            f"{path} is a log of {', '.join(other)}; delete it, choose another folder, or ask for these"
+            f"{path} was written with {', '.join(other)}; delete it, choose another folder, or use its "
+            "options"
         )
 
 
 def write_tables(folder: Path, tables: Mapping[str, pd.DataFrame], parts: int = 1) -> None:
-    """Write FOLDER/NAME.parquet of each DataFrame, or NAME/part-*.parquet of all but the items.
+    """Write each DataFrame to FOLDER/NAME.parquet or, with parts and except the items, to
+    NAME/part-*.parquet.
 
     Args:
-        folder: to write in.
-        tables: by name.
-        parts: how many there are to be.
+        folder: the folder to write in.
+        tables: the DataFrames by name.
+        parts: the number of parts.
 
     Raises:
-        LogError: a column is of several types, or has a number beyond an int64.
+        LogError: a column has several types, or a number beyond an int64.
 
     Example:
         >>> import tempfile
@@ -213,16 +218,18 @@ def write_tables(folder: Path, tables: Mapping[str, pd.DataFrame], parts: int = 
         try:
             table = pa.Table.from_pandas(frame, preserve_index=False)
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise LogError(f"{name}: a column holds values of several types: {error}") from error
+            raise LogError(f"{name}: a column has values of several types: {error}") from error
         except OverflowError as error:
-            raise LogError(f"{name}: a column holds a number beyond an int64: {error}") from error
+            raise LogError(
+                f"{name}: a column has a number that does not fit an int64: {error}"
+            ) from error
         for file, rows in _cut(name, table, parts):
             (folder / file).parent.mkdir(exist_ok=True)
             pq.write_table(rows, folder / file, write_page_checksum=True)
 
 
 def _cut(name: str, table: pa.Table, parts: int) -> Iterator[tuple[str, pa.Table]]:
-    """The files of a table, and the rows of each."""
+    """The files of a table, and the rows to write to each."""
     if parts == 1 or name == "items":
         yield f"{name}.parquet", table
         return

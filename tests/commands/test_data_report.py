@@ -1,4 +1,4 @@
-"""The page on an event log says what is in it."""
+"""The HTML report of an event log."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ifa_torchrec.commands.data import Report
 from ifa_torchrec.data import EventLog, LogError, RankingDataset
 
 
-def test_says_what_the_log_has(log: EventLog, tmp_path: Path) -> None:
+def test_the_page_has_the_numbers_of_the_log(log: EventLog, tmp_path: Path) -> None:
     copy = tmp_path / "a <log>"
     shutil.copytree(log.path, copy)
-    told = {"warnings": ["2 > 1"], "refused": {"events": {"rows": 12345}}}
-    (copy / "report.json").write_text(json.dumps(told))
+    report = {"warnings": ["2 > 1"], "refused": {"events": {"rows": 12345}}}
+    (copy / "report.json").write_text(json.dumps(report))
     page = Report(copy).write()
     assert page == tmp_path / "a <log>.html"
     text = page.read_text()
@@ -35,6 +35,6 @@ def test_says_what_the_log_has(log: EventLog, tmp_path: Path) -> None:
         assert part.count("<svg") == 1
 
 
-def test_what_is_no_log_is_refused(tmp_path: Path) -> None:
+def test_a_missing_log_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LogError, match="nothing"):
         Report(tmp_path / "nothing").write()

@@ -1,4 +1,4 @@
-"""Every command reads a log in parts as it reads one that is not."""
+"""Every command reads a log in parts like one without parts."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_report(log: EventLog, parts: EventLog, tmp_path: Path) -> None:
         Report(of.path, tmp_path / f"{of.parts}.html").write().read_text() for of in (log, parts)
     )
 
-    def numbers(page: str) -> list[str]:  # a split's section up to its pictures
+    def numbers(page: str) -> list[str]:  # a split's section up to its plots
         return [section.split("<svg")[0] for section in page.split("<h2>")[1:]]
 
     assert numbers(one) == numbers(several) and len(numbers(one)) == len(log.splits)

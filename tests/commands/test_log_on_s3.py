@@ -1,4 +1,4 @@
-"""Commands read a log from a bucket: of moto's server, which speaks S3 over HTTP on this machine."""
+"""Commands read a log from a bucket of moto's server, which speaks S3 over HTTP on this machine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IFA = IFAConfig(8, num_heads=2)
 
 @pytest.fixture(scope="module")
 def options() -> Generator[str]:
-    """What a URI says of the server."""
+    """The server's part of a URI."""
     server = pytest.importorskip("moto.server", reason="the extra `dev` is not installed")
     running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     running.start()
@@ -89,22 +89,22 @@ def test_commands(uri: str, parts: EventLog, tmp_path: Path) -> None:
     assert "<h1>may</h1>" in Report(uri, tmp_path / "may.html").write().read_text()
 
 
-def test_what_goes_wrong_is_told_by_its_name(parts: EventLog, options: str) -> None:
+def test_errors_name_the_place(parts: EventLog, options: str) -> None:
     def refused(uri: str, *words: str) -> None:
-        told = "".join(f"(?=.*{re.escape(word)})" for word in words)
-        with pytest.raises(LogError, match=told):
+        pattern = "".join(f"(?=.*{re.escape(word)})" for word in words)
+        with pytest.raises(LogError, match=pattern):
             EventLog(uri)
 
     refused(f"s3://nobodys/logs/may{options}", "s3://nobodys/logs/may", "no such bucket")
-    uri = copied(parts.path, "spoilt", options)
-    refused(uri.replace("may", "june"), "s3://spoilt/logs/june", "no such log")
+    uri = copied(parts.path, "damaged", options)
+    refused(uri.replace("may", "june"), "s3://damaged/logs/june", "no such log")
     files, place = pafs.FileSystem.from_uri(uri)
     part = "events/part-00001.parquet"
     with files.open_output_stream(f"{place}/{part}") as stream:
         stream.write(b"other")
-    refused(uri, f"s3://spoilt/logs/may/{part}: not the part", "SHA-256")
+    refused(uri, f"s3://damaged/logs/may/{part}: not the part", "SHA-256")
     files.delete_file(f"{place}/{part}")
-    refused(uri, f"s3://spoilt/logs/may/{part}: missing")
+    refused(uri, f"s3://damaged/logs/may/{part}: the file is missing")
 
 
 def test_no_access(uri: str) -> None:
@@ -114,5 +114,5 @@ def test_no_access(uri: str) -> None:
     def ask() -> None:
         EventLog(uri)
 
-    with pytest.raises(LogError, match=r"s3://shop/logs/may.*no access; give credentials"):
+    with pytest.raises(LogError, match=r"s3://shop/logs/may.*no access; set credentials"):
         ask()

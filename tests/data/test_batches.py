@@ -1,4 +1,4 @@
-"""Batches of a log with all that a schema can name, beside what its DataFrames say."""
+"""Batches of a log with every kind of column, compared with its DataFrames."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def batch(log: EventLog) -> RankingBatch:
 
 @pytest.fixture(scope="module")
 def events(rich: Toy) -> pd.DataFrame:
-    """The events of the batch, one history after the other."""
+    """The events of the batch, history by history."""
     requests = rich.requests["train"].iloc[REAL]
     own = [
         rich.events[(rich.events["user"] == r.user) & (rich.events["time"] < r.time)]
@@ -56,7 +56,7 @@ def flat(lists: pd.Series) -> np.ndarray:
 
 
 def assert_same(mine: torch.Tensor, wanted: object) -> None:
-    """Equal as float32, NaN where NaN is wanted."""
+    """Assert equality as float32, with NaN equal to NaN."""
     np.testing.assert_array_equal(mine.numpy(), np.asarray(wanted, np.float32))
 
 
@@ -65,9 +65,7 @@ def assert_same(mine: torch.Tensor, wanted: object) -> None:
     [[], [(4, 4)], [(0, 1), (9, 9), (3, 7)], [(5, 1000)], [(0, 1), (8, 1000), (2, 2), (0, 999)]],
 )
 @pytest.mark.parametrize("dtype", [np.int64, np.float32, bool])
-def test_ranges_that_are_copied_have_the_rows_of_those_gathered(
-    ranges: list[tuple[int, int]], dtype: type
-) -> None:
+def test_copied_ranges_equal_gathered_ranges(ranges: list[tuple[int, int]], dtype: type) -> None:
     column = (np.arange(1000) % 251).astype(dtype)
     start, end = np.array(ranges, np.int64).reshape(-1, 2).T
     found = Ranges(start, end)
@@ -109,7 +107,7 @@ class TestOfEventsAndCandidates:
         assert batch.context_features.keys() == ["store", "weekday", "interest"]
         interest = batch.context_features["interest"]
         lengths = requests["interest"].map(len).tolist()
-        lengths.insert(1, 0)  # of the empty request
+        lengths.insert(1, 0)  # the empty request
         assert interest.lengths().tolist() == lengths and 0 in lengths
         assert interest.values().tolist() == flat(requests["interest"]).tolist()
 
@@ -127,7 +125,7 @@ class TestOfItems:
         assert len(set(distinct)) == len(distinct) == len(set(events["item"]) | set(candidates))
         assert (distinct[batch.history_items] == events["item"]).all()
 
-    def test_what_describes_them(self, rich: Toy, batch: RankingBatch) -> None:
+    def test_features(self, rich: Toy, batch: RankingBatch) -> None:
         distinct = np.empty(len(batch.item_dense), int)
         distinct[batch.history_items] = batch.history_item_ids
         distinct[batch.candidate_items] = batch.candidate_item_ids
@@ -167,7 +165,7 @@ class TestOfItems:
             assert 0.1 < share[name] < 0.6
 
 
-def test_what_the_schema_has_not_is_none(tmp_path: Path) -> None:
+def test_what_the_schema_lacks_is_none(tmp_path: Path) -> None:
     batch = RankingDataset(make_toy().write(tmp_path / "log"), "train")[[0, 17]]
     for name in (
         *("history_weight", "history_dense", "item_lists", "item_dense", "item_vectors"),
@@ -176,9 +174,9 @@ def test_what_the_schema_has_not_is_none(tmp_path: Path) -> None:
         assert getattr(batch, name) is None, name
 
 
-def test_nothing_but_empty_requests(log: EventLog) -> None:
+def test_only_empty_requests(log: EventLog) -> None:
     batch = RankingDataset(log, "train")[[EMPTY_REQUEST] * 2]
-    # the unknown item stands for those that there are not: a KJT has a row
+    # the unknown item is a placeholder: a KJT needs a row
     assert batch.item_dense.isnan().tolist() == [[True, True]]
     assert batch.item_vectors.tolist() == [[0.0] * 5]
     assert batch.item_lists.stride() == 1 and len(batch.item_lists.values()) == 0
@@ -186,8 +184,8 @@ def test_nothing_but_empty_requests(log: EventLog) -> None:
     assert batch.context_features["interest"].lengths().tolist() == [0, 0]
 
 
-def test_histories_alone(log: EventLog) -> None:
-    """As ``build-states`` takes them."""
+def test_only_histories(log: EventLog) -> None:
+    """As used by ``build-states``."""
     histories = RankingDataset.of_users(log, log.users, np.full(len(log.users), 2**62))
     batch = histories[list(range(len(log.users)))]
     assert batch.history_weight.tolist() == log.events["importance"].tolist()
@@ -205,13 +203,13 @@ class TestUnknownItems:
         return dataset[list(range(len(dataset)))]
 
     def hidden(self, batch: RankingBatch, side: str) -> np.ndarray:
-        """Whether each item of the table was made unknown; -1 of others."""
+        """Whether each item of the table was made unknown; -1 for items that do not occur."""
         ids = getattr(batch, f"{side}_item_ids")
         rows = batch.sequence_features[f"{side}_item"].values()
         assert ((rows == 0) | (rows == ids)).all()
         return torch.where((ids > 0) & (ids < KNOWN_ITEMS), (rows == 0).long(), -1).numpy()
 
-    def test_about_as_many_as_asked_and_all_else_stays(self, log: EventLog) -> None:
+    def test_about_the_requested_share_and_all_else_stays(self, log: EventLog) -> None:
         batch = self.masked(log)
         plain = RankingDataset(log, "train")[list(range(48))]
         for side in ("history", "candidate"):
@@ -224,7 +222,7 @@ class TestUnknownItems:
             mine, wanted = batch.sequence_features[key], plain.sequence_features[key]
             assert torch.equal(mine.values(), wanted.values())
 
-    def test_alike_within_a_request_and_not_between_requests(self, log: EventLog) -> None:
+    def test_the_same_within_a_request_but_not_between_requests(self, log: EventLog) -> None:
         batch = self.masked(log)
         drawn: dict[tuple[int, int], set[int]] = {}
         for side in ("history", "candidate"):
@@ -242,7 +240,7 @@ class TestUnknownItems:
         both = [item for item, ways in of_item.items() if ways == {0, 1}]
         assert len(both) > KNOWN_ITEMS // 2
 
-    def test_by_seed_and_epoch_whatever_the_batch(self, log: EventLog) -> None:
+    def test_depends_on_seed_and_epoch_but_not_on_the_batch(self, log: EventLog) -> None:
         def rows(**given) -> list[int]:
             return self.masked(log, **given).sequence_features["candidate_item"].values().tolist()
 
@@ -263,7 +261,7 @@ class TestUnknownItems:
         with pytest.raises(ValueError, match="unknown_items must be at least 0"):
             RankingDataset(log, "train", unknown_items=share)
 
-    def test_ids_are_given_where_none_is_new(self, tmp_path: Path) -> None:
+    def test_ids_are_given_even_if_none_is_new(self, tmp_path: Path) -> None:
         log = make_toy().write(tmp_path / "log")
         batch = RankingDataset(log, "train", unknown_items=0.5)[[17]]
         plain = RankingDataset(log, "train")[[17]]

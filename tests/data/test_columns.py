@@ -1,4 +1,4 @@
-"""What lists, vectors, numbers and event features must be: what is wrong is named with its remedy."""
+"""Checks of lists, vectors, numbers and event features: errors name the problem and the fix."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VALID = "requests/valid"
 
 
 def refused(*words: str):
-    """A LogError whose message holds all of the words."""
+    """Expect a LogError whose message contains all of the words."""
     return pytest.raises(LogError, match="".join(f"(?=.*{re.escape(word)})" for word in words))
 
 
@@ -65,7 +65,7 @@ class TestRoundTrip:
         assert EventLog(log.path).schema == RICH_SCHEMA
         assert EventLog(log.path).scales == log.scales
 
-    def test_one_number_of_another_is_another_log(self, log: EventLog, tmp_path: Path) -> None:
+    def test_one_other_number_makes_another_log(self, log: EventLog, tmp_path: Path) -> None:
         other = make_rich()
         other.events.loc[3, "dwell"] = 1e6
         assert other.write(tmp_path / "log").fingerprint() != log.fingerprint()
@@ -112,33 +112,33 @@ def test_lists_of_every_type(lists: pa.Array) -> None:
 
 
 def change(table: str, column: str, row: int, value) -> Callable[[Toy], None]:
-    """Put a value, or what a function makes of the value that is there, into a row."""
+    """Set a row to a value, or to a function of its present value."""
 
-    def spoil(toy: Toy) -> None:
+    def damage(toy: Toy) -> None:
         frame = toy.requests["valid"] if table == VALID else getattr(toy, table)
         values = frame[column].astype(object).tolist()
         values[row] = value(values[row]) if callable(value) else value
         frame[column] = pd.Series(values, frame.index).infer_objects()
 
-    return spoil
+    return damage
 
 
 def make(table: str, column: str, value: Callable) -> Callable[[Toy], None]:
-    """Put what a function makes of a column in its place; None drops it."""
+    """Replace a column by a function of it; None drops it."""
 
-    def spoil(toy: Toy) -> None:
+    def damage(toy: Toy) -> None:
         frame = toy.requests["valid"] if table == VALID else getattr(toy, table)
         frame[column] = value(frame[column])
 
-    return spoil
+    return damage
 
 
 def without(table: str, column: str) -> Callable[[Toy], None]:
-    def spoil(toy: Toy) -> None:
+    def damage(toy: Toy) -> None:
         frame = toy.requests["valid"] if table == VALID else getattr(toy, table)
         del frame[column]
 
-    return spoil
+    return damage
 
 
 def at(row: int, table: str, column: str) -> tuple[str, ...]:
@@ -162,7 +162,7 @@ BAD = {
     "a negative genre": (change("items", "genre", 5, [-1]), (*at(5, "items", "genre"), "id -1")),
     "genres null": (
         change("items", "genre", 5, None),
-        (*at(5, "items", "genre"), "null", "an empty one"),
+        (*at(5, "items", "genre"), "null", "put a list"),
     ),
     "a genre null": (
         change("items", "genre", 5, [1, None]),
@@ -174,7 +174,7 @@ BAD = {
     ),
     "genres no lists": (
         make("items", "genre", lambda c: c.map(len)),
-        ("items", "'genre'", "int64", "a list a row"),
+        ("items", "'genre'", "int64", "one list per row"),
     ),
     "genres of lists": (
         make("items", "genre", lambda c: c.map(lambda ids: [ids])),
@@ -182,7 +182,7 @@ BAD = {
     ),
     "a vector too short": (
         change("items", "text", 7, [1.0, 2.0]),
-        (*at(7, "items", "text"), "2 numbers", "3", "as long"),
+        (*at(7, "items", "text"), "2 numbers", "3", "that length"),
     ),
     "a vector too long": (
         change("items", "image", 7, [1.0, 2.0, 3.0]),
@@ -191,7 +191,7 @@ BAD = {
     "vectors null": (change("items", "text", 7, None), (*at(7, "items", "text"), "null")),
     "a vector with a NaN": (
         change("items", "text", 7, [1.0, float("nan"), 2.0]),
-        (*at(7, "items", "text"), "value 1 of the list", "null", "missing"),
+        (*at(7, "items", "text"), "value 1 of the list", "null", "may not be null"),
     ),
     "a vector with an infinity": (
         change("items", "text", 7, [1.0, 2.0, np.inf]),
@@ -199,11 +199,11 @@ BAD = {
     ),
     "an infinite price": (
         change("items", "weight", 4, -np.inf),
-        (*at(4, "items", "weight"), "-inf", "finite", "null where it is missing"),
+        (*at(4, "items", "weight"), "-inf", "finite", "use null for a missing value"),
     ),
     "a number beyond a float32": (
         change("items", "weight", 4, 1e39),
-        (*at(4, "items", "weight"), "1e+39", "finite in a float32"),
+        (*at(4, "items", "weight"), "1e+39", "is not a finite float32"),
     ),
     "an unknown action": (
         change("events", "action", 9, 4),
@@ -227,7 +227,7 @@ BAD = {
     ),
     "a regression label missing": (
         change(VALID, "watch", 2, lambda v: [np.nan, *v[1:]]),
-        (*at(2, VALID, "watch"), "value 0 of the list", "null", "missing"),
+        (*at(2, VALID, "watch"), "value 0 of the list", "null", "may not be null"),
     ),
     "a regression label infinite": (
         change(VALID, "watch", 2, lambda v: [np.inf, *v[1:]]),
@@ -239,7 +239,7 @@ BAD = {
     ),
     "a weight missing": (
         change("events", "importance", 9, np.nan),
-        ("events", "'importance'", "null", "missing"),
+        ("events", "'importance'", "null", "may not be null"),
     ),
     "an infinite weight": (change("events", "importance", 9, np.inf), ("events", "'importance'")),
     "an interest outside its table": (
@@ -252,7 +252,7 @@ BAD = {
     ),
     "one place too few": (
         change(VALID, "place", 3, lambda v: v[1:]),
-        (*at(3, VALID, "place"), "as long"),
+        (*at(3, VALID, "place"), "equal length"),
     ),
     "an item that is not described": (
         change("events", "item", 3, NUM_ITEMS),
@@ -275,9 +275,9 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named_and_leaves_nothing_behind(case: str, tmp_path: Path) -> None:
-    spoil, words = BAD[case]
+    damage, words = BAD[case]
     rich = make_rich()
-    spoil(rich)
+    damage(rich)
     with refused(*words):
         rich.write(tmp_path / "log")
     assert list(tmp_path.iterdir()) == []
@@ -294,7 +294,7 @@ def test_columns_that_the_schema_does_not_name(table: str, tmp_path: Path) -> No
 
 
 def published(rich: Toy, path: Path, tables: dict[str, pa.Table]) -> EventLog:
-    """A log whose tables are given as other programs may write them."""
+    """A log whose tables are written as another program might."""
     frames = {"events": rich.events.sort_values(["user", "time"], kind="stable"), "items": rich.items}
     with drafting(path) as draft:
         for name, frame in frames.items():
@@ -318,7 +318,7 @@ def test_a_nan_of_a_file_is_not_a_missing_number(rich: Toy, tmp_path: Path) -> N
     weight = table["weight"].to_pylist()
     weight[8] = float("nan")
     table = table.set_column(table.column_names.index("weight"), "weight", pa.array(weight))
-    with refused("items", "row 8", "'weight'", "nan", "null where it is missing"):
+    with refused("items", "row 8", "'weight'", "nan", "use null for a missing value"):
         published(rich, tmp_path / "log", {"items": table})
 
 
@@ -346,7 +346,7 @@ class TestScales:
             assert scale.deviation == pytest.approx(np.nanstd(numbers), rel=1e-5), name
             assert scale.log == (name in RICH_SCHEMA.log_scaled)
 
-    def test_of_all_there_is_without_one(self, tmp_path: Path) -> None:
+    def test_of_all_splits_without_a_training_split(self, tmp_path: Path) -> None:
         toy = make_toy()
         del toy.requests["train"]
         hours = pd.concat([frame["hour"] for frame in toy.requests.values()])
@@ -358,7 +358,7 @@ class TestScales:
     @pytest.mark.parametrize(
         ("numbers", "mean"), [([0.1] * 1000, 0.1), ([np.nan] * 3, 0.0), ([1.7e9] * 7, 1.7e9)], ids=str
     )
-    def test_numbers_that_are_all_alike(self, tmp_path: Path, numbers: list, mean: float) -> None:
+    def test_numbers_that_are_all_equal(self, tmp_path: Path, numbers: list, mean: float) -> None:
         events = pd.DataFrame({"user": 1, "item": 1, "time": pd.Timestamp(2024, 1, 1), "dwell": numbers})
         schema = LogSchema(item_features={"item": 2}, event_dense=("dwell",))
         scale = EventLog.from_pandas(tmp_path / "log", events, schema).scales["dwell"]
@@ -398,6 +398,6 @@ class TestScales:
     ],
     ids=str,
 )
-def test_names_that_cannot_work_are_refused(changes: dict) -> None:
+def test_invalid_names_are_refused(changes: dict) -> None:
     with pytest.raises(LogError, match="schema: "):
         LogSchema(**({"item_features": {"item": 3}} | changes))

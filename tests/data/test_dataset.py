@@ -1,4 +1,4 @@
-"""The loader: histories that never see the present, batches aligned with their requests, budgets."""
+"""Dataset and sampler: histories end before the request, batches are aligned, budgets are kept."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ class TestHistoryIsStrictlyBefore:
     def test_events_planted_at_the_request_and_after_are_never_seen(
         self, toy: Toy, tmp_path: Path, resolution: str
     ) -> None:
-        """Each request gets three events of items that are its own, for the same user."""
+        """Each request gets three events of the same user, with items that occur nowhere else."""
         requests = toy.requests["train"]
         late = [pd.Timedelta(0), pd.Timedelta(1, unit="us"), 30 * DAY]
         rows = range(len(requests))
         planted = [[40 + 4 * row + k for k in range(3)] for row in rows]
-        witness = [40 + 4 * row + 3 for row in rows]  # just before: this one must be seen
+        witness = [40 + 4 * row + 3 for row in rows]  # just before: must be seen
         plants = [
             {"user": request.user, "time": request.time + lag, "item": item}
             for row, request in enumerate(requests.itertuples())
@@ -91,7 +91,7 @@ class TestHistoryIsStrictlyBefore:
             assert not set(planted[row]) & set(ids), f"request {row} sees its own present or future"
             assert witness[row] in ids
             assert min(ages) > 0
-        # the plants are there: later requests of the same user see them
+        # the planted events exist: later requests of the same user see them
         everything = set(batch.sequence_features["history_item"].values().tolist())
         assert len(everything & {item for items in planted for item in items}) > 20
 
@@ -131,16 +131,16 @@ class TestHistoryIsStrictlyBefore:
     def test_users_without_a_past(self, toy: Toy, dataset: RankingDataset) -> None:
         users = toy.requests["train"]["user"].to_numpy()
         assert (dataset.history_lengths[users == NEW_USER] == 0).all()
-        # before, at and after its only event
+        # before, at and after the user's only event
         assert set(dataset.history_lengths[users == ONE_EVENT_USER]) == {0, 1}
 
-    def test_requests_hold_no_copy_of_a_history(self, toy: Toy, log: EventLog) -> None:
+    def test_requests_have_no_copy_of_a_history(self, toy: Toy, log: EventLog) -> None:
         stored = pq.read_schema(log.path / "requests" / "train.parquet").names
         assert sorted(stored) == sorted(toy.requests["train"].columns)
 
 
 class TestBatch:
-    ORDER = (17, 3, 40, 4, 0, 47, 12)  # users with and without events, in no order
+    ORDER = (17, 3, 40, 4, 0, 47, 12)  # users with and without events, unordered
 
     @pytest.fixture(scope="class")
     def batch(self, dataset: RankingDataset) -> RankingBatch:
@@ -224,7 +224,7 @@ class TestBatch:
         assert label.any()
         np.testing.assert_array_equal(batch.labels, np.stack([1 - label, label], axis=1))
 
-    def test_a_log_with_nothing_but_items(self, toy: Toy, tmp_path: Path) -> None:
+    def test_a_log_with_only_items(self, toy: Toy, tmp_path: Path) -> None:
         requests = toy.requests["train"][["user", "time", "candidates", "exposed", "label"]]
         log = EventLog.from_pandas(
             tmp_path / "log",
@@ -238,7 +238,7 @@ class TestBatch:
         assert batch.context_features.keys() == []
         assert batch.num_requests == 2
 
-    def test_dataset_has_one_entry_a_request(self, toy: Toy, dataset: RankingDataset) -> None:
+    def test_dataset_has_one_entry_per_request(self, toy: Toy, dataset: RankingDataset) -> None:
         assert len(dataset) == len(toy.requests["train"]) == len(dataset.history_lengths)
 
 
@@ -246,7 +246,7 @@ class TestEmptyRequests:
     """EMPTY_REQUEST pads a rank's batch: a request without events, candidates and features."""
 
     @pytest.mark.parametrize("padded", [(17, 3, -1), (-1, 17, 3), (17, -1, -1, 3)], ids=str)
-    def test_stand_where_they_are_asked_for_and_change_no_other(
+    def test_are_where_they_are_requested_and_change_no_other(
         self, dataset: RankingDataset, padded: tuple[int, ...]
     ) -> None:
         batch, real = dataset[list(padded)], dataset[[17, 3]]
@@ -268,8 +268,8 @@ class TestEmptyRequests:
         for name in ("candidate_dense", "history_age", "labels", "exposed"):
             assert torch.equal(getattr(batch, name), getattr(real, name)), name
 
-    def test_nothing_but_empty_requests(self, dataset: RankingDataset) -> None:
-        """What a rank trains on where there are fewer requests than ranks."""
+    def test_only_empty_requests(self, dataset: RankingDataset) -> None:
+        """What a rank trains on when there are fewer requests than ranks."""
         batch, usual = dataset[[EMPTY_REQUEST] * 3], dataset[[17]]
         assert batch.num_requests == 3
         assert batch.dense_features.tolist() == [[0.0, 0.0]] * 3
@@ -286,14 +286,14 @@ class TestEmptyRequests:
             assert mine.shape[1:] == other.shape[1:] and mine.dtype == other.dtype, name
 
     @pytest.mark.parametrize("bad", [[], [-2], [3, -2, 4], [48], [-1, 48], [[1]]], ids=str)
-    def test_anything_else_is_no_request(self, dataset: RankingDataset, bad: list) -> None:
+    def test_anything_else_is_not_a_request(self, dataset: RankingDataset, bad: list) -> None:
         with pytest.raises(IndexError, match=r"0 to 47 \(or -1 for an empty request\), got"):
             dataset[bad]
 
 
 @dataclass
 class Case:
-    """A sampler's arguments, and what all ranks get of it."""
+    """A sampler's arguments, and the samplers of all ranks."""
 
     lengths: np.ndarray
     max_events: int
@@ -307,28 +307,28 @@ class Case:
         return [EventBudgetSampler(self.lengths, *budget, shard=(r, world)) for r in range(world)]
 
     def order(self, epoch: int) -> list[int]:
-        """The requests one by one, as one rank takes them that takes one at a time."""
+        """The requests in the order in which a single rank takes them one at a time."""
         sampler = EventBudgetSampler(self.lengths, self.max_events, 1, self.seed)
         sampler.start_at(epoch)
         return [request for [request] in sampler]
 
 
 def lists_of(samplers: Sequence[EventBudgetSampler], epoch: int = 0, request: int = 0) -> list:
-    """For each rank its lists, one a step."""
+    """The lists of each rank, one per step."""
     for sampler in samplers:
         sampler.start_at(epoch, request)
     return [list(sampler) for sampler in samplers]
 
 
 def taken(ranks: list[list[list[int]]]) -> list[list[int]]:
-    """For each step the requests that all ranks take together, in ascending order."""
+    """For each step, the requests that all ranks take together, ascending."""
     steps = zip(*ranks, strict=True)
     return [sorted(r for batch in step for r in batch if r != EMPTY_REQUEST) for step in steps]
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Histories of all sorts: none, of equal length, with a heavy tail, one that towers over all."""
+    """Histories of all kinds: none, equal length, heavy tail, one far longer than all others."""
     kind = draw(st.sampled_from(["any", "zeros", "equal", "heavy tail", "one huge", "many"]))
     count = draw(st.integers(0, 60 if kind != "many" else 400))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
@@ -364,7 +364,7 @@ class TestEventBudgetSamplerOnAnyLengths:
         for step in zip(*ranks, strict=True):
             assert len(set(map(len, step))) == 1  # padded to the same width
             assert 1 <= len(step[0]) <= case.max_requests
-            # no wider than its widest, and no step without any request
+            # no wider than the widest, and no step without any request
             assert any(EMPTY_REQUEST not in batch for batch in step)
             for batch in step:
                 requests = [r for r in batch if r != EMPTY_REQUEST]
@@ -375,7 +375,7 @@ class TestEventBudgetSamplerOnAnyLengths:
     @property_test
     @given(cases(), st.integers(0, 3))
     def test_everything_is_taken_once_in_the_epochs_order(self, case: Case, epoch: int) -> None:
-        """Position in the data is a number of requests, so steps must take them in order."""
+        """A position in the data is a number of requests, so steps must take them in order."""
         samplers = case.samplers()
         steps, order = taken(lists_of(samplers, epoch)), case.order(epoch)
         assert sorted(order) == list(range(len(case.lengths)))
@@ -388,7 +388,7 @@ class TestEventBudgetSamplerOnAnyLengths:
 
     @property_test
     @given(cases(), st.data())
-    def test_the_same_ranks_go_on_exactly_there(self, case: Case, data: st.DataObject) -> None:
+    def test_the_same_ranks_resume_exactly_there(self, case: Case, data: st.DataObject) -> None:
         samplers = case.samplers()
         ranks = lists_of(samplers, 2)
         bounds = [samplers[0].requests_taken(step) for step in range(len(ranks[0]) + 1)]
@@ -441,11 +441,11 @@ class TestEventBudgetSampler:
         [
             # longest first to the rank with the fewest events: 9 | 8, 5 | 4, 3 | 1
             ([1, 3, 4, 5, 8, 9], 9, [[1, 2, 5], [0, 3, 4]]),
-            # 9 and then, since a rank takes three at most, 1 and 1; 2, 2, 2
+            # 9 and then, since a rank takes at most three, 1 and 1; 2, 2, 2
             ([2, 9, 2, 1, 2, 1], 3, [[1, 3, 5], [0, 2, 4]]),
-            # one towers over the others, which fill the other rank
+            # one is far longer than the others, which fill the other rank
             ([5, 90, 5, 5], 9, [[1, -1, -1], [0, 2, 3]]),
-            # without events they go where there are the fewest requests
+            # requests without events go where there are the fewest requests
             ([0, 0, 0, 0, 7], 4, [[4, -1, -1, -1], [0, 1, 2, 3]]),
             ([6], 9, [[0], [-1]]),
         ],
@@ -458,8 +458,8 @@ class TestEventBudgetSampler:
         assert [list(sampler) for sampler in samplers] == [[batch] for batch in wanted]
 
     @pytest.mark.parametrize("seed", [None, 0])
-    def test_a_history_over_budget_stands_alone(self, seed: int | None) -> None:
-        """But for requests without events."""
+    def test_a_history_over_budget_has_its_own_list(self, seed: int | None) -> None:
+        """Except for requests without events."""
         for world in (1, 3):
             batches = [batch for batches in lists_of(self.ranks(world, seed=seed)) for batch in batches]
             for long in (7, 60):
@@ -475,17 +475,17 @@ class TestEventBudgetSampler:
 
     @pytest.mark.parametrize("world", [1, 2, 4, 8])
     def test_ranks_use_their_budgets(self, world: int) -> None:
-        """They share what fits together, and what was found not to fit is not cut far back."""
+        """They share what fits in total, and a step that does not fit is only cut a little."""
         lengths = log_normal(sigma=0.8)
         ranks = [EventBudgetSampler(lengths, 8000, 1000, seed=0, shard=(r, world)) for r in range(world)]
-        steps = taken(lists_of(ranks))[:-1]  # the last takes what is left
+        steps = taken(lists_of(ranks))[:-1]  # the last step takes the rest
         used = [lengths[step].sum() / (8000 * world) for step in steps]
         assert len(steps) > 8 and np.mean(used) > 0.9
 
     @pytest.mark.parametrize("world", [2, 4, 8])
     @pytest.mark.parametrize("max_events", [10**9, 20_000])
     def test_ranks_are_far_closer_than_in_a_naive_split(self, world: int, max_events: int) -> None:
-        """Naive: each rank cuts batches of its own, of every world-th request."""
+        """Naive split: each rank makes its own batches of every world-th request."""
         lengths = log_normal(sigma=1.0)
         ranks = [
             EventBudgetSampler(lengths, max_events, 32, seed=0, shard=(rank, world))
@@ -525,7 +525,7 @@ class TestEventBudgetSampler:
 
 
 def log_normal(sigma: float) -> np.ndarray:
-    """Histories as logs have them: most short, some long."""
+    """Realistic histories: most short, some long."""
     return np.random.default_rng(0).lognormal(5, sigma, 4000).astype(np.int64)
 
 

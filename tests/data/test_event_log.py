@@ -1,4 +1,4 @@
-"""The event log: what is written is what is read, and every bad input is named with a remedy."""
+"""The event log: round trips, and errors that name every bad input and its fix."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def microseconds(times: pd.Series) -> np.ndarray:
 
 
 def rewrite(parquet: Path, change) -> None:
-    """Change a Parquet file behind the log's back, as another program might."""
+    """Change a Parquet file of a log, as another program might."""
     frame = change(pd.read_parquet(parquet))
-    # not within the same tick of the file system's clock as the log was written
+    # not within the tick of the file system's clock in which the log was written
     time.sleep(0.01)
     frame.to_parquet(parquet, index=False)
 
 
 def refused(*words: str):
-    """A LogError whose message holds all of the words."""
+    """Expect a LogError whose message contains all of the words."""
     return pytest.raises(LogError, match="".join(f"(?=.*{re.escape(word)})" for word in words))
 
 
@@ -119,7 +119,7 @@ class TestHistoryRange:
         )
         assert (start == end).all()
 
-    def test_only_what_lies_strictly_before(self, folder: Path) -> None:
+    def test_only_events_strictly_before(self, folder: Path) -> None:
         log = EventLog(folder)
         first = log.user_offsets[log.users.tolist().index(BUSY_USER)]
         times = log.events["time"][first:]
@@ -129,29 +129,29 @@ class TestHistoryRange:
         assert (end - start).tolist() == [(times < t).sum() for t in at]
 
 
-# what is spoilt, how, and the words that the message must have: where, and what to do
+# the change to the input, and the words that the message must contain: where, and what to do
 def _drop(table: str, column: str):
-    def spoil(toy: Toy) -> None:
+    def damage(toy: Toy) -> None:
         if table == "requests":
             toy.requests["valid"] = toy.requests["valid"].drop(columns=column)
         else:
             setattr(toy, table, getattr(toy, table).drop(columns=column))
 
-    return spoil
+    return damage
 
 
 def _set(table: str, column: str, value):
-    """Put a value, or what a function makes of the column, into a table."""
+    """Set a column of a table to a value, or to a function of the column."""
 
-    def spoil(toy: Toy) -> None:
+    def damage(toy: Toy) -> None:
         frame = toy.requests["valid"] if table == "requests" else getattr(toy, table)
         frame[column] = value(frame[column]) if callable(value) else value
 
-    return spoil
+    return damage
 
 
 def _at(row: int, value):
-    """A column whose row is the value, or what a function makes of it."""
+    """A column with one row set to a value, or to a function of it."""
 
     def change(column: pd.Series) -> list:
         values = column.tolist()
@@ -268,15 +268,15 @@ BAD = {
             _set("requests", column, _at(5, lambda v: v[:0]))(toy)
             for column in ("candidates", "exposed", "label", "price", "source")
         ],
-        (VALID, "row 5", "empty", "leave"),
+        (VALID, "row 5", "empty", "drop"),
     ),
     "one label too few": (
         _set("requests", "label", _at(3, lambda v: v[1:])),
-        (VALID, "row 3", "'label'", "as long"),
+        (VALID, "row 3", "'label'", "equal length"),
     ),
     "one price too many in the last row": (
         _set("requests", "price", _at(11, lambda v: [*v, 0.0])),
-        (VALID, "row 11", "'price'", "as long"),
+        (VALID, "row 11", "'price'", "equal length"),
     ),
     "dense infinite": (_set("requests", "season", _at(7, np.inf)), (VALID, "'season'", "7", "finite")),
     "price infinite": (
@@ -285,7 +285,7 @@ BAD = {
     ),
     "label NaN": (
         _set("requests", "label", _at(2, _first(float("nan")))),
-        (VALID, "'label'", "row 2", "value 0", "null", "missing"),
+        (VALID, "'label'", "row 2", "value 0", "null", "may not be null"),
     ),
     "label 2": (
         _set("requests", "label", _at(6, _first(2.0))),
@@ -305,8 +305,8 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named_and_leaves_nothing_behind(case: str, toy: Toy, tmp_path: Path) -> None:
-    spoil, words = BAD[case]
-    spoil(toy)
+    damage, words = BAD[case]
+    damage(toy)
     with refused(*words):
         toy.write(tmp_path / "log")
     assert list(tmp_path.iterdir()) == []
@@ -344,9 +344,9 @@ class TestDamagedFolder:
         with refused(str(tmp_path / "nowhere"), "no such event log", "from_pandas"):
             EventLog(tmp_path / "nowhere")
 
-    def test_half_written(self, folder: Path) -> None:
+    def test_incomplete(self, folder: Path) -> None:
         (folder / "schema.json").unlink()
-        with refused(str(folder), "schema.json", "write it again"):
+        with refused(str(folder), "schema.json", "write the log again"):
             EventLog(folder)
 
     def test_schema_cut_short(self, folder: Path) -> None:
@@ -364,7 +364,7 @@ class TestDamagedFolder:
     @pytest.mark.parametrize("name", ["events", "items", "requests/valid"])
     def test_missing_file(self, folder: Path, name: str) -> None:
         (folder / f"{name}.parquet").unlink()
-        with refused(f"{name}.parquet", "missing", "write it again"):
+        with refused(f"{name}.parquet", "missing", "write the log again"):
             EventLog(folder).requests("valid")
 
     @pytest.mark.parametrize(
@@ -372,8 +372,8 @@ class TestDamagedFolder:
         [
             lambda data: b"",
             lambda data: data[: len(data) // 2],
-            lambda data: data[:4] + b"\xff" * (len(data) - 8) + data[-4:],  # a footer of nonsense
-            lambda data: data[:4] + b"\xff" * 64 + data[68:],  # a page of nonsense
+            lambda data: data[:4] + b"\xff" * (len(data) - 8) + data[-4:],  # garbage in the footer
+            lambda data: data[:4] + b"\xff" * 64 + data[68:],  # garbage in a page
         ],
         ids=["empty", "cut short", "footer", "page"],
     )
@@ -393,7 +393,7 @@ class TestDamagedFolder:
         def swap(frame: pd.DataFrame) -> pd.DataFrame:
             same_user = frame["user"].diff() == 0
             later = frame["time"].diff() > pd.Timedelta(0)
-            # rows `row - 1` and `row` change places: of one user, or where two users meet
+            # swap rows `row - 1` and `row`: of one user, or at the border of two users
             row = np.flatnonzero(same_user & later if by == "time" else ~same_user)[3]
             order = np.arange(len(frame))
             order[[row - 1, row]] = order[[row, row - 1]]
@@ -411,13 +411,13 @@ class TestDamagedFolder:
             EventLog(folder).requests("tomorrow")
 
 
-def test_columns_are_made_anew_when_the_parquet_file_changed(folder: Path) -> None:
+def test_columns_are_written_again_when_the_parquet_file_changed(folder: Path) -> None:
     before = np.array(EventLog(folder).events["item"])
     rewrite(folder / "events.parquet", lambda f: f.assign(item=(f["item"] + 1) % NUM_ITEMS))
     np.testing.assert_array_equal(EventLog(folder).events["item"], (before + 1) % NUM_ITEMS)
 
 
-def test_a_change_for_the_worse_is_not_hidden_by_old_columns(folder: Path) -> None:
+def test_damage_is_not_hidden_by_old_columns(folder: Path) -> None:
     EventLog(folder)
     rewrite(folder / "events.parquet", lambda f: f.assign(item=NUM_ITEMS))
     for _ in range(2):
@@ -425,14 +425,14 @@ def test_a_change_for_the_worse_is_not_hidden_by_old_columns(folder: Path) -> No
             EventLog(folder)
 
 
-def test_columns_are_not_made_anew_at_each_opening(folder: Path, monkeypatch) -> None:
+def test_columns_are_not_written_again_at_each_opening(folder: Path, monkeypatch) -> None:
     EventLog(folder).requests("train")
     monkeypatch.setattr(pq, "read_table", lambda *a, **k: pytest.fail("Parquet was read again"))
     EventLog(folder).requests("train")
 
 
 def columns_of(folder: Path, table: str) -> Path:
-    """The one folder of a table's columns."""
+    """The only folder of a table's columns."""
     (found,) = (folder / ".columns").glob(f"{table}-*")
     return found
 
@@ -446,7 +446,7 @@ def flip(file: Path) -> None:
     data[20] ^= 0xFF
     before = file.stat()
     file.write_bytes(data)
-    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a disk does
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a failing disk does
 
 
 def of_another_log(columns: Path) -> None:
@@ -477,7 +477,7 @@ class TestColumns:
             "half a manifest", "no manifest", "another manifest", "empty folder",
         ],
     )  # fmt: skip
-    def test_what_is_damaged_is_made_anew(self, folder: Path, damage) -> None:
+    def test_damaged_columns_are_written_again(self, folder: Path, damage) -> None:
         before = {name: np.array(values) for name, values in EventLog(folder).events.items()}
         damage(columns_of(folder, "events"))
         for _ in range(2):
@@ -486,7 +486,7 @@ class TestColumns:
         assert len(list((folder / ".columns").glob("events*"))) == 1
 
     def test_a_copy_keeps_its_columns(self, folder: Path, tmp_path: Path, monkeypatch) -> None:
-        """Times are others then, the content is not: it is read once, and no more after that."""
+        """The times of a copy differ, its content does not: it is read once, and not again."""
         copy = tmp_path / "copy"
         shutil.copytree(folder, copy, copy_function=shutil.copyfile)
         for file in copy.rglob("*.*"):
@@ -496,8 +496,8 @@ class TestColumns:
         monkeypatch.setattr(mapped_columns, "_see", lambda file: pytest.fail("read again"))
         EventLog(copy)
 
-    def test_columns_of_before_are_deleted(self, folder: Path) -> None:
-        (folder / ".columns" / "events-0123456789abcdef").mkdir()  # of another version of the package
+    def test_earlier_columns_are_deleted(self, folder: Path) -> None:
+        (folder / ".columns" / "events-0123456789abcdef").mkdir()  # from another version of the package
         other = columns_of(folder, "requests/train")
         rewrite(folder / "events.parquet", lambda f: f.assign(item=(f["item"] + 1) % NUM_ITEMS))
         EventLog(folder)
@@ -507,7 +507,7 @@ class TestColumns:
     def test_drafts_of_killed_openings_are_deleted(self, folder: Path) -> None:
         draft = folder / ".columns" / ".draft-1"
         draft.mkdir()
-        with (folder / ".columns" / ".lock").open("a") as lock:  # another process is at work
+        with (folder / ".columns" / ".lock").open("a") as lock:  # another process is writing
             fcntl.flock(lock, fcntl.LOCK_EX)
             EventLog(folder)
             assert draft.exists()
@@ -539,10 +539,10 @@ class TestColumns:
         assert wrong == {}
 
 
-class TestWhereItIsWritten:
-    def test_a_place_that_cannot_be_written(self, tmp_path: Path) -> None:
+class TestWriting:
+    def test_a_folder_that_cannot_be_written(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
-        with refused(str(tmp_path / "file" / "log"), "cannot be written", "another folder"):
+        with refused(str(tmp_path / "file" / "log"), "cannot write a log there", "another folder"):
             make_toy().write(tmp_path / "file" / "log")
 
     def test_a_full_disk(self, tmp_path: Path) -> None:
@@ -559,7 +559,7 @@ class TestWhereItIsWritten:
 
     def test_an_empty_split(self, toy: Toy, tmp_path: Path) -> None:
         toy.requests["valid"] = toy.requests["valid"][:0]
-        with refused("requests/valid", "no requests", "leave the split out"):
+        with refused("requests/valid", "no requests", "leave out the split"):
             toy.write(tmp_path / "log")
 
 
@@ -569,15 +569,15 @@ class TestHeader:
         [
             ({"schema": {"item_features": {"item": 40}, "colour": 1}}, ["colour", "item_features"]),
             ({"schema": {"tasks": ["label"]}}, ["item_features is empty"]),
-            ({"schema": {"item_features": {"item": "40"}}}, ["'item'", "'40'", "number"]),
-            ({"schema": None}, ["no schema"]),
-            ({"rows": {"items": 40}}, ["rows of events"]),
+            ({"schema": {"item_features": {"item": "40"}}}, ["'item'", "'40'", "integer"]),
+            ({"schema": None}, ["the schema"]),
+            ({"rows": {"items": 40}}, ["row counts of events"]),
             ({"rows": {"events": "195", "items": 40}}, ["events", "'195'"]),
             ({"rows": {"events": 195, "items": 40, "requests/../x": 1}}, ["split '../x'"]),
         ],
         ids=str,
     )
-    def test_what_cannot_be_is_refused(self, folder: Path, changes: dict, words: list[str]) -> None:
+    def test_invalid_headers_are_refused(self, folder: Path, changes: dict, words: list[str]) -> None:
         header = json.loads((folder / "schema.json").read_text())
         (folder / "schema.json").write_text(json.dumps({**header, **changes}))
         with refused(str(folder / "schema.json"), *words):
@@ -591,7 +591,7 @@ class TestFingerprint:
         assert again.fingerprint() == EventLog(folder).fingerprint()
 
     @pytest.mark.parametrize("table", ["events", "items", "train", "test"])
-    def test_one_value_of_another(self, toy: Toy, folder: Path, tmp_path: Path, table: str) -> None:
+    def test_one_other_value(self, toy: Toy, folder: Path, tmp_path: Path, table: str) -> None:
         if table == "events":
             row = toy.events.index[100]
             toy.events.loc[row, "item"] = (toy.events.loc[row, "item"] + 1) % NUM_ITEMS
@@ -603,7 +603,7 @@ class TestFingerprint:
         assert other.fingerprint() != EventLog(folder).fingerprint()
 
 
-def test_a_log_without_events_and_nobodys_requests(toy: Toy, tmp_path: Path) -> None:
+def test_a_log_without_events_and_requests_without_users(toy: Toy, tmp_path: Path) -> None:
     toy.events = toy.events[:0]
     log = toy.write(tmp_path / "log")
     assert RankingDataset(log, "train").history_lengths.tolist() == [0] * SPLITS["train"]
@@ -612,13 +612,13 @@ def test_a_log_without_events_and_nobodys_requests(toy: Toy, tmp_path: Path) -> 
 
 class TestTimeZones:
     def test_another_zone_is_refused(self, tmp_path: Path) -> None:
-        """A request's local noon would see the events of another zone's evening."""
+        """A request at local noon would see events of another zone's evening."""
         toy = make_toy()
         toy.events["time"] = toy.events["time"].dt.tz_localize("Asia/Tokyo")
         with refused("events", "'time'", "Asia/Tokyo", "tz_convert"):
             toy.write(tmp_path / "log")
 
-    def test_utc_is_what_no_zone_means(self, tmp_path: Path) -> None:
+    def test_no_zone_means_utc(self, tmp_path: Path) -> None:
         plain, utc = make_toy(), make_toy()
         utc.events["time"] = utc.events["time"].dt.tz_localize("UTC")
         logs = [plain.write(tmp_path / "plain"), utc.write(tmp_path / "utc")]
@@ -632,14 +632,14 @@ def _open_often(path: Path) -> None:
 
 @pytest.mark.slow
 def test_many_processes_may_open_a_copied_log_at_once(tmp_path: Path) -> None:
-    """Each finds the columns stale and makes them anew."""
+    """Each process finds the columns stale and writes them again."""
     make_toy().write(tmp_path / "log")
     shutil.copytree(tmp_path / "log", tmp_path / "copy", copy_function=shutil.copy)
     with ProcessPoolExecutor(4, mp_context=get_context("spawn")) as pool:
         list(pool.map(_open_often, [tmp_path / "copy"] * 4))
 
 
-def test_a_changed_schema_is_checked_anew(tmp_path: Path) -> None:
+def test_a_changed_schema_is_checked_again(tmp_path: Path) -> None:
     make_toy().write(tmp_path / "log")
     file = tmp_path / "log" / "schema.json"
     file.write_text(
@@ -670,7 +670,7 @@ def test_a_changed_schema_is_checked_anew(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_names_that_cannot_work_are_refused(changes: dict) -> None:
+def test_invalid_names_are_refused(changes: dict) -> None:
     with pytest.raises(LogError, match="schema: "):
         LogSchema(**({"item_features": {"item": 3}} | changes))
 
@@ -679,5 +679,5 @@ def test_the_second_of_two_preparations_of_one_folder(tmp_path: Path) -> None:
     (tmp_path / "log").mkdir()
     (tmp_path / "log" / "schema.json").write_text("{}")
     (tmp_path / "draft").mkdir()
-    with pytest.raises(ExistsError, match=r"log was made meanwhile.*choose another folder"):
+    with pytest.raises(ExistsError, match=r"log was created meanwhile.*choose another folder"):
         publish_folder(tmp_path / "draft", tmp_path / "log")

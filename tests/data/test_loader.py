@@ -1,4 +1,4 @@
-"""Batches made ahead: their order, what goes wrong, how it ends, and that nothing forks or hangs."""
+"""Batches prepared ahead: their order, errors, the end of the threads, and no forks or deadlocks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ifa_torchrec.data.loader import AHEAD, THREADS, BatchLoader, _InTurn
 
 
 class Dataset:
-    """Stands for a RankingDataset; the first batch of each pair takes longest, one request fails."""
+    """A fake RankingDataset; the first batch of each pair takes longer, and one request fails."""
 
     def __init__(self, bad: int = -1) -> None:
         self.made: list[int] = []
@@ -52,18 +52,18 @@ def test_batches_come_in_order_and_again() -> None:
     assert list(loader(Dataset(), 0)) == []
 
 
-def test_no_more_are_made_ahead_than_may_be() -> None:
+def test_the_number_of_batches_prepared_ahead_is_bounded() -> None:
     dataset = Dataset()
     batches = iter(loader(dataset, 100))
     assert list(islice(batches, 3)) == [0, 1, 2]
     until(lambda: len(dataset.made) == 3 + AHEAD)
-    time.sleep(0.2)  # for one more, if it were made
+    time.sleep(0.2)  # time for one more, if it were prepared
     assert sorted(dataset.made) == list(range(3 + AHEAD)) and len(threads()) <= 1 + THREADS
     batches.close()
     assert not threads() and len(dataset.made) <= 3 + AHEAD
 
 
-def test_an_error_is_raised_where_its_batch_is_taken() -> None:
+def test_an_error_is_raised_when_its_batch_is_taken() -> None:
     batches = iter(loader(Dataset(bad=5), 25))
     assert list(islice(batches, 5)) == list(range(5))
     with pytest.raises(ValueError, match="request 5 is bad"):
@@ -82,7 +82,7 @@ def test_an_error_of_the_sampler_is_raised_too() -> None:
         next(batches)
 
 
-def test_a_thread_that_is_late_has_its_list_all_the_same() -> None:
+def test_a_late_thread_still_gets_its_list() -> None:
     lists = _InTurn([[0], [1], [2]])
     with ThreadPoolExecutor(3) as threads:
         taken = [threads.submit(lists.take, number) for number in (2, 1)]
@@ -93,7 +93,7 @@ def test_a_thread_that_is_late_has_its_list_all_the_same() -> None:
     assert lists.take(3) is None
 
 
-def test_threads_end_with_an_iterator_that_is_forgotten() -> None:
+def test_threads_end_when_the_iterator_is_deleted() -> None:
     batches = iter(loader(Dataset(), 100))
     next(batches)
     assert threads()
@@ -102,7 +102,7 @@ def test_threads_end_with_an_iterator_that_is_forgotten() -> None:
     assert not threads()
 
 
-def test_the_position_is_of_what_was_taken_however_much_was_made(log: EventLog) -> None:
+def test_the_position_counts_taken_batches_only(log: EventLog) -> None:
     dataset = RankingDataset(log, "train")
 
     def sampler() -> EventBudgetSampler:
@@ -128,11 +128,10 @@ _WORKERS = """
 
     if __name__ == "__main__":
         torch.set_num_threads(2)
-        torch.ones(1 << 20).sin().sum()  # OpenMP has its threads from here on
-        dataset = RankingDataset(EventLog(sys.argv[1]), "train")
-        sampler = EventBudgetSampler(dataset.histories, max_events=200, max_requests=8)
-        wanted = [batch.history_age.tolist() for batch in make_loader(dataset, sampler)]
-        for start in sys.argv[2:]:
+        torch.ones(1 << 20).sin().sum()  # from here on OpenMP has threads dataset =
+        RankingDataset(EventLog(sys.argv[1]), "train") sampler = EventBudgetSampler(dataset.histories,
+        max_events=200, max_requests=8) wanted = [batch.history_age.tolist() for batch in
+        make_loader(dataset, sampler)] for start in sys.argv[2:]:
             batches = DataLoader(
                 dataset, sampler=sampler, batch_size=None, num_workers=1, multiprocessing_context=start
             )

@@ -1,4 +1,4 @@
-"""A log in parts is the log: the same histories and batches, and no part that is not its own."""
+"""A log in parts equals the log: the same histories and batches; a foreign part is refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(written: Path, tmp_path: Path) -> Path:
-    """A copy without columns, to be spoilt."""
+    """A copy without columns, to be damaged."""
     return shutil.copytree(written, tmp_path / "log", ignore=shutil.ignore_patterns(".columns"))
 
 
@@ -44,7 +44,7 @@ def refused(*words: str):
 
 
 def by_user(log: EventLog) -> dict[int, list]:
-    """Each user's events, all columns of them."""
+    """The events of each user, with all columns."""
     bounds = zip(log.users.tolist(), log.user_offsets, log.user_offsets[1:], strict=False)
     return {u: [log.events[c][a:b].tolist() for c in sorted(log.events)] for u, a, b in bounds}
 
@@ -78,7 +78,7 @@ class TestTheSameLog:
     @pytest.mark.parametrize("split", SPLITS)
     def test_batches_are_equal(self, one: EventLog, written: Path, split: str) -> None:
         log = EventLog(written)
-        # its requests are those of part 0 in their order, then those of part 1, and so on
+        # its requests are those of part 0 in order, then those of part 1, and so on
         order = np.argsort(part_of(one.requests(split)["user"], PARTS), kind="stable")
         whole, parts = RankingDataset(one, split), RankingDataset(log, split)
         np.testing.assert_array_equal(whole.history_lengths[order], parts.history_lengths)
@@ -101,7 +101,7 @@ class TestTheSameLog:
         assert by_user(log) == by_user(one)
         assert len(log.requests("test")["user"]) == SPLITS["test"]
 
-    def test_columns_are_not_made_anew(self, written: Path, monkeypatch) -> None:
+    def test_columns_are_not_written_again(self, written: Path, monkeypatch) -> None:
         fingerprint = EventLog(written).fingerprint()
         monkeypatch.setattr("pyarrow.parquet.read_table", None)
         assert EventLog(written).fingerprint() == fingerprint
@@ -124,7 +124,7 @@ class TestShards:
             assert first == SPLITS[split] == sum(of_all.of_parts)
         assert {log.fingerprint() for log in shards} == {whole.fingerprint()}
 
-    def test_a_rank_opens_its_own_files_alone(self, folder: Path) -> None:
+    def test_a_rank_opens_only_its_own_files(self, folder: Path) -> None:
         log = EventLog(folder)
         for file in folder.rglob("part-00000.parquet"):
             file.unlink()
@@ -133,7 +133,7 @@ class TestShards:
         assert own.own == range(1, 3) and not own.whole
         assert by_user(own).items() <= by_user(log).items()
         assert [len(own.requests(split)["user"]) for split in SPLITS]
-        again = pickle.loads(pickle.dumps(own))  # as a worker gets it
+        again = pickle.loads(pickle.dumps(own))  # as sent to a worker
         assert again.own == own.own and by_user(again) == by_user(own)
         for closed in ((0, 1), (0, 2)):
             with refused("part-00000.parquet", "missing"):
@@ -142,7 +142,7 @@ class TestShards:
     def test_users_of_parts_that_are_not_open(self, written: Path) -> None:
         log = EventLog(written, (0, PARTS))
         other = int(EventLog(written, (1, PARTS)).users[0])
-        with refused(f"user {other} is in part 1", "0 to 0 alone"):
+        with refused(f"user {other} is in part 1", "only parts 0 to 0"):
             log.history_range(np.array([log.users[0], other]), np.zeros(2, np.int64))
 
     def test_fewer_parts_than_ranks(self, one: EventLog, written: Path) -> None:
@@ -174,10 +174,10 @@ def _manifest(change):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("damage", "words"),
     [
         (lambda f: (f / "events/part-00002.parquet").unlink(), ["events/part-00002", "missing"]),
-        (_swap, ["events/part-00000.parquet", "it is part 1", "copy that back"]),
+        (_swap, ["events/part-00000.parquet", "it is part 1", "restore that part"]),
         (_change_a_value, ["requests/train/part-00001", "SHA-256"]),
         (_manifest(lambda h: h["parts"].pop("requests/valid")), ["schema.json", "requests/valid"]),
         (_manifest(lambda h: h["parts"]["events"].pop()), ["schema.json", "rows"]),
@@ -187,8 +187,8 @@ def _manifest(change):
         (_manifest(lambda h: h.update(format="ifa-event-log/9")), ["ifa-event-log/9", "this version"]),
     ],
 )
-def test_what_is_not_the_log_is_refused(folder: Path, spoil, words: list[str]) -> None:
-    spoil(folder)
+def test_damaged_logs_are_refused(folder: Path, damage, words: list[str]) -> None:
+    damage(folder)
     with refused(*words):
         log = EventLog(folder)
         for split in log.splits:
@@ -207,14 +207,14 @@ def test_a_user_in_another_part_is_refused(folder: Path, tmp_path: Path) -> None
 def test_a_folder_with_too_few_parts_is_not_published(folder: Path, tmp_path: Path) -> None:
     schema = EventLog(folder).schema
     (folder / "requests/valid/part-00002.parquet").unlink()
-    with refused("requests/valid", "part-00000", "part-00002", "as many as events"):
+    with refused("requests/valid", "part-00000", "part-00002", "as many parts as events"):
         EventLog.publish(folder, tmp_path / "new", schema, list(SPLITS))
 
 
 @pytest.mark.parametrize("parts", [0, -1, 2.0, True, 1 << 17])
-def test_a_number_of_parts_that_cannot_be(tmp_path: Path, parts) -> None:
+def test_an_invalid_number_of_parts(tmp_path: Path, parts) -> None:
     toy = make_toy()
-    with refused("parts must be a whole number", repr(parts)):
+    with refused("parts must be an integer", repr(parts)):
         EventLog.from_pandas(tmp_path / "log", toy.events, toy.schema, toy.items, parts=parts)
 
 
@@ -228,6 +228,6 @@ def test_duckdb_cuts_users_as_numpy_does() -> None:
     assert next(iter(found.values())).tolist() == part_of(users, 7).tolist()
 
 
-def test_users_in_a_row_are_spread_evenly() -> None:
+def test_consecutive_users_are_spread_evenly() -> None:
     counts = np.bincount(part_of(np.arange(1, 100_001), 64))
     assert counts.max() / counts.mean() < 1.02

@@ -1,4 +1,4 @@
-"""A log behind a URI is the log: read by copies within a bound, each checked when it comes."""
+"""A remote log equals the log: it is read through checked copies within a size limit."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def folder(in_parts: Path, tmp_path: Path) -> Path:
-    """A copy without columns, to be spoilt."""
+    """A copy without columns, to be damaged."""
     return shutil.copytree(in_parts, tmp_path / "log", ignore=shutil.ignore_patterns(".columns"))
 
 
@@ -53,7 +53,7 @@ def refused(*words: str):
 
 
 def opened(folder: Path) -> EventLog:
-    """By its URI, all tables of it."""
+    """Open a log by its URI, with all tables."""
     log = EventLog(folder.as_uri())
     for split in log.splits:
         log.requests(split)
@@ -73,12 +73,12 @@ def test_the_same_log(written: EventLog, cache: Path) -> None:
 
 def test_nothing_is_copied_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fingerprint = opened(folder).fingerprint()
-    shutil.rmtree(folder / "events")  # only its list is read
+    shutil.rmtree(folder / "events")  # only the listing is read
     monkeypatch.setattr("pyarrow.parquet.read_table", None)
     assert opened(folder).fingerprint() == fingerprint
 
 
-def test_a_log_that_was_written_anew_is_copied_anew(folder: Path) -> None:
+def test_a_log_written_again_is_copied_again(folder: Path) -> None:
     before = opened(folder)
     toy = make_toy()
     toy.events["item"] = (toy.events["item"] + 1) % len(toy.items)
@@ -89,7 +89,7 @@ def test_a_log_that_was_written_anew_is_copied_anew(folder: Path) -> None:
     assert not np.array_equal(after.events["item"], before.events["item"])
 
 
-def test_parts_go_when_room_is_wanted_and_columns_in_use_stay(
+def test_parts_are_deleted_when_space_is_needed_and_columns_in_use_stay(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = opened(folder)
@@ -97,12 +97,12 @@ def test_parts_go_when_room_is_wanted_and_columns_in_use_stay(
     of_parts = sum(file.stat().st_size for file in cache.rglob("part-*.parquet"))
     size = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
     monkeypatch.setenv("IFA_LOG_CACHE_GB", str((size - of_parts) / 1e9))
-    again = opened(folder)  # within the bound by what nobody uses
+    again = opened(folder)  # unused copies are deleted to stay within the limit
     again._columns._remote.keep_within_bound()
     assert not parquet_in(cache)
     assert again.fingerprint() == log.fingerprint()
     monkeypatch.setenv("IFA_LOG_CACHE_GB", str((size - of_parts - 1) / 1e9))
-    with refused("bytes are in use", "give more in IFA_LOG_CACHE_GB"):
+    with refused("bytes are in use", "raise IFA_LOG_CACHE_GB"):
         opened(folder)
     del log, again
     monkeypatch.setenv("IFA_LOG_CACHE_GB", "1e-6")
@@ -111,7 +111,7 @@ def test_parts_go_when_room_is_wanted_and_columns_in_use_stay(
     assert not list(cache.rglob("*.npy"))
 
 
-def test_a_rank_copies_its_own_parts_alone(folder: Path, cache: Path) -> None:
+def test_a_rank_copies_only_its_own_parts(folder: Path, cache: Path) -> None:
     own = own_parts(PARTS, (1, 2))
     for file in folder.rglob("part-*.parquet"):
         if int(file.stem.removeprefix("part-")) not in own:
@@ -125,7 +125,7 @@ def test_a_rank_copies_its_own_parts_alone(folder: Path, cache: Path) -> None:
         EventLog(folder.as_uri(), (0, 2))
 
 
-def test_a_copy_that_is_damaged_is_copied_anew(folder: Path, cache: Path) -> None:
+def test_a_damaged_copy_is_copied_again(folder: Path, cache: Path) -> None:
     log = opened(folder)
     fingerprint = log.fingerprint()
     shutil.rmtree(log.path / ".columns")
@@ -142,17 +142,17 @@ def _change_a_value(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("damage", "words"),
     [
         (lambda f: (f / "events/part-00002.parquet").unlink(), ["events/part-00002", "missing"]),
-        (_change_a_value, ["requests/train/part-00001.parquet", "SHA-256", "copy that there"]),
-        (lambda f: (f / "schema.json").unlink(), ["no schema.json", "schema.json last"]),
+        (_change_a_value, ["requests/train/part-00001.parquet", "SHA-256", "restore that part"]),
+        (lambda f: (f / "schema.json").unlink(), ["schema.json is missing", "schema.json last"]),
         (lambda f: (f / "items.parquet").unlink(), ["items.parquet", "missing"]),
-        (shutil.rmtree, ["there is no such log"]),
+        (shutil.rmtree, ["no such log, folder or file"]),
     ],
 )
-def test_what_is_not_the_log_is_refused(folder: Path, cache: Path, spoil, words: list[str]) -> None:
-    spoil(folder)
+def test_damaged_logs_are_refused(folder: Path, cache: Path, damage, words: list[str]) -> None:
+    damage(folder)
     with refused(*words):
         opened(folder)
     assert not list(cache.rglob(".draft-*"))
@@ -162,7 +162,7 @@ def test_what_is_not_the_log_is_refused(folder: Path, cache: Path, spoil, words:
     ("uri", "words"),
     [
         ("ftp://host/log", ["ftp://host/log", "s3://BUCKET/LOG"]),
-        ("s3://key:secret@bucket/log", ["must have no key or password", "environment"]),
+        ("s3://key:secret@bucket/log", ["must not contain a key or password", "environment"]),
     ],
 )
 def test_uris_that_cannot_be_read(uri: str, words: list[str]) -> None:
@@ -173,25 +173,25 @@ def test_uris_that_cannot_be_read(uri: str, words: list[str]) -> None:
 
 def test_a_log_is_not_written_to_a_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    # a Path, as the command line gives one, has a slash less
+    # a Path, as made by the command line, has one slash less
     for place in ("s3://bucket/log", Path("s3://bucket/log")):
-        with refused("a log is written to a folder"), drafting(place):
+        with refused("a log can only be written to a local folder"), drafting(place):
             pass
     assert os.listdir(tmp_path) == []
 
 
-def test_what_is_a_uri() -> None:
+def test_is_uri() -> None:
     assert is_uri("hdfs://host:8020/log") and is_uri("abfss://box@account/log")
     assert not any(map(is_uri, ("log", "/log", "./s3:/log", Path("runs/data"))))
 
 
 @pytest.mark.parametrize("place", ["abfss://box@account.dfs.core.windows.net", "gs://anonymous@bucket"])
-def test_what_stands_before_an_at_may_be_no_key(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_before_an_at_need_not_be_a_key(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     files = SimpleNamespace(from_uri=lambda uri: (uri, "log/"))
     monkeypatch.setattr(remote, "pafs", SimpleNamespace(FileSystem=files))
     assert remote._opened(f"{place}/log") == (f"{place}/log", "log")
     for secret in ("s3://key@bucket/log", "hdfs://user:secret@host/log"):
-        with refused("must have no key or password"):
+        with refused("must not contain a key or password"):
             remote._opened(secret)
 
 

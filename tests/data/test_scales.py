@@ -1,4 +1,4 @@
-"""Scales are of the numbers of the training split, block by block."""
+"""Scales are computed from the training split, block by block."""
 
 from __future__ import annotations
 
@@ -33,6 +33,6 @@ def test_events_count_until_the_last_training_request(
     assert (scale.mean, scale.deviation) == pytest.approx((np.mean(seen), np.std(seen)))
 
 
-def test_nothing_is_read_where_nothing_is_scaled() -> None:
+def test_nothing_is_read_if_nothing_is_scaled() -> None:
     log: Any = SimpleNamespace(schema=LogSchema(item_features={"item": 2}))
     assert scales.scales_of(log) == {}

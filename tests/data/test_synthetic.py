@@ -1,4 +1,4 @@
-"""The synthetic log is what its page says, and its best scores are the best."""
+"""The synthetic log follows its recipe, and its best scores are the best."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def quality(tmp_path, config: SyntheticConfig, score=None) -> float:
 
 
 def topic_counts(dataset: RankingDataset, config: SyntheticConfig, distance: int) -> np.ndarray:
-    """[M]: events of the candidate's topic, all or those behind the latest ``distance``."""
+    """[M]: the number of events on the candidate's topic, of all or those before the latest
+    ``distance``."""
     log = dataset.log
     counts = []
     starts, ends = log.history_range(dataset.requests["user"], dataset.requests["time"])
@@ -43,7 +44,7 @@ def topic_counts(dataset: RankingDataset, config: SyntheticConfig, distance: int
     return np.array(counts)
 
 
-def test_evidence_lies_behind_the_distance_and_is_what_labels_follow(tmp_path) -> None:
+def test_evidence_is_before_the_distance_and_labels_follow_it(tmp_path) -> None:
     config = replace(CONFIG, noise=0.0)
     dataset = RankingDataset(prepare(tmp_path / "log", config), "test")
     everywhere = topic_counts(dataset, config, 0)
@@ -53,7 +54,7 @@ def test_evidence_lies_behind_the_distance_and_is_what_labels_follow(tmp_path) -
     for count, logit in ((0, config.bias), (config.evidence, config.bias + config.strength)):
         rate = label[everywhere == count].mean()
         assert rate == pytest.approx(1 / (1 + np.exp(-logit)), abs=0.03)
-    # without noise the truth can be seen
+    # without noise the truth is visible
     best = best_scores(dataset, config)
     assert np.unique(best.round(6)).tolist() == pytest.approx([0.119203, 0.880797])
     lengths = dataset.history_lengths
@@ -61,7 +62,7 @@ def test_evidence_lies_behind_the_distance_and_is_what_labels_follow(tmp_path) -
     assert lengths.mean() == pytest.approx(config.mean_events, rel=0.1)
 
 
-def test_strength_and_noise_dial_what_can_be_reached(tmp_path) -> None:
+def test_strength_and_noise_set_the_best_possible_score(tmp_path) -> None:
     reached = {
         name: quality(tmp_path / name, replace(CONFIG, **change))
         for name, change in {
@@ -84,7 +85,7 @@ def test_no_counting_ranks_better_than_the_best_scores(tmp_path) -> None:
         assert counted <= best + 0.003
 
 
-def test_unexposed_candidates_have_no_label_in_training_alone(tmp_path) -> None:
+def test_only_in_training_unexposed_candidates_have_no_label(tmp_path) -> None:
     log = prepare(tmp_path / "log", replace(CONFIG, exposure=0.5))
     train, test = log.requests("train"), log.requests("test")
     hidden = ~np.asarray(train["exposed"])
@@ -108,12 +109,12 @@ def test_exposure_may_depend_on_the_item_and_the_interest_but_not_on_the_label(t
     for interest, rate in ((0.0, 0.119), (1.0, 0.881)):
         for shown in (True, False):
             assert label[(pull == interest) & (exposed == shown)].mean() == pytest.approx(rate, abs=0.04)
-    with pytest.raises(ValueError, match="where all are exposed, promotion and policy must be 0"):
+    with pytest.raises(ValueError, match="with exposure=1, promotion and policy must be 0"):
         replace(config, exposure=1.0)
 
 
 def pulls(dataset: RankingDataset, config: SyntheticConfig, actions: tuple[int, ...]) -> np.ndarray:
-    """[M]: the sum of the amounts of the events of the candidate's topic and of these actions."""
+    """[M]: the sum of the amounts of the events on the candidate's topic with these actions."""
     events = {name: np.asarray(values) for name, values in dataset.log.events.items()}
     starts, ends = dataset.log.history_range(dataset.requests["user"], dataset.requests["time"])
     result = []
@@ -141,7 +142,7 @@ class TestKinds:
             some = (best >= low) & (best <= high)
             assert label[some].mean() == pytest.approx(best[some].mean(), abs=0.04)
         assert dataset.log.scales["amount"].deviation > 0.2
-        # of as many topics the events were skipped: they are worth nothing
+        # as many topics have skipped events, which are worth nothing
         skipped = (pulls(dataset, config, (3,)) > config.evidence / 2) & (bought == 0)
         assert skipped.mean() > 0.1
         assert label[skipped].mean() == pytest.approx(label[bought == 0].mean(), abs=0.03)
@@ -173,7 +174,7 @@ class TestKinds:
 
 
 @pytest.mark.parametrize("kinds", [False, True])
-def test_new_items_are_no_candidates_of_the_training(tmp_path, kinds: bool) -> None:
+def test_new_items_are_not_candidates_in_training(tmp_path, kinds: bool) -> None:
     config = replace(CONFIG, new_items=0.5, kinds=kinds)
     log = prepare(tmp_path / "log", config)
     assert log.num_items > log.schema.item_features["item"] == config.num_items
@@ -189,7 +190,7 @@ def test_new_items_are_no_candidates_of_the_training(tmp_path, kinds: bool) -> N
     assert np.bincount(log.items["topic"][rare])[1:].tolist() == [2 * config.items_per_topic] * 40
     category = np.asarray(log.items["category"])[rare]
     assert np.array_equal(category, 1 + (np.asarray(log.items["topic"])[rare] - 1) // 10)
-    # what a candidate is wanted for is its topic, new or not
+    # labels depend on the topic, for new and old items
     dataset = RankingDataset(log, "test")
     best, label = best_scores(dataset, config), np.asarray(dataset.requests["label"])
     new = log.item_rows(np.asarray(dataset.requests["candidates"])) == 0
@@ -197,7 +198,7 @@ def test_new_items_are_no_candidates_of_the_training(tmp_path, kinds: bool) -> N
         assert label[some].mean() == pytest.approx(best[some].mean(), abs=0.02)
 
 
-def test_the_same_seed_gives_the_same_log(tmp_path) -> None:
+def test_the_same_seed_writes_the_same_log(tmp_path) -> None:
     logs = [
         prepare(tmp_path / name, replace(CONFIG, seed=s)) for name, s in (("a", 1), ("b", 1), ("c", 2))
     ]
@@ -217,14 +218,14 @@ def test_bad_options_are_named(change: dict) -> None:
         replace(CONFIG, **change)
 
 
-def test_a_log_of_another_config_is_not_taken(tmp_path: Path) -> None:
+def test_a_log_with_another_config_is_refused(tmp_path: Path) -> None:
     small = replace(CONFIG, train=20, test=10)
     prepare(tmp_path / "log", small)
     assert prepare(tmp_path / "log", small).splits == prepare(tmp_path / "log").splits
-    with pytest.raises(ConfigError, match=r"log is a log of train 20, not 30, seed .*; delete it"):
+    with pytest.raises(ConfigError, match=r"log was written with train 20, not 30, seed .*; delete it"):
         prepare(tmp_path / "log", replace(small, train=30, seed=small.seed + 1))
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
-    (tmp_path / "log" / "synthetic.json").unlink()  # as older ones, which do not say
+    (tmp_path / "log" / "synthetic.json").unlink()  # like older logs, which have no record
     assert len(prepare(tmp_path / "log", replace(small, train=30)).requests("train")["user"]) == 20
 
 

@@ -1,4 +1,4 @@
-"""The truth of users who pick from sets: the formula is what is drawn, and no set beats the best."""
+"""The ground truth of users who pick from sets: draws follow the formula, and no set beats the best."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_best_set_is_the_best_of_all(seed: int) -> None:
     assert float(set_reward(logit[rows], topic[rows])) == pytest.approx(best)
 
 
-def test_of_few_candidates_the_best_set_is_all() -> None:
+def test_with_few_candidates_the_best_set_is_all() -> None:
     logit, topic = candidates(0, 3)
     assert sorted(best_set(logit, topic, 10)) == [0, 1, 2]
     assert len(best_set(logit[:0], topic[:0], 10)) == 0
@@ -100,7 +100,7 @@ def test_no_choice_beats_the_best_sets(truth: SetTruth) -> None:
         assert reward >= truth.reward(rng.permutation(rows)[:SHOWN])
 
 
-def test_labels_are_of_what_was_shown_alone(log: EventLog) -> None:
+def test_only_shown_candidates_have_labels(log: EventLog) -> None:
     for split in ("train", "test"):
         requests = RankingDataset(log, split).requests
         exposed = np.asarray(requests["exposed"]).reshape(-1, CONFIG.candidates)
@@ -108,7 +108,7 @@ def test_labels_are_of_what_was_shown_alone(log: EventLog) -> None:
         assert not np.asarray(requests["label"])[~exposed.ravel()].any()
 
 
-def test_who_knows_what_is_shown_scores_better(log: EventLog, truth: SetTruth) -> None:
+def test_knowing_what_is_shown_scores_better(log: EventLog, truth: SetTruth) -> None:
     requests = RankingDataset(log, "test").requests
     exposed, label = np.asarray(requests["exposed"]), np.asarray(requests["label"])
     request = np.repeat(np.arange(CONFIG.test), CONFIG.candidates)[exposed]
@@ -123,9 +123,9 @@ def test_who_knows_what_is_shown_scores_better(log: EventLog, truth: SetTruth) -
         assert score[exposed].mean() == pytest.approx(label[exposed].mean(), abs=0.03)
 
 
-def test_another_log_has_no_such_truth(tmp_path) -> None:
+def test_another_log_has_no_ground_truth(tmp_path) -> None:
     plain = replace(CONFIG, train=5, test=5, relations=False)
     assert truth_of(prepare(tmp_path / "log", plain), "test") is None
     for change in ({"noise": 0.1}, {"kinds": True}, {"candidates": 5}):
-        with pytest.raises(ValueError, match="relations are of a log with"):
+        with pytest.raises(ValueError, match="relations needs noise=0, no kinds"):
             replace(CONFIG, **change)

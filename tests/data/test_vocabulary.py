@@ -1,4 +1,4 @@
-"""The vocabulary: rows that stay, ids of one kind, and files that are what was written."""
+"""The vocabulary: stable rows, ids of one kind, and checked files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHOP = {"item": ["tea", "cup", "7"], "user": [70, -(2**63), 2**63 - 1]}
 
 
 def refused(*words: str):
-    """A LogError whose message holds all of the words."""
+    """Expect a LogError whose message contains all of the words."""
     return pytest.raises(LogError, match="".join(f"(?=.*{re.escape(word)})" for word in words))
 
 
@@ -31,7 +31,7 @@ class TestRows:
         assert (items.kind, items.rows) == ("listed", 4)
         assert items.rows_of(["cup", "new", "tea", "7", "", "Tea"]).tolist() == [2, 0, 1, 3, 0, 0]
         assert items.rows_of([7, np.int64(7)]).tolist() == [0, 0], (
-            "a string is found by the string alone"
+            "a string is found only by that string"
         )
         assert items.at([0, 3, 1]) == [None, "7", "tea"]
 
@@ -43,13 +43,13 @@ class TestRows:
         assert users.rows_of([]).dtype == np.int64
 
     def test_of_many(self, monkeypatch) -> None:
-        """Of which some are looked at at once."""
+        """They are converted in several blocks."""
         monkeypatch.setattr(vocabulary_module, "_AT_ONCE", 4)
         for count in (3, 4, 5, 11):
             ids = Vocabulary.of({"item": [f"i{n}" for n in range(count)]})["item"]
             assert ids.rows_of(ids.at(range(1, count + 1))).tolist() == [*range(1, count + 1)]
 
-    def test_of_none(self) -> None:
+    def test_of_no_ids(self) -> None:
         assert Vocabulary.of({"item": []})["item"].rows_of(["tea", 3]).tolist() == [0, 0]
 
     def test_an_id_twice_has_one_row(self) -> None:
@@ -78,7 +78,7 @@ class TestRows:
         with refused("vocabulary", "'item'"):
             Vocabulary.of({"item": ids})
 
-    def test_a_name_that_it_lacks(self) -> None:
+    def test_a_missing_name(self) -> None:
         with refused("'colour'", "'item'", "'user'"):
             Vocabulary.of(SHOP)["colour"]
 
@@ -113,7 +113,7 @@ class TestExtension:
         ],
         ids=str,
     )
-    def test_others_are_told_apart(self, first: dict, second: dict, begins: bool) -> None:
+    def test_others_are_distinguished(self, first: dict, second: dict, begins: bool) -> None:
         first, second = Vocabulary.of(first), Vocabulary.of(second)
         assert first.digest != second.digest
         assert first.begins_with(second) == begins
@@ -177,7 +177,7 @@ class TestFiles:
         [{"rows": 9}, {"rows": "4"}, {"kind": "guessed"}, {"kind": "hashed", "rows": 1}],
         ids=str,
     )
-    def test_described_otherwise(self, folder: Path, change: dict) -> None:
+    def test_another_description(self, folder: Path, change: dict) -> None:
         file = folder / "vocabulary.json"
         saved = json.loads(file.read_text())
         saved["ids"]["item"] |= change
@@ -195,7 +195,7 @@ class TestOfALog:
         assert {vocabulary[name].kind for name in vocabulary.names} == {"numbered"}
         assert vocabulary["item"].rows == log.num_items > RICH_SCHEMA.item_features["item"]
 
-    def test_another_one_is_noticed(self, tmp_path: Path) -> None:
+    def test_another_vocabulary_is_refused(self, tmp_path: Path) -> None:
         log = make_rich().write(tmp_path / "log")
         before = log.fingerprint()
         for file in ("vocabulary.json", "vocabulary"):
@@ -203,7 +203,7 @@ class TestOfALog:
         with refused(str(log.path), "no vocabulary"):
             EventLog(log.path).fingerprint()
         Vocabulary.numbered(RICH_SCHEMA, items=41).save(log.path)
-        with refused(str(log.path), "not the one", "copy that back"):
+        with refused(str(log.path), "not the one", "restore that one"):
             EventLog(log.path).fingerprint()
         assert log.fingerprint() == before
 
@@ -211,7 +211,7 @@ class TestOfALog:
         ("rows", "words"),
         [
             ({"item": 39}, ["'item'", "39 rows", "40 items"]),
-            ({"genre": 7}, ["'genre'", "7 rows", "in the schema 6", "enlarge"]),
+            ({"genre": 7}, ["'genre'", "7 rows", "in the schema has 6", "enlarge"]),
         ],
         ids=str,
     )
@@ -224,7 +224,7 @@ class TestOfALog:
 
 
 class TestExternalIds:
-    """DataFrames with the ids of a shop."""
+    """DataFrames with external ids."""
 
     SCHEMA = LogSchema(
         item_features={"item": 4, "category": 4},
@@ -310,7 +310,7 @@ class TestExternalIds:
         assert test["interest"].tolist() == [2, 0] and test["interest_offsets"].tolist() == [0, 2, 2]
         assert test["candidates"].tolist() == [4, 1, 0] and test["place"].tolist() == [2, 1, 0]
 
-    def test_it_lies_with_the_log(self, tmp_path: Path) -> None:
+    def test_it_is_saved_with_the_log(self, tmp_path: Path) -> None:
         log = EventLog(self.write(tmp_path / "log").path)
         assert log.vocabulary.begins_with(self.VOCABULARY)
         assert log.vocabulary["place"].kind == "numbered"
@@ -320,7 +320,7 @@ class TestExternalIds:
         assert other.vocabulary.begins_with(log.vocabulary)
         assert other.fingerprint() != log.fingerprint()
 
-    def test_items_that_nothing_describes(self, tmp_path: Path) -> None:
+    def test_items_without_a_description(self, tmp_path: Path) -> None:
         events = self.frames()["events"].drop(columns="action")
         log = EventLog.from_pandas(
             tmp_path / "log", events, LogSchema(item_features={"item": 4}), vocabulary=self.only_items()
@@ -339,7 +339,7 @@ class TestExternalIds:
             ("events", {"action": [1.5, 2.0, 2.0]}, ["events", "row 0", "'action'", "1.5", "Int64"]),
             ("items", {"item": ["jug", "mug", "tea"]}, ["items", "row 1", "'item'", "extended"]),
             ("items", {"item": ["jug", "tea", "tea"]}, ["items", "row 2", "'item'", "same item"]),
-            ("items", {"genre": ["hot"] * 3}, ["items", "row 0", "'genre'", "must be a list"]),
+            ("items", {"genre": ["hot"] * 3}, ["items", "row 0", "'genre'", "expected a list"]),
             (
                 "test",
                 {"candidates": [["tea"], None]},
@@ -354,6 +354,6 @@ class TestExternalIds:
             self.write(tmp_path / "log", **{table: frame})
         assert list(tmp_path.iterdir()) == []
 
-    def test_names_that_the_schema_has_not(self, tmp_path: Path) -> None:
+    def test_names_that_are_not_in_the_schema(self, tmp_path: Path) -> None:
         with refused("vocabulary", "'colour'", "'category'"):
             self.write(tmp_path / "log", self.VOCABULARY.extended({"colour": ["red"]}))

@@ -1,34 +1,34 @@
-"""Any log as an event log: CSV, Parquet or Feather files, described by a short schema.
+"""Convert any log to an event log: CSV, Parquet or Feather files, described by a short schema.
 
-DuckDB (extra `data`) reads, sorts and writes, on disk where memory runs out. The rules:
+DuckDB (extra `data`) reads, sorts and writes; it spills to disk when memory is full. The rules:
 
-- Ids of any type become rows of tables; row 0 is "unknown". What the training split has (events before
-  its last request, and its candidates) is numbered from 1 in the order of the ids. Items first seen
-  later follow: they are numbered and described, and have no row of the item table. Other values first
-  seen later are row 0. LOG/vocabulary.json and LOG/vocabulary/ have which id is which row.
-  An id space that grows may be hashed instead, to a fixed number of rows.
-- Rows of the requests' file are candidates; where a row has lists of them (`each`), their elements are.
-  Those of one user with the same `request` are one request; or, without such a column, those that follow
-  each other within `gap_seconds`. It is dated at its first row, so nothing of the request is in its own
-  history. Where rows disagree on a context or dense column, the least value is taken.
-- A row that cannot be used is refused: counted and shown in LOG/report.json, with the reason. A number
-  that is empty is missing.
+- Ids of any type are mapped to rows of tables; row 0 is "unknown". The ids of the training split (events
+  before its last request, and its candidates) are numbered from 1, in sorted order. Items first seen
+  later come after them: they have numbers and features, but no row in the item table. Other values first
+  seen later have row 0. LOG/vocabulary.json and LOG/vocabulary/ record the row of each id.
+  A growing id space may be hashed to a fixed number of rows instead.
+- Each row of the requests' file is a candidate; if rows have lists of candidates (`each`), each element
+  is one. Rows of one user with the same `request` form a request; or, without such a column, rows at
+  most `gap_seconds` apart. Its time is that of its first row, so none of the request is in its own
+  history. If rows disagree on a context or dense column, the smallest value is taken.
+- A row that cannot be used is refused: LOG/report.json has the reason, the count and examples. An empty
+  number is missing.
 - A time without a zone is UTC.
-- A join that finds nothing is an error: requests of which no user has an event, a label that no
-  candidate gets, descriptions of users of whom there is none.
+- A join without any match is an error: no user of the requests has an event, no candidate gets a label,
+  or no described user has a request.
 
-The report's `positives_in_last_second` is the share of positives whose item the user's history holds
-within the second before the request. It should be next to nothing: more says that events are the
-positives themselves, written a moment before the request, and that the log leaks its labels. Where the
-events' clock is behind or in another zone, or they have dates alone, `positives_in_last_day` tells.
-Repeated purchases are no leak; they are as frequent in `positives_in_next_day`, from the request on.
-`warnings` has in words what somebody should look at.
+The report's `positives_in_last_second` is the share of positives whose item is in the user's history
+within the second before the request. It should be close to 0: otherwise the events are the positives
+themselves, recorded just before the request, and the log leaks its labels. If the clock of the events is
+behind or in another time zone, or they only have dates, `positives_in_last_day` shows the leak. Repeated
+purchases are not a leak: they are as frequent in `positives_in_next_day`, counted from the request on.
+`warnings` describes in words what to look at.
 
-A step is a file: `schema`, `columns`, `values` and `loading` (what the log looks like), `files` and
-`csv_rows` (what stands in it), `sections` (what is wanted of it), `sources` (rows read or refused),
+Each step is a module: `schema`, `columns`, `values` and `loading` (the description of the log), `files`
+and `csv_rows` (its files), `sections` (the SQL for its columns), `sources` (reading and refusing rows),
 `vectors`, `histories`, `labels`, `ids`, `tables` (items and events), `requests`, `splits`, `negatives`,
-`new_ids` and `report`, of figures that add up (`tallies`). `preparation` calls them in turn on one
-machine, `spark` and `spark_tasks` on many; `steps` has what is alike.
+`new_ids` and `report`, with figures that can be added (`tallies`). `preparation` runs the steps on one
+machine, `spark` and `spark_tasks` on many; `steps` contains what both share.
 """
 
 from ifa_torchrec.data.prepare.columns import Hashed, Listed, Npy, Regression

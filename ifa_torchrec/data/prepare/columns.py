@@ -1,4 +1,4 @@
-"""Columns of which more is said than a name or an SQL expression: hashed, lists, a .npy, regressions."""
+"""Columns that need more than a name or an SQL expression: hashed, lists, .npy files, regressions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from ifa_torchrec.data.schema import LogError
 
-_HASH_BITS = 60  # of the digest that `hash_row` takes
+_HASH_BITS = 60  # the bits of the digest that `hash_row` uses
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Hashed:
     """A column whose ids are hashed to a fixed number of rows; row 0 is "unknown".
 
     Raises:
-        LogError: `hash` is no whole number of at least 2.
+        LogError: `hash` is not an integer of at least 2.
 
     Example:
         >>> from ifa_torchrec.data.prepare.columns import Hashed
@@ -33,16 +33,16 @@ class Hashed:
 
 @dataclass(frozen=True)
 class Listed:
-    """A column with several ids a row.
+    """A column with several ids per row.
 
     Args:
-        column: a text of ids with a delimiter between them; or, without `delimiter`, a list, or a text
-            like "[1, 2]".
-        delimiter: what stands between two ids. Spaces around an id are left out, and so are empty ids.
-        hash: rows that the ids are hashed to; by default each has its own.
+        column: a text of ids separated by a delimiter; or, without `delimiter`, a list, or a text like
+            "[1, 2]".
+        delimiter: the separator of ids. Spaces around ids, and empty ids, are dropped.
+        hash: the number of rows that the ids are hashed to; by default each id has its own row.
 
     Raises:
-        LogError: `delimiter` is empty, or `hash` is no whole number of at least 2.
+        LogError: `delimiter` is empty, or `hash` is not an integer of at least 2.
 
     Example:
         >>> from ifa_torchrec.data.prepare.columns import Listed
@@ -57,7 +57,7 @@ class Listed:
     def __post_init__(self) -> None:
         if self.delimiter == "":
             raise LogError(
-                f"the column {self.column!r}: delimiter is empty; leave it out where a list is"
+                f"the column {self.column!r}: delimiter is empty; leave it out if the column is a list"
             )
         if self.hash is not None:
             _check_hash(self.column, self.hash)
@@ -65,12 +65,12 @@ class Listed:
 
 @dataclass(frozen=True)
 class Npy:
-    """Vectors in a .npy file of numpy beside the items.
+    """Vectors of the items in a separate .npy file.
 
     Args:
         npy: path of the file, an array [R, V] of floats.
-        row: column of the items' table with the row of the array, from 0, that is the item's; by default
-            the array has as many rows as the table, in its order.
+        row: column of the items' table with the item's row in the array, from 0; by default the array
+            has one row for each row of the table, in the same order.
 
     Example:
         >>> from ifa_torchrec.data.prepare.columns import Npy
@@ -87,7 +87,7 @@ class Regression:
     """A label that is a number.
 
     Args:
-        regression: its column.
+        regression: the column of the label.
 
     Example:
         >>> from ifa_torchrec.data.prepare.columns import Regression
@@ -104,7 +104,7 @@ VectorColumn = str | Npy
 
 
 def column_of(column: str | Hashed | Listed) -> str:
-    """The column, whatever is said of it.
+    """The name or SQL expression of a column.
 
     Example:
         >>> from ifa_torchrec.data.prepare.columns import Hashed, column_of
@@ -115,7 +115,7 @@ def column_of(column: str | Hashed | Listed) -> str:
 
 
 def rows_of(column: str | Hashed | Listed) -> int | None:
-    """The rows that a column is hashed to, or None where it is not.
+    """The number of rows that a column is hashed to; None if it is not hashed.
 
     Example:
         >>> from ifa_torchrec.data.prepare.columns import Hashed, rows_of
@@ -129,6 +129,6 @@ def _check_hash(column: str, rows: Any) -> None:
     number = isinstance(rows, Integral) and not isinstance(rows, bool)
     if not number or not 2 <= int(rows) <= 2**_HASH_BITS:
         raise LogError(
-            f"the column {column!r}: hash must be the number of rows, a whole number from 2 to "
+            f"the column {column!r}: hash must be the number of rows, an integer from 2 to "
             f"2^{_HASH_BITS}, got {rows!r}"
         )

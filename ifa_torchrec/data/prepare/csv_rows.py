@@ -1,12 +1,14 @@
-"""Rows of CSV, all counted: decoded by Python and parsed by Arrow, a block of lines at a time.
+"""Read the rows of CSV files, decoded by Python and parsed by Arrow one block of lines at a time.
 
-- A line without the header's number of columns is refused.
-- A line with bytes that its encoding does not know is refused.
-- Lines end with LF or CRLF, in any mixture, or all with CR. A CR amid a line belongs to the line.
-- A quoted value may hold line ends. A quote that opens a value and closes it lines later may also be
-  stray, and then the value has swallowed rows. Where the value closes as a value does, and most of its
-  lines do not have the columns of a row, it is taken for one; otherwise all its lines are refused, each
-  as a row: nobody can tell which of them are. A quote that closes nowhere costs its own line.
+No row is lost silently; every row is read or counted as refused:
+
+- A line whose number of columns differs from the header's is refused.
+- A line with bytes that are not valid in its encoding is refused.
+- Lines end with LF or CRLF, in any mixture, or all with CR. Otherwise a CR within a line is part of it.
+- A quoted value may contain line ends. But a quote that opens a value and closes it lines later may be
+  stray; then the value has swallowed rows. It is taken as a value if it closes properly and most of its
+  lines do not have the columns of a row. Otherwise all its lines are refused, each counted as a row,
+  since it is not known which of them are rows. A quote that never closes costs only its own line.
 """
 
 from __future__ import annotations
@@ -29,30 +31,30 @@ from ifa_torchrec.data.prepare.schema import Table
 from ifa_torchrec.data.schema import LogError
 
 BLOCK = 1 << 22
-"""Bytes that are read at a time."""
+"""The number of bytes read at a time."""
 HEADER = 1 << 16
-"""Bytes within which the header ends."""
+"""The maximum size of the header in bytes."""
 LONGEST_VALUE = 1 << 20
-"""Bytes of a quoted value of several lines."""
+"""The maximum size in bytes of a quoted value with several lines."""
 LONGEST_LINE = 1 << 26
-"""Bytes of a line."""
+"""The maximum size of a line in bytes."""
 
-_EXAMPLES = 3  # of the lines that are refused for one reason
+_EXAMPLES = 3  # examples of refused lines per reason
 _COMPRESSION = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 
-# Within a block these stand for what the parser must not see; none can come from the file.
+# Placeholders within a block for what the parser must not see; none can come from the file.
 _UNREADABLE = b"\xfe"
 _CR = "\ufdd1"
 _DELIMITER = "\x1f"
 
 _STRAY_QUOTE = (
-    "a stray quote: it opens a value that does not close, or only amid a text, or over lines that look "
-    'like rows; if quotes are part of the values, say "quote": ""'
+    "a stray quote: it opens a value that never closes, closes within a text, or spans lines that look "
+    'like rows; if quotes are part of the values, set "quote": ""'
 )
 
 
 def _mark(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Let what cannot be decoded pass as a surrogate, and what cannot be encoded as _UNREADABLE."""
+    """Replace what cannot be decoded by a surrogate, and what cannot be encoded by _UNREADABLE."""
     if isinstance(error, UnicodeDecodeError):
         return "\udcff", error.end
     assert isinstance(error, UnicodeEncodeError)
@@ -64,10 +66,10 @@ codecs.register_error("ifa_torchrec.unreadable", _mark)
 
 @contextmanager
 def naming_errors(section: str, file: str) -> Generator[None]:
-    """Names the section and the file in what the file's reading raises.
+    """Add the section and the file to errors of reading.
 
     Raises:
-        LogError: in place of an error of the system, of decoding, or of Arrow.
+        LogError: instead of an OSError, a UnicodeError or an error of Arrow.
 
     Example:
         >>> from ifa_torchrec.data.prepare.csv_rows import naming_errors
@@ -83,11 +85,11 @@ def naming_errors(section: str, file: str) -> Generator[None]:
 
 
 class CsvText:
-    r"""CSV files of a section as blocks of lines, whatever their encoding and line ends.
+    r"""CSV files of a section as blocks of lines, with any encoding and line ends.
 
     Args:
-        section: what to call the table in errors.
-        table: how the files are written.
+        section: the name of the table in errors.
+        table: the format of the files.
 
     Example:
         >>> import tempfile
@@ -105,14 +107,15 @@ class CsvText:
 
     @property
     def delimiter(self) -> str:
-        """What separates values within a block: one character of one byte."""
+        """The delimiter within a block: a single one-byte character."""
         return self.table.delimiter if len(self.table.delimiter.encode()) == 1 else _DELIMITER
 
     def blocks(self, file: str, size: int) -> Iterator[tuple[bytes, bool]]:
-        """Whole lines of a file in UTF-8, ending with LF, and whether they are the last."""
+        """Blocks of complete lines of a file, in UTF-8 and ending with LF, and whether each is the
+        last."""
         decoder = codecs.getincrementaldecoder(self.table.encoding)("ifa_torchrec.unreadable")
         rest, first = b"", True
-        old: bool | None = None  # whether lines end with CR; None until one has ended
+        old: bool | None = None  # whether lines end with CR; None until a line has ended
         with naming_errors(self.section, file), _opened(file) as stream:
             while True:
                 raw = stream.read(size)
@@ -135,8 +138,8 @@ class CsvText:
                 block, rest = block[:end], block[end:]
                 if len(rest) > LONGEST_LINE:
                     raise LogError(
-                        f"{self.section}: {file} has a line of more than {LONGEST_LINE >> 20} MB; "
-                        "is it CSV?"
+                        f"{self.section}: {file} has a line of more than {LONGEST_LINE >> 20} MB; check "
+                        "that it is a CSV file"
                     )
                 block = block.replace(b"\r\n", b"\n").replace(b"\r", _CR.encode())
                 if self.delimiter != self.table.delimiter:
@@ -147,59 +150,55 @@ class CsvText:
                     return
 
     def names(self, file: str) -> list[str]:
-        """The names in a file's header."""
+        """The column names in a file's header."""
         block, _ = next(self.blocks(file, HEADER))
         return self.header(file, block)[0]
 
     def header(self, file: str, block: bytes) -> tuple[list[str], int]:
-        """The names in a file's first line, and how many bytes of the block they take."""
+        """The column names in a file's header, and the number of bytes that it takes of the block."""
         lines = block.splitlines(keepends=True)
-        # it is strict: a quote that is amiss is not to make rows a part of a name
+        # strict: a stray quote must not make rows part of a name
         options: dict[str, Any] = {"delimiter": self.delimiter, "strict": True}
         options |= {"quotechar": self.table.quote} if self.table.quote else {"quoting": csv.QUOTE_NONE}
         rows = csv.reader((line.decode("utf-8", "surrogateescape") for line in lines), **options)
         try:
             names = next((row for row in rows if row), [])
         except csv.Error as error:
-            raise LogError(
-                f"{self.section}: {file} has a header that is no line of CSV ({error})"
-            ) from error
+            raise LogError(f"{self.section}: the header of {file} is not valid CSV ({error})") from error
         taken = b"".join(lines[: rows.line_num])
         if not names:
-            raise LogError(
-                f"{self.section}: {file} is empty; it must have a header, unless `columns` are named"
-            )
+            raise LogError(f"{self.section}: {file} is empty; it needs a header, or set `columns`")
         if _UNREADABLE in taken:
             raise LogError(
-                f"{self.section}: {file} starts with {self.shown(taken)!r}, which is not "
-                f"{self.table.encoding}; say which `encoding` it has"
+                f"{self.section}: {file} starts with {self.excerpt(taken)!r}, which is not "
+                f"{self.table.encoding}; set its `encoding`"
             )
         inner = [name.split("\n") for name in names]
         if any(line.count(self.delimiter) == len(names) - 1 for name in inner for line in name[1:]):
             raise LogError(
-                f"{self.section}: {file} has a header with a quote that opens in its first line and "
-                f"does not close there: {self.shown(taken)!r}"
+                f"{self.section}: the header of {file} has a quote that opens in its first line but "
+                f"does not close there: {self.excerpt(taken)!r}; close it, or set `quote`"
             )
         return [self.restored(name) for name in names], len(taken)
 
     def restored(self, text: str) -> str:
         return text.replace(_CR, "\r").replace(_DELIMITER, self.table.delimiter)
 
-    def shown(self, line: bytes) -> str:
+    def excerpt(self, line: bytes) -> str:
         return self.restored(line.decode("utf-8", "replace")).rstrip("\n")[:200]
 
 
 class CsvRows:
-    r"""The rows of CSV files as a stream of Arrow, with what was refused of them.
+    r"""The rows of CSV files as an Arrow stream, and the refused lines.
 
     Args:
-        text: how to read them.
-        files: their paths.
-        columns: what to call their columns.
+        text: how to read the files.
+        files: the paths of the files.
+        columns: the names of the columns.
 
     Attributes:
-        refused: why lines were refused, with their number (`rows`) and `examples`.
-        failure: what went wrong in a file, if something did.
+        refused: for each reason for which lines were refused, their number (`rows`) and `examples`.
+        failure: the error raised by a file, if any.
 
     Example:
         >>> import tempfile
@@ -210,7 +209,7 @@ class CsvRows:
         >>> _ = Path(file).write_text("user,item\nann,tea\nbob\n")
         >>> rows = CsvRows(CsvText("events", Table(files=file)), [file], ["user", "item"])
         >>> rows.reader().read_all().to_pylist(), [why for why in rows.refused]
-        ([{'user': 'ann', 'item': 'tea'}], ['line cannot be read: 2 columns wanted, 1 found'])
+        ([{'user': 'ann', 'item': 'tea'}], ['line cannot be read: expected 2 columns, got 1'])
     """
 
     def __init__(self, text: CsvText, files: Sequence[str], columns: Sequence[str]) -> None:
@@ -219,10 +218,10 @@ class CsvRows:
         self.failure: Exception | None = None
         delimiter, quote = text.delimiter, text.table.quote
         self.delimiter, self.quote = delimiter.encode(), quote.encode()
-        # if it does not come out as a row of its own, the block before it ends within quotes
+        # if it is not parsed as a row of its own, the block before it ends within quotes
         self.sentinel = self.quote * 2 + self.delimiter * (len(columns) - 1) + b"\n"
         self.convert = pyarrow.csv.ConvertOptions(
-            check_utf8=False,  # it comes from Python's encoder
+            check_utf8=False,  # encoded by Python
             column_types=dict.fromkeys(columns, pa.string()),
             strings_can_be_null=True,
             null_values=["", *text.table.nulls],
@@ -230,8 +229,8 @@ class CsvRows:
 
     @cached_property
     def quoted(self) -> re.Pattern[bytes]:
-        """A value that a quote opens, to the quote that closes it, or to the end."""
-        # the quote comes first, and then what may stand before it, since a letter is found fastest
+        """Matches a quoted value, to its closing quote or to the end."""
+        # the quote comes first and then a look-behind, since searching for a literal is fastest
         d, q = re.escape(self.delimiter), re.escape(self.quote)
         return re.compile(b"%b(?<![^%b\n]%b)[^%b]*(?:%b%b[^%b]*)*(%b|\\Z)" % (q, d, q, q, q, q, q, q))
 
@@ -262,7 +261,11 @@ class CsvRows:
             raise
 
     def parse(self, file: str, block: bytes, line: int, last: bool) -> tuple[pa.Table, bytes]:
-        """The rows of a block, and what of it must wait for the next; its first line has that number."""
+        """Parse a block whose first line has the number ``line``.
+
+        Returns:
+            The rows, and the rest of the block that must wait for the next one.
+        """
         rest = b""
         if _UNREADABLE in block:
             block = self.without_unreadable(file, block)
@@ -277,9 +280,9 @@ class CsvRows:
         else:
             table, bad = self.arrow(block)
         for row in bad:
-            # as many as there may be in it: a line may also have ended with its CR
+            # the most rows that it may contain: a line may also have ended with a CR
             rows = 1 + row.text.rstrip("\n").count("\n") + row.text.count(_CR)
-            why = f"{row.expected_columns} columns wanted, {row.actual_columns} found"
+            why = f"expected {row.expected_columns} columns, got {row.actual_columns}"
             self.refuse(f"line cannot be read: {why}", rows, file, row.text.encode())
         restored = {_CR: "\r"} if _CR.encode() in block else {}
         if quotes and self.text.delimiter != self.text.table.delimiter:
@@ -313,21 +316,22 @@ class CsvRows:
         return table, bad
 
     def without_unreadable(self, file: str, block: bytes) -> bytes:
-        """Leave an empty line, which is no row, where a line cannot be decoded."""
+        """Refuse the lines that cannot be decoded; leave empty lines, which are not rows, instead."""
         lines = block.splitlines(keepends=True)
         for number, text in enumerate(lines):
             if _UNREADABLE in text:
                 encoding = self.text.table.encoding
-                self.refuse(f"line cannot be read: is it {encoding}? Name the `encoding`", 1, file, text)
+                why = f"line cannot be read: it is not {encoding}; set `encoding`"
+                self.refuse(why, 1, file, text)
                 lines[number] = b"\n"
         return b"".join(lines)
 
     def without_stray_quotes(
         self, file: str, block: bytes, line: int, last: bool
     ) -> tuple[bytes, bytes]:
-        """Take out the lines of a block for which a stray quote stands; the end may have to wait."""
+        """Refuse the lines that a stray quote has swallowed; the end of the block may have to wait."""
         good: list[bytes] = []
-        position = kept = 0  # up to where the block has been looked at, and taken over or refused
+        position = kept = 0  # up to where the block has been examined, and kept or refused
         row = value_end = 0  # the start of the last row of several lines, and the end of its value
         while match := self.quoted.search(block, position):
             if block.find(b"\n", *match.span()) < 0:
@@ -336,7 +340,7 @@ class CsvRows:
             start = block.rfind(b"\n", 0, match.start()) + 1
             if start < value_end:  # the row began lines before
                 start = row
-            # as long as a value may be, wherever its row began; and a row no longer than a line
+            # limits: the length of a value, wherever its row began, and of a line for the whole row
             may_close = (
                 len(block) - match.start() <= LONGEST_VALUE and len(block) - start <= LONGEST_LINE
             )
@@ -369,8 +373,8 @@ class CsvRows:
         behind = block[match.end() : block.find(b"\n", match.end())]
         delimiters = len(self.columns) - 1
         rows = [text.count(self.delimiter) == delimiters for text in inner]
-        # A text in the first column ends in a line with all the delimiters of its row. That line is one
-        # of its own only if the first has them all as well.
+        # A text in the first column ends in a line with all delimiters of its row. That line is a row of
+        # its own only if the first line has all delimiters as well.
         if (
             self.closed.sub(b"", before).count(self.delimiter) + first.count(self.delimiter)
             == delimiters
@@ -380,10 +384,10 @@ class CsvRows:
         return bool(rows) and 2 * sum(rows) >= len(rows)
 
     def refuse(self, why: str, rows: int, file: str, text: bytes, place: str = "") -> None:
-        told = self.refused.setdefault(why, {"rows": 0, "examples": []})
-        told["rows"] += rows
-        if len(told["examples"]) < _EXAMPLES:
-            told["examples"].append(f"{Path(file).name}: {place}{self.text.shown(text)}")
+        reason = self.refused.setdefault(why, {"rows": 0, "examples": []})
+        reason["rows"] += rows
+        if len(reason["examples"]) < _EXAMPLES:
+            reason["examples"].append(f"{Path(file).name}: {place}{self.text.excerpt(text)}")
 
 
 def _opened(file: str) -> IO[bytes]:

@@ -1,7 +1,7 @@
-"""The files of a section of a schema: which there are, and what they are.
+"""Find the files of a section of a schema, and detect their format.
 
-What a file is, Parquet, Feather or CSV, compressed or not, is told from its first bytes. DuckDB reads
-Parquet and Feather; of CSV it gets the rows that ``csv_rows`` reads.
+The format (Parquet, Feather or CSV, compressed or not) is detected from the first bytes. DuckDB reads
+Parquet and Feather itself; CSV rows come from ``csv_rows``.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _NAMES = {".parquet": "parquet", ".pq": "parquet", ".feather": "feather", ".arro
 
 
 def read_header(section: str, table: Table) -> list[str]:
-    r"""The columns of a section's files, as they stand there.
+    r"""The column names of a section's files, unchanged.
 
     Args:
-        section: what to call the table in errors.
-        table: files, and how they are written.
+        section: the name of the table in errors.
+        table: the files and their format.
 
     Raises:
-        LogError: there are no such files, they cannot be read, or differ in their columns.
+        LogError: there are no such files, they cannot be read, or their columns differ.
 
     Example:
         >>> import tempfile
@@ -57,20 +57,20 @@ def read_header(section: str, table: Table) -> list[str]:
 def each_file(
     section: str, table: Table, numbered: bool, sql: duckdb.DuckDBPyConnection
 ) -> dict[str, int]:
-    r"""The files of a section, where each is read by itself.
+    r"""The files of a section, when each is read separately.
 
     Args:
-        section: what to call the table in errors.
-        table: files, and how they are written.
-        numbered: whether rows are to be counted.
+        section: the name of the table in errors.
+        table: the files and their format.
+        numbered: whether to count rows.
         sql: a connection.
 
     Returns:
-        For each path, how many rows stand in the files before; 0 unless they are counted.
+        For each path, the number of rows in the files before it; 0 unless ``numbered``.
 
     Raises:
-        LogError: see ``read_header``; or types differ, so that values would be other ones in files that
-            are read together; or rows of several files of CSV are to be counted.
+        LogError: see ``read_header``; or types differ between files, so that reading them separately
+            would change values; or ``numbered`` with several CSV files.
 
     Example:
         >>> import duckdb, tempfile
@@ -100,43 +100,43 @@ def each_file(
         for name, kind in types.items():
             if kind != first.get(name, kind):
                 raise LogError(
-                    f"{section}: the column {name!r} is {kind} in {file}, and {first[name]} in "
-                    f"{files.files[0]}; on Spark each file is read by itself, so write it alike in all"
+                    f"{section}: the column {name!r} is {kind} in {file}, but {first[name]} in "
+                    f"{files.files[0]}; on Spark each file is read separately, so use one type in all"
                 )
     if numbered and files.kind == "csv" and len(before) > 1:
         raise LogError(
-            f"{section}: `each` numbers the rows of its files, which on Spark are read side by side; "
-            "write them as Parquet, as one file, or take the engine duckdb"
+            f"{section}: `each` numbers the rows over several CSV files, which Spark reads in parallel; "
+            "write them as Parquet, as one file, or use the engine duckdb"
         )
     return before
 
 
 def _parquet(files: Sequence[str]) -> str:
-    """Files of Parquet, to select from.
+    """Parquet files, as an SQL relation.
 
-    By default the folders' names would replace columns, and the first file's types would round those of
-    the others.
+    By DuckDB's defaults folder names would replace columns, and values would be rounded to the types of
+    the first file.
     """
-    # DuckDB would take a name such as log[1].parquet for a pattern
+    # DuckDB would treat a name such as log[1].parquet as a pattern
     listed = ", ".join(literal(glob.escape(file)) for file in files)
     return f"read_parquet([{listed}], hive_partitioning=false, union_by_name=true)"
 
 
 class Source:
-    r"""What DuckDB selects a section's rows from.
+    r"""The relation from which DuckDB selects a section's rows.
 
     Args:
-        section: what to call the table in errors.
-        table: files, and how they are written.
-        connection: where the files are to be read.
+        section: the name of the table in errors.
+        table: the files and their format.
+        connection: the connection that reads the files.
 
     Attributes:
-        relation: to select from, once.
-        columns: for each name that stands once in the header, the column of the relation.
-        places: columns of the relation, beside those of the file, that say where a row stands, and what
-            to call them; of Parquet alone.
-        refused: why lines of CSV were refused, with their number (`rows`) and `examples`; complete when
-            all rows have been read.
+        relation: the SQL relation; it can be read once.
+        columns: for each name that occurs once in the header, the column of the relation.
+        places: for Parquet, our names of further columns of the relation, which locate a row, and these
+            columns; else empty.
+        refused: for each reason for which lines of CSV were refused, their number (`rows`) and
+            `examples`; complete after all rows have been read.
 
     Raises:
         LogError: see ``read_header``.
@@ -154,7 +154,7 @@ class Source:
         >>> sql.execute(f"FROM {source.relation}").fetchall(), source.columns
         ([('ann', 'a', 'b')], {'user': 'user'})
         >>> source.refused
-        {'line cannot be read: 3 columns wanted, 1 found': {'rows': 1, 'examples': ['log.csv: bob']}}
+        {'line cannot be read: expected 3 columns, got 1': {'rows': 1, 'examples': ['log.csv: bob']}}
     """
 
     def __init__(self, section: str, table: Table, connection: duckdb.DuckDBPyConnection) -> None:
@@ -181,7 +181,7 @@ class Source:
 
     @contextmanager
     def reading(self) -> Generator[None]:
-        """Raises what went wrong in a file as it was, where DuckDB would wrap it."""
+        """Raise an error of reading a file unchanged, which DuckDB would wrap."""
         try:
             yield
         except Exception:
@@ -191,9 +191,9 @@ class Source:
 
 
 def _unique(names: Sequence[str]) -> list[str]:
-    """Names that DuckDB can tell apart, which does so without regard to case.
+    """Make names unique for DuckDB, which ignores case.
 
-    A name that stands there several times is numbered each time, so that none is taken for another.
+    Every occurrence of a repeated name gets a number, so that none is mistaken for another.
     """
     count = Counter(name.lower() for name in names)
     seen: Counter[str] = Counter()
@@ -224,20 +224,20 @@ class _Files:
         for file in self.files[1:]:
             if self._kind(file) != self.kind:
                 raise LogError(
-                    f"{section}: {file} is {self._kind(file)}, {self.files[0]} is {self.kind}; name "
-                    "files of one kind"
+                    f"{section}: {file} is {self._kind(file)}, but {self.files[0]} is {self.kind}; use "
+                    "files of one format"
                 )
         self._check_options()
         self.names = list(table.columns) or self._columns(self.files[0])
         for file in [] if table.columns else self.files[1:]:
             names = self._columns(file)
-            # in CSV a column is known by its place
+            # in CSV columns are identified by their position
             same = names == self.names if self.kind == "csv" else sorted(names) == sorted(self.names)
             if not same:
                 raise LogError(
-                    f"{section}: {file} starts with {','.join(names)!r}, {self.files[0]} with "
-                    f"{','.join(self.names)!r}; name files of the same columns, or name the `columns` "
-                    "if there is no header"
+                    f"{section}: {file} starts with {','.join(names)!r}, but {self.files[0]} with "
+                    f"{','.join(self.names)!r}; use files with the same columns, or set `columns` if "
+                    "they have no header"
                 )
         if self.kind != "csv":
             self._check_types()
@@ -246,18 +246,21 @@ class _Files:
         patterns = [self.table.files] if isinstance(self.table.files, str) else self.table.files
         found: dict[str, str] = {}
         for pattern in patterns:
-            # a file may have a name that would be a pattern
+            # the name of an existing file may look like a pattern
             files = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
             if "**" in pattern:
                 files = [file for file in files if not os.path.isdir(file)]
             if not files:
-                raise LogError(f"{self.section}: no file is called {pattern}")
+                raise LogError(f"{self.section}: no file matches {pattern}; check `files`")
             for file in files:
                 if os.path.isdir(file):
-                    raise LogError(f"{self.section}: {file} is a folder; name its files, as {file}/*")
-                found.setdefault(os.path.realpath(file), file)  # one that two patterns name is read once
+                    raise LogError(
+                        f"{self.section}: {file} is a folder; name its files, such as {file}/*"
+                    )
+                # a file that matches two patterns is read once
+                found.setdefault(os.path.realpath(file), file)
         if not found:
-            raise LogError(f"{self.section}: `files` names none")
+            raise LogError(f"{self.section}: `files` is empty; name at least one file")
         return list(found.values())
 
     def _kind(self, file: str) -> str:
@@ -266,19 +269,21 @@ class _Files:
         kind = next((kind for magic, kind in _KINDS.items() if start.startswith(magic)), "csv")
         named = _NAMES.get(Path(file).suffix.lower(), kind)
         if named != kind and kind == "csv":
-            raise LogError(f"{self.section}: {file} is called {named} and is none, or not a whole one")
+            raise LogError(
+                f"{self.section}: {file} is named like a {named} file, but is not one or is incomplete"
+            )
         return kind
 
     def _check_options(self) -> None:
-        """Raises LogError where an option of the section cannot be."""
+        """Raise a LogError if an option of the section is not valid."""
         section, file, table = self.section, self.files[0], self.table
         for option in ("columns", "nulls"):
             given = getattr(table, option)
             if isinstance(given, str) or not all(isinstance(value, str) for value in given):
-                raise LogError(f"{section}: {option} must be a list of texts, got {given!r}")
+                raise LogError(f"{section}: {option} must be a list of strings, got {given!r}")
             if given and self.kind != "csv":
                 raise LogError(
-                    f"{section}: {file} is {self.kind}, and `{option}` is of CSV; leave it out"
+                    f"{section}: {file} is {self.kind}, but `{option}` is only for CSV; leave it out"
                 )
         quote, delimiter = table.quote, table.delimiter
         if not isinstance(quote, str) or len(quote) > 1 or not quote.isascii() or quote in set("\r\n"):
@@ -287,18 +292,19 @@ class _Files:
             )
         if not isinstance(delimiter, str) or not delimiter or set(delimiter) & {"\r", "\n", quote}:
             raise LogError(
-                f"{section}: delimiter must be a text without quotes and line ends, got {delimiter!r}"
+                f"{section}: delimiter must be a non-empty string without quotes and line ends, got "
+                f"{delimiter!r}"
             )
-        try:  # None would be this machine's own
+        try:  # None would mean the locale's encoding
             io.TextIOWrapper(io.BytesIO(), encoding=table.encoding or "")
         except (LookupError, TypeError) as error:
             raise LogError(
-                f"{section}: {file} cannot be read: encoding {table.encoding!r} is none of text that "
-                "Python knows, such as utf-8, cp1252 or gbk"
+                f"{section}: {file} cannot be read: encoding {table.encoding!r} is not a text encoding "
+                "of Python, such as utf-8, cp1252 or gbk"
             ) from error
 
     def _check_types(self) -> None:
-        """Raises LogError where a column is, say, text in one file and a number in another."""
+        """Raise a LogError if a column has different kinds in two files, such as text and numbers."""
         first: dict[str, tuple[str, str, pa.DataType]] = {}
         for file in self.files:
             for column in self._schema(file):
@@ -308,8 +314,8 @@ class _Files:
                 known, where, was = first.setdefault(column.name, (kind, file, column.type))
                 if known != kind:
                     raise LogError(
-                        f"{self.section}: the column {column.name!r} is {column.type} in {file}, and "
-                        f"{was} in {where}; write it alike in all files, or cast it there"
+                        f"{self.section}: the column {column.name!r} is {column.type} in {file}, but "
+                        f"{was} in {where}; use one type in all files"
                     )
 
     def _schema(self, file: str) -> pa.Schema:
@@ -323,7 +329,7 @@ class _Files:
             return self.csv.names(file)
 
     def feather(self) -> ds.Dataset:
-        """A dataset of all files; its types hold the values of each of them."""
+        """A dataset of all files, with types wide enough for the values of each."""
         with naming_errors(self.section, self.files[0]):
             schemas = [self._schema(file) for file in self.files]
             types = pa.unify_schemas(schemas, promote_options="permissive")
@@ -336,7 +342,7 @@ def _feather_schema(file: str) -> pa.Schema:
 
 
 def _kind_of(kind: pa.DataType) -> str | None:
-    """What a type holds, whatever its width; None of a column of nulls, which is of any."""
+    """The kind of a type, regardless of its width; None for a column of nulls, which fits any kind."""
     if pa.types.is_null(kind):
         return None
     if pa.types.is_dictionary(kind):

@@ -1,4 +1,4 @@
-"""Histories that are lists without times: which list of a user is taken, and when its events were."""
+"""Histories given as lists without times: choose one list per user, and set the times of its events."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ if TYPE_CHECKING:
 
 
 def date_histories(sql: DuckDBPyConnection) -> None:
-    """Give the events of ``events_read`` a time, and leave each user one list: the shortest.
+    """Set the times of the events in ``events_read``, and keep one list per user: the shortest.
 
-    A longer list may hold what came after the requests that the shorter one was written for. The table
-    `lists_of_users` says how many lists of how many users there were, and how many users have lists of
-    several lengths.
+    A longer list may contain what came after the requests for which the shorter one was written. The
+    table `lists_of_users` has the number of lists, and of different lengths, of each user.
 
     Args:
-        sql: holds events_read, with the place of each event in its list, requests_rows, and in
-            `first_request` the least time of all requests.
+        sql: contains events_read, with the position of each event in its list; requests_rows; and
+            `first_request`, the earliest time of all requests.
 
     Example:
         >>> import duckdb
@@ -59,7 +58,7 @@ def date_histories(sql: DuckDBPyConnection) -> None:
 
 
 def lists_figures(sql: DuckDBPyConnection) -> dict[str, Any]:
-    """How many lists of how many users there were, in figures that add up.
+    """The number of users and of their lists, as figures that can be added.
 
     Example:
         >>> import duckdb

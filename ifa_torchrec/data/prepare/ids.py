@@ -1,8 +1,8 @@
-"""Ids become rows of tables: tables codes_NAME (id, code) of DuckDB, and the log's vocabulary.
+"""Number the ids: the DuckDB tables codes_NAME (id, code), and the log's vocabulary.
 
-Row 0 is left for what is not known. What the training split has is numbered in the order of its ids;
-items that it has not follow, so that they can be told apart. A vocabulary that is extended keeps its
-numbers, and what is new comes behind them.
+Row 0 is reserved for unknown ids. The ids of the training split are numbered in sorted order; then come
+the items that are not in it, so that they can be distinguished. When a vocabulary is extended, its ids
+keep their numbers and new ids come after them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def hash_in_sql(text: str, rows: int) -> str:
-    """``hash_row`` of a text, in SQL.
+    """``hash_row`` of a text, as SQL.
 
     Example:
         >>> import duckdb
@@ -42,7 +42,7 @@ def hash_in_sql(text: str, rows: int) -> str:
 
 
 def with_codes(features: Iterable[str], table: str) -> tuple[str, str]:
-    """What to select, and the joins, to have the rows of a table's features in place of ids.
+    """SQL to replace the ids in a table's features by rows: the columns to select, and the joins.
 
     Example:
         >>> from ifa_torchrec.data.prepare.ids import with_codes
@@ -60,13 +60,13 @@ def with_codes(features: Iterable[str], table: str) -> tuple[str, str]:
 def with_lists(
     sql: DuckDBPyConnection, features: Iterable[str], table: str, key: str
 ) -> tuple[str, str]:
-    """What to select, and the joins, to have lists of rows in place of a table's lists of ids.
+    """SQL to replace the ids in a table's lists by rows: the columns to select, and the joins.
 
     Args:
-        sql: holds the table and the codes; of each feature there is then a table rows_NAME.
-        features: lists of ids in the table.
-        table: with the lists.
-        key: its column that tells rows apart.
+        sql: contains the table and the codes; gets a table rows_NAME for each feature.
+        features: the list columns of the table.
+        table: the table with the lists.
+        key: its key column.
 
     Example:
         >>> import duckdb
@@ -96,11 +96,11 @@ def with_lists(
 
 @dataclass(frozen=True)
 class OldVocabulary:
-    """A vocabulary that is extended.
+    """A vocabulary that is to be extended.
 
     Args:
-        vocabulary: which id has which row.
-        known: rows of its log's item table; items that it numbers from there on were new.
+        vocabulary: the rows of its ids.
+        known: the number of rows of its log's item table; its items from this number on were new.
 
     Example:
         >>> from ifa_torchrec.data.prepare.ids import OldVocabulary
@@ -114,18 +114,20 @@ class OldVocabulary:
 
     @staticmethod
     def load(place: str | Path) -> OldVocabulary:
-        """Of a log, a folder or behind a URI, or of a run: then its log must still be there.
+        """Load the vocabulary of a log (a folder or URI), or of a run, whose log must still exist.
 
         Raises:
-            LogError: the place has no vocabulary, or there is no schema.json of its log.
+            LogError: the place has no vocabulary, or its log has no schema.json.
         """
         log, config = str(place), Path(place) / "config.json"
         if not is_uri(place) and not (Path(place) / "schema.json").exists() and config.exists():
             try:
                 log = str(json.loads(config.read_text())["data"])
             except (OSError, ValueError, LookupError, TypeError) as error:
-                raise LogError(f"{config}: no run's options ({error}); name its log instead") from error
-        remote = RemoteLog(log) if is_uri(log) else None  # whose copies stay as long as it does
+                raise LogError(
+                    f"{config}: not the options of a run ({error}); name its log instead"
+                ) from error
+        remote = RemoteLog(log) if is_uri(log) else None  # keeps its copies while it exists
         copied = Path(log) if remote is None else remote.folder
         schema = read_header(copied / "schema.json").schema
         vocabulary = Vocabulary.load(copied if is_uri(place) else Path(place))
@@ -134,19 +136,19 @@ class OldVocabulary:
 
 USERS = """SELECT "user" AS id, true AS known FROM events_rows
     UNION ALL SELECT "user", true FROM requests_rows"""
-"""The users of events and requests, in SQL."""
+"""The users of events and requests, as SQL."""
 
 
 def ids_of(schema: PrepareSchema, splits: Splits) -> dict[str, str]:
-    """Which ids there are of items, and of the features of events, requests and candidates.
+    """Queries for the ids of items, and of the features of events, requests and candidates.
 
     Args:
-        schema: of the log.
-        splits: of its requests.
+        schema: the schema of the log.
+        splits: the splits of its requests.
 
     Returns:
-        For each name a query of the tables `events_rows`, `requests` and `sessions`: of items `id` and
-        how often the training split has it, `n`; of features `id` and `known`.
+        For each name, a query on the tables `events_rows`, `requests` and `sessions`: for items, `id`
+        and its number of occurrences in the training split, `n`; for features, `id` and `known`.
     """
     requests, hashed = schema.requests, hashes_of(schema)
     train = f"_number < {splits.numbers['train'].stop}"
@@ -172,7 +174,7 @@ def ids_of(schema: PrepareSchema, splits: Splits) -> dict[str, str]:
 
 
 def hashes_of(schema: PrepareSchema) -> dict[str, int | None]:
-    """For users, items and each feature, the rows that its ids are hashed to, or None."""
+    """For users, items and each feature, the number of rows that its ids are hashed to, or None."""
     items, requests = schema.described_items, schema.requests
     hashed = {USER: None, ITEM: rows_of(schema.events.item)}
     for columns in (items.features, items.lists, schema.events.features, schema.context):
@@ -186,13 +188,12 @@ class Numbering:
     """Numbers the ids of a log.
 
     Args:
-        sql: holds the items that are described, and the ids that there are.
-        schema: of the log.
-        old: what is extended.
+        sql: contains the described items, and the views of ids.
+        schema: the schema of the log.
+        old: the vocabulary to extend.
 
     Raises:
-        LogError: ``old`` has names that the schema has not, or hashes what the schema does not, or
-            otherwise.
+        LogError: ``old`` has a name that the schema lacks, or a name is hashed differently.
     """
 
     def __init__(
@@ -202,17 +203,17 @@ class Numbering:
         self.old = old.vocabulary if old else Vocabulary({})
         self.known = old.known if old else 1
         self.ids: dict[str, Ids] = {}
-        self.told: dict[str, dict[str, Any]] = {}
+        self.report: dict[str, dict[str, Any]] = {}
         self.hashed = hashes_of(schema)
         for name in self.old.names:
             self._check_old(name)
 
     def users(self) -> None:
-        """Number all users: those of `ids_user`."""
+        """Number all users, from `ids_user`."""
         self._number(USER, "FROM ids_user")
 
     def others(self) -> None:
-        """Number items and features: those of `ids_item` (id, n), and `ids_NAME` (id, known)."""
+        """Number items and features, from `ids_item` (id, n) and `ids_NAME` (id, known)."""
         schema, items = self.schema, self.schema.described_items
         self.sql.execute(
             """CREATE TABLE occurrences AS SELECT id AS item, sum(n)::BIGINT AS n FROM ids_item
@@ -237,30 +238,30 @@ class Numbering:
                 self._number(name, f"FROM {quoted(f'ids_{name}')}")
 
     def vocabulary(self) -> Vocabulary:
-        """What was numbered."""
+        """The vocabulary of all numbered ids."""
         return Vocabulary(self.ids)
 
     def _check_old(self, name: str) -> None:
         if name not in self.hashed:
             raise LogError(
-                f"the vocabulary that is extended has ids of {name!r}, and the schema has nothing of "
-                f"that name; it has {list(self.hashed)}"
+                f"the vocabulary to extend has ids of {name!r}, which the schema does not name; it "
+                f"names {list(self.hashed)}"
             )
         old, rows = self.old[name], self.hashed[name]
         kind = f"hashed to {rows} rows" if rows else "listed"
         was = f"hashed to {old.rows} rows" if old.kind == "hashed" else old.kind
         if kind != was:
             raise LogError(
-                f"ids of {name!r} are {kind} by the schema, and {was} in the vocabulary that is "
-                "extended; give the column the same hash"
+                f"ids of {name!r} are {kind} by the schema, but {was} in the vocabulary to extend; "
+                "set the same hash for the column"
             )
 
     def _number(self, name: str, ids: str) -> None:
         """Make the table codes_NAME.
 
         Args:
-            name: of users, items or a feature.
-            ids: a query of ids and whether the training split has each.
+            name: users, items or a feature.
+            ids: a query for the ids, and whether each is in the training split.
         """
         sql, rows = self.sql, self.hashed[name]
         table = quoted(f"codes_{name}")
@@ -270,7 +271,7 @@ class Numbering:
                 f"CREATE TABLE {table} AS SELECT id, {hash_in_sql('id', rows)} AS code FROM ({distinct})"
             )
             self.ids[name] = Ids("hashed", rows)
-            self.told[name] = {"ids": self._count(table), "rows": rows, **self._shared(table)}
+            self.report[name] = {"ids": self._count(table), "rows": rows, **self._shared(table)}
             return
         old = self.old[name].ids if name in self.old.names else None
         before = pa.array([], pa.string()) if old is None else old
@@ -286,13 +287,13 @@ class Numbering:
         count = self._count(table)
         self.ids[name] = Ids("listed", count + 1, self._listed(name, table, old))
         rows = count + 1
-        if name == ITEM:  # the last row of its table is that of the last id that a training has
+        if name == ITEM:  # the item table ends with the last id that any training split has
             last = f"SELECT max(code) FROM {table} SEMI JOIN (FROM ({distinct}) WHERE known) USING (id)"
             rows = max(self.known, 1 + (number(sql, last) or 0))
-        self.told[name] = {"ids": count, "rows": rows}
+        self.report[name] = {"ids": count, "rows": rows}
 
     def _listed(self, name: str, table: str, old: pa.Array | None) -> pa.Array:
-        """The ids in the order of their rows: integers where all are."""
+        """The ids in the order of their rows; integers if all of them are."""
         other, count = first_row(
             self.sql,
             f"""SELECT min(id), count(*) FROM {table}
@@ -302,8 +303,8 @@ class Numbering:
         if old is not None and len(old):
             if count and pa.types.is_integer(old.type):
                 raise LogError(
-                    f"ids of {name!r} are integers in the vocabulary that is extended, and {other!r} is "
-                    "none; write them alike, or begin a new vocabulary"
+                    f"ids of {name!r} are integers in the vocabulary to extend, but {other!r} is not; "
+                    "use the same kind of ids, or start a new vocabulary"
                 )
             kind = old.type
         rows = self.sql.sql(f"SELECT id FROM {table} ORDER BY code").to_arrow_table()

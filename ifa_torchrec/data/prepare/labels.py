@@ -1,4 +1,4 @@
-"""Labels of another table, and listed ones: which candidates they mark, and what the report says."""
+"""Labels from another table, and labels given as lists: mark their candidates, and report on them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def join_label(sql: DuckDBPyConnection, task: str, section: str, label: JoinedLa
     """Add the column of a task to ``requests_read``.
 
     Args:
-        sql: holds requests_read, requests_rows and SECTION_rows.
+        sql: contains requests_read, requests_rows and SECTION_rows.
         task: the label's name.
-        section: of the label's rows.
-        label: says which candidates a row marks.
+        section: the section of the label's rows.
+        label: defines which candidates a row marks.
 
     Example:
         >>> import duckdb
@@ -41,7 +41,7 @@ def join_label(sql: DuckDBPyConnection, task: str, section: str, label: JoinedLa
     """
     rows = f"{section}_rows"
     if not label.mark_all:
-        # what a row marks has the very time of the latest candidate before it
+        # a row marks the candidates at the time of the latest candidate before it
         rows = f"""(SELECT l."user", l.item, r.time
             FROM {rows} l ASOF JOIN (SELECT DISTINCT "user", item, time FROM requests_rows) r
             ON l."user" = r."user" AND l.item = r.item AND l.time >= r.time
@@ -54,13 +54,13 @@ def join_label(sql: DuckDBPyConnection, task: str, section: str, label: JoinedLa
 
 
 def _labels(label: JoinedLabel) -> str:
-    """Whether a row `l` of a joined label is of a row `r` of the requests and in time, in SQL."""
+    """SQL condition: a row `l` of a joined label matches a row `r` of the requests, and is in time."""
     return f"""l."user" = r."user" AND l.item = r.item
         AND l.time BETWEEN r.time AND r.time + {interval(label.within_seconds)}"""
 
 
 def joined_figures(sql: DuckDBPyConnection, section: str, label: JoinedLabel) -> dict[str, Any]:
-    """What became of the rows of a joined label, in figures that add up; see ``joined_told``."""
+    """Counts of the rows of a joined label by their match, which can be added; see ``joined_report``."""
     rows, users, items, in_time = (
         number(sql, f"SELECT count(*) FROM {section}_rows l {which}")
         for which in (
@@ -90,13 +90,13 @@ def joined_figures(sql: DuckDBPyConnection, section: str, label: JoinedLabel) ->
     }
 
 
-def joined_told(
+def joined_report(
     figures: Mapping[str, Any], task: str, section: str, label: JoinedLabel
 ) -> dict[str, int]:
-    """What became of the rows of a joined label, for the report.
+    """Counts of the rows of a joined label by their match, for the report.
 
     Raises:
-        LogError: not one labels a candidate.
+        LogError: no row labels a candidate.
     """
     counts = {name: count for name, count in figures.items() if name != "like"}
     if not counts["in_time"]:
@@ -104,16 +104,17 @@ def joined_told(
         raise LogError(
             f"requests.labels.{task}: none of its {counts['rows']} rows labels a candidate; "
             f"{counts['of_a_user_of_the_requests']} have a user of the requests, "
-            f"{counts['of_a_candidate']} that user's candidate, none within {label.within_seconds} "
-            f"seconds after it. Its users are like {its[USER].told()}, its items like "
-            f"{its[ITEM].told()}; those of the requests like {theirs[USER].told()} and "
-            f"{theirs[ITEM].told()}; are ids written alike, and times of one time zone?"
+            f"{counts['of_a_candidate']} an item that is this user's candidate, and none is within "
+            f"{label.within_seconds} seconds after it. Its users look like {its[USER].to_report()} and "
+            f"its items like {its[ITEM].to_report()}; those of the requests look like "
+            f"{theirs[USER].to_report()} and {theirs[ITEM].to_report()}. Write the ids in the same way, "
+            "and check the time zones"
         )
     return counts
 
 
 def listed_figures(sql: DuckDBPyConnection, task: str, each: bool) -> dict[str, Any]:
-    """How many items a label lists, and finds, in figures that add up; see ``listed_told``."""
+    """The numbers of items that a label lists and finds, which can be added; see ``listed_report``."""
     listed = quoted(f"_listed_{task}")
     of_rows = f"SELECT any_value({listed}) AS n FROM requests_rows GROUP BY _at"
     of = number(
@@ -126,16 +127,16 @@ def listed_figures(sql: DuckDBPyConnection, task: str, each: bool) -> dict[str, 
     return {"listed": of, "found": found, "like": least(sql, ITEM, "requests")}
 
 
-def listed_told(figures: Mapping[str, Any], task: str) -> dict[str, int]:
-    """How many of the items that a label lists are among the candidates of their row, for the report.
+def listed_report(figures: Mapping[str, Any], task: str) -> dict[str, int]:
+    """The numbers of items that a label lists, and finds among the candidates of their row.
 
     Raises:
-        LogError: items are listed and not one is a candidate.
+        LogError: no listed item is a candidate.
     """
     of, found = figures["listed"], figures["found"]
     if of and not found:
         raise LogError(
             f"requests.labels.{task}: none of the {of} items that it lists is a candidate of its row; "
-            f"candidates are like {figures['like'].told()}; are ids written alike?"
+            f"candidates look like {figures['like'].to_report()}; write the ids in the same way"
         )
     return {"listed": of, "found": found}

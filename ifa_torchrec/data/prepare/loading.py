@@ -1,4 +1,4 @@
-"""A schema from its JSON file."""
+"""Load a schema from its JSON file."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ifa_torchrec.data.schema import LogError
 
 
 def load_schema(path: str | Path) -> PrepareSchema:
-    """Read a schema from JSON; files are looked for beside it.
+    """Read a schema from JSON; paths of files are relative to its folder.
 
     Raises:
-        LogError: it is no JSON, a key is unknown, missing or given twice, or a value is wrong (see
-            PrepareSchema); the message has the keys there are.
+        LogError: it is not JSON, a key is unknown, missing or duplicate, or a value is wrong (see
+            PrepareSchema); the message lists the allowed keys.
 
     Example:
         >>> import json, tempfile
@@ -41,10 +41,11 @@ def load_schema(path: str | Path) -> PrepareSchema:
 
 def _read(path: Path) -> Any:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        """An object of JSON, of which Python would take the last of the same keys."""
+        """Make a dict of a JSON object; by default Python would silently keep the last of duplicate
+        keys."""
         values = dict(pairs)
         if len(values) < len(pairs):
-            raise LogError(f"{path}: a key is given twice, among {[key for key, _ in pairs]}")
+            raise LogError(f"{path}: duplicate key among {[key for key, _ in pairs]}; remove one")
         return values
 
     try:
@@ -52,18 +53,18 @@ def _read(path: Path) -> Any:
     except LogError:
         raise
     except (OSError, ValueError) as error:
-        raise LogError(f"{path}: not readable as JSON ({error})") from error
+        raise LogError(f"{path}: cannot be read as JSON ({error})") from error
 
 
 class _Loading:
-    """Objects of JSON become the dataclasses that annotations ask for."""
+    """Converts JSON objects to dataclasses by the annotations."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def build(self, kinds: list[Any], section: str, values: Any) -> Any:
-        """The first of some dataclasses whose fields an object has."""
-        told: list[str] = []
+        """Build the first of ``kinds`` whose fields match the object."""
+        expected: list[str] = []
         for kind in kinds:
             fields = {f.name: f for f in dataclasses.fields(kind)}
             missing = dataclasses.MISSING
@@ -72,9 +73,11 @@ class _Loading:
             ]
             if isinstance(values, dict) and set(needed) <= set(values) <= set(fields):
                 return self._dataclass(kind, section, values)
-            told.append(f"{needed}, and perhaps {[n for n in fields if n not in needed]}")
+            optional = [n for n in fields if n not in needed]
+            expected.append(f"the keys {needed}, and optionally {optional}")
         raise LogError(
-            f"{self.path}: {section} must be an object with {'; or with '.join(told)}; got {values!r}"
+            f"{self.path}: {section} must be an object with {'; or with '.join(expected)}; got "
+            f"{values!r}"
         )
 
     def _dataclass(self, kind: Any, section: str, values: dict[str, Any]) -> Any:
@@ -102,11 +105,11 @@ class _Loading:
         return value
 
     def _beside(self, where: str, files: Any) -> list[str]:
-        """Paths and patterns of files, from the folder of the schema."""
+        """Make paths and patterns of files relative to the schema's folder."""
         patterns = [files] if isinstance(files, str) else files
         if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
             raise LogError(f"{self.path}: {where} must be a path, or a list of paths, got {files!r}")
-        # the names of the folders above are no patterns, and neither is that of a file that is there
+        # the names of parent folders, and of existing files, are not patterns
         folder = self.path.parent
         there = [str(folder / pattern) for pattern in patterns]
         anywhere = [os.path.join(glob.escape(str(folder)), pattern) for pattern in patterns]

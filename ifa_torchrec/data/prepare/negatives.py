@@ -1,4 +1,4 @@
-"""Candidates that are drawn, for logs that have only what users did; see ``Requests``."""
+"""Draw negative candidates, for logs that record only what users did; see ``Requests``."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def draw_negatives(sql: DuckDBPyConnection, requests: Requests, first_cut: str |
     """Add `requests.negatives` candidates for each positive to `candidates`, and list them in `drawn`.
 
     Args:
-        sql: holds `events` and `candidates`.
-        requests: of the schema.
-        first_cut: candidates are drawn from the events before this time (SQL); None for all events.
+        sql: contains `events` and `candidates`.
+        requests: the requests of the schema.
+        first_cut: draw candidates from the events before this time (SQL); None for all events.
 
     Raises:
         LogError: there are no such events.
     """
     before = f"time < {first_cut}" if first_cut else "true"
-    # items side by side, each as wide as it has events: _end is where the next begins
+    # items laid out on a line, each as wide as its number of events; _end is where the next item begins
     sql.execute(
         f"""CREATE TABLE drawable AS
         SELECT item, CAST(sum(events) OVER (ORDER BY item) AS BIGINT) AS _end
@@ -34,8 +34,8 @@ def draw_negatives(sql: DuckDBPyConnection, requests: Requests, first_cut: str |
     events = number(sql, "SELECT max(_end) FROM drawable")
     if not events:
         raise LogError(
-            "requests: negatives are drawn from the events before the first split, and there are "
-            "none; let it start later, or leave negatives out"
+            "requests: negatives are drawn from the events before the first split, but there are none; "
+            "start the split later, or leave out negatives"
         )
     event = hash_in_sql("_number || ' ' || _draw", events + 1) + " - 1"
     zeros = "".join(f", {quoted(task)} := 0::FLOAT" for task in requests.labels)

@@ -1,4 +1,4 @@
-"""What the report says of ids that the training never had: new items, users and values, by split."""
+"""Report the ids that are not in the training split: new items, users and values, by split."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 class NewIds:
-    """Shares of new ids.
+    """Computes the shares of new ids.
 
     Args:
-        sql: holds the tables of the other rooms.
-        schema: of the log.
-        splits: of its requests.
-        known: rows of the item table; numbers from there on are of new items.
+        sql: contains the tables of the other steps.
+        schema: the schema of the log.
+        splits: the splits of its requests.
+        known: the number of rows of the item table; items from this number on are new.
     """
 
     def __init__(
@@ -39,10 +39,10 @@ class NewIds:
         )
 
     def figures(self, split: str) -> dict[str, Any]:
-        """Shares of a split: of items among candidates and events, of users among requests and events,
-        and of the values of each feature.
+        """The shares in a split of new items (in candidates and events), new users (in requests and
+        events) and new values of each feature.
 
-        Events of a split are those between the last request of the split before and its own.
+        Events of a split are those after the last request of the previous split, up to its own.
         """
         mine, events = self.splits[split], f"FROM events WHERE {self.events[split]}"
         requests = f"_number BETWEEN {mine.start} AND {mine.stop - 1}"
@@ -61,7 +61,8 @@ class NewIds:
         }
 
     def _values(self, requests: str, events: str) -> dict[str, Share]:
-        """Of the values that are given, the share that the vocabulary does not have."""
+        """The share of the values of each feature that are not in the vocabulary, without missing
+        values."""
         schema, items = self.schema, self.schema.described_items
         candidates = f"FROM candidates JOIN items ON items.item = _row.item WHERE {requests}"
         new: dict[str, Share] = {}

@@ -1,4 +1,4 @@
-"""``prepare``, step by step; each step is a room of its own."""
+"""``prepare``: run the steps of the preparation; each step is a module."""
 
 from __future__ import annotations
 
@@ -45,22 +45,22 @@ def prepare(
     r"""Write the event log of a schema, with its report (report.json) and its vocabulary.
 
     Args:
-        schema: where the rows are and what they mean.
-        out: folder of the log; it does not exist yet.
-        memory: what DuckDB may take before it goes on on disk, beside ``out``. Opening the log takes
-            8 bytes for each number of a table at a time, once.
-        max_refused: greatest share of a table's rows that may be refused.
-        vocabulary: folder of a log, or of a run, whose vocabulary is extended: what it knows keeps its
-            rows, and has them in this log, seen in it or not.
-        parts: how many parts the events and the requests are cut into, by a hash of the user; see
-            data/parts.py.
-        engine: "duckdb", on this machine, or "spark", on those of a session of Spark; see ``spark``.
-            ``memory`` is then that of each task, and of the driver; ``out`` and the files are on a file
-            system that all of them see.
+        schema: the files of the log and the meaning of their columns.
+        out: the folder of the log; it must not exist yet.
+        memory: the memory that DuckDB may use before it spills to disk, next to ``out``. Opening the log
+            takes 8 bytes for each number of one table at a time, once.
+        max_refused: maximum share of a table's rows that may be refused.
+        vocabulary: folder of a log, or of a run, whose vocabulary to extend: its ids keep their rows,
+            and have them in this log whether it contains them or not.
+        parts: the number of parts that the events and the requests are split into, by a hash of the
+            user; see data/parts.py.
+        engine: "duckdb", on this machine, or "spark", in a Spark session; see ``spark``. ``memory`` then
+            applies to each task and to the driver; ``out`` and the files must be on a file system that
+            all machines share.
 
     Raises:
-        LogError: a file or column is missing, too many rows are refused, a join finds nothing, a split
-            is empty, or ``memory`` is too little; or Spark does not do what the schema asks for.
+        LogError: a file or column is missing, too many rows are refused, a join has no match, a split
+            is empty, or ``memory`` is too little; or Spark does not support the schema.
         FileExistsError: ``out`` exists.
         ModuleNotFoundError: DuckDB, or PySpark, is not installed.
 
@@ -80,7 +80,7 @@ def prepare(
         >>> log.item_names(), log.requests("train")["candidates"].tolist()
         (['unknown', 'cup', 'tea'], [1, 2])
     """
-    log_schema(schema, {}, {})  # names that cannot work are refused before the long part
+    log_schema(schema, {}, {})  # refuse invalid names before the long part
     check_splits(schema.splits)
     check_parts(parts)
     if not 0 <= max_refused <= 1:
@@ -91,7 +91,7 @@ def prepare(
         check_spark(schema, out, parts)
     old = None if vocabulary is None else OldVocabulary.load(vocabulary)
     with drafting(out) as draft:
-        with database(draft / "work", memory) as sql:  # there must be room beside the log anyway
+        with database(draft / "work", memory) as sql:  # the disk of the log must have space anyway
             numbering = Numbering(sql, schema, old)
             if engine == "spark":
                 job = Job(schema, draft.absolute(), memory)
@@ -104,7 +104,7 @@ def prepare(
 def _write(
     sql: DuckDBPyConnection, draft: Path, parts: int, max_refused: float, numbering: Numbering
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """Write the log's tables; returns its report, and the width of each kind of vectors."""
+    """Write the log's tables; returns its report, and the width of each vector feature."""
     schema = numbering.schema
     refused = _read(sql, schema, max_refused)
     rows = figures_of_rows(sql, schema)
@@ -117,12 +117,12 @@ def _write(
         sql.execute(f"CREATE VIEW {quoted(f'ids_{name}')} AS {query}")
     numbering.others()
     widths = write_items(sql, schema, draft / "items.parquet")
-    figures = write_rows(sql, schema, splits, numbering.told[ITEM]["rows"], draft, Parts(parts))
-    return report_of(figures, rows, joins, numbering.told, refused), widths
+    figures = write_rows(sql, schema, splits, numbering.report[ITEM]["rows"], draft, Parts(parts))
+    return report_of(figures, rows, joins, numbering.report, refused), widths
 
 
 def _read(sql: DuckDBPyConnection, schema: PrepareSchema, max_refused: float) -> dict[str, Refused]:
-    """Read all sections of a schema; returns the rows of each, and those that are refused."""
+    """Read all sections of a schema; returns the counts of rows and refused rows of each."""
     refused: dict[str, Refused] = {}
     for section in sections_of(schema):
         refused[section.name] = read_section(sql, schema, section)

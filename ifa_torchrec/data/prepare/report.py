@@ -1,7 +1,7 @@
-"""What LOG/report.json says of joins, leaks, times, doubled rows and scales, beside plain counts.
+"""Compute LOG/report.json: joins, leaks, times, duplicate rows and scales, besides plain counts.
 
-All of it is asked of the tables that ``ifa_torchrec.data.prepare`` makes on its way, in figures that add
-up (``tallies``): those of some users, and of the others, are those of the log.
+Everything is queried from the intermediate tables of ``ifa_torchrec.data.prepare``, as figures that can
+be added (``tallies``): the figures of the log are the sum of those of disjoint groups of users.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ifa_torchrec.data.prepare.histories import lists_figures
-from ifa_torchrec.data.prepare.labels import joined_figures, joined_told, listed_figures, listed_told
+from ifa_torchrec.data.prepare.labels import joined_figures, joined_report, listed_figures, listed_report
 from ifa_torchrec.data.prepare.new_ids import NewIds
 from ifa_torchrec.data.prepare.schema import ITEM, Listed, PrepareSchema, Requests
 from ifa_torchrec.data.prepare.splits import Splits
 from ifa_torchrec.data.prepare.sql import first_row, number, quoted
 from ifa_torchrec.data.prepare.tallies import (
+    NumberStats,
     Refused,
-    Scale,
     Share,
     Span,
     histogram,
     least,
     share,
     shares,
-    told,
+    to_report,
 )
 from ifa_torchrec.data.schema import TIME, USER, LogError
 
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 _SPANS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400}
-# Above these shares a sentence among the report's `warnings` says so.
+# Above these shares the report has a sentence in `warnings`.
 _LEAKED, _DOUBLED, _AT_MIDNIGHT, _NEW, _UNDESCRIBED, _AMBIGUOUS = 0.1, 0.01, 0.5, 0.2, 0.05, 0.01
 
 
 def figures_of_rows(sql: DuckDBPyConnection, schema: PrepareSchema) -> dict[str, Any]:
-    """What there is to say of the rows of some users before they are grouped, in figures that add up.
+    """Figures of the rows of some users before they are grouped, which can be added.
 
     Args:
-        sql: holds the sections.
-        schema: of the log.
+        sql: contains the sections.
+        schema: the schema of the log.
     """
     joins: dict[str, Any] = {"users_with_events": _found(sql, USER, "events")}
     if schema.users:
@@ -58,13 +58,13 @@ def figures_of_rows(sql: DuckDBPyConnection, schema: PrepareSchema) -> dict[str,
 def figures_of_log(
     sql: DuckDBPyConnection, schema: PrepareSchema, splits: Splits, known: int
 ) -> dict[str, Any]:
-    """What there is to say of the log of some users, in figures that add up.
+    """Figures of the log of some users, which can be added.
 
     Args:
-        sql: holds the tables of the other rooms.
-        schema: of the log.
-        splits: of its requests.
-        known: rows of the item table; numbers from there on are of new items.
+        sql: contains the tables of the other steps.
+        schema: the schema of the log.
+        splits: the splits of its requests.
+        known: the number of rows of the item table; items from this number on are new.
     """
     users, events, *ends = first_row(
         sql, 'SELECT count(DISTINCT "user"), count(*), min(time), max(time) FROM events'
@@ -90,16 +90,16 @@ def report_of(
     codes: Mapping[str, Mapping[str, Any]],
     refused: Mapping[str, Refused],
 ) -> dict[str, Any]:
-    """The whole report.
+    """The complete report.
 
     Args:
         figures: from ``figures_of_log``.
         rows: from ``figures_of_rows``.
         joins: from ``joins_of``.
-        codes: what ``Numbering`` told.
-        refused: of each section.
+        codes: ``Numbering.report``.
+        refused: the refused rows of each section.
     """
-    of_log = told(figures)
+    of_log = to_report(figures)
     report = {
         "users": of_log["users"],
         "items": codes[ITEM]["ids"],
@@ -109,7 +109,7 @@ def report_of(
         "requests": of_log["requests"],
         "vocabulary": codes,
         "doubled_rows": rows["doubled_rows"],
-        "refused": told(refused),
+        "refused": to_report(refused),
     }
     if "histories" in rows:
         report["histories_without_times"] = rows["histories"]
@@ -122,37 +122,38 @@ def report_of(
 def joins_of(
     sql: DuckDBPyConnection, schema: PrepareSchema, figures: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """How many ids of the requests are found in the other tables, and labels among the requests.
+    """The numbers of ids of the requests found in the other tables, and of labels found in the requests.
 
     Args:
-        sql: holds events_rows, requests_rows and, if they are described, items_rows, or their items.
-        schema: of the log.
+        sql: contains events_rows and requests_rows, or only their items, and, if items are described,
+            items_rows.
+        schema: the schema of the log.
         figures: `joins` of ``figures_of_rows``.
 
     Raises:
-        LogError: a join finds nothing at all.
+        LogError: a join has no match.
     """
     joins: dict[str, Any] = {
-        "users_with_events": _found_told(
-            figures["users_with_events"], "events", "requests: no user of theirs has an event."
+        "users_with_events": _found_report(
+            figures["users_with_events"], "events", "requests: none of their users has an event."
         ),
     }
     if not schema.items:
         missing = (
-            "requests: no candidate of theirs is the item of an event (if that is so, describe `items`)."
+            "requests: none of their candidates is the item of an event (if that is right, add `items`)."
         )
-        joins["items_with_events"] = _found_told(_found(sql, ITEM, "events"), "events", missing)
+        joins["items_with_events"] = _found_report(_found(sql, ITEM, "events"), "events", missing)
     else:
-        missing = "items: no candidate of the requests is among them."
-        joins["items_described"] = _found_told(_found(sql, ITEM, "items"), "items", missing)
+        missing = "items: none of them is a candidate of the requests."
+        joins["items_described"] = _found_report(_found(sql, ITEM, "items"), "items", missing)
     if schema.users:
-        missing = "users: no user of the requests is among them."
-        joins["users_described"] = _found_told(figures["users_described"], "users", missing)
+        missing = "users: none of them is a user of the requests."
+        joins["users_described"] = _found_report(figures["users_described"], "users", missing)
     for n, (task, label) in enumerate(schema.requests.joined_labels.items()):
-        joins[f"label_{task}"] = joined_told(figures[f"label_{task}"], task, f"label_{n}", label)
+        joins[f"label_{task}"] = joined_report(figures[f"label_{task}"], task, f"label_{n}", label)
     for task, label in schema.requests.labels.items():
         if isinstance(label, Listed):
-            joins[f"label_{task}"] = listed_told(figures[f"label_{task}"], task)
+            joins[f"label_{task}"] = listed_report(figures[f"label_{task}"], task)
     return joins
 
 
@@ -167,12 +168,12 @@ def _found(sql: DuckDBPyConnection, column: str, table: str) -> dict[str, Any]:
     return {"of": of, "found": there, "like": like}
 
 
-def _found_told(figures: Mapping[str, Any], table: str, missing: str) -> dict[str, int]:
+def _found_report(figures: Mapping[str, Any], table: str, missing: str) -> dict[str, int]:
     if figures["of"] and not figures["found"]:
-        theirs, its = (figures["like"][where].told() for where in ("requests", table))
+        theirs, its = (figures["like"][where].to_report() for where in ("requests", table))
         raise LogError(
-            f"{missing} Those of the requests are like {theirs}, those of {table} like {its}; write "
-            "them alike in all files"
+            f"{missing} Ids of the requests look like {theirs}, those of {table} like {its}; write them "
+            "in the same way in all files"
         )
     return {"of": figures["of"], "found": figures["found"]}
 
@@ -181,7 +182,7 @@ def _found_told(figures: Mapping[str, Any], table: str, missing: str) -> dict[st
 
 
 def _figures_of_split(sql: DuckDBPyConnection, schema: PrepareSchema, mine: range) -> dict[str, Any]:
-    """The figures of a split, asked of views of its requests and candidates."""
+    """The figures of a split, queried from views of its requests and candidates."""
     requests = schema.requests
     for table in ("requests", "candidates"):
         sql.execute(
@@ -232,7 +233,7 @@ def _figures_of_split(sql: DuckDBPyConnection, schema: PrepareSchema, mine: rang
 
 
 def _leaks(sql: DuckDBPyConnection) -> dict[str, Share]:
-    """Shares of a split's positives whose item the user's events hold near the request."""
+    """Shares of a split's positives whose item is in the user's events around the request's time."""
 
     def nearest(event: str, select: str) -> list[Share]:
         return shares(
@@ -252,7 +253,7 @@ def _leaks(sql: DuckDBPyConnection) -> dict[str, Share]:
 
 
 def _same_times(sql: DuckDBPyConnection) -> dict[str, int]:
-    """Events of the very time, and of the day, of a request of a split by the same user."""
+    """The numbers of events with exactly the time, and with the day, of a request of the same user."""
 
     def events(time: str) -> int:
         return number(
@@ -270,12 +271,12 @@ def _same_times(sql: DuckDBPyConnection) -> dict[str, int]:
 
 def _scales(
     sql: DuckDBPyConnection, dense: Iterable[str], candidate_dense: Iterable[str]
-) -> dict[str, Scale]:
-    """How the dense columns of a split are scaled, and the share of their numbers that are missing."""
+) -> dict[str, NumberStats]:
+    """Statistics of the dense columns of a split, with the share of missing numbers."""
     columns = [(name, quoted(name), "requests_of_split") for name in dense]
     columns += [(name, f"_row.{quoted(name)}", "candidates_of_split") for name in candidate_dense]
     return {
-        name: Scale(
+        name: NumberStats(
             *first_row(
                 sql,
                 f"""SELECT count(*), count(x), avg(x), var_pop(x), min(x), max(x)
@@ -290,37 +291,37 @@ def _scales(
 
 
 def _at_midnight(sql: DuckDBPyConnection) -> dict[str, Share]:
-    """Share of times that are midnight UTC, as a date alone is."""
+    """The share of times at midnight UTC, which is what a date without a time becomes."""
     midnight = share(f"{TIME} = date_trunc('day', {TIME})")
     return {table: shares(sql, f"SELECT {midnight} FROM {table}")[0] for table in ("events", "requests")}
 
 
 def _doubled_rows(sql: DuckDBPyConnection, requests: Requests) -> dict[str, Any]:
-    """Of each table's rows, those that equal one before them in every column of the schema."""
+    """For each table, the number of rows that equal an earlier row in every column of the schema."""
     tables = {"events": "events", "requests": "requests"}
     tables |= {f"label_{task}": f"label_{n}" for n, task in enumerate(requests.joined_labels)}
-    told: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for section, table in tables.items():
         rows, doubled = first_row(
             sql,
             f"""SELECT sum(_n)::BIGINT, sum(_n - 1)::BIGINT FROM (
             SELECT * EXCLUDE (_given, _refused), count(*) AS _n FROM {table}_rows GROUP BY ALL)""",
         )
-        told[section] = {"rows": rows or 0, "doubled": doubled or 0}
-    return told
+        figures[section] = {"rows": rows or 0, "doubled": doubled or 0}
+    return figures
 
 
 def _warnings(report: Mapping[str, Any]) -> list[str]:
-    """What a report's figures say that somebody should look at, in words."""
-    said: list[str] = []
+    """Sentences about figures of the report that need attention."""
+    warnings: list[str] = []
     for split, figures in report["requests"].items():
         if (new := figures["new"]["items"]["candidates"] or 0) > _NEW:
-            said.append(
-                f"{split}: {new:.1%} of the candidates are items that are new to the training: the "
-                "model knows them by their features alone, so describe them in `items`"
+            warnings.append(
+                f"{split}: {new:.1%} of the candidates are items that are not in the training split: "
+                "the model knows only their features, so describe them in `items`"
             )
         if (unknown := figures.get("candidates_not_described") or 0) > _UNDESCRIBED:
-            said.append(
+            warnings.append(
                 f"{split}: {unknown:.1%} of the candidates are not described in `items`: their features "
                 "are unknown"
             )
@@ -328,37 +329,37 @@ def _warnings(report: Mapping[str, Any]) -> list[str]:
             figures[f"positives_in_{span}"] or 0 for span in ("last_second", "last_day", "next_day")
         )
         if second > _DOUBLED or before - after > _LEAKED:
-            said.append(
+            warnings.append(
                 f"{split}: {before:.1%} of the positives have an event of their item within the day "
                 f"before the request, {second:.1%} within the second before, {after:.1%} within the day "
-                "from it on. Are these events the positives themselves, by a clock that is behind, in "
-                "another time zone, or with dates alone? Then the histories hold the labels"
+                "after it. If these events are the positives themselves (the events' clock is behind, "
+                "in another time zone, or they have only dates), the histories contain the labels"
             )
     days = sum(figures["events_on_the_day_of_a_request"] for figures in report["requests"].values())
     for table, midnight in report["times_at_midnight"].items():
         if (midnight or 0) > _AT_MIDNIGHT:
-            said.append(
-                f"{table}: {midnight:.1%} of the times are midnight, as of dates alone; what came first "
-                f"on a day cannot be told then, and {days} events are of the day of a request"
+            warnings.append(
+                f"{table}: {midnight:.1%} of the times are midnight, as if they were only dates; then "
+                f"the order within a day is unknown, and {days} events are on the day of a request"
             )
     for section, figures in report["doubled_rows"].items():
         if figures["doubled"] > _DOUBLED * figures["rows"]:
-            said.append(
-                f"{section}: {figures['doubled']} of {figures['rows']} rows equal one before them; each "
-                "counts"
+            warnings.append(
+                f"{section}: {figures['doubled']} of {figures['rows']} rows equal an earlier row; all "
+                "of them are used"
             )
     for name, figures in report["joins"].items():
         ambiguous = figures.get("of_several_candidates", 0)
         if ambiguous > _AMBIGUOUS * figures.get("in_time", 0):
-            said.append(
-                f"{name}: {ambiguous} of {figures['in_time']} rows may be of several candidates, since "
-                "the item was shown more than once within `within_seconds` before; the latest is "
-                "labelled 1, or all, where `mark_all` says so"
+            warnings.append(
+                f"{name}: {ambiguous} of {figures['in_time']} rows may belong to several candidates, "
+                "since the item was shown more than once within `within_seconds` before; the latest is "
+                "labelled 1, or all of them with `mark_all`"
             )
     lists = report.get("histories_without_times", {})
     if several := lists.get("users_with_lists_of_several_lengths"):
-        said.append(
+        warnings.append(
             f"events: {several} of {lists['users']} users have lists of several lengths; the shortest "
-            "is the history, since a longer one may hold what came after a request"
+            "is used as the history, since a longer one may contain events after a request"
         )
-    return said
+    return warnings

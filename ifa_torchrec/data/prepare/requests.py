@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 REQUESTS_AT_ONCE = 200_000
-"""Lists are built in memory, for so many requests at a time."""
+"""The number of requests whose lists are built in memory at a time."""
 
 
 def group_requests(sql: DuckDBPyConnection, schema: PrepareSchema) -> None:
-    """Make the tables `requests`, numbered by time, and `sessions`, its rows, with ids as found.
+    """Make the table `requests`, numbered by time, and `sessions`, the rows of the requests, with
+    external ids.
 
-    A row of a session has the number of its request (_number).
+    Each row of `sessions` has the number of its request (_number).
     """
     requests = schema.requests
     gap = requests.gap_seconds
@@ -60,13 +61,13 @@ def group_requests(sql: DuckDBPyConnection, schema: PrepareSchema) -> None:
 
 
 def code_candidates(sql: DuckDBPyConnection, schema: PrepareSchema) -> None:
-    """Make the table `candidates` of `sessions` and the codes.
+    """Make the table `candidates` from `sessions` and the codes.
 
-    A candidate is the number of its request (_number), what is its own (_row) and whether a label of it
-    is 1, or, where all labels are numbers, above 0 (_positive).
+    Each candidate has the number of its request (_number), its own columns (_row) and whether one of its
+    labels is 1 or, if all labels are regressions, above 0 (_positive).
     """
     requests = schema.requests
-    # the label of who was not shown may be unknown, and stands as 0
+    # the label of an unexposed candidate may be unknown, and is stored as 0
     labels = "".join(f", {n} := coalesce(s.{n}, 0)::FLOAT" for n in map(quoted, requests.labels))
     numbers = "".join(f", {n} := s.{n}" for n in map(quoted, requests.candidate_dense))
     coded = enumerate(map(quoted, requests.candidate_features))
@@ -89,8 +90,7 @@ def write_requests(
     folder: Path,
     parts: Parts,
 ) -> None:
-    """Write FOLDER/SPLIT.parquet of each split, or its parts; candidates stand in the order of their
-    items."""
+    """Write FOLDER/SPLIT.parquet for each split, or its parts; candidates are sorted by item."""
     own = schema.requests
     values = [EXPOSED, *own.labels, *own.candidate_dense, *own.candidate_features]
     lists = more(values, "[_one.{} for _one in _rows]")

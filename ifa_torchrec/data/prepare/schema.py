@@ -1,4 +1,4 @@
-"""What a log looks like, as it was found: the schema of ``ifa_torchrec.data.prepare``."""
+"""The description of a log as it was found: the schema of ``ifa_torchrec.data.prepare``."""
 
 from __future__ import annotations
 
@@ -23,24 +23,25 @@ from ifa_torchrec.data.schema import CANDIDATES, EXPOSED, OFFSETS, TIME, USER, L
 
 ITEM, NAME = "item", "name"
 UNITS = {"s": 1_000_000, "ms": 1_000, "us": 1}
-"""Units of a time that is a number, each with its microseconds."""
+"""Units of times that are numbers, and their microseconds."""
 
 _RESERVED = (USER, TIME, ITEM, EXPOSED, CANDIDATES, OFFSETS)
-_MOST_SECONDS = 10_000_000_000  # 300 years; what DuckDB can add to a time ends not far above
+_MOST_SECONDS = 10_000_000_000  # 300 years; DuckDB cannot add much more to a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Files with the same columns. Wherever a column is asked for, an SQL expression will do as well.
+    """Files with the same columns. Any column may also be given as an SQL expression.
 
     Args:
-        files: path or glob, or several, of Parquet, Feather or CSV; CSV may be compressed by gzip or
-            Zstandard. `**` stands for folders of any depth; a folder NAME=VALUE gives no column.
-        delimiter, encoding: of CSV, in any of Python's spellings; its columns are all text, so
+        files: one or several paths or globs of Parquet, Feather or CSV files; CSV may be compressed with
+            gzip or Zstandard. `**` matches folders of any depth; folder names NAME=VALUE are not read as
+            columns.
+        delimiter, encoding: for CSV; any encoding that Python knows. All CSV columns are text, so write
             `rating::float >= 4`.
-        quote: what values of CSV may stand in; "" where quotes are part of the values.
-        columns: names of the CSV columns, where the files have no header.
-        nulls: values of CSV that stand for none, as "NULL" or "\\N", quoted or not; "" always does.
+        quote: the quote character of CSV values; "" if quotes are part of the values.
+        columns: names of the CSV columns, if the files have no header.
+        nulls: CSV values that mean null, such as "NULL" or "\\N", quoted or not; "" always does.
 
     Example:
         >>> from ifa_torchrec.data.prepare.schema import Table
@@ -61,12 +62,12 @@ class Rows(Table):
     """Rows with a user, an item and a time.
 
     Args:
-        user, item, time: columns. Only a history that is a list without times has none; see Events.
+        user, item, time: columns. `time` may be missing only for a history given as a list; see Events.
         unit: "s", "ms" or "us" since 1970; by default times are timestamps, like 2024-05-01 10:00:00.
-        where: take only the rows of which this is true.
-        each: lists that become rows, one an element: names of the columns that the elements stand in,
-            and the list columns. Several lists of a row are of one length. All other columns, and
-            `where`, may name them, and hold for each element.
+        where: an SQL condition; only rows for which it is true are used.
+        each: lists that become rows, one per element: maps the name of each element's column to a list
+            column. Several lists of a row must have equal length. All other columns, and `where`, may
+            use these names, and are evaluated for each element.
 
     Example:
         >>> from ifa_torchrec.data.prepare import Listed
@@ -87,16 +88,16 @@ class Rows(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class Events(Rows):
-    """Who had to do with which item, and when: the histories.
+    """Which user interacted with which item, and when: the histories.
 
-    A history that is a list a user (`each`) may have no `time`. Its events are then one second apart,
-    the last one second before the first request of the user: their order is known, their age is not. Of
-    several such lists of a user the shortest is taken; LOG/report.json counts them.
+    Histories given as one list per user (`each`) may have no `time`. Their events are then one second
+    apart, the last one second before the user's first request: their order is known, but not their age.
+    If a user has several such lists, the shortest is used; LOG/report.json counts them.
 
     Args:
         features: id features of an event.
         dense: numbers of an event.
-        weight: its weight, 0 or more.
+        weight: the weight of an event, 0 or more.
 
     Example:
         >>> from ifa_torchrec.data.prepare.schema import Events
@@ -115,8 +116,8 @@ class JoinedLabel(Rows):
     """Rows that label a candidate 1: same user and item, at most `within_seconds` after it.
 
     Args:
-        within_seconds: greatest time from the candidate's row to the label's.
-        mark_all: label every such candidate; by default the latest alone.
+        within_seconds: maximum time from the candidate's row to the label's.
+        mark_all: label every such candidate; by default only the latest.
 
     Example:
         >>> from ifa_torchrec.data.prepare.schema import JoinedLabel
@@ -130,35 +131,36 @@ class JoinedLabel(Rows):
 
 @dataclass(frozen=True, kw_only=True)
 class Requests(Rows):
-    """One row for each candidate.
+    """One row per candidate.
 
-    A log of what users did, without what they were shown, has candidates with a label of 1 alone. With
-    `negatives` others are drawn for them. These candidates are our construction: nobody knows whether
-    they were shown. Their labels are 0, and they stand as exposed, since the loss takes the labels of
-    the exposed alone. An item is drawn in proportion to its events before the first split, so that
-    nothing of what is popular later is known to the training; one without such events is never drawn,
-    so an item that is new in the test is always a positive. Draws are the same at every run. One that
-    hits an item of the request, or one drawn for it before, is not made up for: LOG/report.json has for
-    each split how many were asked for and how many were added; its other figures count them as any
-    candidate.
+    A log of what users did, without what they were shown, has only candidates with label 1. With
+    `negatives` other candidates are drawn for them. These are our construction: it is not known whether
+    they were shown. Their labels are 0, and they count as exposed, since the loss uses only the labels
+    of exposed candidates. An item is drawn in proportion to its events before the first split, so
+    training does not know what becomes popular later. An item without such events is never drawn, so an
+    item that is new in the test split is always a positive. The draws are the same in every run. A draw
+    that hits an item of the request, or one drawn for it already, is not replaced: LOG/report.json has
+    the numbers asked for and added for each split; its other figures count drawn candidates like all
+    others.
 
     Args:
         labels: for each task, a column of 0 and 1, a Regression, a JoinedLabel, or, as a Listed, the
-            items of the row whose label is 1 (those clicked among those shown).
-        exposed: column of who was shown; all, by default. The label of the others may be empty.
+            row's items with label 1 (such as the clicked among the shown items).
+        exposed: column that says which candidates were shown; by default all were. The label of the
+            others may be empty.
         context: id features of the request.
-        context_lists: several ids of the request a feature.
+        context_lists: features of the request with several ids each.
         dense, candidate_dense: numbers of the request, and of the candidate.
         candidate_features: id features of the candidate in this request.
-        request: column that tells a user's requests apart; by default each row is one, where `each` is
-            given. A request that is known so may have no user, and has no history then.
-        gap_seconds: rows of one user (and of one `request`, if given) at most so far apart are one
-            request. By default rows of one time are, or of one `request` at any time.
-        negatives: items to draw for each candidate with a label of 1.
+        request: column that identifies a user's requests; by default, with `each`, each row is one. A
+            request that is identified this way may have no user; then it has no history.
+        gap_seconds: rows of one user (and of one `request`, if given) at most this far apart form one
+            request. By default rows with the same time do, or rows of one `request` at any time.
+        negatives: the number of items to draw for each candidate with label 1.
 
     Raises:
-        LogError: `negatives` is no number from 0, or is given beside what an item that is drawn has no
-            value of: `candidate_dense`, `candidate_features`, or a regression.
+        LogError: `negatives` is not an integer from 0, or is combined with columns for which a drawn
+            item has no value: `candidate_dense`, `candidate_features`, or a regression.
 
     Example:
         >>> from ifa_torchrec.data.prepare.schema import Requests
@@ -180,7 +182,7 @@ class Requests(Rows):
 
     def __post_init__(self) -> None:
         if not isinstance(self.negatives, int) or self.negatives < 0:
-            raise LogError(f"requests: negatives must be a whole number from 0, got {self.negatives!r}")
+            raise LogError(f"requests: negatives must be an integer from 0, got {self.negatives!r}")
         needed = {
             "candidate_dense": list(self.candidate_dense),
             "candidate_features": list(self.candidate_features),
@@ -189,8 +191,8 @@ class Requests(Rows):
         for kind, names in needed.items():
             if self.negatives and names:
                 raise LogError(
-                    f"requests: an item drawn by negatives={self.negatives} has no value of {kind} "
-                    f"{names}; leave one of the two out"
+                    f"requests: an item drawn by negatives={self.negatives} has no value for {kind} "
+                    f"{names}; leave out one of the two"
                 )
 
     @property
@@ -205,23 +207,23 @@ class Requests(Rows):
 
 
 def _items(labels: object) -> list[tuple[object, object]]:
-    """Of what may be no mapping, which is found later."""
+    """The items of a mapping; none if it is not a mapping, which is checked later."""
     return list(labels.items()) if isinstance(labels, Mapping) else []
 
 
 @dataclass(frozen=True, kw_only=True)
 class Items(Table):
-    """What is known of the items. One that is not described here is kept; all of it is unknown.
+    """The features of the items. An item that is not described here is kept; its features are unknown.
 
-    Where several rows describe an item, the greatest value of each column is taken.
+    If several rows describe an item, the largest value of each column is taken.
 
     Args:
         item: column of the id.
         features: id features.
-        lists: several ids of an item a feature.
+        lists: features with several ids each.
         dense: numbers.
-        vectors: frozen vectors, all of one length: list columns, or an Npy.
-        name: column of what to call the item; its id, by default.
+        vectors: frozen vectors of equal length: list columns, or an Npy.
+        name: column of the item's display name; by default its id.
 
     Example:
         >>> from ifa_torchrec.data.prepare import Listed
@@ -239,12 +241,12 @@ class Items(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class Users(Table):
-    """What is known of the users: context of each of their requests.
+    """The features of the users, which become context of each of their requests.
 
     Args:
         user: column of the id.
         features: id features.
-        lists: several ids of a user a feature.
+        lists: features with several ids each.
         dense: numbers.
 
     Example:
@@ -261,21 +263,22 @@ class Users(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareSchema:
-    """A log, as it was found.
+    """The description of a log as it was found.
 
     Args:
         events: the histories.
-        requests: what was to be ranked.
-        splits: when each split starts, in order: a timestamp, or the share of all requests that come
-            before it. What is before the first is "train".
-        items, users: what is known of them.
-        log_scaled: dense columns and regressions of which the model takes log(1 + x); none is negative.
-        min_count: an item that training has less often, in events and candidates together, gets no row
-            of the item table.
+        requests: the requests and their candidates.
+        splits: the start of each split, in order: a timestamp, or the share of all requests that come
+            before it. The requests before the first start are "train".
+        items, users: features of the items and users.
+        log_scaled: dense columns and regressions of which the model takes log(1 + x); they must not be
+            negative.
+        min_count: an item that occurs less often in training, in events and candidates together, gets no
+            row in the item table.
 
     Raises:
-        LogError: a value, at any depth, is not of its type or range, or two names differ in case alone;
-            the message says where, as in `requests.context.page`.
+        LogError: a value, at any depth, has the wrong type or is out of range, or two names differ only
+            in case; the message says where, as in `requests.context.page`.
 
     Example:
         >>> from ifa_torchrec.data.prepare.schema import Events, PrepareSchema, Requests
@@ -300,8 +303,8 @@ class PrepareSchema:
             if not isinstance(start, (str, float, int)) or isinstance(start, bool):
                 raise LogError(
                     f"splits.{split} must be a timestamp, or a share of the requests, got {start!r}; "
-                    "splits are by time alone: of users of a split of their own the training would know "
-                    "what others did later"
+                    "splits are only by time: with a split by users, training would know what other "
+                    "users did later"
                 )
         for name, hint in typing.get_type_hints(PrepareSchema).items():
             check_value(name, hint, getattr(self, name), formats)
@@ -311,27 +314,27 @@ class PrepareSchema:
 
     @property
     def described_items(self) -> Items:
-        """`items`, or, where there are none, a description of nothing."""
+        """`items`, or an empty description without them."""
         return self.items or Items(files=(), item=ITEM)
 
     @property
     def described_users(self) -> Users:
-        """`users`, or, where there are none, a description of nothing."""
+        """`users`, or an empty description without them."""
         return self.users or Users(files=(), user=USER)
 
     @property
     def context(self) -> dict[str, IdColumn]:
-        """Id features of a request: its own, and its user's."""
+        """Id features of a request: its own and its user's."""
         return {**self.requests.context, **self.described_users.features}
 
     @property
     def context_lists(self) -> dict[str, ListColumn]:
-        """Features of several ids of a request: its own, and its user's."""
+        """List features of a request: its own and its user's."""
         return {**self.requests.context_lists, **self.described_users.lists}
 
     @property
     def dense(self) -> dict[str, str]:
-        """Numbers of a request: its own, and its user's."""
+        """Numbers of a request: its own and its user's."""
         return {**self.requests.dense, **self.described_users.dense}
 
     def _check_sections(self) -> None:
@@ -339,22 +342,22 @@ class PrepareSchema:
         for where, rows in {"events": self.events, "requests": self.requests, **joined}.items():
             if rows.time is None and not (where == "events" and rows.each):
                 raise LogError(
-                    f"{where}.time is missing: a history is what came before a request. Name it; "
-                    "events alone may have none, where each user's are one list, in order (`each`)"
+                    f"{where}.time is missing, but a history is what came before a request; name the "
+                    "column. Only events may have none, if each user's are one list in order (`each`)"
                 )
             if rows.unit not in (None, *UNITS):
                 raise LogError(
-                    f"{where}.unit must be one of {list(UNITS)}, or left out for timestamps; got "
+                    f"{where}.unit must be one of {list(UNITS)}, or be left out for timestamps, got "
                     f"{rows.unit!r}"
                 )
             if isinstance(rows.item, Hashed) and rows.item.hash != rows_of(self.events.item):
                 raise LogError(
-                    f"{where}.item has the hash {rows.item.hash}, and that of events.item counts; give "
-                    "both the same"
+                    f"{where}.item has hash {rows.item.hash}, but events.item has "
+                    f"{rows_of(self.events.item)}; set the same hash for both"
                 )
             for name, column in rows.each.items():
                 if rows_of(column) is not None:
-                    raise LogError(f"{where}.each.{name} must have no hash: its elements become rows")
+                    raise LogError(f"{where}.each.{name} must not have a hash: its elements become rows")
         seconds = {f"{where}.within_seconds": label.within_seconds for where, label in joined.items()}
         if self.requests.gap_seconds is not None:
             seconds["requests.gap_seconds"] = self.requests.gap_seconds
@@ -362,18 +365,18 @@ class PrepareSchema:
             if not 0 <= value <= _MOST_SECONDS:
                 raise LogError(f"{where} must be from 0 to {_MOST_SECONDS}, got {value!r}")
         if self.min_count < 1:
-            raise LogError(f"min_count must be a whole number from 1, got {self.min_count!r}")
+            raise LogError(f"min_count must be an integer from 1, got {self.min_count!r}")
         if self.min_count > 1 and rows_of(self.events.item) is not None:
             raise LogError(
-                f"min_count is {self.min_count}, and events.item has a hash, by which every item has a "
-                "row; leave out one of the two"
+                f"min_count is {self.min_count}, but events.item has a hash, so every item has a row; "
+                "leave out one of the two"
             )
 
     def _check_splits(self) -> None:
         for split, start in self.splits.items():
             if not re.fullmatch(r"\w[\w.-]*", split):
                 raise LogError(
-                    f"splits: {split!r} names a file; take letters, digits, underscores and dashes"
+                    f"splits: {split!r} must be a file name; use letters, digits, underscores and dashes"
                 )
             if not isinstance(start, str) and not 0 <= start <= 1:
                 raise LogError(
@@ -393,12 +396,13 @@ class PrepareSchema:
         names += [*requests.candidate_features, *requests.candidate_dense]
         for name in names:
             if name.startswith("_"):
-                raise LogError(f"the name {name!r} needs another beginning: those with _ are ours")
+                raise LogError(f"the name {name!r} must not begin with _, which is reserved; rename it")
         refuse_same_names("the schema", [*_RESERVED, *names])
         for name in of_items:
             if name.lower() == NAME:
                 raise LogError(
-                    f"items: the feature {name!r} needs another name: it is what to call the item"
+                    f"items: the feature name {name!r} is reserved for the item's display name; rename "
+                    "it"
                 )
 
 

@@ -1,4 +1,4 @@
-"""What is wanted of each section of a schema: its columns, in SQL, and which of its rows are refused."""
+"""The SQL for the columns of each section of a schema, and the conditions that refuse its rows."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from ifa_torchrec.data.prepare.schema import (
 from ifa_torchrec.data.prepare.sql import literal, quoted, timestamp
 from ifa_torchrec.data.schema import EXPOSED, TIME, USER
 
-# SQL with {0} where what stands in the file does.
-# An id as text: that of a float is the integer's, as where integers and nulls are floats in Parquet, and
-# an empty one is none, as in CSV.
+# SQL with {0} for the value in the file.
+# An id as text. A float becomes its integer, since integers with nulls are often floats in Parquet; an
+# empty text becomes null, as in CSV.
 _WHOLE = r"regexp_replace({}, '\.0$', '')"
 _TEXT = f"""nullif(CASE WHEN typeof({{0}}) IN ('DOUBLE', 'FLOAT')
     THEN {_WHOLE.format("CAST({0} AS VARCHAR)")} ELSE CAST({{0}} AS VARCHAR) END, '')"""
@@ -30,34 +30,34 @@ _TEXTS = f"""[nullif(CASE WHEN regexp_matches(typeof({{0}}), '^(DOUBLE|FLOAT)')
     THEN {_WHOLE.format("_e")} ELSE _e END, '') for _e in TRY(CAST({{0}} AS VARCHAR[]))]"""
 _NUMBER = "TRY(CAST({0} AS FLOAT))"
 _VECTOR = "TRY(CAST({0} AS FLOAT[]))"
-# DuckDB would round the row number 1.6
+# DuckDB would round a row number such as 1.6
 _ROW = """CASE WHEN TRY(CAST({0} AS DOUBLE)) = trunc(TRY(CAST({0} AS DOUBLE)))
     THEN TRY(CAST({0} AS BIGINT)) END"""
-# 0 and 1, or what else stands for false and true
+# 0 and 1, or another form of false and true
 _LABEL = "coalesce(TRY(CAST({0} AS FLOAT)), TRY(CAST(CAST({0} AS BOOLEAN) AS FLOAT)))"
-_BOOLEAN = f"CASE {_LABEL} WHEN 0 THEN false WHEN 1 THEN true END"  # any other number is neither
-# The id of a user or an item. A float that is not a number, or so large that integers beside it are the
-# same float, would be many users or items in one.
+_BOOLEAN = f"CASE {_LABEL} WHEN 0 THEN false WHEN 1 THEN true END"  # null for any other number
+# The id of a user or an item. A float that is NaN, or so large that it cannot hold all integers, would
+# merge many users or items into one.
 _ID = f"""CASE WHEN abs(CASE typeof({{0}}) WHEN 'DOUBLE' THEN TRY_CAST({{0}} AS DOUBLE)
     WHEN 'FLOAT' THEN TRY_CAST({{0}} AS DOUBLE) * 536870912 END) >= 9007199254740992 THEN NULL
     ELSE {_TEXT} END"""
-_INEXACT = "is a float in which ids are not exact; write them as integers or text"
+_INEXACT = "is a float in which ids are not exact; write ids as integers or text"
 
 AT, POSITION, LENGTH = "_at", "_position", "_length"
-"""Of a row that was a list's element: the list's row, and the element's place in it, of how many."""
+"""For a row made from a list element: the list's row, the element's position, the list's length."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A table to be read.
+    """A table to read.
 
     Args:
-        name: of the section, and of its tables.
-        files: where its rows are.
-        columns: for each column of ours, the schema's column and the SQL that makes ours of it.
-        checks: SQL conditions under which a row is refused, and why.
-        derived: further columns, in SQL of ours.
-        scratch: those of our columns that only serve for the derived ones.
+        name: the name of the section and of its tables.
+        files: the files of its rows.
+        columns: for each output column, the schema's column and the SQL that converts it.
+        checks: SQL conditions under which a row is refused, and the reasons.
+        derived: further output columns, as SQL on the others.
+        scratch: the output columns that are only needed for derived ones.
 
     Example:
         >>> from ifa_torchrec.data.prepare.schema import Items
@@ -76,17 +76,17 @@ class Section:
 
     @property
     def where(self) -> str | None:
-        """The schema's condition for the rows that are wanted; all, by default."""
+        """The schema's condition for the rows to use; None for all."""
         return self.files.where if isinstance(self.files, Rows) else None
 
     @property
     def each(self) -> Mapping[str, ListColumn]:
-        """The lists whose elements are rows."""
+        """The lists whose elements become rows."""
         return self.files.each if isinstance(self.files, Rows) else {}
 
 
 def list_in_sql(column: ListColumn) -> str:
-    """SQL that makes a list of texts of what stands in the file, {0}.
+    """SQL that converts the value in the file, {0}, to a list of texts.
 
     Example:
         >>> import duckdb
@@ -104,7 +104,8 @@ def list_in_sql(column: ListColumn) -> str:
 
 
 def items_section(items: Items, log_scaled: Iterable[str]) -> Section:
-    """The items; a column of an Npy has the row of its array, or nothing where that is the item's own.
+    """The section of the items. The column of an Npy has the row in its array, or null if the array is
+    in the order of the table.
 
     Example:
         >>> from ifa_torchrec.data.prepare.schema import Items
@@ -121,18 +122,18 @@ def items_section(items: Items, log_scaled: Iterable[str]) -> Section:
         if isinstance(column, Npy):
             wanted.columns[name] = (column.row or "NULL", _ROW)
             if column.row is not None:
-                wanted.checks[f"_given.{n} IS NOT NULL AND {n} IS NULL"] = f"{name} is no row of a .npy"
+                wanted.checks[f"_given.{n} IS NOT NULL AND {n} IS NULL"] = f"{name} is not a row number"
         else:
             wanted.columns[name] = (column, _VECTOR)
-            wanted.checks[f"_given.{n} IS NOT NULL AND {n} IS NULL"] = f"{name} is no list of numbers"
+            wanted.checks[f"_given.{n} IS NOT NULL AND {n} IS NULL"] = f"{name} is not a list of numbers"
             bad = f"len([_e for _e in {n} if NOT coalesce(isfinite(_e), false)]) > 0"
-            wanted.checks[bad] = f"{name} holds a number that is missing, NaN or infinite"
+            wanted.checks[bad] = f"{name} has a missing, NaN or infinite number"
     columns = {ITEM: (items.item, _ID), NAME: (items.name or items.item, _TEXT), **wanted.columns}
     return Section("items", items, columns, _checks_of_id(ITEM) | wanted.checks)
 
 
 def users_section(users: Users, log_scaled: Iterable[str]) -> Section:
-    """The users.
+    """The section of the users.
 
     Example:
         >>> from ifa_torchrec.data.prepare.schema import Users
@@ -149,7 +150,7 @@ def users_section(users: Users, log_scaled: Iterable[str]) -> Section:
 
 
 def events_section(events: Events, log_scaled: Iterable[str]) -> Section:
-    """The events; those of histories without times have none yet.
+    """The section of the events; events of histories without times have none yet.
 
     Example:
         >>> from ifa_torchrec.data.prepare.schema import Events
@@ -164,14 +165,14 @@ def events_section(events: Events, log_scaled: Iterable[str]) -> Section:
     if events.weight is not None:
         wanted.columns["weight"] = (events.weight, _NUMBER)
         wrong = "NOT coalesce(isfinite(weight) AND weight >= 0, false)"
-        wanted.checks[wrong] = "weight is not a number from 0"
+        wanted.checks[wrong] = "weight is not a finite number of at least 0"
     if events.time is None:
         wanted.columns |= {name: (name, _ROW) for name in (AT, POSITION, LENGTH)}
     return _rows("events", events, wanted, _checks_of_id(USER, ITEM))
 
 
 def label_section(number: int, label: JoinedLabel) -> Section:
-    """The rows of a joined label, which is called by its number.
+    """The section of a joined label, named by its number.
 
     Example:
         >>> from ifa_torchrec.data.prepare import JoinedLabel
@@ -184,7 +185,7 @@ def label_section(number: int, label: JoinedLabel) -> Section:
 
 
 def requests_section(schema: PrepareSchema) -> Section:
-    """The candidates; those of joined labels have none of these yet.
+    """The section of the candidates; joined labels are added later.
 
     Example:
         >>> from ifa_torchrec.data.prepare.schema import Events, PrepareSchema, Requests
@@ -227,16 +228,16 @@ def requests_section(schema: PrepareSchema) -> Section:
     wanted.lists(requests.context_lists)
     for numbers in (requests.dense, requests.candidate_dense):
         wanted.numbers(numbers)
-    # without a user a row is of no history, and only its request tells which rows belong together
+    # a row without a user has no history, and only `request` says which rows belong together
     checks = _checks_of_id(ITEM)
     checks[f"_given.user IS NOT NULL AND {quoted(USER)} IS NULL"] = f"user {_INEXACT}"
     if not (requests.request or requests.each):
-        checks["_given.user IS NULL"] = "user is empty; name the `request` where there is none"
+        checks["_given.user IS NULL"] = "user is empty; set `request` if a request may have no user"
     return _rows("requests", requests, wanted, checks, derived, tuple(scratch))
 
 
 class _Wanted:
-    """Columns and checks of a section, gathered by kind."""
+    """Collects the columns and checks of a section."""
 
     def __init__(self, log_scaled: Iterable[str]) -> None:
         self.log_scaled = set(log_scaled)
@@ -251,23 +252,23 @@ class _Wanted:
             self.columns[name] = (column_of(column), list_in_sql(column))
             self.check_list(name, name)
 
-    def check_list(self, name: str, told: str) -> None:
+    def check_list(self, name: str, label: str) -> None:
         n = quoted(name)
-        remedy = f"{told} is not a list; name the `delimiter` of its text"
+        remedy = f"{label} is not a list; if it is text, set its `delimiter`"
         self.checks[f"_given.{n} IS NOT NULL AND {n} IS NULL"] = remedy
-        self.checks[f"len([_e for _e in {n} if _e IS NULL]) > 0"] = f"{told} holds an empty id"
+        self.checks[f"len([_e for _e in {n} if _e IS NULL]) > 0"] = f"{label} has an empty id"
 
     def numbers(self, columns: Mapping[str, str]) -> None:
         for name, column in columns.items():
             self.columns[name] = (column, _NUMBER)
             bad = f"_given.{quoted(name)} IS NOT NULL AND NOT coalesce(isfinite({quoted(name)}), false)"
-            self.checks[bad] = f"{name} is not a number, or not finite; where it is missing it is empty"
+            self.checks[bad] = f"{name} is not a finite number; leave it empty if it is missing"
             self.check_log(name)
 
     def check_log(self, name: str) -> None:
         if name in self.log_scaled:
             self.checks[f"coalesce({quoted(name)} < 0, false)"] = (
-                f"{name} is negative, and in log_scaled"
+                f"{name} is negative, but in log_scaled"
             )
 
 
@@ -279,18 +280,18 @@ def _rows(
     derived: Mapping[str, str] | None = None,
     scratch: tuple[str, ...] = (),
 ) -> Section:
-    """A section of rows with a user, an item and a time, and what others have beside."""
+    """A section of rows with a user, an item and a time, and further columns and checks."""
     columns = {USER: (rows.user, _ID), ITEM: (column_of(rows.item), _ID)}
     if rows.time is not None:
-        unit = f"a number in {rows.unit}" if rows.unit else "a timestamp; give numbers a unit"
-        unit += " (a float of 32 bits is minutes off)" if rows.unit else ""
+        unit = f"a number in {rows.unit}" if rows.unit else "a timestamp; set `unit` if it is a number"
+        unit += " (a 32-bit float is minutes off)" if rows.unit else ""
         columns[TIME] = (rows.time, timestamp("{0}", rows.unit))
         checks = {
             **checks,
             "_given.time IS NULL": "time is empty",
             "time IS NULL": f"time cannot be read as {unit}",
-            # An epoch number in the wrong unit ends in 1970 or in the year 54000.
-            "year(time) NOT BETWEEN 1971 AND 2200": "time is not of 1971 to 2200: is the unit right?",
+            # An epoch number in the wrong unit becomes a date in 1970 or in the year 54000.
+            "year(time) NOT BETWEEN 1971 AND 2200": "time is not in 1971 to 2200; check `unit`",
         }
     columns |= wanted.columns
     return Section(name, rows, columns, {**checks, **wanted.checks}, derived or {}, scratch)

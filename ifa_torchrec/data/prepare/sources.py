@@ -1,7 +1,7 @@
-"""The sections of a schema become tables of DuckDB; rows that cannot be used are refused, and counted.
+"""Read the sections of a schema into DuckDB tables; refuse and count rows that cannot be used.
 
-Of a section there are then a table SECTION_read of all its rows, with _refused (why, or null) and _given
-(what stood there, as text), and a view SECTION_rows of those that can be used.
+Each section becomes a table SECTION_read of all its rows, with _refused (the reason, or null) and _given
+(the original values, as text), and a view SECTION_rows of the rows that can be used.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 _SHOWN = 200  # characters of a value in an example
-_NOTHING = ""  # stands in _refused, until it is counted, for a row whose lists are empty
+_NOTHING = ""  # the value of _refused for a row whose lists are empty, until it is counted
 
 
 def sections_of(schema: PrepareSchema) -> list[Section]:
@@ -67,10 +67,10 @@ def read_section(
     r"""Read a section of a schema.
 
     Args:
-        sql: then holds the table SECTION_read and the view SECTION_rows.
-        schema: of the log.
-        section: one of it, or a file of one.
-        before: rows of the section's files before that one, where lists are numbered by their row.
+        sql: gets the table SECTION_read and the view SECTION_rows.
+        schema: the schema of the log.
+        section: one of its sections, or one file of a section.
+        before: the number of rows in the section's files before this one, if lists are numbered by row.
 
     Raises:
         LogError: files or columns are missing.
@@ -86,7 +86,7 @@ def read_section(
         >>> schema = PrepareSchema(events=Events(**rows), splits={},
         ...                        requests=Requests(**rows, labels={"click": "c"}))
         >>> list(read_section(sql, schema, sections_of(schema)[1]).reasons)
-        ['time cannot be read as a timestamp; give numbers a unit']
+        ['time cannot be read as a timestamp; set `unit` if it is a number']
         >>> sql.execute("SELECT item, click FROM requests_rows").fetchall()
         [('tea', 1.0)]
     """
@@ -98,7 +98,7 @@ def read_section(
         raise
     except duckdb.Error as error:
         raise LogError(
-            f"{section.name}: the schema does not fit its files, {section.files.files}: {error}"
+            f"{section.name}: the schema does not match its files, {section.files.files}: {error}"
         ) from error
     empty = number(sql, f"SELECT count(*) FROM {section.name}_read WHERE _refused = '{_NOTHING}'")
     sql.execute(f"DELETE FROM {section.name}_read WHERE _refused = '{_NOTHING}'")
@@ -108,11 +108,11 @@ def read_section(
 
 
 def complete_rows(sql: DuckDBPyConnection, schema: PrepareSchema) -> None:
-    """Date histories that are lists without times, and join labels of other tables.
+    """Set the times of histories given as lists without times, and join labels from other tables.
 
     Args:
-        sql: holds the sections, and in `first_request` the least time of all requests.
-        schema: of the log.
+        sql: contains the sections, and `first_request`, the earliest time of all requests.
+        schema: the schema of the log.
     """
     if schema.events.time is None:
         date_histories(sql)
@@ -124,7 +124,7 @@ def _read(sql: DuckDBPyConnection, section: Section, before: int) -> dict[str, d
     """Make the table and the view of a section.
 
     Returns:
-        Why lines of its files were refused before they were rows.
+        The refused lines of its CSV files by reason, as in ``Source.refused``.
     """
     source = Source(section.name, section.files, sql)
 
@@ -133,28 +133,28 @@ def _read(sql: DuckDBPyConnection, section: Section, before: int) -> dict[str, d
         return f"TRY({f'({column})' if there is None else quoted(there)})"
 
     columns = section.columns.items()
-    # A column that the files lack would be found among ours, had these their names already.
+    # Temporary names: otherwise a column missing in the files would be resolved to an output column.
     ours = ", ".join(
         f"{form.format(given(column))} AS _{n}" for n, (_, (column, form)) in enumerate(columns)
     )
     named = ", ".join(f"_{n} AS {quoted(c)}" for n, c in enumerate(section.columns))
     texts = {c: column for c, (column, _) in columns}
     texts |= {f"_each_{name}": column_of(column) for name, column in section.each.items()}
-    shown = [f"{name} := CAST({name} AS VARCHAR)" for name in source.places]
-    shown += [
+    originals = [f"{name} := CAST({name} AS VARCHAR)" for name in source.places]
+    originals += [
         f"{quoted(c)} := nullif(left(CAST({given(column)} AS VARCHAR), {_SHOWN}), '')"
         for c, column in texts.items()
     ]
     places = "".join(f", {place} AS {name}" for name, place in source.places.items())
     rows = f"(SELECT * {places} FROM {source.relation})"
     wanted = f"TRY(CAST({given(section.where)} AS BOOLEAN))" if section.where else "true"
-    checks = {"NOT _wanted IS TRUE": "`where` cannot be told", **section.checks}
+    checks = {"NOT _wanted IS TRUE": "`where` is neither true nor false", **section.checks}
     unpacked, kept = "false AS _nothing", "_given, _wanted, _nothing"
     if section.each:
         rows = _each(sql, section, source, rows, given, before)
         checks = {
             "_ragged": "lists of `each` differ in length",
-            "_unlisted": "a column of `each` is not a list; name the `delimiter` of its text",
+            "_unlisted": "a column of `each` is not a list; if it is text, set its `delimiter`",
             **checks,
         }
         unpacked, kept = f"_ragged, _unlisted, {LENGTH} = 0 AS _nothing", f"{kept}, _ragged, _unlisted"
@@ -169,7 +169,7 @@ def _read(sql: DuckDBPyConnection, section: Section, before: int) -> dict[str, d
                 CASE WHEN _refused IS NOT NULL THEN CAST(_given AS VARCHAR) END AS _given
             FROM (SELECT * {derived}, CASE WHEN _nothing THEN '{_NOTHING}' {reasons} END AS _refused
                   FROM (SELECT {named}, {kept}
-                        FROM (SELECT {ours}, struct_pack({", ".join(shown)}) AS _given,
+                        FROM (SELECT {ours}, struct_pack({", ".join(originals)}) AS _given,
                               {wanted} AS _wanted, {unpacked} FROM {rows}))
                   WHERE _wanted IS DISTINCT FROM false OR _nothing)"""
         )
@@ -185,15 +185,17 @@ def _each(
     given: Callable[[str], str],
     before: int,
 ) -> str:
-    """A relation with a row for each element of a row's lists.
+    """A relation with one row for each element of a row's lists.
 
-    Where the lists are not what they should be, and where they are empty, one row stands for theirs.
+    If the lists are not valid, or empty, it has one row in their place.
     """
     lists: list[str] = []
     unlisted: list[str] = []
     for name, column in section.each.items():
         if name.lower() in {there.lower() for there in source.columns}:
-            raise LogError(f"{section.name}.each: there is a column {name!r} already; take another name")
+            raise LogError(
+                f"{section.name}.each: the files already have a column {name!r}; choose another name"
+            )
         text = given(column_of(column))
         kind = sql.execute(f"DESCRIBE SELECT {text} FROM {rows}").fetchall()[0][1]
         # elements of a list keep their type
@@ -216,7 +218,7 @@ def _each(
 def _count_refused(
     sql: DuckDBPyConnection, section: Section, lines: Mapping[str, dict[str, Any]], empty: int
 ) -> Refused:
-    """A section's rows, and those refused."""
+    """Count the rows of a section and its refused rows."""
     reasons = {
         why: {"rows": count, "examples": examples}
         for why, count, examples in sql.execute(
@@ -231,23 +233,23 @@ def _count_refused(
 
 
 def check_refused(section: str, refused: Refused, max_refused: float) -> None:
-    """Raise where too many rows of a section are refused.
+    """Raise if too many rows of a section are refused.
 
     Raises:
-        LogError: more than the share ``max_refused``.
+        LogError: the share of refused rows is above ``max_refused``.
 
     Example:
         >>> from ifa_torchrec.data.prepare.sources import check_refused
         >>> from ifa_torchrec.data.prepare.tallies import Refused
         >>> check_refused("events", Refused(4, {}, {}, None), max_refused=0)
     """
-    told = refused.told()
-    if told["refused"] > max_refused * told["rows"]:
+    report = refused.to_report()
+    if report["refused"] > max_refused * report["rows"]:
         why = "; ".join(
-            f"{why} ({reason['rows']} rows, as {reason['examples'][0]})"
-            for why, reason in told["reasons"].items()
+            f"{why} ({reason['rows']} rows, such as {reason['examples'][0]})"
+            for why, reason in report["reasons"].items()
         )
         raise LogError(
-            f"{section}: {told['refused']} of {told['rows']} rows are refused, above the share of "
-            f"{max_refused}: {why}; repair them or the schema, or allow more with max_refused"
+            f"{section}: {report['refused']} of {report['rows']} rows are refused, more than the "
+            f"share of {max_refused}: {why}; fix them or the schema, or raise max_refused"
         )

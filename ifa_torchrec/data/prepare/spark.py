@@ -1,9 +1,9 @@
-"""``prepare`` on Spark, for logs that outgrow a machine: DuckDB's same statements, in Spark's tasks.
+"""``prepare`` on Spark, for logs too large for one machine: the same DuckDB statements, in Spark tasks.
 
-A task reads a file of the sources (``read_section``), or has the events and requests of a part's users.
-What DuckDB does on one machine with all of them it does here with those of a part, and figures of the
-parts are added up (``tallies``). Spark itself brings the rows of a user together: it joins them with the
-users' codes and shuffles them by part. The schema's SQL is DuckDB's here as well; nothing is translated.
+A task reads one file of the sources (``read_section``), or processes the events and requests of the
+users in one part. DuckDB does for each part what it does for all users on one machine, and the figures
+of the parts are added (``tallies``). Spark itself only brings the rows of a user together: it joins them
+with the users' codes and shuffles them by part. The SQL of the schema is DuckDB's here as well.
 
 The driver numbers users, items and values, writes the items, and cuts the splits by the requests' times.
 """
@@ -42,11 +42,11 @@ _PATTERN = set("*?[]{}\\")
 
 
 def check_spark(schema: PrepareSchema, out: str | Path, parts: int) -> None:
-    """Refuse what is not done on Spark.
+    """Refuse what is not supported on Spark.
 
     Raises:
-        LogError: negatives are asked for, there are fewer than two parts, or the folder's name would be
-            a pattern to Spark.
+        LogError: the schema has negatives, there are fewer than two parts, or Spark would treat the
+            folder's name as a pattern.
         ModuleNotFoundError: PySpark is not installed.
 
     Example:
@@ -57,20 +57,20 @@ def check_spark(schema: PrepareSchema, out: str | Path, parts: int) -> None:
         ...                        requests=Requests(**rows, labels={"click": "c"}, negatives=4))
         >>> check_spark(schema, "log", 8)
         Traceback (most recent call last):
-        ifa_torchrec.data.schema.LogError: requests.negatives=4: draws go by a request's number in the \
-whole log, which no part knows; leave negatives out, or take the engine duckdb
+        ifa_torchrec.data.schema.LogError: requests.negatives=4: the draws depend on a request's number \
+in the whole log, which a part does not know; leave out negatives, or use the engine duckdb
     """
     if schema.requests.negatives:
         raise LogError(
-            f"requests.negatives={schema.requests.negatives}: draws go by a request's number in the "
-            "whole log, which no part knows; leave negatives out, or take the engine duckdb"
+            f"requests.negatives={schema.requests.negatives}: the draws depend on a request's number "
+            "in the whole log, which a part does not know; leave out negatives, or use the engine duckdb"
         )
     if parts < 2:
         raise LogError(
-            f"parts={parts}: on Spark a task writes a part; give two or more, perhaps three a core"
+            f"parts={parts}: on Spark each task writes one part; set two or more, such as three per core"
         )
     if wrong := sorted(_PATTERN & set(os.path.abspath(out))):
-        raise LogError(f"{out}: Spark takes {wrong} for a pattern; choose another folder")
+        raise LogError(f"{out}: Spark treats {wrong} as a pattern; choose another folder")
     require("spark", "pyspark")
 
 
@@ -78,17 +78,17 @@ class OnSpark:
     """The steps of ``prepare`` on Spark.
 
     Args:
-        sql: a database of the driver.
-        job: what its tasks know.
-        parts: how many parts there are to be.
-        max_refused: greatest share of a table's rows that may be refused.
+        sql: the driver's database.
+        job: the data that all tasks need.
+        parts: the number of parts to write.
+        max_refused: maximum share of a table's rows that may be refused.
     """
 
     def __init__(self, sql: DuckDBPyConnection, job: Job, parts: int, max_refused: float) -> None:
         self.sql, self.job, self.schema = sql, job, job.schema
         self.parts, self.max_refused = parts, max_refused
         sections = [section for section in sections_of(self.schema) if section.name != "items"]
-        # what is wrong with a file's name, header or types is told before Spark starts
+        # errors in a file's name, header or types are raised before Spark starts
         self.files = {
             section.name: each_file(section.name, section.files, bool(section.each), sql)
             for section in sections
@@ -96,7 +96,7 @@ class OnSpark:
         self.spark = _session()
 
     def write(self, numbering: Numbering) -> tuple[dict[str, Any], dict[str, int]]:
-        """Write the log's tables; returns its report, and the width of each kind of vectors."""
+        """Write the log's tables; returns its report, and the width of each vector feature."""
         sql, schema, parts = self.sql, self.schema, range(self.parts)
         refused, first = self._read()
         self._users()
@@ -113,16 +113,16 @@ class OnSpark:
         numbering.others()
         widths = write_items(sql, schema, self.job.draft / "items.parquet")
         self._write_codes()
-        known = numbering.told[ITEM]["rows"]
+        known = numbering.report[ITEM]["rows"]
         tasks = [WritePart(self.job, part, self.parts, splits, known) for part in parts]
         self._folders(splits)
-        report = report_of(self._sum(tasks), rows, joins, numbering.told, refused)
-        for left in self.job.draft.rglob(".part-*"):  # by a task that was given up
+        report = report_of(self._sum(tasks), rows, joins, numbering.report, refused)
+        for left in self.job.draft.rglob(".part-*"):  # left by a cancelled task
             left.unlink()
         return report, widths
 
     def _read(self) -> tuple[dict[str, Refused], str]:
-        """Read all sections; returns what is refused, and the time of the first request, in SQL."""
+        """Read all sections; returns the refused rows of each, and the first request's time as SQL."""
         refused: dict[str, Refused] = {}
         sections = sections_of(self.schema)
         if sections[0].name == "items":
@@ -143,7 +143,7 @@ class OnSpark:
         return refused, "NULL::TIMESTAMP" if first is None else f"TIMESTAMP '{first}'"
 
     def _users(self) -> None:
-        """Make the view `ids_user`, of the users of events and requests."""
+        """Make the view `ids_user` with the users of events and requests."""
         users = [self._spark_table(f"read/{name}").select("user") for name in ("events", "requests")]
         both = users[0].union(users[1]).where("`user` IS NOT NULL").distinct()
         both.write.parquet(self._path("ids/user"))
@@ -153,9 +153,9 @@ class OnSpark:
         )
 
     def _shuffle(self) -> None:
-        """Bring the rows of a user together, in the part that the code says.
+        """Bring the rows of each user together, in the part determined by the user's code.
 
-        Rows of users who have none, since no event and no request is theirs, may be in any.
+        Users without events and requests have no code; their rows may be in any part.
         """
         codes = self.job.file("codes", "users.parquet")
         part = part_in_sql("code", self.parts)
@@ -191,7 +191,7 @@ class OnSpark:
         return cut_splits(self.sql, self.schema.splits)
 
     def _write_codes(self) -> None:
-        """Write the codes of all but users, and what of the items the figures need."""
+        """Write the codes of all names but users, and the items, which the figures need."""
         for n, name in enumerate(hashes_of(self.schema)):
             if name != USER:
                 codes = f"FROM {quoted(f'codes_{name}')}"
@@ -207,11 +207,11 @@ class OnSpark:
             self.sql.execute(f"CREATE VIEW {quoted(name)} AS FROM {self._found(pattern)}")
 
     def _found(self, pattern: str) -> str:
-        """Files of WORK, to select from by DuckDB."""
+        """Files of WORK as a DuckDB relation."""
         return f"read_parquet({literal(str(self.job.work / pattern))}, hive_partitioning=false)"
 
     def _path(self, name: str) -> str:
-        """A path of WORK for Spark, whatever its own file system is."""
+        """A path of WORK for Spark, whose default file system may be another."""
         return f"file://{self.job.work / name}"
 
     def _spark_table(self, name: str) -> Any:
@@ -221,7 +221,7 @@ class OnSpark:
         return reduce(added, self._run(tasks))
 
     def _run(self, tasks: Sequence[Task]) -> list[Any]:
-        """What tasks give, each of which runs on a core of Spark's."""
+        """Run each task on one core of Spark, and return their results."""
 
         def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             from pyspark import TaskContext
@@ -231,7 +231,7 @@ class OnSpark:
                 for number in batch.column(0).to_pylist():
                     try:
                         result = tasks[number].run(context.cpus() if context else 1)
-                    except LogError as error:  # Spark would wrap it, and try again
+                    except LogError as error:  # Spark would wrap it, and retry
                         result = error
                     given = [pa.array([number]), pa.array([pickle.dumps(result)], pa.binary())]
                     yield pa.RecordBatch.from_arrays(given, ["number", "result"])
@@ -246,7 +246,7 @@ class OnSpark:
 
 
 def _session() -> SparkSession:
-    """The session that there is, or one as the environment and spark-defaults.conf say."""
+    """The active session, or a new one configured by the environment and spark-defaults.conf."""
     from pyspark.sql import SparkSession
 
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)

@@ -1,13 +1,13 @@
-"""What a task of Spark does: DuckDB's statements, on a file of the sources or on the users of a part.
+"""The Spark tasks: they run DuckDB statements on one file of the sources, or on the users of one part.
 
-Tasks leave their tables in a folder that all machines see:
+Tasks write their tables to a folder that all machines share:
 
     WORK/read/SECTION/file-N.parquet           the rows of a file
-    WORK/rows/SECTION/_part=P/                 those of the users of a part, with their codes (_code)
+    WORK/rows/SECTION/_part=P/                 the rows of the users of a part, with their codes (_code)
     WORK/parts/P/TABLE.parquet                 tables of a part
-    WORK/ids/N/part-P.parquet, WORK/codes/N.parquet   ids of a part, and their codes, by name
+    WORK/ids/N/part-P.parquet, WORK/codes/N.parquet   ids of a part, and codes, by number of the name
 
-A file appears when it is whole, so a task may run again, or twice at a time.
+Files appear atomically, so a task may run again, or twice at the same time.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _TABLES = ("codes_user", "events_rows", "requests", "sessions")
 
 @dataclass(frozen=True)
 class Job:
-    """What all tasks of a log know.
+    """The data that all tasks of a log need.
 
     Args:
-        schema: of the log.
-        draft: the folder that it is written in; WORK is in it.
-        memory: what DuckDB may take in a task.
+        schema: the schema of the log.
+        draft: the folder in which the log is written; it contains WORK.
+        memory: the memory that DuckDB may use in a task.
 
     Example:
         >>> from pathlib import Path
@@ -63,34 +63,34 @@ class Job:
         return self.draft / "work"
 
     def file(self, *names: Any) -> Path:
-        """A file of WORK, and the folders that it is in."""
+        """The path of a file of WORK; its parent folders are created."""
         file = self.work.joinpath(*map(str, names))
         file.parent.mkdir(parents=True, exist_ok=True)
         return file
 
 
 class Task(ABC):
-    """What is done on one core; it is sent there."""
+    """A task for one core; it is pickled and sent there."""
 
     @abstractmethod
     def run(self, threads: int) -> Any:
-        """Do it.
+        """Run the task.
 
         Args:
-            threads: of DuckDB.
+            threads: the number of DuckDB threads.
         """
 
 
 @dataclass(frozen=True)
 class ReadFile(Task):
-    """Read a file of a section; gives what was refused of it, and the span of its times.
+    """Read a file of a section; returns its refused rows, and the span of its times.
 
     Args:
-        job: of the log.
-        section: its name.
-        number: of the file.
-        file: its path.
-        before: rows of the section's files before it, where they are counted.
+        job: the job of the log.
+        section: the name of the section.
+        number: the number of the file.
+        file: the path of the file.
+        before: the number of rows in the section's files before it, if they are counted.
 
     Example:
         >>> from ifa_torchrec.data.prepare.spark_tasks import ReadFile
@@ -121,12 +121,12 @@ class ReadFile(Task):
 
 @dataclass(frozen=True)
 class GroupPart(Task):
-    """Group the requests of a part's users; gives figures of their rows.
+    """Group the requests of a part's users; returns figures of their rows.
 
     Args:
-        job: of the log.
-        part: its number.
-        first: the least time of all requests, in SQL.
+        job: the job of the log.
+        part: the number of the part.
+        first: the earliest time of all requests, as SQL.
 
     Example:
         >>> from ifa_torchrec.data.prepare.spark_tasks import GroupPart
@@ -147,7 +147,7 @@ class GroupPart(Task):
                 name = section.name
                 if name == "items":
                     continue
-                files = [job.file("rows", f"{name}.parquet")]  # of no rows
+                files = [job.file("rows", f"{name}.parquet")]  # without rows
                 files += sorted(job.file("rows", name, f"_part={self.part}").glob("*.parquet"))
                 listed = ", ".join(literal(str(file)) for file in files)
                 rows = f"read_parquet([{listed}], hive_partitioning=false)"
@@ -169,12 +169,12 @@ class GroupPart(Task):
 
 @dataclass(frozen=True)
 class CountPart(Task):
-    """Write which ids a part has.
+    """Write the ids of a part.
 
     Args:
-        job: of the log.
-        part: its number.
-        splits: of the log.
+        job: the job of the log.
+        part: the number of the part.
+        splits: the splits of the log.
 
     Example:
         >>> from ifa_torchrec.data.prepare.spark_tasks import CountPart
@@ -197,14 +197,14 @@ class CountPart(Task):
 
 @dataclass(frozen=True)
 class WritePart(Task):
-    """Write the events and requests of a part; gives figures of them.
+    """Write the events and requests of a part; returns figures of them.
 
     Args:
-        job: of the log.
-        part: its number.
-        parts: how many there are.
-        splits: of the log.
-        known: rows of the item table.
+        job: the job of the log.
+        part: the number of the part.
+        parts: the number of parts.
+        splits: the splits of the log.
+        known: the number of rows of the item table.
 
     Example:
         >>> from ifa_torchrec.data.prepare.spark_tasks import WritePart
@@ -232,7 +232,7 @@ class WritePart(Task):
 
 @contextmanager
 def _scratch(job: Job, threads: int) -> Generator[DuckDBPyConnection]:
-    """A database on a disk of the machine that the task runs on."""
+    """A database on the local disk of the machine that runs the task."""
     with (
         tempfile.TemporaryDirectory() as folder,
         database(Path(folder) / "tables", job.memory, threads) as sql,

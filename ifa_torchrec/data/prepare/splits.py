@@ -1,4 +1,4 @@
-"""The splits of a log's requests, by time."""
+"""Split a log's requests by time."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Splits:
-    """When each split starts and ends, and which requests are in it.
+    """The start and the end of each split, and its requests.
 
     Args:
-        starts: of each split but "train", the time from which on requests are in it, in SQL.
-        lasts: of each split, the time of its last request, in SQL.
-        numbers: of each split, its requests.
+        starts: the start time of each split but "train", as SQL.
+        lasts: the time of the last request of each split, as SQL.
+        numbers: the request numbers of each split.
 
     Example:
         >>> from ifa_torchrec.data.prepare.splits import Splits
@@ -34,15 +34,15 @@ class Splits:
     numbers: Mapping[str, range]
 
     def of_part(self, sql: DuckDBPyConnection) -> Splits:
-        """The same times, and the requests of a table `requests` of some users."""
+        """The same times, with the request numbers of a table `requests` of some users."""
         return replace(self, numbers=_numbers(sql, self.starts))
 
 
 def cut_splits(sql: DuckDBPyConnection, starts: Mapping[str, str | float]) -> Splits:
-    """The splits of the table `requests`.
+    """Split the table `requests`.
 
     Raises:
-        LogError: a start is no timestamp, a split is empty, or one is called "train".
+        LogError: a start is not a timestamp, a split is empty, or one is named "train".
 
     Example:
         >>> import duckdb
@@ -57,11 +57,13 @@ def cut_splits(sql: DuckDBPyConnection, starts: Mapping[str, str | float]) -> Sp
     cuts: dict[str, str] = {}
     for split, start in starts.items():
         if split == "train":
-            raise LogError("splits: 'train' is what comes before the first split; leave it out")
+            raise LogError("splits: 'train' is always what comes before the first split; leave it out")
         if isinstance(start, str):
             cuts[split] = timestamp(literal(start), None)
             if first_row(sql, f"SELECT {cuts[split]}") == (None,):
-                raise LogError(f"splits: {split!r} starts at {start!r}, which is no timestamp")
+                raise LogError(
+                    f"splits: {split!r} starts at {start!r}, which is not a timestamp like '2024-05-01'"
+                )
         else:
             cuts[split] = _time(sql, "min(time)", f"_number = {int(start * count)}")
     numbers = _numbers(sql, cuts)
@@ -69,15 +71,15 @@ def cut_splits(sql: DuckDBPyConnection, starts: Mapping[str, str | float]) -> Sp
         if not mine:
             first, last = first_row(sql, "SELECT min(time), max(time) FROM requests")
             raise LogError(
-                f"splits: {split!r} has no requests; they are of {first} to {last}, and the "
-                f"splits start at {dict(starts)}, which must be in order"
+                f"splits: {split!r} has no requests. The requests are from {first} to {last}, and the "
+                f"splits start at {dict(starts)}; the starts must be in order, with requests in each"
             )
     lasts = {split: _time(sql, "max(time)", f"_number < {mine.stop}") for split, mine in numbers.items()}
     return Splits(cuts, lasts, numbers)
 
 
 def _numbers(sql: DuckDBPyConnection, cuts: Mapping[str, str]) -> dict[str, range]:
-    """Of each split, its requests; they are numbered by time."""
+    """The request numbers of each split; requests are numbered by time."""
     bounds = [0]
     bounds += [number(sql, f"SELECT count(*) FROM requests WHERE time < {cut}") for cut in cuts.values()]
     bounds.append(number(sql, "SELECT count(*) FROM requests"))
@@ -86,6 +88,6 @@ def _numbers(sql: DuckDBPyConnection, cuts: Mapping[str, str]) -> dict[str, rang
 
 
 def _time(sql: DuckDBPyConnection, time: str, which: str) -> str:
-    """A time of the requests of which a condition is true, in SQL."""
+    """A time of the requests for which a condition is true, as SQL."""
     microseconds = first_row(sql, f"SELECT epoch_us({time}) FROM requests WHERE {which}")[0]
     return f"make_timestamp({'NULL::BIGINT' if microseconds is None else microseconds})"

@@ -1,4 +1,4 @@
-"""What the rooms of ``prepare`` say to DuckDB alike: names and texts quoted, times, counts, Parquet."""
+"""DuckDB helpers shared by the steps of ``prepare``: quoting, times, counts, Parquet files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def quoted(name: str) -> str:
-    """A name in SQL, whatever it holds.
+    """A quoted name in SQL.
 
     Example:
         >>> from ifa_torchrec.data.prepare.sql import quoted
@@ -27,7 +27,7 @@ def quoted(name: str) -> str:
 
 
 def literal(text: str) -> str:
-    """A text in SQL.
+    """A string literal in SQL.
 
     Example:
         >>> from ifa_torchrec.data.prepare.sql import literal
@@ -38,11 +38,11 @@ def literal(text: str) -> str:
 
 
 def more(names: Iterable[str], form: str = "{}") -> str:
-    """Further columns of a SELECT, each made of the column of its name.
+    """Further columns of a SELECT, each computed from the column with the same name.
 
     Args:
-        names: of the columns.
-        form: SQL, with {} where the column stands.
+        names: the names of the columns.
+        form: SQL, with {} for the column.
 
     Example:
         >>> from ifa_torchrec.data.prepare.sql import more
@@ -53,11 +53,11 @@ def more(names: Iterable[str], form: str = "{}") -> str:
 
 
 def timestamp(sql: str, unit: str | None) -> str:
-    """A time in UTC; null where there is none to be read.
+    """A time in UTC, as SQL; null if it cannot be read.
 
     Args:
-        sql: a number, if there is a unit; else a timestamp, or a text of one.
-        unit: one of UNITS, or None. Of a unit there is no time in a 32-bit float.
+        sql: a number, if there is a unit; else a timestamp, or the text of one.
+        unit: one of UNITS, or None. With a unit, a 32-bit float gives null.
 
     Example:
         >>> from ifa_torchrec.data.prepare.sql import timestamp
@@ -67,12 +67,12 @@ def timestamp(sql: str, unit: str | None) -> str:
     if unit is None:
         return f"TRY(CAST({sql} AS TIMESTAMPTZ) AT TIME ZONE 'UTC')"
     time = f"TRY(make_timestamp(CAST(CAST({sql} AS DECIMAL(24, 6)) * {UNITS[unit]} AS BIGINT)))"
-    # a FLOAT has 24 bits, so that the seconds of today are two minutes apart
+    # a FLOAT has 24 bits: for seconds of today it is only exact to two minutes
     return f"CASE WHEN typeof({sql}) <> 'FLOAT' THEN {time} END"
 
 
 def interval(seconds: float) -> str:
-    """A length of time.
+    """An interval of time, as SQL.
 
     Example:
         >>> from ifa_torchrec.data.prepare.sql import interval
@@ -83,7 +83,7 @@ def interval(seconds: float) -> str:
 
 
 def first_row(sql: DuckDBPyConnection, query: str) -> tuple[Any, ...]:
-    """The first row that a query gives.
+    """The first row of a query.
 
     Example:
         >>> import duckdb
@@ -95,7 +95,7 @@ def first_row(sql: DuckDBPyConnection, query: str) -> tuple[Any, ...]:
 
 
 def number(sql: DuckDBPyConnection, query: str) -> int:
-    """The one value that a query gives.
+    """The single value of a query.
 
     Example:
         >>> import duckdb
@@ -106,14 +106,13 @@ def number(sql: DuckDBPyConnection, query: str) -> int:
     return first_row(sql, query)[0]
 
 
-def write_parquet(sql: DuckDBPyConnection, query: str, file: Path, options: str = "") -> None:
-    """Write what a query gives; the file appears when it is whole.
+def write_parquet(sql: DuckDBPyConnection, query: str, file: Path) -> None:
+    """Write the result of a query; the file appears atomically.
 
     Args:
         sql: the connection.
-        query: gives the rows, in their order.
-        file: to be written.
-        options: further ones of COPY, with a comma in front.
+        query: returns the rows, in order.
+        file: the file to write.
 
     Example:
         >>> import duckdb, tempfile
@@ -124,17 +123,17 @@ def write_parquet(sql: DuckDBPyConnection, query: str, file: Path, options: str 
         3
     """
     draft = file.with_name(f".{file.name}-{secrets.token_hex(6)}")
-    sql.execute(f"COPY ({query}) TO {literal(str(draft))} (FORMAT parquet{options})")
+    sql.execute(f"COPY ({query}) TO {literal(str(draft))} (FORMAT parquet)")
     draft.rename(file)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Parts of a log that are written.
+    """The parts of a log that are written.
 
     Args:
-        count: how many the log has.
-        mine: those that are written; all by default.
+        count: the number of parts in the log.
+        mine: the part to write; all by default.
 
     Example:
         >>> from ifa_torchrec.data.prepare.sql import Parts
@@ -148,28 +147,28 @@ class Parts:
     mine: int | None = None
 
     def of(self, user: str) -> str:
-        """The part of a user, in SQL.
+        """The part of a user, as SQL.
 
         Args:
-            user: in SQL, not negative.
+            user: the user as SQL, not negative.
         """
         return "0" if self.count == 1 else part_in_sql(user, self.count)
 
     @property
     def numbers(self) -> Sequence[int]:
-        """Of those that are written."""
+        """The numbers of the parts to write."""
         return range(self.count) if self.mine is None else [self.mine]
 
 
 def write_parts(sql: DuckDBPyConnection, table: str, path: Path, parts: Parts) -> None:
-    """Write a table of DuckDB as PATH.parquet, or as PATH/part-*.parquet; rows keep their order.
+    """Write a DuckDB table to PATH.parquet, or to PATH/part-*.parquet; rows keep their order.
 
     Args:
         sql: the connection.
-        table: in the database; its rows are in the order of a column `_part`, which is not written: so
-            a part is a run of rows, and all others are passed over unread.
-        path: of the table's file in the log's folder, without suffix.
-        parts: those that are written.
+        table: the table. Its rows are sorted by a column `_part`, which is not written; so a part is a
+            contiguous run of rows, and all others are skipped without reading them.
+        path: the path of the table's file in the log's folder, without suffix.
+        parts: the parts to write.
 
     Example:
         >>> import duckdb, tempfile

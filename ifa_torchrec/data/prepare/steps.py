@@ -1,4 +1,4 @@
-"""What every way of preparing a log does alike: its database, the tables it writes, its publishing."""
+"""Steps that both engines share: the database, writing the tables, publishing the log."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def database(folder: Path, memory: str, threads: int | None = None) -> Generator[DuckDBPyConnection]:
-    """A database of DuckDB in a folder that is gone behind it; its errors become LogErrors."""
+    """A DuckDB database in a temporary folder; its errors become LogErrors."""
     require("data", "duckdb")
     import duckdb
 
@@ -40,13 +40,13 @@ def database(folder: Path, memory: str, threads: int | None = None) -> Generator
         try:
             connection.execute(f"SET memory_limit = {literal(memory)}")
         except duckdb.Error as error:
-            raise LogError(f"memory={memory!r} is no size, such as '4GB': {error}") from error
+            raise LogError(f"memory must be a size such as '4GB', got {memory!r}: {error}") from error
         try:
             yield connection
         except duckdb.OutOfMemoryException as error:
-            raise LogError(f"memory={memory!r} is too little for this log: {error}") from error
+            raise LogError(f"memory={memory!r} is too little for this log; raise it: {error}") from error
         except duckdb.Error as error:
-            raise LogError(f"the schema does not fit its files: {error}") from error
+            raise LogError(f"the schema does not match its files: {error}") from error
     shutil.rmtree(folder)
 
 
@@ -58,18 +58,18 @@ def write_rows(
     folder: Path,
     parts: Parts,
 ) -> dict[str, Any]:
-    """Write the events and the requests, of all users or of a part's.
+    """Write the events and the requests, of all users or of one part.
 
     Args:
-        sql: holds events_rows, requests, sessions, items and the codes.
-        schema: of the log.
-        splits: of the requests.
-        known: rows of the item table.
-        folder: the log's.
-        parts: those that are written.
+        sql: contains events_rows, requests, sessions, items and the codes.
+        schema: the schema of the log.
+        splits: the splits of the requests.
+        known: the number of rows of the item table.
+        folder: the folder of the log.
+        parts: the parts to write.
 
     Returns:
-        Figures of them that add up.
+        Figures of them, which can be added.
     """
     write_events(sql, schema, folder, parts)
     code_candidates(sql, schema)
@@ -86,24 +86,24 @@ def publish(
     numbering: Numbering,
     widths: Mapping[str, int],
 ) -> EventLog:
-    """Make a log of the folder that its tables were written to.
+    """Make the folder with the written tables a log.
 
     Args:
         draft: the folder.
-        out: what it will be called.
-        report: of the log.
-        numbering: of its ids.
-        widths: of the items' vectors.
+        out: the final path of the log.
+        report: the report of the log.
+        numbering: the numbering of its ids.
+        widths: the width of each vector feature.
     """
     (draft / "report.json").write_text(json.dumps(report, indent=2))
     numbering.vocabulary().save(draft)
-    rows = {name: told["rows"] for name, told in numbering.told.items()}
+    rows = {name: ids["rows"] for name, ids in numbering.report.items()}
     schema = log_schema(numbering.schema, rows, widths)
     return EventLog.publish(draft, out, schema, list(report["requests"]))
 
 
 def log_schema(schema: PrepareSchema, rows: Mapping[str, int], widths: Mapping[str, int]) -> LogSchema:
-    """The schema of the log, with its tables' rows and its vectors' widths, as far as they are known."""
+    """The schema of the log, with the rows of its tables and the widths of its vectors; 1 if unknown."""
 
     def tables(names: Iterable[str]) -> dict[str, int]:
         return {name: rows.get(name, 1) for name in names}

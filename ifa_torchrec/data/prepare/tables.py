@@ -1,4 +1,4 @@
-"""items.parquet and events.parquet, of the rows that were read and the codes of their ids."""
+"""Write items.parquet and events.parquet from the rows read and the codes of their ids."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 
 def write_items(sql: DuckDBPyConnection, schema: PrepareSchema, file: Path) -> dict[str, int]:
-    """Make the table `items`, of ids as they were found, and write it: row 0, 1, ... of the items.
+    """Make the table `items`, with external ids, and write it with rows 0, 1, ... of the items.
 
-    Of several descriptions the greatest value of each column is taken. Row 0 is of no item.
+    If several rows describe an item, the largest value of each column is taken. Row 0 is "unknown".
 
     Args:
-        sql: holds items_rows, if the schema has items, and the codes.
-        schema: of the log.
-        file: to be written.
+        sql: contains items_rows, if the schema has items, and the codes.
+        schema: the schema of the log.
+        file: the file to write.
 
     Returns:
-        The width of each kind of vectors.
+        The width of each vector feature.
     """
     items = schema.described_items
     columns = [*items.features, *items.lists, *items.dense, *items.vectors]
@@ -66,14 +66,14 @@ def write_items(sql: DuckDBPyConnection, schema: PrepareSchema, file: Path) -> d
 
 
 def write_events(sql: DuckDBPyConnection, schema: PrepareSchema, folder: Path, parts: Parts) -> None:
-    """Make the table `events`, in the order of part, user and time, and write events.parquet, or the
-    parts; events of one time are in the order of item, and then of their other columns.
+    """Make the table `events`, sorted by part, user and time, and write events.parquet or its parts;
+    events with the same time are sorted by item, then by their other columns.
 
     Args:
-        sql: holds events_rows and the codes.
-        schema: of the log.
-        folder: the log's.
-        parts: those that are written.
+        sql: contains events_rows and the codes.
+        schema: the schema of the log.
+        folder: the folder of the log.
+        parts: the parts to write.
 
     Example:
         >>> import duckdb, tempfile

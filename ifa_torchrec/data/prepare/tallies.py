@@ -1,6 +1,6 @@
-"""Figures that add up: those of a log are the sum of those of its parts.
+"""Figures that can be added: the figures of a log are the sum of those of its parts.
 
-What is counted is a dict, of dicts or of what has a sum: numbers, and the classes of this file.
+Figures are nested dicts of values that have a sum: numbers, and the classes of this module.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def added(one: Any, other: Any) -> Any:
-    """The sum of two figures, or of two dicts of the same names.
+    """The sum of two figures, or of two dicts with the same keys.
 
     Example:
         >>> from ifa_torchrec.data.prepare.tallies import Share, added
@@ -30,26 +30,26 @@ def added(one: Any, other: Any) -> Any:
     return one + other
 
 
-def told(figures: Any) -> Any:
-    """What the report says of figures: numbers, texts, lists and dicts of them.
+def to_report(figures: Any) -> Any:
+    """Convert figures to numbers, texts, lists and dicts for the report.
 
     Example:
-        >>> from ifa_torchrec.data.prepare.tallies import Share, told
-        >>> told({"rows": 5, "seen": Share(1, 4)})
+        >>> from ifa_torchrec.data.prepare.tallies import Share, to_report
+        >>> to_report({"rows": 5, "seen": Share(1, 4)})
         {'rows': 5, 'seen': 0.25}
     """
     if isinstance(figures, Mapping):
-        return {name: told(value) for name, value in figures.items()}
-    return figures.told() if hasattr(figures, "told") else figures
+        return {name: to_report(value) for name, value in figures.items()}
+    return figures.to_report() if hasattr(figures, "to_report") else figures
 
 
 @dataclass(frozen=True)
 class Share:
-    """A mean, as the sum and the number of what it is of.
+    """A mean, stored as the sum and the count.
 
     Example:
         >>> from ifa_torchrec.data.prepare.tallies import Share
-        >>> (Share(1, 2) + Share(0, 2)).told()
+        >>> (Share(1, 2) + Share(0, 2)).to_report()
         0.25
     """
 
@@ -59,18 +59,18 @@ class Share:
     def __add__(self, other: Share) -> Share:
         return Share(self.total + other.total, self.of + other.of)
 
-    def told(self) -> float | None:
-        """The mean; None of nothing."""
+    def to_report(self) -> float | None:
+        """The mean; None if the count is 0."""
         return self.total / self.of if self.of else None
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """How often each of some whole numbers is there.
+    """The number of occurrences of each integer.
 
     Example:
         >>> from ifa_torchrec.data.prepare.tallies import Histogram
-        >>> (Histogram({1: 9}) + Histogram({7: 1})).told()
+        >>> (Histogram({1: 9}) + Histogram({7: 1})).to_report()
         {'p50': 1, 'p90': 1, 'p99': 7, 'max': 7}
     """
 
@@ -79,8 +79,8 @@ class Histogram:
     def __add__(self, other: Histogram) -> Histogram:
         return Histogram(Counter(self.counts) + Counter(other.counts))
 
-    def told(self) -> dict[str, int | None]:
-        """The least number that is not below 50, 90 and 99 of a hundred, and the greatest."""
+    def to_report(self) -> dict[str, int | None]:
+        """The 50th, 90th and 99th percentile, and the maximum."""
         rows = sum(self.counts.values())
         found: dict[str, int | None] = {}
         for percent in (50, 90, 99):
@@ -96,11 +96,11 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Span:
-    """The first and the last of some times; None where there are none.
+    """The first and the last of some times; None if there are none.
 
     Example:
         >>> from ifa_torchrec.data.prepare.tallies import Span
-        >>> (Span(2, 3) + Span(None, None) + Span(1, 2)).told()
+        >>> (Span(2, 3) + Span(None, None) + Span(1, 2)).to_report()
         ['1', '3']
     """
 
@@ -112,18 +112,18 @@ class Span:
         lasts = [time for time in (self.last, other.last) if time is not None]
         return Span(min(firsts, default=None), max(lasts, default=None))
 
-    def told(self) -> list[str]:
+    def to_report(self) -> list[str]:
         """Both as text."""
         return [str(self.first), str(self.last)]
 
 
 @dataclass(frozen=True)
 class Least:
-    """The least of some texts, as an example of them; None where there are none.
+    """The smallest of some texts, as an example; None if there are none.
 
     Example:
         >>> from ifa_torchrec.data.prepare.tallies import Least
-        >>> (Least("b") + Least(None) + Least("a")).told()
+        >>> (Least("b") + Least(None) + Least("a")).to_report()
         "'a'"
     """
 
@@ -133,24 +133,25 @@ class Least:
         texts = [text for text in (self.text, other.text) if text is not None]
         return Least(min(texts, default=None))
 
-    def told(self) -> str:
-        """It, quoted."""
-        return "none, since it has no rows" if self.text is None else repr(self.text)
+    def to_report(self) -> str:
+        """The text in quotes."""
+        return "nothing, since there are no rows" if self.text is None else repr(self.text)
 
 
 @dataclass(frozen=True)
-class Scale:
-    """How numbers are scaled.
+class NumberStats:
+    """Statistics of a column of numbers.
 
     Args:
-        rows: of a column.
-        known: those that have a number.
+        rows: the number of rows.
+        known: the number of rows that have a number.
         mean, variance: of the numbers.
-        least, greatest: of the numbers.
+        least, greatest: the minimum and maximum of the numbers.
 
     Example:
-        >>> from ifa_torchrec.data.prepare.tallies import Scale
-        >>> (Scale(2, 1, 1.0, 0.0, 1.0, 1.0) + Scale(1, 1, 3.0, 0.0, 3.0, 3.0)).told()["mean"]
+        >>> from ifa_torchrec.data.prepare.tallies import NumberStats
+        >>> stats = NumberStats(2, 1, 1.0, 0.0, 1.0, 1.0) + NumberStats(1, 1, 3.0, 0.0, 3.0, 3.0)
+        >>> stats.to_report()["mean"]
         2.0
     """
 
@@ -161,42 +162,42 @@ class Scale:
     least: float | None
     greatest: float | None
 
-    def __add__(self, other: Scale) -> Scale:
+    def __add__(self, other: NumberStats) -> NumberStats:
         rows = self.rows + other.rows
         halves = [half for half in (self, other) if half.known]
         if len(halves) < 2:
             half = halves[0] if halves else self
-            return Scale(rows, half.known, half.mean, half.variance, half.least, half.greatest)
+            return NumberStats(rows, half.known, half.mean, half.variance, half.least, half.greatest)
         known = self.known + other.known
         assert self.mean is not None and other.mean is not None
         mean = self.mean + (other.mean - self.mean) * other.known / known
         squares = sum(h.known * ((h.variance or 0) + ((h.mean or 0) - mean) ** 2) for h in halves)
         least = min(h.least for h in halves if h.least is not None)
         greatest = max(h.greatest for h in halves if h.greatest is not None)
-        return Scale(rows, known, mean, squares / known, least, greatest)
+        return NumberStats(rows, known, mean, squares / known, least, greatest)
 
-    def told(self) -> dict[str, float | None]:
-        """Mean, standard deviation, least and greatest number, and the share that is missing."""
+    def to_report(self) -> dict[str, float | None]:
+        """Mean, standard deviation, minimum, maximum, and the share of missing numbers."""
         std = None if self.variance is None else math.sqrt(self.variance)
         missing = (self.rows - self.known) / self.rows if self.rows else None
-        told = {"mean": self.mean, "std": std, "min": self.least, "max": self.greatest}
-        return {**told, "missing": missing}
+        report = {"mean": self.mean, "std": std, "min": self.least, "max": self.greatest}
+        return {**report, "missing": missing}
 
 
 @dataclass(frozen=True)
 class Refused:
-    """Rows of a section, and those that were refused.
+    """Counts of the rows of a section, and of the refused ones.
 
     Args:
-        rows: all of them.
-        lines: for each reason why lines of files were no rows, its `rows` and `examples`.
-        reasons: the same of rows; the examples are the least.
-        empty: rows whose lists are empty; None where rows are no lists' elements.
+        rows: the number of all rows.
+        lines: for each reason for which lines of files were refused, `rows` and `examples`.
+        reasons: for each reason for which rows were refused, `rows` and the smallest `examples`.
+        empty: the number of rows whose lists are empty; None unless rows are elements of lists.
 
     Example:
         >>> from ifa_torchrec.data.prepare.tallies import Refused
         >>> bad = Refused(4, {}, {"time is empty": {"rows": 1, "examples": ["ann"]}}, None)
-        >>> (bad + bad).told()["refused"]
+        >>> (bad + bad).to_report()["refused"]
         2
     """
 
@@ -206,7 +207,7 @@ class Refused:
     empty: int | None
 
     EXAMPLES: ClassVar[int] = 3
-    """Of the rows that are refused for one reason."""
+    """The maximum number of examples per reason."""
 
     def __add__(self, other: Refused) -> Refused:
         lines, reasons = (
@@ -224,17 +225,17 @@ class Refused:
         empty = None if self.empty is None else self.empty + (other.empty or 0)
         return Refused(self.rows + other.rows, lines, reasons, empty)
 
-    def told(self) -> dict[str, Any]:
-        """For the report; the most frequent reason first."""
+    def to_report(self) -> dict[str, Any]:
+        """The counts for the report, most frequent reason first."""
         reasons = {**self.lines, **dict(sorted(self.reasons.items()))}
         reasons = dict(sorted(reasons.items(), key=lambda reason: -reason[1]["rows"]))
         refused = sum(reason["rows"] for reason in reasons.values())
-        told = {"rows": self.rows, "refused": refused, "reasons": reasons}
-        return told if self.empty is None else {**told, "rows_of_empty_lists": self.empty}
+        report = {"rows": self.rows, "refused": refused, "reasons": reasons}
+        return report if self.empty is None else {**report, "rows_of_empty_lists": self.empty}
 
 
 def share(condition: str) -> str:
-    """How many rows of a query a condition is true of, and how many rows there are, in SQL.
+    """SQL for the number of rows for which a condition is true, and the number of all rows.
 
     Example:
         >>> from ifa_torchrec.data.prepare.tallies import share
@@ -245,7 +246,7 @@ def share(condition: str) -> str:
 
 
 def shares(sql: DuckDBPyConnection, query: str) -> list[Share]:
-    """The means of a query of pairs, each a sum and the number of what it is of.
+    """The means of a query that returns pairs of sum and count.
 
     Example:
         >>> import duckdb
@@ -259,7 +260,7 @@ def shares(sql: DuckDBPyConnection, query: str) -> list[Share]:
 
 
 def histogram(sql: DuckDBPyConnection, counts: str) -> Histogram:
-    """The numbers `n` that a query gives.
+    """The histogram of the numbers `n` of a query.
 
     Example:
         >>> import duckdb
@@ -272,7 +273,7 @@ def histogram(sql: DuckDBPyConnection, counts: str) -> Histogram:
 
 
 def least(sql: DuckDBPyConnection, column: str, table: str) -> Least:
-    """An id of the rows of a table, for a message.
+    """An example of the ids in a table, for a message.
 
     Example:
         >>> import duckdb

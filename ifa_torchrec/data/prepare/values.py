@@ -1,4 +1,4 @@
-"""Whether the values of a schema, at any depth, are what their annotations say."""
+"""Check the values of a schema, at any depth, against their annotations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ifa_torchrec.data.schema import LogError
 
 _WORDS = {
     str: "a string",
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
     Hashed: "a column with its hash",
     Listed: "a column with its delimiter",
@@ -27,26 +27,26 @@ _WORDS = {
 
 
 def refuse_same_names(where: str, names: Iterable[str]) -> None:
-    """Raise where two names are one to SQL, which knows no case: it would take one for the other.
+    """Raise if two names are the same in SQL, which ignores case.
 
     Raises:
-        LogError: two of them differ in case at most.
+        LogError: two names are equal, or differ only in case.
 
     Example:
         >>> from ifa_torchrec.data.prepare.values import refuse_same_names
         >>> refuse_same_names("log.parquet", ["user", "Time", "time"])
         Traceback (most recent call last):
-        ifa_torchrec.data.schema.LogError: log.parquet: the names 'Time' and 'time' are the same but \
-for case, and SQL cannot tell them apart; rename one
+        ifa_torchrec.data.schema.LogError: log.parquet: the names 'Time' and 'time' differ only in \
+case, which SQL ignores; rename one
     """
     seen: dict[str, str] = {}
     for name in names:
         if (other := seen.get(name.lower())) is not None:
             raise LogError(
-                f"{where}: the names {other!r} and {name!r} are the same but for case, and SQL cannot "
-                "tell them apart; rename one"
+                f"{where}: the names {other!r} and {name!r} differ only in case, which SQL ignores; "
+                "rename one"
                 if name != other
-                else f"{where}: the name {name!r} is given twice or is reserved; rename it"
+                else f"{where}: the name {name!r} is used twice or is reserved; rename it"
             )
         seen[name.lower()] = name
 
@@ -54,17 +54,17 @@ for case, and SQL cannot tell them apart; rename one
 def check_value(
     where: str, hint: Any, value: Any, may_be_empty: Collection[str] = (), empty: bool = False
 ) -> None:
-    """Raise unless a value, and all it holds, is what its annotation says.
+    """Raise unless a value, and all values in it, match the annotation.
 
     Args:
-        where: what to call it.
+        where: the name of the value in errors.
         hint: the annotation.
-        value: what was given.
-        may_be_empty: names of fields, of it or within it, whose strings may be empty.
-        empty: whether it may be an empty string itself.
+        value: the value to check.
+        may_be_empty: names of fields, at any depth, whose strings may be empty.
+        empty: whether the value itself may be an empty string.
 
     Raises:
-        LogError: it is of another type, an empty string, or a number that is not finite.
+        LogError: it has another type, is an empty string, or is a number that is not finite.
 
     Example:
         >>> from ifa_torchrec.data.prepare.values import check_value
@@ -84,7 +84,7 @@ def check_value(
         ]
         raise LogError(f"{where} must be {' or '.join(words)}, got {value!r}")
     if isinstance(value, str) and not value.strip() and not empty:
-        raise LogError(f"{where} is empty; name a column, or leave it out where it may be")
+        raise LogError(f"{where} is empty; name a column, or leave it out if it is optional")
     if dataclasses.is_dataclass(value):
         for name, inner in typing.get_type_hints(type(value)).items():
             given = getattr(value, name)
@@ -100,7 +100,7 @@ def check_value(
 
 
 def _is(value: Any, kind: Any) -> bool:
-    """Whether a value is of a kind, whatever it holds."""
+    """Whether a value has a type, without checking its contents."""
     if kind in (int, float):
         number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
         return number and -math.inf < typing.cast(Any, value) < math.inf

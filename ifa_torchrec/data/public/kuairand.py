@@ -1,15 +1,15 @@
 """KuaiRand (Kuaishou) as event logs: Pure, 1K and 27K, from the folder `data` of the unpacked archive.
 
-Every row of the logs is a video that was shown, so all candidates are exposed. A request is ours: the
-videos shown to a user in one tab with no more than a minute between one and the next. Labels are seven
-kinds of feedback, and `play_seconds`, a regression. Events are all videos that were shown, skipped or
-not: each kind of feedback is an event feature, and `played` the seconds that it was played. Both logs
-are read, the standard one and that of videos shown at random.
+Every row of the logs is a video that was shown, so all candidates are exposed. We construct the
+requests: the videos shown to a user in one tab, at most a minute apart. Labels are seven kinds of
+feedback, and `play_seconds`, a regression. Events are all videos that were shown, skipped or not: each
+kind of feedback is an event feature, and `played` is the time played in seconds. Both logs are read, the
+standard log and that of videos shown at random.
 
-Context features are the tab and the user's features; a video's are its author, type, upload type, music
-type, tags (a list) and duration. The statistics of the videos are left out: they are averages over the
-whole month, so those of a training request would know its future. Validation is from 4 May 2022, test
-from 6 to 8 May.
+Context features are the tab and the user's features; a video's features are its author, type, upload
+type, music type, tags (a list) and duration. The statistics of the videos are left out: they are
+averages over the whole month, so they would leak the future into training. Validation is from 4 May 2022
+on, test from 6 to 8 May.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ifa_torchrec.data.public.common import as_named, pattern_of
 FEEDBACK = ("is_click", "long_view", "is_like", "is_follow", "is_comment", "is_forward", "is_hate")
 """What a user did with a video: labels of 0 and 1, and features of an event."""
 TASKS = (*FEEDBACK, "play_seconds")
-"""The labels."""
+"""The tasks."""
 
 _VIDEO = ("author_id", "video_type", "upload_type", "music_type")
 _PLAYED = "play_time_ms::FLOAT / 1000"
@@ -53,9 +53,9 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
     """Write the event log of KuaiRand.
 
     Args:
-        folder: holds log_standard_*.csv, log_random_*.csv, user_features_*.csv and
+        folder: contains log_standard_*.csv, log_random_*.csv, user_features_*.csv and
             video_features_basic_*.csv.
-        out: folder of the log; it does not exist yet.
+        out: the folder of the log; it must not exist yet.
 
     Raises:
         LogError: files are missing.
@@ -85,7 +85,7 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
             request="tab",
             gap_seconds=60,
         ),
-        # in the time zone of the app, as its dates are
+        # in the time zone of the app, like its dates
         splits={"valid": "2022-05-04 00:00:00+08", "test": "2022-05-06 00:00:00+08"},
         items=Items(
             files=str(folder / "video_features_basic_*.csv"),

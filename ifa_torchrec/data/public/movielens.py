@@ -1,13 +1,12 @@
 """MovieLens (GroupLens) as event logs, from the unpacked archives: ml-100k, ml-1m, ml-20m, 25m and 32m.
 
-MovieLens has ratings and no requests, so the candidates are ours: a request is a page of films, which we
-take to be the ratings that a user gave with no more than a minute between one and the next. A film is
-liked with 4 stars or more. The events are all films that a user rated, each with its stars as the event
-feature `stars`, so that what was liked need not count as what was not, and as the number `rating`. A
-film's features are its year and the list of its genres. 80 % of the requests are for training, 10 % each
-for validation and test, by time.
+MovieLens has ratings but no requests, so we construct them: a request is a page of films, defined as a
+user's ratings at most a minute apart. A film is liked with 4 stars or more. The events are all films
+that a user rated, with the stars as the event feature `stars`, so that the model can distinguish liked
+films from others, and as the number `rating`. A film's features are its year and the list of its genres.
+80 % of the requests are for training, 10 % each for validation and test, by time.
 
-So the model ranks films among films that the user chose to rate: it tells what a user likes, not what a
+So the model ranks films among those that the user chose to rate: it learns what a user likes, not what a
 user would watch.
 """
 
@@ -53,11 +52,11 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
     r"""Write the event log of an unpacked MovieLens archive.
 
     Args:
-        folder: holds u.data and u.item, ratings.dat and movies.dat, or ratings.csv and movies.csv.
-        out: folder of the log; it does not exist yet.
+        folder: contains u.data and u.item, ratings.dat and movies.dat, or ratings.csv and movies.csv.
+        out: the folder of the log; it must not exist yet.
 
     Raises:
-        LogError: none of these files is there.
+        LogError: none of these files exists.
 
     Example:
         >>> import tempfile
@@ -75,10 +74,10 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
 
 
 def schema_of(folder: str | Path) -> PrepareSchema:
-    """What ``prepare`` writes, for who wants to change it first.
+    """The schema that ``prepare`` uses, to be changed before use.
 
     Args:
-        folder: as of ``prepare``.
+        folder: as for ``prepare``.
 
     Raises:
         LogError: see ``prepare``.
@@ -91,7 +90,9 @@ def schema_of(folder: str | Path) -> PrepareSchema:
     folder = Path(folder)
     ratings = next((file for file in _LAYOUTS if (folder / file).exists()), None)
     if ratings is None:
-        raise LogError(f"{folder}: none of {list(_LAYOUTS)} is there; name the unpacked archive")
+        raise LogError(
+            f"{folder}: none of {list(_LAYOUTS)} exists; name the folder of the unpacked archive"
+        )
     ratings_format, movies, movies_format, genres = _LAYOUTS[ratings]
     rows: dict[str, Any] = {
         **ratings_format,

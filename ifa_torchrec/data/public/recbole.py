@@ -1,16 +1,14 @@
-"""Data sets in RecBole's atomic files, as event logs: NAME.inter, NAME.item and NAME.user.
+"""Data sets in RecBole's atomic files as event logs: NAME.inter, NAME.item and NAME.user.
 
-The files are separated by tabs, and a column's header has its type: `user_id:token`, `rating:float`,
+The files are tab-separated, and the header of a column has its type: `user_id:token`, `rating:float`,
 `class:token_seq`, `text:float_seq`. An .inter file needs user_id, item_id and timestamp (seconds).
 
-RecBole's data sets have no requests, so the candidates are ours: what a user rated or clicked with no
-more than a minute between one and the next. With a column `rating`, those of at least 4 are the
-positives; with a column `label`, the ones. Events are all rows, and whether a row was a positive is the
-event feature `action`. 80 % of the requests are for training, 10 % each for validation and test, by
-time.
+RecBole's data sets have no requests, so we construct them: what a user rated or clicked, at most a
+minute apart. With a column `rating`, ratings of at least 4 are positives; with a column `label`, ones.
+Events are all rows, and whether a row is a positive is the event feature `action`. 80 % of the requests
+are for training, 10 % each for validation and test, by time.
 
-Every column goes where its type says; as the log has no place for some, these are left out with a
-warning:
+The type of a column decides its use. Columns that the log cannot represent are left out with a warning:
 
 | | token | token_seq | float | float_seq |
 |---|---|---|---|---|
@@ -18,7 +16,7 @@ warning:
 | .item | item feature | list of an item | number of an item | vector of an item |
 | .user | context feature | context list | number of a request | left out |
 
-A column `..._title` or `title` of the .item file is what to call the items.
+A column `..._title` or `title` of the .item file has the display names of the items.
 """
 
 from __future__ import annotations
@@ -43,12 +41,12 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
     r"""Write the event log of a folder of atomic files.
 
     Args:
-        folder: holds NAME.inter and perhaps NAME.item and NAME.user.
-        out: folder of the log; it does not exist yet.
+        folder: contains NAME.inter and optionally NAME.item and NAME.user.
+        out: the folder of the log; it must not exist yet.
 
     Raises:
-        LogError: there is not one .inter file, it has no column rating or label, or a header has no type
-            that is known.
+        LogError: there is not exactly one .inter file, it has no column rating or label, or a header has
+            no known type.
 
     Example:
         >>> import tempfile
@@ -64,10 +62,10 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
 
 
 def schema_of(folder: str | Path) -> PrepareSchema:
-    """What ``prepare`` writes, for who wants to change it first.
+    """The schema that ``prepare`` uses, to be changed before use.
 
     Args:
-        folder: as of ``prepare``.
+        folder: as for ``prepare``.
 
     Raises:
         LogError: see ``prepare``.
@@ -79,14 +77,14 @@ def schema_of(folder: str | Path) -> PrepareSchema:
     """
     found = sorted(Path(folder).glob("*.inter"))
     if len(found) != 1:
-        raise LogError(f"{folder}: there must be one .inter file, there are {[f.name for f in found]}")
+        raise LogError(f"{folder}: expected exactly one .inter file, got {[f.name for f in found]}")
     inter = _Atomic(found[0])
     if "rating" in inter.columns:
         positive = f'"{inter.columns["rating"]}"::FLOAT >= 4'
     elif "label" in inter.columns:
         positive = f'"{inter.columns["label"]}"::FLOAT = 1'
     else:
-        raise LogError(f"{found[0]}: no column rating or label, there are {list(inter.columns)}")
+        raise LogError(f"{found[0]}: no column rating or label; it has {list(inter.columns)}")
     rows: dict[str, Any] = {
         **_TABS,
         "files": str(found[0]),
@@ -98,8 +96,8 @@ def schema_of(folder: str | Path) -> PrepareSchema:
     tokens = inter.of("token")
     if "action" in tokens:
         raise LogError(
-            f"{found[0]}: the column {tokens['action']!r} needs another name in the header: `action` "
-            "says whether the item was liked"
+            f"{found[0]}: the column {tokens['action']!r} must be renamed in the header: the name "
+            "`action` is reserved for whether the item was liked"
         )
     of_events = {
         "features": {**tokens, "action": f"CASE WHEN {positive} THEN 'liked' ELSE 'not' END"},
@@ -136,7 +134,7 @@ def schema_of(folder: str | Path) -> PrepareSchema:
 
 
 class _Atomic:
-    """The columns of a file, by their names without the type; each is to be taken once."""
+    """The columns of a file by their names without type; each can be taken once."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -146,22 +144,27 @@ class _Atomic:
         for column in header:
             name, _, kind = column.partition(":")
             if kind not in _TYPES:
-                raise LogError(f"{file}: the column {column!r} must end in one of {list(_TYPES)}")
+                raise LogError(
+                    f"{file}: the column {column!r} must end with a type, one of {list(_TYPES)}"
+                )
             self.columns[name], self.left[name] = column, kind
 
     def taken(self, name: str) -> str:
-        """A column as it stands in the file, which counts as taken."""
+        """Take a column; returns its name in the file."""
         if name not in self.columns:
-            raise LogError(f"{self.file}: no column {name}, there are {list(self.columns)}")
+            raise LogError(f"{self.file}: no column {name}; it has {list(self.columns)}")
         del self.left[name]
         return self.columns[name]
 
     def of(self, kind: str) -> dict[str, str]:
-        """The columns of a type that are left, which count as taken."""
+        """Take all remaining columns of a type."""
         names = [name for name, its in self.left.items() if its == kind]
         return {name: self.taken(name) for name in names}
 
     def warn_of_others(self, of: str) -> None:
         if self.left:
             others = [self.columns[name] for name in self.left]
-            warnings.warn(f"{self.file}: {others} are left out: {of} have no such field", stacklevel=3)
+            warnings.warn(
+                f"{self.file}: the columns {others} are left out: {of} cannot have their types",
+                stacklevel=3,
+            )

@@ -1,12 +1,12 @@
-"""RecFlow (Kuaishou) as an event log: requests with the videos that each stage of ranking passed over.
+"""RecFlow (Kuaishou) as an event log: requests with the videos that each ranking stage dropped.
 
-The requests are those of the data set. The candidates of a request are all that is recorded of it in
-`all_stage`, of which `realshow` tells who was exposed; only these have labels: six of feedback, and
-`playing_time`, a regression. Events are what `realshow` has, viewed or not, dated as their request is,
-so that a request never sees its own; each feedback is an event feature, and `played` the time it was
-played. A video's features are its author, both categories, its upload type and its duration; the context
-is the user's device, age, gender and province. Validation is from 11 February 2024, test from 15 to 18
-February.
+The requests are those of the data set. The candidates of a request are all of its rows in `all_stage`,
+where `realshow` marks the exposed candidates; only these have labels: six kinds of feedback, and
+`playing_time`, a regression. Events are the rows of the files `realshow`, viewed or not, with the time
+of their request, so a request never sees its own; each kind of feedback is an event feature, and
+`played` is the time played. A video's features are its author, both categories, its upload type and its
+duration; the context is the user's device, age, gender and province. Validation is from 11 February 2024
+on, test from 15 to 18 February.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ifa_torchrec.data.public.common import as_named, pattern_of
 FEEDBACK = ("effective_view", "long_view", "like", "follow", "forward", "comment")
 """What a user did with a video: labels of 0 and 1, and features of an event."""
 TASKS = (*FEEDBACK, "playing_time")
-"""The labels."""
+"""The tasks."""
 
 _VIDEO = ("author_id", "category_level_one", "category_level_two", "upload_type")
 _CONTEXT = ("device_id", "age", "gender", "province")
@@ -32,8 +32,8 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
     """Write the event log of RecFlow.
 
     Args:
-        folder: holds all_stage/DAY.feather and realshow/DAY.feather.
-        out: folder of the log; it does not exist yet.
+        folder: contains all_stage/DAY.feather and realshow/DAY.feather.
+        out: the folder of the log; it must not exist yet.
 
     Raises:
         LogError: files are missing.
@@ -65,7 +65,7 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
             labels={**as_named(FEEDBACK), "playing_time": Regression("playing_time")},
             context=as_named(_CONTEXT),
         ),
-        # in the time zone of the app, as the days of its files are
+        # in the time zone of the app, like the days of its files
         splits={"valid": "2024-02-11 00:00:00+08", "test": "2024-02-15 00:00:00+08"},
         items=Items(
             files=all_stage,

@@ -1,16 +1,17 @@
 """Taobao's UserBehavior (Alibaba) as an event log, from UserBehavior.csv of the unpacked archive.
 
-A row is something a user did: saw an item's page (pv), bought it, put it into the cart or among the
-favourites; not one says what was shown and left alone. So the requests are ours: what a user saw in one
-sitting, with no more than half an hour between one page and the next, from 1 December 2017 on. For each
-page seen four other items are drawn (``Requests.negatives``), and the label `viewed` tells them apart: a
-model of it ranks what a user sees above what is popular. An item seen twice in a sitting stands twice.
+A row is a user action: viewing an item's page (pv), buying it, adding it to the cart or to the
+favourites. The data do not record what was shown and ignored. So we construct the requests: the pages
+that a user viewed in one session, at most half an hour apart, from 1 December 2017 on. For each viewed
+page four other items are drawn (``Requests.negatives``), and the label `viewed` distinguishes them: the
+model learns to rank what a user views above what is popular. An item viewed twice in a session occurs
+twice.
 
-Events are all behaviours from 25 November on, with their kind as the event feature `action` (pv, cart,
-fav, buy); an item's feature is its category. The days before December are history alone; training is 1
+Events are all actions from 25 November on, with their kind as the event feature `action` (pv, cart, fav,
+buy); an item's feature is its category. The days before December are only history; training is 1
 December, validation 2 December, test 3 December, all in China's time zone.
 
-The file has some rows of other times. They are refused, so LOG/report.json counts and shows them.
+The file has some rows with other times. They are refused; LOG/report.json has their count and examples.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ifa_torchrec.data.prepare import Events, Items, PrepareSchema, Requests
 from ifa_torchrec.data.prepare import prepare as write_log
 
 TASKS = ("viewed",)
-"""The labels."""
+"""The tasks."""
 
 _COLUMNS = ("user_id", "item_id", "category_id", "behavior_type", "timestamp")
 
@@ -33,11 +34,11 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
     r"""Write the event log of UserBehavior.
 
     Args:
-        folder: holds UserBehavior.csv.
-        out: folder of the log; it does not exist yet.
+        folder: contains UserBehavior.csv.
+        out: the folder of the log; it must not exist yet.
 
     Raises:
-        LogError: the file is missing, more than 1 % of its rows are of other times, or a day has none.
+        LogError: the file is missing, more than 1 % of its rows have other times, or a day has none.
 
     Example:
         >>> import tempfile
@@ -56,9 +57,9 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
         **file,
         "user": "user_id",
         "item": "item_id",
-        # a time that cannot be read is refused, and shown as it stands here
+        # a time that cannot be read is refused, and this text becomes the example in the report
         "time": f"""CASE WHEN {seconds} >= {_start("2017-11-25")} AND {seconds} < {_start("2017-12-04")}
-            THEN "timestamp" ELSE "timestamp" || ' is not of 25 November to 3 December 2017' END""",
+            THEN "timestamp" ELSE "timestamp" || ' is not from 25 November to 3 December 2017' END""",
         "unit": "s",
     }
     schema = PrepareSchema(
@@ -77,5 +78,5 @@ def prepare(folder: str | Path, out: str | Path) -> EventLog:
 
 
 def _start(day: str) -> int:
-    """When a day starts in China, in seconds since 1970."""
+    """The start of a day in China, in seconds since 1970."""
     return int(datetime.fromisoformat(f"{day}T00:00:00+08:00").timestamp())

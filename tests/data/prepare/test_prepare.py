@@ -1,4 +1,4 @@
-"""Any log becomes an event log: what is grouped, coded, split and refused, and what the report says."""
+"""Preparing a log: grouping, numbering, splitting and refusing rows, and the report."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ bob,cup,2024-05-03 10:00:00,d,1,4
 
 
 def described(folder: Path, text: str = SHOWN, **changes) -> PrepareSchema:
-    """The schema of what was shown; the clicks are the events."""
+    """A schema of the shown candidates; the clicks are the events."""
     (folder / "shown.csv").write_text(text)
     rows = {"files": str(folder / "shown.csv"), "user": "user", "item": "item", "time": "time"}
     whole = PrepareSchema(
@@ -61,7 +61,7 @@ def report(log: EventLog) -> dict:
 
 
 def requests_of(log: EventLog, split: str) -> list[tuple]:
-    """(user, items) of each request, as their names."""
+    """(user, item names) of each request."""
     users = Vocabulary.load(log.path)["user"]
     columns, names = log.requests(split), np.array(log.item_names())
     offsets = columns["candidate_offsets"]
@@ -77,7 +77,7 @@ def candidates(requests: dict[str, np.ndarray], row: int) -> list[tuple]:
 
 
 def refused(*words: str):
-    """A LogError whose message holds all of the words."""
+    """Expect a LogError whose message contains all of the words."""
     return pytest.raises(LogError, match="(?s)" + "".join(f"(?=.*{re.escape(word)})" for word in words))
 
 
@@ -155,7 +155,7 @@ class TestRequests:
 class TestNegatives:
     @pytest.mark.parametrize("start", ["2024-01-06", 0.6, None])
     def test_are_those_of_a_plain_loop(self, tmp_path: Path, start: str | float | None) -> None:
-        """Requests of up to some positives, of a log whose popular items change on the sixth day."""
+        """Requests with several positives, in a log whose popular items change on the sixth day."""
         rng = np.random.default_rng(0)
         rows = pd.DataFrame({"user": rng.integers(0, 5, 400), "time": rng.integers(0, 240, 400)})
         item = rng.geometric(0.2, 400) + 30 * (rows["time"] >= 120)
@@ -179,7 +179,7 @@ class TestNegatives:
         log = prepare(with_them, tmp_path / "log")
 
         cut = np.inf
-        if start:  # a share is of the requests, a timestamp may lie before the first
+        if start:  # a share depends on the requests; a timestamp may be before the first one
             first = min(log.requests("test")["time"])
             cut = first if start == 0.6 else pd.Timestamp(start).value // 1000
         drawable = np.sort(log.events["item"][log.events["time"] < cut])
@@ -211,7 +211,7 @@ class TestNegatives:
 
     @pytest.mark.parametrize("negatives", [-1, 1.5, "2"])
     def test_are_a_whole_number(self, tmp_path: Path, negatives) -> None:
-        with refused("negatives", "whole number", repr(negatives)):
+        with refused("negatives", "an integer", repr(negatives)):
             described(tmp_path, negatives=negatives)
 
     def test_have_no_numbers_of_their_own(self, tmp_path: Path) -> None:
@@ -270,15 +270,15 @@ class TestIds:
             "unknown": 0, "cup": 2, "pot": 0, "tea": 1,
         }  # fmt: skip
         assert len(log.requests("train")["candidates"]) == 6
-        told = report(log)
-        assert told["joins"]["items_described"] == {"of": 3, "found": 2}
-        assert told["requests"]["train"]["candidates_not_described"] == pytest.approx(2 / 6)
-        assert "33.3% of the candidates are not described" in told["warnings"][0]
+        figures = report(log)
+        assert figures["joins"]["items_described"] == {"of": 3, "found": 2}
+        assert figures["requests"]["train"]["candidates_not_described"] == pytest.approx(2 / 6)
+        assert "33.3% of the candidates are not described" in figures["warnings"][0]
 
     def test_items_none_of_which_is_described(self, tmp_path: Path) -> None:
         (tmp_path / "items.csv").write_text("id\nT1\n")
         items = Items(files=str(tmp_path / "items.csv"), item="id")
-        with refused("items: no candidate of the requests is among them", "'T1'", "'cup'"):
+        with refused("items: none of them is a candidate of the requests", "'T1'", "'cup'"):
             prepare(described(tmp_path, items=items), tmp_path / "log")
 
 
@@ -334,11 +334,11 @@ class TestFiles:
             )
 
     def test_no_files(self, tmp_path: Path) -> None:
-        with refused("requests: no file is called", "nothing-*.csv"):
+        with refused("requests: no file matches", "nothing-*.csv"):
             prepare(described(tmp_path, files=str(tmp_path / "nothing-*.csv")), tmp_path / "log")
 
     def test_unknown_column(self, tmp_path: Path) -> None:
-        with refused("does not fit its files", "klicked"):
+        with refused("does not match its files", "klicked"):
             prepare(described(tmp_path, labels={"click": "klicked"}), tmp_path / "log")
         assert [f.name for f in tmp_path.iterdir()] == ["shown.csv"]  # no draft is left
 
@@ -348,9 +348,9 @@ BAD = {
     "item is empty": "ann,,2024-05-01 10:00:00,a,1,1",
     "time is empty": "ann,tea,,a,1,1",
     "time cannot be read": "ann,tea,yesterday,a,1,1",
-    "time is not of 1971 to 2200": "ann,tea,1970-01-20 10:00:00,a,1,1",
+    "time is not in 1971 to 2200": "ann,tea,1970-01-20 10:00:00,a,1,1",
     "label click is not 0 or 1": "ann,tea,2024-05-01 10:00:00,a,2,1",
-    "price is not a number, or not finite": "ann,tea,2024-05-01 10:00:00,a,1,cheap",
+    "price is not a finite number": "ann,tea,2024-05-01 10:00:00,a,1,cheap",
     "line cannot be read": "ann,tea",
 }
 
@@ -360,9 +360,9 @@ class TestRefusedRows:
     def test_are_counted_and_shown(self, tmp_path: Path, reason: str) -> None:
         schema = described(tmp_path, SHOWN + BAD[reason] + "\n", candidate_dense={"price": "price"})
         log = prepare(schema, tmp_path / "log", max_refused=0.5)
-        told = report(log)["refused"]["requests"]
-        assert (told["rows"], told["refused"]) == (8, 1)
-        ((why, found),) = told["reasons"].items()
+        figures = report(log)["refused"]["requests"]
+        assert (figures["rows"], figures["refused"]) == (8, 1)
+        ((why, found),) = figures["reasons"].items()
         assert why.startswith(reason) and found["rows"] == 1 and len(found["examples"]) == 1
         assert len(log.requests("train")["candidates"]) == 6
 
@@ -373,9 +373,9 @@ class TestRefusedRows:
         with refused("1 of", "0.01", reason, "max_refused"):
             prepare(schema, tmp_path / "log")
 
-    def test_a_condition_that_cannot_be_told(self, tmp_path: Path) -> None:
+    def test_a_condition_that_is_neither_true_nor_false(self, tmp_path: Path) -> None:
         schema = described(tmp_path, SHOWN + "ann,tea,2024-05-01 10:00:00,a,yes,1\n")
-        with refused("events: 1 of", "`where` cannot be told"):
+        with refused("events: 1 of", "`where` is neither true nor false"):
             prepare(schema, tmp_path / "log")
 
 
@@ -389,41 +389,41 @@ class TestSplits:
         ("splits", "words"),
         [({"valid": "2024-06-01"}, ["'valid' has no requests", "2024-05-03"]),
          ({"valid": "2024-05-03", "test": "2024-05-02"}, ["'valid' has no requests", "in order"]),
-         ({"valid": "May"}, ["'valid'", "'May'", "no timestamp"]),
+         ({"valid": "May"}, ["'valid'", "'May'", "not a timestamp"]),
          ({"train": 0.5}, ["'train'", "leave it out"])],
     )  # fmt: skip
-    def test_that_cannot_be(self, tmp_path: Path, splits: dict, words: list[str]) -> None:
+    def test_invalid_splits(self, tmp_path: Path, splits: dict, words: list[str]) -> None:
         with refused("splits", *words):
             prepare(described(tmp_path, splits=splits), tmp_path / "log")
 
 
 class TestReport:
     def test_numbers(self, tmp_path: Path) -> None:
-        told = report(prepare(described(tmp_path), tmp_path / "log"))
-        assert (told["users"], told["items"], told["events"]) == (2, 3, 4)
-        assert told["events_per_user"] == {"p50": 2, "p90": 2, "p99": 2, "max": 2}
-        assert told["time_range"] == ["2024-05-01 10:00:00", "2024-05-03 10:00:00"]
-        train = told["requests"]["train"]
+        figures = report(prepare(described(tmp_path), tmp_path / "log"))
+        assert (figures["users"], figures["items"], figures["events"]) == (2, 3, 4)
+        assert figures["events_per_user"] == {"p50": 2, "p90": 2, "p99": 2, "max": 2}
+        assert figures["time_range"] == ["2024-05-01 10:00:00", "2024-05-03 10:00:00"]
+        train = figures["requests"]["train"]
         assert train["requests"] == 5 and train["candidates"]["max"] == 2
         assert train["label_rates_of_exposed"] == {"click": 0.5}
         assert train["requests_without_history"] == 3 / 5
         assert train["positives_in_last_second"] == train["positives_seen_before"] == 0
 
     def test_leaks(self, tmp_path: Path) -> None:
-        """Events written half a second before their request, and others long before."""
+        """Events recorded half a second before their request, and others long before."""
         (tmp_path / "events.csv").write_text(
             "user,item,time\nann,tea,2024-05-01 09:59:59.5\nbob,tea,2024-04-01\nbob,cup,2024-04-01\n"
         )
         schema = described(tmp_path)
         events = replace(schema.events, files=str(tmp_path / "events.csv"), where=None)
-        told = report(prepare(replace(schema, events=events), tmp_path / "log"))["requests"]
-        assert told["train"]["positives_in_last_second"] == pytest.approx(1 / 3)
-        assert told["train"]["positives_seen_before"] == pytest.approx(2 / 3)
-        assert told["test"]["positives_in_last_second"] == 0
+        figures = report(prepare(replace(schema, events=events), tmp_path / "log"))["requests"]
+        assert figures["train"]["positives_in_last_second"] == pytest.approx(1 / 3)
+        assert figures["train"]["positives_seen_before"] == pytest.approx(2 / 3)
+        assert figures["test"]["positives_in_last_second"] == 0
 
 
 def test_it_is_what_from_pandas_writes(tmp_path: Path) -> None:
-    """A random log, prepared here and by pandas."""
+    """A random log, prepared by ``prepare`` and by pandas."""
     rng = np.random.default_rng(0)
     start = pd.Timestamp("2024-01-01").value // 1000
     rows = pd.DataFrame(
@@ -492,8 +492,8 @@ class TestSchemaFile:
 
     @pytest.mark.parametrize(
         ("change", "words"),
-        [("{", ["schema.json", "not readable as JSON"]),
-         ({"event": {}}, ["the schema must be an object with ['events', 'requests', 'splits']"]),
+        [("{", ["schema.json", "cannot be read as JSON"]),
+         ({"event": {}}, ["the schema must be an object with the keys ['events', 'requests', 'sp"]),
          ({"events": {"files": "x"}}, ["events must be", "['files', 'user', 'item']", "'time'"]),
          ({"users": {**SCHEMA["events"]}}, ["users must be", "features"])],
         ids=["no JSON", "key", "missing", "users"],
@@ -531,7 +531,7 @@ def test_parts_have_the_rows_of_one_in_their_order(tmp_path: Path, monkeypatch) 
             {"u": rng.integers(0, 300, number), "i": rng.integers(0, 50, number), "t": times}
         )
 
-    rows(200_000).to_parquet(tmp_path / "events.parquet")  # more than DuckDB keeps in one row group
+    rows(200_000).to_parquet(tmp_path / "events.parquet")  # more rows than a DuckDB row group
     rows(2000).assign(c=rng.integers(0, 2, 2000)).to_parquet(tmp_path / "shown.parquet")
     events, shown = (
         {"files": str(tmp_path / f"{name}.parquet"), "user": "u", "item": "i", "time": "t"}

@@ -1,4 +1,4 @@
-"""What ``prepare`` refuses, or shows in the report, where it could give a wrong log without a word."""
+"""What ``prepare`` refuses or reports, so that it does not silently write a wrong log."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HASHED = {"column": "u", "hash": 9}
 
 
 def refused(*words: str):
-    """A LogError whose message holds all of the words."""
+    """Expect a LogError whose message contains all of the words."""
     return pytest.raises(LogError, match="(?s)" + "".join(f"(?=.*{re.escape(word)})" for word in words))
 
 
@@ -37,7 +37,7 @@ def write(
     events: dict[str, Any] | None = None,
     **parts: Any,
 ) -> Path:
-    """A schema of three users' 20 days, of 3 candidates a day; the clicks are the events.
+    """A schema of three users and 20 days, with 3 candidates per day; the clicks are the events.
 
     Its files are written where they are not there yet.
     """
@@ -129,13 +129,13 @@ class TestValuesOfTheSchema:
             prepare(load_schema(write(tmp_path)), tmp_path / "log", max_refused=max_refused)
 
     def test_memory(self, tmp_path: Path) -> None:
-        with refused("memory='much'", "4GB"):
+        with refused("memory must be a size", "'4GB'", "'much'"):
             prepare(load_schema(write(tmp_path)), tmp_path / "log", memory="much")
 
     def test_a_key_given_twice(self, tmp_path: Path) -> None:
         path = write(tmp_path)
         path.write_text(path.read_text().replace('"splits"', '"splits": {}, "splits"'))
-        with refused("schema.json", "given twice", "splits"):
+        with refused("schema.json", "duplicate key", "splits"):
             load_schema(path)
 
 
@@ -159,14 +159,14 @@ class TestNames:
         ],
         ids=str,
     )  # fmt: skip
-    def test_that_sql_would_take_for_another(self, tmp_path: Path, change: dict) -> None:
-        """In the schema; of these that of `age` twice left out one of the two without a word."""
+    def test_that_are_the_same_in_sql(self, tmp_path: Path, change: dict) -> None:
+        """Names of the schema; using `age` twice would silently drop one of the two."""
         with refused("name"):
             load_schema(write(tmp_path, **change))
 
     @pytest.mark.parametrize("kind", ["csv", "parquet", "feather"])
     def test_of_a_files_columns(self, tmp_path: Path, kind: str) -> None:
-        """DuckDB knows no case; from Parquet and Feather `T` was read where `t` was asked for."""
+        """DuckDB ignores case: from Parquet and Feather it would read `T` instead of `t`."""
         frame = pd.DataFrame({"u": ["10"], "i": ["0"], "T": ["2024-05-01"], "t": ["2024-05-02"], "c": 1})
         file = tmp_path / f"log.{kind}"
         {
@@ -191,8 +191,8 @@ class TestNames:
 
 class TestJoins:
     def test_that_find_all(self, tmp_path: Path) -> None:
-        _, told = prepared(tmp_path, users=USERS, requests={"labels": {"buy": BUYS}})
-        assert told["joins"] == {
+        _, report = prepared(tmp_path, users=USERS, requests={"labels": {"buy": BUYS}})
+        assert report["joins"] == {
             "users_with_events": {"of": 3, "found": 3},
             "items_with_events": {"of": 3, "found": 3},
             "users_described": {"of": 3, "found": 3},
@@ -201,7 +201,7 @@ class TestJoins:
                 "of_several_candidates": 0,
             },
         }  # fmt: skip
-        assert told["warnings"] == []
+        assert report["warnings"] == []
 
     def test_that_find_some(self, tmp_path: Path) -> None:
         (tmp_path / "users.csv").write_text("u,age\n10,30\n77,31\n")
@@ -209,62 +209,66 @@ class TestJoins:
             "u,i,t\n10,0,2024-05-01 10:00:20\n10,0,2024-05-01 09:00:00\n10,7,2024-05-01 10:00:00\n"
             "77,0,2024-05-01 10:00:00\n"
         )
-        log, told = prepared(tmp_path, users=USERS, requests={"labels": {"buy": BUYS}})
-        assert told["joins"]["users_described"] == {"of": 3, "found": 1}
-        assert list(told["joins"]["label_buy"].values()) == [4, 3, 2, 1, 0]
+        log, report = prepared(tmp_path, users=USERS, requests={"labels": {"buy": BUYS}})
+        assert report["joins"]["users_described"] == {"of": 3, "found": 1}
+        assert list(report["joins"]["label_buy"].values()) == [4, 3, 2, 1, 0]
         assert log.requests("train")["buy"].sum() == 1
 
     @pytest.mark.parametrize(
         ("file", "change", "words"),
         [
-            ("users.csv", {"users": USERS}, ["users: no user", "'10'", "'10.0'"]),
+            ("users.csv", {"users": USERS}, ["users: none of them", "'10'", "'10.0'"]),
             ("buys.csv", {"requests": {"labels": {"buy": BUYS}}},
              ["requests.labels.buy", "none of its 180 rows", "0 have a user", "'10.0'", "'10'"]),
             ("other.csv", {"events": {"files": "other.csv"}},
-             ["no user of theirs has an event", "'10.0'"]),
+             ["none of their users has an event", "'10.0'"]),
         ],
     )  # fmt: skip
-    def test_of_users_written_otherwise(
+    def test_of_users_in_another_format(
         self, tmp_path: Path, file: str, change: dict, words: list[str]
     ) -> None:
-        """As pandas writes whole numbers once a column has a gap: 10.0."""
+        """Pandas writes integers as 10.0 if the column has a missing value."""
         write(tmp_path)
         text = (tmp_path / ("users.csv" if file == "users.csv" else "log.csv")).read_text()
         (tmp_path / file).write_text(re.sub(r"^(\d+),", r"\1.0,", text, flags=re.MULTILINE))
         with refused(*words):
             prepared(tmp_path, **change)
 
-    def test_of_items_written_otherwise(self, tmp_path: Path) -> None:
-        with refused("no candidate", "'0'", "'i0'", "describe `items`"):
+    def test_of_items_in_another_format(self, tmp_path: Path) -> None:
+        with refused("none of their candidates", "'0'", "'i0'", "add `items`"):
             prepared(tmp_path, events={"item": "'i' || i"})
-        with refused("requests.labels.buy", "180 have a user", "0 that user's candidate", "'i0'"):
+        with refused(
+            "requests.labels.buy", "180 have a user", "0 an item that is this user's candidate", "'i0'"
+        ):
             prepared(tmp_path, requests={"labels": {"buy": {**BUYS, "item": "'i' || i"}}})
-        # whose items are described may have others in the histories than are ranked
+        # with described items, the histories may have other items than the candidates
         (tmp_path / "items.csv").write_text("i,kind\n0,a\n1,b\n2,a\ni0,a\ni1,b\ni2,c\n")
         log, _ = prepared(tmp_path, events={"item": "'i' || i"}, items=ITEMS)
         assert not set(log.events["item"]) & set(log.requests("train")["candidates"])
 
     def test_of_labels_in_another_time_zone(self, tmp_path: Path) -> None:
         label = {**BUYS, "time": "t || '+08'"}
-        with refused("180 that user's candidate, none within 60 seconds", "time zone"):
+        with refused(
+            "180 an item that is this user's candidate, and none is within 60 seconds", "time zone"
+        ):
             prepared(tmp_path, requests={"labels": {"buy": label}})
 
     def test_with_nothing(self, tmp_path: Path) -> None:
-        with refused("no user of theirs has an event", "none, since it has no rows"):
+        with refused("none of their users has an event", "nothing, since there are no rows"):
             prepared(tmp_path, events={"where": "c = 7"})
 
 
 def from_events(folder: Path, time: Callable[[int, int], str], clock: str = "10:00:00") -> dict:
-    """The report of a log whose events are its positives, at another time; all items differ."""
+    """The report of a log whose events are its positives, at other times; all items differ."""
     rows = [(u, d, 100 * d + 10 * u + i) for d in range(1, 21) for u in range(3) for i in range(3)]
     shown = ["u,i,t,c"] + [f"{u},{i},2024-05-{d:02d} {clock},{int(i % 3 == 0)}" for u, d, i in rows]
     (folder / "shown.csv").write_text("\n".join(shown).replace(" ,", ","))
     events = ["u,i,t"] + [f"{u},{i},{time(d, i)}" for u, d, i in rows if i % 3 == 0]
     (folder / "events.csv").write_text("\n".join(events))
-    _, told = prepared(
+    _, report = prepared(
         folder, events={"files": "events.csv", "where": "true"}, requests={"files": "shown.csv"}
     )
-    return told
+    return report
 
 
 class TestLeaks:
@@ -272,68 +276,71 @@ class TestLeaks:
         ("clock", "shortest"),
         [("09:59:59.5", "second"), ("09:59:58", "minute"), ("09:55:00", "hour"), ("02:00:00", "day"),
          ("00:00:00", "day")],
-        ids=["half a second", "2 seconds", "5 minutes", "another zone", "dates alone"],
+        ids=["half a second", "2 seconds", "5 minutes", "another zone", "only dates"],
     )  # fmt: skip
     def test_whatever_the_clock(self, tmp_path: Path, clock: str, shortest: str) -> None:
-        told = from_events(tmp_path, lambda day, item: f"2024-05-{day:02d} {clock}")
-        train, spans = told["requests"]["train"], ["second", "minute", "hour", "day"]
+        report = from_events(tmp_path, lambda day, item: f"2024-05-{day:02d} {clock}")
+        train, spans = report["requests"]["train"], ["second", "minute", "hour", "day"]
         for span in spans:
             leaks = spans.index(span) >= spans.index(shortest)
             assert train[f"positives_in_last_{span}"] == leaks
         assert train["positives_seen_before"] == 1 and train["positives_in_next_day"] == 0
-        assert "train: 100.0% of the positives have an event of their item" in told["warnings"][0]
+        assert "train: 100.0% of the positives have an event of their item" in report["warnings"][0]
 
     @pytest.mark.parametrize("clock", ["10:00:03", "10:00:00"])
     def test_an_honest_log(self, tmp_path: Path, clock: str) -> None:
-        told = from_events(tmp_path, lambda day, item: f"2024-05-{day:02d} {clock}")
-        train = told["requests"]["train"]
+        report = from_events(tmp_path, lambda day, item: f"2024-05-{day:02d} {clock}")
+        train = report["requests"]["train"]
         assert train["positives_in_last_day"] == 0 and train["positives_in_next_day"] == 1
-        assert told["warnings"] == []
+        assert report["warnings"] == []
 
-    def test_daily_repeats_are_none(self, tmp_path: Path) -> None:
-        """The same item every day: also before each request, and no more than from it on."""
+    def test_daily_repeats_are_not_leaks(self, tmp_path: Path) -> None:
+        """The same item every day: before each request, and as often after it."""
         rows = [f"u,tea,2024-05-{d:02d} 10:00:0{n},1" for d in range(1, 21) for n in (0, 5)]
         (tmp_path / "log.csv").write_text("\n".join(["u,i,t,c", *rows]))
-        _, told = prepared(tmp_path)
-        train = told["requests"]["train"]
+        _, report = prepared(tmp_path)
+        train = report["requests"]["train"]
         assert train["positives_in_last_day"] > 0.9 and train["positives_in_next_day"] == 1
-        assert told["warnings"] == []
+        assert report["warnings"] == []
 
     def test_a_few_within_the_last_second(self, tmp_path: Path) -> None:
-        """One in twenty; the others have their event after the request."""
-        told = from_events(
+        """One in twenty positives; the others have their event after the request."""
+        report = from_events(
             tmp_path, lambda d, item: f"2024-05-{d:02d} {'09:59:59.5' if d == 3 else '10:00:01'}"
         )
-        assert told["requests"]["train"]["positives_in_last_second"] == pytest.approx(0.05)
-        assert "5.0% within the second before" in told["warnings"][0]
+        assert report["requests"]["train"]["positives_in_last_second"] == pytest.approx(0.05)
+        assert "5.0% within the second before" in report["warnings"][0]
 
 
 class TestTimes:
     def test_of_an_event_and_a_request(self, tmp_path: Path) -> None:
-        """Each day one event at the very time of its request, and one later on that day."""
+        """Each day one event at exactly the time of its request, and one later on that day."""
         hours = ["10:00:00", "23:59:59", "10:00:00"]
-        told = from_events(
+        report = from_events(
             tmp_path, lambda d, item: f"2024-05-{d + item % 3 + (d == 20):02d} {hours[d % 3]}"
         )
-        train = told["requests"]["train"]
-        rows = 60  # a positive a user and day
-        assert train["events_on_the_day_of_a_request"] == rows - 3  # that of the last day is a day late
+        train = report["requests"]["train"]
+        rows = 60  # one positive per user and day
+        assert (
+            train["events_on_the_day_of_a_request"] == rows - 3
+        )  # the event of the last day is a day late
         at_once = sum(hours[d % 3] == "10:00:00" for d in range(1, 20)) * 3
         assert train["events_at_the_time_of_a_request"] == at_once
-        assert told["times_at_midnight"] == {"events": 0, "requests": 0}
+        assert report["times_at_midnight"] == {"events": 0, "requests": 0}
 
-    def test_dates_alone(self, tmp_path: Path) -> None:
-        """Nothing of its own day is in a history then, and nothing leaks; but the report says so."""
-        told = from_events(tmp_path, lambda d, item: f"2024-05-{d:02d}", clock="")
-        assert told["times_at_midnight"] == {"events": 1, "requests": 1}
-        assert told["requests"]["train"]["events_at_the_time_of_a_request"] == 60
-        assert [w.split(":")[0] for w in told["warnings"]] == ["events", "requests"]
-        assert "100.0% of the times are midnight" in told["warnings"][0]
-        assert "60 events are of the day of a request" in told["warnings"][0]
+    def test_only_dates(self, tmp_path: Path) -> None:
+        """With only dates no event of the same day is in a history, and nothing leaks; but it is
+        reported."""
+        report = from_events(tmp_path, lambda d, item: f"2024-05-{d:02d}", clock="")
+        assert report["times_at_midnight"] == {"events": 1, "requests": 1}
+        assert report["requests"]["train"]["events_at_the_time_of_a_request"] == 60
+        assert [w.split(":")[0] for w in report["warnings"]] == ["events", "requests"]
+        assert "100.0% of the times are midnight" in report["warnings"][0]
+        assert "60 events are on the day of a request" in report["warnings"][0]
 
     @pytest.mark.parametrize("there", ["s", "ms", "us", "ns"])
     @pytest.mark.parametrize("unit", ["s", "ms", "us", None])
-    def test_in_a_unit_that_is_mistaken(self, tmp_path: Path, there: str, unit: str | None) -> None:
+    def test_in_the_wrong_unit(self, tmp_path: Path, there: str, unit: str | None) -> None:
         frame = pd.DataFrame({"u": ["a", "a"], "i": ["x", "y"], "c": [1, 0]})
         frame["t"] = 1714557600 * 10 ** {"s": 0, "ms": 3, "us": 6, "ns": 9}[there]
         frame.to_parquet(tmp_path / "log.parquet")
@@ -346,24 +353,24 @@ class TestTimes:
                 prepared(tmp_path, events=change, requests=change)
 
 
-class TestDoubledRows:
+class TestDuplicateRows:
     def test_are_counted(self, tmp_path: Path) -> None:
         write(tmp_path)
         lines = (tmp_path / "log.csv").read_text().splitlines()
-        # a click of user 10 twice more, and the candidate beside it once with another label
+        # a click of user 10 twice more, and the candidate next to it once more with another label
         (tmp_path / "log.csv").write_text("\n".join([*lines, lines[2], lines[2], lines[1][:-1] + "1"]))
         (tmp_path / "buys.csv").write_text("\n".join([*lines, lines[1]]))
         assert lines[1:3] == ["10,0,2024-05-01 10:00:00,0", "10,1,2024-05-01 10:00:00,1"]
-        log, told = prepared(tmp_path, requests={"labels": {"c": "c", "buy": BUYS}})
-        assert told["doubled_rows"] == {
+        log, report = prepared(tmp_path, requests={"labels": {"c": "c", "buy": BUYS}})
+        assert report["doubled_rows"] == {
             "events": {"rows": 63, "doubled": 2},
             "requests": {"rows": 183, "doubled": 2},
             "label_buy": {"rows": 181, "doubled": 1},
         }
-        assert told["requests"]["train"]["candidates_given_again"] == 3
-        assert told["warnings"] == [
-            "events: 2 of 63 rows equal one before them; each counts",
-            "requests: 2 of 183 rows equal one before them; each counts",
+        assert report["requests"]["train"]["candidates_given_again"] == 3
+        assert report["warnings"] == [
+            "events: 2 of 63 rows equal an earlier row; all of them are used",
+            "requests: 2 of 183 rows equal an earlier row; all of them are used",
         ]
         assert len(log.events["item"]) == 63  # counted, not dropped
 
@@ -371,21 +378,21 @@ class TestDoubledRows:
 def test_scales_of_dense_columns_are_in_the_report(tmp_path: Path) -> None:
     write(tmp_path)
     dense = {"dense": {"day": "day(t::TIMESTAMP)"}, "candidate_dense": {"c_": "nullif(i, '2')"}}
-    log, told = prepared(tmp_path, requests=dense, splits={"test": 0.5})
+    log, report = prepared(tmp_path, requests=dense, splits={"test": 0.5})
     for split in log.splits:
-        columns, figures = log.requests(split), told["requests"][split]["dense"]
+        columns, scales = log.requests(split), report["requests"][split]["dense"]
         for name in ("day", "c_"):
             values = columns[name].astype(np.float64)
             missing = np.isnan(values)
             there = values[~missing]
             wanted = [there.mean(), there.std(), there.min(), there.max(), missing.mean()]
-            np.testing.assert_allclose(list(figures[name].values()), wanted, rtol=1e-9)
-        assert figures["c_"]["missing"] > 0.3
+            np.testing.assert_allclose(list(scales[name].values()), wanted, rtol=1e-9)
+        assert scales["c_"]["missing"] > 0.3
 
 
 class TestUserIds:
     def histories(self, folder: Path, users: np.ndarray | list) -> dict[int, list[int]]:
-        """What each user's history has, of items 1 to 4 in the order of the users' rows."""
+        """The items of each user's history; items 1 to 4 are in the order of the users' rows."""
         asked = np.unique(np.array(users))
         days = pd.date_range("2024-01-01", periods=4)
         requests = pd.DataFrame({"user": asked, "time": pd.Timestamp("2024-02-01")})
@@ -411,11 +418,11 @@ class TestUserIds:
         ],
         ids=["uint64", "uint64, -1 in int64", "object", "float", "whole floats"],
     )
-    def test_that_an_int64_has_not(self, tmp_path: Path, users) -> None:
+    def test_that_do_not_fit_an_int64(self, tmp_path: Path, users) -> None:
         schema = LogSchema(item_features={"item": 9})
         days = pd.date_range("2024-01-01", periods=4)
         events = pd.DataFrame({"user": users, "item": [1, 2, 3, 4], "time": days})
-        with refused("events", "integer" if events["user"].dtype == float else "beyond an int64"):
+        with refused("events", "integer" if events["user"].dtype == float else "fit an int64"):
             EventLog.from_pandas(tmp_path / "log", events, schema)
 
     def test_of_any_spread(self, tmp_path: Path) -> None:
@@ -434,7 +441,7 @@ class TestUserIds:
         with refused("out of order at row 1"):
             EventLog(log.path)
 
-    def test_times_that_an_int64_of_microseconds_has_not(self, tmp_path: Path) -> None:
+    def test_times_that_do_not_fit_an_int64_of_microseconds(self, tmp_path: Path) -> None:
         times = np.array([10**13], dtype="datetime64[s]")
         events = pd.DataFrame({"user": [1], "item": [1], "time": times})
         with refused("events", "'time'", "290,000"):
@@ -457,12 +464,12 @@ class TestUserIds:
 
     @pytest.mark.parametrize("column", ["u", "i"])
     @pytest.mark.parametrize("number", [2.0**53, 1e300, float("nan"), np.float32(2**24)])
-    def test_floats_that_are_many_ids_in_one(self, tmp_path: Path, column: str, number) -> None:
+    def test_floats_that_merge_several_ids(self, tmp_path: Path, column: str, number) -> None:
         kind = np.float32 if isinstance(number, np.float32) else np.float64
         frame = pd.DataFrame({"u": [1], "i": [1], "t": pd.Timestamp("2024-05-01"), "c": 1})
         table = pyarrow.Table.from_pandas(frame)
         there = table.column_names.index(column)
-        # in Arrow, since pandas makes nulls of nan
+        # in Arrow, since pandas converts nan to null
         table = table.set_column(there, column, pyarrow.array(np.array([number], kind)))
         pyarrow.parquet.write_table(table, tmp_path / "log.parquet")
         with refused("events: 1 of 1", "is a float in which ids are not exact"):

@@ -1,4 +1,4 @@
-"""Every field of the log's schema from files: lists, numbers, vectors, weights, regressions."""
+"""Every field of the log's schema, from files: lists, numbers, vectors, weights, regressions."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write(
     change: Callable[[dict[str, dict[str, list[Any]]]], None] | None = None,
     **parts: Any,
 ) -> Path:
-    """Four tables in Parquet, with something of every kind; and their schema."""
+    """Four Parquet tables with every kind of field, and their schema."""
     tables = json.loads(json.dumps(TABLES))
     if change:
         change(tables)
@@ -55,7 +55,7 @@ def write(
         pq.write_table(pa.table(columns), folder / f"{name}.parquet")
     np.save(folder / "pictures.npy", np.arange(9, dtype=np.float16).reshape(3, 3))
     rows = {**ROWS, "unit": "s"}
-    year = f"{365 * 24 * 3600 * 40} + t"  # 2009, since times of 1970 are taken for a mistake
+    year = f"{365 * 24 * 3600 * 40} + t"  # 2009, since times in 1970 are refused as mistakes
     rows["time"] = year
     schema = {
         "events": {
@@ -96,7 +96,7 @@ def lists(columns: dict[str, np.ndarray], name: str) -> list[list[int]]:
 
 
 def refused(*words: str):
-    """A LogError whose message holds all of the words."""
+    """Expect a LogError whose message contains all of the words."""
     return pytest.raises(LogError, match="(?s)" + "".join(f"(?=.*{re.escape(word)})" for word in words))
 
 
@@ -104,7 +104,7 @@ def report(log: EventLog) -> dict[str, Any]:
     return json.loads((log.path / "report.json").read_text())
 
 
-def test_all_that_a_log_has(tmp_path: Path) -> None:
+def test_all_fields_of_a_log(tmp_path: Path) -> None:
     log = prepare(load_schema(write(tmp_path)), tmp_path / "log")
     schema, ids = log.schema, Vocabulary.load(log.path)
     assert schema.item_lists == {"genre": 3, "colour": 9} and schema.item_dense == ("price",)
@@ -140,7 +140,7 @@ def test_all_that_a_log_has(tmp_path: Path) -> None:
 
 
 def test_names_of_items_may_be_any(tmp_path: Path) -> None:
-    """They are columns of the files that prepare makes on its way, too."""
+    """Such names are also columns of intermediate files."""
 
     def named(tables: dict[str, dict[str, list[Any]]]) -> None:
         tables["items"] |= {"kind": ["drink", "ware", "ware"], "n": [1, 2, 2]}
@@ -204,9 +204,9 @@ class TestVectors:
         ("array", "words"),
         [
             (None, ["gone.npy", "cannot be read"]),
-            (np.zeros((4, 3)), ["gone.npy has 4 rows", "items' table 3", "`row`"]),
+            (np.zeros((4, 3)), ["gone.npy has 4 rows", "items' table has 3", "`row`"]),
             (np.zeros(3), ["gone.npy", "(3,)", "floats [rows, width]"]),
-            (np.zeros((3, 3), np.int64), ["int64", "must be floats"]),
+            (np.zeros((3, 3), np.int64), ["int64", "expected floats"]),
             (np.array([[0, 0], [0, np.inf], [0, 0]]), ["row 1, column 1 is inf"]),
             (np.array([[0, 0], [0, 0], [1e300, 0]]), ["row 2, column 0 is 1e+300"]),
             (np.array([[None, {}]] * 3), ["cannot be read"]),
@@ -229,41 +229,43 @@ def _set(table: str, column: str, row: int, value: Any) -> Callable[[dict], None
 
 
 BAD = {
-    "text is a vector of another length than 2": _set("items", "text", 1, [1.0, 2.0, 3.0]),
-    "text holds a number that is missing, NaN or infinite": _set(
-        "items", "text", 1, [1.0, float("inf")]
+    "text is a vector whose length is not 2, that of most items": _set(
+        "items", "text", 1, [1.0, 2.0, 3.0]
     ),
-    "picture is no row of its .npy, which has 3": _set("items", "row", 1, 3),
-    "price is negative, and in log_scaled": _set("items", "price", 1, -1.0),
-    "price is not a number, or not finite": _set("items", "price", 1, float("nan")),
-    "dwell is not a number, or not finite": _set("events", "dwell", 1, 1e300),
-    "weight is not a number from 0": _set("events", "weight", 1, -1.0),
+    "text has a missing, NaN or infinite number": _set("items", "text", 1, [1.0, float("inf")]),
+    "picture is not a row of its .npy file, which has 3": _set("items", "row", 1, 3),
+    "price is negative, but in log_scaled": _set("items", "price", 1, -1.0),
+    "price is not a finite number": _set("items", "price", 1, float("nan")),
+    "dwell is not a finite number": _set("events", "dwell", 1, 1e300),
+    "weight is not a finite number of at least 0": _set("events", "weight", 1, -1.0),
     "label watch is not a number": _set("shown", "watch", 2, None),
-    "bid is not a number, or not finite": _set("shown", "bid", 2, float("-inf")),
-    "interest holds an empty id": _set("shown", "interests", 2, ["hot", None]),
-    "colour holds an empty id": _set("items", "colours", 1, [None]),
+    "bid is not a finite number": _set("shown", "bid", 2, float("-inf")),
+    "interest has an empty id": _set("shown", "interests", 2, ["hot", None]),
+    "colour has an empty id": _set("items", "colours", 1, [None]),
 }
 
 
 class TestBadInput:
     @pytest.mark.parametrize("why", BAD)
     def test_is_named(self, tmp_path: Path, why: str) -> None:
-        """By file, row and what stands there; and counted, where some may be refused."""
+        """The error names file, row and value; the row is counted if some may be refused."""
         schema = load_schema(write(tmp_path, BAD[why]))
         vector = why.startswith(("text is", "picture"))
         with refused("1 of 3", why, "cup", "max_refused", *([] if vector else [".parquet", "'_row'"])):
             prepare(schema, tmp_path / "log")
         log = prepare(schema, tmp_path / "allowed", max_refused=0.4)
-        (told,) = (t for t in report(log)["refused"].values() if t["refused"])
-        assert (told["rows"], told["refused"]) == (3, 1) and next(iter(told["reasons"])).startswith(why)
+        (figures,) = (t for t in report(log)["refused"].values() if t["refused"])
+        assert (figures["rows"], figures["refused"]) == (3, 1) and next(
+            iter(figures["reasons"])
+        ).startswith(why)
 
-    def test_a_text_that_is_no_list(self, tmp_path: Path) -> None:
+    def test_a_text_that_is_not_a_list(self, tmp_path: Path) -> None:
         path = write(tmp_path, items={"lists": {"genre": "genres"}})
         with refused("genre is not a list", "`delimiter`"):
             prepare(load_schema(path), tmp_path / "log")
 
     @pytest.mark.parametrize("kind", ["parquet", "feather"])
-    def test_a_column_typed_otherwise_in_the_second_file(self, tmp_path: Path, kind: str) -> None:
+    def test_a_column_with_another_type_in_the_second_file(self, tmp_path: Path, kind: str) -> None:
         path = write(tmp_path)
         path.write_text(path.read_text().replace("events.parquet", f"events-*.{kind}"))
         for number, i in enumerate([["tea", "cup", "tea"], [1, 2, 3]]):
@@ -274,7 +276,7 @@ class TestBadInput:
             pq.write_table(table, file) if kind == "parquet" else pyarrow.feather.write_feather(
                 table, file
             )
-        with refused("events: the column 'i' is int64", f"events-1.{kind}", "string in", "alike"):
+        with refused("events: the column 'i' is int64", f"events-1.{kind}", "string in", "use one type"):
             prepare(load_schema(path), tmp_path / "log")
 
     @pytest.mark.parametrize(
@@ -297,7 +299,7 @@ class TestBadInput:
             ({"requests": {"negatives": 2, "labels": {"click": "click"}, "candidate_dense": {}}},
              ["candidate_features", "['place']"]),
             ({"log_scaled": ["prices"]}, ["log_scaled", "'prices'"]),
-            ({"splits": {"test": {"users": 0.1}}}, ["splits.test", "splits are by time alone"]),
+            ({"splits": {"test": {"users": 0.1}}}, ["splits.test", "splits are only by time"]),
         ],
         ids=str,
     )  # fmt: skip

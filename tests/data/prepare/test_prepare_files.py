@@ -1,4 +1,4 @@
-"""Files as people have them: each row is read, or refused and counted; what cannot be read is named."""
+"""Real-world files: each row is read, or refused and counted; errors name what cannot be read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SQL = duckdb.connect()
 
 
 def refused(*words: str):
-    """A LogError whose message holds all of the words."""
+    """Expect a LogError whose message contains all of the words."""
     return pytest.raises(LogError, match="(?s)" + "".join(f"(?=.*{re.escape(word)})" for word in words))
 
 
@@ -39,7 +39,7 @@ def write(folder: Path, content: str | bytes, name: str = "log.csv") -> Path:
 
 
 def read(*files: Path | str, **options: Any) -> tuple[list[tuple], Source]:
-    """All rows of files."""
+    """All rows of the files."""
     source = Source("events", Table(files=[str(file) for file in files], **options), SQL)
     with source.reading():
         return SQL.execute(f"FROM {source.relation}").fetchall(), source
@@ -50,7 +50,7 @@ def refused_rows(source: Source) -> int:
 
 
 def numbered(rows: int, titles: dict[int, str]) -> str:
-    """A file of so many rows, some with a title of their own."""
+    """A file with this many rows, some with given titles."""
     lines = [f"u{n},i{n},{titles.get(n, 'name')}" for n in range(rows)]
     return "\n".join(["user,item,title", *lines])
 
@@ -72,10 +72,10 @@ class TestHeader:
         assert rows == [tuple(value or None for value in row.split(","))] and not source.refused
         assert list(source.columns.values()) == columns
 
-    def test_a_repeated_name_is_taken_for_neither(self, tmp_path: Path) -> None:
+    def test_a_repeated_name_is_neither_column(self, tmp_path: Path) -> None:
         rows, source = read(write(tmp_path, "u,note,Id,note,ID\na,1,2,3,4\n"))
         assert rows == [("a", "1", "2", "3", "4")]
-        # names that differ in case are known by it
+        # names that differ in case are different columns
         assert source.columns == {"u": "u", "Id": "Id_1", "ID": "ID_2"}
 
     def test_a_name_in_another_case_is_another_column(self, tmp_path: Path) -> None:
@@ -90,12 +90,12 @@ class TestHeader:
     @pytest.mark.parametrize(
         ("content", "words"),
         [("", ["is empty", "columns"]),
-         ('u,"i\na,b\n', ["no line of CSV"]),
+         ('u,"i\na,b\n', ["is not valid CSV"]),
          ('u,"i\na,b\na,b"\n', ["quote", "does not close there"]),
          ("u,\u4e2d\na,b\n".encode("gbk"), ["not utf-8", "encoding"])],
         ids=["empty", "open", "rows in a name", "gbk"],
     )  # fmt: skip
-    def test_that_cannot_be(self, tmp_path: Path, content: str | bytes, words: list[str]) -> None:
+    def test_invalid_headers(self, tmp_path: Path, content: str | bytes, words: list[str]) -> None:
         with refused("events: ", "log.csv", *words):
             read(write(tmp_path, content))
 
@@ -114,7 +114,7 @@ class TestLines:
         rows, source = read(write(tmp_path, content))
         assert rows == [("a", "1"), ("b", "2"), ("c", "3")] and not source.refused
 
-    def test_a_carriage_return_amid_a_value_is_part_of_it(self, tmp_path: Path) -> None:
+    def test_a_carriage_return_within_a_value_is_part_of_it(self, tmp_path: Path) -> None:
         rows, source = read(write(tmp_path, 'u,i\nna\rme,1\n"x\ry",2\n'))
         assert rows == [("na\rme", "1"), ("x\ry", "2")] and not source.refused
 
@@ -125,10 +125,10 @@ class TestLines:
     def test_of_other_columns_are_refused(self, tmp_path: Path) -> None:
         rows, source = read(write(tmp_path, "u,i\na,1\nb\nc,3,4\nd,4\n"))
         assert rows == [("a", "1"), ("d", "4")]
-        reason = "line cannot be read: 2 columns wanted, "
+        reason = "line cannot be read: expected 2 columns, "
         assert source.refused == {
-            f"{reason}1 found": {"rows": 1, "examples": ["log.csv: b"]},
-            f"{reason}3 found": {"rows": 1, "examples": ["log.csv: c,3,4"]},
+            f"{reason}got 1": {"rows": 1, "examples": ["log.csv: b"]},
+            f"{reason}got 3": {"rows": 1, "examples": ["log.csv: c,3,4"]},
         }
 
     def test_none_is_longer_than_memory(self, tmp_path: Path, monkeypatch) -> None:
@@ -143,7 +143,7 @@ class TestQuotes:
         monkeypatch.setattr(csv_rows, "BLOCK", block)
         texts = ["One,\ntwo, three\nfour", "\n\nspaced\n", 'he said\n""no""\n', "x\ny"]
         texts = [texts[n % 4] for n in range(100)]
-        for column in range(3):  # of the text
+        for column in range(3):  # the column of the text
             rows = [[f"u{n}", f"i{n}"] for n in range(100)]
             for row, text in zip(rows, texts, strict=True):
                 row.insert(column, f'"{text}"')
@@ -155,7 +155,7 @@ class TestQuotes:
     @pytest.mark.parametrize("block", [100, 1 << 22])
     @pytest.mark.parametrize(
         ("titles", "lost"),
-        [({100: '"Alien', 500: '"Aliens'}, [*range(100, 501)]),  # the second closes nowhere
+        [({100: '"Alien', 500: '"Aliens'}, [*range(100, 501)]),  # the second never closes
          ({100: '"Alien', 500: 'Aliens"'}, [*range(100, 501)]),
          ({100: '"Alien', 101: 'Aliens"'}, [100, 101]),
          ({100: '"Alien', 500: '5" disk'}, [*range(100, 500)]),
@@ -171,9 +171,9 @@ class TestQuotes:
         rows, source = read(write(tmp_path, numbered(1000, titles)))
         assert [row[0] for row in rows] == [f"u{n}" for n in range(1000) if n not in lost]
         assert refused_rows(source) == len(lost)
-        for reason, told in source.refused.items():
+        for reason, figures in source.refused.items():
             assert "a stray quote" in reason and '"quote": ""' in reason
-            assert told["examples"][0] == f'log.csv: line {2 + lost[0]}: u{lost[0]},i{lost[0]},"Alien'
+            assert figures["examples"][0] == f'log.csv: line {2 + lost[0]}: u{lost[0]},i{lost[0]},"Alien'
 
     def test_one_that_opens_far_from_the_next_costs_its_line(self, tmp_path: Path, monkeypatch) -> None:
         monkeypatch.setattr(csv_rows, "LONGEST_VALUE", 1000)
@@ -203,7 +203,7 @@ class TestQuotes:
     def test_every_line_is_accounted_for(
         self, tmp_path_factory, longest: int, lines: list[str], block: int
     ) -> None:
-        """Whatever the quotes, and wherever a block ends."""
+        """For any quotes, and any end of a block."""
         file = write(tmp_path_factory.mktemp("lines"), "\n".join(["u,i", *lines]))
         found = []
         with pytest.MonkeyPatch.context() as patch:
@@ -236,7 +236,7 @@ class TestDelimiters:
          ({"columns": "u,i"}, ["columns must be a list", "'u,i'"]),
          ({"nulls": "NULL"}, ["nulls must be a list", "'NULL'"])],
     )  # fmt: skip
-    def test_options_that_cannot_be(self, tmp_path: Path, options: dict, words: list[str]) -> None:
+    def test_invalid_options(self, tmp_path: Path, options: dict, words: list[str]) -> None:
         with refused("events: ", *words):
             read(write(tmp_path, "u,i\na,b\n"), **options)
 
@@ -268,12 +268,12 @@ class TestEncodings:
             read(write(tmp_path, "u,i\na,b\n"), encoding=encoding)
 
     @pytest.mark.parametrize("before", [0, 3, 200_000])
-    def test_bytes_of_another_cost_their_row(self, tmp_path: Path, before: int) -> None:
+    def test_bytes_of_another_encoding_cost_their_row(self, tmp_path: Path, before: int) -> None:
         lines = ["u,i", *["a,b"] * before, "andr\u00e9,b", "c,d"]
         rows, source = read(write(tmp_path, "\n".join(lines).encode("latin-1")))
         assert len(rows) == before + 1 and rows[-1] == ("c", "d")
         (reason,) = source.refused
-        assert "is it utf-8?" in reason and refused_rows(source) == 1
+        assert "it is not utf-8" in reason and refused_rows(source) == 1
         assert source.refused[reason]["examples"] == ["log.csv: andr\ufffd,b"]
 
 
@@ -285,9 +285,9 @@ class TestNulls:
         assert [i for _, i in read(file, nulls=nulls)[0]] == [None] * 6 + ["none"]
         assert [i for _, i in read(file)[0]] == ["\\N", "NULL", "nan", "None", None, None, "none"]
 
-    def test_are_of_csv(self, tmp_path: Path) -> None:
+    def test_are_only_for_csv(self, tmp_path: Path) -> None:
         pd.DataFrame({"u": ["None"]}).to_parquet(tmp_path / "log.parquet")
-        with refused("log.parquet is parquet", "`nulls` is of CSV"):
+        with refused("log.parquet is parquet", "`nulls` is only for CSV"):
             read(tmp_path / "log.parquet", nulls=["None"])
 
 
@@ -304,7 +304,7 @@ class TestKinds:
 
     @pytest.mark.parametrize("name", ["log.csv.GZ", "log.csv", "log.tsv.gzip"])
     def test_gzip_of_any_name(self, tmp_path: Path, name: str) -> None:
-        # of two members, as `cat a.gz b.gz` makes
+        # with two members, as made by `cat a.gz b.gz`
         content = gzip.compress(b"u,i\na,b\n") + gzip.compress(b"c,d\n")
         assert read(write(tmp_path, content, name))[0] == [("a", "b"), ("c", "d")]
 
@@ -312,19 +312,19 @@ class TestKinds:
         content = pa.compress(b"u,i\na,b\n", codec="zstd", asbytes=True)
         assert read(write(tmp_path, content, "log.csv.zst"))[0] == [("a", "b")]
 
-    def test_text_called_gz(self, tmp_path: Path) -> None:
+    def test_text_named_gz(self, tmp_path: Path) -> None:
         assert read(write(tmp_path, "u,i\na,b\n", "log.csv.gz"))[0] == [("a", "b")]
 
     @pytest.mark.parametrize(
         ("name", "content", "words"),
-        [("log.parquet", b"u,i\na,b\n", ["is called parquet and is none"]),
-         ("log.feather", b"", ["is called feather and is none"]),
+        [("log.parquet", b"u,i\na,b\n", ["is named like a parquet file"]),
+         ("log.feather", b"", ["is named like a feather file"]),
          ("log.parquet", b"PAR1 and no more", ["cannot be read"]),
          ("log.feather", b"ARROW1 and no more", ["cannot be read"]),
          ("log.csv.gz", gzip.compress(b"u,i\n" + bytes(range(256)) * 99)[:-9], ["cannot be read"]),
          ("log.xlsx", b"PK\x03\x04\x14\0\x06\0\x08\0\0\0!\0\xee\x9d\n", ["not utf-8"])],
     )  # fmt: skip
-    def test_that_are_none_are_named(
+    def test_files_of_another_format_are_named(
         self, tmp_path: Path, name: str, content: bytes, words: list[str]
     ) -> None:
         with refused("events: ", name, *words):
@@ -344,7 +344,7 @@ class TestKinds:
 
     @pytest.mark.parametrize("kind", ["parquet", "feather"])
     def test_types_of_all_files_count(self, tmp_path: Path, kind: str) -> None:
-        """The first file's are whole numbers, and are not to round the second's."""
+        """The first file has integers, which must not round the second file's numbers."""
         for name, frame in {"a": {"p": [1], "q": [0]}, "b": {"q": [2], "p": [1.5]}}.items():
             file = str(tmp_path / f"{name}.{kind}")
             table = pa.table(frame)
@@ -374,7 +374,7 @@ LINES = [
 
 
 def prepared(folder: Path, files: Any, **options: Any) -> EventLog:
-    """A log of files of a schema beside them."""
+    """A log from files next to their schema."""
     rows = {"files": files, "user": "user", "item": "item", "time": "time", **options}
     schema = {"events": rows, "requests": {**rows, "labels": {"seen": "1"}}, "splits": {}}
     (folder / "schema.json").write_text(json.dumps(schema))
@@ -399,25 +399,25 @@ class TestPlaces:
 
     def test_every_pattern_finds_something(self, tmp_path: Path) -> None:
         self.logs(tmp_path)
-        with refused("events: no file is called", "logs/b*.csv"):
+        with refused("events: no file matches", "logs/b*.csv"):
             read(f"{tmp_path}/logs/a.csv", f"{tmp_path}/logs/b*.csv")
-        with refused("events: `files` names none"):
+        with refused("events: `files` is empty"):
             read()
 
-    def test_a_folder_is_no_file(self, tmp_path: Path) -> None:
+    def test_a_folder_is_not_a_file(self, tmp_path: Path) -> None:
         self.logs(tmp_path)
         with refused("2024 is a folder", "name its files"):
             read(f"{tmp_path}/logs/*")
 
     @pytest.mark.parametrize("files", ["log.csv", "log*.csv", "log[1].csv", ["log[1].csv"]])
-    def test_a_folders_own_name_is_no_pattern(self, tmp_path: Path, files: Any) -> None:
+    def test_a_folders_own_name_is_not_a_pattern(self, tmp_path: Path, files: Any) -> None:
         folder = tmp_path / "run [v2]*"
         name = "log[1].csv" if "[" in str(files) else "log.csv"
         write(folder, "\n".join(["user,item,time,c", *LINES]), name)
         assert len(prepared(folder, files).events["item"]) == len(LINES)
 
     @pytest.mark.parametrize("kind", ["csv", "parquet", "feather"])
-    def test_a_folder_gives_no_column(self, tmp_path: Path, kind: str) -> None:
+    def test_a_folder_name_is_not_a_column(self, tmp_path: Path, kind: str) -> None:
         frame = pd.DataFrame({"uid": [1, 2, 3], "dt": ["x", "y", "z"]})
         folder = tmp_path / "dt=2024-05-01" / "uid=7"
         folder.mkdir(parents=True)
@@ -469,14 +469,14 @@ class TestReaders:
 
     @pytest.mark.parametrize("reader", [kuairand, recflow])
     def test_of_patterns(self, tmp_path: Path, reader: Any) -> None:
-        """They find the first file, which is not theirs, in a folder with brackets."""
+        """In a folder with brackets an unescaped pattern would find the first, wrong file."""
         folder = tmp_path / "archive [1]"
         for name in ("video_features_basic_1k.csv", "all_stage/1.feather"):
             write(folder, "not,theirs\n", name)
-        with refused("archive [1]" if reader is recflow else "does not fit", "not"):
+        with refused("archive [1]" if reader is recflow else "does not match", "not"):
             reader.prepare(folder, tmp_path / "log")
 
 
 def test_read_header_names_its_section(tmp_path: Path) -> None:
-    with refused("items: no file is called"):
+    with refused("items: no file matches"):
         read_header("items", Table(files=str(tmp_path / "none.csv")))

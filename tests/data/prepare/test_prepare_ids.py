@@ -1,4 +1,4 @@
-"""Ids and other values of typed columns: what is one id, what is none, and what is refused."""
+"""Ids and other values of typed columns: which are the same id, missing or refused."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ ROWS = {"user": "u", "item": "i", "time": "t", "unit": "s"}
 
 
 def refused(*words: str):
-    """A LogError whose message holds all of the words."""
+    """Expect a LogError whose message contains all of the words."""
     return pytest.raises(LogError, match="(?s)" + "".join(f"(?=.*{re.escape(word)})" for word in words))
 
 
 def prepared(folder: Path, columns: dict[str, Any], **changes: Any) -> EventLog:
-    """A log of one Parquet file of three rows, which are its events and requests."""
+    """A log from one Parquet file with three rows, which are both its events and its requests."""
     table = {"u": [1, 1, 2], "i": [5, 6, 5], "t": [T, T + 9, T + 20], "click": [1, 0, 1], **columns}
     pq.write_table(pa.table(table), folder / "log.parquet")
     schema: dict[str, Any] = {
@@ -43,7 +43,7 @@ def prepared(folder: Path, columns: dict[str, Any], **changes: Any) -> EventLog:
 
 
 class TestWholeFloats:
-    """Integers with a null among them are floats in many a Parquet file."""
+    """Integers with nulls are floats in many Parquet files."""
 
     def test_are_integers(self, tmp_path: Path) -> None:
         columns = {
@@ -86,7 +86,7 @@ class TestWholeFloats:
 
 
 class TestEmptyTexts:
-    """They are none in CSV, and so they are elsewhere."""
+    """They are null in CSV, and so they are in other formats."""
 
     @pytest.mark.parametrize("column", ["u", "i"])
     def test_an_event_needs_its_ids(self, tmp_path: Path, column: str) -> None:
@@ -103,7 +103,7 @@ class TestEmptyTexts:
 
     def test_of_lists(self, tmp_path: Path) -> None:
         tags = [["a"], ["", "b"], []]
-        with refused("requests: 1 of 3", "tag holds an empty id"):
+        with refused("requests: 1 of 3", "tag has an empty id"):
             prepared(tmp_path, {"tags": tags}, requests={"context_lists": {"tag": "tags"}})
 
     def test_a_feature_is_unknown(self, tmp_path: Path) -> None:
@@ -120,8 +120,10 @@ class TestMissingColumns:
             ({"candidate_features": {"same": "item"}}, "item"),
         ],
     )
-    def test_are_none_of_ours(self, tmp_path: Path, change: dict[str, Any], column: str) -> None:
-        with refused("requests: the schema does not fit", "log.parquet", f'"{column}" not found'):
+    def test_are_not_resolved_to_output_columns(
+        self, tmp_path: Path, change: dict[str, Any], column: str
+    ) -> None:
+        with refused("requests: the schema does not match", "log.parquet", f'"{column}" not found'):
             prepared(tmp_path, {}, requests=change)
 
 
@@ -147,23 +149,23 @@ def test_a_file_whose_name_is_a_pattern_is_read_as_itself(tmp_path: Path) -> Non
     assert sorted(log.vocabulary["item"].at(log.events["item"])) == [5, 5, 6, 8, 9]
 
 
-def test_a_float_of_32_bits_is_no_time(tmp_path: Path) -> None:
-    with refused("events: 3 of 3", "time cannot be read as a number in s (a float of 32 bits is"):
+def test_a_32_bit_float_is_not_a_time(tmp_path: Path) -> None:
+    with refused("events: 3 of 3", "time cannot be read as a number in s (a 32-bit float is"):
         prepared(tmp_path, {"t": pa.array([float(T)] * 3, pa.float32())})
     log = prepared(tmp_path, {"t": [T + 0.5, T + 1.0, T + 2.0]})
     assert log.events["time"].tolist()[0] == (10**6 * T + 500_000)
 
 
-def test_a_row_of_an_npy_is_a_whole_number(tmp_path: Path) -> None:
+def test_a_row_of_an_npy_is_an_integer(tmp_path: Path) -> None:
     np.save(tmp_path / "v.npy", np.ones((3, 2), np.float32))
     for rows in ([1.0, 1.6], ["1", "1.6"]):
         pq.write_table(pa.table({"i": [5, 6], "row": rows}), tmp_path / "items.parquet")
         items = {"files": "items.parquet", "item": "i", "vectors": {"v": {"npy": "v.npy", "row": "row"}}}
-        with refused("items: 1 of 2", "v is no row of a .npy", "1.6"):
+        with refused("items: 1 of 2", "v is not a row number", "1.6"):
             prepared(tmp_path, {}, items=items)
 
 
-def test_min_count_is_not_of_hashed_items(tmp_path: Path) -> None:
+def test_min_count_is_not_for_hashed_items(tmp_path: Path) -> None:
     item = {"item": {"column": "i", "hash": 99}}
     with refused("min_count is 2", "events.item has a hash"):
         prepared(tmp_path, {}, events=item, requests=item, min_count=2)

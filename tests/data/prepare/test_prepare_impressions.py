@@ -1,4 +1,4 @@
-"""Impressions and histories as they are logged: lists in a row, and labels joined from another file."""
+"""Impressions and histories as lists in a row, and labels joined from another file."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def requests_of(log: EventLog, split: str, task: str = "click") -> list[tuple]:
 
 
 def refused(*words: str):
-    """A LogError whose message holds all of the words."""
+    """Expect a LogError whose message contains all of the words."""
     return pytest.raises(LogError, match="(?s)" + "".join(f"(?=.*{re.escape(word)})" for word in words))
 
 
@@ -86,11 +86,11 @@ class TestMind:
             ("U1", {"N4": 1}),
         ]
         assert requests_of(log, "test") == [("U2", {"N2": 0, "N8": 1})]
-        # N8 is new in the test
+        # N8 is new in the test split
         assert log.schema.item_features == {"item": 8, "category": 3} and log.num_items == 9
 
     def test_history(self, tmp_path: Path) -> None:
-        """In its order, a second apart, before the user's first request; once, though twice there."""
+        """In order, a second apart, before the user's first request; once, though it is given twice."""
         (tmp_path / "behaviors.tsv").write_text(BEHAVIORS)
         log = prepare(load_schema(written(tmp_path, MIND_SCHEMA)), tmp_path / "log")
         assert Vocabulary.load(log.path)["item"].at(log.events["item"]) == ["N5", "N6", "N7"]
@@ -100,16 +100,16 @@ class TestMind:
         requests = log.requests("train")
         start, end = log.history_range(requests["user"], requests["time"])
         assert (end - start).tolist() == [3, 0, 3]
-        told = report(log)
-        assert told["refused"]["events"] == {
+        figures = report(log)
+        assert figures["refused"]["events"] == {
             "rows": 6, "refused": 0, "reasons": {}, "rows_of_empty_lists": 2,
         }  # fmt: skip
-        assert told["histories_without_times"] == {
+        assert figures["histories_without_times"] == {
             "users": 1, "lists": 2, "users_with_lists_of_several_lengths": 0,
         }  # fmt: skip
 
     def test_the_shorter_of_two_histories(self, tmp_path: Path) -> None:
-        """The longer one holds what was clicked in between."""
+        """The longer one contains what was clicked in between."""
         lines = BEHAVIORS.splitlines()
         lines[2] = lines[2].replace("N5 N6 N7", "N5 N6 N7 N2")
         (tmp_path / "behaviors.tsv").write_text("\n".join(lines[::-1]))
@@ -118,7 +118,7 @@ class TestMind:
         assert any("1 of 1 users have lists of several lengths" in w for w in report(log)["warnings"])
 
     def test_without_users(self, tmp_path: Path) -> None:
-        """Who is not known has no history; and rows of one time stay requests of their own."""
+        """An unknown user has no history; and rows with the same time stay separate requests."""
         lines = BEHAVIORS.replace("2\tU2\t11/11/2019 9:10:00 AM", "2\t\t11/11/2019 9:05:58 AM")
         lines += "5\t\t11/11/2019 9:05:58 AM\tN5\tN3-1\n"
         (tmp_path / "behaviors.tsv").write_text(lines)
@@ -137,16 +137,16 @@ class TestMind:
         start, end = log.history_range(requests["user"], requests["time"])
         assert (end - start).tolist() == [0, 0, 3, 3]
 
-    def test_what_is_no_list(self, tmp_path: Path) -> None:
+    def test_what_is_not_a_list(self, tmp_path: Path) -> None:
         (tmp_path / "behaviors.tsv").write_text(BEHAVIORS)
         bad = changed(MIND_SCHEMA, requests={"each": {"shown": "impressions"}})
         with refused("requests: 4 of 4", "`each` is not a list", "`delimiter`", "N1-0 N2-1"):
             prepare(load_schema(written(tmp_path, bad)), tmp_path / "log")
         bad = changed(MIND_SCHEMA, requests={"each": {"at": "impressions"}})
-        with refused("requests.each", "'at' already"):
+        with refused("requests.each", "already have a column 'at'"):
             prepare(load_schema(written(tmp_path, bad)), tmp_path / "log")
         bad = changed(MIND_SCHEMA, requests={"each": {"shown": {"column": "impressions", "hash": 9}}})
-        with refused("requests.each.shown", "no hash"):
+        with refused("requests.each.shown", "must not have a hash"):
             load_schema(written(tmp_path, bad))
 
 
@@ -226,7 +226,7 @@ class TestEbNerd:
             prepare(load_schema(path), tmp_path / "other")
 
     def test_lists_of_several_lengths(self, tmp_path: Path) -> None:
-        """The row is refused, once, and named."""
+        """The row is refused once, and named."""
         times = [[DAY], [DAY], []]
         schema = load_schema(write_eb_nerd(tmp_path, impression_time_fixed=times))
         with refused(
@@ -253,16 +253,18 @@ JOINED: dict[str, Any] = {
 
 
 class TestJoinedLabels:
-    """Shown at 10:00, 10:02 and 10:05; bought within ten minutes of all three."""
+    """An item is shown at 10:00, 10:02 and 10:05, and bought within ten minutes of all three."""
 
-    def test_mark_the_latest_alone(self, tmp_path: Path) -> None:
+    def test_mark_only_the_latest(self, tmp_path: Path) -> None:
         (tmp_path / "shown.csv").write_text(SHOWN)
         (tmp_path / "buys.csv").write_text("u,i,t\nann,tea,2024-05-01 10:04:00\n")
         log = prepare(load_schema(written(tmp_path, JOINED)), tmp_path / "log")
         assert [labels["tea"] for _, labels in requests_of(log, "train", "buy")] == [0, 1, 0]
-        told = report(log)
-        assert told["joins"]["label_buy"]["of_several_candidates"] == 1
-        assert any("label_buy: 1 of 1 rows may be of several candidates" in w for w in told["warnings"])
+        figures = report(log)
+        assert figures["joins"]["label_buy"]["of_several_candidates"] == 1
+        assert any(
+            "label_buy: 1 of 1 rows may belong to several candidates" in w for w in figures["warnings"]
+        )
 
     def test_or_all(self, tmp_path: Path) -> None:
         (tmp_path / "shown.csv").write_text(SHOWN)

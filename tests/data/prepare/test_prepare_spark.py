@@ -1,4 +1,4 @@
-"""On Spark ``prepare`` writes the log of one machine: row for row, with its report and refusals."""
+"""On Spark ``prepare`` writes the same log as on one machine: rows, report and refusals."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ PARTS = 3
 
 
 def refused(*words: str):
-    """A LogError whose message holds all of the words."""
+    """Expect a LogError whose message contains all of the words."""
     return pytest.raises(LogError, match="(?s)" + "".join(f"(?=.*{re.escape(word)})" for word in words))
 
 
 def written_in_two(folder: Path, text: str) -> str:
-    """Lines of CSV in two files; the pattern of both."""
+    """Write CSV lines to two files; returns the pattern for both."""
     header, *lines = text.splitlines(keepends=True)
     (folder / "half-1.csv").write_text("".join([header, *lines[:4]]))
     (folder / "half-2.csv").write_text("".join([header, *lines[4:]]))
@@ -52,7 +52,7 @@ def written_in_two(folder: Path, text: str) -> str:
 
 
 def shown(folder: Path) -> PrepareSchema:
-    """Two files of CSV with rows that are refused; a request by its gap; users, a joined label."""
+    """Two CSV files with refused rows, requests by gap, users and a joined label."""
     text = test_prepare.SHOWN + "ann,tea,yesterday,c,0,1\nbob\nbob,,2024-05-02 10:00:00,c,0,1\n"
     (folder / "users.csv").write_text("id,town\nann,Ulm\nzoe,Bonn\n")
     (folder / "buys.csv").write_text("u,i,t\nann,tea,1714557660\nzoe,cup,1714558000\n")
@@ -83,13 +83,13 @@ def every_field(folder: Path) -> PrepareSchema:
 
 
 def mind(folder: Path) -> PrepareSchema:
-    """Impressions in a row, and histories that are lists without times."""
+    """Impressions as lists in a row, and histories given as lists without times."""
     (folder / "behaviors.tsv").write_text(test_prepare_impressions.BEHAVIORS)
     return load_schema(test_prepare_impressions.written(folder, test_prepare_impressions.MIND_SCHEMA))
 
 
 def lists(folder: Path) -> PrepareSchema:
-    """A row a request in two files of Parquet, a user's lists of one length, requests of nobody."""
+    """One row per request in two Parquet files, lists of equal length, requests without users."""
     rng = np.random.default_rng(0)
     users = [*[None, "ann", "bob", "cat"] * 8]
     rows = pa.table(
@@ -117,7 +117,7 @@ def lists(folder: Path) -> PrepareSchema:
 
 
 def random(folder: Path) -> PrepareSchema:
-    """Some thousand rows of 40 users, with a regression and missing numbers."""
+    """A few thousand rows of 40 users, with a regression and missing numbers."""
     rng = np.random.default_rng(0)
     start = pd.Timestamp("2024-01-01").value // 1000
     rows = pd.DataFrame(
@@ -148,7 +148,7 @@ CASES = [shown, every_field, mind, lists, random]
 
 @pytest.fixture(scope="module")
 def spark() -> Iterator[Any]:
-    """A session of Spark on this machine."""
+    """A Spark session on this machine."""
     if shutil.which("java") is None:
         pytest.skip("java is not installed, and Spark runs on it")
     sql = pytest.importorskip("pyspark.sql", reason="the extra `spark` is not installed")
@@ -161,13 +161,13 @@ def spark() -> Iterator[Any]:
 
 
 def tables(log: Path) -> dict[str, pa.Table]:
-    """All tables of a log, by the path of their file."""
+    """All tables of a log, by path."""
     files = [file for file in sorted(log.rglob("*.parquet")) if ".columns" not in file.parts]
     return {str(file.relative_to(log)): pq.read_table(file) for file in files}
 
 
 def assert_alike(one: Any, other: Any, where: str = "report") -> None:
-    """What two reports say; sums of floats may be of another order."""
+    """Compare two reports; sums of floats may be in another order."""
     if isinstance(one, dict):
         assert list(one) == list(other), where
         for name in one:
@@ -177,7 +177,7 @@ def assert_alike(one: Any, other: Any, where: str = "report") -> None:
 
 
 def assert_same(one: Path, other: Path) -> None:
-    """Files, rows and their order, ids and report are the same."""
+    """Files, rows and their order, ids and the report are the same."""
     mine, theirs = tables(one), tables(other)
     assert list(mine) == list(theirs)
     for name in mine:
@@ -191,7 +191,7 @@ def assert_same(one: Path, other: Path) -> None:
     assert_alike(*(json.loads((log / "report.json").read_text()) for log in (one, other)))
     headers = [json.loads((log / "schema.json").read_text()) for log in (one, other)]
     for header in headers:
-        header.pop("parts")  # checksums of files, whose rows were compared
+        header.pop("parts")  # checksums of files; their rows are compared above
     assert headers[0] == headers[1]
 
 
@@ -211,15 +211,15 @@ class TestOnSpark:
             file.name for file in one.path.iterdir()
         )
 
-    def test_what_is_refused_is_told_as_on_one_machine(self, spark: Any, tmp_path: Path) -> None:
+    def test_refused_rows_are_reported_as_on_one_machine(self, spark: Any, tmp_path: Path) -> None:
         schema = shown(tmp_path)
-        told = []
+        figures = []
         for engine in ("duckdb", "spark"):
             with refused("rows are refused", "line cannot be read", "bob") as error:
                 prepare(schema, tmp_path / engine, parts=PARTS, engine=engine, max_refused=0.1)
-            told.append(str(error.value))
+            figures.append(str(error.value))
             assert not (tmp_path / engine).exists()
-        assert told[0] == told[1]
+        assert figures[0] == figures[1]
 
 
 class TestIsRefused:
@@ -238,7 +238,7 @@ class TestIsRefused:
         with refused("[1]", "pattern"):
             prepare(test_prepare.described(tmp_path), tmp_path / "log[1]", parts=4, engine="spark")
 
-    def test_an_engine_that_there_is_not(self, tmp_path: Path) -> None:
+    def test_an_unknown_engine(self, tmp_path: Path) -> None:
         with refused("engine", "'duckdb', 'spark'", "'flink'"):
             prepare(test_prepare.described(tmp_path), tmp_path / "log", engine="flink")
 

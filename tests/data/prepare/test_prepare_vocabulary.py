@@ -1,4 +1,4 @@
-"""What the training split has is numbered first, what comes later is new; a vocabulary is extended."""
+"""Ids of the training split are numbered first, later ids are new; a vocabulary can be extended."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ zip,odd,odd
 
 
 def write(folder: Path, events: str = EVENTS, shown: str = SHOWN, **parts: Any) -> Path:
-    """A log of a day's training, until before pot's event, and a test of two days later."""
+    """A log with one day of training, up to just before pot's event, and a test two days later."""
     for name, text in {"events": events, "shown": shown, "items": ITEMS}.items():
         (folder / f"{name}.csv").write_text(text)
     rows = {"user": "user", "item": "item", "time": "time"}
@@ -75,17 +75,17 @@ def report(log: EventLog) -> dict[str, Any]:
 
 
 def refused(*words: str):
-    """A LogError whose message holds all of the words."""
+    """Expect a LogError whose message contains all of the words."""
     return pytest.raises(LogError, match="(?s)" + "".join(f"(?=.*{re.escape(word)})" for word in words))
 
 
 class TestNewIds:
     def test_of_items(self, tmp_path: Path) -> None:
-        """Pot's event is after the last request of the training, and zip is in the catalogue alone."""
+        """Pot's event is after the last training request, and zip is only in the catalogue."""
         log = prepare(load_schema(write(tmp_path)), tmp_path / "log")
         assert ids(log, "item") == ["cup", "tea", "urn", "can", "jug", "pot", "zip"]
         assert log.schema.item_features["item"] == 4 and log.num_items == 8
-        # they are described and stand in events and candidates by their numbers
+        # they have features, and events and candidates have their numbers
         kinds = Vocabulary.load(log.path)["kind"].at(log.items["kind"])
         assert kinds == [None, "ware", "drink", "ware", None, None, None, None]
         assert log.events["item"].tolist() == [2, 1, 6, 5]
@@ -107,26 +107,29 @@ class TestNewIds:
         ]  # fmt: skip
 
     def test_are_in_the_report(self, tmp_path: Path) -> None:
-        told = report(prepare(load_schema(write(tmp_path)), tmp_path / "log"))
-        train, test = (told["requests"][split]["new"] for split in ("train", "test"))
+        figures = report(prepare(load_schema(write(tmp_path)), tmp_path / "log"))
+        train, test = (figures["requests"][split]["new"] for split in ("train", "test"))
         assert train["items"] == {"candidates": 0, "events": 0}
         assert train["users"] == {"requests": 0, "events": 0}
         assert set(train["values"].values()) == {0}
-        # of the test: jug and can of three candidates; pot's event and jug's; cat of cat and bob
+        # in the test: jug and can of three candidates; the events of pot and jug; cat of cat and bob
         assert test["items"] == {"candidates": pytest.approx(2 / 3), "events": 1}
         assert test["users"] == {"requests": 0.5, "events": 0.5}
-        # can is not described; of drink and glass one, of hot, green, new, hot one; wish of wish, see
+        # can is not described; one of drink and glass; one of hot, green, new, hot; wish of wish, see
         assert test["values"] == {
             "kind": 0.5, "tags": 0.25, "action": 0.5, "page": 1, "place": 1,
         }  # fmt: skip
-        assert any("66.7% of the candidates are items that are new" in w for w in told["warnings"])
-        assert told["vocabulary"]["item"] == {"ids": 7, "rows": 4}
+        assert any(
+            "66.7% of the candidates are items that are not in the training split" in w
+            for w in figures["warnings"]
+        )
+        assert figures["vocabulary"]["item"] == {"ids": 7, "rows": 4}
 
     def test_min_count(self, tmp_path: Path) -> None:
-        """The training has tea in an event and two candidates, cup in an event, urn in a candidate."""
+        """Training has tea in an event and two candidates, cup in an event, urn in a candidate."""
         log = prepare(load_schema(write(tmp_path, min_count=2)), tmp_path / "log")
         assert ids(log, "item")[0] == "tea" and log.schema.item_features["item"] == 2
-        assert ids(log, "kind") == ["drink", "ware"]  # their values are known all the same
+        assert ids(log, "kind") == ["drink", "ware"]  # their values are known nevertheless
         with refused("min_count", "0"):
             load_schema(write(tmp_path, min_count=0))
 
@@ -155,14 +158,14 @@ class TestHashes:
 
 class TestExtension:
     def test_old_rows_keep_their_numbers(self, tmp_path: Path) -> None:
-        """Can, jug and ale are in the second training, ale and dan are not in the first log."""
+        """Can, jug and ale are in the second training split; ale and dan are not in the first log."""
         old = prepare(load_schema(write(tmp_path)), tmp_path / "old")
         events = EVENTS + "dan,ale,2024-05-05 08:00:00,sip\n"
         shown = SHOWN + "dan,tea,2024-05-06 10:00:00,1,d\nann,gin,2024-05-07 10:00:00,1,e\n"
         path = write(tmp_path, events, shown, splits={"test": "2024-05-07"})
         log = prepare(load_schema(path), tmp_path / "new", vocabulary=old.path)
         assert ids(log, "item") == [*ids(old, "item"), "ale", "gin"]
-        assert log.schema.item_features["item"] == 9  # up to ale, the last that a training has
+        assert log.schema.item_features["item"] == 9  # up to ale, the last one in any training split
         assert ids(log, "user") == ["ann", "bob", "cat", "dan"]
         assert ids(log, "action") == ["buy", "see", "sip", "wish"]
         assert Vocabulary.load(log.path).begins_with(Vocabulary.load(old.path))
@@ -174,7 +177,7 @@ class TestExtension:
         log = prepare(load_schema(write(tmp_path, shown=shown)), tmp_path / "new", vocabulary=old.path)
         assert log.schema == old.schema and ids(log, "item") == [*ids(old, "item"), "gin"]
 
-    def test_ids_that_the_new_log_has_not_stay(self, tmp_path: Path) -> None:
+    def test_ids_missing_in_the_new_log_stay(self, tmp_path: Path) -> None:
         old = prepare(load_schema(write(tmp_path)), tmp_path / "old")
         lines = SHOWN.replace("urn", "tea")
         log = prepare(load_schema(write(tmp_path, shown=lines)), tmp_path / "new", vocabulary=old.path)
@@ -190,7 +193,7 @@ class TestExtension:
         log = prepare(load_schema(write(tmp_path)), tmp_path / "new", vocabulary=run)
         assert log.schema == old.schema and ids(log, "item") == ids(old, "item")
 
-    def test_of_what_lies_behind_a_uri(self, tmp_path: Path, monkeypatch) -> None:
+    def test_of_a_remote_log(self, tmp_path: Path, monkeypatch) -> None:
         """A log, and the log of a run."""
         monkeypatch.setenv("IFA_LOG_CACHE", str(tmp_path / "cache"))
         old = prepare(load_schema(write(tmp_path)), tmp_path / "old")
@@ -204,7 +207,7 @@ class TestExtension:
 
     def test_what_cannot_be_extended(self, tmp_path: Path) -> None:
         old = prepare(load_schema(write(tmp_path)), tmp_path / "old")
-        with refused("ids of 'kind'", "has nothing of that name"):
+        with refused("ids of 'kind'", "which the schema does not name"):
             parts = {"items": {"files": "items.csv", "item": "item"}}
             prepare(load_schema(write(tmp_path, **parts)), tmp_path / "new", vocabulary=old.path)
         path = write(tmp_path)
@@ -213,7 +216,7 @@ class TestExtension:
         )
         with refused("'page'", "hashed to 9 rows", "listed", "same hash"):
             prepare(load_schema(path), tmp_path / "new", vocabulary=old.path)
-        with refused("elsewhere", "no schema.json"):
+        with refused("elsewhere", "schema.json is missing"):
             prepare(load_schema(write(tmp_path)), tmp_path / "new", vocabulary=tmp_path / "elsewhere")
 
     def test_integers_stay_integers(self, tmp_path: Path) -> None:
@@ -232,8 +235,8 @@ class TestExtension:
             prepare(load_schema(path), tmp_path / "new", vocabulary=old.path)
 
 
-def test_ids_of_any_writing_are_found_again(tmp_path: Path) -> None:
-    """Each id has the row that the vocabulary says, whatever it looks like."""
+def test_ids_of_any_form_are_found_again(tmp_path: Path) -> None:
+    """Ids of any form have the row that the vocabulary records."""
     names = ["007", "7", "-7", "7.0", "é", "a b", "x'y", '"', "NaN", "9" * 25]
     frame = pd.DataFrame({"user": names, "item": names[::-1], "t": pd.Timestamp("2024-05-02"), "c": 1})
     frame.to_parquet(tmp_path / "log.parquet")

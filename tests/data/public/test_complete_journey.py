@@ -1,4 +1,4 @@
-"""The recipe of The Complete Journey, on small made-up tables: a request holds what it says."""
+"""The recipe of The Complete Journey, on small synthetic tables."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from ifa_torchrec.data.public.complete_journey import (
 from ifa_torchrec.errors import ConfigError
 
 HOUSEHOLDS, STORES, PRODUCTS = (3, 7, 20, 31), (330, 406), 300
-TWICE = 31  # makes two baskets at the very same time, every week
-SILENT = 20  # told nothing of itself
+TWICE = 31  # makes two baskets at exactly the same time, every week
+SILENT = 20  # has no demographics
 FIRST_PRODUCT = 5000
 UNDESCRIBED = FIRST_PRODUCT + 1  # is bought, but not in the products table
 NO_CATEGORY = FIRST_PRODUCT + 2
@@ -40,7 +40,7 @@ def make_tables() -> dict[str, pd.DataFrame]:
     lines, basket = [], 90_000
     for week in range(1, 54):
         for household in HOUSEHOLDS:
-            # each household buys from a shelf of its own, so that much is bought again
+            # each household buys from its own shelf, so that many products are bought again
             shelf = FIRST_PRODUCT + (np.arange(160) + 40 * HOUSEHOLDS.index(household)) % PRODUCTS
             time = pd.Timestamp(2017, 1, 1, 8 + household % 12) + pd.Timedelta(days=7 * (week - 1))
             for _ in range(2 if household == TWICE else 1):
@@ -56,7 +56,7 @@ def make_tables() -> dict[str, pd.DataFrame]:
         lines,
         columns=["household_id", "store_id", "basket_id", "product_id", "week", "transaction_timestamp"],
     )
-    # a product that stands in a basket twice is one event
+    # a product that is in a basket twice is one event
     transactions = pd.concat([transactions, transactions[::50]], ignore_index=True)
 
     number = np.arange(PRODUCTS + len(NOVELTIES))
@@ -111,7 +111,7 @@ def log(tables, tmp_path_factory) -> EventLog:
 
 @pytest.fixture(scope="module")
 def requests(tables, log: EventLog) -> pd.DataFrame:
-    """All requests as the log holds them, with products instead of items, and their week."""
+    """All requests in the log, with products instead of items, and their week."""
     product = item_order(tables["transactions"], tables["products"])
     frames = []
     for split in WEEKS:
@@ -140,7 +140,7 @@ def requests(tables, log: EventLog) -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def baskets(tables) -> dict[tuple, list[set]]:
-    """What each household bought at each time, a set a basket."""
+    """What each household bought at each time, one set per basket."""
     result: dict[tuple, list[set]] = {}
     by = ["household_id", "transaction_timestamp", "basket_id"]
     for (household, time, _), lines in tables["transactions"].groupby(by):
@@ -181,7 +181,7 @@ def test_60_to_100_candidates_without_duplicates(requests: pd.DataFrame) -> None
     assert (requests["products"].map(lambda p: len(set(p))) == sizes).all()
 
 
-def test_candidates_are_in_no_telling_order(requests: pd.DataFrame) -> None:
+def test_the_order_of_candidates_reveals_nothing(requests: pd.DataFrame) -> None:
     place = requests["bought"].map(lambda b: np.flatnonzero(b).mean() / len(b))
     assert 0.4 < place.mean() < 0.6
 
@@ -192,7 +192,7 @@ def test_basket_positives_are_what_that_basket_bought(requests: pd.DataFrame, ba
         positives = of_source(request, "bought")
         fitting = [b for b in baskets[request.user, request.time] if positives <= b]
         assert fitting and len(positives) in {min(len(b), 40) for b in fitting}
-        # what was bought beyond the 40 is no negative either
+        # products bought beyond the 40 are not negatives either
         negatives = set(request.products.tolist()) - positives
         assert any(not negatives & b for b in fitting)
         big += len(positives) == 40
@@ -266,17 +266,17 @@ def test_popularity_counts_earlier_weeks_only(requests: pd.DataFrame, tables) ->
 
 
 def test_context(requests: pd.DataFrame, tables) -> None:
-    # row 0 is for the unknown
+    # row 0 is "unknown"
     assert (requests["hour"] == requests["time"].dt.hour + 1).all()
     assert (requests["weekday"] == requests["time"].dt.weekday + 1).all()
     assert (requests["store"] == requests["week"] % 2 + 1).all()
     of_household = requests.groupby("user")["age"].unique().map(list).to_dict()
-    # 3 and 31 are of one age, 7 of another; 0 is for those who told nothing
+    # 3 and 31 have the same age, 7 another; 0 is for households without demographics
     assert of_household == {3: [1], 7: [2], 20: [0], 31: [1]}
     assert set(requests.loc[requests["user"] == 31, "income"]) == {0}
 
 
-def test_events_are_one_a_product_and_basket(tables, log: EventLog) -> None:
+def test_one_event_per_product_and_basket(tables, log: EventLog) -> None:
     lines = tables["transactions"].drop_duplicates(["basket_id", "product_id"])
     assert len(lines) < len(tables["transactions"])
     assert len(log.events["item"]) == len(lines)
@@ -338,17 +338,21 @@ def test_the_seed_decides_everything(tables, log: EventLog, tmp_path: Path) -> N
 
 
 def test_more_requests_than_there_are(tables, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="valid: 500 basket requests wanted, 20 to be had"):
+    with pytest.raises(
+        ValueError, match="valid: 500 basket requests were asked for, but only 20 can be drawn"
+    ):
         _Recipe(tables, CompleteJourneyConfig(train=4, valid=1000, test=4)).write(tmp_path / "log")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_prepare_opens_a_log_that_is_there(log: EventLog) -> None:
+def test_prepare_opens_an_existing_log(log: EventLog) -> None:
     assert len(prepare(log.path).events["item"]) == len(log.events["item"])
 
 
-def test_a_log_of_another_config_is_not_taken(tmp_path: Path) -> None:
+def test_a_log_with_another_config_is_refused(tmp_path: Path) -> None:
     asked = {"train": 20, "valid": 5, "test": 5, "seed": 0}
     (tmp_path / "complete_journey.json").write_text(json.dumps(asked))
-    with pytest.raises(ConfigError, match=r"is a log of train 20, not 30, seed 0, not 1; delete it"):
+    with pytest.raises(
+        ConfigError, match=r"was written with train 20, not 30, seed 0, not 1; delete it"
+    ):
         complete_journey.prepare(tmp_path, CompleteJourneyConfig(train=30, valid=5, test=5, seed=1))

@@ -20,7 +20,7 @@ pytest.importorskip("duckdb", reason="the extra `data` is not installed")
 
 
 def test_kuairand(tmp_path: Path) -> None:
-    """Three days of two users: a sitting in one tab, of which a video is random, and one in another."""
+    """Three days of two users: a session in one tab, with one random video, and one in another tab."""
     days = pd.to_datetime(["2022-04-10", "2022-05-04", "2022-05-07"])
     rows = [
         {
@@ -52,7 +52,7 @@ def test_kuairand(tmp_path: Path) -> None:
     assert log.splits == ["train", "valid", "test"]
     for split in log.splits:
         requests = log.requests(split)
-        # of each user: the three videos of tab 4, then the one of tab 1
+        # for each user: the three videos of tab 4, then the one of tab 1
         assert requests["candidates"].tolist() == [1, 2, 3, 1, 2, 3, 4, 4]
         assert requests["tab"].tolist() == [2, 2, 1, 1]
         assert requests["user_active_degree"].tolist() == [2, 1, 2, 1]
@@ -69,7 +69,7 @@ def test_kuairand(tmp_path: Path) -> None:
 
 
 def test_recflow(tmp_path: Path) -> None:
-    """A request a day of one user: six videos, of which two were shown and one was watched."""
+    """One request per day of one user: six videos, of which two were shown and one was watched."""
     for folder in ("all_stage", "realshow"):
         (tmp_path / folder).mkdir()
     for number, day in enumerate(["2024-01-13", "2024-01-14", "2024-02-12", "2024-02-18"]):

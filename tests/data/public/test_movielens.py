@@ -13,7 +13,7 @@ from ifa_torchrec.data.public import movielens
 pytest.importorskip("duckdb", reason="the extra `data` is not installed")
 
 FILMS = [(1, "Toy Story (1995)", "Animation|Comedy"), (2, "Café (1996)", "Drama"), (9, "unknown", "")]
-# 20 pages of one user: two films rated within a minute, an hour between pages
+# 20 pages of one user: two films rated within a minute, with an hour between pages
 RATINGS = [
     (user, film, 1 + (film + page) % 5, 881250949 + 3600 * page + film)
     for user in (7, 10)
@@ -54,7 +54,7 @@ def write(folder: Path, layout: str) -> Path:
 @pytest.mark.parametrize("layout", ["ml-100k", "ml-1m", "ml-25m"])
 def test_layouts(tmp_path: Path, layout: str) -> None:
     log: EventLog = movielens.prepare(write(tmp_path / layout, layout), tmp_path / "log")
-    # the second film is rated by nobody, so it is a new item, and its year and genre are unknown
+    # nobody rated the second film, so it is a new item, and its year and genre are unknown
     assert log.item_names() == ["unknown", "Toy Story (1995)", "unknown", "Café (1996)"]
     assert log.schema.item_features == {"item": 3, "year": 2} and log.items["year"].tolist() == [
         0,

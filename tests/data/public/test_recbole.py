@@ -1,4 +1,4 @@
-"""RecBole's atomic files; and ml-100k for real, as RecBole ships it."""
+"""RecBole's atomic files, including the real ml-100k that RecBole ships."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ def test_every_column_that_a_header_types(tmp_path: Path) -> None:
     users += ["u0\t30\ta b\t1.5\t1 2", "u1\t31\t\t2.5\t3 4"]
     for name, lines in {"inter": inter, "item": items, "user": users}.items():
         (tmp_path / f"few.{name}").write_text("\n".join(lines) + "\n")
-    with pytest.warns(UserWarning, match="are left out") as told:
+    with pytest.warns(UserWarning, match="are left out") as figures:
         log = recbole.prepare(tmp_path, tmp_path / "log")
-    left = [re.findall(r"\[.*\]", str(warning.message))[0] for warning in told]
+    left = [re.findall(r"\[.*\]", str(warning.message))[0] for warning in figures]
     assert left == ["['words:token_seq']", "['face:float_seq']"]
     schema = log.schema
     assert schema.event_features == {"device": 2, "action": 3}
@@ -100,8 +100,8 @@ def test_every_column_that_a_header_types(tmp_path: Path) -> None:
     ("header", "message"),
     [("user_id:token\titem_id:token\ttimestamp:float", "no column rating or label"),
      ("user_id:token\titem_id:token\trating:float", "no column timestamp"),
-     ("user_id:token\titem_id:token\trating:int\ttimestamp:float", "'rating:int' must end in one of"),
-     (None, "there must be one .inter file")],
+     ("user_id:token\titem_id:token\trating:int\ttimestamp:float", "'rating:int' must end with a"),
+     (None, "expected exactly one .inter file")],
 )  # fmt: skip
 def test_what_is_missing_is_named(tmp_path: Path, header: str | None, message: str) -> None:
     if header:
@@ -110,8 +110,8 @@ def test_what_is_missing_is_named(tmp_path: Path, header: str | None, message: s
         recbole.prepare(tmp_path, tmp_path / "log")
 
 
-def test_a_column_called_action_is_not_replaced(tmp_path: Path) -> None:
+def test_a_column_named_action_is_not_replaced(tmp_path: Path) -> None:
     header = "user_id:token\titem_id:token\trating:float\ttimestamp:float\taction:token\n"
     (tmp_path / "tiny.inter").write_text(header + "1\t2\t3\t881250000\tbuy\n")
-    with pytest.raises(LogError, match="'action:token' needs another name"):
+    with pytest.raises(LogError, match="'action:token' must be renamed"):
         recbole.schema_of(tmp_path)

@@ -22,8 +22,8 @@ def start(day: str) -> int:
 
 
 def write(folder: Path, strays: list[int]) -> Path:
-    """Forty users: on each day each sees three of 200 items in the morning and one in the evening, and
-    does something else with the first. And a row for each stray time. Ten items are a category."""
+    """Forty users: every day each views three of 200 items in the morning and one in the evening, and
+    does something else with the first. Also one row per stray time. Each category has ten items."""
     rng = np.random.default_rng(0)
     rows = []
     for user in range(40):
@@ -71,25 +71,25 @@ def test_taobao(tmp_path: Path) -> None:
             assert sorted(items[viewed]) == sorted(seen["item"][(late >= 0) & (late <= HOUR)])
             assert len(set(items)) == len(items)
             added += (~viewed).sum()
-        told = json.loads((log.path / "report.json").read_text())["requests"][split]
-        assert told["negatives"] == {"asked_for": 4 * 40 * 4, "added": added}
+        figures = json.loads((log.path / "report.json").read_text())["requests"][split]
+        assert figures["negatives"] == {"asked_for": 4 * 40 * 4, "added": added}
         assert added > 0.85 * 4 * 40 * 4
-        assert told["positives_in_last_second"] == 0
+        assert figures["positives_in_last_second"] == 0
 
     refused = json.loads((log.path / "report.json").read_text())["refused"]
     assert refused["items"] == {"rows": 1805, "refused": 0, "reasons": {}}
-    assert refused["requests"]["refused"] == 2  # of those from December on
+    assert refused["requests"]["refused"] == 2  # only those from December on
     assert refused["events"]["refused"] == 5
-    ((why, told),) = refused["events"]["reasons"].items()
-    assert why == "time cannot be read as a number in s (a float of 32 bits is minutes off)"
-    assert "'time': -2134949234 is not of 25 November to 3 December 2017" in told["examples"][0]
+    ((why, figures),) = refused["events"]["reasons"].items()
+    assert why == "time cannot be read as a number in s (a 32-bit float is minutes off)"
+    assert "'time': -2134949234 is not from 25 November to 3 December 2017" in figures["examples"][0]
 
 
 def test_many_strays(tmp_path: Path) -> None:
-    with pytest.raises(LogError, match=r"events: 20 of 1820 rows.*0 is not of 25 November"):
+    with pytest.raises(LogError, match=r"events: 20 of 1820 rows.*0 is not from 25 November"):
         taobao.prepare(write(tmp_path, list(range(20))), tmp_path / "log")
 
 
 def test_another_folder(tmp_path: Path) -> None:
-    with pytest.raises(LogError, match=r"no file is called .*UserBehavior\.csv"):
+    with pytest.raises(LogError, match=r"no file matches .*UserBehavior\.csv"):
         taobao.prepare(tmp_path, tmp_path / "log")
