@@ -31,9 +31,3 @@ class WorkerError(UserError, RuntimeError):
 
 class RequestError(UserError, ValueError):
     """A ranking request or an event is not what the model takes; the message names the field."""
-
-
-BUILD_COMMAND = "ifa build-states"
-"""What messages say builds states."""
-DROP_COMMAND = "ifa states --drop"
-"""What messages say drops states; the version follows."""

@@ -20,7 +20,7 @@ from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.modules import UserState, generate_set, ranking_score
 from ifa_torchrec.serving.catalogue import Asked, Catalogue
 from ifa_torchrec.serving.compiled import CompiledDense
-from ifa_torchrec.serving.errors import BUILD_COMMAND, DROP_COMMAND, RequestError, StateError, StoreError
+from ifa_torchrec.serving.errors import RequestError, StateError, StoreError
 from ifa_torchrec.serving.requests import (
     EventResult,
     Ranking,
@@ -112,8 +112,8 @@ class Scorer:
             raise StateError(
                 f"{states} are of the vocabulary {store.vocabulary!r}, that of {log.place} is "
                 f"{self._catalogue.digest!r}: its rows may stand for other ids. Give the log that they "
-                f"were built from, or drop them ({DROP_COMMAND} {store.version}) and build them anew "
-                f"({BUILD_COMMAND})"
+                f"were built from, or drop them (ifa states --drop {store.version}) and build them anew "
+                "(ifa build-states)"
             )
         self.model, self.schema, self.store = model.eval(), log.schema, store
         self.strict, self._compiled = strict, compiled

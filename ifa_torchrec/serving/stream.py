@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ifa_torchrec.errors import ConfigError, UserError, require
-from ifa_torchrec.serving.errors import BUILD_COMMAND, RequestError, StoreError, StreamError
+from ifa_torchrec.serving.errors import RequestError, StoreError, StreamError
 from ifa_torchrec.serving.live import LiveScorer, StreamStatus
 from ifa_torchrec.serving.scorer import Scorer
 from ifa_torchrec.serving.service.bodies import JSON, read_body
@@ -214,7 +214,7 @@ class Stream:
             raise StreamError(
                 f"partition {number} has no offset {self._next.get(number or 0)}, where states go on; "
                 "the topic lost it, or was made anew. Build states from a log that has these events, "
-                f"with the --position where the stream goes on ({BUILD_COMMAND})"
+                "with the --position where the stream goes on (ifa build-states)"
             )
         if error.fatal() or error.code() in (
             KafkaError.UNKNOWN_TOPIC_OR_PART,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ifa_torchrec.serving.errors import DROP_COMMAND, StateError, StoreError
+from ifa_torchrec.serving.errors import StateError, StoreError
 from ifa_torchrec.serving.states.key_value import KeyValueStore
 from ifa_torchrec.serving.states.layout import Keys
 from ifa_torchrec.serving.states.retention import check_journal
@@ -37,7 +37,7 @@ def begin(key_values: KeyValueStore, header: dict[str, Any]) -> dict[str, Any]:
     if set(key_values.read([keys.header(tag) for tag in others])) - {pack_header(there)}:
         raise StateError(
             f"{key_values.name}: parts of it have states of weights {there['version']!r} of another "
-            f"building; drop them first ({DROP_COMMAND} {there['version']})"
+            f"building; drop them first (ifa states --drop {there['version']})"
         )
     return there
 

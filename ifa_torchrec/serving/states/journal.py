@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from ifa_torchrec.serving.errors import BUILD_COMMAND, StateError
+from ifa_torchrec.serving.errors import StateError
 from ifa_torchrec.serving.states.key_value import KeyValueStore
 from ifa_torchrec.serving.states.layout import (
     BLOCK,
@@ -130,7 +130,7 @@ def unpack_event(place: Place, body: bytes) -> Event:
     except (ValueError, AttributeError, TypeError):
         raise StateError(
             f"the journal's event at {place} is of another version of this package; build "
-            f"states in an empty store ({BUILD_COMMAND}), of a log that has the events"
+            "states in an empty store (ifa build-states), of a log that has the events"
         ) from None
 
 
@@ -186,7 +186,7 @@ class Journal:
                 raise StateError(
                     f"{place} is before {codec.positions[place.partition]}, where the stream goes on "
                     f"from the log, but its event at {utc(event.time)} is after the log's last one at "
-                    f"{utc(codec.latest)}. Was --position of {BUILD_COMMAND} too high, or has the "
+                    f"{utc(codec.latest)}. Was --position of ifa build-states too high, or has the "
                     "stream several partitions, which events and --position do not name?"
                 )
             return False

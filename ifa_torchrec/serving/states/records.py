@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ifa_torchrec.serving.errors import BUILD_COMMAND, DROP_COMMAND, StoreError
+from ifa_torchrec.serving.errors import StoreError
 from ifa_torchrec.serving.states.dense import DenseCodec, Head, Latest
 from ifa_torchrec.serving.states.key_value import KeyValueStore
 from ifa_torchrec.serving.states.layout import BLOCK, JOURNAL, Keys, Place, StateLayout, user_of
@@ -142,8 +142,8 @@ class RecordCodec:
 
     def _advice(self) -> str:
         return (
-            f"Bring the store back from a copy, or drop the states ({DROP_COMMAND} {self.version}) and "
-            f"build them anew ({BUILD_COMMAND})"
+            "Restore the store from a copy, or drop the states (ifa states --drop "
+            f"{self.version}) and rebuild them (ifa build-states)"
         )
 
     # ------------------------------------------------------------------------------- positions

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ifa_torchrec.modules import UserState
-from ifa_torchrec.serving.errors import BUILD_COMMAND, StateError, StoreError, UnknownUserError
+from ifa_torchrec.serving.errors import StateError, StoreError, UnknownUserError
 from ifa_torchrec.serving.states.appending import Addition, Progress
 from ifa_torchrec.serving.states.beginning import begin
 from ifa_torchrec.serving.states.building import Unchanged, of_others, whole_records
@@ -88,7 +88,7 @@ class StateStore:
             ready = [v for v, found in versions(key_values).items() if found["complete"]]
             missing = "there are none" if header is None else "they were not built to the end"
             raise StateError(
-                f"states of weights {version!r}: {missing}; build them with {BUILD_COMMAND}. The store "
+                f"states of weights {version!r}: {missing}; build them with ifa build-states. The store "
                 f"{key_values.name} has those of {ready or 'no weights'}"
             )
         self._configure(header)
@@ -433,13 +433,13 @@ class StateStore:
         if found is None:
             return StoreError(
                 f"{states} are gone: the store was emptied, or restarted without its data, or they were "
-                f"dropped. Build them anew ({BUILD_COMMAND}), send the events from "
+                "dropped. Build them anew (ifa build-states), send the events from "
                 f"{told(self.positions)} on again, and start again what served them"
             )
         header = unpack_header(self.key_values, found)
         if header.get("dropped"):
             return StoreError(
-                f"{states} are being dropped; build them anew ({BUILD_COMMAND}) when they are"
+                f"{states} are being dropped; build them anew (ifa build-states) when they are"
             )
         return StoreError(
             f"{states} were dropped and built anew since this process opened them; start it again, or "

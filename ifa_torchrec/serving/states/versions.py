@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from ifa_torchrec.serving.errors import BUILD_COMMAND, DROP_COMMAND, StateError, StoreError
+from ifa_torchrec.serving.errors import StateError, StoreError
 from ifa_torchrec.serving.states.key_value import KeyValueStore
 from ifa_torchrec.serving.states.layout import Keys
 
@@ -57,8 +57,8 @@ def _check_format(key_values: KeyValueStore, version: str, header: Mapping[str, 
     if header.get("format") != FORMAT:
         raise StateError(
             f"{key_values.name}: states of weights {version!r} are of format {header.get('format')!r}, "
-            f"this version of the package reads {FORMAT!r}; drop them ({DROP_COMMAND} {version}) and "
-            f"build them anew ({BUILD_COMMAND})"
+            f"this version of the package reads {FORMAT!r}; drop them (ifa states --drop {version}) and "
+            "build them anew (ifa build-states)"
         )
 
 
@@ -78,7 +78,7 @@ def read_header(key_values: KeyValueStore, version: str) -> dict[str, Any] | Non
     if header.get("dropped"):
         raise StateError(
             f"{key_values.name}: states of weights {version!r} are half dropped; drop them to the end "
-            f"({DROP_COMMAND} {version}) and build them anew ({BUILD_COMMAND})"
+            f"(ifa states --drop {version}) and build them anew (ifa build-states)"
         )
     return header
 
@@ -104,6 +104,6 @@ def unpack_header(key_values: KeyValueStore, value: bytes) -> dict[str, Any]:
     except ValueError:
         raise StoreError(
             f"{key_values.name}: the header of a version's states is damaged. Bring the store back "
-            f"from a copy, or build the states in an empty one ({BUILD_COMMAND})"
+            "from a copy, or build the states in an empty one (ifa build-states)"
         ) from None
     return header
