@@ -180,7 +180,7 @@ class Keys:
 
     Example:
         >>> from ifa_torchrec.serving.states.layout import Keys, user_of
-        >>> user_of(Keys("weights-1").page(user=-3, first=7))
+        >>> user_of(Keys("weights-1").head(-3))
         -3
     """
 
@@ -199,12 +199,8 @@ class Keys:
         """Of what a user's last event changed."""
         return self._of_user(b"u", user)
 
-    def page(self, user: int | str, first: int) -> bytes:
-        """Of a page of a user's identity tables, by the first key that it is of."""
-        return self.all_pages(user) + _NUMBER.pack(first)
-
     def pages(self, user: int | str, first: np.ndarray) -> list[bytes]:
-        """Of some of a user's pages; first is [n] int64."""
+        """The keys of a user's pages, from the first identity key of each, [n] int64."""
         prefix = self.all_pages(user)
         return [prefix + number for number in pieces(first.astype(">i8"))]
 

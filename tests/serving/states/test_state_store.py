@@ -501,9 +501,10 @@ def test_a_bucket_of_one_value_stores_it_once(key_values):
     model = Model()
     store = new_store(key_values, model)
     store.append([Event(n, 1, 3, n * DAY) for n in range(9)], model.encode_each)
-    (once,) = key_values.read([Keys("v1").page(1, 0)])
+    page = Keys("v1").pages(1, np.zeros(1, np.int64))
+    (once,) = key_values.read(page)
     store.append([Event(9, 1, 3 + 7, 9 * DAY)], model.encode_each)  # falls into the same bucket
-    (each,) = key_values.read([Keys("v1").page(1, 0)])
+    (each,) = key_values.read(page)
     rows_and_means = [struct.unpack_from("<II", page) for page in (once, each)]
     assert rows_and_means == [(1, 1), (2, 3 + 1)]  # with that of the second one's category
 
