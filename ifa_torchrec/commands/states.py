@@ -29,7 +29,7 @@ from ifa_torchrec.serving import (
     versions,
 )
 from ifa_torchrec.serving.states.forgetting import id_of
-from ifa_torchrec.serving.states.layout import told
+from ifa_torchrec.serving.states.layout import format_positions
 from ifa_torchrec.serving.states.versions import FORMAT
 from ifa_torchrec.serving.times import utc
 
@@ -108,10 +108,10 @@ def _list(key_values: KeyValueStore) -> None:
             )
             continue
         positions = {int(partition): first for partition, first in header["positions"].items()}
-        built = "whole" if header["complete"] else "half built"
+        built = "complete" if header["complete"] else "incomplete"
         print(
-            f"{version}: {built}, {header['layout']['dtype']}, of a log up to {told(positions)}, of the "
-            f"vocabulary {header['vocabulary']}"
+            f"{version}: {built}, {header['layout']['dtype']}, from a log up to "
+            f"{format_positions(positions)}, vocabulary {header['vocabulary']}"
         )
 
 

@@ -23,7 +23,7 @@ _HASHES = 2**62
 
 
 @dataclass(frozen=True)
-class Read:
+class EncodedEvents:
     """Features of events, and how many ids in them the vocabulary does not know.
 
     Args:
@@ -38,7 +38,7 @@ class Read:
 
 
 @dataclass(frozen=True)
-class Asked:
+class EncodedRequests:
     """What B requests ask for, of M candidates together, as rows and numbers.
 
     Args:
@@ -115,7 +115,7 @@ class Catalogue:
                 numbers[n] = self._hashed_from + int.from_bytes(digest, "big") % _HASHES
         return numbers
 
-    def ask(self, requests: Sequence[RankingRequest]) -> Asked:
+    def encode_requests(self, requests: Sequence[RankingRequest]) -> EncodedRequests:
         """What B checked requests ask for, as rows and numbers.
 
         Raises:
@@ -143,7 +143,7 @@ class Catalogue:
             )
             for f in schema.candidate_dense
         ]
-        return Asked(
+        return EncodedRequests(
             items,
             described,
             lengths,
@@ -155,19 +155,19 @@ class Catalogue:
             values,
         )
 
-    def features(self, asked: Asked) -> RankingFeatures:
+    def features(self, encoded: EncodedRequests) -> RankingFeatures:
         """The features of these requests, whose histories are empty."""
-        ids = {name: asked.ids[name] for name in self.schema.candidate_features}
-        context = {name: values for name, (values, _) in asked.context.items()}
+        ids = {name: encoded.ids[name] for name in self.schema.candidate_features}
+        context = {name: values for name, (values, _) in encoded.context.items()}
         return RankingFeatures(
-            dense_features=asked.dense,
-            context_features=jagged(context, [lengths for _, lengths in asked.context.values()]),
-            candidate_dense=asked.candidate_dense,
+            dense_features=encoded.dense,
+            context_features=jagged(context, [lengths for _, lengths in encoded.context.values()]),
+            candidate_dense=encoded.candidate_dense,
             history_age=torch.empty(0),
-            **self._sequences(_CANDIDATE, asked.items, asked.lengths, ids),
+            **self._sequences(_CANDIDATE, encoded.items, encoded.lengths, ids),
         )
 
-    def read_events(self, events: Sequence[Event]) -> Read:
+    def encode_events(self, events: Sequence[Event]) -> EncodedEvents:
         """The features of N events, each a request of its own, made at the event's time.
 
         Of an event that stands in the journal since another version took it, ids that it has not are
@@ -201,7 +201,7 @@ class Catalogue:
             history_dense=stacked(dense, count) if dense else None,
             **self._sequences(_HISTORY, items, np.ones(count, np.int64), event_ids),
         )
-        return Read(features, self._is_unknown(items).astype(np.int64), values)
+        return EncodedEvents(features, self._is_unknown(items).astype(np.int64), values)
 
     def _is_unknown(self, items: np.ndarray) -> np.ndarray:
         return (items == 0) | (items >= self._num_items)

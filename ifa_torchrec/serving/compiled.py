@@ -25,7 +25,7 @@ from ifa_torchrec.data.batches import lists_of, stacked, tensor
 from ifa_torchrec.data.schema import Columns
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.modules import UserState
-from ifa_torchrec.serving.catalogue import Asked
+from ifa_torchrec.serving.catalogue import EncodedRequests
 from ifa_torchrec.serving.dense_graph import DenseGraph
 from ifa_torchrec.serving.errors import StateError
 from ifa_torchrec.serving.graph_tensors import examples_of
@@ -139,23 +139,23 @@ class CompiledDense:
         self._list_arch = PlainPooledArch.of(model.item_sparse_arch)
 
     @torch.no_grad()
-    def logits(self, asked: Asked, state: UserState) -> Tensor:
+    def logits(self, encoded: EncodedRequests, state: UserState) -> Tensor:
         """
         Args:
-            asked: B requests for M candidates.
+            encoded: B requests for M candidates.
             state: of their B users, at the requests' times.
 
         Returns:
             Logits [M, T] float32, of each candidate beside its set.
         """
-        given = self._looked_up(asked) | self._numbers(asked)
+        given = self._looked_up(encoded) | self._numbers(encoded)
         given |= {"key_value": state.key_value, "key_sum": state.key_sum, "count": state.count}
         rows: list[int] = []
         if state.identity_offsets is not None:
             offsets, key, value, weight = state.identity_tables()
             given |= {"identity_key": key, "identity_value": value, "identity_sum": weight}
             rows = np.diff(offsets.numpy()).tolist()
-        candidates = asked.lengths.tolist()
+        candidates = encoded.lengths.tolist()
         if len(candidates) == 1:  # nothing to split, which would take as long as the graph
             given["dense"] = given["dense"][0]
             return self._run([given[name] for name in self._names])[0]
@@ -170,25 +170,25 @@ class CompiledDense:
         parts = [self._run(list(inputs))[0] for inputs in zip(*columns, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _looked_up(self, asked: Asked) -> dict[str, Tensor]:
+    def _looked_up(self, encoded: EncodedRequests) -> dict[str, Tensor]:
         """What the tables have of the requests' ids."""
-        ids = [asked.ids[name] for name in self._features]
+        ids = [encoded.ids[name] for name in self._features]
         found = zip(self._tables, map(tensor, ids), self._keys, strict=True)
         rows = reduce(torch.add, (self._projections(table(i), key) for table, i, key in found))
         given = {"rows": rows, "candidate_ids": stacked(ids, 0)}
         if self._context_arch is not None:
-            given["context"] = _pooled(self._context_arch, asked.context, len(asked.lengths))
+            given["context"] = _pooled(self._context_arch, encoded.context, len(encoded.lengths))
         if self._list_arch is not None:
-            names, described = self._schema.item_lists, asked.described
+            names, described = self._schema.item_lists, encoded.described
             lists = {name: lists_of(self._items, name, described) for name in names}
             given["lists"] = _pooled(self._list_arch, lists, len(described))
         return given
 
-    def _numbers(self, asked: Asked) -> dict[str, Tensor]:
+    def _numbers(self, encoded: EncodedRequests) -> dict[str, Tensor]:
         """What the requests and the items have of numbers."""
-        items, schema, described = self._items, self._schema, asked.described
-        given = {"dense": asked.dense, "candidate_dense": asked.candidate_dense}
-        given["candidate_item_ids"] = torch.from_numpy(asked.items)
+        items, schema, described = self._items, self._schema, encoded.described
+        given = {"dense": encoded.dense, "candidate_dense": encoded.candidate_dense}
+        given["candidate_item_ids"] = torch.from_numpy(encoded.items)
         if schema.item_dense:
             given["item_dense"] = stacked([items[name][described] for name in schema.item_dense], 0)
         if schema.item_vectors:

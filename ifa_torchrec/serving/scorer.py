@@ -18,7 +18,7 @@ from ifa_torchrec.data.log_items import LogItems
 from ifa_torchrec.errors import UserError
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.modules import UserState, generate_set, ranking_score
-from ifa_torchrec.serving.catalogue import Asked, Catalogue
+from ifa_torchrec.serving.catalogue import Catalogue, EncodedRequests
 from ifa_torchrec.serving.compiled import CompiledDense
 from ifa_torchrec.serving.errors import RequestError, StateError, StoreError
 from ifa_torchrec.serving.requests import (
@@ -139,9 +139,9 @@ class Scorer:
         requests = [checked_request(self.schema, request) for request in requests]
         if not requests:
             return []
-        asked = self._catalogue.ask(requests)
-        logits = self._logits(asked, self._state(requests, asked)[0]).numpy()
-        return _of_requests(logits, asked.lengths)
+        encoded = self._catalogue.encode_requests(requests)
+        logits = self._logits(encoded, self._state(requests, encoded)[0]).numpy()
+        return _of_requests(logits, encoded.lengths)
 
     def rank(
         self, requests: Sequence[RankingRequest], k: int | None = None, strategy: Strategy = "topk"
@@ -170,15 +170,15 @@ class Scorer:
         if strategy == "greedy":
             self._check_greedy(k)
         requests = [checked_request(self.schema, request) for request in requests]
-        asked = self._catalogue.ask(requests)
-        state, as_of = self._state(requests, asked)
+        encoded = self._catalogue.encode_requests(requests)
+        state, as_of = self._state(requests, encoded)
         if strategy == "greedy":
             with self._timed("model"):
-                chosen, logits = self._best_together(asked, state, k or 0)
+                chosen, logits = self._best_together(encoded, state, k or 0)
         else:
-            chosen, logits = self._best(asked, state, k)
-        ends, times = np.cumsum([0, *asked.lengths]).tolist(), as_of.tolist()
-        unknown = zip(asked.unknown_items.tolist(), asked.unknown_values.tolist(), strict=True)
+            chosen, logits = self._best(encoded, state, k)
+        ends, times = np.cumsum([0, *encoded.lengths]).tolist(), as_of.tolist()
+        unknown = zip(encoded.unknown_items.tolist(), encoded.unknown_values.tolist(), strict=True)
         rankings: list[Ranking] = []
         for b, (request, of_request) in enumerate(zip(requests, unknown, strict=True)):
             moved = None if request.time in (None, times[b]) else times[b]
@@ -197,37 +197,37 @@ class Scorer:
             raise RequestError("strategy 'greedy' chooses the k best one by one; give k")
 
     @torch.no_grad()
-    def _logits(self, asked: Asked, state: UserState) -> Tensor:
+    def _logits(self, encoded: EncodedRequests, state: UserState) -> Tensor:
         """Of every candidate beside its set, [M, T] float32."""
         with self._timed("model"):
             if self._compiled is not None:
-                return _finite(self._compiled.logits(asked, state))
-            features = self._catalogue.features(asked)
+                return _finite(self._compiled.logits(encoded, state))
+            features = self._catalogue.features(encoded)
             return _finite(self.model.logits_given(self.model.describe(features, state)))
 
     def _best(
-        self, asked: Asked, state: UserState, k: int | None
+        self, encoded: EncodedRequests, state: UserState, k: int | None
     ) -> tuple[list[np.ndarray], np.ndarray]:
         """Of each request the rows of the k best, equal ones in order, and all logits [M, T]."""
-        logits = self._logits(asked, state)
+        logits = self._logits(encoded, state)
         worst = -ranking_score(logits, self.model.config.tasks).numpy()
-        ends = np.cumsum([0, *asked.lengths]).tolist()
+        ends = np.cumsum([0, *encoded.lengths]).tolist()
         chosen = [begin + worst[begin:end].argsort(kind="stable")[:k] for begin, end in pairwise(ends)]
         return chosen, logits.numpy()
 
     @torch.no_grad()
     def _best_together(
-        self, asked: Asked, state: UserState, k: int
+        self, encoded: EncodedRequests, state: UserState, k: int
     ) -> tuple[list[np.ndarray], np.ndarray]:
         """Of each request the rows of k that are best together, in order, and logits [M, T], those of
         the chosen beside their set."""
-        described = self.model.describe(self._catalogue.features(asked), state)
+        described = self.model.describe(self._catalogue.features(encoded), state)
         candidates = self.model.scored(described)
         _finite(self.model.logits_given(candidates))
         whole = JaggedTensor(candidates.tokens, offsets=candidates.offsets)
         chosen = generate_set(self.model.set_gain(candidates), whole, k, "greedy")
         rows = chosen.values()
-        taken = torch.zeros(len(asked.items), dtype=torch.bool).index_fill(0, rows, True)
+        taken = torch.zeros(len(encoded.items), dtype=torch.bool).index_fill(0, rows, True)
         logits = _finite(self.model.logits_given(candidates, taken)).numpy()
         return _of_requests(chosen.values().numpy(), chosen.lengths().numpy()), logits
 
@@ -274,11 +274,11 @@ class Scorer:
     def _take_over(self, events: Sequence[Event]) -> list[EventResult]:
         events = [self._named(event) for event in events]
         try:
-            read = self._catalogue.read_events(events)
-            state = self._encode(read.features)
+            encoded = self._catalogue.encode_events(events)
+            state = self._encode(encoded.features)
         except RequestError as error:  # of one of them
             return self._halves(events, error)
-        unknown = (read.items + read.values).tolist()
+        unknown = (encoded.items + encoded.values).tolist()
         results: dict[int, EventResult] = {}
         for mine in self.store.apart([event.user for event in events]):
             added = [events[n] for n in mine]
@@ -343,14 +343,16 @@ class Scorer:
                 raise RequestError("the event's state overflows; give smaller numbers")
         return state
 
-    def _state(self, requests: Sequence[RankingRequest], asked: Asked) -> tuple[UserState, np.ndarray]:
+    def _state(
+        self, requests: Sequence[RankingRequest], encoded: EncodedRequests
+    ) -> tuple[UserState, np.ndarray]:
         """The state that each request sees, with the rows its candidates ask for; and as of when."""
         keys = None
         if self._identity is not None:
-            compared = asked.ids | {self.schema.item: asked.items}
+            compared = encoded.ids | {self.schema.item: encoded.items}
             ids = [compared[name] for name in self._identity.config.identity_features]
             of_candidate = self._identity.keys(torch.from_numpy(np.stack(ids, axis=1))).numpy()
-            keys = _of_requests(of_candidate, asked.lengths)
+            keys = _of_requests(of_candidate, encoded.lengths)
         with self._timed("store"):
             return self.store.read(
                 [self._catalogue.user(request.user) for request in requests],

@@ -24,7 +24,7 @@ from ifa_torchrec.serving.service.bodies import JSON, read_body
 from ifa_torchrec.serving.service.messages import StreamEvent
 from ifa_torchrec.serving.service.refusals import shown
 from ifa_torchrec.serving.states.journal import Event
-from ifa_torchrec.serving.states.layout import Place, told
+from ifa_torchrec.serving.states.layout import Place, format_positions
 
 if TYPE_CHECKING:
     from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
@@ -288,7 +288,7 @@ class Stream:
             for partition in partitions:
                 partition.offset = self._next[partition.partition]
             consumer.assign(partitions)
-            where = told(self._next) or "no partition, since others have them all"
+            where = format_positions(self._next) or "no partition, since others have them all"
             _log.info("events are read from topic %s: %s", self._topic.name, where)
 
         def on_revoke(_: Consumer, partitions: list[TopicPartition]) -> None:

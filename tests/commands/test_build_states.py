@@ -242,7 +242,7 @@ def test_versions_are_listed_and_dropped_on_the_command_line(run, tmp_path, monk
     monkeypatch.setattr("sys.argv", command)
     main()
     digest = load_run(run, sharded=False).log.vocabulary.digest
-    wanted = f"{version}: whole, float32, of a log up to position 7, of the vocabulary {digest}\n"
+    wanted = f"{version}: complete, float32, from a log up to position 7, vocabulary {digest}\n"
     assert capsys.readouterr().out == wanted
     monkeypatch.setattr("sys.argv", [*command, "--drop", "other"])
     with pytest.raises(SystemExit, match=rf"error: no states of weights 'other' here.*{version}"):

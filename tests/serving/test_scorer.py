@@ -170,7 +170,7 @@ def test_times_of_another_unit_are_refused_and_leave_the_state_as_it_was(run, tm
     StateStore.begin(scorer.store.key_values, "other", layout, 0).finish()
     other = StateStore(scorer.store.key_values, "other")
     event = Event(1, 1, 2, now + DAY)
-    other.append([event], lambda _: scorer._encode(scorer._catalogue.read_events([event]).features))
+    other.append([event], lambda _: scorer._encode(scorer._catalogue.encode_events([event]).features))
     assert scorer.catch_up() == 1
 
 

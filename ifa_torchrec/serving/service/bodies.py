@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from ifa_torchrec.serving.errors import RequestError
-from ifa_torchrec.serving.service.refusals import refusal, told
+from ifa_torchrec.serving.service.refusals import refusal, validation_message
 
 JSON, MSGPACK = "application/json", "application/msgpack"
 Body = TypeVar("Body", bound=BaseModel)
@@ -114,4 +114,6 @@ def read_body(model: type[Body], kind: str, content: bytes) -> Body:
     try:
         return model.model_validate(given)
     except ValidationError as error:
-        raise RequestError(told(error.errors(include_url=False, include_input=False))) from error
+        raise RequestError(
+            validation_message(error.errors(include_url=False, include_input=False))
+        ) from error

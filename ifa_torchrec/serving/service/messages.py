@@ -169,7 +169,7 @@ class EventsRequest(StrictModel):
     events: Annotated[list[UserEvent], FailFast(), Field(min_length=1)]
 
 
-class Taken(BaseModel):
+class EventStatus(BaseModel):
     """What became of an event."""
 
     status: Annotated[
@@ -185,7 +185,7 @@ class Taken(BaseModel):
 class EventsResponse(BaseModel):
     """What became of each event, in their order."""
 
-    results: list[Taken]
+    results: list[EventStatus]
 
 
 class ForgottenUser(BaseModel):

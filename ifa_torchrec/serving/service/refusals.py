@@ -26,7 +26,7 @@ def shown(message: str) -> str:
     return message[:1000].encode(errors="backslashreplace").decode()
 
 
-def told(errors: Sequence[Mapping[str, Any]]) -> str:
+def validation_message(errors: Sequence[Mapping[str, Any]]) -> str:
     """The first of pydantic's errors in a body, each with its place."""
     return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}" for e in errors[:5])
 
@@ -49,7 +49,7 @@ async def _on_http_exception(_: Request, error: Exception) -> Response:
 async def _on_invalid(_: Request, error: Exception) -> Response:
     # without the input, which FastAPI's own handler repeats: NaN in it is no JSON
     assert isinstance(error, RequestValidationError)
-    return problem(422, told([{**e, "loc": e["loc"][1:]} for e in error.errors()]))
+    return problem(422, validation_message([{**e, "loc": e["loc"][1:]} for e in error.errors()]))
 
 
 async def _on_bug(_: Request, error: Exception) -> Response:

@@ -18,13 +18,13 @@ from ifa_torchrec.serving.service.messages import (
     Alive,
     EventsRequest,
     EventsResponse,
+    EventStatus,
     ForgottenUser,
     Ranked,
     RankRequest,
     RankRequests,
     RankResponse,
     Ready,
-    Taken,
 )
 from ifa_torchrec.serving.service.refusals import check_count, in_time, problems, refusal, shown
 from ifa_torchrec.serving.states.forgetting import id_of
@@ -131,7 +131,7 @@ def _add_events(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) ->
         if isinstance(results, BaseException):
             raise refusal(results)
         return EventsResponse(
-            results=[Taken(status=r.status, reason=r.reason and shown(r.reason)) for r in results]
+            results=[EventStatus(status=r.status, reason=r.reason and shown(r.reason)) for r in results]
         )
 
     app.router.add_api_route(

@@ -78,12 +78,12 @@ class Place(NamedTuple):
         return f"position {self.position}{of_partition}"
 
 
-def told(positions: Mapping[int, int]) -> str:
+def format_positions(positions: Mapping[int, int]) -> str:
     """Positions by partition, in words.
 
     Example:
-        >>> from ifa_torchrec.serving.states.layout import told
-        >>> told({0: 7, 3: 9})
+        >>> from ifa_torchrec.serving.states.layout import format_positions
+        >>> format_positions({0: 7, 3: 9})
         'position 7, position 9 of partition 3'
     """
     return ", ".join(str(Place(*of_partition)) for of_partition in positions.items())

@@ -22,7 +22,7 @@ from ifa_torchrec.serving.states.beginning import begin
 from ifa_torchrec.serving.states.building import Unchanged, of_others, whole_records
 from ifa_torchrec.serving.states.journal import Event
 from ifa_torchrec.serving.states.key_value import Follow, KeyValueStore, no_more
-from ifa_torchrec.serving.states.layout import StateLayout, tag_in, tag_of, told
+from ifa_torchrec.serving.states.layout import StateLayout, format_positions, tag_in, tag_of
 from ifa_torchrec.serving.states.missing import Missing
 from ifa_torchrec.serving.states.pages import distinct
 from ifa_torchrec.serving.states.reading import Lookup, UserRecords, state_of
@@ -434,7 +434,7 @@ class StateStore:
             return StoreError(
                 f"{states} are gone: the store was emptied, or restarted without its data, or they were "
                 "dropped. Build them anew (ifa build-states), send the events from "
-                f"{told(self.positions)} on again, and start again what served them"
+                f"{format_positions(self.positions)} on again, and start again what served them"
             )
         header = unpack_header(self.key_values, found)
         if header.get("dropped"):
