@@ -18,6 +18,7 @@ from shop import Shop, shop_model
 from torch import Tensor
 from torch.export import ExportedProgram
 from torchrec import EmbeddingCollection, EmbeddingConfig, JaggedTensor, KeyedJaggedTensor
+from torchrec.modules.embedding_configs import DataType
 
 from ifa_torchrec import (
     DLRM_IFA,
@@ -197,9 +198,11 @@ def test_rows_that_no_candidate_asks_for_may_be_left_out(run: Run) -> None:
     torch.testing.assert_close(graph(*fewer.values()), graph(*given.values()))
 
 
-def model_of_one_feature(**options) -> DLRM_IFA:
+def model_of_one_feature(data_type: DataType = DataType.FP32, **options) -> DLRM_IFA:
     names = ["history_item", "candidate_item"]
-    table = EmbeddingConfig(name="item", embedding_dim=8, num_embeddings=50, feature_names=names)
+    table = EmbeddingConfig(
+        name="item", embedding_dim=8, num_embeddings=50, feature_names=names, data_type=data_type
+    )
     config = DLRM_IFAConfig(("item",), **{"ifa": IFAConfig(8, num_heads=2)} | options)
     return randomised(DLRM_IFA(None, EmbeddingCollection(tables=[table]), config))
 
@@ -346,7 +349,7 @@ def items_alone(events: int, candidates: int, seed: int) -> RankingBatch:
     ("model", "message"),
     [
         (lambda: model_of_one_feature(interaction="mean"), "'mean' has no user state"),
-        (lambda: quantize_tables(model_of_one_feature(), torch.float16), "FP16 cannot be exported"),
+        (lambda: model_of_one_feature(data_type=DataType.BF16), "'item' has type BF16, .* exported"),
     ],
 )
 def test_what_cannot_be_exported_is_refused(model: Callable[[], DLRM_IFA], message: str) -> None:
