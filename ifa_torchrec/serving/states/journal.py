@@ -31,7 +31,7 @@ from ifa_torchrec.serving.states.records import RecordCodec
 from ifa_torchrec.serving.times import utc
 
 _FORMAT = b"\x80"
-"""First byte of an event's record. Records of stores before it began with that of a user's number."""
+"""First byte of an event's record; a record that begins with another byte has another format."""
 _json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 

@@ -45,12 +45,10 @@ from ifa_torchrec.serving.errors import StateError
 
 BLOCK = 4096
 """Positions a block."""
-STATE_KINDS = (b"s", b"u", b"i", b"k", b"a", b"p")
-"""First bytes of the keys of a version's records, but the header's; k is of format 4 and before."""
+STATE_KINDS = (b"s", b"u", b"i", b"a", b"p")
+"""First bytes of the keys of a version's records, except the header's."""
 JOURNAL = b"e"
 """First byte of the keys of the journal's events."""
-OLD_JOURNAL = (b"j", b"w")
-"""First bytes of the keys of the journal, and of its start, of format 6 and before."""
 USER_BYTES = 16
 CHECKSUM_BYTES = 4
 """At the end of each record."""

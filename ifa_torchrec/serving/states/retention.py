@@ -15,7 +15,6 @@ from ifa_torchrec.serving.states.key_value import KeyValueStore
 from ifa_torchrec.serving.states.layout import (
     BLOCK,
     JOURNAL,
-    OLD_JOURNAL,
     STATE_KINDS,
     Keys,
     Place,
@@ -66,9 +65,6 @@ def drop(key_values: KeyValueStore, version: str) -> None:
     for kind in STATE_KINDS:
         _delete(key_values, [key for key in key_values.scan(kind) if keys.are_of(key)])
     _drop_from_journal(key_values, version)
-    if all(h.get("format") == FORMAT for name, h in there.items() if name != version):
-        for kind in OLD_JOURNAL:
-            _delete(key_values, list(key_values.scan(kind)))
     key_values.delete(headers)
 
 

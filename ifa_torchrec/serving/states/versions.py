@@ -39,7 +39,7 @@ def versions(key_values: KeyValueStore) -> dict[str, dict[str, Any]]:
 
 
 def marks_of(headers: Mapping[str, Mapping[str, Any]]) -> dict[str, str | None]:
-    """The mark of each version's building; that of old formats is None."""
+    """Each version's build mark; None for states of another format, which may have none."""
     return {version: header.get("mark") for version, header in headers.items()}
 
 
@@ -97,10 +97,9 @@ def unpack_header(key_values: KeyValueStore, value: bytes) -> dict[str, Any]:
     """
     text, _, checksum = value.rpartition(b"\n")
     try:
-        # that of format 1 had no checksum
-        header = json.loads(text or value)
-        if (text and b"%08x" % zlib.crc32(text) != checksum) or not isinstance(header, dict):
+        if b"%08x" % zlib.crc32(text) != checksum:
             raise ValueError
+        header = json.loads(text)
     except ValueError:
         raise StoreError(
             f"{key_values.name}: the header of a version's states is damaged. Bring the store back "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import multiprocessing
 import os
@@ -34,6 +33,7 @@ from ifa_torchrec.serving.states import pages
 from ifa_torchrec.serving.states.dense import DenseCodec, Latest
 from ifa_torchrec.serving.states.layout import JOURNAL, Keys, Place, journal_key, user_key
 from ifa_torchrec.serving.states.pages import RowCodec, Rows
+from ifa_torchrec.serving.states.versions import pack_header
 
 DAY = 86_400_000_000
 CONFIG = IFAConfig(
@@ -790,12 +790,12 @@ def test_of_ranks_that_begin_together_all_have_the_same_mark(key_values):
     assert StateStore(key_values, "v1").known([0, 1]).all()
 
 
-def test_a_store_of_an_older_format_says_what_to_do(key_values):
+def test_a_store_of_another_format_says_what_to_do(key_values):
     model = Model()
     new_store(key_values, model)
     key = Keys("v1").header()
     old = {"format": "ifa-states/1", "version": "v1", "complete": True, "position": 0}
-    key_values.update([], lambda _: {key: json.dumps(old).encode()})
+    key_values.update([], lambda _: {key: pack_header(old)})
     for opened in (
         lambda: StateStore(key_values, "v1"),
         lambda: StateStore.begin(key_values, "v1", StateLayout.of(model.ifa), 0),
