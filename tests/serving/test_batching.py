@@ -32,7 +32,7 @@ def test_after_close_nothing_is_taken_and_what_waited_is_done():
     closing = threading.Thread(target=batcher.close)
     closing.start()
     until(lambda: batcher._closed)
-    with pytest.raises(ClosedError, match="it takes nothing any more"):
+    with pytest.raises(ClosedError, match="closed and accepts no more"):
         batcher.submit(same, [3], [1.0])
     free.set()
     closing.join(10)

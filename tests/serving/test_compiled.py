@@ -48,7 +48,7 @@ def test_what_a_package_is_made_for_is_looked_at(shop, model, tmp_path, monkeypa
             "load_metadata_from_package",
             lambda *_, name=name: found | {name: "other"},
         )
-        with pytest.raises(StateError, match=f"it is of {name} 'other', not .*; compile it anew"):
+        with pytest.raises(StateError, match=f"for {name} 'other', expected .*; compile it again"):
             CompiledDense(model, shop.log.schema, shop.log.items, tmp_path / "dense.pt2")
 
 
@@ -110,7 +110,7 @@ def test_a_package_of_other_weights_is_refused(shop, model, package, tmp_path):
     with torch.no_grad():
         other.set_arch.over_arch.model[-1].bias += 1
     for refuses in (load, lambda of: check_weights(of, shop.log.schema, package)):
-        with pytest.raises(StateError, match=r"weights '\w+', not '\w+'; compile it anew"):
+        with pytest.raises(StateError, match=r"weights '\w+', expected '\w+'; compile it again"):
             refuses(other)
     with pytest.raises(StateError, match="weights"):
         load(shop_model(shop.log))
@@ -120,5 +120,7 @@ def test_a_package_of_other_weights_is_refused(shop, model, package, tmp_path):
 
 
 def test_a_package_that_is_not_there_is_named(shop, model, tmp_path):
-    with pytest.raises(StateError, match=r"dense.pt2 is not there; ifa export --run RUN writes it"):
+    with pytest.raises(
+        StateError, match=r"dense.pt2 does not exist; write it with ifa export --run RUN"
+    ):
         CompiledDense(model, shop.log.schema, shop.log.items, tmp_path / "dense.pt2")
