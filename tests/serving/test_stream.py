@@ -228,7 +228,7 @@ BAD_FIELDS = [
     ({"position": 4}, "['position'] unknown; there are ['user', 'item'"),
     ({"features": {"\ud800": "red"}}, "['\\ud800'] unknown"),
     ({"user": 1.5}, "user: Input should be an id"),
-    ({"time": "yesterday"}, "time: Value error, should be a time since 1970 with its zone"),
+    ({"time": "yesterday"}, "time: Value error, should be a time since 1970 with a zone"),
     ({"time": "2999-01-01T00:00:00Z"}, "more than 60 seconds ahead of the clock"),
     ({"features": {"colour": "red"}}, "features: ['action', 'device'] missing, ['colour'] unknown"),
 ]
