@@ -354,7 +354,7 @@ def test_a_store_that_fails_forgets_nobody_and_says_so(client, live, monkeypatch
     assert client.delete("/users/1").status_code == 504
     for _ in range(5):
         answer = client.delete("/users/1")
-    assert answer.status_code == 429 and "5 users wait to be forgotten" in answer.text
+    assert answer.status_code == 429 and "5 users already wait to be forgotten" in answer.text
     held.set()
 
 
@@ -435,12 +435,16 @@ def test_a_token_may_have_any_letters_and_none_may_be_asked_for(live):
         ({"time": 1721347200}, 422, "requests.0.time: "),
         ({"time": -1}, 422, "requests.0.time: "),
         ({"context": {"store": 1}}, 422, "context: ['weekday'] missing; the model takes"),
-        ({"context": {"store": [1], "weekday": 2}}, 422, "context.store: [1] is no id: it must be a"),
+        (
+            {"context": {"store": [1], "weekday": 2}},
+            422,
+            "context.store: [1] is not an id; it must be a",
+        ),
         ({"context": {"store": None, "weekday": 2}}, 422, "requests.0.context.store"),
         ({"context": {"store": 1, "weekday": 2, "\ud800": 1}}, 422, "requests.0"),
         ({"dense": {"hour": float("nan"), "season": 0}}, 422, "dense.hour: Input should be a finite"),
         ({"dense": {"hour": float("inf"), "season": 0}}, 422, "dense.hour: Input should be a finite"),
-        ({"dense": {"hour": 1e300, "season": 0}}, 422, "dense.hour: not finite numbers of float32"),
+        ({"dense": {"hour": 1e300, "season": 0}}, 422, "dense.hour: a number is not finite as float32"),
         ({"dense": {"hour": 10**400, "season": 0}}, 422, "dense.hour"),
         ({"dense": {"hour": False, "season": 0}}, 422, "dense.hour: Input should be a valid number"),
         ({"candidate_dense": {"price": [0.0]}}, 422, "dense.price: 1 numbers for 4 candidates"),
@@ -503,7 +507,7 @@ def test_an_event_that_is_refused_leaves_the_others_as_they_are(client, live):
     bad = [
         ({"position": 10_005, "item": 4}, "position 10005 is of user 40, item 3 at 2024-07-18"),
         ({"time": "9999-01-01T00:00:00Z"}, "time 253370764800000000 is 9999-01-01"),
-        ({"weight": 1.0}, "weight: the events of the model have none"),
+        ({"weight": 1.0}, "weight: the model takes none; leave it out"),
         ({"features": {"action": "buy"}}, "features: ['action'] unknown; the model takes []"),
         ({"numbers": {"amount": None}}, "numbers: ['amount'] unknown; the model takes []"),
     ]
@@ -742,7 +746,7 @@ def test_a_reload_that_fails_leaves_the_weights_as_they_are(models, key_values, 
         load.number = 2
         live.reload()
         until(lambda: 'ifa_reloads_total{result="failed"} 1.0' in client.get("/metrics").text)
-        assert f"the reload failed; weights {models[0].version} go on" in caplog.text
+        assert f"the reload failed; weights {models[0].version} keep serving" in caplog.text
         assert "no states of these weights" in caplog.text
         assert rank(client, REQUEST).json()["rankings"][0]["version"] == models[0].version
 
@@ -873,7 +877,7 @@ def test_a_service_takes_new_weights_on_sighup_and_loses_no_event(
     assert process.returncode == 0, log
     assert not failed
     assert seen == {models[0].version, models[1].version, 503}
-    assert f"weights {models[1].version} serve now" in log
+    assert f"weights {models[1].version} are serving now" in log
     if workers > 1:
         lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
         assert {"uvicorn.error", "ifa_torchrec.commands.serve"} <= {line["logger"] for line in lines}
