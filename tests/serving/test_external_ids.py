@@ -331,7 +331,7 @@ def test_a_request_that_is_not_the_schemas_is_refused(shop, scorer, changes, mes
 
 def test_states_of_another_vocabulary_are_refused(shop, key_values):
     store = new_store(key_values, shop.log, vocabulary="another")
-    with pytest.raises(StateError, match=r"of the vocabulary 'another', that of .*ifa states --drop v1"):
+    with pytest.raises(StateError, match=r"with the vocabulary 'another', .*ifa states --drop v1"):
         Scorer(shop.model, shop.log, store)
     layout = StateLayout.of(shop.model.candidate_arch.ifa)
     StateStore.begin(key_values, "v2", layout, 0, vocabulary="one")

@@ -100,7 +100,7 @@ def test_what_is_refused(shop: Shop, scorer: Scorer, store: StateStore) -> None:
     with pytest.raises(ValueError, match="strategy must be 'topk' or 'greedy', got 'best'"):
         scorer.rank(asked, 2, "best")  # type: ignore[arg-type]
     untrained = Scorer(shop.model, shop.log, store)
-    with pytest.raises(RequestError, match=r"not trained to score .* --candidate-set.generate"):
+    with pytest.raises(RequestError, match=r"not trained to generate sets .* --candidate-set.generate"):
         untrained.rank(asked, 2, "greedy")
 
 

@@ -926,7 +926,7 @@ def test_a_service_reads_a_topic_from_where_the_log_ends(workers, folders, model
     finally:
         process.kill()
     assert process.returncode == 0, log
-    assert f"events are read from topic {name}: position {first}, position 0 of partition 1" in log or (
+    assert f"reading events from topic {name}: position {first}, position 0 of partition 1" in log or (
         workers > 1
     )
     store = open_key_value_store(str(states))

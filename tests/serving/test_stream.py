@@ -253,7 +253,7 @@ def test_what_is_refused_stops_the_stream_there_or_is_passed_over_and_counted(
         wait_until(lambda: positions(key_values) == [0, 3], "it does not go on")
         refused = 'ifa_stream_messages_total{result="refused"} 3.0\n'
         wait_until(lambda: refused in shown(live), "they are not counted")
-    assert "the message at offset 1 of partition 1 is passed over: " in caplog.text
+    assert "skipped the message at offset 1 of partition 1: " in caplog.text
     assert 'ifa_stream_messages_total{result="accepted"} 2.0\n' in shown(live)
 
 
@@ -280,7 +280,7 @@ def test_a_store_that_fails_is_waited_for(shop, key_values, live, topic, monkeyp
         wait_until(lambda: live.stream == "flowing", "it does not flow")
         topic.partitions[0] = [message_of(event) for event in events_of(shop)[0]]
         wait_until(lambda: live.stream == "waiting", "it does not wait")
-        assert "events of topic events wait: the store: no room left" in caplog.text
+        assert "events of topic events wait for the store: no room left" in caplog.text
         monkeypatch.setattr(key_values, "update", update)
         wait_until(lambda: positions(key_values)[0] == len(topic.partitions[0]), "it does not go on")
         wait_until(lambda: live.stream == "flowing", "it does not flow")
@@ -351,7 +351,7 @@ def test_readiness_tells_of_the_stream_and_rankings_go_on(live, topic, caplog):
     assert "stream" not in client.get("/readyz").json()
     topic.up = False
     with Stream(TOPIC, live):
-        waits = "events of topic events wait: the broker: no broker responds"
+        waits = "events of topic events wait for the broker: no broker responds"
         wait_until(lambda: waits in caplog.text, "it is not told")
         for up, told in ((False, "waiting"), (True, "flowing")):
             topic.up = up
@@ -359,7 +359,7 @@ def test_readiness_tells_of_the_stream_and_rankings_go_on(live, topic, caplog):
         topic.error = confluent_kafka.KafkaError(confluent_kafka.KafkaError._AUTO_OFFSET_RESET)
         wait_until(lambda: client.get("/readyz").json()["stream"] == "stopped", "it goes on")
     assert client.get("/readyz").status_code == 200
-    assert "partition 0 has no offset 0, where states go on" in caplog.text
+    assert "partition 0 has no offset 0, from which these states must continue" in caplog.text
     assert 'ifa_stream_flowing{topic="events"} 0.0\n' in shown(live)
 
 
@@ -371,7 +371,7 @@ def test_errors_of_the_client_are_waited_for_unless_there_is_nothing_to_wait_for
         assert live.stream == "flowing"
         topic.error = error(error.UNKNOWN_TOPIC_OR_PART, "no such topic")
         wait_until(lambda: live.stream == "stopped", "it goes on")
-    assert "no more events are read from topic events: no such topic" in caplog.text
+    assert "stopped reading events from topic events: no such topic" in caplog.text
 
 
 # --------------------------------------------------------------------------------------- options
@@ -403,7 +403,7 @@ def test_settings_of_the_client_come_from_a_file(tmp_path, live):
     assert "a=b" not in str(topic)
     for text, message in (
         ("secret", "line 1 of .* is not NAME=VALUE"),
-        ("group.id=mine\n", r"\['group.id'\] cannot be given"),
+        ("group.id=mine\n", r"remove \['group.id'\], which ifa serve sets itself"),
         ("sasl.pasword=secret\n", "sasl.pasword"),
         ("security.protocol=none\n", "security.protocol"),
     ):
@@ -483,7 +483,7 @@ def test_a_broker_that_goes_away_and_comes_back(shop, key_values, live, broker: 
     broker.send("away", [(n, message_of(event)) for n in (0, 1) for event in half[n]])
     broker.line.cut = True
     with Stream(KafkaTopic.at(address), live):
-        waits = "events of topic away wait: the broker: "
+        waits = "events of topic away wait for the broker: "
         wait_until(lambda: waits in caplog.text, "nothing tells that the broker is away")
         caplog.clear()
         broker.line.cut = False
@@ -499,7 +499,7 @@ def test_a_broker_that_goes_away_and_comes_back(shop, key_values, live, broker: 
         lags = [f'ifa_stream_lag{{partition="{n}"}} 0.0\n' for n in (0, 1)]
         wait_until(lambda: all(lag in shown(live) for lag in lags), shown(live))
     assert waits in caplog.text
-    assert "events of topic away go on: the broker responds" in caplog.text
+    assert "events of topic away resume: the broker responds again" in caplog.text
 
 
 @pytest.mark.slow
