@@ -149,7 +149,7 @@ def test_over_http(shop: Shop, scorer: Scorer, store: StateStore) -> None:
     assert f"ifa_candidates_total {candidates:.1f}" in metrics
     assert no_k.status_code == 422 and "requests.0.k: strategy 'greedy'" in no_k.json()["error"]
     assert unknown.status_code == 422 and "requests.0.strategy" in unknown.json()["error"]
-    assert large.status_code == 422 and "at most 4 are chosen one by one" in large.json()["error"]
+    assert large.status_code == 422 and "chooses at most 4" in large.json()["error"]
     assert small.status_code == 200
 
 

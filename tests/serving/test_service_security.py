@@ -394,10 +394,10 @@ def test_headers_and_bodies_that_do_not_come_are_not_waited_for(logged):
         dripping.start()
         for connection in headers:
             text = rest(connection)
-            assert text.startswith(b"HTTP/1.1 408") and b"no request came within 0.5 seconds" in text
+            assert text.startswith(b"HTTP/1.1 408") and b"no request arrived within 0.5 seconds" in text
         for connection in bodies:
             text = rest(connection)
-            assert text.startswith(b"HTTP/1.1 408") and b"did not come within 0.5 seconds" in text
+            assert text.startswith(b"HTTP/1.1 408") and b"did not arrive within 0.5 seconds" in text
         dripping.join(5)
         assert not dripping.is_alive()
         assert time.monotonic() - begun < 5
