@@ -169,7 +169,7 @@ def test_users_without_new_events_keep_the_states_of_the_run_before(run, log, tm
         torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-5, msg=name, check_dtype=False)
     before = StateStore(key_values, built["version"])
     half = dataclasses.replace(before.layout, dtype="float16")
-    with pytest.raises(StateError, match="have another layout than those of 'half'; encode all anew"):
+    with pytest.raises(StateError, match="have another layout than those of 'half'; build all"):
         begun = StateStore.begin(key_values, "half", half, 0)
         begun.take_over(before, USERS[:1], [(1, int(last[0]))], None)
     key_values.close()

@@ -304,10 +304,12 @@ def test_a_journal_of_another_format_is_refused(shop, scorer):
     codec, key = scorer.store._codec, journal_key(event.place)
     for body in (struct.pack(">qqq", 7, 3, 5), b"\x80[1]", b"\x80{}", pack_event(event)[:-1]):
         scorer.store.key_values.update([], lambda _, body=body: {key: codec.seal(key, body)})
-        with pytest.raises(StateError, match=r"event at position 0 is of another version .*empty store"):
+        with pytest.raises(
+            StateError, match=r"event at position 0 was written by another version .*empty store"
+        ):
             unpack_event(event.place, body)
         (result,) = scorer.append([event])
-        assert result.status == "refused" and "is of another version" in result.reason
+        assert result.status == "refused" and "was written by another version" in result.reason
 
 
 @pytest.mark.parametrize(
