@@ -516,7 +516,7 @@ def test_a_call_that_is_not_of_events_is_refused_whole(client, fields, message):
 def test_an_event_that_is_refused_leaves_the_others_as_they_are(client, live):
     append(client, changed(EVENT, position=10_005))
     bad = [
-        ({"position": 10_005, "item": 4}, "position 10005 is of user 40, item 3 at 2024-07-18"),
+        ({"position": 10_005, "item": 4}, "position 10005 already holds user 40, item 3 at 2024-07-18"),
         ({"time": "9999-01-01T00:00:00Z"}, "time 253370764800000000 is 9999-01-01"),
         ({"weight": 1.0}, "weight: the model takes none; leave it out"),
         ({"features": {"action": "buy"}}, "features: ['action'] unknown; the model takes []"),
