@@ -152,7 +152,7 @@ def test_who_is_not_built_in_time_is_told_and_is_there_later(run, folder, tmp_pa
 
     lazy = LazyStateStore(key_values, run.version, slow, within=0.05)
     for _ in range(2):
-        with pytest.raises(StoreError, match=f"1 users, {BUSY_USER} among them, are being built"):
+        with pytest.raises(StoreError, match=f"1 users, {BUSY_USER} among them, are still being built"):
             lazy.read([BUSY_USER], [None])
     go_on.set()
     # an event waits for as long as it takes

@@ -140,7 +140,7 @@ def test_options_that_do_not_fit(run, bundle, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"--data: .* is a bundle"):
         _load(ServeConfig(bundle, "states", data=run.parent / "log"))
     monkeypatch.setattr("sys.argv", ["ifa", "serve", "--bundle", str(bundle), "--store", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"error: .*there is no store of states"):
+    with pytest.raises(SystemExit, match=r"error: .*no store of states here"):
         main()
 
 

@@ -617,8 +617,14 @@ def test_redis_takes_its_password_from_the_environment(own_redis, monkeypatch):
         ("redis://:hunter2#x@127.0.0.1:1/0", "redis://...: "),
         ("redis://:hunter2@x@127.0.0.1:1/0", "redis://...: "),
         ("redis://:hunter2", "redis://...: "),
-        ("Redis://:hunter2@127.0.0.1:1/0", "Redis://127.0.0.1:1/0: a store is a folder, or redis://"),
-        ("valkey://:hunter2@127.0.0.1:1/0", "valkey://...: a store is a folder, or redis://"),
+        (
+            "Redis://:hunter2@127.0.0.1:1/0",
+            "Redis://127.0.0.1:1/0: not a store's address; expected a folder or redis://",
+        ),
+        (
+            "valkey://:hunter2@127.0.0.1:1/0",
+            "valkey://...: not a store's address; expected a folder or redis://",
+        ),
     ],
 )
 def test_no_message_shows_the_password_of_an_address(address, shown, monkeypatch):

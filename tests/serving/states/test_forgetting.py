@@ -353,7 +353,7 @@ def test_a_store_that_others_have_open_is_not_compacted(tmp_path):
     assert held.wait(60)
     key_values = open_key_value_store(address)
     key_values.update([], lambda _: {b"a": b"1"})
-    with pytest.raises(StoreError, match="another process has it open; stop all that serve from it"):
+    with pytest.raises(StoreError, match="another process has it open; stop all services"):
         key_values.compact()
     assert key_values.read([b"a"]) == [b"1"]  # it goes on
     release.set()

@@ -620,7 +620,7 @@ def test_a_mean_beyond_float16_is_refused(key_values):
     with torch.no_grad():
         model.ifa.value_proj.weight.mul_(1e6)
     store = new_store(key_values, model, dtype="float16")
-    with pytest.raises(StateError, match=r"beyond float16; build with --dtype float32"):
+    with pytest.raises(StateError, match=r"beyond float16; build states with --dtype float32"):
         store.append([Event(0, 1, 2, 0)], model.encode_each)
     assert not store.known([1]).any()
 
