@@ -199,7 +199,7 @@ def test_ranks_share_the_users_and_go_on_where_they_were_stopped(run, address, w
     assert {type(result) for result in stopped} == {Stopped}
     version = load_run(run, sharded=False).version
     key_values = open_key_value_store(address)
-    with pytest.raises(StateError, match="not built to the end"):
+    with pytest.raises(StateError, match="incomplete states of weights"):
         StateStore(key_values, version)
     key_values.close()
     results = run_ranks(build_on_ranks, world, run, address, None)

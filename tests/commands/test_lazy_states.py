@@ -81,7 +81,7 @@ def test_a_state_that_is_built_when_it_is_wanted_is_that_of_the_build(run, folde
     alone, together = (open_key_value_store(str(tmp_path / name)) for name in ("alone", "together"))
     key_values = begun(run, folder, str(tmp_path / "lazy"))
     lazy = lazily(run, key_values)
-    with pytest.raises(StateError, match="they were not built to the end"):
+    with pytest.raises(StateError, match="incomplete states of weights"):
         StateStore(key_values, run.version)
     with pytest.raises(UnknownUserError):
         lazy.read([NEW_USER], [None])
@@ -170,7 +170,7 @@ def test_the_log_must_be_that_of_the_build(run, folder, toy, tmp_path):
     config = ServeConfig(folder, config.store, data=tmp_path / "other", lazy=True)
     with pytest.raises(StateError, match=r"begun from another log than .*other"):
         _load(config).scorer(config, key_values)
-    with pytest.raises(StateError, match="there are none; build them with ifa build-states"):
+    with pytest.raises(StateError, match="no states of weights .* here; run ifa build-states"):
         LazyStateStore(key_values, "unheard of", lambda *_: None, within=1)
 
 

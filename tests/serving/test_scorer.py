@@ -147,7 +147,7 @@ def test_a_request_too_early_is_ranked_as_of_a_later_time_or_refused(run, tmp_pa
     assert as_asked.as_of is None
     np.testing.assert_allclose(as_asked.logits, marked.logits, rtol=1e-5)
     scorer.strict = True
-    with pytest.raises(StateError, match=r"user 1 has events at .* can go back behind the last"):
+    with pytest.raises(StateError, match=r"user 1 has events at .* can leave out only those"):
         scorer.rank([late])
     assert scorer.rank([RankingRequest(1, [1, 2, 3], marked.as_of)])[0].as_of is None
 

@@ -415,7 +415,7 @@ def test_a_token_may_have_any_letters_and_none_may_be_asked_for(live):
 @pytest.mark.parametrize(
     "fields, status, message",
     [
-        ({"user": 999}, 404, "requests.0: user 999 has no state; for one who is new"),
+        ({"user": 999}, 404, "requests.0: user 999 has no state; if the user is new"),
         ({"user": "anna"}, 404, "requests.0: user 'anna' has no state"),
         (
             {"user": ""},

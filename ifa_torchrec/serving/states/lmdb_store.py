@@ -114,8 +114,8 @@ class LMDBStore(KeyValueStore):
         command = [sys.executable, "-c", _READ_ALL, str(self.path), str(self._map)]
         if subprocess.run(command, capture_output=True, check=False).returncode != 0:
             raise StoreError(
-                f"{self.path}: data.mdb has {size:,} bytes, expected {wanted:,}; an unfinished copy or a "
-                "full disk truncated it. Restore it from a copy, or remove the folder and rebuild the "
+                f"{self.path}: data.mdb has {size:,} bytes, expected {wanted:,}; an unfinished copy or "
+                "a full disk truncated it. Restore it from a copy, or remove the folder and rebuild the "
                 "states (ifa build-states)"
             )
 

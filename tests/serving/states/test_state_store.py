@@ -256,7 +256,7 @@ def test_a_consumer_goes_on_where_the_states_are(key_values):
     assert other.stream_positions([0, 1]) == {0: 0, 1: 0}
     drop(key_values, "v1")
     assert new_store(key_values, model).stream_positions([0, 1]) == {0: 0, 1: 0}
-    with pytest.raises(StoreError, match="built anew since"):
+    with pytest.raises(StoreError, match="rebuilt since"):
         store.set_stream_positions({0: 21})
 
 
@@ -325,10 +325,10 @@ def test_killed_at_any_moment_nothing_is_lost_and_nothing_counts_twice(address):
 
 def test_states_of_other_weights_are_refused(key_values):
     model = Model()
-    with pytest.raises(StateError, match=r"'v1': there are none; build them .* has those of no weights"):
+    with pytest.raises(StateError, match=r": no states of weights 'v1' here; .* versions: none"):
         StateStore(key_values, "v1")
     new_store(key_values, model, "v1")
-    with pytest.raises(StateError, match=r"'v2': there are none.*\['v1'\]"):
+    with pytest.raises(StateError, match=r": no states of weights 'v2' here; .*\['v1'\]"):
         StateStore(key_values, "v2")
     assert list(versions(key_values)) == ["v1"]
 
@@ -339,7 +339,7 @@ def test_a_record_of_other_weights_in_their_place_is_refused(key_values):
     one.append(events, model.encode_each)
     (record,) = key_values.read([Keys("v1").head(1)])
     key_values.update([], lambda found: {Keys("v2").head(1): record})
-    with pytest.raises(StoreError, match=r"record of user 1 .* is damaged, or of another building"):
+    with pytest.raises(StoreError, match=r"record of user 1 .* is damaged or from another build"):
         read(other, model, [1], 100 * DAY)
 
 
@@ -347,7 +347,7 @@ def test_half_built_states_are_refused_and_going_on_must_be_the_same(key_values)
     model = Model()
     layout = StateLayout.of(model.ifa)
     StateStore.begin(key_values, "v1", layout, 5, "log until June")
-    with pytest.raises(StateError, match="not built to the end"):
+    with pytest.raises(StateError, match="incomplete states of weights"):
         StateStore(key_values, "v1")
     for other in (
         (StateLayout.of(model.ifa, "float16"), 5, "log until June"),
@@ -698,7 +698,7 @@ def test_a_part_of_a_state_that_is_gone_is_missed(key_values, what):
     store = new_store(key_values, model)
     store.append([Event(n, 1, n, n * DAY) for n in range(5)], model.encode_each)
     key_values.delete([records(key_values, store)[what]])
-    lost = pytest.raises(StoreError, match=r"part of the state of user 1 is gone.* --drop v1")
+    lost = pytest.raises(StoreError, match=r"part of the state of user 1 is missing.* --drop v1")
     for new_user in (False, True):
         with lost:
             store.read([1], [0], [model.every_key], [new_user])
@@ -715,7 +715,7 @@ def test_a_head_that_is_gone_is_missed_where_there_are_no_rows(key_values):
         lambda: store.read([1], [DAY], new_users=[True]),
         lambda: store.append([Event(1, 1, 3, 0)], model.encode_each),
     ):
-        with pytest.raises(StoreError, match="part of the state of user 1 is gone"):
+        with pytest.raises(StoreError, match="part of the state of user 1 is missing"):
             use_it()
 
 
@@ -749,10 +749,14 @@ def test_states_that_were_built_anew_are_refused_until_they_are_opened_anew(key_
     drop(key_values, "v1")
     refuses(store, model, "are gone")
     building = StateStore.begin(key_values, "v1", StateLayout.of(model.ifa), 0)
-    refuses(store, model, r"built anew since this process opened them; start it again, or send it SIG")
+    refuses(
+        store,
+        model,
+        r"rebuilt since this process opened them; .* restart this process or send it SIGHUP",
+    )
     write(building, model, [dataclasses.replace(event, user=7) for event in events])
     building.finish()
-    refuses(store, model, "built anew")
+    refuses(store, model, "dropped and rebuilt")
     store = StateStore(key_values, "v1")
     assert store.known([1, 7]).tolist() == [False, True]
     for missed in store.missed():
@@ -773,7 +777,7 @@ def test_what_an_ended_drop_leaves_is_not_built_upon(key_values, monkeypatch):
         lambda: StateStore(key_values, "v1"),
         lambda: StateStore.begin(key_values, "v1", StateLayout.of(model.ifa), 0),
     ):
-        with pytest.raises(StateError, match=r"half dropped; drop them to the end .*--drop v1"):
+        with pytest.raises(StateError, match=r"half dropped; finish dropping them .*--drop v1"):
             opened()
     drop(key_values, "v1")
     assert list(key_values.scan(b"s")) == []
@@ -800,9 +804,7 @@ def test_a_store_of_another_format_says_what_to_do(key_values):
         lambda: StateStore(key_values, "v1"),
         lambda: StateStore.begin(key_values, "v1", StateLayout.of(model.ifa), 0),
     ):
-        with pytest.raises(
-            StateError, match=r"'ifa-states/1', .*drop them .*--drop v1.* build them anew"
-        ):
+        with pytest.raises(StateError, match=r"'ifa-states/1', .*drop them .*--drop v1.* rebuild them"):
             opened()
     drop(key_values, "v1")
     new_store(key_values, model)
