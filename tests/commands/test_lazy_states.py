@@ -170,7 +170,7 @@ def test_the_log_must_be_that_of_the_build(run, folder, toy, tmp_path):
     config = ServeConfig(folder, config.store, data=tmp_path / "other", lazy=True)
     with pytest.raises(StateError, match=r"begun from another log than .*other"):
         _load(config).scorer(config, key_values)
-    with pytest.raises(StateError, match="no states of weights .* here; run ifa build-states"):
+    with pytest.raises(StateError, match=r"no states of weights .* here; run ifa build-states"):
         LazyStateStore(key_values, "unheard of", lambda *_: None, within=1)
 
 
