@@ -223,7 +223,7 @@ def test_runs_without_states_are_refused(changes, message, log, tmp_path):
 
 def test_lmdb_serves_one_machine(run, tmp_path, monkeypatch):
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    with pytest.raises(StateError, match="LMDB serves one machine"):
+    with pytest.raises(StateError, match="LMDB works on one machine"):
         build_states(BuildStatesConfig(run, str(tmp_path / "states"), 0))
 
 
@@ -265,12 +265,10 @@ def test_a_user_is_forgotten_and_the_journal_trimmed_on_the_command_line(
         return capsys.readouterr().out
 
     assert f"user {BUSY_USER}: " in (out := said("--forget", str(BUSY_USER)))
-    assert "0 events of the journal removed; no event up to 20" in out and "on disk" not in out
-    assert "nothing was here of the integer 123456; the string of these digits is" in said(
-        "--forget", "123456"
-    )
-    assert "user '7': 0 records" in said("--forget", '"7"')
-    assert said("--trim-journal", "30").startswith("0 events older than 30 days removed")
+    assert "and 0 journal events; events up to 20" in out and "on disk" not in out
+    assert "nothing of the integer 123456; for the string of digits give" in said("--forget", "123456")
+    assert "user '7': removed 0 state records" in said("--forget", '"7"')
+    assert said("--trim-journal", "30").startswith("removed 0 events older than 30 days")
     assert said("--compact") == said()
     for bad in (["--forget", ""], ["--trim-journal", "-1"]):
         with pytest.raises(SystemExit, match=bad[0]):
@@ -279,5 +277,5 @@ def test_a_user_is_forgotten_and_the_journal_trimmed_on_the_command_line(
 
 @pytest.mark.parametrize("position", [-1, 2**63, {1: 2**63}, {2**32: 0}, {-1: 0}])
 def test_a_position_that_no_stream_has_is_refused(position: int | dict[int, int]) -> None:
-    with pytest.raises(ConfigError, match=r"--position: .*a position is in 0"):
+    with pytest.raises(ConfigError, match=r"--position: .*positions must be in 0"):
         BuildStatesConfig(Path("run"), "states", position)

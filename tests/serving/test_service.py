@@ -775,7 +775,7 @@ def test_a_start_catches_up_with_the_journal(models, key_values):
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.0.2.1", "example.org"])
 def test_only_loopback_may_be_listened_on_without_a_token(host, monkeypatch):
     monkeypatch.delenv("IFA_TOKEN", raising=False)
-    with pytest.raises(ValueError, match=r"give a token, by --token-file or the environment"):
+    with pytest.raises(ValueError, match=r"set a token with --token-file or the environment"):
         serve(ServeConfig(Path("run"), "store", host=host))
 
 

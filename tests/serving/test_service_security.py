@@ -218,10 +218,12 @@ def test_a_spelling_the_router_takes_is_counted_as_its_route():
 @pytest.mark.parametrize("given", [" \n", "two words", "two\nlines\n"])
 def test_a_token_is_one_word(given, tmp_path):
     (tmp_path / "token").write_text(given)
-    with pytest.raises(ConfigError, match=r"token: the token is (empty|several words); give one word"):
+    with pytest.raises(
+        ConfigError, match=r"token: the token is (empty|several words); it must be one word"
+    ):
         _token(ServeConfig(Path("run"), "store", token_file=tmp_path / "token"))
     (tmp_path / "token").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match="is no UTF-8 text"):
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
         _token(ServeConfig(Path("run"), "store", token_file=tmp_path / "token"))
 
 
@@ -249,7 +251,9 @@ def test_other_names_are_allowed_by_option_and_any_where_others_reach_it():
     for host, status in {"ranker.example": 200, "a.ranker.example:1": 200, "localhost": 400}.items():
         assert TestClient(app).get("/healthz", headers={"Host": host}).status_code == status
     for name in ("*ranker", "http://x", "a b", ""):
-        with pytest.raises(ConfigError, match=r"--allowed-hosts: .* is no name, \*\.DOMAIN or \*"):
+        with pytest.raises(
+            ConfigError, match=r"--allowed-hosts: .* is not a host name, \*\.DOMAIN or \*"
+        ):
             ServeConfig(Path("run"), "store", allowed_hosts=(name,))
 
 
