@@ -54,7 +54,7 @@ def run(log, tmp_path_factory) -> Path:
 
 @torch.no_grad()
 def expected(run: Run, before: int = END) -> UserState:
-    """The users' states at END, of their events before a time."""
+    """The users' states at END, from their events before a time."""
     histories = RankingDataset.of_users(run.log, np.array(USERS), np.full(len(USERS), before))
     batch = histories[list(range(len(USERS)))]
     batch.history_age += (END - before) / 86_400_000_000
@@ -91,7 +91,7 @@ def test_every_user_with_events_has_a_state(run, tmp_path):
 @pytest.mark.parametrize("zone", [None, timezone(timedelta(hours=2))], ids=str)
 def test_only_the_events_before_a_time(run, tmp_path, zone):
     store = str(tmp_path / "states")
-    hour = 0 if zone is None else 2  # the same moment on that zone's clocks
+    hour = 0 if zone is None else 2  # the same moment in that time zone
     build_states(BuildStatesConfig(run, store, 0, until=datetime(2024, 2, 10, hour, tzinfo=zone)))
     before = int(np.datetime64("2024-02-10", "us").astype(np.int64))
     assert_built(store, run, before)
@@ -176,7 +176,7 @@ def test_users_without_new_events_keep_the_states_of_the_run_before(run, log, tm
 
 
 class Stopped(Exception):
-    """Stands for whatever ends a process."""
+    """Simulates the end of a process."""
 
 
 def build_on_ranks(run: Path, address: str, fail_after: int | None) -> dict:
@@ -194,7 +194,7 @@ def build_on_ranks(run: Path, address: str, fail_after: int | None) -> dict:
 
 
 @pytest.mark.parametrize(("address", "world"), [("lmdb", 1), ("redis", 2)], indirect=["address"])
-def test_ranks_share_the_users_and_go_on_where_they_were_stopped(run, address, world):
+def test_ranks_share_the_users_and_resume_where_they_were_stopped(run, address, world):
     stopped = run_ranks(build_on_ranks, world, run, address, 1, check=False)
     assert {type(result) for result in stopped} == {Stopped}
     version = load_run(run, sharded=False).version
@@ -227,7 +227,7 @@ def test_lmdb_serves_one_machine(run, tmp_path, monkeypatch):
         build_states(BuildStatesConfig(run, str(tmp_path / "states"), 0))
 
 
-def test_of_several_partitions_each_and_its_position_is_given():
+def test_position_takes_several_partitions():
     arguments = ["--run", "run", "--store", "states", "--position"]
     for given, position in ((["5"], 5), (["0", "1200", "1", "981"], {0: 1200, 1: 981})):
         assert tyro.cli(BuildStatesConfig, args=[*arguments, *given]).position == position
@@ -276,6 +276,6 @@ def test_a_user_is_forgotten_and_the_journal_trimmed_on_the_command_line(
 
 
 @pytest.mark.parametrize("position", [-1, 2**63, {1: 2**63}, {2**32: 0}, {-1: 0}])
-def test_a_position_that_no_stream_has_is_refused(position: int | dict[int, int]) -> None:
+def test_an_impossible_position_is_refused(position: int | dict[int, int]) -> None:
     with pytest.raises(ConfigError, match=r"--position: .*positions must be in 0"):
         BuildStatesConfig(Path("run"), "states", position)

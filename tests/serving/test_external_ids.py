@@ -1,4 +1,4 @@
-"""External ids and what events have: a served score is that of the model on the log's own history."""
+"""External ids and event features: served scores are those of the model on the log's histories."""
 
 from __future__ import annotations
 
@@ -91,14 +91,14 @@ def test_scores_are_the_models_on_the_log(shop, scorer):
 
 
 def test_a_new_item_that_the_user_met_is_told_from_one_that_they_did_not(shop, scorer):
-    """Of two items that no vocabulary knows all else is alike."""
+    """Two items that the vocabulary does not know, alike in everything else."""
     unmet = scorer.score([request(shop, "never seen", "nor this")])[0]
     np.testing.assert_allclose(unmet[0], unmet[1], atol=1e-6)
     event = dataclasses.replace(shop.event(0), user="anna", item="never seen")
     assert scorer.append([event]) == [EventResult("taken", unknown=1)]
     met = scorer.score([request(shop, "never seen", "nor this")])[0]
     assert abs(met[0] - met[1]) > 1e-3
-    # also by another process, or the next day
+    # the same in another process, or the next day
     again = Scorer(shop.model, shop.log, scorer.store)
     np.testing.assert_array_equal(again.score([request(shop, "never seen", "nor this")])[0], met)
 
@@ -119,7 +119,7 @@ def test_ids_come_back_as_they_were_given_and_unknown_ones_are_counted(shop, sco
     ranking = scorer.rank([asked])[0]
     assert {(type(item), item) for item in ranking.items} == {(type(i), i) for i in asked.candidates}
     assert (ranking.unknown_candidates, ranking.unknown_context) == (3, 6)
-    # a number and its digits are one item
+    # a number and the string of its digits are the same item
     scores = dict(
         zip(asked.candidates, scorer.score([request(shop, *asked.candidates)])[0], strict=True)
     )
@@ -134,8 +134,8 @@ def test_users_that_the_vocabulary_does_not_know_have_states(shop, scorer):
     assert len(scorer.score([known])[0]) == 1
 
 
-def test_what_an_event_has_changes_the_state(shop, key_values):
-    """Each feature, each number, the lack of one, and the weight."""
+def test_event_features_change_the_state(shop, key_values):
+    """Each feature, each number, a missing number, and the weight."""
     base = dataclasses.replace(
         shop.event(0),
         features={"action": "buy", "device": "desk"},
@@ -189,7 +189,7 @@ def broken(event: Event, **changes) -> Event:
         ({"time": 1.5}, r"time must be in 0\.\.2\*\*63 - 1 microseconds, got 1.5"),
     ],
 )
-def test_an_event_that_is_not_the_schemas_is_refused_alone(shop, scorer, changes, reason):
+def test_only_the_event_that_does_not_fit_the_schema_is_refused(shop, scorer, changes, reason):
     good = [broken(shop.event(n), user="anna") for n in range(2)]
     bad = broken(shop.event(2), **changes)
     first, refused, second = scorer.append([good[0], bad, good[1]])
@@ -198,7 +198,7 @@ def test_an_event_that_is_not_the_schemas_is_refused_alone(shop, scorer, changes
     assert re.search(reason, refused.reason), refused.reason
 
 
-def test_a_position_that_is_anothers_is_refused_alone(shop, scorer):
+def test_only_the_event_at_another_events_position_is_refused(shop, scorer):
     scorer.append([shop.event(0)])
     again = dataclasses.replace(shop.event(0), numbers={"dwell": None, "amount": 77.5})
     results = scorer.append([shop.event(1), again, shop.event(0), shop.event(2)])
@@ -206,9 +206,8 @@ def test_a_position_that_is_anothers_is_refused_alone(shop, scorer):
     assert "amount 77.5" in results[1].reason and "comes again" in results[1].reason
 
 
-def test_a_longer_vocabulary_picks_events_up_by_their_ids(shop, scorer, tmp_path):
-    """What the old version did not know, the new one does; features that it wants beyond those that the
-    journal has are unknown."""
+def test_a_longer_vocabulary_recognises_journal_events_by_their_ids(shop, scorer, tmp_path):
+    """A new version knows ids that an old one did not; features that the journal lacks are unknown."""
     events = [dataclasses.replace(shop.event(n), user="anna", item="brand new") for n in range(2)]
     assert [result.unknown for result in scorer.append(events)] == [
         1 + (event.features["device"] == "watch") for event in events
@@ -254,8 +253,8 @@ def run(shop, tmp_path_factory) -> Run:
     return load_run(out, sharded=False)
 
 
-def test_states_built_of_a_log_are_those_of_its_events_over_http(shop, run, tmp_path):
-    """Users, items and what events have, by their external ids on both ways."""
+def test_states_built_from_a_log_equal_those_of_its_events_over_http(shop, run, tmp_path):
+    """Users, items and event features, by external ids both ways."""
     build_states(BuildStatesConfig(run.config.out, str(tmp_path / "built"), 1000))
     built = open_key_value_store(str(tmp_path / "built"))
     store = StateStore(built, run.version)
@@ -291,7 +290,7 @@ def test_states_built_of_a_log_are_those_of_its_events_over_http(shop, run, tmp_
     for ranking, wanted in zip(rankings, expected, strict=True):
         assert ranking["items"] == wanted.items
         np.testing.assert_allclose(ranking["logits"]["label"], wanted.logits[:, 0], rtol=1e-4, atol=1e-5)
-    # events in the log are counted as such by the built states
+    # the built states count the events in the log as duplicates
     duplicates = Scorer(run.dlrm, run.log, store).append(events[:5])
     assert {result.status for result in duplicates} == {"duplicate"}
     for address in (built, empty):
@@ -326,7 +325,7 @@ def test_a_journal_of_another_format_is_refused(shop, scorer):
         ({"candidate_dense": {"bid": [1.0, float("inf")]}}, "candidate_dense.bid: not finite"),
     ],
 )
-def test_a_request_that_is_not_the_schemas_is_refused(shop, scorer, changes, message):
+def test_a_request_that_does_not_fit_the_schema_is_refused(shop, scorer, changes, message):
     with pytest.raises(RequestError, match=message):
         scorer.score([dataclasses.replace(request(shop, "item 1", "item 2"), **changes)])
 
@@ -342,14 +341,14 @@ def test_states_of_another_vocabulary_are_refused(shop, key_values):
 
 
 def test_during_a_reload_both_weights_take_the_same_event(shop, scorer, key_values):
-    """The journal has numbers as a float32 has them; that is the event which the other one gets, too."""
+    """The journal stores numbers as float32, and the other scorer must get the same event."""
     incoming = Scorer(shop.model, shop.log, new_store(key_values, shop.log, "v2"))
     numbers = {"dwell": 0.1, "amount": 4.99}
     events = [
         dataclasses.replace(shop.event(n), user="anna", numbers=numbers, weight=0.1) for n in range(2)
     ]
     with LiveScorer(lambda: scorer, Limits()) as live:
-        live._scorers = (scorer, incoming)  # as while it catches up
+        live._scorers = (scorer, incoming)  # as during catch_up
         assert [result.status for result in live.add(events)] == ["taken"] * 2
         assert [result.status for result in live.add(events)] == ["duplicate"] * 2
     asked = [request(shop, "item 1", "item 2")]
@@ -360,7 +359,7 @@ def test_during_a_reload_both_weights_take_the_same_event(shop, scorer, key_valu
 def test_events_that_add_up_beyond_float32_are_refused_and_the_user_can_be_ranked(
     shop, scorer, same_time
 ):
-    """Stored as infinity they would have been there for good."""
+    """Stored as infinity they would stay forever."""
     events = [
         dataclasses.replace(
             shop.event(0), position=n, user="anna", time=LATER - 100 + n * (not same_time), weight=4e36
@@ -372,14 +371,14 @@ def test_events_that_add_up_beyond_float32_are_refused_and_the_user_can_be_ranke
     assert found[0] == "taken" and found[-1] == "refused"
     assert re.search(r"add up to \S+, beyond float32; give smaller weights", results[-1].reason)
     assert np.isfinite(scorer.score([request(shop, "item 1", "item 2")])[0]).all()
-    # and of events that come together those that fit are taken
+    # if events come together, those that fit are taken
     other = [dataclasses.replace(event, position=100 + n) for n, event in enumerate(events)]
     other = [dataclasses.replace(event, user="bob") for event in other]
     assert {result.status for result in scorer.append(other)} == {"taken", "refused"}
     assert np.isfinite(scorer.score([request(shop, "item 1", user="bob")])[0]).all()
 
 
-def test_the_last_position_that_there_is_can_be_trimmed(shop, scorer, key_values):
+def test_the_highest_position_can_be_trimmed(shop, scorer, key_values):
     event = dataclasses.replace(shop.event(0), position=2**63 - 2, partition=1)
     assert scorer.append([event])[0].status == "taken"
     assert trim_journal(key_values, event.time + 1).deleted == 1

@@ -1,4 +1,4 @@
-"""Quantised tables: what they change, and what they leave alone."""
+"""Quantised tables: what they change, and what they leave unchanged."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_row_of_int8_is_within_half_a_step(run: Run) -> None:
     candidates = run.dataset("test")[[0]].sequence_features
     _, tokens = quantize_tables(run.dlrm).sequence_arch(candidates)
     _, exact = run.dlrm.sequence_arch(candidates)
-    # of two tables; fbgemm keeps scale and bias in float16
+    # two tables contribute; fbgemm stores scale and bias in float16
     step = (table.max() - table.min()) / 255
     assert (tokens.values() - exact.values()).abs().max() < 2 * step
 
