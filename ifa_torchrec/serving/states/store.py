@@ -435,7 +435,7 @@ class StateStore:
             return StoreError(
                 f"{states} are gone: the store was emptied, or restarted without its data, or they were "
                 "dropped. Rebuild them (ifa build-states), send the events from "
-                f"{format_positions(self.positions)} on again, and restart this process"
+                f"{format_positions(self.positions)} on again, and restart the service"
             )
         header = unpack_header(self.key_values, found)
         if header.get("dropped"):
@@ -444,5 +444,5 @@ class StateStore:
             )
         return StoreError(
             f"{states} were dropped and rebuilt since this process opened them; when the build is "
-            "complete, restart this process or send it SIGHUP"
+            "complete, restart the service or send it SIGHUP"
         )
