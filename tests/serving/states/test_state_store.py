@@ -752,7 +752,7 @@ def test_rebuilt_states_are_refused_until_they_are_reopened(key_values):
     refuses(
         store,
         model,
-        r"rebuilt since this process opened them; .* restart this process or send it SIGHUP",
+        r"rebuilt since this process opened them; .* restart the service or send it SIGHUP",
     )
     write(building, model, [dataclasses.replace(event, user=7) for event in events])
     building.finish()
