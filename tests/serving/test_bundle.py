@@ -131,9 +131,9 @@ def test_an_altered_bundle_is_refused(
 
 
 def test_options_that_do_not_fit_a_bundle_are_refused(run, bundle, tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="--bundle, --out"):
+    with pytest.raises(ConfigError, match="--bundle and --out"):
         ExportConfig(run, out=tmp_path / "a.pt2", bundle=tmp_path / "b")
-    with pytest.raises(ConfigError, match="--package, --int8"):
+    with pytest.raises(ConfigError, match="--package and --int8"):
         ExportConfig(run, bundle=tmp_path / "b", int8=True)
     with pytest.raises(ExistsError, match="bundle exists"):
         export(ExportConfig(run, bundle=bundle))

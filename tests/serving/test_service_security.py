@@ -489,7 +489,7 @@ def test_each_connection_has_a_file_handle_from_the_beginning(monkeypatch):
     ((soft, hard),) = allowed
     assert 300 + 256 < soft <= hard == 1024
     with pytest.raises(
-        ConfigError, match=r"max-connections 4000 needs \d+ .* may have 1024 \(ulimit -n\)"
+        ConfigError, match=r"max-connections 4000 needs \d+ .* may have only 1024; .* \(ulimit -n\)"
     ):
         _ensure_file_handles(4000)
     for unlimited in ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), (10_000, 10_000)):

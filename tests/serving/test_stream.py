@@ -414,7 +414,7 @@ def test_settings_of_the_client_come_from_a_file(tmp_path, live):
 
 
 def test_options_of_a_topic_need_one():
-    with pytest.raises(ConfigError, match="give --events, too"):
+    with pytest.raises(ConfigError, match="give --events too"):
         ServeConfig(Path("run"), "store", skip_refused=True)
 
 

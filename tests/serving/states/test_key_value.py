@@ -317,7 +317,7 @@ def test_a_server_on_which_config_is_forbidden_is_asked_by_info(redis_address):
     ],
 )
 def test_a_password_is_in_no_message(address):
-    with pytest.raises(StoreError, match=r"redis://localhost|no address|no Redis") as caught:
+    with pytest.raises(StoreError, match=r"redis://localhost|not a Redis address|no Redis") as caught:
         open_key_value_store(address)
     shown = "".join(traceback.format_exception_only(caught.value))
     assert "hush" not in shown and caught.value.__suppress_context__
