@@ -203,7 +203,7 @@ def test_only_the_event_at_another_events_position_is_refused(shop, scorer):
     again = dataclasses.replace(shop.event(0), numbers={"dwell": None, "amount": 77.5})
     results = scorer.append([shop.event(1), again, shop.event(0), shop.event(2)])
     assert [result.status for result in results] == ["taken", "refused", "duplicate", "taken"]
-    assert "amount 77.5" in results[1].reason and "comes again" in results[1].reason
+    assert "amount 77.5" in results[1].reason and "arrived again" in results[1].reason
 
 
 def test_a_longer_vocabulary_recognises_journal_events_by_their_ids(shop, scorer, tmp_path):
