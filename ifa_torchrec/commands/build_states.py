@@ -7,10 +7,10 @@
     ifa build-states --run runs/mine/tuesday --store runs/states --position 9000 \\
         --unchanged-from runs/mine/monday
 
-The store is a folder, an LMDB file that the processes of one machine share, or a Redis server or
-cluster. Killed, the same command resumes it. While it runs, `ifa serve --lazy` can rank from
-the same store: who is asked for is built then; --warm-start DAYS takes those first who are likely to be.
-Other versions' states stay; ifa states drops them.
+The store is a folder, with an LMDB file that the processes of one machine share, or a Redis server or
+cluster. If the build is killed, the same command resumes it. While it runs, `ifa serve --lazy` can rank
+from the same store and builds requested users first; --warm-start DAYS begins with recently active
+users. Other versions' states stay in the store; ifa states drops them.
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ class BuildStatesConfig:
     run: Path
     """Folder of a training run (its --out)."""
     store: str = field(repr=False)
-    """Where the states go: a folder, or redis://HOST:PORT/NUMBER."""
+    """Store to write the states to: a folder, or redis://HOST:PORT/NUMBER."""
     position: int | dict[int, int]
-    """The first position of the event stream whose event the log has not: 0 where the stream begins
-    after the log. Events of the stream before it count as being in the states. Of a stream of several
-    partitions each and its position: --position 0 1200 1 981; of those not named it is 0."""
+    """The first position of the event stream that is not in the log: 0 if the stream begins after the
+    log. Events of the stream before it count as being in the states. For a stream with several
+    partitions, each partition and its position: --position 0 1200 1 981; the default is 0."""
     data: str | Path | None = None
     """Event log, a folder or a URI; by default the one the run was trained on."""
     until: datetime | None = None
@@ -78,42 +78,42 @@ class BuildStatesConfig:
     dtype: Literal["float32", "float16"] = "float32"
     """How states are stored; float16 halves their dense heads (docs/serving.md has the error)."""
     unchanged_from: Path | None = None
-    """A run, of which the store has states: users who have had no event since its log keep those, which
-    its weights made, rather than that all are encoded by the new ones."""
+    """An earlier run whose states are in the store: users without events since then keep those states,
+    made by its weights, instead of being encoded with the new weights."""
     warm_start: float | None = None
-    """First the users who have an event in the last so many days of the log, then the others."""
+    """Build users with an event in the last DAYS days of the log first, then the others."""
     max_events: int = MAX_EVENTS
-    """Budget of history events a batch and rank."""
+    """Most history events per batch and rank."""
     max_requests: int = MAX_REQUESTS
-    """Most users a batch and rank."""
+    """Most users per batch and rank."""
 
     def __post_init__(self) -> None:
         if self.warm_start is not None and not 0 <= self.warm_start < float("inf"):
-            raise ConfigError(f"--warm-start: give days, 0 or more, not {self.warm_start}")
+            raise ConfigError(f"--warm-start: got {self.warm_start}; give days, 0 or more")
         given = {0: self.position} if isinstance(self.position, int) else self.position
         for partition, position in given.items():
             if not (0 <= partition < 2**32 and 0 <= position < 2**63):
                 raise ConfigError(
-                    f"--position: {position} of partition {partition}; a position is in 0..2**63 - 1, a "
-                    "partition in 0..2**32 - 1"
+                    f"--position: got {position} for partition {partition}; positions must be in "
+                    "0..2**63 - 1, partitions in 0..2**32 - 1"
                 )
 
 
 @torch.no_grad()
 def build_states(config: BuildStatesConfig) -> dict[str, float | str]:
-    """Encode every user of a log that has events. Called by all ranks.
+    """Encode every user with events in the log. All ranks call this.
 
     Returns:
-        "version" of the weights; "users" written now, by all ranks, and "users_per_second";
-        "bytes_per_user", keys included, and "events_per_user", both means over them; "unchanged", how
-        many of them keep the states of the run before.
+        "version" of the weights; "users" written by this call, on all ranks, and "users_per_second";
+        "bytes_per_user", keys included, and "events_per_user", means over these users; "unchanged", how
+        many of them keep the states of the earlier run.
 
     Raises:
         ValueError: the run's interaction has no user states.
-        StateError: they are built already, or were begun with other options; or the run was trained on
-            shortened histories; or the log has events of the future.
+        StateError: the states are complete, or were begun with other options; or the run was trained on
+            truncated histories; or the log has events in the future.
         CheckpointError: the run has no checkpoint.
-        LogError: the event log is not there.
+        LogError: the event log does not exist.
     """
     run = load_run(config.run, config.data)
     rank = dist.get_rank()
@@ -144,28 +144,28 @@ def build_states(config: BuildStatesConfig) -> dict[str, float | str]:
 def _of_rank_0(
     ask: Callable[[Sequence[int | str]], Sequence[Answer]], users: Sequence[int | str]
 ) -> list[Answer]:
-    """What ``ask`` says of each user on rank 0, asked of some thousands at a time: ranks that looked by
-    themselves would see what others write between them, and share out other users."""
+    """Call ``ask`` on rank 0, for thousands of users at a time, and return all answers on every rank. If
+    ranks looked for themselves, they would see each other's writes and divide different users."""
     parts = (users[n : n + 10_000] for n in range(0, len(users), 10_000))
     return checkpoint.on_rank_0(lambda: [answer for part in parts for answer in ask(part)])
 
 
 def _begin(config: BuildStatesConfig, run: Run, histories: UserHistories) -> StateStore:
-    """A store of the run's version, begun now or before; refused where its states would be wrong."""
+    """Begin or resume the build of the run's version; refuse options that would make wrong states."""
     layout = StateLayout.of(run.dlrm.candidate_arch.ifa, config.dtype)
     if run.config.history_length is not None:
         raise StateError(
-            f"{config.run} was trained on the latest {run.config.history_length} events; a state holds "
-            "all of them. Train without --history-length"
+            f"{config.run} was trained on only the latest {run.config.history_length} events of each "
+            "user, but a state contains all of them; train without --history-length"
         )
     if "://" not in config.store and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
-        raise StateError(f"{config.store}: LMDB serves one machine; on several use redis://")
+        raise StateError(f"{config.store}: LMDB works on one machine only; on several use redis://")
     latest = int(histories.last_times[histories.lengths > 0].max(initial=NEVER))
     if latest > time.time_ns() // 1000 + MICROSECONDS_PER_DAY:
         raise StateError(
-            f"{run.log.place}: its last event is at {utc(latest)}, in the future, and what its user "
-            "does before then would not count. Leave such events out with --until, or mend their "
-            "times (of nanoseconds, perhaps?)"
+            f"{run.log.place}: the last event is at {utc(latest)}, in the future; what its user does "
+            "before then would not count. Leave such events out with --until, or fix their times (are "
+            "they in nanoseconds?)"
         )
     source = f"{run.log.fingerprint()} until {config.until}"
     key_values = open_key_value_store(config.store)
@@ -174,7 +174,7 @@ def _begin(config: BuildStatesConfig, run: Run, histories: UserHistories) -> Sta
 
 
 def _left(store: StateStore, lengths: np.ndarray, who: Users) -> np.ndarray:
-    """The users that the store has not."""
+    """The users with events that have no state in the store."""
     known = np.array(_of_rank_0(lambda some: store.known(some).tolist(), who.ids), np.bool_)
     return np.flatnonzero(~known & (lengths > 0))
 
@@ -182,15 +182,15 @@ def _left(store: StateStore, lengths: np.ndarray, who: Users) -> np.ndarray:
 def _keep_unchanged(
     config: BuildStatesConfig, store: StateStore, histories: UserHistories, who: Users
 ) -> np.ndarray:
-    """Take over the states of users without a new event; how many, their bytes and events, of all
-    ranks."""
+    """Copy the earlier run's states of users without new events; return the number of users, bytes and
+    events over all ranks."""
     written = np.zeros(3)
     if config.unchanged_from is None:
         return written
     before = StateStore(store.key_values, version_of(config.unchanged_from))
     lengths, times = histories.lengths, histories.last_times
     left = _left(store, lengths, who)
-    # those that came since may have been unknown to its vocabulary
+    # the earlier vocabulary may not know the ids of later events
     left = left[times[left] <= (NEVER if before.latest is None else before.latest)]
     mine = left[dist.get_rank() :: dist.get_world_size()]
     for rows in np.array_split(mine, len(mine) // config.max_requests + 1):
@@ -204,7 +204,7 @@ def _keep_unchanged(
 def _write(
     config: BuildStatesConfig, run: Run, histories: UserHistories, store: StateStore, who: Users
 ) -> np.ndarray:
-    """Encode the users that the store has not; how many, their bytes and events, of all ranks."""
+    """Encode the users without a state; return the number of users, bytes and events over all ranks."""
     rank, world = dist.get_rank(), dist.get_world_size()
     lengths = histories.lengths
     left = _left(store, lengths, who)
@@ -227,12 +227,12 @@ def _write(
 
 
 def _by_turns(config: BuildStatesConfig, last: np.ndarray, left: np.ndarray) -> list[np.ndarray]:
-    """The users that are left, in the order in which they are built: first those of --warm-start.
+    """The remaining users in groups, in the order to build them: first those of --warm-start.
 
     Args:
         config: the options.
         last: [U], the time of each user's last event.
-        left: numbers of users.
+        left: indices of the remaining users.
     """
     if config.warm_start is None or not len(left):
         return [left]
@@ -242,7 +242,7 @@ def _by_turns(config: BuildStatesConfig, last: np.ndarray, left: np.ndarray) -> 
 
 
 def _external_users(log: EventLog) -> list[int | str]:
-    """What the world calls each of the log's users, which their states go by."""
+    """The external id of each of the log's users, under which the states are stored."""
     if "user" not in log.vocabulary.names:
         return log.users.tolist()
     found = log.vocabulary["user"].at(log.users)
@@ -250,8 +250,8 @@ def _external_users(log: EventLog) -> list[int | str]:
     if len(users) < len(found):
         nameless = log.users[[user is None for user in found]]
         raise StateError(
-            f"{log.place}: its vocabulary has no id of user {nameless[0]}, nor of {len(nameless) - 1} "
-            "others, by which a state could be found; list the users in the vocabulary"
+            f"{log.place}: the vocabulary has no id for user {nameless[0]} and {len(nameless) - 1} "
+            "others, without which their states cannot be found; list all users in the vocabulary"
         )
     return users
 

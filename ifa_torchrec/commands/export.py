@@ -1,24 +1,24 @@
-"""Write a trained model's scoring as one file that servers without this package can load.
+"""Export a trained model's scoring as one file that servers without this package can load.
 
     ifa export --run runs/mine
     ifa export --run runs/mine --out scorer.pt2
     ifa export --run runs/mine --out scorer.pt2 --package --int8
     ifa export --run runs/mine --bundle runs/bundle
 
-Without --out it compiles what stands behind the tables for this machine's processor, in a minute,
-into the run; `ifa serve --compiled` is faster by it.
+Without --out it compiles the dense part, everything after the table lookups, for this machine's
+processor into the run; that takes a minute and makes `ifa serve --compiled` faster.
 
-With --bundle it writes a folder that has all `ifa serve` needs, and no event of the log.
+With --bundle it writes a folder with everything that `ifa serve` needs, and no events of the log.
 
-With --out it scores one request from a user's state. The file has the tables in it. Of a model that
-generates sets (--candidate-set.generate) there is a second file, scorer.set.pt2, a step of a set that
-grows: given what the first one gave, and which candidates are taken, what each of the others is worth.
-Without --package it is a program for torch.export.load; with it, it is compiled for this machine's
-processor, and torch::inductor::AOTIModelPackageLoader loads it in C++, torch._inductor.aoti_load_package
-in Python.
-What either is to be fed says scorer.json beside it. A package refuses ids beyond their tables, but
-takes shapes, dtypes and strides on trust: give it contiguous tensors, and let it check them by
-AOTI_RUNTIME_CHECK_INPUTS=1 in its environment while you try it.
+With --out it writes a program that scores one request from a user's state, tables included. For a model
+that generates sets (--candidate-set.generate) there is a second file, scorer.set.pt2, one step of
+generating a set: from the first program's outputs and the candidates taken so far it computes the gain
+of each other candidate. Without --package the files are for torch.export.load. With --package they are
+compiled for this machine's processor; torch::inductor::AOTIModelPackageLoader loads them in C++, and
+torch._inductor.aoti_load_package in Python.
+scorer.json, next to them, describes the inputs. A package refuses ids beyond their tables, but does not
+check shapes, dtypes or strides: pass contiguous tensors, and set AOTI_RUNTIME_CHECK_INPUTS=1 in its
+environment while you test.
 """
 
 from __future__ import annotations
@@ -54,22 +54,22 @@ class ExportConfig:
     run: Path
     """Folder of a training run (its --out)."""
     out: Path | None = None
-    """File to write, NAME.pt2; NAME.json is written beside it, and NAME.set.pt2 where there are sets. By
-    default the dense part is compiled into the run, for ``ifa serve --compiled`` on processors like this
-    one."""
+    """File to write, NAME.pt2; NAME.json is written next to it, and NAME.set.pt2 for a model that
+    generates sets. By default the dense part is compiled into the run, for ``ifa serve --compiled`` on
+    processors like this one."""
     bundle: Path | None = None
-    """Folder to write, for ``ifa serve --bundle`` where there is no log: weights, schema, items and
-    vocabulary, and the compiled dense part if the run has it; no events, and no users' ids."""
+    """Folder to write, for ``ifa serve --bundle`` on machines without the log: weights, schema, items
+    and vocabulary, and the compiled dense part if the run has it; no events, and no user ids."""
     package: bool = False
-    """Compile it with AOTInductor; needs a C++ compiler, here and not where it is loaded."""
+    """Compile with AOTInductor; needs a C++ compiler on this machine, but not where it is loaded."""
     int8: bool = False
     """Round the tables to 8 bits."""
 
     def __post_init__(self) -> None:
         if self.out is None and (self.package or self.int8):
-            raise ConfigError("--package, --int8: they are of the graph that --out names; give --out")
+            raise ConfigError("--package and --int8 apply to the file of --out; give --out")
         if self.out is not None and self.bundle is not None:
-            raise ConfigError("--bundle, --out: give one of them a call")
+            raise ConfigError("--bundle and --out exclude each other; call ifa export once for each")
         if self.out is not None and self.out.suffix != ".pt2":
             raise ConfigError(f"--out {self.out}: the name must end in .pt2")
 
@@ -78,20 +78,20 @@ def export(config: ExportConfig) -> dict[str, Any]:
     """Export a run's last checkpoint.
 
     Returns:
-        ``describe``'s entries, and which "files", "tables" and "runtime" it is for; what NAME.json has.
-        Without ``out`` the files and the runtime alone; with ``bundle`` what its bundle.json says.
+        The contents of NAME.json: ``describe``'s entries, and "files", "tables", "runtime" and "torch".
+        Without ``out`` only files, runtime and torch; with ``bundle`` the contents of bundle.json.
 
     Raises:
         CheckpointError: the run has no checkpoint.
         StateError: a model of this kind cannot be exported.
         ConfigError: there is no C++ compiler.
-        ExistsError: the folder of the bundle is there.
+        ExistsError: the bundle's folder exists already.
         WriteError: OUT or the bundle cannot be written.
     """
     if config.bundle is not None:
         run = load_run(config.run, sharded=False)
         compiled = [file for file in [config.run / DENSE_FILE] if file.exists()]
-        for file in compiled:  # of the best step until now, perhaps
+        for file in compiled:  # it may be from an earlier best step
             check_weights(run.dlrm, run.log.schema, file)
         return write_bundle(run, config.bundle, compiled)
     if config.package or config.out is None:
@@ -99,7 +99,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
             get_cpp_compiler()
         except InvalidCxxCompiler as error:
             raise ConfigError(
-                "there is no C++ compiler to compile with; install g++, or set CXX"
+                "no C++ compiler found; install g++ or set the environment variable CXX"
             ) from error
     run = load_run(config.run, sharded=False)
     if config.out is None:
@@ -125,7 +125,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
 
 
 def _write(write: Callable[[Path], None], out: Path) -> None:
-    """As a whole, or not."""
+    """Write a file atomically."""
     draft = out.with_name(f".{out.name}")
     try:
         with writing(out):

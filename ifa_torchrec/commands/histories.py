@@ -1,4 +1,4 @@
-"""The histories of a log's users as states: for what builds all of them, and for what builds some."""
+"""Encodes users' histories as states, for a build of all users and for builds on demand."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ifa_torchrec.data.vocabulary import integer_of
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.serving import StateError, StateStore, forgotten_until
 
-NEVER = np.iinfo(np.int64).min + 1  # the least one is numpy's NaT
+NEVER = np.iinfo(np.int64).min + 1  # the least int64 is numpy's NaT
 EVER = np.iinfo(np.int64).max
 MAX_EVENTS, MAX_REQUESTS = 65536, 128
-"""Most events and users of a batch."""
+"""Most events and users per batch."""
 
 
 class UserHistories(NamedTuple):
-    """Each of some users' events but those of the last one's time, and then these: as requests without
-    candidates, each made just after the last event in it; and the times of those events."""
+    """Each user's events before the last event's time (``earlier``), and those at that time (``last``):
+    as requests without candidates, each just after its last event; and the times of those events."""
 
     earlier: RankingDataset
     earlier_times: np.ndarray
@@ -32,7 +32,7 @@ class UserHistories(NamedTuple):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Events of each user."""
+        """Number of events per user."""
         return self.earlier.history_lengths + self.last.history_lengths
 
 
@@ -43,9 +43,10 @@ def histories_of(
 
     Args:
         log: the event log.
-        users: [U] int64, the log's numbers of them.
-        until: microseconds; only events before.
-        forgotten: [U], until when each one's events do not count; by default none was forgotten.
+        users: [U] int64, the log's numbers of the users.
+        until: microseconds; only events before it are included.
+        forgotten: [U] times up to which each user's events do not count, or None; by default no user
+            was forgotten.
     """
     since = np.full(len(users), NEVER)
     begin, end = log.history_range(users, np.full(len(users), until))
@@ -53,7 +54,7 @@ def histories_of(
         since = np.array([NEVER if time is None else time + 1 for time in forgotten], np.int64)
         begin = np.maximum(begin, log.history_range(users, since)[1])
     time_of = log.events["time"]
-    end = np.maximum(end, begin)  # where there is no event before it
+    end = np.maximum(end, begin)  # if no event is left
 
     def last_before(end: np.ndarray) -> np.ndarray:
         return np.where(end > begin, time_of[np.maximum(end, 1) - 1], NEVER)
@@ -70,7 +71,7 @@ def histories_of(
 
 
 class Users(NamedTuple):
-    """Users by their external ids, and until when each one's events do not count."""
+    """External ids of users, and the time up to which each user's events do not count, or None."""
 
     ids: Sequence[int | str]
     forgotten: Sequence[int | None]
@@ -84,17 +85,17 @@ def write_states(
     users: Users,
     indices: Sequence[int],
 ) -> tuple[int, int]:
-    """Encode some of the users, and write those who have no state.
+    """Encode some users, and write the states of those who have none.
 
     Args:
-        model: in eval mode; its tables may be spread over ranks, which all call this then.
-        device: the model's.
-        store: where to.
-        histories, users: of the same users.
-        indices: which of them, EMPTY_REQUEST in place of one.
+        model: in eval mode. If its tables are sharded, all ranks call this together.
+        device: the model's device.
+        store: the store to write to.
+        histories, users: histories and ids of the same users.
+        indices: which users; EMPTY_REQUEST fills an empty place.
 
     Returns:
-        How many users it was, and the bytes written.
+        The number of users encoded, and the bytes written.
     """
     states = [
         model.encode(part[list(indices)].to(device)).to("cpu")
@@ -116,10 +117,10 @@ def write_states(
 
 
 class BuildFromLog:
-    """Builds states of users who are named, from the log that a build of all reads.
+    """Builds the states of given users, from the log that the full build reads.
 
     Args:
-        model: whose weights the states are of, its tables whole on this process, on the CPU.
+        model: the model to encode with, on the CPU with unsharded tables.
         log: the event log.
 
     Example:
@@ -128,7 +129,7 @@ class BuildFromLog:
         >>> from ifa_torchrec.serving import open_key_value_store
         >>> from ifa_torchrec.serving.states.lazy import LazyStateStore
         >>> from ifa_torchrec.training.run import load_run
-        >>> def lazily(trained, folder):  # of a run whose states were begun
+        >>> def lazily(trained, folder):  # a run whose states were begun
         ...     run = load_run(trained, sharded=False)
         ...     build = BuildFromLog(run.dlrm, run.log)
         ...     return LazyStateStore(open_key_value_store(folder), run.version, build, within=1)
@@ -137,10 +138,10 @@ class BuildFromLog:
     def __init__(self, model: DLRM_IFA, log: EventLog) -> None:
         self._model, self._log = model.eval(), log
         self._source = log.fingerprint()
-        self._numbers([""])  # makes what ids are looked up by, for processes that are forked to share
+        self._numbers([""])  # build the vocabulary's index now, so that forked processes share it
 
     def check(self, store: StateStore) -> None:
-        """See that the store's states were begun from this log.
+        """Check that the store's states were begun from this log.
 
         Raises:
             StateError: they were not.
@@ -148,15 +149,15 @@ class BuildFromLog:
         if store.source.split(" ")[0] != self._source:
             raise StateError(
                 f"states of weights {store.version!r} were begun from another log than "
-                f"{self._log.place}, or it has changed since; give that log (--data)"
+                f"{self._log.place}, or the log changed since; give their log (--data)"
             )
 
     @torch.no_grad()
     def __call__(self, store: StateStore, users: Sequence[int | str]) -> None:
-        """Write the states of those of the users who have events in the log and no state.
+        """Write the states of those users who have events in the log and no state.
 
         Args:
-            store: begun from this log.
+            store: states that were begun from this log.
             users: external ids.
         """
         numbers = dict(zip(users, self._numbers(users), strict=True))
@@ -172,7 +173,7 @@ class BuildFromLog:
             write_states(self._model, torch.device("cpu"), store, histories, found, some)
 
     def _numbers(self, users: Sequence[int | str]) -> list[int | None]:
-        """The log's number of each user, None of those that it cannot have."""
+        """The log's number of each user; None for users that it cannot have."""
         if USER not in self._log.vocabulary.names:
             return [integer_of(user) for user in users]
         return [row or None for row in self._log.vocabulary[USER].rows_of(users).tolist()]

@@ -1,15 +1,15 @@
-"""Rank candidates and take events over HTTP.
+"""Rank candidates and accept events over HTTP.
 
     ifa serve --run runs/mine --store runs/states
     curl -s localhost:8000/rank -H 'Content-Type: application/json' \\
         -d '{"requests": [{"user": 7, "candidates": [4, 9, 23], "k": 2}]}'
 
 The store is one that ifa build-states filled from the same run. /docs describes the calls.
-SIGHUP loads the run anew while the old weights serve; where --run is a link, it may by then lead to
-another run, whose states were built into the same store. In place of a run, a bundle (ifa export
---bundle) needs no log where it serves. SIGTERM finishes what was taken. Without a
-bearer token (--token-file) it listens on loopback only. docs/howto/serve.md says who may ask for what.
-With --events kafka://HOST:PORT/TOPIC it takes the events of a topic, too, each once.
+SIGHUP reloads the run while the old weights keep serving; if --run is a link, it may by then point to
+another run whose states were built into the same store. --run may also be a bundle (ifa export
+--bundle), which needs no log on the serving machine. SIGTERM finishes accepted calls, then exits.
+Without a bearer token (--token-file) it listens on loopback only. docs/howto/serve.md says who may call
+what. With --events kafka://HOST:PORT/TOPIC it also reads events from a topic, each once.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from ifa_torchrec.errors import ConfigError, require
 
 require("serve", "uvicorn")
 
-# ruff: noqa: E402 (what is not installed is named before an import fails on it)
+# ruff: noqa: E402 (missing packages are named before an import fails)
 import uvicorn
 from uvicorn.config import LOGGING_CONFIG
 
@@ -67,9 +67,9 @@ from ifa_torchrec.training.run import Run, load_run
 
 _log = logging.getLogger(__name__)
 _BACKLOG = 64
-"""Connections that wait to be accepted; so many are accepted at once, before any other is closed."""
+"""Most connections waiting to be accepted; that many are accepted at once, before any is closed."""
 _CLOSING = 60
-"""Seconds after its last call in which a worker finishes what it took, of a store that is slow, too."""
+"""Seconds that a worker has after its last call to finish accepted work, even with a slow store."""
 
 
 @dataclass(frozen=True)
@@ -77,59 +77,59 @@ class ServeConfig:
     """Options of ``ifa serve``."""
 
     run: Annotated[Path, tyro.conf.arg(aliases=("--bundle",))]
-    """Folder of a training run (its --out), or of a bundle of one (``ifa export --bundle``), which wants
-    no log; or a link to either."""
+    """Folder of a training run (its --out), or of a bundle (``ifa export --bundle``), which needs no
+    log; or a link to either."""
     store: str = field(repr=False)
-    """Where its states are: a folder, or redis://HOST:PORT/NUMBER, with its password in the variable
-    IFA_REDIS_PASSWORD."""
+    """The store of its states: a folder, or redis://HOST:PORT/NUMBER, with the password in the
+    environment variable IFA_REDIS_PASSWORD."""
     data: str | Path | None = None
-    """Event log, a folder or a URI; by default the one the run was trained on. A bundle has what is
-    wanted of it."""
+    """Event log, a folder or a URI; by default the one the run was trained on. Not for a bundle, which
+    includes what it needs of the log."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for all of them."""
+    """Address to listen on; 0.0.0.0 for all addresses."""
     port: int = 8000
     """Port to listen on."""
     token_file: Path | None = None
-    """File with the bearer token that calls must have; by default it is in the variable IFA_TOKEN."""
+    """File with the bearer token that calls must have; by default the environment variable IFA_TOKEN."""
     allowed_hosts: tuple[str, ...] = ()
-    """Names that calls may be addressed to (their Host header), *.DOMAIN for all of a domain, * for any.
-    By default any; on loopback localhost and its addresses, so that no web page reaches it by a name of
-    its own."""
+    """Host names that calls may be addressed to (their Host header), *.DOMAIN for all of a domain, * for
+    any. The default is any; on loopback it is localhost and the loopback addresses, so that a web page
+    cannot reach the service through its own host name."""
     events: str | None = field(default=None, repr=False)
-    """A topic of Kafka whose messages are events to be added: kafka://HOST:PORT/TOPIC."""
+    """A Kafka topic to read events from: kafka://HOST:PORT/TOPIC."""
     events_settings: Path | None = None
-    """File with settings of Kafka's client, such as user and password: NAME=VALUE a line, by the names
-    of librdkafka."""
+    """File with settings of the Kafka client, such as user and password: one NAME=VALUE per line, with
+    librdkafka's names."""
     skip_refused: bool = False
-    """Pass over messages of the topic that are refused, each with a line in the log; else no more are
-    read from there on."""
+    """Skip refused messages of the topic, and log each; by default reading stops at the first one."""
     int8: bool = False
-    """Round the tables to 8 bits: a third of their memory (docs/serving.md has what it changes)."""
+    """Round the tables to 8 bits: a third of their memory (docs/serving.md says what that changes)."""
     compiled: bool = False
-    """Score by the dense part that ``ifa export --run RUN`` compiled into the run: machine code that
-    runs in this process. Take it only from runs that you made."""
+    """Score with the dense part that ``ifa export --run RUN`` compiled into the run. It is machine code
+    that runs in this process: use only runs that you made."""
     workers: int = 1
-    """Processes that share the port and the memory of the weights. Each ranks with its part of the
-    threads that one would have."""
+    """Processes that share the port and the memory of the weights. The threads of one process are
+    divided among them."""
     lazy: bool = False
-    """Serve while ``ifa build-states`` still builds the states, or was stopped: who has none yet and is
-    asked for, or has an event, is built from the log then. Wants the log."""
+    """Serve while ``ifa build-states`` still builds the states, or after it was stopped: a missing user
+    is built from the log at the first request or event. Needs the log."""
     strict: bool = False
-    """Refuse (409) a request that is too far before the user's last event to be ranked as of its time;
-    else it is ranked as of a later time, which the response says."""
+    """Refuse (409) a request too far before the user's last event to be ranked as of its time; by
+    default it is ranked as of a later time, which the response reports."""
     log: LogFormat = "text"
-    """How lines of the log are written, to stderr: json for what collects them."""
+    """Format of log lines, which go to stderr: text, or json for log collectors."""
     drain: float = 2
-    """Seconds after SIGTERM in which calls are still taken, for /readyz (503 then) to be noticed."""
+    """Seconds after SIGTERM during which calls are still accepted, so that load balancers notice that
+    /readyz responds 503."""
     limits: Limits = field(default_factory=Limits)
-    """What clients may ask for."""
+    """Limits on clients' calls."""
 
     def __post_init__(self) -> None:
         for name in self.allowed_hosts:
             if not re.fullmatch(r"\*|(\*\.)?[^*/\s]+", name):
-                raise ConfigError(f"--allowed-hosts: {name!r} is no name, *.DOMAIN or *")
+                raise ConfigError(f"--allowed-hosts: {name!r} is not a host name, *.DOMAIN or *")
         if self.events is None and (self.events_settings is not None or self.skip_refused):
-            raise ConfigError("--events-settings and --skip-refused are of a topic; give --events, too")
+            raise ConfigError("--events-settings and --skip-refused need a topic; give --events too")
         if self.workers < 1:
             raise ConfigError(f"--workers must be at least 1, got {self.workers}")
 
@@ -138,21 +138,21 @@ def serve(config: ServeConfig) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Raises:
-        CheckpointError, LogError, BundleError: the run, its log or the bundle is not there, or damaged.
+        CheckpointError, LogError, BundleError: the run, its log or the bundle is missing or damaged.
         StateError: the store cannot be opened, or has no states of the run's weights.
         ConfigError: the token is empty, or there is none and the address is not loopback; there are too
-            few file handles for all connections; the port is taken; or --events is no topic's address.
-        WorkerError: a worker does not come up.
+            few file handles for all connections; the port is in use; or --events is not a topic address.
+        WorkerError: a worker did not start.
     """
-    # A SIGHUP that comes while this loads is not lost, and ends nothing. A handler may do little: it
-    # runs amid whatever this thread does, with the locks that it has; a put is allowed at any moment.
+    # A SIGHUP during loading is kept, and does not end the process. The handler may do little: it
+    # interrupts this thread anywhere, with the locks that it holds; SimpleQueue.put is allowed anywhere.
     hung_up: SimpleQueue[bool] = SimpleQueue()
     signal.signal(signal.SIGHUP, lambda *_: hung_up.put(True))
     token = _token(config)
     if token is None and not _is_loopback(config.host):
         raise ConfigError(
-            f"--host {config.host} can be reached from elsewhere: give a token, by --token-file or the "
-            "environment variable IFA_TOKEN, or listen on 127.0.0.1"
+            f"--host {config.host} can be reached from other machines: set a token with --token-file or "
+            "the environment variable IFA_TOKEN, or listen on 127.0.0.1"
         )
     topic = _topic(config)
     if config.workers > 1:
@@ -170,7 +170,7 @@ def serve(config: ServeConfig) -> None:
 
 @contextmanager
 def _reloading(live: LiveScorer, hung_up: SimpleQueue[bool]) -> Generator[None]:
-    """A thread reloads whenever True is put."""
+    """Run a thread that reloads whenever True is put into ``hung_up``."""
 
     def reload() -> None:
         while hung_up.get():
@@ -179,7 +179,7 @@ def _reloading(live: LiveScorer, hung_up: SimpleQueue[bool]) -> Generator[None]:
     if not hung_up.empty():
         while not hung_up.empty():
             hung_up.get()
-        hung_up.put(True)  # once, however often it came before this serves
+        hung_up.put(True)  # once, however many SIGHUPs arrived before this serves
     thread = threading.Thread(target=reload, name="hangup", daemon=True)
     thread.start()
     try:
@@ -191,7 +191,7 @@ def _reloading(live: LiveScorer, hung_up: SimpleQueue[bool]) -> Generator[None]:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A run or a bundle of one, without its states."""
+    """A loaded run or bundle, without its states."""
 
     run: Run | Bundle
     model: DLRM_IFA
@@ -209,15 +209,15 @@ class _Loaded:
 
 
 def _load(config: ServeConfig) -> _Loaded:
-    # a link is followed once, lest half of the files are another run's
+    # resolve a link once, so that all files are from the same run
     folder = config.run.resolve()
     if not is_bundle(folder):
         run = load_run(folder, config.data, sharded=False)
     elif config.data is None:
         run = read_bundle(folder)
     else:
-        raise ConfigError(f"--data: {config.run} is a bundle, which has what is wanted of its log")
-    # now, and before any fork: the first ranking must not wait for it
+        raise ConfigError(f"--data: {config.run} is a bundle, which needs no log; leave --data out")
+    # build the vocabularies' indexes now, before any fork: the first ranking must not wait for them
     for name in run.log.schema.tables:
         run.log.vocabulary[name].rows_of([])
     model = quantize_tables(run.dlrm) if config.int8 else run.dlrm
@@ -228,27 +228,28 @@ def _load(config: ServeConfig) -> _Loaded:
     if config.lazy:
         if isinstance(run, Bundle):
             raise ConfigError(
-                f"--lazy: {config.run} is a bundle, and has no events to build states from; give the run"
+                f"--lazy: {config.run} is a bundle, which has no events to build states from; give the "
+                "run instead"
             )
         build = BuildFromLog(run.dlrm, run.log)
     return _Loaded(run, model, compiled, build)
 
 
 def _serve_together(config: ServeConfig, token: str | None, topic: KafkaTopic | None) -> None:
-    """``serve`` by several processes."""
+    """``serve`` with several processes."""
     limits = config.limits.of_each(config.workers)
     threads = max(1, torch.get_num_threads() // config.workers)
 
     def work(loaded: _Loaded, sockets: list[socket.socket], ready: Callable[[], object]) -> None:
         torch.set_num_threads(threads)
-        key_values = open_key_value_store(config.store, create=False)  # which no fork may share
+        key_values = open_key_value_store(config.store, create=False)  # forks must not share it
 
         def scorer() -> Scorer:
             return loaded.scorer(config, key_values)
 
         with LiveScorer(scorer, limits, Metrics(Path(folder))) as live, _reading(topic, live):
             _ensure_file_handles(limits.max_connections)
-            _log.info("weights %s serve now", live.version)
+            _log.info("weights %s are serving now", live.version)
             _Server(replace(config, limits=limits), live, token, ready).run(sockets)
 
     def catch_up(loaded: _Loaded) -> None:
@@ -262,13 +263,14 @@ def _serve_together(config: ServeConfig, token: str | None, topic: KafkaTopic | 
 
 
 def _grace(limits: Limits) -> int:
-    """Seconds in which calls may end: none waits longer than its timeout, but for clients that stop in
-    the middle of a body."""
+    """Seconds that running calls get to finish: each ends by its timeout, unless its client stops in the
+    middle of a body."""
     return math.ceil(limits.timeout) + 5
 
 
 class _Server(uvicorn.Server):
-    """uvicorn that drains before it closes and says when it serves; a signal is no failure of it."""
+    """uvicorn's server, which here drains before it closes, calls ``ready`` once it serves, and does not
+    treat a signal as a failure."""
 
     def __init__(
         self,
@@ -287,9 +289,9 @@ class _Server(uvicorn.Server):
                 backlog=_BACKLOG,
                 timeout_keep_alive=math.ceil(min(5, config.limits.receive / 2)),
                 access_log=False,
-                # without it uvicorn's lines go where all others go
+                # None sends uvicorn's lines where all others go
                 log_config=None if config.log == "json" else LOGGING_CONFIG,
-                proxy_headers=False,  # nothing here asks who called
+                proxy_headers=False,  # nothing here uses the caller's address
                 timeout_graceful_shutdown=_grace(config.limits),
             )
         )
@@ -300,7 +302,7 @@ class _Server(uvicorn.Server):
         self._ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.should_exit = True  # uvicorn's own would raise the signal again at the end
+        self.should_exit = True  # uvicorn's own handler would raise the signal again at the end
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._live.draining = True
@@ -323,7 +325,7 @@ def _token(config: ServeConfig) -> str | None:
         try:
             text, source = config.token_file.read_text(), str(config.token_file)
         except UnicodeDecodeError:
-            raise ConfigError(f"--token-file: {config.token_file} is no UTF-8 text") from None
+            raise ConfigError(f"--token-file: {config.token_file} is not UTF-8 text") from None
         except OSError as error:
             raise ConfigError(f"--token-file: {error}") from error
     elif "IFA_TOKEN" in os.environ:
@@ -333,22 +335,22 @@ def _token(config: ServeConfig) -> str | None:
     words = text.split()
     if len(words) != 1:
         raise ConfigError(
-            f"{source}: the token is {'several words' if words else 'empty'}; give one word"
+            f"{source}: the token is {'several words' if words else 'empty'}; it must be one word"
         )
     return words[0]
 
 
 def _ensure_file_handles(connections: int) -> None:
-    """A process without file handles serves nobody: so each connection has one from the beginning."""
-    # a reload opens what is open now once more; connections that are closed are so a little later
+    """Make sure that there is a file handle for every connection; without, the process would fail."""
+    # a reload opens the files a second time, and closed connections release their handles with a delay
     needed = connections + 4 * _BACKLOG + 2 * len(os.listdir("/dev/fd")) + 64
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise ConfigError(
-            f"--limits.max-connections {connections} needs {needed} file handles, and this process may "
-            f"have {hard} (ulimit -n): allow more, or fewer connections"
+            f"--limits.max-connections {connections} needs {needed} file handles, but this process may "
+            f"have only {hard}; raise the limit (ulimit -n), or allow fewer connections"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
@@ -370,7 +372,7 @@ def main(config: Annotated[ServeConfig, tyro.conf.arg(name="")]) -> None:
     """The command; its help is the top of this file."""
     log_as(config.log)
     serve(config)
-    if dist.is_initialized():  # which a bundle does not want
+    if dist.is_initialized():  # not for a bundle
         dist.destroy_process_group()
 
 

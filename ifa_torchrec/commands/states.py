@@ -1,4 +1,4 @@
-"""List the versions whose states a store holds; drop one, forget a user, or leave out what is old.
+"""List the versions whose states a store has; drop a version, forget a user, or trim the journal.
 
     ifa states --store runs/states
     ifa states --store runs/states --drop VERSION
@@ -6,7 +6,7 @@
     ifa states --store runs/states --trim-journal 90
     ifa states --store runs/states --compact
 
-Without --drop, --forget, --trim-journal and --compact it changes nothing.
+Without --drop, --forget, --trim-journal or --compact it changes nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ifa_torchrec.serving import (
     versions,
 )
 from ifa_torchrec.serving.states.forgetting import id_of
-from ifa_torchrec.serving.states.layout import told
+from ifa_torchrec.serving.states.layout import format_positions
 from ifa_torchrec.serving.states.versions import FORMAT
 from ifa_torchrec.serving.times import utc
 
@@ -41,23 +41,24 @@ class StatesConfig:
     store: str = field(repr=False)
     """A folder, or redis://HOST:PORT/NUMBER."""
     drop: str | None = None
-    """Delete this version's states, and the events of the journal that no other version can want: with
-    the last version all of them."""
+    """Delete this version's states, and the journal's events that no other version needs: with the last
+    version, all of them."""
     forget: str | None = None
-    """Remove all that is here of this user, of all versions, and count no event of theirs up to now any
-    more; then compact the store, if it is a folder. Digits are an integer; a string of digits stands in
-    double quotes."""
+    """Remove everything about this user, in all versions, and ignore the user's events up to now; then
+    compact the store if it is a folder. Digits are an integer id; put a string of digits in double
+    quotes."""
     trim_journal: float | None = None
-    """Delete the journal's events that are older than so many days and that every version here has."""
+    """Delete the journal's events that are older than this many days and that every version has."""
     compact: bool = False
-    """Write a folder's file anew, without a byte of what was deleted. No other process may have the
-    folder open."""
+    """Rewrite a folder's file without a byte of deleted records. No other process may have it open."""
 
     def __post_init__(self) -> None:
         if self.forget == "":
             raise ConfigError("--forget: give the id of a user")
         if self.trim_journal is not None and not 0 <= self.trim_journal < float("inf"):
-            raise ConfigError(f"--trim-journal: give days, 0 or more, not {self.trim_journal}")
+            raise ConfigError(
+                f"--trim-journal: got {self.trim_journal}; give a number of days, 0 or more"
+            )
 
 
 def main(config: Annotated[StatesConfig, tyro.conf.arg(name="")]) -> None:
@@ -79,23 +80,23 @@ def _forget(key_values: KeyValueStore, text: str) -> None:
     user = id_of(text)
     gone = forget(key_values, user)
     print(
-        f"user {user!r}: {gone.records} records of states and {gone.events} events of the journal "
-        f"removed; no event up to {utc(gone.until)} counts any more"
+        f"user {user!r}: removed {gone.records} state records and {gone.events} journal events; events "
+        f"up to {utc(gone.until)} no longer count"
     )
     if not gone.anything and isinstance(user, int):
-        print(f"nothing was here of the integer {user}; the string of these digits is '\"{user}\"'")
+        print(f"the store had nothing of the integer {user}; for the string of digits give '\"{user}\"'")
     try:
         key_values.compact()
     except StateError as error:
-        print(f"bytes of what was removed may still be on disk: {error}")
+        print(f"bytes of the removed records may still be on disk: {error}")
 
 
 def _trim(key_values: KeyValueStore, days: float) -> None:
     trimmed = trim_journal(key_values, time.time_ns() // 1000 - round(days * MICROSECONDS_PER_DAY))
-    print(f"{trimmed.deleted} events older than {days:g} days removed from the journal")
+    print(f"removed {trimmed.deleted} events older than {days:g} days from the journal")
     if trimmed.kept:
         print(
-            f"{trimmed.kept} more of them stay: a version here has not had them; serve from it once, or "
+            f"kept {trimmed.kept} more: a version in this store lacks them; serve that version once, or "
             "drop it"
         )
 
@@ -103,15 +104,13 @@ def _trim(key_values: KeyValueStore, days: float) -> None:
 def _list(key_values: KeyValueStore) -> None:
     for version, header in versions(key_values).items():
         if header.get("format") != FORMAT:
-            print(
-                f"{version}: of format {header.get('format')!r}, this version reads {FORMAT!r}; drop it"
-            )
+            print(f"{version}: format {header.get('format')!r}, this version reads {FORMAT!r}; drop it")
             continue
         positions = {int(partition): first for partition, first in header["positions"].items()}
-        built = "whole" if header["complete"] else "half built"
+        built = "complete" if header["complete"] else "incomplete"
         print(
-            f"{version}: {built}, {header['layout']['dtype']}, of a log up to {told(positions)}, of the "
-            f"vocabulary {header['vocabulary']}"
+            f"{version}: {built}, {header['layout']['dtype']}, from a log up to "
+            f"{format_positions(positions)}, vocabulary {header['vocabulary']}"
         )
 
 

@@ -1,10 +1,10 @@
-"""Serving: user states in a store, scores from them, events added to them, and HTTP around it."""
+"""Serving: user states in a store, scores from states, events added to states, and an HTTP service."""
 
 from ifa_torchrec.errors import require
 
 require("serve", "pandas", "pyarrow", "lmdb", "prometheus_client", "redis")
 
-# ruff: noqa: E402 (what is not installed is named before an import fails on it)
+# ruff: noqa: E402 (missing packages are named before an import fails)
 from ifa_torchrec.serving.errors import RequestError, StateError, StoreError, UnknownUserError
 from ifa_torchrec.serving.export import ScoringGraph, export_scorer
 from ifa_torchrec.serving.quantize import quantize_tables

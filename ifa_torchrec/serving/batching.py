@@ -1,4 +1,4 @@
-"""One thread that does what waits in a bounded queue, as much of it at once as there is."""
+"""A bounded queue whose waiting items one thread processes in batches."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Result = TypeVar("Result")
 
 
 class QueueFullError(RuntimeError):
-    """No more work can wait; try again later."""
+    """The queue is full; try again later."""
 
 
 class ClosedError(RuntimeError):
-    """Nothing is done any more."""
+    """The batcher is closed and accepts no more work."""
 
 
 @dataclass
@@ -34,15 +34,16 @@ class _Job:
 
 
 class Batcher:
-    """Calls functions of lists, one at a time, in a thread of its own.
+    """Calls functions on batches of items, one batch at a time, in its own thread.
 
-    It never waits for a batch to fill: the items that came while it was busy are the next batch. The
-    longest waiting item is always in it, and with it those that wait for the same function.
+    It never waits for a batch to fill: the items that arrived while it was busy form the next batch.
+    A batch always contains the item that has waited longest, and other items that wait for the same
+    function.
 
     Args:
-        capacity: items that may wait.
-        on_length: called with how many wait, whenever that changes.
-        on_wait: called with the seconds that an item has waited, when its turn comes.
+        capacity: most items that may wait.
+        on_length: called with the number of waiting items whenever it changes.
+        on_wait: called with the seconds that an item waited, when its batch starts.
 
     Example:
         >>> from ifa_torchrec.serving.batching import Batcher
@@ -81,28 +82,27 @@ class Batcher:
         items: Sequence[Item],
         shares: Sequence[float],
     ) -> list[Future[Result]]:
-        """Have something done with some items, and whatever else waits for it.
+        """Queue items for ``work``, which may run on them together with other items queued for it.
 
         Args:
-            work: gives a result for each of a list of items, or fails. Where it fails it is called
-                again with each half of them, so what it did before it failed must do no harm a second
-                time (events that were added are duplicates then); of an UnreachableError all of them
-                fail at once.
-            items: what it is to be given.
-            shares: of each item, what part of a batch it fills; a batch is full at 1.
+            work: takes a list of items and returns one result per item. If it fails, it is called again
+                with each half of the list, so it must be safe to repeat (an event added twice counts as
+                a duplicate). If it raises UnreachableError, all items of the batch fail at once.
+            items: the items.
+            shares: for each item, the share of a batch that it fills; a batch is full at 1.
 
         Returns:
-            A future for each item. One that is cancelled before its turn is left out.
+            One future per item. An item whose future is cancelled before its batch starts is skipped.
 
         Raises:
-            QueueFullError: not all of them may wait; then none does.
-            ClosedError: it was closed.
+            QueueFullError: there is no room for all of the items; none is queued.
+            ClosedError: the batcher is closed.
         """
         now = time.perf_counter()
         jobs = [_Job(work, item, share, now) for item, share in zip(items, shares, strict=True)]
         with self._changed:
             if self._closed:
-                raise ClosedError("the batcher was closed; it takes nothing any more")
+                raise ClosedError("the batcher is closed and accepts no more work")
             if len(self._waiting) + len(jobs) > self._capacity:
                 raise QueueFullError(f"{len(self._waiting)} of {self._capacity} places are taken")
             self._waiting.extend(jobs)
@@ -111,7 +111,7 @@ class Batcher:
         return [job.future for job in jobs]
 
     def close(self) -> None:
-        """Do what waits, and end. Nothing may be submitted any more."""
+        """Finish the waiting items and stop the thread; later submits raise ClosedError."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -128,11 +128,11 @@ class Batcher:
                     _do(jobs)
             except UnreachableError as error:
                 _fail(jobs, error)
-            except BaseException as error:  # such as SystemExit: this thread has to go on for the others
+            except BaseException as error:  # SystemExit, say: the thread must continue for other items
                 _fail(jobs, RuntimeError(f"the work ended with {type(error).__name__}: {error}"))
 
     def _take(self) -> list[_Job]:
-        """The next batch; empty at the end."""
+        """The next batch; empty once the batcher is closed and nothing waits."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             taken: list[_Job] = []
@@ -148,17 +148,17 @@ class Batcher:
 
 
 def _fail(jobs: list[_Job], error: Exception) -> None:
-    """Of the jobs that are not done."""
+    """Fail the jobs that are not done."""
     for job in jobs:
         if not job.future.done():
             job.future.set_exception(error)
 
 
 def _do(jobs: list[_Job]) -> None:
-    """Do a batch. Where it fails, each half is done alone, so that an item fails for itself only.
+    """Run a batch. If it fails, run each half separately, so that only the items at fault fail.
 
     Raises:
-        UnreachableError: the work raised it; the halves would wait for the store as long, each anew.
+        UnreachableError: the work raised it; each half would wait for the store just as long again.
     """
     try:
         results = jobs[0].work([job.item for job in jobs])
@@ -172,7 +172,7 @@ def _do(jobs: list[_Job]) -> None:
         _do(jobs[:middle])
         _do(jobs[middle:])
     else:
-        if len(results) != len(jobs):  # whose is which?
+        if len(results) != len(jobs):  # results cannot be matched to items
             raise RuntimeError(f"{len(results)} results for {len(jobs)} items")
         for job, result in zip(jobs, results, strict=True):
             job.future.set_result(result)

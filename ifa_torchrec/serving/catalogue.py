@@ -1,4 +1,4 @@
-"""External ids become rows and numbers, and requests and events the features that a model takes."""
+"""Encodes requests and events as model features: external ids become table rows and item numbers."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from ifa_torchrec.serving.states.journal import Event
 
 _HISTORY, _CANDIDATE = "history_", "candidate_"
 _HASHES = 2**62
-"""Numbers that ids which no vocabulary knows are given, behind those that one knows."""
+"""How many item numbers, after those of the log's items, unknown ids are hashed into."""
 
 
 @dataclass(frozen=True)
-class Read:
-    """Features of events, and how many ids in them the vocabulary does not know.
+class EncodedEvents:
+    """N events as features, and how many of their ids the vocabulary does not know.
 
     Args:
-        features: of N events, each a request with a history of one.
-        items: [N], unknown items of each.
-        values: [N], other unknown ids of each.
+        features: each event is a request with a history of one event.
+        items: [N], unknown items per event (0 or 1).
+        values: [N], other unknown ids per event.
     """
 
     features: RankingFeatures
@@ -38,18 +38,18 @@ class Read:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What B requests ask for, of M candidates together, as rows and numbers.
+class EncodedRequests:
+    """B requests with M candidates in total, as table rows and numbers.
 
     Args:
-        items: [M] int64, the candidates' items, by the numbers that identity heads compare.
-        described: [M] int64, the same, 0 where the log does not know the item.
-        lengths: [B] int64, candidates of each request.
-        ids: of each item and candidate feature, [M] int64.
-        context: of each context feature and context list its ids [L] int64, and how many each request
-            has, [B] int64.
-        dense: [B, F] and candidate_dense: [M, Fc], float32, NaN where a number is missing.
-        unknown_items, unknown_values: [B] int64, of how many candidates, and of how many other ids, the
+        items: [M] int64, the candidates' item numbers, which identity heads compare.
+        described: [M] int64, the same, but 0 for items that the log does not know.
+        lengths: [B] int64, candidates per request.
+        ids: rows of each item and candidate feature, [M] int64.
+        context: for each context feature and context list, its rows [L] int64 and the number of rows
+            per request [B] int64.
+        dense: [B, F] and candidate_dense: [M, Fc], float32; NaN where a number is missing.
+        unknown_items, unknown_values: [B] int64, how many candidates, and how many other ids, the
             vocabulary does not know.
     """
 
@@ -65,18 +65,18 @@ class Asked:
 
 
 class Catalogue:
-    """What external ids mean to a model: the schema that names its features, the items, the vocabulary.
+    """Maps external ids to what a model takes, by a log's schema, items and vocabulary.
 
-    An id that the vocabulary does not know is row 0, "unknown". An item still has a number that tells it
-    apart in the identity heads: behind the numbers of all items, from a hash of its id.
+    An id that the vocabulary does not know becomes row 0, "unknown". An unknown item still gets a number
+    that tells it apart in the identity heads: a hash of its id, above the numbers of the log's items.
 
     Args:
-        log: of which schema, items and vocabulary are taken; an EventLog, or what a bundle has of one.
+        log: provides the schema, items and vocabulary; an EventLog, or the part of one in a bundle.
 
     Attributes:
         schema: LogSchema.
         items: the columns of the log's items.
-        digest: of the vocabulary.
+        digest: the vocabulary's digest.
 
     Example:
         >>> import pandas as pd, tempfile
@@ -101,12 +101,12 @@ class Catalogue:
         self._integer_users = "user" not in names or self._vocabulary["user"].integers
 
     def user(self, user: Id) -> Id:
-        """The one name of a user: of users that are integers, the integer of a string of digits."""
+        """The id under which a user's state is stored: where users are integers, "7" becomes 7."""
         number = integer_of(user) if self._integer_users else None
         return user if number is None else number
 
     def item_numbers(self, items: Sequence[Id]) -> np.ndarray:
-        """The number of each item, [n] int64: that of the log, or one from a hash; 0 is "unknown"."""
+        """Each item's number, [n] int64: the log's, or a hash for unknown items; 0 is "unknown"."""
         ids = self._vocabulary[self.schema.item]
         numbers = ids.rows_of(items)
         for n in np.flatnonzero(numbers == 0).tolist():
@@ -115,11 +115,11 @@ class Catalogue:
                 numbers[n] = self._hashed_from + int.from_bytes(digest, "big") % _HASHES
         return numbers
 
-    def ask(self, requests: Sequence[RankingRequest]) -> Asked:
-        """What B checked requests ask for, as rows and numbers.
+    def encode_requests(self, requests: Sequence[RankingRequest]) -> EncodedRequests:
+        """Encode B checked requests.
 
         Raises:
-            RequestError: a number is none.
+            RequestError: a value is not a number, or is out of range.
         """
         schema, count = self.schema, len(requests)
         lengths = np.array([len(request.candidates) for request in requests], np.int64)
@@ -143,7 +143,7 @@ class Catalogue:
             )
             for f in schema.candidate_dense
         ]
-        return Asked(
+        return EncodedRequests(
             items,
             described,
             lengths,
@@ -155,26 +155,26 @@ class Catalogue:
             values,
         )
 
-    def features(self, asked: Asked) -> RankingFeatures:
-        """The features of these requests, whose histories are empty."""
-        ids = {name: asked.ids[name] for name in self.schema.candidate_features}
-        context = {name: values for name, (values, _) in asked.context.items()}
+    def features(self, encoded: EncodedRequests) -> RankingFeatures:
+        """The requests' features, with empty histories."""
+        ids = {name: encoded.ids[name] for name in self.schema.candidate_features}
+        context = {name: values for name, (values, _) in encoded.context.items()}
         return RankingFeatures(
-            dense_features=asked.dense,
-            context_features=jagged(context, [lengths for _, lengths in asked.context.values()]),
-            candidate_dense=asked.candidate_dense,
+            dense_features=encoded.dense,
+            context_features=jagged(context, [lengths for _, lengths in encoded.context.values()]),
+            candidate_dense=encoded.candidate_dense,
             history_age=torch.empty(0),
-            **self._sequences(_CANDIDATE, asked.items, asked.lengths, ids),
+            **self._sequences(_CANDIDATE, encoded.items, encoded.lengths, ids),
         )
 
-    def read_events(self, events: Sequence[Event]) -> Read:
-        """The features of N events, each a request of its own, made at the event's time.
+    def encode_events(self, events: Sequence[Event]) -> EncodedEvents:
+        """Encode N events, each as its own request at the event's time.
 
-        Of an event that stands in the journal since another version took it, ids that it has not are
-        unknown and numbers that it has not are missing.
+        An event from the journal may have been added under another version's schema: ids that it lacks
+        become unknown, and numbers that it lacks are missing.
 
         Raises:
-            RequestError: the logarithm is taken of one of its numbers, which is negative.
+            RequestError: a number that the schema log-scales is negative.
         """
         schema, count = self.schema, len(events)
         items, values = self.item_numbers([event.item for event in events]), np.zeros(count, np.int64)
@@ -201,7 +201,7 @@ class Catalogue:
             history_dense=stacked(dense, count) if dense else None,
             **self._sequences(_HISTORY, items, np.ones(count, np.int64), event_ids),
         )
-        return Read(features, self._is_unknown(items).astype(np.int64), values)
+        return EncodedEvents(features, self._is_unknown(items).astype(np.int64), values)
 
     def _is_unknown(self, items: np.ndarray) -> np.ndarray:
         return (items == 0) | (items >= self._num_items)
@@ -209,7 +209,7 @@ class Catalogue:
     def _rows_of(
         self, name: str, ids: Sequence[Id], of_request: np.ndarray, unknown: np.ndarray
     ) -> np.ndarray:
-        """Rows of ids, each of a request, whose unknown ones are added up."""
+        """The rows of ids; unknown ids are counted per request in ``unknown``, in place."""
         rows = self._vocabulary[name].rows_of(ids)
         np.add.at(unknown, of_request[rows == 0], 1)
         return rows
@@ -227,7 +227,7 @@ class Catalogue:
         return context
 
     def _ids_of_items(self, described: np.ndarray) -> dict[str, np.ndarray]:
-        """Of each item feature, the rows of items that the log describes."""
+        """The row of each item feature, for items that the log describes."""
         ids = {f: self.items[f][described] for f in self.schema.item_features}
         ids[self.schema.item] = self._item_rows(described)
         return ids
@@ -235,13 +235,13 @@ class Catalogue:
     def _sequences(
         self, prefix: str, items: np.ndarray, lengths: np.ndarray, own: Mapping[str, np.ndarray]
     ) -> dict[str, Any]:
-        """The fields that say what events are of, or what the candidates are; the other side is empty.
+        """The RankingFeatures fields for history events or for candidates; the other side is empty.
 
         Args:
-            prefix: which of the two.
-            items: their items' numbers.
+            prefix: which side: _HISTORY or _CANDIDATE.
+            items: item numbers.
             lengths: [B], how many each request has.
-            own: ids of their own by feature.
+            own: rows of the event or candidate features, by name.
         """
         schema = self.schema
         described = np.where(items < self._num_items, items, 0)
@@ -267,5 +267,5 @@ class Catalogue:
 
 
 def _listed(value: Id | Sequence[Id]) -> Sequence[Id]:
-    """The ids of a context feature, which has one, or of a context list."""
+    """The ids of a context list, or the single id of a context feature as a list."""
     return [value] if isinstance(value, (int, str)) else value

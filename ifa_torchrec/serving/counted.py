@@ -1,4 +1,4 @@
-"""What the processes of one service count, in files of a folder: a file of each kind a process."""
+"""The metric files of a service's processes in one folder: one file per process and metric kind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prometheus_client.multiprocess import mark_process_dead
 
 @contextmanager
 def being_read(folder: Path) -> Generator[None]:
-    """Meanwhile nothing is moved from one file to another, to be read twice or not at all.
+    """Hold off moves between files while the metrics are read, so that each count is read once.
 
     Example:
         >>> import tempfile
@@ -27,18 +27,18 @@ def being_read(folder: Path) -> Generator[None]:
 
 
 def keep_counts_of_dead(folder: Path, pid: int) -> None:
-    """Add what a process counted that has ended to one file of all such, and remove its own: each reload
-    leaves some, and all are read whenever somebody looks.
+    """Merge the counts of a process that has ended into the file of all ended processes, and delete its
+    own file: each reload leaves some behind, and every scrape of /metrics reads all files.
 
     Args:
-        folder: with the files.
-        pid: of the process.
+        folder: folder with the files.
+        pid: the process's id.
 
     Example:
         >>> import tempfile
         >>> from pathlib import Path
         >>> from ifa_torchrec.serving.counted import keep_counts_of_dead
-        >>> keep_counts_of_dead(Path(tempfile.mkdtemp()), 123)  # which counted nothing
+        >>> keep_counts_of_dead(Path(tempfile.mkdtemp()), 123)  # a process that counted nothing
     """
     with _locked(folder, fcntl.LOCK_EX):
         mark_process_dead(pid, str(folder))

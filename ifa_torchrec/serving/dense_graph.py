@@ -1,6 +1,6 @@
-"""The scoring of one request behind the lookups, as a graph of plain tensors that a compiler can take.
+"""The scoring of one request after the table lookups, as a graph of plain tensors for compilers.
 
-It is CandidateArch and SetArch themselves, traced; no formula is written a second time.
+It traces CandidateArch and SetArch themselves; no formula is duplicated.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from ifa_torchrec.serving.graph_tensors import GraphTensor, columns_of
 
 
 class DenseGraph(nn.Module):
-    """One request's logits, a function of what the tables have of its ids, its numbers and a state.
+    """Computes one request's logits from its table rows, its numbers and a user state.
 
-    It is a copy of the model's dense part, which is small, with the backend "reference": plain formulae,
-    where the other backends have operators that only Python knows.
+    It copies the model's dense part, which is small, and uses the "reference" backend: plain formulae
+    instead of custom operators that exist only in Python.
 
     Args:
-        model: DLRM_IFA of interaction "ifa".
-        schema: the event log's, which names the features.
+        model: DLRM_IFA with interaction "ifa".
+        schema: the event log's schema, which names the features.
 
     Raises:
         ConfigError: the model has no user state.
 
     Attributes:
-        inputs: a GraphTensor for each argument of ``forward``, in order.
+        inputs: one GraphTensor per argument of ``forward``, in order.
 
     Example:
         >>> import torch
@@ -74,12 +74,13 @@ class DenseGraph(nn.Module):
     def forward(self, *tensors: Tensor) -> Tensor:
         """
         Args:
-            tensors: those that ``inputs`` describes, in its order; what a model has nothing of is left
-                out. Those that a ScoringGraph has, too, are as there; the others, float32, are
+            tensors: the tensors that ``inputs`` describes, in that order, without those that the model
+                does not use. Tensors that ScoringGraph.forward takes too are documented there; the
+                others, float32, are
 
-                - rows: [M, D], the sum of what the tables have of a candidate's ids.
-                - context: [1, Fs, D], of the context features and then the context lists.
-                - lists: [M, Fl, D], of the lists of the candidates' items.
+                - rows: [M, D], the sum of the table rows of each candidate's ids.
+                - context: [1, Fs, D], rows of the context features, then of the context lists.
+                - lists: [M, Fl, D], pooled rows of the candidates' item lists.
 
         Returns:
             Logits [M, T].
@@ -88,16 +89,16 @@ class DenseGraph(nn.Module):
         return self.set_arch(self.describe(dict(zip(names, tensors, strict=True))))
 
     def describe(self, given: dict[str, Tensor]) -> Candidates:
-        """Each candidate by itself.
+        """Describe each candidate on its own, before the candidates attend to each other.
 
         Args:
-            given: the tensors of ``forward`` by name.
+            given: the tensors of ``forward``, by name.
         """
         ids = given["candidate_ids"]
         m = ids.shape[0]
         features = RankingFeatures(
             dense_features=given["dense"][None],
-            context_features=KeyedJaggedTensor.empty(),  # they are looked up already
+            context_features=KeyedJaggedTensor.empty(),  # already looked up
             sequence_features=self._ids(ids),
             candidate_dense=given["candidate_dense"],
             history_age=given["dense"].new_empty(0),
@@ -125,7 +126,7 @@ class DenseGraph(nn.Module):
         )
 
     def _ids(self, candidate_ids: Tensor) -> KeyedJaggedTensor:
-        """The candidates' ids; no size is read from a tensor."""
+        """The candidates' ids as a KeyedJaggedTensor, without reading a size from a tensor."""
         m, features = candidate_ids.shape
         return KeyedJaggedTensor(
             list(self.config.candidate_keys.values()),
@@ -138,8 +139,8 @@ class DenseGraph(nn.Module):
 
 
 def graph_config(model: DLRM_IFA) -> DLRM_IFAConfig:
-    """A model's configuration as its graphs have it: ``ifa`` is that of its interaction, which need not
-    be the one that the model's configuration names.
+    """The model's configuration for its graphs. Its ``ifa`` is the interaction module's own
+    configuration, which may differ from ``model.config.ifa``.
 
     Raises:
         ConfigError: the model has no user state.
@@ -161,7 +162,7 @@ def graph_config(model: DLRM_IFA) -> DLRM_IFAConfig:
 
 
 def _inputs(config: DLRM_IFAConfig, schema: LogSchema) -> tuple[GraphTensor, ...]:
-    """Those of a DenseGraph."""
+    """The inputs of a DenseGraph."""
     dim = config.ifa.embedding_dim
     of_candidate = (*schema.item_features, *schema.candidate_features)
     given = [
@@ -176,7 +177,7 @@ def _inputs(config: DLRM_IFAConfig, schema: LogSchema) -> tuple[GraphTensor, ...
 
 
 def number_tensors(schema: LogSchema) -> list[GraphTensor]:
-    """The numbers that a scoring graph takes, of the request and of its candidates.
+    """The numeric inputs of a scoring graph, for the request and for its candidates.
 
     Example:
         >>> from ifa_torchrec.data import LogSchema
@@ -197,7 +198,7 @@ def number_tensors(schema: LogSchema) -> list[GraphTensor]:
 
 
 def state_tensors(config: DLRM_IFAConfig) -> list[GraphTensor]:
-    """The state that a scoring graph takes, and the candidates' items as it compares them.
+    """The state inputs of a scoring graph, and the candidates' item ids that it compares with them.
 
     Example:
         >>> from ifa_torchrec import DLRM_IFAConfig, IFAConfig
@@ -219,12 +220,12 @@ def state_tensors(config: DLRM_IFAConfig) -> list[GraphTensor]:
             GraphTensor("identity_key", ("U",), "int64"),
             GraphTensor("identity_sum", ("U", half_lives), "float32"),
         ]
-        if ifa.identity_width:  # else there is nothing to give
+        if ifa.identity_width:  # otherwise the tables have no values
             shape = ("U", half_lives, ifa.identity_width)
             given.append(GraphTensor("identity_value", shape, "float32"))
     return given
 
 
 def _offsets(rows: int) -> Tensor:
-    """[0, rows], of the rows of the one request; no size is read from a tensor."""
+    """Offsets [0, rows] of a single request, without reading a size from a tensor."""
     return torch.arange(2) * rows

@@ -1,4 +1,4 @@
-"""What serving raises for its user."""
+"""The errors that serving raises for its users."""
 
 from __future__ import annotations
 
@@ -6,34 +6,28 @@ from ifa_torchrec.errors import UserError
 
 
 class StateError(UserError, RuntimeError):
-    """A store of states cannot do what was asked; the message says what would be right."""
+    """A request or setting does not fit the store of states; the message says what would."""
 
 
 class StoreError(StateError):
-    """The store itself fails: no room, no connection, a damaged file. Trying again may help."""
+    """The store itself fails: it is full, unreachable or damaged. Trying again may help."""
 
 
 class UnreachableError(StoreError):
-    """The store does not respond: it is out of reach for whatever is asked next, too."""
+    """The store does not respond; further calls would fail too."""
 
 
 class UnknownUserError(StateError):
-    """There is no state of a user."""
+    """The store has no state of a user."""
 
 
 class StreamError(UserError, RuntimeError):
-    """A stream of events cannot be read on; the message says where it stopped and why."""
+    """Reading a stream of events stopped; the message says where and why."""
 
 
 class WorkerError(UserError, RuntimeError):
-    """A process of the service does not come up."""
+    """A worker process of the service did not start."""
 
 
 class RequestError(UserError, ValueError):
-    """A ranking request or an event is not what the model takes; the message names the field."""
-
-
-BUILD_COMMAND = "ifa build-states"
-"""What messages say builds states."""
-DROP_COMMAND = "ifa states --drop"
-"""What messages say drops states; the version follows."""
+    """A ranking request or an event does not fit the model; the message names the field."""

@@ -1,8 +1,8 @@
 """The scoring of one request from a user's state, as a graph of plain tensors for other runtimes.
 
-Behind the lookups the graph is a DenseGraph. Of a model that generates sets it gives beside the logits
-what SetGraph takes. What it contains are PyTorch's own operators (aten), so that nothing of this
-package, of TorchRec or of fbgemm is needed to run it.
+After the lookups the graph is a DenseGraph. For a model that generates sets it also returns the inputs
+of SetGraph. It contains only PyTorch's own (aten) operators, so running it needs neither this package
+nor TorchRec nor fbgemm.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ FORMAT = "ifa-scoring-graph/4"
 
 
 class ScoringGraph(nn.Module):
-    """One request's logits, a function of plain tensors.
+    """Computes one request's logits from plain tensors.
 
-    It shares the model's tables. Of the dense part, which is small, it has a copy with the backend
-    "reference": plain formulae, where the other backends have operators that only Python knows.
+    It shares the model's tables. It copies the dense part, which is small, and uses the "reference"
+    backend: plain formulae instead of custom operators that exist only in Python.
 
     Args:
-        model: DLRM_IFA of interaction "ifa" whose tables are whole on this process, float32, float16 or
-            int8 from ``quantize_tables``.
-        schema: the event log's, which names the features.
+        model: DLRM_IFA with interaction "ifa" and unsharded tables in float32, float16, or int8 from
+            ``quantize_tables``.
+        schema: the event log's schema, which names the features.
 
     Raises:
         ConfigError: the model has no user state.
-        StateError: its tables are of another type, or of managed collisions.
+        StateError: a table has another type or managed collisions.
 
     Attributes:
-        inputs: a GraphTensor for each argument of ``forward``, in order.
+        inputs: one GraphTensor per argument of ``forward``, in order.
 
     Example:
         >>> import torch
@@ -71,7 +71,9 @@ class ScoringGraph(nn.Module):
         super().__init__()
         config = graph_config(model)
         if model.sequence_arch.managed:
-            raise StateError("tables of managed collisions cannot be exported; serve them with Scorer")
+            raise StateError(
+                "a model with managed-collision tables cannot be exported; serve it with Scorer"
+            )
         self.config, self.schema = config, schema
         keys = list(config.candidate_keys.values())
         self.tables = plain_tables(model.sequence_arch.embedding_collection, keys)
@@ -88,29 +90,30 @@ class ScoringGraph(nn.Module):
     def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
         """
         Args:
-            tensors: those that ``inputs`` describes, in its order; what a model has nothing of is left
-                out. Ids are rows of tables; one beyond its table is an error. A missing number is NaN.
+            tensors: the tensors that ``inputs`` describes, in that order, without those that the model
+                does not use. Ids are table rows; an id beyond its table is an error. A missing number
+                is NaN.
 
                 - candidate_ids: [M, item and candidate features] int64, M >= 1.
                 - context_ids: [Fs] int64; dense: [F], and candidate_dense: [M, Fc], float32.
                 - item_dense: [M, Fi], item_vectors: [M, V] float32, of the candidates' items.
                 - context_list_NAME: [L] int64, the ids of a context list.
                 - item_list_NAME: [L] int64, the ids of all candidates' lists, in any order;
-                  item_list_NAME_candidate: [L] int64, whose each is, 0 to M - 1.
-                - candidate_item_ids: [M] int64, numbers of the candidates' items, also of those whose
-                  row is 0 since they are new; where identity features compare items.
+                  item_list_NAME_candidate: [L] int64, the candidate of each id, 0 to M - 1.
+                - candidate_item_ids: [M] int64, item numbers of the candidates, including new items
+                  whose row is 0; only if an identity feature compares items.
                 - key_value: [1, H, d_phi, d], key_sum: [1, H, d_phi] and count: [1] int64, one user's
                   state at the time of the request; zeros for a user without events.
-                - identity_key: [U] int64, ascending, U >= 0; identity_sum: [U, L] and, where identity
-                  heads have values, identity_value: [U, L, d]: the state's tables, where there are
-                  identity features. Rows that no candidate asks for may be left out.
+                - identity_key: [U] int64, ascending, U >= 0; identity_sum: [U, L] and, if identity
+                  heads have values, identity_value: [U, L, d]: the state's identity tables, if the
+                  model has identity features. Rows that no candidate uses may be left out.
 
         Returns:
-            Logits [M, T]. Where the model generates sets also what SetGraph takes beside them: query
+            Logits [M, T]. If the model generates sets, also the other inputs of SetGraph: query
             [M, T, D], key [M, D] and ids [M, F] int64.
 
         Raises:
-            ValueError: there are more or fewer tensors.
+            ValueError: the number of tensors is wrong.
         """
         names = [described.name for described in self.inputs]
         given = dict(zip(names, tensors, strict=True))
@@ -128,7 +131,7 @@ class ScoringGraph(nn.Module):
         return logits, related.query, related.key, compared
 
     def _context(self, given: dict[str, Tensor]) -> Tensor | None:
-        """[1, Fs, D]."""
+        """Rows of the context features and lists, [1, Fs, D]."""
         if self.context_arch is None:
             return None
         one = dict(zip(self.schema.context_features, given["context_ids"].split(1), strict=True))
@@ -136,7 +139,7 @@ class ScoringGraph(nn.Module):
         return self.context_arch({**one, **lists})
 
     def _lists(self, given: dict[str, Tensor], m: int) -> Tensor | None:
-        """[M, Fl, D]."""
+        """Pooled rows of the candidates' item lists, [M, Fl, D]."""
         if self.list_arch is None:
             return None
         names = self.schema.item_lists
@@ -145,18 +148,18 @@ class ScoringGraph(nn.Module):
 
 
 def export_scorer(model: DLRM_IFA, schema: LogSchema) -> ExportedProgram:
-    """Export the scoring of one request, for any number of candidates and of identity rows.
+    """Export the scoring of one request, for any number of candidates and identity rows.
 
-    ``torch.export.save`` writes it, ``package_scorer`` compiles it.
+    ``torch.export.save`` writes the program, ``package_scorer`` compiles it.
 
     Args:
-        model, schema: as ScoringGraph's.
+        model, schema: see ScoringGraph.
 
     Returns:
-        ExportedProgram with ScoringGraph.forward's arguments, of aten operators.
+        ExportedProgram of aten operators that takes ScoringGraph.forward's arguments.
 
     Raises:
-        StateError: as ScoringGraph.
+        ConfigError, StateError: see ScoringGraph.
 
     Example:
         >>> import torch
@@ -181,16 +184,15 @@ def export_scorer(model: DLRM_IFA, schema: LogSchema) -> ExportedProgram:
 
 
 def package_scorer(program: ExportedProgram, path: Path) -> None:
-    """Compile an exported program for this machine's processor, by AOTInductor.
+    """Compile an exported program for this machine's processor with AOTInductor.
 
-    A package takes the memory of its inputs for contiguous and looks at no stride: a tensor that is a
-    column of another is read wrongly and in silence. Where the environment has
-    AOTI_RUNTIME_CHECK_INPUTS=1 when a package first runs, it checks dtypes, shapes and strides and
-    throws.
+    A package assumes that its inputs are contiguous and does not check strides: it silently misreads,
+    say, a column of a larger tensor. If AOTI_RUNTIME_CHECK_INPUTS=1 is set in the environment when a
+    package first runs, it checks dtypes, shapes and strides, and throws on a mismatch.
 
     Args:
         program: from export_scorer.
-        path: to write, a name that ends in .pt2; ``torch._inductor.aoti_load_package`` loads it.
+        path: file to write; its name ends in .pt2. ``torch._inductor.aoti_load_package`` loads it.
 
     Example:
         >>> from pathlib import Path
@@ -199,18 +201,19 @@ def package_scorer(program: ExportedProgram, path: Path) -> None:
         >>> def package(model, schema):  # takes most of a minute
         ...     package_scorer(export_scorer(model, schema), Path("scorer.pt2"))
     """
-    # Inductor never assumes a size below 2, and its check of the inputs would refuse what runs well
+    # Inductor assumes sizes of at least 2; its input check would refuse smaller ones, which work
     options = {"aot_inductor.check_lowerbound": False}
     aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
 
 
 def describe(model: DLRM_IFA, schema: LogSchema, version: str, vocabulary: str) -> dict[str, Any]:
-    """What the author of a server has to know of an exported graph; to be written as JSON.
+    """Describe an exported graph, as JSON, for the author of a server that runs it.
 
     Args:
-        model, schema: as ScoringGraph's.
-        version: of the weights; the states must be of the same.
-        vocabulary: digest of the vocabulary by which external ids become rows; likewise.
+        model, schema: see ScoringGraph.
+        version: the weights' version; the states must be of the same version.
+        vocabulary: digest of the vocabulary that maps external ids to rows; the states must have been
+            built with the same vocabulary.
 
     Example:
         >>> import torch
@@ -241,19 +244,18 @@ def describe(model: DLRM_IFA, schema: LogSchema, version: str, vocabulary: str) 
         "vocabulary": vocabulary,
         "sizes": sizes,
         "inputs": [dataclasses.asdict(given) for given in inputs],
-        "layout": "each input contiguous, the last dimension's entries beside each other, on the CPU; a "
-        "part of a larger tensor must be copied",
+        "layout": "each input is contiguous (row-major) on the CPU; copy parts of larger tensors first",
         "outputs": [dataclasses.asdict(given) for given in outputs],
         "tasks": [dataclasses.asdict(task) for task in config.tasks],
-        "scores": "a binary task's logit is the log odds; a regression's number is scale.mean + "
-        "scale.deviation * logit, and expm1 of that where scale.log",
+        "scores": "a binary task's logit is the log odds; a regression task predicts scale.mean + "
+        "scale.deviation * logit, and expm1 of that if scale.log",
         "table_rows": {name: rows for table in tables for name, rows in table.items()},
         "candidate_set": _candidate_set(model),
-        "missing": "a number that is missing is NaN; an id that is unknown, or new, is row 0",
+        "missing": "a missing number is NaN; an unknown or new id is row 0",
         "identity": {
             "features": list(config.ifa.identity_features),
             "buckets": config.ifa.num_identity_buckets,
-            "key": "place in features * buckets + id mod buckets; ascending in identity_key. Id 0 is "
+            "key": "position in features * buckets + id mod buckets; ascending in identity_key. Id 0 is "
             "unknown and has no row; the item's ids are candidate_item_ids",
         },
     }
@@ -283,9 +285,8 @@ def _candidate_set(model: DLRM_IFA) -> dict[str, Any]:
             "inputs": [dataclasses.asdict(given) for given in graph.inputs],
             "outputs": [dataclasses.asdict(given) for given in graph.outputs],
             "sizes": {"M": "candidates, 1 or more", "K": "candidates that are taken, 0 or more"},
-            "taken": "numbers of the candidates in the set, 0 to M - 1, each once; the other inputs are "
-            "what the scoring graph gave. A set of k is generated by taking k times that candidate of "
-            "the others whose gain, given those taken, is largest; the first has the largest gain with "
-            "none taken",
+            "taken": "indices of the candidates in the set, 0 to M - 1, each once; the other inputs are "
+            "the scoring graph's outputs. To generate a set of k, start with nothing taken and k times "
+            "take the remaining candidate with the largest gain given those taken",
         }
     return about

@@ -1,4 +1,4 @@
-"""The tensors that an exported graph takes and gives."""
+"""Descriptions of an exported graph's input and output tensors."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.export import Dim
 
 @dataclass(frozen=True)
 class GraphTensor:
-    """A tensor that a graph takes or gives.
+    """An input or output tensor of a graph.
 
     Args:
-        name: what its documentation calls it.
-        shape: numbers; "M" where it is the number of candidates, "U" that of identity rows, "K" that of
-            taken candidates, and "L_NAME" that of the ids in a list.
+        name: the name that the documentation uses.
+        shape: sizes; "M" is the number of candidates, "U" of identity rows, "K" of taken candidates,
+            and "L_NAME" of ids in a list.
         dtype: "int64", "float32" or "bool".
-        columns: names of the last dimension's entries, where they have names.
+        columns: names of the last dimension's entries, if they have names.
 
     Example:
         >>> from ifa_torchrec.serving.graph_tensors import GraphTensor
@@ -46,8 +46,8 @@ def columns_of(name: str, columns: Iterable[str], dtype: str, *rows: str) -> Gra
 
 
 def examples_of(inputs: Iterable[GraphTensor]) -> tuple[tuple[Tensor, ...], tuple[dict[int, Dim], ...]]:
-    """Of each input an example, and which of its dimensions are of any size, as torch.export takes them:
-    "M" of at least 1, the others of at least 0.
+    """An example and the dynamic dimensions of each input, as torch.export takes them. "M" is at least
+    1, other dynamic sizes at least 0.
 
     Example:
         >>> from ifa_torchrec.serving.graph_tensors import GraphTensor, examples_of
@@ -61,7 +61,7 @@ def examples_of(inputs: Iterable[GraphTensor]) -> tuple[tuple[Tensor, ...], tupl
     for given in inputs:
         named = {i: n for i, n in enumerate(given.shape) if isinstance(n, str)}
         sizes |= {n: Dim(n, min=int(n == "M")) for n in named.values() if n not in sizes}
-        # sizes of 0 and 1 would be taken for constants
+        # torch.export would treat sizes of 0 and 1 as constants
         shape = [3 + list(sizes).index(n) if isinstance(n, str) else n for n in given.shape]
         example.append(torch.zeros(shape, dtype=getattr(torch, given.dtype)))
         dynamic.append({i: sizes[n] for i, n in named.items()})

@@ -39,17 +39,17 @@ from ifa_torchrec.serving.states.journal import Event
 
 _log = logging.getLogger(__name__)
 STAGES = ("queue", "store", "model", "append")
-"""Of a call, as /metrics names them: it waits for its turn; states are read; the model gives logits;
-events are encoded and written."""
+"""Stages of a call, as /metrics names them: waiting in the queue; reading states; computing logits;
+encoding and writing events."""
 StreamStatus = Literal["flowing", "waiting", "stopped"]
 _FULL = 0.02
-"""Seconds until a thread asks again for a place in a queue that is full."""
+"""Seconds until a thread retries to submit to a full queue."""
 _STAGE_BUCKETS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a client may ask for, and for how long.
+    """Limits on the size, number and duration of clients' calls.
 
     Example:
         >>> from ifa_torchrec.serving.live import Limits
@@ -59,27 +59,27 @@ class Limits:
     """
 
     max_body_bytes: int = 4 << 20
-    """Largest body of a call."""
+    """Largest request body in bytes."""
     max_requests: int = 64
-    """Most ranking requests a call."""
+    """Most ranking requests per call."""
     max_candidates: int = 5000
-    """Most candidates a ranking request, and of requests that are scored together."""
+    """Most candidates per ranking request, and in requests that are scored together."""
     max_context_ids: int = 1000
-    """Most ids in a ranking request's context lists, and of requests that are scored together."""
+    """Most ids in the context lists of a ranking request, and of requests that are scored together."""
     max_set: int = 100
-    """Most items that a ranking request may have chosen one by one ("strategy": "greedy")."""
+    """Most items that a ranking request may choose one by one ("strategy": "greedy")."""
     max_events: int = 1000
-    """Most events a call, and of calls whose events are written together."""
+    """Most events per call, and in calls whose events are written together."""
     max_ahead: float = 60
-    """Seconds that an event may be ahead of the clock here."""
+    """Seconds that an event may be ahead of this machine's clock."""
     max_waiting: int = 256
-    """Most ranking requests and calls with events that wait for their turn."""
+    """Most ranking requests and event calls that wait in the queue."""
     timeout: float = 2
-    """Seconds until a call is given up."""
+    """Seconds until a call times out."""
     receive: float = 10
-    """Seconds for a call's headers to come, then its body, and its client to take the response."""
+    """Seconds for a call's headers to arrive, then its body, and for the client to read the response."""
     max_connections: int = 400
-    """Most connections; beyond them the one is closed that has waited longest for its client."""
+    """Most connections; beyond that, the one that has waited longest for its client is closed."""
 
     def __post_init__(self) -> None:
         for limit in fields(self):
@@ -87,12 +87,12 @@ class Limits:
                 raise ConfigError(f"{limit.name} must be above 0, got {getattr(self, limit.name)}")
         if self.max_waiting < self.max_requests:
             raise ConfigError(
-                f"max_waiting {self.max_waiting} is below max_requests {self.max_requests}; a full "
-                "call would never be taken"
+                f"max_waiting {self.max_waiting} is below max_requests {self.max_requests}, so a full "
+                "call would never be accepted; raise max_waiting or lower max_requests"
             )
 
     def of_each(self, processes: int) -> Limits:
-        """Those of each of some processes, where all that holds of a service is shared among them.
+        """The limits of each of several processes that share one service's limits.
 
         Example:
             >>> from ifa_torchrec.serving.live import Limits
@@ -108,13 +108,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class LiveRanking(Ranking):
-    """A ranking of all candidates, or a set of them, and what made it.
+    """A ranking of all candidates or a chosen set, with the weights' version and predictions.
 
     Args:
-        version: of the weights.
-        predictions: what the logits say: of a binary task the probability, of a regression the number in
-            the log's unit; [len(items), T].
-        tasks: names of what the columns are of.
+        version: version of the weights.
+        predictions: [len(items), T]; for a binary task the probability, for a regression task the number
+            in the log's unit.
+        tasks: task names of the columns.
     """
 
     version: str
@@ -123,11 +123,11 @@ class LiveRanking(Ranking):
 
 
 class Metrics:
-    """What /metrics shows.
+    """The metrics that /metrics reports.
 
     Args:
-        shared: a folder by which the processes of one service add up what they count; it is then so for
-            all that this process counts. None for this process alone.
+        shared: folder in which the processes of one service sum their metrics. This then holds for all
+            Prometheus metrics of the process. None if there is only this process.
     """
 
     def __init__(self, shared: Path | None = None) -> None:
@@ -140,7 +140,7 @@ class Metrics:
         self.seconds = Histogram("ifa_call_seconds", "Time of a call.", ["path"], registry=registry)
         stages = Histogram(
             "ifa_stage_seconds",
-            "Time of a stage: of each request in the queue, else of those that were served together.",
+            "Time of a stage: queue per request, other stages per batch.",
             ["stage"],
             registry=registry,
             buckets=_STAGE_BUCKETS,
@@ -148,39 +148,39 @@ class Metrics:
         self._stages = {stage: stages.labels(stage) for stage in STAGES}
         self.waiting = Gauge(
             "ifa_queue_length",
-            "What waits for its turn.",
+            "Ranking requests and event calls that wait in the queue.",
             registry=registry,
             multiprocess_mode="livesum",
         )
         self.late = Counter(
-            "ifa_late_requests", "Ranked as of a time after the request's.", registry=registry
+            "ifa_late_requests", "Requests ranked as of a later time than theirs.", registry=registry
         )
         self.events = Counter(
             "ifa_events", "Events taken, duplicate, forgotten or refused.", ["status"], registry=registry
         )
         self.unknown = Counter(
             "ifa_unknown",
-            "Ids that the vocabulary does not know: of candidates, of events taken, of context.",
+            "Ids that the vocabulary does not know, in candidates, events taken or context.",
             ["kind"],
             registry=registry,
         )
         self.candidates = Counter("ifa_candidates", "Candidates scored.", registry=registry)
         self.messages = Counter(
             "ifa_stream_messages",
-            "Messages of the stream, accepted or refused.",
+            "Stream messages, accepted or refused.",
             ["result"],
             registry=registry,
         )
         self.lag = Gauge(
             "ifa_stream_lag",
-            "Messages of a partition that this process reads, and has not read yet.",
+            "Unread messages of a partition that this process reads.",
             ["partition"],
             registry=registry,
             multiprocess_mode="livesum",
         )
         self.flowing = Gauge(
             "ifa_stream_flowing",
-            "1 while the stream of events is read, 0 while it waits or is stopped.",
+            "1 while the event stream is read, 0 while it waits or is stopped.",
             ["topic"],
             registry=registry,
             multiprocess_mode="livemin",
@@ -192,38 +192,38 @@ class Metrics:
         self.model = Info("ifa_model", "The weights that serve.", registry=registry)
 
     def stage(self, name: str, seconds: float) -> None:
-        """Count what a stage, of STAGES, took."""
+        """Record the time that one of STAGES took."""
         self._stages[name].observe(seconds)
 
     def text(self) -> bytes:
-        """As Prometheus reads it."""
+        """The metrics in Prometheus's text format."""
         if self._shared is None:
             return generate_latest(self._registry)
         together = CollectorRegistry()
         MultiProcessCollector(together, str(self._shared))
-        together.register(self.model)  # of which each process has its own
+        together.register(self.model)  # Info metrics are not shared between processes
         with being_read(self._shared):
             return generate_latest(together)
 
 
 class LiveScorer:
-    """A Scorer for many callers: one thread does what they ask, as much at once as waits.
+    """A Scorer for many callers: one thread serves them, batching everything that waits.
 
     ``create_app`` has an example.
 
     Args:
-        load: gives a Scorer of the newest weights; called now, and by every ``reload``. All that it
-            gives must share one KeyValueStore.
+        load: returns a Scorer with the newest weights; called now and by every ``reload``. All Scorers
+            that it returns must share one KeyValueStore.
         limits: Limits.
-        metrics: where to count; None for Metrics of its own.
+        metrics: Metrics to record to; None creates new ones.
 
     Raises:
-        StateError, CheckpointError, LogError: what ``load`` raises.
+        StateError, CheckpointError, LogError: raised by ``load``.
 
     Attributes:
         metrics: Metrics.
-        draining: set it when nothing more should be sent here; it shows on /readyz.
-        stream: how the stream is that a ``Stream`` reads; None where there is none. It shows there, too.
+        draining: set to True when no more calls should be sent here; /readyz then responds 503.
+        stream: status of the ``Stream`` that feeds this scorer, shown on /readyz; None without one.
     """
 
     def __init__(
@@ -234,7 +234,7 @@ class LiveScorer:
         self._load_scorer = load
         scorer = self._load()
         scorer.catch_up()
-        # The first one ranks, events go to all; only _reload assigns it.
+        # The first scorer ranks; events go to all of them. Only _reload assigns this.
         self._scorers: tuple[Scorer, ...] = (scorer,)
         on_wait = partial(self.metrics.stage, "queue")
         self._batcher = Batcher(limits.max_waiting, self.metrics.waiting.set, on_wait)
@@ -254,27 +254,27 @@ class LiveScorer:
 
     @property
     def scorer(self) -> Scorer:
-        """That ranks."""
+        """The scorer that ranks."""
         return self._scorers[0]
 
     @property
     def version(self) -> str:
-        """Of the weights that rank."""
+        """The version of the weights that rank."""
         return self.scorer.store.version
 
     def close(self) -> None:
-        """Finish what was taken, users that are to be forgotten, and a reload that is under way."""
+        """Finish the accepted calls, the users to forget and a running reload, then stop."""
         self._batcher.close()
         self._reloader.shutdown(cancel_futures=True)
         self._forgetter.shutdown()
         self._checker.shutdown(wait=False)
 
     async def check(self) -> None:
-        """Ask the store whether it has the states of these weights, once a second however often called.
+        """Check that the store has these weights' states; asks it at most once a second.
 
         Raises:
-            StateError: it has not, or does not respond.
-            asyncio.TimeoutError: no response in a second.
+            StateError: the store lacks the states, or fails.
+            asyncio.TimeoutError: the store did not respond within a second.
         """
         now = time.monotonic()
         if self._checking is None or (self._checking.done() and now > self._checked + 1):
@@ -285,45 +285,44 @@ class LiveScorer:
     async def rank(
         self, requests: Sequence[RankingRequest], sizes: Sequence[int | None] = ()
     ) -> list[LiveRanking | BaseException]:
-        """The ranking of each request, or else what is wrong with it.
+        """Rank each request; the result of a request that fails is its error.
 
         Args:
             requests: the requests.
-            sizes: of each, how many candidates are to be chosen one by one, None for a ranking of all;
-                () where all are to be ranked.
+            sizes: for each request, how many candidates to choose one by one, or None to rank all of
+                them; () ranks all candidates of every request.
 
         Raises:
-            QueueFullError: too much waits already.
-            asyncio.TimeoutError: it takes too long.
+            QueueFullError: the queue is full.
+            asyncio.TimeoutError: the requests took longer than ``limits.timeout``.
         """
         shares = [self._share(request) for request in requests]
         wanted = list(zip(requests, sizes or [None] * len(requests), strict=True))
         return await self._results(self._rank, wanted, shares)
 
     def _share(self, request: RankingRequest) -> float:
-        """What part of a batch it fills, by what it has most of."""
+        """The share of a batch that a request fills by its candidates or its context ids."""
         lists = [v for v in request.context.values() if isinstance(v, Sized) and not isinstance(v, str)]
         of_context = sum(map(len, lists)) / self.limits.max_context_ids
         return max(len(request.candidates) / self.limits.max_candidates, of_context)
 
     async def append(self, events: Sequence[Event]) -> list[EventResult] | BaseException:
-        """What became of each event, once those that were taken are in the store; or else what is wrong.
+        """Add events; return their results once the taken ones are stored, or the error of the call.
 
         Raises:
-            QueueFullError: too much waits already.
-            asyncio.TimeoutError: it takes too long; they may still be added.
+            QueueFullError: the queue is full.
+            asyncio.TimeoutError: it took longer than ``limits.timeout``; the events may still be added.
         """
         shares = [len(events) / self.limits.max_events]
         (result,) = await self._results(self._append, [events], shares)
         return result
 
     def add(self, events: Sequence[Event]) -> list[EventResult]:
-        """What became of each event, as ``append``, for a thread that waits until they have had their
-        turn. At most ``limits.max_events`` of them.
+        """Add at most ``limits.max_events`` events, as ``append`` does, but block until they are done.
 
         Raises:
-            StoreError: the store fails; some may have been added.
-            ClosedError: it was closed.
+            StoreError: the store fails; some events may have been added.
+            ClosedError: this scorer is closed.
         """
         share = [len(events) / self.limits.max_events]
         while True:
@@ -335,15 +334,15 @@ class LiveScorer:
                 return added.result()
 
     async def forget(self, user: int | str) -> Forgotten:
-        """Remove all that the store has of a user; rankings go on meanwhile.
+        """Remove everything that the store has about a user; rankings continue meanwhile.
 
         Raises:
             StateError, StoreError: as ``ifa_torchrec.serving.forget``.
-            QueueFullError: as many wait for it as may.
-            asyncio.TimeoutError: it takes too long; it still goes on.
+            QueueFullError: ``limits.max_waiting`` users already wait to be forgotten.
+            asyncio.TimeoutError: it took longer than ``limits.timeout``; it continues in the background.
         """
         if not self._may_forget.acquire(blocking=False):
-            raise QueueFullError(f"{self.limits.max_waiting} users wait to be forgotten")
+            raise QueueFullError(f"{self.limits.max_waiting} users already wait to be forgotten")
         forgetting = self._forgetter.submit(self._scorers[0].forget, user)
         forgetting.add_done_callback(self._forgot)
         return await asyncio.wait_for(
@@ -357,8 +356,8 @@ class LiveScorer:
             self.metrics.forgotten.labels("failed" if failed else "ok").inc()
 
     def reload(self) -> None:
-        """Load the newest weights beside those that serve, and rank by them once their states have
-        all events. Where that fails it is logged and counted, and the old ones go on."""
+        """Load the newest weights next to those that serve, and switch to them once their states have
+        all events. If that fails, the error is logged and counted, and the old weights keep serving."""
         self._reloader.submit(self._reload)
 
     async def _results(
@@ -368,7 +367,7 @@ class LiveScorer:
         shares: Sequence[float],
     ) -> list[Result | BaseException]:
         futures = [asyncio.wrap_future(f) for f in self._batcher.submit(work, items, shares)]
-        # given up, they are cancelled, and the batcher leaves out what it has not begun
+        # on a time-out the futures are cancelled, and the batcher skips those that it has not started
         together = asyncio.gather(*futures, return_exceptions=True)
         return await asyncio.wait_for(together, self.limits.timeout)
 
@@ -386,8 +385,8 @@ class LiveScorer:
         self.metrics.unknown.labels("candidate").inc(sum(r.unknown_candidates for r in rankings))
         self.metrics.unknown.labels("context").inc(sum(r.unknown_context for r in rankings))
         logits = [torch.from_numpy(ranking.logits) for ranking in rankings]
-        said = predictions(torch.cat(logits), scorer.model.config.tasks)
-        each = said.split([len(of_ranking) for of_ranking in logits])
+        predicted = predictions(torch.cat(logits), scorer.model.config.tasks)
+        each = predicted.split([len(of_ranking) for of_ranking in logits])
         return [
             LiveRanking(**vars(ranking), version=version, predictions=of_ranking.numpy(), tasks=names)
             for ranking, of_ranking in zip(rankings, each, strict=True)
@@ -397,12 +396,13 @@ class LiveScorer:
         events = [event for call in calls for event in call]
         first = self._scorers[0]
         results = first.append(events, self.limits.max_ahead)
-        # Looked up only now that the journal has the events: a scorer that is not here yet finds them
-        # there. An event that it refuses is refused, or else its states would silently lack it.
+        # Read _scorers only now that the journal has the events: a scorer that is added later finds them
+        # there. If another scorer refuses an event, the event counts as refused; otherwise that scorer's
+        # states would silently lack it.
         for scorer in self._scorers:
             if scorer is not first:
                 there = [n for n, result in enumerate(results) if result.status != "refused"]
-                # as the journal has them: with the numbers that a float32 can be
+                # checked as the journal has them: numbers rounded to float32
                 checked = [checked_event(first.schema, events[n], math.inf) for n in there]
                 for n, result in zip(there, scorer.take_over(checked), strict=True):
                     if result.status == "refused":
@@ -419,21 +419,21 @@ class LiveScorer:
         try:
             incoming = self._load()
             self._scorers = (serving, incoming)
-            # _append may run beside it: an event that one has added is no longer new to the other
+            # _append may run meanwhile: an event that one of the two adds is a duplicate to the other
             incoming.catch_up()
         except Exception:
             self._scorers = (serving,)
-            _log.exception("the reload failed; weights %s go on", self.version)
+            _log.exception("the reload failed; weights %s keep serving", self.version)
             self.metrics.reloads.labels("failed").inc()
         else:
             self._scorers = (incoming,)
-            _log.info("weights %s serve now", self.version)
+            _log.info("weights %s are serving now", self.version)
             self.metrics.model.info({"version": self.version})
             self.metrics.reloads.labels("ok").inc()
 
 
 def _rankings(scorer: Scorer, wanted: list[tuple[RankingRequest, int | None]]) -> list[Ranking]:
-    """What ``scorer`` says to each request: the rankings at once, and the sets of each size."""
+    """Each request's ranking or set; requests with the same set size are scored together."""
     found: dict[int, Ranking] = {}
     for size in dict.fromkeys(size for _, size in wanted):
         places = [n for n, (_, other) in enumerate(wanted) if other == size]

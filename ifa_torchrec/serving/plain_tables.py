@@ -1,4 +1,4 @@
-"""Tables and their lookups in PyTorch's own operators, for graphs without TorchRec or fbgemm."""
+"""Tables and lookups in plain PyTorch operators, for graphs without TorchRec or fbgemm."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ifa_torchrec.serving.errors import StateError
 
 
 def plain_tables(collection: Any, features: Iterable[str]) -> nn.ModuleList:
-    """The table of each feature, as a module that looks ids [...] up to rows [..., D] float32.
+    """The table of each feature, as a module that maps ids [...] to rows [..., D] float32.
 
     Args:
-        collection: TorchRec's collection of float32, float16 or int8 tables, pooled or not; they are
-            shared.
-        features: names of those that are looked up.
+        collection: TorchRec's collection of float32, float16 or int8 tables, pooled or not. The tables
+            are shared, not copied.
+        features: names of the features to look up.
 
     Raises:
-        StateError: a table is of another type.
+        StateError: a table has another type.
 
     Example:
         >>> import torch
@@ -45,20 +45,20 @@ def plain_tables(collection: Any, features: Iterable[str]) -> nn.ModuleList:
         if config.data_type == DataType.FP32:
             table = nn.Embedding.from_pretrained(weight)
         elif config.data_type == DataType.FP16 and weight.dtype == torch.float16:
-            table = HalfTable(weight)  # another than quantize_tables', whose rows are packed
+            table = HalfTable(weight)  # not TorchRec's quantised FP16, whose rows are packed
         elif config.data_type == DataType.INT8:
             table = Int8Table(weight, config.embedding_dim)
         else:
             raise StateError(
-                f"table {config.name!r} of {config.data_type.value} cannot be exported; "
-                "float32, int8 and what was trained in float16 can"
+                f"table {config.name!r} has type {config.data_type.value}, which cannot be exported; "
+                "use float32, int8, or float16 from training"
             )
         result |= dict.fromkeys(config.feature_names, table)
     return nn.ModuleList(result[feature] for feature in features)
 
 
 class HalfTable(nn.Embedding):
-    """A table that was trained in float16.
+    """A table trained in float16.
 
     Args:
         weight: [rows, D] float16, shared.
@@ -79,11 +79,11 @@ class HalfTable(nn.Embedding):
 
 
 class Int8Table(nn.Module):
-    """A quantised table, read without fbgemm.
+    """An int8 quantised table, read without fbgemm.
 
     Args:
-        packed: [rows, 4 + D or more] uint8; a row is 4 bytes, scale and bias in float16, then the D
-            values, then what aligns them.
+        packed: [rows, 4 + D or more] uint8. Each row is 4 bytes (scale and bias in float16), then the D
+            values, then alignment padding.
         dim: D.
 
     Example:
@@ -100,7 +100,7 @@ class Int8Table(nn.Module):
 
     def __init__(self, packed: Tensor, dim: int) -> None:
         super().__init__()
-        # copied: contiguous() leaves the one row of a table as it is, whose stride may be odd
+        # copied: contiguous() would return a one-row slice as it is, with an odd stride
         scale_bias = packed[:, :4].clone(memory_format=torch.contiguous_format)
         self.register_buffer("values", packed[:, 4 : 4 + dim].contiguous())
         self.register_buffer("scale_bias", scale_bias.view(torch.float16))
@@ -115,10 +115,10 @@ class PlainPooledArch(nn.Module):
     """A PooledArch without TorchRec's lookups.
 
     Args:
-        arch: of float32, float16 or int8 tables, which are shared.
+        arch: PooledArch with float32, float16 or int8 tables, which are shared.
 
     Raises:
-        StateError: its tables are of another type.
+        StateError: a table has another type.
 
     Example:
         >>> import torch
@@ -146,7 +146,7 @@ class PlainPooledArch(nn.Module):
 
     @staticmethod
     def of(arch: PooledArch | None) -> PlainPooledArch | None:
-        """Of a model's, where it has one."""
+        """The plain version of a model's PooledArch; None if the model has none."""
         return None if arch is None else PlainPooledArch(arch)
 
     def forward(
@@ -154,9 +154,10 @@ class PlainPooledArch(nn.Module):
     ) -> Tensor:
         """
         Args:
-            ids: of each feature, [L].
-            row: [L], in which of the ``rows`` each is pooled; None where there is one.
-            rows: how many.
+            ids: the ids of each feature, [L].
+            row: for each feature, the output row that each id is pooled into, [L]; None if there is
+                only one.
+            rows: number of output rows.
 
         Returns:
             [rows, features, D].

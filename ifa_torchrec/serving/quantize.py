@@ -1,4 +1,4 @@
-"""Tables of fewer bits, for machines that serve."""
+"""Int8 tables for serving."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from ifa_torchrec.errors import ConfigError
 from ifa_torchrec.models import DLRM_IFA
 
 
-def quantize_tables(model: DLRM_IFA, dtype: torch.dtype = torch.qint8) -> DLRM_IFA:
-    """The model with TorchRec's quantised tables, each row with a scale and a bias of its own.
+def quantize_tables(model: DLRM_IFA) -> DLRM_IFA:
+    """Quantise a model's tables to int8 with TorchRec; each row has its own scale and bias.
 
-    The dense part stays as it is and is the given model's own, not a copy. States keep their layout:
-    those that float tables made can be read and added to.
+    The dense part is shared with the given model, not copied. The state layout does not change: states
+    built with float tables can be read and added to.
 
     Args:
-        model: DLRM_IFA whose tables are whole on this process, as ``load_run(..., sharded=False)``
-            gives it; its tables stay float.
-        dtype: torch.qint8, torch.quint4x2 or torch.float16.
+        model: DLRM_IFA whose tables are unsharded, as ``load_run(..., sharded=False)`` returns it; its
+            own tables stay float.
 
     Returns:
-        DLRM_IFA for inference: it has no gradients of its tables.
+        DLRM_IFA for inference: its tables have no gradients.
 
     Raises:
-        ValueError: collisions are managed around its tables.
+        ConfigError: the model has managed-collision tables.
 
     Example:
         >>> import torch
@@ -49,20 +48,20 @@ def quantize_tables(model: DLRM_IFA, dtype: torch.dtype = torch.qint8) -> DLRM_I
         [4]
     """
     if model.sequence_arch.managed:
-        raise ConfigError("quantize_tables: tables of managed collisions cannot be quantised")
+        raise ConfigError("quantize_tables: managed-collision tables cannot be quantised")
     pooled = {"context": model.sparse_arch, "lists": model.item_sparse_arch}
     floats: dict[str, nn.Module] = {"sequences": model.sequence_arch.embedding_collection}
     floats |= {name: arch.embedding_bag_collection for name, arch in pooled.items() if arch is not None}
     quantised: Any = nn.ModuleDict(floats)  # Any: DLRM_IFA's argument is typed as a float collection
     quantize_embeddings(
         quantised,
-        dtype,
-        inplace=True,  # in the dict, that is; the model's own are neither replaced nor copied
+        torch.qint8,
+        inplace=True,  # in the dict; the model's own tables are neither replaced nor copied
         additional_qconfig_spec_keys=[EmbeddingCollection],
         additional_mapping={EmbeddingCollection: QuantEmbeddingCollection},
     )
     for collection in floats.values():
-        del collection.qconfig  # left behind by PyTorch, which would heed it the next time
+        del collection.qconfig  # PyTorch leaves it behind and would use it the next time
     context, lists = (quantised[name] if name in floats else None for name in pooled)
     bags = context if lists is None else (context, lists)
     result = DLRM_IFA(bags, quantised["sequences"], model.config)

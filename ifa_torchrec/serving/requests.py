@@ -1,7 +1,7 @@
-"""What a scorer is asked and told: ranking requests and events, and the checks of what they hold.
+"""Ranking requests, events' results, and the checks of requests and events.
 
-A request or an event that is not what the model takes is refused with a RequestError that names the
-field. Ids are external ids, of which any is taken: what the vocabulary does not know is "unknown".
+A request or an event that does not fit the model raises a RequestError that names the field. Ids are
+external ids; any id is accepted, and one that the vocabulary does not know is "unknown".
 """
 
 from __future__ import annotations
@@ -20,28 +20,27 @@ from ifa_torchrec.serving.states.journal import Event
 from ifa_torchrec.serving.times import utc
 
 Id = int | str
-"""An external id: an integer of 64 bits, or a string."""
+"""An external id: a 64-bit integer or a string."""
 Strategy = Literal["topk", "greedy"]
-"""How the k best are chosen: all at once, or one by one, each beside those chosen before it."""
+"""How the k best are chosen: all at once, or one by one, each given those chosen before it."""
 _LARGEST = 2**63 - 1
 _YEAR = 365 * 86400.0  # seconds
 
 
 @dataclass(frozen=True)
 class RankingRequest:
-    """A candidate set to be ranked for a user. Ids are external ids, integers or strings.
+    """A candidate set to rank for a user. Ids are external ids, integers or strings.
 
     Args:
         user: id.
         candidates: m item ids, at least one.
-        time: microseconds since 1970, UTC; the events before it count. None is now, or just after
-            the user's last event where the clock that stamped it is ahead.
-        context: an id for each of the schema's context features, a list of ids for each of its
-            context lists.
-        dense: a number for each of its dense features; None where it is missing.
-        candidate_dense: m numbers for each of its candidate_dense features; None likewise.
-        candidate_features: m ids for each of its candidate features.
-        new_user: whether the user may have no state, and then has had no event.
+        time: microseconds since 1970, UTC; only events before it count. None means now, or just after
+            the user's last event if that lies in the future by this machine's clock.
+        context: one id per context feature of the schema, and a list of ids per context list.
+        dense: one number per dense feature; None where it is missing.
+        candidate_dense: m numbers per candidate_dense feature; None where one is missing.
+        candidate_features: m ids per candidate feature.
+        new_user: accept a user without a state, and rank as if without events.
 
     Example:
         >>> from ifa_torchrec.serving import RankingRequest
@@ -61,17 +60,16 @@ class RankingRequest:
 
 @dataclass(frozen=True)
 class Ranking:
-    """The best of a candidate set, best first.
+    """The best items of a candidate set, best first.
 
     Args:
-        items: ids, as the request gave them.
-        logits: [len(items), T] float32, one column a task; of a set that was chosen one by one, those
-            that each item has beside the others of the set.
-        as_of: None, or the time it is of where that is not the request's, since the state could not
-            go back to it: microseconds. ``StateStore.read`` says how far it can.
+        items: ids, as in the request.
+        logits: [len(items), T] float32, one column per task. In a set that was chosen one by one, each
+            item's logits are those given the other items of the set.
+        as_of: microseconds; the time of the state used, if the state could not go back to the request's
+            time (see ``StateStore.read``); otherwise None.
         unknown_candidates: how many candidates the vocabulary does not know.
-        unknown_context: how many values of the context it does not know, those of candidate features
-            included.
+        unknown_context: how many context and candidate feature ids the vocabulary does not know.
     """
 
     items: list[Id]
@@ -83,13 +81,13 @@ class Ranking:
 
 @dataclass(frozen=True)
 class EventResult:
-    """What became of an event.
+    """The result of adding an event.
 
     Args:
-        status: "taken": it is in the states now; "duplicate": it was there before; "forgotten": its user
-            was forgotten after it, so it does not count; "refused": it is not.
-        reason: why it was refused, and what would be right; else None.
-        unknown: how many of its ids, the user's apart, the vocabulary does not know.
+        status: "taken": it was added to the states; "duplicate": it was already there; "forgotten": its
+            user was forgotten after it, so it does not count; "refused": it was not added.
+        reason: why it was refused, and what would be accepted; None if it was not refused.
+        unknown: how many of its ids, except the user's, the vocabulary does not know.
 
     Example:
         >>> from ifa_torchrec.serving import EventResult
@@ -103,10 +101,10 @@ class EventResult:
 
 
 def checked_request(schema: LogSchema, request: RankingRequest) -> RankingRequest:
-    """A request whose ids are ints and strings in lists.
+    """Check a request and convert its ids to lists of Python ints and strings.
 
     Raises:
-        RequestError: a field is missing, not of the schema, of another type or out of range.
+        RequestError: a field is missing, not in the schema, of the wrong type or out of range.
 
     Example:
         >>> import numpy as np
@@ -152,16 +150,16 @@ def checked_request(schema: LogSchema, request: RankingRequest) -> RankingReques
 
 
 def checked_event(schema: LogSchema, event: Event, max_ahead: float) -> Event:
-    """An event whose ids are ints and strings and whose numbers are floats.
+    """Check an event and convert its ids to Python ints and strings, and its numbers to floats.
 
     Args:
-        schema: which features and numbers it must have.
+        schema: names the features and numbers that the event must have.
         event: the event.
-        max_ahead: seconds that it may be ahead of the clock here.
+        max_ahead: seconds that the event may be ahead of this machine's clock.
 
     Raises:
-        RequestError: a field is missing, not of the schema, of another type or out of range, or the
-            event is of the future.
+        RequestError: a field is missing, not in the schema, of the wrong type or out of range, or the
+            event lies in the future.
 
     Example:
         >>> from ifa_torchrec.data import LogSchema
@@ -174,7 +172,7 @@ def checked_event(schema: LogSchema, event: Event, max_ahead: float) -> Event:
     """
     position = event.position
     if not _is_integer(position) or not 0 <= position < _LARGEST:
-        # the one after it is stored, too, as where the stream goes on
+        # position + 1 is stored too, as the position where the stream resumes
         raise RequestError(f"position must be in 0..2**63 - 2, got {position!r}")
     if not _is_integer(event.partition) or not 0 <= event.partition < 2**32:
         raise RequestError(f"partition must be in 0..2**32 - 1, got {event.partition!r}")
@@ -183,12 +181,12 @@ def checked_event(schema: LogSchema, event: Event, max_ahead: float) -> Event:
     _check_names("numbers", event.numbers, schema.event_dense)
     weight = event.weight
     if (weight is None) != (schema.event_weight is None):
-        wanted = "the events of the model have none" if weight is not None else "the model takes one"
-        raise RequestError(f"weight: {wanted}")
+        advice = "the model takes none; leave it out" if weight is not None else "missing; give a number"
+        raise RequestError(f"weight: {advice}")
     if weight is not None:
         weight = float(float32s("weight", [weight])[0])
         if weight < 0:
-            raise RequestError(f"weight: {weight} is negative; 0 is the least")
+            raise RequestError(f"weight: {weight} is negative; it must be at least 0")
     numbers = {name: float32s(f"numbers.{name}", [x], name in schema.log_scaled)[0].item()
                for name, x in event.numbers.items()}  # fmt: skip
     return Event(
@@ -204,14 +202,14 @@ def checked_event(schema: LogSchema, event: Event, max_ahead: float) -> Event:
 
 
 def checked_ids(where: str, ids: Any) -> list[Id]:
-    """A list of external ids as Python's own ints and strings.
+    """Check external ids and convert them to Python ints and strings.
 
     Args:
         where: the field's name, for errors.
-        ids: a sequence, or an array.
+        ids: a sequence or an array.
 
     Raises:
-        RequestError: it is none, or one of them is no string and no integer of 64 bits, or is empty.
+        RequestError: ``ids`` is not a list, or an id is neither a 64-bit integer nor a non-empty string.
 
     Example:
         >>> from ifa_torchrec.serving.requests import checked_ids
@@ -232,28 +230,28 @@ def checked_ids(where: str, ids: Any) -> list[Id]:
             continue
         place = where if len(found) == 1 else f"{where}[{n}]"
         raise RequestError(
-            f"{place}: {identifier!r} is no id: it must be a string, not empty, or an integer of 64 bits"
+            f"{place}: {identifier!r} is not an id; it must be a non-empty string or a 64-bit integer"
         )
     return found
 
 
 def _checked_id(where: str, identifier: Any) -> Id:
-    """One id; as ``checked_ids``, which takes ten times as long for the integer that most are."""
+    """Check one id like ``checked_ids``, but ten times as fast for an integer, the usual case."""
     if type(identifier) is int and -_LARGEST - 1 <= identifier <= _LARGEST:
         return identifier
     return checked_ids(where, [identifier])[0]
 
 
 def float32s(where: str, values: Any, log_scaled: bool = False) -> np.ndarray:
-    """Numbers as [n] float32; NaN where one is None, that is missing.
+    """Convert numbers to [n] float32, with NaN for None, a missing number.
 
     Args:
         where: the field's name, for errors.
-        values: a sequence of numbers, or an array.
-        log_scaled: whether none of them may be negative.
+        values: a sequence of numbers or an array.
+        log_scaled: whether negative numbers are refused.
 
     Raises:
-        RequestError: one is no number, not finite or beyond a float32, or negative.
+        RequestError: a value is not a number, not finite as float32, or negative where that is refused.
 
     Example:
         >>> from ifa_torchrec.serving.requests import float32s
@@ -266,16 +264,18 @@ def float32s(where: str, values: Any, log_scaled: bool = False) -> np.ndarray:
     given = [0.0 if value is None else value for value in values]
     for value in given:
         if type(value) not in (float, int) and not isinstance(value, (np.integer, np.floating)):
-            raise RequestError(f"{where}: {value!r} is no number; null where it is missing")
+            raise RequestError(f"{where}: {value!r} is not a number; give null if it is missing")
     try:
         with np.errstate(over="ignore"):
             found = np.array(given, np.float64).astype(np.float32)
     except OverflowError:
         found = np.array([np.inf], np.float32)
     if not np.isfinite(found).all():
-        raise RequestError(f"{where}: not finite numbers of float32; null where one is missing")
+        raise RequestError(f"{where}: a number is not finite as float32; give null if it is missing")
     if log_scaled and (found < 0).any():
-        raise RequestError(f"{where}: {found.min()} is negative, and its logarithm is taken")
+        raise RequestError(
+            f"{where}: {found.min()} is negative; this feature is log-scaled, so give 0 or more"
+        )
     found[missing] = np.nan
     return found
 
@@ -289,15 +289,15 @@ def _check_names(where: str, given: Mapping[str, Any], wanted: Iterable[str]) ->
 
 
 def _check_time(where: str, given: int, max_ahead: float) -> None:
-    """Refuse what is far ahead: a state at such a time has forgotten everything, for good."""
+    """Refuse times far ahead: the decay up to such a time would erase the state for good."""
     if not _is_integer(given) or not 0 <= given <= _LARGEST:
         raise RequestError(f"{where} must be in 0..2**63 - 1 microseconds, got {given!r}")
     latest = time.time_ns() // 1000 + max_ahead * 1e6
     if given > latest:
-        cause = "; it is microseconds since 1970, were these nanoseconds?" * (given > 2 * latest)
+        cause = "; give microseconds since 1970 (were these nanoseconds?)" * (given > 2 * latest)
         raise RequestError(
-            f"{where} {given} is {utc(given)}, more than {max_ahead:g} seconds ahead of the clock "
-            f"here{cause}"
+            f"{where} {given} is {utc(given)}, more than {max_ahead:g} seconds ahead of this machine's "
+            f"clock{cause}"
         )
 
 
@@ -306,7 +306,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_text(value: str) -> bool:
-    """Whether it can be written as UTF-8: half of a UTF-16 pair cannot."""
+    """Whether it can be encoded as UTF-8: half of a UTF-16 pair cannot."""
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Score candidates from a user's state, by the same code that scores them from a history."""
+"""Score candidates from user states, with the same code that scores them from histories."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ifa_torchrec.data.log_items import LogItems
 from ifa_torchrec.errors import UserError
 from ifa_torchrec.models import DLRM_IFA
 from ifa_torchrec.modules import UserState, generate_set, ranking_score
-from ifa_torchrec.serving.catalogue import Asked, Catalogue
+from ifa_torchrec.serving.catalogue import Catalogue, EncodedRequests
 from ifa_torchrec.serving.compiled import CompiledDense
-from ifa_torchrec.serving.errors import BUILD_COMMAND, DROP_COMMAND, RequestError, StateError, StoreError
+from ifa_torchrec.serving.errors import RequestError, StateError, StoreError
 from ifa_torchrec.serving.requests import (
     EventResult,
     Ranking,
@@ -36,29 +36,28 @@ from ifa_torchrec.serving.states.store import StateStore
 
 
 class Scorer:
-    """Scores from states, and adds events to them.
+    """Scores candidates from user states, and adds events to the states.
 
-    The model is the one that was trained: ``DLRM_IFA.attend``, its forward from a state in place of
+    It runs the trained model itself: ``DLRM_IFA.attend`` is the model's forward with a state in place of
     the history.
 
-    Users, items and ids of features are external ids, integers or strings. What the log's vocabulary
-    does not know is "unknown"; users that it does not know have states like any other.
+    Users, items and feature values are external ids, integers or strings. An id that the log's
+    vocabulary does not know is "unknown"; unknown users have states like any others.
 
     Args:
-        model: DLRM_IFA of interaction "ifa", its tables on this process.
-        log: for its schema, its items and its vocabulary: an EventLog, or what a bundle has of one.
-        store: the states that this model's weights made, of a log of this vocabulary.
+        model: DLRM_IFA with interaction "ifa" and unsharded tables.
+        log: provides the schema, items and vocabulary; an EventLog, or the part of one in a bundle.
+        store: states built with this model's weights, from a log with this vocabulary.
         strict: refuse a request that can only be ranked as of a later time.
-        compiled: the model's dense part compiled, which then computes the logits but those of sets that
-            are chosen one by one; None for the model's own.
+        compiled: the model's compiled dense part, which computes all logits except those of sets that
+            are chosen one by one; None uses the model's own.
 
     Raises:
-        StateError: the store's states are of another configuration or another vocabulary.
+        StateError: the store's states have another layout or another vocabulary.
 
     Attributes:
-        observe: called with the name of a stage and the seconds that it took, of as many requests or
-            events as were given at once: "store" (states read), "model" (logits), "append" (events
-            encoded and written).
+        observe: called after each stage of a batch with its name and its seconds: "store" (reading
+            states), "model" (logits), "append" (encoding and writing events).
 
     Example:
         >>> import pandas as pd, tempfile
@@ -105,15 +104,16 @@ class Scorer:
         wanted = StateLayout.of(ifa, store.layout.dtype)
         if store.layout != wanted:
             raise StateError(
-                f"{states} are {store.layout}, this model's are {wanted}; build them with this model"
+                f"{states} have the layout {store.layout}, but this model expects {wanted}; build them "
+                "with this model (ifa build-states)"
             )
         self._catalogue = Catalogue(log)
         if store.vocabulary != self._catalogue.digest:
             raise StateError(
-                f"{states} are of the vocabulary {store.vocabulary!r}, that of {log.place} is "
-                f"{self._catalogue.digest!r}: its rows may stand for other ids. Give the log that they "
-                f"were built from, or drop them ({DROP_COMMAND} {store.version}) and build them anew "
-                f"({BUILD_COMMAND})"
+                f"{states} were built with the vocabulary {store.vocabulary!r}, but {log.place} has "
+                f"{self._catalogue.digest!r}, whose rows may stand for other ids. Give the log that the "
+                f"states were built from, or drop them (ifa states --drop {store.version}) and rebuild "
+                "them (ifa build-states)"
             )
         self.model, self.schema, self.store = model.eval(), log.schema, store
         self.strict, self._compiled = strict, compiled
@@ -121,45 +121,44 @@ class Scorer:
         self.observe: Callable[[str, float], object] = lambda *_: None
 
     def score(self, requests: Sequence[RankingRequest]) -> list[np.ndarray]:
-        """The logits of every candidate. Where the state cannot go back to a request's time they are as
-        of a later one; ``rank`` says which.
+        """Compute every candidate's logits. If a state cannot go back to its request's time, they are as
+        of a later time, which ``rank`` reports.
 
         Args:
-            requests: B of them.
+            requests: B requests.
 
         Returns:
             B arrays [m, T] float32, in the candidates' order.
 
         Raises:
             RequestError: a field is missing, unknown or out of range.
-            UnknownUserError: a user has no state, and is not said to be new.
-            StateError: ``strict``, and the state cannot go back to the request's time.
+            UnknownUserError: a user has no state, and the request does not set ``new_user``.
+            StateError: ``strict`` is set, and a state cannot go back to its request's time.
             StoreError: states are lost or damaged, or the store fails.
         """
         requests = [checked_request(self.schema, request) for request in requests]
         if not requests:
             return []
-        asked = self._catalogue.ask(requests)
-        logits = self._logits(asked, self._state(requests, asked)[0]).numpy()
-        return _of_requests(logits, asked.lengths)
+        encoded = self._catalogue.encode_requests(requests)
+        logits = self._logits(encoded, self._state(requests, encoded)[0]).numpy()
+        return _of_requests(logits, encoded.lengths)
 
     def rank(
         self, requests: Sequence[RankingRequest], k: int | None = None, strategy: Strategy = "topk"
     ) -> list[Ranking]:
-        """The k best candidates of each request by ``ranking_score``, None for all; or k that are best
-        together.
+        """Choose each request's k best candidates by ``ranking_score``, or the k that are best together.
 
         Args:
-            requests: B of them.
-            k: how many; a request with fewer candidates gives all it has.
-            strategy: as ``generate_set``'s; "greedy" for a model that was trained to score candidates
-                given what is taken, and takes what adds most to the set. The logits are then those
-                that each has beside the others of its set.
+            requests: B requests.
+            k: how many; None for all. A request with fewer candidates returns all of them.
+            strategy: see ``generate_set``. "greedy" repeatedly takes the candidate that adds most to the
+                set; it needs k, and a model that was trained to generate sets. Each item's logits are
+                then those given the other items of its set.
 
         Raises:
-            RequestError, UnknownUserError, StateError: as ``score``; or the model was not trained for
-                "greedy", or that has no k.
-            ValueError: k is negative, or the strategy unknown.
+            RequestError, UnknownUserError, StateError, StoreError: as ``score``; or "greedy" has no k,
+                or the model was not trained for it.
+            ValueError: k is negative, or the strategy is unknown.
         """
         if not requests:
             return []
@@ -170,15 +169,15 @@ class Scorer:
         if strategy == "greedy":
             self._check_greedy(k)
         requests = [checked_request(self.schema, request) for request in requests]
-        asked = self._catalogue.ask(requests)
-        state, as_of = self._state(requests, asked)
+        encoded = self._catalogue.encode_requests(requests)
+        state, as_of = self._state(requests, encoded)
         if strategy == "greedy":
             with self._timed("model"):
-                chosen, logits = self._best_together(asked, state, k or 0)
+                chosen, logits = self._best_together(encoded, state, k or 0)
         else:
-            chosen, logits = self._best(asked, state, k)
-        ends, times = np.cumsum([0, *asked.lengths]).tolist(), as_of.tolist()
-        unknown = zip(asked.unknown_items.tolist(), asked.unknown_values.tolist(), strict=True)
+            chosen, logits = self._best(encoded, state, k)
+        ends, times = np.cumsum([0, *encoded.lengths]).tolist(), as_of.tolist()
+        unknown = zip(encoded.unknown_items.tolist(), encoded.unknown_values.tolist(), strict=True)
         rankings: list[Ranking] = []
         for b, (request, of_request) in enumerate(zip(requests, unknown, strict=True)):
             moved = None if request.time in (None, times[b]) else times[b]
@@ -190,59 +189,59 @@ class Scorer:
     def _check_greedy(self, k: int | None) -> None:
         if not self.model.config.candidate_set.generate:
             raise RequestError(
-                "strategy 'greedy': this model was not trained to score candidates given those that are "
-                "taken (ifa train --candidate-set.generate); ask for 'topk'"
+                "strategy 'greedy': this model was not trained to generate sets (ifa train "
+                "--candidate-set.generate); use 'topk'"
             )
         if k is None:
             raise RequestError("strategy 'greedy' chooses the k best one by one; give k")
 
     @torch.no_grad()
-    def _logits(self, asked: Asked, state: UserState) -> Tensor:
-        """Of every candidate beside its set, [M, T] float32."""
+    def _logits(self, encoded: EncodedRequests, state: UserState) -> Tensor:
+        """Each candidate's logits given its candidate set, [M, T] float32."""
         with self._timed("model"):
             if self._compiled is not None:
-                return _finite(self._compiled.logits(asked, state))
-            features = self._catalogue.features(asked)
+                return _finite(self._compiled.logits(encoded, state))
+            features = self._catalogue.features(encoded)
             return _finite(self.model.logits_given(self.model.describe(features, state)))
 
     def _best(
-        self, asked: Asked, state: UserState, k: int | None
+        self, encoded: EncodedRequests, state: UserState, k: int | None
     ) -> tuple[list[np.ndarray], np.ndarray]:
-        """Of each request the rows of the k best, equal ones in order, and all logits [M, T]."""
-        logits = self._logits(asked, state)
+        """Each request's rows of the k best, ties in candidate order, and all logits [M, T]."""
+        logits = self._logits(encoded, state)
         worst = -ranking_score(logits, self.model.config.tasks).numpy()
-        ends = np.cumsum([0, *asked.lengths]).tolist()
+        ends = np.cumsum([0, *encoded.lengths]).tolist()
         chosen = [begin + worst[begin:end].argsort(kind="stable")[:k] for begin, end in pairwise(ends)]
         return chosen, logits.numpy()
 
     @torch.no_grad()
     def _best_together(
-        self, asked: Asked, state: UserState, k: int
+        self, encoded: EncodedRequests, state: UserState, k: int
     ) -> tuple[list[np.ndarray], np.ndarray]:
-        """Of each request the rows of k that are best together, in order, and logits [M, T], those of
-        the chosen beside their set."""
-        described = self.model.describe(self._catalogue.features(asked), state)
+        """Each request's rows of the k that are best together, in the order chosen, and logits [M, T],
+        those of chosen candidates given their set."""
+        described = self.model.describe(self._catalogue.features(encoded), state)
         candidates = self.model.scored(described)
         _finite(self.model.logits_given(candidates))
         whole = JaggedTensor(candidates.tokens, offsets=candidates.offsets)
         chosen = generate_set(self.model.set_gain(candidates), whole, k, "greedy")
         rows = chosen.values()
-        taken = torch.zeros(len(asked.items), dtype=torch.bool).index_fill(0, rows, True)
+        taken = torch.zeros(len(encoded.items), dtype=torch.bool).index_fill(0, rows, True)
         logits = _finite(self.model.logits_given(candidates, taken)).numpy()
         return _of_requests(chosen.values().numpy(), chosen.lengths().numpy()), logits
 
     def append(self, events: Sequence[Event], max_ahead: float = 60) -> list[EventResult]:
-        """Add events to their users' states, each once however often it is given.
+        """Add events to their users' states. An event that is given again is not added again.
 
-        An event that is refused leaves the others as they are.
+        A refused event does not affect the others.
 
         Args:
             events: the events.
-            max_ahead: seconds that an event may be ahead of the clock here.
+            max_ahead: seconds that an event may be ahead of this machine's clock.
 
         Returns:
-            What became of each: an event is refused where it is not what the model takes, of the future,
-            or as ``StateStore.append`` says.
+            One result per event. An event is refused if it does not fit the model, lies in the future,
+            or ``StateStore.append`` raises StateError for it.
 
         Raises:
             StoreError: as ``StateStore.append``.
@@ -258,10 +257,10 @@ class Scorer:
         return [results[n] for n in range(len(events))]
 
     def take_over(self, events: Sequence[Event]) -> list[EventResult]:
-        """Add events that other weights' scorer took, or that stand in the journal.
+        """Add events that another version's scorer took, or that are in the journal.
 
-        Their features may be those of its schema: what this model wants beyond them is unknown, or
-        missing.
+        They may follow another version's schema: features that this model needs and an event lacks are
+        unknown or missing.
 
         Raises:
             StoreError: as ``StateStore.append``.
@@ -274,11 +273,11 @@ class Scorer:
     def _take_over(self, events: Sequence[Event]) -> list[EventResult]:
         events = [self._named(event) for event in events]
         try:
-            read = self._catalogue.read_events(events)
-            state = self._encode(read.features)
-        except RequestError as error:  # of one of them
+            encoded = self._catalogue.encode_events(events)
+            state = self._encode(encoded.features)
+        except RequestError as error:  # raised for one of the events
             return self._halves(events, error)
-        unknown = (read.items + read.values).tolist()
+        unknown = (encoded.items + encoded.values).tolist()
         results: dict[int, EventResult] = {}
         for mine in self.store.apart([event.user for event in events]):
             added = [events[n] for n in mine]
@@ -287,7 +286,7 @@ class Scorer:
                 new = self.store.append(added, lambda _, of_part=of_part: of_part)
             except StoreError:
                 raise
-            except StateError as error:  # of one of them, and none was added
+            except StateError as error:  # raised for one of the events; none was added
                 results |= zip(mine, self._halves(added, error), strict=True)
             else:
                 for n, is_new in zip(mine, new, strict=True):
@@ -296,19 +295,19 @@ class Scorer:
         return [results[n] for n in range(len(events))]
 
     def _named(self, event: Event) -> Event:
-        """The event, its user by the one name that states go by."""
+        """The event, with the user id under which the user's state is stored."""
         user = self._catalogue.user(event.user)
         return event if user is event.user else dataclasses.replace(event, user=user)
 
     def _halves(self, events: Sequence[Event], error: UserError) -> list[EventResult]:
-        """Each half of events taken over by itself, down to the one that the error is of."""
+        """Add each half of the events separately, down to the event that causes the error."""
         if len(events) == 1:
             return [EventResult("refused", str(error))]
         middle = len(events) // 2
         return self._take_over(events[:middle]) + self._take_over(events[middle:])
 
     def forget(self, user: int | str) -> Forgotten:
-        """Remove all that the store has of a user, of all versions; see ``ifa_torchrec.serving.forget``.
+        """Remove everything about a user, in all versions; see ``ifa_torchrec.serving.forget``.
 
         Raises:
             StateError, StoreError: as ``ifa_torchrec.serving.forget``.
@@ -316,26 +315,26 @@ class Scorer:
         return forget(self.store.key_values, self._catalogue.user(user))
 
     def catch_up(self) -> int:
-        """Add what the store's journal has and these states have not; how many events it was.
+        """Add the journal's events that these states lack, and return how many were added.
 
         Raises:
-            StateError: an event of it cannot be added.
+            StateError: an event of the journal was refused.
             StoreError: as ``StateStore.append``.
         """
         count = 0
         for events in self.store.missed():
             for event, result in zip(events, self.take_over(events), strict=True):
                 if result.status == "refused":
-                    raise StateError(f"the event at {event.place} of the journal: {result.reason}")
+                    raise StateError(f"the journal's event at {event.place}: {result.reason}")
                 count += result.status == "taken"
         return count
 
     @torch.no_grad()
     def _encode(self, features: RankingFeatures) -> UserState:
-        """The state of each event alone.
+        """The state of each event on its own.
 
         Raises:
-            RequestError: its numbers are too large for one.
+            RequestError: an event's numbers are so large that its state overflows.
         """
         state = self.model.encode(features)
         for sums in (state.key_sum, state.key_value, state.identity_sum, state.identity_value):
@@ -343,14 +342,16 @@ class Scorer:
                 raise RequestError("the event's state overflows; give smaller numbers")
         return state
 
-    def _state(self, requests: Sequence[RankingRequest], asked: Asked) -> tuple[UserState, np.ndarray]:
-        """The state that each request sees, with the rows its candidates ask for; and as of when."""
+    def _state(
+        self, requests: Sequence[RankingRequest], encoded: EncodedRequests
+    ) -> tuple[UserState, np.ndarray]:
+        """Each request's state, with the identity rows of its candidates, and the times it is as of."""
         keys = None
         if self._identity is not None:
-            compared = asked.ids | {self.schema.item: asked.items}
+            compared = encoded.ids | {self.schema.item: encoded.items}
             ids = [compared[name] for name in self._identity.config.identity_features]
             of_candidate = self._identity.keys(torch.from_numpy(np.stack(ids, axis=1))).numpy()
-            keys = _of_requests(of_candidate, asked.lengths)
+            keys = _of_requests(of_candidate, encoded.lengths)
         with self._timed("store"):
             return self.store.read(
                 [self._catalogue.user(request.user) for request in requests],
@@ -368,22 +369,22 @@ class Scorer:
 
 
 def _of_requests(rows: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    """The rows of each request, where one's follow another's."""
+    """Split rows into the consecutive rows of each request."""
     return [rows[begin:end] for begin, end in pairwise(accumulate(lengths.tolist(), initial=0))]
 
 
 def _all_finite(values: Tensor) -> bool:
-    """Whether all are finite, without a copy of them as bool: of 64 events they are megabytes."""
+    """Whether all values are finite, without a bool copy: for 64 events that would be megabytes."""
     return values.numel() == 0 or bool(torch.stack(values.aminmax()).isfinite().all())
 
 
 def _finite(logits: Tensor) -> Tensor:
-    """Logits as float32.
+    """Convert logits to float32.
 
     Raises:
-        RequestError: they overflow.
+        RequestError: a logit is not finite.
     """
     logits = logits.float()
     if not np.isfinite(logits.numpy()).all():
-        raise RequestError("the logits overflow; give smaller numbers in dense, candidate_dense")
+        raise RequestError("the logits overflow; give smaller numbers in dense and candidate_dense")
     return logits

@@ -1,4 +1,4 @@
-"""What a set is worth more with each candidate, given the taken, as a graph of plain tensors."""
+"""One step of set generation, each candidate's gain given those taken, as a graph of plain tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ifa_torchrec.serving.graph_tensors import GraphTensor, columns_of, examples
 
 
 def related_tensors(config: DLRM_IFAConfig) -> tuple[GraphTensor, ...]:
-    """What a ScoringGraph gives beside the logits of a model that generates sets, and SetGraph takes.
+    """For a model that generates sets, ScoringGraph's outputs besides the logits, which SetGraph takes.
 
     Example:
         >>> from ifa_torchrec import DLRM_IFAConfig, IFAConfig
@@ -32,16 +32,16 @@ def related_tensors(config: DLRM_IFAConfig) -> tuple[GraphTensor, ...]:
 
 
 class SetGraph(nn.Module):
-    """One step of a set of one request that grows: what each candidate is worth, given the taken.
+    """One step of generating a request's set: each candidate's logits and gain, given those taken.
 
-    What it takes a ScoringGraph has given once for the request; so a set of k costs one ranking, and k
-    times this.
+    Its inputs are ScoringGraph's outputs for the request, so a set of k candidates costs one ranking and
+    k of these steps.
 
     Args:
         model: DLRM_IFA that was trained to generate sets.
 
     Attributes:
-        inputs, outputs: a GraphTensor for each argument of ``forward``, and for each of its results.
+        inputs, outputs: one GraphTensor per argument and per result of ``forward``.
 
     Raises:
         ConfigError: the model was not trained to generate sets.
@@ -70,8 +70,8 @@ class SetGraph(nn.Module):
         super().__init__()
         if model.taken_arch is None:
             raise ConfigError(
-                "SetGraph: the model was not trained to score candidates given those that are taken "
-                "(ifa train --candidate-set.generate)"
+                "SetGraph: the model was not trained to generate sets; train it with ifa train "
+                "--candidate-set.generate"
             )
         self.tasks = model.config.tasks
         self.taken_arch = TakenArch(model.config)
@@ -87,12 +87,12 @@ class SetGraph(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """
         Args:
-            logits: [M, T], query: [M, T, D], key: [M, D] and ids: [M, F], as a ScoringGraph gave them.
-            taken: [K] int64, numbers 0 to M - 1 of the candidates that are taken, each once, K >= 0.
+            logits: [M, T], query: [M, T, D], key: [M, D] and ids: [M, F], from ScoringGraph.
+            taken: [K] int64, indices 0 to M - 1 of the taken candidates, each once, K >= 0.
 
         Returns:
-            Logits [M, T] given these (DLRM_IFA.logits_given), and what the set is worth more with each
-            candidate, [M] (DLRM_IFA.set_gain); of those that are taken that means nothing.
+            Logits [M, T] given those taken (DLRM_IFA.logits_given), and the gain [M] of adding each
+            candidate to the set (DLRM_IFA.set_gain), which is meaningless for candidates already taken.
         """
         nothing = torch.zeros_like(ids[:, 0])
         related = Related(query, key, nothing[:2], nothing, ids)
@@ -100,16 +100,16 @@ class SetGraph(nn.Module):
 
 
 def export_set_graph(model: DLRM_IFA) -> ExportedProgram:
-    """Export SetGraph, for any number of candidates and of those that are taken.
+    """Export SetGraph, for any number of candidates and of taken candidates.
 
     Args:
-        model: as SetGraph's.
+        model: see SetGraph.
 
     Returns:
-        ExportedProgram with SetGraph.forward's arguments, of aten operators.
+        ExportedProgram of aten operators that takes SetGraph.forward's arguments.
 
     Raises:
-        ConfigError: as SetGraph.
+        ConfigError: see SetGraph.
 
     Example:
         >>> import torch

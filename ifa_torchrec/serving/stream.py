@@ -1,8 +1,7 @@
-"""Events from a topic of Kafka, added to the states that a LiveScorer serves.
+"""Reads events from a Kafka topic and adds them to the states that a LiveScorer serves.
 
-The broker keeps no account of what was read: the states do, so that a store which was brought back from
-a copy gets again what it lacks. After a crash some messages are read again; each counts once, by its
-offset.
+The states, not the broker, record which messages were read, so a store restored from a copy gets the
+messages that it lacks. After a crash some messages are read again; each counts once, by its offset.
 """
 
 from __future__ import annotations
@@ -17,26 +16,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ifa_torchrec.errors import ConfigError, UserError, require
-from ifa_torchrec.serving.errors import BUILD_COMMAND, RequestError, StoreError, StreamError
+from ifa_torchrec.serving.errors import RequestError, StoreError, StreamError
 from ifa_torchrec.serving.live import LiveScorer, StreamStatus
 from ifa_torchrec.serving.scorer import Scorer
 from ifa_torchrec.serving.service.bodies import JSON, read_body
 from ifa_torchrec.serving.service.messages import StreamEvent
 from ifa_torchrec.serving.service.refusals import shown
 from ifa_torchrec.serving.states.journal import Event
-from ifa_torchrec.serving.states.layout import Place, told
+from ifa_torchrec.serving.states.layout import Place, format_positions
 
 if TYPE_CHECKING:
     from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
 
 _log = logging.getLogger(__name__)
 _client_log = logging.getLogger(f"{__name__}.client")
-_client_log.setLevel(logging.CRITICAL)  # it has a line for each attempt to connect, many a second
+_client_log.setLevel(logging.CRITICAL)  # the client logs every connection attempt, many per second
 _ADDRESS = re.compile(r"kafka://([^/@\s]+)/([A-Za-z0-9._-]{1,249})")
 _TOGETHER = 64
-"""Most messages that are added at once: rankings wait for them."""
+"""Most messages that are added at once; rankings wait meanwhile."""
 _WAIT = 0.5
-"""Seconds until a thread that waits for messages looks whether it is to end."""
+"""Seconds between checks whether a thread that waits for messages should stop."""
 Done = TypeVar("Done")
 
 
@@ -45,10 +44,10 @@ class KafkaTopic:
     """A topic whose messages are events.
 
     Args:
-        servers: HOST:PORT of some of the brokers, with commas.
-        name: of the topic.
-        settings: more of the client's settings, by librdkafka's names: security, say.
-        skip_refused: pass over messages that are no events, or refused, instead of stopping at them.
+        servers: HOST:PORT of some of the brokers, separated by commas.
+        name: the topic's name.
+        settings: more client settings by librdkafka's names, for security, say.
+        skip_refused: skip messages that are not events or are refused, instead of stopping there.
 
     Example:
         >>> from ifa_torchrec.serving.stream import KafkaTopic
@@ -66,18 +65,18 @@ class KafkaTopic:
         """The topic at kafka://HOST:PORT/TOPIC.
 
         Args:
-            address: of it; several brokers are separated by commas.
-            settings: file with a setting of the client a line, NAME=VALUE.
+            address: the topic's address; separate several brokers by commas.
+            settings: file with one client setting per line, NAME=VALUE.
             skip_refused: see KafkaTopic.
 
         Raises:
-            ConfigError: the address or the file is not of this form.
+            ConfigError: the address is malformed, or the file is malformed or cannot be read.
         """
         found = _ADDRESS.fullmatch(address)
-        if found is None:  # it may hold a password
+        if found is None:  # the address may contain a password, so it is not shown
             raise ConfigError(
-                "--events: this is no address of a topic, which is kafka://HOST:PORT/TOPIC; user and "
-                "password belong into the file of --events-settings"
+                "--events: not a topic address; expected kafka://HOST:PORT/TOPIC. Put user and password "
+                "into the file of --events-settings"
             )
         return KafkaTopic(found[1], found[2], _settings(settings), skip_refused)
 
@@ -94,24 +93,25 @@ def _settings(file: Path | None) -> dict[str, str]:
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         name, equals, value = (part.strip() for part in line.partition("="))
-        if not equals or not name:  # the line may be a password
+        if not equals or not name:  # the line may contain a password, so it is not shown
             raise ConfigError(f"--events-settings: line {number} of {file} is not NAME=VALUE")
         settings[name] = value
     return settings
 
 
 class Stream:
-    """Reads a topic in a thread of its own, from where the states are, until it is closed.
+    """Reads a topic in its own thread, from the position that the states record, until it is closed.
 
-    Processes that serve the same states share the topic's partitions. A process that gets new weights
-    goes on from where their states are. Where the broker or the store does not respond it waits.
+    Processes that serve the same states share the topic's partitions. After a reload, reading resumes
+    from the position of the new weights' states. While the broker or the store does not respond, the
+    thread waits.
 
     Args:
         topic: KafkaTopic.
-        live: gets the events; close it after this.
+        live: receives the events; close it after this.
 
     Raises:
-        ConfigError: the client does not take a setting.
+        ConfigError: the client rejects a setting.
 
     Example:
         >>> from ifa_torchrec.serving.stream import KafkaTopic, Stream
@@ -125,7 +125,7 @@ class Stream:
         self._topic, self._live = topic, live
         self._together = min(_TOGETHER, live.limits.max_events)
         self._next: dict[int, int] = {}
-        """Of the partitions that are this process's, the offset it goes on from."""
+        """The next offset to read in each partition assigned to this process."""
         self._problems: dict[str, str | None] = {}
         self._error = "no broker responds"
         self._ending = threading.Event()
@@ -143,7 +143,7 @@ class Stream:
         self.close()
 
     def close(self) -> None:
-        """Add what was read, and read no more."""
+        """Finish adding the messages that were read, and stop reading."""
         self._ending.set()
         self._thread.join()
 
@@ -164,14 +164,14 @@ class Stream:
         except Exception as error:
             self._show("stopped")
             _log.error(
-                "no more events are read from topic %s: %s",
+                "stopped reading events from topic %s: %s",
                 self._topic.name,
                 error,
                 exc_info=not isinstance(error, UserError),
             )
 
     def _take(self, scorer: Scorer, consumer: Consumer) -> None:
-        """Add the messages that there are, and note in the states how far they go."""
+        """Add the available messages, and record the new positions in the states."""
         first = consumer.poll(_WAIT)
         if first is None:
             return
@@ -179,11 +179,11 @@ class Stream:
         if not messages:
             return
         refused = self._add(messages)
-        # Of states that are no longer these it is not known which of the events they have.
+        # After a reload it is unknown which of these events the new states have.
         if self._live.scorer is not scorer:
             return
         further = {place.partition: place.position + 1 for place in map(_place, messages)}
-        # the first one of each partition
+        # the first refused message of each partition
         stops = [] if self._topic.skip_refused else {p.partition: p for p in reversed(refused)}.values()
         further |= {place.partition: place.position for place in stops}
         self._insist(lambda: scorer.store.set_stream_positions(further))
@@ -193,17 +193,17 @@ class Stream:
         if stops:
             reasons = "; ".join(f"{_named(place)}: {refused[place]}" for place in stops)
             raise StreamError(
-                f"{reasons}. Mend what sends such messages, and start this again with --skip-refused to "
-                "pass over those that are there"
+                f"{reasons}. Fix the sender of such messages, and restart with --skip-refused to skip "
+                "those already in the topic"
             )
         for place, reason in refused.items():
-            _log.warning("%s is passed over: %s", _named(place), reason)
+            _log.warning("skipped %s: %s", _named(place), reason)
 
     def _is_event(self, message: Message) -> bool:
-        """Whether it is one; else it tells of the connection.
+        """Whether a message is an event; otherwise it reports a problem of the connection.
 
         Raises:
-            StreamError: there is nothing to wait for.
+            StreamError: waiting cannot solve the problem.
         """
         from confluent_kafka import KafkaError
 
@@ -212,9 +212,10 @@ class Stream:
             return True
         if error.code() == KafkaError._AUTO_OFFSET_RESET:
             raise StreamError(
-                f"partition {number} has no offset {self._next.get(number or 0)}, where states go on; "
-                "the topic lost it, or was made anew. Build states from a log that has these events, "
-                f"with the --position where the stream goes on ({BUILD_COMMAND})"
+                f"partition {number} has no offset {self._next.get(number or 0)}, from which these "
+                "states must continue: the topic's retention deleted it, or the topic was recreated. "
+                "Build states from a log that has these events (ifa build-states), with --position at "
+                "the first event that the log lacks"
             )
         if error.fatal() or error.code() in (
             KafkaError.UNKNOWN_TOPIC_OR_PART,
@@ -226,7 +227,7 @@ class Stream:
         return False
 
     def _add(self, messages: Sequence[Message]) -> dict[Place, str]:
-        """Add the events that messages are; why some were refused, in order of their places."""
+        """Add messages' events; return the reasons for those refused, in order of their places."""
         events: list[Event] = []
         refused: dict[Place, str] = {}
         for message in messages:
@@ -245,10 +246,10 @@ class Stream:
         return dict(sorted(refused.items()))
 
     def _insist(self, do: Callable[[], Done]) -> Done:
-        """Do something with the store, as often as it takes.
+        """Retry a store operation until it succeeds.
 
         Raises:
-            StoreError: the store fails, and this is to end.
+            StoreError: the store fails, and this stream is closing.
         """
         while True:
             try:
@@ -264,23 +265,27 @@ class Stream:
     # ------------------------------------------------------------------------------- the client
 
     def _consumer(self, scorer: Scorer) -> Consumer:
-        """A client that shares the partitions with those that serve the same states."""
+        """A client that shares the topic's partitions with processes that serve the same states."""
         from confluent_kafka import Consumer, KafkaException
 
         ours = {
             "bootstrap.servers": self._topic.servers,
-            # by the building's mark: another building of states needs all of the events, too
+            # one group per build of states: each build needs all of the events
             "group.id": f"ifa-{scorer.store.mark}",
             "enable.auto.commit": False,
-            "auto.offset.reset": "error",  # what is not there any more is not passed over
-            "partition.assignment.strategy": "range,roundrobin",  # all at once, as on_assign takes them
+            "auto.offset.reset": "error",  # deleted messages must not be skipped silently
+            # not cooperative: on_assign expects all partitions at once
+            "partition.assignment.strategy": "range,roundrobin",
             "statistics.interval.ms": 1000,
             "stats_cb": self._on_statistics,
             "error_cb": self._on_error,
         }
         settings = self._topic.settings
         if taken := sorted(ours.keys() & settings.keys()):
-            raise ConfigError(f"--events-settings: {taken} cannot be given, they are set here")
+            raise ConfigError(
+                f"--events-settings: remove {taken}, which ifa serve sets itself (servers come from "
+                "--events)"
+            )
 
         def on_assign(consumer: Consumer, partitions: list[TopicPartition]) -> None:
             numbers = [partition.partition for partition in partitions]
@@ -288,8 +293,8 @@ class Stream:
             for partition in partitions:
                 partition.offset = self._next[partition.partition]
             consumer.assign(partitions)
-            where = told(self._next) or "no partition, since others have them all"
-            _log.info("events are read from topic %s: %s", self._topic.name, where)
+            where = format_positions(self._next) or "no partition, since other processes have them all"
+            _log.info("reading events from topic %s: %s", self._topic.name, where)
 
         def on_revoke(_: Consumer, partitions: list[TopicPartition]) -> None:
             self._next = {}
@@ -297,7 +302,7 @@ class Stream:
                 self._live.metrics.lag.labels(partition.partition).set(0)
 
         try:
-            # sooner than by default (45 s) another takes the partitions of one that was killed
+            # another process takes over the partitions of a killed one sooner than by default (45 s)
             default = {"session.timeout.ms": "10000"}
             consumer = Consumer({**default, **settings, **ours}, logger=_client_log)
         except (KafkaException, ValueError, TypeError) as error:
@@ -306,7 +311,7 @@ class Stream:
         return consumer
 
     def _on_error(self, error: KafkaError) -> None:
-        if error.code() != error._ALL_BROKERS_DOWN:  # which does not say why
+        if error.code() != error._ALL_BROKERS_DOWN:  # that one does not say why
             self._error = error.str()
 
     def _on_statistics(self, text: str) -> None:
@@ -322,13 +327,13 @@ class Stream:
     # ---------------------------------------------------------------------------------- telling
 
     def _tell(self, what: str, problem: str | None) -> None:
-        """Say, once, that something does not respond or does again; the first time too."""
+        """Log, once per change, that the broker or the store does not respond, or responds again."""
         before = self._problems.get(what, "")
         self._problems[what] = problem
         if problem is not None and not before:
-            _log.warning("events of topic %s wait: the %s: %s", self._topic.name, what, problem)
+            _log.warning("events of topic %s wait for the %s: %s", self._topic.name, what, problem)
         elif problem is None and before:
-            _log.info("events of topic %s go on: the %s responds", self._topic.name, what)
+            _log.info("events of topic %s resume: the %s responds again", self._topic.name, what)
         waits = any(self._problems.values()) or "broker" not in self._problems
         self._show("waiting" if waits else "flowing")
 
@@ -339,7 +344,7 @@ class Stream:
 
 def _place(message: Message) -> Place:
     partition, offset = message.partition(), message.offset()
-    assert partition is not None and offset is not None  # of a message that is no error
+    assert partition is not None and offset is not None  # true of every message that is not an error
     return Place(partition, offset)
 
 

@@ -1,4 +1,4 @@
-"""Times as text: RFC 3339 in, ISO 8601 out; within the package they are microseconds since 1970, UTC."""
+"""Times as text: RFC 3339 in, ISO 8601 out. Internally, times are microseconds since 1970, UTC."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _RFC3339 = re.compile(
 
 
 def utc(time: int) -> str:
-    """A time in microseconds as ISO 8601 has it.
+    """Format a time in microseconds as ISO 8601.
 
     Example:
         >>> from ifa_torchrec.serving.times import utc
@@ -27,10 +27,10 @@ def utc(time: int) -> str:
 
 
 def microseconds(text: object) -> int:
-    """A time that RFC 3339 allows, in microseconds; what is finer is cut off.
+    """Parse an RFC 3339 time into microseconds; finer digits are cut off.
 
     Raises:
-        ValueError: it is none, has no zone, or is before 1970.
+        ValueError: the text is not an RFC 3339 time, has no zone, or is before 1970.
 
     Example:
         >>> from ifa_torchrec.serving.times import microseconds
@@ -40,7 +40,7 @@ def microseconds(text: object) -> int:
     found = _RFC3339.fullmatch(text) if isinstance(text, str) else None
     if found is not None:
         date, clock, fraction, offset = found.groups()
-        # a leap second, which comes at the end of a day of UTC only, is the next second's start here
+        # a leap second, which occurs only at the end of a UTC day, becomes the start of the next second
         leap = clock.endswith(":60")
         clock = clock[:-2] + "59" if leap else clock
         moment = datetime.fromisoformat(f"{date}T{clock}{offset or '+00:00'}")
@@ -49,4 +49,4 @@ def microseconds(text: object) -> int:
             return whole + 1_000_000
         if whole >= 0 and not leap:
             return whole + int((fraction or "").ljust(6, "0")[:6])
-    raise ValueError('should be a time since 1970 with its zone, such as "2024-05-01T12:30:00.25Z"')
+    raise ValueError('should be a time since 1970 with a zone, such as "2024-05-01T12:30:00.25Z"')

@@ -54,7 +54,7 @@ def run(log, tmp_path_factory) -> Path:
 
 @torch.no_grad()
 def expected(run: Run, before: int = END) -> UserState:
-    """The users' states at END, of their events before a time."""
+    """The users' states at END, from their events before a time."""
     histories = RankingDataset.of_users(run.log, np.array(USERS), np.full(len(USERS), before))
     batch = histories[list(range(len(USERS)))]
     batch.history_age += (END - before) / 86_400_000_000
@@ -91,7 +91,7 @@ def test_every_user_with_events_has_a_state(run, tmp_path):
 @pytest.mark.parametrize("zone", [None, timezone(timedelta(hours=2))], ids=str)
 def test_only_the_events_before_a_time(run, tmp_path, zone):
     store = str(tmp_path / "states")
-    hour = 0 if zone is None else 2  # the same moment on that zone's clocks
+    hour = 0 if zone is None else 2  # the same moment in that time zone
     build_states(BuildStatesConfig(run, store, 0, until=datetime(2024, 2, 10, hour, tzinfo=zone)))
     before = int(np.datetime64("2024-02-10", "us").astype(np.int64))
     assert_built(store, run, before)
@@ -169,14 +169,14 @@ def test_users_without_new_events_keep_the_states_of_the_run_before(run, log, tm
         torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-5, msg=name, check_dtype=False)
     before = StateStore(key_values, built["version"])
     half = dataclasses.replace(before.layout, dtype="float16")
-    with pytest.raises(StateError, match="have another layout than those of 'half'; encode all anew"):
+    with pytest.raises(StateError, match="have another layout than those of 'half'; build all"):
         begun = StateStore.begin(key_values, "half", half, 0)
         begun.take_over(before, USERS[:1], [(1, int(last[0]))], None)
     key_values.close()
 
 
 class Stopped(Exception):
-    """Stands for whatever ends a process."""
+    """Simulates the end of a process."""
 
 
 def build_on_ranks(run: Path, address: str, fail_after: int | None) -> dict:
@@ -194,12 +194,12 @@ def build_on_ranks(run: Path, address: str, fail_after: int | None) -> dict:
 
 
 @pytest.mark.parametrize(("address", "world"), [("lmdb", 1), ("redis", 2)], indirect=["address"])
-def test_ranks_share_the_users_and_go_on_where_they_were_stopped(run, address, world):
+def test_ranks_share_the_users_and_resume_where_they_were_stopped(run, address, world):
     stopped = run_ranks(build_on_ranks, world, run, address, 1, check=False)
     assert {type(result) for result in stopped} == {Stopped}
     version = load_run(run, sharded=False).version
     key_values = open_key_value_store(address)
-    with pytest.raises(StateError, match="not built to the end"):
+    with pytest.raises(StateError, match="incomplete states of weights"):
         StateStore(key_values, version)
     key_values.close()
     results = run_ranks(build_on_ranks, world, run, address, None)
@@ -223,11 +223,11 @@ def test_runs_without_states_are_refused(changes, message, log, tmp_path):
 
 def test_lmdb_serves_one_machine(run, tmp_path, monkeypatch):
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    with pytest.raises(StateError, match="LMDB serves one machine"):
+    with pytest.raises(StateError, match="LMDB works on one machine"):
         build_states(BuildStatesConfig(run, str(tmp_path / "states"), 0))
 
 
-def test_of_several_partitions_each_and_its_position_is_given():
+def test_position_takes_several_partitions():
     arguments = ["--run", "run", "--store", "states", "--position"]
     for given, position in ((["5"], 5), (["0", "1200", "1", "981"], {0: 1200, 1: 981})):
         assert tyro.cli(BuildStatesConfig, args=[*arguments, *given]).position == position
@@ -242,7 +242,7 @@ def test_versions_are_listed_and_dropped_on_the_command_line(run, tmp_path, monk
     monkeypatch.setattr("sys.argv", command)
     main()
     digest = load_run(run, sharded=False).log.vocabulary.digest
-    wanted = f"{version}: whole, float32, of a log up to position 7, of the vocabulary {digest}\n"
+    wanted = f"{version}: complete, float32, from a log up to position 7, vocabulary {digest}\n"
     assert capsys.readouterr().out == wanted
     monkeypatch.setattr("sys.argv", [*command, "--drop", "other"])
     with pytest.raises(SystemExit, match=rf"error: no states of weights 'other' here.*{version}"):
@@ -265,12 +265,10 @@ def test_a_user_is_forgotten_and_the_journal_trimmed_on_the_command_line(
         return capsys.readouterr().out
 
     assert f"user {BUSY_USER}: " in (out := said("--forget", str(BUSY_USER)))
-    assert "0 events of the journal removed; no event up to 20" in out and "on disk" not in out
-    assert "nothing was here of the integer 123456; the string of these digits is" in said(
-        "--forget", "123456"
-    )
-    assert "user '7': 0 records" in said("--forget", '"7"')
-    assert said("--trim-journal", "30").startswith("0 events older than 30 days removed")
+    assert "and 0 journal events; events up to 20" in out and "on disk" not in out
+    assert "nothing of the integer 123456; for the string of digits give" in said("--forget", "123456")
+    assert "user '7': removed 0 state records" in said("--forget", '"7"')
+    assert said("--trim-journal", "30").startswith("removed 0 events older than 30 days")
     assert said("--compact") == said()
     for bad in (["--forget", ""], ["--trim-journal", "-1"]):
         with pytest.raises(SystemExit, match=bad[0]):
@@ -278,6 +276,6 @@ def test_a_user_is_forgotten_and_the_journal_trimmed_on_the_command_line(
 
 
 @pytest.mark.parametrize("position", [-1, 2**63, {1: 2**63}, {2**32: 0}, {-1: 0}])
-def test_a_position_that_no_stream_has_is_refused(position: int | dict[int, int]) -> None:
-    with pytest.raises(ConfigError, match=r"--position: .*a position is in 0"):
+def test_an_impossible_position_is_refused(position: int | dict[int, int]) -> None:
+    with pytest.raises(ConfigError, match=r"--position: .*positions must be in 0"):
         BuildStatesConfig(Path("run"), "states", position)

@@ -1,4 +1,4 @@
-"""States built when they are wanted: the same as those of a build of all, which goes on beside them."""
+"""States built on demand equal those of the full build, which runs at the same time."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run(folder) -> Run:
 
 
 def begun(run: Run, folder: Path, store: str) -> KeyValueStore:
-    """A store of states that were begun, as by a build that was killed."""
+    """A store whose build was begun, as if it had been killed."""
     config = BuildStatesConfig(folder, store, POSITION)
     _begin(config, run, histories_of(run.log, run.log.users)).key_values.close()
     return open_key_value_store(store)
@@ -65,7 +65,7 @@ def lazily(run: Run, key_values: KeyValueStore) -> LazyStateStore:
 
 
 def records(key_values: KeyValueStore) -> dict[bytes, bytes]:
-    """All of the states, but for the checksums, which are a building's own."""
+    """All states, without the checksums, which differ between builds."""
     keys = [key for kind in (b"s", b"u", b"i") for key in key_values.scan(kind)]
     values = zip(keys, key_values.read(keys), strict=True)
     return {key: value[:-CHECKSUM_BYTES] for key, value in values if value is not None}
@@ -75,13 +75,13 @@ def event(user: int, position: int = POSITION) -> Event:
     return Event(position, user, 3, LATER)
 
 
-def test_a_state_that_is_built_when_it_is_wanted_is_that_of_the_build(run, folder, tmp_path):
+def test_a_state_built_on_demand_equals_the_full_builds(run, folder, tmp_path):
     for name, most in (("alone", 1), ("together", 128)):
         build_states(BuildStatesConfig(folder, str(tmp_path / name), POSITION, max_requests=most))
     alone, together = (open_key_value_store(str(tmp_path / name)) for name in ("alone", "together"))
     key_values = begun(run, folder, str(tmp_path / "lazy"))
     lazy = lazily(run, key_values)
-    with pytest.raises(StateError, match="they were not built to the end"):
+    with pytest.raises(StateError, match="incomplete states of weights"):
         StateStore(key_values, run.version)
     with pytest.raises(UnknownUserError):
         lazy.read([NEW_USER], [None])
@@ -89,7 +89,7 @@ def test_a_state_that_is_built_when_it_is_wanted_is_that_of_the_build(run, folde
     for user in NUM_EVENTS:
         lazy.read([user], [None])
     assert lazy.read([NEW_USER], [None], new_users=[True])[0].count.tolist() == [0]
-    # byte for byte where each is encoded alone, else but for the order in which floats are added
+    # equal byte for byte if each is encoded alone, otherwise up to the order of float additions
     assert records(key_values) == records(alone)
     users, keys = list(NUM_EVENTS), np.arange(run.dlrm.config.ifa.identity_key_range)
     found, wanted = (
@@ -100,7 +100,7 @@ def test_a_state_that_is_built_when_it_is_wanted_is_that_of_the_build(run, folde
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_events_are_added_to_whole_states_and_the_build_beside_leaves_them(
+def test_events_are_added_to_whole_states_and_a_concurrent_build_keeps_them(
     run, folder, tmp_path, monkeypatch
 ):
     config = BuildStatesConfig(folder, str(tmp_path / "built"), POSITION, max_requests=1)
@@ -113,23 +113,23 @@ def test_events_are_added_to_whole_states_and_the_build_beside_leaves_them(
         results = Scorer(run.dlrm, run.log, store).append(events)
         assert [result.status for result in results] == ["taken", "taken"]
     assert not lazy.whole
-    # a process opens a folder once
+    # a process can open a folder only once
     monkeypatch.setattr(key_values, "close", lambda: None)
     monkeypatch.setattr("ifa_torchrec.commands.build_states.open_key_value_store", lambda _: key_values)
     assert build_states(config)["users"] == len(NUM_EVENTS) - 1
     assert records(key_values) == records(built)
-    # who served meanwhile goes on, and looks for nothing any more
+    # the lazy store keeps serving, and no longer looks for missing users
     lazy.check()
     assert lazy.whole
     assert StateStore(key_values, run.version).whole
 
 
-def test_the_journal_s_events_are_added_to_whole_states(run, folder, tmp_path):
+def test_journal_events_are_added_to_whole_states(run, folder, tmp_path):
     build_states(BuildStatesConfig(folder, str(tmp_path / "states"), POSITION))
     key_values = open_key_value_store(str(tmp_path / "states"))
     other = StateStore(key_values, run.version)
     Scorer(run.dlrm, run.log, other).append([event(BUSY_USER)])
-    # the journal is of another version; this one's states are begun anew under another name
+    # the journal is another version's; this one's states are begun again under another name
     store = StateStore.begin(
         key_values, "again", other.layout, POSITION, other.source, other.latest, other.vocabulary
     )
@@ -141,7 +141,7 @@ def test_the_journal_s_events_are_added_to_whole_states(run, folder, tmp_path):
     key_values.close()
 
 
-def test_who_is_not_built_in_time_is_told_and_is_there_later(run, folder, tmp_path):
+def test_a_user_not_built_in_time_is_an_error_first_and_ranked_later(run, folder, tmp_path):
     key_values = begun(run, folder, str(tmp_path / "lazy"))
     go_on, build, calls = threading.Event(), BuildFromLog(run.dlrm, run.log), []
 
@@ -152,10 +152,10 @@ def test_who_is_not_built_in_time_is_told_and_is_there_later(run, folder, tmp_pa
 
     lazy = LazyStateStore(key_values, run.version, slow, within=0.05)
     for _ in range(2):
-        with pytest.raises(StoreError, match=f"1 users, {BUSY_USER} among them, are being built"):
+        with pytest.raises(StoreError, match=f"1 users, {BUSY_USER} among them, are still being built"):
             lazy.read([BUSY_USER], [None])
     go_on.set()
-    # an event waits for as long as it takes
+    # an event waits without a time limit
     Scorer(run.dlrm, run.log, lazy).append([event(BUSY_USER)])
     assert lazy.read([BUSY_USER], [LATER + 1])[0].count.tolist() == [NUM_EVENTS[BUSY_USER] + 1]
     assert calls == [[BUSY_USER]]
@@ -170,11 +170,11 @@ def test_the_log_must_be_that_of_the_build(run, folder, toy, tmp_path):
     config = ServeConfig(folder, config.store, data=tmp_path / "other", lazy=True)
     with pytest.raises(StateError, match=r"begun from another log than .*other"):
         _load(config).scorer(config, key_values)
-    with pytest.raises(StateError, match="there are none; build them with ifa build-states"):
+    with pytest.raises(StateError, match=r"no states of weights .* here; run ifa build-states"):
         LazyStateStore(key_values, "unheard of", lambda *_: None, within=1)
 
 
-def test_a_warm_start_takes_the_latest_users_first(run, folder, log: EventLog, tmp_path, monkeypatch):
+def test_a_warm_start_builds_the_latest_users_first(run, folder, log: EventLog, tmp_path, monkeypatch):
     written: list[int] = []
     write = StateStore.write
 
@@ -191,5 +191,5 @@ def test_a_warm_start_takes_the_latest_users_first(run, folder, log: EventLog, t
     days = (max(last.values()) - last[by_time[-2]]) / 86_400_000_000
     build_states(BuildStatesConfig(folder, str(tmp_path / "states"), 0, warm_start=days))
     assert set(written[:2]) == set(by_time[-2:]) and sorted(written) == sorted(last)
-    with pytest.raises(ConfigError, match="--warm-start: give days"):
+    with pytest.raises(ConfigError, match=r"--warm-start: got .*; give days"):
         BuildStatesConfig(folder, "states", 0, warm_start=-1)

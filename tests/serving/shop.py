@@ -1,4 +1,4 @@
-"""A shop: a log of everything that a schema can hold, under external ids, and a model of it."""
+"""A shop: a log with every kind of column that a schema can have, by external ids, and its model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ifa_torchrec.modules import CandidateSetConfig
 from ifa_torchrec.serving import Event, RankingRequest
 
 DIM, TABLE_ITEMS, ITEMS = 8, 11, 14
-"""Of the items the last three are new: the table has no rows for them."""
+"""The last three items are new: the table has no rows for them."""
 SHOP = LogSchema(
     item_features={"item": TABLE_ITEMS, "category": 4},
     item_lists={"genre": 5},
@@ -63,14 +63,14 @@ SHOP_IFA = IFAConfig(
     identity_buckets=64,
     identity_half_lives=(math.inf, 3.0),
     gates={"action": 4},
-    readout="softmax",  # as `ifa train` has it
+    readout="softmax",  # the default of `ifa train`
 )
 START = pd.Timestamp(2024, 1, 1)
 
 
 @dataclass
 class Shop:
-    """The log, the frames that it was made of, and a model of its schema."""
+    """The log, the frames that it was made from, and a model for its schema."""
 
     log: EventLog
     events: pd.DataFrame
@@ -79,7 +79,7 @@ class Shop:
     model: DLRM_IFA
 
     def events_before(self, n: int) -> list[Event]:
-        """The events before the n-th request, which no other has."""
+        """The events of the n-th request's user before the request."""
         request = self.requests.iloc[n]
         mine = self.events["user"] == request["user"]
         return [
@@ -87,7 +87,7 @@ class Shop:
         ]
 
     def event(self, row: int) -> Event:
-        """A row of the events, as a stream has it."""
+        """A row of the events, as a stream event."""
         found = self.events.iloc[row]
         return Event(
             row,
@@ -100,7 +100,7 @@ class Shop:
         )
 
     def request(self, n: int) -> RankingRequest:
-        """The n-th request, as a server is sent it."""
+        """The n-th request, as sent to a server."""
         found = self.requests.iloc[n]
         return RankingRequest(
             found["user"],
@@ -135,7 +135,7 @@ def make_shop(folder: Path) -> Shop:
     events["item"] = rng.choice(ids["item"], count)
     events["time"] = START + pd.to_timedelta(rng.permutation(count), unit="h")
     events["action"] = rng.choice(ids["action"], count)
-    events["device"] = rng.choice([*ids["device"], "watch"], count)  # which is no device that is known
+    events["device"] = rng.choice([*ids["device"], "watch"], count)  # "watch" is an unknown device
     events["dwell"] = np.where(rng.random(count) < 0.3, np.nan, rng.exponential(50, count))
     events["amount"] = np.where(rng.random(count) < 0.3, np.nan, rng.normal(5, 2, count))
     events["weight"] = rng.integers(0, 3, count).astype(float)
@@ -164,7 +164,7 @@ def make_shop(folder: Path) -> Shop:
 def shop_model(
     log: EventLog, seed: int = 0, candidate_set: CandidateSetConfig | None = None
 ) -> DLRM_IFA:
-    """A model of the shop whose weights are no one's start."""
+    """A model for the shop with random weights, unlike any initialisation."""
     schema = log.schema
 
     def scales(names: tuple[str, ...]) -> tuple:

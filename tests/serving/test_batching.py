@@ -1,4 +1,4 @@
-"""The batcher's end: nobody who submitted something waits for ever."""
+"""Closing the batcher: nothing that was submitted waits forever."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def same(items: list[int]) -> list[int]:
     return items
 
 
-def test_after_close_nothing_is_taken_and_what_waited_is_done():
+def test_after_close_waiting_items_finish_and_new_ones_are_refused():
     begun, free = threading.Event(), threading.Event()
 
     def wait(items: list[int]) -> list[int]:
@@ -32,7 +32,7 @@ def test_after_close_nothing_is_taken_and_what_waited_is_done():
     closing = threading.Thread(target=batcher.close)
     closing.start()
     until(lambda: batcher._closed)
-    with pytest.raises(ClosedError, match="it takes nothing any more"):
+    with pytest.raises(ClosedError, match="closed and accepts no more"):
         batcher.submit(same, [3], [1.0])
     free.set()
     closing.join(10)
@@ -46,7 +46,7 @@ def end(_: list[int]) -> list[int]:
 
 @contextmanager
 def busy(batcher: Batcher) -> Iterator[None]:
-    """It does something meanwhile, so that what is submitted comes together."""
+    """Keep the batcher busy meanwhile, so that what is submitted forms one batch."""
     begun, free = threading.Event(), threading.Event()
 
     def wait(items: list[int]) -> list[int]:
@@ -68,7 +68,7 @@ def one_too_few(items: list[int]) -> list[int]:
     "work, message",
     [(end, "the work ended with SystemExit: enough"), (one_too_few, "1 results for 2 items")],
 )
-def test_work_that_ends_the_thread_or_loses_a_result_fails_and_the_next_is_done(work, message):
+def test_work_that_raises_system_exit_or_loses_a_result_fails_and_the_next_runs(work, message):
     with Batcher(capacity=10) as batcher:
         with busy(batcher):
             futures = batcher.submit(work, [1, 2], [0.1, 0.1])
@@ -80,8 +80,8 @@ def test_work_that_ends_the_thread_or_loses_a_result_fails_and_the_next_is_done(
 
 
 @pytest.mark.parametrize("error, calls", [(UnreachableError, 1), (StoreError, 7)])
-def test_a_store_out_of_reach_is_waited_for_once_a_batch(error, calls):
-    """Each half of it would wait as long; a damaged record is of one item only."""
+def test_an_unreachable_store_is_waited_for_once_per_batch(error, calls):
+    """Each half would wait just as long. A damaged record, in contrast, concerns only one item."""
     called: list[int] = []
 
     def work(items: list[int]) -> list[int]:

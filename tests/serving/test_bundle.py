@@ -1,4 +1,4 @@
-"""A bundle: serving without the log, exactly as from the run; one that is damaged is refused by name."""
+"""Bundles: serving without the log works as with the run; a damaged bundle is refused by name."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from ifa_torchrec.training.trainer import train
 
 @pytest.fixture(scope="module")
 def run(shop: Shop, tmp_path_factory) -> Path:
-    """A run on a copy of the shop's log, which lies beside it."""
+    """A run on a copy of the shop's log, which is next to it."""
     folder = tmp_path_factory.mktemp("trained")
     shutil.copytree(shop.log.path, folder / "log")
     out = folder / "run"
-    ifa = dataclasses.replace(SHOP_IFA, gates={})  # which the log's features say
+    ifa = dataclasses.replace(SHOP_IFA, gates={})  # ifa train takes them from the log's features
     train(TrainConfig(folder / "log", out, ifa=ifa, seed=3, epochs=2, validate=False))
     return out
 
@@ -44,7 +44,7 @@ def bundle(run: Path) -> Path:
     return folder
 
 
-def test_it_ranks_and_takes_events_exactly_as_the_run_and_its_log(shop, run, bundle, tmp_path):
+def test_a_bundle_ranks_and_adds_events_exactly_as_the_run_with_its_log(shop, run, bundle, tmp_path):
     build_states(BuildStatesConfig(run, str(tmp_path / "states"), len(shop.events)))
     shutil.copytree(bundle, tmp_path / "bundle")
     found = []
@@ -78,7 +78,7 @@ def test_it_ranks_and_takes_events_exactly_as_the_run_and_its_log(shop, run, bun
         np.testing.assert_array_equal(wanted.logits, given.logits)
 
 
-def test_it_has_no_event_and_no_user_but_what_a_model_is_built_of(shop, run, bundle):
+def test_a_bundle_has_no_events_and_no_users(shop, run, bundle):
     opened, trained = read_bundle(bundle), load_run(run, sharded=False)
     assert opened.dlrm.config == trained.dlrm.config
     assert opened.log.num_items == ITEMS and opened.log.schema == trained.log.schema
@@ -91,7 +91,7 @@ def test_it_has_no_event_and_no_user_but_what_a_model_is_built_of(shop, run, bun
 
 
 @pytest.mark.parametrize("name", ["weights.pt", "items/price.npy", "vocabulary.json", "bundle.json"])
-def test_a_byte_that_is_another_is_refused(name, bundle, tmp_path):
+def test_a_changed_byte_is_refused(name, bundle, tmp_path):
     folder = shutil.copytree(bundle, tmp_path / "bundle")
     content = bytearray((folder / name).read_bytes())
     content[len(content) // 2] ^= 1
@@ -121,7 +121,7 @@ def _of_tomorrow(folder: Path) -> None:
         (_of_tomorrow, "format 'ifa-bundle/4', this version reads 'ifa-bundle/3'"),
     ],
 )
-def test_what_is_not_the_bundle_that_was_written_is_refused(
+def test_an_altered_bundle_is_refused(
     change: Callable[[Path], None], told: str, bundle: Path, tmp_path: Path
 ):
     folder = shutil.copytree(bundle, tmp_path / "bundle")
@@ -130,24 +130,24 @@ def test_what_is_not_the_bundle_that_was_written_is_refused(
         read_bundle(folder)
 
 
-def test_options_that_do_not_fit(run, bundle, tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="--bundle, --out"):
+def test_options_that_do_not_fit_a_bundle_are_refused(run, bundle, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="--bundle and --out"):
         ExportConfig(run, out=tmp_path / "a.pt2", bundle=tmp_path / "b")
-    with pytest.raises(ConfigError, match="--package, --int8"):
+    with pytest.raises(ConfigError, match="--package and --int8"):
         ExportConfig(run, bundle=tmp_path / "b", int8=True)
     with pytest.raises(ExistsError, match="bundle exists"):
         export(ExportConfig(run, bundle=bundle))
     with pytest.raises(ConfigError, match=r"--data: .* is a bundle"):
         _load(ServeConfig(bundle, "states", data=run.parent / "log"))
     monkeypatch.setattr("sys.argv", ["ifa", "serve", "--bundle", str(bundle), "--store", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"error: .*there is no store of states"):
+    with pytest.raises(SystemExit, match=r"error: .*no store of states here"):
         main()
 
 
-def test_a_compiled_dense_part_comes_along(run, tmp_path, monkeypatch):
+def test_a_bundle_includes_the_compiled_dense_part(run, tmp_path, monkeypatch):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "dense.pt2").write_bytes(b"compiled")
-    with pytest.raises(StateError, match=r"dense\.pt2: it cannot be loaded.*ifa export --run RUN"):
+    with pytest.raises(StateError, match=r"dense\.pt2 cannot be loaded.*ifa export --run RUN"):
         export(ExportConfig(tmp_path / "run", bundle=tmp_path / "bundle"))
     assert not (tmp_path / "bundle").exists()
     monkeypatch.setattr(export_module, "check_weights", lambda *_: None)

@@ -1,4 +1,4 @@
-"""A compiled dense part gives the scores that the model gives, and is refused where it would not."""
+"""A compiled dense part scores as the model does, and is refused if it would not."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ifa_torchrec.serving.dense_graph import DenseGraph
 
 @pytest.fixture(scope="module")
 def model(shop):
-    """Whose candidates see each other, and which generates sets."""
+    """A model whose candidates attend to each other, and which generates sets."""
     return shop_model(shop.log, candidate_set=CandidateSetConfig("softmax", generate=True))
 
 
@@ -39,7 +39,7 @@ def package(shop, model, tmp_path_factory):
     return path
 
 
-def test_what_a_package_is_made_for_is_looked_at(shop, model, tmp_path, monkeypatch):
+def test_what_a_package_was_compiled_for_is_checked(shop, model, tmp_path, monkeypatch):
     (tmp_path / "dense.pt2").touch()
     found = compiled_module._made_for(DenseGraph(model, shop.log.schema))
     for name in found:
@@ -48,7 +48,7 @@ def test_what_a_package_is_made_for_is_looked_at(shop, model, tmp_path, monkeypa
             "load_metadata_from_package",
             lambda *_, name=name: found | {name: "other"},
         )
-        with pytest.raises(StateError, match=f"it is of {name} 'other', not .*; compile it anew"):
+        with pytest.raises(StateError, match=f"for {name} 'other', expected .*; compile it again"):
             CompiledDense(model, shop.log.schema, shop.log.items, tmp_path / "dense.pt2")
 
 
@@ -61,7 +61,7 @@ def store(shop, model, tmp_path):
 
 
 def asked(shop: Shop) -> list[RankingRequest]:
-    """All requests of the shop as of now, with items that no vocabulary knows in one."""
+    """All requests of the shop, made now; one of them has unknown items."""
     requests = [dataclasses.replace(shop.request(n), time=None) for n in range(len(shop.requests))]
     known = requests[0]
     candidates = [*known.candidates, "of no vocabulary"]
@@ -110,7 +110,7 @@ def test_a_package_of_other_weights_is_refused(shop, model, package, tmp_path):
     with torch.no_grad():
         other.set_arch.over_arch.model[-1].bias += 1
     for refuses in (load, lambda of: check_weights(of, shop.log.schema, package)):
-        with pytest.raises(StateError, match=r"weights '\w+', not '\w+'; compile it anew"):
+        with pytest.raises(StateError, match=r"weights '\w+', expected '\w+'; compile it again"):
             refuses(other)
     with pytest.raises(StateError, match="weights"):
         load(shop_model(shop.log))
@@ -119,6 +119,8 @@ def test_a_package_of_other_weights_is_refused(shop, model, package, tmp_path):
         load(model, tmp_path / "damaged.pt2")
 
 
-def test_a_package_that_is_not_there_is_named(shop, model, tmp_path):
-    with pytest.raises(StateError, match=r"dense.pt2 is not there; ifa export --run RUN writes it"):
+def test_a_missing_package_is_named(shop, model, tmp_path):
+    with pytest.raises(
+        StateError, match=r"dense.pt2 does not exist; write it with ifa export --run RUN"
+    ):
         CompiledDense(model, shop.log.schema, shop.log.items, tmp_path / "dense.pt2")

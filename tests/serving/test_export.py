@@ -1,4 +1,4 @@
-"""Exported scoring graphs give the logits that the model gives on the whole histories."""
+"""Exported scoring graphs compute the logits that the model computes from whole histories."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from shop import Shop, shop_model
 from torch import Tensor
 from torch.export import ExportedProgram
 from torchrec import EmbeddingCollection, EmbeddingConfig, JaggedTensor, KeyedJaggedTensor
+from torchrec.modules.embedding_configs import DataType
 
 from ifa_torchrec import (
     DLRM_IFA,
@@ -58,7 +59,7 @@ def run(log, tmp_path_factory) -> Run:
 
 
 def inputs(model: DLRM_IFA, schema: LogSchema, batch: RankingBatch) -> dict[str, Tensor]:
-    """The graph's inputs for a batch of one request, its history summed by the model."""
+    """The graph's inputs for a batch of one request, with its history summed by the model."""
     state, ids = model.encode(batch), batch.sequence_features
     items = batch.candidate_items
     columns = [f"candidate_{f}" for f in (*schema.item_features, *schema.candidate_features)]
@@ -145,7 +146,7 @@ def assert_of_aten_alone(program: ExportedProgram) -> None:
 
 
 def load_package(path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
-    """A package that refuses what it is not compiled for."""
+    """A package that refuses inputs that it was not compiled for."""
     monkeypatch.setenv("AOTI_RUNTIME_CHECK_INPUTS", "1")
     return torch._inductor.aoti_load_package(str(path))
 
@@ -160,7 +161,7 @@ def test_a_package(run: Run, int8: bool, tmp_path: Path, monkeypatch: pytest.Mon
     assert "contiguous" in about["layout"]
     score, model = load_package(out, monkeypatch), quantize_tables(run.dlrm) if int8 else run.dlrm
     assert_gives_the_models_logits(score, model, run.log, ("test", "train"))
-    # without its check the package would read the columns' memory as if they stood by themselves
+    # without its check the package would read the columns' memory as if they were contiguous
     given = inputs(model, run.log.schema, run.dataset("test")[[4]])
     columns = {**given, "candidate_item_ids": given["candidate_ids"][:, 0]}
     with pytest.raises(RuntimeError, match="unmatched stride"):
@@ -186,7 +187,7 @@ def test_a_package_of_lists_numbers_vectors_and_event_features(
     assert_gives_the_models_logits(score, shop.model, shop.log, ["train"])
 
 
-def test_rows_that_no_candidate_asks_for_may_be_left_out(run: Run) -> None:
+def test_rows_that_no_candidate_uses_may_be_left_out(run: Run) -> None:
     graph, batch = ScoringGraph(run.dlrm, run.log.schema), run.dataset("test")[[5]]
     given = inputs(run.dlrm, run.log.schema, batch)
     ids = run.dlrm.candidate_arch.candidate_ids(batch)
@@ -197,9 +198,11 @@ def test_rows_that_no_candidate_asks_for_may_be_left_out(run: Run) -> None:
     torch.testing.assert_close(graph(*fewer.values()), graph(*given.values()))
 
 
-def model_of_one_feature(**options) -> DLRM_IFA:
+def model_of_one_feature(data_type: DataType = DataType.FP32, **options) -> DLRM_IFA:
     names = ["history_item", "candidate_item"]
-    table = EmbeddingConfig(name="item", embedding_dim=8, num_embeddings=50, feature_names=names)
+    table = EmbeddingConfig(
+        name="item", embedding_dim=8, num_embeddings=50, feature_names=names, data_type=data_type
+    )
     config = DLRM_IFAConfig(("item",), **{"ifa": IFAConfig(8, num_heads=2)} | options)
     return randomised(DLRM_IFA(None, EmbeddingCollection(tables=[table]), config))
 
@@ -221,7 +224,7 @@ def test_a_model_of_items_alone_with_two_tasks() -> None:
 
 
 def model_of_sets(attention: Literal["softmax", "linear"]) -> DLRM_IFA:
-    """Candidates see each other and what is taken."""
+    """A model whose candidates see each other and those taken."""
     torch.manual_seed(0)
     return model_of_one_feature(candidate_set=CandidateSetConfig(attention, generate=True)).eval()
 
@@ -245,7 +248,7 @@ def assert_generates_the_models_sets(
             logits, gain = step(*related, taken.nonzero().flatten())
             same(logits, model.logits_given(described, taken))
             same(gain[~taken], model.set_gain(described)(taken)[~taken])
-            # an item may stand there twice, and its gains differ by rounding
+            # an item may occur twice, and its gains differ by rounding
             assert gain[row] >= gain.masked_fill(taken, -torch.inf).max() - 1e-5
             taken[row] = True
         others = step(*related, (~taken).nonzero().flatten())[0]
@@ -318,7 +321,7 @@ def test_a_package_of_a_model_whose_candidates_see_each_other(
     model = model_of_sets(attention)
     package_scorer(export_scorer(model, ONE_FEATURE), tmp_path / "sets.pt2")
     score, step = load_package(tmp_path / "sets.pt2", monkeypatch), export_set_graph(model)
-    if attention == "linear":  # the step is the same of both
+    if attention == "linear":  # the step is the same for both
         return assert_generates_the_models_sets(score, step.module(), model)
     package_scorer(step, tmp_path / "sets.set.pt2")
     step = load_package(tmp_path / "sets.set.pt2", monkeypatch)
@@ -346,7 +349,7 @@ def items_alone(events: int, candidates: int, seed: int) -> RankingBatch:
     ("model", "message"),
     [
         (lambda: model_of_one_feature(interaction="mean"), "'mean' has no user state"),
-        (lambda: quantize_tables(model_of_one_feature(), torch.float16), "FP16 cannot be exported"),
+        (lambda: model_of_one_feature(data_type=DataType.BF16), "'item' has type BF16, .* exported"),
     ],
 )
 def test_what_cannot_be_exported_is_refused(model: Callable[[], DLRM_IFA], message: str) -> None:
@@ -361,7 +364,7 @@ def test_without_out_the_dense_part_is_compiled_into_the_run(run: Run) -> None:
     CompiledDense(run.dlrm, run.log.schema, run.log.items, run.config.out / DENSE_FILE)
 
 
-def test_what_is_of_the_graph_alone_needs_its_name() -> None:
+def test_options_of_the_graph_need_out() -> None:
     for options in ({"int8": True}, {"package": True}):
         with pytest.raises(ConfigError, match="give --out"):
             ExportConfig(Path("run"), **options)
@@ -405,10 +408,10 @@ def test_the_command_describes_what_it_writes(monkeypatch, capsys, run: Run, tmp
 @pytest.mark.parametrize(
     ("identity", "width"), [((), 0), (("item",), 0), (("item",), 8)], ids=["dense", "masses", "values"]
 )
-def test_the_softmax_read_out_is_of_any_number_of_candidates(
+def test_the_softmax_read_out_takes_any_number_of_candidates(
     identity: tuple[str, ...], width: int
 ) -> None:
-    """What `ifa train` trains unless told otherwise."""
+    """The default of `ifa train`."""
     ifa = TrainConfig(Path("log"), Path("run")).ifa
     given = {"identity_features": identity, "identity_head_dim": width}
     ifa = dataclasses.replace(ifa, embedding_dim=8, **given)
@@ -421,8 +424,8 @@ def test_the_softmax_read_out_is_of_any_number_of_candidates(
         torch.testing.assert_close(exported(*given.values()), model(batch), atol=1e-5, rtol=1e-4)
 
 
-def test_a_graph_is_of_the_models_own_interaction() -> None:
-    """Which may be another than its configuration names."""
+def test_a_graph_uses_the_models_own_interaction() -> None:
+    """The module may differ from what the model's configuration names."""
     ifa = IFAConfig(8, num_heads=4, identity_features=("item",), readout="softmax")
     tables = model_of_one_feature().sequence_arch.embedding_collection
     config = DLRM_IFAConfig(("item",), ifa=IFAConfig(8, num_heads=2))

@@ -1,4 +1,4 @@
-"""External ids and what events have: a served score is that of the model on the log's own history."""
+"""External ids and event features: served scores are those of the model on the log's histories."""
 
 from __future__ import annotations
 
@@ -91,14 +91,14 @@ def test_scores_are_the_models_on_the_log(shop, scorer):
 
 
 def test_a_new_item_that_the_user_met_is_told_from_one_that_they_did_not(shop, scorer):
-    """Of two items that no vocabulary knows all else is alike."""
+    """Two items that the vocabulary does not know, alike in everything else."""
     unmet = scorer.score([request(shop, "never seen", "nor this")])[0]
     np.testing.assert_allclose(unmet[0], unmet[1], atol=1e-6)
     event = dataclasses.replace(shop.event(0), user="anna", item="never seen")
     assert scorer.append([event]) == [EventResult("taken", unknown=1)]
     met = scorer.score([request(shop, "never seen", "nor this")])[0]
     assert abs(met[0] - met[1]) > 1e-3
-    # also by another process, or the next day
+    # the same in another process, or the next day
     again = Scorer(shop.model, shop.log, scorer.store)
     np.testing.assert_array_equal(again.score([request(shop, "never seen", "nor this")])[0], met)
 
@@ -119,7 +119,7 @@ def test_ids_come_back_as_they_were_given_and_unknown_ones_are_counted(shop, sco
     ranking = scorer.rank([asked])[0]
     assert {(type(item), item) for item in ranking.items} == {(type(i), i) for i in asked.candidates}
     assert (ranking.unknown_candidates, ranking.unknown_context) == (3, 6)
-    # a number and its digits are one item
+    # a number and the string of its digits are the same item
     scores = dict(
         zip(asked.candidates, scorer.score([request(shop, *asked.candidates)])[0], strict=True)
     )
@@ -134,8 +134,8 @@ def test_users_that_the_vocabulary_does_not_know_have_states(shop, scorer):
     assert len(scorer.score([known])[0]) == 1
 
 
-def test_what_an_event_has_changes_the_state(shop, key_values):
-    """Each feature, each number, the lack of one, and the weight."""
+def test_event_features_change_the_state(shop, key_values):
+    """Each feature, each number, a missing number, and the weight."""
     base = dataclasses.replace(
         shop.event(0),
         features={"action": "buy", "device": "desk"},
@@ -170,26 +170,26 @@ def broken(event: Event, **changes) -> Event:
     ("changes", "reason"),
     [
         ({"features": {"action": "buy"}}, r"features: \['device'\] missing; the model takes \['action'"),
-        ({"features": {"action": "buy", "device": None}}, r"features.device: None is no id"),
+        ({"features": {"action": "buy", "device": None}}, r"features.device: None is not an id"),
         ({"numbers": {"dwell": 1.0}}, r"numbers: \['amount'\] missing"),
-        ({"numbers": {"dwell": -1.0, "amount": 1.0}}, r"numbers.dwell: -1.0 is negative, and its log"),
-        ({"numbers": {"dwell": 1.0, "amount": float("nan")}}, r"numbers.amount: not finite"),
-        ({"numbers": {"dwell": 1.0, "amount": 1e300}}, r"numbers.amount: not finite"),
-        ({"numbers": {"dwell": 1.0, "amount": "1"}}, r"numbers.amount: '1' is no number"),
-        ({"weight": None}, r"weight: the model takes one"),
+        ({"numbers": {"dwell": -1.0, "amount": 1.0}}, r"-1.0 is negative; this feature is log-scaled"),
+        ({"numbers": {"dwell": 1.0, "amount": float("nan")}}, r"numbers.amount: a number is not finite"),
+        ({"numbers": {"dwell": 1.0, "amount": 1e300}}, r"numbers.amount: a number is not finite"),
+        ({"numbers": {"dwell": 1.0, "amount": "1"}}, r"numbers.amount: '1' is not a number"),
+        ({"weight": None}, r"weight: missing; give a number"),
         ({"weight": -1.0}, r"weight: -1.0 is negative"),
         ({"weight": 3e38, "numbers": {"dwell": 1.0, "amount": 3e38}}, r"overflows; give smaller"),
-        ({"user": True}, r"user: True is no id"),
-        ({"user": "\ud800"}, r"user: '\\ud800' is no id"),
-        ({"item": ""}, r"item: '' is no id"),
-        ({"item": 2**63}, r"item: 9223372036854775808 is no id"),
-        ({"item": 1.0}, r"item: 1.0 is no id"),
+        ({"user": True}, r"user: True is not an id"),
+        ({"user": "\ud800"}, r"user: '\\ud800' is not an id"),
+        ({"item": ""}, r"item: '' is not an id"),
+        ({"item": 2**63}, r"item: 9223372036854775808 is not an id"),
+        ({"item": 1.0}, r"item: 1.0 is not an id"),
         ({"position": -1}, r"position must be in 0\.\.2\*\*63 - 2, got -1"),
         ({"position": 2**63 - 1}, r"position must be in 0\.\.2\*\*63 - 2, got 9223372036854775807"),
         ({"time": 1.5}, r"time must be in 0\.\.2\*\*63 - 1 microseconds, got 1.5"),
     ],
 )
-def test_an_event_that_is_not_the_schemas_is_refused_alone(shop, scorer, changes, reason):
+def test_only_the_event_that_does_not_fit_the_schema_is_refused(shop, scorer, changes, reason):
     good = [broken(shop.event(n), user="anna") for n in range(2)]
     bad = broken(shop.event(2), **changes)
     first, refused, second = scorer.append([good[0], bad, good[1]])
@@ -198,17 +198,16 @@ def test_an_event_that_is_not_the_schemas_is_refused_alone(shop, scorer, changes
     assert re.search(reason, refused.reason), refused.reason
 
 
-def test_a_position_that_is_anothers_is_refused_alone(shop, scorer):
+def test_only_the_event_at_another_events_position_is_refused(shop, scorer):
     scorer.append([shop.event(0)])
     again = dataclasses.replace(shop.event(0), numbers={"dwell": None, "amount": 77.5})
     results = scorer.append([shop.event(1), again, shop.event(0), shop.event(2)])
     assert [result.status for result in results] == ["taken", "refused", "duplicate", "taken"]
-    assert "amount 77.5" in results[1].reason and "comes again" in results[1].reason
+    assert "amount 77.5" in results[1].reason and "arrived again" in results[1].reason
 
 
-def test_a_longer_vocabulary_picks_events_up_by_their_ids(shop, scorer, tmp_path):
-    """What the old version did not know, the new one does; features that it wants beyond those that the
-    journal has are unknown."""
+def test_a_longer_vocabulary_recognises_journal_events_by_their_ids(shop, scorer, tmp_path):
+    """A new version knows ids that an old one did not; features that the journal lacks are unknown."""
     events = [dataclasses.replace(shop.event(n), user="anna", item="brand new") for n in range(2)]
     assert [result.unknown for result in scorer.append(events)] == [
         1 + (event.features["device"] == "watch") for event in events
@@ -254,8 +253,8 @@ def run(shop, tmp_path_factory) -> Run:
     return load_run(out, sharded=False)
 
 
-def test_states_built_of_a_log_are_those_of_its_events_over_http(shop, run, tmp_path):
-    """Users, items and what events have, by their external ids on both ways."""
+def test_states_built_from_a_log_equal_those_of_its_events_over_http(shop, run, tmp_path):
+    """Users, items and event features, by external ids both ways."""
     build_states(BuildStatesConfig(run.config.out, str(tmp_path / "built"), 1000))
     built = open_key_value_store(str(tmp_path / "built"))
     store = StateStore(built, run.version)
@@ -291,7 +290,7 @@ def test_states_built_of_a_log_are_those_of_its_events_over_http(shop, run, tmp_
     for ranking, wanted in zip(rankings, expected, strict=True):
         assert ranking["items"] == wanted.items
         np.testing.assert_allclose(ranking["logits"]["label"], wanted.logits[:, 0], rtol=1e-4, atol=1e-5)
-    # events in the log are counted as such by the built states
+    # the built states count the events in the log as duplicates
     duplicates = Scorer(run.dlrm, run.log, store).append(events[:5])
     assert {result.status for result in duplicates} == {"duplicate"}
     for address in (built, empty):
@@ -304,34 +303,36 @@ def test_a_journal_of_another_format_is_refused(shop, scorer):
     codec, key = scorer.store._codec, journal_key(event.place)
     for body in (struct.pack(">qqq", 7, 3, 5), b"\x80[1]", b"\x80{}", pack_event(event)[:-1]):
         scorer.store.key_values.update([], lambda _, body=body: {key: codec.seal(key, body)})
-        with pytest.raises(StateError, match=r"event at position 0 is of another version .*empty store"):
+        with pytest.raises(
+            StateError, match=r"event at position 0 was written by another version .*empty store"
+        ):
             unpack_event(event.place, body)
         (result,) = scorer.append([event])
-        assert result.status == "refused" and "is of another version" in result.reason
+        assert result.status == "refused" and "was written by another version" in result.reason
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"candidates": "item 1"}, "candidates must be a list of ids, got 'item 1'"),
-        ({"candidates": ["item 1", 1.5]}, r"candidates\[1\]: 1.5 is no id"),
+        ({"candidates": ["item 1", 1.5]}, r"candidates\[1\]: 1.5 is not an id"),
         ({"context": {"store": 9}}, r"context: \['interest'\] missing"),
         ({"context": {"store": 9, "interest": "tea"}}, "context.interest must be a list of ids"),
-        ({"context": {"store": ["tea"], "interest": []}}, r"context.store: \['tea'\] is no id"),
-        ({"dense": {"hour": "2"}}, "dense.hour: '2' is no number"),
+        ({"context": {"store": ["tea"], "interest": []}}, r"context.store: \['tea'\] is not an id"),
+        ({"dense": {"hour": "2"}}, "dense.hour: '2' is not a number"),
         ({"candidate_features": {}}, r"candidate_features: \['place'\] missing"),
         ({"candidate_features": {"place": ["top"]}}, "candidate_features.place: 1 ids for 2 candidates"),
-        ({"candidate_dense": {"bid": [1.0, float("inf")]}}, "candidate_dense.bid: not finite"),
+        ({"candidate_dense": {"bid": [1.0, float("inf")]}}, "bid: a number is not finite"),
     ],
 )
-def test_a_request_that_is_not_the_schemas_is_refused(shop, scorer, changes, message):
+def test_a_request_that_does_not_fit_the_schema_is_refused(shop, scorer, changes, message):
     with pytest.raises(RequestError, match=message):
         scorer.score([dataclasses.replace(request(shop, "item 1", "item 2"), **changes)])
 
 
 def test_states_of_another_vocabulary_are_refused(shop, key_values):
     store = new_store(key_values, shop.log, vocabulary="another")
-    with pytest.raises(StateError, match=r"of the vocabulary 'another', that of .*ifa states --drop v1"):
+    with pytest.raises(StateError, match=r"with the vocabulary 'another', .*ifa states --drop v1"):
         Scorer(shop.model, shop.log, store)
     layout = StateLayout.of(shop.model.candidate_arch.ifa)
     StateStore.begin(key_values, "v2", layout, 0, vocabulary="one")
@@ -340,14 +341,14 @@ def test_states_of_another_vocabulary_are_refused(shop, key_values):
 
 
 def test_during_a_reload_both_weights_take_the_same_event(shop, scorer, key_values):
-    """The journal has numbers as a float32 has them; that is the event which the other one gets, too."""
+    """The journal stores numbers as float32, and the other scorer must get the same event."""
     incoming = Scorer(shop.model, shop.log, new_store(key_values, shop.log, "v2"))
     numbers = {"dwell": 0.1, "amount": 4.99}
     events = [
         dataclasses.replace(shop.event(n), user="anna", numbers=numbers, weight=0.1) for n in range(2)
     ]
     with LiveScorer(lambda: scorer, Limits()) as live:
-        live._scorers = (scorer, incoming)  # as while it catches up
+        live._scorers = (scorer, incoming)  # as during catch_up
         assert [result.status for result in live.add(events)] == ["taken"] * 2
         assert [result.status for result in live.add(events)] == ["duplicate"] * 2
     asked = [request(shop, "item 1", "item 2")]
@@ -358,7 +359,7 @@ def test_during_a_reload_both_weights_take_the_same_event(shop, scorer, key_valu
 def test_events_that_add_up_beyond_float32_are_refused_and_the_user_can_be_ranked(
     shop, scorer, same_time
 ):
-    """Stored as infinity they would have been there for good."""
+    """Stored as infinity they would stay forever."""
     events = [
         dataclasses.replace(
             shop.event(0), position=n, user="anna", time=LATER - 100 + n * (not same_time), weight=4e36
@@ -370,14 +371,14 @@ def test_events_that_add_up_beyond_float32_are_refused_and_the_user_can_be_ranke
     assert found[0] == "taken" and found[-1] == "refused"
     assert re.search(r"add up to \S+, beyond float32; give smaller weights", results[-1].reason)
     assert np.isfinite(scorer.score([request(shop, "item 1", "item 2")])[0]).all()
-    # and of events that come together those that fit are taken
+    # if events come together, those that fit are taken
     other = [dataclasses.replace(event, position=100 + n) for n, event in enumerate(events)]
     other = [dataclasses.replace(event, user="bob") for event in other]
     assert {result.status for result in scorer.append(other)} == {"taken", "refused"}
     assert np.isfinite(scorer.score([request(shop, "item 1", user="bob")])[0]).all()
 
 
-def test_the_last_position_that_there_is_can_be_trimmed(shop, scorer, key_values):
+def test_the_highest_position_can_be_trimmed(shop, scorer, key_values):
     event = dataclasses.replace(shop.event(0), position=2**63 - 2, partition=1)
     assert scorer.append([event])[0].status == "taken"
     assert trim_journal(key_values, event.time + 1).deleted == 1

@@ -1,4 +1,4 @@
-"""Sets that a server chooses one by one are those that the model chooses from the histories."""
+"""Sets that a server chooses one by one equal those that the model chooses from histories."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ifa_torchrec.serving.service import create_app
 
 @pytest.fixture(scope="module", params=["none", "softmax"])
 def model(shop: Shop, request) -> DLRM_IFA:
-    """Of candidates that see those that are taken."""
+    """A model whose candidates see those taken."""
     return shop_model(shop.log, candidate_set=CandidateSetConfig(request.param, generate=True))
 
 
@@ -50,7 +50,7 @@ def scorer(shop: Shop, model: DLRM_IFA, store: StateStore) -> Scorer:
 
 @torch.no_grad()
 def chosen_from_history(model: DLRM_IFA, dataset: RankingDataset, n: int, k: int) -> list[int]:
-    """Which of the request's candidates, one by one."""
+    """The indices of the candidates chosen one by one."""
     candidates = model.describe(dataset[[n]])
     rows = JaggedTensor(candidates.tokens, offsets=candidates.offsets)
     chosen = generate_set(model.set_gain(candidates), rows, k, "greedy")
@@ -58,7 +58,7 @@ def chosen_from_history(model: DLRM_IFA, dataset: RankingDataset, n: int, k: int
 
 
 @torch.no_grad()
-def test_sets_are_those_of_the_histories(shop: Shop, model: DLRM_IFA, scorer: Scorer) -> None:
+def test_sets_equal_those_from_histories(shop: Shop, model: DLRM_IFA, scorer: Scorer) -> None:
     dataset, seen = RankingDataset(shop.log, "train"), set[int]()
     differ = 0
     for n in np.argsort(shop.requests["time"].to_numpy(), kind="stable").tolist():
@@ -69,7 +69,7 @@ def test_sets_are_those_of_the_histories(shop: Shop, model: DLRM_IFA, scorer: Sc
         wanted = [request.candidates[row] for row in chosen_from_history(model, dataset, n, 3)]
         assert ranking.items == wanted
         differ += wanted != scorer.rank([request], 3)[0].items
-        # the logits are those that each has beside the others
+        # each item's logits given the others
         rows = [request.candidates.index(item) for item in ranking.items]
         taken = torch.zeros(len(request.candidates), dtype=torch.bool)
         taken[rows] = True
@@ -86,7 +86,7 @@ def test_requests_together_and_apart(shop: Shop, scorer: Scorer) -> None:
             (alone,) = scorer.rank([request], 2, strategy)
             assert ranking.items == alone.items and len(alone.items) == min(2, len(request.candidates))
             np.testing.assert_allclose(ranking.logits, alone.logits, rtol=1e-4, atol=1e-5)
-    # the first of a set are the smaller set
+    # the first items of a set are the smaller set
     larger = scorer.rank(asked, 4, "greedy")
     assert [r.items[:2] for r in larger] == [r.items for r in scorer.rank(asked, 2, "greedy")]
     assert scorer.rank([], 2, "greedy") == scorer.rank([]) == []
@@ -100,7 +100,7 @@ def test_what_is_refused(shop: Shop, scorer: Scorer, store: StateStore) -> None:
     with pytest.raises(ValueError, match="strategy must be 'topk' or 'greedy', got 'best'"):
         scorer.rank(asked, 2, "best")  # type: ignore[arg-type]
     untrained = Scorer(shop.model, shop.log, store)
-    with pytest.raises(RequestError, match=r"not trained to score .* --candidate-set.generate"):
+    with pytest.raises(RequestError, match=r"not trained to generate sets .* --candidate-set.generate"):
         untrained.rank(asked, 2, "greedy")
 
 
@@ -149,7 +149,7 @@ def test_over_http(shop: Shop, scorer: Scorer, store: StateStore) -> None:
     assert f"ifa_candidates_total {candidates:.1f}" in metrics
     assert no_k.status_code == 422 and "requests.0.k: strategy 'greedy'" in no_k.json()["error"]
     assert unknown.status_code == 422 and "requests.0.strategy" in unknown.json()["error"]
-    assert large.status_code == 422 and "at most 4 are chosen one by one" in large.json()["error"]
+    assert large.status_code == 422 and "chooses at most 4" in large.json()["error"]
     assert small.status_code == 200
 
 

@@ -1,4 +1,4 @@
-"""Served scores are the trained model's: 1,000 real requests, from states that grew in between."""
+"""Served scores equal the trained model's: 1,000 real requests, from states updated in between."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OPTIONS = {
 
 @pytest.fixture(scope="module", params=OPTIONS)
 def run(request, real_log, tmp_path_factory) -> Run:
-    """A model of real purchases, trained a little so that its weights are no one's start."""
+    """A model of real purchases, trained briefly so that its weights are not at initialisation."""
     folder = tmp_path_factory.mktemp("parity")
     config = TrainConfig(real_log.path, folder / "run", validate=False, **OPTIONS[request.param])
     train(config)
@@ -44,8 +44,8 @@ def run(request, real_log, tmp_path_factory) -> Run:
 
 
 def external(log: EventLog, name: str, rows: np.ndarray) -> list[int | str]:
-    """What the world calls these rows; 0 for what is unknown."""
-    if name not in log.vocabulary.names:  # users that are numbers
+    """The external ids of these rows; 0 for unknown."""
+    if name not in log.vocabulary.names:  # integer users
         return rows.tolist()
     return [0 if i is None else i for i in log.vocabulary[name].at(rows)]
 
@@ -55,7 +55,7 @@ def numbers(column: np.ndarray) -> list[float | None]:
 
 
 def request_of(dataset: RankingDataset, number: int) -> RankingRequest:
-    """A split's request as a server is sent it."""
+    """A split's request, as sent to a server."""
     log, columns = dataset.log, dataset.requests
     schema, rows = log.schema, dataset.candidate_rows([number])[0]
     one = slice(number, number + 1)
@@ -78,7 +78,7 @@ def test_served_scores_and_metrics_are_those_of_the_raw_histories(run, tmp_path)
     sampler = EventBudgetSampler(dataset.history_lengths, max_events=16384, max_requests=16)
     trained = np.concatenate([run.dlrm.eval()(b).numpy() for b in make_loader(dataset, sampler)])
 
-    # states as of the first of these requests; what was bought since is appended, user by user
+    # states up to the first of these requests; later purchases are appended, user by user
     first = int(dataset.requests["time"].min())
     until = datetime.fromtimestamp(first / 1e6, timezone.utc)
     store = str(tmp_path / "states")
@@ -101,7 +101,7 @@ def test_served_scores_and_metrics_are_those_of_the_raw_histories(run, tmp_path)
     served = np.concatenate(served)
 
     assert np.abs(served - trained).max() < 1e-5
-    # two candidates whose logits differ by less than rounding may change places
+    # candidates whose logits differ by less than rounding may swap places
     tasks = run.dlrm.config.tasks
     wanted = measure(dataset, trained, tasks)
     assert measure(dataset, served, tasks) == pytest.approx(wanted, abs=2e-5)

@@ -1,4 +1,4 @@
-"""Quantised tables: what they change, and what they leave alone."""
+"""Quantised tables: what they change, and what they leave unchanged."""
 
 from __future__ import annotations
 
@@ -40,15 +40,12 @@ def table_bytes(model: torch.nn.Module) -> int:
     return sum(t.nbytes for name, t in model.state_dict().items() if "collection" in name)
 
 
-# a row's 8 values are rounded to the nearest of 2**bits: half a step in a range of about 0.6
-@pytest.mark.parametrize(
-    ("dtype", "error"), [(torch.float16, 1e-3), (torch.qint8, 1e-2), (torch.quint4x2, 0.2)]
-)
 @torch.no_grad()
-def test_logits_are_the_same_up_to_rounding(run: Run, dtype: torch.dtype, error: float) -> None:
-    quantised, batch = quantize_tables(run.dlrm, dtype), run.dataset("test")[list(range(12))]
+def test_logits_are_the_same_up_to_rounding(run: Run) -> None:
+    quantised, batch = quantize_tables(run.dlrm), run.dataset("test")[list(range(12))]
     exact, rounded = run.dlrm(batch), quantised(batch)
-    assert 0 < (rounded - exact).abs().max() < error
+    # a row's 8 values are rounded to the nearest of 2**8: half a step in a range of about 0.6
+    assert 0 < (rounded - exact).abs().max() < 1e-2
     state = quantised.encode(batch)
     torch.testing.assert_close(quantised.attend(batch, state), rounded, atol=1e-5, rtol=0)
 
@@ -64,7 +61,7 @@ def test_a_row_of_int8_is_within_half_a_step(run: Run) -> None:
     candidates = run.dataset("test")[[0]].sequence_features
     _, tokens = quantize_tables(run.dlrm).sequence_arch(candidates)
     _, exact = run.dlrm.sequence_arch(candidates)
-    # of two tables; fbgemm keeps scale and bias in float16
+    # two tables contribute; fbgemm stores scale and bias in float16
     step = (table.max() - table.min()) / 255
     assert (tokens.values() - exact.values()).abs().max() < 2 * step
 

@@ -1,4 +1,4 @@
-"""Scorer: a request's scores are those of the model on the raw history before it; times are checked."""
+"""Scorer: scores equal the model's on the raw history before each request; times are checked."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ IFA = IFAConfig(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
-    """Of a log whose times are days, as many are: most are of several events, and each user makes a
-    request at each time of an event, just before it and just after."""
+    """For a log whose times are days, as is common: most days have several events, and each user makes a
+    request just before, at and just after each event's time."""
     folder, rng = tmp_path_factory.mktemp("ties"), np.random.default_rng(0)
     user = rng.choice(USERS, 50)
     events = pd.DataFrame({"user": user, "item": rng.integers(0, NUM_ITEMS, 50)})
@@ -97,8 +97,8 @@ def requests_of(dataset: RankingDataset) -> list[RankingRequest]:
 @pytest.mark.parametrize("days", [0, 2, 4, DAYS])
 @torch.no_grad()
 def test_scores_are_those_of_the_events_strictly_before_the_request(run, tmp_path, days):
-    """By training's own rule, at, just before and just after the events' times: states built of the
-    first days, the other events appended in any order within theirs."""
+    """As in training, at, just before and just after the events' times: states are built from the first
+    days, and the other events are appended in any order within a day."""
     until = datetime.fromtimestamp(FIRST / 1e6, timezone.utc) + pd.Timedelta(days, "D").to_pytimedelta()
     scorer = opened(run, tmp_path, until)
     dataset = run.dataset("train")
@@ -127,7 +127,7 @@ def test_the_best_are_chosen_as_generate_set_chooses_them(run, tmp_path, k):
     asked = [RankingRequest(user, items, now) for user, items in ((1, [4, 2, 4, 7, 2, 9]), (2, [3]))]
     logits = torch.from_numpy(np.concatenate(scorer.score(asked))[:, 0])
     whole = JaggedTensor(logits, lengths=torch.tensor([6, 1]))
-    chosen = generate_set(logits, whole, 6 if k is None else k)  # of equal ones the first
+    chosen = generate_set(logits, whole, 6 if k is None else k)  # ties: the first
     items, rankings = np.array([4, 2, 4, 7, 2, 9, 3]), scorer.rank(asked, k)
     wanted = [rows.tolist() for rows in chosen.to_dense()]
     assert [ranking.items for ranking in rankings] == [items[rows].tolist() for rows in wanted]
@@ -147,7 +147,7 @@ def test_a_request_too_early_is_ranked_as_of_a_later_time_or_refused(run, tmp_pa
     assert as_asked.as_of is None
     np.testing.assert_allclose(as_asked.logits, marked.logits, rtol=1e-5)
     scorer.strict = True
-    with pytest.raises(StateError, match=r"user 1 has events at .* can go back behind the last"):
+    with pytest.raises(StateError, match=r"user 1 has events at .* can leave out only those"):
         scorer.rank([late])
     assert scorer.rank([RankingRequest(1, [1, 2, 3], marked.as_of)])[0].as_of is None
 
@@ -165,12 +165,12 @@ def test_times_of_another_unit_are_refused_and_leave_the_state_as_it_was(run, tm
         scorer.score([RankingRequest(1, [1, 2, 3], now * 1000)])
     np.testing.assert_array_equal(scorer.score([RankingRequest(1, [1, 2, 3], now)])[0], before)
     assert scorer.append([Event(0, 1, 2, now + 50_000_000)])[0].status == "taken"
-    # what another clock accepted for other weights is caught up with all the same
+    # events that another clock accepted for other weights are still caught up with
     layout = StateLayout.of(run.dlrm.candidate_arch.ifa)
     StateStore.begin(scorer.store.key_values, "other", layout, 0).finish()
     other = StateStore(scorer.store.key_values, "other")
     event = Event(1, 1, 2, now + DAY)
-    other.append([event], lambda _: scorer._encode(scorer._catalogue.read_events([event]).features))
+    other.append([event], lambda _: scorer._encode(scorer._catalogue.encode_events([event]).features))
     assert scorer.catch_up() == 1
 
 

@@ -1,4 +1,4 @@
-"""The HTTP service: answers, refusals, batching, weights replaced while it serves, its end."""
+"""The HTTP service: responses, refusals, batching, reloads while it serves, and shutdown."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ from ifa_torchrec.training.trainer import train
 
 TOKEN = {"Authorization": "Bearer secret"}
 LATER_TEXT = "2024-07-19T00:00:00Z"
-"""After the toy's last event."""
+"""After the toy log's last event."""
 LATER = pd.Timestamp(LATER_TEXT).value // 1000
 FEATURES = {"context": {"store": 1, "weekday": 2}, "dense": {"hour": 0.5, "season": -1.0}}
 REQUEST = {
@@ -108,7 +108,7 @@ def scorer(models: list[Run], key_values: KeyValueStore, number: int = 0) -> Sco
 
 @pytest.fixture
 def key_values(folders, tmp_path) -> Iterator[KeyValueStore]:
-    """A store of this test alone."""
+    """A store for this test only."""
     shutil.copytree(folders.store, tmp_path / "states")
     store = open_key_value_store(str(tmp_path / "states"))
     yield store
@@ -138,7 +138,7 @@ def append(client: TestClient, *events: dict[str, Any]) -> httpx.Response:
 
 
 def statuses(answer: httpx.Response) -> list[str]:
-    """What became of each event."""
+    """The status of each event."""
     assert answer.status_code == 200, answer.text
     return [result["status"] for result in answer.json()["results"]]
 
@@ -149,7 +149,7 @@ def changed(whole: dict, **fields: Any) -> dict:
 
 @contextmanager
 def held(live: LiveScorer) -> Iterator[None]:
-    """The scorer's thread is busy with something else meanwhile."""
+    """Keep the scorer's thread busy meanwhile."""
     begun, done = threading.Event(), threading.Event()
 
     def wait(_: list) -> list:
@@ -194,7 +194,7 @@ def test_a_time_may_be_written_in_any_zone(client, text):
     assert rank(client, changed(REQUEST, time=text)).json() == rank(client, REQUEST).json()
 
 
-def test_a_request_too_early_is_ranked_as_of_a_later_time_which_is_told_and_counted(client):
+def test_a_request_too_early_is_ranked_as_of_a_later_time_which_is_reported_and_counted(client):
     (on_time,), (late,) = (
         rank(client, request).json()["rankings"]
         for request in (REQUEST, changed(REQUEST, time="1970-01-01T00:00:00Z"))
@@ -244,20 +244,20 @@ def test_messagepack_is_answered_in_kind_as_json_is(client):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"", "body: it is no MessagePack"),
-        (b"\xc1", "body: it is no MessagePack (FormatError)"),
-        (b"\x91" * 5000, "body: it is no MessagePack (StackError)"),
-        (b"\xa1\xff", "body: it is no MessagePack ('utf-8' codec can't decode"),
-        (msgpack.packb({"requests": [REQUEST]}) + b"\xc0", "body: it is no MessagePack (unpack(b) rec"),
-        (msgpack.packb({"requests": [REQUEST]})[:-1], "body: it is no MessagePack"),
-        (b"\xdd\xff\xff\xff\xff", "body: it is no MessagePack"),
-        (msgpack.packb({7: REQUEST}), "body: it is no MessagePack (int is not allowed for map key"),
+        (b"", "body: not valid MessagePack"),
+        (b"\xc1", "body: not valid MessagePack (FormatError)"),
+        (b"\x91" * 5000, "body: not valid MessagePack (StackError)"),
+        (b"\xa1\xff", "body: not valid MessagePack ('utf-8' codec can't decode"),
+        (msgpack.packb({"requests": [REQUEST]}) + b"\xc0", "body: not valid MessagePack (unpack(b) rec"),
+        (msgpack.packb({"requests": [REQUEST]})[:-1], "body: not valid MessagePack"),
+        (b"\xdd\xff\xff\xff\xff", "body: not valid MessagePack"),
+        (msgpack.packb({7: REQUEST}), "body: not valid MessagePack (int is not allowed for map key"),
         (msgpack.packb([REQUEST]), "body: Input should be a valid dictionary or instance of RankReq"),
-        (msgpack.packb(changed(REQUEST)), "unknown; there are ['requests']"),
-        (json.dumps({"requests": [REQUEST]}).encode(), "body: it is no MessagePack"),
+        (msgpack.packb(changed(REQUEST)), "; expected some of ['requests']"),
+        (json.dumps({"requests": [REQUEST]}).encode(), "body: not valid MessagePack"),
     ],
 )
-def test_what_is_no_messagepack_of_requests_is_refused_by_name(client, content, message):
+def test_a_body_that_is_not_messagepack_of_requests_is_refused(client, content, message):
     answer = client.post("/rank", content=content, headers=MSGPACK)
     assert answer.status_code == 422 and message in answer.json()["error"], answer.text
 
@@ -270,17 +270,20 @@ def test_what_is_no_messagepack_of_requests_is_refused_by_name(client, content, 
         ({"user": msgpack.ExtType(5, b"")}, "requests.0.user: Input should be an id"),
         ({"candidates": msgpack.Timestamp(1)}, "requests.0.candidates: Input should be a valid list"),
         ({"dense": {"hour": float("nan"), "season": 0.0}}, "dense.hour: Input should be a finite"),
-        ({b"new": 1, "old": 1}, "requests.0: Value error, [b'new', 'old'] unknown; there are ['user'"),
+        (
+            {b"new": 1, "old": 1},
+            "Value error, unknown fields [b'new', 'old']; expected some of ['user'",
+        ),
         ({"context": {b"store": 1, "weekday": 2}}, "requests.0.context."),
     ],
 )
-def test_of_messagepack_the_same_is_refused_as_of_json(client, fields, message):
+def test_messagepack_is_refused_for_the_same_reasons_as_json(client, fields, message):
     content = msgpack.packb({"requests": [{**REQUEST, **fields}]})
     answer = client.post("/rank", content=content, headers=MSGPACK)
     assert answer.status_code == 422 and message in answer.json()["error"], answer.text
 
 
-def test_a_request_without_a_time_is_of_now(client):
+def test_a_request_without_a_time_is_ranked_as_of_now(client):
     now = datetime.now(timezone.utc).isoformat()
     without = {name: value for name, value in REQUEST.items() if name != "time"}
     (mine,), (given,) = (
@@ -293,7 +296,7 @@ def test_a_new_user_is_ranked_for_if_said_to_be_new(client):
     assert rank(client, changed(REQUEST, user=NEW_USER, new_user=True)).status_code == 200
 
 
-def test_events_are_in_the_store_when_answered_and_count_once(client, models, key_values):
+def test_events_are_in_the_store_when_the_response_comes_and_count_once(client, models, key_values):
     before = rank(client, REQUEST).json()
     assert statuses(append(client, EVENT, changed(EVENT, position=10_001))) == ["taken", "taken"]
     assert statuses(append(client, EVENT, changed(EVENT, position=10_002))) == ["duplicate", "taken"]
@@ -329,7 +332,7 @@ def test_a_user_is_forgotten_in_all_versions_and_is_then_new(client, models, key
     assert 'ifa_calls_total{path="/users/{user:path}",status="200"} 2.0' in shown
 
 
-def test_a_user_is_forgotten_by_bearers_of_the_token_only_and_named_as_it_is(client, live):
+def test_forgetting_a_user_needs_the_token_and_the_exact_id(client, live):
     anyone = TestClient(client.app)
     assert anyone.delete(f"/users/{BUSY_USER}").status_code == 401
     assert rank(client, REQUEST).status_code == 200
@@ -354,7 +357,7 @@ def test_a_store_that_fails_forgets_nobody_and_says_so(client, live, monkeypatch
     assert client.delete("/users/1").status_code == 504
     for _ in range(5):
         answer = client.delete("/users/1")
-    assert answer.status_code == 429 and "5 users wait to be forgotten" in answer.text
+    assert answer.status_code == 429 and "5 users already wait to be forgotten" in answer.text
     held.set()
 
 
@@ -412,22 +415,30 @@ def test_a_token_may_have_any_letters_and_none_may_be_asked_for(live):
 @pytest.mark.parametrize(
     "fields, status, message",
     [
-        ({"user": 999}, 404, "requests.0: user 999 has no state; for one who is new"),
+        ({"user": 999}, 404, "requests.0: user 999 has no state; if the user is new"),
         ({"user": "anna"}, 404, "requests.0: user 'anna' has no state"),
-        ({"user": ""}, 422, "requests.0.user: Input should be an id: a string, not empty, or an int"),
+        (
+            {"user": ""},
+            422,
+            "requests.0.user: Input should be an id: a non-empty string or",
+        ),
         ({"user": "\ud800"}, 422, "requests.0.user: Input should be an id"),
         ({"user": True}, 422, "requests.0.user: Input should be an id"),
         ({"user": 7.0}, 422, "requests.0.user: Input should be an id"),
         ({"user": 2**63}, 422, "requests.0.user: Input should be an id"),
         ({"user": 10**4000}, 422, "requests.0.user: "),
         ({"user": None}, 422, "requests.0.user: "),
-        ({"users": 7}, 422, "requests.0: Value error, ['users'] unknown; there are ['user'"),
-        ({"\ud800": 7}, 422, "requests.0: Value error, ['\\ud800'] unknown; there"),
+        (
+            {"users": 7},
+            422,
+            "Value error, unknown fields ['users']; expected some of ['user'",
+        ),
+        ({"\ud800": 7}, 422, "requests.0: Value error, unknown fields ['\\ud800']; expected"),
         ({"candidates": []}, 422, "requests.0.candidates: List should have at least 1 item"),
         ({"candidates": [3, 9, None, 4]}, 422, "requests.0.candidates.2: Input should be an id"),
         ({"candidates": [3, 9, 2**64, 4]}, 422, "requests.0.candidates.2: Input should be an id"),
         ({"candidates": 3}, 422, "requests.0.candidates: Input should be a valid list"),
-        ({"time": "yesterday"}, 422, "time: Value error, should be a time since 1970 with its zone"),
+        ({"time": "yesterday"}, 422, "time: Value error, should be a time since 1970 with a zone"),
         ({"time": "2024-07-19T00:00:00"}, 422, "requests.0.time: "),
         ({"time": "2024-13-19T00:00:00Z"}, 422, "requests.0.time: Value error, month must be in 1..12"),
         ({"time": "1969-12-31T23:59:59Z"}, 422, "requests.0.time: "),
@@ -435,12 +446,16 @@ def test_a_token_may_have_any_letters_and_none_may_be_asked_for(live):
         ({"time": 1721347200}, 422, "requests.0.time: "),
         ({"time": -1}, 422, "requests.0.time: "),
         ({"context": {"store": 1}}, 422, "context: ['weekday'] missing; the model takes"),
-        ({"context": {"store": [1], "weekday": 2}}, 422, "context.store: [1] is no id: it must be a"),
+        (
+            {"context": {"store": [1], "weekday": 2}},
+            422,
+            "context.store: [1] is not an id; it must be a",
+        ),
         ({"context": {"store": None, "weekday": 2}}, 422, "requests.0.context.store"),
         ({"context": {"store": 1, "weekday": 2, "\ud800": 1}}, 422, "requests.0"),
         ({"dense": {"hour": float("nan"), "season": 0}}, 422, "dense.hour: Input should be a finite"),
         ({"dense": {"hour": float("inf"), "season": 0}}, 422, "dense.hour: Input should be a finite"),
-        ({"dense": {"hour": 1e300, "season": 0}}, 422, "dense.hour: not finite numbers of float32"),
+        ({"dense": {"hour": 1e300, "season": 0}}, 422, "dense.hour: a number is not finite as float32"),
         ({"dense": {"hour": 10**400, "season": 0}}, 422, "dense.hour"),
         ({"dense": {"hour": False, "season": 0}}, 422, "dense.hour: Input should be a valid number"),
         ({"candidate_dense": {"price": [0.0]}}, 422, "dense.price: 1 numbers for 4 candidates"),
@@ -465,7 +480,7 @@ def test_a_bad_ranking_request_is_named(client, fields, status, message):
     ],
     ids=["fields", "features", "candidates", "numbers"],
 )
-def test_of_many_errors_one_is_told(live, fields, monkeypatch):
+def test_of_many_errors_one_is_reported(live, fields, monkeypatch):
     monkeypatch.setattr(live, "limits", Limits())
     answer = rank(TestClient(create_app(live)), changed(REQUEST, **fields))
     assert answer.status_code == 422
@@ -489,21 +504,21 @@ def test_the_request_that_is_bad_is_named(client):
         ({"user": [7]}, "events.1.user: Input should be an id"),
         ({"time": None}, "events.1.time: "),
         ({"numbers": {"amount": "5"}}, "events.1.numbers.amount: Input should be a valid number"),
-        ({"price": 1}, "events.1: Value error, ['price'] unknown; there are"),
+        ({"price": 1}, "events.1: Value error, unknown fields ['price']; expected some of"),
     ],
 )
-def test_a_call_that_is_not_of_events_is_refused_whole(client, fields, message):
+def test_a_call_with_a_malformed_event_is_refused_completely(client, fields, message):
     answer = append(client, changed(EVENT, position=10_001), changed(EVENT, **fields))
     assert answer.status_code == 422 and message in answer.json()["error"]
     assert statuses(append(client, changed(EVENT, position=10_001))) == ["taken"]
 
 
-def test_an_event_that_is_refused_leaves_the_others_as_they_are(client, live):
+def test_a_refused_event_does_not_affect_the_others(client, live):
     append(client, changed(EVENT, position=10_005))
     bad = [
-        ({"position": 10_005, "item": 4}, "position 10005 is of user 40, item 3 at 2024-07-18"),
+        ({"position": 10_005, "item": 4}, "position 10005 already holds user 40, item 3 at 2024-07-18"),
         ({"time": "9999-01-01T00:00:00Z"}, "time 253370764800000000 is 9999-01-01"),
-        ({"weight": 1.0}, "weight: the events of the model have none"),
+        ({"weight": 1.0}, "weight: the model takes none; leave it out"),
         ({"features": {"action": "buy"}}, "features: ['action'] unknown; the model takes []"),
         ({"numbers": {"amount": None}}, "numbers: ['amount'] unknown; the model takes []"),
     ]
@@ -517,7 +532,7 @@ def test_an_event_that_is_refused_leaves_the_others_as_they_are(client, live):
     assert f'ifa_events_total{{status="taken"}} {float(2 * len(bad) + 1)}\n' in shown
 
 
-def test_what_the_vocabulary_does_not_know_is_ranked_and_counted(client):
+def test_unknown_ids_are_ranked_and_counted(client):
     request = changed(REQUEST, candidates=[3, "new", 4, 1000], context={"store": "far", "weekday": 2})
     answer = rank(client, request)
     assert answer.status_code == 200, answer.text
@@ -536,7 +551,7 @@ def test_what_the_vocabulary_does_not_know_is_ranked_and_counted(client):
     "content", [b"", b"{", b"\xff", b"[" * 10_000, b"1" * 5000, b"null", b'{"requests": NaN}', b"NaN"]
 )
 @pytest.mark.parametrize("path", ["/rank", "/events"])
-def test_what_is_no_json_is_refused(client, path, content):
+def test_a_body_that_is_not_json_is_refused(client, path, content):
     answer = client.post(path, content=content, headers={"Content-Type": "application/json"})
     assert answer.status_code in (400, 422)
     assert list(answer.json()) == ["error"]
@@ -545,15 +560,15 @@ def test_what_is_no_json_is_refused(client, path, content):
 def test_limits_are_named(client):
     answer = rank(client, changed(REQUEST, candidates=[1] * 51))
     assert answer.status_code == 422
-    assert "requests.0.candidates: 51 of them; at most 50 are taken" in answer.json()["error"]
+    assert "requests.0.candidates: got 51; at most 50 are accepted" in answer.json()["error"]
     lists = {"interest": [1] * 600, "other": [2] * 401}
     answer = rank(client, REQUEST, changed(REQUEST, context=FEATURES["context"] | lists))
     assert answer.status_code == 422
-    assert "requests.1.context: ids in lists: 1001 of them; at most 1000 are" in answer.json()["error"]
+    assert "requests.1.context: ids in lists: got 1001; at most 1000 are" in answer.json()["error"]
     answer = rank(client, *[REQUEST] * 4)
-    assert answer.status_code == 422 and "requests: 4 of them; at most 3" in answer.json()["error"]
+    assert answer.status_code == 422 and "requests: got 4; at most 3" in answer.json()["error"]
     answer = append(client, *[EVENT] * 5)
-    assert answer.status_code == 422 and "events: 5 of them; at most 4" in answer.json()["error"]
+    assert answer.status_code == 422 and "events: got 5; at most 4" in answer.json()["error"]
 
 
 def test_a_body_too_large_is_not_read_to_its_end(client):
@@ -582,7 +597,7 @@ def test_a_full_disk_is_not_the_clients_fault(client, live, monkeypatch):
     assert statuses(append(client, EVENT)) == ["taken"]
 
 
-def test_logits_that_are_no_json_are_the_requests_fault(client, live, monkeypatch):
+def test_logits_that_json_cannot_express_are_the_requests_fault(client, live, monkeypatch):
     def overflowing(candidates: Candidates) -> torch.Tensor:
         return torch.full((len(candidates.tokens), 1), torch.nan)
 
@@ -592,17 +607,17 @@ def test_logits_that_are_no_json_are_the_requests_fault(client, live, monkeypatc
     assert answer.json()["error"].startswith("requests.0: the logits overflow; give smaller numbers")
 
 
-def test_an_error_of_the_server_is_told_without_its_insides(client, live, monkeypatch):
+def test_a_server_error_is_reported_without_internals(client, live, monkeypatch):
     monkeypatch.setattr(live._scorers[0], "model", None)
     answer = rank(client, REQUEST)
     assert answer.status_code == 500
-    assert answer.json() == {"error": "an error of the server; its log has more"}
+    assert answer.json() == {"error": "internal server error; see the server's log"}
 
 
 # --------------------------------------------------------------------------------------- batching
 
 
-def test_what_waits_is_done_at_once_and_fails_alone(live, monkeypatch):
+def test_waiting_requests_are_batched_and_fail_separately(live, monkeypatch):
     scored, appended = [], []
     first = live._scorers[0]
     ranked, add = first.rank, first.append
@@ -650,7 +665,7 @@ def test_a_batch_is_no_fuller_than_a_call_may_be():
             batcher.submit(work, range(7), [0.1] * 7)
         free.set()
     assert batches == [[0], [1], [2], [4]]
-    assert futures[3].result() == 4  # closing does what waits
+    assert futures[3].result() == 4  # closing finishes what waits
 
 
 def test_context_lists_fill_a_batch_as_candidates_do(live, monkeypatch):
@@ -666,7 +681,7 @@ def test_context_lists_fill_a_batch_as_candidates_do(live, monkeypatch):
     assert shares == [0.5, 0.8]
 
 
-def test_a_call_that_finds_no_place_or_no_time_is_told_what_to_do(models, key_values):
+def test_a_call_that_finds_the_queue_full_or_times_out_gets_advice(models, key_values):
     limits = Limits(max_requests=2, max_waiting=2, timeout=0.3)
     with LiveScorer(lambda: scorer(models, key_values), limits) as live:
         client = TestClient(create_app(live))
@@ -684,7 +699,7 @@ def test_a_call_that_finds_no_place_or_no_time_is_told_what_to_do(models, key_va
 
 
 class Loader:
-    """Gives the run that is its turn; waits where it is told to."""
+    """Loads the next run; waits if told to."""
 
     def __init__(self, models: list[Run], key_values: KeyValueStore) -> None:
         self.models, self.key_values, self.number = models, key_values, 0
@@ -700,7 +715,7 @@ def count(key_values: KeyValueStore, model: Run) -> int:
     return int(StateStore(key_values, model.version).read([BUSY_USER], [LATER + 1])[0].count)
 
 
-def test_a_reload_brings_weights_that_know_every_event(models, key_values, monkeypatch):
+def test_a_reload_brings_weights_whose_states_have_every_event(models, key_values, monkeypatch):
     load = Loader(models, key_values)
     catching, go_on = threading.Event(), threading.Event()
     catch_up = Scorer.catch_up
@@ -719,7 +734,7 @@ def test_a_reload_brings_weights_that_know_every_event(models, key_values, monke
         load.number = 1
         live.reload()
         catching.wait()
-        # users are integers here, and their digits the same
+        # users are integers here, and a string of digits is the same user
         again = changed(EVENT, position=10_001, user=str(BUSY_USER))
         assert statuses(append(client, again)) == ["taken"]
         assert rank(client, REQUEST).json()["rankings"][0]["version"] == old
@@ -731,7 +746,7 @@ def test_a_reload_brings_weights_that_know_every_event(models, key_values, monke
         until(lambda: 'ifa_reloads_total{result="ok"} 1.0' in client.get("/metrics").text)
         assert f'ifa_model_info{{version="{new}"}} 1.0' in client.get("/metrics").text
         assert statuses(append(client, EVENT, changed(EVENT, position=10_001))) == ["duplicate"] * 2
-    for number in range(2):  # and the old ones have them too
+    for number in range(2):  # the old weights' states have them too
         assert count(key_values, models[number]) == 152
 
 
@@ -742,7 +757,7 @@ def test_a_reload_that_fails_leaves_the_weights_as_they_are(models, key_values, 
         load.number = 2
         live.reload()
         until(lambda: 'ifa_reloads_total{result="failed"} 1.0' in client.get("/metrics").text)
-        assert f"the reload failed; weights {models[0].version} go on" in caplog.text
+        assert f"the reload failed; weights {models[0].version} keep serving" in caplog.text
         assert "no states of these weights" in caplog.text
         assert rank(client, REQUEST).json()["rankings"][0]["version"] == models[0].version
 
@@ -760,11 +775,11 @@ def test_a_start_catches_up_with_the_journal(models, key_values):
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.0.2.1", "example.org"])
 def test_only_loopback_may_be_listened_on_without_a_token(host, monkeypatch):
     monkeypatch.delenv("IFA_TOKEN", raising=False)
-    with pytest.raises(ValueError, match=r"give a token, by --token-file or the environment"):
+    with pytest.raises(ValueError, match=r"set a token with --token-file or the environment"):
         serve(ServeConfig(Path("run"), "store", host=host))
 
 
-def test_a_token_that_is_not_there_is_no_token(tmp_path, monkeypatch):
+def test_an_empty_or_missing_token_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("IFA_TOKEN", " ")
     with pytest.raises(ValueError, match="IFA_TOKEN: the token is empty"):
         serve(ServeConfig(Path("run"), "store"))
@@ -787,7 +802,7 @@ def free_port() -> int:
 def reloaded(url: str) -> bool:
     try:
         shown = httpx.get(f"{url}/metrics", headers=TOKEN, timeout=30).text
-    except httpx.TransportError:  # by a worker that was replaced
+    except httpx.TransportError:  # closed by a worker that was replaced
         return False
     return 'ifa_reloads_total{result="ok"} 1.0' in shown
 
@@ -797,11 +812,11 @@ def reloaded(url: str) -> bool:
 def test_a_service_takes_new_weights_on_sighup_and_loses_no_event(
     workers, amid, folders, models, tmp_path
 ):
-    """Nor if it ends amid that, when one process has the new weights and the other the old."""
+    """Nor if it is stopped midway, when one process has the new weights and another the old."""
     states, link, token = tmp_path / "states", tmp_path / "run", tmp_path / "token"
     shutil.copytree(folders.store, states)
     first, second = folders.runs
-    if workers > 1:  # they take them from bundles
+    if workers > 1:  # these load from bundles
         first, second = tmp_path / "first", tmp_path / "second"
         for run, bundle in zip(folders.runs, (first, second), strict=True):
             export(ExportConfig(run, bundle=bundle))
@@ -836,7 +851,7 @@ def test_a_service_takes_new_weights_on_sighup_and_loses_no_event(
                     failed.append(answer.text)
                     return
                 answered.append(position)
-                time.sleep(0.01)  # the processors are for loading
+                time.sleep(0.01)  # leave the processors to the loading
 
     anyone = httpx.Client(base_url=url, timeout=30)
 
@@ -873,7 +888,7 @@ def test_a_service_takes_new_weights_on_sighup_and_loses_no_event(
     assert process.returncode == 0, log
     assert not failed
     assert seen == {models[0].version, models[1].version, 503}
-    assert f"weights {models[1].version} serve now" in log
+    assert f"weights {models[1].version} are serving now" in log
     if workers > 1:
         lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
         assert {"uvicorn.error", "ifa_torchrec.commands.serve"} <= {line["logger"] for line in lines}
@@ -883,7 +898,7 @@ def test_a_service_takes_new_weights_on_sighup_and_loses_no_event(
     events = [Event(position, BUSY_USER, 3, time_sent) for position in answered]
     newest = scorer(models, store, 1)
     if amid:
-        newest.catch_up()  # as whatever serves next does before it serves
+        newest.catch_up()  # as every service does before it serves
     assert {result.status for result in newest.append(events)} == {"duplicate"}
     store.close()
 
@@ -922,7 +937,7 @@ def test_a_service_reads_a_topic_from_where_the_log_ends(workers, folders, model
     finally:
         process.kill()
     assert process.returncode == 0, log
-    assert f"events are read from topic {name}: position {first}, position 0 of partition 1" in log or (
+    assert f"reading events from topic {name}: position {first}, position 0 of partition 1" in log or (
         workers > 1
     )
     store = open_key_value_store(str(states))
@@ -935,7 +950,7 @@ def test_a_service_reads_a_topic_from_where_the_log_ends(workers, folders, model
 
 
 class Late:
-    """An application that can describe itself before there is a model."""
+    """An application that can describe itself before a model is loaded."""
 
     app = create_app(SimpleNamespace(limits=Limits(), metrics=Metrics()), "secret")
 
@@ -947,7 +962,7 @@ class Late:
 def packed(_: Any, value: Any) -> bytes:
     try:
         return msgpack.packb(value)
-    except OverflowError:  # of an integer that the format does not have
+    except OverflowError:  # an integer too large for the format
         return b"\xc1"
 
 
@@ -973,8 +988,8 @@ def model_for_api(folders, models, tmp_path_factory) -> Iterator[None]:
 
 @API.parametrize()
 @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-def test_whatever_is_sent_is_answered_as_described(case, model_for_api):
-    # which items and features there are, the description does not say, so it allows what is refused
+def test_every_response_is_as_openapi_describes_it(case, model_for_api):
+    # the description does not list items and features, so it allows calls that are refused
     case.call_and_validate(headers=TOKEN, excluded_checks=[positive_data_acceptance])
 
 
@@ -983,10 +998,10 @@ TIMES = st.datetimes(timezones=st.just(timezone.utc)).map(datetime.isoformat) | 
 FLOATS = st.floats() | st.floats(-10, 10)
 
 
-# what the description allows is mostly refused early; these get further
+# most calls that the description allows are refused early; these get further
 @given(user=NUMBERS, item=NUMBERS, position=NUMBERS, time=TIMES, number=FLOATS, new=st.booleans())
 @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-def test_any_number_anywhere_is_answered(model_for_api, user, item, position, time, number, new):
+def test_any_number_anywhere_gets_a_response(model_for_api, user, item, position, time, number, new):
     client = TestClient(LATE.app, headers={**TOKEN, "Content-Type": "application/json"})
     event = {"position": position, "user": user, "item": item, "time": time}
     answer = client.post("/events", content=json.dumps({"events": [event]}))

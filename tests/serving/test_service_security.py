@@ -1,4 +1,4 @@
-"""The service as an attacker meets it: real sockets, no token, no patience."""
+"""The service from an attacker's side: real sockets, no token, no patience."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ METHODS = ["GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE", "TRACE", 
 
 
 class Stub:
-    """What the service asks of a LiveScorer, without a model."""
+    """The part of LiveScorer that the service uses, without a model."""
 
     version, draining, stream = "v", False, None
 
@@ -85,7 +85,7 @@ class Stub:
 
 @contextlib.contextmanager
 def serving(stub: Stub, **options: Any) -> Iterator[int]:
-    """The command's own server in a thread; gives its port."""
+    """The command's own server in a thread; yields its port."""
     config = ServeConfig(Path("run"), "store", port=0, drain=0, limits=stub.limits, **options)
     server = _Server(config, stub, "secret")
     thread = threading.Thread(target=server.run)
@@ -107,7 +107,7 @@ def port() -> Iterator[int]:
 
 class AnyTarget(http.client.HTTPConnection):
     def _validate_path(self, url: str) -> None:
-        """Whatever it is."""
+        """Any target."""
 
 
 def ask(port: int, method: str, target: str, body: Any = None, **headers: str) -> tuple[int, bytes]:
@@ -124,7 +124,7 @@ def ask(port: int, method: str, target: str, body: Any = None, **headers: str) -
 
 
 def spellings(path: str) -> Iterator[str]:
-    """Ways to write a path that some server or other takes for it."""
+    """Spellings of a path that some server accepts as that path."""
     name = path[1:]
     first = ord(name[0])
     yield from (path, f"/{path}", f"//{path}", f"{path}/", f"{path}//", f"/./{name}", f"/x/../{name}")
@@ -137,7 +137,7 @@ def spellings(path: str) -> Iterator[str]:
     yield from (f"http://localhost{path}", f"http://localhost{path}%0A", f"/%0A{name}", f"/%20{name}")
 
 
-def test_no_spelling_of_any_route_is_answered_without_the_token(port):
+def test_no_spelling_of_any_route_works_without_the_token(port):
     app = create_app(Stub(), "secret")
     paths = {route.path for route in app.routes}
     assert paths == {"/rank", "/events", "/metrics", "/users/{user:path}"} | PUBLIC
@@ -151,7 +151,7 @@ def test_no_spelling_of_any_route_is_answered_without_the_token(port):
         assert ask(port, method, path, QUESTIONS.get(path), **TOKEN)[0] == 200
 
 
-def test_what_is_public_is_so_by_its_name_alone(port):
+def test_only_named_routes_are_public(port):
     for path in PUBLIC:
         assert ask(port, "GET", path)[0] == 200
         for method in METHODS[1:]:
@@ -162,7 +162,7 @@ def test_what_is_public_is_so_by_its_name_alone(port):
 
 
 def routes_of_others(app: FastAPI) -> None:
-    """Every way in which a route may be added."""
+    """Every way to add a route."""
     router = APIRouter()
 
     async def answer() -> str:
@@ -185,7 +185,7 @@ def routes_of_others(app: FastAPI) -> None:
     app.websocket("/talk")(talk)
 
 
-def test_a_route_that_is_added_is_closed():
+def test_an_added_route_needs_the_token():
     app = create_app(Stub(), "secret")
     routes_of_others(app)
     client = TestClient(app)
@@ -218,10 +218,12 @@ def test_a_spelling_the_router_takes_is_counted_as_its_route():
 @pytest.mark.parametrize("given", [" \n", "two words", "two\nlines\n"])
 def test_a_token_is_one_word(given, tmp_path):
     (tmp_path / "token").write_text(given)
-    with pytest.raises(ConfigError, match=r"token: the token is (empty|several words); give one word"):
+    with pytest.raises(
+        ConfigError, match=r"token: the token is (empty|several words); it must be one word"
+    ):
         _token(ServeConfig(Path("run"), "store", token_file=tmp_path / "token"))
     (tmp_path / "token").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match="is no UTF-8 text"):
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
         _token(ServeConfig(Path("run"), "store", token_file=tmp_path / "token"))
 
 
@@ -249,14 +251,16 @@ def test_other_names_are_allowed_by_option_and_any_where_others_reach_it():
     for host, status in {"ranker.example": 200, "a.ranker.example:1": 200, "localhost": 400}.items():
         assert TestClient(app).get("/healthz", headers={"Host": host}).status_code == status
     for name in ("*ranker", "http://x", "a b", ""):
-        with pytest.raises(ConfigError, match=r"--allowed-hosts: .* is no name, \*\.DOMAIN or \*"):
+        with pytest.raises(
+            ConfigError, match=r"--allowed-hosts: .* is not a host name, \*\.DOMAIN or \*"
+        ):
             ServeConfig(Path("run"), "store", allowed_hosts=(name,))
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "", None])
-def test_what_a_web_page_may_post_anywhere_is_not_read(kind):
-    """Without being asked first, a browser sends these kinds alone; with the token or without there is
-    no difference, and on loopback there may be none."""
+def test_bodies_that_any_web_page_may_post_are_not_read(kind):
+    """Without a preflight request a browser sends only these content types. They are refused with or
+    without a token, since on loopback there may be none."""
     client = TestClient(create_app(Stub()))
     for path, question in QUESTIONS.items():
         headers = {} if kind is None else {"Content-Type": kind}
@@ -274,7 +278,7 @@ def connect(port: int, sent: bytes = b"") -> socket.socket:
 
 
 def rest(connection: socket.socket) -> bytes:
-    """What still comes until the end."""
+    """Everything that still arrives until the connection ends."""
     text = b""
     with contextlib.suppress(ConnectionError):
         while piece := connection.recv(65536):
@@ -286,7 +290,7 @@ HALF_OPEN = [
     b"",
     b"G",
     b"POST /rank HTTP/1.1\r\nHost: localhost\r\nX: ",
-    # refused before the body has come
+    # refused before the body arrives
     b"POST /rank HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{",
     b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{",
     b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n",
@@ -300,7 +304,7 @@ AUTHORIZED = (
 
 @pytest.fixture
 def logged() -> Iterator[list[str]]:
-    """What the servers' loggers write."""
+    """The lines that the servers' loggers write."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(handler.format(record))
@@ -313,7 +317,7 @@ def logged() -> Iterator[list[str]]:
 
 
 def ask_again(*call: Any, **headers: str) -> Any:
-    """As a client does whose connection was closed while 50 others came: it may have waited longest."""
+    """Retry like a client whose connection was closed, as the longest waiting, when 50 others came."""
     for _ in range(3):
         with contextlib.suppress(ConnectionResetError):
             return ask(*call, **headers)
@@ -321,7 +325,7 @@ def ask_again(*call: Any, **headers: str) -> Any:
 
 
 @pytest.mark.parametrize("sent", HALF_OPEN)
-def test_whoever_holds_connections_keeps_nobody_out(sent, logged):
+def test_a_client_that_holds_connections_locks_no_one_out(sent, logged):
     stub = Stub(max_connections=20)
     with serving(stub) as port:
         logged.clear()
@@ -373,7 +377,7 @@ def test_a_call_under_way_is_not_closed_for_another():
             connection.close()
 
 
-def test_headers_and_bodies_that_do_not_come_are_not_waited_for(logged):
+def test_slow_headers_and_bodies_time_out(logged):
     with serving(Stub(receive=0.5)) as port:
         logged.clear()
         begun = time.monotonic()
@@ -382,7 +386,7 @@ def test_headers_and_bodies_that_do_not_come_are_not_waited_for(logged):
             connect(port, AUTHORIZED + b"Content-Length: 1000\r\n\r\n{"),
             connect(port, AUTHORIZED + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"),
         ]
-        slow = connect(port, HALF_OPEN[3])  # gets its 401, and goes on
+        slow = connect(port, HALF_OPEN[3])  # gets its 401, and continues sending
 
         def drip() -> None:
             with contextlib.suppress(OSError):
@@ -394,18 +398,18 @@ def test_headers_and_bodies_that_do_not_come_are_not_waited_for(logged):
         dripping.start()
         for connection in headers:
             text = rest(connection)
-            assert text.startswith(b"HTTP/1.1 408") and b"no request came within 0.5 seconds" in text
+            assert text.startswith(b"HTTP/1.1 408") and b"no request arrived within 0.5 seconds" in text
         for connection in bodies:
             text = rest(connection)
-            assert text.startswith(b"HTTP/1.1 408") and b"did not come within 0.5 seconds" in text
+            assert text.startswith(b"HTTP/1.1 408") and b"did not arrive within 0.5 seconds" in text
         dripping.join(5)
         assert not dripping.is_alive()
         assert time.monotonic() - begun < 5
     assert not logged or len("\n".join(logged)) < 1000
 
 
-def test_who_does_not_read_is_closed():
-    """Answers that nobody takes fill the sockets' buffers, and then the server waits."""
+def test_a_client_that_does_not_read_is_disconnected():
+    """Responses that the client does not read fill the sockets' buffers, and then the server waits."""
     with serving(Stub(receive=0.3, timeout=0.3)) as port:
         greedy = socket.socket()
         greedy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -419,7 +423,7 @@ def test_who_does_not_read_is_closed():
                     greedy.sendall(question)
 
 
-def test_what_is_no_http_is_not_logged_each_time(port, logged):
+def test_traffic_that_is_not_http_does_not_flood_the_log(port, logged):
     for _ in range(20):
         for sent in (b"\x16\x03\x01\x02\x00", b"GET  / / /\r\n\r\n", b"\r\n" * 5 + b"x" * 20_000):
             connect(port, sent).close()
@@ -438,18 +442,18 @@ def test_what_is_no_http_is_not_logged_each_time(port, logged):
         AUTHORIZED + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n0\r\nX: ",
     ],
 )
-def test_headers_and_trailers_without_end_are_not_kept(sent):
+def test_endless_headers_and_trailers_are_not_buffered(sent):
     with serving(Stub()) as port:
         connection = connect(port, sent)
         begun, blocks = time.monotonic(), itertools.count()
         with pytest.raises(ConnectionError):
             while next(blocks) < 2000:
                 connection.sendall(b"x" * 16_384)
-        assert next(blocks) < 1000  # what the sockets hold, and no more
-        assert time.monotonic() - begun < 10  # which is when a call without an end is given up
+        assert next(blocks) < 1000  # no more than the sockets hold
+        assert time.monotonic() - begun < 10  # the time-out of a call that does not end
 
 
-def test_requests_ahead_of_their_responses_are_not_kept_without_end():
+def test_pipelined_requests_are_not_buffered_without_limit():
     stub, go_on = Stub(), threading.Event()
 
     async def slow(*_: Any) -> list:
@@ -470,7 +474,7 @@ def test_requests_ahead_of_their_responses_are_not_kept_without_end():
         go_on.set()
 
 
-def test_a_body_is_taken_no_further_than_it_may_be_large(port):
+def test_a_body_is_read_only_up_to_the_limit(port):
     body = {"requests": "x" * 30_000}
     status, text = ask(port, "POST", "/rank", body, **TOKEN)
     assert status == 413 and b"larger than 20000 bytes" in text
@@ -479,13 +483,13 @@ def test_a_body_is_taken_no_further_than_it_may_be_large(port):
 def test_each_connection_has_a_file_handle_from_the_beginning(monkeypatch):
     allowed = []
     monkeypatch.setattr(resource, "getrlimit", lambda _: (512, 1024))
-    monkeypatch.setattr(os, "listdir", lambda _: ["0"] * 20)  # of this process, which has many
+    monkeypatch.setattr(os, "listdir", lambda _: ["0"] * 20)  # this process has many
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: allowed.append(limits))
     _ensure_file_handles(300)
     ((soft, hard),) = allowed
     assert 300 + 256 < soft <= hard == 1024
     with pytest.raises(
-        ConfigError, match=r"max-connections 4000 needs \d+ .* may have 1024 \(ulimit -n\)"
+        ConfigError, match=r"max-connections 4000 needs \d+ .* may have only 1024; .* \(ulimit -n\)"
     ):
         _ensure_file_handles(4000)
     for unlimited in ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), (10_000, 10_000)):
@@ -531,7 +535,7 @@ def test_a_second_that_never_was_is_refused(text):
 
 @pytest.fixture
 def own_redis(tmp_path) -> Iterator[tuple[subprocess.Popen, str]]:
-    """A Redis server with a password, to be killed."""
+    """A Redis server with a password, which the test kills."""
     program = shutil.which("redis-server")
     if program is None:
         pytest.skip("redis-server is not installed")
@@ -545,7 +549,7 @@ def own_redis(tmp_path) -> Iterator[tuple[subprocess.Popen, str]]:
 
 
 def live_on(address: str) -> LiveScorer:
-    """A LiveScorer whose store is there and whose model is not."""
+    """A LiveScorer with a store but no model."""
     key_values = open_key_value_store(address)
     layout = StateLayout.of(InteractionFidelityAttention(IFAConfig(8, num_heads=2)))
     StateStore.begin(key_values, "v", layout, 0, "log").finish()
@@ -565,7 +569,7 @@ def test_a_process_is_ready_only_while_its_store_answers_and_no_password_is_show
         begun = time.monotonic()
         for _ in range(20):
             client.get("/readyz")
-        assert len(asked) <= 1 + (time.monotonic() - begun)  # one a second
+        assert len(asked) <= 1 + (time.monotonic() - begun)  # one per second
         server.kill()
         server.wait()
         time.sleep(1.1)
@@ -617,8 +621,14 @@ def test_redis_takes_its_password_from_the_environment(own_redis, monkeypatch):
         ("redis://:hunter2#x@127.0.0.1:1/0", "redis://...: "),
         ("redis://:hunter2@x@127.0.0.1:1/0", "redis://...: "),
         ("redis://:hunter2", "redis://...: "),
-        ("Redis://:hunter2@127.0.0.1:1/0", "Redis://127.0.0.1:1/0: a store is a folder, or redis://"),
-        ("valkey://:hunter2@127.0.0.1:1/0", "valkey://...: a store is a folder, or redis://"),
+        (
+            "Redis://:hunter2@127.0.0.1:1/0",
+            "Redis://127.0.0.1:1/0: not a store's address; expected a folder or redis://",
+        ),
+        (
+            "valkey://:hunter2@127.0.0.1:1/0",
+            "valkey://...: not a store's address; expected a folder or redis://",
+        ),
     ],
 )
 def test_no_message_shows_the_password_of_an_address(address, shown, monkeypatch):
@@ -632,7 +642,7 @@ def test_no_message_shows_the_password_of_an_address(address, shown, monkeypatch
     assert "hunter2" not in f"{raised.getrepr(style='native')}".replace(address, "")
 
 
-def test_a_server_that_repeats_what_it_does_not_know_is_not_repeated(monkeypatch):
+def test_a_server_that_repeats_the_password_is_not_quoted(monkeypatch):
     def unknown(self: redis.Redis, *_: object) -> None:
         raise redis.ResponseError("unknown command `AUTH`, with args beginning with: `hunter2`, ")
 
@@ -652,7 +662,7 @@ def test_a_configuration_shows_no_password():
 
 
 @pytest.mark.parametrize("early", [True, False])
-def test_a_hangup_while_it_loads_is_done_when_it_has(early, monkeypatch):
+def test_a_sighup_during_loading_is_handled_after_it(early, monkeypatch):
     reloads: list[threading.Thread] = []
 
     class Recorder(Stub, contextlib.nullcontext):
@@ -665,7 +675,7 @@ def test_a_hangup_while_it_loads_is_done_when_it_has(early, monkeypatch):
 
     def loading(*_: Any, **__: Any) -> None:
         if early:
-            signal.raise_signal(signal.SIGHUP)  # unhandled it ends the tests
+            signal.raise_signal(signal.SIGHUP)  # unhandled, it would end the tests
             signal.raise_signal(signal.SIGHUP)
 
     def run(_: Any) -> None:
@@ -684,5 +694,5 @@ def test_a_hangup_while_it_loads_is_done_when_it_has(early, monkeypatch):
     finally:
         signal.signal(signal.SIGHUP, before)
     assert len(reloads) == early + 1
-    # not in the handler, which runs amid whatever this thread does, with the locks that it has
+    # not in the handler, which interrupts this thread anywhere, with the locks that it holds
     assert threading.current_thread() not in reloads

@@ -1,4 +1,4 @@
-"""Events from Kafka: each counts once, whatever fails, and none is passed over in silence."""
+"""Events from Kafka: each counts once, whatever fails, and none is skipped silently."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from ifa_torchrec.serving.times import utc
 confluent_kafka = pytest.importorskip("confluent_kafka")
 TOPIC = KafkaTopic("nowhere:9092", "events")
 ONE_BY_ONE = Limits(max_events=1, timeout=20)
-"""So that sums are added up in one order, however often the reading is interrupted."""
+"""Keeps the order of additions the same, however often reading is interrupted."""
 
 
 def message_of(event: Event) -> bytes:
@@ -49,7 +49,7 @@ def message_of(event: Event) -> bytes:
 
 
 def events_of(shop: Shop, count: int = 16) -> dict[int, list[Event]]:
-    """Some events, each user's in a partition of its own."""
+    """Some events; each user's are in one partition."""
     found: dict[int, list[Event]] = {0: [], 1: []}
     for row in range(count):
         event = shop.event(row)
@@ -60,7 +60,7 @@ def events_of(shop: Shop, count: int = 16) -> dict[int, list[Event]]:
 
 @pytest.fixture
 def states(shop, tmp_path) -> Path:
-    """A store of states that have no event, of two versions."""
+    """A store with two versions' states, without events."""
     store = open_key_value_store(str(tmp_path / "states"))
     for version in ("weights-1", "weights-2"):
         layout = StateLayout.of(shop.model.candidate_arch.ifa)
@@ -82,7 +82,7 @@ def load(shop: Shop, store: KeyValueStore, version: str = "weights-1") -> Callab
 
 
 def records(store: KeyValueStore) -> dict[bytes, bytes | None]:
-    """All that is in a store, but where the stream goes on."""
+    """Everything in a store, except the stream positions."""
     keys = [key for key in store.scan(b"") if key[:1] != b"p"]
     return dict(zip(keys, store.read(keys), strict=True))
 
@@ -92,7 +92,7 @@ def positions(store: KeyValueStore, version: str = "weights-1") -> list[int]:
 
 
 def posted_once(shop: Shop, states: Path, events: dict[int, list[Event]]) -> dict[bytes, bytes | None]:
-    """What a copy of the empty states holds once all events were posted, one by one."""
+    """The contents of a copy of the empty states after all events were posted one by one."""
     store = open_key_value_store(str(states.with_name("posted")))
     scorer = load(shop, store)()
     for event in (event for of_partition in events.values() for event in of_partition):
@@ -114,7 +114,7 @@ class Message:
 
 
 class Topic:
-    """Two partitions, and the clients that read them."""
+    """A topic of two partitions, and the clients that read it."""
 
     def __init__(self) -> None:
         self.partitions: list[list[bytes | None]] = [[], []]
@@ -128,7 +128,7 @@ class Topic:
 
 
 class Client:
-    """A confluent_kafka.Consumer of a Topic, which gives it both partitions."""
+    """A confluent_kafka.Consumer that a Topic assigns both partitions to."""
 
     def __init__(self, topic: Topic, on_statistics: Callable[[str], None]) -> None:
         self.topic, self.on_statistics = topic, on_statistics
@@ -218,31 +218,31 @@ def test_an_event_counts_once_where_reading_ends_between_writing_and_noting(
 
 
 BAD = {
-    b"{": "body: it is no JSON",
-    None: "body: it is no JSON",
-    b"\xff": "body: it is no JSON",
+    b"{": "body: not valid JSON",
+    None: "body: not valid JSON",
+    b"\xff": "body: not valid JSON",
     b"[]": "body: Input should be",
     b'{"user": "anna"}': "item: Field required",
 }
 BAD_FIELDS = [
-    ({"position": 4}, "['position'] unknown; there are ['user', 'item'"),
+    ({"position": 4}, "unknown fields ['position']; expected some of ['user', 'item'"),
     ({"features": {"\ud800": "red"}}, "['\\ud800'] unknown"),
     ({"user": 1.5}, "user: Input should be an id"),
-    ({"time": "yesterday"}, "time: Value error, should be a time since 1970 with its zone"),
-    ({"time": "2999-01-01T00:00:00Z"}, "more than 60 seconds ahead of the clock"),
+    ({"time": "yesterday"}, "time: Value error, should be a time since 1970 with a zone"),
+    ({"time": "2999-01-01T00:00:00Z"}, "more than 60 seconds ahead of this machine's clock"),
     ({"features": {"colour": "red"}}, "features: ['action', 'device'] missing, ['colour'] unknown"),
 ]
 
 
 @pytest.mark.parametrize("value, reason", [*BAD.items(), *BAD_FIELDS])
-def test_what_is_refused_stops_the_stream_there_or_is_passed_over_and_counted(
+def test_a_refused_message_stops_the_stream_or_is_skipped_and_counted(
     shop, key_values, live, topic, caplog, value, reason
 ):
     good = [message_of(event) for event in events_of(shop)[0]][:3]
     if isinstance(value, dict):
         value = json.dumps(json.loads(good[0]) | value).encode()
     topic.partitions[1] = [good[0], value, good[2]]
-    for _ in range(2):  # started again, it comes to the same
+    for _ in range(2):  # after a restart it stops at the same message
         caplog.clear()
         with Stream(TOPIC, live):
             wait_until(lambda: live.stream == "stopped", "it goes on")
@@ -253,13 +253,11 @@ def test_what_is_refused_stops_the_stream_there_or_is_passed_over_and_counted(
         wait_until(lambda: positions(key_values) == [0, 3], "it does not go on")
         refused = 'ifa_stream_messages_total{result="refused"} 3.0\n'
         wait_until(lambda: refused in shown(live), "they are not counted")
-    assert "the message at offset 1 of partition 1 is passed over: " in caplog.text
+    assert "skipped the message at offset 1 of partition 1: " in caplog.text
     assert 'ifa_stream_messages_total{result="accepted"} 2.0\n' in shown(live)
 
 
-def test_of_messages_that_are_added_together_the_good_are_added_and_none_is_passed_over(
-    shop, key_values, topic
-):
+def test_of_messages_added_together_the_good_are_added_and_none_is_skipped(shop, key_values, topic):
     good = [message_of(event) for event in events_of(shop)[0]][:4]
     topic.partitions = [[good[0], b"?", good[1], b"?"], [good[2], good[3]]]
     with LiveScorer(load(shop, key_values), Limits(timeout=20)) as live:
@@ -280,13 +278,13 @@ def test_a_store_that_fails_is_waited_for(shop, key_values, live, topic, monkeyp
         wait_until(lambda: live.stream == "flowing", "it does not flow")
         topic.partitions[0] = [message_of(event) for event in events_of(shop)[0]]
         wait_until(lambda: live.stream == "waiting", "it does not wait")
-        assert "events of topic events wait: the store: no room left" in caplog.text
+        assert "events of topic events wait for the store: no room left" in caplog.text
         monkeypatch.setattr(key_values, "update", update)
         wait_until(lambda: positions(key_values)[0] == len(topic.partitions[0]), "it does not go on")
         wait_until(lambda: live.stream == "flowing", "it does not flow")
 
 
-def test_a_store_that_fails_keeps_nothing_from_ending(shop, key_values, live, topic, monkeypatch):
+def test_a_failing_store_does_not_block_closing(shop, key_values, live, topic, monkeypatch):
     def fails(*_: Any) -> None:
         raise StoreError("no room left")
 
@@ -320,7 +318,7 @@ def test_a_full_queue_is_waited_for(shop, key_values, topic):
 
 
 def test_new_weights_get_what_their_states_lack(shop, key_values, topic):
-    """Also what another process of the old weights added to the old states alone."""
+    """Including events that another process with the old weights added only to the old states."""
     events = events_of(shop)
     topic.partitions = [[message_of(event) for event in events[number]] for number in (0, 1)]
     ends = [len(of_partition) for of_partition in topic.partitions]
@@ -337,7 +335,7 @@ def test_new_weights_get_what_their_states_lack(shop, key_values, topic):
         assert found.count.tolist() == [len(of_user)]
 
 
-def test_the_lag_is_what_is_not_read_yet(shop, key_values, live, topic):
+def test_the_lag_counts_unread_messages(shop, key_values, live, topic):
     topic.partitions[1] = [message_of(events_of(shop)[0][0]), b"?", b"?"]
     with Stream(TOPIC, live):
         wait_until(lambda: live.stream == "stopped", "it goes on")
@@ -351,7 +349,7 @@ def test_readiness_tells_of_the_stream_and_rankings_go_on(live, topic, caplog):
     assert "stream" not in client.get("/readyz").json()
     topic.up = False
     with Stream(TOPIC, live):
-        waits = "events of topic events wait: the broker: no broker responds"
+        waits = "events of topic events wait for the broker: no broker responds"
         wait_until(lambda: waits in caplog.text, "it is not told")
         for up, told in ((False, "waiting"), (True, "flowing")):
             topic.up = up
@@ -359,7 +357,7 @@ def test_readiness_tells_of_the_stream_and_rankings_go_on(live, topic, caplog):
         topic.error = confluent_kafka.KafkaError(confluent_kafka.KafkaError._AUTO_OFFSET_RESET)
         wait_until(lambda: client.get("/readyz").json()["stream"] == "stopped", "it goes on")
     assert client.get("/readyz").status_code == 200
-    assert "partition 0 has no offset 0, where states go on" in caplog.text
+    assert "partition 0 has no offset 0, from which these states must continue" in caplog.text
     assert 'ifa_stream_flowing{topic="events"} 0.0\n' in shown(live)
 
 
@@ -371,7 +369,7 @@ def test_errors_of_the_client_are_waited_for_unless_there_is_nothing_to_wait_for
         assert live.stream == "flowing"
         topic.error = error(error.UNKNOWN_TOPIC_OR_PART, "no such topic")
         wait_until(lambda: live.stream == "stopped", "it goes on")
-    assert "no more events are read from topic events: no such topic" in caplog.text
+    assert "stopped reading events from topic events: no such topic" in caplog.text
 
 
 # --------------------------------------------------------------------------------------- options
@@ -387,7 +385,7 @@ def test_errors_of_the_client_are_waited_for_unless_there_is_nothing_to_wait_for
         "kafka://kafka-1:9092/events/0",
     ],
 )
-def test_what_is_no_topic_is_refused_and_shows_no_password(address):
+def test_a_malformed_topic_address_is_refused_without_its_password(address):
     with pytest.raises(ConfigError, match="kafka://HOST:PORT/TOPIC") as raised:
         KafkaTopic.at(address)
     assert "secret" not in str(raised.value)
@@ -403,7 +401,7 @@ def test_settings_of_the_client_come_from_a_file(tmp_path, live):
     assert "a=b" not in str(topic)
     for text, message in (
         ("secret", "line 1 of .* is not NAME=VALUE"),
-        ("group.id=mine\n", r"\['group.id'\] cannot be given"),
+        ("group.id=mine\n", r"remove \['group.id'\], which ifa serve sets itself"),
         ("sasl.pasword=secret\n", "sasl.pasword"),
         ("security.protocol=none\n", "security.protocol"),
     ):
@@ -415,8 +413,8 @@ def test_settings_of_the_client_come_from_a_file(tmp_path, live):
         KafkaTopic.at("kafka://a:1/events", tmp_path / "none")
 
 
-def test_options_of_a_topic_want_one():
-    with pytest.raises(ConfigError, match="give --events, too"):
+def test_options_of_a_topic_need_one():
+    with pytest.raises(ConfigError, match="give --events too"):
         ServeConfig(Path("run"), "store", skip_refused=True)
 
 
@@ -424,8 +422,8 @@ def test_options_of_a_topic_want_one():
 
 
 def stream(folder: Path, states: Path, address: str, dies_at: int) -> None:
-    """What a process does that reads a topic until SIGTERM, or dies when it has written some events and
-    not noted the last."""
+    """A process that reads a topic until SIGTERM, or dies after it wrote events and before it recorded
+    the last position."""
     shop = make_shop(folder)
     store = open_key_value_store(str(states))
     note, count = StateStore.set_stream_positions, 0
@@ -446,7 +444,7 @@ def stream(folder: Path, states: Path, address: str, dies_at: int) -> None:
 
 
 @pytest.mark.slow
-def test_killed_in_the_midst_the_states_are_those_of_all_events_once(
+def test_after_kills_the_states_have_every_event_once(
     shop, states, key_values, broker: Broker, tmp_path
 ):
     events = events_of(shop, 40)
@@ -465,7 +463,7 @@ def test_killed_in_the_midst_the_states_are_those_of_all_events_once(
     again = start(dies_at=-1)
     try:
         ends = [len(events[n]) for n in (0, 1)]
-        # it imports torch, and the broker waits for the one that was killed
+        # importing torch takes time, and the broker waits for the killed process
         wait_until(lambda: positions(key_values) == ends, "not all were read", 180)
         again.terminate()
         assert again.wait(60) == 0
@@ -483,7 +481,7 @@ def test_a_broker_that_goes_away_and_comes_back(shop, key_values, live, broker: 
     broker.send("away", [(n, message_of(event)) for n in (0, 1) for event in half[n]])
     broker.line.cut = True
     with Stream(KafkaTopic.at(address), live):
-        waits = "events of topic away wait: the broker: "
+        waits = "events of topic away wait for the broker: "
         wait_until(lambda: waits in caplog.text, "nothing tells that the broker is away")
         caplog.clear()
         broker.line.cut = False
@@ -499,12 +497,12 @@ def test_a_broker_that_goes_away_and_comes_back(shop, key_values, live, broker: 
         lags = [f'ifa_stream_lag{{partition="{n}"}} 0.0\n' for n in (0, 1)]
         wait_until(lambda: all(lag in shown(live) for lag in lags), shown(live))
     assert waits in caplog.text
-    assert "events of topic away go on: the broker responds" in caplog.text
+    assert "events of topic away resume: the broker responds again" in caplog.text
 
 
 @pytest.mark.slow
 def test_processes_share_the_partitions(shop, key_values, broker: Broker):
-    """Of one store and its states; of others each reads all."""
+    """Processes with the same states share them; with other states each reads all."""
     events = events_of(shop)
     topic = KafkaTopic.at(broker.topic("shared"))
     versions = ("weights-1", "weights-1", "weights-2")
@@ -522,8 +520,8 @@ def test_processes_share_the_partitions(shop, key_values, broker: Broker):
 
 
 @pytest.mark.slow
-def test_a_topic_that_is_not_there_or_has_not_what_the_states_lack(shop, key_values, live, caplog):
-    """Kafka's client has brokers of its own for tests, which say so; Tansu does not."""
+def test_a_missing_topic_or_one_without_the_events_that_states_lack(shop, key_values, live, caplog):
+    """Uses the Kafka client's mock brokers, which report this; Tansu does not."""
     mock = confluent_kafka.Producer({"test.mock.num.brokers": 1})
     address = next(iter(mock.list_topics(timeout=10).brokers.values()))
     servers = f"{address.host}:{address.port}"

@@ -1,4 +1,4 @@
-"""Several processes on one port: replaced when they die or the weights are new, and counted together."""
+"""Several processes on one port: replaced when they die or on reload, with metrics summed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ifa_torchrec.serving.service.workers import Workers, shared_sockets
 
 
 class Stubs:
-    """What the processes do: they rank by a stub, whose weights are read from a file."""
+    """The workers' functions: they rank with a stub whose weights are read from a file."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -70,8 +70,7 @@ class Stubs:
 
 
 class Service:
-    """Two processes that serve, begun by one of their own: a test's process has threads, and may not
-    fork."""
+    """Two workers, started by a separate process: the test's process has threads and must not fork."""
 
     def __init__(self, folder: Path, weights: str = "first") -> None:
         self.folder, self.weights = folder, folder / "weights"
@@ -88,7 +87,7 @@ class Service:
         return int((self.folder / "port").read_text())
 
     def ask(self, method: str, path: str, body: Any = None, token: bool = True) -> tuple[int, bytes]:
-        """Over a connection of its own."""
+        """Send a call over a new connection."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         headers = {"Content-Type": "application/json"} | (TOKEN if token else {})
         connection.request(method, path, None if body is None else json.dumps(body), headers)
@@ -98,7 +97,7 @@ class Service:
         return found
 
     def versions(self) -> set[str]:
-        """What ranks, by who answers some calls; nobody before the first serves."""
+        """The versions that respond to some calls; empty before the first worker serves."""
         found: set[str] = set()
         with suppress(OSError):
             for _ in range(30):
@@ -106,12 +105,12 @@ class Service:
         return found
 
     def reload(self, weights: str) -> None:
-        """Ask for other weights."""
+        """Reload with other weights."""
         self.weights.write_text(weights)
         os.kill(self.pid, signal.SIGHUP)
 
     def reloads(self) -> dict[str, float]:
-        """How many are counted, by how they went."""
+        """The reload counts, by result."""
         shown = self.ask("GET", "/metrics")[1].decode()
         counted = re.findall(r'ifa_reloads_total{result="(\w+)"} (\S+)', shown)
         return {result: float(count) for result, count in counted}
@@ -122,7 +121,7 @@ class Service:
         ]
 
     def ended(self) -> int | None:
-        """The exit code, once it ended."""
+        """Wait for the end, and return the exit code."""
         return self.process.poll()
 
 
@@ -145,7 +144,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.slow
-def test_one_that_dies_is_replaced_and_what_they_count_is_added_up(tmp_path):
+def test_a_worker_that_dies_is_replaced_and_counts_are_summed(tmp_path):
     with running(tmp_path) as service:
         for _ in range(10):
             assert service.ask("POST", "/rank", QUESTIONS["/rank"])[0] == 200
@@ -160,7 +159,7 @@ def test_one_that_dies_is_replaced_and_what_they_count_is_added_up(tmp_path):
         until(lambda: len(service.workers()) == 2 and dead not in service.workers())
         until(lambda: len(service.versions() - {f"first {dead}"}) == 2)
         assert len(service.versions() & before) == 1
-        # what the dead one counted stays, its files do not
+        # the dead worker's counts stay, its files do not
         shown = service.ask("GET", "/metrics")[1].decode()
         assert 'ifa_calls_total{path="/rank",status="200"} 10.0\n' in shown
         assert 'ifa_call_seconds_count{path="/rank"} 11.0\n' in shown
@@ -172,7 +171,7 @@ def test_one_that_dies_is_replaced_and_what_they_count_is_added_up(tmp_path):
 
 
 @pytest.mark.slow
-def test_new_weights_replace_all_and_bad_ones_none(tmp_path):
+def test_new_weights_replace_all_workers_and_bad_ones_none(tmp_path):
     with running(tmp_path) as service:
         service.reload("bad")
         until(lambda: service.reloads() == {"failed": 1})
@@ -183,12 +182,12 @@ def test_new_weights_replace_all_and_bad_ones_none(tmp_path):
         assert len(service.workers()) == 2
         assert (tmp_path / "afterwards").read_text() == "second"
         until(lambda: service.reloads() == {"failed": 1, "ok": 1})
-        # of two workers, of who began them, and of all that ended
+        # files of two workers, of their parent, and of all that ended
         assert len(list((tmp_path / "metrics").glob("counter_*.db"))) == 4
 
 
 @pytest.mark.slow
-def test_what_follows_a_reload_is_tried_again_and_its_failure_counts(tmp_path):
+def test_catching_up_after_a_reload_is_retried_and_its_failure_counts(tmp_path):
     with running(tmp_path) as service:
         service.reload("again")
         until(lambda: service.reloads() == {"ok": 1})
@@ -211,7 +210,7 @@ def test_it_can_be_stopped_while_it_loads(tmp_path):
 
 
 @pytest.mark.slow
-def test_they_end_with_who_began_them(tmp_path):
+def test_workers_end_with_their_parent(tmp_path):
     with running(tmp_path) as service:
         workers = service.workers()
         service.process.kill()
@@ -220,16 +219,16 @@ def test_they_end_with_who_began_them(tmp_path):
 
 
 @pytest.mark.slow
-def test_one_that_does_not_come_up_ends_all(tmp_path):
+def test_a_worker_that_does_not_start_ends_all(tmp_path):
     service = Service(tmp_path, "bad")
     codes: list[int | None] = []
     until(lambda: codes.append(service.ended()) or codes[-1] is not None)
     assert codes[-1] == 1
-    assert (tmp_path / "error").read_text() == "worker 0 did not come up: these weights are bad"
+    assert (tmp_path / "error").read_text() == "worker 0 did not start: these weights are bad"
 
 
 @pytest.mark.slow
-def test_one_that_does_not_end_is_killed(tmp_path):
+def test_a_worker_that_does_not_end_is_killed(tmp_path):
     service = Service(tmp_path, "stubborn")
     try:
         until(lambda: len(list(tmp_path.glob("stubborn *"))) == 2)
@@ -248,7 +247,7 @@ def test_a_port_that_is_taken_is_refused():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"--port {port} cannot be listened on"):
+        with pytest.raises(ConfigError, match=f"cannot listen on .*--port {port}"):
             shared_sockets("127.0.0.1", port, 2)
 
 

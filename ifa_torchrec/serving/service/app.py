@@ -1,4 +1,4 @@
-"""The application: routes, middleware and refusals put together."""
+"""The application: routes, middleware and error responses put together."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def create_app(
     """The service as an ASGI application.
 
     Args:
-        live: ranks, and adds events; close it after the last call.
-        token: all but /healthz, /readyz and the page of /docs are for its bearers only; None for
-            everyone. A route that is added is for its bearers only, too.
-        allowed_hosts: names that calls may be addressed to (their Host header); "*" is any.
+        live: ranks candidates and adds events; close it after the last call.
+        token: bearer token that calls must have, except to /healthz, /readyz, /docs and /openapi.json;
+            None lets everyone call. Routes that you add also need the token.
+        allowed_hosts: host names that calls may be addressed to (their Host header); "*" is any.
 
     Example:
         >>> import pandas as pd, tempfile
@@ -42,7 +42,7 @@ def create_app(
         >>> states = open_key_value_store(tempfile.mkdtemp())
         >>> layout = StateLayout.of(model.candidate_arch.ifa)
         >>> StateStore.begin(states, "weights-1", layout, 0, vocabulary=log.vocabulary.digest).finish()
-        >>> def load():  # Scorer has an example with a model that was trained
+        >>> def load():  # Scorer has an example with a trained model
         ...     return Scorer(model, log, StateStore(states, "weights-1"))
         >>> with LiveScorer(load, Limits()) as live:
         ...     client = TestClient(create_app(live))
@@ -57,7 +57,7 @@ def create_app(
     """
     app = FastAPI(
         title="ifa serve",
-        description="Ranks candidates by users' states, and adds events to the states.",
+        description="Ranks candidates from user states, and adds events to the states.",
         exception_handlers=EXCEPTION_HANDLERS,
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,

@@ -1,4 +1,4 @@
-"""Bodies of calls and their responses: JSON or MessagePack, each read, checked and written once."""
+"""Request and response bodies in JSON or MessagePack, each parsed, checked and written once."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from ifa_torchrec.serving.errors import RequestError
-from ifa_torchrec.serving.service.refusals import refusal, told
+from ifa_torchrec.serving.service.refusals import refusal, validation_message
 
 JSON, MSGPACK = "application/json", "application/msgpack"
 Body = TypeVar("Body", bound=BaseModel)
 
 
 class BodyRoute(APIRoute):
-    """A route whose endpoint takes ``body``, a pydantic model, and returns another.
+    """A route whose endpoint takes ``body``, a pydantic model, and returns another model.
 
-    It responds in the kind that the body came in. FastAPI's own handler takes longer than the service's
-    work on a call: it looks for what these calls do not have, and checks the response too. The endpoint
-    has the same signature for either, which OpenAPI is told.
+    The response has the request body's content type. FastAPI's own handler would take longer than the
+    service's work on a call: it looks for parameters that these calls do not have, and validates the
+    response. The endpoint's signature suits both handlers, and OpenAPI is generated from it.
 
     Example:
         >>> from fastapi import FastAPI
@@ -50,7 +50,7 @@ class BodyRoute(APIRoute):
             try:
                 content = await request.body()
             except ClientDisconnect:
-                raise HTTPException(400, "the client left before the body had come") from None
+                raise HTTPException(400, "the client disconnected before its body arrived") from None
             try:
                 body = read_body(model, kind, content)
             except RequestError as error:
@@ -64,7 +64,7 @@ class BodyRoute(APIRoute):
 
 
 def also_msgpack(body: type[BaseModel], response: type[BaseModel]) -> dict[str, Any]:
-    """What OpenAPI is told of a BodyRoute beside its JSON, as ``add_api_route`` takes it."""
+    """OpenAPI entries for a BodyRoute's MessagePack bodies, for ``add_api_route``'s openapi_extra."""
 
     def content(model: type[BaseModel]) -> dict[str, Any]:
         return {"content": {MSGPACK: {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}}
@@ -73,10 +73,11 @@ def also_msgpack(body: type[BaseModel], response: type[BaseModel]) -> dict[str, 
 
 
 def _kind(request: Request) -> str:
-    """JSON or MSGPACK.
+    """The body's content type, JSON or MSGPACK.
 
     Raises:
-        HTTPException: the body is of another kind, as all are that a browser sends without asking first.
+        HTTPException: the body has another content type, as has every body that a browser sends to
+            another site without a preflight request.
     """
     given = request.headers.get("content-type", "")
     kind = given.partition(";")[0].strip().lower()
@@ -84,19 +85,19 @@ def _kind(request: Request) -> str:
         return MSGPACK
     if kind == JSON or (kind.startswith("application/") and kind.endswith("+json")):
         return JSON
-    raise HTTPException(422, f"body: its Content-Type is {given!r}; it must be {JSON} or {MSGPACK}")
+    raise HTTPException(422, f"body: the Content-Type is {given!r}; it must be {JSON} or {MSGPACK}")
 
 
 def read_body(model: type[Body], kind: str, content: bytes) -> Body:
-    """A body as its model.
+    """Parse a body into its model.
 
     Args:
-        model: what it is to be.
+        model: the pydantic model.
         kind: JSON or MSGPACK.
         content: the body.
 
     Raises:
-        RequestError: it is not of its kind, or the model does not take it.
+        RequestError: the body is not valid JSON or MessagePack, or does not fit the model.
 
     Example:
         >>> from ifa_torchrec.serving.service.bodies import JSON, read_body
@@ -110,8 +111,10 @@ def read_body(model: type[Body], kind: str, content: bytes) -> Body:
     except (ValueError, RecursionError) as error:  # msgpack's errors are all ValueErrors
         name = "JSON" if kind == JSON else "MessagePack"
         problem = str(error) or type(error).__name__
-        raise RequestError(f"body: it is no {name} ({problem})") from error
+        raise RequestError(f"body: not valid {name} ({problem})") from error
     try:
         return model.model_validate(given)
     except ValidationError as error:
-        raise RequestError(told(error.errors(include_url=False, include_input=False))) from error
+        raise RequestError(
+            validation_message(error.errors(include_url=False, include_input=False))
+        ) from error

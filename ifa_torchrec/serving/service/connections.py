@@ -1,4 +1,4 @@
-"""Connections of the HTTP service: no more than the limit, and none that is waited for without end."""
+"""Connections of the HTTP service: a limited number, and time limits for slow clients."""
 
 from __future__ import annotations
 
@@ -12,32 +12,33 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from ifa_torchrec.serving.live import Limits
 
 _log = logging.getLogger(__name__)
-_log.setLevel(logging.ERROR)  # that a client speaks no HTTP is not worth a line each time
+_log.setLevel(logging.ERROR)  # a client that does not speak HTTP is not worth a log line
 
 _WAITS, _SENDS, _BUSY = range(3)
 _MOST_HEADERS = 1 << 16
-"""Bytes of a request's headers, and of whatever else is no body."""
+"""Most bytes that may arrive without completing a request's headers, a part of its body or its end."""
 _MOST_AHEAD = 128
-"""Requests that a client may send before it has the response to the first of them."""
+"""Most requests that a client may pipeline before it has the response to the first of them."""
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's connection, which anyone can open, within limits.
+    """uvicorn's connection with limits, since anyone can open one.
 
-    Whoever opens more than there may be closes the one that has waited longest for its client: a request
-    of a client that gets on is through before it is that old. So nobody keeps others out by waiting.
+    A connection beyond the limit closes the one that has waited longest for its client; a client that
+    makes progress finishes its request before it becomes the oldest. So no client can lock others out by
+    waiting.
 
-    The parser keeps headers, trailers and requests that are ahead however many come; here they are
-    counted, and a client that sends too much of them is closed.
+    uvicorn's parser buffers any number of headers, trailers and pipelined requests; this class counts
+    them, and closes the connection of a client that sends too many.
 
-    ``Connection.within(limits)`` is the class to give to uvicorn.
+    Pass ``Connection.within(limits)`` to uvicorn.
     """
 
     limits = Limits()
 
     @classmethod
     def within(cls, limits: Limits) -> type[Connection]:
-        """The class with limits of its own."""
+        """A subclass with these limits."""
         return type("Connection", (cls,), {"limits": limits})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -46,10 +47,10 @@ class Connection(HttpToolsProtocol):
         self._since = self._until = self.loop.time()
         self._timer: asyncio.TimerHandle | None = None
         self._in_body = False
-        self._without_end, self._ended = 0, False  # bytes since something of a request was complete
+        self._without_end, self._ended = 0, False  # bytes since a part of a request was complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Make room for it."""
+        """See asyncio.Protocol; closes another connection if there are too many."""
         super().connection_made(transport)
         self._wait(self.limits.receive)
         if len(self.connections) > self.limits.max_connections:
@@ -57,7 +58,7 @@ class Connection(HttpToolsProtocol):
             last = min(others, key=Connection._precedence, default=self)
             if last._precedence()[0] == _BUSY:
                 last = self
-            self.connections.discard(last)  # it leaves by itself later, when more may have come
+            self.connections.discard(last)  # now: connection_lost removes it only later
             last.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -75,14 +76,14 @@ class Connection(HttpToolsProtocol):
             self.send_400_response(f"More than {_MOST_HEADERS} bytes of headers.")
 
     def on_headers_complete(self) -> None:
-        """See HttpToolsProtocol; a request begins here, or waits for the one before."""
+        """See HttpToolsProtocol; the request starts now, or after the ones before it."""
         self._ended, self._in_body = True, True
         super().on_headers_complete()
         if not self.pipeline:
             self._wait_for_call()
         elif len(self.pipeline) > _MOST_AHEAD:
             self.transport.abort()
-            raise RuntimeError("too many requests at once")  # the parser ends by it
+            raise RuntimeError("too many requests at once")  # stops the parser
 
     def on_body(self, body: bytes) -> None:
         """See HttpToolsProtocol."""
@@ -95,7 +96,7 @@ class Connection(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """See HttpToolsProtocol; the next request may have come already."""
+        """See HttpToolsProtocol; the next request may have arrived already."""
         if self.pipeline:
             self._wait_for_call()
         else:
@@ -103,14 +104,14 @@ class Connection(HttpToolsProtocol):
         super().on_response_complete()
 
     def _wait_for_call(self) -> None:
-        # for the body, for the response, and for the client to take it
+        # time for the body, for the response, and for the client to read it
         self._wait(2 * self.limits.receive + self.limits.timeout)
 
     def _wait(self, seconds: float) -> None:
-        """Be closed unless something else happens first."""
+        """Close the connection after this time, unless another wait starts first."""
         self._since = self.loop.time()
         self._until = self._since + seconds
-        # one timer for many waits: most come to nothing
+        # one timer serves many waits, since most waits never expire
         if self._timer is None or self._timer.when() > self._until:
             self._set_timer()
 
@@ -128,7 +129,7 @@ class Connection(HttpToolsProtocol):
     def _too_late(self) -> None:
         waits_for_headers = not self._in_body and (not self.cycle or self.cycle.response_complete)
         if waits_for_headers and self.transport.get_write_buffer_size() == 0:
-            problem = f"no request came within {self.limits.receive:g} seconds"
+            problem = f"no request arrived within {self.limits.receive:g} seconds"
             body = json.dumps({"error": problem}).encode()
             head = (
                 "HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Type: application/json\r\n"
@@ -136,11 +137,11 @@ class Connection(HttpToolsProtocol):
             self.transport.write(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
             self.transport.close()
         else:
-            self.transport.abort()  # a close would wait for the client to read
+            self.transport.abort()  # close() would wait for the client to read
 
     def _precedence(self) -> tuple[int, float]:
-        """Who is closed first."""
+        """Sort key: the connection with the lowest is closed first."""
         if not self.cycle or self.cycle.response_complete or self.flow.write_paused:
             return _WAITS, self._since
-        # a body is read only from those who have the token
+        # only clients with the token get their bodies read
         return _SENDS if self.cycle.more_body else _BUSY, self._since

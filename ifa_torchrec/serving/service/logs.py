@@ -1,4 +1,4 @@
-"""Lines of the service's log: text, or JSON for what collects them."""
+"""The service's log lines: text, or JSON for log collectors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LogFormat = Literal["text", "json"]
 
 
 class JsonFormatter(logging.Formatter):
-    """A line of JSON a record: time (UTC), level, logger, message, and the traceback where there is one.
+    """One line of JSON per record: time (UTC), level, logger, message, and the traceback if any.
 
     Example:
         >>> import json, logging
@@ -36,10 +36,10 @@ class JsonFormatter(logging.Formatter):
 
 
 def log_as(kind: LogFormat) -> None:
-    """Let this process log so, to stderr.
+    """Set the format of this process's log, which goes to stderr.
 
     Args:
-        kind: "json", and warnings are lines of it too; or "text".
+        kind: "text", or "json", which also turns Python warnings into JSON lines.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", force=True)
     if kind == "json":

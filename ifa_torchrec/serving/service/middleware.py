@@ -1,4 +1,4 @@
-"""Around every call: the token, the body's size and time, the call's metrics."""
+"""Checks around every call: the token, the body's size and time; and the call's metrics."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from ifa_torchrec.serving.live import Limits, LiveScorer
 from ifa_torchrec.serving.service.refusals import problem
 
 _PUBLIC = {"/healthz", "/readyz", "/docs", "/openapi.json"}
-"""Routes for everyone; every other is for the token's bearers only."""
+"""Routes that need no token; all others do."""
 
 
 class CallMiddleware:
-    """Asks for the token, limits the body, and measures.
+    """Checks the token, limits the body's size and time, and records metrics.
 
-    It goes by the route that will respond, not by the path, of which a router may take several
-    spellings.
+    It decides by the route that will respond, not by the path, since a router may accept several
+    spellings of a path.
 
     Args:
-        app: what is called within.
-        live: its limits hold, and its metrics count.
-        token: as ``create_app``.
-        routes: the application's.
+        app: the ASGI application to wrap.
+        live: provides the limits and the metrics.
+        token: see ``create_app``.
+        routes: the application's routes.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class CallMiddleware:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        if scope["type"] == "websocket":  # there are none, and none shall come that does not ask
+        if scope["type"] == "websocket":  # no route uses them, and none added later may skip the token
             await send({"type": "websocket.close"})
             return
         start, status = time.perf_counter(), 500
@@ -66,7 +66,7 @@ class CallMiddleware:
             self._live.metrics.seconds.labels(path).observe(time.perf_counter() - start)
 
     def _route(self, scope: Scope) -> str:
-        """The path of the route that responds, as it was declared; else clients would invent labels."""
+        """The declared path of the route that responds, so that clients cannot invent metric labels."""
         for route in self._routes:
             if route.matches(scope)[0] is Match.FULL:
                 return getattr(route, "path", "other")
@@ -76,12 +76,12 @@ class CallMiddleware:
         if self._token is None:
             return True
         scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-        # latin-1 gives the header's bytes back as they came
+        # Headers decodes as latin-1; encode back to the original bytes
         return scheme.lower() == "bearer" and hmac.compare_digest(given.encode("latin-1"), self._token)
 
 
 def _limited(receive: Receive, limits: Limits, start: float) -> Receive:
-    """``receive`` of a call that began at ``start``; refuses a body that is too large or too slow."""
+    """``receive`` for a call that began at ``start``; refuses a body that is too large or too slow."""
     size = 0
 
     async def limited() -> Message:
@@ -90,11 +90,11 @@ def _limited(receive: Receive, limits: Limits, start: float) -> Receive:
         try:
             message = await asyncio.wait_for(receive(), left)
         except asyncio.TimeoutError:
-            text = f"the body did not come within {limits.receive:g} seconds; send it again"
+            text = f"the body did not arrive within {limits.receive:g} seconds; send it again"
             raise HTTPException(408, text) from None
         size += len(message.get("body", b""))
         if size > limits.max_body_bytes:
-            text = f"the body is larger than {limits.max_body_bytes} bytes; send less a call"
+            text = f"the body is larger than {limits.max_body_bytes} bytes; send less per call"
             raise HTTPException(413, text)
         return message
 

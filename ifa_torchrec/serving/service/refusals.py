@@ -1,4 +1,4 @@
-"""What is refused, and what went wrong, as responses: always ``{"error": ...}``."""
+"""Errors as responses, always ``{"error": ...}``."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from ifa_torchrec.serving.errors import RequestError, StateError, StoreError, Un
 from ifa_torchrec.serving.service.messages import Problem
 
 _STATUS = {RequestError: 422, UnknownUserError: 404, StoreError: 503, StateError: 409}
-"""Of the scorer's errors; the first kind that fits."""
+"""The status of each of the scorer's errors; the first matching class counts."""
 
 
 def shown(message: str) -> str:
-    """A message with what a client sent in it: it may be long, or have halves of UTF-16 pairs."""
+    """Make a message safe to send: a client's text in it may be long, or have halves of UTF-16 pairs."""
     return message[:1000].encode(errors="backslashreplace").decode()
 
 
-def told(errors: Sequence[Mapping[str, Any]]) -> str:
-    """The first of pydantic's errors in a body, each with its place."""
+def validation_message(errors: Sequence[Mapping[str, Any]]) -> str:
+    """The first five of pydantic's errors, each with its place in the body."""
     return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}" for e in errors[:5])
 
 
 def problem(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """A response that says what is wrong."""
+    """An error response."""
     return JSONResponse(Problem(error=shown(message)).model_dump(), status, headers)
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What OpenAPI is told of responses with these statuses."""
+    """OpenAPI entries for error responses with these statuses."""
     return {status: {"model": Problem, "description": HTTPStatus(status).phrase} for status in statuses}
 
 
@@ -47,13 +47,13 @@ async def _on_http_exception(_: Request, error: Exception) -> Response:
 
 
 async def _on_invalid(_: Request, error: Exception) -> Response:
-    # without the input, which FastAPI's own handler repeats: NaN in it is no JSON
+    # FastAPI's own handler repeats the input, in which NaN would not be valid JSON
     assert isinstance(error, RequestValidationError)
-    return problem(422, told([{**e, "loc": e["loc"][1:]} for e in error.errors()]))
+    return problem(422, validation_message([{**e, "loc": e["loc"][1:]} for e in error.errors()]))
 
 
 async def _on_bug(_: Request, error: Exception) -> Response:
-    return problem(500, "an error of the server; its log has more")  # the server logs it
+    return problem(500, "internal server error; see the server's log")  # uvicorn logs it
 
 
 EXCEPTION_HANDLERS: dict[
@@ -63,25 +63,25 @@ EXCEPTION_HANDLERS: dict[
     RequestValidationError: _on_invalid,
     Exception: _on_bug,
 }
-"""What FastAPI is to do with exceptions."""
+"""FastAPI's exception handlers."""
 
 
 def check_count(limit: int, things: Sequence[object], where: str) -> None:
-    """Refuse more than ``limit`` of something in a call.
+    """Refuse a call with more than ``limit`` of something.
 
     Raises:
         HTTPException: there are more.
     """
     if len(things) > limit:
-        raise HTTPException(422, f"{where}: {len(things)} of them; at most {limit} are taken a call")
+        raise HTTPException(422, f"{where}: got {len(things)}; at most {limit} are accepted")
 
 
 @contextmanager
 def in_time(advice: str) -> Generator[None]:
-    """Where the scorer is waited for: its being too busy, closed or slow as an HTTPException.
+    """While waiting for the scorer, raise HTTPException if it is too busy, closed or too slow.
 
     Args:
-        advice: what to do after a time-out.
+        advice: what the client should do after a time-out.
     """
     try:
         yield
@@ -90,11 +90,16 @@ def in_time(advice: str) -> Generator[None]:
     except ClosedError as error:
         raise HTTPException(503, "shutting down") from error
     except asyncio.TimeoutError as error:
-        raise HTTPException(504, f"this takes too long; {advice}") from error
+        raise HTTPException(504, f"this took too long; {advice}") from error
 
 
 def refusal(error: BaseException, where: str = "") -> BaseException:
-    """What is raised for an error of the scorer; ``where`` in the request it is."""
+    """The HTTPException for an error of the scorer, or the error itself if it is not one of those.
+
+    Args:
+        error: the error.
+        where: prefix of the message, the place in the request.
+    """
     for kind, status in _STATUS.items():
         if isinstance(error, kind):
             return HTTPException(status, f"{where}{error}")

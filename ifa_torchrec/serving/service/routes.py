@@ -1,4 +1,4 @@
-"""The routes, by subject: rankings, events, and how the process is."""
+"""The routes, by subject: rankings, events, users, health and metrics."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ifa_torchrec.serving.service.messages import (
     Alive,
     EventsRequest,
     EventsResponse,
+    EventStatus,
     ForgottenUser,
     Ranked,
     RankRequest,
     RankRequests,
     RankResponse,
     Ready,
-    Taken,
 )
 from ifa_torchrec.serving.service.refusals import check_count, in_time, problems, refusal, shown
 from ifa_torchrec.serving.states.forgetting import id_of
@@ -35,10 +35,10 @@ def add_routes(app: FastAPI, live: LiveScorer, with_token: bool) -> None:
     """Add all routes.
 
     Args:
-        app: the application. Its own routes, not an included router's, are what CallMiddleware looks at.
-        live: does what they ask for.
-        with_token: whether the OpenAPI page says that all but the public ones want a token; it is
-            CallMiddleware that asks, before the body is read.
+        app: the application. CallMiddleware looks at its own routes, not at an included router's.
+        live: serves the calls.
+        with_token: whether the OpenAPI page says that all but the public routes need a token.
+            CallMiddleware checks it, before the body is read.
     """
     bearer = [Depends(HTTPBearer(auto_error=False))] if with_token else []
     _add_ranking(app, live, bearer)
@@ -82,7 +82,7 @@ def _add_ranking(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) -
 
 
 def _refused(bearer: list[params.Depends]) -> dict[int | str, dict[str, Any]]:
-    """What a call with a body may be refused by."""
+    """OpenAPI entries for the errors of a call with a body."""
     return problems(400, 408, 409, 413, 422, 429, 500, 503, 504, *[401] * bool(bearer))
 
 
@@ -92,7 +92,7 @@ def _check_set(most: int, request: RankRequest, where: str) -> None:
     if request.k is None:
         raise HTTPException(422, f"{where}: strategy 'greedy' chooses the k best one by one; give k")
     if min(request.k, len(request.candidates)) > most:
-        text = f"{where}: {request.k}; at most {most} are chosen one by one (strategy 'greedy')"
+        text = f"{where}: got {request.k}; strategy 'greedy' chooses at most {most}"
         raise HTTPException(422, text)
 
 
@@ -122,7 +122,7 @@ def _ranked(ranking: LiveRanking, k: int | None) -> Ranked:
 
 def _add_events(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) -> None:
     async def events(body: EventsRequest) -> EventsResponse:
-        """Add events; those that were taken are in the store when the response comes."""
+        """Add events; when the response arrives, those with status taken are in the store."""
         check_count(live.limits.max_events, body.events, "events")
         with in_time("the events may still be added; send them again, each counts once"):
             results = await live.append(
@@ -131,7 +131,7 @@ def _add_events(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) ->
         if isinstance(results, BaseException):
             raise refusal(results)
         return EventsResponse(
-            results=[Taken(status=r.status, reason=r.reason and shown(r.reason)) for r in results]
+            results=[EventStatus(status=r.status, reason=r.reason and shown(r.reason)) for r in results]
         )
 
     app.router.add_api_route(
@@ -146,19 +146,19 @@ def _add_events(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) ->
 
 
 def _add_users(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) -> None:
-    # a path with a line's end leads nowhere (404)
+    # a user with a line break matches no route (404)
     refused = _refused(bearer) | problems(404)
 
     @app.delete("/users/{user:path}", responses=refused, dependencies=bearer)
     async def forget(
         user: Annotated[
             str,
-            Path(min_length=1, description="An id: an integer, or a string, which may stand in quotes."),
+            Path(min_length=1, description="An id: an integer or a string; double quotes are optional."),
         ],
     ) -> ForgottenUser:
-        """Forget a user: state, rows and journal entries of all versions. No event of theirs up to now
-        counts any more; those after it do."""
-        with in_time("the user is still going to be forgotten; send it again to see it done"):
+        """Forget a user: delete the state in all versions and the events in the journal. The user's
+        events up to now no longer count; later ones do."""
+        with in_time("the user is still being forgotten; repeat the call to see it done"):
             try:
                 gone = await live.forget(id_of(user))
             except StateError as error:
@@ -175,30 +175,30 @@ def _add_users(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) -> 
 def _add_health(app: FastAPI, live: LiveScorer) -> None:
     @app.get("/healthz")
     async def healthz() -> Alive:
-        """Whether the process runs."""
+        """Whether the process is running."""
         return Alive()
 
     @app.get("/readyz", responses=problems(503), response_model_exclude_none=True)
     async def readyz() -> Ready:
-        """Whether calls should be sent here, and the weights that would rank."""
+        """Whether calls should be sent here, and the version of the weights that rank."""
         if live.draining:
             raise HTTPException(503, "shutting down")
         try:
             await live.check()
-        # everyone may ask this, so the response has no addresses; that of /rank says more
+        # this route needs no token, so its response names no addresses; /rank's errors say more
         except (StateError, asyncio.TimeoutError) as error:
             raise HTTPException(503, "the states are lost, or the store does not respond") from error
         return Ready(version=live.version, stream=live.stream)
 
 
 def _add_metrics(app: FastAPI, live: LiveScorer, bearer: list[params.Depends]) -> None:
-    # named in full, else it would be plain text too
+    # content type spelled out; otherwise OpenAPI would list it as plain text too
     schema = {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
     refused: dict[int | str, dict[str, Any]] = (
         {401: {"description": "Unauthorized", "content": schema}} if bearer else {}
     )
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=refused, dependencies=bearer)
-    def metrics() -> Response:  # in a thread, since the files of all processes are read for it
+    def metrics() -> Response:  # not async, so that it reads all processes' files in a thread
         """Counters and times, for Prometheus."""
         return Response(live.metrics.text(), media_type=CONTENT_TYPE_LATEST)

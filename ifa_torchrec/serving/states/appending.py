@@ -1,4 +1,4 @@
-"""Events added to states: what one transaction makes of the records that it finds."""
+"""Adding events to states: how one transaction changes the records that it reads."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ from ifa_torchrec.serving.states.shared import tombstone_key, unpack_number
 
 
 class Addition:
-    """Events that are added to their users' states in one transaction.
+    """Adds events to their users' states in one transaction.
 
     Args:
-        codec: of the version's records.
-        events: E of them, at least one, of users whose keys have one tag.
-        state: of each event alone, at age 0; UserState of E requests.
+        codec: codec of the version's records.
+        events: E events, at least one; their users' keys have the same tag.
+        state: the state of each event on its own, at age 0; UserState of E requests.
 
     Attributes:
-        keys: of the records that it reads first.
-        new: whether each event was new, once ``apply`` was called; None of an event whose user was
-            forgotten after it.
+        keys: keys of the records to read first.
+        new: after ``apply``, whether each event was new; None if its user was forgotten after it.
     """
 
     def __init__(self, codec: RecordCodec, events: Sequence[Event], state: UserState) -> None:
@@ -45,11 +44,11 @@ class Addition:
         self.keys = [*self._tombstones.values(), *heads, *journal]
         self._pages: list[bytes] = []
         self._heads: dict[bytes, tuple[bytes, bytes]] = {}
-        """Of the keys of heads their records and bodies, as ``pages`` found them."""
+        """The record and the body of each head, by key, as ``pages`` found them."""
         self.new: list[bool | None] = []
 
     def pages(self, values: Sequence[bytes | None]) -> list[bytes]:
-        """The keys of the pages that it reads besides.
+        """The keys of the pages to read as well.
 
         Args:
             values: the records under ``keys``.
@@ -68,7 +67,7 @@ class Addition:
         return self._pages
 
     def apply(self, values: Sequence[bytes | None]) -> dict[bytes, bytes]:
-        """The records that are new or changed, by their keys.
+        """The new and changed records, by key.
 
         Args:
             values: the records under ``keys`` and ``pages``.
@@ -85,7 +84,7 @@ class Addition:
         journal = Journal(codec, there)
         of_events = zip(self._events, self._journal_keys, strict=True)
         self.new = [journal.take(event, keys, forgotten[event.user]) for event, keys in of_events]
-        taken = np.array(self.new) == True  # noqa: E712  None is not
+        taken = np.array(self.new) == True  # noqa: E712  an element None counts as False
         seed = np.random.default_rng(self._events[0].position)
         bodies = journal.changed()
         found = {key: self._open(key, value) for key, value in there.items() if key[:1] in b"sui"}
@@ -97,20 +96,20 @@ class Addition:
         return {key: codec.seal(key, body) for key, body in bodies.items()}
 
     def _open(self, key: bytes, value: bytes) -> bytes:
-        """The body of a record; a head, the longest of them, is not summed up again."""
+        """The body of a record; a head, the longest kind, is not checksummed a second time."""
         record, body = self._heads.get(key, (None, b""))
         return body if record is value else self._codec.open(key, value)
 
 
 class Progress:
-    """Where a consumer of the stream goes on, written in one transaction; no partition goes back.
+    """Writes the positions where a stream consumer resumes, in one transaction. They never decrease.
 
     Args:
-        codec: of the version's records.
-        positions: by partition.
+        codec: codec of the version's records.
+        positions: position by partition.
 
     Attributes:
-        keys: of the records that it reads.
+        keys: keys of the records to read.
     """
 
     def __init__(self, codec: RecordCodec, positions: Mapping[int, int]) -> None:
@@ -118,7 +117,7 @@ class Progress:
         self.keys = [codec.keys.stream(partition) for partition in positions]
 
     def apply(self, values: Sequence[bytes | None]) -> dict[bytes, bytes]:
-        """The records that are new or changed, by their keys; ``values`` lie under ``keys``."""
+        """The new and changed records, by key; ``values`` are the records under ``keys``."""
         codec, changed = self._codec, dict[bytes, bytes]()
         for key, value, position in zip(self.keys, values, self._positions.values(), strict=True):
             if position > codec.position(key, value):
@@ -127,13 +126,13 @@ class Progress:
 
 
 class EventSums:
-    """What each of E events adds by itself; arguments as ``Addition``'s."""
+    """What each of E events adds on its own; the arguments are those of ``Addition``."""
 
     def __init__(self, codec: RecordCodec, events: Sequence[Event], state: UserState) -> None:
         self._codec = codec
         self.times = np.array([event.time for event in events], np.int64)
         self._weight = state.key_sum.double().numpy()  # [E, H, F]
-        # an event has one value in all features of a head: that of its heaviest is the nearest
+        # an event has one value per head, shared by its features; the heaviest feature's is most exact
         heaviest = state.key_sum.argmax(-1, keepdim=True)
         weight = state.key_sum.gather(-1, heaviest)
         place = heaviest[..., None].expand(-1, -1, -1, codec.layout.head_dim)
@@ -147,7 +146,7 @@ class EventSums:
         self._lengths = np.diff(self._offsets)
 
     def head(self, events: np.ndarray) -> Head:
-        """The head of some events together, as of the latest of their times."""
+        """The head of some events combined, as of the latest of their times."""
         if not len(events):
             return self._codec.dense.no_head
         time = int(self.times[events].max())
@@ -158,7 +157,7 @@ class EventSums:
         return Head(Sums(time, weight, quotient(total, weight[..., None])), len(events))
 
     def latest(self, events: np.ndarray) -> Latest:
-        """The dense heads of some events, which are of one time."""
+        """The dense heads of some events that share one time."""
         if not len(events):
             return self._codec.dense.no_latest
         each = self._weight[events].transpose(1, 2, 0)  # [H, F, e]
@@ -168,11 +167,11 @@ class EventSums:
         return Latest(time, len(events), weight, share, value)
 
     def rows(self, events: Sequence[np.ndarray], shift: np.ndarray) -> Rows:
-        """One row for each key that some users' events have, as of the latest of these events' times.
+        """One row per key of some users' events, as of the latest time of the key's events.
 
         Args:
-            events: of U users, those of each.
-            shift: [U] int64, what is added to each user's keys, by which they differ from other users'.
+            events: the events of each of U users.
+            shift: [U] int64, added to each user's keys so that they differ from other users' keys.
         """
         together = np.concatenate(events)
         rows = self._rows[self._places(together)]
@@ -180,7 +179,7 @@ class EventSums:
         return replace(rows, key=rows.key + shifts).by_key(self._codec.identity_decay)
 
     def keys_of(self, events: np.ndarray) -> np.ndarray:
-        """The keys of some events' rows, ascending, each once."""
+        """The distinct keys of some events' rows, ascending."""
         return np.unique(self._rows.key[self._places(events)])
 
     def _places(self, events: np.ndarray) -> np.ndarray:
@@ -190,19 +189,19 @@ class EventSums:
 
 
 class StateDrafts:
-    """Some users' states while a transaction's events are added to them.
+    """Some users' states while a transaction adds events to them.
 
-    The dense heads of the events of a user's last time stand apart, and so do the rows that these
-    changed, as they were before. The rows of all users are one table, in which each user's keys are
-    shifted behind those of the users before: what is done to rows is done once, not for each user.
+    The dense heads of the events at a user's last time are kept separate, as are the earlier versions of
+    the rows that these events changed. The rows of all users form one table, in which each user's keys
+    are shifted past those of the users before, so that row operations run once instead of per user.
 
     Args:
-        codec: of the version's records.
+        codec: codec of the version's records.
         users: U external ids.
-        found: bodies of the records that there are, by their keys.
+        found: bodies of the existing records, by key.
 
     Raises:
-        StoreError: one of a user's records is gone.
+        StoreError: one of a user's records is missing.
     """
 
     def __init__(
@@ -229,7 +228,7 @@ class StateDrafts:
         self._rows, self._first, self._bounds_of_pages = self._before[:0], none, np.zeros(1, np.int64)
 
     def add(self, sums: EventSums, events: Sequence[np.ndarray]) -> None:
-        """Add events, at least one of each user; called once."""
+        """Add events, at least one per user; call this only once."""
         decay, codec = self._codec.identity_decay, self._codec
         last = [int(sums.times[of_user].max()) for of_user in events]
         later = np.array([t > latest.time for t, latest in zip(last, self._latest, strict=True)])
@@ -247,7 +246,7 @@ class StateDrafts:
         rows, first = self._page_rows(added.key)
         place = rows.find(added.key)
         touched = rows[place[place < len(rows)]]
-        # of users whose last time stays: a row of theirs that was not changed then is as it was before
+        # if a user's last time stays, rows that were not changed at that time are as they were before
         before = self._before[~later[self._user_of_before]]
         absent = zip(self._absent, self._shift, later, strict=True)
         known = np.concatenate([before.key, *(keys + n for keys, n, is_later in absent if not is_later)])
@@ -258,7 +257,7 @@ class StateDrafts:
         self._split(rows.plus(added, decay), first)
 
     def records(self, seed: np.random.Generator) -> dict[bytes, bytes]:
-        """The bodies of its records that are new or changed, by their keys."""
+        """The bodies of the new and changed records, by key."""
         codec, keys = self._codec, self._codec.keys
         pages = codec.rows.pack(self._rows, self._bounds_of_pages, self._first, seed)
         befores = codec.rows.pack(self._before, self._bounds(self._before.key), self._shift, seed)
@@ -273,7 +272,7 @@ class StateDrafts:
         return bodies
 
     def _bounds(self, keys: np.ndarray) -> np.ndarray:
-        """[U + 1], where each user's begin among ascending keys, and the end."""
+        """[U + 1] bounds of each user's keys among ascending shifted keys."""
         return np.append(keys.searchsorted(self._shift), len(keys))
 
     def _page_rows(self, keys: np.ndarray) -> tuple[Rows, np.ndarray]:
@@ -293,7 +292,7 @@ class StateDrafts:
         return self._codec.rows.unpack(bodies, np.concatenate(there))[0], np.concatenate(first)
 
     def _set_before(self, rows: Rows, keys: np.ndarray) -> None:
-        """Keep what is before the last times: of these keys the rows, and which have none."""
+        """Keep the rows as before each user's last time, and which of these keys had no row then."""
         place = rows.find(keys)
         there = place < len(rows)
         self._before, absent = rows[place[there]], keys[~there]
@@ -303,12 +302,12 @@ class StateDrafts:
         ]
 
     def _split(self, rows: Rows, first: np.ndarray) -> None:
-        """Put rows into the pages that begin with these keys, and new ones where they are too many."""
+        """Split rows into the pages that begin with these keys, and split pages that grow too long."""
         self._rows = rows
         bounds = np.append(rows.key.searchsorted(first), len(rows)).tolist()
         parts = [page_parts(*of_page) for of_page in pairwise(bounds)]
         begins = [part.start for of_page in parts for part in of_page]
         self._bounds_of_pages = np.array([*begins, len(rows)], np.int64)
         self._first = rows.key[begins]
-        # a page keeps its name, whatever rows it begins with
+        # an existing page keeps its first key, even if its first row has another key
         self._first[np.cumsum([0, *(len(of_page) for of_page in parts[:-1])])[: len(first)]] = first

@@ -1,4 +1,4 @@
-"""Whole states as records: what a build writes, of histories or of states that other weights made."""
+"""Whole states as records, which a build writes from histories or from another version's states."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def whole_records(
     last: UserState,
     last_times: Sequence[int],
 ) -> dict[bytes, bytes]:
-    """The records of B users' states, by their keys; arguments as in ``StateStore.write``."""
+    """The records of B users' states, by key; arguments as in ``StateStore.write``."""
     early, late = np.asarray(earlier_times, np.int64), np.asarray(last_times, np.int64)
     days = torch.from_numpy((late - early) / MICROSECONDS_PER_DAY * (earlier.count.numpy() > 0))
     whole = _aged(codec, earlier, days) + _aged(codec, last, 0 * days)
@@ -54,15 +54,15 @@ def of_others(
     left_out: Sequence[int | None],
     there: Sequence[bytes | None],
 ) -> dict[bytes, bytes]:
-    """Leave out of records, in place, those of users who have a state, or were forgotten since they were
-    made.
+    """Remove from ``records``, in place, those of users who already have a state, or were forgotten
+    after the records were made.
 
     Args:
-        records: of the users' states, by their keys.
+        records: records of the users' states, by key.
         users: B external ids.
-        until: B, until when each is forgotten; None who is not.
-        left_out: B, until when the events of each were left out of the records.
-        there: B, the head of each that the store has.
+        until: B times up to which each user is forgotten; None if not forgotten.
+        left_out: B times up to which each user's events were left out of the records.
+        there: B heads that the store has; None where it has none.
     """
     looked_up = zip(users, until, left_out, there, strict=True)
     gone = {
@@ -76,16 +76,16 @@ def of_others(
 
 
 class Unchanged:
-    """The records of those of some users whose states are of just the events that are named.
+    """The records of users whose states consist of exactly the given events.
 
     Args:
-        codec: of the version's records.
+        codec: codec of the version's records.
         users: B external ids.
-        events: B, how many events each has, and the last one's time in microseconds.
+        events: B pairs: the user's number of events, and the last one's time in microseconds.
 
     Attributes:
-        keys: of the records to read first.
-        found: [B] bool, of which users it is so; known when ``pages`` was called.
+        keys: keys of the records to read first.
+        found: [B] bool, whether each user's state matches; known after ``pages``.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Unchanged:
         """The keys of the pages to read.
 
         Args:
-            values: of ``keys``.
+            values: the records under ``keys``.
 
         Raises:
             StoreError: a record is damaged.
@@ -112,7 +112,7 @@ class Unchanged:
         codec, heads = self._codec, self.keys[: len(self._users)]
         opened = codec.open_all(heads, values[: len(heads)])
         self._pages = [np.empty(0, np.int64) for _ in self._users]
-        self.found[:] = False  # it may be asked again
+        self.found[:] = False  # pages may be called again with newer values
         for b, body in enumerate(opened):
             if body is not None:
                 earlier, latest = codec.dense.unpack(body)
@@ -123,21 +123,21 @@ class Unchanged:
         return [key for user, first in users for key in codec.keys.pages(user, first)]
 
     def records(self, values: Sequence[bytes | None], to: RecordCodec) -> dict[bytes, bytes]:
-        """The same records of another version, by their keys.
+        """The same records for another version, by key.
 
         Args:
-            values: of ``keys`` and of the pages.
-            to: the codec of that version.
+            values: the records under ``keys``, then the pages.
+            to: the other version's codec.
 
         Raises:
-            StateError: the layouts of the two differ.
-            StoreError: a record is damaged, or gone.
+            StateError: the two versions' layouts differ.
+            StoreError: a record is damaged or missing.
         """
         codec, count = self._codec, len(self._users)
         if codec.layout != to.layout:
             raise StateError(
                 f"states of weights {codec.version!r} have another layout than those of "
-                f"{to.version!r}; encode all anew"
+                f"{to.version!r}; build all states again, without --unchanged-from"
             )
         places = list(accumulate((len(first) for first in self._pages), initial=2 * count))
         result: dict[bytes, bytes] = {}
@@ -154,7 +154,7 @@ class Unchanged:
 
 
 def _aged(codec: RecordCodec, state: UserState, days: torch.Tensor) -> UserState:
-    """A state some days [B] later, in float64."""
+    """The state ``days`` [B] later, in float64."""
     factor = torch.exp(-days[:, None] * torch.from_numpy(codec.decay))[..., None]
     aged = dataclasses.replace(
         state,
@@ -180,7 +180,7 @@ def _heads(state: UserState, times: np.ndarray) -> list[Head]:
 
 
 def _rows(codec: RecordCodec, state: UserState, times: np.ndarray) -> list[Rows]:
-    """Each request's identity rows; the requests are at ``times`` [B]."""
+    """Each request's identity rows, as of ``times`` [B]."""
     if state.identity_offsets is None:
         return [Rows.none(codec.layout)] * len(times)
     offsets, key, value, total = state.identity_tables()
@@ -191,7 +191,7 @@ def _rows(codec: RecordCodec, state: UserState, times: np.ndarray) -> list[Rows]
 
 
 def _pages(codec: RecordCodec, user: int | str, rows: Rows, bodies: dict[bytes, bytes]) -> np.ndarray:
-    """Add a user's pages to the bodies; their first keys."""
+    """Add a user's pages to ``bodies``, and return their first keys."""
     bounds = np.array([0, *(part.stop for part in page_parts(0, len(rows)))])
     first = rows.key[bounds[:-1]] if len(rows) else rows.key
     first[:1] = 0

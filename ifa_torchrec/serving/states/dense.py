@@ -1,11 +1,11 @@
-"""Dense heads of a user, and their bytes.
+"""The dense heads of a user, and their bytes.
 
-Sums are kept as mean and weight: S = mean * z. Decay then touches the weights alone, and a mean fits
-float16 whatever the length of the history.
+Sums are stored as mean and weight: S = mean * z. Then decay changes only the weights, and a mean fits
+float16 however long the history is.
 
-The events of a user's last time stand beside those before it, since a request at that time must not see
-them. As a rule they are few. An event has one value in all features of a head, so that the means of a
-few are the product of two small matrices.
+The events at a user's last time are kept separate from those before, since a request at that time must
+not see them. There are usually few of them. An event has one value for all features of a head, so the
+means of a few events are the product of two small matrices.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from ifa_torchrec.data.dataset import MICROSECONDS_PER_DAY
 from ifa_torchrec.serving.states.layout import StateLayout
 from ifa_torchrec.serving.states.pages import check_sums, quotient, rounded, together
 
-_SIZES = struct.Struct("<qqqqI")  # time and count of those before, and of the latest; rank
+_SIZES = struct.Struct("<qqqqI")  # time and count of the events before and of the latest; rank
 _NEVER = -(2**63)
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums of dense heads at a time: weight [H, F] and mean [H, F, d], float64, or float32 as stored."""
+    """Sums of dense heads at a time: weight [H, F] and mean [H, F, d], float64, or float32 if read."""
 
     time: int
     weight: np.ndarray
@@ -37,12 +37,12 @@ class Sums:
         return _aged(self.weight, time - self.time, decay)
 
     def put(self, weight: np.ndarray, total: np.ndarray, time: int, decay: np.ndarray) -> None:
-        """Write the sums as of a later time into z [H, F] and S [H, F, d], float32."""
+        """Write the sums at a later time into z [H, F] and S [H, F, d], float32."""
         weight[:] = self.at(time, decay)
         np.multiply(self.mean, weight[..., None], out=total)
 
     def plus(self, other: Sums, decay: np.ndarray) -> Sums:
-        """The sums of both, as of the later time of the two."""
+        """The sums of both, as of the later of their times."""
         time = max(self.time, other.time)
         mine, theirs = self.at(time, decay), other.at(time, decay)
         return Sums(time, *together(mine, self.mean, theirs, other.mean))
@@ -50,13 +50,13 @@ class Sums:
 
 @dataclass(frozen=True)
 class Head:
-    """The dense heads of ``count`` events, of which the last was at the sums' time."""
+    """The dense heads of ``count`` events, the last of which is at the sums' time."""
 
     sums: Sums
     count: int
 
     def plus(self, other: Head, decay: np.ndarray) -> Head:
-        """The head of the events of both."""
+        """The head of both heads' events."""
         if not (self.count and other.count):
             return self if self.count else other
         return Head(self.sums.plus(other.sums, decay), self.count + other.count)
@@ -64,12 +64,12 @@ class Head:
 
 @dataclass(frozen=True)
 class Latest:
-    """The dense heads of ``count`` events of one time, whose means are left @ right.
+    """The dense heads of ``count`` events at one time, whose means are left @ right.
 
     Args:
         time: microseconds.
-        count: events.
-        weight: [H, F], float64, or float32 as stored; so are the others.
+        count: number of events.
+        weight: [H, F]; this and the others are float64, or float32 if read from a store.
         left: [H, F, r].
         right: [H, r, d].
 
@@ -90,36 +90,36 @@ class Latest:
 
     @staticmethod
     def of(head: Head) -> Latest:
-        """The same of a head whose events are all of its time."""
+        """Convert a head whose events are all at its time."""
         sums, count = head.sums, head.count
         if count > _most_pairs(sums.mean.shape):
             whole = np.broadcast_to(
                 np.eye(sums.mean.shape[-1]), (len(sums.mean), *sums.mean.shape[-1:] * 2)
             )
             return Latest(sums.time, count, sums.weight, sums.mean, whole)
-        # they are of no higher rank than there are events
+        # the means' rank is at most the number of events
         basis = np.linalg.eigh(sums.mean.transpose(0, 2, 1) @ sums.mean)[1][..., -count:]
         return Latest(sums.time, count, sums.weight, sums.mean @ basis, basis.transpose(0, 2, 1))
 
     @property
     def head(self) -> Head:
-        """The same with its means one by one."""
+        """The same events as a Head, with the means multiplied out."""
         mean = self.left.astype(np.float64) @ self.right
         return Head(Sums(self.time, self.weight, mean), self.count)
 
     @property
     def most(self) -> float:
-        """What no sum of these events is beyond."""
+        """An upper bound of the absolute value of these events' sums."""
         return _most(self.weight, self.left, self.right) * max(1, self.left.shape[2])
 
     def add_to(self, weight: np.ndarray, total: np.ndarray, time: int, decay: np.ndarray) -> None:
-        """Add the sums as of a later time to z [H, F] and S [H, F, d], float32."""
+        """Add the sums at a later time to z [H, F] and S [H, F, d], float32."""
         mine = _aged(self.weight, time - self.time, decay).astype(np.float32)
         weight += mine
         total += (self.left * mine[..., None]) @ self.right
 
     def plus(self, other: Latest) -> Latest:
-        """The events of both, which are of one time."""
+        """The events of both, which are at the same time."""
         if not (self.count and other.count):
             return self if self.count else other
         weight = self.weight + other.weight
@@ -130,10 +130,10 @@ class Latest:
 
 
 class DenseCodec:
-    """The dense heads of a user as bytes: those of the last time, and those before.
+    """Encodes a user's dense heads as bytes: those of the events at the last time, and those before.
 
     Args:
-        layout: of the version.
+        layout: the version's layout.
 
     Example:
         >>> import numpy as np
@@ -156,17 +156,17 @@ class DenseCodec:
         self.no_latest = Latest(_NEVER, 0, weight, mean[..., :0], mean[:, :0])
 
     def pack(self, before: Head, latest: Latest, seed: np.random.Generator | None = None) -> bytes:
-        """Both as bytes.
+        """Encode both.
 
         Args:
-            before: of the events before the last time, if any.
-            latest: of those of the last time.
-            seed: round to 16 bits at random, without bias; else to the nearest.
+            before: heads of the events before the last time, if any.
+            latest: heads of the events at the last time.
+            seed: round float16 stochastically, without bias; None rounds to nearest.
 
         Raises:
-            StateError: a mean is beyond float16, or a sum beyond float32.
+            StateError: a mean overflows float16, or a sum overflows float32.
         """
-        # a request sees both together
+        # a request sees the sum of both
         check_sums(_most(before.sums.weight, before.sums.mean) + latest.most)
         rank = latest.left.shape[2]
         if rank > _most_pairs(self._means):
@@ -181,7 +181,7 @@ class DenseCodec:
         return sizes + b"".join([part.tobytes() for part in parts])
 
     def unpack(self, body: bytes) -> tuple[Head, Latest]:
-        """What ``pack`` was given, as float32; more may follow it in the body."""
+        """Decode what ``pack`` encoded, as float32; the body may be longer."""
         time, count, last, of_last, rank = _SIZES.unpack_from(body)
         place = _SIZES.size
 
@@ -220,11 +220,11 @@ def _aged(weight: np.ndarray, time: int, decay: np.ndarray) -> np.ndarray:
 
 
 def _most(*factors: np.ndarray) -> float:
-    """What no product of some of their numbers is beyond, with at most one of each."""
+    """An upper bound of the absolute value of products with at most one number from each array."""
     return math.prod(float(np.abs(factor).max(initial=1)) for factor in factors)
 
 
 def _most_pairs(shape: tuple[int, ...]) -> int:
-    """The highest rank whose two matrices are smaller than their product, heads by features by width."""
+    """The highest rank at which the two factors are smaller than their product, of shape [H, F, d]."""
     _, features, width = shape
     return (features * width - 1) // (features + width)

@@ -1,7 +1,7 @@
-"""A user forgotten: state, rows and journal entries of all versions, in one transaction.
+"""Forgetting a user: deletes the state in all versions and the journal's events in one transaction.
 
-The transaction that deletes them leaves a tombstone, which every later append and build reads in its
-own: so no moment has a part of them, and an event that is under way is either deleted or not taken.
+The deleting transaction leaves a tombstone, which every later append and build reads in its own
+transaction. So the user is never partly deleted, and a concurrent event is either deleted or not taken.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from ifa_torchrec.serving.states.versions import check_formats, marks_of, versio
 
 @dataclass(frozen=True)
 class Forgotten:
-    """What was removed of a user.
+    """What was removed about a user.
 
     Args:
         user: external id.
-        until: microseconds; the user's events up to then count no more.
-        versions: those that had a state of the user.
-        records: how many records of states were removed, of all versions.
-        events: how many of the journal.
+        until: microseconds; the user's events up to then no longer count.
+        versions: versions that had a state of the user.
+        records: number of state records removed, in all versions.
+        events: number of events removed from the journal.
 
     Example:
         >>> from ifa_torchrec.serving import Forgotten
@@ -52,7 +52,7 @@ class Forgotten:
 
 
 def id_of(text: str) -> int | str:
-    """The external id that a text names: an integer of 64 bits, or a string, in JSON's quotes or not.
+    """The external id that a text names: a 64-bit integer or a string, with or without JSON quotes.
 
     Example:
         >>> from ifa_torchrec.serving.states.forgetting import id_of
@@ -66,26 +66,27 @@ def id_of(text: str) -> int | str:
             named = json.loads(text)
             named.encode()
             return named
-        except ValueError:  # as it stands, then
+        except ValueError:  # not JSON: take the text itself
             pass
     return text
 
 
 def forget(key_values: KeyValueStore, user: int | str) -> Forgotten:
-    """Remove all that a store has of a user, and count no event of theirs up to now, whenever it comes.
+    """Remove everything that a store has about a user, and ignore the user's events up to now from then
+    on, whenever they arrive.
 
-    The user is then like one that was never seen; later events begin a new state. "Now" is not before
-    the user's last event here, whose clock may be ahead. In the file of a folder the bytes are free,
-    not gone, until ``KeyValueStore.compact``.
+    Afterwards the user is like one never seen; later events begin a new state. "Now" is at least the
+    time of the user's last event in the store, which may be ahead of this machine's clock. In an LMDB
+    file the deleted bytes stay on disk, as free space, until ``KeyValueStore.compact``.
 
-    It reads the whole journal once, and in Redis walks through all keys; no ranking waits for that.
+    This reads the whole journal once, and in Redis scans all keys; rankings do not wait for that.
 
     Args:
         key_values: the store.
-        user: external id, as the states go by it.
+        user: external id under which the states are stored.
 
     Raises:
-        StateError: there are states of another format.
+        StateError: the store has states of another format.
         StoreError: the store fails.
 
     Example:
@@ -97,7 +98,7 @@ def forget(key_values: KeyValueStore, user: int | str) -> Forgotten:
     removed: set[bytes] = set()
     had_state: dict[str, None] = {}
     until, done = time.time_ns() // 1000, None
-    # once more where a version was begun meanwhile: it may have written before there was a tombstone
+    # repeated if a version was begun meanwhile: it may have written before the tombstone existed
     while (marks := marks_of(there := versions(key_values))) != done:
         removal = _Removal(key_values, there, user, until)
         key_values.update(removal.watched, removal.apply)
@@ -110,19 +111,19 @@ def forget(key_values: KeyValueStore, user: int | str) -> Forgotten:
 
 
 class _Removal:
-    """What is to be deleted, and the transaction that does.
+    """The keys to delete, and the transaction that deletes them.
 
     Args:
-        key_values, user: as ``forget``.
-        there: the versions, with their headers.
-        until: the least time of the tombstone.
+        key_values, user: see ``forget``.
+        there: the headers by version.
+        until: the earliest time for the tombstone.
 
     Attributes:
-        watched: the records that the transaction reads.
-        found: keys of what is there of the user.
+        watched: keys of the records that the transaction reads.
+        found: keys of the user's records.
         had_state: versions with a state of the user.
         until: the tombstone's time.
-        applied: whether the transaction found the user as it was looked at, and removed it.
+        applied: whether the transaction found the user unchanged, and removed it.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class _Removal:
         codecs = {v: RecordCodec(key_values, header) for v, header in there.items()}
         heads = [codec.keys.head(user) for codec in codecs.values()]
         self.watched = [self._tombstone, *heads]
-        # the heads first: whatever is added to the user later changes one of them
+        # read the heads first: any event added to the user later changes one of them
         self._heads = key_values.read(heads)
         self.had_state = [v for v, head in zip(codecs, self._heads, strict=True) if head is not None]
         self.found: set[bytes] = set()
@@ -148,7 +149,7 @@ class _Removal:
             self.until = max(self.until, _time_of_event(key, value))
 
     def apply(self, values: list[bytes | None]) -> Mapping[bytes, bytes | None]:
-        """The tombstone, and None for each key that is to go; nothing if the user changed meanwhile."""
+        """The tombstone, and None for each key to delete; nothing if the user changed meanwhile."""
         self.applied = values[1:] == self._heads
         if not self.applied:
             return {}
@@ -157,7 +158,7 @@ class _Removal:
 
 
 def _records_of(key_values: KeyValueStore, keys: Keys, user: int | str) -> set[bytes]:
-    """The keys of all of a version's records of a user, also of such as no other record names."""
+    """The keys of all of a version's records of a user, including pages that no head names."""
     found = key_values.scan(keys.all_pages(user))
     single = [keys.head(user), keys.before(user)]
     values = zip(single, key_values.read(single), strict=True)
@@ -165,7 +166,7 @@ def _records_of(key_values: KeyValueStore, keys: Keys, user: int | str) -> set[b
 
 
 def _journal_of(key_values: KeyValueStore, user: int | str) -> Iterator[tuple[bytes, bytes]]:
-    """The journal's records of a user's events, with their keys."""
+    """The keys and values of a user's events in the journal."""
     prefix = user_prefix(user)
     return (
         (key, value)
@@ -175,7 +176,7 @@ def _journal_of(key_values: KeyValueStore, user: int | str) -> Iterator[tuple[by
 
 
 def _time_of(codec: RecordCodec, key: bytes, head: bytes) -> int:
-    """The time of a user's last event; 0 of a damaged head, which goes all the same."""
+    """The time of a user's last event; 0 for a damaged head, which is deleted all the same."""
     try:
         return codec.dense.unpack(codec.open(key, head))[1].time
     except StoreError:
@@ -183,7 +184,7 @@ def _time_of(codec: RecordCodec, key: bytes, head: bytes) -> int:
 
 
 def _time_of_event(key: bytes, value: bytes) -> int:
-    """The time of an event of the journal; 0 of a damaged one."""
+    """The time of an event in the journal; 0 for a damaged one."""
     try:
         return unpack_event(place_of(key), value[:-CHECKSUM_BYTES]).time
     except StateError:

@@ -1,9 +1,9 @@
 """Events, and which of them were taken.
 
-Each event has a position in its partition of the stream of all events. A version's states keep a bit for
-each position that is in them, 4,096 positions a record. The journal, which all versions share, keeps
-the events themselves: a position that comes again is compared with its event, and states that are built
-later get from it what they have missed.
+Each event has a position in its partition of the event stream. A version's states keep one bit per
+position that they include, 4,096 positions per record. The journal, which all versions share, keeps the
+events themselves: when a position arrives again its event is compared, and states that are built later
+get the events that they missed from the journal.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from ifa_torchrec.serving.errors import BUILD_COMMAND, StateError
+from ifa_torchrec.serving.errors import StateError
 from ifa_torchrec.serving.states.key_value import KeyValueStore
 from ifa_torchrec.serving.states.layout import (
     BLOCK,
@@ -31,7 +31,7 @@ from ifa_torchrec.serving.states.records import RecordCodec
 from ifa_torchrec.serving.times import utc
 
 _FORMAT = b"\x80"
-"""First byte of an event's record. Records of stores before it began with that of a user's number."""
+"""First byte of an event's record; a record that begins with another byte has another format."""
 _json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
@@ -39,18 +39,18 @@ _json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 class Event:
     """Something a user did.
 
-    Ids are external ids, strings or integers of 64 bits. What the vocabulary does not know is taken as
-    "unknown", row 0; as what it stands in the journal, for versions whose vocabulary has it.
+    Ids are external ids, strings or 64-bit integers. An id that the vocabulary does not know is encoded
+    as "unknown", row 0. The journal keeps the id itself, for versions whose vocabulary has it.
 
     Args:
-        position: 0 to 2**63 - 2, its offset in its partition; what tells an event that comes twice from
-            two alike.
+        position: 0 to 2**63 - 2, the event's offset in its partition. It tells a repeated event from two
+            equal events.
         user, item: ids.
         time: microseconds since 1970, UTC.
-        features: an id for each of the schema's event features.
-        numbers: a number for each of its event_dense columns; None where it is missing.
-        weight: a_i >= 0, where the schema has an event_weight; None where it has none.
-        partition: 0 or more, below 2**32, which of the stream's partitions it came by.
+        features: one id per event feature of the schema.
+        numbers: one number per event_dense column of the schema; None where it is missing.
+        weight: a_i >= 0 if the schema has an event_weight; otherwise None.
+        partition: 0 to 2**32 - 1, the partition of the stream that the event came from.
 
     Example:
         >>> from ifa_torchrec.serving import Event
@@ -70,18 +70,18 @@ class Event:
 
     @property
     def place(self) -> Place:
-        """Where in the stream it stands."""
+        """The event's place in the stream."""
         return Place(self.partition, self.position)
 
     def __str__(self) -> str:
-        told = f"user {self.user!r}, item {self.item!r} at {utc(self.time)}"
-        beside = {**self.features, **self.numbers}
-        beside |= {} if self.weight is None else {"weight": self.weight}
-        return told + "".join(f", {name} {value!r}" for name, value in beside.items())
+        text = f"user {self.user!r}, item {self.item!r} at {utc(self.time)}"
+        others = {**self.features, **self.numbers}
+        others |= {} if self.weight is None else {"weight": self.weight}
+        return text + "".join(f", {name} {value!r}" for name, value in others.items())
 
 
 def pack_event(event: Event) -> bytes:
-    """An event as a record of the journal, which its key gives the place."""
+    """An event as a record of the journal, without its place, which is in the record's key."""
     numbers = {name: None if x is None else float(x) for name, x in event.numbers.items()}
     weight = None if event.weight is None else float(event.weight)
     fields = [event.user, event.item, event.time, dict(event.features), numbers, weight]
@@ -89,7 +89,7 @@ def pack_event(event: Event) -> bytes:
 
 
 def journal_records(key_values: KeyValueStore, tag: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
-    """The keys and values of all events of a store's journal, or of a tag's, read some at a time.
+    """The keys and values of all events in a store's journal, or of one tag, read in batches.
 
     Example:
         >>> import tempfile
@@ -106,15 +106,15 @@ def journal_records(key_values: KeyValueStore, tag: bytes = b"") -> Iterator[tup
 
 
 def user_prefix(user: int | str) -> bytes:
-    """What the records of a user's events, and of no other's, begin with."""
+    """The bytes that the journal records of this user's events, and no other user's, begin with."""
     return _FORMAT + b"[" + json.dumps(user).encode() + b","
 
 
 def unpack_event(place: Place, body: bytes) -> Event:
-    """The event of a record of the journal.
+    """Decode the event of a journal record.
 
     Raises:
-        StateError: the record is not what ``pack_event`` gives.
+        StateError: the record was not written by ``pack_event``.
     """
     try:
         if body[:1] != _FORMAT:
@@ -129,8 +129,8 @@ def unpack_event(place: Place, body: bytes) -> Event:
         return event
     except (ValueError, AttributeError, TypeError):
         raise StateError(
-            f"the journal's event at {place} is of another version of this package; build "
-            f"states in an empty store ({BUILD_COMMAND}), of a log that has the events"
+            f"the journal's event at {place} was written by another version of this package; build "
+            "states into an empty store (ifa build-states) from a log that has the events"
         ) from None
 
 
@@ -139,11 +139,11 @@ def _is_id(value: Any) -> bool:
 
 
 class Journal:
-    """The journal and the positions taken, as a transaction finds and changes them.
+    """The journal and the taken positions, as one transaction reads and changes them.
 
     Args:
-        codec: of the version's records.
-        found: records that there are, by their keys; ``keys_of`` has an event's.
+        codec: codec of the version's records.
+        found: the existing records by key; ``keys_of`` returns an event's keys.
     """
 
     def __init__(self, codec: RecordCodec, found: Mapping[bytes, bytes]) -> None:
@@ -153,21 +153,22 @@ class Journal:
 
     @staticmethod
     def keys_of(codec: RecordCodec, event: Event) -> tuple[bytes, bytes]:
-        """The keys of the records that say whether an event was taken."""
+        """The keys of an event's block of positions and of its journal entry."""
         place, tag = event.place, tag_of(codec.keys.tags, event.user)
         return codec.keys.block(place, tag), journal_key(place, tag)
 
     def take(self, event: Event, keys: tuple[bytes, bytes], forgotten: int | None = None) -> bool | None:
-        """Whether an event is new; its position is then taken.
+        """Mark an event's position as taken, if the event is new; return whether it is.
 
         Args:
             event: the event.
-            keys: its ``keys_of``.
-            forgotten: until when its user's events do not count. Of such an event nothing is kept, and
-                the answer is None.
+            keys: the event's ``keys_of``.
+            forgotten: time up to which its user's events do not count, or None. For such an event
+                nothing is stored and None is returned.
 
         Raises:
-            StateError: its position is another event's.
+            StateError: the position holds another event, or the log cannot have the event although its
+                position is before the log's end.
         """
         codec, place = self._codec, event.place
         if forgotten is not None and event.time <= forgotten:
@@ -178,16 +179,16 @@ class Journal:
             first = unpack_event(place, codec.open(entry, record))
         if first is not None and first != event:
             raise StateError(
-                f"{place} is of {first}, and comes again with {event}. Each event has a "
-                "position of its own; for a stream that was made anew build states in an empty store"
+                f"{place} already holds {first}, but arrived again with {event}. Each event needs its "
+                "own position; if the stream was recreated, build states into an empty store"
             )
         if codec.in_log(place):
             if first is None and codec.latest is not None and event.time > codec.latest:
                 raise StateError(
-                    f"{place} is before {codec.positions[place.partition]}, where the stream goes on "
-                    f"from the log, but its event at {utc(event.time)} is after the log's last one at "
-                    f"{utc(codec.latest)}. Was --position of {BUILD_COMMAND} too high, or has the "
-                    "stream several partitions, which events and --position do not name?"
+                    f"{place} is before {codec.positions[place.partition]}, the first position that the "
+                    f"log lacks, but its event at {utc(event.time)} is after the log's last event at "
+                    f"{utc(codec.latest)}. Check --position of ifa build-states: it may be too high, or "
+                    "the stream has several partitions that --position or the events do not name"
                 )
             return False
         if block not in self._positions:
@@ -199,7 +200,7 @@ class Journal:
         return True
 
     def changed(self) -> dict[bytes, bytes]:
-        """The bodies of the records that are new or changed, by their keys."""
+        """The bodies of the new and changed records, by key."""
         bodies = {entry: pack_event(event) for entry, event in self._events.items()}
         return bodies | {
             block: zstd.compress(bytes(bits), asbytes=True) for block, bits in self._positions.items()

@@ -1,4 +1,4 @@
-"""Bytes by key, and what every store of them does; ``opening`` opens one."""
+"""The interface of key-value stores of bytes; ``opening`` opens one."""
 
 from __future__ import annotations
 
@@ -6,37 +6,37 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 Change = Callable[[list[bytes | None]], Mapping[bytes, bytes | None]]
-"""Makes of the values of some keys the records that are new or changed; None of those to delete."""
+"""Maps the values of some keys to the new and changed records; the value None deletes a key."""
 Follow = Callable[[list[bytes | None]], Sequence[bytes]]
-"""Makes of the values of some keys the further keys that these name."""
+"""Maps the values of some keys to further keys that they name."""
 
 
 def no_more(_: list[bytes | None]) -> Sequence[bytes]:
-    """That they name none."""
+    """A Follow that names no further keys."""
     return ()
 
 
 Skip = Callable[[bytes], bytes]
-"""Of a key that was found, the first one that is wanted from there on: itself, or a later one."""
+"""Maps a key that a scan found to the next key wanted: the same key, or a later one to skip to."""
 
 
 def no_skip(key: bytes) -> bytes:
-    """The key itself."""
+    """A Skip that skips nothing: returns the key itself."""
     return key
 
 
 class KeyValueStore(ABC):
-    """Bytes by key. What is read is of one moment, and what is updated is so whole or not at all,
-    whatever other processes do and wherever this one dies. Where the store itself fails, every method
-    raises StoreError.
+    """A key-value store of bytes. Each read is a consistent snapshot and each update is atomic, whatever
+    other processes do and even if this one dies. If the store itself fails, every method raises
+    StoreError.
 
-    All that holds of keys with one tag, in a store that has several: there what is read is of one moment
-    for each tag, and what is updated has one.
+    In a store with several tags this holds per tag: a read is a snapshot of each tag's keys, and an
+    update may only use keys with the same tag.
 
     Attributes:
-        name: the store in messages: its address, without a password.
-        tags: what stands in a key behind its first byte, all of one length. Most stores have but one,
-            which is empty.
+        name: the store's name in messages: its address, without a password.
+        tags: the possible bytes after the first byte of a key, all of the same length. Most stores have
+            only one tag, the empty one.
     """
 
     name: str
@@ -44,38 +44,38 @@ class KeyValueStore(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Raise StoreError if the store is out of reach, or may lose keys by itself."""
+        """Raise StoreError if the store is unreachable, or may lose keys on its own."""
 
     @abstractmethod
     def read(self, keys: Sequence[bytes], then: Follow = no_more) -> list[bytes | None]:
-        """The values of the keys, and of those that ``then`` makes of these values, all of one moment;
-        None where there is none. ``then`` may be called again with newer values."""
+        """The values of the keys, then of the keys that ``then`` returns for these values, as one
+        snapshot; None for a missing key. ``then`` may be called again with newer values."""
 
     @abstractmethod
     def update(self, keys: Sequence[bytes], change: Change, then: Follow = no_more) -> None:
-        """Read as ``read`` does, and write what ``change`` makes of the values, with nothing between.
+        """Atomically read as ``read`` does, and write what ``change`` returns for the values.
 
-        A key whose new value is None is deleted. ``change`` may be called again with newer values where
+        A key whose new value is None is deleted. ``change`` may be called again with newer values if
         another writer came first.
         """
 
     @abstractmethod
     def scan(self, prefix: bytes, skip: Skip = no_skip) -> Iterator[bytes]:
-        """The keys that begin with ``prefix``, in order, but those that ``skip`` passes over."""
+        """The keys that begin with ``prefix``, in order, without those that ``skip`` skips."""
 
     @abstractmethod
     def delete(self, keys: Sequence[bytes]) -> None:
-        """Delete these keys, where they are there."""
+        """Delete these keys, if they exist."""
 
     @abstractmethod
     def compact(self) -> None:
-        """Leave no byte of what was deleted in the store's file. No one else may have the store open.
+        """Rewrite the store's file without a byte of deleted records. No other process may have it open.
 
         Raises:
-            StateError: it has no file of its own to write anew.
-            StoreError: another process has it open, or the file cannot be written.
+            StateError: the store has no file of its own to rewrite.
+            StoreError: another process has the store open, or the file cannot be written.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the file or the connection."""
+        """Close the file or the connection."""

@@ -1,32 +1,32 @@
-"""The layout of a store: the shape of a version's states, and which record lies under which key.
+"""The layout of a store: the shape of a version's states, and which record is stored under which key.
 
-Of one version of the weights (VVVVVVVV, the first 8 bytes of the version's hash) there are:
+For each version of the weights (VVVVVVVV, the first 8 bytes of the version's hash) there are:
 
-    v VVVVVVVV                header: the version, its layout, the vocabulary's digest and a mark of this
-                              building of it, JSON
-    s VVVVVVVV user           head: dense heads of the events of the last time and of those before, times
-                              and counts; which pages i there are
+    v VVVVVVVV                header, JSON: the version, its layout, the vocabulary's digest and a mark
+                              that identifies this build of it
+    s VVVVVVVV user           head: dense heads of the events at the last time and of those before, with
+                              times and counts; and the first keys of the user's pages i
     u VVVVVVVV user           the rows that the last time's events changed, as they were before
-    i VVVVVVVV user key       page: the rows of the identity tables from this key on to the next page's
+    i VVVVVVVV user key       page: the rows of the identity tables from this key up to the next page's
     a VVVVVVVV partition block    which positions of a partition of the event stream are in the states,
-                              a bit each
-    p VVVVVVVV partition      where a consumer of that partition goes on
+                              one bit each
+    p VVVVVVVV partition      where a consumer of that partition resumes
 
-Of all versions there are:
+For all versions together there are:
 
     e partition position      the event itself, for versions that are built later
-    t DIGEST                  until when a forgotten user's events do not count (``shared``)
-    b                         of each partition the position before which events may be gone from the
-                              journal
+    t DIGEST                  time up to which a forgotten user's events do not count (``shared``)
+    b                         for each partition, the position before which the journal may lack events
 
-An event touches its user's head, the rows before it, the pages of its keys, one block and one journal
-entry, in one transaction, which reads its user's tombstone, too. A page has at most some rows
-(``pages``): so the cost hardly depends on the history. An event is in the states exactly if its bit is
-set. Numbers are big endian, so that keys sort by them. A user is 16 bytes: see ``user_key``.
+An event changes its user's head, the rows before it, the pages of its keys, one block and one journal
+entry, in one transaction, which also reads its user's tombstone. Since the rows per page are limited
+(``pages``), the cost hardly depends on the length of the history. An event is in the states if and only
+if its bit is set. Numbers are big endian, so that keys sort by them. A user is 16 bytes: see
+``user_key``.
 
-In a Redis Cluster users are divided into parts, and behind the first byte of each key stands the hash
-tag of its part, so that all of a part lies in one slot, which a transaction cannot leave. A part has all
-of its users, and a header, positions, a journal and its beginning of its own.
+In a Redis Cluster users are divided into parts. The first byte of each key is followed by the hash tag
+of its part, so that a part lies in one slot, which a transaction cannot leave. Each part has all records
+of its users, and its own header, positions, journal and journal start.
 """
 
 from __future__ import annotations
@@ -44,25 +44,23 @@ from ifa_torchrec.modules import InteractionFidelityAttention
 from ifa_torchrec.serving.errors import StateError
 
 BLOCK = 4096
-"""Positions a block."""
-STATE_KINDS = (b"s", b"u", b"i", b"k", b"a", b"p")
-"""First bytes of the keys of a version's records, but the header's; k is of format 4 and before."""
+"""Positions per block."""
+STATE_KINDS = (b"s", b"u", b"i", b"a", b"p")
+"""First bytes of the keys of a version's records, except the header's."""
 JOURNAL = b"e"
 """First byte of the keys of the journal's events."""
-OLD_JOURNAL = (b"j", b"w")
-"""First bytes of the keys of the journal, and of its start, of format 6 and before."""
 USER_BYTES = 16
 CHECKSUM_BYTES = 4
-"""At the end of each record."""
+"""Length of the checksum at the end of each record."""
 _NUMBER = struct.Struct(">q")
 _PARTITION = struct.Struct(">I")
 _PLACE = struct.Struct(">Iq")  # partition, and position or block
 _INTEGER_USER = struct.Struct(">QQ")
-_SIGN = 2**63  # of an int64; with it flipped, the bytes of negative numbers come before those of others
+_SIGN = 2**63  # sign bit of an int64; flipped, so that negative numbers sort before others as bytes
 
 
 class Place(NamedTuple):
-    """Where in the stream an event stands.
+    """An event's place in the stream.
 
     Example:
         >>> from ifa_torchrec.serving.states.layout import Place
@@ -78,12 +76,12 @@ class Place(NamedTuple):
         return f"position {self.position}{of_partition}"
 
 
-def told(positions: Mapping[int, int]) -> str:
-    """Positions by partition, in words.
+def format_positions(positions: Mapping[int, int]) -> str:
+    """Positions by partition, as text for messages.
 
     Example:
-        >>> from ifa_torchrec.serving.states.layout import told
-        >>> told({0: 7, 3: 9})
+        >>> from ifa_torchrec.serving.states.layout import format_positions
+        >>> format_positions({0: 7, 3: 9})
         'position 7, position 9 of partition 3'
     """
     return ", ".join(str(Place(*of_partition)) for of_partition in positions.items())
@@ -91,19 +89,18 @@ def told(positions: Mapping[int, int]) -> str:
 
 @dataclass(frozen=True)
 class StateLayout:
-    """What the states of one configuration look like.
+    """The shape of the states of one configuration.
 
     Args:
         num_heads: H; feature_dim: d_phi; head_dim: d.
-        identity_key_range: K R, 0 without identity features.
-        decay: rate a day of each dense head, [H].
-        identity_decay: rate a day of each identity half-life, [L].
-        dtype: how means are stored, and to how many digits the identity rows' weights; other weights
-            and counts are float32 and int64. In float16 both are rounded to the nearest when built, and
-            at random, without bias, when events are added.
-        gates: those that the events were weighed by, the number of values by name; none for states that
-            are older than gates.
-        identity_head_dim: width of the identity tables' means; None for head_dim.
+        identity_key_range: K R; 0 without identity features.
+        decay: decay rate per day of each dense head, [H].
+        identity_decay: decay rate per day of each identity half-life, [L].
+        dtype: type of stored means, and precision of the identity rows' weights; other weights are
+            float32 and counts int64. With float16 both are rounded to nearest when built, and
+            stochastically, without bias, when events are added.
+        gates: the gates that weight events, number of values by name.
+        identity_head_dim: width of the identity tables' means; None means head_dim.
 
     Example:
         >>> from ifa_torchrec import IFAConfig, InteractionFidelityAttention
@@ -127,9 +124,9 @@ class StateLayout:
     def of(
         ifa: InteractionFidelityAttention, dtype: Literal["float32", "float16"] = "float32"
     ) -> StateLayout:
-        """The layout of a module's states; its ages are in days."""
+        """The layout of a module's states; the module's ages are in days."""
         if dtype not in ("float32", "float16"):
-            raise StateError(f"states are stored as float32 or float16, not {dtype!r}")
+            raise StateError(f"dtype must be 'float32' or 'float16', got {dtype!r}")
         width, identity = ifa.config.head_width, ifa.config.identity_width
         return StateLayout(
             num_heads=ifa.config.num_heads,
@@ -150,10 +147,10 @@ class StateLayout:
 
 
 def user_key(user: int | str) -> bytes:
-    """The 16 bytes that stand for a user in keys, by their external id.
+    """The 16 bytes that represent a user, by external id, in keys.
 
-    An integer is itself, so that keys sort by it; a string is its digest, whose first bit is set, so
-    that the two never meet.
+    An integer is encoded as itself, so that keys sort by it. A string becomes its digest with the first
+    bit set, so that it never equals an integer's bytes.
 
     Example:
         >>> from ifa_torchrec.serving.states.layout import user_key
@@ -171,16 +168,16 @@ class Keys:
     """The keys of one version's records.
 
     Args:
-        version: of the weights.
-        tags: of the store.
+        version: version of the weights.
+        tags: the store's tags.
 
     Attributes:
-        id: the bytes that stand for the version.
-        tags: of the store.
+        id: the bytes that represent the version.
+        tags: the store's tags.
 
     Example:
         >>> from ifa_torchrec.serving.states.layout import Keys, user_of
-        >>> user_of(Keys("weights-1").page(user=-3, first=7))
+        >>> user_of(Keys("weights-1").head(-3))
         -3
     """
 
@@ -188,40 +185,36 @@ class Keys:
         self.id, self.tags = hashlib.sha256(version.encode()).digest()[:8], tags
 
     def header(self, tag: bytes = b"") -> bytes:
-        """Of a part's header."""
+        """The key of a part's header."""
         return b"v" + tag + self.id
 
     def head(self, user: int | str) -> bytes:
-        """Of a user's head."""
+        """The key of a user's head."""
         return self._of_user(b"s", user)
 
     def before(self, user: int | str) -> bytes:
-        """Of what a user's last event changed."""
+        """The key of the rows that a user's last events changed, as they were before."""
         return self._of_user(b"u", user)
 
-    def page(self, user: int | str, first: int) -> bytes:
-        """Of a page of a user's identity tables, by the first key that it is of."""
-        return self.all_pages(user) + _NUMBER.pack(first)
-
     def pages(self, user: int | str, first: np.ndarray) -> list[bytes]:
-        """Of some of a user's pages; first is [n] int64."""
+        """The keys of a user's pages, from the first identity key of each, [n] int64."""
         prefix = self.all_pages(user)
         return [prefix + number for number in pieces(first.astype(">i8"))]
 
     def all_pages(self, user: int | str) -> bytes:
-        """What the keys of a user's pages begin with."""
+        """The prefix of the keys of a user's pages."""
         return self._of_user(b"i", user)
 
     def block(self, place: Place, tag: bytes = b"") -> bytes:
-        """Of the bits of the block that a place is in."""
+        """The key of the bits of a place's block."""
         return b"a" + tag + self.id + _PLACE.pack(place.partition, place.position // BLOCK)
 
     def stream(self, partition: int) -> bytes:
-        """Of where a consumer of a partition goes on; it is in the first part."""
+        """The key of the position where a partition's consumer resumes; it is in the first part."""
         return b"p" + self.tags[0] + self.id + _PARTITION.pack(partition)
 
     def are_of(self, key: bytes) -> bool:
-        """Whether a record under a key is of this version."""
+        """Whether a key belongs to this version."""
         return key.startswith(self.id, 1 + len(self.tags[0]))
 
     def _of_user(self, kind: bytes, user: int | str) -> bytes:
@@ -229,7 +222,7 @@ class Keys:
 
 
 def tag_of(tags: tuple[bytes, ...], user: int | str) -> bytes:
-    """Of a store's tags the one in a user's keys.
+    """The one of a store's tags that a user's keys have.
 
     Example:
         >>> from ifa_torchrec.serving.states.layout import tag_of
@@ -240,34 +233,34 @@ def tag_of(tags: tuple[bytes, ...], user: int | str) -> bytes:
 
 
 def tag_in(tags: tuple[bytes, ...], key: bytes) -> bytes:
-    """The tag that a key of a store with these tags has."""
+    """The tag in a key of a store with these tags."""
     return key[1 : 1 + len(tags[0])]
 
 
 def journal_key(place: Place, tag: bytes = b"") -> bytes:
-    """The key of the event at a place; all versions share it."""
+    """The key of the journal's event at a place; all versions share it."""
     return JOURNAL + tag + _PLACE.pack(*place)
 
 
 def place_of(journal_key: bytes) -> Place:
-    """The place whose event lies under a key of the journal."""
+    """The place of the event under a journal key."""
     return Place(*_PLACE.unpack_from(journal_key, len(journal_key) - _PLACE.size))
 
 
 def key_user(key: bytes) -> bytes:
-    """The 16 bytes that stand for the user whose record of a state lies under a key."""
+    """The 16 bytes in a state record's key that represent its user."""
     end = len(key) - (_NUMBER.size if key[:1] == b"i" else 0)
     return key[end - USER_BYTES : end]
 
 
 def user_of(key: bytes) -> int | None:
-    """The user whose record lies under a key; None where it is a string, whose digest the key has."""
+    """The user in a state record's key; None if it is a string, of which the key has only a digest."""
     high, low = _INTEGER_USER.unpack(key_user(key))
     return None if high else low - _SIGN
 
 
 def pieces(records: np.ndarray) -> list[bytes]:
-    """The bytes of each of an array's entries."""
+    """The bytes of each element of an array."""
     return records.view(f"V{records.dtype.itemsize}").tolist()
 
 

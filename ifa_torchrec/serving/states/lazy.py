@@ -1,4 +1,4 @@
-"""States that are served while they are built: a user's that is not there yet, when it is wanted."""
+"""States that are served while they are being built: a missing user's state is built on demand."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from ifa_torchrec.serving.states.key_value import KeyValueStore
 from ifa_torchrec.serving.states.store import StateStore
 
 BuildUsers = Callable[[StateStore, Sequence[int | str]], object]
-"""Writes into a store the states of those of some users who have any events in the log."""
+"""Writes the states of the given users, without users who have no events in the log, into a store."""
 
 
 class LazyStateStore(StateStore):
-    """A StateStore of a version that was begun: whoever is asked for, or has an event, is built first.
+    """A StateStore whose build is not complete: a user's state is built before it is read or added to.
 
-    Some users are built at a time, in a thread of their own. The states are those that a build of all
-    writes beside it: whichever comes first stays. When that has come to its end nothing more is looked
-    for.
+    A separate thread builds the missing users of a call together. A full build may write the same states
+    at the same time; whichever writes a user first counts. When the full build is complete, this store
+    no longer looks for missing users.
 
     Args:
-        key_values, version: as StateStore's.
-        build: writes states of some users.
-        within: seconds that a read waits for them.
+        key_values, version: see StateStore.
+        build: writes the states of some users.
+        within: seconds that a read waits for missing states.
 
     Raises:
         StateError: no states of this version were begun.
@@ -71,7 +71,7 @@ class LazyStateStore(StateStore):
         """See StateStore.
 
         Raises:
-            StoreError: also where a user's state is not built in time; it goes on being built.
+            StoreError: also if a user's state is not built in time; building it continues.
         """
         self._ensure(users, self._within)
         return super().read(users, times, keys, new_users, strict)
@@ -79,13 +79,13 @@ class LazyStateStore(StateStore):
     def append(
         self, events: Sequence[Event], encode: Callable[[Sequence[Event]], UserState]
     ) -> list[bool | None]:
-        """See StateStore. It waits until the users are built, however long: else a state would begin
-        with the event, beside all those before it."""
+        """See StateStore. It waits until the users are built, without a time limit: otherwise a state
+        would begin with the event and lack those before it."""
         self._ensure([event.user for event in events], None)
         return super().append(events, encode)
 
     def _ensure(self, users: Sequence[int | str], within: float | None) -> None:
-        """Have the states of those of some users built who have none."""
+        """Build the states of those users who have none."""
         if self.whole or not users:
             return
         users = list(dict.fromkeys(users))
@@ -98,14 +98,14 @@ class LazyStateStore(StateStore):
                 future = self._builder.submit(self._build_now, new)
                 self._under_way |= dict.fromkeys(new, future)
             wanted = {self._under_way[user] for user in lacking}
-        # who has waited once for a user is not to keep others waiting again
+        # wait only if this call started a build: repeated calls must not hold up others again
         done, late = wait(wanted, within if new or within is None else 0)
         for future in done:
             future.result()
         if late:
             raise StoreError(
-                f"the states of {len(lacking)} users, {lacking[0]!r} among them, are being built from "
-                "the log; send it again"
+                f"the states of {len(lacking)} users, {lacking[0]!r} among them, are still being built "
+                "from the log; send the request again"
             )
 
     def _build_now(self, users: Sequence[int | str]) -> None:

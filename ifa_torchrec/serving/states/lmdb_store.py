@@ -1,4 +1,4 @@
-"""LMDB: a file on one machine, which its processes share."""
+"""LMDB: a file that the processes of one machine share."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from ifa_torchrec.serving.states.key_value import (
 )
 
 _LARGEST_MAP = 1 << 40
-"""Bytes of address space for an LMDB file; it is not reserved, on disk or in memory."""
+"""Bytes of address space for an LMDB file; neither disk nor memory is reserved."""
 _SCANNED = 1024
-"""Keys that a scan reads in one transaction."""
+"""Keys that a scan reads per transaction."""
 _READ_ALL = """
 import lmdb, sys
 with lmdb.open(sys.argv[1], map_size=int(sys.argv[2])).begin() as transaction:
@@ -38,15 +38,15 @@ with lmdb.open(sys.argv[1], map_size=int(sys.argv[2])).begin() as transaction:
 
 
 class LMDBStore(KeyValueStore):
-    """LMDB: a memory-mapped file that the processes of one machine share; one writes at a time.
+    """LMDB: a memory-mapped file that the processes of one machine share; one process writes at a time.
 
-    Under a limit of address space (ulimit -v) the map, and so the file, is at most half of the limit.
+    If address space is limited (ulimit -v), the map, and so the file, is at most half of the limit.
 
     Args:
-        path: its folder, on a local disk.
+        path: the store's folder, on a local disk.
 
     Raises:
-        StoreError: the folder cannot be made or opened, or its file is not whole.
+        StoreError: the folder cannot be created or opened, or its file is truncated.
 
     Example:
         >>> import tempfile
@@ -66,10 +66,10 @@ class LMDBStore(KeyValueStore):
             self._map = min(_LARGEST_MAP, limit // 2 // resource.getpagesize() * resource.getpagesize())
         try:
             path.mkdir(parents=True, exist_ok=True)
-            # held by all who have the store open, and by one alone that replaces its file
+            # locked shared by every process that has the store open, exclusively to replace its file
             self._lock = os.open(path / "open.lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise StoreError(f"{path}: no LMDB store can be opened here ({error})") from error
+            raise StoreError(f"{path}: cannot open an LMDB store here ({error})") from error
         try:
             self._share()
             self._environment = self._open()
@@ -81,42 +81,42 @@ class LMDBStore(KeyValueStore):
         try:
             fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StoreError(f"{self.path} is being compacted; try again when it is") from None
+            raise StoreError(f"{self.path} is being compacted; try again when that is done") from None
 
     def _open(self) -> lmdb.Environment:
         try:
             environment = lmdb.open(str(self.path), map_size=self._map, max_readers=1024)
         except lmdb.MemoryError as error:
             raise StoreError(
-                f"{self.path}: its file wants {self._map:,} bytes of address space or more, and the "
-                f"limit of this process (ulimit -v) has no room for them ({error}); raise the limit"
+                f"{self.path}: the file needs at least {self._map:,} bytes of address space, more than "
+                f"this process's limit leaves ({error}); raise the limit (ulimit -v)"
             ) from error
         except (OSError, lmdb.Error) as error:
-            raise StoreError(f"{self.path}: no LMDB store can be opened here ({error})") from error
+            raise StoreError(f"{self.path}: cannot open an LMDB store here ({error})") from error
         try:
             self._check_size(environment)
         except StoreError:
             environment.close()
             raise
-        environment.reader_check()  # forget readers that were killed
+        environment.reader_check()  # clear the slots of readers that were killed
         return environment
 
     def _check_size(self, environment: lmdb.Environment) -> None:
-        """A page that the file has lost would end this process by SIGBUS when it is read."""
-        # the pages first: the file of another process that writes can only have grown since
+        """Refuse a truncated file: reading a lost page would kill this process with SIGBUS."""
+        # read the page count first: if another process writes, the file can only have grown since
         pages = environment.info()["last_pgno"] + 1
         wanted = pages * environment.stat()["psize"]
         size = (self.path / "data.mdb").stat().st_size
         if size >= wanted:
             return
-        # After deletions LMDB may leave pages at the end unwritten, which are free: then all can be read
-        # nevertheless. A process of its own tries.
+        # After deletions LMDB may leave free pages at the end unwritten; then all records are readable
+        # nevertheless. A separate process tries.
         command = [sys.executable, "-c", _READ_ALL, str(self.path), str(self._map)]
         if subprocess.run(command, capture_output=True, check=False).returncode != 0:
             raise StoreError(
-                f"{self.path}: data.mdb has {size:,} bytes of {wanted:,}: it was cut off, by an "
-                "unfinished copy or a full disk. Bring it back from a copy, or remove the folder and "
-                "build the states anew (ifa build-states)"
+                f"{self.path}: data.mdb has {size:,} bytes, expected {wanted:,}; an unfinished copy or "
+                "a full disk truncated it. Restore it from a copy, or remove the folder and rebuild the "
+                "states (ifa build-states)"
             )
 
     def check(self) -> None:
@@ -146,14 +146,14 @@ class LMDBStore(KeyValueStore):
 
     def scan(self, prefix: bytes, skip: Skip = no_skip) -> Iterator[bytes]:
         """See KeyValueStore."""
-        # by parts: while a transaction reads, no page that is freed elsewhere is used again
+        # in parts: while a read transaction is open, LMDB reuses no page that others free
         first = prefix
         while keys := self._scan_part(prefix, first, skip):
             yield from keys
             first = keys[-1] + b"\0"
 
     def _scan_part(self, prefix: bytes, first: bytes, skip: Skip) -> list[bytes]:
-        """Some keys of a scan, from the key ``first`` on."""
+        """The next keys of a scan, starting at the key ``first``."""
         keys: list[bytes] = []
         with (
             self._reported(),
@@ -176,30 +176,31 @@ class LMDBStore(KeyValueStore):
                 transaction.delete(key)
 
     def compact(self) -> None:
-        """See KeyValueStore. It wants room for the file once more, and no other thread that uses it."""
-        self._environment.close()  # first: of two that compact, none may have the file open
+        """See KeyValueStore. It needs disk space for a second file, and no other thread may use the
+        store."""
+        self._environment.close()  # before locking: if two processes compact, neither may have it open
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with self._reported():
-                self._write_anew()
+                self._rewrite()
         except BlockingIOError:
             raise StoreError(
-                f"{self.path}: another process has it open; stop all that serve from it or build into "
-                "it, and then compact it (ifa states --compact)"
+                f"{self.path}: another process has it open; stop all services and builds that use it, "
+                "then compact it (ifa states --compact)"
             ) from None
         except OSError as error:
-            raise StoreError(f"{self.path}: its file cannot be written anew ({error})") from error
+            raise StoreError(f"{self.path}: cannot rewrite the file ({error})") from error
         finally:
             fcntl.flock(self._lock, fcntl.LOCK_SH)
             self._environment = self._open()
 
-    def _write_anew(self) -> None:
-        """Put the records that there are into a new file, one after the other.
+    def _rewrite(self) -> None:
+        """Copy the records into a new file, one by one, and replace the file.
 
-        LMDB's own compacting copy takes pages as they are, and with them some bytes of deleted records.
+        LMDB's own compacting copy copies pages as they are, including bytes of deleted records.
         """
         file, new = self.path / "data.mdb", self.path / "compact.mdb"
-        new.unlink(missing_ok=True)  # of one that was killed
+        new.unlink(missing_ok=True)  # left by a process that was killed
         size = file.stat().st_size + (1 << 20)
         with (
             lmdb.open(str(self.path), map_size=size, readonly=True, lock=False) as old,
@@ -232,8 +233,8 @@ class LMDBStore(KeyValueStore):
             yield
         except (lmdb.MapFullError, lmdb.MapResizedError) as error:
             raise StoreError(
-                f"{self.name}: {error}. This process has mapped {self._map:,} bytes for the file, which "
-                "want as much address space twice: raise its limit (ulimit -v) and start it again"
+                f"{self.name}: {error}. This process mapped {self._map:,} bytes for the file; a larger "
+                "map needs twice its size in address space. Raise the limit (ulimit -v) and restart"
             ) from error
         except lmdb.Error as error:
             raise StoreError(f"{self.name}: {error}") from error

@@ -1,4 +1,4 @@
-"""Events that the journal, or the stream, has and a version's states have not."""
+"""Finds the events of the journal, or of the stream, that a version's states lack."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ifa_torchrec.serving.states.records import RecordCodec
 
 
 class Missing:
-    """What one version's states have not.
+    """The events that one version's states lack.
 
     Args:
-        codec: of the version's records.
+        codec: codec of the version's records.
         key_values: the store.
-        read: gives the records under some keys, if the states are still those that were opened.
+        read: returns the records under some keys, if the states are still those that were opened.
     """
 
     def __init__(
@@ -37,25 +37,25 @@ class Missing:
         self._codec, self._key_values, self._read = codec, key_values, read
 
     def events(self) -> Iterator[list[Event]]:
-        """They, some at a time, by place."""
+        """The journal's events that the states lack, in batches, in order of their places."""
         keys = self._key_values.scan(JOURNAL, self._taken_before())
         while some := list(islice(keys, 1024)):
             if events := self._not_taken(some):
                 yield events
 
     def positions(self, partitions: Sequence[int]) -> dict[int, int]:
-        """Where in these partitions of the stream they may begin."""
+        """For each partition, a position before which the states lack no event."""
         codec, keys = self._codec, [self._codec.keys.stream(partition) for partition in partitions]
         found: dict[int, int] = {}
         for partition, key, value in zip(partitions, keys, self._read(keys), strict=True):
-            # what no consumer has said, the events that came by another way may say
+            # beyond the consumer's recorded position, blocks filled by other routes may be complete
             first = Place(partition, max(codec.positions.get(partition, 0), codec.position(key, value)))
             found[partition] = self._low_water(first, codec.keys.tags[0]).position
         return found
 
     def _taken_before(self) -> Callable[[bytes], bytes]:
-        """Passes over the events that the log has, and then those of a partition's first blocks that the
-        states have whole."""
+        """A Skip that skips the log's events, and then a partition's first blocks as far as the states
+        have them completely."""
         codec = self._codec
         low: dict[tuple[bytes, int], bytes] = {}
 
@@ -71,10 +71,10 @@ class Missing:
         return skip
 
     def _low_water(self, first: Place, tag: bytes) -> Place:
-        """The first place, not before ``first``, of a block that the states have not whole."""
+        """The first place, not before ``first``, in a block that the states do not have completely."""
         codec, block = self._codec, first.position // BLOCK
         whole = (1 << BLOCK) - 1
-        taken = (1 << first.position % BLOCK) - 1  # what is before the first one is not asked for
+        taken = (1 << first.position % BLOCK) - 1  # positions before ``first`` count as taken
         some = 1
         while True:
             places = [Place(first.partition, n * BLOCK) for n in range(block, block + some)]
@@ -83,10 +83,10 @@ class Missing:
                 if int.from_bytes(codec.bits(key, value), "little") | taken != whole:
                     return max(first, place)
                 taken = 0
-            block, some = block + some, 256  # more at once, now that one was whole
+            block, some = block + some, 256  # read more at once, now that one block was complete
 
     def _not_taken(self, journal_keys: Sequence[bytes]) -> list[Event]:
-        """The events under some of the journal's keys whose position is not taken."""
+        """The events under these journal keys whose positions are not taken."""
         codec = self._codec
         block_of = {
             key: codec.keys.block(place_of(key), tag_in(codec.keys.tags, key)) for key in journal_keys

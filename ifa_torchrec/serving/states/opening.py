@@ -1,4 +1,4 @@
-"""The store at an address."""
+"""Opens the store at an address."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from ifa_torchrec.serving.states.redis_store import open_redis, without_password
 
 
 def open_key_value_store(address: str, create: bool = True) -> KeyValueStore:
-    """The store at an address.
+    """Open the store at an address.
 
     Args:
         address: the folder of an LMDB store, or redis://HOST:PORT/NUMBER (rediss:// with TLS, unix://
-            for a socket) of a Redis server or of any server of a Redis Cluster. Its password is best in
-            the variable IFA_REDIS_PASSWORD: everyone on the machine sees a program's arguments.
-        create: whether to make an LMDB store that is not there.
+            for a socket) of a Redis server or of any server of a Redis Cluster. Put the password into
+            the environment variable IFA_REDIS_PASSWORD, since everyone on the machine can see a
+            program's arguments.
+        create: whether to create an LMDB store that does not exist.
 
     Raises:
-        StateError: nothing can be opened there.
+        StateError: no store can be opened there.
 
     Example:
         >>> import tempfile
@@ -35,8 +36,9 @@ def open_key_value_store(address: str, create: bool = True) -> KeyValueStore:
         return open_redis(address)
     if "://" in address:
         raise StateError(
-            f"{without_password(address)}: a store is a folder, or redis://HOST:PORT/NUMBER"
+            f"{without_password(address)}: not a store's address; expected a folder or "
+            "redis://HOST:PORT/NUMBER"
         )
     if not create and not (Path(address) / "data.mdb").exists():
-        raise StateError(f"{address}: there is no store of states; build one with ifa build-states")
+        raise StateError(f"{address}: no store of states here; build one with ifa build-states")
     return LMDBStore(Path(address))

@@ -1,9 +1,9 @@
-"""Rows of identity tables, and the pages that they are stored in.
+"""Rows of identity tables, and the pages that store them.
 
-A page holds the rows of a range of a user's identity keys: ascending, each with the time that its
-weights are of, so that a row is rounded anew only when an event adds to it. What rows repeat, most of
-all times of events that came together and weights of a single event, takes little once it is compressed.
-Keys and times lie in planes for that, the first byte of every row before the second of every row.
+A page contains the rows of a range of a user's identity keys in ascending order. Each row has its own
+time that its weights are as of, so that a row is rounded again only when an event adds to it. Repeated
+values, mostly times of events that came together and weights of single events, compress well; for that,
+keys and times are stored as byte planes: the first byte of every row, then the second, and so on.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from ifa_torchrec.serving.errors import StateError
 from ifa_torchrec.serving.states.layout import StateLayout
 
 PAGE_ROWS = 256
-"""Most rows a page; one with more is split."""
+"""Most rows per page; a longer page is split."""
 _SAME = 1e-6
-"""Means of a bucket that differ by no more than this share of their size are stored once."""
+"""A bucket's means that differ by at most this share of their size are stored once."""
 _LARGEST_SUM = float(np.finfo(np.float32).max) / 2
 _PAGE = struct.Struct("<II")  # rows, means
 _STEP_BYTES = _MEANS = 5
-"""Bytes of a row that say its key, and the place of the byte that says how many means it has."""
+"""Number of bytes with a row's key, and the index of the byte with its number of means."""
 _DROPPED_BITS = 13
-"""Of a float32's 23 bits of fraction, those that 16-bit states drop: as many as float16 has not."""
-# pyarrow gives no types; one object serves all threads
+"""Bits of a float32's 23-bit fraction that float16 states drop, to keep float16's 10."""
+# pyarrow has no type stubs; one object serves all threads
 zstd: Any = pa.Codec("zstd", 3)  # pyright: ignore
 lz4: Any = pa.Codec("lz4_raw")  # pyright: ignore
 
@@ -42,7 +42,7 @@ class Rows:
 
     Args:
         key: [n] int64, ascending within a user.
-        time: [n] int64, microseconds, that each row's weights are of.
+        time: [n] int64, microseconds, the time that each row's weights are as of.
         weight: [n, L] float64.
         mean: [n, L, d] float64.
 
@@ -81,7 +81,7 @@ class Rows:
         return Rows(*(np.concatenate(field) for field in fields))
 
     def by_key(self, decay: np.ndarray) -> Rows:
-        """One row for each key, the sum of those that have it, as of the latest of their times."""
+        """One row per key: the sum of the key's rows, as of the latest of their times."""
         if (self.key[1:] > self.key[:-1]).all():
             return self
         key, place = np.unique(self.key, return_inverse=True)
@@ -97,7 +97,7 @@ class Rows:
         return Rows(key, time, total, quotient(summed, total[..., None]))
 
     def plus(self, other: Rows, decay: np.ndarray) -> Rows:
-        """The rows of both, of which each has its keys ascending and once; ``other`` is the shorter."""
+        """The sum of both; each has distinct, ascending keys, and ``other`` should be the shorter."""
         if not (len(self) and len(other)):
             return self if len(self) else other
         place = self.find(other.key)
@@ -119,13 +119,13 @@ class Rows:
         )
 
     def _and(self, other: Rows, decay: np.ndarray) -> Rows:
-        """Of rows of the same keys, the sum of each two."""
+        """The sums of rows with the same keys."""
         time = np.maximum(self.time, other.time)
         mine, theirs = self.at(time, decay), other.at(time, decay)
         return Rows(self.key, time, *together(mine, self.mean, theirs, other.mean))
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """Of rows by ascending key, the place of each key's row [m]; n where there is none."""
+        """The index of each key's row [m], n if it has none; the rows' keys must be ascending."""
         place = np.searchsorted(self.key, keys)
         padded = np.append(self.key, -1)
         return np.where(padded[place] == keys, place, len(self.key))
@@ -137,8 +137,8 @@ class Rows:
 
 
 class _Opened(NamedTuple):
-    """What some pages hold: the bytes [size, n] of n rows as they are stored, their keys [n] int64 and
-    weights [n, L], the means [m, d] of all, and how many rows each page has."""
+    """The contents of some pages: the stored bytes [size, n] of n rows, their keys [n] int64 and weights
+    [n, L], all means [m, d], and the number of rows of each page."""
 
     planes: np.ndarray
     key: np.ndarray
@@ -148,10 +148,10 @@ class _Opened(NamedTuple):
 
 
 class RowCodec:
-    """Pages as bytes.
+    """Encodes pages as bytes.
 
     Args:
-        layout: of the version.
+        layout: the version's layout.
 
     Example:
         >>> import numpy as np
@@ -169,9 +169,9 @@ class RowCodec:
         self._dtype = np.dtype(layout.dtype)
         self._row = np.dtype(
             [
-                ("step", "<u4"),  # from the key before, or the first that the page is of
-                ("steps", "u1"),  # of 2^32
-                ("means", "u1"),  # one, or one for each half-life
+                ("step", "<u4"),  # from the previous row's key, or the page's first key
+                ("steps", "u1"),  # the same step's higher byte, in units of 2^32
+                ("means", "u1"),  # number of means: one, or one per half-life
                 ("time", "<i8"),
             ]
         )
@@ -183,16 +183,16 @@ class RowCodec:
         first: Sequence[int] | np.ndarray,
         seed: np.random.Generator | None = None,
     ) -> list[bytes]:
-        """Pages.
+        """Encode pages.
 
         Args:
-            rows: of P pages, one after the other.
-            bounds: [P + 1], page p has the rows bounds[p] up to bounds[p + 1].
-            first: [P], the first key that each page is of.
-            seed: round to 16 bits at random, without bias; else to the nearest.
+            rows: the rows of P pages, one page after the other.
+            bounds: [P + 1]; page p has the rows bounds[p] up to bounds[p + 1].
+            first: [P], each page's first key.
+            seed: round float16 stochastically, without bias; None rounds to nearest.
 
         Raises:
-            StateError: a mean is beyond float16, or a sum beyond float32.
+            StateError: a mean overflows float16, or a sum overflows float32.
         """
         check_sums(rows.weight * np.abs(rows.mean).max(2, initial=1))
         bounds, first = np.asarray(bounds), np.asarray(first)
@@ -220,22 +220,22 @@ class RowCodec:
     def unpack(
         self, pages: Sequence[bytes], first: Sequence[int] | np.ndarray
     ) -> tuple[Rows, np.ndarray]:
-        """The rows of P pages, one after the other, and how many each has [P].
+        """The rows of P pages, one page after the other, and each page's number of rows [P].
 
         Args:
-            pages: as ``pack`` gives them.
-            first: [P], the first key that each is of.
+            pages: from ``pack``.
+            first: [P], each page's first key.
         """
         opened = self._open(pages, first)
         return self._rows(opened, slice(None)), opened.counts
 
     def find(self, pages: Sequence[bytes], first: np.ndarray, keys: np.ndarray) -> Rows:
-        """Those rows of P pages that some keys have.
+        """The rows of P pages that have one of some keys.
 
         Args:
-            pages: as ``pack`` gives them.
-            first: [P], the first key that each is of, ascending.
-            keys: ascending, each once.
+            pages: from ``pack``.
+            first: [P], each page's first key, ascending.
+            keys: distinct and ascending.
         """
         opened = self._open(pages, first)
         place = opened.key.searchsorted(keys)
@@ -263,7 +263,7 @@ class RowCodec:
         step = step.view("<i8")[:, 0]
         there = counts > 0
         begins = (counts.cumsum() - counts)[there]
-        # each page's first row is a step from the first key that it is of
+        # each page's first row is a step from the page's first key
         key = step.cumsum()
         shift = np.asarray(first, np.int64)[there] - key[begins] + step[begins]
         key += shift.repeat(counts[there])
@@ -272,7 +272,7 @@ class RowCodec:
         return _Opened(stored, key, weight, mean, counts)
 
     def _rows(self, opened: _Opened, places: np.ndarray | slice) -> Rows:
-        """The rows at some places."""
+        """The rows at some indices."""
         packed = np.ascontiguousarray(opened.planes[:, places].T).view(self._row)[:, 0]
         weight, time = opened.weight[places].astype(np.float64), packed["time"].astype(np.int64)
         mean = np.empty((len(packed), self._half_lives, self._width))
@@ -283,7 +283,8 @@ class RowCodec:
         return Rows(opened.key[places], time, weight, mean)
 
     def _means(self, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-        """The means [m, d] that are stored, and of which rows [n] it is one, the heaviest's."""
+        """The means [m, d] to store, and for each row [n] whether it stores one, of its heaviest
+        half-life."""
         if not rows.mean.size:
             return np.empty((len(rows), self._width)), np.ones(len(rows), bool)
         heaviest = rows.mean[np.arange(len(rows)), rows.weight.argmax(1)]  # [n, d]
@@ -295,8 +296,8 @@ class RowCodec:
         return mean[kept], one
 
     def _weight(self, weight: np.ndarray, seed: np.random.Generator | None) -> np.ndarray:
-        """Weights as they are stored: with float16 of as many digits as float16 has, but of float32's
-        range. What is dropped are zeros then, which take no room."""
+        """Weights as stored, in float32. For float16 states they are rounded to float16's precision but
+        keep float32's range; the dropped bits are zeros, which compress to nothing."""
         bits = weight.astype(np.float32)
         if self._dtype != np.float16:
             return bits
@@ -307,14 +308,14 @@ class RowCodec:
 
 
 def quotient(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """part / whole, 0 where whole is 0; of the part's shape, to which the whole is broadcast."""
+    """part / whole, and 0 where whole is 0; ``whole`` is broadcast to the part's shape."""
     return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
 
 
 def together(
     weight: np.ndarray, mean: np.ndarray, other_weight: np.ndarray, other_mean: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weight [*], mean [*, d] of two things that have some, as of one time; the other's is float64."""
+    """The combined weight [*] and mean [*, d] of two sums as of the same time; the second is float64."""
     total = weight + other_weight
     step = other_mean - mean
     step *= quotient(other_weight, total)[..., None]
@@ -323,10 +324,10 @@ def together(
 
 
 def check_sums(sums: np.ndarray | float) -> None:
-    """Refuse what float32 cannot hold when it is read again, with something added by rounding.
+    """Refuse sums that could overflow float32 when they are read, with a margin for rounding.
 
     Args:
-        sums: of weights, and of weights times values; or what they are at most.
+        sums: sums of weights and of weights times values, or upper bounds of them.
 
     Raises:
         StateError: one is beyond half of float32's range.
@@ -346,17 +347,17 @@ def check_sums(sums: np.ndarray | float) -> None:
 
 
 def rounded(mean: np.ndarray, dtype: np.dtype[Any], seed: np.random.Generator | None) -> np.ndarray:
-    """Means as they are stored. With a seed, float16 is rounded up or down at random, so that many small
-    steps add up: to the nearest, none of them might ever be seen.
+    """Means as stored. With a seed, float16 is rounded stochastically, so that many small steps add up;
+    rounding to nearest could lose every one of them.
 
     Raises:
-        StateError: one is beyond float16.
+        StateError: a mean overflows float16.
     """
     with np.errstate(over="ignore"):
         near = mean.astype(dtype)
     if not np.isfinite(near).all():
         largest = np.abs(mean).max()
-        raise StateError(f"a mean of {largest:g} is beyond {dtype}; build with --dtype float32")
+        raise StateError(f"a mean of {largest:g} is beyond {dtype}; build states with --dtype float32")
     if seed is None or dtype != np.float16:
         return near
     beyond = np.nextafter(near, np.where(mean > near, np.inf, -np.inf).astype(np.float16))
@@ -366,14 +367,14 @@ def rounded(mean: np.ndarray, dtype: np.dtype[Any], seed: np.random.Generator | 
 
 
 def pages_of(first: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Those pages that some keys lie in.
+    """The pages that contain some keys.
 
     Args:
-        first: the first key of each page, ascending; [0] is 0.
-        keys: ascending; one below 0, of an unknown id, lies in none.
+        first: each page's first key, ascending; first[0] is 0.
+        keys: ascending; a key below 0, of an unknown id, is in no page.
 
     Returns:
-        Their first keys, ascending, each once.
+        The pages' first keys, distinct and ascending.
 
     Example:
         >>> import numpy as np
@@ -386,8 +387,7 @@ def pages_of(first: np.ndarray, keys: np.ndarray) -> np.ndarray:
 
 
 def distinct(values: np.ndarray) -> np.ndarray:
-    """Of ascending values each once; several times as fast as np.unique, which does not know that they
-    ascend.
+    """The distinct values of an ascending array, several times as fast as np.unique, which would sort.
 
     Example:
         >>> import numpy as np
@@ -401,7 +401,7 @@ def distinct(values: np.ndarray) -> np.ndarray:
 
 
 def page_parts(begin: int, end: int) -> list[slice]:
-    """The parts of some rows, begin up to end, that fit into a page each.
+    """Split the rows begin up to end into parts that each fit into a page.
 
     Example:
         >>> from ifa_torchrec.serving.states.pages import page_parts

@@ -1,8 +1,8 @@
-"""States read: the records of some users, and the states that they are at a request's time.
+"""Reading states: the records of some users, and their states at the requests' times.
 
-A request sees the events strictly before its time, as in training. The last event may not be before it:
-therefore the records u, which take back all events of the last one's time, and so serve every time after
-the event before those.
+A request sees only events strictly before its time, as in training. The last event may not be before
+it. The records u therefore undo all events at the last event's time, so that a state can serve any time
+after the event before those.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from ifa_torchrec.serving.times import utc
 
 @dataclass
 class UserRecords:
-    """What was read of a user.
+    """The records that were read for a user.
 
     Args:
         user: external id.
-        earlier: dense heads of the events before the last one's time; None where the user has no state.
-        last: of those of that time; None once they are left out.
-        rows: the identity rows asked for that there are.
-        before: rows as they were before the last event's time, where they were read.
+        earlier: dense heads of the events before the last event's time; None if the user has no state.
+        last: dense heads of the events at the last event's time; None once they are left out.
+        rows: the requested identity rows that exist.
+        before: rows as they were before the last event's time, if they were read.
     """
 
     user: int | str
@@ -40,19 +40,19 @@ class UserRecords:
     before: Before | None = None
 
     def reaches(self, time: int | None) -> bool:
-        """Whether all events are before a time, so that what was before the last is not needed."""
+        """Whether all events are before a time, so that ``before`` is not needed."""
         return self.last is not None and (time is None or time > self.last.time)
 
     def go_to(self, time: int | None, now: int, strict: bool) -> int:
-        """Make heads and rows those of a time; the time that they are as of.
+        """Take the state back to a time if needed; return the time that it is then as of.
 
         Args:
-            time: microseconds; None for ``now``, or just after the last event.
+            time: microseconds; None for ``now``, or just after the last event if that is later.
             now: microseconds.
-            strict: refuse a time that is before what was before.
+            strict: refuse a time that the state cannot go back to.
 
         Raises:
-            StateError: it is refused.
+            StateError: the time is refused.
         """
         if self.earlier is None or self.last is None:
             return now if time is None else time
@@ -73,22 +73,23 @@ class UserRecords:
         if strict:
             raise StateError(
                 f"user {self.user!r} has events at {utc(earliest - 1)} and {utc(last)}, neither before "
-                f"the request's time {utc(time)}; a state can go back behind the last of them alone"
+                f"the request's time {utc(time)}, but a state can leave out only those at the last "
+                "event's time; send a later time, or serve without --strict"
             )
         return earliest
 
 
 class Lookup:
-    """Which records some users' states are made of: the heads, and then the pages that these name.
+    """Looks up the records of some users' states: the heads, and then the pages that these name.
 
     Args:
-        codec: of the version's records.
+        codec: codec of the version's records.
         users: B external ids.
-        wanted: B arrays of identity keys, ascending, each once, all within the layout's range.
-        with_before: whether to read what was before the last events, too.
+        wanted: B arrays of identity keys, distinct, ascending and within the layout's range.
+        with_before: whether to read the records u too.
 
     Attributes:
-        keys: of the records to read first.
+        keys: keys of the records to read first.
     """
 
     def __init__(
@@ -110,10 +111,10 @@ class Lookup:
         """The keys of the pages to read.
 
         Args:
-            values: of ``keys``.
+            values: the records under ``keys``.
 
         Raises:
-            StoreError: a record is damaged, or gone.
+            StoreError: a record is damaged or missing.
         """
         codec, none = self._codec, Rows.none(self._codec.layout)
         opened = codec.open_all(self.keys, values)
@@ -135,13 +136,13 @@ class Lookup:
         return self._page_keys
 
     def records(self, values: Sequence[bytes | None]) -> list[UserRecords]:
-        """What the records say.
+        """Decode the records.
 
         Args:
-            values: of ``keys`` and of the pages.
+            values: the records under ``keys``, then the pages.
 
         Raises:
-            StoreError: one is damaged, or gone.
+            StoreError: a record is damaged or missing.
         """
         codec = self._codec
         opened = codec.open_all(self._page_keys, values[len(self.keys) :])
@@ -153,7 +154,7 @@ class Lookup:
             bodies.append(body)
         if not bodies:
             return self._records
-        # the users' keys behind one another, so that all are looked for at once
+        # shift each user's keys past those of the users before, so that one search finds all of them
         before = np.arange(len(self._users)) * codec.layout.identity_key_range
         first = np.concatenate(self._first) + before[user_of_page]
         keys = np.concatenate([keys + n for keys, n in zip(self._wanted, before, strict=True)])
@@ -168,7 +169,7 @@ class Lookup:
 
 
 def state_of(codec: RecordCodec, records: Sequence[UserRecords], as_of: np.ndarray) -> UserState:
-    """The records' states, float32, at these times [B]."""
+    """The states of these records at the times ``as_of`` [B], float32."""
     layout = codec.layout
     weight = np.zeros((len(records), layout.num_heads, layout.feature_dim), np.float32)
     total = np.zeros((*weight.shape, layout.head_dim), np.float32)

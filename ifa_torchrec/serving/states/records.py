@@ -1,8 +1,8 @@
-"""What a record holds, and its bytes.
+"""The contents of records, and their bytes.
 
-Nothing is read that could be wrong in silence. A record ends with a checksum of itself, its key and the
-header's mark, so that damage, and what is left of another building, are seen. The head names the pages
-of the rows that there are: one that is lost is missed.
+Damage never goes unnoticed. A record ends with a checksum of itself, its key and the header's mark,
+which reveals damage and records of another build. A head names the user's pages, so that a lost page is
+noticed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ifa_torchrec.serving.errors import BUILD_COMMAND, DROP_COMMAND, StoreError
+from ifa_torchrec.serving.errors import StoreError
 from ifa_torchrec.serving.states.dense import DenseCodec, Head, Latest
 from ifa_torchrec.serving.states.key_value import KeyValueStore
 from ifa_torchrec.serving.states.layout import BLOCK, JOURNAL, Keys, Place, StateLayout, user_of
@@ -26,16 +26,16 @@ _BEFORE = struct.Struct("<II")  # CRC of the record s, absent keys
 _POSITION = struct.Struct("<q")
 _CHECKSUM = struct.Struct("<I")
 _RESIDUE = zlib.crc32(_CHECKSUM.pack(zlib.crc32(b"")))
-"""The CRC of whatever ends with its own CRC."""
+"""The CRC of any bytes followed by their own CRC."""
 
 
 @dataclass(frozen=True)
 class Before:
-    """The rows that the events of a user's last time changed, as they were before it.
+    """The rows that the events at a user's last time changed, as they were before.
 
     Args:
-        rows: those that there were then.
-        absent: keys, ascending, of those that there were not.
+        rows: the rows that existed then.
+        absent: keys, ascending, of the rows that did not exist.
     """
 
     rows: Rows
@@ -43,7 +43,7 @@ class Before:
 
 
 def weight_and_mean(sums: torch.Tensor, totals: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Weights [*, F] and means [*, F, d], 0 where there is no weight, in float64.
+    """Weights [*, F] and means [*, F, d], 0 where the weight is 0, in float64.
 
     Args:
         sums: z, [*, F].
@@ -54,16 +54,16 @@ def weight_and_mean(sums: torch.Tensor, totals: torch.Tensor) -> tuple[np.ndarra
 
 
 class RecordCodec:
-    """The records of one building of a version's states as bytes.
+    """Encodes the records of one build of a version's states as bytes.
 
     Args:
-        key_values: the store, for its name in messages and its tags.
-        header: of the version.
+        key_values: the store; provides the name for messages and the tags.
+        header: the version's header.
 
     Attributes:
-        store: its name.
+        store: the store's name.
         keys: Keys.
-        layout, positions, latest, vocabulary: as in StateStore.
+        layout, positions, latest, vocabulary: see StateStore.
         decay, identity_decay: the layout's, as arrays.
         dense: DenseCodec.
         rows: RowCodec.
@@ -87,7 +87,7 @@ class RecordCodec:
         self.rows = RowCodec(self.layout)
 
     def in_log(self, place: Place) -> bool:
-        """Whether the log that the states were built from has the event at a place."""
+        """Whether the event at a place is in the log that the states were built from."""
         return place.position < self.positions.get(place.partition, 0)
 
     # ------------------------------------------------------------------------------- checksums
@@ -100,14 +100,14 @@ class RecordCodec:
         """The body of the record under a key.
 
         Raises:
-            StoreError: its checksum is not that of its bytes.
+            StoreError: the checksum does not match.
         """
         if zlib.crc32(value, zlib.crc32(key, self._start(key))) != _RESIDUE:
             raise self._damaged(key)
         return value[: -_CHECKSUM.size]
 
     def open_all(self, keys: Sequence[bytes], values: Sequence[bytes | None]) -> list[bytes | None]:
-        """As ``open``, of many records of states (not of the journal); None stays None."""
+        """``open`` for many state records (not journal records); None stays None."""
         crc32, mark = zlib.crc32, self._mark
         opened: list[bytes | None] = []
         for key, value in zip(keys, values, strict=True):
@@ -120,14 +120,14 @@ class RecordCodec:
         return opened
 
     def lost(self, user: int | str) -> StoreError:
-        """What is raised where one of a user's records is not there."""
+        """The error for a missing record of a user."""
         return StoreError(
-            f"{self.store}: a part of the state of user {user!r} is gone; something deleted it "
-            f"or damaged its key. {self._advice()}"
+            f"{self.store}: part of the state of user {user!r} is missing; something deleted it or "
+            f"damaged its key. {self._advice()}"
         )
 
     def _start(self, key: bytes) -> int:
-        # the journal is of all versions
+        # all versions share the journal
         return 0 if key[:1] == JOURNAL else self._mark
 
     def _damaged(self, key: bytes) -> StoreError:
@@ -136,30 +136,30 @@ class RecordCodec:
             user = user_of(key)
             what = "of a user " if user is None else f"of user {user} "
         return StoreError(
-            f"{self.store}: a record {what}(key {key.hex()}) is damaged, or of another "
-            f"building: its checksum is not that of its bytes. {self._advice()}"
+            f"{self.store}: a record {what}(key {key.hex()}) is damaged or from another build: its "
+            f"checksum does not match. {self._advice()}"
         )
 
     def _advice(self) -> str:
         return (
-            f"Bring the store back from a copy, or drop the states ({DROP_COMMAND} {self.version}) and "
-            f"build them anew ({BUILD_COMMAND})"
+            "Restore the store from a copy, or drop the states (ifa states --drop "
+            f"{self.version}) and rebuild them (ifa build-states)"
         )
 
     # ------------------------------------------------------------------------------- positions
 
     def bits(self, key: bytes, value: bytes | None) -> bytes:
-        """The bits of a block's record; none is set where there is no record."""
+        """The bits of a block's record; all zero if there is no record."""
         if value is None:
             return bytes(BLOCK // 8)
         return zstd.decompress(self.open(key, value), BLOCK // 8, asbytes=True)
 
     def pack_position(self, position: int) -> bytes:
-        """A record p."""
+        """Encode a record p."""
         return _POSITION.pack(position)
 
     def position(self, key: bytes, value: bytes | None) -> int:
-        """What a record p holds; 0 where there is none."""
+        """The position in a record p; 0 if there is no record."""
         return 0 if value is None else _POSITION.unpack(self.open(key, value))[0]
 
     # ------------------------------------------------------------------------------- states
@@ -171,30 +171,30 @@ class RecordCodec:
         pages: np.ndarray,
         seed: np.random.Generator | None = None,
     ) -> bytes:
-        """A record s: dense heads, and the first keys of the user's pages; arguments as
-        ``DenseCodec.pack``'s."""
+        """Encode a record s: dense heads, and the first keys of the user's pages; other arguments as in
+        ``DenseCodec.pack``."""
         return self.dense.pack(before, latest, seed) + pages.astype("<i8").tobytes()
 
     def unpack_pages(self, body: bytes) -> np.ndarray:
-        """Of what a record s holds, the first keys of the user's pages."""
+        """The first keys of the user's pages, from the body of a record s."""
         return np.frombuffer(body, "<i8", offset=self.dense.size(body))
 
     def pack_before(self, page: bytes, absent: np.ndarray, head: bytes) -> bytes:
-        """A record u.
+        """Encode a record u.
 
         Args:
-            page: of the rows of a Before, as ``RowCodec.pack`` gives it, of the first key 0.
-            absent: as a Before's.
-            head: the body of the record s of the same user.
+            page: the rows of a Before, from ``RowCodec.pack`` with first key 0.
+            absent: see Before.
+            head: the body of the same user's record s.
         """
         keys = absent.astype("<i8").tobytes()
         return _BEFORE.pack(zlib.crc32(head), len(absent)) + keys + page
 
     def split_before(self, user: int | str, body: bytes, head: bytes) -> tuple[np.ndarray, bytes]:
-        """The keys and the page that ``pack_before`` was given; ``head`` is the body of the record s.
+        """The absent keys and the page that ``pack_before`` encoded; ``head`` is the record s's body.
 
         Raises:
-            StoreError: they are not of one moment.
+            StoreError: the two records were not written together.
         """
         crc, absent = _BEFORE.unpack_from(body)
         if crc != zlib.crc32(head):
@@ -203,6 +203,6 @@ class RecordCodec:
         return keys, body[_BEFORE.size + keys.nbytes :]
 
     def unpack_before(self, user: int | str, body: bytes, head: bytes) -> Before:
-        """What a record u holds; as ``split_before``."""
+        """Decode a record u; arguments and errors as in ``split_before``."""
         absent, page = self.split_before(user, body, head)
         return Before(self.rows.unpack([page], [0])[0], absent)

@@ -1,4 +1,4 @@
-"""Redis, which several machines share: one server, or a cluster of them."""
+"""Redis, which several machines can share: one server or a cluster."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ _ADDRESS = re.compile(  # scheme, (user and password), host, port and number or 
 
 _NO_RESPONSE = "no Redis responds here: "
 _PARTS = 256
-"""Of a cluster, in which users are divided. Another number is another layout."""
+"""Parts of a cluster, among which users are divided. Changing the number changes the store's layout."""
 _PATIENCE = 1.0
-"""Seconds in which a transaction is tried again that met a slot which moves, or a primary that died."""
+"""Seconds during which a transaction that met a moving slot or a dead primary is retried."""
 _ON_ITS_WAY = (AskError, TryAgainError)
-"""While a slot moves; who has which is as it was."""
+"""Raised while a slot moves; the slots' owners have not changed yet."""
 _ELSEWHERE = (
     *_ON_ITS_WAY,  # a MovedError is an AskError
     ClusterDownError,
@@ -62,21 +62,21 @@ _OUT_OF_REACH = (
 class RedisStore(KeyValueStore):
     """Redis: one server.
 
-    It must not evict keys (maxmemory-policy noeviction). What a crash of the server itself keeps is the
-    server's setting: appendonly yes and appendfsync always for everything that it confirmed.
+    It must not evict keys (maxmemory-policy noeviction). What survives a crash of the server depends on
+    its settings; with appendonly yes and appendfsync always, everything that it confirmed does.
 
     Args:
         address: redis://HOST:PORT/NUMBER.
 
     Raises:
-        StoreError: it evicts keys.
-        UnreachableError: no server responds there; every method raises it likewise.
+        StoreError: the address is malformed, or the server evicts keys.
+        UnreachableError: no server responds there; every method may raise it.
     """
 
     def __init__(self, address: str) -> None:
         self.name = without_password(address)
-        # What the address says goes before these. Without a time-out a host that is gone would hold a
-        # thread for ever.
+        # Options in the address override these. Without a time-out, a dead host would block a thread
+        # forever.
         options = {
             "password": os.environ.get("IFA_REDIS_PASSWORD"),
             "socket_timeout": 5,
@@ -86,23 +86,23 @@ class RedisStore(KeyValueStore):
             with self._reported(_NO_RESPONSE):
                 # redis-py's own types are those of its sync and async clients at once
                 self._client: Any = self._connect(address, options)
-        except ValueError:  # whose message may hold a part of the password
+        except ValueError:  # its message may contain a part of the password
             raise StoreError(
-                f"{self.name}: this is no address of a Redis, which is redis://HOST:PORT/NUMBER; "
-                "what is no letter or digit in a password is written as %XX"
+                f"{self.name}: not a Redis address; expected redis://HOST:PORT/NUMBER. In a password, "
+                "write characters other than letters and digits as %XX"
             ) from None
         self.check()
 
     @staticmethod
     def _connect(address: str, options: Mapping[str, Any]) -> Any:
-        # Of a connection that broke meanwhile. redis-py's own way tries ten times, time-outs too, and so
-        # held a thread for a minute.
+        # Retry once after a broken connection. redis-py's default retries ten times, even time-outs, and
+        # so could block a thread for a minute.
         once = Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))
         return redis.Redis.from_url(address, retry=once, **options)
 
     @property
     def in_cluster(self) -> bool:
-        """Whether the server is one of a cluster."""
+        """Whether the server belongs to a cluster."""
         with self._reported():
             return bool(self._client.info("cluster").get("cluster_enabled"))
 
@@ -110,16 +110,16 @@ class RedisStore(KeyValueStore):
         """See KeyValueStore."""
         with self._reported(_NO_RESPONSE):
             for server in self._servers():
-                # of INFO, since servers that others manage may forbid CONFIG
+                # from INFO, since managed servers may forbid CONFIG
                 policy = server.info("memory").get("maxmemory_policy")
                 if policy != "noeviction":
                     raise StoreError(
-                        f"{self.name}: its maxmemory-policy is {policy}, by which it drops parts of "
-                        "states when its memory is full; set it to noeviction"
+                        f"{self.name}: maxmemory-policy is {policy}, which deletes parts of states when "
+                        "memory is full; set it to noeviction"
                     )
 
     def _servers(self) -> list[Any]:
-        """The clients of all servers that have keys of their own."""
+        """A client for each server that holds keys of its own."""
         return [self._client]
 
     def read(self, keys: Sequence[bytes], then: Follow = no_more) -> list[bytes | None]:
@@ -133,7 +133,7 @@ class RedisStore(KeyValueStore):
             _transact(self._client, keys, change, then)
 
     def scan(self, prefix: bytes, skip: Skip = no_skip) -> Iterator[bytes]:
-        """See KeyValueStore. It walks through all keys."""
+        """See KeyValueStore. It scans all keys of the server."""
         with self._reported():
             found = self._walk(prefix)
         wanted = prefix
@@ -142,7 +142,7 @@ class RedisStore(KeyValueStore):
                 yield key
 
     def _walk(self, prefix: bytes) -> set[bytes]:
-        """All keys that begin with a prefix, of which a walk may repeat some."""
+        """All keys that begin with a prefix; SCAN may return some of them repeatedly."""
         pattern = b"".join(b"\\" + bytes([c]) if c in b"\\*?[]^-" else bytes([c]) for c in prefix)
         found: set[bytes] = set()
         for server in self._servers():
@@ -158,8 +158,8 @@ class RedisStore(KeyValueStore):
     def compact(self) -> None:
         """See KeyValueStore."""
         raise StateError(
-            f"{self.name}: Redis frees what is deleted by itself. Its own files have it until they are "
-            "written anew: BGREWRITEAOF for the append-only file, BGSAVE for the snapshot"
+            f"{self.name}: Redis frees deleted records by itself, but its own files contain them until "
+            "they are rewritten; run BGREWRITEAOF for the append-only file, BGSAVE for the snapshot"
         )
 
     def close(self) -> None:
@@ -171,7 +171,7 @@ class RedisStore(KeyValueStore):
         try:
             yield
         except (redis.RedisError, RedisClusterException) as error:
-            # a server that does not know AUTH repeats its arguments
+            # a server that does not know AUTH repeats its arguments, the password among them
             text = re.sub(r"args beginning with:.*", "args ...", str(error), flags=re.DOTALL)
             if type(error) in _ON_ITS_WAY:
                 text = "a slot of the cluster is being moved; try again when it has arrived"
@@ -180,16 +180,16 @@ class RedisStore(KeyValueStore):
 
 
 class RedisClusterStore(RedisStore):
-    """Redis Cluster: keys with one tag lie in one slot, and a transaction has keys of one tag alone.
+    """Redis Cluster: keys with the same tag lie in one slot, and a transaction's keys have one tag.
 
-    A slot moves, and a replica takes a dead primary's place, while it is used: what meets that is tried
-    again for a second. Meanwhile no scan could be sure to have seen every key, so it fails.
+    Slots may move, and replicas may replace dead primaries, during use: an update that meets this is
+    retried for a second. A scan fails meanwhile, since it could miss keys.
 
     Args:
-        address: redis://HOST:PORT of any of its servers.
+        address: redis://HOST:PORT of any of the cluster's servers.
 
     Raises:
-        StoreError: no server responds there, a primary evicts keys, or the cluster is not whole.
+        StoreError: no server responds there, a primary evicts keys, or slots have no primary.
     """
 
     def __init__(self, address: str) -> None:
@@ -209,9 +209,9 @@ class RedisClusterStore(RedisStore):
             return _at_one_moment(self._client.mget_nonatomic, keys, then)
 
     def update(self, keys: Sequence[bytes], change: Change, then: Follow = no_more) -> None:
-        """See KeyValueStore. The first key says which server it is for."""
-        # not by the cluster's own pipeline: that sends a transaction again without its watch when a
-        # connection breaks, and so writes over what another wrote meanwhile
+        """See KeyValueStore. The first key determines the server."""
+        # not with redis-py's cluster pipeline: when a connection breaks it resends a transaction without
+        # its WATCH, and so overwrites what another process wrote meanwhile
         until = time.monotonic() + _PATIENCE
         with self._reported():
             while True:
@@ -222,9 +222,9 @@ class RedisClusterStore(RedisStore):
                 except _ELSEWHERE as error:
                     if time.monotonic() > until:
                         raise
-                    look_anew = type(error) not in _ON_ITS_WAY
+                    owners_changed = type(error) not in _ON_ITS_WAY
                 time.sleep(0.05)
-                if look_anew:
+                if owners_changed:
                     self._client.nodes_manager.initialize()
 
     def _walk(self, prefix: bytes) -> set[bytes]:
@@ -233,13 +233,13 @@ class RedisClusterStore(RedisStore):
         found = super()._walk(prefix)
         if not before or self._slots() != before:
             raise StoreError(
-                f"{self.name}: slots of the cluster are being moved, or a replica takes a primary's "
-                "place, so that not every key is sure to be found; try again when that is over"
+                f"{self.name}: slots of the cluster are being moved, or a replica is replacing a "
+                "primary, so a scan could miss keys; try again when that is over"
             )
         return found
 
     def _slots(self) -> dict[str, list[list[str]]]:
-        """The slots of each primary, as it says itself; nothing where one is being moved or missing."""
+        """Each primary's slots, as it reports them itself; empty if a slot is moving or missing."""
         slots: dict[str, list[list[str]]] = {}
         for server in self._servers():
             for address, of_node in server.execute_command("CLUSTER NODES").items():
@@ -252,10 +252,10 @@ class RedisClusterStore(RedisStore):
 
 
 def open_redis(address: str) -> RedisStore:
-    """The store of a server, or of the cluster that it is one of.
+    """The store on a server, or on the cluster that it belongs to.
 
     Raises:
-        StoreError: as RedisStore and RedisClusterStore.
+        StoreError: see RedisStore and RedisClusterStore.
     """
     store = RedisStore(address)
     if not store.in_cluster:
@@ -265,7 +265,7 @@ def open_redis(address: str) -> RedisStore:
 
 
 def _tags() -> tuple[bytes, ...]:
-    """Hash tags, as many as parts: of every so many slots one, so that primaries have equally many."""
+    """One hash tag per part, evenly spread over the slots, so that primaries get equal shares."""
     tags: dict[int, bytes] = {}
     for number in range(4096):
         tag = b"{%03x}" % number
@@ -287,7 +287,7 @@ def _transact(client: Any, keys: Sequence[bytes], change: Change, then: Follow) 
                     pipeline.delete(*(key for key in changes if key not in kept))
                 pipeline.execute()
                 return
-            except redis.WatchError:  # another writer came first, and got on
+            except redis.WatchError:  # another writer came first and succeeded
                 continue
 
 
@@ -297,11 +297,11 @@ def _at_one_moment(
     then: Follow,
     watch: Callable[..., object] = lambda *_: None,
 ) -> list[bytes | None]:
-    """The values as ``KeyValueStore.read`` has them.
+    """The values as in ``KeyValueStore.read``.
 
     Args:
-        mget: gives values; those of one server of one moment.
-        keys, then: as of ``read``.
+        mget: returns values, as one snapshot per server.
+        keys, then: see ``KeyValueStore.read``.
         watch: called with keys before they are read.
     """
     if keys:
@@ -309,7 +309,7 @@ def _at_one_moment(
     found = list(mget(keys)) if keys else []
     while more := then(found):
         watch(*more)
-        # with the first ones again: what they name is of the same moment if they are unchanged
+        # read the first keys again: if they are unchanged, all values belong to one snapshot
         values = list(mget([*keys, *more]))
         if values[: len(keys)] == found:
             return values
@@ -318,7 +318,7 @@ def _at_one_moment(
 
 
 def without_password(address: str) -> str:
-    """A Redis address as it may be shown. Of one that is not well formed nothing may, since its password
-    may be anywhere."""
+    """A Redis address without its password, for messages. Of a malformed address only the scheme is
+    shown, since the password may be anywhere."""
     found = _ADDRESS.fullmatch(address)
     return found[1] + found[2] if found else f"{address.partition('://')[0]}://..."

@@ -1,7 +1,7 @@
-"""What a store no longer needs: a version dropped, the journal kept for some time.
+"""Deleting what a store no longer needs: dropping a version, and trimming the journal.
 
-What the journal loses, a version that is built later cannot get from it. So before anything goes, a mark
-says up to which positions; a build of a log that ends before it is refused.
+A version that is built later cannot get deleted events from the journal. So before any are deleted, a
+record notes up to which positions; a build from a log that ends before them is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from ifa_torchrec.serving.states.key_value import KeyValueStore
 from ifa_torchrec.serving.states.layout import (
     BLOCK,
     JOURNAL,
-    OLD_JOURNAL,
     STATE_KINDS,
     Keys,
     Place,
@@ -30,11 +29,11 @@ from ifa_torchrec.serving.states.versions import FORMAT, check_formats, pack_hea
 
 @dataclass(frozen=True)
 class Trimmed:
-    """What became of the old events of a journal.
+    """The result of trimming a journal.
 
     Args:
-        deleted: how many are gone.
-        kept: how many stay, since a version that is there has not had them.
+        deleted: number of old events deleted.
+        kept: number of old events kept because a version in the store does not have them yet.
 
     Example:
         >>> from ifa_torchrec.serving import Trimmed
@@ -47,17 +46,17 @@ class Trimmed:
 
 
 def drop(key_values: KeyValueStore, version: str) -> None:
-    """Delete a version's states, and what of the journal no other version can want: with the last
-    version all of it. Whom to forget stays known.
+    """Delete a version's states, and the journal's events that no other version needs; with the last
+    version, the whole journal. Which users were forgotten stays recorded.
 
     Raises:
-        StateError: there are none of this version.
+        StateError: the store has no states of this version.
     """
     there = versions(key_values)
     if version not in there:
         raise StateError(f"no states of weights {version!r} here; there are {sorted(there)}")
-    # the header first says so, since half a version must not look whole, and is deleted last, since what
-    # it leaves must not be built upon
+    # The header is marked as dropped first, since a half-dropped version must not look complete, and is
+    # deleted last, since nothing may be built on the remains.
     keys = Keys(version, key_values.tags)
     dropped = pack_header({**there[version], "complete": False, "dropped": True})
     headers = [keys.header(tag) for tag in keys.tags]
@@ -66,9 +65,6 @@ def drop(key_values: KeyValueStore, version: str) -> None:
     for kind in STATE_KINDS:
         _delete(key_values, [key for key in key_values.scan(kind) if keys.are_of(key)])
     _drop_from_journal(key_values, version)
-    if all(h.get("format") == FORMAT for name, h in there.items() if name != version):
-        for kind in OLD_JOURNAL:
-            _delete(key_values, list(key_values.scan(kind)))
     key_values.delete(headers)
 
 
@@ -80,24 +76,25 @@ def _drop_from_journal(key_values: KeyValueStore, version: str) -> None:
         return [k for k in keys if all(codec.in_log(place_of(k)) for codec in others)], bool(others)
 
     _start_after(key_values, unwanted()[0])
-    keys, others = unwanted()  # again: a version begun before the mark is seen now, a later one refused
+    # again: a version begun before the record was written is seen now, and a later one is refused
+    keys, others = unwanted()
     _delete(key_values, keys)
     if not others:
         key_values.delete([journal_start_key(tag) for tag in key_values.tags])
 
 
 def trim_journal(key_values: KeyValueStore, before: int) -> Trimmed:
-    """Delete the journal's events before a time that every version there has had.
+    """Delete the journal's events before a time that are in every version's states.
 
-    Their positions stay taken, so an event that comes again still counts as a duplicate; but one of
-    another content at its position is no longer noticed.
+    Their positions stay taken, so an event that arrives again still counts as a duplicate; but a
+    different event at the same position is no longer noticed.
 
     Args:
         key_values: the store.
         before: microseconds since 1970.
 
     Raises:
-        StateError: there are states of another format.
+        StateError: the store has states of another format.
         StoreError: a record is damaged, or the store fails.
 
     Example:
@@ -114,7 +111,7 @@ def trim_journal(key_values: KeyValueStore, before: int) -> Trimmed:
     old = list(_before(key_values, next(iter(codecs.values())), before))
     had = _had_by_all(key_values, old, list(codecs.values()))
     _start_after(key_values, had)
-    # those that were begun before the mark
+    # versions that were begun before _start_after wrote its records
     later = {name: header for name, header in versions(key_values).items() if name not in there}
     check_formats(key_values, later)
     had = _had_by_all(key_values, had, [RecordCodec(key_values, h) for h in later.values()])
@@ -132,7 +129,7 @@ def _before(key_values: KeyValueStore, codec: RecordCodec, time: int) -> Iterato
 def _had_by_all(
     key_values: KeyValueStore, journal_keys: Sequence[bytes], codecs: Sequence[RecordCodec]
 ) -> list[bytes]:
-    """Of the journal's events under these keys, those that are in all these versions' states."""
+    """The journal keys whose events are in the states of all these versions."""
     had = list(journal_keys)
     for codec in codecs:
         blocks: dict[bytes, bytes] = {}
@@ -153,7 +150,7 @@ def _had_by_all(
 
 
 def _start_after(key_values: KeyValueStore, journal_keys: Sequence[bytes]) -> None:
-    """Say that the journal may lack all events of their partitions up to these keys, ascending."""
+    """Record that the journal may lack events up to these keys (ascending) in their partitions."""
     starts: dict[bytes, dict[int, int]] = {}
     for key in journal_keys:
         place = place_of(key)
@@ -174,24 +171,25 @@ def _start_after(key_values: KeyValueStore, journal_keys: Sequence[bytes]) -> No
 def check_journal(
     key_values: KeyValueStore, key: bytes, found: bytes | None, positions: Mapping[int, int]
 ) -> None:
-    """See that the journal has what a version lacks whose log ends at some positions.
+    """Check that the journal has all events after the end of a version's log.
 
     Args:
-        key_values: the store, for messages.
-        key, found: the record of where the journal begins.
-        positions: of each partition the first position whose event the log has not; 0 of others.
+        key_values: the store, for its name in messages.
+        key, found: key and value of the record of where the journal begins.
+        positions: for each partition the first position that the log lacks; 0 for others.
 
     Raises:
-        StateError: it may lack some of it.
+        StateError: the journal may lack some of them.
     """
     for partition, start in unpack_starts(key_values.name, key, found).items():
         position = positions.get(partition, 0)
         if position < start:
             raise StateError(
-                f"{key_values.name}: events before {Place(partition, start)} are gone from the journal, "
-                f"and the log has those before {position} alone, so states of it would lack some. Build "
-                f"from a log that has them, with --position {start} or above there; or drop all "
-                f"versions, which ends the journal, build, and send the events from {position} on again"
+                f"{key_values.name}: the journal no longer has the events before "
+                f"{Place(partition, start)}, and the log has only those before {position}, so states "
+                f"would lack the events between. Build from a log that has them, with --position {start}"
+                " or higher; or drop all versions (which deletes the journal), build, and send the "
+                f"events from {position} on again"
             )
 
 

@@ -1,9 +1,8 @@
-"""Records that all versions share beside the journal: which users were forgotten, and from where on the
-journal is whole.
+"""Records that all versions share besides the journal: forgotten users, and where the journal begins.
 
-A tombstone says until when a user's events count no more, in states that are there and in those that
-are built later. It lies under a digest of the user, so that it does not hold the id itself; who guesses
-the id can still find it.
+A tombstone holds the time up to which a user's events do not count, in existing states and in those
+built later. Its key is a digest of the user, so that it does not reveal the id; but anyone who guesses
+the id can find the tombstone.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _CHECKSUM = struct.Struct("<I")
 
 
 def journal_start_key(tag: bytes = b"") -> bytes:
-    """The key of the positions before which events may be gone from the journal."""
+    """The key of the record of positions before which the journal may lack events."""
     return b"b" + tag
 
 
@@ -41,16 +40,16 @@ def tombstone_key(user: int | str, tags: tuple[bytes, ...] = (b"",)) -> bytes:
 
 
 def pack_number(key: bytes, number: int) -> bytes:
-    """The record of a number, a tombstone's time in microseconds."""
+    """Encode a number, a tombstone's time in microseconds."""
     return _sealed(key, _NUMBER.pack(number))
 
 
 def unpack_number(store: str, key: bytes, value: bytes | None) -> int | None:
-    """The number of a record; None where there is none.
+    """Decode a number; None if there is no record.
 
     Args:
-        store: its name, for messages.
-        key, value: of the record.
+        store: the store's name, for messages.
+        key, value: key and value of the record.
 
     Raises:
         StoreError: the record is damaged.
@@ -61,16 +60,16 @@ def unpack_number(store: str, key: bytes, value: bytes | None) -> int | None:
 
 
 def pack_starts(key: bytes, starts: Mapping[int, int]) -> bytes:
-    """The record of the positions, by partition, before which events may be gone from the journal."""
+    """Encode the positions, by partition, before which the journal may lack events."""
     return _sealed(key, b"".join(_START.pack(*start) for start in sorted(starts.items())))
 
 
 def unpack_starts(store: str, key: bytes, value: bytes | None) -> dict[int, int]:
-    """What ``pack_starts`` was given; nothing where there is no record.
+    """Decode what ``pack_starts`` encoded; empty if there is no record.
 
     Args:
-        store: its name, for messages.
-        key, value: of the record.
+        store: the store's name, for messages.
+        key, value: key and value of the record.
 
     Raises:
         StoreError: the record is damaged.
@@ -81,7 +80,7 @@ def unpack_starts(store: str, key: bytes, value: bytes | None) -> dict[int, int]
 
 
 def forgotten_until(key_values: KeyValueStore, users: Sequence[int | str]) -> list[int | None]:
-    """Until when each user's events do not count, microseconds; None for those who were never forgotten.
+    """The time up to which each user's events do not count, in microseconds; None if never forgotten.
 
     Args:
         key_values: the store.
@@ -104,6 +103,6 @@ def _opened(store: str, key: bytes, value: bytes) -> bytes:
     if value == _sealed(key, body):
         return body
     raise StoreError(
-        f"{store}: the record under key {key.hex()} is damaged, which says whom to forget or where the "
-        "journal begins; bring the store back from a copy"
+        f"{store}: the record under key {key.hex()} is damaged; it says which user to forget or where "
+        "the journal begins. Restore the store from a copy"
     )

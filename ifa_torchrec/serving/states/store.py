@@ -1,7 +1,7 @@
-"""The states of one version of the weights: built, read at requests' times, events added to them.
+"""The states of one version of the weights: building them, reading them, adding events to them.
 
-The header is read with every record, so that nothing is read from, or added to, another building of the
-states than the one that was opened.
+Every read and update also reads the header, so that it never mixes in another build of the states than
+the one that was opened.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ifa_torchrec.modules import UserState
-from ifa_torchrec.serving.errors import BUILD_COMMAND, StateError, StoreError, UnknownUserError
+from ifa_torchrec.serving.errors import StateError, StoreError, UnknownUserError
 from ifa_torchrec.serving.states.appending import Addition, Progress
 from ifa_torchrec.serving.states.beginning import begin
 from ifa_torchrec.serving.states.building import Unchanged, of_others, whole_records
 from ifa_torchrec.serving.states.journal import Event
 from ifa_torchrec.serving.states.key_value import Follow, KeyValueStore, no_more
-from ifa_torchrec.serving.states.layout import StateLayout, tag_in, tag_of, told
+from ifa_torchrec.serving.states.layout import StateLayout, format_positions, tag_in, tag_of
 from ifa_torchrec.serving.states.missing import Missing
 from ifa_torchrec.serving.states.pages import distinct
 from ifa_torchrec.serving.states.reading import Lookup, UserRecords, state_of
@@ -42,26 +42,26 @@ _Until = Sequence[int | None] | None
 
 
 class StateStore:
-    """The states that one version of the weights made.
+    """The states of one version of the weights.
 
     Args:
-        key_values: where they lie.
-        version: of the weights.
-        whole: refuse states that were begun and are not built to the end.
+        key_values: the store that holds them.
+        version: version of the weights.
+        whole: refuse states whose build is not complete.
 
     Raises:
-        StateError: there are no states of this version, or they were not built to the end; the
-            message says which there are.
+        StateError: the store has no states of this version, or their build is not complete; the message
+            lists the versions that are.
 
     Attributes:
-        whole: whether they were built to the end when they were last looked at.
-        source: says which log they are built from.
-        mark: of this building of them, by which no other is taken for it.
+        whole: whether the build was complete when its header was last read.
+        source: identifies the log that the states are built from.
+        mark: identifies this build of the states.
         layout: StateLayout.
-        positions: by partition: the stream's events before it are in the log that the states were
-            built from; of other partitions the log has none.
-        latest: time of the last event of that log; None if it is not known.
-        vocabulary: digest of that log's vocabulary, by which ids became rows of the tables.
+        positions: by partition, the first position of the stream that is not in the log that the states
+            were built from; the log has no events of other partitions.
+        latest: time of the log's last event; None if not known.
+        vocabulary: digest of the vocabulary that mapped the log's ids to table rows.
 
     Example:
         >>> import tempfile, torch
@@ -86,10 +86,10 @@ class StateStore:
         header = read_header(key_values, version)
         if header is None or (whole and not header["complete"]):
             ready = [v for v, found in versions(key_values).items() if found["complete"]]
-            missing = "there are none" if header is None else "they were not built to the end"
+            what = "no" if header is None else "incomplete"
             raise StateError(
-                f"states of weights {version!r}: {missing}; build them with {BUILD_COMMAND}. The store "
-                f"{key_values.name} has those of {ready or 'no weights'}"
+                f"{key_values.name}: {what} states of weights {version!r} here; run ifa build-states. "
+                f"Complete versions: {ready or 'none'}"
             )
         self._configure(header)
         self._read([])
@@ -115,23 +115,23 @@ class StateStore:
         latest: int | None = None,
         vocabulary: str = "",
     ) -> StateStore:
-        """Begin to build a version's states, or go on; none can be read before ``finish``.
+        """Begin or resume a build of a version's states; they cannot be opened before ``finish``.
 
         Args:
-            key_values: where they go.
-            version: of the weights.
+            key_values: the store to build into.
+            version: version of the weights.
             layout: StateLayout.
-            position: the first position of the event stream that is not in the log they are built
-                from; of a stream of several partitions a map of them, where 0 is that of others. A
-                number alone is partition 0's.
-            source: says which log; going on must say the same.
-            latest: time of that log's last event, if it is known: an event before ``position`` and
-                after this time is refused, since the log cannot have it.
+            position: the first position of the event stream that is not in the log. For a stream of
+                several partitions, a map from partition to position, 0 for those not in it. A single
+                number is partition 0's position.
+            source: identifies the log; resuming requires the same value.
+            latest: time of the log's last event, if known. An event before ``position`` and after this
+                time is refused, since the log cannot have it.
             vocabulary: digest of the log's vocabulary.
 
         Raises:
-            StateError: they are finished, or were begun with another layout, position, source or
-                vocabulary; or the journal may lack events from ``position`` on.
+            StateError: the states are complete, or were begun with another layout, position, source,
+                latest or vocabulary; or the journal may lack events from ``position`` on.
             StoreError: the store may lose keys.
         """
         key_values.check()
@@ -155,12 +155,12 @@ class StateStore:
         return store
 
     def finish(self) -> None:
-        """Say that every state is written.
+        """Mark the build as complete, when every state is written.
 
         Raises:
-            StoreError: what was begun is no longer there.
+            StoreError: the build is no longer in the store.
         """
-        # the first one last: by it they are whole
+        # the first part last: its header says whether the build is complete
         for tag in reversed(self.key_values.tags):
             header = self._codec.keys.header(tag)
             self.key_values.update([header], self._if_unchanged(lambda _, h=header: {h: self._whole}, 1))
@@ -174,23 +174,25 @@ class StateStore:
         last_times: Sequence[int],
         forgotten: Sequence[int | None] | None = None,
     ) -> int:
-        """Write whole states, in one transaction (in a cluster one for each part), but of users who have
-        one by now or were forgotten meanwhile.
+        """Write whole states in one transaction (in a cluster, one per part), except for users who have
+        a state by now or were forgotten meanwhile.
 
         Args:
             users: B external ids.
-            earlier: their states of all events but those of the last event's time.
-            earlier_times: B, microseconds, of the last event in these; of any value where there is none.
-            last: their states of the events of the last event's time.
-            last_times: B, microseconds, of these.
-            forgotten: B, until when each user's events are left out, as ``forgotten_until`` had it; by
-                default none is. A user of whom the store has a later time by now is not written.
+            earlier: their states from all events before the last event's time.
+            earlier_times: B times in microseconds of the last event in ``earlier``; any value if there
+                is none.
+            last: their states from the events at the last event's time.
+            last_times: B times in microseconds of the events in ``last``.
+            forgotten: B times up to which each user's events are left out, from ``forgotten_until``;
+                None means that none are. A user for whom the store has a later time by now is not
+                written.
 
         Returns:
             The bytes written, keys included.
 
         Raises:
-            StoreError: what was begun is no longer there, or the store fails.
+            StoreError: the build is no longer in the store, or the store fails.
         """
         written = whole_records(self._codec, users, earlier, earlier_times, last, last_times)
         return self._write(written, users, forgotten)
@@ -198,17 +200,19 @@ class StateStore:
     def take_over(
         self, other: StateStore, users: _Users, events: Sequence[tuple[int, int]], forgotten: _Until
     ) -> tuple[np.ndarray, int]:
-        """Write states as other weights made them, of those users that they made of just these events.
+        """Copy another version's states of those users whose states consist of exactly these events.
 
         Args:
-            other: states of the same layout; users, forgotten: as in ``write``.
-            events: B, how many events each has, and the last one's time in microseconds.
+            other: states with the same layout.
+            users, forgotten: see ``write``.
+            events: B pairs: the user's number of events, and the last one's time in microseconds.
 
         Returns:
-            Of which users it wrote them, [B] bool; and the bytes written, keys included.
+            Whether each user's state was copied, [B] bool; and the bytes written, keys included.
 
         Raises:
-            StateError, StoreError: the layouts differ; or as ``write``, of either.
+            StateError: the layouts differ.
+            StoreError: as ``write``, for either version.
         """
         unchanged = Unchanged(other._codec, users, events)
         found = other._read(unchanged.keys, unchanged.pages)
@@ -229,8 +233,8 @@ class StateStore:
     def _write_part(
         self, records: dict[bytes, bytes], users: _Users, left_out: Sequence[int | None]
     ) -> None:
-        """Write the records of users who may be in one transaction, but of those who have a state by now
-        or were forgotten meanwhile, which are taken out of them."""
+        """Write the records of users who may share a transaction, after removing those of users who have
+        a state by now or were forgotten meanwhile."""
         tombstones = [tombstone_key(user, self.key_values.tags) for user in users]
         heads = [self._codec.keys.head(user) for user in users]
 
@@ -242,8 +246,8 @@ class StateStore:
         self._update([*tombstones, *heads], of_the_others)
 
     def apart(self, users: Sequence[int | str]) -> list[list[int]]:
-        """The places of users, those together who may be in one transaction: all, but in a cluster.
-        Nothing of nobody."""
+        """The indices of users, grouped by who may share a transaction: all of them, except in a
+        cluster. Empty for no users."""
         tags = self.key_values.tags
         if len(tags) == 1 and users:
             return [list(range(len(users)))]
@@ -260,10 +264,10 @@ class StateStore:
     # --------------------------------------------------------------------------------- reading
 
     def check(self) -> None:
-        """See that the states which this object was opened for are there.
+        """Check that the states that were opened are still in the store.
 
         Raises:
-            StoreError: they are not, or the store is out of reach or may lose keys.
+            StoreError: they are not, or the store is unreachable or may lose keys.
         """
         self.key_values.check()
         self._read([])
@@ -276,25 +280,25 @@ class StateStore:
         new_users: Sequence[bool] | None = None,
         strict: bool = False,
     ) -> tuple[UserState, np.ndarray]:
-        """The states at some times, of the events before these, with the identity rows asked for.
+        """Read the states at some times, from the events before those times, with some identity rows.
 
-        A state can leave out the events of its last event's time, no more: it serves any time after the
-        event before those. An earlier time reads as of the first moment after that event.
+        A state can leave out the events at its last event's time, but no more, so it can serve any time
+        after the event before those. For an earlier time it is read as of just after that event.
 
         Args:
             users: B external ids.
-            times: B, microseconds; elapsed time decays each state. None is now, or just after the
-                user's last event where the clock that stamped it is ahead.
+            times: B times in microseconds; states decay up to them. None means now, or just after the
+                user's last event if that lies in the future by this machine's clock.
             keys: B arrays of identity keys (IdentityHeads.keys of the candidates), in any order.
-            new_users: B, whether a user may have no state, and then has had no event.
-            strict: refuse an earlier time.
+            new_users: B, whether to accept a user without a state, as one without events.
+            strict: refuse a time that a state cannot go back to.
 
         Returns:
             UserState of B requests, float32; and the times [B] int64 that they are as of.
 
         Raises:
             UnknownUserError: a user has no state.
-            StateError: ``strict``, and a state cannot go back to the time.
+            StateError: ``strict`` is set, and a state cannot go back to the time.
             StoreError: states are lost or damaged, or the store fails.
         """
         wanted = [np.empty(0, np.int64)] * len(users)
@@ -303,7 +307,7 @@ class StateStore:
             sets = [distinct(np.sort(of_user, axis=None)) for of_user in keys]
             wanted = [of_user[slice(*of_user.searchsorted(bounds).tolist())] for of_user in sets]
         records = self._records(users, wanted)
-        # where more is needed it is all read again, at one moment
+        # users whose records u are needed too are read again, as one snapshot
         again = [b for b, at in enumerate(times) if not records[b].reaches(at)]
         if again:
             found = self._records([users[b] for b in again], [wanted[b] for b in again], True)
@@ -312,8 +316,7 @@ class StateStore:
         for b, of_user in enumerate(records):
             if of_user.earlier is None and not (new_users is not None and new_users[b]):
                 raise UnknownUserError(
-                    f"user {users[b]!r} has no state; for one who is new and has had no event give "
-                    "new_user"
+                    f"user {users[b]!r} has no state; if the user is new and has no events, set new_user"
                 )
         now = time.time_ns() // 1000
         moments = zip(records, times, strict=True)
@@ -323,7 +326,7 @@ class StateStore:
     def _records(
         self, users: Sequence[int | str], wanted: Sequence[np.ndarray], with_before: bool = False
     ) -> list[UserRecords]:
-        """The users' records at one moment; arguments as Lookup's."""
+        """The users' records as one snapshot; arguments as in Lookup."""
         lookup = Lookup(self._codec, users, wanted, with_before)
         return lookup.records(self._read(lookup.keys, lookup.pages))
 
@@ -332,23 +335,22 @@ class StateStore:
     def append(
         self, events: Sequence[Event], encode: Callable[[Sequence[Event]], UserState]
     ) -> list[bool | None]:
-        """Add events to their users' states, each once however often it is given.
+        """Add events to their users' states in one transaction. An event given again is not added again.
 
-        All of them in one transaction. They may come in any order: what is added does not depend
-        on it, but for rounding. A user without a state gets one.
+        The order of the events does not matter, except for rounding. A user without a state gets one.
 
         Args:
-            events: the events, of users who may be in one transaction (``apart``).
-            encode: gives a state of each event alone, at age 0, as UserState of len(events)
+            events: the events; their users may share a transaction (see ``apart``).
+            encode: returns the state of each event on its own, at age 0, as UserState of len(events)
                 requests.
 
         Returns:
-            Whether each event was new; None of an event that does not count, since its user was
+            Whether each event was new; None for an event that does not count because its user was
             forgotten after it.
 
         Raises:
-            StateError: an event's position was another event's, or is one of the log's, which cannot
-                have it. None of the events is added.
+            StateError: an event's position already holds another event, or is before the log's end
+                although the log cannot have the event. None of the events is added.
             StoreError: states are lost or damaged, or the store fails.
         """
         if not events:
@@ -358,22 +360,21 @@ class StateStore:
         return addition.new
 
     def missed(self) -> Iterator[list[Event]]:
-        """Events that this store's journal has and these states have not, some at a time.
+        """The journal's events that these states lack, in batches.
 
-        Of each partition, blocks of positions that these states have whole, from the journal's first
-        event on, are passed over; beyond them each key is looked at, and only the events that are missed
-        are read.
+        In each partition, the leading blocks of positions that these states have completely are skipped;
+        beyond them each key is checked, and only the missing events are read.
         """
         return Missing(self._codec, self.key_values, self._read).events()
 
     def stream_positions(self, partitions: Sequence[int]) -> dict[int, int]:
-        """Where a consumer of the stream goes on: by partition, a position before which these states
-        lack no event, but those that it refused."""
+        """Where a stream consumer resumes: for each partition, a position before which these states lack
+        no event, except those that the consumer refused."""
         return Missing(self._codec, self.key_values, self._read).positions(partitions)
 
     def set_stream_positions(self, positions: Mapping[int, int]) -> None:
-        """Say where a consumer goes on, by partition: what is before is added, or refused for good. No
-        partition goes back.
+        """Record where a consumer resumes, by partition: the events before are added, or refused for
+        good. A position never decreases.
 
         Raises:
             StoreError: the states are lost, or the store fails.
@@ -385,8 +386,8 @@ class StateStore:
     # --------------------------------------------------------------------------------- records
 
     def _read(self, keys: Sequence[bytes], then: Follow = no_more) -> list[bytes | None]:
-        """What lies under the keys, and those that ``then`` makes of it, if these are still the states
-        that were opened."""
+        """The values of the keys, and of those that ``then`` returns for them, if these are still the
+        states that were opened."""
         headers = self._headers(keys)
         count = len(headers)
         found = self.key_values.read([*headers, *keys], self._if_unchanged(then, count))
@@ -403,7 +404,7 @@ class StateStore:
         self.key_values.update([*header, *keys], checked(change, 1), checked(then, 1))
 
     def _headers(self, keys: Sequence[bytes]) -> list[bytes]:
-        """The keys of the headers of the parts that some keys lie in; of all parts if there are none."""
+        """The header keys of the parts that some keys are in; of all parts if there are no keys."""
         tags = self.key_values.tags
         if keys and len(tags) > 1:
             tags = dict.fromkeys(tag_in(tags, key) for key in keys)
@@ -412,7 +413,7 @@ class StateStore:
     def _if_unchanged(
         self, use: Callable[[list[bytes | None]], Made], headers: int
     ) -> Callable[..., Made]:
-        """``use`` of what is read behind headers, if these are still the states that were opened."""
+        """Wrap ``use`` to check the leading headers, and call it with the values after them."""
 
         def checked(found: list[bytes | None]) -> Made:
             self._check_headers(found[:headers])
@@ -428,20 +429,20 @@ class StateStore:
                 raise self._not_these(found)
 
     def _not_these(self, found: bytes | None) -> StoreError:
-        """What is raised where a header is not that of the states which were opened."""
+        """The error for a header that differs from that of the states that were opened."""
         states = f"{self.key_values.name}: the states of weights {self.version!r}"
         if found is None:
             return StoreError(
                 f"{states} are gone: the store was emptied, or restarted without its data, or they were "
-                f"dropped. Build them anew ({BUILD_COMMAND}), send the events from "
-                f"{told(self.positions)} on again, and start again what served them"
+                "dropped. Rebuild them (ifa build-states), send the events from "
+                f"{format_positions(self.positions)} on again, and restart the service"
             )
         header = unpack_header(self.key_values, found)
         if header.get("dropped"):
             return StoreError(
-                f"{states} are being dropped; build them anew ({BUILD_COMMAND}) when they are"
+                f"{states} are being dropped; when that is done, rebuild them (ifa build-states)"
             )
         return StoreError(
-            f"{states} were dropped and built anew since this process opened them; start it again, or "
-            "send it SIGHUP, when they are whole"
+            f"{states} were dropped and rebuilt since this process opened them; when the build is "
+            "complete, restart the service or send it SIGHUP"
         )

@@ -1,7 +1,7 @@
-"""Which versions' states a store holds: their headers.
+"""The headers of a store: which versions' states it has.
 
-A header says by its mark which building of a version it is of, and whether that is whole. A store that
-was emptied, or whose states were dropped and built anew, is so no longer the one that was opened.
+A header's mark identifies one build of a version, and the header says whether that build is complete. So
+a process notices if a store was emptied, or states were dropped and rebuilt, after it opened them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from ifa_torchrec.serving.errors import BUILD_COMMAND, DROP_COMMAND, StateError, StoreError
+from ifa_torchrec.serving.errors import StateError, StoreError
 from ifa_torchrec.serving.states.key_value import KeyValueStore
 from ifa_torchrec.serving.states.layout import Keys
 
@@ -20,8 +20,8 @@ FORMAT = "ifa-states/8"
 
 
 def versions(key_values: KeyValueStore) -> dict[str, dict[str, Any]]:
-    """The versions whose states a store holds, each with its header; one that not all parts of the store
-    have alike is not complete.
+    """The headers of a store's states, by version. A version whose header differs between the store's
+    parts is reported as not complete.
 
     Example:
         >>> import tempfile
@@ -39,15 +39,15 @@ def versions(key_values: KeyValueStore) -> dict[str, dict[str, Any]]:
 
 
 def marks_of(headers: Mapping[str, Mapping[str, Any]]) -> dict[str, str | None]:
-    """The mark of each version's building; that of old formats is None."""
+    """Each version's build mark; None for states of another format, which may have none."""
     return {version: header.get("mark") for version, header in headers.items()}
 
 
 def check_formats(key_values: KeyValueStore, headers: Mapping[str, Mapping[str, Any]]) -> None:
-    """See that all versions are of this format.
+    """Check that all versions have this package's format.
 
     Raises:
-        StateError: one is not.
+        StateError: a version has another format.
     """
     for version, header in headers.items():
         _check_format(key_values, version, header)
@@ -56,18 +56,18 @@ def check_formats(key_values: KeyValueStore, headers: Mapping[str, Mapping[str, 
 def _check_format(key_values: KeyValueStore, version: str, header: Mapping[str, Any]) -> None:
     if header.get("format") != FORMAT:
         raise StateError(
-            f"{key_values.name}: states of weights {version!r} are of format {header.get('format')!r}, "
-            f"this version of the package reads {FORMAT!r}; drop them ({DROP_COMMAND} {version}) and "
-            f"build them anew ({BUILD_COMMAND})"
+            f"{key_values.name}: states of weights {version!r} have format {header.get('format')!r}, "
+            f"this version reads {FORMAT!r}; drop them (ifa states --drop {version}) and rebuild them "
+            "(ifa build-states)"
         )
 
 
 def read_header(key_values: KeyValueStore, version: str) -> dict[str, Any] | None:
-    """A version's header; None where there is none.
+    """A version's header; None if there is none.
 
     Raises:
-        StateError: it is of another format, or its states are half dropped.
-        StoreError: it is damaged.
+        StateError: the states have another format, or dropping them was interrupted.
+        StoreError: the header is damaged.
     """
     tags = key_values.tags
     (value,) = key_values.read([Keys(version, tags).header(tags[0])])
@@ -77,33 +77,32 @@ def read_header(key_values: KeyValueStore, version: str) -> dict[str, Any] | Non
     _check_format(key_values, version, header)
     if header.get("dropped"):
         raise StateError(
-            f"{key_values.name}: states of weights {version!r} are half dropped; drop them to the end "
-            f"({DROP_COMMAND} {version}) and build them anew ({BUILD_COMMAND})"
+            f"{key_values.name}: states of weights {version!r} are only half dropped; finish dropping "
+            f"them (ifa states --drop {version}) and rebuild them (ifa build-states)"
         )
     return header
 
 
 def pack_header(header: Mapping[str, Any]) -> bytes:
-    """A header as JSON, a line, and its checksum."""
+    """Encode a header: a line of JSON, then its checksum."""
     text = json.dumps(header).encode()
     return text + b"\n%08x" % zlib.crc32(text)
 
 
 def unpack_header(key_values: KeyValueStore, value: bytes) -> dict[str, Any]:
-    """A header from its bytes.
+    """Decode a header.
 
     Raises:
-        StoreError: it is damaged.
+        StoreError: the header is damaged.
     """
     text, _, checksum = value.rpartition(b"\n")
     try:
-        # that of format 1 had no checksum
-        header = json.loads(text or value)
-        if (text and b"%08x" % zlib.crc32(text) != checksum) or not isinstance(header, dict):
+        if b"%08x" % zlib.crc32(text) != checksum:
             raise ValueError
+        header = json.loads(text)
     except ValueError:
         raise StoreError(
-            f"{key_values.name}: the header of a version's states is damaged. Bring the store back "
-            f"from a copy, or build the states in an empty one ({BUILD_COMMAND})"
+            f"{key_values.name}: the header of a version's states is damaged. Restore the store from a "
+            "copy, or build the states into an empty one (ifa build-states)"
         ) from None
     return header

@@ -21,7 +21,7 @@ SLOTS = 16384
 
 
 def wait_until(holds: Callable[[], Any], what: str, seconds: float = 20) -> Any:
-    """What ``holds`` gives, once that is true."""
+    """Wait until ``holds`` returns something true, and return it."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         try:
@@ -34,7 +34,7 @@ def wait_until(holds: Callable[[], Any], what: str, seconds: float = 20) -> Any:
 
 
 class Cluster:
-    """Servers, by their ports; the first three begin as primaries, each with a third of the slots."""
+    """Servers by port; the first three start as primaries, each with a third of the slots."""
 
     def __init__(self, folder: Path) -> None:
         program = shutil.which("redis-server")
@@ -59,7 +59,7 @@ class Cluster:
         self._join()
 
     def client(self, port: int) -> redis.Redis:
-        """Of one server."""
+        """A client of one server."""
         return redis.Redis("127.0.0.1", port, socket_timeout=5)
 
     def _join(self) -> None:
@@ -87,7 +87,7 @@ class Cluster:
         return self.client(port).execute_command("CLUSTER MYID").decode()
 
     def wait_until_whole(self) -> None:
-        """Until every server that runs knows the same primaries, and each replica follows one."""
+        """Wait until all running servers know the same primaries, and each replica follows one."""
 
         def whole() -> bool:
             running = [port for port, server in self.servers.items() if server.poll() is None]
@@ -105,7 +105,7 @@ class Cluster:
         wait_until(whole, "the cluster does not become whole")
 
     def primary_of(self, key: bytes) -> int:
-        """The port of the primary that has a key's slot, as the servers that run see it."""
+        """The port of the primary that has a key's slot, according to the running servers."""
         port = next(port for port, server in self.servers.items() if server.poll() is None)
         for first, last, (_, owner, *_), *_ in self.client(port).execute_command("CLUSTER SLOTS"):
             if first <= key_slot(key) <= last:
@@ -119,7 +119,7 @@ class Cluster:
         there.execute_command("CLUSTER SETSLOT", slot, "IMPORTING", self.id(source))
         here.execute_command("CLUSTER SETSLOT", slot, "MIGRATING", self.id(to))
         between()
-        # in two words, since the keys of the command's own name are made text
+        # in two words, since redis-py would decode the reply of the full command
         while keys := here.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 12):
             moved = here.execute_command("MIGRATE", "127.0.0.1", to, "", 0, 5000, "KEYS", *keys)
             assert moved == b"OK"
@@ -128,7 +128,7 @@ class Cluster:
             self.client(port).execute_command("CLUSTER SETSLOT", slot, "NODE", self.id(to))
 
     def kill(self, port: int) -> None:
-        """End a server as a failure would."""
+        """Kill a server, as a failure would."""
         self.servers[port].kill()
         self.servers[port].wait()
 
@@ -140,7 +140,7 @@ class Cluster:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that are free, and so are those 10,000 above, by which servers of a cluster talk."""
+    """Free ports whose ports 10,000 above, the cluster bus, are free too."""
     found: list[int] = []
     while len(found) < count:
         port = random.randrange(20_000, 32_000)

@@ -51,7 +51,7 @@ def key_values(cluster) -> Iterator[RedisClusterStore]:
 
 
 def append(store: StateStore, events: Sequence[Event], model: Model) -> list[bool | None]:
-    """What ``append`` says of each event, of users in any parts."""
+    """The result of ``append`` for each event, of users in any parts."""
     results: dict[int, bool | None] = {}
     for mine in store.apart([event.user for event in events]):
         results |= zip(mine, store.append([events[n] for n in mine], model.encode_each), strict=True)
@@ -59,7 +59,7 @@ def append(store: StateStore, events: Sequence[Event], model: Model) -> list[boo
 
 
 class Sender(Thread):
-    """Sends events one at a time, each until it was taken, as a consumer does."""
+    """Sends events one at a time, each until it is taken, like a consumer."""
 
     def __init__(self, address: str, events: Sequence[Event], model: Model) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Sender(Thread):
 
 
 def test_states_are_as_in_one_server(key_values):
-    """Built, appended to, read, missed by a later version, forgotten, trimmed and dropped."""
+    """Build, append, read, catch up with a later version, forget, trim and drop."""
     model = Model()
     events = [
         Event(event.position // 2, USERS[event.user], event.item, event.time, partition=n % 2)
@@ -93,7 +93,7 @@ def test_states_are_as_in_one_server(key_values):
     ]
     store = StateStore.begin(key_values, "v1", StateLayout.of(model.ifa), {0: 50, 1: 50})
     write(store, model, events[:100])
-    with pytest.raises(StateError, match="not built to the end"):
+    with pytest.raises(StateError, match="incomplete states of weights"):
         StateStore(key_values, "v1")
     store.finish()
     store = StateStore(key_values, "v1")
@@ -124,7 +124,7 @@ def test_states_are_as_in_one_server(key_values):
 
     old = [e for e in events[100:] if e.time < 45 * DAY and e.user != ANNA]
     assert trim_journal(key_values, 45 * DAY) == Trimmed(deleted=len(old), kept=0)
-    with pytest.raises(StateError, match="are gone from the journal"):
+    with pytest.raises(StateError, match="the journal no longer has the events"):
         new_store(key_values, model, "v3")
     assert not versions(key_values).get("v3", {}).get("complete")
     for version in versions(key_values):
@@ -144,7 +144,7 @@ def test_every_primary_must_keep_its_keys(cluster, key_values):
         cluster.client(port).config_set("maxmemory-policy", "noeviction")
 
 
-def test_a_primary_that_lost_its_keys_is_missed(cluster, key_values):
+def test_a_primary_that_lost_its_keys_is_noticed(cluster, key_values):
     model = Model()
     store = new_store(key_values, model)
     port = cluster.primary_of(key_values.tags[0])
@@ -163,7 +163,7 @@ def test_a_primary_that_lost_its_keys_is_missed(cluster, key_values):
     ):
         with pytest.raises(StoreError, match="states of weights 'v1' are gone"):
             use()
-    with pytest.raises(StateError, match=r"not built to the end|there are none"):
+    with pytest.raises(StateError, match=r"(incomplete|no) states of weights"):
         StateStore(key_values, "v1")
     drop(key_values, "v1")
     new_store(key_values, model)
@@ -195,8 +195,8 @@ def test_a_slot_moves_while_events_are_added(cluster, key_values):
 
 
 def test_a_primary_is_killed_while_events_are_added(cluster, key_values):
-    """What Redis answered and lost is lost whole, and comes back when it is sent again. The last test:
-    the cluster is one server short after it."""
+    """An event that Redis confirmed and lost is lost completely, and counts when it is sent again. This
+    test is last: it leaves the cluster one server short."""
     model, events = Model(), random_events(500, range(12))
     store = new_store(key_values, model)
     senders = [Sender(cluster.address, events[part::2], model) for part in (0, 1)]
@@ -208,6 +208,6 @@ def test_a_primary_is_killed_while_events_are_added(cluster, key_values):
     assert wait_until(lambda: len(list(key_values.scan(b"v"))) == len(key_values.tags), "no walk")
     store.check()
     again = append(store, events, model)
-    assert sum(map(bool, again)) < 20  # those that were answered and not yet with the replica
+    assert sum(map(bool, again)) < 20  # confirmed, but not yet on the replica
     assert_holds(store, model, events)
     assert append(store, events, model) == [False] * len(events)

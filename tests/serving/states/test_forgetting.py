@@ -1,4 +1,4 @@
-"""A user forgotten, and what a store no longer needs, whatever comes between, wherever it is killed."""
+"""Forgetting users, dropping and trimming, with concurrent changes and kills at any step."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ USERS = [ANNA, NUMBER, 3]
 
 
 def traces(user: int | str) -> list[bytes]:
-    """What of a user could be found in a store's bytes."""
+    """The bytes by which a user could be found in a store."""
     named = [str(user).encode()] if len(str(user)) > 6 else []
     return [user_key(user), user_prefix(user), *named]
 
@@ -90,7 +90,7 @@ def test_nothing_is_left_in_any_version_and_only_later_events_count(key_values, 
         assert_never_seen(key_values, store, user)
         for other in {*USERS} - {user}:
             assert_holds(store, model, [event for event in rest if event.user == other])
-        # sent again, at their positions or others, they do not count, and leave nothing
+        # sent again, at the same or other positions, the events do not count and leave nothing
         moved = Event(900, user, 3, gone.until)
         assert store.append([*mine, moved], model.encode_each) == [None] * (len(mine) + 1)
         assert_never_seen(key_values, store, user)
@@ -101,18 +101,18 @@ def test_nothing_is_left_in_any_version_and_only_later_events_count(key_values, 
     assert not forget(key_values, "nobody").anything
 
 
-def test_a_clock_that_is_ahead_does_not_keep_an_event(key_values):
+def test_a_clock_that_is_ahead_does_not_save_an_event_from_forgetting(key_values):
     model = Model()
     store = new_store(key_values, model)
     ahead = later_event(0, 1)
     store.append([ahead], model.encode_each)
     assert forget(key_values, 1).until == ahead.time
     assert store.append([ahead], model.encode_each) == [None]
-    assert forget(key_values, 1).until == ahead.time  # not earlier the second time
+    assert forget(key_values, 1).until == ahead.time  # the second time it is not earlier
 
 
 def test_a_version_that_is_built_later_does_not_count_them(key_values):
-    """By its log, half built already or not, and by the journal."""
+    """From its log, whether its build has begun or not, and from the journal."""
     model, events = Model(), random_events(60, [1, 2])
     old = new_store(key_values, model, "v1")
     half = StateStore.begin(key_values, "v2", StateLayout.of(model.ifa), 40)
@@ -120,7 +120,7 @@ def test_a_version_that_is_built_later_does_not_count_them(key_values):
     old.append(events, model.encode_each)
     forget(key_values, 1)
     drop(key_values, "v1")
-    write(half, model, events[:40])  # which read its log before
+    write(half, model, events[:40])  # the build read its log before
     half.finish()
     new = StateStore(key_values, "v2")
     for missed in new.missed():
@@ -144,9 +144,9 @@ def test_a_user_whose_events_were_left_out_is_written(key_values):
 
 def test_states_of_another_format_are_not_half_forgotten(key_values, monkeypatch):
     monkeypatch.setattr("ifa_torchrec.serving.states.store.FORMAT", "ifa-states/3")
-    with pytest.raises(StateError, match="format"):  # it is written, and cannot be read
+    with pytest.raises(StateError, match="format"):  # the header is written, but cannot be read back
         StateStore.begin(key_values, "v1", StateLayout.of(Model().ifa), 0)
-    with pytest.raises(StateError, match=r"of format 'ifa-states/3'.*drop them .*--drop v1"):
+    with pytest.raises(StateError, match=r"have format 'ifa-states/3'.*drop them .*--drop v1"):
         forget(key_values, 1)
     assert forgotten_until(key_values, [1]) == [None]
 
@@ -155,11 +155,11 @@ def test_states_of_another_format_are_not_half_forgotten(key_values, monkeypatch
 
 
 class Killed(BaseException):
-    """Stands for the end of a process."""
+    """Simulates the end of a process."""
 
 
 def steps(key_values: KeyValueStore, monkeypatch, at: int | None, act: Callable[[], None]) -> list[str]:
-    """Have ``act`` called before the ``at``-th call of the store, whose names are listed."""
+    """Call ``act`` before the ``at``-th call of the store; return the names of the calls."""
     called: list[str] = []
 
     def watched(name: str, method: Callable) -> Callable:
@@ -211,7 +211,7 @@ def test_killed_between_any_steps_all_or_nothing_is_forgotten(key_values, monkey
 
 
 @pytest.mark.parametrize("what", ["append", "append elsewhere", "build"])
-def test_what_comes_between_any_steps_is_forgotten_or_not_taken(key_values, monkeypatch, what):
+def test_an_event_between_any_steps_is_forgotten_or_not_taken(key_values, monkeypatch, what):
     model, events = Model(), random_events(40, [1, 2])
     others = [event for event in events if event.user == 2]
     step, done = 0, False
@@ -353,9 +353,9 @@ def test_a_store_that_others_have_open_is_not_compacted(tmp_path):
     assert held.wait(60)
     key_values = open_key_value_store(address)
     key_values.update([], lambda _: {b"a": b"1"})
-    with pytest.raises(StoreError, match="another process has it open; stop all that serve from it"):
+    with pytest.raises(StoreError, match="another process has it open; stop all services"):
         key_values.compact()
-    assert key_values.read([b"a"]) == [b"1"]  # it goes on
+    assert key_values.read([b"a"]) == [b"1"]  # it still works
     release.set()
     other.join()
     key_values.compact()
@@ -406,9 +406,11 @@ def test_old_events_leave_the_journal_once_every_version_has_them(key_values):
     second.append(events[5:8], model.encode_each)
     assert trim_journal(key_values, before=12 * DAY) == Trimmed(deleted=3, kept=0)
     for store, rest in ((first, events), (second, events[5:])):
-        assert not any(store.append(events, model.encode_each))  # as before, each counts once
+        assert not any(store.append(events, model.encode_each))  # still, each counts once
         assert_holds(store, model, rest)
-    with pytest.raises(StateError, match=r"before position 12 are gone.*before 11 alone.*--position 12"):
+    with pytest.raises(
+        StateError, match=r"no longer has .* before position 12, .*only those before 11, .*--position 12"
+    ):
         new_store(key_values, model, "v3", position=11)
     third = new_store(key_values, model, "v3", position=12)
     assert [event.position for some in third.missed() for event in some] == list(range(12, 20))
@@ -420,9 +422,9 @@ def test_each_partition_is_trimmed_by_itself(key_values):
     first = new_store(key_values, model, "v1", position={1: 2})
     first.append(events, model.encode_each)
     new_store(key_values, model, "v2", position={0: 5, 2: 1})
-    # before day 4: partition 0 whole, of the others what the second version has not had stays
+    # before day 4: all of partition 0; in the others, events that the second version lacks stay
     assert trim_journal(key_values, before=4 * DAY) == Trimmed(deleted=5, kept=5)
-    message = r"before position 1 of partition 2 are gone.*before 0 alone.*--position 1 or above there"
+    message = r"before position 1 of partition 2, .*only those before 0, .*--position 1 or higher"
     with pytest.raises(StateError, match=message):
         new_store(key_values, model, "v3", position={0: 4})
     new_store(key_values, model, "v3", position={0: 4, 2: 1})

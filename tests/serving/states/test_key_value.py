@@ -1,4 +1,4 @@
-"""Both stores: what is read is of one moment, what is updated is so whole."""
+"""Both stores: reads are snapshots, and updates are atomic."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_an_update_that_fails_writes_nothing(key_values):
     with pytest.raises(ZeroDivisionError):
         key_values.update([], lambda found: {b"a": bytes([1 // 0])})
     assert key_values.read([b"a"]) == [None]
-    key_values.update([], lambda found: {b"a": b"1"})  # and leaves nothing locked
+    key_values.update([], lambda found: {b"a": b"1"})  # nothing stays locked
     assert key_values.read([b"a"]) == [b"1"]
 
 
@@ -83,15 +83,15 @@ def test_two_processes_lose_no_update(address):
     store.close()
 
 
-def test_a_scan_beside_writes_gives_each_key_once_and_keeps_no_page(tmp_path):
-    """What is rewritten meanwhile takes the place of what it was, or the file would grow with each."""
+def test_a_scan_during_writes_returns_each_key_once_and_holds_no_pages(tmp_path):
+    """Rewritten records reuse freed pages during the scan; otherwise the file would grow with each."""
     store = open_key_value_store(str(tmp_path))
     keys = [b"k%05d" % n for n in range(5000)]
     store.update([], lambda found: dict.fromkeys(keys, b"x"))
     seen, file = [], tmp_path / "data.mdb"
     for n, key in enumerate(store.scan(b"k")):
         seen.append(key)
-        if n % 50 == 0:  # 100 times a quarter of a megabyte
+        if n % 50 == 0:  # a quarter of a megabyte, 100 times
             store.update(
                 [], lambda found, n=n: {b"a%02d" % i: bytes([n % 256]) * 4000 for i in range(64)}
             )
@@ -102,7 +102,7 @@ def test_a_scan_beside_writes_gives_each_key_once_and_keeps_no_page(tmp_path):
 
 def test_a_read_is_of_one_moment(key_values, address):
     done = Event()
-    # LMDB is opened once a process; its threads may share it
+    # a process may open an LMDB file only once; its threads share it
     other = open_key_value_store(address) if address.startswith("unix") else key_values
 
     def write() -> None:
@@ -160,8 +160,8 @@ def test_a_full_map_is_reported_and_leaves_what_was_there(tmp_path, monkeypatch)
     ("where", "message"),
     [
         ("redis://localhost:1/0", "no Redis responds"),
-        ("http://localhost/0", "a folder, or redis://"),
-        ("{file}", "no LMDB store can be opened"),
+        ("http://localhost/0", "a folder or redis://"),
+        ("{file}", "cannot open an LMDB store"),
     ],
 )
 def test_a_bad_address_is_named(where, message, tmp_path):
@@ -171,9 +171,9 @@ def test_a_bad_address_is_named(where, message, tmp_path):
         open_key_value_store(where.format(file=file))
 
 
-def test_a_store_that_is_not_there_is_not_made_where_it_is_to_be_read(tmp_path):
+def test_a_missing_store_is_not_created_for_reading(tmp_path):
     folder = tmp_path / "statse"
-    with pytest.raises(StateError, match="there is no store of states; build one"):
+    with pytest.raises(StateError, match="no store of states here; build one"):
         open_key_value_store(str(folder), create=False)
     assert not folder.exists()
     open_key_value_store(str(folder)).close()
@@ -184,7 +184,7 @@ def test_a_store_that_is_not_there_is_not_made_where_it_is_to_be_read(tmp_path):
 
 
 def in_a_process(work: Callable[[], object]) -> object:
-    """What some work returns, or its error as text, from a process of its own."""
+    """Run some work in a separate process; return its result, or its error as text."""
     ours, theirs = multiprocessing.Pipe()
 
     def run() -> None:
@@ -210,7 +210,7 @@ def read_all(path: Path) -> int:
     return len(keys)
 
 
-def test_a_file_that_was_cut_off_is_refused_and_ends_no_process(tmp_path):
+def test_a_truncated_file_is_refused_and_kills_no_process(tmp_path):
     store = open_key_value_store(str(tmp_path))
     values = {b"s%d" % n: bytes(100 if n % 2 else 5000) for n in range(300)}
     store.update([], lambda found: values)
@@ -222,11 +222,12 @@ def test_a_file_that_was_cut_off_is_refused_and_ends_no_process(tmp_path):
         file.write_bytes(whole[:size])
         refusal = in_a_process(lambda: read_all(tmp_path))
         assert refusal.startswith(f"StoreError: {tmp_path}: "), (size, refusal)
-        assert "not an LMDB file" in refusal or f"{size:,} bytes of {len(whole):,}: it was" in refusal
+        truncated = f"{size:,} bytes, expected {len(whole):,}; "
+        assert "not an LMDB file" in refusal or truncated in refusal
 
 
-def test_a_file_whose_last_pages_are_free_is_not_cut_off(tmp_path):
-    """LMDB does not write pages that a transaction took and gave back."""
+def test_a_file_whose_last_pages_are_free_is_not_truncated(tmp_path):
+    """LMDB does not write pages that a transaction allocated and freed again."""
     rng, count = random.Random(0), 0
     with lmdb.open(str(tmp_path), map_size=1 << 30) as environment:
         for _ in range(400):
@@ -258,14 +259,16 @@ def test_under_a_limit_of_address_space_the_map_is_smaller(tmp_path):
     assert size == min(_LARGEST_MAP, limit // 2 // resource.getpagesize() * resource.getpagesize())
     assert in_a_process(lambda: read_all(tmp_path)) == 1
     refusal = in_a_process(lambda: limited(1 << 20))
-    assert re.search(r"wants [\d,]+ bytes of address space .*ulimit -v.* raise the limit", refusal)
+    assert re.search(
+        r"needs at least [\d,]+ bytes of address space.* raise the limit .*ulimit -v", refusal
+    )
 
 
 def test_a_file_that_grew_beyond_the_map_says_so(tmp_path, monkeypatch):
     open_key_value_store(str(tmp_path)).close()
 
     def grow() -> None:
-        store.close()  # what the fork brought along
+        store.close()  # inherited by the fork
         other = open_key_value_store(str(tmp_path))
         other.update([], lambda found: {b"s1": bytes(4 << 20)})
 
@@ -273,7 +276,7 @@ def test_a_file_that_grew_beyond_the_map_says_so(tmp_path, monkeypatch):
         patch.setattr("ifa_torchrec.serving.states.lmdb_store._LARGEST_MAP", 1 << 20)
         store = open_key_value_store(str(tmp_path))
     assert in_a_process(grow) is None
-    with pytest.raises(StoreError, match=r"MDB_MAP_RESIZED.*mapped 1,048,576 bytes.*start it again"):
+    with pytest.raises(StoreError, match=r"MDB_MAP_RESIZED.*mapped 1,048,576 bytes.*restart"):
         store.read([b"s1"])
     store.close()
 
@@ -315,7 +318,7 @@ def test_a_server_on_which_config_is_forbidden_is_asked_by_info(redis_address):
     ],
 )
 def test_a_password_is_in_no_message(address):
-    with pytest.raises(StoreError, match=r"redis://localhost|no address|no Redis") as caught:
+    with pytest.raises(StoreError, match=r"redis://localhost|not a Redis address|no Redis") as caught:
         open_key_value_store(address)
     shown = "".join(traceback.format_exception_only(caught.value))
     assert "hush" not in shown and caught.value.__suppress_context__

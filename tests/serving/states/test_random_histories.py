@@ -1,4 +1,4 @@
-"""Random histories, built and appended to in random parts, against one encoding of the whole history."""
+"""Random histories, built and appended in random parts, against one encoding of the whole history."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ USERS = [1, 2, 3]
 
 
 def random_history(rng: random.Random) -> list[Event]:
-    """Events of some users, many of them at one instant, of few items or of all."""
+    """Events of some users, many at the same instant, of few items or of all."""
     count, days, most = rng.choice([60, 250]), rng.choice([5, 90, 700]), rng.choice([4, 20])
     times = sorted(rng.randrange(days) * DAY for _ in range(count))
     return [
@@ -31,7 +31,7 @@ def random_history(rng: random.Random) -> list[Event]:
 def assert_as_encoded(
     store: StateStore, model: Model, events: Sequence[Event], now: int, rng: random.Random
 ) -> None:
-    """What candidates of known, unknown and new ids see is what the whole history gives, row for row."""
+    """Candidates with known, unknown and new ids see the whole history's rows, row for row."""
     keys = [
         np.array([*rng.choices(model.every_key, k=rng.choice([1, 9, 60])), *[-1] * rng.choice([0, 2])])
         for _ in USERS
@@ -56,7 +56,7 @@ def near(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_a_state_in_parts_is_that_of_the_whole_history(tmp_path, monkeypatch, seed):
+def test_a_state_built_in_parts_equals_the_whole_historys(tmp_path, monkeypatch, seed):
     rng = random.Random(seed)
     monkeypatch.setattr(pages, "PAGE_ROWS", rng.choice([2, 5, 256]))  # so that pages are split
     config = dataclasses.replace(

@@ -1,9 +1,8 @@
-"""States in a store: what comes out is what one encoding of all events would give."""
+"""States in a store: they equal one encoding of all events."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import multiprocessing
 import os
@@ -34,6 +33,7 @@ from ifa_torchrec.serving.states import pages
 from ifa_torchrec.serving.states.dense import DenseCodec, Latest
 from ifa_torchrec.serving.states.layout import JOURNAL, Keys, Place, journal_key, user_key
 from ifa_torchrec.serving.states.pages import RowCodec, Rows
+from ifa_torchrec.serving.states.versions import pack_header
 
 DAY = 86_400_000_000
 CONFIG = IFAConfig(
@@ -54,7 +54,7 @@ TOKENS = torch.randn(NUM_ITEMS, 8, generator=generator)
 
 
 class Model:
-    """A module and the tokens of its items: what encodes events."""
+    """Encodes events: a module and the tokens of its items."""
 
     def __init__(self, config: IFAConfig = CONFIG) -> None:
         with torch.random.fork_rng():
@@ -115,7 +115,7 @@ def read(store: StateStore, model: Model, users: Sequence[int], now: int) -> Use
 def assert_holds(
     store: StateStore, model: Model, events: Sequence[Event], rtol: float = 1e-5, now: int = 100 * DAY
 ) -> None:
-    """The store's states are those that the events give, encoded together."""
+    """Check that the store's states equal one encoding of all events."""
     users = sorted({event.user for event in events})
     expected = model.encode([[e for e in events if e.user == u] for u in users], [now] * len(users))
     actual = read(store, model, users, now)
@@ -154,7 +154,7 @@ def test_appended_states_are_those_of_all_events_in_any_order(key_values, config
     assert_holds(store, model, events)
 
 
-def test_users_that_are_strings_and_integers_never_meet(key_values):
+def test_string_and_integer_users_never_collide(key_values):
     users = [7, "7", -7, "seven", 2**63 - 1, -(2**63)]
     model, events = Model(), random_events(120, users=users)
     store = new_store(key_values, model)
@@ -167,7 +167,7 @@ def test_users_that_are_strings_and_integers_never_meet(key_values):
 
 
 def test_the_journal_gives_events_back_as_they_were(key_values):
-    """What was taken by one version is missed by the next, with all that it has."""
+    """The next version misses events that one version took, and gets them in full."""
     model = Model()
     events = [
         Event(0, "anna", 3, 5, {"action": "buy", "shop": -4}, {"amount": 2.5, "dwell": None}, 0.1),
@@ -220,8 +220,8 @@ def test_positions_in_the_log_are_in_the_states(key_values):
     assert_holds(store, model, events[10:])
 
 
-def test_of_each_partition_the_log_has_what_is_before_its_position(key_values):
-    """Where the log ended in one partition says nothing of another, however early its event."""
+def test_the_log_has_each_partitions_events_before_its_position(key_values):
+    """The log's end in one partition implies nothing for another, however early its event."""
     model = Model()
     store = new_store(key_values, model, position={0: 10, 2: 3})
     events = [
@@ -242,7 +242,7 @@ def test_of_each_partition_the_log_has_what_is_before_its_position(key_values):
         StateStore.begin(key_values, "v2", layout, 10)
 
 
-def test_a_consumer_goes_on_where_the_states_are(key_values):
+def test_a_consumer_resumes_where_the_states_are(key_values):
     model = Model()
     store = new_store(key_values, model, position={0: 7, 2: 9000})
     assert store.stream_positions([2, 0, 1]) == {2: 9000, 0: 7, 1: 0}
@@ -256,11 +256,11 @@ def test_a_consumer_goes_on_where_the_states_are(key_values):
     assert other.stream_positions([0, 1]) == {0: 0, 1: 0}
     drop(key_values, "v1")
     assert new_store(key_values, model).stream_positions([0, 1]) == {0: 0, 1: 0}
-    with pytest.raises(StoreError, match="built anew since"):
+    with pytest.raises(StoreError, match="rebuilt since"):
         store.set_stream_positions({0: 21})
 
 
-def test_a_consumer_passes_over_whole_blocks_that_came_by_another_way(key_values):
+def test_a_consumer_skips_complete_blocks_that_came_by_another_route(key_values):
     model = Model(DENSE)
     store = new_store(key_values, model, position={1: 4090})
     events = [Event(position, 7, 1, position, partition=1) for position in range(4090, 4100)]
@@ -283,7 +283,7 @@ def test_two_writers_lose_no_update(address):
     key_values = open_key_value_store(address)
     new_store(key_values, model)
     key_values.close()
-    # the even and the odd positions, so that each writer is behind the other all the time
+    # even and odd positions, so that the writers conflict all the time
     writers = [
         fork.Process(target=append_all, args=(address, events[part::2], model, 3)) for part in (0, 1)
     ]
@@ -303,7 +303,9 @@ def test_killed_at_any_moment_nothing_is_lost_and_nothing_counts_twice(address):
     new_store(key_values, model)
     key_values.close()
     rng, kills = random.Random(0), 0
-    while True:  # each start replays the stream from its beginning, as a consumer without a memory
+    while (
+        True
+    ):  # each start replays the stream from the beginning, like a consumer that records no position
         writer = fork.Process(target=append_all, args=(address, events, model, 2))
         reader = fork.Process(target=append_all, args=(address, events[::-1], model, 5))
         writer.start()
@@ -325,10 +327,10 @@ def test_killed_at_any_moment_nothing_is_lost_and_nothing_counts_twice(address):
 
 def test_states_of_other_weights_are_refused(key_values):
     model = Model()
-    with pytest.raises(StateError, match=r"'v1': there are none; build them .* has those of no weights"):
+    with pytest.raises(StateError, match=r": no states of weights 'v1' here; .* versions: none"):
         StateStore(key_values, "v1")
     new_store(key_values, model, "v1")
-    with pytest.raises(StateError, match=r"'v2': there are none.*\['v1'\]"):
+    with pytest.raises(StateError, match=r": no states of weights 'v2' here; .*\['v1'\]"):
         StateStore(key_values, "v2")
     assert list(versions(key_values)) == ["v1"]
 
@@ -339,15 +341,15 @@ def test_a_record_of_other_weights_in_their_place_is_refused(key_values):
     one.append(events, model.encode_each)
     (record,) = key_values.read([Keys("v1").head(1)])
     key_values.update([], lambda found: {Keys("v2").head(1): record})
-    with pytest.raises(StoreError, match=r"record of user 1 .* is damaged, or of another building"):
+    with pytest.raises(StoreError, match=r"record of user 1 .* is damaged or from another build"):
         read(other, model, [1], 100 * DAY)
 
 
-def test_half_built_states_are_refused_and_going_on_must_be_the_same(key_values):
+def test_incomplete_states_are_refused_and_resuming_needs_the_same_options(key_values):
     model = Model()
     layout = StateLayout.of(model.ifa)
     StateStore.begin(key_values, "v1", layout, 5, "log until June")
-    with pytest.raises(StateError, match="not built to the end"):
+    with pytest.raises(StateError, match="incomplete states of weights"):
         StateStore(key_values, "v1")
     for other in (
         (StateLayout.of(model.ifa, "float16"), 5, "log until June"),
@@ -357,11 +359,11 @@ def test_half_built_states_are_refused_and_going_on_must_be_the_same(key_values)
         with pytest.raises(StateError, match=r"begun with another (layout|positions|source);"):
             StateStore.begin(key_values, "v1", *other)
     StateStore.begin(key_values, "v1", layout, 5, "log until June").finish()
-    with pytest.raises(StateError, match="are built"):
+    with pytest.raises(StateError, match="are already built"):
         StateStore.begin(key_values, "v1", layout, 5, "log until June")
 
 
-def test_a_layout_says_which_gates_made_the_states(key_values):
+def test_a_layout_records_the_gates(key_values):
     def layout_of(**gates: int) -> StateLayout:
         return StateLayout.of(Model(dataclasses.replace(CONFIG, gates=gates)).ifa)
 
@@ -373,7 +375,7 @@ def test_a_layout_says_which_gates_made_the_states(key_values):
     StateStore.begin(key_values, "v1", layout, 5).finish()
     found = StateStore(key_values, "v1").layout
     assert found == layout and found not in others
-    assert "gates={'action': 5}" in str(found)  # as a scorer of another model says
+    assert "gates={'action': 5}" in str(found)  # as in the scorer's message
 
 
 def test_an_unknown_user_is_refused_unless_new(key_values):
@@ -387,7 +389,7 @@ def test_an_unknown_user_is_refused_unless_new(key_values):
     assert state.identity_offsets.tolist() == [0, 0]
 
 
-def test_a_time_too_early_is_answered_as_of_a_later_one_or_refused(key_values):
+def test_a_time_too_early_is_read_as_of_a_later_one_or_refused(key_values):
     model = Model()
     store = new_store(key_values, model)
     events = [Event(n, 1, n, time * DAY) for n, time in enumerate((9, 10, 11))]
@@ -408,8 +410,8 @@ def test_a_time_too_early_is_answered_as_of_a_later_one_or_refused(key_values):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("built", [0, 25, 40])
 def test_a_request_sees_the_events_strictly_before_it_ties_or_not(tmp_path, config, dtype, built):
-    """As training does. Times are few, so that most are of several events; the first ``built`` events
-    in time are written by a build, the others appended, in any order and number at once."""
+    """As in training. There are few distinct times, so that most have several events. A build writes the
+    first ``built`` events in time; the others are appended in any order and batch size."""
     model, rng, users = Model(config), random.Random(built), [1, 2]
     events = [Event(n, rng.choice(users), rng.randrange(NUM_ITEMS), rng.randrange(8)) for n in range(60)]
     events = [dataclasses.replace(event, time=event.time * 5 * DAY) for event in events]
@@ -439,7 +441,7 @@ def test_a_request_sees_the_events_strictly_before_it_ties_or_not(tmp_path, conf
                 )
         for (user, now), at in zip(asked, as_of.tolist(), strict=True):
             times = sorted({event.time for event in histories[user]})
-            if now != at:  # only what is before the last time but one
+            if now != at:  # only for times before the last time but one
                 assert now <= times[-2] == at - 1
             elif len(times) > 1:
                 assert now > times[-2]
@@ -470,7 +472,7 @@ def test_the_journal_brings_a_later_version_up_to_date(key_values):
     old = new_store(key_values, model, "v1")
     for first in range(0, 3000, 500):
         old.append(events[first : first + 500], model.encode_each)
-    # of a log that has the first 1,000; and 500 more have come to it while it was being loaded
+    # from a log with the first 1,000 events; 500 more arrived while it was being loaded
     new = new_store(key_values, model, "v2", position=1000)
     new.append(events[1500:2000], model.encode_each)
     for missed in new.missed():
@@ -480,14 +482,14 @@ def test_the_journal_brings_a_later_version_up_to_date(key_values):
     assert_holds(old, model, events)
 
 
-def test_drop_deletes_one_version_and_what_no_other_wants(key_values):
+def test_drop_deletes_one_version_and_events_that_no_other_needs(key_values):
     model, events = Model(), random_events(50, users=[1, 2])
     old, new = new_store(key_values, model, "v1"), new_store(key_values, model, "v2", position=20)
     for store in (old, new):
         store.append(events, model.encode_each)
     drop(key_values, "v1")
     assert list(versions(key_values)) == ["v2"]
-    with pytest.raises(StateError, match="none"):
+    with pytest.raises(StateError, match="no states of weights"):
         StateStore(key_values, "v1")
     assert_holds(StateStore(key_values, "v2"), model, events[20:])
     assert len(list(key_values.scan(JOURNAL))) == 30
@@ -501,16 +503,17 @@ def test_a_bucket_of_one_value_stores_it_once(key_values):
     model = Model()
     store = new_store(key_values, model)
     store.append([Event(n, 1, 3, n * DAY) for n in range(9)], model.encode_each)
-    (once,) = key_values.read([Keys("v1").page(1, 0)])
-    store.append([Event(9, 1, 3 + 7, 9 * DAY)], model.encode_each)  # falls into the same bucket
-    (each,) = key_values.read([Keys("v1").page(1, 0)])
+    page = Keys("v1").pages(1, np.zeros(1, np.int64))
+    (once,) = key_values.read(page)
+    store.append([Event(9, 1, 3 + 7, 9 * DAY)], model.encode_each)  # same bucket
+    (each,) = key_values.read(page)
     rows_and_means = [struct.unpack_from("<II", page) for page in (once, each)]
-    assert rows_and_means == [(1, 1), (2, 3 + 1)]  # with that of the second one's category
+    assert rows_and_means == [(1, 1), (2, 3 + 1)]  # including the mean of the second event's category
 
 
 @both_configs
-def test_users_read_together_are_those_read_alone(key_values, monkeypatch, config):
-    """None has the row of another, whose keys stand beside theirs."""
+def test_users_read_together_equal_those_read_separately(key_values, monkeypatch, config):
+    """No user gets another's row, although their keys are adjacent."""
     monkeypatch.setattr(pages, "PAGE_ROWS", 3)
     model, users = Model(config), [5, 2, 9, 5, 8, 2]  # 8 has no event
     store = new_store(key_values, model)
@@ -527,10 +530,8 @@ def test_users_read_together_are_those_read_alone(key_values, monkeypatch, confi
 
 
 @both_configs
-def test_users_whose_events_come_together_have_the_records_that_each_has_alone(
-    tmp_path, monkeypatch, config
-):
-    """Some are new, some have events of their last time, before it or after it, or of all three."""
+def test_events_added_together_make_the_same_records_as_separately(tmp_path, monkeypatch, config):
+    """Some users are new; others have events at, before or after their last time, or all three."""
     monkeypatch.setattr(pages, "PAGE_ROWS", 3)
     model, rng = Model(config), random.Random(1)
     events = [
@@ -548,17 +549,17 @@ def test_users_whose_events_come_together_have_the_records_that_each_has_alone(
                 assert all(store.append(added, model.encode_each))
         key_values = store.key_values
         mine = [key for kind in (b"s", b"u", b"i") for key in key_values.scan(kind)]
-        # without the checksums, which hold the mark of the building
+        # without the checksums, which depend on the build's mark
         of_whom.append({k: v[:-4] for k, v in zip(mine, key_values.read(mine), strict=True) if v})
     together, alone = of_whom
     assert together == alone
-    assert len(together) >= 10  # a head and what was before it, of each user
+    assert len(together) >= 10  # a head and a record u of each user
 
 
 @pytest.mark.parametrize("built", [0, 300])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_rows_of_many_keys_lie_in_several_pages(key_values, monkeypatch, dtype, built):
-    """An event writes those of its own keys, and a request reads those of the keys asked for."""
+    """An event writes the pages of its own keys, and a request reads those of its candidates' keys."""
     monkeypatch.setattr(pages, "PAGE_ROWS", 8)
     model = Model(dataclasses.replace(COUNTS, identity_buckets=2**33))
     rng = random.Random(0)
@@ -571,7 +572,7 @@ def test_rows_of_many_keys_lie_in_several_pages(key_values, monkeypatch, dtype, 
         store.append(events[first : first + 7], model.encode_each)
     mine = list(key_values.scan(b"i" + Keys("v1").id))
     assert len(mine) >= 3
-    keys = np.array([-1, 1, 5, 19, 20, 2**33, 2**33 + 2, 2**33 + 3])  # -1 as of an unknown id
+    keys = np.array([-1, 1, 5, 19, 20, 2**33, 2**33 + 2, 2**33 + 3])  # -1: an unknown id
     state, _ = store.read([1], [100 * DAY], [keys])
     expected = model.encode([events], [100 * DAY])
     assert state.identity_key.tolist() == [1, 5, 19, 2**33 + 2]
@@ -600,7 +601,7 @@ def test_float16_states_are_half_the_size_and_as_near_as_stated(key_values):
 
 
 def test_float16_does_not_swallow_small_steps(key_values):
-    """After many events each new one moves a mean by less than float16 can show."""
+    """After many events each new one moves a mean by less than float16's precision."""
     model = Model(dataclasses.replace(DENSE, half_lives=None))
     same = [Event(n, 1, 0, 0) for n in range(4000)]
     others = [Event(4000 + n, 1, 1, 0) for n in range(4000)]
@@ -619,7 +620,7 @@ def test_a_mean_beyond_float16_is_refused(key_values):
     with torch.no_grad():
         model.ifa.value_proj.weight.mul_(1e6)
     store = new_store(key_values, model, dtype="float16")
-    with pytest.raises(StateError, match=r"beyond float16; build with --dtype float32"):
+    with pytest.raises(StateError, match=r"beyond float16; build states with --dtype float32"):
         store.append([Event(0, 1, 2, 0)], model.encode_each)
     assert not store.known([1]).any()
 
@@ -644,7 +645,7 @@ def test_sums_beyond_float32_are_packed_by_neither_codec():
 
 
 def test_an_unknown_dtype_is_refused():
-    with pytest.raises(StateError, match="float32 or float16, not 'int8'"):
+    with pytest.raises(StateError, match="'float32' or 'float16', got 'int8'"):
         StateLayout.of(Model().ifa, "int8")
 
 
@@ -652,7 +653,7 @@ def test_an_unknown_dtype_is_refused():
 
 
 def records(key_values, store: StateStore) -> dict[str, bytes]:
-    """A record of each kind that user 1 has, by what it is."""
+    """The key of one record of each kind, for user 1, by kind."""
     kinds = {"head": b"s", "before": b"u", "page": b"i"}
     keys = Keys(store.version)
     found = {what: next(key_values.scan(kind + keys.id)) for what, kind in kinds.items()}
@@ -661,14 +662,14 @@ def records(key_values, store: StateStore) -> dict[str, bytes]:
 
 
 def use(store: StateStore, model: Model) -> None:
-    """Read and append whatever user 1 has."""
+    """Read and change every record of user 1."""
     store.read([1], [100 * DAY], [model.every_key])
     store.read([1], [0], [model.every_key])
     store.append([Event(0, 1, 3, 5 * DAY), Event(99, 1, 3, 5 * DAY)], model.encode_each)
 
 
 @pytest.mark.parametrize("what", ["head", "before", "page", "positions", "journal", "header"])
-def test_a_flipped_bit_is_seen_and_the_store_named(tmp_path, what):
+def test_a_flipped_bit_is_detected_and_the_store_named(tmp_path, what):
     model, key_values = Model(), open_key_value_store(str(tmp_path))
     store = new_store(key_values, model)
     store.append([Event(0, 1, 3, 5 * DAY)], model.encode_each)
@@ -692,12 +693,12 @@ def test_a_flipped_bit_is_seen_and_the_store_named(tmp_path, what):
 
 
 @pytest.mark.parametrize("what", ["head", "before", "page"])
-def test_a_part_of_a_state_that_is_gone_is_missed(key_values, what):
+def test_a_missing_part_of_a_state_is_detected(key_values, what):
     model = Model()
     store = new_store(key_values, model)
     store.append([Event(n, 1, n, n * DAY) for n in range(5)], model.encode_each)
     key_values.delete([records(key_values, store)[what]])
-    lost = pytest.raises(StoreError, match=r"part of the state of user 1 is gone.* --drop v1")
+    lost = pytest.raises(StoreError, match=r"part of the state of user 1 is missing.* --drop v1")
     for new_user in (False, True):
         with lost:
             store.read([1], [0], [model.every_key], [new_user])
@@ -705,7 +706,7 @@ def test_a_part_of_a_state_that_is_gone_is_missed(key_values, what):
         store.append([Event(9, 1, 1, 9 * DAY)], model.encode_each)
 
 
-def test_a_head_that_is_gone_is_missed_where_there_are_no_rows(key_values):
+def test_a_missing_head_is_detected_without_rows(key_values):
     model = Model(DENSE)
     store = new_store(key_values, model)
     store.append([Event(0, 1, 3, 0)], model.encode_each)
@@ -714,7 +715,7 @@ def test_a_head_that_is_gone_is_missed_where_there_are_no_rows(key_values):
         lambda: store.read([1], [DAY], new_users=[True]),
         lambda: store.append([Event(1, 1, 3, 0)], model.encode_each),
     ):
-        with pytest.raises(StoreError, match="part of the state of user 1 is gone"):
+        with pytest.raises(StoreError, match="part of the state of user 1 is missing"):
             use_it()
 
 
@@ -739,8 +740,8 @@ def test_a_store_that_lost_its_keys_is_refused_and_takes_no_event(key_values):
     assert list(key_values.scan(b"")) == []
 
 
-def test_states_that_were_built_anew_are_refused_until_they_are_opened_anew(key_values):
-    """And lack no event then, since the journal has them, while there is another version."""
+def test_rebuilt_states_are_refused_until_they_are_reopened(key_values):
+    """Reopened states lack no event, since the journal keeps them while another version exists."""
     model, events = Model(), random_events(20, users=[1, 2])
     store = new_store(key_values, model)
     new_store(key_values, model, "v2")
@@ -748,10 +749,14 @@ def test_states_that_were_built_anew_are_refused_until_they_are_opened_anew(key_
     drop(key_values, "v1")
     refuses(store, model, "are gone")
     building = StateStore.begin(key_values, "v1", StateLayout.of(model.ifa), 0)
-    refuses(store, model, r"built anew since this process opened them; start it again, or send it SIG")
+    refuses(
+        store,
+        model,
+        r"rebuilt since this process opened them; .* restart the service or send it SIGHUP",
+    )
     write(building, model, [dataclasses.replace(event, user=7) for event in events])
     building.finish()
-    refuses(store, model, "built anew")
+    refuses(store, model, "dropped and rebuilt")
     store = StateStore(key_values, "v1")
     assert store.known([1, 7]).tolist() == [False, True]
     for missed in store.missed():
@@ -759,7 +764,7 @@ def test_states_that_were_built_anew_are_refused_until_they_are_opened_anew(key_
     assert_holds(store, model, events)
 
 
-def test_what_an_ended_drop_leaves_is_not_built_upon(key_values, monkeypatch):
+def test_nothing_is_built_on_the_remains_of_an_interrupted_drop(key_values, monkeypatch):
     model = Model()
     store = new_store(key_values, model)
     store.append([Event(0, 1, 2, 0)], model.encode_each)
@@ -772,14 +777,14 @@ def test_what_an_ended_drop_leaves_is_not_built_upon(key_values, monkeypatch):
         lambda: StateStore(key_values, "v1"),
         lambda: StateStore.begin(key_values, "v1", StateLayout.of(model.ifa), 0),
     ):
-        with pytest.raises(StateError, match=r"half dropped; drop them to the end .*--drop v1"):
+        with pytest.raises(StateError, match=r"half dropped; finish dropping them .*--drop v1"):
             opened()
     drop(key_values, "v1")
     assert list(key_values.scan(b"s")) == []
     assert not new_store(key_values, model).known([1]).any()
 
 
-def test_of_ranks_that_begin_together_all_have_the_same_mark(key_values):
+def test_ranks_that_begin_together_share_one_mark(key_values):
     model = Model()
     layout = StateLayout.of(model.ifa)
     one, other = (StateStore.begin(key_values, "v1", layout, 0) for _ in range(2))
@@ -789,19 +794,17 @@ def test_of_ranks_that_begin_together_all_have_the_same_mark(key_values):
     assert StateStore(key_values, "v1").known([0, 1]).all()
 
 
-def test_a_store_of_an_older_format_says_what_to_do(key_values):
+def test_a_store_of_another_format_says_what_to_do(key_values):
     model = Model()
     new_store(key_values, model)
     key = Keys("v1").header()
     old = {"format": "ifa-states/1", "version": "v1", "complete": True, "position": 0}
-    key_values.update([], lambda _: {key: json.dumps(old).encode()})
+    key_values.update([], lambda _: {key: pack_header(old)})
     for opened in (
         lambda: StateStore(key_values, "v1"),
         lambda: StateStore.begin(key_values, "v1", StateLayout.of(model.ifa), 0),
     ):
-        with pytest.raises(
-            StateError, match=r"'ifa-states/1', .*drop them .*--drop v1.* build them anew"
-        ):
+        with pytest.raises(StateError, match=r"'ifa-states/1', .*drop them .*--drop v1.* rebuild them"):
             opened()
     drop(key_values, "v1")
     new_store(key_values, model)
@@ -811,35 +814,35 @@ def test_a_store_of_an_older_format_says_what_to_do(key_values):
 
 
 @pytest.mark.parametrize("field", ["user", "item", "time"])
-def test_a_position_that_comes_again_with_another_event_is_refused(key_values, field):
+def test_a_position_that_arrives_again_with_another_event_is_refused(key_values, field):
     model = Model()
     store = new_store(key_values, model)
     first = Event(3, 1, 2, DAY)
     other = dataclasses.replace(first, **{field: 7})
     store.append([first], model.encode_each)
-    message = r"position 3 is of user 1, item 2 at 1970-01-02.* again with user . item ."
+    message = r"position 3 already holds user 1, item 2 at 1970-01-02.* again with user . item ."
     message = message.replace("user .", f"user {other.user},").replace("item .", f"item {other.item} at")
     for events in ([Event(4, 5, 2, 0), other], [Event(4, 5, 2, 0), first, other]):
         with pytest.raises(StateError, match=message):
             store.append(events, model.encode_each)
     assert not store.known([5, 7]).any()
-    with pytest.raises(StateError, match=r"position 9 is of user 1"):  # in one call
+    with pytest.raises(StateError, match=r"position 9 already holds user 1"):  # in one call
         store.append([dataclasses.replace(e, position=9) for e in (first, other)], model.encode_each)
-    # to states that have not had the position the journal knows it as well
+    # the journal also knows the position for states that have not had it
     later = new_store(key_values, model, "v2", position=4)
     with pytest.raises(StateError, match=message):
         later.append([other], model.encode_each)
     assert later.append([first], model.encode_each) == [False]
 
 
-def test_an_event_that_the_log_cannot_have_is_no_duplicate(key_values):
-    """As those of a lower partition, where the position is another partition's."""
+def test_an_event_that_the_log_cannot_have_is_not_a_duplicate(key_values):
+    """For example an event of another partition, if --position named only one."""
     model = Model()
     layout = StateLayout.of(model.ifa)
     StateStore.begin(key_values, "v1", layout, 2**40 + 5, latest=10 * DAY).finish()
     store = StateStore(key_values, "v1")
     assert store.append([Event(2**40 + 4, 1, 2, 10 * DAY)], model.encode_each) == [False]
-    with pytest.raises(StateError, match=r"position 17 is before 1099511627781.*several partitions"):
+    with pytest.raises(StateError, match=r"position 17 is before 1099511627781, .*several partitions"):
         store.append([Event(17, 1, 2, 10 * DAY + 1)], model.encode_each)
     assert store.append([Event(2**40 + 5, 1, 2, 10 * DAY + 1)], model.encode_each) == [True]
     StateStore.begin(key_values, "v3", layout, {3: 5}, latest=10 * DAY).finish()
