@@ -116,16 +116,18 @@ class CandidateSetEncoder(nn.Module):
         """(Re)initialise all parameters; call after ``to_empty``."""
         reset_all(self)
 
-    def forward(self, candidates: JaggedTensor) -> JaggedTensor:
+    def forward(self, candidates: JaggedTensor, context: JaggedTensor | None = None) -> JaggedTensor:
         """
         Args:
             candidates: tokens [M, D] of B requests.
+            context: tokens that the candidates attend to, of the same requests; None for the candidates
+                themselves.
 
         Returns:
             JaggedTensor with the candidates' offsets and values [M, D], what each candidate finds in its
             set; to be used with the tokens, not instead of them.
         """
-        return self.attention(candidates, candidates)
+        return self.attention(candidates, candidates if context is None else context)
 
 
 class Related(NamedTuple):

@@ -84,6 +84,13 @@ class TestEncoder:
         few = encoder(jagged(tokens.values()[10_000:], [3])).values()
         torch.testing.assert_close(out[10_000:], few, rtol=1e-4, atol=1e-4)
 
+    def test_context_is_what_is_seen(self, attention: str) -> None:
+        encoder, tokens = make_encoder(attention), make_tokens()
+        itself = encoder(tokens, context=tokens).values()
+        assert torch.equal(itself, encoder(tokens).values())
+        nothing = encoder(tokens, context=make_tokens([0] * 4)).values()
+        torch.testing.assert_close(nothing, nothing[:1].expand_as(nothing))
+
 
 @pytest.mark.parametrize("masses", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
@@ -475,7 +482,7 @@ def test_an_encoder_that_learnt_from_accepted_items_generates_better_sets(attent
     def score(simulated: Simulated, taken: torch.Tensor) -> torch.Tensor:
         tokens = simulated.tokens
         sizes = taken.view(-1, SET_SIZE).sum(1).tolist()
-        found = encoder.attention(tokens, jagged(tokens.values()[taken], sizes)).values()
+        found = encoder(tokens, context=jagged(tokens.values()[taken], sizes)).values()
         return head(torch.cat([tokens.values(), found], dim=1))[:, 0]
 
     optimizer = torch.optim.Adam([*encoder.parameters(), *head.parameters()], lr=0.01)
