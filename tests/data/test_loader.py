@@ -128,10 +128,11 @@ _WORKERS = """
 
     if __name__ == "__main__":
         torch.set_num_threads(2)
-        torch.ones(1 << 20).sin().sum()  # from here on OpenMP has threads dataset =
-        RankingDataset(EventLog(sys.argv[1]), "train") sampler = EventBudgetSampler(dataset.histories,
-        max_events=200, max_requests=8) wanted = [batch.history_age.tolist() for batch in
-        make_loader(dataset, sampler)] for start in sys.argv[2:]:
+        torch.ones(1 << 20).sin().sum()  # from here on OpenMP has threads
+        dataset = RankingDataset(EventLog(sys.argv[1]), "train")
+        sampler = EventBudgetSampler(dataset.histories, max_events=200, max_requests=8)
+        wanted = [batch.history_age.tolist() for batch in make_loader(dataset, sampler)]
+        for start in sys.argv[2:]:
             batches = DataLoader(
                 dataset, sampler=sampler, batch_size=None, num_workers=1, multiprocessing_context=start
             )
