@@ -157,7 +157,7 @@ def test_times_of_another_unit_are_refused_and_leave_the_state_as_it_was(run, tm
     now = time.time_ns() // 1000
     before = scorer.score([RankingRequest(1, [1, 2, 3], now)])[0]
     for event in (Event(0, 1, 2, now * 1000), Event(0, 1, 2, now + 600_000_000)):
-        cause = r"here; .*nanoseconds\?" if event.time > 2 * now else "here$"
+        cause = r"clock; .*nanoseconds\?" if event.time > 2 * now else "clock$"
         (result,) = scorer.append([event])
         assert result.status == "refused"
         assert re.search(rf"time {event.time} is .* 60 sec.* {cause}", result.reason)
