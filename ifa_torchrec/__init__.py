@@ -30,6 +30,8 @@ _FROM = {
     "generate_set": "modules",
 }
 
+_PARTS = ("data", "distributed", "models", "modules", "ops", "serving", "training")
+
 __all__ = [
     "DLRM_IFA",
     "CandidateSetEncoder",
@@ -46,6 +48,8 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     # imported on first use: torch and torchrec take seconds to import, and ``ifa --help`` needs neither
+    if name in _PARTS:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _FROM:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_FROM[name]}"), name)
@@ -54,4 +58,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, *_PARTS]

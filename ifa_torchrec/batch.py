@@ -44,7 +44,7 @@ class Scale:
             )
 
 
-@dataclass
+@dataclass(eq=False)
 class RankingFeatures(Pipelineable):
     """B ranking requests with M candidates and N history events in all.
 
@@ -139,7 +139,7 @@ class RankingFeatures(Pipelineable):
         return [(name, value) for name, value in fields if value is not None]
 
 
-@dataclass
+@dataclass(eq=False)
 class RankingBatch(RankingFeatures):
     """RankingFeatures with labels and exposure: what the loader yields and DLRM_IFATrain takes.
 

@@ -89,7 +89,9 @@ def test_the_sdist_has_the_kernels_sources(built):
 
 def test_the_wheel_works_from_an_empty_folder(python, tmp_path):
     script = """
-import torch, ifa_torchrec, torchx_components
+import ifa_torchrec
+assert ifa_torchrec.ops.encode and ifa_torchrec.data  # without a further import
+import torch, torchx_components
 from importlib.metadata import entry_points
 from torchrec.sparse.jagged_tensor import JaggedTensor
 

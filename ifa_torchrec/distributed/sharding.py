@@ -197,10 +197,7 @@ def shard(
             plan=plan,
             sharders=sharders(sharding.exchange, device.type),
         )
-    # TorchRec gives all ranks rank 0's dense parameters, but not its buffers, e.g. a random hash
-    for name, buffer in sharded.named_buffers():
-        if name in buffers:
-            dist.broadcast(buffer, src=0)
+    _broadcast_buffers(sharded, buffers)
     dense = dict(in_backward_optimizer_filter(sharded.named_parameters()))
     matrices = [p for p in dense.values() if p.dim() > 1]
     vectors = [p for p in dense.values() if p.dim() <= 1]
@@ -224,6 +221,13 @@ def shard(
             dense_optimizer, GradientClipping.NORM, optimizers.clip_norm
         )
     return sharded, CombinedOptimizer([sharded.fused_optimizer, ("dense", dense_optimizer)])
+
+
+def _broadcast_buffers(sharded: nn.Module, names: set[str]) -> None:
+    """Give all ranks rank 0's buffers, e.g. a random hash; TorchRec does this only for parameters."""
+    for name, buffer in sharded.named_buffers():
+        if name in names:
+            dist.broadcast(buffer, src=0)
 
 
 def _dense_buffers(model: nn.Module) -> set[str]:

@@ -174,15 +174,19 @@ class CandidateSetLoss(nn.Module):
             A scalar, float32; float64 for float64 logits.
 
         Raises:
-            ValueError: shapes do not fit each other or the tasks, or exposed_logits is missing for the
-                consistency term.
+            ValueError: shapes do not fit each other or the tasks, exposed is not bool, or
+                exposed_logits is missing for the consistency term.
         """
+        if logits.dim() != 2:
+            raise ValueError(f"logits must be [M, T], got {list(logits.shape)}")
         for name, value, wanted in (
             ("labels", labels, logits.shape),
             ("exposed", exposed, logits.shape[:1]),
         ):
             if value.shape != wanted:
                 raise ValueError(f"{name} must be {list(wanted)}, got {list(value.shape)}")
+        if exposed.dtype != torch.bool:
+            raise ValueError(f"exposed must be bool, got {exposed.dtype}")
         dtype = torch.promote_types(logits.dtype, torch.float32)
         logits, labels = logits.to(dtype), labels.to(dtype)
         check_offsets("offsets", offsets, len(logits))

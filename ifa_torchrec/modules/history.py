@@ -47,6 +47,8 @@ class History:
         tokens: JaggedTensor, ages: Tensor | None, ids: Tensor | None, gates: Tensor | None
     ) -> History:
         """From the arguments of ``SequenceInteraction.forward``."""
+        if ages is not None and not ages.is_floating_point():
+            ages = ages.to(torch.float32)  # whole days or seconds
         return History(tokens.values(), tokens.offsets(), tokens.weights_or_none(), ages, ids, gates)
 
     def __len__(self) -> int:

@@ -13,6 +13,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from ifa_torchrec import ops
 from ifa_torchrec.modules.base import SequenceInteraction
+from ifa_torchrec.modules.checks import check_tokens
 from ifa_torchrec.modules.config import FORGOTTEN, IFAConfig
 from ifa_torchrec.modules.gates import EventGates
 from ifa_torchrec.modules.history import History, decay_rates
@@ -170,12 +171,11 @@ class InteractionFidelityAttention(SequenceInteraction):
         Raises:
             ValueError: as ``forward``; or ``elapsed`` has another shape or is negative.
         """
-        if len(new_history.offsets()) - 1 != len(state):
-            raise ValueError(
-                f"new_history has {len(new_history.offsets()) - 1} requests, the state has {len(state)}"
-            )
         self._check_state(state)
+        check_tokens(new_history, self.config.embedding_dim, "new_history")
         new = self.encode(new_history, history_age, history_ids, history_gates)
+        if len(new) != len(state):
+            raise ValueError(f"new_history has {len(new)} requests, the state has {len(state)}")
         return (state if elapsed is None else self._decayed(state, elapsed)) + new
 
     def attend(
@@ -194,8 +194,8 @@ class InteractionFidelityAttention(SequenceInteraction):
         Raises:
             ValueError: as ``forward``; or the state does not fit the configuration.
         """
-        self._check_candidates(candidates, candidate_ids, len(state))
         self._check_state(state)
+        self._check_candidates(candidates, candidate_ids, len(state))
         identity = None
         if self.identity is not None and candidate_ids is not None:
             identity = self.identity.attend(candidates, state, candidate_ids)
@@ -312,6 +312,10 @@ class InteractionFidelityAttention(SequenceInteraction):
         config, reference = self.config, ops.reference
         weight = self._gated(event).event_weights(self.half_lives)
         projections = [self.heads(p) for p in (self.query_proj, self.key_proj, self.value_proj)]
+        dtype = torch.promote_types(event.tokens.dtype, projections[0].dtype)
+        dtype = torch.promote_types(dtype, torch.float32)
+        asking, weight, *projections = (x.to(dtype) for x in (asking, weight, *projections))
+        event = dataclasses.replace(event, tokens=event.tokens.to(dtype))
         key = reference.features(event.tokens, projections[1], config.feature_map)
         key_sum = torch.einsum("nhf,nh->hf", key, weight)
         if config.readout == "linear":
@@ -347,6 +351,8 @@ class InteractionFidelityAttention(SequenceInteraction):
         return state
 
     def _check_state(self, state: UserState) -> None:
+        if not isinstance(state, UserState):
+            raise ValueError(f"state must be a UserState, got {type(state).__name__}")
         config = self.config
         wanted = (config.num_heads, config.feature_width, config.head_width)
         shapes = (tuple(state.key_value.shape[1:]), tuple(state.key_sum.shape[1:]))
@@ -366,8 +372,9 @@ class InteractionFidelityAttention(SequenceInteraction):
                 )
 
     def _decayed(self, state: UserState, elapsed: Tensor) -> UserState:
-        if elapsed.shape != (len(state),):
-            raise ValueError(f"elapsed must be [{len(state)}], got {list(elapsed.shape)}")
+        if not isinstance(elapsed, Tensor) or elapsed.shape != (len(state),):
+            found = list(elapsed.shape) if isinstance(elapsed, Tensor) else repr(elapsed)
+            raise ValueError(f"elapsed must be a tensor [{len(state)}], got {found}")
         if elapsed.device.type == "cpu" and not bool((elapsed >= 0).all()):
             raise ValueError("elapsed must not be negative: a state cannot go back in time")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ifa_torchrec.ops.jagged import request_of_row
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class UserState:
     """The states of B users' histories: additive sums over events, of bounded size.
 
@@ -99,6 +99,8 @@ class UserState:
         bool. A plain int raises a TypeError, since a state always keeps its first dimension."""
         if not isinstance(requests, slice) and torch.as_tensor(requests).dim() == 0:
             raise TypeError(f"index a UserState with [[{requests}]], not [{requests}]")
+        if isinstance(requests, tuple):  # a tensor would take it for a coordinate
+            requests = list(requests)
         dense = (self.key_value[requests], self.key_sum[requests], self.count[requests])
         if self.identity_offsets is None:
             return UserState(*dense)

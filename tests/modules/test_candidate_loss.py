@@ -225,3 +225,12 @@ def test_tasks_that_the_loss_cannot_be_of() -> None:
     logits, labels, exposed, offsets, _ = inputs()
     with pytest.raises(ValueError, match=r"\[M, 1\] for the tasks \['watch'\], got \[14, 4\]"):
         CandidateSetLoss(tasks=[watch])(logits, labels, exposed, offsets)
+
+
+def test_what_is_no_candidate_set_is_refused():
+    loss, offsets = CandidateSetLoss(), torch.tensor([0, 2])
+    labels, exposed = torch.zeros(2, 1), torch.ones(2).bool()
+    with pytest.raises(ValueError, match=r"logits must be \[M, T\], got \[2\]"):
+        loss(torch.zeros(2), labels[:, 0], exposed, offsets)
+    with pytest.raises(ValueError, match=r"exposed must be bool, got torch\.int64"):
+        loss(torch.zeros(2, 1), labels, exposed.long(), offsets)

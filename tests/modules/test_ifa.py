@@ -792,3 +792,54 @@ def test_the_softmax_readout_starts_with_soft_keys():
     ifa = InteractionFidelityAttention(config)
     torch.testing.assert_close(ifa.key_proj.weight, 1.2 * torch.eye(4).repeat(2, 1))
     assert torch.equal(ifa.query_proj.weight, 3 * torch.eye(4).repeat(2, 1))
+
+
+@pytest.mark.parametrize("readout", ["linear", "softmax"])
+def test_whole_ages_are_ages(readout: str):
+    config = IFAConfig(8, num_heads=2, half_lives=(7.0, 30.0), readout=readout)
+    ifa, inputs = InteractionFidelityAttention(config), Inputs.random(config, [3], [2])
+    history, candidates = (
+        jagged(x.values().float(), [len(x.values())]) for x in (inputs.history, inputs.candidates)
+    )
+    days = torch.tensor([30, 2, 0])
+    out = ifa(candidates, history, history_age=days).values()
+    assert torch.equal(out, ifa(candidates, history, history_age=days.float()).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("readout", ["linear", "softmax"])
+def test_attention_weights_take_the_dtypes_that_forward_takes(readout: str, dtype: torch.dtype):
+    config = IFAConfig(8, num_heads=2, readout=readout)
+    ifa, inputs = InteractionFidelityAttention(config), Inputs.random(config, [3], [2])
+    history, candidates = (
+        jagged(x.values().to(dtype), [len(x.values())]) for x in (inputs.history, inputs.candidates)
+    )
+    (weights,) = ifa.attention_weights(candidates, history)
+    assert weights.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(weights.sum(1), torch.ones_like(weights.sum(1)), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("elapsed", [1.0, 0, [1.0], None])
+def test_wrong_types_are_named(elapsed: object):
+    ifa, tokens = InteractionFidelityAttention(IFAConfig(8, num_heads=2)), jagged(torch.ones(1, 8), [1])
+    state = ifa.encode(tokens)
+    if elapsed is not None:
+        with pytest.raises(ValueError, match=r"elapsed must be a tensor \[1\], got"):
+            ifa.update(state, tokens, elapsed)
+    with pytest.raises(ValueError, match="new_history must be a JaggedTensor, got Tensor"):
+        ifa.update(state, tokens.values())
+    for wrong in (tokens, None):
+        with pytest.raises(ValueError, match="state must be a UserState, got"):
+            ifa.attend(tokens, wrong)
+        with pytest.raises(ValueError, match="state must be a UserState, got"):
+            ifa.update(wrong, tokens)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_no_requests_give_gradients_of_zeros(backend: str):
+    """As other ranks wait for them."""
+    ifa = InteractionFidelityAttention(IFAConfig(8, num_heads=2, backend=backend))
+    none = jagged(torch.zeros(0, 8), [])
+    ifa(none, none).values().sum().backward()
+    for name, parameter in ifa.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name

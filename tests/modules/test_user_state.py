@@ -163,3 +163,15 @@ def test_save_and_load(identity, tmp_path):
 def test_fields_cannot_be_assigned():
     with pytest.raises(dataclasses.FrozenInstanceError):
         new_state(1).count = torch.zeros(1)
+
+
+@identity_or_not
+def test_a_tuple_selects_as_a_list_does(identity):
+    state = new_state(3, identity=identity)
+    assert_equal(state[(0, 2)], state[[0, 2]])
+    assert_equal(state[(1,)], state[1:2])
+
+
+def test_states_and_batches_compare_by_identity():
+    state = new_state(1)
+    assert state == state and state != new_state(1)

@@ -97,9 +97,8 @@ def encode(given: EncodeArguments) -> tuple[torch.Tensor, torch.Tensor]:
     key = key * event_weights(weights, ages, decay, history)[..., None]
     value = torch.einsum("nD,hdD->nhd", history, value_weight)
     rows = rows_of_requests(offsets, key.shape[0])
-    shape = (0, *key.shape[1:])
-    if not rows:
-        return value.new_zeros(*shape, value.shape[-1]), key.new_zeros(shape)
+    if not rows:  # no requests, so no events; the parameters get gradients of zeros
+        return torch.einsum("nhf,nhd->nhfd", key, value), key
     keys = key.split(rows)
     pairs = zip(keys, value.split(rows), strict=True)
     key_value = [torch.einsum("nhf,nhd->hfd", mine, values) for mine, values in pairs]
