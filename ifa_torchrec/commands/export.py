@@ -75,7 +75,7 @@ class ExportConfig:
 
 
 def export(config: ExportConfig) -> dict[str, Any]:
-    """Export a run's last checkpoint.
+    """Export a run's best checkpoint, or its last if nothing was validated.
 
     Returns:
         The contents of NAME.json: ``describe``'s entries, and "files", "tables", "runtime" and "torch".

@@ -26,6 +26,8 @@ NAME = "name"
 Columns = dict[str, np.ndarray]
 """The columns of a table, by name."""
 
+_METRICS = ("auc", "gauc", "ne", "calibration", "mae", "rmse", "correlation", "exposed", "exposed_alone")
+"""No value of a candidate tag may have these names: metrics are named gauc_VALUE and gauc_exposed."""
 BESIDE_TASKS = ("shares", "reliability", "notes", "sets", "ms_per_request", "step")
 """Keys that `ifa evaluate` reports next to the names of the tasks."""
 _LONGEST_NAME = 50  # names of columns and splits become file names
@@ -55,7 +57,7 @@ class LogSchema:
             "binary" (0 or 1) or "regression" (any number). A tuple of names means binary tasks.
         candidate_tags: further int list columns, for analysis only (the model never sees them),
             each with the names of its values 0, 1, 2, ...: evaluation reports the positives
-            against the negatives of each value.
+            against the negatives of each value. No two values may have one name.
         item_lists: int list columns of an item, any number of ids each; with their table's rows.
         item_dense: float columns of an item.
         item_vectors: float list columns of an item, frozen vectors; with their width.
@@ -101,13 +103,7 @@ class LogSchema:
         for name in _TABLES:
             object.__setattr__(self, name, _table_rows(getattr(self, name), name))
         object.__setattr__(self, "tasks", _kinds(self.tasks))
-        if not isinstance(self.candidate_tags, dict):
-            raise LogError(
-                "schema: candidate_tags must map each name to the names of its values, got "
-                f"{self.candidate_tags!r}"
-            )
-        tags = {name: _names(values, f"{name!r}") for name, values in self.candidate_tags.items()}
-        object.__setattr__(self, "candidate_tags", tags)
+        object.__setattr__(self, "candidate_tags", _tags(self.candidate_tags))
         if not self.item_features:
             raise LogError("schema: item_features is empty; name at least the item's own id")
         if not self.tasks:
@@ -176,6 +172,20 @@ _TABLES = (
     *("event_features", "context_lists", "candidate_features"),
 )
 """The fields that map names to a number of rows or columns."""
+
+
+def _tags(candidate_tags: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    if not isinstance(candidate_tags, dict):
+        raise LogError("schema: candidate_tags must map names to the names of their values")
+    tags = {name: _names(values, f"{name!r}") for name, values in candidate_tags.items()}
+    values = [value for of_tag in tags.values() for value in of_tag]
+    for value in values:
+        if value in _METRICS or values.count(value) > 1:
+            raise LogError(
+                f"schema: candidate_tags: {value!r} is given twice or is reserved, since metrics are "
+                "named after the values (gauc_VALUE); rename it"
+            )
+    return tags
 
 
 def _names(values: Any, where: str) -> tuple[str, ...]:

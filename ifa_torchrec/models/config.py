@@ -35,7 +35,8 @@ class DLRM_IFAConfig:
             they are.
         interaction: how candidates attend to the history, a key of INTERACTIONS.
         ifa: IFAConfig, shared by all interactions; its identity_features are names of
-            item_features, and its embedding_dim is that of the tokens.
+            item_features, and its embedding_dim is D, the model's width; rows of tables of another width
+            are projected to it.
         recent_length: the number of events that a candidate attends to, if not all: the latest for
             "softmax_recent" and "din", those found for "sim", "eta" and "twin".
         search_feature: the item feature that "sim" searches by; None for the last.

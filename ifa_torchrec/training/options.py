@@ -35,7 +35,8 @@ class TrainConfig:
     """Options of ``ifa train``."""
 
     data: str | Path
-    """Event log to train on (its split `train`): a folder, or a URI (s3://, gs://, hdfs://)."""
+    """Event log to train on (its split `train`): a folder, or a URI
+    (s3://, gs://, abfss://, hdfs:// or file://)."""
     out: Path
     """Folder of this run."""
     interaction: Annotated[str, _ONE_OF_THEM] = "ifa"

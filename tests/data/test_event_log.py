@@ -667,6 +667,8 @@ def test_a_changed_schema_is_checked_again(tmp_path: Path) -> None:
         {"dense_features": None},
         {"dense_features": (3,)},
         {"candidate_tags": {"source": "ab"}},
+        {"candidate_tags": {"source": ("a", "b"), "place": ("b", "c")}},
+        {"candidate_tags": {"source": ("popular", "exposed")}},
     ],
     ids=str,
 )
