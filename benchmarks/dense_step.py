@@ -125,7 +125,7 @@ def main() -> None:
     rows = [
         {
             "model": name,
-            "ms a step": f"{spent:.2f}",
+            "ms per step": f"{spent:.2f}",
             "million events a second": f"{n / spent / 1000:.1f}",
             "MB above what was there": f"{memory:,.0f}",
         }

@@ -212,12 +212,12 @@ def main() -> None:
 {source};
 {options.events:,} events, {options.events // 20:,} users, as many requests with
 {options.candidates} candidates each, {options.items:,} items; *a tenth* has a tenth of the events,
-users and requests. Each stage is a process of its own. MB is how far its resident memory rises above
-what it is after the imports; the pages of the log's columns that it looked at count in it. *Prepare*
-is `ifa data prepare` of Parquet files, 4 GB for DuckDB, columns included. The stages below *open* open
-the log, too: *first batch* until a training has one; *sample*: {STEPS:,} steps of the sampler, shuffled,
-at most {MAX_EVENTS:,} events and {MAX_REQUESTS} requests each; *load*: {LOADED} such batches, made by
-the loader.
+users and requests. Each stage runs in its own process. MB is the increase of its resident memory over
+that after the imports, including the pages of the log's columns that it read. *Prepare* is
+`ifa data prepare` of Parquet files, with 4 GB for DuckDB, columns included. The stages below *open*
+also open the log: *first batch*: until training has its first batch; *sample*: {STEPS:,} steps of the sampler,
+shuffled, at most {MAX_EVENTS:,} events and {MAX_REQUESTS} requests each; *load*: {LOADED} such batches
+from the loader.
 
 {markdown(pd.DataFrame(rows))}
 """

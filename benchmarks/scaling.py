@@ -267,21 +267,21 @@ def report(options: Options) -> str:
 
 {measured_by()},
 torch {torch.__version__}, gloo. The work is the same in every row: {options.steps} steps of at most
-{options.events:,} events over all ranks (D = 64, two item features, 64 candidates a request, a table of
-{options.items:,} items; histories log-normal, {histories}). Medians of {options.rounds} rounds,
-the rows by turns. Milliseconds a step and rank by the profiler, over 5 further steps; communication
-holds the waiting for slower ranks.
+{options.events:,} events over all ranks (D = 64, two item features, 64 candidates per request, a table
+of {options.items:,} items; histories log-normal, {histories}). Medians of {options.rounds} rounds,
+interleaved. Milliseconds per step and rank are the profiler's, over 5 further steps; communication
+includes waiting for slower ranks.
 
 {markdown(pd.DataFrame(rows))}
 
-![Milliseconds a step by kind](scaling.png)
+![Milliseconds per step by kind](scaling.png)
 
 ## How even the ranks are
 
-Most events of a rank over the ranks' mean, averaged over the steps of an epoch, with at most 32
-requests a rank and, but for the first way, 32,768 events: 1 is even; at 1.5 the ranks wait, on average,
-for a third of the time. The first two ways deal the requests to the ranks in turn; the last is what
-training does.
+The largest number of events on a rank divided by the mean over the ranks, averaged over the steps of an
+epoch, with at most 32 requests per rank and, except in the first column, at most 32,768 events: 1 is
+even; at 1.5 the ranks wait for a third of the time on average. In the first two columns the requests go
+to the ranks in turn; the last is what training does.
 
 {markdown(imbalance_table(lengths))}
 """

@@ -138,9 +138,9 @@ def main() -> None:
     rows = [
         {
             "case": case,
-            "events a second": f"{speeds[case]:,.0f}",
-            "to torch": f"{speeds[case] / speeds['torch']:.2f}",
-            "ms a step": f"{1000 * step[case]:.1f}",
+            "events per second": f"{speeds[case]:,.0f}",
+            "relative to torch": f"{speeds[case] / speeds['torch']:.2f}",
+            "ms per step": f"{1000 * step[case]:.1f}",
             "waiting for batches": f"{statistics.median(t.waited for t in times[case]):.1%}",
             **{f"{kind}, ms": f"{profiles[case].get(kind, 0):.0f}" for kind in COLOURS},
         }
@@ -150,12 +150,12 @@ def main() -> None:
         f"""# Speed: a training step of the demo's model
 
 {source}, torch {torch.__version__};
-{options.requests:,} requests of The Complete Journey, IFA as the demo has it; {options.rounds} runs of
-each case, by turns. Of each step the median over the runs counts, but of the first, which makes what is
-made once. *bf16*: `--precision bf16`. *Waiting for batches*: the share of the training's time in which a
-step waited for its batch to be made.
+{options.requests:,} requests of The Complete Journey, IFA as in the demo; {options.rounds} interleaved
+runs of each case. Each step counts with its median over the runs; the first step is left out, since it
+includes one-time setup. *bf16*: `--precision bf16`. *Waiting for batches*: the share of the training
+time during which a step waited for its batch.
 
-Milliseconds a step by kind are of one profiled run of each case, which is slower than the others.
+Milliseconds per step by kind come from one profiled run of each case, which is slower than the others.
 
 {markdown(pd.DataFrame(rows))}
 """
