@@ -126,7 +126,7 @@ def main() -> None:
         {
             "model": name,
             "ms per step": f"{spent:.2f}",
-            "million events a second": f"{n / spent / 1000:.1f}",
+            "million events per second": f"{n / spent / 1000:.1f}",
             "MB above what was there": f"{memory:,.0f}",
         }
         for name, (spent, memory) in found.items()
