@@ -216,8 +216,8 @@ users and requests. Each stage runs in its own process. MB is the increase of it
 that after the imports, including the pages of the log's columns that it read. *Prepare* is
 `ifa data prepare` of Parquet files, with 4 GB for DuckDB, columns included. The stages below *open*
 also open the log: *first batch*: until training has its first batch; *sample*: {STEPS:,} steps of
-the sampler, shuffled, at most {MAX_EVENTS:,} events and {MAX_REQUESTS} requests each; *load*: {LOADED} such batches
-from the loader.
+the sampler, shuffled, at most {MAX_EVENTS:,} events and {MAX_REQUESTS} requests each; *load*:
+{LOADED} such batches from the loader.
 
 {markdown(pd.DataFrame(rows))}
 """
