@@ -212,7 +212,8 @@ class Trainer:
         tasks = self._model_config.tasks
         # in the labels' units: a finite logit of a log-scaled task can be an infinite number
         predicted = predictions(torch.from_numpy(scores), tasks)
-        self._check_finite(bool(predicted.isfinite().all()), f"a prediction of the split {split!r}")
+        all_are = bool(np.isfinite(scores).all() and predicted.isfinite().all())
+        self._check_finite(all_are, f"a prediction of the split {split!r}")
         metrics = flat(measure(own, calibrated(scores, tasks, calibration), tasks), len(tasks))
         found = [(metrics, fit_tasks(own, scores, tasks, config.loss) if config.calibrate else {})]
         dist.broadcast_object_list(found)  # ranks on other processors may differ in the last digit
@@ -386,10 +387,7 @@ class Trainer:
         self._start = time.perf_counter()
 
     def _check_finite(self, all_are: bool, what: str) -> None:
-        """
-        Raises:
-            DivergedError: on all ranks, if ``all_are`` is false on any of them.
-        """
+        """Raise a DivergedError on all ranks if ``all_are`` is false on any of them."""
         if all_reduce_sum(np.array([not all_are]))[0]:
             raise _diverged(self.step, f"{what} is not finite", self._checkpoints)
 

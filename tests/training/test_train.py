@@ -222,7 +222,7 @@ class TestTrain:
         assert steps_of(config.out) and max(steps_of(config.out)) < 12
 
     @pytest.mark.parametrize(
-        ("dense_lr", "table_lr", "what"), [(1e36, 0.02, "score"), (0.001, 1e39, "weight")]
+        ("dense_lr", "table_lr", "what"), [(1e36, 0.02, "prediction"), (0.001, 1e39, "weight")]
     )
     def test_weights_that_are_not_finite_are_not_kept(
         self, config: TrainConfig, dense_lr: float, table_lr: float, what: str
@@ -324,7 +324,10 @@ class TestResume:
         assert steps_of(halves.out)[-1] == 9  # 24 requests of the second epoch, of three windows
         assert train(dataclasses.replace(halves, resume=True))["steps"] == 12
         assert_same_weights(halves.out, whole.out)
-        with monkeypatch.context() as patch, pytest.raises(ConfigError, match="another order"):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(ConfigError, match="belongs to request order"),
+        ):
             patch.setattr(order, "WINDOW", 32)
             train(dataclasses.replace(halves, resume=True))
 
