@@ -100,6 +100,8 @@ def unpack_header(key_values: KeyValueStore, value: bytes) -> dict[str, Any]:
         if b"%08x" % zlib.crc32(text) != checksum:
             raise ValueError
         header = json.loads(text)
+        if not isinstance(header, dict):
+            raise ValueError
     except ValueError:
         raise StoreError(
             f"{key_values.name}: the header of a version's states is damaged. Restore the store from a "
