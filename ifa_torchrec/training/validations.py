@@ -24,8 +24,10 @@ VALIDATIONS_FILE = "validations.json"
 Fitted = Mapping[str, Sequence[float]]
 """Scale and shift of the logits, by task name."""
 _SMALLER_IS_BETTER = ("ne", "mae", "rmse")
-_OF_RANKING = ("ranked_gauc_exposed", "ranked_gauc", "ranked_correlation")
-_PREFERRED = (*_OF_RANKING, "gauc_exposed", "gauc", "correlation", "ne", "mae")
+_PREFERRED = (
+    *("ranked_gauc_exposed", "ranked_gauc", "ranked_correlation"),
+    *("gauc_exposed", "gauc", "correlation", "ne", "mae"),
+)
 
 
 @dataclass(frozen=True)
